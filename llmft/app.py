@@ -1,0 +1,135 @@
+"""What the verbs share: composing a config with Hydra, and answering a mistake in one sentence."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from llmft.config import open_keys, schema_keys
+from llmft.errors import ConfigError, UserError, did_you_mean, exit_with, nearest
+
+
+def config_directory() -> Path:
+    """The directory of the YAML files: beside the checkout's package, or inside the installed one."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return candidate
+    raise ConfigError(f"no conf/ beside or inside {package}: the installation is incomplete, install llmft again.")
+
+
+def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
+    """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and the command line, then calls `job`.
+
+    Leaves the process with the exit code that fits what happened.
+    """
+
+    def body() -> None:
+        import hydra
+        from hydra.core.config_store import ConfigStore
+
+        sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
+        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+        def task(config: Any) -> Any:
+            return job(config)
+
+        task.__module__ = "__main__"
+        app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
+        try:
+            app()
+        except UserError:
+            raise
+        except Exception as error:
+            told = explain(error, schema)
+            if told is None:
+                raise
+            raise told from error
+
+    exit_with(body)
+
+
+def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
+    """`argument` with Hydra's `++` in front where it sets a key of an open dictionary, such as model.overrides."""
+    key, equals, _ = argument.partition("=")
+    inside = any(key == name or key.startswith(f"{name}.") for name in open_to_any)
+    return f"++{argument}" if equals and inside else argument
+
+
+def explain(error: BaseException, schema: type) -> ConfigError | None:
+    """A mistake in keys, values or options of the command line as one sentence; None for any other error."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(f"'{error.override}' is no override: write key=value, and quote values with spaces or commas.")
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for link in chain:
+        if isinstance(link, UserError):
+            return link if isinstance(link, ConfigError) else ConfigError(str(link))
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    text = "\n".join(str(link) for link in chain)
+    key = _full_key(chain) or _override_key(str(error))
+    if "is not in struct" in text or "Key not found" in text or "not in '" in text:
+        return _unknown_key(key, schema)
+    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
+        return _unknown_key(_override_key(str(error)) or key, schema)
+    reason = next((str(link).splitlines()[0] for link in reversed(chain) if str(link).strip()), type(error).__name__)
+    return ConfigError(f"{key}: {reason}." if key and key not in reason else f"{reason}.")
+
+
+def _missing_option(error: Any) -> ConfigError:
+    wanted = str(error.missing_cfg_file or "")
+    group, _, option = wanted.rpartition("/")
+    options = [str(o) for o in error.options or []]
+    if not group:
+        return ConfigError(f"no config named {wanted}{did_you_mean(wanted, options)}")
+    best = nearest(option, options)
+    rest = [o for o in options if o != best]
+    shown = ", ".join(rest[:40]) + (", …" if len(rest) > 40 else "")
+    hint = f"did you mean {group}={best}? (others: {shown})" if best else f"choose from {', '.join(options)}"
+    return ConfigError(f"{group}={option}: no such option; {hint}")
+
+
+def _full_key(chain: list[BaseException]) -> str | None:
+    for link in chain:
+        key = getattr(link, "full_key", None)
+        if key:
+            return str(key)
+    return None
+
+
+def _override_key(text: str) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", text)
+    return found[1] if found else None
+
+
+def _unknown_key(key: str | None, schema: type) -> ConfigError:
+    if key is None:
+        return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
+    keys = list(schema_keys(schema))
+    best = nearest(key, keys)
+    if best is None:  # the right name in the wrong place
+        best = next((known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]), None)
+    hint = f"; did you mean {best}?" if best else "; `--cfg job` prints all keys."
+    return ConfigError(f"{key}: no such key{hint}")
+
+
+def command_line() -> str:
+    """This process's command, as a person would type it again."""
+    import shlex
+
+    arguments = sys.argv[1:]
+    return shlex.join(["python", "-m", "llmft", *arguments])

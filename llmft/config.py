@@ -1,0 +1,502 @@
+"""Every dataclass that YAML is checked against, and the door from Hydra's config to plain objects.
+
+What our own code reads is typed here, so that a typo or a wrong type fails at composition. What others wrote
+(optimizer, callbacks, loggers) are `_target_` nodes, checked by `llmft.build` before any weights load.
+Ranges and contradictions are refused in `__post_init__`, in one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+
+from llmft.errors import ConfigError, did_you_mean
+
+
+def aside(default: Any = MISSING, *, factory: Any = None) -> Any:
+    """A field that cannot change a run's numbers, and so has no part in its key."""
+    metadata = {"aside": True}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+class ModelInit(Enum):
+    """Where the weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class SystemRole(Enum):
+    """What a prompt format does with a system prompt."""
+
+    native = "native"
+    merge = "merge"
+    refuse = "refuse"
+
+
+class QuantizationFormat(Enum):
+    """Number format of the frozen base's linear layers."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
+
+
+class Schedule(Enum):
+    """How the learning rate goes from its peak to its floor."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    """Number format of the computation; `auto` takes the best that the device computes natively."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Truncation(Enum):
+    """What happens to a row that is longer than data.max_tokens; answers are never cut."""
+
+    cut_prompt_left = "cut_prompt_left"
+    cut_prompt_middle = "cut_prompt_middle"
+    cut_prompt_right = "cut_prompt_right"
+    drop = "drop"
+    error = "error"
+
+
+class BadRow(Enum):
+    """What happens to a row that cannot be used."""
+
+    error = "error"
+    skip = "skip"
+
+
+class Mode(Enum):
+    """Which direction of the monitored metric is better."""
+
+    min = "min"
+    max = "max"
+
+
+class Export(Enum):
+    """Which weights the run hands over."""
+
+    best = "best"
+    last = "last"
+
+
+@dataclass
+class ModelConfig:
+    name: str = aside()
+    id: str = MISSING
+    revision: str = "main"
+    path: str | None = None
+    init: ModelInit = ModelInit.pretrained
+    architecture: str = MISSING
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    load_overrides: dict[str, Any] = field(default_factory=dict)
+    train_tokenizer_vocab: int | None = None
+    trust_remote_code: bool = False
+    requires_remote_code: bool = False
+    unsupported: str | None = None
+    skip_modules: list[str] = field(default_factory=list)
+    attn_implementation: str | None = None
+    learning_rate: float = aside(2e-4)
+    precision: Precision = aside(Precision.auto)
+    gradient_checkpointing: bool = aside(True)
+    license: str = aside("unknown")
+    gated: bool = aside(False)
+    context_tokens: int | None = aside(None)
+
+    def __post_init__(self) -> None:
+        require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
+        require(
+            not self.overrides or self.init is ModelInit.random,
+            "model.overrides reshapes a model, which its pretrained weights would not fit: "
+            "set model.init=random or leave it out.",
+        )
+        require(
+            self.train_tokenizer_vocab is None or self.init is ModelInit.random,
+            "model.train_tokenizer_vocab makes a new vocabulary, which pretrained weights would not fit: "
+            "set model.init=random or leave it out.",
+        )
+        require(
+            self.train_tokenizer_vocab is None or self.train_tokenizer_vocab >= 260,
+            f"model.train_tokenizer_vocab={self.train_tokenizer_vocab}: 260 at least (256 bytes and 3 special tokens).",
+        )
+        if self.requires_remote_code and not self.trust_remote_code and self.init is ModelInit.pretrained:
+            raise ConfigError(
+                f"model={self.name} only runs with code from its repository: read that code, then set "
+                "model.trust_remote_code=true and model.revision to the commit you read."
+            )
+        if self.trust_remote_code:
+            pinned = len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
+            require(
+                self.path is not None or pinned,
+                f"model.trust_remote_code=true needs model.revision as a 40-digit commit, not '{self.revision}': "
+                "otherwise the code may change under you.",
+            )
+
+
+@dataclass
+class QuantizationConfig:
+    format: QuantizationFormat = QuantizationFormat.nf4
+    double_quant: bool = True
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = True
+    r: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Any = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+
+    @property
+    def scaling_alpha(self) -> float:
+        """LoRA's alpha; unset, it is 2 r, so that one learning rate carries over between ranks."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"lora.r={self.r}: an integer of 1 or more (lora=none trains all weights).")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: at least 0 and below 1.")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: above 0, or null for 2 r.")
+        require(
+            isinstance(self.targets, str) or (isinstance(self.targets, list) and len(self.targets) > 0),
+            "lora.targets: 'all-linear', a regular expression, or a list of module names.",
+        )
+
+
+@dataclass
+class LearningRateConfig:
+    peak: float = MISSING
+    warmup_fraction: float = 0.03
+    warmup_steps: int | None = None
+    schedule: Schedule = Schedule.cosine
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(self.peak > 0, f"learning_rate.peak={self.peak}: above 0.")
+        require(0 <= self.warmup_fraction <= 1, f"learning_rate.warmup_fraction={self.warmup_fraction}: 0 to 1.")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"learning_rate.warmup_steps={self.warmup_steps}: 0 or more, or null for warmup_fraction.",
+        )
+        require(0 <= self.floor <= 1, f"learning_rate.floor={self.floor}: a share of the peak, 0 to 1.")
+
+
+@dataclass
+class PromptConfig:
+    name: str = aside()
+    template: str | None = None
+    system_role: SystemRole = SystemRole.merge
+    system: str | None = None
+    instruction: str | None = None
+    joiner: str = "\n\n"
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.system and self.system_role is SystemRole.refuse:
+            raise ConfigError(
+                f"prompt.system is set but the format {self.name} has no place for one: "
+                "use prompt.instruction, or prompt.system_role=merge."
+            )
+
+
+@dataclass
+class Files:
+    """One path, glob or list of them per split."""
+
+    train: Any = None
+    validation: Any = None
+    test: Any = None
+
+
+@dataclass
+class Columns:
+    """Which column, or template such as "{question} {context}", fills which part of an example."""
+
+    prompt: str | None = None
+    input: str | None = None
+    response: str | None = None
+    system: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    target: str | None = None
+
+
+@dataclass
+class DataConfig:
+    name: str = aside()
+    source: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    files: Any = aside(None)
+    split_files: Files = aside(factory=Files)
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_revision: str = "main"
+    hub_splits: Files = field(default_factory=Files)
+    columns: Columns = field(default_factory=Columns)
+    labels: list[str] = field(default_factory=list)
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.0
+    split_seed: int = 0
+    limit: int | None = None
+    max_tokens: int = 1024
+    truncation: Truncation = Truncation.cut_prompt_left
+    epochs: float = aside(3.0)
+    on_bad_row: BadRow = BadRow.error
+    max_bad_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        given = [
+            name
+            for name, value in (
+                ("data.source", self.source),
+                ("data.hub", self.hub),
+                ("data.files", self.files or self.split_files.train),
+            )
+            if value
+        ]
+        require(
+            len(given) == 1,
+            f"data={self.name} names {' and '.join(given)}: keep one."
+            if given
+            else f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).",
+        )
+        require(
+            not (self.files and self.split_files.train),
+            "data.files and data.split_files.train are both set: keep one.",
+        )
+        for key in ("validation_fraction", "test_fraction", "max_bad_fraction"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"data.{key}={value}: at least 0 and below 1.")
+        require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
+        require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
+        for split, count in self.rows.items():
+            require(
+                split in ("train", "validation", "test") and count >= 0,
+                f"data.rows.{split}={count}: train, validation or test, each 0 or more.",
+            )
+
+
+@dataclass
+class TaskConfig:
+    name: str = aside()
+    objective: str = MISSING
+    auto_class: str = "causal_lm"
+    metrics: list[str] = field(default_factory=list)
+    generate_rows: int = 64
+    max_new_tokens: int = 128
+    show_rows: int = aside(8)
+
+    def __post_init__(self) -> None:
+        options = ("causal_lm", "sequence_classification")
+        require(
+            self.auto_class in options,
+            f"task.auto_class={self.auto_class}: no such kind of model{did_you_mean(self.auto_class, options)}",
+        )
+        for key in ("generate_rows", "show_rows"):
+            require(getattr(self, key) >= 0, f"task.{key}={getattr(self, key)}: 0 or more.")
+        require(self.max_new_tokens >= 1, f"task.max_new_tokens={self.max_new_tokens}: 1 or more.")
+
+
+@dataclass
+class TrainerConfig:
+    batch_size: int = 16
+    epochs: float = 3.0
+    max_steps: int | None = None
+    validate_every: float = 0.25
+    gradient_clip: float | None = 1.0
+    monitor: str = "val/loss_nats"
+    mode: Mode = Mode.min
+    patience: int | None = None
+    export: Export = Export.best
+    precision: Precision = Precision.auto
+    gradient_checkpointing: bool = False
+    # The rest changes time and memory, not the numbers.
+    micro_batch_size: int = aside(16)
+    validation_batch_size: int = aside(64)
+    checkpoint_every: int | None = aside(None)
+    keep_checkpoints: int = aside(2)
+    accelerator: str = aside("auto")
+    devices: Any = aside(1)
+    num_nodes: int = aside(1)
+    strategy: Any = aside("auto")
+    threads: int | None = aside(None)
+    deterministic: bool = aside(True)
+    callbacks: dict[str, Any] = aside(factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "micro_batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
+            require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: 1 or more.")
+        for key in ("max_steps", "checkpoint_every", "patience", "threads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"trainer.{key}={value}: 1 or more, or null.")
+        require(self.epochs > 0, f"trainer.epochs={self.epochs}: above 0.")
+        require(
+            self.validate_every > 0,
+            f"trainer.validate_every={self.validate_every}: a share of the run (0.25) or a number of steps (100).",
+        )
+        require(
+            self.gradient_clip is None or self.gradient_clip > 0,
+            f"trainer.gradient_clip={self.gradient_clip}: above 0, or null for none.",
+        )
+
+
+@dataclass
+class WandbConfig:
+    """Settings of the Weights & Biases run; `enabled` is what `logger=wandb` sets."""
+
+    enabled: bool = False
+    project: str = "llmft"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str = "train"
+    start_timeout_s: float = 4.0
+    finish_timeout_s: float = 60.0
+
+
+@dataclass
+class LoggerConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    loggers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class TrainConfig:
+    """What `python -m llmft` takes."""
+
+    model: ModelConfig = MISSING
+    quantization: QuantizationConfig = MISSING
+    lora: LoraConfig = MISSING
+    learning_rate: LearningRateConfig = MISSING
+    optimizer: dict[str, Any] = MISSING
+    prompt: PromptConfig = MISSING
+    data: DataConfig = MISSING
+    task: TaskConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    logger: LoggerConfig = aside()
+    seed: int = 0
+    force: bool = aside(False)
+    progress: bool = aside(True)
+    output_dir: str = aside("outputs")
+    name: str | None = aside(None)
+    tags: list[str] = aside(factory=list)
+    notes: str | None = aside(None)
+
+    def __post_init__(self) -> None:
+        quantized = self.quantization.format is not QuantizationFormat.none
+        if quantized and not self.lora.enabled:
+            raise ConfigError(
+                f"quantization.format={self.quantization.format.value} with lora=none leaves nothing to train: "
+                "use quantization=none for full fine-tuning, or a LoRA."
+            )
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
+
+
+def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, groups included."""
+    for entry in dataclasses.fields(schema):
+        key = f"{prefix}{entry.name}"
+        yield key
+        kind = _dataclass_of(entry.type)
+        if kind is not None:
+            yield from schema_keys(kind, f"{key}.")
+
+
+def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that hold a dictionary, under which any key may stand."""
+    for entry in dataclasses.fields(schema):
+        key = f"{prefix}{entry.name}"
+        kind = _dataclass_of(entry.type)
+        if kind is not None:
+            yield from open_keys(kind, f"{key}.")
+        elif str(entry.type).startswith("dict["):
+            yield key
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    found = globals().get(annotation) if isinstance(annotation, str) else annotation
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def to_config(composed: DictConfig, schema: type) -> Any:
+    """Turns a composed config into `schema`'s plain dataclasses, once, at the door.
+
+    Raises ConfigError for a key that the schema lacks (Hydra lets `+lora.zz=1` pass), a missing value, or a
+    value out of range.
+    """
+    _refuse_extra_keys(composed, schema, "")
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
+    return OmegaConf.to_object(composed)
+
+
+def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
+    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
+    for key in node:
+        name = f"{prefix}{key}"
+        if key not in fields:
+            raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
+        kind = _dataclass_of(fields[str(key)].type)
+        if kind is not None and not OmegaConf.is_missing(node, key):
+            child = node[key]
+            if isinstance(child, DictConfig):
+                _refuse_extra_keys(child, kind, f"{name}.")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, enums and OmegaConf containers as JSON-ready values."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(value, resolve=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def numbers_of(value: Any) -> Any:
+    """`value` as plain data, without the fields that cannot change a run's numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            entry.name: numbers_of(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+            if not entry.metadata.get("aside")
+        }
+    return to_plain(value)
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys: equal configs give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

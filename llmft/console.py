@@ -1,0 +1,168 @@
+"""What a person sees: the plan, a progress bar, warnings, tables. All of it also goes to the run's log."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+HEARTBEAT_S = 30.0
+
+
+class Screen:
+    """Prints to the terminal and, once a run is open, to its log file."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.terminal = Console(quiet=quiet, highlight=False)
+        if not self.terminal.is_terminal:
+            self.terminal.width = 110
+        self._file: TextIO | None = None
+        self._log: Console | None = None
+
+    def open_log(self, path: Path) -> None:
+        """Copies what follows to `path`, behind what is there."""
+        self.close_log()
+        self._file = path.open("a", encoding="utf-8")
+        self._log = Console(file=self._file, width=100, highlight=False, no_color=True)
+        self._log.print(time.strftime("--- %Y-%m-%d %H:%M:%S"))
+
+    def close_log(self) -> None:
+        """Ends the copy."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._log = None
+
+    def print(self, *things: Any) -> None:
+        """Prints strings (rich markup) and rich objects."""
+        self.terminal.print(*things)
+        if self._log is not None and self._file is not None:
+            self._log.print(*things)
+            self._file.flush()
+
+    def warn(self, message: str) -> None:
+        """One warning line."""
+        self.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    def plan(self, facts: Mapping[str, str]) -> None:
+        """A short table of what is about to happen."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/bold]", escape(value))
+        self.print(Panel(table, title="llmft", title_align="left", border_style="cyan", expand=False))
+
+    def samples(self, samples: Sequence[Mapping[str, Any]], count: int, step: int) -> None:
+        """Generations beside their references."""
+        if not samples or count == 0:
+            return
+        table = Table(title=f"generations after step {step}", title_justify="left", show_lines=False, pad_edge=False)
+        table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
+        table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
+        table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
+        for sample in samples[:count]:
+            same = sample["reference"].strip() == sample["generated"].strip()
+            colour = "green" if same else "red"
+            table.add_row(
+                escape(_one_line(sample["prompt"])[-60:]),
+                escape(_one_line(sample["reference"])),
+                f"[{colour}]{escape(_one_line(sample['generated']))}[/{colour}]",
+            )
+        self.print(table)
+
+    def summary(self, before: Mapping[str, float], after: Mapping[str, float], facts: Mapping[str, str]) -> None:
+        """Metrics before and after training, and where the run lies."""
+        table = Table(title="result", title_justify="left", pad_edge=False)
+        table.add_column("metric")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right", style="bold")
+        for name, value in after.items():
+            was = before.get(name)
+            table.add_row(name, "" if was is None else f"{was:.4f}", f"{value:.4f}")
+        self.print(table)
+        for name, text in facts.items():
+            self.print(f"[bold]{name}[/bold]  {escape(text)}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class StepProgress:
+    """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever comes later."""
+
+    def __init__(self, screen: Screen, total: int, *, enabled: bool = True) -> None:
+        self.screen = screen
+        self.total = total
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self.first: int | None = None
+        self._said_at = self.started
+        self._said_step = 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def start(self, step: int) -> None:
+        """Shows the bar at `step`."""
+        self.first = self._said_step = step
+        self.started = self._said_at = time.monotonic()
+        if self.enabled and self.screen.terminal.is_terminal:
+            self._bar = Progress(
+                TextColumn("[cyan]training[/cyan]"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.screen.terminal,
+                transient=True,
+            )
+            self._task = self._bar.add_task("training", total=self.total, completed=step, loss="-", speed="-")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Shows a step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
+            return
+        now = time.monotonic()
+        late = now - self._said_at >= HEARTBEAT_S or step == self.total
+        if self.enabled and late and (step - self._said_step) * 20 >= self.total:
+            self._said_at, self._said_step = now, step
+            pace = (now - self.started) / max(1, step - (self.first or 0))
+            left = pace * (self.total - step)
+            self.screen.print(
+                f"step {step}/{self.total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        self.screen.print(line)
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def quiet_libraries() -> None:
+    """Silences what libraries say on every start; LLMFT_TRACE=1 leaves them their voice."""
+    if os.environ.get("LLMFT_TRACE"):
+        return
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    import transformers.utils.logging
+
+    transformers.utils.logging.disable_progress_bar()

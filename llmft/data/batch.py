@@ -1,0 +1,119 @@
+"""Examples to padded tensors, and the order in which they are seen.
+
+One item of the training loader is one effective batch, that is, one optimizer step. So a step is never half done
+when a run stops, and the micro-batch is a matter of memory alone. The order is a function of (seed, epoch), and a
+run's position is its number of steps: no generator or library counter has to be saved.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+
+from llmft.data.encode import IGNORE, Encoded
+
+
+@dataclass
+class MicroBatch:
+    """A padded batch.
+
+    Attributes:
+        input_ids, attention_mask, labels: (rows, seq_len), padded on the right.
+        weights: (rows,) what each row counts for; 0 for a row that only fills a process's share.
+        targets: (rows,) class indices, or None.
+        rows: index of each row in its split.
+    """
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+    labels: torch.Tensor
+    weights: torch.Tensor
+    targets: torch.Tensor | None
+    rows: list[int]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same batch on `device`."""
+        return MicroBatch(
+            self.input_ids.to(device),
+            self.attention_mask.to(device),
+            self.labels.to(device),
+            self.weights.to(device),
+            None if self.targets is None else self.targets.to(device),
+            self.rows,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, padding left out."""
+        return int(self.attention_mask.sum())
+
+
+@dataclass
+class StepBatch:
+    """All that one optimizer step takes on one device; `weight` counts what the loss is divided by, everywhere."""
+
+    step: int
+    micro_batches: list[MicroBatch]
+    weight: float
+
+    def to(self, device: torch.device) -> StepBatch:
+        """The same batch on `device`."""
+        return StepBatch(self.step, [micro.to(device) for micro in self.micro_batches], self.weight)
+
+
+def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> MicroBatch:
+    """Pads `examples` on the right to the longest; padding is masked and never a label."""
+    width = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), width)
+    input_ids = torch.full(shape, pad_id, dtype=torch.long)
+    labels = torch.full(shape, IGNORE, dtype=torch.long)
+    mask = torch.zeros(shape, dtype=torch.long)
+    for place, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[place, :length] = torch.tensor(example.input_ids)
+        labels[place, :length] = torch.tensor(example.labels)
+        mask[place, :length] = 1
+    targets = [example.conversation.target for example in examples]
+    classes = torch.tensor(targets) if all(target is not None for target in targets) else None
+    return MicroBatch(input_ids, mask, labels, torch.ones(len(examples)), classes, list(rows))
+
+
+def filler(example: Encoded, pad_id: int) -> MicroBatch:
+    """A batch that counts for nothing: every process must take as many as the others, or one waits for ever."""
+    batch = collate([example], [], pad_id)
+    batch.weights.zero_()
+    return batch
+
+
+def weight_of(example: Encoded) -> float:
+    """What one example adds to the loss's denominator: its labelled tokens, or 1 for a class."""
+    return 1.0 if example.conversation.target is not None else float(example.labelled_tokens)
+
+
+def steps_per_epoch(num_rows: int, batch_size: int) -> int:
+    """Optimizer steps in one pass; the last batch of a pass may be smaller."""
+    return math.ceil(num_rows / batch_size)
+
+
+def rows_of_step(step: int, num_rows: int, batch_size: int, seed: int) -> list[int]:
+    """The rows of optimizer step `step` (from 0): a seeded shuffle of each epoch, cut into batches."""
+    per_epoch = steps_per_epoch(num_rows, batch_size)
+    epoch, place = divmod(step, per_epoch)
+    order = _order(num_rows, seed, epoch)
+    return [int(row) for row in order[place * batch_size : (place + 1) * batch_size]]
+
+
+@lru_cache(maxsize=4)
+def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
+
+
+def by_length(examples: Sequence[Encoded], rows: Sequence[int], size: int) -> list[list[int]]:
+    """Groups of at most `size` rows of like length, longest first, so that little is padded."""
+    ordered = sorted(rows, key=lambda row: (-len(examples[row].input_ids), row))
+    return [ordered[start : start + size] for start in range(0, len(ordered), size)]

@@ -1,0 +1,169 @@
+"""Messages to text with marked answer spans.
+
+A prompt format is one YAML with a Jinja chat template; what the model must learn to write stands between
+`{% generation %}` and `{% endgeneration %}`, the marks that transformers reads too. So the text that is trained
+is the text that the exported tokenizer renders. Templates run in Jinja's immutable sandbox.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.runtime
+import jinja2.sandbox
+
+from llmft.config import PromptConfig, SystemRole
+from llmft.errors import ConfigError
+
+# Marks around answers while a template renders. Drawn anew in every process, so that no text can contain them.
+_OPEN = f"\ue000{secrets.token_hex(8)}\ue001"
+_CLOSE = f"\ue002{secrets.token_hex(8)}\ue003"
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """Rendered text, and the half-open character ranges in it that the model learns to write."""
+
+    text: str
+    spans: list[tuple[int, int]]
+
+
+class _GenerationMarks(jinja2.ext.Extension):
+    """`{% generation %}`: the block as it is, between two marks."""
+
+    tags = frozenset({"generation"})
+
+    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
+
+    def _mark(self, caller: jinja2.runtime.Macro) -> str:
+        return f"{_OPEN}{caller()}{_CLOSE}"
+
+
+def _raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+
+
+def _environment(strict: bool) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"],
+        undefined=jinja2.StrictUndefined if strict else jinja2.Undefined,
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+class PromptFormat:
+    """How a conversation becomes text, from a PromptConfig whose `template` is set."""
+
+    def __init__(self, config: PromptConfig, *, strict: bool = True) -> None:
+        """Compiles the template; raises ConfigError when it is not valid Jinja or marks no answer."""
+        if not config.template:
+            raise ConfigError(f"prompt={config.name} has no template: set prompt.template or choose a format.")
+        if "{% generation %}" not in config.template.replace("{%-", "{%").replace("-%}", "%}"):
+            raise ConfigError(
+                f"prompt={config.name}: the template marks no answer with {{% generation %}} … "
+                "{% endgeneration %}, so nothing could be trained; choose a format by name or add the marks."
+            )
+        self.config = config
+        try:
+            self._template = _environment(strict).from_string(config.template)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"prompt={config.name}: template line {error.lineno}: {error.message}") from None
+
+    @classmethod
+    def from_yaml(cls, path: Path | str) -> PromptFormat:
+        """The format of one file of conf/prompt, with its defaults."""
+        from omegaconf import OmegaConf
+
+        node = OmegaConf.merge(OmegaConf.structured(PromptConfig), OmegaConf.load(path))
+        config = OmegaConf.to_object(node)
+        assert isinstance(config, PromptConfig)
+        return cls(config)
+
+    def prepare(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+        """Messages with the configured system prompt and instruction put where the format wants them.
+
+        Raises ValueError for a system message in a format that has no place for one.
+        """
+        config = self.config
+        turns = [dict(message) for message in messages]
+        system = config.system
+        if turns and turns[0]["role"] == "system":
+            own = turns.pop(0)["content"]
+            system = own if system is None else system
+        first = next((turn for turn in turns if turn["role"] == "user"), None)
+        if first is not None and config.instruction:
+            first["content"] = f"{config.instruction}{config.joiner}{first['content']}"
+        if system:
+            if config.system_role is SystemRole.native:
+                turns.insert(0, {"role": "system", "content": system})
+            elif config.system_role is SystemRole.refuse:
+                raise ValueError(f"the format {config.name} has no place for a system prompt")
+            elif first is not None:
+                first["content"] = f"{system}{config.joiner}{first['content']}"
+        return turns
+
+    def render(
+        self,
+        messages: Sequence[dict[str, str]],
+        *,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        add_generation_prompt: bool = False,
+    ) -> Rendered:
+        """Renders `messages`; special tokens stand in the text as the template writes them.
+
+        Raises ValueError with the template's complaint, such as roles that do not alternate.
+        """
+        try:
+            marked = self._template.render(
+                messages=self.prepare(messages),
+                bos_token=bos_token or "",
+                eos_token=eos_token or "",
+                add_generation_prompt=add_generation_prompt,
+            )
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"prompt={self.config.name}: {error}") from None
+        parts = marked.split(_OPEN)
+        text, spans = parts[0], []
+        for part in parts[1:]:
+            answer, _, rest = part.partition(_CLOSE)
+            spans.append((len(text), len(text) + len(answer)))
+            text += answer + rest
+        return Rendered(text, spans)
+
+
+def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
+    """The configured format; `prompt=native` is the tokenizer's own chat template.
+
+    Raises ConfigError when a native template is missing or does not mark its answers.
+    """
+    if config.template:
+        return PromptFormat(config)
+    native = getattr(tokenizer, "chat_template", None)
+    if not isinstance(native, str):
+        raise ConfigError("prompt=native: this tokenizer brings no chat template; choose a format by name.")
+    from dataclasses import replace
+
+    return PromptFormat(replace(config, template=native), strict=False)

@@ -1,0 +1,304 @@
+"""Files, Hub datasets and generators to rows, with the faulty line named.
+
+Files are read by our own small readers, because a row that is wrong must be named by file and line, and because
+a file is known by its content: `datasets` fills a missing column with None, turns a column with one wrong value
+into another type, and returned old rows for an edited file of the same size and time.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import hashlib
+import importlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmft.config import BadRow, DataConfig, Files, canonical
+from llmft.errors import ConfigError, DataError, did_you_mean
+
+SPLITS = ("train", "validation", "test")
+FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row: its columns, and where it stands (`file:line`)."""
+
+    values: dict[str, Any]
+    where: str
+
+
+@dataclass
+class Problems:
+    """Rows that cannot be used: the first one stops the run, or all are counted by reason and kept for the record."""
+
+    policy: BadRow = BadRow.error
+    rejected: list[dict[str, str]] = field(default_factory=list)
+
+    def add(self, where: str, reason: str, advice: str = "") -> None:
+        """Records a bad row; raises DataError under data.on_bad_row=error."""
+        if self.policy is BadRow.error:
+            raise DataError(f"{where}: {reason}{advice} (data.on_bad_row=skip leaves such rows out).")
+        self.rejected.append({"where": where, "reason": reason})
+
+    def reasons(self) -> dict[str, int]:
+        """How many rows were left out, by reason."""
+        return dict(Counter(entry["reason"] for entry in self.rejected))
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The rows of each split that was given, and a fingerprint of all content they come from."""
+
+    splits: dict[str, list[Row]]
+    fingerprint: str
+
+
+def load_rows(data: DataConfig, problems: Problems) -> Loaded:
+    """Reads what `data` names.
+
+    Raises:
+        ConfigError: a file, generator or dataset that does not exist.
+        DataError: a row that cannot be read, or no rows at all.
+    """
+    if data.source:
+        loaded = _from_generator(data)
+    elif data.hub:
+        loaded = _from_hub(data)
+    else:
+        loaded = _from_files(data, problems)
+    if not loaded.splits.get("train"):
+        raise DataError(f"data={data.name} has no training rows: {_named(data)} is empty.")
+    return loaded
+
+
+def _named(data: DataConfig) -> str:
+    return str(data.source or data.hub or data.files or data.split_files.train)
+
+
+# ---------------------------------------------------------------------------------------------------- generators
+
+
+def _from_generator(data: DataConfig) -> Loaded:
+    assert data.source is not None
+    module_name, _, function_name = data.source.rpartition(".")
+    if not module_name.startswith("llmft.data."):
+        raise ConfigError(f"data.source={data.source}: only functions under llmft.data may make rows.")
+    try:
+        generate = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError):
+        raise ConfigError(f"data.source={data.source}: no such function.") from None
+    splits = {
+        split: [
+            Row(values, f"{data.name}:{split}:{number}")
+            for number, values in enumerate(generate(split, data.rows[split], data.split_seed), start=1)
+        ]
+        for split in SPLITS
+        if data.rows.get(split)
+    }
+    content = canonical({split: [row.values for row in rows] for split, rows in splits.items()})
+    return Loaded(splits, hashlib.sha256(content.encode()).hexdigest())
+
+
+# ----------------------------------------------------------------------------------------------------------- Hub
+
+
+def _from_hub(data: DataConfig) -> Loaded:
+    from llmft.model.hub import online_or_cached
+
+    with online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset"):
+        import datasets
+
+        found = datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+    wanted = {split: getattr(data.hub_splits, split) for split in SPLITS}
+    wanted["train"] = wanted["train"] or "train"
+    splits: dict[str, list[Row]] = {}
+    digest = hashlib.sha256(f"{data.hub}@{data.hub_revision}/{data.hub_config}".encode())
+    for split, name in wanted.items():
+        if name is None:
+            continue
+        if name not in found:
+            raise ConfigError(f"data.hub_splits.{split}={name}: {data.hub} has {', '.join(found)}.")
+        splits[split] = [Row(dict(values), f"{data.hub}/{name}:{n}") for n, values in enumerate(found[name], 1)]
+        digest.update(str(getattr(found[name], "_fingerprint", name)).encode())
+    return Loaded(splits, digest.hexdigest())
+
+
+# --------------------------------------------------------------------------------------------------------- files
+
+
+def _from_files(data: DataConfig, problems: Problems) -> Loaded:
+    given = Files(train=data.files) if data.files else data.split_files
+    splits: dict[str, list[Row]] = {}
+    digests: dict[str, list[str]] = {}
+    for split in SPLITS:
+        named = getattr(given, split)
+        if not named:
+            continue
+        key = "data.files" if data.files else f"data.split_files.{split}"
+        splits[split], digests[split] = [], []
+        for path in expand(named, key):
+            content = path.read_bytes()
+            digests[split].append(hashlib.sha256(content).hexdigest())
+            splits[split].extend(read(path, content, problems))
+    return Loaded(splits, hashlib.sha256(canonical(digests).encode()).hexdigest())
+
+
+def expand(named: Any, key: str) -> list[Path]:
+    """Paths and globs as a sorted list of existing files; ConfigError names the one that is missing."""
+    paths: list[Path] = []
+    for name in named if isinstance(named, (list, tuple)) else [named]:
+        name = str(Path(str(name)).expanduser())
+        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        files = [Path(match) for match in matches if Path(match).is_file()]
+        if not files:
+            folder = Path(name).parent
+            near = [p.name for p in folder.iterdir() if p.is_file()][:200] if folder.is_dir() else []
+            hint = did_you_mean(Path(name).name, near) if near else f"; {folder} is no directory"
+            raise ConfigError(f"{key}={name}: no such file{hint if len(hint) < 200 else ''}.")
+        paths.extend(files)
+    return paths
+
+
+def read(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+    """The rows of one file, its format told by its ending (`.gz` is opened first)."""
+    endings = [suffix.lower() for suffix in path.suffixes]
+    if endings and endings[-1] == ".gz":
+        try:
+            content = gzip.decompress(content)
+        except (OSError, EOFError) as error:
+            raise DataError(f"{path}: cannot be decompressed ({error}).") from None
+        endings.pop()
+    ending = endings[-1] if endings else ""
+    if ending not in FORMATS:
+        raise ConfigError(f"{path}: cannot tell the format of '{path.name}'; known endings: {', '.join(FORMATS)}.")
+    if ending == ".parquet":
+        return _read_parquet(path, content)
+    if ending == ".jsonl":
+        return _read_json_lines(path, content, problems)
+    if ending == ".txt":
+        return _read_lines(path, content, problems)
+    text = _decode(path, content)
+    if ending == ".json":
+        return _read_json(path, text, problems)
+    return _read_csv(path, text, problems, "\t" if ending == ".tsv" else ",")
+
+
+def _decode(path: Path, content: bytes) -> str:
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {_not_utf8(error, content)}; save the file as UTF-8.") from None
+
+
+def _not_utf8(error: UnicodeDecodeError, content: bytes) -> str:
+    column = error.start - (content.rfind(b"\n", 0, error.start) + 1) + 1
+    return f"not UTF-8 (byte 0x{content[error.start]:02x} at column {column})"
+
+
+def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str, str, bool]]:
+    """Non-empty decoded lines as (where, text, is the last line and has no newline)."""
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
+    for number, raw in enumerate(lines, start=1):
+        if not raw.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            yield where, raw.decode("utf-8").rstrip("\r"), number == len(lines)
+        except UnicodeDecodeError as error:
+            problems.add(where, _not_utf8(error, raw))
+
+
+def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+    for where, line, cut in _lines(path, content, problems):
+        try:
+            values = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            reason = f"not JSON ({getattr(error, 'msg', error)} at column {getattr(error, 'colno', 1)})"
+            problems.add(where, reason, "; the last line has no newline: cut off?" if cut else "")
+            continue
+        yield from _checked(values, where, problems)
+
+
+def _read_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+    for where, line, _ in _lines(path, content, problems):
+        yield Row({"text": line}, where)
+
+
+def _checked(values: Any, where: str, problems: Problems) -> Iterator[Row]:
+    if isinstance(values, dict):
+        yield Row(values, where)
+    else:
+        problems.add(where, f"a JSON object was expected, not {type(values).__name__}")
+
+
+def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
+    """An array of objects, each with the line it starts on."""
+    decoder = json.JSONDecoder()
+    position, line, counted = 0, 1, 0
+
+    def skip(characters: str) -> None:
+        nonlocal position
+        while position < len(text) and text[position] in characters:
+            position += 1
+
+    skip(" \t\r\n")
+    if text[position : position + 1] != "[":
+        hint = "; one object per line belongs in a .jsonl file" if text[position : position + 1] == "{" else ""
+        raise DataError(f"{path}:1: a JSON array of objects was expected{hint}.")
+    position += 1
+    while True:
+        skip(" \t\r\n,")
+        line += text.count("\n", counted, position)
+        counted = position
+        if text[position : position + 1] == "]":
+            return
+        where = f"{path}:{line}"
+        try:
+            values, position = decoder.raw_decode(text, position)
+        except (json.JSONDecodeError, RecursionError) as error:
+            number = getattr(error, "lineno", line)
+            raise DataError(
+                f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}); the array is broken from here on."
+            ) from None
+        yield from _checked(values, where, problems)
+
+
+def _read_csv(path: Path, text: str, problems: Problems, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    try:
+        header = next(reader, None)
+        if header is None:
+            return
+        begin = reader.line_num + 1
+        for cells in reader:
+            where, begin = f"{path}:{begin}", reader.line_num + 1
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                problems.add(where, f"{len(cells)} cells where the header has {len(header)}")
+                continue
+            yield Row(dict(zip(header, cells, strict=True)), where)
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV ({error}).") from None
+
+
+def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a parquet file ({error}).") from None
+    for number, values in enumerate(table.to_pylist(), start=1):
+        yield Row(values, f"{path}:row {number}")

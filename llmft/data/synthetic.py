@@ -1,0 +1,199 @@
+"""Rule-made English: seven writers to tell apart, and stories to train a tiny base model on.
+
+Everybody here writes short sentences about animals, and everybody has four habits: a word that opens
+each sentence, a word of degree, a word that joins two deeds, and a mark that ends each sentence.
+
+**The task** (:func:`writers`). Seven writers each have one value of every habit (:data:`WRITERS`), and
+any two writers share exactly one of their four values. In one text of ten the writer slips: one of the
+four habits takes a value of somebody else. Even then three habits point to the writer and at most two
+to anybody else, so every text has one right answer, but no single word or mark gives it away: a model
+has to weigh all four habits together. What a text is about says nothing about its writer.
+
+**The stories** (:func:`stories`). Each story is told in one style, drawn at random from a larger choice
+of values, so a model that predicts the next word learns to notice habits and to expect them again. No
+story has more than two of its four values in common with any of the seven writers, and none asks who
+wrote it. The writers' names are among the names of the characters, so the model knows the answers as
+words, but not whom they stand for.
+
+Every draw goes through ``random.Random.random``, whose sequence Python promises to keep for a given
+seed, so the same call gives the same rows everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import NamedTuple, TypeVar
+
+_T = TypeVar("_T")
+
+
+class Style(NamedTuple):
+    """One value of each of the four habits."""
+
+    opening: str
+    degree: str
+    joining: str
+    ending: str
+
+
+WRITERS: dict[str, Style] = {
+    "Ann": Style("Well,", "very", "and", "."),
+    "Ben": Style("Well,", "quite", "then", "!"),
+    "Eve": Style("Well,", "rather", "but", "..."),
+    "Max": Style("Oh,", "very", "then", "..."),
+    "Sue": Style("Oh,", "quite", "but", "."),
+    "Tom": Style("Now,", "very", "but", "!"),
+    "Zoe": Style("Now,", "rather", "then", "."),
+}
+"""The seven writers: each label of the task with the habits behind it."""
+
+_OPENINGS = ("Well,", "Oh,", "Now,", "Look,", "Yes,", "")
+_DEGREES = ("very", "quite", "rather", "too", "really")
+_JOININGS = ("and", "then", "but", "or", "&")
+_ENDINGS = (".", "!", "...", ";", " -")
+
+_NAMES = (*WRITERS, "Amy", "Bob", "Dan", "Ida", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Ray", "Uma")
+
+# What sentences are about. No word occurs twice in a list, so different choices make different texts.
+# fmt: off
+_ANIMALS = (
+    "bear", "bird", "cat", "cow", "crow", "deer", "dog", "duck", "fox",
+    "frog", "goat", "hare", "hen", "horse", "mouse", "owl", "pig", "rat",
+)
+_MOODS = (
+    "angry", "brave", "calm", "cold", "fast", "glad", "hungry", "loud",
+    "old", "quiet", "sad", "shy", "sick", "slow", "strong", "tired",
+)
+_DEEDS = (
+    "came", "danced", "flew", "hid", "jumped", "looked", "ran", "sang",
+    "sat", "slept", "spoke", "stood", "turned", "waited", "walked",
+)
+_PLACES = (
+    "at home", "by the fire", "by the lake", "down the hill", "in the barn", "in the garden", "in the rain",
+    "in the snow", "near the mill", "on the bridge", "on the road", "over the wall", "under the tree",
+    "up the stairs",
+)
+_ENDS = (
+    "ate a fish", "called a friend", "came back", "cried", "fell asleep", "found a coin", "laughed",
+    "lost a shoe", "made tea", "smiled", "told a joke", "went away", "went to bed", "wept", "wrote a song",
+)
+# fmt: on
+_VERBS = ("asked", "heard", "helped", "liked", "met", "missed", "saw", "thanked")
+
+_TASK_SPLITS = ("train", "validation", "test")
+_STORY_SPLITS = ("train", "validation")
+_SLIPS = 0.1  # the share of texts in which the writer slips
+
+
+def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of the seven writers, as many of each (within one), in random order.
+
+    No two rows have the same subject matter, and the splits never share a text: every choice of words
+    has a number for each word, and the sum of these numbers modulo three decides the split.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``.
+        num_rows: How many rows to make.
+        seed: The seed of the data (not of the training run).
+
+    Returns:
+        Rows with the columns ``text`` and ``writer``.
+    """
+    rng = _rng("writers", split, _TASK_SPLITS, seed)
+    names = tuple(WRITERS)
+    seen: set[tuple[int, ...]] = set()
+    rows: list[dict[str, str]] = []
+    while len(rows) < num_rows:
+        lists = (_ANIMALS, _MOODS, _ANIMALS, _DEEDS, _PLACES, _ENDS)
+        choice = tuple(_below(rng, len(words)) for words in lists)
+        if choice in seen or sum(choice) % len(_TASK_SPLITS) != _TASK_SPLITS.index(split):
+            continue
+        seen.add(choice)
+        animal, mood, other, deed, place, end = (words[i] for words, i in zip(lists, choice, strict=True))
+        name = names[len(rows) % len(names)]
+        style = _slip(rng, WRITERS[name]) if rng.random() < _SLIPS else WRITERS[name]
+        sentences = [_mood(style, f"the {animal}", mood), _deed(style, f"the {other}", deed, place, end)]
+        rows.append({"text": " ".join(_shuffled(rng, sentences)), "writer": name})
+    return _shuffled(rng, rows)
+
+
+def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Little stories to pretrain on, each with a title and in a style of its own.
+
+    Args:
+        split: ``train`` or ``validation``.
+        num_rows: How many rows to make.
+        seed: The seed of the data (not of the training run).
+
+    Returns:
+        Rows with the column ``text``.
+    """
+    rng = _rng("stories", split, _STORY_SPLITS, seed)
+    return [{"text": _story(rng)} for _ in range(num_rows)]
+
+
+def _story(rng: Random) -> str:
+    style = next(iter(WRITERS.values()))
+    while any(_common(style, writer) > 2 for writer in WRITERS.values()):
+        style = Style(*(_pick(rng, values) for values in (_OPENINGS, _DEGREES, _JOININGS, _ENDINGS)))
+    hero, friend = _shuffled(rng, _NAMES)[:2]
+    cast = [hero, *_shuffled(rng, [friend, *(f"the {animal}" for animal in _shuffled(rng, _ANIMALS)[:2])])]
+    gap = _pick(rng, (" ", "\n"))
+    sentences = []
+    for _ in range(3 + _below(rng, 4)):
+        who, kind = _pick(rng, cast), rng.random()
+        if kind < 0.4:
+            sentences.append(_mood(style, who, _pick(rng, _MOODS)))
+        elif kind < 0.8:
+            deed, place, end = (_pick(rng, words) for words in (_DEEDS, _PLACES, _ENDS))
+            sentences.append(_deed(style, who, deed, place, end))
+        else:
+            whom = _pick(rng, [other for other in cast if other != who])
+            sentences.append(_sentence(style, f"{who} {_pick(rng, _VERBS)} {whom}"))
+    return f"{cast[0]} and {cast[1]}\n" + gap.join(sentences)
+
+
+def _slip(rng: Random, style: Style) -> Style:
+    habit = _pick(rng, Style._fields)
+    values = dict.fromkeys(getattr(writer, habit) for writer in WRITERS.values())
+    others = [value for value in values if value != getattr(style, habit)]
+    return style._replace(**{habit: _pick(rng, others)})
+
+
+def _common(one: Style, other: Style) -> int:
+    return sum(a == b for a, b in zip(one, other, strict=True))
+
+
+def _mood(style: Style, who: str, mood: str) -> str:
+    return _sentence(style, f"{who} was {style.degree} {mood}")
+
+
+def _deed(style: Style, who: str, deed: str, place: str, end: str) -> str:
+    return _sentence(style, f"{who} {deed} {place} {style.joining} {end}")
+
+
+def _sentence(style: Style, body: str) -> str:
+    return _capital(f"{style.opening} {body}".strip()) + style.ending
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _rng(kind: str, split: str, splits: tuple[str, ...], seed: int) -> Random:
+    if split not in splits:
+        raise ValueError(f"Unknown split '{split}' of the {kind}: there are {', '.join(splits)}.")
+    return Random(f"{kind}/{split}/{seed}")
+
+
+def _below(rng: Random, limit: int) -> int:
+    return int(rng.random() * limit)
+
+
+def _pick(rng: Random, options: Sequence[_T]) -> _T:
+    return options[_below(rng, len(options))]
+
+
+def _shuffled(rng: Random, items: Sequence[_T]) -> list[_T]:
+    return [items[i] for i in sorted(range(len(items)), key=lambda _: rng.random())]

@@ -1,0 +1,83 @@
+"""What a run ran on: versions, device, git state."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "llmft",
+    "torch",
+    "lightning",
+    "transformers",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+    "accelerate",
+    "datasets",
+    "hydra-core",
+    "omegaconf",
+    "safetensors",
+    "wandb",
+    "numpy",
+)
+
+
+def versions() -> dict[str, str | None]:
+    """Installed versions of the packages that take part; None for one that is missing."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+def git_state(directory: Path) -> dict[str, Any]:
+    """Commit, and whether tracked files differ from it; empty where there is no git repository."""
+
+    def ask(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
+        return done.stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return {}
+
+
+def describe(device: Any) -> dict[str, Any]:
+    """Versions, machine and git state, for a run's record."""
+    import torch
+
+    facts: dict[str, Any] = {
+        "versions": versions(),
+        "git": git_state(Path.cwd()),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts["gpu"] = {"name": properties.name, "memory_gib": round(properties.total_memory / 2**30, 1)}
+        facts["cuda"] = torch.version.cuda
+    return facts
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

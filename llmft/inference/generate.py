@@ -1,0 +1,58 @@
+"""Prompts to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    pad_id: int,
+    end_ids: Sequence[int],
+    max_new_tokens: int,
+    batch_size: int = 64,
+) -> list[list[int]]:
+    """Greedy continuations of `prompts`, in their order, without the end token.
+
+    Prompts of like length go together and are padded on the left, so that every row's next token stands last.
+    """
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        group = order[start : start + batch_size]
+        width = max(len(prompts[index]) for index in group)
+        input_ids = torch.full((len(group), width), pad_id, dtype=torch.long)
+        mask = torch.zeros_like(input_ids)
+        for place, index in enumerate(group):
+            length = len(prompts[index])
+            input_ids[place, width - length :] = torch.tensor(prompts[index])
+            mask[place, width - length :] = 1
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=list(end_ids) or None,
+            pad_token_id=pad_id,
+            use_cache=True,
+        )
+        for place, index in enumerate(group):
+            results[index] = _until_end(output[place, width:].tolist(), end_ids)
+    return results
+
+
+def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    for place, token in enumerate(ids):
+        if token in end_ids:
+            return ids[:place]
+    return ids

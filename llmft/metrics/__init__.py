@@ -1,0 +1,1 @@
+"""Pure functions: references and predictions to a number."""

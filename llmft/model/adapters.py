@@ -1,0 +1,104 @@
+"""LoRA on a base: attach, detach, save, load, count; by PEFT."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft.config import LoraConfig
+from llmft.errors import ConfigError
+
+
+def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str) -> Any:
+    """`base` with a fresh LoRA whose random half comes from `seed` alone; returns the PeftModel.
+
+    Routers of mixtures of experts are left alone: a low-rank change of which expert sees a token is not what
+    "all linear layers" is asked for.
+
+    Raises ConfigError when lora.targets name no module of this model.
+    """
+    import peft
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    task = peft.TaskType.SEQ_CLS if auto_class == "sequence_classification" else peft.TaskType.CAUSAL_LM
+    config = peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=r".*\.(router|gate)" if targets == "all-linear" and _has_router(base) else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        task_type=task,
+        base_model_name_or_path=name,
+    )
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        try:
+            model = peft.get_peft_model(base, config)
+        except ValueError as error:
+            raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+    model.peft_config["default"].base_model_name_or_path = name
+    return model
+
+
+def _has_router(base: Any) -> bool:
+    return any(name.endswith((".router", ".gate")) for name, _ in base.named_modules())
+
+
+def detach(model: Any) -> Any:
+    """The base as it was before `attach`."""
+    base = model.unload()
+    if hasattr(base, "peft_config"):
+        del base.peft_config
+    base.requires_grad_(False)
+    base.zero_grad(set_to_none=True)
+    return base
+
+
+def reusable(lora: LoraConfig, auto_class: str) -> bool:
+    """Whether detaching leaves the base as it was: not where whole modules were trained in its place."""
+    return lora.enabled and not lora.modules_to_save and auto_class == "causal_lm"
+
+
+def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trained tensors by name, shared ones once."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Puts `state` back; raises KeyError or RuntimeError when names or shapes differ."""
+    own = trainable_state(model)
+    if own.keys() != state.keys():
+        raise KeyError(f"trained tensors differ: {sorted(own.keys() ^ state.keys())[:3]}")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def save(model: Any, tokenizer: Any, directory: Path) -> None:
+    """Writes the adapter (or, without LoRA, the model) and its tokenizer; the directory appears whole or not at all."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
+    try:
+        if hasattr(model, "peft_config"):
+            model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False)
+        else:
+            model.save_pretrained(staged, safe_serialization=True)
+        tokenizer.save_pretrained(staged)
+        os.chmod(staged, 0o755)
+        old = directory.with_name(f".{directory.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(staged, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)

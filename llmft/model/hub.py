@@ -1,0 +1,202 @@
+"""Where a model's files are: a local directory, the package, the Hub's cache, or the Hub itself.
+
+Nothing here waits long: what is cached is used without asking anybody, and what is not is asked for once, with a
+time limit of a few seconds, before the libraries' own retries (48 s for a missing model) can begin.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmft.config import ModelConfig, ModelInit
+from llmft.errors import ConfigError, nearest
+
+PACKAGED = "package:"
+PROBE_TIMEOUT_S = 4.0
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model's directory, and what identifies its content; no directory for a random model without files."""
+
+    directory: Path | None
+    fingerprint: str
+
+
+def locate(model: ModelConfig) -> Located:
+    """Finds the files of `model`, downloading them from the Hub only where they are not cached.
+
+    Raises ConfigError in one sentence, within seconds, when they cannot be had.
+    """
+    if model.path is not None:
+        return _local(model.path)
+    if model.init is ModelInit.random:
+        return Located(None, "random")
+    directory = _cached(model.id, model.revision)
+    if directory is None:
+        directory = _download(model)
+    return Located(directory, directory.name)
+
+
+def _local(path: str) -> Located:
+    if path.startswith(PACKAGED):
+        directory = Path(__file__).parent.parent / "assets" / path.removeprefix(PACKAGED)
+    else:
+        directory = Path(path).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={path}: no Hugging Face model directory there "
+            f"({'no config.json in it' if directory.is_dir() else 'no such directory'})."
+        )
+    return Located(directory, fingerprint(directory))
+
+
+def fingerprint(directory: Path) -> str:
+    """A digest of a model directory: names, sizes, whole small files, both ends of large ones (a 7B stays quick)."""
+    digest = hashlib.sha256()
+    edge = 2**20
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.suffix not in {".json", ".safetensors", ".model", ".txt", ".jinja", ".py"}:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= 64 * edge:
+                digest.update(file.read())
+            else:
+                digest.update(file.read(edge))
+                file.seek(-edge, os.SEEK_END)
+                digest.update(file.read(edge))
+    return digest.hexdigest()
+
+
+def _cached(repo: str, revision: str) -> Path | None:
+    """The snapshot of `repo` in the cache, if its weights are whole."""
+    import huggingface_hub
+
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # LocalEntryNotFoundError and an ill-formed id
+        return None
+    return directory if (directory / "config.json").is_file() and has_weights(directory) else None
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether all safetensors files that the directory's index names are there."""
+    if (directory / "model.safetensors").is_file():
+        return True
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return False
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError):
+        return False
+    return all((directory / name).is_file() for name in names)
+
+
+def _cache_directory() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _cached_ids(kind: str) -> list[str]:
+    folder = _cache_directory()
+    prefix = f"{kind}s--"
+    if not folder.is_dir():
+        return []
+    return [p.name.removeprefix(prefix).replace("--", "/") for p in folder.iterdir() if p.name.startswith(prefix)]
+
+
+def _offline() -> bool:
+    return any(
+        os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
+    """Asks the Hub once whether `repo` can be read; raises ConfigError saying why it cannot."""
+    from huggingface_hub import constants, get_token
+
+    cached = _cached_ids(kind)
+    near = nearest(repo, cached)
+    where = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {near})" if near else "")
+    if _offline():
+        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {where}; unset it or {advice}.")
+    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}"
+    token = get_token()
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as response:
+            gated = json.loads(response.read()).get("gated")
+        if gated and token is None:
+            raise ConfigError(
+                f"{key}: the {kind} is gated: accept its licence at {constants.ENDPOINT}/{repo}, "
+                f"log in with `hf auth login`, or {advice}."
+            )
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            reason = "it does not exist, or it is gated and needs `hf auth login` and its licence accepted"
+        elif error.code == 404:
+            reason = "no such repository"
+        else:
+            reason = f"it answered {error.code}"
+        raise ConfigError(f"{key}: {constants.ENDPOINT} refused ({reason}); or {advice}.") from None
+    except (OSError, ValueError) as error:
+        cause = getattr(error, "reason", error)
+        raise ConfigError(f"{key}: {constants.ENDPOINT} cannot be reached ({cause}) and {where}; {advice}.") from None
+
+
+def _download(model: ModelConfig) -> Path:
+    import huggingface_hub
+
+    key = f"model.id={model.id}"
+    advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
+    ask_hub(key, model.id, "model", advice)
+    patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
+    try:
+        directory = Path(
+            huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=patterns)
+        )
+    except Exception as error:
+        raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
+    if not has_weights(directory):
+        raise ConfigError(
+            f"{key}: the repository has no safetensors weights, and pickled ones are not loaded; convert them "
+            "with transformers' save_pretrained in an environment you trust, then set model.path=DIR."
+        )
+    return directory
+
+
+@contextlib.contextmanager
+def online_or_cached(key: str, repo: str, kind: str) -> Iterator[None]:
+    """Runs a Hub library offline when `repo` is cached, else after asking the Hub once.
+
+    Any failure inside leaves as one ConfigError.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    cached = repo in _cached_ids(kind)
+    if not cached:
+        ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
+    constants.HF_HUB_OFFLINE = cached or before
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
+    finally:
+        constants.HF_HUB_OFFLINE = before

@@ -1,0 +1,266 @@
+"""Names to tokenizer and base model; the base is kept for the next run in the process."""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat, canonical, to_plain
+from llmft.errors import ConfigError, did_you_mean
+from llmft.model.hub import PACKAGED, Located, locate
+from llmft.model.quantization import (
+    bitsandbytes_config,
+    fused_expert_parameters,
+    keep_packing,
+    quantize_in_place,
+    unquantized_modules,
+)
+
+
+@dataclass
+class _Kept:
+    """The base that the last run left behind; one, since memory rarely holds two."""
+
+    key: str | None = None
+    model: Any = None
+
+
+_kept = _Kept()
+
+
+def pick_device(accelerator: str, local_rank: int = 0) -> torch.device:
+    """The device this process computes on."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", local_rank)
+    if accelerator in ("gpu", "cuda"):
+        raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device found; use trainer=cpu.")
+    if accelerator not in ("auto", "cpu"):
+        raise ConfigError(
+            f"trainer.accelerator={accelerator}: no such device{did_you_mean(accelerator, ('auto', 'cpu', 'gpu'))}"
+        )
+    return torch.device("cpu")
+
+
+def _cpu_computes_bf16() -> bool:
+    """Whether the processor multiplies bf16 natively; without, it is 4 to 16 times slower than fp32."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def pick_precision(precision: Precision, device: torch.device) -> Precision:
+    """Resolves `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on a CPU without bf16 units."""
+    if precision is not Precision.auto:
+        return precision
+    if device.type == "cuda":
+        # is_bf16_supported() says yes to emulation; Ampere (8.0) is the first to compute it.
+        return Precision.bf16 if torch.cuda.get_device_capability(device)[0] >= 8 else Precision.fp16
+    return Precision.bf16 if _cpu_computes_bf16() else Precision.fp32
+
+
+TORCH_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+
+
+def load_tokenizer(model: ModelConfig, located: Located) -> Any:
+    """The model's fast tokenizer, with a padding token.
+
+    Padding is masked and never a label here, so which token pads changes nothing; it is the tokenizer's own,
+    else the unknown token, else the end token, and no embedding is added.
+    """
+    from transformers import AutoTokenizer
+
+    directory = located.directory
+    if directory is None:
+        directory = locate(replace(model, path=PACKAGED + "tiny")).directory
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=model.trust_remote_code
+        )
+    except Exception as error:
+        raise ConfigError(f"model={model.name}: its tokenizer in {directory} cannot be loaded ({error}).") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"model={model.name}: its tokenizer has no fast form (tokenizer.json), which is needed.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(texts: list[str], vocab_size: int, context_tokens: int) -> Any:
+    """A byte-level BPE tokenizer of `vocab_size` tokens trained on `texts`, with <pad>, <s> and </s>."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=context_tokens,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def model_config(model: ModelConfig, located: Located) -> Any:
+    """transformers' config: from the model's directory, or made from its architecture and overrides."""
+    from transformers import AutoConfig
+
+    if located.directory is not None:
+        config = AutoConfig.from_pretrained(
+            located.directory, local_files_only=True, trust_remote_code=model.trust_remote_code
+        )
+        for key, value in {**model.load_overrides, **model.overrides}.items():
+            if not hasattr(config, key):
+                raise ConfigError(f"model.overrides.{key}: {type(config).__name__} has no such value.")
+            setattr(config, key, value)
+        return config
+    if model.requires_remote_code:
+        raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
+    try:
+        return AutoConfig.for_model(model.architecture, **{**model.config, **model.load_overrides, **model.overrides})
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"model.architecture={model.architecture}: {str(error).splitlines()[0]}") from None
+
+
+def load_base(
+    model: ModelConfig,
+    located: Located,
+    quantization: QuantizationConfig,
+    *,
+    auto_class: str,
+    num_labels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    vocab_size: int | None = None,
+    keep: bool = True,
+) -> Any:
+    """The (quantised) base model on `device`, in evaluation mode, nothing trainable.
+
+    With `keep`, the model stays in the process, and the next call with the same arguments returns it at once.
+    A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
+    """
+    key = canonical(
+        [to_plain(model), located.fingerprint, to_plain(quantization), auto_class, num_labels, str(dtype), str(device)]
+        + ([seed, vocab_size] if model.init is ModelInit.random else [])
+    )
+    if keep and _kept.key == key:
+        return _kept.model
+    drop_base()
+    build = _random if model.init is ModelInit.random else _pretrained
+    base = build(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+    keep_packing(base)
+    base.requires_grad_(False)
+    base.eval()
+    if keep:
+        _kept.key, _kept.model = key, base
+    return base
+
+
+def drop_base() -> None:
+    """Forgets the kept base and frees its memory."""
+    _kept.key = _kept.model = None
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _auto(auto_class: str) -> Any:
+    import transformers
+
+    return {
+        "causal_lm": transformers.AutoModelForCausalLM,
+        "sequence_classification": transformers.AutoModelForSequenceClassification,
+    }[auto_class]
+
+
+def _prepared_config(
+    model: ModelConfig, located: Located, auto_class: str, num_labels: int, vocab_size: int | None
+) -> Any:
+    config = model_config(model, located)
+    if auto_class == "sequence_classification":
+        config.num_labels = num_labels
+    if vocab_size is not None:
+        config.vocab_size = vocab_size
+    return config
+
+
+def _random(
+    model: ModelConfig,
+    located: Located,
+    quantization: QuantizationConfig,
+    auto_class: str,
+    num_labels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    vocab_size: int | None,
+) -> Any:
+    config = _prepared_config(model, located, auto_class, num_labels, vocab_size)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        with torch.device(device):
+            base = _auto(auto_class).from_config(config, dtype=dtype, **_attention(model))
+    quantize_in_place(base, quantization, dtype, model.skip_modules, device)
+    return base
+
+
+def _pretrained(
+    model: ModelConfig,
+    located: Located,
+    quantization: QuantizationConfig,
+    auto_class: str,
+    num_labels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    vocab_size: int | None,
+) -> Any:
+    assert located.directory is not None
+    config = _prepared_config(model, located, auto_class, num_labels, None)
+    with torch.device("meta"):
+        skeleton = _auto(auto_class).from_config(config, dtype=dtype)
+    skip = unquantized_modules(skeleton, model.skip_modules)
+    in_place = quantization.format is not QuantizationFormat.none and bool(fused_expert_parameters(skeleton))
+    streamed = None if in_place else bitsandbytes_config(quantization, dtype, skip)
+    del skeleton
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)  # a new classification head is random
+        try:
+            base = _auto(auto_class).from_pretrained(
+                located.directory,
+                config=config,
+                dtype=dtype,
+                quantization_config=streamed,
+                device_map={"": "cpu" if in_place else device},
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                **_attention(model),
+            )
+        except (OSError, ValueError) as error:
+            where = located.directory
+            raise ConfigError(f"model={model.name}: its weights in {where} cannot be loaded ({error}).") from None
+    if in_place:
+        quantize_in_place(base, quantization, dtype, model.skip_modules, device)
+    return base
+
+
+def _attention(model: ModelConfig) -> dict[str, Any]:
+    return {} if model.attn_implementation is None else {"attn_implementation": model.attn_implementation}

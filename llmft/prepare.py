@@ -1,0 +1,77 @@
+"""What a run needs before torch is imported: rows, the model's files, the run directory.
+
+`python -m llmft` answers a mistake, or finds a finished run, from here in about a second.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+
+from llmft.config import TrainConfig
+from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.sources import Problems, load_rows
+from llmft.data.splits import make_splits
+from llmft.errors import ConfigError, DataError
+from llmft.model.hub import Located, locate
+from llmft.runs import Run, open_run, run_key
+
+
+@dataclass
+class Prepared:
+    """Conversations of each split, the model's files, and the run they belong to."""
+
+    config: TrainConfig
+    conversations: dict[str, list[Conversation]]
+    labels: list[str]
+    located: Located
+    data_fingerprint: str
+    run: Run
+    problems: Problems = field(default_factory=Problems)
+
+
+def process_rank() -> int:
+    """This process's place among those of a distributed run, before torch.distributed knows it."""
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        value = os.environ.get(name)
+        if value is not None and value.isdigit():
+            return int(value)
+    return 0
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Reads and checks the rows, finds the model, and opens the run directory.
+
+    Raises:
+        ConfigError: for what the config names and is not there.
+        DataError: for rows that cannot be used.
+    """
+    problems = Problems(config.data.on_bad_row)
+    loaded = load_rows(config.data, problems)
+    rows = make_splits(loaded, config.data)
+    columns = ColumnMap.of(config.data, rows["train"])
+    conversations = {split: columns.conversations(part, problems) for split, part in rows.items()}
+    total = sum(map(len, rows.values()))
+    check_rejected(problems, total, config)
+    if not conversations["train"]:
+        raise DataError(f"data={config.data.name}: no training row can be used.")
+    if not conversations["validation"]:
+        raise DataError(
+            f"data={config.data.name} has no validation rows: raise data.validation_fraction or name a file in "
+            "data.split_files.validation."
+        )
+    if config.task.auto_class == "sequence_classification" and not columns.labels:
+        raise ConfigError(f"task={config.task.name} needs classes: set data.columns.target to their column.")
+    located = locate(config.model)
+    run = open_run(config, run_key(config, loaded.fingerprint, located.fingerprint))
+    return Prepared(config, conversations, columns.labels, located, loaded.fingerprint, run, problems)
+
+
+def check_rejected(problems: Problems, total: int, config: TrainConfig) -> None:
+    """Raises DataError when more rows were left out than data.max_bad_fraction allows."""
+    if len(problems.rejected) > config.data.max_bad_fraction * total:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in problems.reasons().items())
+        raise DataError(
+            f"data={config.data.name}: {len(problems.rejected)} of {total} rows cannot be used ({reasons[:300]}), more "
+            f"than data.max_bad_fraction={config.data.max_bad_fraction}; the first is {problems.rejected[0]['where']}."
+        )

@@ -1,0 +1,245 @@
+"""A run directory: its key, file names, lock, status; create, open, list.
+
+A run's directory is named by its config, so the same config always means the same directory and the same numbers.
+The key is a hash of all that can change a run's numbers, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from llmft.config import TrainConfig, canonical, numbers_of, to_plain
+from llmft.errors import ConfigError
+from llmft.files import write_atomically
+from llmft.redaction import redact
+
+SCHEMA_VERSION = 1
+MAX_NAME = 80
+"""Longest directory name, in characters; what is cut off is in the key."""
+
+
+def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) -> str:
+    """Ten hex digits of a hash over the config's numbers and the content of data and model.
+
+    Where files lie does not count, what is in them does: a moved data file or model gives the same run.
+    """
+    numbers = numbers_of(config)
+    # The fingerprints stand for these.
+    for name in ("id", "revision", "path"):
+        numbers["model"].pop(name)
+    for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
+        numbers["data"].pop(name)
+    content = canonical([SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint])
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def slug(text: str) -> str:
+    """`text` in lower case with only letters, digits, dot, dash and underscore: safe as a file name anywhere."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "run"
+
+
+def run_name(config: TrainConfig) -> str:
+    """What a person calls the run: its model, data and the values that experiments vary."""
+    if config.name:
+        return slug(config.name)[:MAX_NAME]
+    method = f"r{config.lora.r}" if config.lora.enabled else "full"
+    rate = f"{config.learning_rate.peak:g}"
+    parts = [config.model.name, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
+    return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
+
+
+@dataclass
+class Run:
+    """One run directory, and the names of what lies in it."""
+
+    directory: Path
+    key: str
+    _lock: filelock.BaseFileLock | None = field(default=None, repr=False)
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.directory / "config.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        """Status, command and result."""
+        return self.directory / "run.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions, device, git state, fingerprints."""
+        return self.directory / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """All numbers that the config determines, one JSON object per line."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def timing_file(self) -> Path:
+        """Speed and memory, which differ from machine to machine."""
+        return self.directory / "timing.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        """Generations beside the references, per validation."""
+        return self.directory / "samples.jsonl"
+
+    @property
+    def rejected_file(self) -> Path:
+        """Rows that could not be used, with the reason."""
+        return self.directory / "rejected.jsonl"
+
+    @property
+    def log_file(self) -> Path:
+        """What was printed."""
+        return self.directory / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state to go on from."""
+        return self.directory / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as PEFT's directory."""
+        return self.directory / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, where all weights were trained."""
+        return self.directory / "model"
+
+    def status(self) -> dict[str, Any]:
+        """The content of run.json, empty for a run that was never started or whose file is damaged."""
+        try:
+            found = json.loads(self.status_file.read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def update(self, **values: Any) -> None:
+        """Adds `values` to run.json."""
+        content = json.dumps({**self.status(), **values}, indent=1, ensure_ascii=False, default=str)
+        write_atomically(self.status_file, content.encode())
+
+    @property
+    def done(self) -> bool:
+        """Whether the run finished, and what it hands over is there."""
+        return self.status().get("status") == "done" and (self.adapter.is_dir() or self.model.is_dir())
+
+    def lock(self) -> None:
+        """Takes the run for this process until `unlock` or the process's end, however it ends.
+
+        Raises ConfigError naming the process that holds it.
+        """
+        self._lock = filelock.FileLock(self.directory / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except filelock.Timeout:
+            self._lock = None
+            owner = self.status().get("owner", {})
+            raise ConfigError(
+                f"{self.directory}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is training this run "
+                f"(since {owner.get('since', '?')}): wait for it, or change the config."
+            ) from None
+        self.update(
+            owner={"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        )
+
+    def unlock(self) -> None:
+        """Lets other processes have the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def clear(self) -> None:
+        """Empties the run's directory, for `force=true`; the lock stays."""
+        for path in self.directory.iterdir():
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def keep_until(self, step: int) -> None:
+        """Drops records after `step`, and of a test, from the JSON-lines files: all that will be made again."""
+        for path in (self.metrics_file, self.timing_file, self.samples_file):
+            if not path.is_file():
+                continue
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_kept(line, step)]
+            write_atomically(path, b"".join(kept))
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        tested = record.get("split") == "test" or any(key.startswith("test/") for key in record)
+        return record["step"] <= step and not tested
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # a line that a kill cut off
+
+
+def open_run(config: TrainConfig, key: str) -> Run:
+    """The run directory of `key` under config.output_dir/runs, made if need be.
+
+    A renamed or tagged config keeps its key: a directory that ends in the key is that run, whatever its name.
+
+    Raises ConfigError when the directory holds something that is not a run of llmft.
+    """
+    root = Path(config.output_dir) / "runs"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
+    except PermissionError:
+        raise ConfigError(f"output_dir={config.output_dir}: not allowed to write there; choose another.") from None
+    known = sorted(root.glob(f"*-{key}"))
+    directory = known[0] if known else root / f"{run_name(config)}-{key}"
+    run = Run(directory, key)
+    if directory.exists():
+        foreign = not directory.is_dir() or (any(directory.iterdir()) and not _is_run(directory))
+        if foreign:
+            raise ConfigError(
+                f"{directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+            )
+    try:
+        directory.mkdir(exist_ok=True)
+    except PermissionError:
+        raise ConfigError(f"{directory}: not allowed to write there; set output_dir to another place.") from None
+    return run
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
+
+
+def write_config(run: Run, config: TrainConfig) -> None:
+    """Writes the resolved config as YAML."""
+    from omegaconf import OmegaConf
+
+    write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line, mending a line that a kill cut off before it."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,90 @@
+"""config -> run directory: `python -m llmft.train`, or `python -m llmft` for short.
+
+Validates, fine-tunes, validates again, and returns the monitored metric, which a sweep optimises.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from llmft.app import command_line, run_verb
+from llmft.config import TrainConfig, to_config
+from llmft.errors import DivergedError, Interrupted, UserError
+
+
+def main() -> None:
+    """The command."""
+    # Waiting OpenMP threads sleep: spinning ones made two threads on contended cores fifty times slower than one.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    run_verb("train", TrainConfig, lambda composed: train(to_config(composed, TrainConfig)))
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
+    """Trains what `config` says, or finds that it is done; returns the monitored metric.
+
+    Raises UserError for what the user can mend; everything else is a defect.
+    """
+    from llmft.console import Screen
+    from llmft.prepare import prepare, process_rank
+
+    screen = Screen(quiet=quiet or process_rank() > 0)
+    prepared = prepare(config)
+    run = prepared.run
+    if process_rank() > 0:
+        return _train(prepared, screen)
+    if run.done and not config.force:
+        return _tell_done(run, config, screen)
+    run.lock()
+    try:
+        if run.done and not config.force:
+            return _tell_done(run, config, screen)
+        if config.force and run.status():
+            run.clear()
+        run.update(status="running", key=run.key, command=command_line(), notes=config.notes, tags=config.tags)
+        screen.open_log(run.log_file)
+        try:
+            return _train(prepared, screen)
+        except BaseException as error:
+            _record_failure(run, error)
+            raise
+    finally:
+        screen.close_log()
+        run.unlock()
+
+
+def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
+    status = run.status()
+    result = status.get("result", {})
+    screen.print(f"This run is done: [bold]{run.directory}[/bold] (force=true runs it again)")
+    screen.summary(result.get("before", {}), result.get("after", {}), {})
+    return result.get("after", {}).get(config.trainer.monitor)
+
+
+def _record_failure(run: Any, error: BaseException) -> None:
+    stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    kind = "interrupted" if stopped else "diverged" if isinstance(error, DivergedError) else "failed"
+    try:
+        run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
+    except OSError:
+        pass  # the disk that failed the run may not take the note either; the error itself is on its way out
+
+
+def _train(prepared: Any, screen: Any) -> float | None:
+    """Everything that needs torch."""
+    from llmft.console import quiet_libraries
+    from llmft.training.session import Session
+
+    quiet_libraries()
+    session = Session(prepared, screen)
+    try:
+        return session.run()
+    finally:
+        session.close()
+
+
+if __name__ == "__main__":
+    main()

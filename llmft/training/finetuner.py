@@ -1,0 +1,297 @@
+"""The one LightningModule: a model, an objective, an optimizer and a schedule, handed in.
+
+One Lightning batch is one effective batch, hence one optimizer step: its micro-batches are accumulated inside
+`training_step` (manual optimization). So the loss is divided by the labelled tokens of the whole effective batch, over
+all micro-batches and devices, and no stop, save or validation can fall inside an accumulation window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning as L
+import torch
+
+from llmft.data.batch import MicroBatch, StepBatch
+from llmft.errors import DivergedError
+from llmft.inference.generate import generate
+from llmft.model.adapters import load_trainable_state, trainable_state
+from llmft.training.objectives.base import Objective
+
+
+@dataclass
+class Sample:
+    """A validation row to generate for."""
+
+    prompt_ids: list[int]
+    prompt: str
+    reference: str
+    where: str
+
+
+@dataclass
+class Validation:
+    """What one validation found."""
+
+    step: int
+    split: str
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass
+class Generation:
+    """How validation generates."""
+
+    samples: list[Sample]
+    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
+    decode: Callable[[list[int]], str]
+    pad_id: int
+    end_ids: list[int]
+    max_new_tokens: int
+    batch_size: int
+
+
+def stream(seed: int, *place: int | str) -> int:
+    """A seed for one place of a run (step, process, …), as a function of the run's seed and nothing else."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *place))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class FineTuner(L.LightningModule):
+    """Trains what is trainable in `model`.
+
+    Attributes:
+        step: optimizer steps taken since the run began, over all its processes and resumptions.
+        train_metrics: loss, rate and gradient norm of the last step.
+        validation: what the last validation found.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        objective: Objective,
+        make_optimizer: Callable[[Any], torch.optim.Optimizer],
+        learning_rate: Callable[[int], float],
+        *,
+        seed: int,
+        gradient_clip: float | None = None,
+        generation: Generation | None = None,
+        describe_row: Callable[[int], str] = str,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.strict_loading = False
+        self.model = model
+        self.objective = objective
+        self.make_optimizer = make_optimizer
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.gradient_clip = gradient_clip
+        self.generation = generation
+        self.describe_row = describe_row
+        self.step = 0
+        self.train_metrics: dict[str, float] = {}
+        self.validation: Validation | None = None
+        self._grad_norm = 0.0
+        self._rows: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._pending_optimizer: dict[str, dict[str, Any]] | None = None
+
+    # ------------------------------------------------------------------------------------------------- training
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """The optimizer over what is trainable, with its state of the last checkpoint if there is one."""
+        optimizer = self.make_optimizer([p for p in self.model.parameters() if p.requires_grad])
+        if self._pending_optimizer is not None:
+            self._load_optimizer(optimizer, self._pending_optimizer)
+            self._pending_optimizer = None
+        return optimizer
+
+    def on_train_epoch_start(self) -> None:
+        """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
+        self.model.train()
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over all micro-batches of `batch`.
+
+        Raises DivergedError before the step when loss or gradient is not finite.
+        """
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        rate = self.learning_rate(batch.step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
+        torch.manual_seed(stream(self.seed, "dropout", batch.step, self.global_rank))
+        total = torch.zeros((), device=self.device)
+        with self._no_gradient_sync():
+            for micro in batch.micro_batches:
+                losses = self.objective.losses(self.model, micro)
+                loss = (losses.nll * micro.weights).sum() / batch.weight
+                self.manual_backward(loss)
+                total += loss.detach()
+        self._sum_over_processes([total, *self._gradients()])
+        value = float(total)
+        if not math.isfinite(value):
+            raise DivergedError(self._diverged("loss", value, batch))
+        self._batch = batch
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step = batch.step + 1
+        self.train_metrics = {
+            "train/loss_nats": value,
+            "train/learning_rate": rate,
+            "train/gradient_norm": self._grad_norm,
+        }
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
+        gradients = self._gradients()
+        norm = torch.nn.utils.get_total_norm(gradients)
+        self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):
+            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+                return  # fp16: the scaler skips this step and lowers its scale
+            raise DivergedError(self._diverged("gradient norm", self._grad_norm, self._batch))
+        if self.gradient_clip is not None:
+            parameters = [p for p in self.model.parameters() if p.grad is not None]
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
+
+    def _diverged(self, what: str, value: float, batch: StepBatch) -> str:
+        rows = [self.describe_row(row) for micro in batch.micro_batches for row in micro.rows]
+        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
+        return (
+            f"training diverged: the {what} is {value} at step {batch.step + 1} (rows {shown}); the weights before it "
+            "are in the newest checkpoint. Lower learning_rate.peak, or look at these rows."
+        )
+
+    def _gradients(self) -> list[torch.Tensor]:
+        return [p.grad for p in self.model.parameters() if p.grad is not None]
+
+    def _no_gradient_sync(self) -> Any:
+        block = getattr(self.trainer.strategy, "block_backward_sync", None)
+        return block() if block is not None and self.trainer.world_size > 1 else nullcontext()
+
+    def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
+        """Sums each tensor over all processes, in one message: the loss is already a share of the whole batch's."""
+        if self.trainer.world_size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        place = 0
+        for tensor in tensors:
+            tensor.copy_(flat[place : place + tensor.numel()].view_as(tensor))
+            place += tensor.numel()
+
+    # ------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        """Dropout off."""
+        self.model.eval()
+        self._rows = []
+
+    def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
+        """Collects row losses."""
+        losses = self.objective.losses(self.model, batch)
+        self._rows.append((batch.rows, losses.nll.double().cpu(), losses.counts.double().cpu()))
+
+    def on_validation_epoch_end(self) -> None:
+        """Sets `validation`."""
+        self._evaluate("val")
+        assert self.validation is not None
+        if not self.trainer.sanity_checking:
+            # For callbacks that a user adds (EarlyStopping, …); the run's own records do not pass through here.
+            self.log_dict(self.validation.metrics, logger=False, rank_zero_only=False)
+
+    on_test_epoch_start = on_validation_epoch_start
+    test_step = validation_step
+
+    def on_test_epoch_end(self) -> None:
+        """Sets `validation` to what the test rows gave."""
+        self._evaluate("test")
+
+    def _evaluate(self, split: str) -> None:
+        """Loss in nats per labelled token over all rows and processes, perplexity, generations and their metrics."""
+        found = [
+            (row, float(nll), float(count))
+            for rows, nlls, counts in self._rows
+            for row, nll, count in zip(rows, nlls, counts, strict=True)
+        ]
+        gathered = sorted(row for share in self._gather(found) for row in share)
+        loss = math.fsum(nll for _, nll, _ in gathered) / math.fsum(count for _, _, count in gathered)
+        metrics = {f"{split}/loss_nats": loss, f"{split}/perplexity": math.exp(min(loss, 700.0))}
+        samples: list[dict[str, Any]] = []
+        if self.generation is not None and self.generation.samples:
+            samples = self._generate(self.generation)
+            references = [sample["reference"] for sample in samples]
+            predictions = [sample["generated"] for sample in samples]
+            for name, metric in self.generation.metrics.items():
+                metrics[f"{split}/{name}"] = metric(references, predictions)
+        self.validation = Validation(self.step, split, metrics, samples)
+
+    def _generate(self, generation: Generation) -> list[dict[str, Any]]:
+        mine = list(enumerate(generation.samples))[self.global_rank :: self.trainer.world_size]
+        with self.trainer.precision_plugin.forward_context():
+            outputs = generate(
+                self.model,
+                [sample.prompt_ids for _, sample in mine],
+                pad_id=generation.pad_id,
+                end_ids=generation.end_ids,
+                max_new_tokens=generation.max_new_tokens,
+                batch_size=generation.batch_size,
+            )
+        made = [
+            (
+                place,
+                {
+                    "where": sample.where,
+                    "prompt": sample.prompt,
+                    "reference": sample.reference,
+                    "generated": generation.decode(output),
+                },
+            )
+            for (place, sample), output in zip(mine, outputs, strict=True)
+        ]
+        gathered = [item for share in self._gather(made) for item in share]
+        return [sample for _, sample in sorted(gathered, key=lambda item: item[0])]
+
+    def _gather(self, share: list[Any]) -> list[list[Any]]:
+        if self.trainer.world_size == 1:
+            return [share]
+        shares: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(shares, share)
+        return shares
+
+    def cpu(self) -> FineTuner:
+        """Stays where it is: Lightning would move the base off its device, which the next run wants it on."""
+        return self
+
+    # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The trained tensors by name."""
+        return trainable_state(self.model)
+
+    def optimizer_state(self) -> dict[str, dict[str, Any]]:
+        """The optimizer's state by parameter name."""
+        optimizer = self.trainer.optimizers[0]
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+
+    def restore(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, dict[str, Any]]) -> None:
+        """Goes back to a checkpoint; call before `fit`."""
+        load_trainable_state(self.model, weights)
+        self._pending_optimizer = optimizer
+        self.step = step
+
+    def _load_optimizer(self, optimizer: torch.optim.Optimizer, state: dict[str, dict[str, Any]]) -> None:
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        numbered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+        current = optimizer.state_dict()
+        current["state"] = {place: state[name] for place, name in enumerate(numbered) if name in state}
+        optimizer.load_state_dict(current)

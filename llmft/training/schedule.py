@@ -1,0 +1,33 @@
+"""The learning rate as a function of the step, so that nothing of it has to be saved."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from llmft.config import LearningRateConfig, Schedule
+
+
+def make_schedule(config: LearningRateConfig, total_steps: int) -> Callable[[int], float]:
+    """The rate at each optimizer step, counted from 0.
+
+    It rises linearly over the warm-up to `peak`, which the last warm-up step has, then falls to `floor` x `peak` at
+    the last step: on a line, on half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), or not at all.
+    """
+    warmup = config.warmup_steps
+    if warmup is None:
+        warmup = round(config.warmup_fraction * total_steps)
+
+    def rate(step: int) -> float:
+        if step < warmup:
+            return config.peak * (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        if config.schedule is Schedule.constant:
+            share = 1.0
+        elif config.schedule is Schedule.linear:
+            share = 1.0 - progress
+        else:
+            share = 0.5 * (1.0 + math.cos(math.pi * progress))
+        return config.peak * (config.floor + (1.0 - config.floor) * share)
+
+    return rate

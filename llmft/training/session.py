@@ -1,0 +1,431 @@
+"""One training from prepared rows to a finished run directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+
+from llmft.app import command_line
+from llmft.build import build, find, metric_functions, optimizer_factory
+from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
+from llmft.config import Export, Precision, QuantizationFormat, TrainConfig
+from llmft.console import Screen
+from llmft.data.batch import steps_per_epoch
+from llmft.data.columns import Conversation
+from llmft.data.datamodule import DataModule
+from llmft.data.encode import Encoded, Encoder, end_token_ids
+from llmft.data.prompt import prompt_format
+from llmft.environment import describe
+from llmft.errors import ConfigError
+from llmft.files import write_atomically
+from llmft.model import adapters
+from llmft.model.load import (
+    TORCH_DTYPES,
+    drop_base,
+    load_base,
+    load_tokenizer,
+    pick_device,
+    pick_precision,
+    train_tokenizer,
+)
+from llmft.model.quantization import weight_counts
+from llmft.prepare import Prepared, check_rejected, process_rank
+from llmft.redaction import redact
+from llmft.runs import append_line, write_config
+from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.finetuner import FineTuner, Generation, Sample, stream
+from llmft.training.progress import ShowProgress
+from llmft.training.schedule import make_schedule
+from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
+
+LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
+
+
+class Session:
+    """Builds all parts of a run, in the order in which a mistake is cheapest, and runs it."""
+
+    def __init__(self, prepared: Prepared, screen: Screen) -> None:
+        self.prepared = prepared
+        self.config: TrainConfig = prepared.config
+        self.screen = screen
+        self.run_directory = prepared.run
+        self.main_process = process_rank() == 0
+        self.loggers: list[Any] = []
+        self.exit_code = 1
+        self.model: Any = None
+
+    # ---------------------------------------------------------------------------------------------------- building
+
+    def run(self) -> float | None:
+        """Trains, or goes on training, and finishes the run directory; returns the monitored metric."""
+        config = self.config
+        self._check_parts()
+        self._choose_device()
+        self._read()
+        self._load()
+        checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn)
+        state = checkpoint.state if checkpoint is not None else {}
+        environment = describe(self.device)
+        if self.main_process:
+            self._write_records(environment)
+            self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
+            self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
+            self._show_plan(checkpoint.step if checkpoint is not None else None)
+        self.module = self._module()
+        if checkpoint is not None:
+            self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)
+        recorder = Recorder(self.run_directory, seconds_before=state.get("seconds", 0.0))
+        self.checkpointer = self._checkpointer(state, recorder)
+        progress = ShowProgress(
+            self.screen, recorder, self.total_steps, config.task.show_rows, config.progress and self.main_process
+        )
+        trainer = self._trainer([recorder, self.checkpointer, progress], fresh=checkpoint is None)
+        self._fit(trainer)
+        return self._finish(trainer, recorder)
+
+    def _check_parts(self) -> None:
+        config = self.config
+        self.make_optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)
+        self.objective = find(config.task.objective, "task.objective")()
+        self.metrics = metric_functions(config.task.metrics)
+        check_loggers(config.logger)
+        self.extra_callbacks = [
+            build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()
+        ]
+
+    def _choose_device(self) -> None:
+        trainer = self.config.trainer
+        self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
+        self.precision = pick_precision(trainer.precision, self.device)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
+        torch.set_num_threads(trainer.threads or max(1, cores // processes))
+        torch.set_float32_matmul_precision("high")
+
+    def _read(self) -> None:
+        """Tokenizer and token ids: everything about the data, before the weights load."""
+        config, conversations = self.config, self.prepared.conversations
+        if config.model.train_tokenizer_vocab is not None:
+            texts = [message["content"] for c in conversations["train"] for message in c.messages]
+            vocabulary = config.model.train_tokenizer_vocab
+            self.tokenizer = train_tokenizer(texts, vocabulary, config.data.max_tokens)
+        else:
+            self.tokenizer = load_tokenizer(config.model, self.prepared.located)
+        self.prompt = prompt_format(config.prompt, self.tokenizer)
+        self.encoder = Encoder(self.tokenizer, self.prompt, config.data)
+        problems = self.prepared.problems
+        self.splits = {
+            split: self.encoder.encode(split, rows, problems) for split, rows in conversations.items() if rows
+        }
+        check_rejected(problems, sum(map(len, conversations.values())), config)
+        trainer = config.trainer
+        per_epoch = steps_per_epoch(len(self.splits["train"]), trainer.batch_size)
+        self.total_steps = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
+        every = trainer.validate_every
+        self.validate_every = max(1, round(every * self.total_steps if every < 1 else every))
+
+    def _load(self) -> None:
+        """The base, quantised, and what is trained on it."""
+        config = self.config
+        dtype = TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32
+        self.base = load_base(
+            config.model,
+            self.prepared.located,
+            config.quantization,
+            auto_class=config.task.auto_class,
+            num_labels=len(self.prepared.labels),
+            dtype=dtype,
+            device=self.device,
+            seed=config.seed,
+            vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
+            keep=adapters.reusable(config.lora, config.task.auto_class),
+        )
+        self._check_vocabulary()
+        self.base.config.pad_token_id = self.tokenizer.pad_token_id
+        if config.trainer.gradient_checkpointing:
+            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        else:
+            self.base.gradient_checkpointing_disable()
+        if config.lora.enabled:
+            name = config.model.path if config.model.path is not None else config.model.id
+            self.model = adapters.attach(
+                self.base,
+                config.lora,
+                auto_class=config.task.auto_class,
+                seed=stream(config.seed, "lora"),
+                name=str(self.prepared.located.directory) if config.model.path is not None else str(name),
+            )
+        else:
+            self.base.requires_grad_(True)
+            self.model = self.base
+
+    def _check_vocabulary(self) -> None:
+        size = self.base.get_input_embeddings().weight.shape[0]
+        highest = max(max(example.input_ids) for examples in self.splits.values() for example in examples)
+        if highest >= size:
+            raise ConfigError(
+                f"model={self.config.model.name}: its tokenizer makes token {highest} but the model knows only {size}; "
+                "tokenizer and weights do not belong together."
+            )
+
+    def _module(self) -> FineTuner:
+        config = self.config
+        train = self.splits["train"]
+        self.data = DataModule(
+            self.splits,
+            pad_id=self.tokenizer.pad_token_id,
+            seed=config.seed,
+            batch_size=config.trainer.batch_size,
+            micro_batch_size=config.trainer.micro_batch_size,
+            validation_batch_size=config.trainer.validation_batch_size,
+        )
+        module = FineTuner(
+            self.model,
+            self.objective,
+            self.make_optimizer,
+            make_schedule(config.learning_rate, self.total_steps),
+            seed=config.seed,
+            gradient_clip=config.trainer.gradient_clip,
+            generation=self._generation("validation"),
+            describe_row=lambda row: train[row].where,
+        )
+        self.data.position = lambda: module.step
+        self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
+        return module
+
+    def _generation(self, split: str) -> Generation | None:
+        config = self.config
+        examples = self.splits.get(split, [])
+        wanted = min(config.task.generate_rows, len(examples))
+        if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
+            return None
+        order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
+        chosen = [examples[place] for place in sorted(order[:wanted])]
+        end_ids = end_token_ids(self.splits["train"], self.tokenizer.eos_token_id)
+        return Generation(
+            samples=[self._sample(example) for example in chosen],
+            metrics=self.metrics,
+            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
+            pad_id=self.tokenizer.pad_token_id,
+            end_ids=end_ids,
+            max_new_tokens=config.task.max_new_tokens,
+            batch_size=config.trainer.validation_batch_size,
+        )
+
+    def _sample(self, example: Encoded) -> Sample:
+        conversation = example.conversation
+        return Sample(
+            prompt_ids=self.encoder.prompt_ids(conversation),
+            prompt=self.encoder.render(conversation, generation=True).text,
+            reference=conversation.messages[-1]["content"],
+            where=example.where,
+        )
+
+    def _checkpointer(self, state: dict[str, Any], recorder: Recorder) -> Checkpointer:
+        trainer = self.config.trainer
+        return Checkpointer(
+            self.run_directory.checkpoints,
+            every=trainer.checkpoint_every,
+            keep=trainer.keep_checkpoints,
+            monitor=trainer.monitor,
+            mode=trainer.mode,
+            patience=trainer.patience,
+            total_steps=self.total_steps,
+            state=state,
+            seconds=lambda: recorder.seconds,
+            command=command_line(),
+        )
+
+    def _trainer(self, callbacks: list[Any], *, fresh: bool) -> L.Trainer:
+        trainer = self.config.trainer
+        strategy = trainer.strategy
+        if isinstance(strategy, dict):
+            strategy = build(strategy, "trainer.strategy")
+        try:
+            return L.Trainer(
+                accelerator="gpu" if self.device.type == "cuda" else "cpu",
+                devices=trainer.devices,
+                num_nodes=trainer.num_nodes,
+                strategy=strategy,
+                precision=LIGHTNING_PRECISION[self.precision],  # type: ignore[arg-type]
+                max_epochs=-1,
+                max_steps=self.total_steps - self.module.step,
+                num_sanity_val_steps=-1 if fresh else 0,
+                check_val_every_n_epoch=1,
+                reload_dataloaders_every_n_epochs=1,
+                use_distributed_sampler=False,
+                deterministic="warn" if trainer.deterministic else False,
+                logger=self.loggers or False,
+                callbacks=[*callbacks, *self.extra_callbacks],
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                barebones=False,
+            )
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+
+    # ---------------------------------------------------------------------------------------------------- running
+
+    def _fit(self, trainer: L.Trainer) -> None:
+        done = self.module.step >= self.total_steps or self.checkpointer.stopped_early
+        try:
+            if not done:
+                trainer.fit(self.module, datamodule=self.data)
+        finally:
+            self.checkpointer.release_signals()
+
+    def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
+        config = self.config
+        step = self._take_best() if config.trainer.export is Export.best else self.module.step
+        if self.splits.get("test"):
+            self.module.generation = self._generation("test")
+            trainer.test(self.module, datamodule=self.data, verbose=False)
+        if not self.main_process:
+            return None
+        run = self.run_directory
+        run.keep_until(self.module.step)
+        target = run.adapter if config.lora.enabled else run.model
+        self.tokenizer.chat_template = self.prompt.config.template
+        adapters.save(self.model, self.tokenizer, target)
+        before, after = self._before_and_after(step)
+        result = {
+            "before": before,
+            "after": after,
+            "step": step,
+            "steps": self.module.step,
+            "stopped_early": self.checkpointer.stopped_early,
+            "seconds": round(recorder.seconds, 3),
+        }
+        run.update(status="done", finished=time.strftime("%Y-%m-%d %H:%M:%S"), error=None, result=result)
+        for logger in self.loggers:
+            if isinstance(logger, SafeWandbLogger):
+                logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
+        self.screen.summary(
+            before,
+            after,
+            {
+                "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
+                "time": f"{recorder.seconds:.1f} s in training and validation",
+            },
+        )
+        self.exit_code = 0
+        return after.get(config.trainer.monitor)
+
+    def _take_best(self) -> int:
+        """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""
+        best = self.checkpointer.best_step
+        if best is None or best == self.module.step:
+            return self.module.step
+        path = path_of(self.run_directory.checkpoints, best)
+        wrong = verify(path)
+        if wrong is not None:
+            self.screen.warn(f"the best checkpoint (step {best}) is damaged ({wrong}); the last weights are taken.")
+            return self.module.step
+        adapters.load_trainable_state(self.model, load_checkpoint(path).weights)
+        return best
+
+    def _before_and_after(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
+        records = [json.loads(line) for line in self.run_directory.metrics_file.read_text().splitlines()]
+        before: dict[str, float] = {}
+        after: dict[str, float] = {}
+        for record in records:
+            values = {k: v for k, v in record.items() if k.startswith(("val/", "test/"))}
+            if record["step"] == 0:
+                before.update(values)
+            if record["step"] == step or "test/loss_nats" in values:
+                after.update(values)
+        return before, after
+
+    def close(self) -> None:
+        """Ends the loggers and gives the base back as it was."""
+        for logger in self.loggers:
+            if isinstance(logger, SafeWandbLogger):
+                logger.finish(self.exit_code)
+            else:
+                logger.finalize("success" if self.exit_code == 0 else "failed")
+        if self.model is None:
+            return
+        if adapters.reusable(self.config.lora, self.config.task.auto_class):
+            adapters.detach(self.model)
+        else:
+            drop_base()
+        self.model = self.base = None
+
+    # ---------------------------------------------------------------------------------------------------- records
+
+    def _write_records(self, environment: dict[str, Any]) -> None:
+        run, prepared = self.run_directory, self.prepared
+        write_config(run, self.config)
+        record = {
+            **environment,
+            "precision": self.precision.value,
+            "data": {
+                "fingerprint": prepared.data_fingerprint,
+                "splits": {split: vars(lengths) for split, lengths in self.encoder.lengths.items()},
+                "labels": prepared.labels,
+                "left_out": prepared.problems.reasons(),
+            },
+            "model": {"fingerprint": prepared.located.fingerprint},
+            "tokenizer": {"pad": self.tokenizer.pad_token, "end": self.tokenizer.eos_token},
+        }
+        write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
+        if prepared.problems.rejected:
+            run.rejected_file.unlink(missing_ok=True)
+            for entry in prepared.problems.rejected:
+                append_line(run.rejected_file, entry)
+
+    def _show_plan(self, resumed_at: int | None) -> None:
+        config = self.config
+        counts = weight_counts(self.model)
+        held = counts["4-bit"] + counts["8-bit"] + counts["full"]
+        quantized = config.quantization.format
+        if quantized is QuantizationFormat.none:
+            weights = f"{held + counts['trainable']:,} weights, none quantised"
+        else:
+            share = (counts["4-bit"] + counts["8-bit"]) / max(1, held)
+            weights = f"{held:,} weights, {share:.1%} of them {quantized.value}"
+        limits = self.encoder.lengths["train"]
+        rows = ", ".join(f"{len(rows):,} {split}" for split, rows in self.splits.items())
+        epochs = self.total_steps * config.trainer.batch_size / len(self.splits["train"])
+        facts = {
+            "model": f"{config.model.name}: {weights}, computing in {self.precision.value} on {self.device}",
+            "trained": f"{counts['trainable']:,} weights ({self._method()})",
+            "data": f"{config.data.name}: {rows} rows; {limits.tokens / max(1, limits.rows):.0f} tokens a row, "
+            f"{limits.labelled_tokens / max(1, limits.tokens):.1%} of them learned",
+            "steps": f"{self.total_steps:,} of {config.trainer.batch_size} rows ({epochs:.1f} epochs), validation every "
+            f"{self.validate_every}, rate {config.learning_rate.peak:g} {config.learning_rate.schedule.value}, "
+            f"seed {config.seed}",
+            "run": str(self.run_directory.directory),
+        }
+        if resumed_at is not None:
+            facts["resumed"] = f"after step {resumed_at}"
+        self.screen.plan(facts)
+        cut = limits.rows_cut + limits.rows_dropped
+        if cut:
+            self.screen.warn(
+                f"data.max_tokens={config.data.max_tokens}: {limits.rows_cut} training rows were cut in their prompt "
+                f"and {limits.rows_dropped} left out ({limits.answer_tokens_dropped} answer tokens)."
+            )
+        if self.prepared.problems.rejected:
+            self.screen.warn(
+                f"{len(self.prepared.problems.rejected)} rows left out, see {self.run_directory.rejected_file}."
+            )
+
+    def _method(self) -> str:
+        lora = self.config.lora
+        if not lora.enabled:
+            return "full fine-tuning"
+        kind = "DoRA" if lora.dora else "LoRA"
+        return f"{kind} r={lora.r} alpha={lora.scaling_alpha:g} on {lora.targets}"
+
+
+def _has_prompt(conversation: Conversation) -> bool:
+    roles = [message["role"] for message in conversation.messages]
+    return roles[-1] == "assistant" and "user" in roles

@@ -1,0 +1,193 @@
+"""Loggers: Weights & Biases, which may fail and never stops or delays a run, and Lightning's others.
+
+Without an API key or a connection W&B logs offline at once: never a prompt, never a hang. The run's own files
+(`metrics.jsonl`, …) are complete whatever happens here.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from llmft.build import build
+from llmft.config import LoggerConfig, TrainConfig, WandbConfig, to_plain
+from llmft.console import Screen
+from llmft.redaction import redact
+from llmft.runs import Run, run_name
+
+
+def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
+    """(mode, why it is offline): found out within `start_timeout_s`, without importing wandb."""
+    wanted = os.environ.get("WANDB_MODE")
+    if wanted in ("offline", "disabled", "dryrun"):
+        return ("offline" if wanted == "dryrun" else wanted), None
+    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+    if not _has_key(urlparse(url).hostname or ""):
+        return "offline", "no API key found (run `wandb login` to log online)"
+    try:
+        with urllib.request.urlopen(f"{url}/healthz", timeout=config.start_timeout_s):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers, that is enough
+    except (OSError, ValueError) as error:
+        return "offline", f"{url} cannot be reached ({getattr(error, 'reason', error)})"
+    return "online", None
+
+
+def _has_key(host: str) -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level of dotted keys, for W&B's filters and parallel coordinates."""
+    if isinstance(value, dict) and value:
+        flat: dict[str, Any] = {}
+        for key, item in value.items():
+            flat.update(flatten(item, f"{prefix}{key}."))
+        return flat
+    return {prefix.rstrip("."): value}
+
+
+class SafeWandbLogger(WandbLogger):
+    """W&B as a sink that may fail: its first error is said once, and nothing more is sent."""
+
+    def __init__(self, experiment: Any, screen: Screen) -> None:
+        super().__init__(experiment=experiment)
+        self._screen = screen
+        self._broken = False
+        self._table: Any = None
+
+    def _guard(self, action: Any) -> None:
+        if self._broken:
+            return
+        try:
+            action()
+        except Exception as error:  # whatever a logging service raises must not end a training
+            self._broken = True
+            self._screen.warn(f"W&B stopped logging ({type(error).__name__}: {error}); the local records go on.")
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Logs numbers against our own count of optimizer steps."""
+        self._guard(lambda: self.experiment.log({**metrics, "step": step}))
+
+    def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Adds one validation's generations to the samples table."""
+        import wandb
+
+        def add() -> None:
+            columns = ["step", "where", "prompt", "reference", "generated"]
+            table = wandb.Table(columns=columns, data=[[step, *(s[c] for c in columns[1:])] for s in samples[:64]])
+            self.experiment.log({"samples": table, "step": step})
+
+        self._guard(add)
+
+    def summarise(self, values: Mapping[str, Any]) -> None:
+        """Writes the final values into the run's summary."""
+        self._guard(lambda: self.experiment.summary.update(dict(values)))
+
+    def finalize(self, status: str) -> None:
+        """Nothing: the run ends in `finish`, after the summary is written."""
+
+    def finish(self, exit_code: int) -> None:
+        """Closes the run, so that the next job of this process gets its own."""
+        import wandb
+
+        self._broken = False
+        self._guard(lambda: wandb.finish(exit_code=exit_code))
+
+
+def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
+    """The loggers that the config names; W&B first."""
+    loggers: list[Logger] = []
+    if config.logger.wandb.enabled:
+        made = _start_wandb(config, config.logger.wandb, run, environment, screen)
+        if made is not None:
+            loggers.append(made)
+    loggers.extend(
+        build(node, f"logger.loggers.{name}", **_directory(node, run)) for name, node in config.logger.loggers.items()
+    )
+    return loggers
+
+
+def check_loggers(config: LoggerConfig) -> None:
+    """Refuses a logger that cannot be built, before any weights load."""
+    from llmft.build import check_target
+
+    for name, node in config.loggers.items():
+        check_target(node, f"logger.loggers.{name}")
+
+
+def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
+    return {} if "save_dir" in node else {"save_dir": str(run.directory)}
+
+
+def _start_wandb(
+    config: TrainConfig, settings: WandbConfig, run: Run, environment: dict[str, Any], screen: Screen
+) -> SafeWandbLogger | None:
+    mode, why = wandb_mode(settings)
+    if mode == "disabled":
+        return None
+    import wandb
+
+    flat = redact(flatten(to_plain(config)))
+    flat["git.commit"] = environment.get("git", {}).get("commit")
+    flat["run.key"] = run.key
+    arguments: dict[str, Any] = {
+        "project": settings.project,
+        "entity": settings.entity,
+        "name": run_name(config),
+        "group": settings.group or f"{config.model.name}-{config.data.name}",
+        "job_type": settings.job_type,
+        "tags": list(config.tags),
+        "notes": config.notes,
+        "config": flat,
+        "dir": str(run.directory),
+        "id": run.key,
+        "resume": "allow",
+    }
+    offline = {"resume"} if mode == "offline" else set()
+    for attempt in (mode, "offline"):
+        try:
+            experiment = wandb.init(
+                **{k: v for k, v in arguments.items() if not (attempt == "offline" and k in offline)},
+                mode=attempt,
+                settings=wandb.Settings(
+                    init_timeout=20,
+                    finish_timeout=settings.finish_timeout_s,
+                    console="off",
+                    silent=True,
+                    x_disable_meta=True,  # it would send the raw command line
+                    save_code=False,
+                ),
+            )
+            break
+        except Exception as error:
+            if attempt == "offline":
+                screen.warn(f"W&B cannot log ({error}); the local records go on.")
+                return None
+            why, offline = f"{type(error).__name__}: {error}", {"resume"}
+    else:
+        return None
+    if experiment.settings.mode == "offline" or attempt == "offline":
+        folder = Path(experiment.dir).parent
+        reason = f": {why}" if why else ""
+        screen.print(f"W&B offline{reason}; `wandb sync {folder}` uploads the run later.")
+    elif experiment.url:
+        screen.print(f"W&B {experiment.url}")
+    experiment.define_metric("step", hidden=True)
+    experiment.define_metric("*", step_metric="step")
+    return SafeWandbLogger(experiment, screen)
