@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import open_keys, schema_keys
-from llmft.errors import ConfigError, UserError, did_you_mean, exit_with, nearest
+from llmft.errors import ConfigError, Interrupted, TrialsFailed, UserError, did_you_mean, exit_with, nearest, report
 
 
 def config_directory() -> Path:
@@ -36,8 +36,19 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
+        failures: list[Exception] = []
+
         def task(config: Any) -> Any:
-            return job(config)
+            # A failing job of a multirun costs that job alone; Hydra would go on too, but name only the first.
+            try:
+                return job(config)
+            except Interrupted:
+                raise
+            except Exception as error:
+                failures.append(error)
+                if is_multirun():
+                    report(error)
+                return None
 
         task.__module__ = "__main__"
         app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
@@ -50,8 +61,19 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
             if told is None:
                 raise
             raise told from error
+        if failures and not is_multirun():
+            raise failures[0]
+        if failures:
+            raise TrialsFailed(
+                f"{len(failures)} of the jobs failed, see above; the same command runs only those again."
+            )
 
     exit_with(body)
+
+
+def is_multirun() -> bool:
+    """Whether this process was asked for several jobs."""
+    return any(argument in ("-m", "--multirun") or argument == "hydra.mode=MULTIRUN" for argument in sys.argv[1:])
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
@@ -69,7 +91,9 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(f"'{error.override}' is no override: write key=value, and quote values with spaces or commas.")
+        return ConfigError(
+            f"'{error.override}' is no override: write key=value, and quote values with spaces or commas."
+        )
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -86,7 +110,8 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         return _unknown_key(key, schema)
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
         return _unknown_key(_override_key(str(error)) or key, schema)
-    reason = next((str(link).splitlines()[0] for link in reversed(chain) if str(link).strip()), type(error).__name__)
+    told = [link for link in chain if isinstance(link, OmegaConfBaseException)] or chain
+    reason = str(told[0]).splitlines()[0].rstrip(".")
     return ConfigError(f"{key}: {reason}." if key and key not in reason else f"{reason}.")
 
 

@@ -67,7 +67,9 @@ def check_target(node: dict[str, Any], key: str, *given: str) -> None:
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in parameters and not takes_all:
-            raise ConfigError(f"{key}.{name}: {node['_target_']} takes no such argument{did_you_mean(name, parameters)}")
+            raise ConfigError(
+                f"{key}.{name}: {node['_target_']} takes no such argument{did_you_mean(name, parameters)}"
+            )
     try:
         signature.bind_partial(*[None] * len(given), **arguments)
     except TypeError as error:

@@ -129,6 +129,13 @@ class ModelConfig:
     gated: bool = aside(False)
     context_tokens: int | None = aside(None)
 
+    @property
+    def label(self) -> str:
+        """What people call the model: the directory's name where one is given, else the option's."""
+        if self.path is None or self.path.startswith("package:"):
+            return self.name
+        return self.path.rstrip("/").rpartition("/")[2] or self.name
+
     def __post_init__(self) -> None:
         require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
         require(
@@ -461,7 +468,7 @@ def to_config(composed: DictConfig, schema: type) -> Any:
 def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
     fields = {entry.name: entry for entry in dataclasses.fields(schema)}
     for key in node:
-        name = f"{prefix}{key}"
+        name = f"{prefix}{key!s}"
         if key not in fields:
             raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
         kind = _dataclass_of(fields[str(key)].type)

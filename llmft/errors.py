@@ -39,6 +39,12 @@ class DataError(UserError):
     exit_code = 4
 
 
+class TrialsFailed(UserError):
+    """Some jobs of a multirun failed; each was reported when it did."""
+
+    exit_code = 5
+
+
 class DiskError(UserError):
     """The run could not be written."""
 

@@ -55,7 +55,7 @@ def run_name(config: TrainConfig) -> str:
         return slug(config.name)[:MAX_NAME]
     method = f"r{config.lora.r}" if config.lora.enabled else "full"
     rate = f"{config.learning_rate.peak:g}"
-    parts = [config.model.name, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
+    parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
     return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
 
 

@@ -5,6 +5,7 @@ Validates, fine-tunes, validates again, and returns the monitored metric, which 
 
 from __future__ import annotations
 
+import contextlib
 import os
 from typing import Any
 
@@ -67,10 +68,9 @@ def _record_failure(run: Any, error: BaseException) -> None:
     stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     kind = "interrupted" if stopped else "diverged" if isinstance(error, DivergedError) else "failed"
-    try:
+    # The disk that failed the run may not take the note either; the error itself is on its way out.
+    with contextlib.suppress(OSError):
         run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
-    except OSError:
-        pass  # the disk that failed the run may not take the note either; the error itself is on its way out
 
 
 def _train(prepared: Any, screen: Any) -> float | None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
@@ -72,7 +74,7 @@ class DataModule(L.LightningDataModule):
         # Dealt longest first, in turn, so that the processes have like work.
         mine = sorted(rows, key=lambda row: (-len(examples[row].input_ids), row))[rank::world]
         groups = by_length(examples, mine, self.micro_batch_size)
-        most = -(-(-(-len(rows) // world)) // self.micro_batch_size)
+        most = math.ceil(math.ceil(len(rows) / world) / self.micro_batch_size)
         micro_batches = [collate([examples[row] for row in group], group, self.pad_id) for group in groups]
         while len(micro_batches) < most:
             micro_batches.append(filler(examples[rows[0]], self.pad_id))
@@ -82,7 +84,7 @@ class DataModule(L.LightningDataModule):
         """The steps from here to the next validation."""
         start = self.position()
         stop = next(stop for stop in self.stops if stop > start)
-        makers = [lambda step=step: self.step_batch(step) for step in range(start, stop)]
+        makers: list[Callable[[], object]] = [partial(self.step_batch, step) for step in range(start, stop)]
         return DataLoader(_Items(makers), batch_size=None, num_workers=0)
 
     def val_dataloader(self) -> DataLoader:
@@ -93,8 +95,8 @@ class DataModule(L.LightningDataModule):
         examples = self.splits[split]
         rank, world = self._share()
         groups = by_length(examples, list(range(len(examples)))[rank::world], self.validation_batch_size)
-        makers = [
-            lambda group=group: collate([examples[row] for row in group], group, self.pad_id) for group in groups
+        makers: list[Callable[[], object]] = [
+            partial(collate, [examples[row] for row in group], group, self.pad_id) for group in groups
         ]
         return DataLoader(_Items(makers), batch_size=None, num_workers=0)
 

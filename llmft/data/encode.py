@@ -153,9 +153,7 @@ class Encoder:
         if policy is Truncation.drop or begin < 0:
             return None
         inside = [
-            index
-            for index, (start, end) in enumerate(encoding.offsets)
-            if begin <= start < end <= begin + len(user)
+            index for index, (start, end) in enumerate(encoding.offsets) if begin <= start < end <= begin + len(user)
         ]
         if len(inside) <= excess:
             return None

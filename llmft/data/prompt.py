@@ -41,7 +41,7 @@ class Rendered:
 class _GenerationMarks(jinja2.ext.Extension):
     """`{% generation %}`: the block as it is, between two marks."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (Jinja declares it so)
 
     def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
         line = next(parser.stream).lineno

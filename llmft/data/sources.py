@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import BadRow, DataConfig, Files, canonical
-from llmft.errors import ConfigError, DataError, did_you_mean
+from llmft.errors import ConfigError, DataError, nearest
 
 SPLITS = ("train", "validation", "test")
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
@@ -161,8 +161,10 @@ def expand(named: Any, key: str) -> list[Path]:
         if not files:
             folder = Path(name).parent
             near = [p.name for p in folder.iterdir() if p.is_file()][:200] if folder.is_dir() else []
-            hint = did_you_mean(Path(name).name, near) if near else f"; {folder} is no directory"
-            raise ConfigError(f"{key}={name}: no such file{hint if len(hint) < 200 else ''}.")
+            best = nearest(Path(name).name, near)
+            hint = f"; did you mean {folder / best}?" if best else ""
+            where = "" if folder.is_dir() else f" ({folder} is no directory)"
+            raise ConfigError(f"{key}={name}: no such file{where}{hint or '.'}")
         paths.extend(files)
     return paths
 

@@ -166,9 +166,7 @@ def _download(model: ModelConfig) -> Path:
     ask_hub(key, model.id, "model", advice)
     patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
     try:
-        directory = Path(
-            huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=patterns)
-        )
+        directory = Path(huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=patterns))
     except Exception as error:
         raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
     if not has_weights(directory):

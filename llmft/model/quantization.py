@@ -62,9 +62,7 @@ def quantize_in_place(
         model.to(device)
         return
     keep = unquantized_modules(model, skip)
-    dense = {
-        name: module for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))
-    }
+    dense = {name: module for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
     replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=config)
     for name, old in dense.items():
         new = model.get_submodule(name)
@@ -74,9 +72,9 @@ def quantize_in_place(
         arguments = dict(new.weight.__dict__)
         arguments.pop("SCB", None)
         if quantization.format is QuantizationFormat.int8:
-            new.weight = bnb.nn.Int8Params(value.cpu(), requires_grad=False, **arguments).to(device)
+            new.weight = bnb.nn.Int8Params(value.cpu(), requires_grad=False, **arguments).to(device)  # type: ignore[misc]
         else:
-            new.weight = bnb.nn.Params4bit(value, requires_grad=False, **arguments).to(device)
+            new.weight = bnb.nn.Params4bit(value, requires_grad=False, **arguments).to(device)  # type: ignore[misc]
         if old.bias is not None:
             new.bias = torch.nn.Parameter(old.bias.data.to(device), requires_grad=False)
         old.weight.data = torch.empty(0)

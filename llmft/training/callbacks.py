@@ -81,7 +81,9 @@ class Recorder(Callback):
                 if log_samples is not None and found.samples:
                     log_samples(found.step, found.samples)
 
-    on_test_end = on_validation_end
+    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # type: ignore[override]
+        """Records a test likewise."""
+        self.on_validation_end(trainer, module)
 
     def _write(self, trainer: L.Trainer, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         if not trainer.is_global_zero:

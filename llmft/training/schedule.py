@@ -11,8 +11,9 @@ from llmft.config import LearningRateConfig, Schedule
 def make_schedule(config: LearningRateConfig, total_steps: int) -> Callable[[int], float]:
     """The rate at each optimizer step, counted from 0.
 
-    It rises linearly over the warm-up to `peak`, which the last warm-up step has, then falls to `floor` x `peak` at
-    the last step: on a line, on half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), or not at all.
+    It rises linearly over the warm-up to `peak`, which the last warm-up step has, then falls towards `floor` x
+    `peak`, which the step after the last would have: on a line, on half a cosine (Loshchilov & Hutter 2017,
+    arXiv:1608.03983), or not at all.
     """
     warmup = config.warmup_steps
     if warmup is None:
@@ -21,7 +22,7 @@ def make_schedule(config: LearningRateConfig, total_steps: int) -> Callable[[int
     def rate(step: int) -> float:
         if step < warmup:
             return config.peak * (step + 1) / warmup
-        progress = min(1.0, (step - warmup) / max(1, total_steps - 1 - warmup))
+        progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
         if config.schedule is Schedule.constant:
             share = 1.0
         elif config.schedule is Schedule.linear:

@@ -14,7 +14,7 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Export, Precision, QuantizationFormat, TrainConfig
+from llmft.config import Export, Precision, TrainConfig
 from llmft.console import Screen
 from llmft.data.batch import steps_per_epoch
 from llmft.data.columns import Conversation
@@ -40,6 +40,7 @@ from llmft.redaction import redact
 from llmft.runs import append_line, write_config
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.finetuner import FineTuner, Generation, Sample, stream
+from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
 from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
@@ -170,7 +171,8 @@ class Session:
         highest = max(max(example.input_ids) for examples in self.splits.values() for example in examples)
         if highest >= size:
             raise ConfigError(
-                f"model={self.config.model.name}: its tokenizer makes token {highest} but the model knows only {size}; "
+                f"model={self.config.model.label}: its tokenizer makes token {highest} but the model knows only "
+                f"{size}; "
                 "tokenizer and weights do not belong together."
             )
 
@@ -383,32 +385,20 @@ class Session:
 
     def _show_plan(self, resumed_at: int | None) -> None:
         config = self.config
-        counts = weight_counts(self.model)
-        held = counts["4-bit"] + counts["8-bit"] + counts["full"]
-        quantized = config.quantization.format
-        if quantized is QuantizationFormat.none:
-            weights = f"{held + counts['trainable']:,} weights, none quantised"
-        else:
-            share = (counts["4-bit"] + counts["8-bit"]) / max(1, held)
-            weights = f"{held:,} weights, {share:.1%} of them {quantized.value}"
-        limits = self.encoder.lengths["train"]
-        rows = ", ".join(f"{len(rows):,} {split}" for split, rows in self.splits.items())
-        epochs = self.total_steps * config.trainer.batch_size / len(self.splits["train"])
-        facts = {
-            "model": f"{config.model.name}: {weights}, computing in {self.precision.value} on {self.device}",
-            "trained": f"{counts['trainable']:,} weights ({self._method()})",
-            "data": f"{config.data.name}: {rows} rows; {limits.tokens / max(1, limits.rows):.0f} tokens a row, "
-            f"{limits.labelled_tokens / max(1, limits.tokens):.1%} of them learned",
-            "steps": f"{self.total_steps:,} of {config.trainer.batch_size} rows ({epochs:.1f} epochs), validation every "
-            f"{self.validate_every}, rate {config.learning_rate.peak:g} {config.learning_rate.schedule.value}, "
-            f"seed {config.seed}",
-            "run": str(self.run_directory.directory),
-        }
+        facts = plan_facts(
+            config,
+            weight_counts(self.model),
+            self.encoder.lengths,
+            self.precision,
+            self.total_steps,
+            self.validate_every,
+        )
+        facts["run"] = str(self.run_directory.directory)
         if resumed_at is not None:
             facts["resumed"] = f"after step {resumed_at}"
         self.screen.plan(facts)
-        cut = limits.rows_cut + limits.rows_dropped
-        if cut:
+        limits = self.encoder.lengths["train"]
+        if limits.rows_cut or limits.rows_dropped:
             self.screen.warn(
                 f"data.max_tokens={config.data.max_tokens}: {limits.rows_cut} training rows were cut in their prompt "
                 f"and {limits.rows_dropped} left out ({limits.answer_tokens_dropped} answer tokens)."
@@ -417,13 +407,6 @@ class Session:
             self.screen.warn(
                 f"{len(self.prepared.problems.rejected)} rows left out, see {self.run_directory.rejected_file}."
             )
-
-    def _method(self) -> str:
-        lora = self.config.lora
-        if not lora.enabled:
-            return "full fine-tuning"
-        kind = "DoRA" if lora.dora else "LoRA"
-        return f"{kind} r={lora.r} alpha={lora.scaling_alpha:g} on {lora.targets}"
 
 
 def _has_prompt(conversation: Conversation) -> bool:

@@ -89,8 +89,8 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         def add() -> None:
-            columns = ["step", "where", "prompt", "reference", "generated"]
-            table = wandb.Table(columns=columns, data=[[step, *(s[c] for c in columns[1:])] for s in samples[:64]])
+            columns: list[str | int] = ["step", "where", "prompt", "reference", "generated"]
+            table = wandb.Table(columns=columns, data=[[step, *(s[str(c)] for c in columns[1:])] for s in samples[:64]])
             self.experiment.log({"samples": table, "step": step})
 
         self._guard(add)
@@ -150,7 +150,7 @@ def _start_wandb(
         "project": settings.project,
         "entity": settings.entity,
         "name": run_name(config),
-        "group": settings.group or f"{config.model.name}-{config.data.name}",
+        "group": settings.group or f"{config.model.label}-{config.data.name}",
         "job_type": settings.job_type,
         "tags": list(config.tags),
         "notes": config.notes,
@@ -164,7 +164,7 @@ def _start_wandb(
         try:
             experiment = wandb.init(
                 **{k: v for k, v in arguments.items() if not (attempt == "offline" and k in offline)},
-                mode=attempt,
+                mode=attempt,  # type: ignore[arg-type]
                 settings=wandb.Settings(
                     init_timeout=20,
                     finish_timeout=settings.finish_timeout_s,

@@ -47,6 +47,8 @@ LITERAL = {
     "USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
     "zephyr": "<|user|>\nQ1</s>\n<|assistant|>\nA1</s>\n<|user|>\nQ2</s>\n<|assistant|>\n",
 }
+# Formats of our own, which no source can be compared with.
+OURS = {"alpaca_short"}
 # What a model must write after an answer, and before it where the first token carries a space.
 END = dict.fromkeys(FORMATS, "</s>") | {
     "chatml": "<|im_end|>",
@@ -127,7 +129,7 @@ def test_plain_renders_one_message_as_document():
 
 
 def test_every_format_is_compared_with_a_published_string():
-    assert set(FORMATS) == {*VECTORS.values(), *LITERAL, "alpaca"}
+    assert set(FORMATS) - OURS == {*VECTORS.values(), *LITERAL, "alpaca"}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -148,9 +150,7 @@ def test_span_begins_where_generation_begins(name):
     form = prompt(name)
     full = form.render(CHAT, bos_token="<s>", eos_token="</s>")
     for turn, (start, _) in enumerate(full.spans):
-        asked = form.render(
-            CHAT[: 2 * turn + 1], bos_token="<s>", eos_token="</s>", add_generation_prompt=True
-        )
+        asked = form.render(CHAT[: 2 * turn + 1], bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
         assert asked.text == full.text[:start]
 
 

@@ -18,7 +18,7 @@ TWINS: dict[str, dict] = {
     "mixtral": {**_LLAMA, "num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen2": {**_FUSED, "max_window_layers": 2},
     "qwen3": {**_LLAMA, "max_window_layers": 2},
-    "gemma": {**_LLAMA, "num_key_value_heads": 1},
+    "gemma": {**_LLAMA, "num_key_value_heads": 1, "head_dim": 64},
     # One layer with a window that test rows outgrow, one without.
     "gemma2": {**_LLAMA, "query_pre_attn_scalar": 32, "sliding_window": 16},
     "gemma3_text": {

@@ -37,7 +37,8 @@ class LanguageModeling:
         labelled = labels != IGNORE
         keep = F.pad(labelled, (0, 1))
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        if _selects_positions(type(base)):
+        model_class: type = type(base)
+        if _selects_positions(model_class):
             logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits
         else:
             logits = model(input_ids=batch.input_ids, use_cache=False).logits[keep]
