@@ -65,7 +65,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
             raise failures[0]
         if failures:
             raise TrialsFailed(
-                f"{len(failures)} of the jobs failed, see above; the same command runs only those again."
+                f"{len(failures)} jobs failed, see above; the same command runs only those again."
             )
 
     exit_with(body)
@@ -78,8 +78,9 @@ def is_multirun() -> bool:
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
     """`argument` with Hydra's `++` in front where it sets a key of an open dictionary, such as model.overrides."""
-    key, equals, _ = argument.partition("=")
-    inside = any(key == name or key.startswith(f"{name}.") for name in open_to_any)
+    key, equals, value = argument.partition("=")
+    # A whole dictionary, or a key in one; optimizer=adamw is neither but the choice of a group's option.
+    inside = any((key == name and value.startswith("{")) or key.startswith(f"{name}.") for name in open_to_any)
     return f"++{argument}" if equals and inside else argument
 
 

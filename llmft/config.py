@@ -117,6 +117,7 @@ class ModelConfig:
     overrides: dict[str, Any] = field(default_factory=dict)
     load_overrides: dict[str, Any] = field(default_factory=dict)
     train_tokenizer_vocab: int | None = None
+    train_tokenizer_extra: list[str] = field(default_factory=list)
     trust_remote_code: bool = False
     requires_remote_code: bool = False
     unsupported: str | None = None
@@ -317,7 +318,7 @@ class TaskConfig:
     objective: str = MISSING
     auto_class: str = "causal_lm"
     metrics: list[str] = field(default_factory=list)
-    generate_rows: int = 64
+    generate_rows: int = 128
     max_new_tokens: int = 128
     show_rows: int = aside(8)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ class PromptFormat:
         return cls(config)
 
     def prepare(self, messages: Sequence[dict[str, str]]) -> list[dict[str, str]]:
-        """Messages with the configured system prompt and instruction put where the format wants them.
+        """Messages with the system prompt and instruction put where the format wants them.
+
+        A row's own system prompt comes before the configured one; an empty configured one removes both.
 
         Raises ValueError for a system message in a format that has no place for one.
         """
@@ -111,7 +113,7 @@ class PromptFormat:
         system = config.system
         if turns and turns[0]["role"] == "system":
             own = turns.pop(0)["content"]
-            system = own if system is None else system
+            system = "" if system == "" else own
         first = next((turn for turn in turns if turn["role"] == "user"), None)
         if first is not None and config.instruction:
             first["content"] = f"{config.instruction}{config.joiner}{first['content']}"
@@ -159,11 +161,16 @@ def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
 
     Raises ConfigError when a native template is missing or does not mark its answers.
     """
-    if config.template:
-        return PromptFormat(config)
-    native = getattr(tokenizer, "chat_template", None)
-    if not isinstance(native, str):
-        raise ConfigError("prompt=native: this tokenizer brings no chat template; choose a format by name.")
-    from dataclasses import replace
+    template = config.template
+    if not template:
+        template = getattr(tokenizer, "chat_template", None)
+        if not isinstance(template, str):
+            raise ConfigError("prompt=native: this tokenizer brings no chat template; choose a format by name.")
+    if _adds_bos(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
+        # The model never saw a text without it, and the exported template must say so to whoever serves.
+        template = "{{- bos_token -}}" + template
+    return PromptFormat(replace(config, template=template), strict=bool(config.template))
 
-    return PromptFormat(replace(config, template=native), strict=False)
+
+def _adds_bos(tokenizer: Any) -> bool:
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]

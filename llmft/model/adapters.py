@@ -12,13 +12,13 @@ import torch
 
 from llmft.config import LoraConfig
 from llmft.errors import ConfigError
+from llmft.model import families
 
 
 def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str) -> Any:
     """`base` with a fresh LoRA whose random half comes from `seed` alone; returns the PeftModel.
 
-    Routers of mixtures of experts are left alone: a low-rank change of which expert sees a token is not what
-    "all linear layers" is asked for.
+    In a mixture of experts "all-linear" means its attention: see `families.NOT_ADAPTED`.
 
     Raises ConfigError when lora.targets name no module of this model.
     """
@@ -31,7 +31,7 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=r".*\.(router|gate)" if targets == "all-linear" and _has_router(base) else None,
+        exclude_modules=families.NOT_ADAPTED if targets == "all-linear" and families.is_mixture(base) else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
@@ -47,10 +47,6 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
             raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
     model.peft_config["default"].base_model_name_or_path = name
     return model
-
-
-def _has_router(base: Any) -> bool:
-    return any(name.endswith((".router", ".gate")) for name, _ in base.named_modules())
 
 
 def detach(model: Any) -> Any:

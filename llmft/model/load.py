@@ -11,6 +11,7 @@ import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat, canonical, to_plain
 from llmft.errors import ConfigError, did_you_mean
+from llmft.model import families
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     bitsandbytes_config,
@@ -213,6 +214,7 @@ def _random(
     vocab_size: int | None,
 ) -> Any:
     config = _prepared_config(model, located, auto_class, num_labels, vocab_size)
+    families.prepare(config.model_type)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         with torch.device(device):
@@ -234,6 +236,7 @@ def _pretrained(
 ) -> Any:
     assert located.directory is not None
     config = _prepared_config(model, located, auto_class, num_labels, None)
+    families.prepare(config.model_type)
     with torch.device("meta"):
         skeleton = _auto(auto_class).from_config(config, dtype=dtype)
     skip = unquantized_modules(skeleton, model.skip_modules)

@@ -114,6 +114,7 @@ class Session:
         config, conversations = self.config, self.prepared.conversations
         if config.model.train_tokenizer_vocab is not None:
             texts = [message["content"] for c in conversations["train"] for message in c.messages]
+            texts += config.model.train_tokenizer_extra
             vocabulary = config.model.train_tokenizer_vocab
             self.tokenizer = train_tokenizer(texts, vocabulary, config.data.max_tokens)
         else:

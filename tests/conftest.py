@@ -1,0 +1,92 @@
+"""What the tests share. Everything runs offline, on the CPU, with one thread."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for name, value in {
+    "HF_HUB_OFFLINE": "1",
+    "WANDB_MODE": "offline",
+    "OMP_NUM_THREADS": "1",
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+}.items():
+    os.environ[name] = value
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared" / "data"
+
+SMALL = [
+    "logger=none",
+    "progress=false",
+    "data.rows={train: 48, validation: 12}",
+    "trainer.max_steps=4",
+    "trainer.batch_size=8",
+    "trainer.micro_batch_size=4",
+    "trainer.validate_every=2",
+    "trainer.threads=1",
+    "task.generate_rows=4",
+    "task.max_new_tokens=4",
+    "lora.r=2",
+]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data, or a skip that says it is missing."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real data is not here: {SHARED}")
+    return SHARED
+
+
+def compose(*overrides: str, schema: bool = True) -> Any:
+    """The config that a command line with `overrides` gives."""
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+
+    from llmft.app import config_directory, open_override
+    from llmft.config import TrainConfig, open_keys, to_config
+
+    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    GlobalHydra.instance().clear()
+    opened = [open_override(override, tuple(open_keys(TrainConfig))) for override in overrides]
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        composed = hydra.compose("train", opened)
+    return to_config(composed, TrainConfig) if schema else composed
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Any]:
+    """Composes a run of four steps on the embedded task, written below tmp_path."""
+
+    def make(*overrides: str) -> Any:
+        return compose(*SMALL, f"output_dir={tmp_path}", *overrides)
+
+    return make
+
+
+def run_directory(root: Path) -> Path:
+    """The one run directory below `root`."""
+    (found,) = (root / "runs").iterdir()
+    return found
+
+
+def llmft(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "llmft", *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )

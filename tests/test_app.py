@@ -1,0 +1,102 @@
+"""The front door: mistakes are answered in one sentence, quickly, with the exit code of the design."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, llmft
+
+MISTAKES = [
+    (["lora.rr=3"], 2, "lora.rr: no such key; did you mean lora.r?"),
+    (["modle=mistral"], 2, "modle: no such key; did you mean model?"),
+    (["lora.r=abc"], 2, "lora.r: Value 'abc' of type 'str' could not be converted to Integer."),
+    (["lora.r=-1"], 2, "lora.r=-1: an integer of 1 or more"),
+    (["lora.r=0"], 2, "lora=none"),
+    (["model=mistrall"], 2, "did you mean model=mistral?"),
+    (["+lora.zz=1"], 2, "lora.zz: no such key"),
+    (["+nonsense=1"], 2, "nonsense: no such key"),
+    (["learning_rate.schedule=cosin"], 2, "expected one of [constant, linear, cosine]"),
+    (["learning_rate.peak=fast"], 2, "learning_rate.peak"),
+    (["learning_rate.peak=-1"], 2, "learning_rate.peak=-1.0: above 0"),
+    (["lora=none"], 2, "lora=none leaves nothing to train"),
+    (["lora.r=[1"], 2, "is no override"),
+    (["data=alpaca"], 2, "set data.files=FILE"),
+    (["data=alpaca", "data.files=nowhere.json"], 2, "data.files=nowhere.json: no such file"),
+    (["model.path=nowhere"], 2, "model.path=nowhere: no Hugging Face model directory there"),
+    (["model=local"], 2, "model.path has no value"),
+    (["model=mistral"], 2, "set model.path=DIR"),
+    (["model=btlm_3b_8k"], 2, "model.trust_remote_code=true"),
+    (["model.overrides.hidden_size=64"], 2, "model.init=random"),
+    (["prompt=phi2", "prompt.system_role=refuse", "prompt.system=Hi"], 2, "has no place for one"),
+    (["trainer.accelerator=tpu9"], 2, "trainer.accelerator=tpu9"),
+    (["optimizer.weight_decy=0.1"], 2, "did you mean weight_decay?"),
+    (["optimizer._target_=os.system"], 2, "may be named in a config"),
+    (["optimizer._target_=torch.optim.AdamX"], 2, "torch.optim has no AdamX"),
+    (["optimizer.lr=1"], 2, "learning_rate.peak"),
+    (["trainer.monitor=val/los"], 2, "did you mean val/loss_nats?"),
+    (["data.columns.prompt=quetsion"], 4, "no column 'quetsion'"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "sentence"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
+def test_a_mistake_is_one_sentence_with_its_exit_code(
+    arguments: list[str], code: int, sentence: str, tmp_path: Path
+) -> None:
+    done = llmft(*arguments, "logger=none", "progress=false", cwd=tmp_path)
+    told = [line for line in done.stderr.splitlines() if line.startswith("llmft: ")]
+    assert done.returncode == code, done.stderr
+    assert len(told) == 1, done.stderr
+    assert sentence in told[0]
+    assert "Traceback" not in done.stderr
+
+
+def test_trace_shows_the_traceback(tmp_path: Path) -> None:
+    done = llmft("lora.r=-1", cwd=tmp_path, LLMFT_TRACE="1")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=3"], ["data=alpaca", "data.files=no.json"]])
+def test_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
+    program = (
+        "import sys, runpy\nsys.argv = ['llmft', *sys.argv[1:]]\n"
+        "try:\n    runpy.run_module('llmft', run_name='__main__', alter_sys=True)\n"
+        "except SystemExit:\n    pass\n"
+        "heavy = {'torch', 'transformers', 'lightning', 'peft', 'datasets', 'wandb'} & set(sys.modules)\n"
+        "sys.exit(f'imported {heavy}' if heavy else 0)"
+    )
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0, done.stderr
+    # CPU time, not wall time: the bound is a second and it takes a third of one.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
+
+
+def test_a_failing_job_of_a_multirun_costs_only_itself(tmp_path: Path) -> None:
+    done = llmft("-m", "lora.r=-1,-2", cwd=tmp_path)
+    assert done.returncode == 5
+    assert "lora.r=-1:" in done.stderr
+    assert "lora.r=-2:" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_program_starts_from_any_directory(tmp_path: Path) -> None:
+    done = llmft("--cfg", "job", "model=mistral", "lora.r=4", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "mistralai/Mistral-7B-Instruct-v0.1" in done.stdout
+    assert "r: 4" in done.stdout
+    assert not list(tmp_path.iterdir()), "printing a config writes nothing"
