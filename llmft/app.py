@@ -64,9 +64,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
         if failures and not is_multirun():
             raise failures[0]
         if failures:
-            raise TrialsFailed(
-                f"{len(failures)} jobs failed, see above; the same command runs only those again."
-            )
+            raise TrialsFailed(f"{len(failures)} jobs failed, see above; the same command runs only those again.")
 
     exit_with(body)
 

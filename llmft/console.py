@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -64,7 +65,7 @@ class Screen:
         """Generations beside their references."""
         if not samples or count == 0:
             return
-        table = Table(title=f"generations after step {step}", title_justify="left", show_lines=False, pad_edge=False)
+        table = Table(title=f"generations after step {step}", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
         table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
         table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
@@ -80,7 +81,7 @@ class Screen:
 
     def summary(self, before: Mapping[str, float], after: Mapping[str, float], facts: Mapping[str, str]) -> None:
         """Metrics before and after training, and where the run lies."""
-        table = Table(title="result", title_justify="left", pad_edge=False)
+        table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("metric")
         table.add_column("before", justify="right")
         table.add_column("after", justify="right", style="bold")

@@ -62,7 +62,9 @@ def test_trace_shows_the_traceback(tmp_path: Path) -> None:
     assert done.returncode == 2
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=3"], ["data=alpaca", "data.files=no.json"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["--cfg", "job"], ["lora.rr=3"], ["data=alpaca", "data.files=no.json"]]
+)
 def test_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
     program = (
         "import sys, runpy\nsys.argv = ['llmft', *sys.argv[1:]]\n"

@@ -89,7 +89,9 @@ def save(model: Any, tokenizer: Any, directory: Path) -> None:
         else:
             model.save_pretrained(staged, safe_serialization=True)
         tokenizer.save_pretrained(staged)
-        os.chmod(staged, 0o755)
+        staged.chmod(0o755)
+        for path in staged.iterdir():
+            path.chmod(0o644)
         old = directory.with_name(f".{directory.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():

@@ -46,6 +46,7 @@ from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 
 LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
+SMALL_MODEL_WEIGHTS = 10_000_000
 
 
 class Session:
@@ -104,9 +105,6 @@ class Session:
         trainer = self.config.trainer
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
         self.precision = pick_precision(trainer.precision, self.device)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
-        torch.set_num_threads(trainer.threads or max(1, cores // processes))
         torch.set_float32_matmul_precision("high")
 
     def _read(self) -> None:
@@ -132,6 +130,14 @@ class Session:
         every = trainer.validate_every
         self.validate_every = max(1, round(every * self.total_steps if every < 1 else every))
 
+    def _set_threads(self, num_weights: int) -> None:
+        """As configured; else one for a model too small to share out (measured: 1M weights, two threads lose 30%)."""
+        trainer = self.config.trainer
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
+        sensible = 1 if num_weights < SMALL_MODEL_WEIGHTS else max(1, cores // processes)
+        torch.set_num_threads(trainer.threads or sensible)
+
     def _load(self) -> None:
         """The base, quantised, and what is trained on it."""
         config = self.config
@@ -148,6 +154,8 @@ class Session:
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
             keep=adapters.reusable(config.lora, config.task.auto_class),
         )
+        counts = weight_counts(self.base)
+        self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
         self._check_vocabulary()
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         if config.trainer.gradient_checkpointing:
@@ -287,13 +295,14 @@ class Session:
     def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
         config = self.config
         step = self._take_best() if config.trainer.export is Export.best else self.module.step
+        if self.main_process:
+            self.run_directory.keep_until(self.module.step)
         if self.splits.get("test"):
             self.module.generation = self._generation("test")
             trainer.test(self.module, datamodule=self.data, verbose=False)
         if not self.main_process:
             return None
         run = self.run_directory
-        run.keep_until(self.module.step)
         target = run.adapter if config.lora.enabled else run.model
         self.tokenizer.chat_template = self.prompt.config.template
         adapters.save(self.model, self.tokenizer, target)

@@ -25,9 +25,7 @@ FILES = {
     for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))
     if path.stem not in {"tiny", "local"}
 }
-RUNNABLE = {
-    name: file for name, file in FILES.items() if not file["requires_remote_code"] and not file["unsupported"]
-}
+RUNNABLE = {name: file for name, file in FILES.items() if not file["requires_remote_code"] and not file["unsupported"]}
 # One file per architecture takes the whole way; the others differ from it in ids and prompts.
 FIRST = {file["architecture"]: name for name, file in reversed(RUNNABLE.items())}
 

@@ -1,0 +1,96 @@
+"""Batches: every row once an epoch, padding masked, the order from the seed alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmft.data.batch import by_length, collate, rows_of_step, steps_per_epoch
+from llmft.data.columns import Conversation
+from llmft.data.datamodule import DataModule
+from llmft.data.encode import IGNORE, Encoded
+
+
+def example(length: int, labelled: int = 2) -> Encoded:
+    ids = list(range(3, 3 + length))
+    labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
+    return Encoded(ids, labels, "f:1", Conversation([], "f:1"))
+
+
+def test_padding_is_masked_and_never_a_label() -> None:
+    batch = collate([example(5), example(3)], [0, 1], pad_id=0)
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6, 7], [3, 4, 5, 0, 0]]
+    assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
+    assert batch.labels[1].tolist() == [IGNORE, 4, 5, IGNORE, IGNORE]
+    assert batch.num_tokens == 8
+
+
+def test_a_pad_token_that_is_also_the_end_token_stays_a_label_where_it_ends_an_answer() -> None:
+    row = example(4)
+    row.input_ids[-1] = row.labels[-1] = 2
+    batch = collate([row, example(6)], [0, 1], pad_id=2)
+    assert batch.labels[0].tolist() == [IGNORE, IGNORE, 5, 2, IGNORE, IGNORE]
+
+
+@pytest.mark.parametrize(("rows", "size"), [(10, 4), (8, 4), (3, 8), (1, 1)])
+def test_every_row_comes_once_an_epoch_in_a_new_order(rows: int, size: int) -> None:
+    per_epoch = steps_per_epoch(rows, size)
+    first = [row for step in range(per_epoch) for row in rows_of_step(step, rows, size, seed=3)]
+    second = [row for step in range(per_epoch, 2 * per_epoch) for row in rows_of_step(step, rows, size, seed=3)]
+    assert sorted(first) == sorted(second) == list(range(rows))
+    if rows > 3:
+        assert first != second
+        assert first != [row for step in range(per_epoch) for row in rows_of_step(step, rows, size, seed=4)]
+
+
+def test_groups_are_of_like_length_and_hold_every_row_once() -> None:
+    examples = [example(length) for length in (3, 9, 5, 7, 4)]
+    groups = by_length(examples, range(5), 2)
+    assert groups == [[1, 3], [2, 4], [0]]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("micro", [1, 2, 16])
+def test_processes_share_a_step_without_overlap_and_with_equally_many_micro_batches(world: int, micro: int) -> None:
+    class Trainer:
+        global_rank = 0
+        world_size = world
+
+    examples = [example(3 + n) for n in range(7)]
+    data = DataModule(
+        {"train": examples, "validation": examples},
+        pad_id=0,
+        seed=0,
+        batch_size=5,
+        micro_batch_size=micro,
+        validation_batch_size=2,
+    )
+    for step in range(data.steps_per_epoch):
+        shares = []
+        for rank in range(world):
+            data.trainer = Trainer()  # type: ignore[assignment]
+            data.trainer.global_rank = rank  # type: ignore[union-attr, misc]
+            shares.append(data.step_batch(step))
+        rows = [row for share in shares for batch in share.micro_batches for row in batch.rows]
+        assert sorted(rows) == sorted(rows_of_step(step, 7, 5, 0))
+        assert len({len(share.micro_batches) for share in shares}) == 1
+        assert {share.weight for share in shares} == {2.0 * len(rows)}
+        fillers = [b for share in shares for b in share.micro_batches if not b.rows]
+        assert all(float(b.weights.sum()) == 0 for b in fillers)
+
+
+def test_a_loader_goes_from_the_position_to_the_next_validation() -> None:
+    examples = [example(3) for _ in range(6)]
+    data = DataModule(
+        {"train": examples, "validation": examples},
+        pad_id=0,
+        seed=0,
+        batch_size=2,
+        micro_batch_size=2,
+        validation_batch_size=2,
+    )
+    data.stops = [4, 7]
+    data.position = lambda: 2
+    assert [batch.step for batch in data.train_dataloader()] == [2, 3]
+    data.position = lambda: 4
+    assert [batch.step for batch in data.train_dataloader()] == [4, 5, 6]
+    assert sum(len(batch.rows) for batch in data.val_dataloader()) == 6

@@ -1,0 +1,177 @@
+"""Token ids and labels: what is trained is the answer and its end, and nothing is doubled or cut off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmft.config import Columns, DataConfig, PromptConfig, SystemRole, Truncation
+from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.encode import IGNORE, Encoder, end_token_ids
+from llmft.data.prompt import PromptFormat, prompt_format
+from llmft.data.sources import Problems, Row
+from llmft.errors import ConfigError, DataError
+from tests.conftest import ROOT
+
+LONG = " ".join(f"word{n}" for n in range(60))
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(ROOT / "llmft" / "assets" / "tiny")
+
+
+def format_of(name: str) -> PromptFormat:
+    return PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml")
+
+
+def chat(question: str = "Who?", answer: str = "Ann") -> Conversation:
+    return Conversation([{"role": "user", "content": question}, {"role": "assistant", "content": answer}], "f:1")
+
+
+def encoder(tokenizer: Any, prompt: str = "alpaca_short", **data: Any) -> Encoder:
+    return Encoder(tokenizer, format_of(prompt), DataConfig(name="d", files="f", **data))
+
+
+def trained(tokenizer: Any, example: Any) -> str:
+    return tokenizer.decode([label for label in example.labels if label != IGNORE])
+
+
+@pytest.mark.parametrize("prompt", ["alpaca_short", "alpaca", "llama2", "mistral"])
+def test_the_answer_and_its_end_token_are_trained_and_nothing_else(tokenizer: Any, prompt: str) -> None:
+    (example,) = encoder(tokenizer, prompt).encode("train", [chat()], Problems())
+    assert trained(tokenizer, example).replace(" ", "") == "Ann</s>"
+    assert example.labels[-1] == tokenizer.eos_token_id
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert all(label in (IGNORE, token) for label, token in zip(example.labels, example.input_ids, strict=True))
+
+
+def test_every_answer_of_a_conversation_is_trained(tokenizer: Any) -> None:
+    turns = [*chat("Q1", "Ann").messages, *chat("Q2", "Zoe").messages]
+    (example,) = encoder(tokenizer).encode("train", [Conversation(turns, "f:1")], Problems())
+    assert trained(tokenizer, example) == "Ann</s>Zoe</s>"
+
+
+def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: Any) -> None:
+    for prompt in ("alpaca_short", "alpaca"):
+        made = encoder(tokenizer, prompt)
+        (example,) = made.encode("train", [chat()], Problems())
+        ids = made.prompt_ids(chat())
+        assert example.input_ids[: len(ids)] == ids
+        assert example.labels[len(ids)] != IGNORE
+
+
+@pytest.mark.parametrize(
+    "policy", [Truncation.cut_prompt_left, Truncation.cut_prompt_middle, Truncation.cut_prompt_right]
+)
+def test_a_long_row_is_cut_in_its_question_and_keeps_headers_and_answer(tokenizer: Any, policy: Truncation) -> None:
+    made = encoder(tokenizer, max_tokens=80, truncation=policy)
+    (example,) = made.encode("train", [chat(LONG)], Problems())
+    text = tokenizer.decode(example.input_ids)
+    assert len(example.input_ids) == 80
+    assert text.startswith("<s>### Instruction:\n")
+    assert text.endswith("### Response:\nAnn</s>")
+    assert trained(tokenizer, example) == "Ann</s>"
+    assert ("word0 " in text) == (policy is not Truncation.cut_prompt_left)
+    assert ("word59" in text) == (policy is not Truncation.cut_prompt_right)
+    assert made.lengths["train"].rows_cut == 1
+    assert len(made.prompt_ids(chat(LONG))) <= 80
+
+
+def test_an_answer_is_never_cut(tokenizer: Any) -> None:
+    made = encoder(tokenizer, max_tokens=80)
+    examples = made.encode("train", [chat("Q", LONG), chat()], Problems())
+    assert len(examples) == 1
+    assert made.lengths["train"].rows_dropped == 1
+    assert made.lengths["train"].answer_tokens_dropped > 80
+
+
+def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
+    with pytest.raises(DataError, match=r"f:1: \d+ tokens, more than data\.max_tokens=80"):
+        encoder(tokenizer, max_tokens=80, truncation=Truncation.error).encode("train", [chat(LONG)], Problems())
+    with pytest.raises(DataError, match="none of the 1 train rows fits"):
+        encoder(tokenizer, max_tokens=80, truncation=Truncation.drop).encode("train", [chat(LONG)], Problems())
+
+
+def test_answers_end_with_the_token_that_the_format_trains(tokenizer: Any) -> None:
+    examples = encoder(tokenizer).encode("train", [chat(), chat(answer="Ben")], Problems())
+    assert end_token_ids(examples, tokenizer.eos_token_id) == [tokenizer.eos_token_id]
+    examples = encoder(tokenizer, "chatml").encode("train", [chat(), chat(answer="Ben")], Problems())
+    assert len(end_token_ids(examples, tokenizer.eos_token_id)) == 2
+
+
+def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(shared_data: Path) -> None:
+    from omegaconf import OmegaConf
+    from transformers import AutoTokenizer
+
+    llama = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
+    node = OmegaConf.merge(OmegaConf.structured(PromptConfig), OmegaConf.load(ROOT / "conf/prompt/zephyr.yaml"))
+    config = OmegaConf.to_object(node)
+    assert isinstance(config, PromptConfig)
+    made = Encoder(llama, prompt_format(config, llama), DataConfig(name="d", files="f"))
+    (example,) = made.encode("train", [chat()], Problems())
+    assert example.input_ids.count(llama.bos_token_id) == 1
+    assert example.input_ids[0] == llama.bos_token_id
+    gpt2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
+    assert prompt_format(config, gpt2).config.template == config.template
+
+
+def test_a_native_template_without_answer_marks_is_refused(tokenizer: Any) -> None:
+    class Bare:
+        chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+        bos_token_id = None
+        bos_token = None
+
+    native = PromptConfig(name="native")
+    with pytest.raises(ConfigError, match="marks no answer"):
+        prompt_format(native, Bare())
+    Bare.chat_template = None  # type: ignore[assignment]
+    with pytest.raises(ConfigError, match="brings no chat template"):
+        prompt_format(native, Bare())
+
+
+def test_system_prompts_go_where_the_format_wants_them() -> None:
+    messages = [{"role": "system", "content": "S"}, *chat("Q").messages]
+    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% generation %}{% endgeneration %}{% endfor %}"
+
+    def render(role: SystemRole, turns: list = messages, **values: Any) -> str:
+        return PromptFormat(PromptConfig(name="p", template=template, system_role=role, **values)).render(turns).text
+
+    assert render(SystemRole.native) == "[system:S][user:Q][assistant:Ann]"
+    assert render(SystemRole.merge) == "[user:S\n\nQ][assistant:Ann]"
+    assert render(SystemRole.merge, system="") == "[user:Q][assistant:Ann]"
+    assert render(SystemRole.merge, messages[1:], system="T") == "[user:T\n\nQ][assistant:Ann]"
+    assert render(SystemRole.merge, messages, system="T") == "[user:S\n\nQ][assistant:Ann]"
+    assert render(SystemRole.merge, messages[1:], instruction="I") == "[user:I\n\nQ][assistant:Ann]"
+    with pytest.raises(ValueError, match="no place for a system prompt"):
+        render(SystemRole.refuse)
+
+
+def test_templates_run_in_the_sandbox_and_miss_nothing_silently() -> None:
+    wrap = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    with pytest.raises(ValueError, match="unsafe"):
+        evil = PromptConfig(name="p", template=wrap + "{{ messages.__class__.__mro__ }}")
+        PromptFormat(evil).render(chat().messages)
+    with pytest.raises(ValueError, match="undefined"):
+        PromptFormat(PromptConfig(name="p", template=wrap + "{{ nothing }}")).render(chat().messages)
+    with pytest.raises(ConfigError, match="template line 1"):
+        PromptFormat(PromptConfig(name="p", template="{% generation %}{% if %}"))
+
+
+def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shared_data: Path) -> None:
+    import json
+
+    raw = json.loads((shared_data / "instruction" / "llamafactory_alpaca_en_demo.json").read_text())
+    columns = ColumnMap(Columns(prompt="instruction", input="input", response="output"))
+    conversations = columns.conversations([Row(values, f"f:{n}") for n, values in enumerate(raw)], Problems())
+    examples = encoder(tokenizer, "alpaca", max_tokens=2048).encode("train", conversations, Problems())
+    assert len(examples) > 700
+    for example in examples:
+        assert example.labels[-1] == tokenizer.eos_token_id
+        assert example.input_ids.count(tokenizer.bos_token_id) == 1
+        answer = example.conversation.messages[-1]["content"]
+        assert trained(tokenizer, example) == answer + tokenizer.eos_token

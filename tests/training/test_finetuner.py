@@ -1,0 +1,137 @@
+"""The loss: nats per labelled token of the whole effective batch, however it is divided."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmft.data.batch import StepBatch, collate, weight_of
+from llmft.data.columns import Conversation
+from llmft.data.encode import IGNORE, Encoded
+from llmft.training.finetuner import parameter_groups, stream
+from llmft.training.objectives.language_modeling import LanguageModeling
+
+CONFIG = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+)
+
+
+def examples() -> list[Encoded]:
+    generator = torch.Generator().manual_seed(0)
+    made = []
+    for length, labelled in [(12, 1), (5, 4), (9, 3), (7, 6), (12, 2), (4, 1)]:
+        ids = torch.randint(3, 64, (length,), generator=generator).tolist()
+        labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
+        made.append(Encoded(ids, labels, "f:1", Conversation([], "f:1")))
+    return made
+
+
+def model() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(CONFIG)
+
+
+def reference_gradient() -> tuple[float, list[torch.Tensor]]:
+    """By the definition: each row alone and unpadded, transformers' full logits, the sum over all by their number."""
+    net = model()
+    total, count = torch.zeros(()), 0
+    for row in examples():
+        logits = net(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        labels = torch.tensor(row.labels[1:])
+        total = total + F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+        count += int((labels != IGNORE).sum())
+    loss = total / count
+    loss.backward()
+    return float(loss), [p.grad for p in net.parameters() if p.grad is not None]
+
+
+def gradient_of(groups: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
+    net, rows = model(), examples()
+    weight = sum(weight_of(row) for row in rows)
+    loss = torch.zeros(())
+    for group in groups:
+        batch = collate([rows[n] for n in group], group, pad_id=0)
+        losses = LanguageModeling().losses(net, batch)
+        part = (losses.nll * batch.weights).sum() / weight
+        part.backward()
+        loss += part.detach()
+    return float(loss), [p.grad for p in net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize(
+    "groups", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[0, 5], [1, 4], [2, 3]], [[0], [1], [2], [3], [4], [5]]]
+)
+def test_k_micro_batches_of_b_equal_one_batch_of_k_times_b(groups: list[list[int]]) -> None:
+    wanted_loss, wanted = reference_gradient()
+    loss, gradients = gradient_of(groups)
+    assert loss == pytest.approx(wanted_loss, rel=1e-6)
+    assert len(gradients) == len(wanted)
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_a_mean_of_means_would_be_caught() -> None:
+    wanted, _ = reference_gradient()
+    net, rows = model(), examples()
+    means = []
+    for row in rows:
+        losses = LanguageModeling().losses(net, collate([row], [0], 0))
+        means.append(float(losses.nll[0] / losses.counts[0]))
+    assert abs(sum(means) / len(means) - wanted) > 1e-3
+
+
+def test_row_losses_equal_those_of_each_row_alone_without_padding() -> None:
+    net, rows = model(), examples()
+    together = LanguageModeling().losses(net, collate(rows, range(len(rows)), 0)).nll
+    for place, row in enumerate(rows):
+        logits = net(input_ids=torch.tensor([row.input_ids])).logits[0, :-1]
+        alone = F.cross_entropy(logits, torch.tensor(row.labels[1:]), ignore_index=IGNORE, reduction="sum")
+        assert float(together[place].detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
+
+
+def test_older_transformers_without_position_selection_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmft.training.objectives import language_modeling
+
+    net, batch = model(), collate(examples(), range(6), 0)
+    new = LanguageModeling().losses(net, batch)
+    monkeypatch.setattr(language_modeling, "_selects_positions", lambda model_class: False)
+    old = LanguageModeling().losses(net, batch)
+    torch.testing.assert_close(new.nll, old.nll)
+    assert torch.equal(new.counts, old.counts)
+
+
+def test_norms_biases_and_embeddings_are_not_decayed() -> None:
+    net = model()
+    decayed, others = parameter_groups(net)
+    assert others["weight_decay"] == 0.0
+    assert net.model.embed_tokens.weight in set(others["params"])
+    assert net.model.norm.weight in set(others["params"])
+    assert net.model.layers[0].mlp.up_proj.weight in set(decayed["params"])
+    assert len(decayed["params"]) + len(others["params"]) == len(list(net.parameters()))
+
+
+def test_streams_of_one_seed_differ_by_place_and_repeat() -> None:
+    assert stream(0, "dropout", 1) == stream(0, "dropout", 1)
+    assert len({stream(seed, "dropout", step) for seed in range(10) for step in range(10)}) == 100
+    assert 0 <= stream(0, "lora") < 2**63
+
+
+def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_step(small: Callable[..., Any]) -> None:
+    from llmft.errors import DivergedError
+    from llmft.train import train
+
+    with pytest.raises(DivergedError, match=r"gradient norm|loss") as error:
+        train(small("learning_rate.peak=1e30", "learning_rate.warmup_fraction=0.0"), quiet=True)
+    assert error.value.exit_code == 3
+    assert "writers:train:" in str(error.value)
+
+
+def test_a_step_batch_moves_as_a_whole() -> None:
+    batch = StepBatch(0, [collate(examples(), range(6), 0)], 1.0)
+    moved = batch.to(torch.device("meta"))
+    assert moved.micro_batches[0].input_ids.device.type == "meta"
