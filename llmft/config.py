@@ -138,6 +138,7 @@ class ModelConfig:
         return self.path.rstrip("/").rpartition("/")[2] or self.name
 
     def __post_init__(self) -> None:
+        require(self.path is not None or self.id != "local", "model=local needs model.path=DIR, a model directory.")
         require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
         require(
             not self.overrides or self.init is ModelInit.random,

@@ -153,8 +153,8 @@ def test_system_prompts_go_where_the_format_wants_them() -> None:
 
 def test_templates_run_in_the_sandbox_and_miss_nothing_silently() -> None:
     wrap = "{% generation %}{{ messages[0].content }}{% endgeneration %}"
+    evil = PromptConfig(name="p", template=wrap + "{{ messages.__class__.__mro__ }}")
     with pytest.raises(ValueError, match="unsafe"):
-        evil = PromptConfig(name="p", template=wrap + "{{ messages.__class__.__mro__ }}")
         PromptFormat(evil).render(chat().messages)
     with pytest.raises(ValueError, match="undefined"):
         PromptFormat(PromptConfig(name="p", template=wrap + "{{ nothing }}")).render(chat().messages)

@@ -1,0 +1,311 @@
+"""The main job: a config becomes a run directory, the same one every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmft.checkpoint import path_of, steps_on_disk
+from llmft.train import train
+from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
+
+
+def records(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
+
+
+def adapter_bytes(directory: Path) -> bytes:
+    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[..., Any], tmp_path: Path) -> None:
+    metric = train(small("data.rows.test=8"), quiet=True)
+    directory = run_directory(tmp_path)
+    validated = [r for r in records(directory) if "val/loss_nats" in r]
+    assert [r["step"] for r in validated] == [0, 2, 4]
+    assert validated[-1]["val/loss_nats"] < validated[0]["val/loss_nats"]
+    assert [r["step"] for r in records(directory) if "train/loss_nats" in r] == [1, 2, 3, 4]
+    assert sum("test/loss_nats" in r for r in records(directory)) == 1
+    status = json.loads((directory / "run.json").read_text())
+    assert status["status"] == "done"
+    assert metric == status["result"]["after"]["val/loss_nats"] == min(r["val/loss_nats"] for r in validated)
+    environment = json.loads((directory / "environment.json").read_text())
+    assert environment["versions"]["torch"] == torch.__version__
+    assert len(environment["data"]["fingerprint"]) == 64
+    samples = records(directory, "samples.jsonl")
+    assert len([s for s in samples if s["step"] == 4 and s["split"] == "val"]) == 4
+    assert set(samples[0]) == {"step", "split", "where", "prompt", "reference", "generated"}
+    assert "val/loss_nats" in (directory / "log.txt").read_text()
+
+
+def test_the_run_directorys_config_composes_the_same_run_again(small: Callable[..., Any], tmp_path: Path) -> None:
+    from omegaconf import OmegaConf
+
+    from llmft.config import TrainConfig, canonical, numbers_of, to_config
+
+    config = small()
+    train(config, quiet=True)
+    stored = OmegaConf.load(run_directory(tmp_path) / "config.yaml")
+    again = to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), stored), TrainConfig)
+    assert canonical(numbers_of(again)) == canonical(numbers_of(config))
+
+
+def test_the_second_call_finds_the_finished_run_and_force_runs_it_again(
+    small: Callable[..., Any], tmp_path: Path
+) -> None:
+    first = train(small(), quiet=True)
+    directory = run_directory(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    began = time.process_time()
+    assert train(small(), quiet=True) == first
+    assert time.process_time() - began < 2.0
+    changed = [p for p, stamp in before.items() if p.stat().st_mtime_ns != stamp and p.name != ".lock"]
+    assert changed == []
+    assert train(small("force=true"), quiet=True) == first
+    assert run_directory(tmp_path) == directory
+
+
+def test_the_same_config_gives_bit_identical_metrics_and_weights(tmp_path: Path) -> None:
+    """In one process after another run, and in a fresh process: sharing the base changes nothing."""
+    train(compose(*SMALL, f"output_dir={tmp_path}/other", "seed=5", "lora.r=4"), quiet=True)
+    train(compose(*SMALL, f"output_dir={tmp_path}/a"), quiet=True)
+    done = llmft(*SMALL, f"output_dir={tmp_path}/b", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    a, b = run_directory(tmp_path / "a"), run_directory(tmp_path / "b")
+    assert a.name == b.name
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    assert adapter_bytes(a) == adapter_bytes(b)
+
+
+def test_seeds_differ(tmp_path: Path) -> None:
+    losses = {train(compose(*SMALL, f"output_dir={tmp_path}", f"seed={seed}"), quiet=True) for seed in (0, 1, 2)}
+    assert len(losses) == 3
+
+
+def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
+    found = []
+    for size in (8, 3, 1):
+        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch_size={size}"), quiet=True)
+        found.append(records(run_directory(tmp_path / str(size))))
+    for other in found[1:]:
+        for ours, theirs in zip(found[0], other, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+    arguments = ["trainer.batch_size=6", "trainer.micro_batch_size=2", "data.rows={train: 20, validation: 7}"]
+    one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
+    two = llmft(
+        *SMALL, *arguments, f"output_dir={tmp_path}/two", "trainer=ddp", "trainer.accelerator=cpu", cwd=tmp_path
+    )
+    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    a, b = run_directory(tmp_path / "one"), run_directory(tmp_path / "two")
+    assert a.name == b.name, "how many processes share the work is no part of the key"
+    for ours, theirs in zip(records(a), records(b), strict=True):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+
+def test_plain_peft_and_transformers_load_the_adapter(small: Callable[..., Any], tmp_path: Path) -> None:
+    """An independent loader gets the validation loss that the run recorded."""
+    import peft
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    config = small("data.rows={train: 48, validation: 4}")
+    metric = train(config, quiet=True)
+    adapter = run_directory(tmp_path) / "adapter"
+    name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
+    base = AutoModelForCausalLM.from_pretrained(
+        name,
+        dtype=torch.float32,
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True
+        ),
+    )
+    for module in base.modules():  # see llmft.model.quantization.keep_packing
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    model = peft.PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    from llmft.data.synthetic import writers
+
+    total, count = 0.0, 0
+    for row in writers("validation", 4, 0):
+        turns = [
+            {"role": "user", "content": f"Who wrote this text?\n\n{row['text']}"},
+            {"role": "assistant", "content": row["writer"]},
+        ]
+        ids = tokenizer.apply_chat_template(turns, return_tensors="pt")["input_ids"]
+        prompt = tokenizer.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+        with torch.no_grad():
+            logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        answer = ids[0, len(prompt) :]
+        total -= float(logits.gather(1, answer[:, None]).sum())
+        count += len(answer)
+    assert total / count == pytest.approx(metric, rel=1e-4)
+
+
+def test_full_fine_tuning_writes_a_model_that_transformers_loads(small: Callable[..., Any], tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    train(small("lora=none", "quantization=none"), quiet=True)
+    directory = run_directory(tmp_path) / "model"
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    base = load_file(ROOT / "llmft" / "assets" / "tiny" / "model.safetensors")
+    assert not torch.equal(model.model.norm.weight, base["model.norm.weight"])
+
+
+def test_training_leaves_the_base_for_the_next_run_as_it_was(small: Callable[..., Any]) -> None:
+    from llmft.model import load
+
+    train(small(), quiet=True)
+    model = load._kept.model
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    train(small("seed=1", "lora.r=3", "lora.dropout=0.1"), quiet=True)
+    assert load._kept.model is model, "the second run loaded a base of its own"
+    after = model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------ stopping and resuming
+
+LONGER = [
+    *SMALL,
+    "data.rows={train: 30, validation: 6}",
+    "trainer.max_steps=24",
+    "trainer.validate_every=8",
+    "trainer.checkpoint_every=1",
+    "lora.dropout=0.1",
+    "trainer.batch_size=4",
+]
+
+
+def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmft", *LONGER, *arguments],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("whole")
+    train(compose(*LONGER, f"output_dir={root}"), quiet=True)
+    return run_directory(root)
+
+
+def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline and process.poll() is None:
+        folders = list((root / "runs").glob("*/checkpoints")) if (root / "runs").is_dir() else []
+        if folders and any(found >= step for found in steps_on_disk(folders[0])):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"no checkpoint of step {step}: {process.communicate(timeout=5)[0]}")
+
+
+def same_run(a: Path, b: Path) -> None:
+    assert adapter_bytes(a) == adapter_bytes(b)
+    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
+    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+    last = path_of(a / "checkpoints", 24)
+    ours, theirs = load_file(last), load_file(path_of(b / "checkpoints", 24))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def test_killed_at_random_steps_it_resumes_to_bit_identical_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    steps = sorted(random.Random(os.environ.get("LLMFT_KILL_SEED", "11")).sample(range(1, 23), 3))
+    for step in steps:
+        process = start(f"output_dir={tmp_path}", cwd=tmp_path)
+        wait_for_step(tmp_path, step, process)
+        process.send_signal(signal.SIGKILL)
+        process.communicate(timeout=60)
+        assert process.returncode == -signal.SIGKILL
+    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stdout
+    same_run(uninterrupted, run_directory(tmp_path))
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(
+    uninterrupted: Path, tmp_path: Path, signum: int, code: int
+) -> None:
+    process = start(f"output_dir={tmp_path}", "trainer.checkpoint_every=null", cwd=tmp_path)
+    wait_for_step(tmp_path, 8, process)
+    process.send_signal(signum)
+    output = process.communicate(timeout=60)[0]
+    assert process.returncode == code, output
+    assert "the same command goes on from there" in output
+    assert "Traceback" not in output
+    directory = run_directory(tmp_path)
+    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
+    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    same_run(uninterrupted, directory)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(uninterrupted: Path, tmp_path: Path) -> None:
+    process = start(f"output_dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(tmp_path, 5, process)
+    process.kill()
+    process.communicate(timeout=60)
+    directory = run_directory(tmp_path)
+    newest = path_of(directory / "checkpoints", steps_on_disk(directory / "checkpoints")[-1])
+    newest.write_bytes(newest.read_bytes()[:1000])
+    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "is damaged" in done.stdout
+    same_run(uninterrupted, directory)
+
+
+def test_checkpoints_hold_what_is_trained_and_not_the_base(uninterrupted: Path) -> None:
+    newest = path_of(uninterrupted / "checkpoints", 24)
+    trained = sum(t.numel() for t in load_file(uninterrupted / "adapter" / "adapter_model.safetensors").values())
+    assert newest.stat().st_size < trained * 16 + 2**18
+
+
+def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:
+    worse = ["learning_rate.peak=0.5", "trainer.patience=1", "trainer.max_steps=12", "trainer.validate_every=1"]
+    train(compose(*SMALL, *worse, "learning_rate=constant", f"output_dir={tmp_path}"), quiet=True)
+    directory = run_directory(tmp_path)
+    result = json.loads((directory / "run.json").read_text())["result"]
+    validated = {r["step"]: r["val/loss_nats"] for r in records(directory) if "val/loss_nats" in r and r["step"]}
+    assert result["stopped_early"]
+    assert result["steps"] < 12
+    assert result["after"]["val/loss_nats"] == min(validated.values())
+    assert result["step"] == min(validated, key=lambda step: validated[step])
+
+
+def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
+    first = start(f"output_dir={tmp_path}", cwd=tmp_path)
+    wait_for_step(tmp_path, 1, first)
+    second = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
+    assert second.returncode == 2
+    assert f"process {first.pid} on" in second.stderr
+    first.kill()
+    first.communicate(timeout=60)
