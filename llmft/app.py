@@ -11,6 +11,7 @@ from typing import Any
 
 from llmft.config import open_keys, schema_keys
 from llmft.errors import ConfigError, Interrupted, TrialsFailed, UserError, did_you_mean, exit_with, nearest, report
+from llmft.redaction import redact
 
 
 def config_directory() -> Path:
@@ -152,8 +153,7 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
 
 
 def command_line() -> str:
-    """This process's command, as a person would type it again."""
+    """This process's command, as a person would type it again; a secret in it is masked."""
     import shlex
 
-    arguments = sys.argv[1:]
-    return shlex.join(["python", "-m", "llmft", *arguments])
+    return shlex.join(["python", "-m", "llmft", *redact(sys.argv[1:])])

@@ -132,7 +132,7 @@ class Run:
 
     def update(self, **values: Any) -> None:
         """Adds `values` to run.json."""
-        content = json.dumps({**self.status(), **values}, indent=1, ensure_ascii=False, default=str)
+        content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
         write_atomically(self.status_file, content.encode())
 
     @property

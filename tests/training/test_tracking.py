@@ -1,0 +1,217 @@
+"""Weights & Biases: offline at once without key or network, complete records, one run per job, no secrets."""
+
+from __future__ import annotations
+
+import json
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmft.config import WandbConfig
+from llmft.redaction import redact
+from llmft.train import train
+from llmft.training.tracking import flatten, wandb_mode
+from tests.conftest import SMALL, compose, llmft, run_directory
+
+
+def read_offline(path: Path) -> Iterator[Any]:
+    """The records of a .wandb file: 32 KiB blocks of (crc, length, type) headers and payloads."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = path.read_bytes()
+    place, parts = 7, b""
+    while place + 7 <= len(content):
+        left = 32768 - place % 32768
+        if left < 7:
+            place += left
+            continue
+        _, length, kind = struct.unpack("<IHB", content[place : place + 7])
+        payload = content[place + 7 : place + 7 + length]
+        place += 7 + length
+        if kind in (1, 2):
+            parts = b""
+        parts += payload
+        if kind in (1, 4):
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(parts)
+            yield record
+
+
+def offline_files(root: Path) -> list[Path]:
+    return sorted(root.glob("runs/*/wandb/offline-run-*/*.wandb"))
+
+
+def collect(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {"history": [], "config": {}, "summary": {}, "run": None}
+    for record in read_offline(path):
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            found["run"] = record.run
+            found["config"].update({item.key: json.loads(item.value_json) for item in record.run.config.update})
+        elif kind == "history":
+            keys = {".".join(item.nested_key) or item.key: item.value_json for item in record.history.item}
+            found["history"].append({key: json.loads(value) for key, value in keys.items()})
+        elif kind == "summary":
+            for item in record.summary.update:
+                found["summary"][".".join(item.nested_key) or item.key] = item.value_json
+    return found
+
+
+def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path) -> None:
+    train(
+        compose(*SMALL, "logger=wandb", f"output_dir={tmp_path}", "tags=[a,b]", "logger.wandb.group=night"), quiet=True
+    )
+    train(compose(*SMALL, "logger=wandb", f"output_dir={tmp_path}", "seed=1"), quiet=True)
+    files = offline_files(tmp_path)
+    assert len(files) == 2, "each job has a run of its own"
+    found = next(f for f in map(collect, files) if f["run"].run_group == "night")
+    directory = next(d for d in (tmp_path / "runs").iterdir() if d.name.endswith(found["run"].run_id))
+    assert found["run"].job_type == "train"
+    assert list(found["run"].tags) == ["a", "b"]
+    assert found["run"].project == "llmft"
+    assert found["config"]["lora.r"] == 2
+    assert found["config"]["model.id"] == "llmft/tiny"
+    assert "git.commit" in found["config"]
+    local = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    logged = [h for h in found["history"] if "val/loss_nats" in h]
+    assert [h["val/loss_nats"] for h in logged] == [r["val/loss_nats"] for r in local if "val/loss_nats" in r]
+    assert [h["step"] for h in logged] == [0, 2, 4]
+    assert sum("train/loss_nats" in h for h in found["history"]) == 4
+    assert any(key.startswith("samples") for h in found["history"] for key in h)
+    assert any("train/tokens_per_s" in h for h in found["history"])
+    assert "best/val/loss_nats" in found["summary"] or "best" in json.dumps(found["summary"])
+
+
+def mode(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, str | None, float]:
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", "/nonexistent")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    began = time.monotonic()
+    found, why = wandb_mode(WandbConfig(enabled=True, start_timeout_s=1.0))
+    return found, why, time.monotonic() - began
+
+
+def test_without_a_key_it_is_offline_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    found, why, seconds = mode(monkeypatch)
+    assert (found, seconds < 0.5) == ("offline", True)
+    assert "wandb login" in str(why)
+
+
+def test_a_refused_connection_means_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{port}")
+    assert (found, seconds < 3) == ("offline", True)
+    assert "cannot be reached" in str(why)
+
+
+def test_a_server_that_never_answers_delays_the_start_by_its_time_limit_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as hole:
+        hole.bind(("127.0.0.1", 0))
+        hole.listen()
+        url = f"http://127.0.0.1:{hole.getsockname()[1]}"
+        found, why, seconds = mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=url)
+    assert (found, seconds < 3) == ("offline", True)
+    assert "cannot be reached" in str(why)
+
+
+def test_any_answer_means_online(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        server.listen()
+
+        def answer() -> None:
+            connection, _ = server.accept()
+            connection.recv(1000)
+            connection.sendall(b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n")
+            connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        url = f"http://127.0.0.1:{server.getsockname()[1]}"
+        assert mode(monkeypatch, WANDB_API_KEY="x" * 40, WANDB_BASE_URL=url)[0] == "online"
+        thread.join()
+
+
+def test_the_users_own_mode_is_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert mode(monkeypatch, WANDB_MODE="disabled")[0] == "disabled"
+    assert mode(monkeypatch, WANDB_MODE="offline", WANDB_API_KEY="x" * 40)[0] == "offline"
+
+
+def test_a_logger_that_raises_on_every_call_does_not_touch_the_training(
+    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    plain = train(small(), quiet=True)
+
+    def broken(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("the service is down")
+
+    monkeypatch.setattr(wandb.Run, "log", broken)
+    assert train(small("logger=wandb", "force=true"), quiet=True) == plain
+    assert len((run_directory(tmp_path) / "metrics.jsonl").read_text().splitlines()) == 7
+
+
+def test_wandb_that_cannot_start_is_said_once_and_done_without(
+    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def broken(*arguments: Any, **keywords: Any) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(wandb, "init", broken)
+    train(small("logger=wandb"))
+    assert capsys.readouterr().out.count("W&B cannot log") == 1
+
+
+def test_no_planted_secret_is_written_anywhere(tmp_path: Path) -> None:
+    secret = "hf_" + "S3cr3t" * 6
+    done = llmft(
+        *SMALL,
+        "logger=wandb",
+        f"output_dir={tmp_path}",
+        f"notes={secret}",
+        f"tags=[{secret}]",
+        cwd=tmp_path,
+        HF_TOKEN=secret,
+        WANDB_API_KEY="",
+    )
+    assert done.returncode == 0, done.stderr
+    assert secret not in done.stdout + done.stderr
+    for path in tmp_path.rglob("*"):
+        if path.is_file():
+            assert secret.encode() not in path.read_bytes(), path
+
+
+def test_secrets_are_masked_by_form_and_by_name_and_tokens_of_text_are_not() -> None:
+    told = {"hub": {"token": "abc", "api_key": "abc"}, "url": "https://me:pass@host/x", "note": "sk-" + "a" * 24}
+    masked = redact(told)
+    assert masked == {"hub": {"token": "***", "api_key": "***"}, "url": "https://***@host/x", "note": "***"}
+    harmless = {"num_tokens": 5, "pad_token": "<pad>", "max_tokens": 9, "eos_token": "</s>", "token_type": "x"}
+    assert redact(harmless) == harmless
+
+
+def test_the_flat_config_has_one_level_of_dotted_keys() -> None:
+    assert flatten({"a": {"b": 1, "c": {"d": [1, 2]}}, "e": {}}) == {"a.b": 1, "a.c.d": [1, 2], "e": {}}
+
+
+@pytest.mark.parametrize("logger", ["csv", "tensorboard"])
+def test_other_loggers_write_into_the_run_directory(small: Callable[..., Any], tmp_path: Path, logger: str) -> None:
+    if logger == "tensorboard":
+        pytest.importorskip("tensorboard")
+    train(small(f"logger={logger}"), quiet=True)
+    written = [path for path in (run_directory(tmp_path) / logger).rglob("*") if path.is_file()]
+    assert written
+    if logger == "csv":
+        assert "val/loss_nats" in next(path for path in written if path.name == "metrics.csv").read_text()
