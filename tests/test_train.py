@@ -107,11 +107,12 @@ def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
                 assert value == pytest.approx(theirs[name], rel=1e-4), name
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> None:
     arguments = ["trainer.batch_size=6", "trainer.micro_batch_size=2", "data.rows={train: 20, validation: 7}"]
     one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
     two = llmft(
-        *SMALL, *arguments, f"output_dir={tmp_path}/two", "trainer=ddp", "trainer.accelerator=cpu", cwd=tmp_path
+        *SMALL, *arguments, f"output_dir={tmp_path}/two", f"trainer={trainer}", "trainer.accelerator=cpu", cwd=tmp_path
     )
     assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
     a, b = run_directory(tmp_path / "one"), run_directory(tmp_path / "two")

@@ -13,6 +13,7 @@ import torch
 from llmft.config import LoraConfig
 from llmft.errors import ConfigError
 from llmft.model import families
+from llmft.model.sharding import is_sharded, like, whole
 
 
 def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str) -> Any:
@@ -76,18 +77,29 @@ def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor])
         raise KeyError(f"trained tensors differ: {sorted(own.keys() ^ state.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in own.items():
-            parameter.copy_(state[name])
+            parameter.copy_(like(state[name], parameter))
 
 
-def save(model: Any, tokenizer: Any, directory: Path) -> None:
-    """Writes the adapter (or, without LoRA, the model) and its tokenizer; the directory appears whole or not at all."""
+def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
+    """The tensors that `save` writes where weights are divided among processes, which must all ask; else None."""
+    if not is_sharded(model):
+        return None
+    parameters = model.named_parameters()
+    return {name: whole(p.detach()).cpu() for name, p in parameters if p.requires_grad or not trained_only}
+
+
+def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
+    """Writes the adapter (or, without LoRA, the model) and its tokenizer; the directory appears whole or not at all.
+
+    `state` replaces the model's own tensors.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         if hasattr(model, "peft_config"):
-            model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False)
+            model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False, state_dict=state)
         else:
-            model.save_pretrained(staged, safe_serialization=True)
+            model.save_pretrained(staged, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(staged)
         staged.chmod(0o755)
         for path in staged.iterdir():

@@ -21,6 +21,7 @@ from llmft.data.batch import MicroBatch, StepBatch
 from llmft.errors import DivergedError
 from llmft.inference.generate import generate
 from llmft.model.adapters import load_trainable_state, trainable_state
+from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.objectives.base import Objective
 
 
@@ -117,6 +118,14 @@ class FineTuner(L.LightningModule):
 
     # ------------------------------------------------------------------------------------------------- training
 
+    def configure_model(self) -> None:
+        """Divides the weights among the processes under FSDP2; Lightning may ask more than once."""
+        from lightning.pytorch.strategies import ModelParallelStrategy
+
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
+            assert self.device_mesh is not None
+            shard(self.model, self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The optimizer over what is trainable, with its state of the last checkpoint if there is one."""
         optimizer = self.make_optimizer(parameter_groups(self.model))
@@ -141,14 +150,17 @@ class FineTuner(L.LightningModule):
             group["lr"] = rate
         # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
         torch.manual_seed(stream(self.seed, "dropout", batch.step, self.global_rank))
+        # FSDP averages the gradients of the processes; elsewhere they are summed below.
+        sharded = is_sharded(self.model)
+        scale = self.trainer.world_size if sharded else 1
         total = torch.zeros((), device=self.device)
         with self._no_gradient_sync():
             for micro in batch.micro_batches:
                 losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
-                self.manual_backward(loss)
+                self.manual_backward(loss * scale)
                 total += loss.detach()
-        self._sum_over_processes([total, *self._gradients()])
+        self._sum_over_processes([total] if sharded else [total, *self._gradients()])
         value = float(total)
         if not math.isfinite(value):
             raise DivergedError(self._diverged("loss", value, batch))
@@ -166,7 +178,7 @@ class FineTuner(L.LightningModule):
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
         gradients = self._gradients()
         norm = torch.nn.utils.get_total_norm(gradients)
-        self._grad_norm = float(norm)
+        self._grad_norm = float(whole(norm))
         if not math.isfinite(self._grad_norm):
             if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
                 return  # fp16: the scaler skips this step and lowers its scale
@@ -248,7 +260,10 @@ class FineTuner(L.LightningModule):
         self.validation = Validation(self.step, split, metrics, samples)
 
     def _generate(self, generation: Generation) -> list[dict[str, Any]]:
-        mine = list(enumerate(generation.samples))[self.global_rank :: self.trainer.world_size]
+        # Divided weights are gathered in every forward, so all processes must take the same ones: all take all.
+        divided = is_sharded(self.model)
+        mine = list(enumerate(generation.samples))
+        mine = mine if divided else mine[self.global_rank :: self.trainer.world_size]
         with self.trainer.precision_plugin.forward_context():
             outputs = generate(
                 self.model,
@@ -270,7 +285,7 @@ class FineTuner(L.LightningModule):
             )
             for (place, sample), output in zip(mine, outputs, strict=True)
         ]
-        gathered = [item for share in self._gather(made) for item in share]
+        gathered = made if divided else [item for share in self._gather(made) for item in share]
         return [sample for _, sample in sorted(gathered, key=lambda item: item[0])]
 
     def _gather(self, share: list[Any]) -> list[list[Any]]:
@@ -288,13 +303,16 @@ class FineTuner(L.LightningModule):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
-        return trainable_state(self.model)
+        return {name: whole(tensor) for name, tensor in trainable_state(self.model).items()}
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter name."""
         optimizer = self.trainer.optimizers[0]
         names = {id(p): name for name, p in self.model.named_parameters()}
-        return {names[id(p)]: dict(state) for p, state in optimizer.state.items()}
+        return {
+            names[id(p)]: {key: whole(v) if isinstance(v, torch.Tensor) else v for key, v in state.items()}
+            for p, state in optimizer.state.items()
+        }
 
     def restore(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, dict[str, Any]]) -> None:
         """Goes back to a checkpoint; call before `fit`."""
@@ -306,5 +324,10 @@ class FineTuner(L.LightningModule):
         names = {id(p): name for name, p in self.model.named_parameters()}
         numbered = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
         current = optimizer.state_dict()
-        current["state"] = {place: state[name] for place, name in enumerate(numbered) if name in state}
+        parameters = dict(self.model.named_parameters())
+        current["state"] = {
+            place: {k: like(v, parameters[name]) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()}
+            for place, name in enumerate(numbered)
+            if name in state
+        }
         optimizer.load_state_dict(current)

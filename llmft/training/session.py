@@ -35,6 +35,7 @@ from llmft.model.load import (
     train_tokenizer,
 )
 from llmft.model.quantization import weight_counts
+from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, check_rejected, process_rank
 from llmft.redaction import redact
 from llmft.runs import append_line, write_config
@@ -300,12 +301,13 @@ class Session:
         if self.splits.get("test"):
             self.module.generation = self._generation("test")
             trainer.test(self.module, datamodule=self.data, verbose=False)
+        weights = adapters.whole_state(self.model, trained_only=config.lora.enabled)
         if not self.main_process:
             return None
         run = self.run_directory
         target = run.adapter if config.lora.enabled else run.model
         self.tokenizer.chat_template = self.prompt.config.template
-        adapters.save(self.model, self.tokenizer, target)
+        adapters.save(self.model, self.tokenizer, target, weights)
         before, after = self._before_and_after(step)
         result = {
             "before": before,
@@ -364,7 +366,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
-        if adapters.reusable(self.config.lora, self.config.task.auto_class):
+        if adapters.reusable(self.config.lora, self.config.task.auto_class) and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
             drop_base()

@@ -1,0 +1,43 @@
+"""Weights divided among processes (FSDP2), for bases that fit on no single device.
+
+Every process loads the whole quantised base and then keeps its share of each layer. Checkpoints and adapters are
+written whole, so a run may go on with another number of processes, or none.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the weights are divided among processes."""
+    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def shard(model: Any, mesh: Any) -> None:
+    """Divides each decoder layer, then the rest, over `mesh`."""
+    from torch.distributed.fsdp import fully_shard
+
+    # The root is the model that `generate` calls, below PEFT's wrapper.
+    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    layers = set(getattr(root, "_no_split_modules", None) or [])
+    for module in list(root.modules()):
+        if type(module).__name__ in layers:
+            fully_shard(module, mesh=mesh)
+    fully_shard(root, mesh=mesh)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The whole of a tensor that may be divided; every process must ask."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`value`, divided as `parameter` is."""
+    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+        return value
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements)  # type: ignore[attr-defined]

@@ -1,0 +1,92 @@
+"""The door: every command in the README composes, and a built wheel works from any directory."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, compose
+
+README = (ROOT / "README.md").read_text()
+COMMANDS = sorted(
+    {
+        command.strip()
+        for line in re.findall(r"```bash\n(.*?)\n```", README, re.S) + re.findall(r"`(python -m llmft[^`]*)`", README)
+        for command in line.split("&&")
+        if command.strip().startswith("python -m llmft")
+    }
+)
+
+
+def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
+    for name in ("main", "test"):
+        found = re.findall(rf"<!-- fresh-machine: {name} -->\n```bash\n([^\n]+)\n```", README)
+        assert len(found) == 1, name
+        assert found[0].startswith("pip install -e")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_of_the_readme_composes(command: str) -> None:
+    arguments = shlex.split(command)[3:]
+    if "--config-dir" in arguments:
+        folder = arguments[arguments.index("--config-dir") + 1]
+        choice = next(a for a in arguments if a.startswith("+sweep="))
+        grid = yaml.safe_load((ROOT / folder / "sweep" / f"{choice.partition('=')[2]}.yaml").read_text())
+        arguments = [f"{key}={value}" for key, value in grid["hydra"]["sweeper"]["params"].items()]
+    overrides = []
+    for argument in arguments:
+        if argument.startswith("-"):
+            continue
+        key, _, value = argument.partition("=")
+        overrides.append(f"{key}={str(value).split(',')[0]}")
+    compose(*overrides)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "sweeps" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_ready_sweep_names_keys_that_exist(path: Path) -> None:
+    grid = yaml.safe_load(path.read_text())
+    for key, values in grid["hydra"]["sweeper"]["params"].items():
+        for value in str(values).split(","):
+            compose(f"{key}={value}")
+
+
+def test_every_folder_of_the_map_exists() -> None:
+    map_of_folders = README.partition("## Map")[2]
+    for folder in re.findall(r"^\| `(\w+/)` \|", map_of_folders, re.M):
+        assert (ROOT / folder).is_dir(), folder
+
+
+def test_a_built_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    done = subprocess.run(build, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = next((tmp_path / "venv" / "lib").glob("python*/site-packages"))
+    subprocess.run([sys.executable, "-m", "zipfile", "-e", str(wheel), str(site)], check=True, timeout=60)
+    # The dependencies come from this environment; llmft itself must not.
+    dependencies = next(path for path in sys.path if path.endswith("site-packages"))
+    (site / "dependencies.pth").write_text(dependencies + "\n")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    where = subprocess.run(
+        [python, "-c", "import llmft; print(llmft.__file__)"], cwd=elsewhere, capture_output=True, text=True
+    )
+    assert where.stdout.strip().startswith(str(site)), where.stdout + where.stderr
+    done = subprocess.run(
+        [python, "-m", "llmft", "logger=none", "trainer.max_steps=2", "data.rows={train: 32, validation: 8, test: 0}"],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (elsewhere / "outputs" / "runs").is_dir()
