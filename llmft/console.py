@@ -44,11 +44,12 @@ class Screen:
         self._file = self._log = None
 
     def print(self, *things: Any) -> None:
-        """Prints strings (rich markup) and rich objects."""
-        self.terminal.print(*things)
-        if self._log is not None and self._file is not None:
-            self._log.print(*things)
-            self._file.flush()
+        """Prints strings (rich markup) and rich objects, each on its own line."""
+        for thing in things:
+            self.terminal.print(thing, soft_wrap=isinstance(thing, str))
+            if self._log is not None and self._file is not None:
+                self._log.print(thing, soft_wrap=isinstance(thing, str))
+                self._file.flush()
 
     def warn(self, message: str) -> None:
         """One warning line."""

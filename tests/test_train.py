@@ -310,3 +310,129 @@ def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
     assert f"process {first.pid} on" in second.stderr
     first.kill()
     first.communicate(timeout=60)
+
+    shape = [
+        "hidden_size: 64",
+        "intermediate_size: 128",
+        "num_hidden_layers: 2",
+        "num_attention_heads: 2",
+        "head_dim: 32",
+    ]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["quantization=fp4"],
+        ["quantization=int8"],
+        ["quantization=none"],
+        ["lora.rslora=true", "lora.alpha=3"],
+        ["lora.dora=true"],
+        ["lora=attention", "lora.r=2"],
+        ["lora.targets=.*mlp.up_proj"],
+        ["lora.modules_to_save=[lm_head]"],
+        ["optimizer=adamw_8bit"],
+        ["optimizer=paged_adamw_8bit"],
+        ["optimizer=sgd", "learning_rate.peak=0.1"],
+        ["learning_rate=linear", "learning_rate.warmup_steps=2"],
+        ["learning_rate=constant"],
+        ["trainer.gradient_checkpointing=true"],
+        ["trainer.gradient_clip=null"],
+        ["trainer.export=last"],
+        ["prompt=alpaca", "data.max_tokens=256"],
+        ["prompt=llama2", "prompt.system=Be brief."],
+        ["trainer.precision=bf16"],
+    ],
+    ids=" ".join,
+)
+def test_every_choice_trains(small: Callable[..., Any], tmp_path: Path, overrides: list[str]) -> None:
+    train(small(*overrides), quiet=True)
+    validated = [r["val/loss_nats"] for r in records(run_directory(tmp_path)) if "val/loss_nats" in r]
+    assert validated[-1] < validated[0]
+
+
+def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
+    for value in ("true", "false"):
+        train(compose(*SMALL, f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}"), quiet=True)
+    a, b = run_directory(tmp_path / "true"), run_directory(tmp_path / "false")
+    assert adapter_bytes(a) == adapter_bytes(b)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "sgd"])
+def test_resumed_from_every_step_all_later_checkpoints_are_the_same(
+    small: Callable[..., Any], tmp_path: Path, optimizer: str
+) -> None:
+    """Also from the first and the last step, of an epoch and of the run; each resumption is itself resumed."""
+    import shutil
+
+    config = small(
+        f"optimizer={optimizer}",
+        "data.rows.train=12",
+        "trainer.batch_size=5",
+        "trainer.max_steps=8",
+        "trainer.validate_every=3",
+        "trainer.checkpoint_every=1",
+        "trainer.keep_checkpoints=99",
+        "lora.dropout=0.2",
+        "learning_rate.peak=0.02",
+    )
+    train(config, quiet=True)
+    directory = run_directory(tmp_path)
+    whole = tmp_path / "whole"
+    shutil.copytree(directory, whole)
+    for step in reversed(range(1, 9)):
+        for later in range(step + 1, 9):
+            path_of(directory / "checkpoints", later).unlink()
+            path_of(directory / "checkpoints", later).with_suffix(".sha256").unlink()
+        (directory / "run.json").write_text(json.dumps({"status": "running"}))
+        shutil.rmtree(directory / "adapter")
+        train(config, quiet=True)
+        assert adapter_bytes(directory) == adapter_bytes(whole), step
+        assert (directory / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), step
+        for later in range(step, 9):
+            ours = load_file(path_of(directory / "checkpoints", later))
+            theirs = load_file(path_of(whole / "checkpoints", later))
+            assert ours.keys() == theirs.keys()
+            assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), (step, later)
+
+
+def test_a_random_architecture_of_any_model_trains_without_its_files(small: Callable[..., Any], tmp_path: Path) -> None:
+    shape = "{hidden_size: 64, intermediate_size: 128, num_hidden_layers: 2, num_attention_heads: 2, head_dim: 32, "
+    shape += "num_key_value_heads: 1, vocab_size: 1024}"
+    train(
+        small("model=mistral", "model.init=random", f"model.overrides={shape}", "learning_rate.peak=0.01"), quiet=True
+    )
+    assert "mistral" in run_directory(tmp_path).name
+
+
+def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
+    """A pretrained checkpoint of others and Alpaca rows, by plain overrides on the command line."""
+    done = llmft(
+        "model=local",
+        f"model.path={shared_data}/models/stories260K",
+        "data=alpaca",
+        f"data.files={shared_data}/instruction/llamafactory_alpaca_en_demo.json",
+        "prompt=alpaca",
+        "data.max_tokens=384",
+        "data.limit=200",
+        "trainer.max_steps=12",
+        "trainer.precision=fp32",
+        "learning_rate.peak=0.005",
+        "task.generate_rows=4",
+        "task.max_new_tokens=8",
+        "logger=none",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    validated = [r["val/loss_nats"] for r in records(run_directory(tmp_path / "outputs")) if "val/loss_nats" in r]
+    assert validated[0] > 4.0
+    assert validated[-1] < validated[0] - 0.5
+
+
+def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
+    done = llmft("logger=none", cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((run_directory(tmp_path / "outputs") / "run.json").read_text())["result"]
+    assert result["after"]["val/exact_match"] > 0.8
+    assert result["after"]["test/exact_match"] > 0.8
+    assert result["after"]["val/loss_nats"] < 0.5 * result["before"]["val/loss_nats"]

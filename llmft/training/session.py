@@ -78,8 +78,8 @@ class Session:
         if self.main_process:
             self._write_records(environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
-            self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
             self._show_plan(checkpoint.step if checkpoint is not None else None)
+            self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
         self.module = self._module()
         if checkpoint is not None:
             self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)

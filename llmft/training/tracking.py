@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import netrc
 import os
+import secrets
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,15 @@ def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
     return {} if "save_dir" in node else {"save_dir": str(run.directory)}
 
 
+def _wandb_id(config: TrainConfig, run: Run) -> str:
+    """The run's key, so that a resumed run goes on in W&B too; another one where force=true runs it again."""
+    known = run.status().get("wandb_id")
+    if known is None:
+        known = f"{run.key}-{secrets.token_hex(2)}" if config.force else run.key
+        run.update(wandb_id=known)
+    return known
+
+
 def _start_wandb(
     config: TrainConfig, settings: WandbConfig, run: Run, environment: dict[str, Any], screen: Screen
 ) -> SafeWandbLogger | None:
@@ -156,7 +166,7 @@ def _start_wandb(
         "notes": redact(config.notes),
         "config": flat,
         "dir": str(run.directory),
-        "id": run.key,
+        "id": _wandb_id(config, run),
         "resume": "allow",
     }
     offline = {"resume"} if mode == "offline" else set()
@@ -184,8 +194,7 @@ def _start_wandb(
         return None
     if experiment.settings.mode == "offline" or attempt == "offline":
         folder = Path(experiment.dir).parent
-        reason = f": {why}" if why else ""
-        screen.print(f"W&B offline{reason}; `wandb sync {folder}` uploads the run later.")
+        screen.print(f"W&B is offline{': ' + why if why else ''}. To upload the run later:", f"  wandb sync {folder}")
     elif experiment.url:
         screen.print(f"W&B {experiment.url}")
     experiment.define_metric("step", hidden=True)
