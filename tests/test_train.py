@@ -311,14 +311,6 @@ def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
     first.kill()
     first.communicate(timeout=60)
 
-    shape = [
-        "hidden_size: 64",
-        "intermediate_size: 128",
-        "num_hidden_layers: 2",
-        "num_attention_heads: 2",
-        "head_dim: 32",
-    ]
-
 
 @pytest.mark.parametrize(
     "overrides",
