@@ -84,6 +84,35 @@ class Truncation(Enum):
     error = "error"
 
 
+class Turns(Enum):
+    """Which answers of a conversation carry loss."""
+
+    all = "all"
+    last = "last"
+
+
+class Transform(Enum):
+    """What is done to conversations before they are rendered."""
+
+    none = "none"
+    context_distillation = "context_distillation"
+    ghost_attention = "ghost_attention"
+
+
+class TrainOn(Enum):
+    """The training rows, or all that are not held out for test: then no validation number means anything."""
+
+    train = "train"
+    all = "all"
+
+
+class Sampling(Enum):
+    """How data.limit chooses rows."""
+
+    random = "random"
+    diverse = "diverse"
+
+
 class BadRow(Enum):
     """What happens to a row that cannot be used."""
 
@@ -256,6 +285,8 @@ class Columns:
     messages: str | None = None
     text: str | None = None
     target: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
 
 
 @dataclass
@@ -273,30 +304,35 @@ class DataConfig:
     labels: list[str] = field(default_factory=list)
     validation_fraction: float = 0.1
     test_fraction: float = 0.0
+    fold: int | None = None
+    num_folds: int = 5
+    stratify: str | None = None
+    group: str | None = None
+    train_on: TrainOn = TrainOn.train
     split_seed: int = 0
     limit: int | None = None
+    sample: Sampling = Sampling.random
+    train_turns: Turns = Turns.all
+    transform: Transform = Transform.none
     max_tokens: int = 1024
+    max_prompt_tokens: int | None = None
+    max_answer_tokens: int | None = None
+    min_prompt_tokens: int = 0
+    min_answer_tokens: int = 0
     truncation: Truncation = Truncation.cut_prompt_left
     epochs: float = aside(3.0)
     on_bad_row: BadRow = BadRow.error
     max_bad_fraction: float = 0.05
+    max_overlap_fraction: float = 0.5
+    cache: bool = aside(True)
 
     def __post_init__(self) -> None:
-        given = [
-            name
-            for name, value in (
-                ("data.source", self.source),
-                ("data.hub", self.hub),
-                ("data.files", self.files or self.split_files.train),
-            )
-            if value
-        ]
+        local = bool(self.files or self.split_files.train)
         require(
-            len(given) == 1,
-            f"data={self.name} names {' and '.join(given)}: keep one."
-            if given
-            else f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).",
+            local or bool(self.source or self.hub),
+            f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).",
         )
+        require(not (local and self.source), f"data={self.name} makes its own rows: data.files has no place there.")
         require(
             not (self.files and self.split_files.train),
             "data.files and data.split_files.train are both set: keep one.",
@@ -304,6 +340,17 @@ class DataConfig:
         for key in ("validation_fraction", "test_fraction", "max_bad_fraction"):
             value = getattr(self, key)
             require(0 <= value < 1, f"data.{key}={value}: at least 0 and below 1.")
+        require(0 <= self.max_overlap_fraction <= 1, f"data.max_overlap_fraction={self.max_overlap_fraction}: 0 to 1.")
+        require(self.num_folds >= 2, f"data.num_folds={self.num_folds}: 2 or more.")
+        require(
+            self.fold is None or 0 <= self.fold < self.num_folds,
+            f"data.fold={self.fold}: 0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null.",
+        )
+        for key in ("max_prompt_tokens", "max_answer_tokens"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
+        for key in ("min_prompt_tokens", "min_answer_tokens"):
+            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: 0 or more.")
         require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
         require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
         for split, count in self.rows.items():

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` beside `path`, flushes it to the disk, and renames: the file is old or new, never half."""
+@contextlib.contextmanager
+def staged_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file beside `path` to write to; when the block ends well it is flushed to the disk and takes `path`'s place.
+
+    So `path` is old or new, never half, and nothing is left behind when the block fails.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with staged.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
     finally:
         staged.unlink(missing_ok=True)
-    _sync_directory(path.parent)
-
-
-def _sync_directory(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
+    directory = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(directory)
     finally:
-        os.close(handle)
+        os.close(directory)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes `content` to `path` by way of `staged_file`."""
+    with staged_file(path) as file:
+        file.write(content)

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from llmft.config import TrainConfig
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.sources import Problems, load_rows
 from llmft.data.splits import make_splits
+from llmft.data.transforms import apply
 from llmft.errors import ConfigError, DataError
 from llmft.model.hub import Located, locate
 from llmft.runs import Run, open_run, run_key
@@ -39,8 +41,8 @@ def process_rank() -> int:
     return 0
 
 
-def prepare(config: TrainConfig) -> Prepared:
-    """Reads and checks the rows, finds the model, and opens the run directory.
+def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
+    """Reads and checks the rows, finds the model, and opens the run directory (or only names it).
 
     Raises:
         ConfigError: for what the config names and is not there.
@@ -50,7 +52,10 @@ def prepare(config: TrainConfig) -> Prepared:
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)
     columns = ColumnMap.of(config.data, rows["train"])
-    conversations = {split: columns.conversations(part, problems) for split, part in rows.items()}
+    conversations = {
+        split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
+        for split, part in rows.items()
+    }
     total = sum(map(len, rows.values()))
     check_rejected(problems, total, config)
     if not conversations["train"]:
@@ -63,7 +68,8 @@ def prepare(config: TrainConfig) -> Prepared:
     if config.task.auto_class == "sequence_classification" and not columns.labels:
         raise ConfigError(f"task={config.task.name} needs classes: set data.columns.target to their column.")
     located = locate(config.model)
-    run = open_run(config, run_key(config, loaded.fingerprint, located.fingerprint))
+    key = run_key(config, loaded.fingerprint, located.fingerprint)
+    run = open_run(config, key) if open_directory else Run(Path(config.output_dir), key)
     return Prepared(config, conversations, columns.labels, located, loaded.fingerprint, run, problems)
 
 

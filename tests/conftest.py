@@ -90,3 +90,9 @@ def llmft(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) 
         timeout=timeout,
         stdin=subprocess.DEVNULL,
     )
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Tokens are cached in a folder of this test run."""
+    os.environ["HF_DATASETS_CACHE"] = str(tmp_path_factory.mktemp("cache"))

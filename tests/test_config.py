@@ -36,7 +36,7 @@ def needs(group: str, option: str) -> list[str]:
     """What an option cannot do without."""
     extra = list(NEEDS.get((group, option), []))
     text = (CONF / group / f"{option}.yaml").read_text()
-    if group == "data" and "files: null" in text:
+    if (group == "data" and "\nhub: " not in text and "\nsource: llmft" not in text) or option == "base":
         extra.append("data.files=rows.jsonl")
     if "requires_remote_code: true" in text:
         extra += ["model.trust_remote_code=true", f"model.revision={'0' * 40}"]

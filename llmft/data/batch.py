@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from llmft.data.encode import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Encoded, Examples
 
 
 @dataclass
@@ -75,8 +75,8 @@ def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> Mi
     mask = torch.zeros(shape, dtype=torch.long)
     for place, example in enumerate(examples):
         length = len(example.input_ids)
-        input_ids[place, :length] = torch.tensor(example.input_ids)
-        labels[place, :length] = torch.tensor(example.labels)
+        input_ids[place, :length] = torch.as_tensor(example.input_ids)
+        labels[place, :length] = torch.as_tensor(example.labels)
         mask[place, :length] = 1
     targets = [example.conversation.target for example in examples]
     classes = torch.tensor(targets) if all(target is not None for target in targets) else None
@@ -93,6 +93,13 @@ def filler(example: Encoded, pad_id: int) -> MicroBatch:
 def weight_of(example: Encoded) -> float:
     """What one example adds to the loss's denominator: its labelled tokens, or 1 for a class."""
     return 1.0 if example.conversation.target is not None else float(example.labelled_tokens)
+
+
+def weights_and_lengths(examples: Sequence[Encoded]) -> tuple[list[float], list[int]]:
+    """`weight_of` and number of tokens of every example; at once where they are held in columns."""
+    if isinstance(examples, Examples) and len(examples) and examples[0].conversation.target is None:
+        return examples.labelled_tokens.astype(float).tolist(), examples.lengths.tolist()
+    return [weight_of(example) for example in examples], [len(example.input_ids) for example in examples]
 
 
 def steps_per_epoch(num_rows: int, batch_size: int) -> int:
@@ -113,7 +120,7 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
 
 
-def by_length(examples: Sequence[Encoded], rows: Sequence[int], size: int) -> list[list[int]]:
+def by_length(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
     """Groups of at most `size` rows of like length, longest first, so that little is padded."""
-    ordered = sorted(rows, key=lambda row: (-len(examples[row].input_ids), row))
+    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
     return [ordered[start : start + size] for start in range(0, len(ordered), size)]

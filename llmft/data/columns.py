@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llmft.config import Columns, DataConfig
@@ -25,11 +25,19 @@ ROLES = {
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with the roles system, user and assistant, where they stand, and a class for classification."""
+    """Messages with the roles system, user and assistant, and where they stand.
+
+    Attributes:
+        target: the class, for classification.
+        rejected: the answer that was not preferred, in preference data; the preferred one is the last message.
+        trained_from: how many answers at the beginning are not learned.
+    """
 
     messages: list[Message]
     where: str
     target: int | None = None
+    rejected: str | None = None
+    trained_from: int = 0
 
 
 @dataclass
@@ -52,13 +60,13 @@ class ColumnMap:
                 f"data={data.name} maps no columns: set data.columns.prompt and data.columns.response "
                 f"(columns of the data: {', '.join(train[0].values)})."
             )
-        if columns.prompt and not (columns.response or columns.target):
+        if columns.prompt and not (columns.response or columns.target or columns.chosen):
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
         made = cls(columns, list(data.labels))
-        for part in ("prompt", "input", "response", "system", "messages", "text", "target"):
-            named = getattr(columns, part)
+        for entry in fields(columns):
+            named = getattr(columns, entry.name)
             if named:
-                made._check(f"data.columns.{part}", named, train[0])
+                made._check(f"data.columns.{entry.name}", named, train[0])
         if columns.target and not made.labels:
             made.labels = sorted({made._fill(columns.target, row) for row in train})
         return made
@@ -88,8 +96,10 @@ class ColumnMap:
         value = row.values[name]
         if value is None:
             raise ValueError(f"column '{name}' is empty (null)")
-        if isinstance(value, (dict, list)):
+        if isinstance(value, (dict, list, bytes)):
             raise ValueError(f"column '{name}' holds {type(value).__name__}, text was expected")
+        if isinstance(value, float) and value != value:
+            raise ValueError(f"column '{name}' is empty (not a number)")
         return value if isinstance(value, str) else str(value)
 
     def conversations(self, rows: list[Row], problems: Problems) -> list[Conversation]:
@@ -106,7 +116,7 @@ class ColumnMap:
         """One row's messages. Raises ValueError saying what is wrong with the row."""
         columns = self.columns
         if columns.messages:
-            return Conversation(self._turns(row), row.where)
+            return self._preferred(row, self._turns(row))
         target = None
         if columns.target:
             label = self._fill(columns.target, row)
@@ -130,6 +140,8 @@ class ColumnMap:
             system = self._fill(columns.system, row)
             if system.strip():
                 messages.insert(0, {"role": "system", "content": system})
+        if columns.chosen:
+            return self._preferred(row, messages)
         if columns.response:
             answer = self._fill(columns.response, row)
             if not answer.strip():
@@ -137,15 +149,42 @@ class ColumnMap:
             messages.append({"role": "assistant", "content": answer})
         return Conversation(messages, row.where, target)
 
+    def _preferred(self, row: Row, messages: list[Message]) -> Conversation:
+        """Preference data: the chosen answer ends the conversation, the rejected one is kept beside it."""
+        columns = self.columns
+        if not columns.chosen:
+            return Conversation(messages, row.where)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the conversation ends with an answer already, beside the chosen one")
+        chosen = self._answer(row, columns.chosen)
+        rejected = self._answer(row, columns.rejected) if columns.rejected else None
+        return Conversation([*messages, {"role": "assistant", "content": chosen}], row.where, None, rejected)
+
+    def _answer(self, row: Row, name: str) -> str:
+        """An answer given as text, as one message, or as the last of several."""
+        value = row.values.get(name)
+        if isinstance(value, list) and value:
+            value = value[-1]
+        if isinstance(value, dict):
+            return self._turn({"role": "assistant", **value}, 1)["content"]
+        answer = self._fill(name, row)
+        if not answer.strip():
+            raise ValueError(f"the answer in '{name}' is empty")
+        return answer
+
     def _turns(self, row: Row) -> list[Message]:
         assert self.columns.messages
         turns = row.values.get(self.columns.messages)
         if not isinstance(turns, list) or not turns:
             raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
+        if all(isinstance(turn, str) for turn in turns):  # LIMA: plain texts that take turns
+            turns = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
         messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
         spoken = [message["role"] for message in messages if message["role"] != "system"]
         if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
             raise ValueError("user and assistant must take turns, starting with user")
+        if self.columns.chosen:
+            return messages
         if "assistant" not in spoken:
             raise ValueError("no message of the assistant, so nothing to learn from")
         if spoken[-1] == "user":

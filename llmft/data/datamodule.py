@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from llmft.data.batch import StepBatch, by_length, collate, filler, rows_of_step, steps_per_epoch, weight_of
-from llmft.data.encode import Encoded
+from llmft.data.batch import StepBatch, by_length, collate, filler, rows_of_step, steps_per_epoch, weights_and_lengths
+from llmft.data.examples import Encoded
 
 
 class _Items(Dataset):
@@ -38,7 +38,7 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        splits: dict[str, list[Encoded]],
+        splits: Mapping[str, Sequence[Encoded]],
         *,
         pad_id: int,
         seed: int,
@@ -55,7 +55,9 @@ class DataModule(L.LightningDataModule):
         self.validation_batch_size = validation_batch_size
         self.stops: list[int] = []
         self.position: Callable[[], int] = lambda: 0
-        self._weights = [weight_of(example) for example in splits["train"]]
+        self._weights, self._lengths = {}, {}
+        for split, examples in splits.items():
+            self._weights[split], self._lengths[split] = weights_and_lengths(examples)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -72,13 +74,14 @@ class DataModule(L.LightningDataModule):
         rows = rows_of_step(step, len(examples), self.batch_size, self.seed)
         rank, world = self._share()
         # Dealt longest first, in turn, so that the processes have like work.
-        mine = sorted(rows, key=lambda row: (-len(examples[row].input_ids), row))[rank::world]
-        groups = by_length(examples, mine, self.micro_batch_size)
+        lengths = self._lengths["train"]
+        mine = sorted(rows, key=lambda row: (-lengths[row], row))[rank::world]
+        groups = by_length(lengths, mine, self.micro_batch_size)
         most = math.ceil(math.ceil(len(rows) / world) / self.micro_batch_size)
         micro_batches = [collate([examples[row] for row in group], group, self.pad_id) for group in groups]
         while len(micro_batches) < most:
             micro_batches.append(filler(examples[rows[0]], self.pad_id))
-        return StepBatch(step, micro_batches, sum(self._weights[row] for row in rows))
+        return StepBatch(step, micro_batches, sum(self._weights["train"][row] for row in rows))
 
     def train_dataloader(self) -> DataLoader:
         """The steps from here to the next validation."""
@@ -94,7 +97,7 @@ class DataModule(L.LightningDataModule):
     def _evaluation(self, split: str) -> DataLoader:
         examples = self.splits[split]
         rank, world = self._share()
-        groups = by_length(examples, list(range(len(examples)))[rank::world], self.validation_batch_size)
+        groups = by_length(self._lengths[split], range(len(examples))[rank::world], self.validation_batch_size)
         makers: list[Callable[[], object]] = [
             partial(collate, [examples[row] for row in group], group, self.pad_id) for group in groups
         ]

@@ -155,6 +155,13 @@ class PromptFormat:
             text += answer + rest
         return Rendered(text, spans)
 
+    def end_marker(self, *, bos_token: str | None, eos_token: str | None) -> str:
+        """What the model learns to write behind an answer; empty for a format in which it would not learn to stop."""
+        probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        rendered = self.render(probe, bos_token=bos_token, eos_token=eos_token)
+        start, end = rendered.spans[-1]
+        return rendered.text[start:end].strip().removeprefix("A").strip()
+
 
 def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
     """The configured format; `prompt=native` is the tokenizer's own chat template.

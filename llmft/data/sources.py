@@ -7,6 +7,7 @@ into another type, and returned old rows for an edited file of the same size and
 
 from __future__ import annotations
 
+import bz2
 import csv
 import glob
 import gzip
@@ -14,6 +15,7 @@ import hashlib
 import importlib
 import io
 import json
+import lzma
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +26,7 @@ from llmft.config import BadRow, DataConfig, Files, canonical
 from llmft.errors import ConfigError, DataError, nearest
 
 SPLITS = ("train", "validation", "test")
+COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -70,17 +73,17 @@ def load_rows(data: DataConfig, problems: Problems) -> Loaded:
     """
     if data.source:
         loaded = _from_generator(data)
-    elif data.hub:
-        loaded = _from_hub(data)
-    else:
+    elif data.files or data.split_files.train:  # a local copy comes before the Hub
         loaded = _from_files(data, problems)
+    else:
+        loaded = _from_hub(data)
     if not loaded.splits.get("train"):
         raise DataError(f"data={data.name} has no training rows: {_named(data)} is empty.")
     return loaded
 
 
 def _named(data: DataConfig) -> str:
-    return str(data.source or data.hub or data.files or data.split_files.train)
+    return str(data.source or data.files or data.split_files.train or data.hub)
 
 
 # ---------------------------------------------------------------------------------------------------- generators
@@ -145,6 +148,10 @@ def _from_files(data: DataConfig, problems: Problems) -> Loaded:
         key = "data.files" if data.files else f"data.split_files.{split}"
         splits[split], digests[split] = [], []
         for path in expand(named, key):
+            if path.is_dir():
+                splits[split].extend(_read_arrow_directory(path))
+                digests[split].extend(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.glob("*.arrow")))
+                continue
             content = path.read_bytes()
             digests[split].append(hashlib.sha256(content).hexdigest())
             splits[split].extend(read(path, content, problems))
@@ -157,7 +164,7 @@ def expand(named: Any, key: str) -> list[Path]:
     for name in named if isinstance(named, (list, tuple)) else [named]:
         name = str(Path(str(name)).expanduser())
         matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
-        files = [Path(match) for match in matches if Path(match).is_file()]
+        files = [Path(match) for match in matches if Path(match).is_file() or (Path(match) / "state.json").is_file()]
         if not files:
             folder = Path(name).parent
             near = [p.name for p in folder.iterdir() if p.is_file()][:200] if folder.is_dir() else []
@@ -169,13 +176,25 @@ def expand(named: Any, key: str) -> list[Path]:
     return paths
 
 
+def _read_arrow_directory(path: Path) -> Iterator[Row]:
+    """A directory that `datasets` wrote with save_to_disk."""
+    import datasets
+
+    try:
+        found = datasets.load_from_disk(str(path))
+    except Exception as error:
+        raise DataError(f"{path}: not a directory of datasets.save_to_disk ({error}).") from None
+    for number, values in enumerate(found, start=1):
+        yield Row(dict(values), f"{path}:row {number}")
+
+
 def read(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
-    """The rows of one file, its format told by its ending (`.gz` is opened first)."""
+    """The rows of one file, its format told by its ending (a compressed one is opened first)."""
     endings = [suffix.lower() for suffix in path.suffixes]
-    if endings and endings[-1] == ".gz":
+    if endings and endings[-1] in COMPRESSED:
         try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError) as error:
+            content = COMPRESSED[endings[-1]](content)
+        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
             raise DataError(f"{path}: cannot be decompressed ({error}).") from None
         endings.pop()
     ending = endings[-1] if endings else ""

@@ -1,58 +1,115 @@
-"""Rows held out for validation and test: seeded, and independent of the rows' order."""
+"""Which rows are trained on, validated on and tested on: seeded, and independent of the rows' order."""
 
 from __future__ import annotations
 
 import hashlib
 
-from llmft.config import DataConfig, canonical
+from llmft.config import DataConfig, Sampling, TrainOn, canonical
 from llmft.data.sources import Loaded, Row
-from llmft.errors import DataError
+from llmft.errors import ConfigError, DataError, did_you_mean
 
 
-def _rank(row: Row, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{canonical(row.values)}".encode()).digest()
+def _rank(content: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}\0{content}".encode()).digest()
 
 
-def hold_out(rows: list[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
+def _content(row: Row) -> str:
+    return canonical(row.values)
+
+
+def _column(rows: list[Row], name: str, key: str) -> list[str]:
+    """A column's values as text; ConfigError names `key` when a row lacks it."""
+    for row in rows:
+        if name not in row.values:
+            raise ConfigError(f"{key}={name}: {row.where} has no such column{did_you_mean(name, row.values)}")
+    return [canonical(row.values[name]) for row in rows]
+
+
+def hold_out(
+    rows: list[Row], fraction: float, seed: int, *, group: str | None = None, stratify: str | None = None
+) -> tuple[list[Row], list[Row]]:
     """Splits `rows` into (kept, held out).
 
-    A row's side depends on its content and `seed` alone, so that neither the file's order nor the training seed
-    moves it, and copies of one row stay on one side. At least one row is held out when `fraction` is above 0.
+    A row's side depends on its content (or its group's name) and `seed` alone, so that neither the file's order nor
+    the training seed moves it, and copies of one row, or all rows of a group, stay on one side. With `stratify`, the
+    share is held out of each class. At least one row (group) of each class is held out when `fraction` is above 0.
     """
     if fraction <= 0 or not rows:
         return rows, []
-    ranks = [_rank(row, seed) for row in rows]
-    wanted = max(1, round(len(rows) * fraction))
-    limit = sorted(ranks)[wanted - 1]
-    kept = [row for row, rank in zip(rows, ranks, strict=True) if rank > limit]
-    held = [row for row, rank in zip(rows, ranks, strict=True) if rank <= limit]
-    return kept, held
+    units = _column(rows, group, "data.group") if group else [_content(row) for row in rows]
+    classes = _column(rows, stratify, "data.stratify") if stratify else [""] * len(rows)
+    held: set[str] = set()
+    for label in sorted(set(classes)):
+        members: dict[str, int] = {}
+        for unit, own in zip(units, classes, strict=True):
+            if own == label:
+                members[unit] = members.get(unit, 0) + 1
+        wanted = max(1, round(sum(members.values()) * fraction))
+        taken = sum(count for unit, count in members.items() if unit in held)
+        for unit in sorted(members, key=lambda unit: _rank(unit, seed)):
+            if taken >= wanted:
+                break
+            if unit not in held:
+                held.add(unit)
+                taken += members[unit]
+    kept = [row for row, unit in zip(rows, units, strict=True) if unit not in held]
+    return kept, [row for row, unit in zip(rows, units, strict=True) if unit in held]
 
 
 def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """A seeded random sample of `count` rows, in their order; never simply the first."""
     if count is None or count >= len(rows):
         return rows
-    chosen = set(sorted(range(len(rows)), key=lambda index: _rank(rows[index], seed))[:count])
-    return [row for index, row in enumerate(rows) if index in chosen]
+    ranks = sorted(range(len(rows)), key=lambda index: _rank(_content(rows[index]), seed))
+    return [rows[index] for index in sorted(ranks[:count])]
+
+
+def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
+    from llmft.data.select import assign_folds
+
+    targets = _column(rows, data.stratify, "data.stratify") if data.stratify else None
+    groups = _column(rows, data.group, "data.group") if data.group else None
+    try:
+        keys = [_content(row) for row in rows]
+        folds = assign_folds(keys, data.num_folds, data.split_seed, targets=targets, groups=groups)
+    except ValueError as error:
+        raise ConfigError(f"data.num_folds={data.num_folds}: {error}") from None
+    kept = [row for row, fold in zip(rows, folds, strict=True) if fold != data.fold]
+    return kept, [row for row, fold in zip(rows, folds, strict=True) if fold == data.fold]
 
 
 def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
-    """Train, validation and test rows: as given, or held out of the training rows.
+    """Train, validation and test rows: as given, held out of the training rows, or a fold of them.
 
-    Raises DataError when nothing is left to train on.
+    Raises DataError when nothing is left to train on, ConfigError for a fold beside given validation rows.
     """
     train = loaded.splits["train"]
+    options = {"group": data.group, "stratify": data.stratify}
     test = loaded.splits.get("test")
     if test is None:
-        train, test = hold_out(train, data.test_fraction, data.split_seed + 1)
+        train, test = hold_out(train, data.test_fraction, data.split_seed + 1, **options)
     validation = loaded.splits.get("validation")
-    if validation is None:
-        train, validation = hold_out(train, data.validation_fraction, data.split_seed)
-    train = sample(train, data.limit, data.split_seed)
+    if data.fold is not None:
+        if validation is not None:
+            raise ConfigError("data.fold is set but validation rows are given too: keep one.")
+        train, validation = _fold(train, data)
+    elif validation is None:
+        train, validation = hold_out(train, data.validation_fraction, data.split_seed, **options)
+    if data.train_on is TrainOn.all:
+        train = [*train, *validation]
+    train = _limited(train, data)
     if not train:
         raise DataError(
             f"data={data.name}: all {len(loaded.splits['train'])} rows were held out, none is left to train on; "
             "lower data.validation_fraction or data.test_fraction."
         )
     return {"train": train, "validation": validation, "test": test}
+
+
+def _limited(rows: list[Row], data: DataConfig) -> list[Row]:
+    if data.limit is None or data.sample is Sampling.random:
+        return sample(rows, data.limit, data.split_seed)
+    from llmft.data.select import diverse
+
+    texts = [" ".join(str(value) for value in row.values.values()) for row in rows]
+    return [rows[index] for index in diverse(texts, data.limit, data.split_seed)]

@@ -182,7 +182,8 @@ def drop_base() -> None:
         torch.cuda.empty_cache()
 
 
-def _auto(auto_class: str) -> Any:
+def auto_model(auto_class: str) -> Any:
+    """transformers' factory for a kind of model."""
     import transformers
 
     return {
@@ -218,7 +219,7 @@ def _random(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         with torch.device(device):
-            base = _auto(auto_class).from_config(config, dtype=dtype, **_attention(model))
+            base = auto_model(auto_class).from_config(config, dtype=dtype, **_attention(model))
     quantize_in_place(base, quantization, dtype, model.skip_modules, device)
     return base
 
@@ -238,7 +239,7 @@ def _pretrained(
     config = _prepared_config(model, located, auto_class, num_labels, None)
     families.prepare(config.model_type)
     with torch.device("meta"):
-        skeleton = _auto(auto_class).from_config(config, dtype=dtype)
+        skeleton = auto_model(auto_class).from_config(config, dtype=dtype)
     skip = unquantized_modules(skeleton, model.skip_modules)
     in_place = quantization.format is not QuantizationFormat.none and bool(fused_expert_parameters(skeleton))
     streamed = None if in_place else bitsandbytes_config(quantization, dtype, skip)
@@ -246,7 +247,7 @@ def _pretrained(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # a new classification head is random
         try:
-            base = _auto(auto_class).from_pretrained(
+            base = auto_model(auto_class).from_pretrained(
                 located.directory,
                 config=config,
                 dtype=dtype,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -16,11 +18,11 @@ from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.config import Export, Precision, TrainConfig
 from llmft.console import Screen
-from llmft.data.batch import steps_per_epoch
 from llmft.data.columns import Conversation
 from llmft.data.datamodule import DataModule
-from llmft.data.encode import Encoded, Encoder, end_token_ids
-from llmft.data.prompt import prompt_format
+from llmft.data.examples import Encoded, Examples
+from llmft.data.overlap import find_overlaps
+from llmft.data.quality import findings, split_facts, stop_on_errors
 from llmft.environment import describe
 from llmft.errors import ConfigError
 from llmft.files import write_atomically
@@ -29,20 +31,19 @@ from llmft.model.load import (
     TORCH_DTYPES,
     drop_base,
     load_base,
-    load_tokenizer,
     pick_device,
     pick_precision,
-    train_tokenizer,
 )
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
-from llmft.prepare import Prepared, check_rejected, process_rank
+from llmft.prepare import Prepared, process_rank
 from llmft.redaction import redact
 from llmft.runs import append_line, write_config
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.finetuner import FineTuner, Generation, Sample, stream
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
+from llmft.training.rows import read_rows
 from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 
@@ -110,26 +111,17 @@ class Session:
 
     def _read(self) -> None:
         """Tokenizer and token ids: everything about the data, before the weights load."""
-        config, conversations = self.config, self.prepared.conversations
-        if config.model.train_tokenizer_vocab is not None:
-            texts = [message["content"] for c in conversations["train"] for message in c.messages]
-            texts += config.model.train_tokenizer_extra
-            vocabulary = config.model.train_tokenizer_vocab
-            self.tokenizer = train_tokenizer(texts, vocabulary, config.data.max_tokens)
-        else:
-            self.tokenizer = load_tokenizer(config.model, self.prepared.located)
-        self.prompt = prompt_format(config.prompt, self.tokenizer)
-        self.encoder = Encoder(self.tokenizer, self.prompt, config.data)
-        problems = self.prepared.problems
-        self.splits = {
-            split: self.encoder.encode(split, rows, problems) for split, rows in conversations.items() if rows
+        self.rows = read_rows(self.prepared, self.screen.warn)
+        self.tokenizer, self.prompt, self.encoder = self.rows.tokenizer, self.rows.prompt, self.rows.encoder
+        self.splits: dict[str, Examples] = self.rows.splits
+        self.total_steps, self.validate_every = self.rows.total_steps, self.rows.validate_every
+        facts = {
+            split: split_facts(examples, self.tokenizer, self.rows.end_ids) for split, examples in self.splits.items()
         }
-        check_rejected(problems, sum(map(len, conversations.values())), config)
-        trainer = config.trainer
-        per_epoch = steps_per_epoch(len(self.splits["train"]), trainer.batch_size)
-        self.total_steps = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
-        every = trainer.validate_every
-        self.validate_every = max(1, round(every * self.total_steps if every < 1 else every))
+        kept = {split: part for split, part in self.prepared.conversations.items() if part}
+        self.overlaps = find_overlaps(kept, near=False)
+        self.findings = findings(self.config, facts, self.overlaps, self.rows.context_tokens)
+        stop_on_errors(self.findings)
 
     def _set_threads(self, num_weights: int) -> None:
         """As configured; else one for a model too small to share out (measured: 1M weights, two threads lose 30%)."""
@@ -178,7 +170,7 @@ class Session:
 
     def _check_vocabulary(self) -> None:
         size = self.base.get_input_embeddings().weight.shape[0]
-        highest = max(max(example.input_ids) for examples in self.splits.values() for example in examples)
+        highest = max(int(examples.ids.max(initial=0)) for examples in self.splits.values())
         if highest >= size:
             raise ConfigError(
                 f"model={self.config.model.label}: its tokenizer makes token {highest} but the model knows only "
@@ -213,19 +205,18 @@ class Session:
 
     def _generation(self, split: str) -> Generation | None:
         config = self.config
-        examples = self.splits.get(split, [])
+        examples: Sequence[Encoded] = self.splits.get(split, [])
         wanted = min(config.task.generate_rows, len(examples))
         if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
             return None
         order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
         chosen = [examples[place] for place in sorted(order[:wanted])]
-        end_ids = end_token_ids(self.splits["train"], self.tokenizer.eos_token_id)
         return Generation(
             samples=[self._sample(example) for example in chosen],
             metrics=self.metrics,
             decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
             pad_id=self.tokenizer.pad_token_id,
-            end_ids=end_ids,
+            end_ids=self.rows.end_ids,
             max_new_tokens=config.task.max_new_tokens,
             batch_size=config.trainer.validation_batch_size,
         )
@@ -385,6 +376,9 @@ class Session:
                 "splits": {split: vars(lengths) for split, lengths in self.encoder.lengths.items()},
                 "labels": prepared.labels,
                 "left_out": prepared.problems.reasons(),
+                "overlaps": [asdict(overlap) for overlap in self.overlaps],
+                "train_on": self.config.data.train_on.value,
+                "tokens_from_cache": sorted(self.encoder.cached),
             },
             "model": {"fingerprint": prepared.located.fingerprint},
             "tokenizer": {"pad": self.tokenizer.pad_token, "end": self.tokenizer.eos_token},
@@ -411,10 +405,14 @@ class Session:
         self.screen.plan(facts)
         limits = self.encoder.lengths["train"]
         if limits.rows_cut or limits.rows_dropped:
+            by = ", ".join(f"{count} by {key}" for key, count in limits.dropped_by.items())
             self.screen.warn(
-                f"data.max_tokens={config.data.max_tokens}: {limits.rows_cut} training rows were cut in their prompt "
-                f"and {limits.rows_dropped} left out ({limits.answer_tokens_dropped} answer tokens)."
+                f"length limits: {limits.rows_cut} training rows were cut in their prompt and {limits.rows_dropped} "
+                f"left out ({by}), {limits.answer_share_dropped:.1%} of all answer tokens; "
+                "`python -m llmft.check` shows more."
             )
+        for finding in self.findings:
+            self.screen.warn(f"{finding.key}: {finding.message}.")
         if self.prepared.problems.rejected:
             self.screen.warn(
                 f"{len(self.prepared.problems.rejected)} rows left out, see {self.run_directory.rejected_file}."

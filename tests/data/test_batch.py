@@ -7,13 +7,13 @@ import pytest
 from llmft.data.batch import by_length, collate, rows_of_step, steps_per_epoch
 from llmft.data.columns import Conversation
 from llmft.data.datamodule import DataModule
-from llmft.data.encode import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Encoded
 
 
 def example(length: int, labelled: int = 2) -> Encoded:
     ids = list(range(3, 3 + length))
     labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
-    return Encoded(ids, labels, "f:1", Conversation([], "f:1"))
+    return Encoded(ids, labels, Conversation([], "f:1"))
 
 
 def test_padding_is_masked_and_never_a_label() -> None:
@@ -44,7 +44,7 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(rows: int, size: int) -> N
 
 def test_groups_are_of_like_length_and_hold_every_row_once() -> None:
     examples = [example(length) for length in (3, 9, 5, 7, 4)]
-    groups = by_length(examples, range(5), 2)
+    groups = by_length([len(e.input_ids) for e in examples], range(5), 2)
     assert groups == [[1, 3], [2, 4], [0]]
 
 

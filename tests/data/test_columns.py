@@ -21,6 +21,7 @@ def test_alpaca_prompt_response_messages_and_text_become_messages() -> None:
     assert convert(Columns(messages="m"), m=[user, answer]) == [user, answer]
     sharegpt = [{"from": "human", "value": "Q"}, {"from": "gpt", "value": "A"}]
     assert convert(Columns(messages="m"), m=sharegpt) == [user, answer]
+    assert convert(Columns(messages="m"), m=["Q", "A"]) == [user, answer]
     parts = [{"role": "user", "content": [{"type": "text", "text": "Q"}]}, answer]
     assert convert(Columns(messages="m"), m=parts) == [user, answer]
     assert convert(Columns(text="t"), t="A") == [answer]
@@ -62,7 +63,8 @@ def test_a_bad_row_says_why(values: dict, reason: str) -> None:
         ([{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}], "take turns"),
         ([{"role": "tool", "content": "Q"}], "has the role 'tool'"),
         ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}], "has no text"),
-        (["Q"], "an object was expected"),
+        ([1], "an object was expected"),
+        (["Q"], "nothing to learn"),
     ],
 )
 def test_bad_messages_say_why(turns: object, reason: str) -> None:
@@ -96,3 +98,26 @@ def test_classes_are_the_sorted_targets_of_the_training_rows() -> None:
     assert made.conversation(rows[0]).target == 1
     with pytest.raises(ValueError, match="not among the classes"):
         made.conversation(Row({"t": "x", "y": "c"}, "f:9"))
+
+
+def test_preference_pairs_end_in_the_chosen_answer_and_keep_the_rejected_one() -> None:
+    columns = Columns(prompt="p", chosen="c", rejected="r")
+    made = ColumnMap(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
+    assert made.messages[-1] == {"role": "assistant", "content": "good"}
+    assert made.rejected == "bad"
+    sharegpt = Columns(messages="m", chosen="c", rejected="r")
+    turns = [{"from": "human", "value": "Q"}]
+    values = {"m": turns, "c": {"from": "gpt", "value": "good"}, "r": {"from": "gpt", "value": "bad"}}
+    made = ColumnMap(sharegpt).conversation(Row(values, "f:1"))
+    assert [message["content"] for message in made.messages] == ["Q", "good"]
+    assert made.rejected == "bad"
+    with pytest.raises(ValueError, match="ends with an answer already"):
+        ColumnMap(sharegpt).conversation(Row({**values, "m": [*turns, {"from": "gpt", "value": "A"}]}, "f:1"))
+    with pytest.raises(ValueError, match="'c' is empty"):
+        ColumnMap(columns).conversation(Row({"p": "Q", "c": " ", "r": "bad"}, "f:1"))
+
+
+def test_numbers_and_booleans_are_text_and_not_a_number_is_empty() -> None:
+    assert convert(Columns(prompt="q", response="r"), q=1.5, r=False)[1]["content"] == "False"
+    with pytest.raises(ValueError, match="not a number"):
+        convert(Columns(prompt="q", response="r"), q="Q", r=float("nan"))

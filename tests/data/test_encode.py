@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from llmft.config import Columns, DataConfig, PromptConfig, SystemRole, Truncation
+from llmft.config import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.encode import IGNORE, Encoder, end_token_ids
+from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import Problems, Row
 from llmft.errors import ConfigError, DataError
@@ -46,7 +47,7 @@ def test_the_answer_and_its_end_token_are_trained_and_nothing_else(tokenizer: An
     (example,) = encoder(tokenizer, prompt).encode("train", [chat()], Problems())
     assert trained(tokenizer, example).replace(" ", "") == "Ann</s>"
     assert example.labels[-1] == tokenizer.eos_token_id
-    assert example.input_ids.count(tokenizer.bos_token_id) == 1
+    assert list(example.input_ids).count(tokenizer.bos_token_id) == 1
     assert all(label in (IGNORE, token) for label, token in zip(example.labels, example.input_ids, strict=True))
 
 
@@ -61,7 +62,7 @@ def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: A
         made = encoder(tokenizer, prompt)
         (example,) = made.encode("train", [chat()], Problems())
         ids = made.prompt_ids(chat())
-        assert example.input_ids[: len(ids)] == ids
+        assert list(example.input_ids[: len(ids)]) == ids
         assert example.labels[len(ids)] != IGNORE
 
 
@@ -91,17 +92,28 @@ def test_an_answer_is_never_cut(tokenizer: Any) -> None:
 
 
 def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"f:1: \d+ tokens, more than data\.max_tokens=80"):
+    with pytest.raises(DataError, match=r"f:1: \d+ tokens, \d+ of them prompt, more than data\.max_tokens=80"):
         encoder(tokenizer, max_tokens=80, truncation=Truncation.error).encode("train", [chat(LONG)], Problems())
-    with pytest.raises(DataError, match="none of the 1 train rows fits"):
+    with pytest.raises(
+        DataError, match=r"none of the 1 train rows is left after the length limits \(1 by data.max_tokens\)"
+    ):
         encoder(tokenizer, max_tokens=80, truncation=Truncation.drop).encode("train", [chat(LONG)], Problems())
 
 
 def test_answers_end_with_the_token_that_the_format_trains(tokenizer: Any) -> None:
-    examples = encoder(tokenizer).encode("train", [chat(), chat(answer="Ben")], Problems())
-    assert end_token_ids(examples, tokenizer.eos_token_id) == [tokenizer.eos_token_id]
-    examples = encoder(tokenizer, "chatml").encode("train", [chat(), chat(answer="Ben")], Problems())
-    assert len(end_token_ids(examples, tokenizer.eos_token_id)) == 2
+    for name, count in (("alpaca_short", 1), ("chatml", 2)):
+        examples = encoder(tokenizer, name).encode("train", [chat(), chat(answer="Ben")], Problems())
+        found = end_token_ids(examples, format_of(name), tokenizer)
+        assert len(found) == count
+        assert tokenizer.eos_token_id in found
+
+
+def test_the_end_marker_is_what_is_trained_behind_an_answer() -> None:
+    special = {"bos_token": "<s>", "eos_token": "</s>"}
+    markers = {name: format_of(name).end_marker(**special) for name in ("alpaca_short", "chatml", "llama2", "mistral")}
+    assert markers == {"alpaca_short": "</s>", "chatml": "<|im_end|>", "llama2": "</s>", "mistral": "</s>"}
+    bare = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    assert PromptFormat(PromptConfig(name="p", template=bare)).end_marker(**special) == ""
 
 
 def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(shared_data: Path) -> None:
@@ -114,7 +126,7 @@ def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(share
     assert isinstance(config, PromptConfig)
     made = Encoder(llama, prompt_format(config, llama), DataConfig(name="d", files="f"))
     (example,) = made.encode("train", [chat()], Problems())
-    assert example.input_ids.count(llama.bos_token_id) == 1
+    assert list(example.input_ids).count(llama.bos_token_id) == 1
     assert example.input_ids[0] == llama.bos_token_id
     gpt2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
     assert prompt_format(config, gpt2).config.template == config.template
@@ -172,6 +184,61 @@ def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shar
     assert len(examples) > 700
     for example in examples:
         assert example.labels[-1] == tokenizer.eos_token_id
-        assert example.input_ids.count(tokenizer.bos_token_id) == 1
+        assert list(example.input_ids).count(tokenizer.bos_token_id) == 1
         answer = example.conversation.messages[-1]["content"]
         assert trained(tokenizer, example) == answer + tokenizer.eos_token
+
+
+def test_limits_on_prompt_and_answer_are_in_tokens_and_counted_by_name(tokenizer: Any) -> None:
+    rows = [chat(), chat(LONG), chat("Q", LONG)]
+    made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20, truncation=Truncation.drop)
+    assert [example.conversation for example in made.encode("train", rows, Problems())] == rows[:1]
+    assert made.lengths["train"].dropped_by == {"data.max_prompt_tokens": 1, "data.max_answer_tokens": 1}
+    made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20)
+    examples = made.encode("train", rows, Problems())
+    assert len(examples) == 2
+    assert len(examples[1].input_ids) - (examples[1].labelled_tokens) == 40
+    assert len(made.prompt_ids(chat(LONG))) == 40
+
+
+def test_rows_may_be_chosen_by_their_number_of_tokens(tokenizer: Any) -> None:
+    rows = [chat(), chat(LONG), chat("Q", LONG)]
+    made = encoder(tokenizer, min_prompt_tokens=100)
+    assert [e.conversation for e in made.encode("train", rows, Problems())] == rows[1:2]
+    made = encoder(tokenizer, min_answer_tokens=100)
+    assert [e.conversation for e in made.encode("train", rows, Problems())] == rows[2:]
+    assert made.lengths["train"].dropped_by == {"data.min_answer_tokens": 2}
+
+
+def test_loss_on_the_last_answer_only(tokenizer: Any) -> None:
+    turns = [*chat("Q1", "Ann").messages, *chat("Q2", "Zoe").messages]
+    conversation = Conversation(turns, "f:1")
+    (example,) = encoder(tokenizer, train_turns=Turns.last).encode("train", [conversation], Problems())
+    assert trained(tokenizer, example) == "Zoe</s>"
+    masked = Conversation(turns, "f:1", trained_from=1)
+    (example,) = encoder(tokenizer).encode("train", [masked], Problems())
+    assert trained(tokenizer, example) == "Zoe</s>"
+
+
+def test_llama_2_and_mistral_ids_are_those_of_the_vendors_published_format(shared_data: Path) -> None:
+    """Meta's generation.py: encode(f"[INST] {prompt} [/INST] {answer} ") with begin and end token, turn by turn."""
+    from transformers import AutoTokenizer
+
+    llama = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
+    turns = [*chat("Who are you?", "I am Ann.").messages, *chat("Why?", "No idea.").messages]
+    made = Encoder(llama, format_of("llama2"), DataConfig(name="d", files="f"))
+    (example,) = made.encode("train", [Conversation(turns, "f:1")], Problems())
+    wanted: list[int] = []
+    for question, answer in (("Who are you?", "I am Ann."), ("Why?", "No idea.")):
+        text = f"[INST] {question} [/INST] {answer} "
+        wanted += [llama.bos_token_id, *llama(text, add_special_tokens=False).input_ids, llama.eos_token_id]
+    assert list(example.input_ids) == wanted
+    assert trained(llama, example).replace(" ", "") == "IamAnn.</s>Noidea.</s>"
+
+    mistral = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "mistral_v3")
+    made = Encoder(mistral, format_of("mistral_v3"), DataConfig(name="d", files="f"))
+    (example,) = made.encode("train", [chat("Who are you?", "I am Ann.")], Problems())
+    tokens = mistral.convert_ids_to_tokens(list(example.input_ids))
+    assert tokens[:2] == ["<s>", "[INST]"]
+    assert tokens.count("[/INST]") == 1
+    assert tokens[-1] == "</s>"

@@ -150,3 +150,39 @@ def test_real_files_are_read(shared_data: Path) -> None:
     }
     for name, count in counts.items():
         assert len(rows(shared_data / name)[0]) == count, name
+
+
+def test_compressed_files_and_directories_of_datasets_are_read(tmp_path: Path) -> None:
+    import bz2
+    import lzma
+
+    import datasets
+
+    wanted = [{"t": "a"}, {"t": "ü"}]
+    content = "".join(json.dumps(row) + "\n" for row in wanted).encode()
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(content))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(content))
+    datasets.Dataset.from_list(wanted).save_to_disk(tmp_path / "arrow")
+    for name in ("a.jsonl.bz2", "a.jsonl.xz", "arrow"):
+        found = load_rows(config(files=str(tmp_path / name)), Problems())
+        assert [row.values for row in found.splits["train"]] == wanted, name
+
+
+def test_a_very_long_line_is_read_or_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"t": "x" * 10_000_000}) + "\n" + '{"t": "' + "y" * 10_000_000)
+    found, _, problems = rows(path, BadRow.skip)
+    assert len(found) == 1
+    assert problems.rejected[0]["where"].endswith("a.jsonl:2")
+    assert len(problems.rejected[0]["reason"]) < 200
+
+
+def test_a_local_file_comes_before_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"t": "a"}\n')
+    found = load_rows(config(hub="some/dataset", files=str(tmp_path / "a.jsonl")), Problems())
+    assert len(found.splits["train"]) == 1
+
+
+def test_a_hub_dataset_that_is_not_cached_says_so_at_once_offline() -> None:
+    with pytest.raises(ConfigError, match=r"data\.hub=tatsu-lab/alpaca: .*data\.files=FILE"):
+        load_rows(config(hub="tatsu-lab/alpaca"), Problems())

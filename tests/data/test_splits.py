@@ -4,10 +4,10 @@ import random
 
 import pytest
 
-from llmft.config import DataConfig
+from llmft.config import DataConfig, TrainOn
 from llmft.data.sources import Loaded, Row
 from llmft.data.splits import hold_out, make_splits, sample
-from llmft.errors import DataError
+from llmft.errors import ConfigError, DataError
 
 
 def make(count: int) -> list[Row]:
@@ -53,3 +53,61 @@ def test_validation_and_test_are_held_out_once_and_apart() -> None:
 def test_nothing_left_to_train_on_is_an_error() -> None:
     with pytest.raises(DataError, match="held out"):
         make_splits(Loaded({"train": make(1)}, ""), DataConfig(name="d", files="f"))
+
+
+def grouped(groups: int, size: int) -> list[Row]:
+    return [
+        Row({"question": f"Q{g}", "answer": f"A{g}-{n}", "label": n % size}, f"f:{g}-{n}")
+        for g in range(groups)
+        for n in range(size)
+    ]
+
+
+def config(**values: object) -> DataConfig:
+    return DataConfig(name="d", files="f", **values)  # type: ignore[arg-type]
+
+
+def column(rows: list[Row], name: str) -> set[object]:
+    return {row.values[name] for row in rows}
+
+
+def test_a_group_is_never_on_both_sides() -> None:
+    rows = grouped(40, 3)
+    for values in ({"validation_fraction": 0.2, "test_fraction": 0.1}, {"fold": 1, "num_folds": 4}):
+        splits = make_splits(Loaded({"train": rows}, ""), config(group="question", **values))
+        train = column(splits["train"], "question")
+        assert not train & column(splits["validation"], "question")
+        assert not train & column(splits["test"], "question")
+        assert sum(map(len, splits.values())) == len(rows)
+
+
+def test_stratified_sides_have_the_classes_in_their_shares() -> None:
+    rows = [Row({"text": f"t{n}", "label": "rare" if n % 10 == 0 else "common"}, f"f:{n}") for n in range(200)]
+    for values in ({"validation_fraction": 0.2}, {"fold": 0, "num_folds": 5}):
+        splits = make_splits(Loaded({"train": rows}, ""), config(stratify="label", **values))
+        rare = sum(row.values["label"] == "rare" for row in splits["validation"])
+        assert (len(splits["validation"]), rare) == (40, 4), values
+
+
+def test_every_row_is_validated_in_exactly_one_fold() -> None:
+    rows = make(53)
+    seen: list[str] = []
+    for fold in range(5):
+        splits = make_splits(Loaded({"train": rows}, ""), config(fold=fold, num_folds=5))
+        assert not texts(splits["train"]) & texts(splits["validation"])
+        seen += [row.values["text"] for row in splits["validation"]]
+    assert sorted(seen) == sorted(texts(rows))
+
+
+def test_folds_beside_given_validation_rows_and_unknown_columns_are_refused() -> None:
+    with pytest.raises(ConfigError, match="keep one"):
+        make_splits(Loaded({"train": make(9), "validation": make(3)}, ""), config(fold=0))
+    with pytest.raises(ConfigError, match=r"data\.group=txt: f:0 has no such column; did you mean text\?"):
+        make_splits(Loaded({"train": make(9)}, ""), config(group="txt"))
+
+
+def test_training_on_all_keeps_the_validation_rows_and_adds_them() -> None:
+    splits = make_splits(Loaded({"train": make(50)}, ""), config(train_on=TrainOn.all, test_fraction=0.1))
+    assert len(splits["train"]) == 45
+    assert texts(splits["validation"]) <= texts(splits["train"])
+    assert not texts(splits["test"]) & texts(splits["train"])

@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmft.data.batch import StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
-from llmft.data.encode import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Encoded
 from llmft.training.finetuner import parameter_groups, stream
 from llmft.training.objectives.language_modeling import LanguageModeling
 
@@ -27,7 +27,7 @@ def examples() -> list[Encoded]:
     for length, labelled in [(12, 1), (5, 4), (9, 3), (7, 6), (12, 2), (4, 1)]:
         ids = torch.randint(3, 64, (length,), generator=generator).tolist()
         labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
-        made.append(Encoded(ids, labels, "f:1", Conversation([], "f:1")))
+        made.append(Encoded(ids, labels, Conversation([], "f:1")))
     return made
 
 

@@ -1,0 +1,56 @@
+"""config -> what would happen: `python -m llmft.check <the arguments of training>`, before any weights load.
+
+One screen: the first rows as they would be trained, what is wrong with the data, what the length limits cut, whether
+memory and disk suffice. `format=json` prints the same for programs. Exit code 2 or 4 when training would not start.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config import TrainConfig, to_config
+from llmft.errors import ConfigError, did_you_mean
+
+FORMATS = ("text", "json")
+
+
+def main() -> None:
+    """The command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # `format=` belongs to this verb; all other arguments are those of training.
+    chosen = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("format=")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("format=")]
+    run_verb("train", TrainConfig, lambda composed: check(to_config(composed, TrainConfig), (chosen or ["text"])[-1]))
+
+
+def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
+    """Prints the report on `config` and returns it.
+
+    Raises ConfigError or DataError for the first fault that would stop training.
+    """
+    if form not in FORMATS:
+        raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
+    from llmft.console import quiet_libraries
+    from llmft.prepare import prepare
+
+    prepared = prepare(config, open_directory=False)
+    from llmft.checking import examine, show
+    from llmft.data.quality import stop_on_errors
+
+    quiet_libraries()
+    report, findings = examine(prepared)
+    if form == "json":
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    else:
+        show(report)
+    stop_on_errors(findings)
+    return report
+
+
+if __name__ == "__main__":
+    main()

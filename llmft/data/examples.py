@@ -1,0 +1,147 @@
+"""Tokenised rows in columns: small in memory, and memory-mapped from the disk when they were made before."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from llmft.data.columns import Conversation
+from llmft.files import staged_file
+
+IGNORE = -100
+
+
+@dataclass(slots=True)
+class Encoded:
+    """One example: token ids, labels (`IGNORE` where nothing is learned) and the conversation it comes from."""
+
+    input_ids: Sequence[int]
+    labels: Sequence[int]
+    conversation: Conversation
+
+    @property
+    def where(self) -> str:
+        """`file:line` of the row."""
+        return self.conversation.where
+
+    @property
+    def labelled_tokens(self) -> int:
+        """Tokens that carry loss; the first token of a row cannot, since nothing predicts it."""
+        return int(np.count_nonzero(np.asarray(self.labels)[1:] != IGNORE))
+
+
+class Examples(Sequence[Encoded]):
+    """The examples of one split.
+
+    Attributes:
+        ids: (tokens,) int32, all rows one after the other.
+        labelled: (tokens,) uint8, 1 where the token is learned.
+        starts: (rows + 1,) where each row begins.
+        rows: (rows,) index of each example's conversation.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        labelled: np.ndarray,
+        starts: np.ndarray,
+        rows: np.ndarray,
+        conversations: Sequence[Conversation],
+    ) -> None:
+        self.ids = ids
+        self.labelled = labelled
+        self.starts = starts
+        self.rows = rows
+        self.conversations = conversations
+
+    @classmethod
+    def of(
+        cls, ids: Sequence[Sequence[int]], labelled: Sequence[np.ndarray], rows: Sequence[int], conversations: Any
+    ) -> Examples:
+        """From one sequence of ids, and one of marks, per row."""
+        starts = np.zeros(len(ids) + 1, np.int64)
+        np.cumsum([len(row) for row in ids], out=starts[1:])
+        flat = np.fromiter((token for row in ids for token in row), np.int32, int(starts[-1]))
+        marks = np.concatenate(labelled) if len(labelled) else np.zeros(0, np.uint8)
+        return cls(flat, marks.astype(np.uint8), starts, np.asarray(rows, np.int32), conversations)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Encoded: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Encoded]: ...
+    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+        if isinstance(index, slice):
+            return [self[place] for place in range(*index.indices(len(self)))]
+        if index < 0:
+            index += len(self)
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = slice(self.starts[index], self.starts[index + 1])
+        ids = self.ids[part]
+        labels = np.where(self.labelled[part] != 0, ids, IGNORE)
+        return Encoded(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Encoded]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(rows,) tokens of each row."""
+        return np.diff(self.starts)
+
+    @property
+    def labelled_tokens(self) -> np.ndarray:
+        """(rows,) tokens of each row that carry loss."""
+        total = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
+        first = np.zeros(len(self), np.int64)
+        filled = self.lengths > 0
+        first[filled] = self.labelled[self.starts[:-1][filled]]
+        return total[self.starts[1:]] - total[self.starts[:-1]] - first
+
+
+def cache_directory() -> Path:
+    """Where `datasets` caches, told as it tells, without importing it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
+
+
+def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None:
+    """Writes an Arrow stream, the form of the `datasets` cache, which `datasets.Dataset.from_file` opens too."""
+    import pyarrow as pa
+
+    def column(values: np.ndarray) -> pa.Array:
+        return pa.LargeListArray.from_arrays(pa.array(examples.starts), pa.array(values))
+
+    table = pa.table(
+        {"input_ids": column(examples.ids), "labelled": column(examples.labelled), "row": pa.array(examples.rows)}
+    ).replace_schema_metadata({"llmft": json.dumps(facts)})
+    with staged_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
+def load_examples(path: Path, conversations: Sequence[Conversation]) -> tuple[Examples, dict[str, Any]]:
+    """Maps a file of `save_examples` into memory; raises ValueError when it is damaged."""
+    import pyarrow as pa
+
+    try:
+        table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
+        facts = json.loads(table.schema.metadata[b"llmft"])
+        ids, labelled = (table.column(name).combine_chunks() for name in ("input_ids", "labelled"))
+        ids, labelled = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in (ids, labelled))
+        rows = table.column("row").to_numpy()
+        starts = ids.offsets.to_numpy()
+        made = Examples(ids.values.to_numpy(), labelled.values.to_numpy(), starts, rows, conversations)
+        if len(rows) and (int(rows.max()) >= len(conversations) or len(made.ids) != starts[-1]):
+            raise ValueError("rows are missing")
+        return made, facts
+    except (OSError, KeyError, TypeError, IndexError, pa.ArrowException, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from None

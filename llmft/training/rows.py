@@ -1,0 +1,62 @@
+"""Prepared conversations to token ids, and the number of steps they make: all about the data, before weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from llmft.config import canonical
+from llmft.data.batch import steps_per_epoch
+from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.examples import Examples
+from llmft.data.prompt import PromptFormat, prompt_format
+from llmft.model.load import load_tokenizer, model_config, train_tokenizer
+from llmft.prepare import Prepared, check_rejected
+
+
+@dataclass
+class Rows:
+    """Tokenised splits and what made them."""
+
+    tokenizer: Any
+    prompt: PromptFormat
+    encoder: Encoder
+    splits: dict[str, Examples]
+    end_ids: list[int]
+    total_steps: int
+    validate_every: int
+    context_tokens: int | None
+
+
+def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
+    """Loads (or trains) the tokenizer and encodes every split.
+
+    Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
+    """
+    config, conversations = prepared.config, prepared.conversations
+    if config.model.train_tokenizer_vocab is not None:
+        texts = [message["content"] for c in conversations["train"] for message in c.messages]
+        texts += config.model.train_tokenizer_extra
+        tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
+    else:
+        tokenizer = load_tokenizer(config.model, prepared.located)
+    prompt = prompt_format(config.prompt, tokenizer)
+    fingerprint = canonical([prepared.data_fingerprint, prepared.labels])
+    encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
+    splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
+    check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
+    trainer = config.trainer
+    per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
+    total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
+    every = trainer.validate_every
+    return Rows(
+        tokenizer,
+        prompt,
+        encoder,
+        splits,
+        end_token_ids(splits["train"], prompt, tokenizer),
+        total,
+        max(1, round(every * total if every < 1 else every)),
+        getattr(model_config(config.model, prepared.located), "max_position_embeddings", None),
+    )
