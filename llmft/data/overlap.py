@@ -69,7 +69,8 @@ def find_overlaps(splits: dict[str, list[Conversation]], *, near: bool = True, t
     message left out. MinHash with locality-sensitive hashing (Broder 1997; Leskovec et al., Mining of Massive
     Datasets, ch. 3) proposes pairs, their true similarity decides: none is reported in error, and few are missed, but
     where hundreds of rows are versions of one text the count is a lower bound. Of a split above 20,000 rows a seeded
-    sample is looked for (`Overlap.looked_at`). Measured on one core with rows of 100 words, TIMES
+    sample is looked for (`Overlap.looked_at`). Measured on one core with rows of 100 words: 5,000
+    training rows take 1.1 s, 80,000 take 14 s and 0.9 GiB, and 18 s where all are versions of one text.
     """
     kept = {name: _Split(rows) for name, rows in splits.items() if rows}
     return [

@@ -6,11 +6,12 @@ forward runs on shapes alone (FakeTensorMode), and what autograd saves in it is 
 dropout and full fine-tuning come out of the code that will run. A 7B takes two seconds and no memory.
 
 Against what autograd saves in a real forward of a twin of every family, fp32, bf16 and 4-bit, the error is below 0.1%
-(tests/model/test_memory.py; a 4-bit mixture of experts up to 20% high). Against the peak of all live tensors over forward and backward, temporaries included,
+(tests/model/test_memory.py). Against the peak of all live tensors over forward and backward, temporaries included,
 activations + gradients + logits are 0 to 15% low without checkpointing and 0 to 30% low with it (a layer's own
 backward then weighs more): leave a fifth free. Not counted: those temporaries (one dequantised weight among them), the
 device's context and kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. On CUDA the attention
-kernel may be another: where the CPU's stores scores (dropout in attention, as GPT-2 has), the estimate is too high.
+kernel may be another: where the CPU's stores scores (dropout in attention, as GPT-2 has; Falcon's single key), the
+estimate is too high.
 """
 
 from __future__ import annotations

@@ -206,5 +206,4 @@ def test_a_random_split_of_seven_answers_to_a_question_leaks_its_prompts(shared_
     grouped = sorted(rows, key=lambda one: one.messages[0]["content"])
     start = next(place for place in range(500, 600) if grouped[place].messages[0] != grouped[place - 1].messages[0])
     apart = between(find_overlaps({"train": grouped[start:], "validation": grouped[:start]}), "train", "validation")
-    print(leak, apart)
     assert (apart.exact, apart.exact_prompts) == (0, 0)

@@ -148,7 +148,6 @@ def test_groups_are_stratified_as_well_as_by_scikit_learn() -> None:
         for fold, (_, held) in enumerate(splitter.split(np.zeros(200), targets, groups)):
             folds[held] = fold
         theirs.append(imbalance(folds.tolist(), targets))
-    print(np.mean(mine), np.mean(theirs))
     assert np.mean(mine) <= 1.1 * np.mean(theirs)
 
 
@@ -199,6 +198,5 @@ def test_seven_answers_to_a_question_stay_in_one_fold_of_real_data(shared_data: 
     counts = Counter(zip(folds, targets, strict=True))
     for target, total in Counter(targets).items():
         assert all(abs(counts[fold, target] - total / 5) <= 0.03 * total / 5 for fold in range(5))
-    print(sizes, len(rows), len(set(questions)))
     chosen = diverse(questions, 100, 0)
     assert len({questions[row] for row in chosen}) == 100

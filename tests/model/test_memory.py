@@ -35,7 +35,7 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 _WIDTHS = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 64}
 MEASURED = ["llama", "mistral", "qwen2", "gemma", "gpt2", "phi3"]
-SHAPES = [(1, 128), (2, 64), (4, 160)]
+SHAPES = [(1, 128), (4, 96)]
 
 
 class Training(SimpleNamespace):
@@ -119,29 +119,16 @@ def training(
 
 
 def held_bytes(base: torch.nn.Module) -> int:
-    """Bytes of all weights and of the tensors in their quantisation states; what all share is left out."""
-    total = 0
-    for module in base.modules():
-        for parameter in module.parameters(recurse=False):
-            total += parameter.nbytes
-            for state in (getattr(parameter, "quant_state", None), getattr(module, "quant_state", None)):
-                if state is not None:
-                    total += state.absmax.nbytes + state.code.nbytes
-                    total += 0 if state.offset is None else state.offset.nbytes + state.state2.absmax.nbytes
-                    break
-            scales = getattr(parameter, "SCB", None)
-            total += 0 if scales is None else scales.nbytes
-    # Fused experts hold their state in a parametrisation, which is a module; tied weights are counted once.
-    seen: set[int] = set()
-    for parameter in (p for module in base.modules() for p in module.parameters(recurse=False)):
-        total -= parameter.nbytes if id(parameter) in seen else 0
-        seen.add(id(parameter))
-    for module in base.modules():
-        if type(module).__name__ == "ParametrizationList":
-            state = module[0].quant_state
+    """Bytes of all weights and of the tensors of their quantisation states; the table that all share is left out."""
+    total = sum(parameter.nbytes for parameter in base.parameters())
+    states = [getattr(parameter, "quant_state", None) for parameter in base.parameters()]
+    experts = [module for module in base.modules() if type(module).__name__ == "Bnb4bitParametrization"]
+    for state in [*states, *(module.quant_state for module in experts)]:
+        if state is not None:
             total += state.absmax.nbytes + state.code.nbytes
-            total += 0 if state.offset is None else state.offset.nbytes + state.state2.absmax.nbytes
-    return total
+            total += state.offset.nbytes + state.state2.absmax.nbytes if state.nested else 0
+    scales = [getattr(parameter, "SCB", None) for parameter in base.parameters()]
+    return total + sum(scale.nbytes for scale in scales if scale is not None)
 
 
 def saved_bytes(run: Training) -> int:
@@ -230,8 +217,11 @@ def test_the_real_peak_of_a_step_lies_at_or_a_little_above_the_estimate(architec
     assert (0.80 if checkpointing else 0.92) < estimate / bytes_.peak < 1.03
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "nf4 quantization.double_quant=false", "int8", "none"])
-@pytest.mark.parametrize("architecture", sorted(FIRST))
+@pytest.mark.parametrize(
+    ("architecture", "quantization"),
+    [(architecture, "nf4") for architecture in sorted(FIRST)]
+    + [(a, q) for a in ("mistral", "gpt2", "mixtral") for q in ("fp4 quantization.double_quant=false", "int8", "none")],
+)
 def test_the_base_takes_the_bytes_of_its_tensors(architecture: str, quantization: str) -> None:
     run = training(architecture, *f"quantization={quantization}".split())
     assert run.estimate.base == sum(run.estimate.base_by_dtype.values())
@@ -239,7 +229,7 @@ def test_the_base_takes_the_bytes_of_its_tensors(architecture: str, quantization
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"])
-@pytest.mark.parametrize("architecture", ["mistral", "gpt2", "phi3", "deberta-v2"])
+@pytest.mark.parametrize("architecture", ["mistral", "gpt2", "deberta-v2"])
 def test_adapter_gradients_and_optimizer_are_exact(architecture: str, optimizer: str) -> None:
     run = training(architecture, f"optimizer={optimizer}", "lora.r=16")
     trained = [p for p in run.model.parameters() if p.requires_grad]
