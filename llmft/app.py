@@ -43,8 +43,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
             # A failing job of a multirun costs that job alone; Hydra would go on too, but name only the first.
             try:
                 return job(config)
-            except Interrupted:
-                raise
+            except Interrupted as error:
+                raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
             except Exception as error:
                 failures.append(error)
                 if is_multirun():
@@ -80,6 +80,8 @@ def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
     key, equals, value = argument.partition("=")
     # A whole dictionary, or a key in one; optimizer=adamw is neither but the choice of a group's option.
     inside = any((key == name and value.startswith("{")) or key.startswith(f"{name}.") for name in open_to_any)
+    if equals and set(value) & set(" ()") and "'" not in value and Path(value).exists():
+        argument = f"{key}='{value}'"  # a path that Hydra's grammar would take apart
     return f"++{argument}" if equals and inside else argument
 
 
@@ -102,10 +104,18 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     for link in chain:
         if isinstance(link, UserError):
             return link if isinstance(link, ConfigError) else ConfigError(str(link))
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
+    if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(link) for link in chain)
     key = _full_key(chain) or _override_key(str(error))
+    if "Ambiguous value" in text:
+        given = next((a for a in sys.argv[1:] if "," in a), "")
+        return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:
         return _unknown_key(key, schema)
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
@@ -156,4 +166,6 @@ def command_line() -> str:
     """This process's command, as a person would type it again; a secret in it is masked."""
     import shlex
 
-    return shlex.join(["python", "-m", "llmft", *redact(sys.argv[1:])])
+    # force=true would start again where the command is meant to go on.
+    arguments = [argument.removeprefix("++") for argument in sys.argv[1:] if not argument.startswith("force=")]
+    return shlex.join(["python", "-m", "llmft", *redact(arguments)])

@@ -42,7 +42,7 @@ def find(path: str, key: str) -> Any:
     found = getattr(module, name)
     # A module also holds what it imports: `llmft.training.x.os` must not lead out of the allowed packages.
     home = f"{getattr(found, '__module__', '')}."
-    if not callable(found) or not (home.startswith(("torch.", "bitsandbytes.", "lightning.", "llmft."))):
+    if not callable(found) or not home.startswith(ALLOWED_TARGETS):
         raise ConfigError(f"{key}={path}: not a class or function of that package.")
     return found
 
@@ -56,9 +56,9 @@ def check_target(node: dict[str, Any], key: str, *given: str) -> None:
         raise ConfigError(f"{key}: has no _target_, so nothing says what to build.")
     target = find(node["_target_"], f"{key}._target_")
     arguments = {name: value for name, value in node.items() if not name.startswith("_")}
-    for name, value in arguments.items():
-        if isinstance(value, dict) and "_target_" in value:
-            check_target(value, f"{key}.{name}")
+    for name, value in node.items():
+        if name != "_target_":
+            _check_nested(value, f"{key}.{name}")
     try:
         signature = inspect.signature(target)
     except (ValueError, TypeError):
@@ -74,6 +74,19 @@ def check_target(node: dict[str, Any], key: str, *given: str) -> None:
         signature.bind_partial(*[None] * len(given), **arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {node['_target_']}: {error}.") from None
+
+
+def _check_nested(value: Any, key: str) -> None:
+    """Hydra builds every `_target_` at any depth, also inside lists: so every one is checked."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            check_target(value, key)
+        else:
+            for name, item in value.items():
+                _check_nested(item, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for place, item in enumerate(value):
+            _check_nested(item, f"{key}[{place}]")
 
 
 def build(node: dict[str, Any], key: str, **extra: Any) -> Any:

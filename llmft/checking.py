@@ -31,6 +31,8 @@ from llmft.prepare import Prepared
 from llmft.training.rows import Rows, read_rows
 
 SHOWN_ROWS = 2
+MEMORY_MARGIN = 0.2
+"""Share of the device's memory to keep free: what the estimate leaves out, see `llmft.model.memory`."""
 PROBE = [
     {"role": "user", "content": "Question one?"},
     {"role": "assistant", "content": "Answer one."},
@@ -49,7 +51,7 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept)
-    found = [*findings(config, facts, overlaps, rows.context_tokens), *_template_findings(rows)]
+    found = [*findings(config, facts, overlaps, rows.context_tokens, rows.learned_positions), *_template_findings(rows)]
     device = pick_device(config.trainer.accelerator)
     needs = _needs(prepared, rows, device)
     found += _need_findings(needs)
@@ -151,7 +153,13 @@ def _needs(prepared: Prepared, rows: Rows, device: torch.device) -> dict[str, An
     longest = np.sort(examples.lengths)[::-1][: config.trainer.micro_batch_size]
     labelled = int(np.sort(examples.labelled_tokens)[::-1][: config.trainer.micro_batch_size].sum())
     estimate = estimate_memory(
-        config, architecture, rows=len(longest), tokens=int(longest[0]), labelled_tokens=labelled, dtype=dtype
+        config,
+        architecture,
+        rows=len(longest),
+        tokens=int(longest[0]),
+        labelled_tokens=labelled,
+        dtype=dtype,
+        device_type=device.type,
     )
     weights = int(sum(estimate.base_by_dtype.values()))
     saved = estimate.adapter + estimate.optimizer
@@ -207,10 +215,11 @@ def _matrix_weights(auto_class: str, architecture: Any) -> int:
 def _need_findings(needs: dict[str, Any]) -> list[Finding]:
     found = []
     total, available = needs["memory"]["total"], needs["device_memory"]
-    if available is not None and total > available:
+    if available is not None and total > (1 - MEMORY_MARGIN) * available:
         message = (
-            f"about {format_bytes(total)} are needed and {needs['device']} has {format_bytes(available)}: halve "
-            "trainer.micro_batch_size, set trainer.gradient_checkpointing=true, or choose a smaller model"
+            f"about {format_bytes(total)} are needed, up to a fifth more with what the estimate leaves out, and "
+            f"{needs['device']} has {format_bytes(available)}: halve trainer.micro_batch_size, set "
+            "trainer.gradient_checkpointing=true, or choose a smaller model"
         )
         found.append(Finding("warning", "trainer.micro_batch_size", message))
     if needs["disk"] > needs["disk_free"]:

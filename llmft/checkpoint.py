@@ -123,15 +123,17 @@ def _put(optimizer: dict[str, dict[str, Any]], name: str, value: Any) -> None:
     node[keys[-1]] = value
 
 
-def newest_sound(directory: Path, warn: Any) -> Checkpoint | None:
-    """The newest checkpoint whose digest holds; damaged ones are renamed `.bad` and told to `warn`."""
-    for leftover in directory.glob(".*.tmp") if directory.is_dir() else ():
+def newest_sound(directory: Path, warn: Any, *, mend: bool = True) -> Checkpoint | None:
+    """The newest checkpoint whose digest holds; damaged ones are told to `warn` and, with `mend`, renamed `.bad`."""
+    for leftover in directory.glob(".*.tmp") if mend and directory.is_dir() else ():
         leftover.unlink(missing_ok=True)
     for step in reversed(steps_on_disk(directory)):
         path = path_of(directory, step)
         wrong = verify(path)
         if wrong is None:
             return load_checkpoint(path)
+        if not mend:
+            continue
         os.replace(path, path.with_suffix(".bad"))
         before = [other for other in steps_on_disk(directory) if other < step]
         warn(

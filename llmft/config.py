@@ -238,7 +238,7 @@ class LearningRateConfig:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        require(self.peak > 0, f"learning_rate.peak={self.peak}: above 0.")
+        require(0 < self.peak < float("inf"), f"learning_rate.peak={self.peak}: above 0, and finite.")
         require(0 <= self.warmup_fraction <= 1, f"learning_rate.warmup_fraction={self.warmup_fraction}: 0 to 1.")
         require(
             self.warmup_steps is None or self.warmup_steps >= 0,
@@ -394,6 +394,7 @@ class TrainerConfig:
     export: Export = Export.best
     precision: Precision = Precision.auto
     gradient_checkpointing: bool = False
+    callbacks: dict[str, Any] = field(default_factory=dict)
     # The rest changes time and memory, not the numbers.
     micro_batch_size: int = aside(16)
     validation_batch_size: int = aside(64)
@@ -405,7 +406,6 @@ class TrainerConfig:
     strategy: Any = aside("auto")
     threads: int | None = aside(None)
     deterministic: bool = aside(True)
-    callbacks: dict[str, Any] = aside(factory=dict)
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "micro_batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
@@ -413,6 +413,12 @@ class TrainerConfig:
         for key in ("max_steps", "checkpoint_every", "patience", "threads"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}={value}: 1 or more, or null.")
+        several = isinstance(self.devices, list) and len(self.devices) > 0
+        number = isinstance(self.devices, int) and not isinstance(self.devices, bool) and self.devices >= 1
+        require(
+            several or number or self.devices == "auto",
+            f"trainer.devices={self.devices}: 1 or more, a list of device numbers, or auto.",
+        )
         require(self.epochs > 0, f"trainer.epochs={self.epochs}: above 0.")
         require(
             self.validate_every > 0,

@@ -17,6 +17,8 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llmft.redaction import redact
+
 HEARTBEAT_S = 30.0
 
 
@@ -45,7 +47,7 @@ class Screen:
 
     def print(self, *things: Any) -> None:
         """Prints strings (rich markup) and rich objects, each on its own line."""
-        for thing in things:
+        for thing in map(redact, things):
             self.terminal.print(thing, soft_wrap=isinstance(thing, str))
             if self._log is not None and self._file is not None:
                 self._log.print(thing, soft_wrap=isinstance(thing, str))

@@ -32,8 +32,10 @@ class Prepared:
     problems: Problems = field(default_factory=Problems)
 
 
-def process_rank() -> int:
+def process_rank(config: TrainConfig) -> int:
     """This process's place among those of a distributed run, before torch.distributed knows it."""
+    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
+        return 0  # several such runs may have been started side by side
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
         value = os.environ.get(name)
         if value is not None and value.isdigit():

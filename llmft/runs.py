@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def slug(text: str) -> str:
 def run_name(config: TrainConfig) -> str:
     """What a person calls the run: its model, data and the values that experiments vary."""
     if config.name:
-        return slug(config.name)[:MAX_NAME]
+        return slug(redact(config.name))[:MAX_NAME]
     method = f"r{config.lora.r}" if config.lora.enabled else "full"
     rate = f"{config.learning_rate.peak:g}"
     parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
@@ -137,8 +138,18 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the run finished, and what it hands over is there."""
-        return self.status().get("status") == "done" and (self.adapter.is_dir() or self.model.is_dir())
+        """Whether the run finished, and what it hands over is there, to the byte."""
+        status = self.status()
+        return status.get("status") == "done" and status.get("handed_over") == self.digests()
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the weights that the run hands over, by file."""
+        files = sorted(path for folder in (self.adapter, self.model) for path in folder.glob("*.safetensors"))
+        found = {}
+        for path in files:
+            with path.open("rb") as file:
+                found[str(path.relative_to(self.directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
 
     def lock(self) -> None:
         """Takes the run for this process until `unlock` or the process's end, however it ends.
@@ -205,8 +216,8 @@ def open_run(config: TrainConfig, key: str) -> Run:
         root.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
-    except PermissionError:
-        raise ConfigError(f"output_dir={config.output_dir}: not allowed to write there; choose another.") from None
+    except OSError as error:
+        raise ConfigError(f"output_dir={config.output_dir}: {error.strerror}; choose another.") from None
     known = sorted(root.glob(f"*-{key}"))
     directory = known[0] if known else root / f"{run_name(config)}-{key}"
     run = Run(directory, key)
@@ -242,4 +253,8 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write((json.dumps(record, ensure_ascii=False) + "\n").encode())
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        file.write((json.dumps(plain, ensure_ascii=False) + "\n").encode())

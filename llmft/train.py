@@ -6,7 +6,9 @@ Validates, fine-tunes, validates again, and returns the monitored metric, which 
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import sys
 from typing import Any
 
 from llmft.app import command_line, run_verb
@@ -20,6 +22,10 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # A character that the terminal cannot show must not end a training.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     run_verb("train", TrainConfig, lambda composed: train(to_config(composed, TrainConfig)))
 
 
@@ -31,11 +37,13 @@ def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
     from llmft.console import Screen
     from llmft.prepare import prepare, process_rank
 
-    screen = Screen(quiet=quiet or process_rank() > 0)
+    rank = process_rank(config)
+    screen = Screen(quiet=quiet or rank > 0)
     prepared = prepare(config)
     run = prepared.run
-    if process_rank() > 0:
-        return _train(prepared, screen)
+    if rank > 0:
+        # Every process decides alike: a finished run needs nobody.
+        return None if run.done and not config.force else _train(prepared, screen)
     if run.done and not config.force:
         return _tell_done(run, config, screen)
     run.lock()
@@ -58,8 +66,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
 
 def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
     status = run.status()
+    from rich.markup import escape
+
     result = status.get("result", {})
-    screen.print(f"This run is done: [bold]{run.directory}[/bold] (force=true runs it again)")
+    screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
     screen.summary(result.get("before", {}), result.get("after", {}), {})
     return result.get("after", {}).get(config.trainer.monitor)
 

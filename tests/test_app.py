@@ -36,6 +36,23 @@ MISTAKES = [
     (["model=mistral", "model.trust_remote_code=true"], 2, "model.revision as a 40-digit commit"),
     (["model.overrides.hidden_size=64"], 2, "model.init=random"),
     (["prompt=phi2", "prompt.system_role=refuse", "prompt.system=Hi"], 2, "has no place for one"),
+    (["trainer.precision=fp16", "trainer.accelerator=cpu"], 2, "a CPU does not compute in fp16"),
+    (["trainer.devices=0"], 2, "trainer.devices=0: 1 or more"),
+    (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], 2, "this machine has"),
+    (["learning_rate.peak=inf"], 2, "finite"),
+    (["lora.modules_to_save=[lm_heed]"], 2, "did you mean lm_head?"),
+    (["lora.r=1,8"], 2, "add -m"),
+    (["=3"], 2, "cannot be read"),
+    (["output_dir=/dev/null/x"], 2, "output_dir"),
+    (["data.source=llmft.data.sources.canonical"], 2, "takes (split, num_rows, seed)"),
+    (["model=mixtral", "model.init=random", "model.overrides.hidden_sizee=64"], 2, "did you mean hidden_size?"),
+    (["model=gpt2", "model.init=random", "model.overrides={n_embd: 33, n_layer: 1, n_head: 2}"], 2, "cannot be loaded"),
+    (["model=deberta_v3_small", "model.init=random"], 2, "set task=classification"),
+    (
+        ["logger.loggers.csv={_target_: lightning.pytorch.loggers.CSVLogger, name: [{_target_: pathlib.Path}]}"],
+        2,
+        "may be named in a config",
+    ),
     (["trainer.accelerator=tpu9"], 2, "trainer.accelerator=tpu9"),
     (["optimizer.weight_decy=0.1"], 2, "did you mean weight_decay?"),
     (["optimizer._target_=os.system"], 2, "may be named in a config"),
@@ -104,3 +121,26 @@ def test_the_program_starts_from_any_directory(tmp_path: Path) -> None:
     assert "mistralai/Mistral-7B-Instruct-v0.1" in done.stdout
     assert "r: 4" in done.stdout
     assert not list(tmp_path.iterdir()), "printing a config writes nothing"
+
+
+def test_a_terminal_of_few_characters_does_not_end_a_training(tmp_path: Path) -> None:
+    rows = "data.rows={train: 32, validation: 8, test: 0}"
+    done = llmft("logger=none", "trainer.max_steps=1", rows, cwd=tmp_path, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+
+
+def test_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -> None:
+    (tmp_path / "a b [red] c.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(30)))
+    arguments = ["data=prompt_response", "data.files=a b [red] c.csv", "output_dir='o[/x] y'", "logger=none"]
+    for _ in range(2):
+        done = llmft(*arguments, "trainer.max_steps=1", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "o[/x] y" in done.stdout
+
+
+def test_another_process_of_a_finished_distributed_run_has_nothing_to_do(tmp_path: Path) -> None:
+    rows = "data.rows={train: 16, validation: 4, test: 0}"
+    arguments = ["logger=none", "trainer.max_steps=1", rows, "trainer.accelerator=cpu"]
+    assert llmft(*arguments, cwd=tmp_path).returncode == 0
+    done = llmft(*arguments, "trainer=ddp", cwd=tmp_path, timeout=60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
+    assert done.returncode == 0, done.stderr

@@ -428,3 +428,52 @@ def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
     assert result["after"]["val/exact_match"] > 0.8
     assert result["after"]["test/exact_match"] > 0.8
     assert result["after"]["val/loss_nats"] < 0.5 * result["before"]["val/loss_nats"]
+
+
+# ---------------------------------------------------------------------------------------------- a signal at any place
+
+
+PLACES = [("step", step) for step in range(1, 7)] + [("val", 0), ("val", 2), ("val", 4), ("val", 6), ("test", 6)]
+
+
+@pytest.mark.parametrize(("place", "step"), PLACES, ids=[f"{place}-{step}" for place, step in PLACES])
+def test_a_signal_anywhere_saves_and_the_resumed_run_is_the_same(
+    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, step: int
+) -> None:
+    from llmft.errors import Interrupted
+    from llmft.training.callbacks import Checkpointer
+
+    overrides = ["trainer.max_steps=6", "trainer.validate_every=2", "data.rows.test=8", "lora.dropout=0.1"]
+    whole = small(*overrides, f"output_dir={tmp_path}/whole")
+    train(whole, quiet=True)
+    hook = {"step": "on_train_batch_end", "val": "on_validation_batch_end", "test": "on_test_batch_end"}[place]
+    original = getattr(Checkpointer, hook)
+
+    def signalled(self: Any, trainer: Any, module: Any, *arguments: Any, **keywords: Any) -> None:
+        if module.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        original(self, trainer, module, *arguments, **keywords)
+
+    config = small(*overrides, f"output_dir={tmp_path}/stopped")
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpointer, hook, signalled)
+        with pytest.raises(Interrupted) as error:
+            train(config, quiet=True)
+    assert error.value.exit_code == 143
+    directory = run_directory(tmp_path / "stopped")
+    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
+    train(config, quiet=True)
+    reference = run_directory(tmp_path / "whole")
+    assert adapter_bytes(directory) == adapter_bytes(reference)
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        assert (directory / name).read_bytes() == (reference / name).read_bytes(), name
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(small: Callable[..., Any], tmp_path: Path) -> None:
+    train(small(), quiet=True)
+    path = run_directory(tmp_path) / "adapter" / "adapter_model.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:100])
+    train(small(), quiet=True)
+    assert path.read_bytes() == content

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from llmft.config import Columns, DataConfig
@@ -62,11 +62,15 @@ class ColumnMap:
             )
         if columns.prompt and not (columns.response or columns.target or columns.chosen):
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
-        made = cls(columns, list(data.labels))
+        made = cls(replace(columns), list(data.labels))
         for entry in fields(columns):
             named = getattr(columns, entry.name)
-            if named:
-                made._check(f"data.columns.{entry.name}", named, train[0])
+            if not named:
+                continue
+            if entry.name in ("input", "system") and not any(named in row.values for row in train):
+                setattr(made.columns, entry.name, None)  # Alpaca files without `input` are Alpaca files
+                continue
+            made._check(f"data.columns.{entry.name}", named, train[0])
         if columns.target and not made.labels:
             made.labels = sorted({made._fill(columns.target, row) for row in train})
         return made
@@ -78,11 +82,12 @@ class ColumnMap:
         return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
 
     def _check(self, key: str, template: str, first: Row) -> None:
+        taken = {n for e in fields(self.columns) for n in self._names(getattr(self.columns, e.name) or "")}
         for name in self._names(template):
             if name not in first.values:
                 raise DataError(
                     f"{key}={template}: {first.where} has no column '{name}'"
-                    f"{did_you_mean(name, first.values)} (columns: {', '.join(first.values)})."
+                    f"{did_you_mean(name, set(first.values) - taken)} (columns: {', '.join(first.values)})."
                 )
 
     def _fill(self, template: str, row: Row) -> str:

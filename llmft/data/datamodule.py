@@ -86,7 +86,7 @@ class DataModule(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The steps from here to the next validation."""
         start = self.position()
-        stop = next(stop for stop in self.stops if stop > start)
+        stop = next((stop for stop in self.stops if stop > start), start)
         makers: list[Callable[[], object]] = [partial(self.step_batch, step) for step in range(start, stop)]
         return DataLoader(_Items(makers), batch_size=None, num_workers=0)
 

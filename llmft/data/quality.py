@@ -113,9 +113,16 @@ def label_balance(conversations: Sequence[Conversation], labels: Sequence[str], 
 
 
 def findings(
-    config: TrainConfig, facts: dict[str, SplitFacts], overlaps: Sequence[Overlap], context_tokens: int | None = None
+    config: TrainConfig,
+    facts: dict[str, SplitFacts],
+    overlaps: Sequence[Overlap],
+    context_tokens: int | None = None,
+    learned_positions: bool = False,
 ) -> list[Finding]:
-    """Errors first, then warnings. `context_tokens` is how many positions the model knows."""
+    """Errors first, then warnings.
+
+    `context_tokens` is how many positions the model knows; with `learned_positions` it fails on any other.
+    """
     found: list[Finding] = []
 
     def add(level: str, key: str, message: str) -> None:
@@ -140,7 +147,7 @@ def findings(
     longest = max((fact.all_tokens.get(100, 0) for fact in facts.values()), default=0)
     if context_tokens is not None and longest > context_tokens:
         add(
-            "warning",
+            "error" if learned_positions else "warning",
             "data.max_tokens",
             f"the longest row has {longest} tokens, more than the {context_tokens} positions of the model",
         )

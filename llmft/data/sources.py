@@ -13,6 +13,7 @@ import glob
 import gzip
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import lzma
@@ -96,8 +97,11 @@ def _from_generator(data: DataConfig) -> Loaded:
         raise ConfigError(f"data.source={data.source}: only functions under llmft.data may make rows.")
     try:
         generate = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError):
+        takes = list(inspect.signature(generate).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
         raise ConfigError(f"data.source={data.source}: no such function.") from None
+    if takes != ["split", "num_rows", "seed"]:
+        raise ConfigError(f"data.source={data.source}: a source takes (split, num_rows, seed), this takes {takes}.")
     splits = {
         split: [
             Row(values, f"{data.name}:{split}:{number}")
@@ -163,7 +167,9 @@ def expand(named: Any, key: str) -> list[Path]:
     paths: list[Path] = []
     for name in named if isinstance(named, (list, tuple)) else [named]:
         name = str(Path(str(name)).expanduser())
-        matches = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else [name]
+        matches = (
+            sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
+        )
         files = [Path(match) for match in matches if Path(match).is_file() or (Path(match) / "state.json").is_file()]
         if not files:
             folder = Path(name).parent
@@ -276,12 +282,22 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         hint = "; one object per line belongs in a .jsonl file" if text[position : position + 1] == "{" else ""
         raise DataError(f"{path}:1: a JSON array of objects was expected{hint}.")
     position += 1
+    first = True
     while True:
-        skip(" \t\r\n,")
+        skip(" \t\r\n")
+        comma = text[position : position + 1] == ","
+        if comma and not first:
+            position += 1
+            skip(" \t\r\n")
         line += text.count("\n", counted, position)
         counted = position
-        if text[position : position + 1] == "]":
+        if text[position : position + 1] == "]" and not comma:
+            if text[position + 1 :].strip():
+                raise DataError(f"{path}:{line}: text behind the end of the array.")
             return
+        if comma == first:
+            raise DataError(f"{path}:{line}: not JSON (a comma is {'too many' if first else 'missing'}).")
+        first = False
         where = f"{path}:{line}"
         try:
             values, position = decoder.raw_decode(text, position)

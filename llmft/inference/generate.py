@@ -17,8 +17,11 @@ def generate(
     end_ids: Sequence[int],
     max_new_tokens: int,
     batch_size: int = 64,
+    context_tokens: int | None = None,
 ) -> list[list[int]]:
     """Greedy continuations of `prompts`, in their order, without the end token.
+
+    A continuation ends with the model's last position, `context_tokens`, where there is one.
 
     Prompts of like length go together and are padded on the left, so that every row's next token stands last.
     """
@@ -27,6 +30,9 @@ def generate(
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         width = max(len(prompts[index]) for index in group)
+        room = max_new_tokens if context_tokens is None else min(max_new_tokens, context_tokens - width)
+        if room < 1:
+            continue
         input_ids = torch.full((len(group), width), pad_id, dtype=torch.long)
         mask = torch.zeros_like(input_ids)
         for place, index in enumerate(group):
@@ -36,7 +42,7 @@ def generate(
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=room,
             do_sample=False,
             num_beams=1,
             temperature=None,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from llmft.config import LoraConfig
-from llmft.errors import ConfigError
+from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families
 from llmft.model.sharding import is_sharded, like, whole
 
@@ -26,19 +26,26 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    mixture = targets == "all-linear" and families.is_mixture(base)
+    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
+        targets = families.dense_layers(base)
     task = peft.TaskType.SEQ_CLS if auto_class == "sequence_classification" else peft.TaskType.CAUSAL_LM
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=targets,
-        exclude_modules=families.NOT_ADAPTED if targets == "all-linear" and families.is_mixture(base) else None,
+        exclude_modules=families.NOT_ADAPTED if mixture else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=list(lora.modules_to_save) or None,
         task_type=task,
         base_model_name_or_path=name,
     )
+    for module in lora.modules_to_save:
+        if not any(name == module or name.endswith(f".{module}") for name, _ in base.named_modules()):
+            names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+            raise ConfigError(f"lora.modules_to_save: no module named {module}{did_you_mean(module, names)}")
     devices = [base.device] if base.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

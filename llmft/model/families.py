@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
+
+from llmft.config import ModelConfig
+from llmft.errors import ConfigError
 
 NOT_ADAPTED = r".*\.(router|gate|experts)(\..*)?"
 """Modules of a mixture of experts that "all linear layers" leaves alone: the router, because which expert sees a token
@@ -21,6 +25,39 @@ def prepare(model_type: str) -> None:
         from transformers.models.falcon import modeling_falcon
 
         modeling_falcon.FalconLinear = torch.nn.Linear  # type: ignore[misc, assignment]
+
+
+def check_task(model: ModelConfig, config: Any, auto_class: str) -> None:
+    """Raises ConfigError where a model of this kind cannot do the task, such as an encoder asked to write."""
+    import transformers
+
+    if model.trust_remote_code:
+        return
+    writes = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+    if auto_class == "causal_lm" and not writes:
+        raise ConfigError(f"model={model.label} is an encoder and writes no text: set task=classification.")
+    if auto_class == "sequence_classification" and type(config) not in (
+        transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    ):
+        raise ConfigError(
+            f"model={model.label} has no classification head in transformers: use task=language_modeling."
+        )
+
+
+LEARNED_POSITIONS = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "bert", "roberta")
+"""Families that have one vector per position and fail on a longer row, instead of only losing track."""
+
+
+def dense_layers(model: Any) -> list[str]:
+    """Last names of a mixture's linear layers outside router, experts and head."""
+    head = model.get_output_embeddings()
+    return sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and module is not head and not re.fullmatch(NOT_ADAPTED, name)
+        }
+    )
 
 
 def is_mixture(model: torch.nn.Module) -> bool:

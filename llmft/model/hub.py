@@ -15,12 +15,17 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from llmft.config import ModelConfig, ModelInit
 from llmft.errors import ConfigError, nearest
 
 PACKAGED = "package:"
 PROBE_TIMEOUT_S = 4.0
+PICKLED = (
+    "there are no safetensors weights, and pickled ones are not loaded; convert them with transformers' "
+    "save_pretrained in an environment you trust, then set model.path=DIR."
+)
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
 
 
@@ -38,7 +43,7 @@ def locate(model: ModelConfig) -> Located:
     Raises ConfigError in one sentence, within seconds, when they cannot be had.
     """
     if model.path is not None:
-        return _local(model.path)
+        return _local(model.path, weights=model.init is ModelInit.pretrained)
     if model.init is ModelInit.random:
         return Located(None, "random")
     directory = _cached(model.id, model.revision)
@@ -47,7 +52,7 @@ def locate(model: ModelConfig) -> Located:
     return Located(directory, directory.name)
 
 
-def _local(path: str) -> Located:
+def _local(path: str, *, weights: bool) -> Located:
     if path.startswith(PACKAGED):
         directory = Path(__file__).parent.parent / "assets" / path.removeprefix(PACKAGED)
     else:
@@ -57,11 +62,19 @@ def _local(path: str) -> Located:
             f"model.path={path}: no Hugging Face model directory there "
             f"({'no config.json in it' if directory.is_dir() else 'no such directory'})."
         )
+    if weights and not has_weights(directory):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
+        raise ConfigError(
+            f"model.path={path}: " + (PICKLED if pickled else "its safetensors weights are missing or not whole.")
+        )
     return Located(directory, fingerprint(directory))
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of a model directory: names, sizes, whole small files, both ends of large ones (a 7B stays quick)."""
+    """A digest of a model directory: names, sizes, whole small files, and a piece of every tensor of large ones.
+
+    A 7B takes a fraction of a second; two models that differ in a tensor differ in its middle, if they were trained.
+    """
     digest = hashlib.sha256()
     edge = 2**20
     for path in sorted(directory.iterdir()):
@@ -72,11 +85,27 @@ def fingerprint(directory: Path) -> str:
         with path.open("rb") as file:
             if size <= 64 * edge:
                 digest.update(file.read())
-            else:
-                digest.update(file.read(edge))
-                file.seek(-edge, os.SEEK_END)
-                digest.update(file.read(edge))
+                continue
+            head = file.read(edge)
+            digest.update(head)
+            for place in _middles(head, file, size):
+                file.seek(place)
+                digest.update(file.read(4096))
+            file.seek(-edge, os.SEEK_END)
+            digest.update(file.read(edge))
     return digest.hexdigest()
+
+
+def _middles(head: bytes, file: Any, size: int) -> list[int]:
+    """The middle of every tensor of a safetensors file; of equal parts of any other file."""
+    length = int.from_bytes(head[:8], "little")
+    try:
+        file.seek(8)
+        entries = json.loads(file.read(length)) if length < size else {}
+        offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+        return sorted(8 + length + (start + end) // 2 for start, end in offsets)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return [size * part // 256 for part in range(256)]
 
 
 def _cached(repo: str, revision: str) -> Path | None:
@@ -170,10 +199,7 @@ def _download(model: ModelConfig) -> Path:
     except Exception as error:
         raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
     if not has_weights(directory):
-        raise ConfigError(
-            f"{key}: the repository has no safetensors weights, and pickled ones are not loaded; convert them "
-            "with transformers' save_pretrained in an environment you trust, then set model.path=DIR."
-        )
+        raise ConfigError(f"{key}: {PICKLED}")
     return directory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,8 @@ def _cpu_computes_bf16() -> bool:
 
 def pick_precision(precision: Precision, device: torch.device) -> Precision:
     """Resolves `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on a CPU without bf16 units."""
+    if precision is Precision.fp16 and device.type == "cpu":
+        raise ConfigError("trainer.precision=fp16: a CPU does not compute in fp16; use fp32, bf16 or auto.")
     if precision is not Precision.auto:
         return precision
     if device.type == "cuda":
@@ -84,7 +87,9 @@ def load_tokenizer(model: ModelConfig, located: Located) -> Any:
             directory, local_files_only=True, trust_remote_code=model.trust_remote_code
         )
     except Exception as error:
-        raise ConfigError(f"model={model.name}: its tokenizer in {directory} cannot be loaded ({error}).") from None
+        raise ConfigError(
+            f"model={model.name}: its tokenizer in {directory} cannot be loaded ({first_line(error)})."
+        ) from None
     if not tokenizer.is_fast:
         raise ConfigError(f"model={model.name}: its tokenizer has no fast form (tokenizer.json), which is needed.")
     if tokenizer.pad_token_id is None:
@@ -123,20 +128,41 @@ def model_config(model: ModelConfig, located: Located) -> Any:
     from transformers import AutoConfig
 
     if located.directory is not None:
-        config = AutoConfig.from_pretrained(
-            located.directory, local_files_only=True, trust_remote_code=model.trust_remote_code
-        )
+        try:
+            config = AutoConfig.from_pretrained(
+                located.directory, local_files_only=True, trust_remote_code=model.trust_remote_code
+            )
+        except Exception as error:
+            raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
+        _check_overrides(config, model)
         for key, value in {**model.load_overrides, **model.overrides}.items():
-            if not hasattr(config, key):
-                raise ConfigError(f"model.overrides.{key}: {type(config).__name__} has no such value.")
             setattr(config, key, value)
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
     try:
+        _check_overrides(AutoConfig.for_model(model.architecture, **model.config), model)
         return AutoConfig.for_model(model.architecture, **{**model.config, **model.load_overrides, **model.overrides})
-    except (ValueError, TypeError) as error:
-        raise ConfigError(f"model.architecture={model.architecture}: {str(error).splitlines()[0]}") from None
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"model.architecture={model.architecture}: {first_line(error)}") from None
+
+
+def _check_overrides(config: Any, model: ModelConfig) -> None:
+    """transformers takes any name and ignores it; a misspelt one must not build a model of the full size."""
+    for key in model.overrides:
+        if not hasattr(config, key):
+            known = [name for name in config.to_dict() if not name.startswith("_")]
+            raise ConfigError(
+                f"model.overrides.{key}: {type(config).__name__} has no such value{did_you_mean(key, known)}"
+            )
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its pages of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 def load_base(
@@ -164,8 +190,16 @@ def load_base(
     if keep and _kept.key == key:
         return _kept.model
     drop_base()
+    families.check_task(model, model_config(model, located), auto_class)
     build = _random if model.init is ModelInit.random else _pretrained
-    base = build(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+    try:
+        base = build(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if os.environ.get("LLMFT_TRACE"):
+            raise
+        raise ConfigError(f"model={model.label} cannot be loaded: {first_line(error)}") from error
     keep_packing(base)
     base.requires_grad_(False)
     base.eval()
@@ -246,24 +280,40 @@ def _pretrained(
     del skeleton
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)  # a new classification head is random
-        try:
-            base = auto_model(auto_class).from_pretrained(
-                located.directory,
-                config=config,
-                dtype=dtype,
-                quantization_config=streamed,
-                device_map={"": "cpu" if in_place else device},
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=model.trust_remote_code,
-                **_attention(model),
-            )
-        except (OSError, ValueError) as error:
-            where = located.directory
-            raise ConfigError(f"model={model.name}: its weights in {where} cannot be loaded ({error}).") from None
+        base, found = auto_model(auto_class).from_pretrained(
+            located.directory,
+            config=config,
+            dtype=dtype,
+            quantization_config=streamed,
+            device_map={"": "cpu" if in_place else device},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=model.trust_remote_code,
+            output_loading_info=True,
+            **_attention(model),
+        )
+    _refuse_missing(base, located.directory, found, auto_class)
     if in_place:
         quantize_in_place(base, quantization, dtype, model.skip_modules, device)
     return base
+
+
+def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> None:
+    """transformers fills weights that are missing with random ones, and only logs it."""
+    new_head = ("classifier", "score", "pooler") if auto_class == "sequence_classification" else ()
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith(new_head))
+    missing += sorted(str(key) for key in found.get("mismatched_keys", []))
+    missing += [
+        f"{name}.weight"
+        for name, module in base.named_modules()
+        if getattr(getattr(module, "weight", None), "quant_state", None) is not None
+        and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
+    ]
+    if missing:
+        raise ConfigError(
+            f"{directory}: {len(missing)} weights of the model are not in its files or have another shape "
+            f"({', '.join(missing[:3])}{', …' if len(missing) > 3 else ''}): the directory is incomplete."
+        )
 
 
 def _attention(model: ModelConfig) -> dict[str, Any]:

@@ -5,13 +5,14 @@ rules of `load_base` and `adapters.attach` are applied. Activations are counted 
 forward runs on shapes alone (FakeTensorMode), and what autograd saves in it is added up. So every family, DoRA,
 dropout and full fine-tuning come out of the code that will run. A 7B takes two seconds and no memory.
 
-Against what autograd saves in a real forward of a twin of every family, fp32, bf16 and 4-bit, the error is below 0.1%
-(tests/model/test_memory.py). Against the peak of all live tensors over forward and backward, temporaries included,
-activations + gradients + logits are 0 to 15% low without checkpointing and 0 to 30% low with it (a layer's own
-backward then weighs more): leave a fifth free. Not counted: those temporaries (one dequantised weight among them), the
-device's context and kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. On CUDA the attention
-kernel may be another: where the CPU's stores scores (dropout in attention, as GPT-2 has; Falcon's single key), the
-estimate is too high.
+Against what autograd saves in a real forward of a twin of every family, in fp32, bf16 and 4-bit, the error is below
+0.1% (tests/model/test_memory.py; 4-bit experts in fp32 up to 20% high). Against the peak of all live tensors over
+forward and backward, temporaries included, activations + gradients + logits are 0 to 15% low without checkpointing and
+0 to 30% low with it, where one layer's backward weighs more: leave a fifth free. Not counted: those temporaries (one
+dequantised weight among them), the device's context and kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and
+generation. CUDA's attention may be another: where the CPU's stores scores (dropout in attention, as GPT-2 has; Falcon),
+the estimate is too high there. CUDA's autocast computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2,
+Falcon, MPT and DeBERTa in bf16 take somewhat more there.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+from torch.nn.utils import parametrize
 
 from llmft.config import QuantizationFormat, TrainConfig
 from llmft.model import adapters, families
@@ -99,6 +100,9 @@ def estimate_memory(
     base = _skeleton(config, hf_config, dtype)
     if config.lora.enabled:
         base.requires_grad_(False)
+        if config.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4):
+            for module, name in fused_expert_parameters(base):
+                parametrize.register_parametrization(module, name, _Dequantized(), unsafe=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = adapters.attach(base, config.lora, auto_class=config.task.auto_class, seed=0, name="")
@@ -212,13 +216,21 @@ def _logit_bytes(base: Any, positions: int, labelled: int, *, selects: bool, dty
     return everywhere + labelled * head.weight.shape[0] * LOGIT_BYTES
 
 
+class _Dequantized(torch.nn.Module):
+    """Stands for 4-bit experts: the forward makes another tensor of them, which autograd keeps for the backward."""
+
+    @torch.no_grad()
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.clone()
+
+
 class _SavedBytes:
     """What autograd saves in a forward, by layer; each storage once, parameters left out."""
 
-    def __init__(self, model: torch.nn.Module, parameters: Iterable[torch.Tensor]) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.known = {_storage(parameter): parameter for parameter in parameters}
+        self.known = {_storage(parameter): parameter for parameter in model.parameters()}
         self.layer: int | None = None
         self.inputs: dict[int, torch.Tensor] = {}
         self.saved: dict[int, tuple[torch.Tensor, int | None]] = {}
@@ -263,14 +275,10 @@ def _activations(
     """(kept, checkpointed) bytes of one forward of `model`, whose weights become shapes without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    held_as_they_are = list(model.parameters())
-    quantized = config.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    experts = {id(getattr(module, name)) for module, name in fused_expert_parameters(model)} if quantized else set()
     bf16 = dtype is torch.bfloat16 and config.lora.enabled  # the weights' own dtype
     with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        fakes = _give_storage(model)
-        # Experts in 4-bit are dequantised in the forward and then kept for the backward.
-        saved = _SavedBytes(model, [fakes[id(p)] for p in held_as_they_are if id(p) not in experts])
+        _give_storage(model)
+        saved = _SavedBytes(model)
         model.train()
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
@@ -288,11 +296,8 @@ def _activations(
     return saved.totals()
 
 
-def _give_storage(model: torch.nn.Module) -> dict[int, torch.Tensor]:
-    """Replaces meta tensors, shared ones once, by the CPU's fake ones: meta's attention would store scores.
-
-    Returns the new tensors by the old ones' identity.
-    """
+def _give_storage(model: torch.nn.Module) -> None:
+    """Replaces meta tensors, shared ones once, by the CPU's fake ones: meta's attention would store scores."""
     fakes: dict[int, torch.Tensor] = {}
     for module in model.modules():
         tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
@@ -306,7 +311,6 @@ def _give_storage(model: torch.nn.Module) -> dict[int, torch.Tensor]:
                         fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
                     fakes[id(tensor)] = fake
                 table[name] = fakes[id(tensor)]
-    return fakes
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +96,41 @@ class Recorder(Callback):
             logger.log_metrics({**metrics, **timing}, step=step)
 
 
+class Signals:
+    """Notes a signal until a step boundary; a second one of the same kind ends the process at once."""
+
+    KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def take(self) -> None:
+        """Takes the signals over; again and again, since Lightning takes SIGTERM for itself when a loop begins."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+        for signum in self.KINDS:
+            before = signal.signal(signum, self._note)
+            self._before.setdefault(signum, before)
+
+    def release(self) -> None:
+        """Gives them back."""
+        while self._before:
+            signum, handler = self._before.popitem()
+            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+
+    def _note(self, signum: int, frame: Any) -> None:
+        if self.received == signum:
+            signal.signal(signum, signal.SIG_DFL)
+            signal.raise_signal(signum)
+        self.received = signum
+
+
 class Checkpointer(Callback):
-    """Saves at step boundaries, keeps the best, stops early, and saves before a signal ends the process."""
+    """Saves at step boundaries, keeps the best, stops early, and saves before a signal ends the process.
+
+    A checkpoint of a step whose validation is still to come says so (`pending`): the resumed run begins with it.
+    """
 
     def __init__(
         self,
@@ -107,6 +142,8 @@ class Checkpointer(Callback):
         mode: Mode,
         patience: int | None,
         total_steps: int,
+        stops: Collection[int],
+        signals: Signals,
         state: dict[str, Any] | None = None,
         seconds: Callable[[], float] = lambda: 0.0,
         command: str = "",
@@ -118,6 +155,8 @@ class Checkpointer(Callback):
         self.sign = 1.0 if mode is Mode.min else -1.0
         self.patience = patience
         self.total_steps = total_steps
+        self.stops = set(stops)
+        self.signals = signals
         self.seconds = seconds
         self.command = command
         state = state or {}
@@ -125,9 +164,8 @@ class Checkpointer(Callback):
         self.best_step: int | None = state.get("best_step")
         self.waited: int = state.get("waited", 0)
         self.stopped_early: bool = state.get("stopped_early", False)
+        self.pending: bool = state.get("pending", False)
         self.loss_scale: dict[str, Any] | None = state.get("loss_scale")
-        self.signum: int | None = None
-        self._handlers: dict[int, Any] = {}
 
     def state(self, trainer: L.Trainer) -> dict[str, Any]:
         """What a resumed run needs besides tensors."""
@@ -137,31 +175,28 @@ class Checkpointer(Callback):
             "best_step": self.best_step,
             "waited": self.waited,
             "stopped_early": self.stopped_early,
+            "pending": self.pending,
             "seconds": self.seconds(),
             "loss_scale": scaler.state_dict() if scaler is not None else None,
         }
 
-    # Signals. A handler only notes the wish; it is met at the end of the optimizer step under way.
+    # Signals. A handler only notes the wish; it is met at the end of the step or batch under way.
+
+    def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Takes the signals for the validation before training."""
+        self.signals.take()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Takes over the signals (from Lightning, which would save inside a step and exit with 0)."""
+        """Takes the signals for the training; puts the loss scale back under fp16."""
+        self.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
-        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            self._handlers[signum] = signal.signal(signum, self._note)
+        trainer.should_stop = self.stopped_early
 
-    def _note(self, signum: int, frame: Any) -> None:
-        if self.signum is not None:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        self.signum = signum
-
-    def release_signals(self) -> None:
-        """Gives the signals back."""
-        while self._handlers:
-            signum, handler = self._handlers.popitem()
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Takes the signals for the test."""
+        self.signals.take()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -169,11 +204,29 @@ class Checkpointer(Callback):
         """Saves when it is time, or when a signal came."""
         assert isinstance(module, FineTuner)
         asked = self._agree(trainer, module)
-        # The last step of a stretch is saved after the validation that follows it, unless a signal came.
-        at_validation = trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-        due = self.every is not None and module.step % self.every == 0 and not at_validation
-        if due or asked:
+        self.pending = module.step in self.stops
+        if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
+        self._leave(asked, module)
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        """Leaves a validation that a signal interrupts; the step before it is saved and waits for its validation."""
+        assert isinstance(module, FineTuner)
+        asked = self._agree(trainer, module)
+        if asked and module.step > 0:
+            self.save(trainer, module)
+        self._leave(asked, module)
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        """Leaves the test, which a resumed run takes again from its beginning."""
+        assert isinstance(module, FineTuner)
+        self._leave(self._agree(trainer, module), module)
+
+    def _leave(self, asked: int, module: FineTuner) -> None:
         if asked:
             name = signal.Signals(asked).name
             raise Interrupted(
@@ -184,7 +237,7 @@ class Checkpointer(Callback):
 
     def _agree(self, trainer: L.Trainer, module: L.LightningModule) -> int:
         """The signal that any process got, so that all of them stop at the same step; 0 for none."""
-        mine = self.signum or 0
+        mine = self.signals.received
         if trainer.world_size == 1:
             return mine
         asked = torch.tensor(mine, device=module.device)
@@ -196,9 +249,12 @@ class Checkpointer(Callback):
         assert isinstance(module, FineTuner)
         assert module.validation is not None
         value = self._monitored(module.validation)
-        if trainer.sanity_checking:
+        if trainer.sanity_checking and not self.pending:
             return
-        if self.best_value is None or self.sign * value < self.sign * self.best_value:
+        self.pending = False
+        # A loss that is not a number is no best value, and one that is beats it.
+        better = self.best_value is None or self.sign * value < self.sign * self.best_value
+        if math.isfinite(value) and better:
             self.best_value, self.best_step, self.waited = value, module.step, 0
         else:
             self.waited += 1
@@ -206,6 +262,7 @@ class Checkpointer(Callback):
                 self.stopped_early = True
                 trainer.should_stop = True
         self.save(trainer, module)
+        self._leave(self._agree(trainer, module), module)
 
     def _monitored(self, validation: Validation) -> float:
         try:

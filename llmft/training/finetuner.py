@@ -56,6 +56,7 @@ class Generation:
     end_ids: list[int]
     max_new_tokens: int
     batch_size: int
+    context_tokens: int | None = None
 
 
 def stream(seed: int, *place: int | str) -> int:
@@ -272,6 +273,7 @@ class FineTuner(L.LightningModule):
                 end_ids=generation.end_ids,
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=generation.batch_size,
+                context_tokens=generation.context_tokens,
             )
         made = [
             (

@@ -11,6 +11,7 @@ from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
 from llmft.data.prompt import PromptFormat, prompt_format
+from llmft.model.families import LEARNED_POSITIONS
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.prepare import Prepared, check_rejected
 
@@ -27,6 +28,7 @@ class Rows:
     total_steps: int
     validate_every: int
     context_tokens: int | None
+    learned_positions: bool
 
 
 def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
@@ -47,6 +49,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
     trainer = config.trainer
+    architecture = model_config(config.model, prepared.located)
     per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
     total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
     every = trainer.validate_every
@@ -58,5 +61,6 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         end_token_ids(splits["train"], prompt, tokenizer),
         total,
         max(1, round(every * total if every < 1 else every)),
-        getattr(model_config(config.model, prepared.located), "max_position_embeddings", None),
+        getattr(architecture, "max_position_embeddings", None),
+        architecture.model_type in LEARNED_POSITIONS,
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +25,7 @@ from llmft.data.examples import Encoded, Examples
 from llmft.data.overlap import find_overlaps
 from llmft.data.quality import findings, split_facts, stop_on_errors
 from llmft.environment import describe
-from llmft.errors import ConfigError
+from llmft.errors import ConfigError, Interrupted, did_you_mean
 from llmft.files import write_atomically
 from llmft.model import adapters
 from llmft.model.load import (
@@ -39,7 +40,7 @@ from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, process_rank
 from llmft.redaction import redact
 from llmft.runs import append_line, write_config
-from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.callbacks import Checkpointer, Recorder, Signals
 from llmft.training.finetuner import FineTuner, Generation, Sample, stream
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
@@ -59,9 +60,10 @@ class Session:
         self.config: TrainConfig = prepared.config
         self.screen = screen
         self.run_directory = prepared.run
-        self.main_process = process_rank() == 0
+        self.main_process = process_rank(self.config) == 0
         self.loggers: list[Any] = []
         self.exit_code = 1
+        self.signals = Signals()
         self.model: Any = None
 
     # ---------------------------------------------------------------------------------------------------- building
@@ -73,7 +75,7 @@ class Session:
         self._choose_device()
         self._read()
         self._load()
-        checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn)
+        checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn, mend=self.main_process)
         state = checkpoint.state if checkpoint is not None else {}
         environment = describe(self.device)
         if self.main_process:
@@ -83,13 +85,20 @@ class Session:
             self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
         self.module = self._module()
         if checkpoint is not None:
-            self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)
+            try:
+                self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)
+            except (KeyError, RuntimeError) as error:
+                raise ConfigError(
+                    f"{self.run_directory.checkpoints}: the checkpoint of step {checkpoint.step} does not fit this "
+                    f"model ({str(error)[:200]}); force=true starts the run again."
+                ) from None
         recorder = Recorder(self.run_directory, seconds_before=state.get("seconds", 0.0))
         self.checkpointer = self._checkpointer(state, recorder)
         progress = ShowProgress(
             self.screen, recorder, self.total_steps, config.task.show_rows, config.progress and self.main_process
         )
-        trainer = self._trainer([recorder, self.checkpointer, progress], fresh=checkpoint is None)
+        first_validates = checkpoint is None or self.checkpointer.pending
+        trainer = self._trainer([recorder, self.checkpointer, progress], first_validates)
         self._fit(trainer)
         return self._finish(trainer, recorder)
 
@@ -98,6 +107,10 @@ class Session:
         self.make_optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)
         self.objective = find(config.task.objective, "task.objective")()
         self.metrics = metric_functions(config.task.metrics)
+        names = ["val/loss_nats", "val/perplexity", *(f"val/{name}" for name in self.metrics)]
+        if config.trainer.monitor not in names:
+            wanted = config.trainer.monitor
+            raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
         check_loggers(config.logger)
         self.extra_callbacks = [
             build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()
@@ -107,6 +120,13 @@ class Session:
         trainer = self.config.trainer
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
         self.precision = pick_precision(trainer.precision, self.device)
+        cores = os.cpu_count() or 1
+        if self.device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
+            raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
+        if self.device.type == "cuda" and isinstance(trainer.devices, int):
+            count = torch.cuda.device_count()
+            if trainer.devices > count:
+                raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {count} GPUs.")
         torch.set_float32_matmul_precision("high")
 
     def _read(self) -> None:
@@ -120,7 +140,9 @@ class Session:
         }
         kept = {split: part for split, part in self.prepared.conversations.items() if part}
         self.overlaps = find_overlaps(kept, near=False)
-        self.findings = findings(self.config, facts, self.overlaps, self.rows.context_tokens)
+        self.findings = findings(
+            self.config, facts, self.overlaps, self.rows.context_tokens, self.rows.learned_positions
+        )
         stop_on_errors(self.findings)
 
     def _set_threads(self, num_weights: int) -> None:
@@ -219,6 +241,7 @@ class Session:
             end_ids=self.rows.end_ids,
             max_new_tokens=config.task.max_new_tokens,
             batch_size=config.trainer.validation_batch_size,
+            context_tokens=self.rows.context_tokens,
         )
 
     def _sample(self, example: Encoded) -> Sample:
@@ -240,12 +263,14 @@ class Session:
             mode=trainer.mode,
             patience=trainer.patience,
             total_steps=self.total_steps,
+            stops=self.data.stops,
+            signals=self.signals,
             state=state,
             seconds=lambda: recorder.seconds,
             command=command_line(),
         )
 
-    def _trainer(self, callbacks: list[Any], *, fresh: bool) -> L.Trainer:
+    def _trainer(self, callbacks: list[Any], first_validates: bool) -> L.Trainer:
         trainer = self.config.trainer
         strategy = trainer.strategy
         if isinstance(strategy, dict):
@@ -258,8 +283,9 @@ class Session:
                 strategy=strategy,
                 precision=LIGHTNING_PRECISION[self.precision],  # type: ignore[arg-type]
                 max_epochs=-1,
-                max_steps=self.total_steps - self.module.step,
-                num_sanity_val_steps=-1 if fresh else 0,
+                # A run whose last validation is still to come takes no step; Lightning wants at least one to allow it.
+                max_steps=max(1, self.total_steps - self.module.step),
+                num_sanity_val_steps=-1 if first_validates else 0,
                 check_val_every_n_epoch=1,
                 reload_dataloaders_every_n_epochs=1,
                 use_distributed_sampler=False,
@@ -277,12 +303,19 @@ class Session:
     # ---------------------------------------------------------------------------------------------------- running
 
     def _fit(self, trainer: L.Trainer) -> None:
-        done = self.module.step >= self.total_steps or self.checkpointer.stopped_early
+        finished = self.module.step >= self.total_steps or self.checkpointer.stopped_early
+        if finished and not self.checkpointer.pending:
+            return
+        self._guarded(trainer.fit)
+
+    def _guarded(self, loop: Callable[..., Any], **arguments: Any) -> None:
+        """Runs a loop of Lightning's; its own way of ending on a signal, `exit(1)`, becomes ours."""
+        self.signals.take()
         try:
-            if not done:
-                trainer.fit(self.module, datamodule=self.data)
-        finally:
-            self.checkpointer.release_signals()
+            loop(self.module, datamodule=self.data, **arguments)
+        except SystemExit as error:
+            signum = self.signals.received or signal.SIGTERM
+            raise Interrupted("interrupted; the same command goes on from the newest checkpoint.", signum) from error
 
     def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
         config = self.config
@@ -291,7 +324,7 @@ class Session:
             self.run_directory.keep_until(self.module.step)
         if self.splits.get("test"):
             self.module.generation = self._generation("test")
-            trainer.test(self.module, datamodule=self.data, verbose=False)
+            self._guarded(trainer.test, verbose=False)
         weights = adapters.whole_state(self.model, trained_only=config.lora.enabled)
         if not self.main_process:
             return None
@@ -308,7 +341,13 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early,
             "seconds": round(recorder.seconds, 3),
         }
-        run.update(status="done", finished=time.strftime("%Y-%m-%d %H:%M:%S"), error=None, result=result)
+        run.update(
+            handed_over=run.digests(),
+            status="done",
+            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            error=None,
+            result=result,
+        )
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
@@ -350,6 +389,7 @@ class Session:
 
     def close(self) -> None:
         """Ends the loggers and gives the base back as it was."""
+        self.signals.release()
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.finish(self.exit_code)

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlparse
 
 from lightning.pytorch.loggers import Logger, WandbLogger
+from rich.markup import escape
 
 from llmft.build import build
 from llmft.config import LoggerConfig, TrainConfig, WandbConfig, to_plain
@@ -194,7 +195,10 @@ def _start_wandb(
         return None
     if experiment.settings.mode == "offline" or attempt == "offline":
         folder = Path(experiment.dir).parent
-        screen.print(f"W&B is offline{': ' + why if why else ''}. To upload the run later:", f"  wandb sync {folder}")
+        screen.print(
+            f"W&B is offline{': ' + why if why else ''}. To upload the run later:",
+            f"  wandb sync {escape(str(folder))}",
+        )
     elif experiment.url:
         screen.print(f"W&B {experiment.url}")
     experiment.define_metric("step", hidden=True)

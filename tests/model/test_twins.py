@@ -168,3 +168,11 @@ def test_a_validation_leaves_the_quantised_weights_as_they_were() -> None:
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     drop_base()
+
+
+def test_a_mixtures_router_and_experts_are_not_adapted() -> None:
+    name = FIRST["mixtral"]
+    base = load(twin(name), Located(None, "random"), FILES[name])
+    model = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name="x")
+    adapted = {key.split(".lora_")[0].rpartition(".")[2] for key, p in model.named_parameters() if p.requires_grad}
+    assert adapted == {"q_proj", "k_proj", "v_proj", "o_proj"}

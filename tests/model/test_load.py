@@ -1,0 +1,99 @@
+"""Model directories: whole ones load, broken ones are named before anything is trained on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmft.config import ModelConfig, ModelInit
+from llmft.errors import ConfigError
+from llmft.model.hub import fingerprint, locate
+from llmft.train import train
+from tests.conftest import ROOT
+
+TINY = ROOT / "llmft" / "assets" / "tiny"
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(TINY, tmp_path / "model"))
+
+
+def change_weights(directory: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
+    path = directory / "model.safetensors"
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def drop_layer(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: value for name, value in weights.items() if "layers.1." not in name}
+
+
+def rename(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"other.{name}": value for name, value in weights.items()}
+
+
+def reshape(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    name = "model.layers.0.mlp.up_proj.weight"
+    return {**weights, name: weights[name][:64].contiguous()}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("change", [drop_layer, rename, reshape], ids=lambda change: change.__name__)
+def test_weights_that_are_missing_or_of_another_shape_are_refused_not_made_up(
+    small: Callable[..., Any], directory: Path, change: Callable[..., Any], quantization: str
+) -> None:
+    change_weights(directory, change)
+    with pytest.raises(ConfigError, match=r"model"):
+        train(small(f"model.path={directory}", f"quantization={quantization}"), quiet=True)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "pickled", "no weights", "config", "unknown type"])
+def test_a_broken_directory_is_one_sentence(small: Callable[..., Any], directory: Path, damage: str) -> None:
+    weights, config = directory / "model.safetensors", directory / "config.json"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:100_000])
+    elif damage == "pickled":
+        weights.rename(directory / "pytorch_model.bin")
+    elif damage == "no weights":
+        weights.unlink()
+    elif damage == "config":
+        config.write_text("{")
+    else:
+        config.write_text(json.dumps({**json.loads(config.read_text()), "model_type": "nonesuch"}))
+    with pytest.raises(ConfigError) as error:
+        train(small(f"model.path={directory}"), quiet=True)
+    assert "\n" not in str(error.value)
+    if damage == "pickled":
+        assert "pickled ones are not loaded" in str(error.value)
+
+
+def test_large_files_are_known_by_a_piece_of_every_tensor(tmp_path: Path) -> None:
+    weights = {f"layer{n}": torch.zeros(1024, 1024) for n in range(18)}  # 72 MiB
+    (tmp_path / "config.json").write_text("{}")
+    save_file(weights, tmp_path / "model.safetensors")
+    before = fingerprint(tmp_path)
+    weights["layer7"] += 1
+    save_file(weights, tmp_path / "model.safetensors")
+    assert fingerprint(tmp_path) != before
+
+
+def test_a_fingerprint_does_not_depend_on_the_place(directory: Path) -> None:
+    assert fingerprint(directory) == fingerprint(TINY)
+
+
+def test_a_random_model_needs_no_files() -> None:
+    model = ModelConfig(name="m", id="some/model", architecture="llama", init=ModelInit.random)
+    assert locate(model).directory is None
+
+
+def test_an_uncached_hub_model_says_what_to_do_without_network() -> None:
+    model = ModelConfig(name="m", id="mistralai/Mistral-7B-Instruct-v0.1", architecture="mistral")
+    with pytest.raises(ConfigError, match=r"model\.path=DIR"):
+        locate(model)
