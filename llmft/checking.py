@@ -96,9 +96,8 @@ def _template_findings(rows: Rows) -> list[Finding]:
     if not isinstance(own, str) or rows.prompt.config.name == "native":
         return []
     special = {"bos_token": rows.tokenizer.bos_token, "eos_token": rows.tokenizer.eos_token}
-    marked = own if "generation %}" in own else f"{own}{{% generation %}}{{% endgeneration %}}"
     try:
-        native = PromptFormat(replace(rows.prompt.config, name="native", template=marked, system=None), strict=False)
+        native = PromptFormat(replace(rows.prompt.config, name="native", template=own, system=None), strict=False)
         theirs = native.render(PROBE, **special, add_generation_prompt=True).text
         ours = rows.prompt.render(PROBE, **special, add_generation_prompt=True).text
     except ValueError as error:

@@ -114,7 +114,7 @@ class ColumnMap:
             try:
                 made.append(self.conversation(row))
             except ValueError as error:
-                problems.add(row.where, str(error))
+                problems.add(row.where, str(error), row.values)
         return made
 
     def conversation(self, row: Row) -> Conversation:

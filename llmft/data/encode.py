@@ -146,7 +146,7 @@ class Encoder:
                     texts.append(self.render(conversation))
                     places.append(place)
                 except ValueError as error:
-                    problems.add(conversation.where, str(error))
+                    problems.add(conversation.where, str(error), conversation.messages)
             for place, rendered, encoding in zip(places, texts, self._tokenize(texts), strict=True):
                 made = self._example(conversations[place], rendered, encoding, self.lengths[split], problems)
                 if made is not None:
@@ -187,7 +187,7 @@ class Encoder:
             for start, end in spans:
                 marks[bisect_right(ends, start) : bisect_left(starts, end)] = 1
             if not marks[1:].any():
-                problems.add(conversation.where, "no token of an answer is left to learn from")
+                problems.add(conversation.where, "no token of an answer is left to learn from", conversation.messages)
                 return None
         region = self._limit(conversation, rendered, encoding, marks, lengths)
         if region is None:

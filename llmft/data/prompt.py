@@ -80,12 +80,14 @@ class PromptFormat:
         """Compiles the template; raises ConfigError when it is not valid Jinja or marks no answer."""
         if not config.template:
             raise ConfigError(f"prompt={config.name} has no template: set prompt.template or choose a format.")
-        if "{% generation %}" not in config.template.replace("{%-", "{%").replace("-%}", "%}"):
+        self.config = config
+        # A template of our own must say what is learned; a vendor's that does not is read by its prefixes.
+        self.marked = "{% generation %}" in config.template.replace("{%-", "{%").replace("-%}", "%}")
+        if not self.marked and strict:
             raise ConfigError(
                 f"prompt={config.name}: the template marks no answer with {{% generation %}} … "
                 "{% endgeneration %}, so nothing could be trained; choose a format by name or add the marks."
             )
-        self.config = config
         try:
             self._template = _environment(strict).from_string(config.template)
         except jinja2.TemplateSyntaxError as error:
@@ -138,15 +140,11 @@ class PromptFormat:
 
         Raises ValueError with the template's complaint, such as roles that do not alternate.
         """
-        try:
-            marked = self._template.render(
-                messages=self.prepare(messages),
-                bos_token=bos_token or "",
-                eos_token=eos_token or "",
-                add_generation_prompt=add_generation_prompt,
-            )
-        except (jinja2.TemplateError, TypeError) as error:
-            raise ValueError(f"prompt={self.config.name}: {error}") from None
+        turns = self.prepare(messages)
+        special = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
+        marked = self._write(turns, special, add_generation_prompt)
+        if not self.marked:
+            return Rendered(marked, self._spans_by_prefix(turns, special, marked))
         parts = marked.split(_OPEN)
         text, spans = parts[0], []
         for part in parts[1:]:
@@ -154,6 +152,33 @@ class PromptFormat:
             spans.append((len(text), len(text) + len(answer)))
             text += answer + rest
         return Rendered(text, spans)
+
+    def _write(self, turns: list[dict[str, str]], special: dict[str, str], generation: bool) -> str:
+        try:
+            return self._template.render(messages=turns, add_generation_prompt=generation, **special)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"prompt={self.config.name}: {error}") from None
+
+    def _spans_by_prefix(
+        self, turns: list[dict[str, str]], special: dict[str, str], text: str
+    ) -> list[tuple[int, int]]:
+        """Answers of a template without marks: what it adds to the prompt that a server would send.
+
+        Raises ValueError for a template that writes earlier turns otherwise when later ones follow.
+        """
+        spans = []
+        for place, turn in enumerate(turns):
+            if turn["role"] != "assistant":
+                continue
+            before = self._write(turns[:place], special, True)
+            through = self._write(turns[: place + 1], special, False).rstrip()
+            if not (text.startswith(before) and text.startswith(through) and len(through) > len(before)):
+                raise ValueError(
+                    f"prompt={self.config.name}: this template writes a conversation otherwise than its beginning and "
+                    "does not mark its answers, so they cannot be told apart; choose a format by name"
+                )
+            spans.append((len(before), len(through)))
+        return spans
 
     def end_marker(self, *, bos_token: str | None, eos_token: str | None) -> str:
         """What the model learns to write behind an answer; empty for a format in which it would not learn to stop."""

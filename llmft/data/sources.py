@@ -28,6 +28,8 @@ from llmft.errors import ConfigError, DataError, nearest
 
 SPLITS = ("train", "validation", "test")
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+MOST_KEPT = 4000
+"""Characters of a rejected row that are kept."""
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -44,17 +46,23 @@ class Problems:
     """Rows that cannot be used: the first one stops the run, or all are counted by reason and kept for the record."""
 
     policy: BadRow = BadRow.error
-    rejected: list[dict[str, str]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
 
-    def add(self, where: str, reason: str, advice: str = "") -> None:
-        """Records a bad row; raises DataError under data.on_bad_row=error."""
+    def add(self, where: str, reason: str, row: Any, advice: str = "") -> None:
+        """Records a bad row with its content, as far as it could be read; raises DataError under on_bad_row=error."""
         if self.policy is BadRow.error:
             raise DataError(f"{where}: {reason}{advice} (data.on_bad_row=skip leaves such rows out).")
-        self.rejected.append({"where": where, "reason": reason})
+        self.rejected.append({"where": where, "reason": reason, "row": shortened(row)})
 
     def reasons(self) -> dict[str, int]:
         """How many rows were left out, by reason."""
         return dict(Counter(entry["reason"] for entry in self.rejected))
+
+
+def shortened(row: Any) -> Any:
+    """A row as JSON holds it; as the beginning of its text where it is very long."""
+    text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    return f"{text[:MOST_KEPT]} …" if len(text) > MOST_KEPT else json.loads(json.dumps(row, default=str))
 
 
 @dataclass(frozen=True)
@@ -241,7 +249,7 @@ def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str
         try:
             yield where, raw.decode("utf-8").rstrip("\r"), number == len(lines)
         except UnicodeDecodeError as error:
-            problems.add(where, _not_utf8(error, raw))
+            problems.add(where, _not_utf8(error, raw), raw.decode("utf-8", "replace"))
 
 
 def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
@@ -250,7 +258,7 @@ def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator
             values = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             reason = f"not JSON ({getattr(error, 'msg', error)} at column {getattr(error, 'colno', 1)})"
-            problems.add(where, reason, "; the last line has no newline: cut off?" if cut else "")
+            problems.add(where, reason, line, "; the last line has no newline: cut off?" if cut else "")
             continue
         yield from _checked(values, where, problems)
 
@@ -264,7 +272,7 @@ def _checked(values: Any, where: str, problems: Problems) -> Iterator[Row]:
     if isinstance(values, dict):
         yield Row(values, where)
     else:
-        problems.add(where, f"a JSON object was expected, not {type(values).__name__}")
+        problems.add(where, f"a JSON object was expected, not {type(values).__name__}", values)
 
 
 def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
@@ -322,7 +330,7 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str) -> Iter
             if not cells:
                 continue
             if len(cells) != len(header):
-                problems.add(where, f"{len(cells)} cells where the header has {len(header)}")
+                problems.add(where, f"{len(cells)} cells where the header has {len(header)}", cells)
                 continue
             yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:

@@ -76,7 +76,7 @@ def test_bad_rows_go_to_the_problems_with_their_place() -> None:
     problems = Problems(BadRow.skip)
     rows = [Row({"q": "Q", "r": "A"}, "f:1"), Row({"q": "Q", "r": ""}, "f:2")]
     assert len(ColumnMap(Columns(prompt="q", response="r")).conversations(rows, problems)) == 1
-    assert problems.rejected == [{"where": "f:2", "reason": "the answer is empty"}]
+    assert problems.rejected == [{"where": "f:2", "reason": "the answer is empty", "row": {"q": "Q", "r": ""}}]
     assert problems.reasons() == {"the answer is empty": 1}
 
 

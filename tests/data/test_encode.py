@@ -132,18 +132,44 @@ def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(share
     assert prompt_format(config, gpt2).config.template == config.template
 
 
-def test_a_native_template_without_answer_marks_is_refused(tokenizer: Any) -> None:
-    class Bare:
-        chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-        bos_token_id = None
-        bos_token = None
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
-    native = PromptConfig(name="native")
+
+class Vendor:
+    """A tokenizer's chat template, which as most of them marks no answers."""
+
+    chat_template: str | None = CHATML
+    bos_token_id = None
+    bos_token = None
+
+
+def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
+    made = prompt_format(PromptConfig(name="native"), Vendor())
+    turns = [*chat("Q1", "A1").messages, *chat("Q2", "A2").messages]
+    rendered = made.render(turns)
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["A1<|im_end|>", "A2<|im_end|>"]
+    marked = format_of("chatml").render(turns)
+    assert (marked.text.rstrip(), marked.spans) == (rendered.text.rstrip(), rendered.spans)
+    assert made.end_marker(bos_token=None, eos_token=None) == "<|im_end|>"
+
+
+def test_a_vendors_template_that_rewrites_its_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Vendor, "chat_template", "{{ messages | length }}" + CHATML)
+    with pytest.raises(ValueError, match="choose a format by name"):
+        prompt_format(PromptConfig(name="native"), Vendor()).render(chat().messages)
+
+
+def test_a_tokenizer_without_a_template_and_a_template_of_ours_without_marks_are_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     with pytest.raises(ConfigError, match="marks no answer"):
-        prompt_format(native, Bare())
-    Bare.chat_template = None  # type: ignore[assignment]
+        PromptFormat(PromptConfig(name="p", template=CHATML))
+    monkeypatch.setattr(Vendor, "chat_template", None)
     with pytest.raises(ConfigError, match="brings no chat template"):
-        prompt_format(native, Bare())
+        prompt_format(PromptConfig(name="native"), Vendor())
 
 
 def test_system_prompts_go_where_the_format_wants_them() -> None:
