@@ -82,7 +82,9 @@ class Screen:
             )
         self.print(table)
 
-    def summary(self, before: Mapping[str, float], after: Mapping[str, float], facts: Mapping[str, str]) -> None:
+    def summary(
+        self, before: Mapping[str, float | None], after: Mapping[str, float | None], facts: Mapping[str, str]
+    ) -> None:
         """Metrics before and after training, and where the run lies."""
         table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("metric")
@@ -90,7 +92,7 @@ class Screen:
         table.add_column("after", justify="right", style="bold")
         for name, value in after.items():
             was = before.get(name)
-            table.add_row(name, "" if was is None else f"{was:.4f}", f"{value:.4f}")
+            table.add_row(name, "" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}")
         self.print(table)
         for name, text in facts.items():
             self.print(f"[bold]{name}[/bold]  {escape(text)}")

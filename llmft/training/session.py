@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 
 from llmft.app import command_line
@@ -19,14 +16,12 @@ from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.config import Export, Precision, TrainConfig
 from llmft.console import Screen
-from llmft.data.columns import Conversation
 from llmft.data.datamodule import DataModule
-from llmft.data.examples import Encoded, Examples
+from llmft.data.examples import Examples
 from llmft.data.overlap import find_overlaps
 from llmft.data.quality import findings, split_facts, stop_on_errors
 from llmft.environment import describe
 from llmft.errors import ConfigError, Interrupted, did_you_mean
-from llmft.files import write_atomically
 from llmft.model import adapters
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -38,13 +33,13 @@ from llmft.model.load import (
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, process_rank
-from llmft.redaction import redact
-from llmft.runs import append_line, write_config
 from llmft.training.callbacks import Checkpointer, Recorder, Signals
-from llmft.training.finetuner import FineTuner, Generation, Sample, stream
+from llmft.training.finetuner import FineTuner, stream
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
+from llmft.training.record import before_and_after, write_records
 from llmft.training.rows import read_rows
+from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 
@@ -77,9 +72,9 @@ class Session:
         self._load()
         checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn, mend=self.main_process)
         state = checkpoint.state if checkpoint is not None else {}
-        environment = describe(self.device)
+        environment = {**describe(self.device), "precision": self.precision.value}
         if self.main_process:
-            self._write_records(environment)
+            write_records(self.prepared, self.rows, self.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
             self._show_plan(checkpoint.step if checkpoint is not None else None)
             self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
@@ -218,40 +213,12 @@ class Session:
             make_schedule(config.learning_rate, self.total_steps),
             seed=config.seed,
             gradient_clip=config.trainer.gradient_clip,
-            generation=self._generation("validation"),
+            generation=make_generation(config, self.rows, self.metrics, "validation"),
             describe_row=lambda row: train[row].where,
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
         return module
-
-    def _generation(self, split: str) -> Generation | None:
-        config = self.config
-        examples: Sequence[Encoded] = self.splits.get(split, [])
-        wanted = min(config.task.generate_rows, len(examples))
-        if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
-            return None
-        order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
-        chosen = [examples[place] for place in sorted(order[:wanted])]
-        return Generation(
-            samples=[self._sample(example) for example in chosen],
-            metrics=self.metrics,
-            decode=lambda ids: self.tokenizer.decode(ids, skip_special_tokens=True),
-            pad_id=self.tokenizer.pad_token_id,
-            end_ids=self.rows.end_ids,
-            max_new_tokens=config.task.max_new_tokens,
-            batch_size=config.trainer.validation_batch_size,
-            context_tokens=self.rows.context_tokens,
-        )
-
-    def _sample(self, example: Encoded) -> Sample:
-        conversation = example.conversation
-        return Sample(
-            prompt_ids=self.encoder.prompt_ids(conversation),
-            prompt=self.encoder.render(conversation, generation=True).text,
-            reference=conversation.messages[-1]["content"],
-            where=example.where,
-        )
 
     def _checkpointer(self, state: dict[str, Any], recorder: Recorder) -> Checkpointer:
         trainer = self.config.trainer
@@ -323,7 +290,7 @@ class Session:
         if self.main_process:
             self.run_directory.keep_until(self.module.step)
         if self.splits.get("test"):
-            self.module.generation = self._generation("test")
+            self.module.generation = make_generation(config, self.rows, self.metrics, "test")
             self._guarded(trainer.test, verbose=False)
         weights = adapters.whole_state(self.model, trained_only=config.lora.enabled)
         if not self.main_process:
@@ -332,7 +299,7 @@ class Session:
         target = run.adapter if config.lora.enabled else run.model
         self.tokenizer.chat_template = self.prompt.config.template
         adapters.save(self.model, self.tokenizer, target, weights)
-        before, after = self._before_and_after(step)
+        before, after = before_and_after(run, step)
         result = {
             "before": before,
             "after": after,
@@ -375,18 +342,6 @@ class Session:
         adapters.load_trainable_state(self.model, load_checkpoint(path).weights)
         return best
 
-    def _before_and_after(self, step: int) -> tuple[dict[str, float], dict[str, float]]:
-        records = [json.loads(line) for line in self.run_directory.metrics_file.read_text().splitlines()]
-        before: dict[str, float] = {}
-        after: dict[str, float] = {}
-        for record in records:
-            values = {k: v for k, v in record.items() if k.startswith(("val/", "test/"))}
-            if record["step"] == 0:
-                before.update(values)
-            if record["step"] == step or "test/loss_nats" in values:
-                after.update(values)
-        return before, after
-
     def close(self) -> None:
         """Ends the loggers and gives the base back as it was."""
         self.signals.release()
@@ -404,30 +359,6 @@ class Session:
         self.model = self.base = None
 
     # ---------------------------------------------------------------------------------------------------- records
-
-    def _write_records(self, environment: dict[str, Any]) -> None:
-        run, prepared = self.run_directory, self.prepared
-        write_config(run, self.config)
-        record = {
-            **environment,
-            "precision": self.precision.value,
-            "data": {
-                "fingerprint": prepared.data_fingerprint,
-                "splits": {split: vars(lengths) for split, lengths in self.encoder.lengths.items()},
-                "labels": prepared.labels,
-                "left_out": prepared.problems.reasons(),
-                "overlaps": [asdict(overlap) for overlap in self.overlaps],
-                "train_on": self.config.data.train_on.value,
-                "tokens_from_cache": sorted(self.encoder.cached),
-            },
-            "model": {"fingerprint": prepared.located.fingerprint},
-            "tokenizer": {"pad": self.tokenizer.pad_token, "end": self.tokenizer.eos_token},
-        }
-        write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
-        if prepared.problems.rejected:
-            run.rejected_file.unlink(missing_ok=True)
-            for entry in prepared.problems.rejected:
-                append_line(run.rejected_file, entry)
 
     def _show_plan(self, resumed_at: int | None) -> None:
         config = self.config
@@ -457,8 +388,3 @@ class Session:
             self.screen.warn(
                 f"{len(self.prepared.problems.rejected)} rows left out, see {self.run_directory.rejected_file}."
             )
-
-
-def _has_prompt(conversation: Conversation) -> bool:
-    roles = [message["role"] for message in conversation.messages]
-    return roles[-1] == "assistant" and "user" in roles

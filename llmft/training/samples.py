@@ -1,0 +1,58 @@
+"""Which held-out rows a validation generates for, and how."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from llmft.config import TrainConfig
+from llmft.data.columns import Conversation
+from llmft.data.examples import Encoded
+from llmft.training.finetuner import Generation, Sample
+from llmft.training.rows import Rows
+
+
+def make_generation(
+    config: TrainConfig, rows: Rows, metrics: dict[str, Callable[..., float]], split: str
+) -> Generation | None:
+    """The generation of `split`, or None where there is nothing to generate.
+
+    The rows are a sample that depends on data.split_seed, so that runs of other seeds show the same ones.
+    """
+    examples: Sequence[Encoded] = rows.splits.get(split, [])
+    wanted = min(config.task.generate_rows, len(examples))
+    if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
+        return None
+    order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
+    stop = config.prompt.stop
+
+    def decode(ids: list[int]) -> str:
+        text: str = rows.tokenizer.decode(ids, skip_special_tokens=True)
+        return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+
+    return Generation(
+        samples=[_sample(rows, examples[place]) for place in sorted(order[:wanted])],
+        metrics=metrics,
+        decode=decode,
+        pad_id=rows.tokenizer.pad_token_id,
+        end_ids=rows.end_ids,
+        max_new_tokens=config.task.max_new_tokens,
+        batch_size=config.trainer.validation_batch_size,
+        context_tokens=rows.context_tokens,
+    )
+
+
+def _has_prompt(conversation: Conversation) -> bool:
+    roles = [message["role"] for message in conversation.messages]
+    return roles[-1] == "assistant" and "user" in roles
+
+
+def _sample(rows: Rows, example: Encoded) -> Sample:
+    conversation = example.conversation
+    return Sample(
+        prompt_ids=rows.encoder.prompt_ids(conversation),
+        prompt=rows.encoder.render(conversation, generation=True).text,
+        reference=conversation.messages[-1]["content"],
+        where=example.where,
+    )
