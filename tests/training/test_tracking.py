@@ -175,23 +175,27 @@ def test_wandb_that_cannot_start_is_said_once_and_done_without(
     assert capsys.readouterr().out.count("W&B cannot log") == 1
 
 
-def test_no_planted_secret_is_written_anywhere(tmp_path: Path) -> None:
+def test_no_planted_secret_is_written_anywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     secret = "hf_" + "S3cr3t" * 6
-    done = llmft(
-        *SMALL,
-        "logger=wandb",
-        f"output_dir={tmp_path}",
-        f"notes={secret}",
-        f"tags=[{secret}]",
-        cwd=tmp_path,
-        HF_TOKEN=secret,
-        WANDB_API_KEY="",
-    )
-    assert done.returncode == 0, done.stderr
-    assert secret not in done.stdout + done.stderr
+    monkeypatch.setenv("HF_TOKEN", secret)
+    planted = [f"notes={secret}", f"tags=[{secret}]", f"name={secret}"]
+    train(compose(*SMALL, "logger=wandb", f"output_dir={tmp_path}", *planted))
+    assert secret not in capsys.readouterr().out
     for path in tmp_path.rglob("*"):
+        assert secret.lower() not in path.name.lower()
         if path.is_file():
             assert secret.encode() not in path.read_bytes(), path
+
+
+def test_a_secret_on_the_command_line_is_refused_and_not_repeated(tmp_path: Path) -> None:
+    secret = "hf_" + "S3cr3t" * 6
+    done = llmft("-m", f"notes={secret}", "seed=0,1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "notes: this looks like a secret" in done.stderr
+    assert secret not in done.stdout + done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_secrets_are_masked_by_form_and_by_name_and_tokens_of_text_are_not() -> None:
