@@ -252,12 +252,35 @@ def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str
             problems.add(where, _not_utf8(error, raw), raw.decode("utf-8", "replace"))
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; a key that stands twice hides a value."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
+        raise ValueError(f"the key '{twice}' stands twice")
+    return made
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+
+
+def _check_characters(text: str, values: Any) -> None:
+    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read."""
+    if "\\ud" in text or "\\uD" in text:
+        try:
+            canonical(values).encode()
+        except UnicodeEncodeError:
+            raise ValueError("half a character, a lone surrogate such as \\ud83d") from None
+
+
 def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
     for where, line, cut in _lines(path, content, problems):
         try:
-            values = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = f"not JSON ({getattr(error, 'msg', error)} at column {getattr(error, 'colno', 1)})"
+            values = _DECODER.decode(line)
+            _check_characters(line, values)
+        except (ValueError, RecursionError) as error:
+            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            reason = f"not JSON ({getattr(error, 'msg', error)}{place})"
             problems.add(where, reason, line, "; the last line has no newline: cut off?" if cut else "")
             continue
         yield from _checked(values, where, problems)
@@ -277,7 +300,6 @@ def _checked(values: Any, where: str, problems: Problems) -> Iterator[Row]:
 
 def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
     """An array of objects, each with the line it starts on."""
-    decoder = json.JSONDecoder()
     position, line, counted = 0, 1, 0
 
     def skip(characters: str) -> None:
@@ -308,8 +330,10 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         first = False
         where = f"{path}:{line}"
         try:
-            values, position = decoder.raw_decode(text, position)
-        except (json.JSONDecodeError, RecursionError) as error:
+            begin = position
+            values, position = _DECODER.raw_decode(text, begin)
+            _check_characters(text[begin:position], values)
+        except (ValueError, RecursionError) as error:
             number = getattr(error, "lineno", line)
             raise DataError(
                 f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}); the array is broken from here on."
@@ -324,6 +348,9 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str) -> Iter
         header = next(reader, None)
         if header is None:
             return
+        twice = [name for name, count in Counter(header).items() if count > 1]
+        if twice:
+            raise DataError(f"{path}:1: the header names the column '{twice[0]}' twice; rename one.")
         begin = reader.line_num + 1
         for cells in reader:
             where, begin = f"{path}:{begin}", reader.line_num + 1

@@ -49,6 +49,8 @@ BROKEN = {
     "cut.jsonl": (b'{"a": "1"}\n{"a": "2', "cut.jsonl:2: not JSON"),
     "middle.jsonl": (b'{"a": "1"}\n{"a": \n{"a": "3"}\n', "middle.jsonl:2: not JSON"),
     "list.jsonl": (b'{"a": "1"}\n[1, 2]\n', "list.jsonl:2: a JSON object was expected, not list"),
+    "twice.jsonl": (b'{"a": "1"}\n{"a": "2", "a": "3"}\n', "twice.jsonl:2: not JSON (the key 'a' stands twice)"),
+    "half.jsonl": (b'{"a": "1"}\n{"a": "\\ud83d"}\n', "half.jsonl:2: not JSON (half a character"),
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv:3: 3 cells where the header has 2"),
 }
 
@@ -79,6 +81,11 @@ def test_a_broken_row_is_skipped_and_counted_on_request(tmp_path: Path, name: st
         ("a.json", b'{"a": 1}', "a JSON array of objects was expected; one object per line belongs in a .jsonl"),
         ("b.json", b'[{"a": 1},\n{"a": ]', "b.json:2: not JSON"),
         ("c.csv", b"a,b\n\xff,2\n", "c.csv:2: not UTF-8"),
+        ("f.csv", b"a,b,a\n1,2,3\n", "f.csv:1: the header names the column 'a' twice"),
+        ("g.csv", b'a,b\n1,"2\n', "g.csv:2: not CSV"),
+        ("h.json", b'[{"a": 1} {"a": 2}]', "a comma is missing"),
+        ("i.json", b'[{"a": 1}] x', "text behind the end of the array"),
+        ("j.json", b'[,{"a": 1}]', "a comma is too many"),
         ("d.jsonl.gz", b"not gzip", "cannot be decompressed"),
         ("e.parquet", b"PAR1", "not a parquet file"),
     ],
