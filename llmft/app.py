@@ -37,6 +37,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
             if redact(argument) != argument:
                 key = argument.partition("=")[0]
                 raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")
+        # Options before overrides: argparse does not find `-m` between two of them.
+        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
         sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
         ConfigStore.instance().store(name=f"{name}_schema", node=schema)

@@ -108,7 +108,7 @@ def test_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[s
 
 
 def test_a_failing_job_of_a_multirun_costs_only_itself(tmp_path: Path) -> None:
-    done = llmft("-m", "lora.r=-1,-2", cwd=tmp_path)
+    done = llmft("seed=0", "-m", "lora.r=-1,-2", cwd=tmp_path)
     assert done.returncode == 5
     assert "lora.r=-1:" in done.stderr
     assert "lora.r=-2:" in done.stderr
