@@ -21,14 +21,13 @@ from rich.text import Text
 from llmft.config import Truncation, to_plain
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
-from llmft.data.overlap import find_overlaps
 from llmft.data.prompt import PromptFormat
-from llmft.data.quality import Finding, findings, label_balance, split_facts
+from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
 from llmft.model.load import TORCH_DTYPES, auto_model, model_config, pick_device, pick_precision
 from llmft.model.memory import device_memory, estimate_memory, format_bytes
 from llmft.prepare import Prepared
-from llmft.training.rows import Rows, read_rows
+from llmft.training.rows import Rows, inspect_rows, read_rows
 
 SHOWN_ROWS = 2
 MEMORY_MARGIN = 0.2
@@ -48,10 +47,8 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     config = prepared.config
     started = time.monotonic()
     rows = read_rows(prepared, print)
-    facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
-    kept = {split: part for split, part in prepared.conversations.items() if part}
-    overlaps = find_overlaps(kept)
-    found = [*findings(config, facts, overlaps, rows.context_tokens, rows.learned_positions), *_template_findings(rows)]
+    inspection = inspect_rows(prepared, rows, near=True)
+    found = [*inspection.findings, *_template_findings(rows)]
     device = pick_device(config.trainer.accelerator)
     needs = _needs(prepared, rows, device)
     found += _need_findings(needs)
@@ -63,10 +60,10 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
             "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.end_ids),
         },
         "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
-        "splits": {split: asdict(fact) for split, fact in facts.items()},
+        "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
-        "labels": label_balance(kept["train"], prepared.labels),
-        "overlaps": [asdict(overlap) for overlap in overlaps],
+        "labels": label_balance(prepared.conversations["train"], prepared.labels),
+        "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
         "steps": {
             "total": rows.total_steps,

@@ -53,6 +53,11 @@ def git_state(directory: Path) -> dict[str, Any]:
         return {}
 
 
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def describe(device: Any) -> dict[str, Any]:
     """Versions, machine and git state, for a run's record."""
     import torch
@@ -62,7 +67,7 @@ def describe(device: Any) -> dict[str, Any]:
         "git": git_state(Path.cwd()),
         "platform": platform.platform(),
         "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": usable_cores(),
         "threads": torch.get_num_threads(),
         "device": str(device),
     }

@@ -190,7 +190,6 @@ def load_base(
     if keep and _kept.key == key:
         return _kept.model
     drop_base()
-    families.check_task(model, model_config(model, located), auto_class)
     build = _random if model.init is ModelInit.random else _pretrained
     try:
         base = build(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
@@ -230,6 +229,7 @@ def _prepared_config(
     model: ModelConfig, located: Located, auto_class: str, num_labels: int, vocab_size: int | None
 ) -> Any:
     config = model_config(model, located)
+    families.check_task(model, config, auto_class)
     if auto_class == "sequence_classification":
         config.num_labels = num_labels
     if vocab_size is not None:

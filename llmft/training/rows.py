@@ -10,7 +10,9 @@ from llmft.config import canonical
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
+from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
+from llmft.data.quality import Finding, SplitFacts, findings, split_facts
 from llmft.model.families import LEARNED_POSITIONS
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.prepare import Prepared, check_rejected
@@ -29,6 +31,24 @@ class Rows:
     validate_every: int
     context_tokens: int | None
     learned_positions: bool
+
+
+@dataclass
+class Inspection:
+    """What the rows say about themselves, and what of it should stop a training."""
+
+    facts: dict[str, SplitFacts]
+    overlaps: list[Overlap]
+    findings: list[Finding]
+
+
+def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
+    """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
+    facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
+    kept = {split: part for split, part in prepared.conversations.items() if part}
+    overlaps = find_overlaps(kept, near=near)
+    found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    return Inspection(facts, overlaps, found)
 
 
 def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:

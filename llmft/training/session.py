@@ -18,9 +18,8 @@ from llmft.config import Export, Precision, TrainConfig
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
-from llmft.data.overlap import find_overlaps
-from llmft.data.quality import findings, split_facts, stop_on_errors
-from llmft.environment import describe
+from llmft.data.quality import stop_on_errors
+from llmft.environment import describe, usable_cores
 from llmft.errors import ConfigError, Interrupted, did_you_mean
 from llmft.model import adapters
 from llmft.model.load import (
@@ -38,7 +37,7 @@ from llmft.training.finetuner import FineTuner, stream
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
 from llmft.training.record import before_and_after, write_records
-from llmft.training.rows import read_rows
+from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
@@ -74,7 +73,7 @@ class Session:
         state = checkpoint.state if checkpoint is not None else {}
         environment = {**describe(self.device), "precision": self.precision.value}
         if self.main_process:
-            write_records(self.prepared, self.rows, self.overlaps, environment)
+            write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
             self._show_plan(checkpoint.step if checkpoint is not None else None)
             self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
@@ -130,22 +129,14 @@ class Session:
         self.tokenizer, self.prompt, self.encoder = self.rows.tokenizer, self.rows.prompt, self.rows.encoder
         self.splits: dict[str, Examples] = self.rows.splits
         self.total_steps, self.validate_every = self.rows.total_steps, self.rows.validate_every
-        facts = {
-            split: split_facts(examples, self.tokenizer, self.rows.end_ids) for split, examples in self.splits.items()
-        }
-        kept = {split: part for split, part in self.prepared.conversations.items() if part}
-        self.overlaps = find_overlaps(kept, near=False)
-        self.findings = findings(
-            self.config, facts, self.overlaps, self.rows.context_tokens, self.rows.learned_positions
-        )
-        stop_on_errors(self.findings)
+        self.inspection = inspect_rows(self.prepared, self.rows, near=False)
+        stop_on_errors(self.inspection.findings)
 
     def _set_threads(self, num_weights: int) -> None:
         """As configured; else one for a model too small to share out (measured: 1M weights, two threads lose 30%)."""
         trainer = self.config.trainer
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
-        sensible = 1 if num_weights < SMALL_MODEL_WEIGHTS else max(1, cores // processes)
+        sensible = 1 if num_weights < SMALL_MODEL_WEIGHTS else max(1, usable_cores() // processes)
         torch.set_num_threads(trainer.threads or sensible)
 
     def _load(self) -> None:
@@ -173,13 +164,12 @@ class Session:
         else:
             self.base.gradient_checkpointing_disable()
         if config.lora.enabled:
-            name = config.model.path if config.model.path is not None else config.model.id
             self.model = adapters.attach(
                 self.base,
                 config.lora,
                 auto_class=config.task.auto_class,
                 seed=stream(config.seed, "lora"),
-                name=str(self.prepared.located.directory) if config.model.path is not None else str(name),
+                name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
         else:
             self.base.requires_grad_(True)
@@ -382,7 +372,7 @@ class Session:
                 f"left out ({by}), {limits.answer_share_dropped:.1%} of all answer tokens; "
                 "`python -m llmft.check` shows more."
             )
-        for finding in self.findings:
+        for finding in self.inspection.findings:
             self.screen.warn(f"{finding.key}: {finding.message}.")
         if self.prepared.problems.rejected:
             self.screen.warn(
