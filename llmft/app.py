@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmft.config import open_keys, schema_keys
 from llmft.errors import ConfigError, Interrupted, TrialsFailed, UserError, did_you_mean, exit_with, nearest, report
 from llmft.redaction import redact
+from llmft.schema import open_keys, schema_keys
 
 
 def config_directory() -> Path:

@@ -12,8 +12,9 @@ import sys
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config import TrainConfig, to_config
+from llmft.config import TrainConfig
 from llmft.errors import ConfigError, did_you_mean
+from llmft.schema import to_config
 
 FORMATS = ("text", "json")
 

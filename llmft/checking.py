@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmft.config import Truncation, to_plain
+from llmft.config import Truncation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.prompt import PromptFormat
@@ -27,6 +27,7 @@ from llmft.data.sources import Problems
 from llmft.model.load import TORCH_DTYPES, auto_model, model_config, pick_device, pick_precision
 from llmft.model.memory import device_memory, estimate_memory, format_bytes
 from llmft.prepare import Prepared
+from llmft.schema import to_plain
 from llmft.training.rows import Rows, inspect_rows, read_rows
 
 SHOWN_ROWS = 2

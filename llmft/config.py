@@ -1,4 +1,4 @@
-"""Every dataclass that YAML is checked against, and the door from Hydra's config to plain objects.
+"""Every dataclass that YAML is checked against.
 
 What our own code reads is typed here, so that a typo or a wrong type fails at composition. What others wrote
 (optimizer, callbacks, loggers) are `_target_` nodes, checked by `llmft.build` before any weights load.
@@ -7,14 +7,12 @@ Ranges and contradictions are refused in `__post_init__`, in one sentence that n
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Iterator
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf import MISSING
 
 from llmft.errors import ConfigError, did_you_mean
 
@@ -31,6 +29,18 @@ def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def seconds_of(duration: str, key: str) -> float:
+    """Seconds of a duration such as "11h30m", "90m", "45s" or "1d12h"; a bare number means seconds.
+
+    Raises ConfigError naming `key`.
+    """
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(duration).strip())
+    if parts is None or not any(parts.groups()):
+        raise ConfigError(f"{key}={duration}: a duration such as 11h30m, 90m or 45s.")
+    days, hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
 class ModelInit(Enum):
@@ -450,6 +460,37 @@ class LoggerConfig:
 
 
 @dataclass
+class SweepConfig:
+    """How the trials of a multirun run and what is asked of them; no part of any run's key."""
+
+    name: str | None = None
+    question: str | None = None
+    workers: Any = 1
+    time_limit: str | None = None
+    silence_limit: str | None = "1h"
+    stop_after_same_error: int | None = 3
+    twin_of: str | None = None
+    twin_noise: float | None = None
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
+        require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
+        for key in ("time_limit", "silence_limit"):
+            value = getattr(self, key)
+            if value is not None:
+                seconds_of(value, f"sweep.{key}")
+        require(
+            self.stop_after_same_error is None or self.stop_after_same_error >= 2,
+            f"sweep.stop_after_same_error={self.stop_after_same_error}: 2 or more, or null.",
+        )
+        require(
+            self.twin_noise is None or self.twin_noise > 0,
+            f"sweep.twin_noise={self.twin_noise}: above 0, in units of trainer.monitor, or null.",
+        )
+
+
+@dataclass
 class TrainConfig:
     """What `python -m llmft` takes."""
 
@@ -463,6 +504,7 @@ class TrainConfig:
     task: TaskConfig = MISSING
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = aside()
+    sweep: SweepConfig = aside()
     seed: int = 0
     force: bool = aside(False)
     progress: bool = aside(True)
@@ -479,86 +521,3 @@ class TrainConfig:
                 "use quantization=none for full fine-tuning, or a LoRA."
             )
         require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
-
-
-def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, groups included."""
-    for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        yield key
-        kind = _dataclass_of(entry.type)
-        if kind is not None:
-            yield from schema_keys(kind, f"{key}.")
-
-
-def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """The dotted keys that hold a dictionary, under which any key may stand."""
-    for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        kind = _dataclass_of(entry.type)
-        if kind is not None:
-            yield from open_keys(kind, f"{key}.")
-        elif str(entry.type).startswith("dict["):
-            yield key
-
-
-def _dataclass_of(annotation: Any) -> type | None:
-    found = globals().get(annotation) if isinstance(annotation, str) else annotation
-    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
-
-
-def to_config(composed: DictConfig, schema: type) -> Any:
-    """Turns a composed config into `schema`'s plain dataclasses, once, at the door.
-
-    Raises ConfigError for a key that the schema lacks (Hydra lets `+lora.zz=1` pass), a missing value, or a
-    value out of range.
-    """
-    _refuse_extra_keys(composed, schema, "")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
-    return OmegaConf.to_object(composed)
-
-
-def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
-    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
-    for key in node:
-        name = f"{prefix}{key!s}"
-        if key not in fields:
-            raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
-        kind = _dataclass_of(fields[str(key)].type)
-        if kind is not None and not OmegaConf.is_missing(node, key):
-            child = node[key]
-            if isinstance(child, DictConfig):
-                _refuse_extra_keys(child, kind, f"{name}.")
-
-
-def to_plain(value: Any) -> Any:
-    """Dataclasses, enums and OmegaConf containers as JSON-ready values."""
-    if isinstance(value, (DictConfig, ListConfig)):
-        return OmegaConf.to_container(value, resolve=True)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
-    if isinstance(value, Enum):
-        return value.value
-    if isinstance(value, dict):
-        return {str(key): to_plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [to_plain(item) for item in value]
-    return value
-
-
-def numbers_of(value: Any) -> Any:
-    """`value` as plain data, without the fields that cannot change a run's numbers."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            entry.name: numbers_of(getattr(value, entry.name))
-            for entry in dataclasses.fields(value)
-            if not entry.metadata.get("aside")
-        }
-    return to_plain(value)
-
-
-def canonical(value: Any) -> str:
-    """JSON with sorted keys: equal configs give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)

@@ -14,16 +14,18 @@ import re
 import shutil
 import socket
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import filelock
 
-from llmft.config import TrainConfig, canonical, numbers_of, to_plain
+from llmft.config import TrainConfig
 from llmft.errors import ConfigError
-from llmft.files import write_atomically
+from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
+from llmft.schema import canonical, numbers_of, to_plain
 
 SCHEMA_VERSION = 1
 MAX_NAME = 80
@@ -102,6 +104,15 @@ class Run:
     def rejected_file(self) -> Path:
         """Rows that could not be used, with the reason."""
         return self.directory / "rejected.jsonl"
+
+    @property
+    def row_losses(self) -> Path:
+        """The loss of every validation row, a file per validation: what a comparison of runs row by row needs."""
+        return self.directory / "row_losses"
+
+    def row_losses_file(self, split: str, step: int) -> Path:
+        """The losses of `split`'s rows after `step`."""
+        return self.row_losses / f"{split}-{step:08d}.parquet"
 
     @property
     def log_file(self) -> Path:
@@ -187,7 +198,11 @@ class Run:
                 path.unlink()
 
     def keep_until(self, step: int) -> None:
-        """Drops records after `step`, and of a test, from the JSON-lines files: all that will be made again."""
+        """Drops records after `step`, and of a test: all that will be made again."""
+        for path in self.row_losses.glob("*.parquet"):
+            split, _, at = path.stem.rpartition("-")
+            if split == "test" or not at.isdigit() or int(at) > step:
+                path.unlink()
         for path in (self.metrics_file, self.timing_file, self.samples_file):
             if not path.is_file():
                 continue
@@ -243,6 +258,22 @@ def write_config(run: Run, config: TrainConfig) -> None:
     from omegaconf import OmegaConf
 
     write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
+
+
+def write_row_losses(path: Path, rows: Sequence[tuple[int, float, float]], describe: Callable[[int], str]) -> None:
+    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "row": [describe(row) for row, _, _ in rows],
+            "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
+            "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
+        }
+    )
+    with staged_file(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

@@ -12,8 +12,9 @@ import sys
 from typing import Any
 
 from llmft.app import command_line, run_verb
-from llmft.config import TrainConfig, to_config
+from llmft.config import TrainConfig
 from llmft.errors import DivergedError, Interrupted, UserError
+from llmft.schema import to_config
 
 
 def main() -> None:

@@ -53,7 +53,8 @@ def compose(*overrides: str, schema: bool = True) -> Any:
     from hydra.core.global_hydra import GlobalHydra
 
     from llmft.app import config_directory, open_override
-    from llmft.config import TrainConfig, open_keys, to_config
+    from llmft.config import TrainConfig
+    from llmft.schema import open_keys, to_config
 
     ConfigStore.instance().store(name="train_schema", node=TrainConfig)
     GlobalHydra.instance().clear()

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from llmft.config import (
-    LoraConfig,
-    Precision,
-    QuantizationFormat,
-    TrainConfig,
-    canonical,
-    numbers_of,
-    open_keys,
-    schema_keys,
-    to_plain,
-)
+from llmft.config import LoraConfig, Precision, QuantizationFormat, TrainConfig, seconds_of
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
+from llmft.schema import canonical, from_plain, numbers_of, open_keys, schema_keys, to_plain
 from tests.conftest import ROOT, compose
 
 CONF = ROOT / "conf"
@@ -123,3 +115,25 @@ def test_configs_lie_beside_the_package() -> None:
     from llmft.app import config_directory
 
     assert config_directory() == Path(CONF)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("11h30m", 41400), ("90m", 5400), ("45s", 45), ("1d12h", 129600), ("7", 7)]
+)
+def test_a_duration_is_read(text: str, seconds: float) -> None:
+    assert seconds_of(text, "sweep.time_limit") == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "-5s", "h", "30m1h"])
+def test_a_duration_that_is_none_names_its_key(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"sweep\.time_limit"):
+        seconds_of(text, "sweep.time_limit")
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["model=mistral"], ["trainer=fsdp", "lora.targets=[q_proj]", "data.limit=7"]]
+)
+def test_a_config_survives_the_way_to_plain_values_and_back(overrides: list[str]) -> None:
+    config = compose(*overrides)
+    again = from_plain(json.loads(json.dumps(to_plain(config))), TrainConfig)
+    assert again == config

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -53,7 +54,8 @@ def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[
 def test_the_run_directorys_config_composes_the_same_run_again(small: Callable[..., Any], tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from llmft.config import TrainConfig, canonical, numbers_of, to_config
+    from llmft.config import TrainConfig
+    from llmft.schema import canonical, numbers_of, to_config
 
     config = small()
     train(config, quiet=True)
@@ -477,3 +479,18 @@ def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(small: Callabl
     path.write_bytes(content[:100])
     train(small(), quiet=True)
     assert path.read_bytes() == content
+
+
+def test_row_losses_of_every_validation_add_up_to_its_metric(tmp_path: Path) -> None:
+    train(compose(*SMALL, f"output_dir={tmp_path}"), quiet=True)
+    run = run_directory(tmp_path)
+    said = {
+        record["step"]: record["val/loss_nats"]
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if "val/loss_nats" in record
+    }
+    assert sorted(said) == [0, 2, 4]
+    for step, loss in said.items():
+        rows = pq.read_table(run / "row_losses" / f"val-{step:08d}.parquet").to_pydict()
+        assert len(set(rows["row"])) == 12
+        assert sum(rows["loss_nats"]) / sum(rows["tokens"]) == pytest.approx(loss, rel=1e-12)

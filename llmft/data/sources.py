@@ -23,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config import BadRow, DataConfig, Files, canonical
+from llmft.config import BadRow, DataConfig, Files
 from llmft.errors import ConfigError, DataError, nearest
+from llmft.schema import canonical
 
 SPLITS = ("train", "validation", "test")
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 
-from llmft.config import DataConfig, Sampling, TrainOn, canonical
+from llmft.config import DataConfig, Sampling, TrainOn
 from llmft.data.sources import Loaded, Row
 from llmft.errors import ConfigError, DataError, did_you_mean
+from llmft.schema import canonical
 
 
 def _rank(content: str, seed: int) -> bytes:

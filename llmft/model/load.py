@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat, canonical, to_plain
+from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families
 from llmft.model.hub import PACKAGED, Located, locate
@@ -21,6 +21,7 @@ from llmft.model.quantization import (
     quantize_in_place,
     unquantized_modules,
 )
+from llmft.schema import canonical, to_plain
 
 
 @dataclass

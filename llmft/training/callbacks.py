@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from llmft.checkpoint import Checkpoint, prune, save_checkpoint
 from llmft.config import Mode
 from llmft.data.batch import StepBatch
 from llmft.errors import ConfigError, DiskError, Interrupted, did_you_mean
-from llmft.runs import Run, append_line
+from llmft.runs import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 
 
@@ -38,8 +38,11 @@ class Recorder(Callback):
     `metrics.jsonl` holds what the config determines and is the same on every run of it; `timing.jsonl` the rest.
     """
 
-    def __init__(self, run: Run, *, seconds_before: float = 0.0) -> None:
+    def __init__(
+        self, run: Run, *, seconds_before: float = 0.0, describe: Mapping[str, Callable[[int], str]] | None = None
+    ) -> None:
         self.run = run
+        self.describe = describe or {}
         self.seconds_before = seconds_before
         self.started = time.monotonic()
         self.tokens_per_s = 0.0
@@ -76,6 +79,9 @@ class Recorder(Callback):
         assert found is not None
         self._write(trainer, found.step, found.metrics, {f"{found.split}/elapsed_s": self.seconds})
         if trainer.is_global_zero:
+            if found.rows:
+                describe = self.describe.get(found.split, str)
+                write_row_losses(self.run.row_losses_file(found.split, found.step), found.rows, describe)
             for sample in found.samples:
                 append_line(self.run.samples_file, {"step": found.step, "split": found.split, **sample})
             for logger in trainer.loggers:

@@ -43,6 +43,8 @@ class Validation:
     split: str
     metrics: dict[str, float]
     samples: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[tuple[int, float, float]] = field(default_factory=list)
+    """(row of the split, summed loss in nats, labelled tokens) of every row, in order."""
 
 
 @dataclass
@@ -258,7 +260,7 @@ class FineTuner(L.LightningModule):
             predictions = [sample["generated"] for sample in samples]
             for name, metric in self.generation.metrics.items():
                 metrics[f"{split}/{name}"] = metric(references, predictions)
-        self.validation = Validation(self.step, split, metrics, samples)
+        self.validation = Validation(self.step, split, metrics, samples, gathered)
 
     def _generate(self, generation: Generation) -> list[dict[str, Any]]:
         # Divided weights are gathered in every forward, so all processes must take the same ones: all take all.

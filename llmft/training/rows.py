@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from llmft.config import canonical
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
@@ -16,6 +15,7 @@ from llmft.data.quality import Finding, SplitFacts, findings, split_facts
 from llmft.model.families import LEARNED_POSITIONS
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.prepare import Prepared, check_rejected
+from llmft.schema import canonical
 
 
 @dataclass

@@ -86,7 +86,14 @@ class Session:
                     f"{self.run_directory.checkpoints}: the checkpoint of step {checkpoint.step} does not fit this "
                     f"model ({str(error)[:200]}); force=true starts the run again."
                 ) from None
-        recorder = Recorder(self.run_directory, seconds_before=state.get("seconds", 0.0))
+        recorder = Recorder(
+            self.run_directory,
+            seconds_before=state.get("seconds", 0.0),
+            describe={
+                "val": lambda row: self.splits["validation"][row].where,
+                "test": lambda row: self.splits["test"][row].where,
+            },
+        )
         self.checkpointer = self._checkpointer(state, recorder)
         progress = ShowProgress(
             self.screen, recorder, self.total_steps, config.task.show_rows, config.progress and self.main_process

@@ -20,10 +20,11 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from rich.markup import escape
 
 from llmft.build import build
-from llmft.config import LoggerConfig, TrainConfig, WandbConfig, to_plain
+from llmft.config import LoggerConfig, TrainConfig, WandbConfig
 from llmft.console import Screen
 from llmft.redaction import redact
 from llmft.runs import Run, run_name
+from llmft.schema import to_plain
 
 
 def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:

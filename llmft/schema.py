@@ -1,0 +1,113 @@
+"""The door from Hydra's config to the plain dataclasses of `llmft.config`, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+import llmft.config
+from llmft.errors import ConfigError, did_you_mean
+
+
+def from_plain(plain: Any, schema: type) -> Any:
+    """What `to_plain` made of a `schema`, as a `schema` again: a stored config, or one handed to another process.
+
+    Raises ConfigError for a key that the schema lacks or a value of the wrong type or out of range.
+    """
+    node = OmegaConf.create(plain)
+    assert isinstance(node, DictConfig)
+    _refuse_extra_keys(node, schema, "")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+    return OmegaConf.to_object(merged)
+
+
+def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a schema, groups included."""
+    for entry in dataclasses.fields(schema):
+        key = f"{prefix}{entry.name}"
+        yield key
+        kind = _dataclass_of(entry.type)
+        if kind is not None:
+            yield from schema_keys(kind, f"{key}.")
+
+
+def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that hold a dictionary, under which any key may stand."""
+    for entry in dataclasses.fields(schema):
+        key = f"{prefix}{entry.name}"
+        kind = _dataclass_of(entry.type)
+        if kind is not None:
+            yield from open_keys(kind, f"{key}.")
+        elif str(entry.type).startswith("dict["):
+            yield key
+
+
+def _dataclass_of(annotation: Any) -> type | None:
+    found = getattr(llmft.config, annotation, None) if isinstance(annotation, str) else annotation
+    return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
+
+
+def to_config(composed: DictConfig, schema: type) -> Any:
+    """Turns a composed config into `schema`'s plain dataclasses, once, at the door.
+
+    Raises ConfigError for a key that the schema lacks (Hydra lets `+lora.zz=1` pass), a missing value, or a
+    value out of range.
+    """
+    _refuse_extra_keys(composed, schema, "")
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
+    return OmegaConf.to_object(composed)
+
+
+def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
+    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
+    for key in node:
+        name = f"{prefix}{key!s}"
+        if key not in fields:
+            raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
+        kind = _dataclass_of(fields[str(key)].type)
+        if kind is not None and not OmegaConf.is_missing(node, key):
+            child = node[key]
+            if isinstance(child, DictConfig):
+                _refuse_extra_keys(child, kind, f"{name}.")
+
+
+def to_plain(value: Any) -> Any:
+    """Dataclasses, enums and OmegaConf containers as JSON-ready values."""
+    if isinstance(value, (DictConfig, ListConfig)):
+        return OmegaConf.to_container(value, resolve=True)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {entry.name: to_plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, dict):
+        return {str(key): to_plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def numbers_of(value: Any) -> Any:
+    """`value` as plain data, without the fields that cannot change a run's numbers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            entry.name: numbers_of(getattr(value, entry.name))
+            for entry in dataclasses.fields(value)
+            if not entry.metadata.get("aside")
+        }
+    return to_plain(value)
+
+
+def canonical(value: Any) -> str:
+    """JSON with sorted keys: equal configs give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
