@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from llmft.errors import ConfigError, Interrupted, TrialsFailed, UserError, did_you_mean, exit_with, nearest, report
+from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.redaction import redact
 from llmft.schema import open_keys, schema_keys
 
@@ -23,38 +23,53 @@ def config_directory() -> Path:
     raise ConfigError(f"no conf/ beside or inside {package}: the installation is incomplete, install llmft again.")
 
 
-def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
+def make_known(name: str, schema: type) -> None:
+    """Tells Hydra of the schema of conf/<name>.yaml, and of our plugins; before anything is composed."""
+    plugins = str(Path(__file__).resolve().parent / "plugins")
+    if plugins not in sys.path:
+        sys.path.append(plugins)  # Hydra finds what lies in a folder hydra_plugins on the path
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bool = False) -> None:
     """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and the command line, then calls `job`.
 
-    Leaves the process with the exit code that fits what happened.
+    Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that fits
+    what happened.
     """
 
     def body() -> None:
+        make_known(name, schema)
         import hydra
-        from hydra.core.config_store import ConfigStore
 
         for argument in sys.argv[1:]:
             if redact(argument) != argument:
                 key = argument.partition("=")[0]
                 raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")
+        if not multirun:
+            if {"-m", "--multirun"} & set(sys.argv[1:]):
+                raise ConfigError("-m: only a training has several jobs; this command takes one config.")
+            sys.argv.append("hydra.mode=RUN")  # also where a file of sweeps/ says otherwise
         # Options before overrides: argparse does not find `-m` between two of them.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
         sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
-        ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
         failures: list[Exception] = []
+        here = os.getpid()
 
         def task(config: Any) -> Any:
-            # A failing job of a multirun costs that job alone; Hydra would go on too, but name only the first.
+            # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
             try:
                 return job(config)
             except Interrupted as error:
                 raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
             except Exception as error:
+                if os.getpid() != here:  # in a process of another launcher, which must see it fail
+                    raise RuntimeError(str(error)) from None
                 failures.append(error)
-                if is_multirun():
-                    report(error)
                 return None
 
         task.__module__ = "__main__"
@@ -68,17 +83,10 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any]) -> None:
             if told is None:
                 raise
             raise told from error
-        if failures and not is_multirun():
-            raise failures[0]
         if failures:
-            raise TrialsFailed(f"{len(failures)} jobs failed, see above; the same command runs only those again.")
+            raise failures[0]
 
     exit_with(body)
-
-
-def is_multirun() -> bool:
-    """Whether this process was asked for several jobs."""
-    return any(argument in ("-m", "--multirun") or argument == "hydra.mode=MULTIRUN" for argument in sys.argv[1:])
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:

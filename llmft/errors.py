@@ -27,6 +27,10 @@ class ConfigError(UserError):
     exit_code = 2
 
 
+class RunBusy(ConfigError):
+    """Another process is training the run."""
+
+
 class DivergedError(UserError):
     """Loss or gradient is no longer a finite number."""
 
@@ -49,6 +53,16 @@ class DiskError(UserError):
     """The run could not be written."""
 
     exit_code = 74
+
+
+class Stopped(UserError):
+    """A trial was ended on purpose after a validation; its state was saved."""
+
+    exit_code = 0
+
+    def __init__(self, message: str, status: str) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Interrupted(UserError):

@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 
 from llmft.config import TrainConfig
-from llmft.errors import ConfigError
+from llmft.errors import ConfigError, RunBusy
 from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
@@ -165,21 +165,33 @@ class Run:
     def lock(self) -> None:
         """Takes the run for this process until `unlock` or the process's end, however it ends.
 
-        Raises ConfigError naming the process that holds it.
+        Raises RunBusy naming the process that holds it.
         """
         self._lock = filelock.FileLock(self.directory / ".lock")
         try:
-            self._lock.acquire(timeout=0)
+            self._lock.acquire(timeout=1)  # a moment's grace: `busy` asks by taking it
         except filelock.Timeout:
             self._lock = None
             owner = self.status().get("owner", {})
-            raise ConfigError(
+            raise RunBusy(
                 f"{self.directory}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is training this run "
                 f"(since {owner.get('since', '?')}): wait for it, or change the config."
             ) from None
         self.update(
             owner={"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         )
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process is training it."""
+        if not (self.directory / ".lock").exists():
+            return False
+        lock = filelock.FileLock(self.directory / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
 
     def unlock(self) -> None:
         """Lets other processes have the run."""
@@ -219,6 +231,13 @@ def _is_kept(line: bytes, step: int) -> bool:
         return False  # a line that a kill cut off
 
 
+def existing_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or would be; nothing is made."""
+    root = Path(config.output_dir) / "runs"
+    known = sorted(root.glob(f"*-{key}"))
+    return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
+
+
 def open_run(config: TrainConfig, key: str) -> Run:
     """The run directory of `key` under config.output_dir/runs, made if need be.
 
@@ -233,9 +252,8 @@ def open_run(config: TrainConfig, key: str) -> Run:
         raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
     except OSError as error:
         raise ConfigError(f"output_dir={config.output_dir}: {error.strerror}; choose another.") from None
-    known = sorted(root.glob(f"*-{key}"))
-    directory = known[0] if known else root / f"{run_name(config)}-{key}"
-    run = Run(directory, key)
+    run = existing_run(config, key)
+    directory = run.directory
     if directory.exists():
         foreign = not directory.is_dir() or (any(directory.iterdir()) and not _is_run(directory))
         if foreign:

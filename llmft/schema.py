@@ -40,6 +40,11 @@ def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
             yield from schema_keys(kind, f"{key}.")
 
 
+def aside_keys(schema: type) -> list[str]:
+    """The names of a schema's own fields that cannot change a run's numbers."""
+    return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("aside")]
+
+
 def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """The dotted keys that hold a dictionary, under which any key may stand."""
     for entry in dataclasses.fields(schema):

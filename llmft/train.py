@@ -9,12 +9,17 @@ import contextlib
 import io
 import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from llmft.app import command_line, run_verb
 from llmft.config import TrainConfig
-from llmft.errors import DivergedError, Interrupted, UserError
+from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.schema import to_config
+from llmft.sweeping.worker import watch_of_environment
+
+if TYPE_CHECKING:
+    from llmft.training.watch import Watch
 
 
 def main() -> None:
@@ -27,11 +32,21 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    run_verb("train", TrainConfig, lambda composed: train(to_config(composed, TrainConfig)))
+    run_verb("train", TrainConfig, _train_composed, multirun=True)
 
 
-def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
+def _train_composed(composed: Any) -> float | None:
+    config = to_config(composed, TrainConfig)
+    overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
+    return train(config, watch=watch_of_environment(), overrides=overrides)
+
+
+def train(
+    config: TrainConfig, *, quiet: bool = False, watch: Watch | None = None, overrides: Sequence[str] = ()
+) -> float | None:
     """Trains what `config` says, or finds that it is done; returns the monitored metric.
+
+    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote.
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
@@ -44,7 +59,7 @@ def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
     run = prepared.run
     if rank > 0:
         # Every process decides alike: a finished run needs nobody.
-        return None if run.done and not config.force else _train(prepared, screen)
+        return None if run.done and not config.force else _train(prepared, screen, None)
     if run.done and not config.force:
         return _tell_done(run, config, screen)
     run.lock()
@@ -53,10 +68,17 @@ def train(config: TrainConfig, *, quiet: bool = False) -> float | None:
             return _tell_done(run, config, screen)
         if config.force and run.status():
             run.clear()
-        run.update(status="running", key=run.key, command=command_line(), notes=config.notes, tags=config.tags)
+        run.update(
+            status="running",
+            key=run.key,
+            command=command_line(),
+            overrides=list(overrides),
+            notes=config.notes,
+            tags=config.tags,
+        )
         screen.open_log(run.log_file)
         try:
-            return _train(prepared, screen)
+            return _train(prepared, screen, watch)
         except BaseException as error:
             _record_failure(run, error)
             raise
@@ -79,18 +101,19 @@ def _record_failure(run: Any, error: BaseException) -> None:
     stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
     line = str(error).splitlines()[0] if str(error) else type(error).__name__
     kind = "interrupted" if stopped else "diverged" if isinstance(error, DivergedError) else "failed"
+    kind = error.status if isinstance(error, Stopped) else kind
     # The disk that failed the run may not take the note either; the error itself is on its way out.
     with contextlib.suppress(OSError):
         run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
 
 
-def _train(prepared: Any, screen: Any) -> float | None:
+def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     """Everything that needs torch."""
     from llmft.console import quiet_libraries
     from llmft.training.session import Session
 
     quiet_libraries()
-    session = Session(prepared, screen)
+    session = Session(prepared, screen, watch)
     try:
         return session.run()
     finally:

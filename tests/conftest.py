@@ -49,14 +49,13 @@ def shared_data() -> Path:
 def compose(*overrides: str, schema: bool = True) -> Any:
     """The config that a command line with `overrides` gives."""
     import hydra
-    from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
 
-    from llmft.app import config_directory, open_override
+    from llmft.app import config_directory, make_known, open_override
     from llmft.config import TrainConfig
     from llmft.schema import open_keys, to_config
 
-    ConfigStore.instance().store(name="train_schema", node=TrainConfig)
+    make_known("train", TrainConfig)
     GlobalHydra.instance().clear()
     opened = [open_override(override, tuple(open_keys(TrainConfig))) for override in overrides]
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):

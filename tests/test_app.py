@@ -107,12 +107,13 @@ def test_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[s
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2.0
 
 
-def test_a_failing_job_of_a_multirun_costs_only_itself(tmp_path: Path) -> None:
-    done = llmft("seed=0", "-m", "lora.r=-1,-2", cwd=tmp_path)
-    assert done.returncode == 5
-    assert "lora.r=-1:" in done.stderr
-    assert "lora.r=-2:" in done.stderr
+def test_a_combination_that_cannot_run_is_refused_before_any_begins(tmp_path: Path) -> None:
+    done = llmft("seed=0", "-m", "lora.r=1,-2", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "1 of 2 combinations cannot run, so none was started" in done.stderr
+    assert "lora.r=-2: an integer of 1 or more" in done.stderr
     assert "Traceback" not in done.stderr
+    assert not (tmp_path / "outputs").exists()
 
 
 def test_the_program_starts_from_any_directory(tmp_path: Path) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
@@ -20,7 +20,7 @@ from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
 from llmft.data.quality import stop_on_errors
 from llmft.environment import describe, usable_cores
-from llmft.errors import ConfigError, Interrupted, did_you_mean
+from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
 from llmft.model import adapters
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -41,16 +41,44 @@ from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
+from llmft.training.watch import Watch, Watched
 
 LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
 SMALL_MODEL_WEIGHTS = 10_000_000
 
 
+@dataclass
+class Parts:
+    """What the config names and others wrote, or a task brings."""
+
+    make_optimizer: Callable[[Any], torch.optim.Optimizer]
+    objective: Any
+    metrics: dict[str, Callable[..., float]]
+    callbacks: list[Any]
+
+
+def check_parts(config: TrainConfig) -> Parts:
+    """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
+    metrics = metric_functions(config.task.metrics)
+    names = ["val/loss_nats", "val/perplexity", *(f"val/{name}" for name in metrics)]
+    wanted = config.trainer.monitor
+    if wanted not in names:
+        raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
+    check_loggers(config.logger)
+    return Parts(
+        optimizer_factory(config.optimizer, config.learning_rate.peak),
+        find(config.task.objective, "task.objective")(),
+        metrics,
+        [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
+    )
+
+
 class Session:
     """Builds all parts of a run, in the order in which a mistake is cheapest, and runs it."""
 
-    def __init__(self, prepared: Prepared, screen: Screen) -> None:
+    def __init__(self, prepared: Prepared, screen: Screen, watch: Watch | None = None) -> None:
         self.prepared = prepared
+        self.watch = watch
         self.config: TrainConfig = prepared.config
         self.screen = screen
         self.run_directory = prepared.run
@@ -65,7 +93,7 @@ class Session:
     def run(self) -> float | None:
         """Trains, or goes on training, and finishes the run directory; returns the monitored metric."""
         config = self.config
-        self._check_parts()
+        self.parts = check_parts(config)
         self._choose_device()
         self._read()
         self._load()
@@ -99,23 +127,12 @@ class Session:
             self.screen, recorder, self.total_steps, config.task.show_rows, config.progress and self.main_process
         )
         first_validates = checkpoint is None or self.checkpointer.pending
-        trainer = self._trainer([recorder, self.checkpointer, progress], first_validates)
+        callbacks: list[Any] = [recorder, self.checkpointer, progress]
+        if self.watch is not None:
+            callbacks.append(Watched(self.watch, self.total_steps, lambda: recorder.tokens_per_s))
+        trainer = self._trainer(callbacks, first_validates)
         self._fit(trainer)
         return self._finish(trainer, recorder)
-
-    def _check_parts(self) -> None:
-        config = self.config
-        self.make_optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)
-        self.objective = find(config.task.objective, "task.objective")()
-        self.metrics = metric_functions(config.task.metrics)
-        names = ["val/loss_nats", "val/perplexity", *(f"val/{name}" for name in self.metrics)]
-        if config.trainer.monitor not in names:
-            wanted = config.trainer.monitor
-            raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
-        check_loggers(config.logger)
-        self.extra_callbacks = [
-            build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()
-        ]
 
     def _choose_device(self) -> None:
         trainer = self.config.trainer
@@ -205,12 +222,12 @@ class Session:
         )
         module = FineTuner(
             self.model,
-            self.objective,
-            self.make_optimizer,
+            self.parts.objective,
+            self.parts.make_optimizer,
             make_schedule(config.learning_rate, self.total_steps),
             seed=config.seed,
             gradient_clip=config.trainer.gradient_clip,
-            generation=make_generation(config, self.rows, self.metrics, "validation"),
+            generation=make_generation(config, self.rows, self.parts.metrics, "validation"),
             describe_row=lambda row: train[row].where,
         )
         self.data.position = lambda: module.step
@@ -255,7 +272,7 @@ class Session:
                 use_distributed_sampler=False,
                 deterministic="warn" if trainer.deterministic else False,
                 logger=self.loggers or False,
-                callbacks=[*callbacks, *self.extra_callbacks],
+                callbacks=[*callbacks, *self.parts.callbacks],
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
@@ -278,8 +295,12 @@ class Session:
         try:
             loop(self.module, datamodule=self.data, **arguments)
         except SystemExit as error:
-            signum = self.signals.received or signal.SIGTERM
-            raise Interrupted("interrupted; the same command goes on from the newest checkpoint.", signum) from error
+            if not self.signals.received:
+                raise UserError(
+                    f"something called sys.exit({error.code}) in the training; there is no result."
+                ) from None
+            told = "interrupted; the same command goes on from the newest checkpoint."
+            raise Interrupted(told, self.signals.received) from error
 
     def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
         config = self.config
@@ -287,7 +308,7 @@ class Session:
         if self.main_process:
             self.run_directory.keep_until(self.module.step)
         if self.splits.get("test"):
-            self.module.generation = make_generation(config, self.rows, self.metrics, "test")
+            self.module.generation = make_generation(config, self.rows, self.parts.metrics, "test")
             self._guarded(trainer.test, verbose=False)
         weights = adapters.whole_state(self.model, trained_only=config.lora.enabled)
         if not self.main_process:

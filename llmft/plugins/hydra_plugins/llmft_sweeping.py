@@ -1,0 +1,133 @@
+"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid`, `hydra/launcher=local`.
+
+Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path; `llmft.app` puts this
+folder there. Nothing here is imported by anything else.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from llmft.app import command_line, explain
+from llmft.config import TrainConfig
+from llmft.errors import ConfigError, UserError
+from llmft.schema import to_config
+from llmft.sweeping.trials import Planner
+
+store = ConfigStore.instance()
+for group, option, node in (
+    ("hydra/launcher", "local", {"_target_": f"{__name__}.LocalLauncher"}),
+    ("hydra/sweeper", "grid", {"_target_": f"{__name__}.GridSweeper", "params": None}),
+):
+    store.store(group=group, name=option, node=node, provider="llmft")
+
+
+class LocalLauncher(Launcher):
+    """Trials in worker processes on this machine, under a supervisor."""
+
+    def __init__(self) -> None:
+        self.config: Any = None
+        self.loader: Any = None
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.config, self.loader = config, hydra_context.config_loader
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        """Runs one batch of another sweeper's; a value for each job, None for one that has none."""
+        from llmft.sweeping.sweep import run_grid
+
+        fixed = fixed_overrides(self.config)
+        planner = make_planner(self.loader, self.config)
+        trials = run_grid(planner, job_overrides, fixed, command_line(), first=initial_job_idx).trials
+        returns = []
+        for trial in trials[-len(job_overrides) :]:
+            made = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
+            made.return_value = trial.value
+            returns.append(made)
+        return returns
+
+
+class GridSweeper(Sweeper):
+    """All combinations of the values given on the command line and in `params`."""
+
+    def __init__(self, params: Any = None) -> None:
+        self.params = params or {}
+        self.config: Any = None
+        self.launcher: Any = None
+        self.loader: Any = None
+
+    def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
+        """Called by Hydra."""
+        self.config, self.loader = config, hydra_context.config_loader
+        self.launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Any:
+        """Plans all trials, runs those that are missing, and reports."""
+        from llmft.sweeping.sweep import run_elsewhere, run_grid
+
+        jobs = combinations(self.loader, self.params, arguments)
+        planner = make_planner(self.loader, self.config)
+        fixed = fixed_overrides(self.config)
+        if isinstance(self.launcher, LocalLauncher):
+            return run_grid(planner, jobs, fixed, command_line())
+        return run_elsewhere(planner, jobs, fixed, command_line(), self.launcher)
+
+
+def combinations(loader: Any, params: Any, arguments: Sequence[str]) -> list[list[str]]:
+    """Every combination of the values of `params` and of the command line, which goes before it.
+
+    Raises ConfigError for a sweep over a range without values.
+    """
+    plain: Any = OmegaConf.to_container(params) if isinstance(params, DictConfig) else params
+    texts = [f"{key}={_text(value)}" for key, value in plain.items()]
+    values: dict[str, list[str]] = {}
+    for override in OverridesParser.create(config_loader=loader).parse_overrides([*texts, *arguments]):
+        key = override.get_key_element()
+        if not override.is_sweep_override():
+            values[key] = [f"{key}={override.get_value_element_as_str()}"]
+        elif override.is_discrete_sweep():
+            values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            raise ConfigError(f"{key}: a grid needs values; interval(…) is for a search (+sweep=optuna_tpe).")
+    return [list(job) for job in itertools.product(*values.values())]
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def fixed_overrides(config: Any) -> list[str]:
+    """What the command line says for all trials alike."""
+    return [str(override) for override in config.hydra.overrides.task]
+
+
+def make_planner(loader: Any, master: Any) -> Planner:
+    """A planner that composes with Hydra."""
+
+    def compose(overrides: Sequence[str]) -> TrainConfig:
+        composed = loader.load_sweep_config(master, list(overrides))
+        HydraConfig.instance().set_config(composed)  # ${hydra:…} in a config
+        with open_dict(composed):
+            del composed["hydra"]
+        return to_config(composed, TrainConfig)
+
+    def told(error: Exception) -> Exception:
+        if isinstance(error, UserError):
+            return error
+        return explain(error, TrainConfig) or error
+
+    return Planner(compose, told)

@@ -1,0 +1,1 @@
+"""Several trainings: planned, run in worker processes under a supervisor, recorded and reported as one sweep."""

@@ -1,0 +1,163 @@
+"""The supervisor's side of one worker process: start, orders, events, end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import llmft
+from llmft.environment import usable_cores
+from llmft.schema import to_plain
+from llmft.sweeping.trials import Trial
+from llmft.sweeping.worker import EVENTS_VARIABLE
+
+
+@dataclass
+class WorkerProcess:
+    """A worker, or a process that trains one distributed trial.
+
+    Attributes:
+        log: what the process printed.
+        trial: what it is training.
+        leaving: it ends by itself after a trial that may have left its libraries in any state.
+        stopping: why it was asked to stop.
+    """
+
+    process: subprocess.Popen[bytes]
+    events_fd: int
+    log: Path
+    trial: Trial | None = None
+    since: float = field(default_factory=time.monotonic)
+    last_sign: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    leaving: bool = False
+    stopping: str | None = None
+    stopping_since: float = 0.0
+    ended: dict[str, Any] | None = None
+    _buffer: bytes = b""
+
+    @classmethod
+    def start(cls, log: Path, environment: dict[str, str], trial: Trial | None = None) -> WorkerProcess:
+        """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
+        reading, writing = os.pipe()
+        env = {**os.environ, **environment}
+        package = str(Path(llmft.__file__).resolve().parent.parent)
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        arguments = [sys.executable, "-m", "llmft.sweeping.worker", str(writing)]
+        if trial is not None:
+            env[EVENTS_VARIABLE] = str(writing)
+            arguments = [sys.executable, "-m", "llmft", *trial.arguments]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                arguments,
+                stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writing],
+                env=env,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
+            )
+        os.close(writing)
+        os.set_blocking(reading, False)
+        return cls(process, reading, log, trial, ready=trial is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a trial."""
+        return self.ready and self.trial is None and self.stopping is None and not self.leaving
+
+    def order(self, **content: Any) -> None:
+        """Sends an order; a process that just died is noticed by its end."""
+        assert self.process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(json.dumps(content).encode() + b"\n")
+            self.process.stdin.flush()
+
+    def train(self, trial: Trial) -> None:
+        """Orders a trial."""
+        self.trial, self.since, self.last_sign, self.ended = trial, time.monotonic(), time.monotonic(), None
+        self.order(
+            do="train",
+            number=trial.number,
+            config=to_plain(trial.config),
+            arguments=trial.arguments,
+            overrides=trial.overrides,
+        )
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it told since the last call."""
+        while True:
+            try:
+                read = os.read(self.events_fd, 65536)
+            except BlockingIOError:
+                break
+            if not read:
+                break
+            self._buffer += read
+        *lines, self._buffer = self._buffer.split(b"\n")
+        if lines:
+            self.last_sign = time.monotonic()
+        return [json.loads(line) for line in lines]
+
+    def stop(self, why: str) -> None:
+        """Asks it to save and leave."""
+        if self.stopping is None:
+            self.stopping, self.stopping_since = why, time.monotonic()
+            self.signal(signal.SIGTERM)
+
+    def signal(self, signum: int) -> None:
+        """Sends a signal to the process; SIGKILL also to all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            if signum == signal.SIGKILL:
+                os.killpg(self.process.pid, signum)
+            else:
+                self.process.send_signal(signum)
+
+    def close(self) -> None:
+        """Lets an idle worker leave, and clears up after one that has left."""
+        if self.process.stdin is not None:
+            with contextlib.suppress(OSError):
+                self.process.stdin.close()
+        if self.process.poll() is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
+        os.close(self.events_fd)
+
+
+def environments(workers: int) -> list[dict[str, str]]:
+    """What each of several workers may use: a fair share of the GPUs where there are any, else of the cores."""
+    if workers == 1:
+        return [{}]
+    gpus = visible_gpus()
+    if gpus:
+        shares = [gpus[place::workers] or [gpus[place % len(gpus)]] for place in range(workers)]
+        return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
+    shares_of_cores = [cores[place::workers] or [cores[place % len(cores)]] for place in range(workers)]
+    return [{"LLMFT_CORES": ",".join(map(str, share))} for share in shares_of_cores]
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
+    return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def how_it_died(code: int) -> tuple[str, str]:
+    """(error, cause) of a worker that left without a word."""
+    if code >= 0:
+        return f"the process left with exit code {code} and no result", "exit"
+    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"the process was killed by {name}{hint}", "signal"

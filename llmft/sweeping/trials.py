@@ -1,0 +1,264 @@
+"""The trials of a sweep, planned before the first starts, and the record of them in the sweep's directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmft.config import TrainConfig
+from llmft.errors import ConfigError, UserError
+from llmft.files import write_atomically
+from llmft.model.hub import Located
+from llmft.prepare import prepare
+from llmft.redaction import redact
+from llmft.runs import Run, existing_run, run_key, slug
+from llmft.schema import aside_keys, canonical, to_plain
+
+FINISHED = ("done", "twin", "pruned")
+"""Statuses of a trial that has nothing left to do in its sweep."""
+
+
+@dataclass
+class Trial:
+    """One combination of a sweep: its config, and the run that it is.
+
+    Attributes:
+        overrides: what sets it apart from the sweep's other trials.
+        arguments: its whole command line after `python -m llmft`.
+        status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
+        cause: what ended a trial that failed: error, exit, signal, time, silence.
+    """
+
+    number: int
+    overrides: list[str]
+    arguments: list[str]
+    config: TrainConfig
+    key: str
+    run: Run
+    status: str = "pending"
+    error: str | None = None
+    cause: str | None = None
+    value: float | None = None
+    seconds: float | None = None
+    log: Path | None = None
+
+    @property
+    def command(self) -> str:
+        """The line that runs just this trial."""
+        arguments = [argument.removeprefix("++") for argument in self.arguments]
+        return shlex.join(["python", "-m", "llmft", *redact(arguments)])
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return " ".join(self.overrides) or self.run.directory.name
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it takes several processes itself."""
+        trainer = self.config.trainer
+        return trainer.devices != 1 or trainer.num_nodes != 1
+
+    def finished_before(self) -> bool:
+        """Whether an earlier sweep or run left nothing to do; then status and value say what it found."""
+        if self.config.force:
+            return False
+        status = self.run.status()
+        if self.run.done:
+            self.status, self.value = "done", _value_of(status, self.config.trainer.monitor)
+            self.seconds = status.get("result", {}).get("seconds")
+        elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
+            self.status, self.error = "twin", status.get("error")
+        return self.status in FINISHED
+
+    def mark(self, status: str, error: str | None, cause: str | None = None) -> None:
+        """Sets how it ended."""
+        self.status, self.error, self.cause = status, error, cause
+
+
+def _value_of(status: dict[str, Any], monitor: str) -> float | None:
+    return status.get("result", {}).get("after", {}).get(monitor)
+
+
+class Planner:
+    """Composes combinations to trials; reads each data set and finds each model once."""
+
+    def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
+        self.compose = compose
+        self.explain = explain
+        self._known: dict[str, tuple[str, Located]] = {}
+
+    def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
+        """One trial for each list of overrides, all of them checked.
+
+        Raises ConfigError (or DataError) naming every combination that cannot run.
+        """
+        trials: list[Trial] = []
+        wrong: list[tuple[Sequence[str], UserError]] = []
+        apart = varying(jobs)
+        for place, overrides in enumerate(jobs):
+            own = [override for override in overrides if override.partition("=")[0] in apart]
+            try:
+                trials.append(self.trial(first + place, overrides, own))
+            except UserError as error:
+                wrong.append((own, error))
+        refuse(wrong, len(jobs))
+        return trials
+
+    def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
+        """The trial of one combination; raises UserError for one that cannot run."""
+        try:
+            config = self.compose(overrides)
+        except Exception as error:
+            raise self.explain(error) from None
+        key = canonical(to_plain([config.data, config.model, config.task]))
+        if key not in self._known:
+            prepared = prepare(config, open_directory=False)
+            self._known[key] = (prepared.data_fingerprint, prepared.located)
+        fingerprint, located = self._known[key]
+        run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
+        shown = [override.lstrip("+") for override in own]
+        return Trial(number, shown, [*_options(), *overrides, *_single(overrides)], config, run.key, run)
+
+
+def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:
+    """Raises one error for all the combinations of a sweep that cannot run; nothing when there are none."""
+    if not wrong:
+        return
+    kind = type(wrong[0][1])
+    by_message: dict[str, list[str]] = {}
+    for overrides, error in wrong:
+        by_message.setdefault(str(error), []).append(" ".join(overrides) or "every combination")
+    lines = [f"  {told[0]}{f' and {len(told) - 1} more' if told[1:] else ''}: {m}" for m, told in by_message.items()]
+    more = [f"  and {len(lines) - 10} other mistakes"] if len(lines) > 10 else []
+    text = f"{len(wrong)} of {count} combinations cannot run, so none was started:"
+    raise kind("\n".join([text, *lines[:10], *more]))
+
+
+def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
+    """The keys that do not have one and the same value in all jobs."""
+    values: dict[str, set[str]] = {}
+    for overrides in jobs:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            values.setdefault(key, set()).add(value)
+    everywhere = {key for key in values if all(any(o.startswith(f"{key}=") for o in job) for job in jobs)}
+    return {key for key, found in values.items() if len(found) > 1 or key not in everywhere}
+
+
+def _options() -> list[str]:
+    """This command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
+    kept = [a for a in sys.argv[1:] if a.startswith("-") or "=" not in a]
+    return [a for a in kept if a not in ("-m", "--multirun")]
+
+
+def _single(overrides: Sequence[str]) -> list[str]:
+    """What keeps a file of `sweeps/` from making a sweep of the one trial again."""
+    return ["hydra.mode=RUN"] if any(o.startswith("+sweep=") for o in overrides) else []
+
+
+@dataclass
+class Sweep:
+    """A sweep's directory and record."""
+
+    directory: Path
+    identity: str
+    trials: list[Trial]
+    swept: dict[str, list[str]]
+    command: str
+    created: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+    finished: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, and its group in Weights & Biases."""
+        return self.directory.name
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings that all trials share are read from the first."""
+        return self.trials[0].config
+
+    @property
+    def record_file(self) -> Path:
+        """What ran, and how it ended."""
+        return self.directory / "sweep.json"
+
+    def write(self) -> None:
+        """Writes the record."""
+        config = self.config
+        record = {
+            "name": self.name,
+            "identity": self.identity,
+            "question": config.sweep.question,
+            "notes": config.notes,
+            "command": self.command,
+            "created": self.created,
+            "finished": self.finished,
+            "output_dir": config.output_dir,
+            "monitor": config.trainer.monitor,
+            "mode": config.trainer.mode.value,
+            "swept": self.swept,
+            **self.facts,
+            "trials": [self._trial_record(trial) for trial in self.trials],
+        }
+        write_atomically(self.record_file, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+
+    def _trial_record(self, trial: Trial) -> dict[str, Any]:
+        return {
+            "number": trial.number,
+            "overrides": trial.overrides,
+            "key": trial.key,
+            "run": str(trial.run.directory.relative_to(trial.config.output_dir)),
+            "status": "interrupted" if trial.status == "running" else trial.status,
+            "error": trial.error,
+            "cause": trial.cause,
+            "value": trial.value,
+            "seconds": trial.seconds,
+            "command": trial.command,
+            "log": str(trial.log) if trial.log else None,
+        }
+
+
+def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence[str], command: str) -> Sweep:
+    """The directory of the sweep that asks for these trials; the same command always gets the same one.
+
+    Raises ConfigError when sweep.name stands for another sweep already.
+    """
+    config = trials[0].config
+    identity = identity_of(swept, fixed)
+    root = Path(config.output_dir) / "sweeps"
+    if config.sweep.name:
+        directory = root / slug(redact(config.sweep.name))[:80]
+    else:
+        directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
+    sweep = Sweep(directory, identity, trials, swept, command)
+    try:
+        known = json.loads(sweep.record_file.read_text())
+    except (OSError, ValueError):
+        known = {}
+    if known and known.get("identity") != identity:
+        raise ConfigError(
+            f"{directory} holds another sweep ({' x '.join(known.get('swept', {})) or 'no varied keys'}, "
+            f"{len(known.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
+            f"{len(trials)} trials): set another sweep.name."
+        )
+    sweep.created = known.get("created", sweep.created)
+    directory.mkdir(parents=True, exist_ok=True)
+    return sweep
+
+
+def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
+    """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
+    no_part = tuple(f"{key}{end}" for key in (*aside_keys(TrainConfig), "hydra.") for end in (".", "="))
+    kept = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
+    content = canonical([{key: sorted(values) for key, values in swept.items()}, kept])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

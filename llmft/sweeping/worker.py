@@ -1,0 +1,150 @@
+"""A process that trains one trial after another on one base: `python -m llmft.sweeping.worker EVENTS_FD`.
+
+Orders come as JSON lines on the standard input, events leave as JSON lines by the given file descriptor. When the
+supervisor is gone, the input ends: the worker saves the run under way and leaves.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import IO, Any
+
+EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
+"""Where a training that is a process of its own tells its events."""
+LAST_WORDS_S = 60.0
+"""How long a worker whose supervisor is gone may take to save."""
+
+
+class Teller:
+    """Tells a supervisor what happens, and asks it after validations."""
+
+    def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
+        self.events = events
+        self.orders = orders
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """One event; a supervisor that is gone hears nothing, and the end of the orders says so."""
+        try:
+            self.events.write(json.dumps({"event": event, **facts}) + "\n")
+            self.events.flush()
+        except (BrokenPipeError, ValueError):
+            pass
+
+    def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
+        """See Watch."""
+        self.tell("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
+
+    def alive(self) -> None:
+        """See Watch."""
+        self.tell("alive")
+
+    def validation(self, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        """See Watch; waits for the supervisor's answer where there is a way for one."""
+        self.tell("validation", step=step, metrics=metrics, asks=self.orders is not None)
+        if self.orders is None:
+            return None
+        answer = self.orders.get()
+        if answer is None or "stop" not in answer or answer["stop"] is None:
+            return None
+        status, reason = answer["stop"]
+        return status, reason
+
+
+def watch_of_environment() -> Teller | None:
+    """The supervisor that started this very process for one trial, if one did."""
+    handle = os.environ.pop(EVENTS_VARIABLE, None)  # not for the processes that this one starts
+    return Teller(os.fdopen(int(handle), "w"), None) if handle is not None else None
+
+
+def main() -> None:
+    """The process."""
+    faulthandler.enable()
+    cores = os.environ.get("LLMFT_CORES")
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
+    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    teller = Teller(os.fdopen(int(sys.argv[1]), "w"), orders)
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    import llmft.training.session  # noqa: F401  # torch and its kin, once
+
+    teller.tell("ready")
+    while (order := orders.get()) is not None:
+        if order["do"] == "check":
+            teller.tell("checked", wrong=_check(order["configs"]))
+        elif order["do"] == "train":
+            outcome = _train(order, teller)
+            teller.tell("end", **outcome)
+            if not outcome["sound"]:
+                sys.exit(1)  # a library may be left in any state: a new process takes the next trial
+
+
+def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
+    for line in sys.stdin:
+        orders.put(json.loads(line))
+    orders.put(None)
+    # Between trials the end of the orders ends the process; a run under way saves first.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_WORDS_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """(message, exit code) for every config of which some part cannot be built."""
+    from llmft.config import TrainConfig
+    from llmft.errors import UserError
+    from llmft.schema import from_plain
+    from llmft.training.session import check_parts
+
+    wrong: dict[str, tuple[str, int]] = {}
+    for number, plain in configs.items():
+        try:
+            check_parts(from_plain(plain, TrainConfig))
+        except UserError as error:
+            wrong[number] = (str(error), error.exit_code)
+    return wrong
+
+
+def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
+    """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
+    from llmft.config import TrainConfig
+    from llmft.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
+    from llmft.schema import from_plain
+    from llmft.train import train
+
+    sys.argv[1:] = order["arguments"]
+    print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
+    ended: dict[str, Any] = {"number": order["number"], "sound": True, "value": None, "error": None, "cause": None}
+    try:
+        value = train(from_plain(order["config"], TrainConfig), watch=teller, overrides=order["overrides"])
+        return {**ended, "status": "done", "value": value}
+    except RunBusy as error:
+        return {**ended, "status": "busy", "error": str(error)}
+    except Stopped as error:
+        return {**ended, "status": error.status, "error": str(error)}
+    except (Interrupted, KeyboardInterrupt) as error:
+        return {**ended, "status": "interrupted", "error": str(error) or "interrupted", "sound": False}
+    except SystemExit as error:
+        told = f"sys.exit({error.code}) before there was a result"
+        return {**ended, "status": "failed", "error": told, "cause": "exit", "sound": False}
+    except BaseException as raised:
+        traceback.print_exception(raised)
+        known = as_user_error(raised)
+        told = str(known).splitlines()[0] if str(known) else type(known).__name__
+        user = isinstance(known, UserError)
+        text = told if user else f"{type(known).__name__}: {told}"
+        return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

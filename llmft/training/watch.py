@@ -1,0 +1,80 @@
+"""Who looks on while a run trains: told of every step and validation, and free to end the run after one."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, Protocol
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback
+
+from llmft.errors import Stopped
+from llmft.training.finetuner import FineTuner
+
+STEP_EVERY_S = 0.25
+"""Steps are told at most so often: a fast model makes hundreds a second."""
+
+
+class Watch(Protocol):
+    """Someone outside the run."""
+
+    def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
+        """An optimizer step was taken."""
+
+    def alive(self) -> None:
+        """Something went on: a batch of a validation, a phase of the start."""
+
+    def validation(self, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        """A validation is done and its checkpoint written; returns (status, reason) to end the run here."""
+
+
+class Watched(Callback):
+    """Tells a Watch; only the first process does, and all processes stop together."""
+
+    def __init__(self, watch: Watch, total_steps: int, speed: Any) -> None:
+        self.watch = watch
+        self.total_steps = total_steps
+        self.speed = speed
+        self._told_at = 0.0
+
+    def _due(self) -> bool:
+        now = time.monotonic()
+        if now - self._told_at < STEP_EVERY_S:
+            return False
+        self._told_at = now
+        return True
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
+    ) -> None:
+        """Tells the step."""
+        assert isinstance(module, FineTuner)
+        if trainer.is_global_zero and (self._due() or module.step == self.total_steps):
+            self.watch.step(module.step, self.total_steps, module.train_metrics["train/loss_nats"], self.speed())
+
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        """Tells that it goes on."""
+        if trainer.is_global_zero and self._due():
+            self.watch.alive()
+
+    def on_test_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
+    ) -> None:
+        """Likewise."""
+        self.on_validation_batch_end(trainer, module, outputs, batch, index)
+
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Tells the numbers and obeys; the last validation ends nothing, since the run is over anyway."""
+        assert isinstance(module, FineTuner)
+        assert module.validation is not None
+        answer: list[Any] = [None]
+        if trainer.is_global_zero:
+            answer = [self.watch.validation(module.step, module.validation.metrics)]
+        if trainer.world_size > 1:
+            torch.distributed.broadcast_object_list(answer)
+        if answer[0] is not None and 0 < module.step < self.total_steps:
+            status, reason = answer[0]
+            raise Stopped(reason, status)
