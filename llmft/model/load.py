@@ -208,6 +208,11 @@ def load_base(
     return base
 
 
+def kept_base() -> Any:
+    """The base that the last run of this process left for the next one; None where there is none."""
+    return _kept.model
+
+
 def drop_base() -> None:
     """Forgets the kept base and frees its memory."""
     _kept.key = _kept.model = None

@@ -90,8 +90,6 @@ class SweepProgress:
         self.ready += 1
         if self._bars is not None:
             self._bars.update(self._whole, completed=self.ready)
-        if not self.enabled:
-            return
         colour = COLOURS.get(trial.status, "yellow")
         value = f"  {self.monitor} {trial.value:.4f}" if trial.value is not None else ""
         error = f"  {escape(trial.error)}" if trial.error and trial.status != "done" else ""

@@ -17,6 +17,8 @@ from llmft.sweeping.process import WorkerProcess, environments, how_it_died, vis
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse
 
+START_S = 600.0
+"""How long a worker may take to import its libraries, which a cold network disk makes slow."""
 GRACE_S = 60.0
 """How long a worker that is asked to stop may take to save."""
 BUSY_AGAIN_S = 3.0
@@ -40,10 +42,11 @@ class Source(Protocol):
 
 
 class Listed:
-    """The trials of a grid, in order; those that another process holds come again until it lets go."""
+    """The trials of a grid, those of one base after each other; one that another process holds comes again later."""
 
     def __init__(self, trials: list[Trial], decide: Callable[..., tuple[str, str] | None] = lambda *_: None) -> None:
-        self.waiting = list(trials)
+        bases = list(dict.fromkeys(trial.base for trial in trials))
+        self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
         self.under_way = 0
         self.decide = decide
         self._not_before: dict[int, float] = {}
@@ -310,7 +313,7 @@ class Supervisor:
                 worker.stop("signal")
             elif longest is not None and now - worker.since > longest:
                 worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
-            elif silence is not None and now - worker.last_sign > silence:
+            elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
                 worker.stop(f"gave no sign of life for sweep.silence_limit={self.settings.silence_limit}")
             grace = min(GRACE_S, *(limit for limit in self._limits if limit is not None), GRACE_S)
             if worker.stopping is not None and now - worker.stopping_since > grace:

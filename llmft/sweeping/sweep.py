@@ -31,12 +31,13 @@ def run_grid(
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
+    decide = twin_rule(sweep.config)
     tell_plan(sweep, screen)
     supervisor = Supervisor(sweep, progress)
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:
-            supervisor.run(Listed(sweep.trials, twin_rule(sweep.config)), check=missing)
+            supervisor.run(Listed(sweep.trials, decide), check=missing)
         finish(sweep, screen, supervisor.stopped_because)
     except BaseException:
         sweep.write()

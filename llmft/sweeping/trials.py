@@ -61,6 +61,14 @@ class Trial:
         return " ".join(self.overrides) or self.run.directory.name
 
     @property
+    def base(self) -> str:
+        """Equal for trials that share a loaded, quantised base."""
+        config = self.config
+        return canonical(
+            to_plain([config.model, config.quantization, config.trainer.precision, config.task.auto_class])
+        )
+
+    @property
     def distributed(self) -> bool:
         """Whether it takes several processes itself."""
         trainer = self.config.trainer

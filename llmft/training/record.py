@@ -28,7 +28,6 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
             "left_out": prepared.problems.reasons(),
             "overlaps": [asdict(overlap) for overlap in overlaps],
             "train_on": prepared.config.data.train_on.value,
-            "tokens_from_cache": sorted(rows.encoder.cached),
         },
         "model": {"fingerprint": prepared.located.fingerprint},
         "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},

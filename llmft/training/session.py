@@ -25,6 +25,7 @@ from llmft.model import adapters
 from llmft.model.load import (
     TORCH_DTYPES,
     drop_base,
+    kept_base,
     load_base,
     pick_device,
     pick_precision,
@@ -99,7 +100,8 @@ class Session:
         self._load()
         checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn, mend=self.main_process)
         state = checkpoint.state if checkpoint is not None else {}
-        environment = {**describe(self.device), "precision": self.precision.value}
+        reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
+        environment = {**describe(self.device), "precision": self.precision.value, "reused": reused}
         if self.main_process:
             write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
@@ -167,6 +169,7 @@ class Session:
         """The base, quantised, and what is trained on it."""
         config = self.config
         dtype = TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32
+        kept = kept_base()
         self.base = load_base(
             config.model,
             self.prepared.located,
@@ -179,6 +182,7 @@ class Session:
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
             keep=adapters.reusable(config.lora, config.task.auto_class),
         )
+        self.base_reused = self.base is kept
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
         self._check_vocabulary()

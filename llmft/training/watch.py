@@ -6,7 +6,6 @@ import time
 from typing import Any, Protocol
 
 import lightning as L
-import torch
 from lightning.pytorch.callbacks import Callback
 
 from llmft.errors import Stopped
@@ -30,7 +29,7 @@ class Watch(Protocol):
 
 
 class Watched(Callback):
-    """Tells a Watch; only the first process does, and all processes stop together."""
+    """Tells a Watch. Of a distributed run the first process has one, and it is never told to stop."""
 
     def __init__(self, watch: Watch, total_steps: int, speed: Any) -> None:
         self.watch = watch
@@ -50,14 +49,14 @@ class Watched(Callback):
     ) -> None:
         """Tells the step."""
         assert isinstance(module, FineTuner)
-        if trainer.is_global_zero and (self._due() or module.step == self.total_steps):
+        if self._due() or module.step == self.total_steps:
             self.watch.step(module.step, self.total_steps, module.train_metrics["train/loss_nats"], self.speed())
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Tells that it goes on."""
-        if trainer.is_global_zero and self._due():
+        if self._due():
             self.watch.alive()
 
     def on_test_batch_end(
@@ -70,11 +69,7 @@ class Watched(Callback):
         """Tells the numbers and obeys; the last validation ends nothing, since the run is over anyway."""
         assert isinstance(module, FineTuner)
         assert module.validation is not None
-        answer: list[Any] = [None]
-        if trainer.is_global_zero:
-            answer = [self.watch.validation(module.step, module.validation.metrics)]
-        if trainer.world_size > 1:
-            torch.distributed.broadcast_object_list(answer)
-        if answer[0] is not None and 0 < module.step < self.total_steps:
-            status, reason = answer[0]
+        answer = self.watch.validation(module.step, module.validation.metrics)
+        if answer is not None and 0 < module.step < self.total_steps:
+            status, reason = answer
             raise Stopped(reason, status)

@@ -1,0 +1,374 @@
+"""Sweeps: a trial that ends in any way costs itself alone, nothing is done twice, and a trial is the run it is alone.
+
+The ids S1 to S9 are those of the acceptance suite of sweeps: S1 ten trials with every way to fail, S2 the same command
+again, S3 kills of the whole sweep, S4 two sweeps at once, S5 a name that is taken, S6 starts in the same second,
+S8 one mistake in all trials, S9 a wrong value found before the first begins.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from llmft.environment import usable_cores
+from llmft.errors import ConfigError, DataError, RunBusy
+from llmft.prepare import prepare
+from llmft.sweeping.process import environments, how_it_died, visible_gpus
+from llmft.sweeping.trials import identity_of, refuse, varying
+from llmft.train import train
+from tests.conftest import ROOT, SMALL, compose, llmft
+
+SABOTAGE = """
+import ctypes, os, sys, time
+if os.environ.get("SABOTAGE"):
+    import llmft.train
+    original = llmft.train.train
+    def train(config, **arguments):
+        deed = dict(pair.split(":") for pair in os.environ["SABOTAGE"].split(",")).get(str(config.seed))
+        if deed == "raise":
+            raise RuntimeError(f"boom in seed {config.seed}")
+        if deed == "exit":
+            sys.exit(0)
+        if deed == "kill":
+            os.kill(os.getpid(), 9)
+        if deed == "crash":
+            ctypes.string_at(0)
+        if deed == "hang":
+            time.sleep(1000)
+        return original(config, **arguments)
+    llmft.train.train = train
+"""
+"""Started with every Python process: what no config can name, since targets are allow-listed."""
+
+
+def sweep(tmp_path: Path, *arguments: str, timeout: float = 180, sabotage: str = "") -> Any:
+    """Runs a sweep below tmp_path, with seeds that misbehave as `sabotage` says."""
+    (tmp_path / "sabotage").mkdir(exist_ok=True)
+    (tmp_path / "sabotage" / "sitecustomize.py").write_text(SABOTAGE)
+    path = os.pathsep.join([str(tmp_path / "sabotage"), str(ROOT)])
+    return llmft("-m", *SMALL, *arguments, cwd=tmp_path, timeout=timeout, PYTHONPATH=path, SABOTAGE=sabotage)
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmft", "-m", *SMALL, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def record(root: Path) -> dict[str, Any]:
+    (found,) = (root / "sweeps").glob("*/sweep.json")
+    return json.loads(found.read_text())
+
+
+def statuses(root: Path) -> list[str]:
+    return [trial["status"] for trial in record(root)["trials"]]
+
+
+def modified(root: Path) -> dict[str, int]:
+    """When the files of every finished run were last written."""
+    runs = [
+        path.parent for path in (root / "runs").glob("*/run.json") if json.loads(path.read_text())["status"] == "done"
+    ]
+    return {
+        str(f): f.stat().st_mtime_ns
+        for run in runs
+        for f in sorted(run.rglob("*"))
+        if f.is_file() and f.name != ".lock"
+    }
+
+
+def test_s1_and_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those_alone(tmp_path: Path) -> None:
+    seeds = "seed=0,1,2,3,4,5,6,7,8,9"
+    ways = "2:raise,3:exit,4:kill,5:hang,7:crash"
+    first = sweep(tmp_path, seeds, "sweep.silence_limit=8s", sabotage=ways)
+    root = tmp_path / "outputs"
+    assert first.returncode == 5, first.stderr
+    assert "5 of 10 trials failed" in first.stderr
+    expected = {2: "RuntimeError: boom in seed 2", 3: "sys.exit(0)", 4: "SIGKILL", 5: "silence_limit=8s", 7: "SIGSEGV"}
+    for number, trial in enumerate(record(root)["trials"]):
+        assert trial["status"] == ("failed" if number in expected else "done")
+        if number in expected:
+            assert expected[number] in trial["error"]
+            assert trial["command"] in first.stdout.replace("\n", "")
+            assert Path(tmp_path / trial["log"]).is_file()
+    # The command that is named for one trial runs just that one.
+    again = record(root)["trials"][2]["command"].removeprefix("python -m llmft ")
+    alone = llmft(*shlex.split(again), cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    before = modified(root)
+    second = sweep(tmp_path, seeds)
+    assert second.returncode == 0, second.stderr
+    assert statuses(root) == ["done"] * 10
+    assert second.stdout.count("was done before") == 6
+    assert {name: modified(root)[name] for name in before} == before, "a finished run was touched"
+
+
+def test_s3_a_sweep_killed_again_and_again_runs_each_trial_once_and_leaves_no_process(tmp_path: Path) -> None:
+    arguments = ["seed=0,1,2,3,4", "trainer.max_steps=12", "trainer.checkpoint_every=1"]
+    root = tmp_path / "outputs"
+    for steps in (5, 20, 40):
+        process = start(tmp_path, *arguments)
+        wait_for_steps(root, steps, process)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.communicate()
+        before = modified(root)
+        _, alive = psutil.wait_procs(children, timeout=20)
+        assert not alive, "a worker outlived its supervisor"
+    last = sweep(tmp_path, *arguments)
+    assert last.returncode == 0, last.stderr
+    assert statuses(root) == ["done"] * 5
+    assert {name: modified(root)[name] for name in before} == before
+    for seed in range(5):
+        train(compose(*SMALL, *arguments[1:], f"seed={seed}", f"output_dir={tmp_path}/whole"), quiet=True)
+    for run in sorted((tmp_path / "whole" / "runs").iterdir()):
+        same_files(run, root / "runs" / run.name)
+
+
+def wait_for_steps(root: Path, steps: int, process: subprocess.Popen[str]) -> None:
+    """Until the runs below `root` have taken so many optimizer steps together."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if sum(file.read_bytes().count(b"train/loss_nats") for file in root.glob("runs/*/metrics.jsonl")) >= steps:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"never took {steps} steps: {process.communicate(timeout=5)[0]}")
+
+
+def same_files(one: Path, other: Path) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl", "adapter/adapter_model.safetensors"):
+        assert (one / name).read_bytes() == (other / name).read_bytes(), f"{one.name}/{name}"
+
+
+def test_s4_two_sweeps_at_once_share_their_trials(tmp_path: Path) -> None:
+    one = start(tmp_path, "seed=0,1,2,3", "trainer.max_steps=30")
+    two = start(tmp_path, "seed=3,2,1,0,4", "trainer.max_steps=30")
+    told = [process.communicate(timeout=180)[0] for process in (one, two)]
+    assert (one.returncode, two.returncode) == (0, 0), told
+    runs = list((tmp_path / "outputs" / "runs").iterdir())
+    assert len(runs) == 5
+    for run in runs:
+        steps = [
+            r["step"]
+            for r in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+            if "train/loss_nats" in r
+        ]
+        assert steps == list(range(1, 31)), "a trial was trained twice"
+    assert sum(len(re.findall(r"^trial \d/\d done ", text, re.M)) for text in told) == 9
+
+
+def test_s5_a_name_that_another_sweep_has_is_refused_and_its_record_stays(tmp_path: Path) -> None:
+    assert sweep(tmp_path, "seed=0,1", "sweep.name=night").returncode == 0
+    known = (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes()
+    other = sweep(tmp_path, "lora.r=1,2", "seed=0,1", "sweep.name=night")
+    assert other.returncode == 2
+    assert "holds another sweep (seed, 2 trials), not this one (lora.r x seed, 4 trials)" in other.stderr
+    assert (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes() == known
+
+
+def test_s6_eight_processes_started_in_the_same_second_make_eight_runs(tmp_path: Path) -> None:
+    configs = [compose(*SMALL, f"output_dir={tmp_path}", f"seed={seed}") for seed in range(8)]
+    start_at = time.time() + 1.0
+
+    def take(config: Any) -> None:
+        time.sleep(max(0.0, start_at - time.time()))
+        run = prepare(config).run
+        run.lock()
+        time.sleep(1.0)
+
+    context = multiprocessing.get_context("fork")
+    different = [context.Process(target=take, args=(config,)) for config in configs]
+    for process in different:
+        process.start()
+    for process in different:
+        process.join(60)
+    assert [process.exitcode for process in different] == [0] * 8
+    assert len(list((tmp_path / "runs").iterdir())) == 8
+
+
+def test_s6_of_eight_starts_of_one_run_one_trains(tmp_path: Path) -> None:
+    config = compose(*SMALL, f"output_dir={tmp_path}")
+    taken = multiprocessing.get_context("fork").Queue()
+    start_at = time.time() + 1.0
+
+    def take() -> None:
+        time.sleep(max(0.0, start_at - time.time()))
+        run = prepare(config).run
+        try:
+            run.lock()
+        except RunBusy:
+            taken.put(False)
+        else:
+            taken.put(True)
+            time.sleep(4.0)
+
+    started = [multiprocessing.get_context("fork").Process(target=take) for _ in range(8)]
+    for process in started:
+        process.start()
+    assert sorted(taken.get(timeout=30) for _ in started) == [False] * 7 + [True]
+    for process in started:
+        process.join(30)
+
+
+def test_s8_a_sweep_ends_early_when_all_trials_die_of_one_mistake(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "seed=0,1,2,3,4,5,6", sabotage=",".join(f"{n}:raise" for n in range(7)))
+    assert done.returncode == 5
+    assert statuses(tmp_path / "outputs") == ["failed"] * 3 + ["pending"] * 4
+    assert "3 trials in a row failed alike" in done.stderr
+
+
+def test_s9_a_part_that_cannot_be_built_is_found_before_the_first_trial(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "seed=0", "trainer.monitor=val/loss_nats,val/loss")
+    assert done.returncode == 2
+    assert "trainer.monitor=val/loss: no such metric; did you mean val/loss_nats?" in done.stderr
+    assert not (tmp_path / "outputs/runs").exists()
+
+
+def test_a_signal_saves_what_is_under_way_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    arguments = ["seed=0,1", "trainer.max_steps=80", "trainer.validate_every=80"]
+    process = start(tmp_path, *arguments)
+    root = tmp_path / "outputs"
+    wait_for_steps(root, 5, process)
+    process.send_signal(signal.SIGTERM)
+    told = process.communicate(timeout=60)[0]
+    assert process.returncode == 143, told
+    assert "the same command goes on" in told
+    assert statuses(root) == ["interrupted", "pending"]
+    (run,) = (root / "runs").iterdir()
+    assert list((run / "checkpoints").iterdir())
+    done = sweep(tmp_path, *arguments)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in (run / "log.txt").read_text()
+
+
+def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_path: Path) -> None:
+    arguments = ["lora.dropout=0.1", "trainer.max_steps=6"]
+    done = sweep(tmp_path, *arguments, "lora.r=1,4", "seed=0,1", "prompt=alpaca_short,plain", "quantization=nf4,none")
+    assert done.returncode == 0, done.stderr
+    trials = record(tmp_path / "outputs")["trials"]
+    assert len(trials) == 16
+    reused = []
+    for trial in trials:
+        run = tmp_path / "outputs" / trial["run"]
+        reused.append(json.loads((run / "environment.json").read_text())["reused"]["base"])
+    assert reused.count(False) == 2, "one base per quantisation, although that is the innermost key"
+    for trial in (trials[3], trials[10], trials[15]):
+        train(compose(*SMALL, *arguments, *trial["overrides"], f"output_dir={tmp_path}/alone"), quiet=True)
+        name = Path(trial["run"]).name
+        same_files(tmp_path / "outputs/runs" / name, tmp_path / "alone/runs" / name)
+
+
+def test_two_workers_share_the_trials_and_give_the_same_numbers(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "seed=0,1,2,3", "sweep.workers=2")
+    assert done.returncode == 0, done.stderr
+    logs = [path.read_text().count("--- trial") for path in tmp_path.glob("outputs/sweeps/*/worker-*.log")]
+    assert len(logs) == 2
+    assert sum(logs) == 4
+    for seed in range(4):
+        train(compose(*SMALL, f"seed={seed}", f"output_dir={tmp_path}/alone"), quiet=True)
+    for run in (tmp_path / "alone/runs").iterdir():
+        same_files(run, tmp_path / "outputs/runs" / run.name)
+
+
+def test_a_distributed_trial_of_a_sweep_gives_the_numbers_it_gives_alone(tmp_path: Path) -> None:
+    arguments = ["trainer=ddp", "trainer.accelerator=cpu"]
+    done = sweep(tmp_path, *arguments, "seed=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    alone = llmft(*SMALL, *arguments, "seed=1", "output_dir=alone", cwd=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    (run,) = (tmp_path / "alone/runs").iterdir()
+    same_files(run, tmp_path / "outputs/runs" / run.name)
+
+
+def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: Path) -> None:
+    arguments = ["trainer.max_steps=12", "trainer.validate_every=2", "data.split_seed=0"]
+    train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
+    (reference,) = (tmp_path / "outputs/runs").iterdir()
+    # The same weights by another name of the run: a rate that differs in its last digit.
+    twins = [*arguments, f"sweep.twin_of={reference}", "learning_rate.peak=0.0020000001,0.02"]
+    unsaid = sweep(tmp_path, *twins)
+    assert unsaid.returncode == 2
+    assert "sweep.twin_of needs sweep.twin_noise" in unsaid.stderr
+    twins.append("sweep.twin_noise=0.001")
+    done = sweep(tmp_path, *twins)
+    assert done.returncode == 0, done.stderr
+    assert statuses(tmp_path / "outputs") == ["twin", "done"]
+    told = record(tmp_path / "outputs")["trials"][0]["error"]
+    assert "for 3 validations in a row" in told
+    assert "at step 6" in told
+    before = modified(tmp_path / "outputs")
+    again = sweep(tmp_path, *twins)
+    assert again.returncode == 0
+    assert modified(tmp_path / "outputs") == before
+
+
+@pytest.mark.slow
+def test_memory_after_twenty_trials_is_what_it_was_after_two(tmp_path: Path) -> None:
+    process = start(tmp_path, f"seed={','.join(map(str, range(22)))}")
+    used: dict[int, int] = {}
+    while process.poll() is None:
+        done = sum(json.loads(p.read_text()).get("status") == "done" for p in tmp_path.glob("outputs/runs/*/run.json"))
+        for child in psutil.Process(process.pid).children() if process.poll() is None else []:
+            used[done] = child.memory_info().rss
+        time.sleep(0.05)
+    assert process.returncode == 0
+    assert used[21] < used[2] * 1.05
+
+
+def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
+    assert visible_gpus() == ["0", "2", "5"]
+    assert environments(2) == [{"CUDA_VISIBLE_DEVICES": "0,5"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+    assert environments(4)[3] == {"CUDA_VISIBLE_DEVICES": "0"}
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    shares = [share["LLMFT_CORES"].split(",") for share in environments(2)]
+    assert len(shares) == 2
+    assert sorted({core for share in shares for core in share}) == sorted(map(str, os.sched_getaffinity(0)))
+    assert usable_cores() == len(os.sched_getaffinity(0))
+
+
+def test_a_process_that_left_without_a_word_is_described() -> None:
+    assert how_it_died(-9) == ("the process was killed by SIGKILL (out of memory?)", "signal")
+    assert how_it_died(0)[0] == "the process left with exit code 0 and no result"
+
+
+def test_what_varies_is_told_from_what_does_not() -> None:
+    assert varying([["a=1", "b=2"], ["a=1", "b=3"]]) == {"b"}
+    assert varying([["a=1", "b=2"], ["a=1"]]) == {"b"}
+
+
+def test_a_sweep_is_known_again_whatever_changes_no_numbers() -> None:
+    swept = {"lora.r": ["1", "8"], "seed": ["0", "1"]}
+    plain = identity_of(swept, ["model=tiny", "trainer.max_steps=4"])
+    beside = ["sweep.workers=2", "logger=none", "progress=false", "output_dir=x", "tags=[a]"]
+    assert (
+        identity_of({"seed": ["1", "0"], "lora.r": ["8", "1"]}, ["trainer.max_steps=4", "model=tiny", *beside]) == plain
+    )
+    assert identity_of(swept, ["model=tiny", "trainer.max_steps=5"]) != plain
+
+
+def test_combinations_that_cannot_run_are_named_together() -> None:
+    refuse([], 3)
+    with pytest.raises(ConfigError, match=r"2 of 3 .*\n  a=1 and 1 more: no") as error:
+        refuse([(["a=1"], ConfigError("no")), (["a=2"], ConfigError("no"))], 3)
+    assert error.value.exit_code == 2
+    with pytest.raises(DataError):
+        refuse([(["a=1"], DataError("rows"))], 1)
