@@ -92,6 +92,10 @@ def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
     from rich.markup import escape
 
     result = status.get("result", {})
+    if os.environ.get("WANDB_SWEEP_ID"):
+        from llmft.training.tracking import tell_agent
+
+        tell_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
     screen.summary(result.get("before", {}), result.get("after", {}), {})
     return result.get("after", {}).get(config.trainer.monitor)

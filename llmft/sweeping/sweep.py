@@ -38,7 +38,7 @@ def run_grid(
     try:
         if missing:
             supervisor.run(Listed(sweep.trials, decide), check=missing)
-        finish(sweep, screen, supervisor.stopped_because)
+        finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
     except BaseException:
         sweep.write()
         raise
@@ -64,7 +64,7 @@ def run_elsewhere(
             kind = told if told in ("interrupted", "pruned", "twin") else "failed"
             trial.mark(kind, status.get("error") or "no result was left", "error")
             trial.log = trial.run.log_file
-    finish(sweep, screen, None)
+    finish(sweep, screen, None, anew=bool(missing))
     return sweep
 
 
@@ -100,14 +100,14 @@ def tell_plan(sweep: Sweep, screen: Screen) -> None:
     screen.plan(facts)
 
 
-def finish(sweep: Sweep, screen: Screen, stopped_because: str | None) -> None:
+def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: bool = True) -> None:
     """Writes the record and the report, shows what failed; raises TrialsFailed when something did."""
     sweep.finished = time.strftime("%Y-%m-%d %H:%M:%S")
     sweep.write()
     if sweep.config.sweep.report:
         from llmft.sweeping.answer import give_answer
 
-        give_answer(sweep, screen)
+        give_answer(sweep, screen, anew=anew)
     failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
     if not failed:
         return

@@ -11,7 +11,7 @@ import os
 import secrets
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -74,7 +74,8 @@ class SafeWandbLogger(WandbLogger):
         self._broken = False
         self._table: Any = None
 
-    def _guard(self, action: Any) -> None:
+    def attempt(self, action: Any) -> None:
+        """Does it, unless something failed before; the first failure is said once."""
         if self._broken:
             return
         try:
@@ -85,7 +86,7 @@ class SafeWandbLogger(WandbLogger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs numbers against our own count of optimizer steps."""
-        self._guard(lambda: self.experiment.log({**metrics, "step": step}))
+        self.attempt(lambda: self.experiment.log({**metrics, "step": step}))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds one validation's generations to the samples table."""
@@ -96,11 +97,11 @@ class SafeWandbLogger(WandbLogger):
             table = wandb.Table(columns=columns, data=[[step, *(s[str(c)] for c in columns[1:])] for s in samples[:64]])
             self.experiment.log({"samples": table, "step": step})
 
-        self._guard(add)
+        self.attempt(add)
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Writes the final values into the run's summary."""
-        self._guard(lambda: self.experiment.summary.update(dict(values)))
+        self.attempt(lambda: self.experiment.summary.update(dict(values)))
 
     def finalize(self, status: str) -> None:
         """Nothing: the run ends in `finish`, after the summary is written."""
@@ -110,7 +111,7 @@ class SafeWandbLogger(WandbLogger):
         import wandb
 
         self._broken = False
-        self._guard(lambda: wandb.finish(exit_code=exit_code))
+        self.attempt(lambda: wandb.finish(exit_code=exit_code))
 
 
 def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
@@ -138,44 +139,70 @@ def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
     return {} if "save_dir" in node else {"save_dir": str(run.directory)}
 
 
-def _wandb_id(config: TrainConfig, run: Run) -> str:
-    """The run's key, so that a resumed run goes on in W&B too; another one where force=true runs it again."""
+def _wandb_id(run: Run) -> str:
+    """The id that an agent of W&B gave; else the run's own, kept in its directory so that a resumed run goes on.
+
+    It is the run's key and a random part: the same config in another directory, or run again, is another run there.
+    """
+    given = os.environ.get("WANDB_RUN_ID")
+    if os.environ.get("WANDB_SWEEP_ID") and given:
+        return given
     known = run.status().get("wandb_id")
     if known is None:
-        known = f"{run.key}-{secrets.token_hex(2)}" if config.force else run.key
+        known = f"{run.key}-{secrets.token_hex(4)}"
         run.update(wandb_id=known)
     return known
+
+
+def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
+    """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
+    if not os.environ.get("WANDB_SWEEP_ID") or not config.logger.wandb.enabled:
+        return
+    logger = _start_wandb(config, config.logger.wandb, run, {}, screen)
+    if logger is not None:
+        after = run.status().get("result", {}).get("after", {})
+        logger.log_metrics(after, step=run.status().get("result", {}).get("step"))
+        logger.summarise({f"best/{name}": value for name, value in after.items()})
+        logger.finish(0)
 
 
 def _start_wandb(
     config: TrainConfig, settings: WandbConfig, run: Run, environment: dict[str, Any], screen: Screen
 ) -> SafeWandbLogger | None:
+    flat = redact(flatten(to_plain(config)))
+    flat["git.commit"] = environment.get("git", {}).get("commit")
+    flat["run.key"] = run.key
+    flat["overrides"] = redact(run.status().get("overrides", []))
+    return open_wandb(
+        settings,
+        screen,
+        name=run_name(config),
+        group=settings.group or f"{config.model.label}-{config.data.name}",
+        job_type=settings.job_type,
+        tags=redact(list(config.tags)),
+        notes=redact(config.notes),
+        config=flat,
+        dir=str(run.directory),
+        id=lambda: _wandb_id(run),
+    )
+
+
+def open_wandb(
+    settings: WandbConfig, screen: Screen, *, id: Callable[[], str], **arguments: Any
+) -> SafeWandbLogger | None:
+    """A W&B run, online where that is possible, else offline; None where it is switched off or cannot even do that."""
     mode, why = wandb_mode(settings)
     if mode == "disabled":
         return None
     import wandb
 
-    flat = redact(flatten(to_plain(config)))
-    flat["git.commit"] = environment.get("git", {}).get("commit")
-    flat["run.key"] = run.key
-    arguments: dict[str, Any] = {
-        "project": settings.project,
-        "entity": settings.entity,
-        "name": run_name(config),
-        "group": settings.group or f"{config.model.label}-{config.data.name}",
-        "job_type": settings.job_type,
-        "tags": redact(list(config.tags)),
-        "notes": redact(config.notes),
-        "config": flat,
-        "dir": str(run.directory),
-        "id": _wandb_id(config, run),
-        "resume": "allow",
-    }
-    offline = {"resume"} if mode == "offline" else set()
-    for attempt in (mode, "offline"):
+    arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
+    experiment: Any = None
+    for attempt in dict.fromkeys((mode, "offline")):
         try:
             experiment = wandb.init(
-                **{k: v for k, v in arguments.items() if not (attempt == "offline" and k in offline)},
+                **arguments,
+                **({"resume": "allow"} if attempt == "online" else {}),
                 mode=attempt,  # type: ignore[arg-type]
                 settings=wandb.Settings(
                     init_timeout=20,
@@ -188,11 +215,9 @@ def _start_wandb(
             )
             break
         except Exception as error:
-            if attempt == "offline":
-                screen.warn(f"W&B cannot log ({error}); the local records go on.")
-                return None
-            why, offline = f"{type(error).__name__}: {error}", {"resume"}
-    else:
+            why = f"{type(error).__name__}: {error}"
+    if experiment is None:
+        screen.warn(f"W&B cannot log ({why}); the local records go on.")
         return None
     if experiment.settings.mode == "offline" or attempt == "offline":
         folder = Path(experiment.dir).parent

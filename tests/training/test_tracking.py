@@ -71,7 +71,7 @@ def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path)
     files = offline_files(tmp_path)
     assert len(files) == 2, "each job has a run of its own"
     found = next(f for f in map(collect, files) if f["run"].run_group == "night")
-    directory = next(d for d in (tmp_path / "runs").iterdir() if d.name.endswith(found["run"].run_id))
+    directory = next(d for d in (tmp_path / "runs").iterdir() if found["run"].run_id.startswith(f"{d.name[-10:]}-"))
     assert found["run"].job_type == "train"
     assert list(found["run"].tags) == ["a", "b"]
     assert found["run"].project == "llmft"
