@@ -67,7 +67,9 @@ class Setting:
         return int(np.prod(self.shape))
 
     def __str__(self) -> str:
-        spread = f"{self.spreads[0]:g}" if self.spreads[0] == self.spreads[1] else f"{self.spreads[0]:g}-{self.spreads[1]:g}"
+        spread = (
+            f"{self.spreads[0]:g}" if self.spreads[0] == self.spreads[1] else f"{self.spreads[0]:g}-{self.spreads[1]:g}"
+        )
         kind = "one odd" if self.odd else "equal" if self.spreads[0] == self.spreads[1] else "graded"
         grid = " x ".join(map(str, self.shape))
         return f"{grid:>7} | {self.seeds} | {self.num_rows:>5} | {spread:>10} {kind:<7} | {self.shared:.1f}"

@@ -188,7 +188,8 @@ def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family:
 
     rows = contrast.rows or Variance(0.0, math.inf)
     critical = max(
-        range_critical(family, seeds.df, alpha * POOLED_SHARE), _t_critical(2.0 * (count - 1), alpha * _own_share(count))
+        range_critical(family, seeds.df, alpha * POOLED_SHARE),
+        _t_critical(2.0 * (count - 1), alpha * _own_share(count)),
     )
     half = math.hypot(critical * math.sqrt(seeds.value), range_critical(family, rows.df, alpha) * math.sqrt(rows.value))
     return float(norm.sf((half - size) / math.sqrt(seeds.value + rows.value)))

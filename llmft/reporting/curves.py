@@ -75,7 +75,9 @@ def diagnose(run: RunRecord) -> Diagnosis:
         gained, whole = before - last, first[1] - last
         if gained > LATE_SHARE * whole > 0 and _clear(run, validation, before_step, last_step):
             return Diagnosis(
-                Fit.short, last_step, f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate"
+                Fit.short,
+                last_step,
+                f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate",
             )
     if first[0] == 0 and first[1] - best < LITTLE * first[1]:
         return Diagnosis(

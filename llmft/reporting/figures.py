@@ -30,9 +30,7 @@ class Series:
 
 def series_of(study: Study) -> list[Series]:
     """The best configurations in colour, the rest in grey."""
-    return [
-        Series(c.name, f"s{place}" if place < SERIES else "rest") for place, c in enumerate(study.configurations)
-    ]
+    return [Series(c.name, f"s{place}" if place < SERIES else "rest") for place, c in enumerate(study.configurations)]
 
 
 def curves(study: Study, metric: str, title: str) -> Markup | None:
@@ -115,7 +113,7 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
         clear = c.verdict in (Verdict.better, Verdict.worse)
         shape = tag(
             "g",
-            text(14, at - 12, clip(f"over {c.second}: {c.verdict.value}", 62), class_="halo"),
+            text(14, at - 12, clip(f"over {c.second}: {c.verdict.value}", 56), class_="halo"),
             tag("line", x1=x(low), x2=x(high), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )

@@ -29,7 +29,10 @@ _STAMP = re.compile(r"^<!-- sweep: (.*?) -->$", re.M)
 def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path) -> str:
     """A sweep's entry in Markdown."""
     created = study.created or ""
-    parts = [f"<!-- sweep: {_safe(created)} -->", f"## {_line(study.title)}" + (f" ({_line(created)})" if created else "")]
+    parts = [
+        f"<!-- sweep: {_safe(created)} -->",
+        f"## {_line(study.title)}" + (f" ({_line(created)})" if created else ""),
+    ]
     question = study.question or study.notes or "none was asked (`sweep.question=`)"
     parts.append(f"**Question.** {_line(question)}")
     if study.question and study.notes:
@@ -53,9 +56,7 @@ def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory
 
 def setup(study: Study) -> str:
     """What was varied, and what in all runs differs from the defaults."""
-    found = [
-        f"{key}: {', '.join(dict.fromkeys(c.values[key] for c in study.configurations))}" for key in study.keys
-    ]
+    found = [f"{key}: {', '.join(dict.fromkeys(c.values[key] for c in study.configurations))}" for key in study.keys]
     varied = "; ".join(found) if found else "nothing varied"
     constant = baseline_difference(study)
     return _line(f"{varied}." + (f" In all runs: {constant}." if constant else ""))

@@ -216,7 +216,14 @@ def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves
     if verdicts.all:
         head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
         lines = [
-            [c.first, c.second, c.verdict.value, number(abs(c.estimate)), _interval(c.low, c.high, c.estimate), settles(c)]
+            [
+                c.first,
+                c.second,
+                c.verdict.value,
+                number(abs(c.estimate)),
+                _interval(c.low, c.high, c.estimate),
+                settles(c),
+            ]
             for _, c in verdicts.all
         ]
         parts += ["## Verdicts", markdown_table(head, lines), *(f"- {sentence(c)}" for _, c in verdicts.all)]

@@ -175,8 +175,14 @@ def _alone(sample: Sample, monitor: str) -> str:
 def _basis(samples: Sequence[Sample], noise: Noise) -> str:
     if noise.known:
         sd = math.sqrt(noise.variance or 0.0)
-        told = "taken as known" if math.isinf(noise.df) else f"measured on {noise.df + 1:.0f} runs"
-        return f"The noise of one run is the stated standard deviation of {number(sd)} ({told}). Row noise is not known."
+        told = (
+            "taken as known: say sd_seeds if few runs measured it"
+            if math.isinf(noise.df)
+            else f"measured on {noise.df + 1:.0f} runs"
+        )
+        return (
+            f"The noise of one run is the stated standard deviation of {number(sd)} ({told}). Row noise is not known."
+        )
     rows = [r.rows for s in samples for r in s.replicates]
     told_rows = (
         f"Row noise from the losses of {len(rows[0].rows)} validation rows, paired."

@@ -117,7 +117,5 @@ def write_report(
     return report
 
 
-
-
 def _write(path: Path, content: str) -> None:
     write_atomically(path, str(redact(content)).encode("utf-8", errors="replace"))
