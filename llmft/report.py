@@ -1,0 +1,91 @@
+"""Runs -> what they say: `python -m llmft.report`, one page with tables, verdicts and figures.
+
+By default of the newest sweep of `output_dir`, or else of all its runs. `lb.RUN=0.736` adds a score from elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config import Mode
+from llmft.errors import ConfigError
+from llmft.schema import to_config
+
+
+@dataclass
+class ReportConfig:
+    """What `python -m llmft.report` takes."""
+
+    runs: Any = None
+    sweep: str | None = None
+    output_dir: str = "outputs"
+    out: str | None = None
+    lb: str | None = None
+    numbers: str | None = None
+    mode: Mode = Mode.min
+    clusters: bool = True
+
+
+def main() -> None:
+    """The command."""
+    # Names of runs hold dots, which Hydra would take for nested keys.
+    scores = [argument.removeprefix("lb.") for argument in sys.argv[1:] if argument.startswith("lb.")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("lb.")]
+    run_verb("report", ReportConfig, lambda composed: report(to_config(composed, ReportConfig), scores))
+
+
+def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
+    """Writes the report that `config` asks for, prints its main table and the verdicts, and returns it.
+
+    `scores` are "RUN=0.736". Raises ConfigError where nothing is found, DataError for a faulty csv.
+    """
+    from llmft.console import Screen
+
+    screen = Screen()
+    if config.numbers is not None:
+        return _report_numbers(config, screen)
+    from llmft.reporting.finding import find
+    from llmft.reporting.leaderboard import read_scores, to_score
+    from llmft.reporting.write import write_report
+
+    found = find(config.runs, config.sweep, Path(config.output_dir))
+    given = read_scores(Path(config.lb)) if config.lb is not None else {}
+    for score in scores or []:
+        name, equals, value = score.rpartition("=")
+        if not equals:
+            raise ConfigError(f"lb.{score}: write lb.RUN=SCORE.")
+        given[name] = to_score(value, f"lb.{name}")
+    made = write_report(
+        found.runs,
+        Path(config.out) if config.out is not None else found.directory,
+        sweep=found.sweep,
+        logbook=found.logbook,
+        leaderboard_scores=given,
+        clusters=config.clusters,
+    )
+    made.console(screen)
+    return made
+
+
+def _report_numbers(config: ReportConfig, screen: Any) -> Any:
+    from rich.markup import escape
+
+    from llmft.reporting.numbers import judge_numbers, read_numbers
+    from llmft.reporting.verdicts import sentence
+
+    assert config.numbers is not None
+    judged = judge_numbers(read_numbers(Path(config.numbers)), lower_is_better=config.mode is Mode.min)
+    for name, verdicts in judged.items():
+        screen.print(f"[bold]{escape(name or 'answer')}[/bold]  {escape(verdicts.answer)}")
+        for _, found in verdicts.all:
+            screen.print(f"  {escape(sentence(found))}")
+        screen.print(f"  {escape(verdicts.basis)}")
+    return judged
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,254 @@
+"""The report's figures, as SVG that needs nothing but itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from markupsafe import Markup
+
+from llmft.reporting.comparing import Comparison, Verdict
+from llmft.reporting.curves import Band, band
+from llmft.reporting.importance import Importance, interaction, sorted_values
+from llmft.reporting.study import Configuration, Study, short_names
+from llmft.reporting.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
+from llmft.reporting.verdicts import number
+
+MOST_LINES = 24
+LOG_FROM = 20.0
+"""Curves whose values span more than so many times the smallest get a logarithmic axis."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a legend: a configuration and the class of its colour."""
+
+    name: str
+    style: str
+
+
+def series_of(study: Study) -> list[Series]:
+    """The best configurations in colour, the rest in grey."""
+    return [Series(c.name, f"s{place}" if place < SERIES else "rest") for place, c in enumerate(study.configurations)]
+
+
+def curves(study: Study, metric: str, title: str) -> Markup | None:
+    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
+    found: list[tuple[Configuration, Series, Band]] = []
+    for configuration, series in list(zip(study.configurations, series_of(study), strict=True))[:MOST_LINES]:
+        line = band([run.curve(metric) for run in configuration.runs])
+        if line is not None and len(line.steps) > 1:
+            found.append((configuration, series, line))
+    if not found:
+        return None
+    values = [v for _, _, line in found for v in line.mean]
+    log = min(values) > 0 and max(values) / min(values) > LOG_FROM
+    edges = [v for _, _, b in found for m, s in zip(b.mean, b.spread, strict=True) for v in (m - s, m + s)]
+    edges = [max(v, min(values) * 0.8) for v in edges] if log else edges
+    x = Scale([s for _, _, line in found for s in line.steps], 52, WIDTH - 10, pad=0.01)
+    y = Scale(edges, 236, 14, log=log)
+    parts = [_axes(x, y, "optimizer step", 236)]
+    for configuration, series, line in reversed(found):
+        parts.append(_line(configuration, series, line, metric, x, y))
+    note = f"{title}: {len(found)} configurations" + (", logarithmic scale" if log else "")
+    return figure(276, title, f"{note}. {_ends(found)}", *parts)
+
+
+def _ends(found: Sequence[tuple[Configuration, Series, Band]]) -> str:
+    return "; ".join(f"{c.name} ends at {number(line.mean[-1])}" for c, _, line in found[:SERIES])
+
+
+def _axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
+    parts = []
+    for value in y.ticks():
+        parts.append(tag("line", x1=52, x2=WIDTH - 10, y1=y(value), y2=y(value), class_="grid"))
+        parts.append(text(46, y(value) + 4, short(value), "end"))
+    for value in x.ticks():
+        parts.append(text(x(value), bottom + 18, short(value), "middle"))
+    parts.append(text((52 + WIDTH) / 2, bottom + 36, below, "middle", class_="faint"))
+    return tag("g", *parts, class_="axes", aria_hidden="true")
+
+
+def _line(c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale) -> Markup:
+    points = [(x(step), y(mean)) for step, mean in zip(line.steps, line.mean, strict=True)]
+    shapes = []
+    if any(line.spread):
+        low = y.start
+        edge = [(x(s), y(m + d)) for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
+        back = [
+            (x(s), min(y(m - d), low) if not y.log or m > d else low)
+            for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)
+        ]
+        shapes.append(tag("path", d=_path([*edge, *reversed(back)]) + "Z", class_="band"))
+    shapes.append(tag("path", d=_path(points), class_="line"))
+    if len(points) <= 30:
+        shapes += [tag("circle", cx=px, cy=py, r=2.2, class_="dot") for px, py in points]
+    tip = f"{c.name}: {metric} {number(line.mean[-1])} at step {line.steps[-1]}"
+    tip += f", lowest {number(min(line.mean))}, {len(c.runs)} runs"
+    return tipped(tag("g", *shapes), tip, class_=f"series {series.style}")
+
+
+def _path(points: Sequence[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{px:.1f},{py:.1f}" for px, py in points)
+
+
+def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Markup | None:
+    """The distance of the best to each other one with its interval; an interval that holds 0 tells nothing apart."""
+    shown = [c for c in comparisons if c.low is not None and c.high is not None][:MOST_LINES]
+    if not shown:
+        return None
+    ends = [0.0, *(v for c in shown for v in (_as_lead(c)[0], _as_lead(c)[2]))]
+    height = 46.0 * len(shown) + 56
+    x = Scale(ends, 14, WIDTH - 14)
+    parts = []
+    for value in x.ticks():
+        parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
+        parts.append(text(x(value), height - 26, short(value), "middle"))
+    parts.append(tag("line", x1=x(0.0), x2=x(0.0), y1=8, y2=height - 44, class_="zero"))
+    parts.append(text(WIDTH / 2, height - 6, f"lead in {unit}, 95% interval", "middle", class_="faint"))
+    for place, c in enumerate(shown):
+        low, lead, high = _as_lead(c)
+        at = 46.0 * place + 36
+        clear = c.verdict in (Verdict.better, Verdict.worse)
+        shape = tag(
+            "g",
+            text(14, at - 12, clip(f"over {c.second}: {c.verdict.value}", 56), class_="halo"),
+            tag("line", x1=x(low), x2=x(high), y1=at, y2=at, class_="interval"),
+            tag("circle", cx=x(lead), cy=at, r=5, class_="mark" if clear else "mark open"),
+        )
+        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}, {c.verdict.value}"
+        parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
+    return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
+
+
+def _as_lead(c: Comparison) -> tuple[float, float, float]:
+    assert c.low is not None and c.high is not None
+    lead = abs(c.estimate)
+    return lead - (c.high - c.low) / 2, lead, lead + (c.high - c.low) / 2
+
+
+def parallel(study: Study) -> Markup | None:
+    """A line per configuration through its value of each key to its metric; the better, the darker."""
+    keys = study.keys
+    if not keys or len(study.configurations) < 2:
+        return None
+    names = short_names(keys)
+    width = max(WIDTH, 110.0 * (len(keys) + 1) + 40)
+    at = [40 + (width - 110) * place / len(keys) for place in range(len(keys) + 1)]
+    levels = [sorted_values({c.values[key] for c in study.configurations}) for key in keys]
+    spots = [{v: _spot(i, len(level)) for i, v in enumerate(level)} for level in levels]
+    means = [c.sample(study.monitor).mean for c in study.configurations]
+    y = Scale(means, 60, 250) if study.lower_is_better else Scale(means, 250, 60)
+    parts = []
+    for place, (configuration, mean) in enumerate(zip(study.configurations, means, strict=True)):
+        points = [(at[i], spots[i][configuration.values[key]]) for i, key in enumerate(keys)]
+        points.append((at[-1], y(mean)))
+        style = f"q{min(4, place * 5 // len(means))}"
+        tip = f"{configuration.name}: {study.monitor} {number(mean)}"
+        parts.append(tipped(tag("path", d=_path(points), class_="line"), tip, class_=f"series {style}"))
+    parts.reverse()  # the best on top
+    for i, key in enumerate([*keys, study.monitor]):
+        parts.append(tag("line", x1=at[i], x2=at[i], y1=46, y2=264, class_="axis"))
+        anchor = "start" if i == 0 else "end" if i == len(keys) else "middle"
+        parts.append(text(at[i], 22, clip(names.get(key, key), 18), anchor, class_="strong"))
+        for label, spot in _labels(levels[i], spots[i]) if i < len(keys) else [(short(v), y(v)) for v in y.ticks(4)]:
+            parts.append(text(at[i] + 7, spot + 4, clip(label, 14), class_="halo"))
+    title = "Every configuration, from its values to its metric"
+    best = study.configurations[0]
+    return figure(280, title, f"{title}. The best is {best.name} at {number(means[0])}.", *parts, width=width)
+
+
+def _spot(place: int, count: int) -> float:
+    return 155.0 if count == 1 else 250 - 190 * place / (count - 1)
+
+
+def _labels(level: Sequence[str], spots: dict[str, float]) -> list[tuple[str, float]]:
+    stride = math.ceil(len(level) / 10)
+    return [(value, spots[value]) for value in level[::stride]]
+
+
+def importance_bars(found: Importance) -> Markup:
+    """Each key's share of the variance between configurations, the pairs', and the seeds'."""
+    bars = [(key, share, "s0") for key, share in sorted(found.keys.items(), key=lambda item: -item[1])]
+    pairs = sorted(found.pairs.items(), key=lambda item: -item[1])[:4]
+    bars += [(f"{a} with {b}", share, "s2") for (a, b), share in pairs if share >= 0.005]
+    if found.exact and found.noise >= 0.0005:
+        bars.append(("noise of seeds", found.noise, "rest"))
+    parts = []
+    for place, (name, share, style) in enumerate(bars):
+        at = 44.0 * place
+        shape = tag(
+            "g",
+            text(4, at + 15, clip(name, 56)),
+            tag("rect", x=4, y=at + 21, width=WIDTH - 68, height=12, rx=3, class_="track"),
+            tag("rect", x=4, y=at + 21, width=max((WIDTH - 68) * share, 1.5), height=12, rx=3, class_="bar"),
+            text(WIDTH - 4, at + 32, f"{share:.1%}", "end"),
+        )
+        parts.append(tipped(shape, f"{name}: {share:.1%} of the variance", class_=f"series {style}"))
+    listed = "; ".join(f"{name} {share:.0%}" for name, share, _ in bars)
+    return figure(44.0 * len(bars) + 4, "Importance of each key", f"Share of the variance: {listed}.", *parts)
+
+
+def heat_map(study: Study, first: str, second: str) -> Markup:
+    """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
+    rows, columns, table = interaction(study, first, second)
+    names = short_names(study.keys)
+    known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
+    left, top = 96.0, 44.0
+    width = min((WIDTH - left - 6) / len(columns), 120.0)
+    whole = max(WIDTH, left + len(columns) * max(width, 52.0) + 6)
+    width, high = max(width, 52.0), 36.0
+    parts = [
+        text(left + width * len(columns) / 2, 16, clip(names[second], 40), "middle", class_="strong"),
+        text(4, 36, clip(names[first], 14), class_="strong"),
+    ]
+    parts += [text(left + width * (j + 0.5), 36, clip(v, int(width / 7)), "middle") for j, v in enumerate(columns)]
+    for i, row in enumerate(rows):
+        parts.append(text(left - 8, top + high * (i + 0.6), clip(row, 12), "end"))
+        for j, column in enumerate(columns):
+            value = table[i][j]
+            box = {"x": left + width * j + 1, "y": top + high * i + 1, "width": width - 2, "height": high - 2, "rx": 3}
+            if value is None:
+                parts.append(tag("rect", **box, class_="empty"))
+                continue
+            style = f"h{min(4, 5 * known.index(value) // len(known))}"
+            label = text(left + width * (j + 0.5), top + high * (i + 0.62), number(value, 3), "middle")
+            tip = f"{names[first]}={row}, {names[second]}={column}: {study.monitor} {number(value)}"
+            parts.append(tipped(tag("g", tag("rect", **box), label), tip, class_=f"cell {style}"))
+    title = f"{names[first]} with {names[second]}"
+    best = min if study.lower_is_better else max
+    note = f"{title}: {study.monitor}, best {number(best(known))}."
+    return figure(top + high * len(rows) + 6, title, note, *parts, width=whole)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A dot of a scatter: place, words on hover, class of its colour, and whether it is marked as wrong."""
+
+    x: float
+    y: float
+    tip: str
+    style: str = "s0"
+    wrong: bool = False
+
+
+def scatter(points: Sequence[Point], title: str, across: str, up: str, *, labels: bool = True) -> Markup:
+    """Dots; wrong ones as crosses, so that colour is not all that tells."""
+    x = Scale([p.x for p in points], 58, WIDTH - 12)
+    y = Scale([p.y for p in points], 286, 26)
+    parts = []
+    if labels:
+        parts.append(_axes(x, y, across, 286))
+    else:
+        parts.append(text((58 + WIDTH) / 2, 314, across, "middle", class_="faint"))
+    parts.append(text(8, 14, up, class_="faint"))
+    for p in points:
+        px, py = x(p.x), y(p.y)
+        if p.wrong:
+            cross = f"M{px - 4:.1f},{py - 4:.1f}l8,8M{px + 4:.1f},{py - 4:.1f}l-8,8"
+            shape = tag("path", d=cross, class_="cross")
+        else:
+            shape = tag("circle", cx=px, cy=py, r=4, class_="point")
+        parts.append(tipped(shape, p.tip, class_=f"series {p.style}"))
+    return figure(326, title, f"{title}: {len(points)} points.", *parts)

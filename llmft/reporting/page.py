@@ -1,0 +1,165 @@
+"""The report as one HTML page that asks nobody for anything: styles, script and figures are in it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from markupsafe import Markup
+
+from llmft.redaction import redact
+from llmft.reporting import figures, tables
+from llmft.reporting.clusters import text_clusters
+from llmft.reporting.curves import TRAIN
+from llmft.reporting.importance import importance
+from llmft.reporting.leaderboard import match_scores, rank_correlation
+from llmft.reporting.study import Study
+from llmft.reporting.verdicts import number, sentence, settles
+
+if TYPE_CHECKING:
+    from llmft.reporting.write import Report
+
+MOST_SAMPLES = 12
+MOST_COLUMNS = 4
+MOST_CHARACTERS = 700
+
+
+def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True) -> str:
+    """The page."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "sentence": sentence, "settles": settles, "interval": _interval}
+    study = report.study
+    values: dict[str, Any] = {
+        "report": report,
+        "study": study,
+        "head": tables.HEAD,
+        "rows": [tables.cells(line) for line in report.board],
+        "legend": figures.series_of(study)[: figures.MOST_LINES],
+        "figures": _figures(report, scores, clusters),
+        "samples": side_by_side(study),
+        "fits": _fits(report),
+        "cost": tables.cost(study),
+        "others": [(run.name, tables._metrics(run), run.command) for run in study.others],
+        "faults": [(run.name, fault) for run in study.runs for fault in dict.fromkeys(run.faults)],
+    }
+    return environment.get_template("page.html.jinja").render(**values)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A figure with what stands above it."""
+
+    title: str
+    note: str
+    svg: Markup
+    legend: bool = False
+
+
+def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[Drawn]]:
+    study = report.study
+    groups: dict[str, list[Drawn]] = {"verdicts": [], "curves": [], "keys": [], "scores": [], "clusters": []}
+    for family in report.verdicts.families:
+        lead = family.comparisons[0].first
+        svg = figures.differences(family.comparisons, f"Lead of {lead}", study.monitor)
+        if svg is not None:
+            note = "Where the interval holds 0 (hollow mark), the difference may be noise."
+            groups["verdicts"].append(Drawn(f"Lead of {lead}", note, svg))
+    for metric in dict.fromkeys([study.monitor, "val/loss_nats", TRAIN]):
+        svg = figures.curves(study, metric, metric)
+        if svg is not None:
+            groups["curves"].append(Drawn(metric, "", svg, legend=True))
+    paths = figures.parallel(study)
+    if paths is not None:
+        note = "A line is a configuration; the stronger, the better. Better metrics are at the top."
+        groups["keys"].append(Drawn("Parallel coordinates", note, paths))
+    shares = importance(study)
+    if shares is not None:
+        how = (
+            "Functional analysis of variance over the complete grid; what seeds alone would give is taken off."
+            if shares.exact
+            else "Functional analysis of variance of a random forest, since some combinations are missing."
+        )
+        groups["keys"].append(Drawn("Importance", how, figures.importance_bars(shares)))
+    for first, second in _pairs(study, shares):
+        svg = figures.heat_map(study, first, second)
+        groups["keys"].append(Drawn("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg))
+    groups["scores"] = _scores(study, scores)
+    drawn = text_clusters(study) if clusters else None
+    if drawn is not None:
+        groups["clusters"].append(Drawn("Validation rows by their words", drawn.note, drawn.svg))
+    return groups
+
+
+def _pairs(study: Study, shares: Any, most: int = 3) -> list[tuple[str, str]]:
+    """The pairs of keys whose interplay matters most."""
+    if len(study.keys) < 2 or len(study.configurations) < 3:
+        return []
+    if shares is None:
+        return [(study.keys[0], study.keys[1])]
+    ranked = sorted(shares.pairs, key=lambda pair: -shares.pairs[pair])
+    return ranked[:most]
+
+
+def _scores(study: Study, scores: Mapping[str, float]) -> list[Drawn]:
+    matched = match_scores(study, scores)
+    if len(matched) < 2:
+        return []
+    local = [run.value(study.monitor) or 0.0 for run, _ in matched]
+    points = [
+        figures.Point(x, score, f"{run.name}: local {number(x)}, leaderboard {number(score)}")
+        for x, (run, score) in zip(local, matched, strict=True)
+    ]
+    svg = figures.scatter(points, "Local validation against leaderboard", f"local {study.monitor}", "leaderboard")
+    return [Drawn("Local validation against leaderboard", rank_correlation(local, [s for _, s in matched]), svg)]
+
+
+def side_by_side(study: Study) -> dict[str, Any] | None:
+    """The same rows as the best configurations generate them."""
+    columns = []
+    for c in study.configurations:
+        found = next((s for run in c.runs if (s := run.samples())), None)
+        if found:
+            columns.append((c.name, {str(s.get("where", i)): s for i, s in enumerate(found)}))
+        if len(columns) == MOST_COLUMNS:
+            break
+    if not columns:
+        return None
+    lines = []
+    for where, sample in list(columns[0][1].items())[:MOST_SAMPLES]:
+        told = [_shown(found.get(where, {}).get("generated")) for _, found in columns]
+        reference = _shown(sample.get("reference"))
+        right = [text.strip() == reference.strip() for text in told]
+        lines.append({"where": where, "prompt": _shown(sample.get("prompt")), "reference": reference,
+                      "told": list(zip(told, right, strict=True))})  # fmt: skip
+    return {"names": [name for name, _ in columns], "lines": lines}
+
+
+def _shown(value: Any) -> str:
+    text = re.sub(r"\n\s*\n+", "\n", str(redact("" if value is None else str(value))).strip())
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}…"
+
+
+def _fits(report: Report) -> Sequence[tuple[str, str, str]]:
+    by_run = report.diagnoses
+    order = {str(r.directory): i for i, r in enumerate(r for c in report.study.configurations for r in c.runs)}
+    runs = sorted(report.study.runs, key=lambda run: order.get(str(run.directory), len(order)))
+    return [
+        (run.name, str(by_run[str(run.directory)]), by_run[str(run.directory)].detail)
+        for run in runs
+        if str(run.directory) in by_run
+    ]
+
+
+def _interval(found: Any) -> str:
+    return tables._interval(found.low, found.high, found.estimate)

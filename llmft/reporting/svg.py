@@ -1,0 +1,113 @@
+"""Small pieces that the figures are drawn from: escaped SVG elements, scales, ticks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from markupsafe import Markup, escape
+
+WIDTH = 460
+"""Units across a figure: on a phone of 390 pixels, text of 13 units is 10 pixels high."""
+SERIES = 7
+"""Colours that people with any colour vision tell apart (Okabe and Ito); lines also differ in their dashes."""
+
+
+def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
+    """An element; `class_` is class, `font_size` is font-size, None leaves an attribute out. Everything is escaped."""
+    parts = [
+        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _plain(value))
+        for key, value in attributes.items()
+        if value is not None
+    ]
+    inner = Markup("").join(escape(child) for child in children)
+    return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), Markup("").join(parts), inner)
+
+
+def _plain(value: object) -> object:
+    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+
+
+def text(x: float, y: float, words: str, anchor: str = "start", **attributes: object) -> Markup:
+    """A line of text."""
+    return tag("text", words, x=float(x), y=float(y), text_anchor=anchor, **attributes)
+
+
+def figure(height: float, title: str, description: str, *children: Markup, width: float = WIDTH) -> Markup:
+    """An SVG with a title and a description for those who do not see it."""
+    name = f"f{abs(hash((title, description))) % 10**8}"
+    head = [tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d")]
+    return tag(
+        "svg",
+        *head,
+        *children,
+        viewBox=f"0 0 {width:g} {height:g}",
+        role="group",
+        aria_labelledby=f"{name}t {name}d",
+        class_="figure",
+    )
+
+
+def tipped(shape: Markup, tip: str, **attributes: object) -> Markup:
+    """A shape that shows `tip` when the pointer or the keyboard is on it."""
+    return tag("g", shape, tabindex=0, role="img", aria_label=tip, data_tip=tip, **attributes)
+
+
+def clip(words: str, most: int) -> str:
+    """`words` on one line of at most `most` characters."""
+    line = " ".join(words.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def ticks(low: float, high: float, count: int = 5) -> list[float]:
+    """Round numbers within low..high."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / count
+    unit = 10.0 ** math.floor(math.log10(raw))
+    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
+    first = math.ceil(low / step - 1e-9)
+    return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers within low..high for a logarithmic axis."""
+    found = [
+        factor * 10.0**power
+        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        for factor in (1, 2, 5)
+        if low <= factor * 10.0**power <= high
+    ]
+    return found or [low, high]
+
+
+class Scale:
+    """Values to units along an axis."""
+
+    def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.04):
+        low, high = min(values), max(values)
+        if not high > low:
+            low, high = low - (abs(low) * 0.05 or 0.5), high + (abs(high) * 0.05 or 0.5)
+            log = log and low > 0
+        if log:
+            low, high = math.log(low), math.log(high)
+        room = (high - low) * pad
+        self.low, self.high, self.log = low - room, high + room, log
+        self.start, self.end = start, end
+
+    def __call__(self, value: float) -> float:
+        place = math.log(max(value, 1e-300)) if self.log else value
+        return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
+
+    def ticks(self, count: int = 5) -> list[float]:
+        """Where to put labels."""
+        if self.log:
+            return log_ticks(math.exp(self.low), math.exp(self.high))
+        return ticks(self.low, self.high, count)
+
+
+def short(value: float) -> str:
+    """A tick's label."""
+    if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
+        return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    return f"{value:.6g}"

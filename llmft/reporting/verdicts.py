@@ -1,0 +1,265 @@
+"""What a study's numbers allow to be said, in words: the best against each, and the values of each varied key.
+
+All verdicts of a study share one chance of 5% of any false winner: with one key they are one family; with several, the
+configurations get half of it and the keys share the other half (Bonferroni).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from llmft.reporting.comparing import ALPHA, MOST_SEEDS, Comparison, Verdict, compare
+from llmft.reporting.noise import Noise, Sample
+from llmft.reporting.study import Study, short_names
+
+
+@dataclass
+class Family:
+    """Comparisons that belong together: of configurations (`key` is None), or of a key's values."""
+
+    key: str | None
+    comparisons: list[Comparison]
+    headline: str
+
+
+@dataclass
+class Verdicts:
+    """All comparisons of a study, and what they rest on."""
+
+    families: list[Family] = field(default_factory=list)
+    answer: str = ""
+    basis: str = ""
+
+    @property
+    def all(self) -> list[tuple[str | None, Comparison]]:
+        """Every comparison with its family's key."""
+        return [(family.key, found) for family in self.families for found in family.comparisons]
+
+
+def judge(study: Study) -> Verdicts:
+    """The verdicts on a study."""
+    samples = [c.sample(study.monitor) for c in study.configurations]
+    return judge_samples(
+        samples,
+        {c.name: c.values for c in study.configurations},
+        study.keys,
+        monitor=study.monitor,
+        lower_is_better=study.lower_is_better,
+    )
+
+
+def judge_samples(
+    samples: Sequence[Sample],
+    values: Mapping[str, Mapping[str, str]] | None = None,
+    keys: Sequence[str] = (),
+    *,
+    monitor: str = "val/loss_nats",
+    lower_is_better: bool = True,
+    noise: Noise | None = None,
+) -> Verdicts:
+    """The verdicts on samples whose configurations have `values` of `keys`; `noise` where the spread is told."""
+    found = Verdicts()
+    if not samples:
+        found.answer = "No run finished with a result: see the failures."
+        return found
+    noise = noise or Noise.measured(samples)
+    found.basis = _basis(samples, noise)
+    if len(samples) == 1:
+        found.answer = _alone(samples[0], monitor)
+        return found
+    several = len(keys) > 1
+    ordered = sorted(samples, key=lambda s: s.mean * (1 if lower_is_better else -1))
+    alpha = ALPHA / 2 if several else ALPHA
+    best = ordered[0].name
+    against = [
+        compare(
+            noise,
+            {best: 1.0, other.name: -1.0},
+            (best, other.name),
+            family=len(ordered),
+            alpha=alpha,
+            lower_is_better=lower_is_better,
+        )
+        for other in ordered[1:]
+    ]
+    found.families.append(Family(None, against, _headline(best, against)))
+    for key in keys if several and values else ():
+        assert values is not None
+        family = _key_family(noise, values, key, keys, ALPHA / 2 / len(keys), lower_is_better)
+        if family is not None:
+            found.families.append(family)
+    found.answer = " ".join(family.headline for family in found.families)
+    return found
+
+
+def _key_family(
+    noise: Noise,
+    values: Mapping[str, Mapping[str, str]],
+    key: str,
+    keys: Sequence[str],
+    alpha: float,
+    lower_is_better: bool,
+) -> Family | None:
+    """The best value of `key` against its others, over the settings of the other keys that both were tried with."""
+    cells: dict[str, dict[tuple[str, ...], str]] = {}
+    for name, setting in values.items():
+        rest = tuple(setting.get(other, "") for other in keys if other != key)
+        cells.setdefault(setting.get(key, ""), {})[rest] = name
+    sign = 1 if lower_is_better else -1
+
+    def gap(first: str, second: str) -> float:
+        both = cells[first].keys() & cells[second].keys()
+        if not both:
+            return math.nan
+        each = (noise.samples[cells[first][r]].mean - noise.samples[cells[second][r]].mean for r in both)
+        return sign * sum(each) / len(both)
+
+    # The value that on average does best against those it can be compared with.
+    standing = {value: [g for o in cells if o != value and not math.isnan(g := gap(value, o))] for value in cells}
+    standing = {value: gaps for value, gaps in standing.items() if gaps}
+    if len(standing) < 2:
+        return None
+    best = min(standing, key=lambda value: sum(standing[value]) / len(standing[value]))
+    short = short_names(keys)[key]
+    comparisons = []
+    for other in sorted((v for v in standing if v != best), key=lambda v: -_or_zero(gap(best, v))):
+        both = sorted(cells[best].keys() & cells[other].keys())
+        if not both:
+            continue
+        weights = {cells[best][r]: 1 / len(both) for r in both} | {cells[other][r]: -1 / len(both) for r in both}
+        names = (f"{short}={best}", f"{short}={other}")
+        found = compare(noise, weights, names, family=len(cells), alpha=alpha, lower_is_better=lower_is_better)
+        comparisons.append(found)
+    return Family(key, comparisons, _headline(f"{short}={best}", comparisons)) if comparisons else None
+
+
+def _or_zero(value: float) -> float:
+    return 0.0 if math.isnan(value) else value
+
+
+def _headline(best: str, comparisons: Sequence[Comparison]) -> str:
+    won = [c.second for c in comparisons if c.verdict is Verdict.better]
+    open_ = [c.second for c in comparisons if c.verdict is Verdict.same]
+    unseeded = [c.second for c in comparisons if c.verdict is Verdict.rows_only]
+    unknown = [c.second for c in comparisons if c.verdict is Verdict.unknown]
+    if len(won) == len(comparisons):
+        return f"{best} is better than {'every other' if len(won) > 1 else won[0]}."
+    parts = []
+    if won:
+        parts.append(f"better than {listed(won)}")
+    if open_:
+        parts.append(f"not distinguishable from {listed(open_)}")
+    if unseeded:
+        parts.append(f"ahead of {listed(unseeded)} on these rows, but the seed noise is unknown")
+    if unknown:
+        parts.append(f"ahead of {listed(unknown)} by a difference whose noise is unknown")
+    return f"No winner: {best} leads, and is {'; '.join(parts)}." if not won else f"{best} leads: {'; '.join(parts)}."
+
+
+def listed(names: Sequence[str], most: int = 4) -> str:
+    """ "a, b and c", or the first few and a count."""
+    if len(names) > most:
+        return f"{'; '.join(names[: most - 1])} and {len(names) - most + 1} others"
+    return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _alone(sample: Sample, monitor: str) -> str:
+    n = len(sample.replicates)
+    spread = f", standard deviation {number(float(sample.values.std(ddof=1)))} over {n} runs" if n > 1 else ""
+    return f"One configuration, nothing to compare: {monitor} {number(sample.mean)}{spread}."
+
+
+def _basis(samples: Sequence[Sample], noise: Noise) -> str:
+    if noise.known:
+        sd = math.sqrt(noise.variance or 0.0)
+        told = (
+            "taken as known: say sd_seeds if few runs measured it"
+            if math.isinf(noise.df)
+            else f"measured on {noise.df + 1:.0f} runs"
+        )
+        return (
+            f"The noise of one run is the stated standard deviation of {number(sd)} ({told}). Row noise is not known."
+        )
+    rows = [r.rows for s in samples for r in s.replicates]
+    told_rows = (
+        f"Row noise from the losses of {len(rows[0].rows)} validation rows, paired."
+        if rows and all(row is not None for row in rows) and rows[0] is not None
+        else "Row noise is not known for this metric: what is said holds for these validation rows."
+    )
+    if noise.variance is None:
+        return f"One run per configuration: seed noise is unknown, so no winner is called. {told_rows}"
+    how = "after seeds or folds were compared one by one" if noise.blocked else "pooled"
+    few = noise.replicated < len(samples)
+    borrowed = " Configurations with one run borrow the spread of the others." if few else ""
+    return (
+        f"Standard deviation between runs {number(math.sqrt(noise.variance))} ({how}; {noise.df:.0f} degrees of freedom "
+        f"from {noise.replicated} of {len(samples)} configurations).{borrowed} {told_rows}"
+    )
+
+
+def sentence(found: Comparison) -> str:
+    """A comparison in words: verdict, estimate, interval, what it rests on, and what would settle it."""
+    size = abs(found.estimate)
+    head = f"{found.first} against {found.second}"
+    if found.low is None or found.high is None:
+        return f"{head}: ahead by {number(size)}; noise unknown, run 4 more seeds of each."
+    low, high = sorted((found.low, found.high) if found.estimate >= 0 else (-found.low, -found.high))
+    interval = f"95% interval {number(low)} to {number(high)}"
+    if found.verdict is Verdict.better:
+        return f"{head}: better by {number(size)} ({interval}); {rests_on(found)}."
+    if found.verdict is Verdict.worse:
+        return f"{head}: worse by {number(size)} ({interval}); {rests_on(found)}."
+    if found.verdict is Verdict.rows_only:
+        return (
+            f"{head}: ahead by {number(size)} ({interval} from the rows alone): the rows distinguish them, the seed "
+            "noise is unknown: run 4 more seeds of each."
+        )
+    return f"{head}: not distinguishable, ahead by {number(size)} ({interval}); {settles(found)}; {rests_on(found)}."
+
+
+def settles(found: Comparison) -> str:
+    """What would settle an open comparison."""
+    if found.verdict is not Verdict.same:
+        return "4 more seeds of each" if found.verdict in (Verdict.rows_only, Verdict.unknown) else ""
+    if found.seeds_needed is not None:
+        more = found.seeds_needed - found.contrast.replicates
+        return f"{more} more runs of each ({found.seeds_needed} in all) would settle a difference of this size"
+    if found.rows_needed is not None:
+        return f"more seeds would not settle it, about {found.rows_needed:,} validation rows would"
+    if found.contrast.run_variance == 0:
+        return "seed noise is unknown: run 4 more seeds of each"
+    return f"not even {MOST_SEEDS} runs of each would settle a difference of this size"
+
+
+def rests_on(found: Comparison) -> str:
+    """Which noise a comparison takes into account."""
+    contrast = found.contrast
+    n = contrast.replicates
+    if contrast.pooled is None and contrast.own is None:
+        runs = "one run each, seed noise unknown"
+    elif contrast.own is None:
+        runs = f"{'one run' if n == 1 else f'{n} runs'} each, with a spread known from elsewhere"
+    else:
+        runs = f"{n} runs each{', compared seed by seed' if contrast.blocked else ''}"
+    if contrast.rows is None:
+        return f"rests on {runs}; row noise unknown"
+    same = "not the same in both" if contrast.unpaired_rows else "paired"
+    return f"rests on {runs}, {contrast.num_rows:,} validation rows ({same})"
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A number with four significant digits, without an exponent where it can be read."""
+    if value == 0 or not math.isfinite(value):
+        return f"{value:g}"
+    if 1e-4 <= abs(value) < 1e6:
+        places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
+        return f"{value:.{places}f}"
+    return f"{value:.{digits - 1}e}"
+
+
+def steps_between(curve: Sequence[tuple[int, float]]) -> list[int]:
+    """The distances between a curve's steps."""
+    return [later - earlier for (earlier, _), (later, _) in pairwise(curve)]

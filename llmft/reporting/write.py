@@ -1,0 +1,121 @@
+"""Runs -> report.html, report.md, results.csv, verdicts.csv, and an entry in the logbook."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft.files import write_atomically
+from llmft.redaction import redact
+from llmft.reporting.curves import Diagnosis, summed_up
+from llmft.reporting.logbook import ENTRY, entry, update_logbook
+from llmft.reporting.study import Study, make_study
+from llmft.reporting.tables import (
+    Standing,
+    cells,
+    diagnose_all,
+    leaderboard,
+    markdown,
+    results_csv,
+    verdicts_csv,
+)
+from llmft.reporting.verdicts import Verdicts, judge, sentence
+
+SHOWN_ON_CONSOLE = 12
+
+
+@dataclass
+class Report:
+    """What was found out and where it was written."""
+
+    study: Study
+    verdicts: Verdicts
+    board: list[Standing]
+    diagnoses: dict[str, Diagnosis]
+    directory: Path
+
+    @property
+    def html(self) -> Path:
+        """The page."""
+        return self.directory / "report.html"
+
+    @property
+    def curves(self) -> str:
+        """Over- and underfitting, summed up over the runs."""
+        return summed_up(list(self.diagnoses.values()))
+
+    def console(self, screen: Any) -> None:
+        """Prints the leaderboard and the verdicts; `screen` has a `print` that takes rich markup and tables."""
+        from rich import box
+        from rich.markup import escape
+        from rich.table import Table
+
+        if self.board:
+            table = Table(title=escape(f"by {self.study.monitor}"), title_justify="left", box=box.SIMPLE_HEAD)
+            for name in ("", "configuration", "mean", "sd", "n", "best", "time", "curves"):
+                justify: Any = "left" if name in ("configuration", "curves", "n") else "right"
+                table.add_column(name, justify=justify, overflow="fold")
+            for line in self.board[:SHOWN_ON_CONSOLE]:
+                shown = cells(line)
+                table.add_row(*map(escape, redact([*shown[:7], shown[-1]])))
+            screen.print(table)
+            if len(self.board) > SHOWN_ON_CONSOLE:
+                screen.print(f"and {len(self.board) - SHOWN_ON_CONSOLE} more, see the page")
+        if self.study.question:
+            screen.print(f"[bold]question[/bold]  {escape(self.study.question)}")
+        screen.print(f"[bold]answer[/bold]  {escape(self.verdicts.answer)}")
+        for _, found in self.verdicts.all[:SHOWN_ON_CONSOLE]:
+            screen.print(f"  {escape(sentence(found))}")
+        if self.verdicts.basis:
+            screen.print(escape(self.verdicts.basis))
+        if self.curves:
+            screen.print(f"[bold]curves[/bold]  {escape(self.curves)}")
+        for failure in self.study.failures[:SHOWN_ON_CONSOLE]:
+            screen.print(f"[red]{escape(failure.status)}[/red]  {escape(failure.name)}: {escape(failure.cause)}")
+            if failure.command:
+                screen.print(f"  {escape(failure.command)}")
+        screen.print(f"[bold]report[/bold]  {escape(str(self.html))}")
+
+
+def write_report(
+    runs: Sequence[Path],
+    directory: Path,
+    *,
+    sweep: Path | None = None,
+    logbook: Path | None = None,
+    leaderboard_scores: Mapping[str, float] | None = None,
+    clusters: bool = True,
+) -> Report:
+    """Reads `runs` (and those that `sweep`, a sweep's directory, names), judges them and writes `directory`.
+
+    `logbook` is made anew with this sweep's entry. `leaderboard_scores` are scores from elsewhere by run name or key.
+    Odd, half-written and failed runs are listed with what is wrong with them.
+
+    Raises OSError where `directory` cannot be written.
+    """
+    from llmft.reporting.page import render
+
+    study = make_study(runs, sweep)
+    verdicts = judge(study)
+    diagnoses = diagnose_all(study)
+    board = leaderboard(study, diagnoses)
+    report = Report(study, verdicts, board, diagnoses, directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {
+        "report.html": render(report, dict(leaderboard_scores or {}), clusters=clusters),
+        "report.md": markdown(study, verdicts, board, report.curves),
+        "results.csv": results_csv(study, board),
+        "verdicts.csv": verdicts_csv(verdicts),
+    }
+    for name, content in files.items():
+        _write(directory / name, content)
+    if logbook is not None and sweep is not None:
+        _write(sweep / ENTRY, entry(study, verdicts, board, directory))
+        update_logbook(logbook, sweep.parent)
+    return report
+
+
+def _write(path: Path, content: str) -> None:
+    write_atomically(path, str(redact(content)).encode("utf-8", errors="replace"))
