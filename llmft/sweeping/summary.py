@@ -83,16 +83,16 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
     keys = [key for key in sweep.swept if key not in REPLICATIONS]
     columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in keys]
     columns.append(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(f"best/{monitor}")))
-    what = [
+    what: list[Any] = [
         panels.ParallelCoordinatesPlot(columns=columns),
         panels.ParameterImportancePlot(with_respect_to=f"best/{monitor}"),
     ]
-    curves = [
+    curves: list[Any] = [
         panels.LinePlot(title=f"{name} by {key}", x="step", y=[name], groupby=f"config.{key}", groupby_aggfunc="mean")
         for key in keys or ["seed"]
         for name in (monitor, "train/loss_nats")
     ]
-    samples = [panels.WeavePanelSummaryTable(table_name="samples")]
+    samples: list[Any] = [panels.WeavePanelSummaryTable(table_name="samples")]
     return workspaces.Workspace(
         entity=entity,
         project=sweep.config.logger.wandb.project,

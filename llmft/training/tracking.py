@@ -202,7 +202,7 @@ def open_wandb(
         try:
             experiment = wandb.init(
                 **arguments,
-                **({"resume": "allow"} if attempt == "online" else {}),
+                resume="allow" if attempt == "online" else None,
                 mode=attempt,  # type: ignore[arg-type]
                 settings=wandb.Settings(
                     init_timeout=20,
