@@ -1,8 +1,8 @@
 """The one error for users, its exit codes, and nearest names.
 
 A user's mistake is one sentence: what happened, where (file:line or config key), what to do. The traceback is
-shown only with `LLMFT_TRACE=1`. Exit codes: 0 done, 1 unexpected, 2 configuration, 3 training diverged, 4 data,
-5 some trials of a sweep failed, 74 disk, 130 and 143 signals.
+shown only with `LLMFT_TRACE=1`. Exit codes: 0 done or paused as asked, 1 unexpected, 2 configuration, 3 training
+diverged, 4 data, 5 some trials of a sweep failed, 74 disk, 128 + number for signals (130 SIGINT, 143 SIGTERM).
 """
 
 from __future__ import annotations
@@ -71,6 +71,14 @@ class Interrupted(UserError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signum
+
+
+class Paused(Interrupted):
+    """The clock or a file asked the run to stop, and it did as planned: no failure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
+        self.exit_code = 0
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:

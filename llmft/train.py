@@ -10,6 +10,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmft.app import command_line, run_verb
@@ -51,6 +52,7 @@ def train(
     Raises UserError for what the user can mend; everything else is a defect.
     """
     from llmft.console import Screen
+    from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
 
     rank = process_rank(config)
@@ -58,6 +60,7 @@ def train(
     prepared = prepare(config)
     run = prepared.run
     if rank > 0:
+        die_with_parent()
         # Every process decides alike: a finished run needs nobody.
         return None if run.done and not config.force else _train(prepared, screen, None)
     if run.done and not config.force:
@@ -68,6 +71,7 @@ def train(
             return _tell_done(run, config, screen)
         if config.force and run.status():
             run.clear()
+        run.forget_wishes()
         run.update(
             status="running",
             key=run.key,
@@ -108,11 +112,47 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 
 def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
-    """Everything that needs torch."""
+    """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.console import quiet_libraries
-    from llmft.training.session import Session
+    from llmft.training.out_of_memory import OutOfMemory
 
     quiet_libraries()
+    while True:
+        rejected = list(prepared.problems.rejected)
+        try:
+            return _train_once(prepared, screen, watch)
+        except OutOfMemory as error:
+            smaller = _smaller(prepared, error, screen)
+        # Here the error is gone, and with it the frames that held its tensors.
+        _free_memory()
+        prepared = replace(smaller, problems=replace(prepared.problems, rejected=rejected))
+
+
+def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
+    from llmft.training.out_of_memory import smaller
+
+    config, note = smaller(prepared.config, error)
+    screen.warn(
+        f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."
+    )
+    prepared.run.update(out_of_memory=[*prepared.run.status().get("out_of_memory", []), note])
+    return replace(prepared, config=config)
+
+
+def _free_memory() -> None:
+    """Gives back what nobody holds any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+    from llmft.training.session import Session
+
     session = Session(prepared, screen, watch)
     try:
         return session.run()
