@@ -14,6 +14,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable
 
+from llmft.redaction import redact
+
 
 class UserError(Exception):
     """Something that the user can mend; the message says where and how."""
@@ -113,12 +115,17 @@ def report(error: BaseException) -> int:
     trace = bool(os.environ.get("LLMFT_TRACE"))
     if isinstance(error, UserError):
         if trace:
-            traceback.print_exception(error)
-        print(f"llmft: {error}", file=sys.stderr)
+            _print_trace(error)
+        # One line, also where it repeats an argument that had several.
+        print(redact(f"llmft: {' '.join(str(error).splitlines())}"), file=sys.stderr)
         return error.exit_code
-    traceback.print_exception(error)
+    _print_trace(error)
     print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)
     return 1
+
+
+def _print_trace(error: BaseException) -> None:
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def exit_with(function: Callable[[], object]) -> None:
