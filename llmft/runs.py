@@ -332,4 +332,4 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        file.write((json.dumps(plain, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(redact(plain), ensure_ascii=False) + "\n").encode())

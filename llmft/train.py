@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.app import command_line, run_verb
+from llmft.app import command_line, config_of_command, run_verb
 from llmft.config import TrainConfig
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.schema import to_config
 from llmft.sweeping.worker import watch_of_environment
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def main() -> None:
 
 
 def _train_composed(composed: Any) -> float | None:
-    config = to_config(composed, TrainConfig)
+    config = config_of_command(composed, TrainConfig)
     overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
     return train(config, watch=watch_of_environment(), overrides=overrides)
 
@@ -51,6 +50,8 @@ def train(
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
+    from rich.markup import escape
+
     from llmft.console import Screen
     from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
@@ -81,6 +82,9 @@ def train(
             tags=config.tags,
         )
         screen.open_log(run.log_file)
+        if config.model.trust_remote_code:
+            where = config.model.path or f"{config.model.id} at {config.model.revision}"
+            screen.print(f"[bold red]This run executes the Python code of {escape(where)}.[/bold red]")
         try:
             return _train(prepared, screen, watch)
         except BaseException as error:

@@ -93,7 +93,9 @@ class SafeWandbLogger(WandbLogger):
 
         def add() -> None:
             columns: list[str | int] = ["step", "where", "prompt", "reference", "generated"]
-            table = wandb.Table(columns=columns, data=[[step, *(s[str(c)] for c in columns[1:])] for s in samples[:64]])
+            table = wandb.Table(
+                columns=columns, data=[[step, *(redact(s[str(c)]) for c in columns[1:])] for s in samples[:64]]
+            )
             self.experiment.log({"samples": table, "step": step})
 
         self._guard(add)
