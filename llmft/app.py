@@ -46,6 +46,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         import hydra
 
         for argument in sys.argv[1:]:
+            if argument.startswith("--experimental-rerun"):
+                raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
             if redact(argument) != argument:
                 key = argument.partition("=")[0]
                 raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")

@@ -511,6 +511,49 @@ class SweepConfig:
         )
 
 
+class Form(Enum):
+    """How a command answers: for people or for programs."""
+
+    text = "text"
+    json = "json"
+
+
+class Keep(Enum):
+    """Which checkpoints of a finished run stay."""
+
+    best = "best"
+    last = "last"
+
+
+class Cleaning(Enum):
+    """What `python -m llmft.disk` may delete."""
+
+    checkpoints = "checkpoints"
+    leftovers = "leftovers"
+    tokens = "tokens"
+    wandb = "wandb"
+
+
+@dataclass
+class DoctorConfig:
+    """What `python -m llmft.doctor` takes."""
+
+    output_dir: str = "outputs"
+    network: bool = True
+    format: Form = Form.text
+
+
+@dataclass
+class DiskConfig:
+    """What `python -m llmft.disk` takes."""
+
+    output_dir: str = "outputs"
+    clean: list[Cleaning] = field(default_factory=list)
+    keep: list[Keep] = field(default_factory=lambda: [Keep.best, Keep.last])
+    dry_run: bool = True
+    format: Form = Form.text
+
+
 @dataclass
 class TrainConfig:
     """What `python -m llmft` takes."""

@@ -82,7 +82,7 @@ class Screen:
         """A short table of what is about to happen."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}[/bold]", escape(value))
+            table.add_row(f"[bold]{name}[/bold]", escape(redact(value)))
         self.print(Panel(table, title="llmft", title_align="left", border_style="cyan", expand=False))
 
     def samples(self, samples: Sequence[Mapping[str, Any]], count: int, step: int) -> None:
@@ -93,7 +93,7 @@ class Screen:
         table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
         table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
         table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
-        for sample in samples[:count]:
+        for sample in map(redact, samples[:count]):  # before it is cut to what the screen holds
             same = sample["reference"].strip() == sample["generated"].strip()
             colour = "green" if same else "red"
             table.add_row(

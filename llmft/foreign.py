@@ -136,7 +136,7 @@ def check_model(directory: Path) -> None:
             _check_values(path, read_json(path, most))
         elif name == "model.safetensors.index.json":
             names = read_json(path, most).get("weight_map")
-            for shard in set(names.values()) if isinstance(names, dict) else ():
+            for shard in names.values() if isinstance(names, dict) else ():
                 if not isinstance(shard, str) or Path(shard).name != shard:
                     raise ConfigError(f"{path}: it names a file outside the directory: {shard!r}.")
 
