@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
+from llmft.foreign import check_config_directories
 from llmft.redaction import redact
-from llmft.schema import open_keys, schema_keys
+from llmft.schema import open_keys, schema_keys, to_config
 
 
 def config_directory() -> Path:
@@ -45,6 +46,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         import hydra
 
         for argument in sys.argv[1:]:
+            if argument.startswith("--experimental-rerun"):
+                raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
             if redact(argument) != argument:
                 key = argument.partition("=")[0]
                 raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")
@@ -52,6 +55,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
             if {"-m", "--multirun"} & set(sys.argv[1:]):
                 raise ConfigError("-m: only a training has several jobs; this command takes one config.")
             sys.argv.append("hydra.mode=RUN")  # also where a file of sweeps/ says otherwise
+        check_config_directories(sys.argv[1:])
         # Options before overrides: argparse does not find `-m` between two of them.
         sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
         sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
@@ -87,6 +91,21 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
             raise failures[0]
 
     exit_with(body)
+
+
+def config_of_command(composed: Any, schema: type) -> Any:
+    """What `to_config` makes of a composed command line.
+
+    Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
+    """
+    config = to_config(composed, schema)
+    asked = any(argument.lstrip("+").startswith("model.trust_remote_code=") for argument in sys.argv[1:])
+    if config.model.trust_remote_code and not asked:
+        raise ConfigError(
+            "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
+            "command line if you have read the code."
+        )
+    return config
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:

@@ -11,10 +11,9 @@ import os
 import sys
 from typing import Any
 
-from llmft.app import run_verb
+from llmft.app import config_of_command, run_verb
 from llmft.config import TrainConfig
 from llmft.errors import ConfigError, did_you_mean
-from llmft.schema import to_config
 
 FORMATS = ("text", "json")
 
@@ -26,7 +25,9 @@ def main() -> None:
     # `format=` belongs to this verb; all other arguments are those of training.
     chosen = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("format=")]
     sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("format=")]
-    run_verb("train", TrainConfig, lambda composed: check(to_config(composed, TrainConfig), (chosen or ["text"])[-1]))
+    run_verb(
+        "train", TrainConfig, lambda composed: check(config_of_command(composed, TrainConfig), (chosen or ["text"])[-1])
+    )
 
 
 def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:

@@ -24,8 +24,9 @@ from llmft.data.examples import IGNORE, Examples
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
+from llmft.files import format_bytes
 from llmft.model.load import TORCH_DTYPES, auto_model, model_config, pick_device, pick_precision
-from llmft.model.memory import device_memory, estimate_memory, format_bytes
+from llmft.model.memory import device_memory, estimate_memory
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
 from llmft.training.rows import Rows, inspect_rows, read_rows

@@ -21,8 +21,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from llmft.files import write_atomically
+from llmft.errors import ConfigError
+from llmft.files import check_space, write_atomically
 
+FORMAT = 1
+"""Written into every checkpoint; a later one may be read only by a later llmft."""
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
@@ -53,12 +56,13 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
                 tensors[f"optimizer/{name}/{key}"] = value
             else:
                 plain[f"{name}/{key}"] = value
-    header = {"step": checkpoint.step, "state": checkpoint.state, "optimizer": plain}
+    header = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "optimizer": plain}
     content = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
         metadata={"llmft": json.dumps(header, sort_keys=True)},
     )
     path = path_of(directory, checkpoint.step)
+    check_space(directory, len(content))
     digest = hashlib.sha256(content).hexdigest()
     # The digest first: a file without one counts as damaged, a digest without its file counts for nothing.
     write_atomically(_digest_path(path), digest.encode())
@@ -96,7 +100,10 @@ def verify(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `verify` found sound. Raises ValueError when it is none of ours."""
+    """Reads a checkpoint that `verify` found sound.
+
+    Raises ValueError when it is none of ours, ConfigError when a newer llmft wrote it.
+    """
     weights: dict[str, torch.Tensor] = {}
     optimizer: dict[str, dict[str, Any]] = {}
     try:
@@ -110,6 +117,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                     _put(optimizer, rest, file.get_tensor(name))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a checkpoint of llmft ({error})") from None
+    if header.get("format", 1) > FORMAT:
+        raise ConfigError(f"{path}: written by a newer llmft (format {header['format']}): install that, or force=true.")
     for name, value in header["optimizer"].items():
         _put(optimizer, name, value)
     return Checkpoint(header["step"], weights, optimizer, header["state"])

@@ -130,6 +130,20 @@ class BadRow(Enum):
     skip = "skip"
 
 
+class OnNan(Enum):
+    """What happens to a step whose loss or gradient is not a finite number."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class OnSaveError(Enum):
+    """What happens when a checkpoint cannot be written."""
+
+    stop = "stop"
+    warn = "warn"
+
+
 class Mode(Enum):
     """Which direction of the monitored metric is better."""
 
@@ -416,8 +430,15 @@ class TrainerConfig:
     strategy: Any = aside("auto")
     threads: int | None = aside(None)
     deterministic: bool = aside(True)
+    # And these only what happens when something goes wrong: a run that ends well is the same with any of them.
+    max_time: str | None = aside(None)
+    on_nan: OnNan = aside(OnNan.stop)
+    on_save_error: OnSaveError = aside(OnSaveError.stop)
 
     def __post_init__(self) -> None:
+        if self.max_time is not None:
+            limit = seconds_of(self.max_time, "trainer.max_time")
+            require(limit > 0, f"trainer.max_time={self.max_time}: above 0, or null for no limit.")
         for key in ("batch_size", "micro_batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
             require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: 1 or more.")
         for key in ("max_steps", "checkpoint_every", "patience", "threads"):
@@ -488,6 +509,49 @@ class SweepConfig:
             self.twin_noise is None or self.twin_noise > 0,
             f"sweep.twin_noise={self.twin_noise}: above 0, in units of trainer.monitor, or null.",
         )
+
+
+class Form(Enum):
+    """How a command answers: for people or for programs."""
+
+    text = "text"
+    json = "json"
+
+
+class Keep(Enum):
+    """Which checkpoints of a finished run stay."""
+
+    best = "best"
+    last = "last"
+
+
+class Cleaning(Enum):
+    """What `python -m llmft.disk` may delete."""
+
+    checkpoints = "checkpoints"
+    leftovers = "leftovers"
+    tokens = "tokens"
+    wandb = "wandb"
+
+
+@dataclass
+class DoctorConfig:
+    """What `python -m llmft.doctor` takes."""
+
+    output_dir: str = "outputs"
+    network: bool = True
+    format: Form = Form.text
+
+
+@dataclass
+class DiskConfig:
+    """What `python -m llmft.disk` takes."""
+
+    output_dir: str = "outputs"
+    clean: list[Cleaning] = field(default_factory=list)
+    keep: list[Keep] = field(default_factory=lambda: [Keep.best, Keep.last])
+    dry_run: bool = True
+    format: Form = Form.text
 
 
 @dataclass

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import time
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, cast
 
 from rich import box
 from rich.console import Console
@@ -22,6 +23,26 @@ from llmft.redaction import redact
 HEARTBEAT_S = 30.0
 
 
+class RedactingFile(io.TextIOBase):
+    """A text file that masks secrets, also those in tables."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes `text` as others may read it."""
+        self._file.write(redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """To the disk."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
+
+
 class Screen:
     """Prints to the terminal and, once a run is open, to its log file."""
 
@@ -29,14 +50,14 @@ class Screen:
         self.terminal = Console(quiet=quiet, highlight=False)
         if not self.terminal.is_terminal:
             self.terminal.width = 110
-        self._file: TextIO | None = None
+        self._file: RedactingFile | None = None
         self._log: Console | None = None
 
     def open_log(self, path: Path) -> None:
         """Copies what follows to `path`, behind what is there."""
         self.close_log()
-        self._file = path.open("a", encoding="utf-8")
-        self._log = Console(file=self._file, width=100, highlight=False, no_color=True)
+        self._file = RedactingFile(path.open("a", encoding="utf-8"))
+        self._log = Console(file=cast(TextIO, self._file), width=100, highlight=False, no_color=True)
         self._log.print(time.strftime("--- %Y-%m-%d %H:%M:%S"))
 
     def close_log(self) -> None:
@@ -61,7 +82,7 @@ class Screen:
         """A short table of what is about to happen."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
-            table.add_row(f"[bold]{name}[/bold]", escape(value))
+            table.add_row(f"[bold]{name}[/bold]", escape(redact(value)))
         self.print(Panel(table, title="llmft", title_align="left", border_style="cyan", expand=False))
 
     def samples(self, samples: Sequence[Mapping[str, Any]], count: int, step: int) -> None:
@@ -72,7 +93,7 @@ class Screen:
         table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
         table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
         table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
-        for sample in samples[:count]:
+        for sample in map(redact, samples[:count]):  # before it is cut to what the screen holds
             same = sample["reference"].strip() == sample["generated"].strip()
             colour = "green" if same else "red"
             table.add_row(

@@ -1,8 +1,8 @@
 """The one error for users, its exit codes, and nearest names.
 
 A user's mistake is one sentence: what happened, where (file:line or config key), what to do. The traceback is
-shown only with `LLMFT_TRACE=1`. Exit codes: 0 done, 1 unexpected, 2 configuration, 3 training diverged, 4 data,
-5 some trials of a sweep failed, 74 disk, 130 and 143 signals.
+shown only with `LLMFT_TRACE=1`. Exit codes: 0 done or paused as asked, 1 unexpected, 2 configuration, 3 training
+diverged, 4 data, 5 some trials of a sweep failed, 74 disk, 128 + number for signals (130 SIGINT, 143 SIGTERM).
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable
+
+from llmft.redaction import redact
 
 
 class UserError(Exception):
@@ -73,6 +75,14 @@ class Interrupted(UserError):
         self.exit_code = 128 + signum
 
 
+class Paused(Interrupted):
+    """The clock or a file asked the run to stop, and it did as planned: no failure."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, 0)
+        self.exit_code = 0
+
+
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option most like `word`, or None when nothing is close."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
@@ -105,12 +115,17 @@ def report(error: BaseException) -> int:
     trace = bool(os.environ.get("LLMFT_TRACE"))
     if isinstance(error, UserError):
         if trace:
-            traceback.print_exception(error)
-        print(f"llmft: {error}", file=sys.stderr)
+            _print_trace(error)
+        # One line, also where it repeats an argument that had several.
+        print(redact(f"llmft: {' '.join(str(error).splitlines())}"), file=sys.stderr)
         return error.exit_code
-    traceback.print_exception(error)
+    _print_trace(error)
     print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)
     return 1
+
+
+def _print_trace(error: BaseException) -> None:
+    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def exit_with(function: Callable[[], object]) -> None:

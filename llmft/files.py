@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -23,6 +25,9 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(staged, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a failing write names none
+        raise
     finally:
         staged.unlink(missing_ok=True)
     directory = os.open(path.parent, os.O_RDONLY)
@@ -36,3 +41,29 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path` by way of `staged_file`."""
     with staged_file(path) as file:
         file.write(content)
+
+
+RECORDS_BYTES = 2**20
+"""Left free beside a large file, for the small ones that come with it."""
+
+
+def check_space(directory: Path, needed: int) -> None:
+    """Raises OSError naming both numbers when fewer than `needed` bytes are free on the disk of `directory`.
+
+    So a large file is refused before it fills the disk, and the small ones of the record still find room.
+    """
+    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed + RECORDS_BYTES:
+        reason = f"{format_bytes(needed + RECORDS_BYTES)} needed, {format_bytes(free)} free"
+        raise OSError(errno.ENOSPC, reason, str(directory))
+
+
+def format_bytes(n: int) -> str:
+    """`n` bytes in the unit that people read: "3.6 GiB"."""
+    size = float(n)
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.1f} GiB"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -30,6 +31,7 @@ class Prepared:
     data_fingerprint: str
     run: Run
     problems: Problems = field(default_factory=Problems)
+    started: float = field(default_factory=time.monotonic)
 
 
 def process_rank(config: TrainConfig) -> int:

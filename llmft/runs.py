@@ -22,7 +22,7 @@ from typing import Any
 import filelock
 
 from llmft.config import TrainConfig
-from llmft.errors import ConfigError, RunBusy
+from llmft.errors import ConfigError, DiskError, RunBusy
 from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
@@ -120,6 +120,16 @@ class Run:
         return self.directory / "log.txt"
 
     @property
+    def save_file(self) -> Path:
+        """`touch` it, and the run saves a checkpoint at the next step."""
+        return self.directory / "SAVE"
+
+    @property
+    def stop_file(self) -> Path:
+        """`touch` it, and the run saves at the next step and ends."""
+        return self.directory / "STOP"
+
+    @property
     def checkpoints(self) -> Path:
         """Training state to go on from."""
         return self.directory / "checkpoints"
@@ -177,9 +187,15 @@ class Run:
                 f"{self.directory}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is training this run "
                 f"(since {owner.get('since', '?')}): wait for it, or change the config."
             ) from None
-        self.update(
-            owner={"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        )
+        except OSError as error:
+            self._lock = None
+            raise unwritable(str(self.directory), error) from None
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        try:
+            self.update(owner=owner)
+        except OSError:
+            self.unlock()
+            raise
 
     @property
     def busy(self) -> bool:
@@ -198,6 +214,11 @@ class Run:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+    def forget_wishes(self) -> None:
+        """Takes away what was asked: it is done, or was asked of an earlier process."""
+        for path in (self.save_file, self.stop_file):
+            path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Empties the run's directory, for `force=true`; the lock stays."""
@@ -251,7 +272,7 @@ def open_run(config: TrainConfig, key: str) -> Run:
     except (FileExistsError, NotADirectoryError):
         raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
     except OSError as error:
-        raise ConfigError(f"output_dir={config.output_dir}: {error.strerror}; choose another.") from None
+        raise unwritable(f"output_dir={config.output_dir}", error) from None
     run = existing_run(config, key)
     directory = run.directory
     if directory.exists():
@@ -262,9 +283,14 @@ def open_run(config: TrainConfig, key: str) -> Run:
             )
     try:
         directory.mkdir(exist_ok=True)
-    except PermissionError:
-        raise ConfigError(f"{directory}: not allowed to write there; set output_dir to another place.") from None
+    except OSError as error:
+        raise unwritable(str(directory), error) from None
     return run
+
+
+def unwritable(where: str, error: OSError) -> DiskError:
+    """A directory that cannot be written, as the user should see it."""
+    return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
 
 
 def _is_run(directory: Path) -> bool:
@@ -306,4 +332,4 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             key: None if isinstance(value, float) and not math.isfinite(value) else value
             for key, value in record.items()
         }
-        file.write((json.dumps(plain, ensure_ascii=False) + "\n").encode())
+        file.write((json.dumps(redact(plain), ensure_ascii=False) + "\n").encode())

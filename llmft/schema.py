@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -20,7 +21,9 @@ def from_plain(plain: Any, schema: type) -> Any:
 
     Raises ConfigError for a key that the schema lacks or a value of the wrong type or out of range.
     """
-    node = OmegaConf.create(plain)
+    if not isinstance(plain, dict):
+        raise ConfigError(f"a config was expected, not {type(plain).__name__}.")
+    node = OmegaConf.create(_literal(plain))
     assert isinstance(node, DictConfig)
     _refuse_extra_keys(node, schema, "")
     try:
@@ -28,6 +31,17 @@ def from_plain(plain: Any, schema: type) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
     return OmegaConf.to_object(merged)
+
+
+def _literal(value: Any) -> Any:
+    """`value` with `${` escaped: text that stands in a stored config, never a question to the environment."""
+    if isinstance(value, dict):
+        return {key: _literal(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_literal(item) for item in value]
+    if isinstance(value, str) and "${" in value:
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + "\\${", value)
+    return value
 
 
 def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:

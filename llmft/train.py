@@ -10,12 +10,12 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.app import command_line, run_verb
+from llmft.app import command_line, config_of_command, run_verb
 from llmft.config import TrainConfig
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.schema import to_config
 from llmft.sweeping.worker import watch_of_environment
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _train_composed(composed: Any) -> float | None:
-    config = to_config(composed, TrainConfig)
+    config = config_of_command(composed, TrainConfig)
     overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
     return train(config, watch=watch_of_environment(), overrides=overrides)
 
@@ -50,7 +50,10 @@ def train(
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
+    from rich.markup import escape
+
     from llmft.console import Screen
+    from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
 
     rank = process_rank(config)
@@ -58,6 +61,7 @@ def train(
     prepared = prepare(config)
     run = prepared.run
     if rank > 0:
+        die_with_parent()
         # Every process decides alike: a finished run needs nobody.
         return None if run.done and not config.force else _train(prepared, screen, None)
     if run.done and not config.force:
@@ -68,6 +72,7 @@ def train(
             return _tell_done(run, config, screen)
         if config.force and run.status():
             run.clear()
+        run.forget_wishes()
         run.update(
             status="running",
             key=run.key,
@@ -77,6 +82,9 @@ def train(
             tags=config.tags,
         )
         screen.open_log(run.log_file)
+        if config.model.trust_remote_code:
+            where = config.model.path or f"{config.model.id} at {config.model.revision}"
+            screen.print(f"[bold red]This run executes the Python code of {escape(where)}.[/bold red]")
         try:
             return _train(prepared, screen, watch)
         except BaseException as error:
@@ -112,11 +120,47 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 
 def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
-    """Everything that needs torch."""
+    """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.console import quiet_libraries
-    from llmft.training.session import Session
+    from llmft.training.out_of_memory import OutOfMemory
 
     quiet_libraries()
+    while True:
+        rejected = list(prepared.problems.rejected)
+        try:
+            return _train_once(prepared, screen, watch)
+        except OutOfMemory as error:
+            smaller = _smaller(prepared, error, screen)
+        # Here the error is gone, and with it the frames that held its tensors.
+        _free_memory()
+        prepared = replace(smaller, problems=replace(prepared.problems, rejected=rejected))
+
+
+def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
+    from llmft.training.out_of_memory import smaller
+
+    config, note = smaller(prepared.config, error)
+    screen.warn(
+        f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."
+    )
+    prepared.run.update(out_of_memory=[*prepared.run.status().get("out_of_memory", []), note])
+    return replace(prepared, config=config)
+
+
+def _free_memory() -> None:
+    """Gives back what nobody holds any more."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+    from llmft.training.session import Session
+
     session = Session(prepared, screen, watch)
     try:
         return session.run()

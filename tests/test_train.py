@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,17 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmft.checkpoint import path_of, steps_on_disk
+from llmft.errors import ConfigError
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
-
-
-def records(directory: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (directory / name).read_text().splitlines()]
-
-
-def adapter_bytes(directory: Path) -> bytes:
-    return (directory / "adapter" / "adapter_model.safetensors").read_bytes()
+from tests.trust.helpers import LONGER, adapter_bytes, records, start, wait_for_step
 
 
 def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[..., Any], tmp_path: Path) -> None:
@@ -189,109 +179,6 @@ def test_training_leaves_the_base_for_the_next_run_as_it_was(small: Callable[...
     assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
 
 
-# ------------------------------------------------------------------------------------------------ stopping and resuming
-
-LONGER = [
-    *SMALL,
-    "data.rows={train: 30, validation: 6}",
-    "trainer.max_steps=24",
-    "trainer.validate_every=8",
-    "trainer.checkpoint_every=1",
-    "lora.dropout=0.1",
-    "trainer.batch_size=4",
-]
-
-
-def start(*arguments: str, cwd: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-m", "llmft", *LONGER, *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("whole")
-    train(compose(*LONGER, f"output_dir={root}"), quiet=True)
-    return run_directory(root)
-
-
-def wait_for_step(root: Path, step: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline and process.poll() is None:
-        folders = list((root / "runs").glob("*/checkpoints")) if (root / "runs").is_dir() else []
-        if folders and any(found >= step for found in steps_on_disk(folders[0])):
-            return
-        time.sleep(0.005)
-    raise AssertionError(f"no checkpoint of step {step}: {process.communicate(timeout=5)[0]}")
-
-
-def same_run(a: Path, b: Path) -> None:
-    assert adapter_bytes(a) == adapter_bytes(b)
-    assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
-    assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
-    last = path_of(a / "checkpoints", 24)
-    ours, theirs = load_file(last), load_file(path_of(b / "checkpoints", 24))
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
-
-
-def test_killed_at_random_steps_it_resumes_to_bit_identical_weights(uninterrupted: Path, tmp_path: Path) -> None:
-    steps = sorted(random.Random(os.environ.get("LLMFT_KILL_SEED", "11")).sample(range(1, 23), 3))
-    for step in steps:
-        process = start(f"output_dir={tmp_path}", cwd=tmp_path)
-        wait_for_step(tmp_path, step, process)
-        process.send_signal(signal.SIGKILL)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "resumed" in done.stdout
-    same_run(uninterrupted, run_directory(tmp_path))
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_at_the_next_step_and_says_how_to_go_on(
-    uninterrupted: Path, tmp_path: Path, signum: int, code: int
-) -> None:
-    process = start(f"output_dir={tmp_path}", "trainer.checkpoint_every=null", cwd=tmp_path)
-    wait_for_step(tmp_path, 8, process)
-    process.send_signal(signum)
-    output = process.communicate(timeout=60)[0]
-    assert process.returncode == code, output
-    assert "the same command goes on from there" in output
-    assert "Traceback" not in output
-    directory = run_directory(tmp_path)
-    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
-    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    same_run(uninterrupted, directory)
-
-
-def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_used(uninterrupted: Path, tmp_path: Path) -> None:
-    process = start(f"output_dir={tmp_path}", cwd=tmp_path)
-    wait_for_step(tmp_path, 5, process)
-    process.kill()
-    process.communicate(timeout=60)
-    directory = run_directory(tmp_path)
-    newest = path_of(directory / "checkpoints", steps_on_disk(directory / "checkpoints")[-1])
-    newest.write_bytes(newest.read_bytes()[:1000])
-    done = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "is damaged" in done.stdout
-    same_run(uninterrupted, directory)
-
-
-def test_checkpoints_hold_what_is_trained_and_not_the_base(uninterrupted: Path) -> None:
-    newest = path_of(uninterrupted / "checkpoints", 24)
-    trained = sum(t.numel() for t in load_file(uninterrupted / "adapter" / "adapter_model.safetensors").values())
-    assert newest.stat().st_size < trained * 16 + 2**18
-
-
 def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:
     worse = ["learning_rate.peak=0.5", "trainer.patience=1", "trainer.max_steps=12", "trainer.validate_every=1"]
     train(compose(*SMALL, *worse, "learning_rate=constant", f"output_dir={tmp_path}"), quiet=True)
@@ -305,13 +192,12 @@ def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> No
 
 
 def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
-    first = start(f"output_dir={tmp_path}", cwd=tmp_path)
+    first = start(tmp_path)
     wait_for_step(tmp_path, 1, first)
-    second = llmft(*LONGER, f"output_dir={tmp_path}", cwd=tmp_path)
-    assert second.returncode == 2
-    assert f"process {first.pid} on" in second.stderr
-    first.kill()
-    first.communicate(timeout=60)
+    with pytest.raises(ConfigError, match=f"process {first.pid} on"):
+        train(compose(*LONGER, f"output_dir={tmp_path}"), quiet=True)
+    os.kill(first.pid, signal.SIGKILL)
+    first.wait()
 
 
 @pytest.mark.parametrize(
@@ -350,44 +236,6 @@ def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
         train(compose(*SMALL, f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}"), quiet=True)
     a, b = run_directory(tmp_path / "true"), run_directory(tmp_path / "false")
     assert adapter_bytes(a) == adapter_bytes(b)
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "sgd"])
-def test_resumed_from_every_step_all_later_checkpoints_are_the_same(
-    small: Callable[..., Any], tmp_path: Path, optimizer: str
-) -> None:
-    """Also from the first and the last step, of an epoch and of the run; each resumption is itself resumed."""
-    import shutil
-
-    config = small(
-        f"optimizer={optimizer}",
-        "data.rows.train=12",
-        "trainer.batch_size=5",
-        "trainer.max_steps=8",
-        "trainer.validate_every=3",
-        "trainer.checkpoint_every=1",
-        "trainer.keep_checkpoints=99",
-        "lora.dropout=0.2",
-        "learning_rate.peak=0.02",
-    )
-    train(config, quiet=True)
-    directory = run_directory(tmp_path)
-    whole = tmp_path / "whole"
-    shutil.copytree(directory, whole)
-    for step in reversed(range(1, 9)):
-        for later in range(step + 1, 9):
-            path_of(directory / "checkpoints", later).unlink()
-            path_of(directory / "checkpoints", later).with_suffix(".sha256").unlink()
-        (directory / "run.json").write_text(json.dumps({"status": "running"}))
-        shutil.rmtree(directory / "adapter")
-        train(config, quiet=True)
-        assert adapter_bytes(directory) == adapter_bytes(whole), step
-        assert (directory / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), step
-        for later in range(step, 9):
-            ours = load_file(path_of(directory / "checkpoints", later))
-            theirs = load_file(path_of(whole / "checkpoints", later))
-            assert ours.keys() == theirs.keys()
-            assert all(torch.equal(value, theirs[name]) for name, value in ours.items()), (step, later)
 
 
 def test_a_random_architecture_of_any_model_trains_without_its_files(small: Callable[..., Any], tmp_path: Path) -> None:
@@ -430,46 +278,6 @@ def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
     assert result["after"]["val/exact_match"] > 0.8
     assert result["after"]["test/exact_match"] > 0.8
     assert result["after"]["val/loss_nats"] < 0.5 * result["before"]["val/loss_nats"]
-
-
-# ---------------------------------------------------------------------------------------------- a signal at any place
-
-
-PLACES = [("step", step) for step in range(1, 7)] + [("val", 0), ("val", 2), ("val", 4), ("val", 6), ("test", 6)]
-
-
-@pytest.mark.parametrize(("place", "step"), PLACES, ids=[f"{place}-{step}" for place, step in PLACES])
-def test_a_signal_anywhere_saves_and_the_resumed_run_is_the_same(
-    small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, step: int
-) -> None:
-    from llmft.errors import Interrupted
-    from llmft.training.callbacks import Checkpointer
-
-    overrides = ["trainer.max_steps=6", "trainer.validate_every=2", "data.rows.test=8", "lora.dropout=0.1"]
-    whole = small(*overrides, f"output_dir={tmp_path}/whole")
-    train(whole, quiet=True)
-    hook = {"step": "on_train_batch_end", "val": "on_validation_batch_end", "test": "on_test_batch_end"}[place]
-    original = getattr(Checkpointer, hook)
-
-    def signalled(self: Any, trainer: Any, module: Any, *arguments: Any, **keywords: Any) -> None:
-        if module.step == step:
-            os.kill(os.getpid(), signal.SIGTERM)
-        original(self, trainer, module, *arguments, **keywords)
-
-    config = small(*overrides, f"output_dir={tmp_path}/stopped")
-    with monkeypatch.context() as patch:
-        patch.setattr(Checkpointer, hook, signalled)
-        with pytest.raises(Interrupted) as error:
-            train(config, quiet=True)
-    assert error.value.exit_code == 143
-    directory = run_directory(tmp_path / "stopped")
-    assert json.loads((directory / "run.json").read_text())["status"] == "interrupted"
-    train(config, quiet=True)
-    reference = run_directory(tmp_path / "whole")
-    assert adapter_bytes(directory) == adapter_bytes(reference)
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert (directory / name).read_bytes() == (reference / name).read_bytes(), name
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(small: Callable[..., Any], tmp_path: Path) -> None:

@@ -9,7 +9,16 @@ from functools import partial
 import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
-from llmft.data.batch import StepBatch, by_length, collate, filler, rows_of_step, steps_per_epoch, weights_and_lengths
+from llmft.data.batch import (
+    MicroBatch,
+    StepBatch,
+    by_length,
+    collate,
+    filler,
+    rows_of_step,
+    steps_per_epoch,
+    weights_and_lengths,
+)
 from llmft.data.examples import Encoded
 
 
@@ -82,6 +91,12 @@ class DataModule(L.LightningDataModule):
         while len(micro_batches) < most:
             micro_batches.append(filler(examples[rows[0]], self.pad_id))
         return StepBatch(step, micro_batches, sum(self._weights["train"][row] for row in rows))
+
+    def first_row(self, step: int) -> MicroBatch:
+        """The first row of optimizer step `step` alone, the same in every process and with every micro-batch."""
+        examples = self.splits["train"]
+        row = rows_of_step(step, len(examples), self.batch_size, self.seed)[0]
+        return collate([examples[row]], [row], self.pad_id)
 
     def train_dataloader(self) -> DataLoader:
         """The steps from here to the next validation."""

@@ -2,16 +2,14 @@
 
 A prompt format is one YAML with a Jinja chat template; what the model must learn to write stands between
 `{% generation %}` and `{% endgeneration %}`, the marks that transformers reads too. So the text that is trained
-is the text that the exported tokenizer renders. Templates run in Jinja's immutable sandbox.
+is the text that the exported tokenizer renders. Templates run in Jinja's immutable sandbox, see `llmft.data.sandbox`.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +18,9 @@ import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
-import jinja2.sandbox
 
 from llmft.config import PromptConfig, SystemRole
+from llmft.data.sandbox import compile_bounded, make_environment, render_bounded
 from llmft.errors import ConfigError
 
 # Marks around answers while a template renders. Drawn anew in every process, so that no text can contain them.
@@ -52,27 +50,6 @@ class _GenerationMarks(jinja2.ext.Extension):
         return f"{_OPEN}{caller()}{_CLOSE}"
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
-
-
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
-
-
-def _environment(strict: bool) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[_GenerationMarks, "jinja2.ext.loopcontrols"],
-        undefined=jinja2.StrictUndefined if strict else jinja2.Undefined,
-    )
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    environment.filters["tojson"] = _to_json
-    return environment
-
-
 class PromptFormat:
     """How a conversation becomes text, from a PromptConfig whose `template` is set."""
 
@@ -89,9 +66,12 @@ class PromptFormat:
                 "{% endgeneration %}, so nothing could be trained; choose a format by name or add the marks."
             )
         try:
-            self._template = _environment(strict).from_string(config.template)
+            environment = make_environment([_GenerationMarks], strict=strict)
+            self._template = compile_bounded(environment, config.template)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"prompt={config.name}: template line {error.lineno}: {error.message}") from None
+        except ValueError as error:
+            raise ConfigError(f"prompt={config.name}: {error}.") from None
 
     @classmethod
     def from_yaml(cls, path: Path | str) -> PromptFormat:
@@ -154,9 +134,10 @@ class PromptFormat:
         return Rendered(text, spans)
 
     def _write(self, turns: list[dict[str, str]], special: dict[str, str], generation: bool) -> str:
+        values = {"messages": turns, "add_generation_prompt": generation, **special}
         try:
-            return self._template.render(messages=turns, add_generation_prompt=generation, **special)
-        except (jinja2.TemplateError, TypeError) as error:
+            return render_bounded(self._template, values, sum(len(turn["content"]) for turn in turns))
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"prompt={self.config.name}: {error}") from None
 
     def _spans_by_prefix(

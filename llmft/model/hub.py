@@ -19,6 +19,7 @@ from typing import Any
 
 from llmft.config import ModelConfig, ModelInit
 from llmft.errors import ConfigError, nearest
+from llmft.foreign import check_model
 
 PACKAGED = "package:"
 PROBE_TIMEOUT_S = 4.0
@@ -49,6 +50,7 @@ def locate(model: ModelConfig) -> Located:
     directory = _cached(model.id, model.revision)
     if directory is None:
         directory = _download(model)
+    check_model(directory)
     return Located(directory, directory.name)
 
 
@@ -62,6 +64,7 @@ def _local(path: str, *, weights: bool) -> Located:
             f"model.path={path}: no Hugging Face model directory there "
             f"({'no config.json in it' if directory.is_dir() else 'no such directory'})."
         )
+    check_model(directory)
     if weights and not has_weights(directory):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
         raise ConfigError(

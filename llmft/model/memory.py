@@ -321,13 +321,3 @@ def device_memory(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if device.type == "cpu" else None
     except (AttributeError, ValueError, OSError):  # Windows has no sysconf
         return None
-
-
-def format_bytes(n: int) -> str:
-    """`n` bytes in the unit that people read: "3.6 GiB"."""
-    size = float(n)
-    for unit in ("B", "KiB", "MiB"):
-        if abs(size) < 1024:
-            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.1f} GiB"

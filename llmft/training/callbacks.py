@@ -1,12 +1,10 @@
-"""What happens around the steps: records, checkpoints, signals, the progress bar."""
+"""What happens around the steps: records and checkpoints."""
 
 from __future__ import annotations
 
 import math
 import resource
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -16,12 +14,19 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmft.checkpoint import Checkpoint, prune, save_checkpoint
-from llmft.config import Mode
+from llmft.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
+from llmft.config import Mode, OnSaveError
 from llmft.data.batch import StepBatch
-from llmft.errors import ConfigError, DiskError, Interrupted, did_you_mean
+from llmft.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.runs import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
+from llmft.training.out_of_memory import is_out_of_memory
+from llmft.training.stopping import SAVE, SIGNAL, Wishes, described
+
+OTHER_MACHINE = 1e-3
+"""Relative difference of a loss that one machine does not make, and another in bf16 may."""
+OTHER_RUN = 0.05
+"""Relative difference that no machine makes: other weights or other rows."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -102,38 +107,8 @@ class Recorder(Callback):
             logger.log_metrics({**metrics, **timing}, step=step)
 
 
-class Signals:
-    """Notes a signal until a step boundary; a second one of the same kind ends the process at once."""
-
-    KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-
-    def __init__(self) -> None:
-        self.received = 0
-        self._before: dict[int, Any] = {}
-
-    def take(self) -> None:
-        """Takes the signals over; again and again, since Lightning takes SIGTERM for itself when a loop begins."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for signum in self.KINDS:
-            before = signal.signal(signum, self._note)
-            self._before.setdefault(signum, before)
-
-    def release(self) -> None:
-        """Gives them back."""
-        while self._before:
-            signum, handler = self._before.popitem()
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
-
-    def _note(self, signum: int, frame: Any) -> None:
-        if self.received == signum:
-            signal.signal(signum, signal.SIG_DFL)
-            signal.raise_signal(signum)
-        self.received = signum
-
-
 class Checkpointer(Callback):
-    """Saves at step boundaries, keeps the best, stops early, and saves before a signal ends the process.
+    """Saves at step boundaries, keeps the best, stops early, and saves before the run is stopped from outside.
 
     A checkpoint of a step whose validation is still to come says so (`pending`): the resumed run begins with it.
     """
@@ -149,10 +124,12 @@ class Checkpointer(Callback):
         patience: int | None,
         total_steps: int,
         stops: Collection[int],
-        signals: Signals,
+        wishes: Wishes,
         state: dict[str, Any] | None = None,
         seconds: Callable[[], float] = lambda: 0.0,
         command: str = "",
+        on_save_error: OnSaveError = OnSaveError.stop,
+        tell: Callable[[str], None] = print,
     ) -> None:
         self.directory = directory
         self.every = every
@@ -162,9 +139,12 @@ class Checkpointer(Callback):
         self.patience = patience
         self.total_steps = total_steps
         self.stops = set(stops)
-        self.signals = signals
+        self.wishes = wishes
         self.seconds = seconds
         self.command = command
+        self.on_save_error = on_save_error
+        self.tell = tell
+        self.saved: int | None = None
         state = state or {}
         self.best_value: float | None = state.get("best_value")
         self.best_step: int | None = state.get("best_step")
@@ -172,8 +152,10 @@ class Checkpointer(Callback):
         self.stopped_early: bool = state.get("stopped_early", False)
         self.pending: bool = state.get("pending", False)
         self.loss_scale: dict[str, Any] | None = state.get("loss_scale")
+        self.next_loss: float | None = state.get("next_loss")
+        self.failed_in = "training"
 
-    def state(self, trainer: L.Trainer) -> dict[str, Any]:
+    def state(self, trainer: L.Trainer, module: FineTuner) -> dict[str, Any]:
         """What a resumed run needs besides tensors."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
@@ -183,67 +165,106 @@ class Checkpointer(Callback):
             "stopped_early": self.stopped_early,
             "pending": self.pending,
             "seconds": self.seconds(),
+            "skipped": list(module.skipped),
             "loss_scale": scaler.state_dict() if scaler is not None else None,
+            "next_loss": self._next_loss(trainer, module),
         }
 
-    # Signals. A handler only notes the wish; it is met at the end of the step or batch under way.
+    @staticmethod
+    def _next_loss(trainer: L.Trainer, module: FineTuner) -> float | None:
+        """The loss of the next step's first row, by which a resumed run proves that it is where this one was."""
+        data = getattr(trainer, "datamodule", None)
+        loss = math.nan if data is None else module.probe(data.first_row(module.step))
+        return loss if math.isfinite(loss) else None
+
+    # Wishes from outside are only noted; they are met at the end of the step or batch under way.
 
     def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the validation before training."""
-        self.signals.take()
+        self.wishes.signals.take()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the training; puts the loss scale back under fp16."""
-        self.signals.take()
+        self.wishes.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
         trainer.should_stop = self.stopped_early
+        assert isinstance(module, FineTuner)
+        self._check_next_loss(self._next_loss(trainer, module) if self.next_loss is not None else None, module.step)
+
+    def _check_next_loss(self, found: float | None, step: int) -> None:
+        """Raises DivergedError when the run that goes on is not the one that was saved."""
+        saved, self.next_loss = self.next_loss, None
+        if saved is None or found is None:
+            return
+        difference = abs(found - saved) / max(abs(saved), 0.1)
+        told = f"after step {step} the next row's loss was {saved:.6f} when it was saved and is {found:.6f} now"
+        if difference > OTHER_RUN:
+            raise DivergedError(
+                f"{told}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
+            )
+        if difference > OTHER_MACHINE:
+            self.tell(f"warning: {told}; another device or version computes otherwise")
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the test."""
-        self.signals.take()
+        self.wishes.signals.take()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
-        """Saves when it is time, or when a signal came."""
+        """Saves when it is time, or when somebody asks."""
         assert isinstance(module, FineTuner)
         asked = self._agree(trainer, module)
         self.pending = module.step in self.stops
         if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
-        self._leave(asked, module)
+        self._meet(asked, trainer, module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
-        """Leaves a validation that a signal interrupts; the step before it is saved and waits for its validation."""
+        """Leaves a validation that is to stop; the step before it is saved and waits for its validation."""
         assert isinstance(module, FineTuner)
         asked = self._agree(trainer, module)
-        if asked and module.step > 0:
-            self.save(trainer, module)
-        self._leave(asked, module)
+        if asked > SAVE:
+            if module.step > 0:
+                self.save(trainer, module)
+            self._meet(asked, trainer, module)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Leaves the test, which a resumed run takes again from its beginning."""
         assert isinstance(module, FineTuner)
-        self._leave(self._agree(trainer, module), module)
+        self._meet(self._agree(trainer, module), trainer, module)
 
-    def _leave(self, asked: int, module: FineTuner) -> None:
-        if asked:
-            name = signal.Signals(asked).name
-            raise Interrupted(
-                f"{name}: saved after step {module.step} of {self.total_steps}; the same command goes on from there"
-                + (f": {self.command}" if self.command else "."),
-                asked,
+    def _meet(self, asked: int, trainer: L.Trainer, module: FineTuner) -> None:
+        """Ends the run where that is asked; a wish to save was met by the caller."""
+        if not asked:
+            return
+        if trainer.is_global_zero:
+            self.wishes.run.forget_wishes()
+        if asked == SAVE:
+            if trainer.is_global_zero and self.saved == module.step:
+                self.tell(f"saved after step {module.step}, as the file SAVE asked")
+            return
+        where = f"saved after step {module.step} of {self.total_steps}"
+        if module.step == 0:
+            where = "stopped before the first step"
+        elif self.saved != module.step and trainer.is_global_zero:
+            newest = steps_on_disk(self.directory)
+            where = f"stopped after step {module.step}, not saved; " + (
+                f"the newest checkpoint is of step {newest[-1]}" if newest else "there is no checkpoint"
             )
+        told = f"{described(asked, self.seconds)}: {where}; the same command goes on from there"
+        told += f": {self.command}" if self.command else "."
+        raise Interrupted(told, asked - SIGNAL) if asked >= SIGNAL else Paused(told)
 
     def _agree(self, trainer: L.Trainer, module: L.LightningModule) -> int:
-        """The signal that any process got, so that all of them stop at the same step; 0 for none."""
-        mine = self.signals.received
+        """The strongest wish of any process, so that all of them stop at the same step; 0 for none."""
+        mine = self.wishes.strongest()
         if trainer.world_size == 1:
             return mine
         asked = torch.tensor(mine, device=module.device)
@@ -268,7 +289,7 @@ class Checkpointer(Callback):
                 self.stopped_early = True
                 trainer.should_stop = True
         self.save(trainer, module)
-        self._leave(self._agree(trainer, module), module)
+        self._meet(self._agree(trainer, module), trainer, module)
 
     def _monitored(self, validation: Validation) -> float:
         try:
@@ -278,17 +299,38 @@ class Checkpointer(Callback):
                 f"trainer.monitor={self.monitor}: no such metric{did_you_mean(self.monitor, validation.metrics)}"
             ) from None
 
-    def save(self, trainer: L.Trainer, module: FineTuner) -> None:
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Keeps the last good state of a run that diverges or finds no memory: the next start goes on right there."""
+        assert isinstance(module, FineTuner)
+        self.failed_in = "training" if trainer.training else "validation"
+        # Other processes diverge alike, but may have memory left: then they do not come here.
+        together = isinstance(exception, DivergedError) or (is_out_of_memory(exception) and trainer.world_size == 1)
+        if together and trainer.training and not module.stepping and module.step > (self.saved or 0):
+            module.skipped = [step for step in module.skipped if step <= module.step]
+            try:
+                self.save(trainer, module, drop=False)
+            except DiskError as error:  # the exception under way is the news
+                self.tell(f"warning: {error}")
+
+    def save(self, trainer: L.Trainer, module: FineTuner, *, drop: bool = True) -> None:
         """Writes a checkpoint from the first process, then drops old ones."""
-        weights, optimizer = module.weights(), module.optimizer_state()
+        weights, optimizer, state = module.weights(), module.optimizer_state(), self.state(trainer, module)
         if not trainer.is_global_zero:
             return
-        checkpoint = Checkpoint(module.step, weights, optimizer, self.state(trainer))
+        checkpoint = Checkpoint(module.step, weights, optimizer, state)
         try:
             save_checkpoint(self.directory, checkpoint)
         except OSError as error:
-            raise DiskError(
-                f"the checkpoint of step {module.step} could not be written to {self.directory} ({error.strerror}); "
-                "earlier ones are intact: free some space and run the same command."
-            ) from error
-        prune(self.directory, self.keep, {self.best_step} if self.best_step is not None else set())
+            told = self._not_saved(module.step, error)
+            if self.on_save_error is OnSaveError.warn:
+                self.tell(f"warning: {told}; training goes on (trainer.on_save_error=warn).")
+                return
+            raise DiskError(f"{told}: free some space and run the same command.") from error
+        self.saved = module.step
+        if drop:
+            prune(self.directory, self.keep, {self.best_step} if self.best_step is not None else set())
+
+    def _not_saved(self, step: int, error: OSError) -> str:
+        earlier = steps_on_disk(self.directory)
+        kept = f"the checkpoint of step {earlier[-1]} is intact" if earlier else "there is none before it"
+        return f"the checkpoint of step {step} could not be written to {self.directory} ({error.strerror}); {kept}"

@@ -22,6 +22,7 @@ from llmft.errors import DivergedError
 from llmft.inference.generate import generate
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.sharding import is_sharded, like, shard, whole
+from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
 from llmft.training.objectives.base import Objective
 
 
@@ -87,6 +88,8 @@ class FineTuner(L.LightningModule):
         step: optimizer steps taken since the run began, over all its processes and resumptions.
         train_metrics: loss, rate and gradient norm of the last step.
         validation: what the last validation found.
+        skipped: steps left out because their loss or gradient was not finite, from 1.
+        stepping: whether the optimizer is at work: then weights and states do not belong together.
     """
 
     def __init__(
@@ -100,7 +103,10 @@ class FineTuner(L.LightningModule):
         gradient_clip: float | None = None,
         generation: Generation | None = None,
         describe_row: Callable[[int], str] = str,
+        keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
+        skip_up_to: int | None = None,
     ) -> None:
+        """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first."""
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
@@ -112,10 +118,15 @@ class FineTuner(L.LightningModule):
         self.gradient_clip = gradient_clip
         self.generation = generation
         self.describe_row = describe_row
+        self.keep_bad_step = keep_bad_step
+        self.skip_up_to = skip_up_to
+        self.skipped: list[int] = []
+        self.stepping = False
         self.step = 0
         self.train_metrics: dict[str, float] = {}
         self.validation: Validation | None = None
         self._grad_norm = 0.0
+        self._unscaled = 0
         self._rows: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
         self._pending_optimizer: dict[str, dict[str, Any]] | None = None
 
@@ -144,7 +155,7 @@ class FineTuner(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over all micro-batches of `batch`.
 
-        Raises DivergedError before the step when loss or gradient is not finite.
+        Raises DivergedError before the step when loss or gradient is not finite, and such steps are not skipped.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
@@ -157,18 +168,24 @@ class FineTuner(L.LightningModule):
         sharded = is_sharded(self.model)
         scale = self.trainer.world_size if sharded else 1
         total = torch.zeros((), device=self.device)
+        row_losses: list[tuple[list[int], torch.Tensor]] = []
         with self._no_gradient_sync():
             for micro in batch.micro_batches:
                 losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
                 self.manual_backward(loss * scale)
                 total += loss.detach()
+                row_losses.append((micro.rows, losses.nll.detach()))
         self._sum_over_processes([total] if sharded else [total, *self._gradients()])
         value = float(total)
-        if not math.isfinite(value):
-            raise DivergedError(self._diverged("loss", value, batch))
-        self._batch = batch
-        optimizer.step()
+        try:
+            if not math.isfinite(value):
+                raise NotFinite("loss", value)
+            self.stepping = True
+            optimizer.step()
+        except NotFinite as reason:  # raised before any weight changed
+            self._skip(reason, batch.step + 1, rate, row_losses)
+        self.stepping = False
         optimizer.zero_grad(set_to_none=True)
         self.step = batch.step + 1
         self.train_metrics = {
@@ -176,6 +193,8 @@ class FineTuner(L.LightningModule):
             "train/learning_rate": rate,
             "train/gradient_norm": self._grad_norm,
         }
+        if self.skipped:
+            self.train_metrics["train/skipped_steps"] = len(self.skipped)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
@@ -183,19 +202,34 @@ class FineTuner(L.LightningModule):
         norm = torch.nn.utils.get_total_norm(gradients)
         self._grad_norm = float(whole(norm))
         if not math.isfinite(self._grad_norm):
-            if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+            self._unscaled += 1
+            if scaled and self._unscaled < MOST_UNSCALED:
                 return  # fp16: the scaler skips this step and lowers its scale
-            raise DivergedError(self._diverged("gradient norm", self._grad_norm, self._batch))
+            raise NotFinite("gradient norm", self._grad_norm, final=scaled)
+        self._unscaled = 0
         if self.gradient_clip is not None:
             parameters = [p for p in self.model.parameters() if p.grad is not None]
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
-    def _diverged(self, what: str, value: float, batch: StepBatch) -> str:
-        rows = [self.describe_row(row) for micro in batch.micro_batches for row in micro.rows]
-        shown = ", ".join(rows[:4]) + (f" and {len(rows) - 4} more" if len(rows) > 4 else "")
-        return (
-            f"training diverged: the {what} is {value} at step {batch.step + 1} (rows {shown}); the weights before it "
-            "are in the newest checkpoint. Lower learning_rate.peak, or look at these rows."
+    def _skip(
+        self, reason: NotFinite, step: int, rate: float, row_losses: Sequence[tuple[list[int], torch.Tensor]]
+    ) -> None:
+        """Keeps a record of the bad step; raises DivergedError unless it may be skipped."""
+        self.stepping = False
+        found = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
+        bad = BadStep(step, str(reason), rate, sorted(pair for share in self._gather(found) for pair in share))
+        kept = self.keep_bad_step(bad)
+        self.skipped.append(step)
+        if self.skip_up_to is not None and not reason.final and not too_many_skipped(self.skipped, self.skip_up_to):
+            return
+        suspects = [self.describe_row(row) for row in bad.suspects]
+        shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
+        before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
+        raise DivergedError(
+            f"training diverged: {reason} at step {step} (rows {shown}{f'; see {kept}' if kept else ''}){before}. The "
+            "weights before it are in the newest checkpoint. Lower learning_rate.peak, look at these rows, or set "
+            "trainer.on_nan=skip."
         )
 
     def _gradients(self) -> list[torch.Tensor]:
@@ -304,6 +338,17 @@ class FineTuner(L.LightningModule):
         return self
 
     # ------------------------------------------------------------------------------------------------- checkpoints
+
+    def probe(self, batch: MicroBatch) -> float:
+        """Nats per labelled token of `batch` without dropout; nothing of the training changes by it."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                losses = self.objective.losses(self.model, batch.to(self.device))
+        finally:
+            self.model.train(training)
+        return float(losses.nll.sum()) / max(1.0, float(losses.counts.sum()))
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""

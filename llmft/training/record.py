@@ -29,7 +29,7 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
             "overlaps": [asdict(overlap) for overlap in overlaps],
             "train_on": prepared.config.data.train_on.value,
         },
-        "model": {"fingerprint": prepared.located.fingerprint},
+        "model": {"fingerprint": prepared.located.fingerprint, "remote_code": _remote_code(prepared)},
         "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
     }
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
@@ -37,6 +37,12 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
         run.rejected_file.unlink(missing_ok=True)
         for entry in prepared.problems.rejected:
             append_line(run.rejected_file, redact(entry))
+
+
+def _remote_code(prepared: Prepared) -> str | None:
+    """Whose code ran with the training, if anybody's: a pinned revision or a directory."""
+    model = prepared.config.model
+    return (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -14,13 +14,14 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Export, Precision, TrainConfig
+from llmft.config import Export, OnNan, OnSaveError, Precision, TrainConfig, seconds_of
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
 from llmft.data.quality import stop_on_errors
 from llmft.environment import describe, usable_cores
-from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
+from llmft.errors import ConfigError, DiskError, Interrupted, UserError, did_you_mean
+from llmft.files import check_space
 from llmft.model import adapters
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -30,17 +31,21 @@ from llmft.model.load import (
     pick_device,
     pick_precision,
 )
+from llmft.model.memory import optimizer_bytes
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, process_rank
-from llmft.training.callbacks import Checkpointer, Recorder, Signals
+from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
+from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
 from llmft.training.record import before_and_after, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
+from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
 
@@ -97,7 +102,12 @@ class Session:
         self.parts = check_parts(config)
         self._choose_device()
         self._read()
-        self._load()
+        try:
+            self._load()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory("loading", error) from error
+            raise
         checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn, mend=self.main_process)
         state = checkpoint.state if checkpoint is not None else {}
         reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
@@ -108,9 +118,12 @@ class Session:
             self._show_plan(checkpoint.step if checkpoint is not None else None)
             self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
         self.module = self._module()
+        if self.main_process:
+            self._check_disk()
         if checkpoint is not None:
             try:
                 self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)
+                self.module.skipped = list(state.get("skipped", []))
             except (KeyError, RuntimeError) as error:
                 raise ConfigError(
                     f"{self.run_directory.checkpoints}: the checkpoint of step {checkpoint.step} does not fit this "
@@ -203,6 +216,28 @@ class Session:
             self.base.requires_grad_(True)
             self.model = self.base
 
+    def _check_disk(self) -> None:
+        """Room for all checkpoints that will stand at once and for what is handed over, before the first step."""
+        trainer = self.config.trainer
+        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+        weights = 4 * sum(sizes)
+        states = optimizer_bytes(self.config.optimizer, sizes)
+        directory = self.run_directory.directory
+        there = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
+        # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
+        needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - there
+        try:
+            check_space(directory, max(0, needed))
+        except OSError as error:
+            told = f"{directory}: {error.strerror} for checkpoints and weights"
+            if trainer.on_save_error is OnSaveError.warn:
+                self.screen.warn(f"{told}; training all the same (trainer.on_save_error=warn).")
+            else:
+                raise DiskError(
+                    f"{told}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
+                    f"{trainer.keep_checkpoints}."
+                ) from None
+
     def _check_vocabulary(self) -> None:
         size = self.base.get_input_embeddings().weight.shape[0]
         highest = max(int(examples.ids.max(initial=0)) for examples in self.splits.values())
@@ -233,10 +268,20 @@ class Session:
             gradient_clip=config.trainer.gradient_clip,
             generation=make_generation(config, self.rows, self.parts.metrics, "validation"),
             describe_row=lambda row: train[row].where,
+            keep_bad_step=self._keep_bad_step,
+            skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
         return module
+
+    def _keep_bad_step(self, bad: BadStep) -> str:
+        if not self.main_process:
+            return ""
+        path = write_bad_step(self.run_directory, bad, self.splits["train"], self.tokenizer)
+        if self.config.trainer.on_nan is OnNan.skip:
+            self.screen.warn(f"{bad.reason} at step {bad.step}, which is skipped; its rows are in {path}.")
+        return str(path)
 
     def _checkpointer(self, state: dict[str, Any], recorder: Recorder) -> Checkpointer:
         trainer = self.config.trainer
@@ -249,11 +294,18 @@ class Session:
             patience=trainer.patience,
             total_steps=self.total_steps,
             stops=self.data.stops,
-            signals=self.signals,
+            wishes=self._wishes(),
             state=state,
             seconds=lambda: recorder.seconds,
             command=command_line(),
+            on_save_error=trainer.on_save_error,
+            tell=self.screen.print,
         )
+
+    def _wishes(self) -> Wishes:
+        limit = self.config.trainer.max_time
+        deadline = None if limit is None else self.prepared.started + seconds_of(limit, "trainer.max_time")
+        return Wishes(self.signals, self.run_directory, deadline)
 
     def _trainer(self, callbacks: list[Any], first_validates: bool) -> L.Trainer:
         trainer = self.config.trainer
@@ -305,6 +357,15 @@ class Session:
                 ) from None
             told = "interrupted; the same command goes on from the newest checkpoint."
             raise Interrupted(told, self.signals.received) from error
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            if self.module.trainer.world_size > 1:  # the other processes cannot follow
+                raise ConfigError(
+                    f"out of memory in {self.checkpointer.failed_in} ({error}); halve "
+                    f"trainer.micro_batch_size={self.config.trainer.micro_batch_size}."
+                ) from error
+            raise OutOfMemory(self.checkpointer.failed_in, error) from error
 
     def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
         config = self.config
@@ -330,6 +391,8 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early,
             "seconds": round(recorder.seconds, 3),
         }
+        if self.module.skipped:
+            result["skipped_steps"] = self.module.skipped
         run.update(
             handed_over=run.digests(),
             status="done",

@@ -33,7 +33,7 @@ def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
     if wanted in ("offline", "disabled", "dryrun"):
         return ("offline" if wanted == "dryrun" else wanted), None
     url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not _has_key(urlparse(url).hostname or ""):
+    if not has_key(urlparse(url).hostname or ""):
         return "offline", "no API key found (run `wandb login` to log online)"
     try:
         with urllib.request.urlopen(f"{url}/healthz", timeout=config.start_timeout_s):
@@ -45,7 +45,8 @@ def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
     return "online", None
 
 
-def _has_key(host: str) -> bool:
+def has_key(host: str) -> bool:
+    """Whether wandb would find an API key for `host`, in the environment or in ~/.netrc."""
     if os.environ.get("WANDB_API_KEY"):
         return True
     path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
@@ -94,7 +95,9 @@ class SafeWandbLogger(WandbLogger):
 
         def add() -> None:
             columns: list[str | int] = ["step", "where", "prompt", "reference", "generated"]
-            table = wandb.Table(columns=columns, data=[[step, *(s[str(c)] for c in columns[1:])] for s in samples[:64]])
+            table = wandb.Table(
+                columns=columns, data=[[step, *(redact(s[str(c)]) for c in columns[1:])] for s in samples[:64]]
+            )
             self.experiment.log({"samples": table, "step": step})
 
         self.attempt(add)

@@ -14,10 +14,11 @@ from torch.utils._pytree import tree_leaves
 from llmft.build import optimizer_factory
 from llmft.config import TrainConfig
 from llmft.data.batch import MicroBatch
+from llmft.files import format_bytes
 from llmft.model import adapters
 from llmft.model.hub import Located
 from llmft.model.load import load_base, model_config
-from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory, format_bytes
+from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
 from tests.conftest import compose

@@ -19,10 +19,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from llmft.app import command_line, explain
+from llmft.app import command_line, config_of_command, explain
 from llmft.config import TrainConfig
 from llmft.errors import ConfigError, UserError
-from llmft.schema import to_config
 from llmft.sweeping.trials import Planner
 
 store = ConfigStore.instance()
@@ -123,7 +122,7 @@ def make_planner(loader: Any, master: Any) -> Planner:
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in a config
         with open_dict(composed):
             del composed["hydra"]
-        return to_config(composed, TrainConfig)
+        return config_of_command(composed, TrainConfig)
 
     def told(error: Exception) -> Exception:
         if isinstance(error, UserError):

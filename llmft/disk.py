@@ -1,0 +1,37 @@
+"""What lies on the disk, which run uses it, and what may go: `python -m llmft.disk [clean=[…] dry_run=false]`.
+
+Never deleted: a checkpoint of a run that is not finished, anything of a run that is being trained, W&B runs that are
+not uploaded, models of the Hub's cache (other programs use them too).
+"""
+
+from __future__ import annotations
+
+import json
+
+from llmft.app import run_verb
+from llmft.config import DiskConfig, Form
+from llmft.schema import to_config
+
+
+def main() -> None:
+    """The command."""
+    run_verb("disk", DiskConfig, lambda composed: disk(to_config(composed, DiskConfig)))
+
+
+def disk(config: DiskConfig) -> dict[str, object]:
+    """Prints what lies where, deletes what `config.clean` names unless it is a dry run, and returns the report."""
+    from llmft.housekeeping import delete, find, show
+
+    report = find(config)
+    if not config.dry_run:
+        delete(report)
+    plain = report.plain()
+    if config.format is Form.json:
+        print(json.dumps(plain, indent=1, ensure_ascii=False))
+    else:
+        show(report, config)
+    return plain
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""A step whose loss or gradient is not a finite number: what is kept of it for the person who looks for the cause."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft.data.examples import Encoded
+from llmft.files import write_atomically
+from llmft.redaction import redact
+from llmft.runs import Run
+
+MOST_IN_A_ROW = 5
+"""Steps skipped one after the other before the run stops: the weights no longer learn."""
+MOST_SHARE = 0.01
+"""Share of all steps that may be skipped, where that is more than MOST_IN_A_ROW."""
+MOST_UNSCALED = 30
+"""Steps in a row that fp16's loss scaling may leave out: from 2^16 it needs 16 to reach a scale of 1."""
+
+
+class NotFinite(Exception):
+    """Raised before the optimizer's step; `what` is the loss or the gradient norm. `final`: never to be skipped."""
+
+    def __init__(self, what: str, value: float, *, final: bool = False) -> None:
+        super().__init__(f"the {what} is {value}")
+        self.final = final
+
+
+@dataclass(frozen=True)
+class BadStep:
+    """A step that was not taken.
+
+    Attributes:
+        step: its number, from 1.
+        reason: "the loss is nan".
+        learning_rate: of this step.
+        rows: (row of the training split, its summed loss in nats) over all processes.
+    """
+
+    step: int
+    reason: str
+    learning_rate: float
+    rows: list[tuple[int, float]]
+
+    @property
+    def suspects(self) -> list[int]:
+        """The rows whose own loss is no finite number; all of them where that is none's."""
+        bad = [row for row, loss in self.rows if not math.isfinite(loss)]
+        return bad or [row for row, _ in self.rows]
+
+
+def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
+    """Whether a run that skipped these steps (the last one just now) had better stop."""
+    last = list(skipped[-MOST_IN_A_ROW:])
+    in_a_row = len(last) == MOST_IN_A_ROW and last[-1] - last[0] == MOST_IN_A_ROW - 1
+    return in_a_row or len(skipped) > max(MOST_IN_A_ROW, MOST_SHARE * total_steps)
+
+
+def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Encoded], tokenizer: Any) -> Path:
+    """Writes the rows of `bad` with their place, loss and text to the run directory; returns the file."""
+    rows = []
+    for row, loss in bad.rows:
+        example = examples[row]
+        ids = [int(token) for token in example.input_ids]
+        rows.append(
+            {
+                "row": row,
+                "where": example.where,
+                "loss_nats": loss if math.isfinite(loss) else str(loss),
+                "tokens": len(ids),
+                "labelled_tokens": example.labelled_tokens,
+                "text": tokenizer.decode(ids),
+            }
+        )
+    path = run.directory / "not_finite" / f"step-{bad.step:08d}.json"
+    record = {"step": bad.step, "reason": bad.reason, "learning_rate": bad.learning_rate, "rows": rows}
+    write_atomically(path, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+    return path

@@ -1,0 +1,679 @@
+"""Killed, stopped, damaged, out of memory: the run goes on to the same numbers.
+
+The ids in the names are those of the acceptance suite.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmft.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
+from llmft.errors import ConfigError, DivergedError, Interrupted, Paused
+from llmft.train import train
+from llmft.training import stopping
+from llmft.training.callbacks import Checkpointer
+from llmft.training.finetuner import FineTuner
+from tests.conftest import ROOT, SMALL, compose, run_directory
+from tests.trust.helpers import (
+    LONGER,
+    adapter_bytes,
+    newest_step,
+    records,
+    same_checkpoint,
+    same_run,
+    start,
+    status,
+    wait_for_step,
+    whole_run,
+)
+
+SEED = os.environ.get("LLMFT_KILL_SEED", "11")
+
+
+def kill_again_and_again(root: Path, kills: int, whole: Path, *overrides: str, base: list[str] = LONGER) -> None:
+    """Kills a run at random moments until it has died `kills` times, then lets it end; compares with `whole`."""
+    chance = random.Random(f"{SEED}{overrides}")
+    died = 0
+    while True:
+        child = start(root, *overrides, base=base)
+        if died < kills:
+            deadline = time.monotonic() + 60
+            goal = newest_step(root) + 1
+            while newest_step(root) < min(goal, 23) and child.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0, 0.05))
+            if child.poll() is None:
+                os.kill(child.pid, signal.SIGKILL)
+        code = child.wait()
+        if code == -signal.SIGKILL:
+            died += 1
+            continue
+        assert code == 0, child.text()
+        break
+    assert died >= min(kills, 15)
+    same_run(whole, run_directory(root))
+
+
+def test_r1_twenty_kills_at_random_moments_end_in_bit_identical_weights(uninterrupted: Path, tmp_path: Path) -> None:
+    """Also of the numbers of every step, of the samples, and of the optimizer's state."""
+    kill_again_and_again(tmp_path, 20, uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_r1_twenty_kills_on_every_number_format(quantization: str, optimizer: str, tmp_path: Path) -> None:
+    overrides = [f"quantization={quantization}", f"optimizer={optimizer}"]
+    whole = whole_run(tmp_path / "whole", *overrides)
+    kill_again_and_again(tmp_path / "killed", 20, whole, *overrides)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+def test_r2_resumed_from_every_step_all_later_checkpoints_are_the_same(
+    small: Callable[..., Any], tmp_path: Path, optimizer: str
+) -> None:
+    """Also from the first and the last step, of an epoch and of the run; each resumption is itself resumed."""
+    every_step(
+        small(
+            f"optimizer={optimizer}",
+            "data.rows.train=12",
+            "trainer.batch_size=5",
+            "trainer.max_steps=8",
+            "trainer.validate_every=3",
+            "trainer.checkpoint_every=1",
+            "trainer.keep_checkpoints=99",
+            "lora.dropout=0.2",
+            "learning_rate.peak=0.02",
+        ),
+        tmp_path,
+        steps=8,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [["optimizer=sgd"], ["quantization=none", "lora=none"], ["quantization=int8"], ["lora.dora=true"]],
+    ids=" ".join,
+)
+def test_r2_resumed_from_every_step_of_every_kind_of_training(
+    small: Callable[..., Any], tmp_path: Path, overrides: list[str]
+) -> None:
+    every_step(
+        small(
+            *overrides,
+            "data.rows.train=12",
+            "trainer.batch_size=5",
+            "trainer.max_steps=8",
+            "trainer.validate_every=3",
+            "trainer.checkpoint_every=1",
+            "trainer.keep_checkpoints=99",
+        ),
+        tmp_path,
+        steps=8,
+    )
+
+
+def every_step(config: Any, root: Path, steps: int) -> None:
+    train(config, quiet=True)
+    directory = run_directory(root)
+    whole = root / "whole"
+    shutil.copytree(directory, whole)
+    handed_over = "adapter" if config.lora.enabled else "model"
+    for step in reversed(range(1, steps + 1)):
+        for later in range(step + 1, steps + 1):
+            path_of(directory / "checkpoints", later).unlink()
+            path_of(directory / "checkpoints", later).with_suffix(".sha256").unlink()
+        (directory / "run.json").write_text(json.dumps({"status": "running"}))
+        shutil.rmtree(directory / handed_over)
+        train(config, quiet=True)
+        for path in (whole / handed_over).glob("*.safetensors"):
+            assert (directory / handed_over / path.name).read_bytes() == path.read_bytes(), step
+        assert (directory / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes(), step
+        for later in range(step, steps + 1):
+            same_checkpoint(directory, whole, later)
+
+
+def at_step(monkeypatch: pytest.MonkeyPatch, place: str, step: int, act: Callable[[Any], None]) -> None:
+    """Calls `act` with the trainer when a hook of the run is reached at `step`, once."""
+    hook = {
+        "step": "on_train_batch_end",
+        "val": "on_validation_batch_end",
+        "test": "on_test_batch_end",
+    }[place]
+    original = getattr(Checkpointer, hook)
+
+    def acted(self: Any, trainer: Any, module: Any, *arguments: Any, **keywords: Any) -> None:
+        if module.step == step:
+            act(trainer)
+        original(self, trainer, module, *arguments, **keywords)
+
+    monkeypatch.setattr(Checkpointer, hook, acted)
+
+
+class TestR3Signals:
+    """A signal saves at the next step boundary; nothing of an accumulation window is ever in a checkpoint."""
+
+    KINDS = [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129), (signal.SIGUSR1, 138)]  # noqa: RUF012
+    OVERRIDES = ["trainer.max_steps=6", "trainer.validate_every=2", "data.rows.test=8", "lora.dropout=0.1"]  # noqa: RUF012
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return whole_run(tmp_path_factory.mktemp("signals"), *self.OVERRIDES, base=SMALL)
+
+    @pytest.fixture(scope="class")
+    def whole_in_threes(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch_size=3", base=SMALL)
+
+    @pytest.mark.parametrize(("signum", "code"), KINDS, ids=[kind.name for kind, _ in KINDS])
+    @pytest.mark.parametrize("micro", [1, 2, 3])
+    def test_r3_a_signal_at_any_micro_batch_is_met_at_the_step_boundary(
+        self,
+        small: Callable[..., Any],
+        whole_in_threes: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        signum: int,
+        code: int,
+        micro: int,
+    ) -> None:
+        """Three micro-batches a step; the signal comes while one of the fourth step is computed."""
+        from llmft.training.objectives.language_modeling import LanguageModeling
+
+        config = small(*self.OVERRIDES, "trainer.micro_batch_size=3")
+        calls = {"count": 0}
+        original = LanguageModeling.losses
+
+        def losses(self: Any, model: Any, batch: Any) -> Any:
+            if model.training:
+                calls["count"] += 1
+                if calls["count"] == 9 + micro:
+                    os.kill(os.getpid(), signum)
+            return original(self, model, batch)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModeling, "losses", losses)
+            with pytest.raises(Interrupted) as error:
+                train(config, quiet=True)
+        assert error.value.exit_code == code
+        assert str(error.value).startswith(f"{signal.Signals(signum).name}: saved after step 4 of 6")
+        assert "the same command goes on from there" in str(error.value)
+        directory = run_directory(tmp_path)
+        assert steps_on_disk(directory / "checkpoints")[-1] == 4
+        assert status(directory)["status"] == "interrupted"
+        train(config, quiet=True)
+        same_run(whole_in_threes, directory, last=6)
+        assert signal.getsignal(signum) is (signal.default_int_handler if signum == signal.SIGINT else signal.SIG_DFL)
+
+    PLACES = [("step", step) for step in range(1, 7)] + [("val", 0), ("val", 2), ("val", 4), ("val", 6), ("test", 6)]
+
+    @pytest.mark.parametrize(("place", "step"), PLACES, ids=[f"{place}-{step}" for place, step in PLACES])
+    def test_r3_a_signal_anywhere_saves_and_the_resumed_run_is_the_same(
+        self,
+        small: Callable[..., Any],
+        whole: Path,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        place: str,
+        step: int,
+    ) -> None:
+        config = small(*self.OVERRIDES)
+        with monkeypatch.context() as patch:
+            at_step(patch, place, step, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(Interrupted) as error:
+                train(config, quiet=True)
+        assert error.value.exit_code == 143
+        directory = run_directory(tmp_path)
+        assert status(directory)["status"] == "interrupted"
+        train(config, quiet=True)
+        same_run(whole, directory, last=6)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+    def test_r3_the_command_itself_leaves_with_the_code_and_says_how_to_go_on(
+        self, uninterrupted: Path, tmp_path: Path
+    ) -> None:
+        command = [sys.executable, "-m", "llmft", *LONGER, f"output_dir={tmp_path}", "trainer.checkpoint_every=null"]
+        process = subprocess.Popen(
+            command,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline = time.monotonic() + 90
+        while newest_step(tmp_path) < 8 and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=60)[0]
+        assert process.returncode == 143, output
+        assert "the same command goes on from there: python -m llmft" in output
+        assert "Traceback" not in output
+        again = start(tmp_path)
+        assert again.wait() == 0, again.text()
+        assert "resumed" in again.text()
+        same_run(uninterrupted, run_directory(tmp_path))
+
+    def test_r3_a_second_signal_ends_the_process_at_once(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        at_step(monkeypatch, "step", 3, lambda trainer: time.sleep(60))
+        child = start(tmp_path)
+        wait_for_step(tmp_path, 2, child)
+        time.sleep(0.2)
+        os.kill(child.pid, signal.SIGTERM)
+        time.sleep(stopping.SAME_S + 0.3)
+        assert child.poll() is None, "the first one waits for the step boundary"
+        began = time.monotonic()
+        os.kill(child.pid, signal.SIGTERM)
+        assert child.wait(10) == -signal.SIGTERM
+        assert time.monotonic() - began < 5
+
+    def test_r3_one_wish_that_arrives_twice_is_one(self) -> None:
+        """`timeout` signals the process and its group; service managers send SIGHUP behind SIGTERM."""
+        signals = stopping.Signals()
+        signals.take()
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert signals.received == signal.SIGTERM
+        finally:
+            signals.release()
+
+
+class TestR3Wishes:
+    """Files in the run directory and the clock."""
+
+    @pytest.fixture(autouse=True)
+    def look_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stopping, "LOOK_S", 0.0)
+
+    def test_r3_touch_save_saves_and_the_run_goes_on(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        whole = whole_run(tmp_path / "whole", base=[*LONGER, "trainer.checkpoint_every=null"])
+        at_step(monkeypatch, "step", 5, lambda trainer: (run_directory(tmp_path / "a") / "SAVE").touch())
+        train(
+            compose(*LONGER, "trainer.checkpoint_every=null", "trainer.keep_checkpoints=9", f"output_dir={tmp_path}/a")
+        )
+        directory = run_directory(tmp_path / "a")
+        assert 5 in steps_on_disk(directory / "checkpoints")
+        assert not (directory / "SAVE").exists(), "what is done is taken away"
+        assert "saved after step 5, as the file SAVE asked" in capsys.readouterr().out
+        same_run(whole, directory)
+
+    @pytest.mark.parametrize("place", ["step", "val"])
+    def test_r3_touch_stop_saves_and_ends_with_exit_code_0(
+        self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+    ) -> None:
+        with monkeypatch.context() as patch:
+            at_step(patch, place, 8, lambda trainer: (run_directory(tmp_path) / "STOP").touch())
+            with pytest.raises(Paused, match="asked by the file STOP: saved after step 8 of 24") as error:
+                train(compose(*LONGER, f"output_dir={tmp_path}"), quiet=True)
+        assert error.value.exit_code == 0
+        directory = run_directory(tmp_path)
+        assert status(directory)["status"] == "interrupted"
+        assert not (directory / "STOP").exists()
+        train(compose(*LONGER, f"output_dir={tmp_path}"), quiet=True)
+        same_run(uninterrupted, directory)
+
+    def test_r3_a_stop_from_before_the_start_is_not_meant_for_this_one(
+        self, small: Callable[..., Any], tmp_path: Path
+    ) -> None:
+        config = small()
+        train(config, quiet=True)
+        (run_directory(tmp_path) / "STOP").touch()
+        train(small("force=true"), quiet=True)
+        assert status(run_directory(tmp_path))["status"] == "done"
+
+    def test_r3_max_time_saves_and_ends_with_exit_code_0(self, uninterrupted: Path, tmp_path: Path) -> None:
+        """Again and again, each start with a second, until it is done."""
+        codes = []
+        for _ in range(30):
+            child = start(tmp_path, "trainer.max_time=0.9s")
+            codes.append(child.wait())
+            if status(run_directory(tmp_path))["status"] == "done":
+                break
+            assert "trainer.max_time is over" in status(run_directory(tmp_path))["error"]
+        assert set(codes) == {0}
+        assert len(codes) > 1
+        same_run(uninterrupted, run_directory(tmp_path))
+
+    @pytest.mark.parametrize("value", ["soon", "0", "-5"])
+    def test_r3_a_max_time_that_is_none_is_refused(self, value: str) -> None:
+        with pytest.raises(ConfigError, match=r"trainer\.max_time"):
+            compose(f"trainer.max_time={value}")
+
+
+class TestR7Damage:
+    """A damaged checkpoint is found by its digest, named and set aside; the one before it is used."""
+
+    @pytest.mark.parametrize("damage", ["truncate", "flip", "flip two"])
+    def test_r7_the_run_goes_on_from_the_newest_sound_one(
+        self, uninterrupted: Path, tmp_path: Path, damage: str
+    ) -> None:
+        child = start(tmp_path, "trainer.keep_checkpoints=5")
+        wait_for_step(tmp_path, 6, child)
+        os.kill(child.pid, signal.SIGKILL)
+        child.wait()
+        directory = run_directory(tmp_path)
+        steps = steps_on_disk(directory / "checkpoints")
+        chance = random.Random(SEED)
+        for step in steps[-2 if damage == "flip two" else -1 :]:
+            path = path_of(directory / "checkpoints", step)
+            content = bytearray(path.read_bytes())
+            if damage == "truncate":
+                content = content[: chance.randrange(len(content))]
+            else:
+                content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+            path.write_bytes(content)
+        again = start(tmp_path)
+        assert again.wait() == 0, again.text()
+        sound = steps[-3] if damage == "flip two" else steps[-2]
+        assert f"the checkpoint of step {steps[-1]} is damaged (sha256" in again.text()
+        assert f"using step {sound}." in again.text()
+        assert path_of(directory / "checkpoints", steps[-1]).with_suffix(".bad").exists()
+        same_run(uninterrupted, directory)
+
+
+class TestR8OlderCheckpoints:
+    """A checkpoint of every released format loads. `python -m tests.trust.make_fixture` made the files."""
+
+    FIXTURES = sorted((Path(__file__).parent / "fixtures").glob("format-*"))
+
+    @pytest.mark.parametrize("fixture", FIXTURES, ids=[path.name for path in FIXTURES])
+    def test_r8_an_older_checkpoint_loads_and_its_run_goes_on(self, fixture: Path, tmp_path: Path) -> None:
+        from tests.trust.make_fixture import OVERRIDES, STEP
+
+        expected = json.loads((fixture / "expected.json").read_text())
+        (path,) = fixture.glob("*.safetensors")
+        assert verify(path) is None
+        found = load_checkpoint(path)
+        assert found.step == STEP
+        assert sorted(found.weights) == sorted(expected["weights"])
+        assert {name: sorted(entries) for name, entries in found.optimizer.items()} == expected["optimizer"]
+        config = compose(*OVERRIDES, f"output_dir={tmp_path}")
+        train(config, quiet=True)
+        directory = run_directory(tmp_path)
+        shutil.rmtree(directory / "checkpoints")
+        shutil.copytree(fixture, directory / "checkpoints")
+        (directory / "run.json").write_text(json.dumps({"status": "running"}))
+        metric = train(config, quiet=True)
+        assert metric == pytest.approx(expected["val/loss_nats"], rel=1e-4)
+        assert [r["step"] for r in records(directory) if "train/loss_nats" in r][-1] == STEP + 2
+
+    def test_r8_a_checkpoint_of_a_newer_llmft_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        import llmft.checkpoint
+
+        made = Checkpoint(1, {"a": torch.zeros(2)}, {}, {})
+        with monkeypatch.context() as patch:
+            patch.setattr(llmft.checkpoint, "FORMAT", 2)
+            path = save_checkpoint(tmp_path, made)
+        with pytest.raises(ConfigError, match="written by a newer llmft"):
+            load_checkpoint(path)
+
+
+class TestR10OutOfMemory:
+    """A step that finds no memory is computed in smaller pieces; the numbers stay."""
+
+    ERRORS = {  # noqa: RUF012
+        "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
+        "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory"),
+        "python": lambda: MemoryError(),
+        "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"),
+    }
+
+    def limit(
+        self, monkeypatch: pytest.MonkeyPatch, rows: int, kind: str, *, training: bool = True, steps: int = 0
+    ) -> list[int]:
+        """Lets batches of more than `rows` rows fail, after `steps` calls that do not; returns the sizes asked for."""
+        from llmft.training.objectives.language_modeling import LanguageModeling
+
+        original = LanguageModeling.losses
+        asked: list[int] = []
+
+        def losses(objective: Any, model: Any, batch: Any) -> Any:
+            if model.training is training:
+                asked.append(len(batch.rows))
+                if len(asked) > steps and len(batch.rows) > rows:
+                    raise self.ERRORS[kind]()
+            return original(objective, model, batch)
+
+        monkeypatch.setattr(LanguageModeling, "losses", losses)
+        return asked
+
+    @pytest.mark.parametrize("kind", ERRORS)
+    def test_r10_every_way_of_saying_so_is_understood(self, kind: str) -> None:
+        from llmft.training.out_of_memory import is_out_of_memory
+
+        assert is_out_of_memory(self.ERRORS[kind]())
+        assert not is_out_of_memory(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+    def test_r10_the_micro_batch_is_halved_until_it_fits_with_the_same_numbers(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        size = "trainer.micro_batch_size=8"
+        whole = whole_run(tmp_path / "whole", size, base=SMALL)
+        tmp_path = tmp_path / "halved"
+        asked = self.limit(monkeypatch, 2, "cpu")
+        train(small(size, f"output_dir={tmp_path}"), quiet=True)
+        directory = run_directory(tmp_path)
+        assert max(asked) == 8
+        assert set(asked[-16:]) == {2}
+        notes = status(directory)["out_of_memory"]
+        assert [(n["stage"], n["key"], n["from"], n["to"]) for n in notes] == [
+            ("training", "trainer.micro_batch_size", 8, 4),
+            ("training", "trainer.micro_batch_size", 4, 2),
+        ]
+        for ours, theirs in zip(records(directory), records(whole), strict=False):
+            assert ours.keys() == theirs.keys()
+            for name, value in ours.items():
+                assert value == pytest.approx(theirs[name], rel=1e-4), name
+
+    def test_r10_the_gradient_of_the_halved_batch_is_the_same(self) -> None:
+        """To 1e-6, on a float64 model: see also R11."""
+        from tests.training.test_finetuner import test_k_micro_batches_of_b_equal_one_batch_of_k_times_b as law
+
+        law([[0, 1], [2, 3], [4, 5]])
+
+    def test_r10_nothing_that_was_learned_is_lost(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Memory runs out in step 3 of 4 without a checkpoint since step 2: the run goes on from there."""
+        self.limit(monkeypatch, 2, "cuda", steps=5)
+        taken: list[int] = []
+        original = FineTuner.training_step
+        monkeypatch.setattr(
+            FineTuner,
+            "training_step",
+            lambda self, batch, index: (taken.append(batch.step), original(self, batch, index))[1],
+        )
+        train(small("trainer.validate_every=4"), quiet=True)
+        assert taken == [0, 1, 2, 2, 3]
+
+    def test_r10_validation_has_a_batch_of_its_own(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.limit(monkeypatch, 6, "cuda", training=False)
+        train(small(), quiet=True)
+        notes = status(run_directory(tmp_path))["out_of_memory"]
+        assert {n["key"] for n in notes} == {"trainer.validation_batch_size"}
+        assert notes[-1]["to"] <= 6
+
+    def test_r10_at_one_row_there_is_advice(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        self.limit(monkeypatch, 0, "cuda")
+        with pytest.raises(ConfigError, match=r"out of memory in training .* try .*gradient_checkpointing=true"):
+            train(small(), quiet=True)
+        assert status(run_directory(tmp_path))["status"] == "failed"
+
+    def test_r10_a_base_that_does_not_fit_is_not_tried_again(
+        self, small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        import llmft.training.session
+
+        def load(*arguments: Any, **keywords: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(llmft.training.session, "load_base", load)
+        with pytest.raises(ConfigError, match=r"out of memory in loading .* try .*quantization=nf4"):
+            train(small("quantization=none"), quiet=True)
+
+
+class TestR12NotFinite:
+    """A loss or gradient that is no finite number stops before the optimizer's step."""
+
+    def spoil(self, monkeypatch: pytest.MonkeyPatch, where: Callable[[int], bool], kind: str = "nan") -> None:
+        """Spoils the loss or the gradient of the steps (from 1) that `where` names, in one row."""
+        from llmft.training.objectives.language_modeling import LanguageModeling
+
+        current = {"step": 0}
+        original_step, original = FineTuner.training_step, LanguageModeling.losses
+
+        def step(module: Any, batch: Any, index: int) -> None:
+            current["step"], current["first"] = batch.step + 1, True
+            original_step(module, batch, index)
+
+        def losses(objective: Any, model: Any, batch: Any) -> Any:
+            found = original(objective, model, batch)
+            if model.training and current.pop("first", False) and where(current["step"]):
+                if kind == "gradient":
+                    found.nll.register_hook(lambda gradient: gradient * float("inf"))
+                else:
+                    found.nll[0] = found.nll[0] * float(kind)
+            return found
+
+        monkeypatch.setattr(FineTuner, "training_step", step)
+        monkeypatch.setattr(LanguageModeling, "losses", losses)
+
+    @pytest.fixture(scope="class")
+    def whole(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return whole_run(tmp_path_factory.mktemp("finite"), "trainer.keep_checkpoints=99")
+
+    @pytest.mark.parametrize("kind", ["nan", "inf", "gradient"])
+    def test_r12_it_stops_before_the_step_and_keeps_the_weights_and_the_batch(
+        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+    ) -> None:
+        config = compose(*LONGER, "trainer.checkpoint_every=null", f"output_dir={tmp_path}/a")
+        with monkeypatch.context() as patch:
+            self.spoil(patch, lambda step: step == 11, kind)
+            with pytest.raises(DivergedError) as error:
+                train(config, quiet=True)
+        assert error.value.exit_code == 3
+        directory = run_directory(tmp_path / "a")
+        assert status(directory)["status"] == "diverged"
+        same_checkpoint(directory, whole, 10)
+        assert steps_on_disk(directory / "checkpoints")[-1] == 10
+        kept = json.loads((directory / "not_finite" / "step-00000011.json").read_text())
+        assert kept["step"] == 11
+        assert ("gradient norm" if kind == "gradient" else "loss") in kept["reason"]
+        assert len(kept["rows"]) == 4
+        for row in kept["rows"]:
+            assert row["where"].startswith("writers:train:")
+            assert "Who wrote this text" in row["text"]
+            assert row["labelled_tokens"] > 0
+        named = [row["where"] for row in kept["rows"] if isinstance(row["loss_nats"], str)]
+        assert len(named) == (0 if kind == "gradient" else 1)
+        assert all(where in str(error.value) for where in named)
+        assert "step-00000011.json" in str(error.value)
+        train(config, quiet=True)
+        assert adapter_bytes(directory) == adapter_bytes(whole)
+
+    def test_r12_on_request_a_bad_step_is_skipped_counted_and_resumed_exactly(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ) -> None:
+        self.spoil(monkeypatch, lambda step: step in (5, 6, 15))
+        overrides = [*LONGER, "trainer.on_nan=skip", "trainer.keep_checkpoints=99"]
+        train(compose(*overrides, f"output_dir={tmp_path}/a"))
+        directory = run_directory(tmp_path / "a")
+        assert "which is skipped" in capsys.readouterr().out
+        assert status(directory)["result"]["skipped_steps"] == [5, 6, 15]
+        lines = {r["step"]: r for r in records(directory) if "train/learning_rate" in r}
+        assert lines[5]["train/loss_nats"] is None
+        assert [lines[step].get("train/skipped_steps") for step in (4, 5, 6, 14, 15, 24)] == [None, 1, 2, 2, 3, 3]
+        before, after = (load_file(path_of(directory / "checkpoints", step)) for step in (4, 6))
+        assert all(torch.equal(value, after[name]) for name, value in before.items()), "no weight, no state changed"
+        with monkeypatch.context() as patch:
+            at_step(patch, "step", 10, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(Interrupted):
+                train(compose(*overrides, f"output_dir={tmp_path}/b"), quiet=True)
+        train(compose(*overrides, f"output_dir={tmp_path}/b"), quiet=True)
+        same_run(directory, run_directory(tmp_path / "b"))
+        assert status(run_directory(tmp_path / "b"))["result"]["skipped_steps"] == [5, 6, 15]
+
+    def test_r12_a_run_that_only_skips_is_stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.spoil(monkeypatch, lambda step: step >= 4)
+        with pytest.raises(DivergedError, match=r"at step 8 .* 4 steps were skipped before it"):
+            train(compose(*LONGER, "trainer.on_nan=skip", f"output_dir={tmp_path}"), quiet=True)
+
+    def test_r12_skips_spread_over_a_run_are_bounded_too(self) -> None:
+        from llmft.training.divergence import too_many_skipped
+
+        assert not too_many_skipped(range(10, 60, 10), total_steps=100)
+        assert too_many_skipped(range(10, 70, 10), total_steps=100)
+        assert not too_many_skipped(range(10, 1010, 10), total_steps=100_000)
+        assert too_many_skipped([7, 8, 9, 10, 11], total_steps=100_000)
+        assert not too_many_skipped([7, 9, 10, 11, 12], total_steps=100_000)
+
+    def test_r12_the_command_leaves_with_code_3(self, tmp_path: Path) -> None:
+        child = start(tmp_path, "learning_rate.peak=1e30", "learning_rate.warmup_fraction=0.0")
+        assert child.wait() == 3, child.text()
+        assert child.text().count("llmft: training diverged") == 1
+        assert "Traceback" not in child.text()
+
+
+class TestR13FirstLossAfterResume:
+    """The loss that the next step would begin with is saved, and compared when the run goes on."""
+
+    def stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+        config = compose(*LONGER, f"output_dir={tmp_path}")
+        with monkeypatch.context() as patch:
+            at_step(patch, "step", 10, lambda trainer: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(Interrupted):
+                train(config, quiet=True)
+        return config
+
+    def test_r13_it_is_the_same_to_the_last_bit(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        config = self.stopped(tmp_path, monkeypatch)
+        compared: list[tuple[float, float]] = []
+        original = Checkpointer._check_next_loss
+        monkeypatch.setattr(
+            Checkpointer,
+            "_check_next_loss",
+            lambda self, found, step: (compared.append((self.next_loss, found)), original(self, found, step))[1],
+        )
+        train(config, quiet=True)
+        assert len(compared) == 1
+        assert compared[0][0] == compared[0][1]
+
+    def test_r13_other_weights_are_noticed_before_the_first_step(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        config = self.stopped(tmp_path, monkeypatch)
+        directory = run_directory(tmp_path) / "checkpoints"
+        newest = steps_on_disk(directory)[-1]
+        found = load_checkpoint(path_of(directory, newest))
+        found.weights = {name: torch.randn_like(weight) for name, weight in found.weights.items()}
+        save_checkpoint(directory, found)
+        with pytest.raises(DivergedError, match=r"after step 10 the next row's loss was"):
+            train(config, quiet=True)
+
+
+def test_r15_a_checkpoint_holds_what_is_trained_and_not_the_base(uninterrupted: Path) -> None:
+    newest = path_of(uninterrupted / "checkpoints", 24)
+    trained = sum(t.numel() for t in load_file(uninterrupted / "adapter" / "adapter_model.safetensors").values())
+    assert newest.stat().st_size < trained * 16 + 2**18
