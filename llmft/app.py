@@ -181,8 +181,6 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
 
 def _unknown_setting(key: str) -> ConfigError:
     options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
-    if key in options:
-        return ConfigError(f"{key}: only a search has it; add hydra/sweeper=optuna.")
     return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
 
 

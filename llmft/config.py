@@ -492,9 +492,10 @@ class SweepConfig:
 
 @dataclass
 class SearchConfig:
-    """What `hydra/sweeper=optuna` takes below hydra.sweeper; errors name keys without that prefix.
+    """What a multirun takes below hydra.sweeper; errors name keys without that prefix.
 
     Attributes:
+        sampler: what suggests the configurations; None: no search, all combinations.
         n_trials: configurations to try in all; None: 20, or all of a grid's.
         seed: of the search itself.
         seeds: a configuration is trained with each of these; its value is the mean.
@@ -507,7 +508,7 @@ class SearchConfig:
         conditions: parameters that exist only under a condition on others.
     """
 
-    sampler: str = "tpe"
+    sampler: str | None = None
     pruner: str = "none"
     n_trials: int | None = None
     seed: int = 0
@@ -525,7 +526,7 @@ class SearchConfig:
         pruners = ("none", "median", "successive_halving", "hyperband")
         for key, known in (("sampler", samplers), ("pruner", pruners)):
             value = getattr(self, key)
-            require(value in known, f"{key}={value}: no such {key}{did_you_mean(value, known)}")
+            require(value is None or value in known, f"{key}={value}: no such {key}{did_you_mean(str(value), known)}")
         for key, least in (("n_trials", 1), ("startup_trials", 1), ("min_validations", 1), ("reduction_factor", 2)):
             value = getattr(self, key)
             require(value is None or value >= least, f"{key}={value}: {least} or more.")

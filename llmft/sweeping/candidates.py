@@ -238,7 +238,9 @@ class Search:
         return self.study.trials[candidate.number].state.name in ("COMPLETE", "PRUNED")
 
     def _candidate(self, number: int, place: int, chosen: dict[str, Value]) -> Candidate:
-        seeds: list[int | None] = list(self.settings.seeds or [None])
+        seeds: list[int | None] = [None]
+        if self.settings.seeds:
+            seeds = [*self.settings.seeds]
         first = place * len(seeds)
         trials = [self.make_trial(first + shift, chosen, seed) for shift, seed in enumerate(seeds)]
         candidate = Candidate(number, place, chosen, trials)
@@ -293,9 +295,9 @@ class Search:
         ]
         value = candidate.value
         state = "COMPLETE" if value is not None else "FAIL"
-        if any(trial.status in ("pruned", "twin") for trial in ran):
+        if not any(trial.status == "failed" for trial in ran) and any(trial.status != "done" for trial in ran):
             state = "PRUNED"
-        self.study.tell(candidate.number, state, value if state == "COMPLETE" else None, {"outcome": outcome})
+        self.study.tell(candidate.number, state, value, {"outcome": outcome})
 
     def _record(self) -> None:
         """What the sweep's record says of the search."""

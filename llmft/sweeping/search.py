@@ -12,8 +12,8 @@ from rich.markup import escape
 
 from llmft.config import SearchConfig
 from llmft.console import Screen
-from llmft.errors import ConfigError, RunBusy, UserError, did_you_mean
-from llmft.schema import canonical, from_plain, to_plain
+from llmft.errors import ConfigError, RunBusy, UserError
+from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, Search, wanted_trials
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.space import Space, Value, make_space
@@ -25,18 +25,6 @@ from llmft.sweeping.twin import twin_rule
 
 STUDY = "study.db"
 """Optuna's study in the sweep's directory; `optuna-dashboard sqlite:///PATH` opens it."""
-
-
-def search_settings(plain: dict[str, Any]) -> SearchConfig:
-    """What stands below hydra.sweeper, checked; raises ConfigError naming the key."""
-    known = list(SearchConfig.__dataclass_fields__)
-    for key in plain:
-        if key not in known:
-            raise ConfigError(f"hydra.sweeper.{key}: no such key{did_you_mean(key, known)}")
-    try:
-        return from_plain(plain, SearchConfig)
-    except ConfigError as error:
-        raise ConfigError(f"hydra.sweeper.{error}") from None
 
 
 def run_search(

@@ -31,7 +31,8 @@ class Clause:
     def holds(self, value: Value) -> bool:
         """Whether `value` meets it; numbers compare as numbers, whatever way they are written."""
         if self.operator in COMPARE:
-            return COMPARE[self.operator](float(value), float(self.values[0]))
+            number, bound = _number(value), _number(self.values[0])
+            return number is not None and bound is not None and COMPARE[self.operator](number, bound)
         found = any(_same(value, other) for other in self.values)
         return found if self.operator in ("==", "in") else not found
 
@@ -266,7 +267,7 @@ def parse_condition(key: str, text: str) -> tuple[Clause, ...]:
         operator = " ".join(found[2].split()) if found else ""
         listed = found is not None and found[3].startswith("[")
         values = tuple(value.strip() for value in found[3].strip("[]").split(",")) if found else ()
-        sound = all(values) and listed == (operator in ("in", "not in"))
+        sound = bool(values) and all(values) and listed == (operator in ("in", "not in"))
         if not sound or (operator in COMPARE and _number(values[0]) is None):
             raise ConfigError(
                 f"hydra.sweeper.conditions.{key}: '{text}' is no condition; write for example 'lora.r in [8,16]', "

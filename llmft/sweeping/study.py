@@ -30,7 +30,7 @@ def import_optuna() -> Any:
     try:
         import optuna
     except ImportError:
-        raise ConfigError('hydra/sweeper=optuna needs Optuna: pip install "llmft[search]".') from None
+        raise ConfigError('hydra.sweeper.sampler needs Optuna: pip install "llmft[search]".') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
@@ -53,7 +53,7 @@ class Study:
             self._file = optuna.create_study(
                 storage=f"sqlite:///{file.resolve()}", study_name=NAME, direction=direction, load_if_exists=True
             )
-            before = self._file.get_trials(deepcopy=False)
+            before = self._file.get_trials()
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
@@ -65,10 +65,8 @@ class Study:
             storage=optuna.storages.InMemoryStorage(), study_name=NAME, direction=direction
         )
         for trial in before:
+            trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
             self._mind.add_trial(trial)
-            for name, value in trial.user_attrs.get("judged", {}).get("rungs", {}).items():
-                ((storage, identity),) = self._stored(trial.number, self._mind)
-                storage.set_trial_system_attr(identity, name, value)
 
     @property
     def trials(self) -> list[FrozenTrial]:
