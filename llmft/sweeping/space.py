@@ -83,6 +83,15 @@ class Parameter:
         ends: list[Value] = [self.low, self.high] if not self.integer else [round(self.low), round(self.high)]
         return list(self.choices) or ends
 
+    def suggest(self, trial: Any) -> Value:
+        """A value for one of Optuna's trials."""
+        if self.choices:
+            return trial.suggest_categorical(self.key, self.choices)
+        if self.integer:
+            step = round(self.step or 1)
+            return trial.suggest_int(self.key, round(self.low), round(self.high), log=self.log, step=step)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.log, step=self.step)
+
     def distribution(self) -> Any:
         """As Optuna has it."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution

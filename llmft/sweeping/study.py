@@ -50,9 +50,8 @@ class Study:
         self.space = space
         self.distributions = {parameter.key: parameter.distribution() for parameter in space.parameters}
         try:
-            self._file = optuna.create_study(
-                storage=f"sqlite:///{file.resolve()}", study_name=NAME, direction=direction, load_if_exists=True
-            )
+            kept = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+            self._file = optuna.create_study(storage=kept, study_name=NAME, direction=direction, load_if_exists=True)
             before = self._file.get_trials()
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
@@ -61,9 +60,9 @@ class Study:
                 f"{file}: not a study that can be read ({str(error).splitlines()[0]}); move it away and the search "
                 "begins anew, without training again what is done."
             ) from None
-        self._mind = optuna.create_study(
-            storage=optuna.storages.InMemoryStorage(), study_name=NAME, direction=direction
-        )
+        memory = optuna.storages.InMemoryStorage()
+        self._mind = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
+        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, kept)]
         for trial in before:
             trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
             self._mind.add_trial(trial)
@@ -83,7 +82,7 @@ class Study:
         chosen: dict[str, Value] = {}
         for parameter in self.space.parameters:
             if self.space.active(parameter, chosen):
-                chosen[parameter.key] = asked._suggest(parameter.key, self.distributions[parameter.key])
+                chosen[parameter.key] = parameter.suggest(asked)
         for name, value in attributes.items():
             asked.set_user_attr(name, value)
         self._file.add_trial(self.trials[number])
@@ -110,8 +109,10 @@ class Study:
         steps = [known for known in sorted(curve) if known <= step]
         for place, known in enumerate(steps, start=1):
             if place not in self.trials[number].intermediate_values:
-                for storage, identity in self._stored(number, self._mind, self._file):
+                for storage, identity in self._stored(number):
                     storage.set_trial_intermediate_value(identity, place, curve[known])
+        if self.settings.pruner == "none":
+            return False
         judged = self.trials[number].user_attrs.get("judged", {"step": -1, "ends": False})
         if step <= judged["step"]:
             return bool(judged["ends"] and step == judged["step"])
@@ -125,18 +126,17 @@ class Study:
         """Ends a trial: COMPLETE with a value, PRUNED or FAIL without."""
         optuna = import_optuna()
         self._note(number, attributes)
-        for storage, identity in self._stored(number, self._mind, self._file):
+        for storage, identity in self._stored(number):
             storage.set_trial_state_values(identity, optuna.trial.TrialState[state], None if value is None else [value])
 
     def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
-        for storage, identity in self._stored(number, self._mind, self._file):
+        for storage, identity in self._stored(number):
             for name, value in attributes.items():
                 storage.set_trial_user_attr(identity, name, value)
 
-    def _stored(self, number: int, *studies: Any) -> list[tuple[Any, int]]:
-        """(storage, its name of the trial) in each of `studies`."""
-        storages = [(study._storage, study._study_id) for study in studies]
-        return [(s, s.get_trial_id_from_study_id_trial_number(identity, number)) for s, identity in storages]
+    def _stored(self, number: int) -> list[tuple[Any, int]]:
+        """(storage, its name of the trial) in memory and in the file."""
+        return [(s, s.get_trial_id_from_study_id_trial_number(study, number)) for s, study in self._storages]
 
 
 def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
