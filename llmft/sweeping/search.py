@@ -56,11 +56,12 @@ def run_search(
         )
         search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
         tell_plan(search, sweep, space, settings, screen)
+        missing = not search.over()
         try:
-            if not search.over():
+            if missing:
                 supervisor.run(search, check=probes, at_most=search.workers)
             try:
-                finish(sweep, screen, supervisor.stopped_because)
+                finish(sweep, screen, supervisor.stopped_because, anew=missing)
             finally:
                 tell_best(search, sweep, screen)
         except BaseException:
