@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
 from llmft.redaction import redact
@@ -188,11 +189,18 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = list(schema_keys(schema))
+    if key.startswith("hydra.sweeper."):
+        return _unknown_setting(key)
     best = nearest(key, keys)
     if best is None:  # the right name in the wrong place
         best = next((known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]), None)
     hint = f"; did you mean {best}?" if best else "; `--cfg job` prints all keys."
     return ConfigError(f"{key}: no such key{hint}")
+
+
+def _unknown_setting(key: str) -> ConfigError:
+    options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
+    return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
 
 
 def command_line() -> str:

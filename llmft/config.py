@@ -555,6 +555,60 @@ class DiskConfig:
 
 
 @dataclass
+class SearchConfig:
+    """What a multirun takes below hydra.sweeper; errors name keys without that prefix.
+
+    Attributes:
+        sampler: what suggests the configurations; None: no search, all combinations.
+        n_trials: configurations to try in all; None: 20, or all of a grid's.
+        seed: of the search itself.
+        seeds: a configuration is trained with each of these; its value is the mean.
+        startup_trials: so many at random before TPE or GP have something to learn from.
+        pruner_startup_trials: nothing is pruned by the median before so many are complete.
+        min_validations: a trial is not pruned before its validation of this number (the one before training is 0).
+        max_validations: a whole run's validations, for Hyperband; None: as many as the longest complete one had.
+        reduction_factor: one in so many goes on at each rung of successive halving.
+        params: ranges, key by key; the command line goes before them.
+        conditions: parameters that exist only under a condition on others.
+    """
+
+    sampler: str | None = None
+    pruner: str = "none"
+    n_trials: int | None = None
+    seed: int = 0
+    seeds: list[int] | None = None
+    startup_trials: int = 10
+    pruner_startup_trials: int = 5
+    min_validations: int = 1
+    max_validations: int | None = None
+    reduction_factor: int = 3
+    params: dict[str, Any] | None = None
+    conditions: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        samplers = ("tpe", "random", "grid", "brute", "gp")
+        pruners = ("none", "median", "successive_halving", "hyperband")
+        for key, known in (("sampler", samplers), ("pruner", pruners)):
+            value = getattr(self, key)
+            require(value is None or value in known, f"{key}={value}: no such {key}{did_you_mean(str(value), known)}")
+        for key, least in (("n_trials", 1), ("startup_trials", 1), ("min_validations", 1), ("reduction_factor", 2)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"{key}={value}: {least} or more.")
+        require(self.seed >= 0, f"seed={self.seed}: 0 or more.")
+        require(self.pruner_startup_trials >= 0, f"pruner_startup_trials={self.pruner_startup_trials}: 0 or more.")
+        longest = self.max_validations
+        require(
+            longest is None or longest >= self.min_validations,
+            f"max_validations={longest}: min_validations={self.min_validations} or more, or null.",
+        )
+        several = self.seeds
+        require(
+            several is None or (len(several) > 0 and len(set(several)) == len(several)),
+            f"seeds={several}: different numbers, as in [0,1,2], or null.",
+        )
+
+
+@dataclass
 class TrainConfig:
     """What `python -m llmft` takes."""
 

@@ -99,12 +99,12 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self, source: Source, *, check: list[Trial]) -> None:
-        """Runs what `source` gives, after a worker has found all of `check` fit to run.
+    def run(self, source: Source, *, check: list[Trial], at_most: int | None = None) -> None:
+        """Runs what `source` gives, after a worker has found all of `check` fit to run, with `at_most` workers.
 
         Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
         """
-        count = self._count_workers(check)
+        count = self.count_workers(check, len(check) if at_most is None else at_most)
         shares = environments(count)
         before = self._take_signals()
         self.progress.start()
@@ -129,13 +129,14 @@ class Supervisor:
         busy = any(process.trial is not None for process in self._processes)
         return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
 
-    def _count_workers(self, trials: list[Trial]) -> int:
+    def count_workers(self, trials: list[Trial], at_most: int) -> int:
+        """How many processes there is use for."""
         wanted = self.settings.workers
         count = max(1, len(visible_gpus())) if wanted == "auto" else int(wanted)
         if count > 1 and any(trial.distributed for trial in trials):
             self.progress.say("trials of several devices run one at a time.")
             return 1
-        return max(1, min(count, len(trials)))
+        return max(1, min(count, at_most))
 
     def _check(self, trials: list[Trial], share: dict[str, str]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""

@@ -109,9 +109,10 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
 
         give_answer(sweep, screen, anew=anew)
     failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
-    if not failed:
+    if not failed and stopped_because is None:
         return
-    show_failures(failed, screen)
+    if failed:
+        show_failures(failed, screen)
     because = f": {stopped_because}" if stopped_because else ""
     not_run = sum(trial.status == "pending" for trial in failed)
     parts = [f"{len(failed) - not_run} of {len(sweep.trials)} trials failed"]

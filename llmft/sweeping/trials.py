@@ -169,7 +169,7 @@ def _options() -> list[str]:
 
 def _single(overrides: Sequence[str]) -> list[str]:
     """What keeps a file of `sweeps/` from making a sweep of the one trial again."""
-    return ["hydra.mode=RUN"] if any(o.startswith("+sweep=") for o in overrides) else []
+    return ["hydra.mode=RUN"] if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides) else []
 
 
 @dataclass
@@ -184,6 +184,7 @@ class Sweep:
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     finished: str | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    sample: Trial | None = None
 
     @property
     def name(self) -> str:
@@ -192,8 +193,8 @@ class Sweep:
 
     @property
     def config(self) -> TrainConfig:
-        """The settings that all trials share are read from the first."""
-        return self.trials[0].config
+        """The settings that all trials share are read from the first, or before there is one from a sample."""
+        return (self.sample or self.trials[0]).config
 
     @property
     def record_file(self) -> Path:

@@ -56,5 +56,12 @@ def validations(directory: Path, monitor: str) -> dict[int, float]:
         lines = Run(directory, "").metrics_file.read_text().splitlines()
     except OSError:
         return {}
-    records = [json.loads(line) for line in lines]
-    return {r["step"]: r[monitor] for r in records if r["step"] > 0 and r.get(monitor) is not None}
+    found: dict[int, float] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut off
+        if record["step"] > 0 and record.get(monitor) is not None:
+            found[record["step"]] = record[monitor]
+    return found

@@ -57,3 +57,14 @@ def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict
         if record["step"] == step or "test/loss_nats" in values:
             after.update(values)
     return before, after
+
+
+def validated_at(run: Run, step: int) -> dict[str, float] | None:
+    """Metrics of the validation at `step`, None where there was none."""
+    if not run.metrics_file.is_file():
+        return None
+    for line in run.metrics_file.read_text().splitlines():
+        record = json.loads(line)
+        if record["step"] == step and "val/loss_nats" in record:
+            return {key: value for key, value in record.items() if key.startswith("val/")}
+    return None

@@ -41,7 +41,7 @@ from llmft.training.finetuner import FineTuner, stream
 from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, write_records
+from llmft.training.record import before_and_after, validated_at, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
@@ -144,7 +144,8 @@ class Session:
         first_validates = checkpoint is None or self.checkpointer.pending
         callbacks: list[Any] = [recorder, self.checkpointer, progress]
         if self.watch is not None:
-            callbacks.append(Watched(self.watch, self.total_steps, lambda: recorder.tokens_per_s))
+            resumed_at = None if checkpoint is None else validated_at(self.run_directory, checkpoint.step)
+            callbacks.append(Watched(self.watch, self.total_steps, lambda: recorder.tokens_per_s, resumed_at))
         trainer = self._trainer(callbacks, first_validates)
         self._fit(trainer)
         return self._finish(trainer, recorder)

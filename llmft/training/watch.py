@@ -31,8 +31,9 @@ class Watch(Protocol):
 class Watched(Callback):
     """Tells a Watch. Of a distributed run the first process has one, and it is never told to stop."""
 
-    def __init__(self, watch: Watch, total_steps: int, speed: Any) -> None:
+    def __init__(self, watch: Watch, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None) -> None:
         self.watch = watch
+        self.resumed_at = resumed_at
         self.total_steps = total_steps
         self.speed = speed
         self._told_at = 0.0
@@ -43,6 +44,12 @@ class Watched(Callback):
             return False
         self._told_at = now
         return True
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Tells the validation after which the run goes on, once more: the answer may have been lost with a process."""
+        assert isinstance(module, FineTuner)
+        if self.resumed_at is not None:
+            self._ask(module, self.resumed_at)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -69,7 +76,10 @@ class Watched(Callback):
         """Tells the numbers and obeys; the last validation ends nothing, since the run is over anyway."""
         assert isinstance(module, FineTuner)
         assert module.validation is not None
-        answer = self.watch.validation(module.step, module.validation.metrics)
+        self._ask(module, module.validation.metrics)
+
+    def _ask(self, module: FineTuner, metrics: dict[str, float]) -> None:
+        answer = self.watch.validation(module.step, metrics)
         if answer is not None and 0 < module.step < self.total_steps:
             status, reason = answer
             raise Stopped(reason, status)

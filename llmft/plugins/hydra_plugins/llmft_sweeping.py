@@ -1,4 +1,4 @@
-"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid`, `hydra/launcher=local`.
+"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local`.
 
 Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path; `llmft.app` puts this
 folder there. Nothing here is imported by anything else.
@@ -20,14 +20,16 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from llmft.app import command_line, config_of_command, explain
-from llmft.config import TrainConfig
+from llmft.config import SearchConfig, TrainConfig
 from llmft.errors import ConfigError, UserError
+from llmft.schema import to_plain
 from llmft.sweeping.trials import Planner
 
 store = ConfigStore.instance()
 for group, option, node in (
     ("hydra/launcher", "local", {"_target_": f"{__name__}.LocalLauncher"}),
-    ("hydra/sweeper", "grid", {"_target_": f"{__name__}.GridSweeper", "params": None}),
+    ("hydra/sweeper", "grid", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig())}),
+    ("hydra/sweeper", "optuna", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig(sampler="tpe"))}),
 ):
     store.store(group=group, name=option, node=node, provider="llmft")
 
@@ -58,11 +60,18 @@ class LocalLauncher(Launcher):
         return returns
 
 
-class GridSweeper(Sweeper):
-    """All combinations of the values given on the command line and in `params`."""
+class OwnSweeper(Sweeper):
+    """All combinations of the values given on the command line and in `params`, or with a sampler a search over them.
 
-    def __init__(self, params: Any = None) -> None:
-        self.params = params or {}
+    `SearchConfig` explains the settings. A file of `sweeps/` cannot choose another sweeper, since what conf/train.yaml
+    says of it goes before; so it is one, and `hydra.sweeper.sampler` decides.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        from llmft.sweeping.settings import search_settings
+
+        plain: Any = OmegaConf.to_container(OmegaConf.create(settings))
+        self.settings = search_settings(plain)
         self.config: Any = None
         self.launcher: Any = None
         self.loader: Any = None
@@ -75,34 +84,51 @@ class GridSweeper(Sweeper):
         )
 
     def sweep(self, arguments: list[str]) -> Any:
-        """Plans all trials, runs those that are missing, and reports."""
+        """Plans the trials or searches for them, runs those that are missing, and reports."""
         from llmft.sweeping.sweep import run_elsewhere, run_grid
 
-        jobs = combinations(self.loader, self.params, arguments)
+        here = isinstance(self.launcher, LocalLauncher)
+        overrides = parsed(self.loader, self.settings.params or {}, arguments)
         planner = make_planner(self.loader, self.config)
         fixed = fixed_overrides(self.config)
-        if isinstance(self.launcher, LocalLauncher):
-            return run_grid(planner, jobs, fixed, command_line())
-        return run_elsewhere(planner, jobs, fixed, command_line(), self.launcher)
+        if self.settings.sampler is None:
+            jobs = combinations(overrides)
+            if here:
+                return run_grid(planner, jobs, fixed, command_line())
+            return run_elsewhere(planner, jobs, fixed, command_line(), self.launcher)
+        if not here:
+            name = self.config.hydra.runtime.choices.get("hydra/launcher")
+            raise ConfigError(
+                f"hydra/launcher={name}: a search hears from its trials while they run, which only "
+                "hydra/launcher=local lets it; leave the launcher out, or use a grid."
+            )
+        from llmft.sweeping.search import run_search
+
+        return run_search(planner, self.settings, overrides, fixed, command_line())
 
 
-def combinations(loader: Any, params: Any, arguments: Sequence[str]) -> list[list[str]]:
-    """Every combination of the values of `params` and of the command line, which goes before it.
+def combinations(overrides: Sequence[Any]) -> list[list[str]]:
+    """Every combination of the values of parsed overrides, of which later ones replace earlier ones of their key.
 
     Raises ConfigError for a sweep over a range without values.
     """
-    plain: Any = OmegaConf.to_container(params) if isinstance(params, DictConfig) else params
-    texts = [f"{key}={_text(value)}" for key, value in plain.items()]
     values: dict[str, list[str]] = {}
-    for override in OverridesParser.create(config_loader=loader).parse_overrides([*texts, *arguments]):
+    for override in overrides:
         key = override.get_key_element()
         if not override.is_sweep_override():
             values[key] = [f"{key}={override.get_value_element_as_str()}"]
         elif override.is_discrete_sweep():
             values[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
         else:
-            raise ConfigError(f"{key}: a grid needs values; interval(…) is for a search (+sweep=optuna_tpe).")
+            raise ConfigError(f"{key}: a grid needs values; interval(…) is for a search (hydra.sweeper.sampler=tpe).")
     return [list(job) for job in itertools.product(*values.values())]
+
+
+def parsed(loader: Any, params: Any, arguments: Sequence[str]) -> list[Any]:
+    """Hydra's overrides of `params` and behind them of the command line."""
+    plain: Any = OmegaConf.to_container(params) if isinstance(params, DictConfig) else params
+    texts = [f"{key}={_text(value)}" for key, value in plain.items()]
+    return list(OverridesParser.create(config_loader=loader).parse_overrides([*texts, *arguments]))
 
 
 def _text(value: Any) -> str:
