@@ -21,7 +21,7 @@ from typing import Any
 
 import filelock
 
-from llmft.config import TrainConfig
+from llmft.config import TrainConfig, TrainOn
 from llmft.errors import ConfigError, RunBusy
 from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
@@ -59,6 +59,12 @@ def run_name(config: TrainConfig) -> str:
     method = f"r{config.lora.r}" if config.lora.enabled else "full"
     rate = f"{config.learning_rate.peak:g}"
     parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
+    if config.task.head is not None:
+        parts.append(config.task.head.value)
+    if config.data.train_on is TrainOn.all:
+        parts.append("all")
+    elif config.data.fold is not None:
+        parts.append(f"fold{config.data.fold}")
     return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
 
 
@@ -113,6 +119,11 @@ class Run:
     def row_losses_file(self, split: str, step: int) -> Path:
         """The losses of `split`'s rows after `step`."""
         return self.row_losses / f"{split}-{step:08d}.parquet"
+
+    @property
+    def targets_file(self) -> Path:
+        """The classes in their order, and what else a head needs to be read."""
+        return self.directory / "targets.json"
 
     @property
     def log_file(self) -> Path:
@@ -278,20 +289,29 @@ def write_config(run: Run, config: TrainConfig) -> None:
     write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
 
 
-def write_row_losses(path: Path, rows: Sequence[tuple[int, float, float]], describe: Callable[[int], str]) -> None:
-    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`."""
+def write_row_losses(
+    path: Path,
+    rows: Sequence[tuple[int, float, float]],
+    describe: Callable[[int], str],
+    labels: Sequence[str] = (),
+    outputs: Any = None,
+) -> None:
+    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
+
+    With `outputs`, (rows, classes), there is a column p_LABEL for each class.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "row": [describe(row) for row, _, _ in rows],
-            "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
-            "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
-        }
-    )
+    columns = {
+        "row": [describe(row) for row, _, _ in rows],
+        "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
+        "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
+    }
+    if outputs is not None:
+        columns |= {f"p_{label}": pa.array(outputs[:, place], pa.float64()) for place, label in enumerate(labels)}
     with staged_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(pa.table(columns), file, compression="zstd")
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

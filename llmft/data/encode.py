@@ -162,6 +162,13 @@ class Encoder:
         lengths.longest = int(examples.lengths.max(initial=0))
         return examples
 
+    def tokens(self, conversation: Conversation, problems: Problems) -> tuple[Sequence[int], np.ndarray]:
+        """Ids and marks (1 where the token is learned) of one conversation that no limit touches."""
+        rendered = self.render(conversation)
+        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), problems)
+        assert made is not None, f"{conversation.where} does not fit data.max_tokens={self.data.max_tokens}"
+        return made
+
     def _tokenize(self, texts: Sequence[Rendered]) -> list[Any]:
         if not texts:
             return []
@@ -176,7 +183,7 @@ class Encoder:
         """Ids and marks of one row, or None for a row that is left out."""
         ids: list[int] = encoding.ids
         marks = np.zeros(len(ids), np.uint8)
-        if conversation.target is None:
+        if conversation.learns_text:
             spans = rendered.spans[-1:] if self.data.train_turns is Turns.last else rendered.spans
             if conversation.trained_from:
                 spans = spans[conversation.trained_from :]
@@ -218,7 +225,7 @@ class Encoder:
 
         if answer > (data.max_answer_tokens or answer):
             return drop("data.max_answer_tokens")
-        if conversation.target is None and answer < data.min_answer_tokens:
+        if conversation.learns_text and answer < data.min_answer_tokens:
             return drop("data.min_answer_tokens")
         if prompt < data.min_prompt_tokens:
             return drop("data.min_prompt_tokens")

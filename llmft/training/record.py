@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
+from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.files import write_atomically
+from llmft.predictions import FOLDER, PREFIX, Predictions, read_table
 from llmft.prepare import Prepared
 from llmft.redaction import redact
 from llmft.runs import Run, append_line, write_config
@@ -24,7 +28,9 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
         "data": {
             "fingerprint": prepared.data_fingerprint,
             "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
+            "rows_fingerprint": prepared.rows_fingerprint,
             "labels": prepared.labels,
+            "pseudo": prepared.pseudo.counts() if prepared.pseudo.fingerprint else None,
             "left_out": prepared.problems.reasons(),
             "overlaps": [asdict(overlap) for overlap in overlaps],
             "train_on": prepared.config.data.train_on.value,
@@ -34,10 +40,60 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
         "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
     }
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
+    if prepared.targets is not None:
+        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
     if prepared.problems.rejected:
         run.rejected_file.unlink(missing_ok=True)
         for entry in prepared.problems.rejected:
             append_line(run.rejected_file, redact(entry))
+
+
+def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: int) -> None:
+    """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
+
+    They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
+    """
+    run, targets, data = prepared.run, prepared.targets, prepared.config.data
+    if targets is None:
+        return
+    for split, name in (("validation", "val"), ("test", "test")):
+        path = run.row_losses_file(name, step)
+        if not path.is_file():
+            continue
+        table = read_table(path)
+        rows = [example.conversation for example in splits[split]]
+        made = Predictions(
+            [row.id for row in rows],
+            targets.labels,
+            np.asarray([table[f"{PREFIX}{label}"] for label in targets.labels], dtype=np.float64).T.copy(),
+            targets.problem.value,
+            [targets.name(row.target) for row in rows],
+            {"where": [row.where for row in rows]},
+            {
+                "sources": [source_facts(prepared)],
+                "id_column": prepared.id_column,
+                "step": step,
+            },
+        )
+        if data.group:
+            made.columns["group"] = [row.group for row in rows]
+        if data.fold is not None and split == "validation":
+            made.columns["fold"] = [data.fold] * len(rows)
+        made.columns["loss_nats"] = table["loss_nats"]
+        made.save(run.directory / FOLDER / name)
+
+
+def source_facts(prepared: Prepared) -> dict[str, Any]:
+    """What predictions say of the run they come from."""
+    config = prepared.config
+    return {
+        "run": str(prepared.run.directory),
+        "key": prepared.run.key,
+        "rows_fingerprint": prepared.rows_fingerprint,
+        "fold": config.data.fold,
+        "num_folds": config.data.num_folds if config.data.fold is not None else None,
+        "train_on": config.data.train_on.value,
+    }
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

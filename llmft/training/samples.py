@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from llmft.config import TrainConfig
+from llmft.build import reads_text
+from llmft.config import TaskConfig, TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.examples import Encoded
 from llmft.training.finetuner import Generation, Sample
@@ -33,7 +34,7 @@ def make_generation(
 
     return Generation(
         samples=[_sample(rows, examples[place]) for place in sorted(order[:wanted])],
-        metrics=metrics,
+        metrics={path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)},
         decode=decode,
         pad_id=rows.tokenizer.pad_token_id,
         end_ids=rows.end_ids,
@@ -41,6 +42,11 @@ def make_generation(
         batch_size=config.trainer.validation_batch_size,
         context_tokens=rows.context_tokens,
     )
+
+
+def text_metrics(task: TaskConfig) -> list[str]:
+    """The metrics that compare generated text; with a head, those of llmft.metrics.text alone."""
+    return [path for path in task.metrics if task.head is None or reads_text(path)]
 
 
 def _has_prompt(conversation: Conversation) -> bool:

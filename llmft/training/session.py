@@ -14,7 +14,7 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Export, Precision, TrainConfig
+from llmft.config import Export, Head, Precision, TrainConfig, TrainOn
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
@@ -22,6 +22,7 @@ from llmft.data.quality import stop_on_errors
 from llmft.environment import describe, usable_cores
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
 from llmft.model import adapters
+from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
     drop_base,
@@ -36,10 +37,11 @@ from llmft.training.callbacks import Checkpointer, Recorder, Signals
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, write_records
+from llmft.training.record import before_and_after, write_predictions, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
+from llmft.training.scoring import make_objective, make_scoring
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
 
@@ -59,15 +61,17 @@ class Parts:
 
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
-    metrics = metric_functions(config.task.metrics)
-    names = ["val/loss_nats", "val/perplexity", *(f"val/{name}" for name in metrics)]
+    metrics = metric_functions(config.task.metrics, config.task.metric_options)
+    names = ["val/loss_nats", *(f"val/{name}" for name in metrics)]
+    if config.task.head is None:
+        names.append("val/perplexity")
     wanted = config.trainer.monitor
     if wanted not in names:
         raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
     check_loggers(config.logger)
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
-        find(config.task.objective, "task.objective")(),
+        find(str(config.task.objective), "task.objective"),
         metrics,
         [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
     )
@@ -121,6 +125,7 @@ class Session:
                 "val": lambda row: self.splits["validation"][row].where,
                 "test": lambda row: self.splits["test"][row].where,
             },
+            labels=self.prepared.labels,
         )
         self.checkpointer = self._checkpointer(state, recorder)
         progress = ShowProgress(
@@ -155,6 +160,7 @@ class Session:
         self.total_steps, self.validate_every = self.rows.total_steps, self.rows.validate_every
         self.inspection = inspect_rows(self.prepared, self.rows, near=False)
         stop_on_errors(self.inspection.findings)
+        self.objective = make_objective(self.config.task, self.prepared.targets, self.encoder, self.splits)
 
     def _set_threads(self, num_weights: int) -> None:
         """As configured; else one for a model too small to share out (measured: 1M weights, two threads lose 30%)."""
@@ -171,14 +177,16 @@ class Session:
             config.model,
             self.prepared.located,
             config.quantization,
-            auto_class=config.task.auto_class,
+            auto_class=str(config.task.auto_class),
             num_labels=len(self.prepared.labels),
             dtype=dtype,
             device=self.device,
             seed=config.seed,
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora, config.task.auto_class),
+            keep=adapters.reusable(config.lora),
         )
+        if config.task.head is Head.linear:
+            renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
         self._check_vocabulary()
@@ -191,7 +199,7 @@ class Session:
             self.model = adapters.attach(
                 self.base,
                 config.lora,
-                auto_class=config.task.auto_class,
+                auto_class=str(config.task.auto_class),
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
@@ -222,12 +230,14 @@ class Session:
         )
         module = FineTuner(
             self.model,
-            self.parts.objective,
+            self.objective,
             self.parts.make_optimizer,
             make_schedule(config.learning_rate, self.total_steps),
             seed=config.seed,
             gradient_clip=config.trainer.gradient_clip,
             generation=make_generation(config, self.rows, self.parts.metrics, "validation"),
+            scoring=make_scoring(config.task, self.parts.metrics, self.splits),
+            trained_on_validation=config.data.train_on is TrainOn.all,
             describe_row=lambda row: train[row].where,
         )
         self.data.position = lambda: module.step
@@ -317,6 +327,7 @@ class Session:
         target = run.adapter if config.lora.enabled else run.model
         self.tokenizer.chat_template = self.prompt.config.template
         adapters.save(self.model, self.tokenizer, target, weights)
+        write_predictions(self.prepared, self.splits, step)
         before, after = before_and_after(run, step)
         result = {
             "before": before,
@@ -370,7 +381,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
-        if adapters.reusable(self.config.lora, self.config.task.auto_class) and not is_sharded(self.model):
+        if adapters.reusable(self.config.lora) and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
             drop_base()

@@ -1,0 +1,36 @@
+"""Metrics of several classes per row: ((rows, classes) of 0 and 1, (rows, classes) probabilities) to a number."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+def logloss(targets: Any, probabilities: Any) -> float:
+    """Mean over rows and classes of the binary negative log-likelihood in nats, clipped to [1e-15, 1 - 1e-15]."""
+    own = np.asarray(targets, dtype=np.float64)
+    clipped = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-15, 1 - 1e-15)
+    return float(-(own * np.log(clipped) + (1 - own) * np.log1p(-clipped)).mean())
+
+
+def accuracy(targets: Any, probabilities: Any) -> float:
+    """Share of rows in which every class is right at a threshold of one half."""
+    return float(((np.asarray(probabilities) >= 0.5) == (np.asarray(targets) == 1)).all(axis=1).mean())
+
+
+def macro_f1(targets: Any, probabilities: Any) -> float:
+    """Mean of the classes' F1 at a threshold of one half; 0 for a class that is neither true nor predicted."""
+    from sklearn.metrics import f1_score
+
+    predicted = (np.asarray(probabilities) >= 0.5).astype(int)
+    return float(f1_score(np.asarray(targets), predicted, average="macro", zero_division=0.0))
+
+
+def auc(targets: Any, probabilities: Any) -> float:
+    """Area under the ROC curve, mean over the classes that some rows have and some have not; else not a number."""
+    from sklearn.metrics import roc_auc_score
+
+    own, probabilities = np.asarray(targets), np.asarray(probabilities)
+    mixed = [k for k in range(own.shape[1]) if 0 < own[:, k].sum() < len(own)]
+    return float(np.mean([roc_auc_score(own[:, k], probabilities[:, k]) for k in mixed])) if mixed else float("nan")
