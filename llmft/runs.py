@@ -6,6 +6,7 @@ The key is a hash of all that can change a run's numbers, and of nothing else.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 
 from llmft.config import TrainConfig, TrainOn
-from llmft.errors import ConfigError, RunBusy
+from llmft.errors import ConfigError, RunBusy, did_you_mean
 from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
-from llmft.schema import canonical, numbers_of, to_plain
+from llmft.schema import canonical, from_plain, numbers_of, to_plain
 
 SCHEMA_VERSION = 1
 MAX_NAME = 80
@@ -56,16 +58,23 @@ def run_name(config: TrainConfig) -> str:
     """What a person calls the run: its model, data and the values that experiments vary."""
     if config.name:
         return slug(redact(config.name))[:MAX_NAME]
+    seed = f"seed{config.seed}"
+    if config.model.architecture == "tfidf":
+        parts = [config.model.label, config.data.name]
+        return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
     method = f"r{config.lora.r}" if config.lora.enabled else "full"
     rate = f"{config.learning_rate.peak:g}"
     parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
     if config.task.head is not None:
         parts.append(config.task.head.value)
+    return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
+
+
+def _rows(config: TrainConfig) -> list[str]:
+    """What a name says of the rows that are trained on."""
     if config.data.train_on is TrainOn.all:
-        parts.append("all")
-    elif config.data.fold is not None:
-        parts.append(f"fold{config.data.fold}")
-    return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
+        return ["all"]
+    return [] if config.data.fold is None else [f"fold{config.data.fold}"]
 
 
 @dataclass
@@ -278,8 +287,61 @@ def open_run(config: TrainConfig, key: str) -> Run:
     return run
 
 
+def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
+    """A run that is done, with the config it was trained with.
+
+    Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
+    """
+    from omegaconf import OmegaConf
+
+    run = Run(directory, "")
+    status = run.status()
+    if not status:
+        near = did_you_mean(directory.name, _names(directory.parent))
+        raise ConfigError(f"{directory}: no run directory{near}.")
+    if status.get("status") != "done":
+        raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
+    if not run.done:
+        raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(run.config_file))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run.config_file}: cannot be read ({str(error).splitlines()[0]}).") from None
+    return Run(directory, str(status["key"])), from_plain(plain, TrainConfig)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def directories(named: Any, key: str) -> list[Path]:
+    """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
+    found: list[Path] = []
+    for name in named if isinstance(named, (list, tuple)) else [named]:
+        text = str(Path(str(name)).expanduser())
+        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        several = [Path(match) for match in matches if Path(match).is_dir()]
+        if not several:
+            path = Path(text)
+            raise ConfigError(f"{key}={name}: no such directory{did_you_mean(path.name, _names(path.parent)) or '.'}")
+        found += [path for path in several if path not in found]
+    return found
+
+
 def _is_run(directory: Path) -> bool:
     return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
+
+
+def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[str, Any]:
+    """What predictions say of the run they come from."""
+    return {
+        "run": str(run.directory),
+        "key": run.key,
+        "rows_fingerprint": rows_fingerprint,
+        "fold": config.data.fold,
+        "num_folds": config.data.num_folds if config.data.fold is not None else None,
+        "train_on": config.data.train_on.value,
+    }
 
 
 def write_config(run: Run, config: TrainConfig) -> None:

@@ -109,11 +109,17 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     """Everything that needs torch."""
-    from llmft.console import quiet_libraries
-    from llmft.training.session import Session
+    session: Any
+    if prepared.config.model.architecture == "tfidf":
+        from llmft.baseline import BaselineSession
 
-    quiet_libraries()
-    session = Session(prepared, screen, watch)
+        session = BaselineSession(prepared, screen)
+    else:
+        from llmft.console import quiet_libraries
+        from llmft.training.session import Session
+
+        quiet_libraries()
+        session = Session(prepared, screen, watch)
     try:
         return session.run()
     finally:

@@ -162,11 +162,20 @@ class Encoder:
         lengths.longest = int(examples.lengths.max(initial=0))
         return examples
 
+    def forced(self, conversation: Conversation) -> tuple[list[int], np.ndarray]:
+        """Ids and marks of a row that the limits' own rule cannot shorten: its beginning is cut off, not the answer."""
+        rendered = self.render(conversation)
+        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), Problems(), False)
+        assert made is not None
+        ids, marks = list(made[0]), made[1]
+        excess = max(0, len(ids) - self.data.max_tokens)
+        return ids[excess:], marks[excess:]
+
     def tokens(self, conversation: Conversation, problems: Problems) -> tuple[Sequence[int], np.ndarray]:
         """Ids and marks (1 where the token is learned) of one conversation that no limit touches."""
         rendered = self.render(conversation)
-        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), problems)
-        assert made is not None, f"{conversation.where} does not fit data.max_tokens={self.data.max_tokens}"
+        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), problems, False)
+        assert made is not None
         return made
 
     def _tokenize(self, texts: Sequence[Rendered]) -> list[Any]:
@@ -178,7 +187,13 @@ class Encoder:
         return list(backend.encode_batch([rendered.text for rendered in texts], add_special_tokens=False))
 
     def _example(
-        self, conversation: Conversation, rendered: Rendered, encoding: Any, lengths: Lengths, problems: Problems
+        self,
+        conversation: Conversation,
+        rendered: Rendered,
+        encoding: Any,
+        lengths: Lengths,
+        problems: Problems,
+        limited: bool = True,
     ) -> tuple[Sequence[int], np.ndarray] | None:
         """Ids and marks of one row, or None for a row that is left out."""
         ids: list[int] = encoding.ids
@@ -197,6 +212,8 @@ class Encoder:
             if not marks[1:].any():
                 problems.add(conversation.where, "no token of an answer is left to learn from", conversation.messages)
                 return None
+        if not limited:
+            return ids, marks
         region = self._limit(conversation, rendered, encoding, marks, lengths)
         if region is None:
             lengths.rows_dropped += 1

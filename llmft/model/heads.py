@@ -30,12 +30,12 @@ def head_names(base: torch.nn.Module) -> list[str]:
     return [name for name in NAMES if isinstance(getattr(base, name, None), torch.nn.Module)]
 
 
-def renew_head(base: Any, seed: int) -> None:
-    """Puts a fresh head in full precision on `base`; its weights come from `seed` alone.
+def renew_head(base: Any, seed: int | None) -> None:
+    """Puts a fresh head in full precision on `base`; its weights come from `seed` alone (None: they stay).
 
     So a base that stays between two runs gives nothing of the first one's head to the second.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed or 0)
     for name in head_names(base):
         part = getattr(base, name)
         # PEFT leaves its wrapper's copy behind; the parts are looked at anew every time.
@@ -44,10 +44,13 @@ def renew_head(base: Any, seed: int) -> None:
             if not isinstance(layer, torch.nn.Linear):
                 continue
             fresh = FullPrecisionLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            with torch.no_grad():
-                fresh.weight.normal_(0.0, INITIAL_STD, generator=generator)
-                if fresh.bias is not None:
-                    fresh.bias.zero_()
+            if seed is None:
+                fresh.load_state_dict(layer.state_dict())
+            else:
+                with torch.no_grad():
+                    fresh.weight.normal_(0.0, INITIAL_STD, generator=generator)
+                    if fresh.bias is not None:
+                        fresh.bias.zero_()
             fresh.requires_grad_(False)
             fresh = fresh.to(base.device)
             if inner:

@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from llmft.data.columns import Conversation
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.files import write_atomically
 from llmft.predictions import FOLDER, PREFIX, Predictions, read_table
 from llmft.prepare import Prepared
 from llmft.redaction import redact
-from llmft.runs import Run, append_line, write_config
+from llmft.runs import Run, append_line, source_facts, write_config
 from llmft.training.rows import Rows
 
 
@@ -26,14 +27,9 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
     record = {
         **environment,
         "data": {
-            "fingerprint": prepared.data_fingerprint,
+            **data_facts(prepared),
             "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
-            "rows_fingerprint": prepared.rows_fingerprint,
-            "labels": prepared.labels,
-            "pseudo": prepared.pseudo.counts() if prepared.pseudo.fingerprint else None,
-            "left_out": prepared.problems.reasons(),
             "overlaps": [asdict(overlap) for overlap in overlaps],
-            "train_on": prepared.config.data.train_on.value,
             "tokens_from_cache": sorted(rows.encoder.cached),
         },
         "model": {"fingerprint": prepared.located.fingerprint},
@@ -48,12 +44,24 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
             append_line(run.rejected_file, redact(entry))
 
 
+def data_facts(prepared: Prepared) -> dict[str, Any]:
+    """Where the rows come from and what was left out."""
+    return {
+        "fingerprint": prepared.data_fingerprint,
+        "rows_fingerprint": prepared.rows_fingerprint,
+        "labels": prepared.labels,
+        "pseudo": prepared.pseudo.counts() if prepared.pseudo.fingerprint else None,
+        "left_out": prepared.problems.reasons(),
+        "train_on": prepared.config.data.train_on.value,
+    }
+
+
 def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: int) -> None:
     """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
 
     They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
     """
-    run, targets, data = prepared.run, prepared.targets, prepared.config.data
+    run, targets = prepared.run, prepared.targets
     if targets is None:
         return
     for split, name in (("validation", "val"), ("test", "test")):
@@ -61,39 +69,35 @@ def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: 
         if not path.is_file():
             continue
         table = read_table(path)
+        values = np.asarray([table[f"{PREFIX}{label}"] for label in targets.labels], dtype=np.float64).T.copy()
         rows = [example.conversation for example in splits[split]]
-        made = Predictions(
-            [row.id for row in rows],
-            targets.labels,
-            np.asarray([table[f"{PREFIX}{label}"] for label in targets.labels], dtype=np.float64).T.copy(),
-            targets.problem.value,
-            [targets.name(row.target) for row in rows],
-            {"where": [row.where for row in rows]},
-            {
-                "sources": [source_facts(prepared)],
-                "id_column": prepared.id_column,
-                "step": step,
-            },
-        )
-        if data.group:
-            made.columns["group"] = [row.group for row in rows]
-        if data.fold is not None and split == "validation":
-            made.columns["fold"] = [data.fold] * len(rows)
-        made.columns["loss_nats"] = table["loss_nats"]
-        made.save(run.directory / FOLDER / name)
+        predictions_of(prepared, rows, split, values, table["loss_nats"], step).save(run.directory / FOLDER / name)
 
 
-def source_facts(prepared: Prepared) -> dict[str, Any]:
-    """What predictions say of the run they come from."""
-    config = prepared.config
-    return {
-        "run": str(prepared.run.directory),
-        "key": prepared.run.key,
-        "rows_fingerprint": prepared.rows_fingerprint,
-        "fold": config.data.fold,
-        "num_folds": config.data.num_folds if config.data.fold is not None else None,
-        "train_on": config.data.train_on.value,
+def predictions_of(
+    prepared: Prepared,
+    rows: Sequence[Conversation],
+    split: str,
+    values: np.ndarray,
+    losses: Sequence[float],
+    step: int,
+) -> Predictions:
+    """The predictions of one of the run's own splits, with what folds and blends need to know of its rows."""
+    targets, data = prepared.targets, prepared.config.data
+    assert targets is not None
+    columns: dict[str, list[Any]] = {"where": [row.where for row in rows]}
+    if data.group:
+        columns["group"] = [row.group for row in rows]
+    if data.fold is not None and split == "validation":
+        columns["fold"] = [data.fold] * len(rows)
+    columns["loss_nats"] = list(losses)
+    facts = {
+        "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint)],
+        "id_column": prepared.id_column,
+        "step": step,
     }
+    names = [targets.name(row.target) for row in rows]
+    return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
