@@ -229,7 +229,7 @@ class BaselineSession:
                 continue
             table = [(row, float(loss), 1.0) for row, loss in enumerate(losses)]
             path = run.row_losses_file(name, 1)
-            write_row_losses(path, table, lambda row, rows=rows: rows[row].where, targets.labels, values)
+            write_row_losses(path, table, [row.where for row in rows].__getitem__, targets.labels, values)
             predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
         return found
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.pseudo import PseudoLabels, add_pseudo
-from llmft.data.sources import Problems, load_rows
+from llmft.data.sources import Loaded, Problems, Row, load_rows
 from llmft.data.splits import make_splits
 from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
@@ -38,6 +38,8 @@ class Prepared:
     """Of the files alone, without pseudo-labels: the same in all folds."""
     pseudo: PseudoLabels = field(default_factory=PseudoLabels)
     id_column: str | None = None
+    num_rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
 
 
 def process_rank(config: TrainConfig) -> int:
@@ -100,7 +102,13 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         loaded.fingerprint,
         pseudo,
         columns.id,
+        {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
     )
+
+
+def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
+    """Rows that were held out of the given ones for test."""
+    return 0 if "test" in loaded.splits else len(rows["test"])
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:

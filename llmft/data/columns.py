@@ -173,7 +173,7 @@ class ColumnMap:
     def conversation(self, row: Row) -> Conversation:
         """One row's messages. Raises ValueError saying what is wrong with the row."""
         made = self._conversation(row)
-        name = str(row.values[self.id]) if self.id else _base_name(row.where)
+        name = str(row.values[self.id]) if self.id else base_name(row.where)
         group = self.data.group if self.data is not None else None
         own = canonical(row.values[group]) if group and group in row.values else None
         if self.targets is None:
@@ -306,7 +306,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
-def _base_name(where: str) -> str:
+def base_name(where: str) -> str:
     """`file:line` without the folders, which differ from machine to machine."""
     return where.rpartition("/")[2]
 

@@ -79,13 +79,13 @@ def _columns(predictions: Predictions, template: Template, given: dict[str, str]
     label_of = {column: label for label, column in given.items()}
     used: list[str] = []
     for column in wanted:
-        label = label_of.get(column, _named(column, list(values)))
-        if label is None or label in used:
+        own: str | None = label_of.get(column) or _named(column, list(values))
+        if own is None or own in used:
             raise ConfigError(
                 f"template={template.path}: no class of its own fills the column {column}; say which with "
                 f"columns.CLASS={column} (classes: {', '.join(list(values)[:20]) or 'none'})."
             )
-        used.append(label)
+        used.append(own)
     left = [label for label in values if label not in used]
     if left and not given:
         raise ConfigError(f"template={template.path}: the class {left[0]} has no column in it.")

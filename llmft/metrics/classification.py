@@ -34,14 +34,23 @@ def auc(targets: Any, probabilities: Any) -> float:
 
     Not a number where there is no such class.
     """
-    from sklearn.metrics import roc_auc_score
-
     targets, probabilities = np.asarray(targets), np.asarray(probabilities)
-    own = [targets == place for place in range(probabilities.shape[1])]
-    areas = [
-        roc_auc_score(is_own, probabilities[:, k]) for k, is_own in enumerate(own) if 0 < is_own.sum() < len(is_own)
-    ]
-    return float(np.mean(areas)) if areas else float("nan")
+    areas = [area_under_roc(targets == place, probabilities[:, place]) for place in range(probabilities.shape[1])]
+    found = [area for area in areas if area is not None]
+    return float(np.mean(found)) if found else float("nan")
+
+
+def area_under_roc(own: np.ndarray, scores: np.ndarray) -> float | None:
+    """Share of pairs of an own and another row that `scores` put in order, ties half; None where there is no pair.
+
+    By ranks (Mann-Whitney), ten times as fast as along the curve, which a bootstrap feels.
+    """
+    from scipy.stats import rankdata
+
+    count = int(own.sum())
+    if not 0 < count < len(own):
+        return None
+    return float((rankdata(scores)[own].sum() - count * (count + 1) / 2) / (count * (len(own) - count)))
 
 
 def calibration_error(targets: Any, probabilities: Any, bins: int = 15) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 
 import numpy as np
 
+from llmft.metrics.classification import area_under_roc
+
 
 def logloss(targets: Any, probabilities: Any) -> float:
     """Mean over rows and classes of the binary negative log-likelihood in nats, clipped to [1e-15, 1 - 1e-15]."""
@@ -29,8 +31,7 @@ def macro_f1(targets: Any, probabilities: Any) -> float:
 
 def auc(targets: Any, probabilities: Any) -> float:
     """Area under the ROC curve, mean over the classes that some rows have and some have not; else not a number."""
-    from sklearn.metrics import roc_auc_score
-
-    own, probabilities = np.asarray(targets), np.asarray(probabilities)
-    mixed = [k for k in range(own.shape[1]) if 0 < own[:, k].sum() < len(own)]
-    return float(np.mean([roc_auc_score(own[:, k], probabilities[:, k]) for k in mixed])) if mixed else float("nan")
+    own, probabilities = np.asarray(targets) == 1, np.asarray(probabilities)
+    areas = [area_under_roc(own[:, place], probabilities[:, place]) for place in range(own.shape[1])]
+    found = [area for area in areas if area is not None]
+    return float(np.mean(found)) if found else float("nan")

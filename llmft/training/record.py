@@ -95,6 +95,8 @@ def predictions_of(
         "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint)],
         "id_column": prepared.id_column,
         "step": step,
+        "held_out_rows": prepared.num_rows.get(split, 0),
+        "all_rows": prepared.num_rows.get("all", 0),
     }
     names = [targets.name(row.target) for row in rows]
     return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)

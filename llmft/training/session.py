@@ -252,7 +252,8 @@ class Session:
             keep=trainer.keep_checkpoints,
             monitor=trainer.monitor,
             mode=trainer.mode,
-            patience=trainer.patience,
+            # Blank metrics are never better.
+            patience=None if self.config.data.train_on is TrainOn.all else trainer.patience,
             total_steps=self.total_steps,
             stops=self.data.stops,
             signals=self.signals,
@@ -347,9 +348,10 @@ class Session:
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
+        blank = config.data.train_on is TrainOn.all
         self.screen.summary(
             before,
-            after,
+            {name: value for name, value in after.items() if not (blank and name.startswith("val/"))},
             {
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
