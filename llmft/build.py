@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llmft.errors import ConfigError, did_you_mean
@@ -113,6 +114,25 @@ def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]
     return make
 
 
-def metric_functions(paths: list[str]) -> dict[str, Callable[..., float]]:
-    """Metric functions by their last name."""
-    return {path.rpartition(".")[2]: find(path, "task.metrics") for path in paths}
+def metric_functions(paths: list[str], options: dict[str, Any] | None = None) -> dict[str, Callable[..., float]]:
+    """Metric functions (references, predictions) -> float by their last name, with the arguments that `options` gives.
+
+    Raises ConfigError for a metric that does not exist, an option for none, or an argument that it does not take.
+    """
+    found: dict[str, Callable[..., float]] = {path.rpartition(".")[2]: find(path, "task.metrics") for path in paths}
+    for name, arguments in (options or {}).items():
+        if name not in found:
+            raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, found)}")
+        takes = list(inspect.signature(found[name]).parameters)[2:]
+        for argument in arguments:
+            if argument not in takes:
+                raise ConfigError(
+                    f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, takes)}"
+                )
+        found[name] = partial(found[name], **arguments)
+    return found
+
+
+def reads_text(path: str) -> bool:
+    """Whether a metric compares texts; the others compare targets with probabilities or numbers."""
+    return path.startswith("llmft.metrics.text.")

@@ -37,6 +37,8 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     """
     if form not in FORMATS:
         raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
+    if config.model.architecture == "tfidf":
+        raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
     from llmft.console import quiet_libraries
     from llmft.prepare import prepare
 

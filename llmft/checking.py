@@ -199,7 +199,7 @@ def _seconds(
     config = prepared.config
     passes = (4 if config.lora.enabled else 6) + (2 if config.trainer.gradient_checkpointing else 0)
     tokens = steps * config.trainer.batch_size * float(examples.lengths.mean())
-    return passes * _matrix_weights(config.task.auto_class, architecture) * tokens / speed
+    return passes * _matrix_weights(str(config.task.auto_class), architecture) * tokens / speed
 
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:

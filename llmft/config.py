@@ -67,6 +67,21 @@ class QuantizationFormat(Enum):
     none = "none"
 
 
+class Head(Enum):
+    """What turns a model into a classifier: new weights on its last state, or its own words for the classes."""
+
+    linear = "linear"
+    tokens = "tokens"
+
+
+class Problem(Enum):
+    """What a row's target is: one class, any number of classes, or a number."""
+
+    single_label = "single_label"
+    multi_label = "multi_label"
+    regression = "regression"
+
+
 class Schedule(Enum):
     """How the learning rate goes from its peak to its floor."""
 
@@ -309,6 +324,7 @@ class Columns:
     messages: str | None = None
     text: str | None = None
     target: str | None = None
+    id: str | None = None
     chosen: str | None = None
     rejected: str | None = None
 
@@ -324,8 +340,16 @@ class DataConfig:
     hub_config: str | None = None
     hub_revision: str = "main"
     hub_splits: Files = field(default_factory=Files)
+    csv_columns: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=Columns)
     labels: list[str] = field(default_factory=list)
+    target_columns: list[str] = field(default_factory=list)
+    target_separator: str = ","
+    pseudo: str | None = aside(None)
+    pseudo_rows: Any = aside(None)
+    pseudo_floor: float = 0.0
+    pseudo_cap: int | None = None
+    pseudo_weight: float = 1.0
     validation_fraction: float = 0.1
     test_fraction: float = 0.0
     fold: int | None = None
@@ -375,6 +399,12 @@ class DataConfig:
             require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
         for key in ("min_prompt_tokens", "min_answer_tokens"):
             require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: 0 or more.")
+        require(0 <= self.pseudo_floor <= 1, f"data.pseudo_floor={self.pseudo_floor}: a probability, 0 to 1.")
+        require(self.pseudo_weight > 0, f"data.pseudo_weight={self.pseudo_weight}: above 0; 1 counts as a row does.")
+        require(
+            self.pseudo_cap is None or self.pseudo_cap >= 1,
+            f"data.pseudo_cap={self.pseudo_cap}: 1 or more rows a class, or null.",
+        )
         require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
         require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
         for split, count in self.rows.items():
@@ -387,14 +417,26 @@ class DataConfig:
 @dataclass
 class TaskConfig:
     name: str = aside()
-    objective: str = MISSING
-    auto_class: str = "causal_lm"
+    head: Head | None = None
+    problem: Problem = Problem.single_label
+    words: Any = "labels"
+    class_weights: Any = None
+    label_smoothing: float = 0.0
+    text_loss: float = 0.0
+    objective: str | None = None
+    auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
+    metric_options: dict[str, Any] = field(default_factory=dict)
     generate_rows: int = 128
     max_new_tokens: int = 128
     show_rows: int = aside(8)
 
     def __post_init__(self) -> None:
+        if self.head is not None:  # the head decides on these two
+            self.objective = "llmft.training.objectives.classification.Classification"
+            self.auto_class = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+        require(self.objective is not None, f"task={self.name} has no task.objective.")
+        self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
         require(
             self.auto_class in options,
@@ -403,6 +445,32 @@ class TaskConfig:
         for key in ("generate_rows", "show_rows"):
             require(getattr(self, key) >= 0, f"task.{key}={getattr(self, key)}: 0 or more.")
         require(self.max_new_tokens >= 1, f"task.max_new_tokens={self.max_new_tokens}: 1 or more.")
+        require(0 <= self.label_smoothing < 1, f"task.label_smoothing={self.label_smoothing}: at least 0 and below 1.")
+        require(
+            self.text_loss == 0 or (self.text_loss > 0 and self.head is Head.tokens),
+            f"task.text_loss={self.text_loss}: 0 or more, and for task.head=tokens alone.",
+        )
+        single = self.problem is Problem.single_label
+        require(
+            single or self.head is not Head.tokens,
+            f"task.head=tokens chooses one class: task.problem={self.problem.value} needs task.head=linear.",
+        )
+        require(
+            self.class_weights is None or single,
+            f"task.class_weights: task.problem={self.problem.value} has no classes to weigh against each other.",
+        )
+        require(
+            self.label_smoothing == 0 or self.problem is not Problem.regression,
+            "task.label_smoothing: a regression has no labels to smooth.",
+        )
+        require(
+            self.class_weights is None or self.class_weights == "balanced" or isinstance(self.class_weights, dict),
+            f"task.class_weights={self.class_weights}: balanced, a dictionary of weights by class, or null.",
+        )
+        require(
+            self.words in ("labels", "letters") or isinstance(self.words, dict),
+            f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.",
+        )
 
 
 @dataclass

@@ -5,17 +5,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from llmft.config import TrainConfig
+from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.sources import Problems, load_rows
+from llmft.data.pseudo import PseudoLabels, add_pseudo
+from llmft.data.sources import Loaded, Problems, Row, load_rows
 from llmft.data.splits import make_splits
+from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
-from llmft.errors import ConfigError, DataError
+from llmft.errors import DataError
 from llmft.model.hub import Located, locate
 from llmft.runs import Run, open_run, run_key
 
@@ -31,6 +34,13 @@ class Prepared:
     data_fingerprint: str
     run: Run
     problems: Problems = field(default_factory=Problems)
+    targets: Targets | None = None
+    rows_fingerprint: str = ""
+    """Of the files alone, without pseudo-labels: the same in all folds."""
+    pseudo: PseudoLabels = field(default_factory=PseudoLabels)
+    id_column: str | None = None
+    num_rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -55,7 +65,9 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
     problems = Problems(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)
-    columns = ColumnMap.of(config.data, rows["train"])
+    # The classes are those of all rows, so that every fold has the same in the same order.
+    known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
+    columns = ColumnMap.of(config.data, known, config.task)
     conversations = {
         split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
         for split, part in rows.items()
@@ -69,12 +81,51 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
             f"data={config.data.name} has no validation rows: raise data.validation_fraction or name a file in "
             "data.split_files.validation."
         )
-    if config.task.auto_class == "sequence_classification" and not columns.labels:
-        raise ConfigError(f"task={config.task.name} needs classes: set data.columns.target to their column.")
+    held = [row for split in ("validation", "test") for row in conversations[split]]
+    pseudo = add_pseudo(config.data, columns, conversations["train"], held)
+    conversations["train"] = _weighted([*conversations["train"], *pseudo.conversations], config, columns.targets)
+    if config.data.train_on is TrainOn.all:  # these rows are trained on: a few show that the model still works
+        conversations["validation"] = conversations["validation"][: config.trainer.validation_batch_size]
+    fingerprint = loaded.fingerprint
+    if pseudo.fingerprint:
+        fingerprint = hashlib.sha256(f"{loaded.fingerprint}+{pseudo.fingerprint}".encode()).hexdigest()
     located = locate(config.model)
-    key = run_key(config, loaded.fingerprint, located.fingerprint)
+    key = run_key(config, fingerprint, located.fingerprint)
     run = open_run(config, key) if open_directory else Run(Path(config.output_dir), key)
-    return Prepared(config, conversations, columns.labels, located, loaded.fingerprint, run, problems)
+    return Prepared(
+        config,
+        conversations,
+        columns.labels,
+        located,
+        fingerprint,
+        run,
+        problems,
+        columns.targets,
+        loaded.fingerprint,
+        pseudo,
+        columns.id,
+        {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+    )
+
+
+def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
+    """Rows that were held out of the given ones for test."""
+    return 0 if "test" in loaded.splits else len(rows["test"])
+
+
+def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
+    """The training rows with task.class_weights; a regression's mean and spread are noted in `targets`."""
+    if targets is None:
+        return train
+    if targets.problem is Problem.regression:
+        import numpy as np
+
+        values = np.asarray([row.target for row in train], dtype=np.float64)
+        targets.mean, targets.scale = float(values.mean()), float(values.std()) or 1.0
+    if config.task.class_weights is None:
+        return train
+    weights = class_weights(config.task.class_weights, targets.labels, [row.target for row in train])
+    return [replace(row, weight=row.weight * weights[int(row.target)]) for row in train]  # type: ignore[arg-type]
 
 
 def check_rejected(problems: Problems, total: int, config: TrainConfig) -> None:

@@ -6,6 +6,7 @@ The key is a hash of all that can change a run's numbers, and of nothing else.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -20,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
+import yaml
 
-from llmft.config import TrainConfig
-from llmft.errors import ConfigError, DiskError, RunBusy
+from llmft.config import TrainConfig, TrainOn
+from llmft.errors import ConfigError, DiskError, RunBusy, did_you_mean
 from llmft.files import staged_file, write_atomically
 from llmft.redaction import redact
-from llmft.schema import canonical, numbers_of, to_plain
+from llmft.schema import canonical, from_plain, numbers_of, to_plain
 
 SCHEMA_VERSION = 1
 MAX_NAME = 80
@@ -56,10 +58,23 @@ def run_name(config: TrainConfig) -> str:
     """What a person calls the run: its model, data and the values that experiments vary."""
     if config.name:
         return slug(redact(config.name))[:MAX_NAME]
+    seed = f"seed{config.seed}"
+    if config.model.architecture == "tfidf":
+        parts = [config.model.label, config.data.name]
+        return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
     method = f"r{config.lora.r}" if config.lora.enabled else "full"
     rate = f"{config.learning_rate.peak:g}"
     parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
-    return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
+    if config.task.head is not None:
+        parts.append(config.task.head.value)
+    return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
+
+
+def _rows(config: TrainConfig) -> list[str]:
+    """What a name says of the rows that are trained on."""
+    if config.data.train_on is TrainOn.all:
+        return ["all"]
+    return [] if config.data.fold is None else [f"fold{config.data.fold}"]
 
 
 @dataclass
@@ -113,6 +128,11 @@ class Run:
     def row_losses_file(self, split: str, step: int) -> Path:
         """The losses of `split`'s rows after `step`."""
         return self.row_losses / f"{split}-{step:08d}.parquet"
+
+    @property
+    def targets_file(self) -> Path:
+        """The classes in their order, and what else a head needs to be read."""
+        return self.directory / "targets.json"
 
     @property
     def log_file(self) -> Path:
@@ -293,8 +313,61 @@ def unwritable(where: str, error: OSError) -> DiskError:
     return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
 
 
+def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
+    """A run that is done, with the config it was trained with.
+
+    Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
+    """
+    from omegaconf import OmegaConf
+
+    run = Run(directory, "")
+    status = run.status()
+    if not status:
+        near = did_you_mean(directory.name, _names(directory.parent))
+        raise ConfigError(f"{directory}: no run directory{near}.")
+    if status.get("status") != "done":
+        raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
+    if not run.done:
+        raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+    try:
+        plain = OmegaConf.to_container(OmegaConf.load(run.config_file))
+    except (OSError, yaml.YAMLError) as error:
+        raise ConfigError(f"{run.config_file}: cannot be read ({str(error).splitlines()[0]}).") from None
+    return Run(directory, str(status["key"])), from_plain(plain, TrainConfig)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def directories(named: Any, key: str) -> list[Path]:
+    """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
+    found: list[Path] = []
+    for name in named if isinstance(named, (list, tuple)) else [named]:
+        text = str(Path(str(name)).expanduser())
+        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        several = [Path(match) for match in matches if Path(match).is_dir()]
+        if not several:
+            path = Path(text)
+            raise ConfigError(f"{key}={name}: no such directory{did_you_mean(path.name, _names(path.parent)) or '.'}")
+        found += [path for path in several if path not in found]
+    return found
+
+
 def _is_run(directory: Path) -> bool:
     return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
+
+
+def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[str, Any]:
+    """What predictions say of the run they come from."""
+    return {
+        "run": str(run.directory),
+        "key": run.key,
+        "rows_fingerprint": rows_fingerprint,
+        "fold": config.data.fold,
+        "num_folds": config.data.num_folds if config.data.fold is not None else None,
+        "train_on": config.data.train_on.value,
+    }
 
 
 def write_config(run: Run, config: TrainConfig) -> None:
@@ -304,20 +377,29 @@ def write_config(run: Run, config: TrainConfig) -> None:
     write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
 
 
-def write_row_losses(path: Path, rows: Sequence[tuple[int, float, float]], describe: Callable[[int], str]) -> None:
-    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`."""
+def write_row_losses(
+    path: Path,
+    rows: Sequence[tuple[int, float, float]],
+    describe: Callable[[int], str],
+    labels: Sequence[str] = (),
+    outputs: Any = None,
+) -> None:
+    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
+
+    With `outputs`, (rows, classes), there is a column p_LABEL for each class.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table(
-        {
-            "row": [describe(row) for row, _, _ in rows],
-            "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
-            "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
-        }
-    )
+    columns = {
+        "row": [describe(row) for row, _, _ in rows],
+        "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
+        "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
+    }
+    if outputs is not None:
+        columns |= {f"p_{label}": pa.array(outputs[:, place], pa.float64()) for place, label in enumerate(labels)}
     with staged_file(path) as file:
-        pq.write_table(table, file, compression="zstd")
+        pq.write_table(pa.table(columns), file, compression="zstd")
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:

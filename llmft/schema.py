@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import sys
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -49,7 +50,7 @@ def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
         yield key
-        kind = _dataclass_of(entry.type)
+        kind = dataclass_of(entry.type, schema)
         if kind is not None:
             yield from schema_keys(kind, f"{key}.")
 
@@ -63,15 +64,19 @@ def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
     """The dotted keys that hold a dictionary, under which any key may stand."""
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
-        kind = _dataclass_of(entry.type)
+        kind = dataclass_of(entry.type, schema)
         if kind is not None:
             yield from open_keys(kind, f"{key}.")
         elif str(entry.type).startswith("dict["):
             yield key
 
 
-def _dataclass_of(annotation: Any) -> type | None:
-    found = getattr(llmft.config, annotation, None) if isinstance(annotation, str) else annotation
+def dataclass_of(annotation: Any, owner: type) -> type | None:
+    """The dataclass that a field of `owner` holds, looked for beside `owner` and in `llmft.config`."""
+    found = annotation
+    if isinstance(annotation, str):
+        home = sys.modules.get(owner.__module__)
+        found = getattr(home, annotation, None) or getattr(llmft.config, annotation, None)
     return found if isinstance(found, type) and dataclasses.is_dataclass(found) else None
 
 
@@ -94,7 +99,7 @@ def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
         name = f"{prefix}{key!s}"
         if key not in fields:
             raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
-        kind = _dataclass_of(fields[str(key)].type)
+        kind = dataclass_of(fields[str(key)].type, schema)
         if kind is not None and not OmegaConf.is_missing(node, key):
             child = node[key]
             if isinstance(child, DictConfig):

@@ -159,9 +159,15 @@ def _free_memory() -> None:
 
 
 def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
-    from llmft.training.session import Session
+    session: Any
+    if prepared.config.model.architecture == "tfidf":
+        from llmft.baseline import BaselineSession
 
-    session = Session(prepared, screen, watch)
+        session = BaselineSession(prepared, screen)
+    else:
+        from llmft.training.session import Session
+
+        session = Session(prepared, screen, watch)
     try:
         return session.run()
     finally:

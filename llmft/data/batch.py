@@ -25,7 +25,7 @@ class MicroBatch:
     Attributes:
         input_ids, attention_mask, labels: (rows, seq_len), padded on the right.
         weights: (rows,) what each row counts for; 0 for a row that only fills a process's share.
-        targets: (rows,) class indices, or None.
+        targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None where rows have none.
         rows: index of each row in its split.
     """
 
@@ -80,7 +80,8 @@ def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> Mi
         mask[place, :length] = 1
     targets = [example.conversation.target for example in examples]
     classes = torch.tensor(targets) if all(target is not None for target in targets) else None
-    return MicroBatch(input_ids, mask, labels, torch.ones(len(examples)), classes, list(rows))
+    weights = torch.tensor([example.conversation.weight for example in examples])
+    return MicroBatch(input_ids, mask, labels, weights, classes, list(rows))
 
 
 def filler(example: Encoded, pad_id: int) -> MicroBatch:
@@ -91,14 +92,16 @@ def filler(example: Encoded, pad_id: int) -> MicroBatch:
 
 
 def weight_of(example: Encoded) -> float:
-    """What one example adds to the loss's denominator: its labelled tokens, or 1 for a class."""
-    return 1.0 if example.conversation.target is not None else float(example.labelled_tokens)
+    """What one example adds to the loss's denominator: its labelled tokens, or 1 for a target; times its weight."""
+    own = example.conversation
+    return own.weight * (1.0 if own.target is not None else float(example.labelled_tokens))
 
 
 def weights_and_lengths(examples: Sequence[Encoded]) -> tuple[list[float], list[int]]:
     """`weight_of` and number of tokens of every example; at once where they are held in columns."""
     if isinstance(examples, Examples) and len(examples) and examples[0].conversation.target is None:
-        return examples.labelled_tokens.astype(float).tolist(), examples.lengths.tolist()
+        weights = np.asarray([examples.conversations[row].weight for row in examples.rows])
+        return (examples.labelled_tokens * weights).tolist(), examples.lengths.tolist()
     return [weight_of(example) for example in examples], [len(example.input_ids) for example in examples]
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from llmft.config import Columns, DataConfig
+from llmft.config import Columns, DataConfig, Head, TaskConfig
 from llmft.data.sources import Problems, Row
+from llmft.data.targets import Target, Targets
 from llmft.errors import ConfigError, DataError, did_you_mean
+from llmft.schema import canonical
 
 Message = dict[str, str]
 
@@ -28,28 +30,67 @@ class Conversation:
     """Messages with the roles system, user and assistant, and where they stand.
 
     Attributes:
-        target: the class, for classification.
+        target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
         rejected: the answer that was not preferred, in preference data; the preferred one is the last message.
         trained_from: how many answers at the beginning are not learned.
+        id: what predictions call the row.
+        group: what must not be torn apart by a split, where data.group is set.
+        weight: what the row counts for in the loss.
+        marked: whether answers are marked as learned; None: where there is no target.
     """
 
     messages: list[Message]
     where: str
-    target: int | None = None
+    target: Target | None = None
     rejected: str | None = None
     trained_from: int = 0
+    id: str = ""
+    group: str | None = None
+    weight: float = 1.0
+    marked: bool | None = None
+
+    @property
+    def learns_text(self) -> bool:
+        """Whether tokens of answers are learned."""
+        return self.target is None if self.marked is None else self.marked
 
 
 @dataclass
 class ColumnMap:
-    """Turns rows into conversations as data.columns says."""
+    """Turns rows into conversations as data.columns says.
+
+    Attributes:
+        targets: what is predicted by a task with a head; None where text is learned.
+        id: the column that names the rows; None: file:line.
+        lenient: for rows to predict: they need no target, and an empty column is empty text.
+    """
 
     columns: Columns
-    labels: list[str] = field(default_factory=list)
+    data: DataConfig | None = None
+    targets: Targets | None = None
+    head: Head | None = None
+    id: str | None = None
+    lenient: bool = False
+
+    @property
+    def labels(self) -> list[str]:
+        """The classes in their order."""
+        return self.targets.labels if self.targets is not None else []
 
     @classmethod
-    def of(cls, data: DataConfig, train: list[Row]) -> ColumnMap:
-        """The map for `data`; classes that data.labels leaves out are the sorted values of the training rows.
+    def of(
+        cls,
+        data: DataConfig,
+        train: list[Row],
+        task: TaskConfig | None = None,
+        *,
+        targets: Targets | None = None,
+        lenient: bool = False,
+    ) -> ColumnMap:
+        """The map for `data`; classes that data.labels leaves out are the sorted values of the rows `train`.
+
+        Without a `task`, columns with a target are for a linear head. `targets` are those of a run that is opened
+        again; with them, `lenient`, a row needs none.
 
         Raises ConfigError for a mapping that names no answer, DataError for a column that no row has.
         """
@@ -60,19 +101,28 @@ class ColumnMap:
                 f"data={data.name} maps no columns: set data.columns.prompt and data.columns.response "
                 f"(columns of the data: {', '.join(train[0].values)})."
             )
-        if columns.prompt and not (columns.response or columns.target or columns.chosen):
+        answered = columns.response or columns.target or columns.chosen or data.target_columns
+        if columns.prompt and not answered and not lenient:
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
-        made = cls(replace(columns), list(data.labels))
+        task = task or TaskConfig(name="classification", head=Head.linear if columns.target else None, objective="")
+        made = cls(replace(columns), data, head=task.head, lenient=lenient)
+        if task.head is not None:  # a data option made for generation names its target as the answer
+            made.columns.target, made.columns.response = columns.target or columns.response, None
+        elif columns.target and not columns.response:
+            made.columns.target, made.columns.response = None, columns.target
         for entry in fields(columns):
-            named = getattr(columns, entry.name)
-            if not named:
+            named = getattr(made.columns, entry.name)
+            if not named or (lenient and entry.name in ("target", "response", "chosen", "rejected", "id")):
                 continue
             if entry.name in ("input", "system") and not any(named in row.values for row in train):
                 setattr(made.columns, entry.name, None)  # Alpaca files without `input` are Alpaca files
                 continue
             made._check(f"data.columns.{entry.name}", named, train[0])
-        if columns.target and not made.labels:
-            made.labels = sorted({made._fill(columns.target, row) for row in train})
+        made.id = columns.id or ("id" if _tells_apart(train, "id") else None)
+        if columns.id and not lenient and not _tells_apart(train, columns.id):
+            raise DataError(f"data.columns.id={columns.id}: two rows have the same, or one has none; they must differ.")
+        if task.head is not None:
+            made.targets = targets or Targets.of(data, task, train, made.columns.target, made._fill)
         return made
 
     @staticmethod
@@ -87,18 +137,21 @@ class ColumnMap:
             if name not in first.values:
                 raise DataError(
                     f"{key}={template}: {first.where} has no column '{name}'"
-                    f"{did_you_mean(name, set(first.values) - taken)} (columns: {', '.join(first.values)})."
+                    f"{did_you_mean(name, set(first.values) - taken)} (columns: "
+                    f"{', '.join(map(_short, first.values))}); a csv file without a header line needs its columns' "
+                    "names in data.csv_columns."
                 )
 
     def _fill(self, template: str, row: Row) -> str:
         values = {name: self._text(row, name) for name in self._names(template)}
         return values[template] if "{" not in template else template.format(**values)
 
-    @staticmethod
-    def _text(row: Row, name: str) -> str:
+    def _text(self, row: Row, name: str) -> str:
         if name not in row.values:
             raise ValueError(f"no column '{name}'{did_you_mean(name, row.values)}")
         value = row.values[name]
+        if value is None and self.lenient:
+            return ""
         if value is None:
             raise ValueError(f"column '{name}' is empty (null)")
         if isinstance(value, (dict, list, bytes)):
@@ -119,21 +172,41 @@ class ColumnMap:
 
     def conversation(self, row: Row) -> Conversation:
         """One row's messages. Raises ValueError saying what is wrong with the row."""
+        made = self._conversation(row)
+        name = str(row.values[self.id]) if self.id else base_name(row.where)
+        group = self.data.group if self.data is not None else None
+        own = canonical(row.values[group]) if group and group in row.values else None
+        if self.targets is None:
+            return replace(made, id=name, group=own)
+        target = self._target(row)
+        if self.head is not Head.tokens:
+            return replace(made, id=name, group=own, target=target, marked=False)
+        word = self.targets.words[target if isinstance(target, int) else 0]
+        messages = [*made.messages, {"role": "assistant", "content": word}]
+        return replace(made, messages=messages, id=name, group=own, target=target, marked=True)
+
+    def _target(self, row: Row) -> Target | None:
+        assert self.targets is not None
+        assert self.data is not None
+        column = self.columns.target
+        if self.lenient and any(
+            row.values.get(name) in (None, "") for name in self.data.target_columns or self._names(column or "")
+        ):
+            return None
+        return self.targets.read(row, self.data, column, self._fill)
+
+    def _conversation(self, row: Row) -> Conversation:
         columns = self.columns
         if columns.messages:
+            if self.targets is not None:
+                return Conversation(self._asked(row), row.where)
             return self._preferred(row, self._turns(row))
-        target = None
-        if columns.target:
-            label = self._fill(columns.target, row)
-            if label not in self.labels:
-                raise ValueError(f"target '{label}' is not among the classes{did_you_mean(label, self.labels)}")
-            target = self.labels.index(label)
         if columns.text:
             content = self._fill(columns.text, row)
-            if not content.strip():
+            if not content.strip() and not self.lenient:
                 raise ValueError("the text is empty")
-            role = "user" if columns.target else "assistant"
-            return Conversation([{"role": role, "content": content}], row.where, target)
+            role = "user" if columns.response or self.targets is not None else "assistant"
+            return self._answered(row, [{"role": role, "content": content}])
         assert columns.prompt
         user: Message = {"role": "user", "content": self._fill(columns.prompt, row)}
         if columns.input:
@@ -145,14 +218,30 @@ class ColumnMap:
             system = self._fill(columns.system, row)
             if system.strip():
                 messages.insert(0, {"role": "system", "content": system})
-        if columns.chosen:
+        if columns.chosen and not self.lenient:
             return self._preferred(row, messages)
-        if columns.response:
-            answer = self._fill(columns.response, row)
-            if not answer.strip():
-                raise ValueError("the answer is empty")
-            messages.append({"role": "assistant", "content": answer})
-        return Conversation(messages, row.where, target)
+        return self._answered(row, messages)
+
+    def _answered(self, row: Row, messages: list[Message]) -> Conversation:
+        """`messages` with the row's answer behind them, where its columns name one."""
+        response = self.columns.response
+        if not response or (self.lenient and any(name not in row.values for name in self._names(response))):
+            return Conversation(messages, row.where)
+        answer = self._fill(response, row)
+        if not answer.strip() and not self.lenient:
+            raise ValueError("the answer is empty")
+        return Conversation([*messages, {"role": "assistant", "content": answer}], row.where)
+
+    def _asked(self, row: Row) -> list[Message]:
+        """A conversation to classify, whole; for a head that writes the class, as one text of its user."""
+        turns = row.values.get(self.columns.messages or "")
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
+        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
+        if self.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
+            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            return [{"role": "user", "content": text}]
+        return messages
 
     def _preferred(self, row: Row, messages: list[Message]) -> Conversation:
         """Preference data: the chosen answer ends the conversation, the rejected one is kept beside it."""
@@ -210,3 +299,19 @@ class ColumnMap:
         if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
             raise ValueError(f"message {number} ({role}) has no text")
         return {"role": ROLES[role], "content": content}
+
+
+def _short(name: str) -> str:
+    """A column's name; cut where a file without a header gives a row's text for one."""
+    return name if len(name) <= 40 else f"{name[:39]}…"
+
+
+def base_name(where: str) -> str:
+    """`file:line` without the folders, which differ from machine to machine."""
+    return where.rpartition("/")[2]
+
+
+def _tells_apart(rows: list[Row], column: str) -> bool:
+    """Whether every row has a value of its own in `column`."""
+    values = [row.values.get(column) for row in rows]
+    return None not in values and len({str(value) for value in values}) == len(values)

@@ -162,6 +162,22 @@ class Encoder:
         lengths.longest = int(examples.lengths.max(initial=0))
         return examples
 
+    def forced(self, conversation: Conversation) -> tuple[list[int], np.ndarray]:
+        """Ids and marks of a row that the limits' own rule cannot shorten: its beginning is cut off, not the answer."""
+        rendered = self.render(conversation)
+        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), Problems(), False)
+        assert made is not None
+        ids, marks = list(made[0]), made[1]
+        excess = max(0, len(ids) - self.data.max_tokens)
+        return ids[excess:], marks[excess:]
+
+    def tokens(self, conversation: Conversation, problems: Problems) -> tuple[Sequence[int], np.ndarray]:
+        """Ids and marks (1 where the token is learned) of one conversation that no limit touches."""
+        rendered = self.render(conversation)
+        made = self._example(conversation, rendered, self._tokenize([rendered])[0], Lengths(), problems, False)
+        assert made is not None
+        return made
+
     def _tokenize(self, texts: Sequence[Rendered]) -> list[Any]:
         if not texts:
             return []
@@ -171,12 +187,18 @@ class Encoder:
         return list(backend.encode_batch([rendered.text for rendered in texts], add_special_tokens=False))
 
     def _example(
-        self, conversation: Conversation, rendered: Rendered, encoding: Any, lengths: Lengths, problems: Problems
+        self,
+        conversation: Conversation,
+        rendered: Rendered,
+        encoding: Any,
+        lengths: Lengths,
+        problems: Problems,
+        limited: bool = True,
     ) -> tuple[Sequence[int], np.ndarray] | None:
         """Ids and marks of one row, or None for a row that is left out."""
         ids: list[int] = encoding.ids
         marks = np.zeros(len(ids), np.uint8)
-        if conversation.target is None:
+        if conversation.learns_text:
             spans = rendered.spans[-1:] if self.data.train_turns is Turns.last else rendered.spans
             if conversation.trained_from:
                 spans = spans[conversation.trained_from :]
@@ -190,6 +212,8 @@ class Encoder:
             if not marks[1:].any():
                 problems.add(conversation.where, "no token of an answer is left to learn from", conversation.messages)
                 return None
+        if not limited:
+            return ids, marks
         region = self._limit(conversation, rendered, encoding, marks, lengths)
         if region is None:
             lengths.rows_dropped += 1
@@ -218,7 +242,7 @@ class Encoder:
 
         if answer > (data.max_answer_tokens or answer):
             return drop("data.max_answer_tokens")
-        if conversation.target is None and answer < data.min_answer_tokens:
+        if conversation.learns_text and answer < data.min_answer_tokens:
             return drop("data.min_answer_tokens")
         if prompt < data.min_prompt_tokens:
             return drop("data.min_prompt_tokens")

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmft.data.columns import Conversation
+from llmft.data.targets import Target
 
 PAIRS = (("train", "train"), ("train", "validation"), ("train", "test"), ("validation", "test"))
 
@@ -185,7 +186,7 @@ def _first_rows(keys: Iterable[Hashable]) -> dict[Hashable, int]:
     return rows
 
 
-def _parts(row: Conversation) -> tuple[str, str, int | None]:
+def _parts(row: Conversation) -> tuple[str, str, Target | None]:
     """The messages before the last answer, that answer, and the class; white space made single blanks."""
     texts = [(message["role"], " ".join(_text(message).split())) for message in row.messages]
     last = len(texts) - 1 if texts and texts[-1][0] == "assistant" else len(texts)

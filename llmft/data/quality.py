@@ -105,9 +105,13 @@ def label_balance(conversations: Sequence[Conversation], labels: Sequence[str], 
     if not conversations:
         return {}
     if conversations[0].target is not None:
-        return {
-            labels[number]: count for number, count in sorted(Counter(c.target or 0 for c in conversations).items())
-        }
+        if isinstance(conversations[0].target, float):
+            return {}
+        own: Counter[int] = Counter()
+        for row in conversations:
+            many = isinstance(row.target, tuple)
+            own.update([n for n, is_one in enumerate(row.target) if is_one] if many else [row.target])  # type: ignore
+        return {labels[number]: own[number] for number in sorted(own)}
     answers = Counter(c.messages[-1]["content"].strip() for c in conversations)
     return dict(answers.most_common()) if len(answers) <= most else {}
 
@@ -128,7 +132,7 @@ def findings(
     def add(level: str, key: str, message: str) -> None:
         found.append(Finding(level, key, message))
 
-    classifies = config.task.auto_class == "sequence_classification"
+    classifies = config.task.head is not None or config.task.auto_class == "sequence_classification"
     for split, fact in facts.items():
         if fact.doubled_begin:
             add("error", "prompt", f"{fact.doubled_begin} {split} rows hold two begin tokens side by side")

@@ -18,7 +18,7 @@ import io
 import json
 import lzma
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,7 +167,7 @@ def _from_files(data: DataConfig, problems: Problems) -> Loaded:
                 continue
             content = path.read_bytes()
             digests[split].append(hashlib.sha256(content).hexdigest())
-            splits[split].extend(read(path, content, problems))
+            splits[split].extend(read(path, content, problems, data.csv_columns))
     return Loaded(splits, hashlib.sha256(canonical(digests).encode()).hexdigest())
 
 
@@ -203,8 +203,11 @@ def _read_arrow_directory(path: Path) -> Iterator[Row]:
         yield Row(dict(values), f"{path}:row {number}")
 
 
-def read(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
-    """The rows of one file, its format told by its ending (a compressed one is opened first)."""
+def read(path: Path, content: bytes, problems: Problems, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of one file, its format told by its ending (a compressed one is opened first).
+
+    `csv_columns` are the names of the columns of a csv or tsv file that has no header line.
+    """
     endings = [suffix.lower() for suffix in path.suffixes]
     if endings and endings[-1] in COMPRESSED:
         try:
@@ -224,7 +227,7 @@ def read(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
     text = _decode(path, content)
     if ending == ".json":
         return _read_json(path, text, problems)
-    return _read_csv(path, text, problems, "\t" if ending == ".tsv" else ",")
+    return _read_csv(path, text, problems, "\t" if ending == ".tsv" else ",", list(csv_columns))
 
 
 def _decode(path: Path, content: bytes) -> str:
@@ -342,23 +345,25 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         yield from _checked(values, where, problems)
 
 
-def _read_csv(path: Path, text: str, problems: Problems, delimiter: str) -> Iterator[Row]:
+def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: list[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
-        header = next(reader, None)
+        header: list[str] | None = names or next(reader, None)
         if header is None:
             return
         twice = [name for name, count in Counter(header).items() if count > 1]
         if twice:
-            raise DataError(f"{path}:1: the header names the column '{twice[0]}' twice; rename one.")
+            where = "data.csv_columns" if names else f"{path}:1: the header"
+            raise DataError(f"{where} names the column '{twice[0]}' twice; rename one.")
         begin = reader.line_num + 1
         for cells in reader:
             where, begin = f"{path}:{begin}", reader.line_num + 1
             if not cells:
                 continue
             if len(cells) != len(header):
-                problems.add(where, f"{len(cells)} cells where the header has {len(header)}", cells)
+                what = "data.csv_columns" if names else "the header"
+                problems.add(where, f"{len(cells)} cells where {what} has {len(header)}", cells)
                 continue
             yield Row(dict(zip(header, cells, strict=True)), where)
     except csv.Error as error:

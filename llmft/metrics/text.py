@@ -1,15 +1,99 @@
-"""Metrics of generated text against reference text."""
+"""Metrics of generated text against reference text: (references, predictions) to a number."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
 
 
-def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Share of predictions that equal their reference, white space at both ends left out; 0 to 1."""
+def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
     if len(references) != len(predictions):
         raise ValueError(f"{len(references)} references but {len(predictions)} predictions")
     if not references:
         raise ValueError("no references")
+
+
+def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Share of predictions that equal their reference, white space at both ends left out; 0 to 1."""
+    _check(references, predictions)
     hits = sum(r.strip() == p.strip() for r, p in zip(references, predictions, strict=True))
     return hits / len(references)
+
+
+def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Mean over the rows of the F1 of the words in common, words as white space parts them, in lower case; 0 to 1.
+
+    SQuAD's rule (arXiv:1606.05250) without its leaving out of English articles and of punctuation. Two empty texts
+    are alike.
+    """
+    _check(references, predictions)
+    total = 0.0
+    for reference, prediction in zip(references, predictions, strict=True):
+        own, found = reference.lower().split(), prediction.lower().split()
+        common = sum((Counter(own) & Counter(found)).values())
+        total += 1.0 if not own and not found else 2 * common / (len(own) + len(found))
+    return total / len(references)
+
+
+def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """BLEU of the whole set by sacrebleu (13a words, exponential smoothing), 0 to 1."""
+    import sacrebleu
+
+    _check(references, predictions)
+    return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100)
+
+
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
+    """Mean over the rows of ROUGE-L's F-measure by rouge-score, without stemming; 0 to 1."""
+    from rouge_score import rouge_scorer
+
+    _check(references, predictions)
+    scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
+    scores = [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
+    return float(sum(scores) / len(scores))
+
+
+def sharpened_cosine(
+    references: Sequence[str], predictions: Sequence[str], encoder: str = SENTENCE_ENCODER, exponent: float = 3.0
+) -> float:
+    """Mean over the rows of the cosine of the texts' sentence embeddings, to the power of `exponent`.
+
+    What the LLM prompt recovery competition scored by. `encoder` is a directory of sentence-transformers, or an id in
+    the Hub's cache or on the Hub.
+
+    Raises ConfigError where sentence-transformers or the encoder is missing.
+    """
+    import numpy as np
+
+    _check(references, predictions)
+    model = _encoder(encoder)
+    options = {"normalize_embeddings": True, "show_progress_bar": False, "batch_size": 64}
+    own, found = model.encode(list(references), **options), model.encode(list(predictions), **options)
+    cosine = np.clip((np.asarray(own, np.float64) * np.asarray(found, np.float64)).sum(axis=1), -1.0, 1.0)
+    return float(np.mean(np.sign(cosine) * np.abs(cosine) ** exponent))
+
+
+@lru_cache(maxsize=1)
+def _encoder(name: str) -> Any:
+    from pathlib import Path
+
+    from llmft.errors import ConfigError
+
+    key = "task.metric_options.sharpened_cosine.encoder"
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.") from None
+    from llmft.model.hub import online_or_cached
+
+    if Path(name).expanduser().is_dir():
+        try:
+            return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
+        except Exception as error:
+            raise ConfigError(f"{key}={name}: no sentence-transformers model ({str(error)[:200]}).") from None
+    with online_or_cached(f"{key}={name}", name, "model"):
+        return SentenceTransformer(name, device="cpu")

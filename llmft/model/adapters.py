@@ -13,6 +13,7 @@ import torch
 from llmft.config import LoraConfig
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families
+from llmft.model.heads import head_names
 from llmft.model.sharding import is_sharded, like, whole
 
 
@@ -29,7 +30,10 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
     mixture = targets == "all-linear" and families.is_mixture(base)
     if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
         targets = families.dense_layers(base)
-    task = peft.TaskType.SEQ_CLS if auto_class == "sequence_classification" else peft.TaskType.CAUSAL_LM
+    classifies = auto_class == "sequence_classification"
+    # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
+    parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
+    task = peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
@@ -38,7 +42,7 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
         exclude_modules=families.NOT_ADAPTED if mixture else None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
-        modules_to_save=list(lora.modules_to_save) or None,
+        modules_to_save=[*lora.modules_to_save, *parts] or None,
         task_type=task,
         base_model_name_or_path=name,
     )
@@ -67,9 +71,32 @@ def detach(model: Any) -> Any:
     return base
 
 
-def reusable(lora: LoraConfig, auto_class: str) -> bool:
-    """Whether detaching leaves the base as it was: not where whole modules were trained in its place."""
-    return lora.enabled and not lora.modules_to_save and auto_class == "causal_lm"
+def reusable(lora: LoraConfig) -> bool:
+    """Whether detaching leaves the base as it was: not where whole modules were trained in its place.
+
+    A head stays behind as it was trained, but `heads.renew_head` puts a fresh one on before the next run.
+    """
+    return lora.enabled and not lora.modules_to_save
+
+
+def load_adapter(model: Any, directory: Path) -> None:
+    """Puts the weights that `save` wrote into an attached adapter of the same configuration, the head with it.
+
+    Raises ConfigError when they are not those of this adapter.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    path = directory / "adapter_model.safetensors"
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    strange = sorted(own.keys() ^ state.keys())
+    if strange:
+        raise ConfigError(f"{path}: not the weights of this run's adapter ({strange[0]}).")
+    peft.set_peft_model_state_dict(model, state)
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.errors import ConfigError, did_you_mean
-from llmft.model import families
+from llmft.model import families, heads
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     bitsandbytes_config,
@@ -260,8 +260,13 @@ def _random(
         torch.manual_seed(seed)
         with torch.device(device):
             base = auto_model(auto_class).from_config(config, dtype=dtype, **_attention(model))
-    quantize_in_place(base, quantization, dtype, model.skip_modules, device)
+    quantize_in_place(base, quantization, dtype, _full_precision(model, auto_class), device)
     return base
+
+
+def _full_precision(model: ModelConfig, auto_class: str) -> list[str]:
+    """Modules that are not quantised: what the model's file names, and all parts of a new head."""
+    return [*model.skip_modules, *(heads.NAMES if auto_class == "sequence_classification" else ())]
 
 
 def _pretrained(
@@ -280,7 +285,7 @@ def _pretrained(
     families.prepare(config.model_type)
     with torch.device("meta"):
         skeleton = auto_model(auto_class).from_config(config, dtype=dtype)
-    skip = unquantized_modules(skeleton, model.skip_modules)
+    skip = unquantized_modules(skeleton, _full_precision(model, auto_class))
     in_place = quantization.format is not QuantizationFormat.none and bool(fused_expert_parameters(skeleton))
     streamed = None if in_place else bitsandbytes_config(quantization, dtype, skip)
     del skeleton
@@ -300,13 +305,13 @@ def _pretrained(
         )
     _refuse_missing(base, located.directory, found, auto_class)
     if in_place:
-        quantize_in_place(base, quantization, dtype, model.skip_modules, device)
+        quantize_in_place(base, quantization, dtype, _full_precision(model, auto_class), device)
     return base
 
 
 def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> None:
     """transformers fills weights that are missing with random ones, and only logs it."""
-    new_head = ("classifier", "score", "pooler") if auto_class == "sequence_classification" else ()
+    new_head = heads.NAMES if auto_class == "sequence_classification" else ()
     missing = sorted(key for key in found["missing_keys"] if not key.startswith(new_head))
     missing += sorted(str(key) for key in found.get("mismatched_keys", []))
     missing += [

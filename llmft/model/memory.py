@@ -105,7 +105,7 @@ def estimate_memory(
                 parametrize.register_parametrization(module, name, _Dequantized(), unsafe=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = adapters.attach(base, config.lora, auto_class=config.task.auto_class, seed=0, name="")
+            model = adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
     else:
         model = base.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

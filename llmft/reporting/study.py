@@ -228,7 +228,8 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
     command = str(trial.get("command") or (run.command if run is not None else ""))
     name = _trial_name(trial) if trial else (run.name if run is not None else "?")
     log = trial.get("log") or (str(run.directory / "log.txt") if run is not None else None)
-    return Failure(*redact([name, status, str(told), command]), log=str(log) if log else None)
+    shown: list[str] = redact([name, status, str(told), command])
+    return Failure(shown[0], shown[1], shown[2], shown[3], log=str(log) if log else None)
 
 
 # What was varied.
@@ -238,13 +239,13 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
 def aside_keys() -> frozenset[str]:
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
     from llmft.config import TrainConfig
-    from llmft.schema import _dataclass_of
+    from llmft.schema import dataclass_of
 
     found: set[str] = set()
 
     def walk(schema: type, prefix: str) -> None:
         for entry in dataclasses.fields(schema):
-            kind = _dataclass_of(entry.type)
+            kind = dataclass_of(entry.type, schema)
             if entry.metadata.get("aside"):
                 found.add(f"{prefix}{entry.name}")
             elif kind is not None:

@@ -6,7 +6,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +44,15 @@ class Recorder(Callback):
     """
 
     def __init__(
-        self, run: Run, *, seconds_before: float = 0.0, describe: Mapping[str, Callable[[int], str]] | None = None
+        self,
+        run: Run,
+        *,
+        seconds_before: float = 0.0,
+        describe: Mapping[str, Callable[[int], str]] | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         self.run = run
+        self.labels = labels
         self.describe = describe or {}
         self.seconds_before = seconds_before
         self.started = time.monotonic()
@@ -86,7 +92,8 @@ class Recorder(Callback):
         if trainer.is_global_zero:
             if found.rows:
                 describe = self.describe.get(found.split, str)
-                write_row_losses(self.run.row_losses_file(found.split, found.step), found.rows, describe)
+                path = self.run.row_losses_file(found.split, found.step)
+                write_row_losses(path, found.rows, describe, self.labels, found.outputs)
             for sample in found.samples:
                 append_line(self.run.samples_file, {"step": found.step, "split": found.split, **sample})
             for logger in trainer.loggers:

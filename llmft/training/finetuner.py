@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 
 from llmft.data.batch import MicroBatch, StepBatch
@@ -23,7 +24,7 @@ from llmft.inference.generate import generate
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
-from llmft.training.objectives.base import Objective
+from llmft.training.objectives.base import Objective, RowLosses
 
 
 @dataclass
@@ -46,6 +47,21 @@ class Validation:
     samples: list[dict[str, Any]] = field(default_factory=list)
     rows: list[tuple[int, float, float]] = field(default_factory=list)
     """(row of the split, summed loss in nats, labelled tokens) of every row, in order."""
+    outputs: np.ndarray | None = None
+    """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
+
+
+@dataclass
+class Scoring:
+    """How validation scores an objective's predictions.
+
+    Attributes:
+        metrics: functions (references, predictions) -> float.
+        references: the targets of a split's rows as metrics take them, by the split's name in metrics (val, test).
+    """
+
+    metrics: dict[str, Callable[[Any, Any], float]]
+    references: dict[str, np.ndarray]
 
 
 @dataclass
@@ -102,6 +118,8 @@ class FineTuner(L.LightningModule):
         seed: int,
         gradient_clip: float | None = None,
         generation: Generation | None = None,
+        scoring: Scoring | None = None,
+        trained_on_validation: bool = False,
         describe_row: Callable[[int], str] = str,
         keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
         skip_up_to: int | None = None,
@@ -117,6 +135,8 @@ class FineTuner(L.LightningModule):
         self.seed = seed
         self.gradient_clip = gradient_clip
         self.generation = generation
+        self.scoring = scoring
+        self.trained_on_validation = trained_on_validation
         self.describe_row = describe_row
         self.keep_bad_step = keep_bad_step
         self.skip_up_to = skip_up_to
@@ -127,7 +147,7 @@ class FineTuner(L.LightningModule):
         self.validation: Validation | None = None
         self._grad_norm = 0.0
         self._unscaled = 0
-        self._rows: list[tuple[list[int], torch.Tensor, torch.Tensor]] = []
+        self._rows: list[tuple[list[int], RowLosses]] = []
         self._pending_optimizer: dict[str, dict[str, Any]] | None = None
 
     # ------------------------------------------------------------------------------------------------- training
@@ -258,9 +278,10 @@ class FineTuner(L.LightningModule):
         self._rows = []
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Collects row losses."""
-        losses = self.objective.losses(self.model, batch)
-        self._rows.append((batch.rows, losses.nll.double().cpu(), losses.counts.double().cpu()))
+        """Collects row losses, and a number per class and row where the objective predicts; never logits of tokens."""
+        losses = getattr(self.objective, "evaluate", self.objective.losses)(self.model, batch)
+        outputs = None if losses.outputs is None else losses.outputs.cpu()
+        self._rows.append((batch.rows, RowLosses(losses.nll.double().cpu(), losses.counts.double().cpu(), outputs)))
 
     def on_validation_epoch_end(self) -> None:
         """Sets `validation`."""
@@ -281,12 +302,18 @@ class FineTuner(L.LightningModule):
         """Loss in nats per labelled token over all rows and processes, perplexity, generations and their metrics."""
         found = [
             (row, float(nll), float(count))
-            for rows, nlls, counts in self._rows
-            for row, nll, count in zip(rows, nlls, counts, strict=True)
+            for rows, losses in self._rows
+            for row, nll, count in zip(rows, losses.nll, losses.counts, strict=True)
         ]
         gathered = sorted(row for share in self._gather(found) for row in share)
         loss = math.fsum(nll for _, nll, _ in gathered) / math.fsum(count for _, _, count in gathered)
-        metrics = {f"{split}/loss_nats": loss, f"{split}/perplexity": math.exp(min(loss, 700.0))}
+        metrics = {f"{split}/loss_nats": loss}
+        if self.scoring is None:
+            metrics[f"{split}/perplexity"] = math.exp(min(loss, 700.0))
+        outputs = self._outputs()
+        if self.scoring is not None and outputs is not None:
+            for name, metric in self.scoring.metrics.items():
+                metrics[f"{split}/{name}"] = metric(self.scoring.references[split], outputs)
         samples: list[dict[str, Any]] = []
         if self.generation is not None and self.generation.samples:
             samples = self._generate(self.generation)
@@ -294,7 +321,21 @@ class FineTuner(L.LightningModule):
             predictions = [sample["generated"] for sample in samples]
             for name, metric in self.generation.metrics.items():
                 metrics[f"{split}/{name}"] = metric(references, predictions)
-        self.validation = Validation(self.step, split, metrics, samples, gathered)
+        if split == "val" and self.trained_on_validation:
+            # Blank, not too good: these rows are trained on.
+            metrics, gathered, outputs = dict.fromkeys(metrics, math.nan), [], None
+        self.validation = Validation(self.step, split, metrics, samples, gathered, outputs)
+
+    def _outputs(self) -> np.ndarray | None:
+        """(rows, classes) predictions of all processes' rows, in order."""
+        mine = [
+            (row, own.numpy())
+            for rows, losses in self._rows
+            if losses.outputs is not None
+            for row, own in zip(rows, losses.outputs, strict=True)
+        ]
+        gathered = [item for share in self._gather(mine) for item in share]
+        return np.stack([own for _, own in sorted(gathered, key=lambda item: item[0])]) if gathered else None
 
     def _generate(self, generation: Generation) -> list[dict[str, Any]]:
         # Divided weights are gathered in every forward, so all processes must take the same ones: all take all.

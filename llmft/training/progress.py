@@ -43,6 +43,8 @@ class ShowProgress(Callback):
         if not trainer.is_global_zero or found is None:
             return
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
+        if module.trained_on_validation and found.split == "val":
+            numbers = "trained on all rows, so no validation tells anything"
         self.bar.note(f"step {found.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
         if found.step == 0 or found.step == self.total_steps:
             self.screen.samples(found.samples, self.show_rows, found.step)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+
+from llmft.data.columns import Conversation
+from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.files import write_atomically
+from llmft.predictions import FOLDER, PREFIX, Predictions, read_table
 from llmft.prepare import Prepared
 from llmft.redaction import redact
-from llmft.runs import Run, append_line, write_config
+from llmft.runs import Run, append_line, source_facts, write_config
 from llmft.training.rows import Rows
 
 
@@ -22,17 +27,16 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
     record = {
         **environment,
         "data": {
-            "fingerprint": prepared.data_fingerprint,
+            **data_facts(prepared),
             "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
-            "labels": prepared.labels,
-            "left_out": prepared.problems.reasons(),
             "overlaps": [asdict(overlap) for overlap in overlaps],
-            "train_on": prepared.config.data.train_on.value,
         },
         "model": {"fingerprint": prepared.located.fingerprint, "remote_code": _remote_code(prepared)},
         "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
     }
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
+    if prepared.targets is not None:
+        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
     if prepared.problems.rejected:
         run.rejected_file.unlink(missing_ok=True)
         for entry in prepared.problems.rejected:
@@ -43,6 +47,64 @@ def _remote_code(prepared: Prepared) -> str | None:
     """Whose code ran with the training, if anybody's: a pinned revision or a directory."""
     model = prepared.config.model
     return (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
+
+
+def data_facts(prepared: Prepared) -> dict[str, Any]:
+    """Where the rows come from and what was left out."""
+    return {
+        "fingerprint": prepared.data_fingerprint,
+        "rows_fingerprint": prepared.rows_fingerprint,
+        "labels": prepared.labels,
+        "pseudo": prepared.pseudo.counts() if prepared.pseudo.fingerprint else None,
+        "left_out": prepared.problems.reasons(),
+        "train_on": prepared.config.data.train_on.value,
+    }
+
+
+def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: int) -> None:
+    """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
+
+    They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
+    """
+    run, targets = prepared.run, prepared.targets
+    if targets is None:
+        return
+    for split, name in (("validation", "val"), ("test", "test")):
+        path = run.row_losses_file(name, step)
+        if not path.is_file():
+            continue
+        table = read_table(path)
+        values = np.asarray([table[f"{PREFIX}{label}"] for label in targets.labels], dtype=np.float64).T.copy()
+        rows = [example.conversation for example in splits[split]]
+        predictions_of(prepared, rows, split, values, table["loss_nats"], step).save(run.directory / FOLDER / name)
+
+
+def predictions_of(
+    prepared: Prepared,
+    rows: Sequence[Conversation],
+    split: str,
+    values: np.ndarray,
+    losses: Sequence[float],
+    step: int,
+) -> Predictions:
+    """The predictions of one of the run's own splits, with what folds and blends need to know of its rows."""
+    targets, data = prepared.targets, prepared.config.data
+    assert targets is not None
+    columns: dict[str, list[Any]] = {"where": [row.where for row in rows]}
+    if data.group:
+        columns["group"] = [row.group for row in rows]
+    if data.fold is not None and split == "validation":
+        columns["fold"] = [data.fold] * len(rows)
+    columns["loss_nats"] = list(losses)
+    facts = {
+        "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint)],
+        "id_column": prepared.id_column,
+        "step": step,
+        "held_out_rows": prepared.num_rows.get(split, 0),
+        "all_rows": prepared.num_rows.get("all", 0),
+    }
+    names = [targets.name(row.target) for row in rows]
+    return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+from llmft.config import PromptConfig
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, split_facts
+from llmft.data.targets import Targets
+from llmft.errors import ConfigError
 from llmft.model.families import LEARNED_POSITIONS
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.prepare import Prepared, check_rejected
-from llmft.schema import canonical
+from llmft.schema import canonical, to_plain
 
 
 @dataclass
@@ -51,6 +54,17 @@ def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     return Inspection(facts, overlaps, found)
 
 
+def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
+    """`prompt` with the classes written for {options} in its instruction: "A: first class", one to a line."""
+    if not prompt.instruction or "{options}" not in prompt.instruction:
+        return prompt
+    if targets is None:
+        raise ConfigError("prompt.instruction: {options} are a task's classes, and this task has none.")
+    words = targets.words or targets.labels
+    listed = [label if word == label else f"{word}: {label}" for word, label in zip(words, targets.labels, strict=True)]
+    return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
+
+
 def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     """Loads (or trains) the tokenizer and encodes every split.
 
@@ -63,8 +77,10 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:
         tokenizer = load_tokenizer(config.model, prepared.located)
-    prompt = prompt_format(config.prompt, tokenizer)
-    fingerprint = canonical([prepared.data_fingerprint, prepared.labels])
+    prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
+    # All that decides on the text of a row besides the configuration of data and prompt.
+    targets = prepared.targets.to_plain() if prepared.targets is not None else None
+    fingerprint = canonical([prepared.data_fingerprint, targets, to_plain(config.task.head)])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)

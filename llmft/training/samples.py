@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
-from llmft.config import TrainConfig
+from llmft.build import reads_text
+from llmft.config import TaskConfig, TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.examples import Encoded
 from llmft.training.finetuner import Generation, Sample
@@ -25,22 +27,31 @@ def make_generation(
     if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
         return None
     order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
-    stop = config.prompt.stop
-
-    def decode(ids: list[int]) -> str:
-        text: str = rows.tokenizer.decode(ids, skip_special_tokens=True)
-        return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
-
     return Generation(
         samples=[_sample(rows, examples[place]) for place in sorted(order[:wanted])],
-        metrics=metrics,
-        decode=decode,
+        metrics={path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)},
+        decode=decoder(rows.tokenizer, config.prompt.stop),
         pad_id=rows.tokenizer.pad_token_id,
         end_ids=rows.end_ids,
         max_new_tokens=config.task.max_new_tokens,
         batch_size=config.trainer.validation_batch_size,
         context_tokens=rows.context_tokens,
     )
+
+
+def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
+    """From the tokens of an answer to its text, up to the first of the strings `stop`."""
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+
+    return decode
+
+
+def text_metrics(task: TaskConfig) -> list[str]:
+    """The metrics that compare generated text; with a head, those of llmft.metrics.text alone."""
+    return [path for path in task.metrics if task.head is None or reads_text(path)]
 
 
 def _has_prompt(conversation: Conversation) -> bool:

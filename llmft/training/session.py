@@ -14,7 +14,7 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Export, OnNan, OnSaveError, Precision, TrainConfig, seconds_of
+from llmft.config import Export, Head, OnNan, OnSaveError, Precision, TrainConfig, TrainOn, seconds_of
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
@@ -23,6 +23,7 @@ from llmft.environment import describe, usable_cores
 from llmft.errors import ConfigError, DiskError, Interrupted, UserError, did_you_mean
 from llmft.files import check_space
 from llmft.model import adapters
+from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
     drop_base,
@@ -41,10 +42,11 @@ from llmft.training.finetuner import FineTuner, stream
 from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, validated_at, write_records
+from llmft.training.record import before_and_after, validated_at, write_predictions, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
+from llmft.training.scoring import make_objective, make_scoring
 from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
@@ -65,15 +67,17 @@ class Parts:
 
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
-    metrics = metric_functions(config.task.metrics)
-    names = ["val/loss_nats", "val/perplexity", *(f"val/{name}" for name in metrics)]
+    metrics = metric_functions(config.task.metrics, config.task.metric_options)
+    names = ["val/loss_nats", *(f"val/{name}" for name in metrics)]
+    if config.task.head is None:
+        names.append("val/perplexity")
     wanted = config.trainer.monitor
     if wanted not in names:
         raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
     check_loggers(config.logger)
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
-        find(config.task.objective, "task.objective")(),
+        find(str(config.task.objective), "task.objective"),
         metrics,
         [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
     )
@@ -136,6 +140,7 @@ class Session:
                 "val": lambda row: self.splits["validation"][row].where,
                 "test": lambda row: self.splits["test"][row].where,
             },
+            labels=self.prepared.labels,
         )
         self.checkpointer = self._checkpointer(state, recorder)
         progress = ShowProgress(
@@ -171,6 +176,7 @@ class Session:
         self.total_steps, self.validate_every = self.rows.total_steps, self.rows.validate_every
         self.inspection = inspect_rows(self.prepared, self.rows, near=False)
         stop_on_errors(self.inspection.findings)
+        self.objective = make_objective(self.config.task, self.prepared.targets, self.encoder, self.splits)
 
     def _set_threads(self, num_weights: int) -> None:
         """As configured; else one for a model too small to share out (measured: 1M weights, two threads lose 30%)."""
@@ -188,15 +194,17 @@ class Session:
             config.model,
             self.prepared.located,
             config.quantization,
-            auto_class=config.task.auto_class,
+            auto_class=str(config.task.auto_class),
             num_labels=len(self.prepared.labels),
             dtype=dtype,
             device=self.device,
             seed=config.seed,
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora, config.task.auto_class),
+            keep=adapters.reusable(config.lora),
         )
         self.base_reused = self.base is kept
+        if config.task.head is Head.linear:
+            renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
         self._check_vocabulary()
@@ -209,7 +217,7 @@ class Session:
             self.model = adapters.attach(
                 self.base,
                 config.lora,
-                auto_class=config.task.auto_class,
+                auto_class=str(config.task.auto_class),
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
@@ -262,12 +270,14 @@ class Session:
         )
         module = FineTuner(
             self.model,
-            self.parts.objective,
+            self.objective,
             self.parts.make_optimizer,
             make_schedule(config.learning_rate, self.total_steps),
             seed=config.seed,
             gradient_clip=config.trainer.gradient_clip,
             generation=make_generation(config, self.rows, self.parts.metrics, "validation"),
+            scoring=make_scoring(config.task, self.parts.metrics, self.splits),
+            trained_on_validation=config.data.train_on is TrainOn.all,
             describe_row=lambda row: train[row].where,
             keep_bad_step=self._keep_bad_step,
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
@@ -292,7 +302,8 @@ class Session:
             keep=trainer.keep_checkpoints,
             monitor=trainer.monitor,
             mode=trainer.mode,
-            patience=trainer.patience,
+            # Blank metrics are never better.
+            patience=None if self.config.data.train_on is TrainOn.all else trainer.patience,
             total_steps=self.total_steps,
             stops=self.data.stops,
             wishes=self._wishes(),
@@ -383,6 +394,7 @@ class Session:
         target = run.adapter if config.lora.enabled else run.model
         self.tokenizer.chat_template = self.prompt.config.template
         adapters.save(self.model, self.tokenizer, target, weights)
+        write_predictions(self.prepared, self.splits, step)
         before, after = before_and_after(run, step)
         result = {
             "before": before,
@@ -404,9 +416,10 @@ class Session:
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
+        blank = config.data.train_on is TrainOn.all
         self.screen.summary(
             before,
-            after,
+            {name: value for name, value in after.items() if not (blank and name.startswith("val/"))},
             {
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
@@ -438,7 +451,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
-        if adapters.reusable(self.config.lora, self.config.task.auto_class) and not is_sharded(self.model):
+        if adapters.reusable(self.config.lora) and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
             drop_base()

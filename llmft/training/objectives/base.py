@@ -17,14 +17,20 @@ class RowLosses:
     Attributes:
         nll: (rows,) negative log-likelihood in nats, summed over what is learned in the row; differentiable.
         counts: (rows,) how many tokens (or classes) that sum is over.
+        outputs: (rows, classes) float64 predictions, where the objective makes any; validation keeps them.
     """
 
     nll: torch.Tensor
     counts: torch.Tensor
+    outputs: torch.Tensor | None = None
 
 
 class Objective(Protocol):
-    """Scores a batch: the one thing that differs between what is learned."""
+    """Scores a batch: the one thing that differs between what is learned.
+
+    An objective whose validation is scored otherwise than its training (without label smoothing, say) has a method
+    `evaluate` of the same form.
+    """
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
         """Row losses of `batch` under `model`."""

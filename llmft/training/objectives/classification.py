@@ -1,22 +1,83 @@
-"""One class per row, by a linear head on the encoder's or decoder's last state."""
+"""A target per row: one class, several, or a number; by a linear head or by the model's own words for the classes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from llmft.config import Problem
 from llmft.data.batch import MicroBatch
+from llmft.data.targets import Targets
+from llmft.model.heads import linear_scores
 from llmft.training.objectives.base import RowLosses
+from llmft.training.objectives.language_modeling import LanguageModeling
+
+Scores = Callable[[Any, MicroBatch], torch.Tensor]
 
 
 class Classification:
-    """Cross-entropy in nats over the classes."""
+    """Cross-entropy in nats over the classes (of several classes a row, the mean over them), or half a squared error.
+
+    Half the squared error, in units of the targets' spread, is a Gaussian's negative log-likelihood up to a constant.
+
+    Args:
+        targets: the classes, or a regression's mean and spread.
+        scores: from a model and a batch to (rows, classes), whose softmax or sigmoid are the probabilities.
+        label_smoothing: share of the target spread over the classes; in training alone.
+        text_loss: what the loss of the answer as text, all its tokens among all others, is added with.
+    """
+
+    def __init__(
+        self,
+        targets: Targets | None = None,
+        scores: Scores = linear_scores,
+        label_smoothing: float = 0.0,
+        text_loss: float = 0.0,
+    ) -> None:
+        self.targets = targets or Targets()
+        self.scores = scores
+        self.label_smoothing = label_smoothing
+        self.text_loss = text_loss
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """See RowLosses; `batch.targets` holds the class indices."""
+        """See RowLosses; `batch.targets` holds class indices, 0 and 1 for each class, or numbers."""
         assert batch.targets is not None, "classification needs data.columns.target"
-        logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-        nll = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-        return RowLosses(nll, torch.ones_like(batch.targets))
+        scores = self.scores(model, batch).float()
+        nll = self._nll(scores, batch.targets, self.label_smoothing)
+        if self.text_loss:
+            nll = nll + self.text_loss * LanguageModeling().losses(model, batch).nll
+        return RowLosses(nll, _ones(scores))
+
+    def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
+        """The same without label smoothing, with the predictions."""
+        assert batch.targets is not None, "classification needs data.columns.target"
+        scores = self.scores(model, batch).double()
+        return RowLosses(self._nll(scores, batch.targets, 0.0), _ones(scores), self.outputs(scores))
+
+    def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """(rows, classes) float64 probabilities, or (rows, 1) numbers."""
+        return self.outputs(self.scores(model, batch).double())
+
+    def outputs(self, scores: torch.Tensor) -> torch.Tensor:
+        """What `scores` mean to people."""
+        if self.targets.problem is Problem.regression:
+            return scores * self.targets.scale + self.targets.mean
+        if self.targets.problem is Problem.multi_label:
+            return scores.sigmoid()
+        return scores.softmax(dim=-1)
+
+    def _nll(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
+        if self.targets.problem is Problem.regression:
+            wanted = (targets.to(scores.dtype) - self.targets.mean) / self.targets.scale
+            return 0.5 * (scores[:, 0] - wanted) ** 2
+        if self.targets.problem is Problem.multi_label:
+            wanted = targets.to(scores.dtype) * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").mean(dim=-1)
+        return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
+
+
+def _ones(scores: torch.Tensor) -> torch.Tensor:
+    return torch.ones(len(scores), dtype=torch.long, device=scores.device)

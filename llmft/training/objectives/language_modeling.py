@@ -23,6 +23,15 @@ def _selects_positions(model_class: type) -> bool:
     return known and "logits_to_keep" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
 
 
+def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """(kept positions, vocabulary) logits at the places where `keep`, (rows, seq_len), is true, row by row."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model_class: type = type(base)
+    if _selects_positions(model_class):
+        return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
+    return model(input_ids=input_ids, use_cache=False).logits[keep]
+
+
 class LanguageModeling:
     """Cross-entropy in nats at labelled tokens.
 
@@ -36,12 +45,7 @@ class LanguageModeling:
         labels = batch.labels[:, 1:]
         labelled = labels != IGNORE
         keep = F.pad(labelled, (0, 1))
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        model_class: type = type(base)
-        if _selects_positions(model_class):
-            logits = model(input_ids=batch.input_ids, use_cache=False, logits_to_keep=keep).logits
-        else:
-            logits = model(input_ids=batch.input_ids, use_cache=False).logits[keep]
+        logits = logits_at(model, batch.input_ids, keep)
         nll = F.cross_entropy(logits.float(), labels[labelled], reduction="none")
         rows = labelled.nonzero()[:, 0]
         sums = torch.zeros(labels.shape[0], dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)

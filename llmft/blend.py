@@ -1,0 +1,177 @@
+"""several predictions -> one: `python -m llmft.blend runs='[A,B]' method=convex`.
+
+Weights are chosen on out-of-fold predictions, and the score told is of rows that had no part in choosing them. A blend
+has predictions like a run's, so a blend can be blended.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config_verbs import BlendConfig
+from llmft.errors import ConfigError, did_you_mean
+from llmft.schema import to_config
+
+
+def main() -> None:
+    """The command."""
+    run_verb("blend", BlendConfig, lambda composed: blend(to_config(composed, BlendConfig)))
+
+
+def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
+    """Blends the members' predictions; returns the directory written.
+
+    Raises ConfigError or DataError naming the member that does not fit the others.
+    """
+    from llmft import blending, scores
+    from llmft.console import Screen
+    from llmft.members import joined, member_directory, open_members, shared_names, stack, write_member
+    from llmft.runs import directories
+
+    found = directories(config.runs, "runs")
+    if len(found) < 2:
+        raise ConfigError(f"runs={config.runs}: a blend needs two members at least.")
+    members = open_members(found, config.predictions)
+    first = members[0].predictions
+    blending.check_method(config.method, first.problem)
+    metrics = scores.metrics_for(first, [])
+    metric = _metric(config.metric, metrics)
+    values, references = stack(members), scores.pair(joined(members, first.values))[0]
+    parts = _parts(members, config)
+
+    def honest(rows: Any) -> Any:
+        return blending.nested(rows, references, parts, config.method, first.problem, metric, config.steps)
+
+    def measure(rows: Any) -> float:
+        return metric[1](references, rows)
+
+    weights = blending.choose(values, references, config.method, first.problem, metric, config.steps)
+    made = {config.predictions: joined(members, honest(values))}
+    for name in shared_names(found):
+        if name != config.predictions:
+            others = open_members(found, name)
+            made[name] = joined(others, blending.combine(stack(others), weights, config.method, first.problem))
+    score = measure(made[config.predictions].values)
+    all_metrics = scores.score(made[config.predictions], metrics)
+    record: dict[str, Any] = {
+        "method": config.method.value,
+        "metric": metric[0],
+        "score": score,
+        "score_in_sample": measure(blending.combine(values, weights, config.method, first.problem)),
+        "all_metrics": all_metrics,
+        "members": [
+            {
+                "directory": str(member.directory),
+                "score": measure(member.predictions.values),
+                "weight": float(weights[place]),
+                "score_without": measure(honest(_without(values, place))),
+            }
+            for place, member in enumerate(members)
+        ],
+        "correlation": _correlation(values),
+        "rows": len(first.ids),
+        "predictions": {name: len(own.ids) for name, own in made.items()},
+    }
+    content = [
+        config.method.value, metric[0], config.steps, config.num_folds, config.seed, config.predictions,
+        [member.predictions.fingerprint for member in members],
+    ]  # fmt: skip
+    directory = member_directory(
+        Path(config.output_dir) / "blends", config.name, f"{config.method.value}-of-{len(members)}", content
+    )
+    after = {f"val/{name}": value for name, value in all_metrics.items()}
+    write_member(directory, "blend", made, record, after)
+    _show(Screen(quiet=quiet), directory, record)
+    return directory
+
+
+def _metric(wanted: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
+    """The metric that is asked for, by its name or dotted path, or the first that fits."""
+    from llmft.build import metric_functions
+
+    if wanted is None:
+        return next(iter(metrics.items()))
+    if "." in wanted:
+        return next(iter(metric_functions([wanted]).items()))
+    if wanted not in metrics:
+        raise ConfigError(f"metric={wanted}: no such metric{did_you_mean(wanted, metrics)}")
+    return wanted, metrics[wanted]
+
+
+def _parts(members: list[Any], config: BlendConfig) -> list[int]:
+    """The part of each row for the honest score: the members' folds where they agree, else seeded ones by group."""
+    from llmft.data.select import assign_folds
+
+    told = [member.predictions.columns.get("fold") for member in members]
+    if told[0] is not None and all(own == told[0] for own in told) and len(set(told[0])) > 1:
+        return [int(part) for part in told[0]]
+    first = members[0].predictions
+    groups = first.columns.get("group")
+    try:
+        return assign_folds(
+            first.ids,
+            config.num_folds,
+            config.seed,
+            targets=[str(target) for target in first.targets] if first.problem == "single_label" else None,
+            groups=[str(group) for group in groups] if groups is not None else None,
+        )
+    except ValueError as error:
+        raise ConfigError(f"num_folds={config.num_folds}: {error}") from None
+
+
+def _without(values: Any, place: int) -> Any:
+    import numpy as np
+
+    return np.delete(values, place, axis=0)
+
+
+def _correlation(values: Any) -> list[list[float]]:
+    """Pearson correlation of the members' predictions, over all rows and classes."""
+    import numpy as np
+
+    flat = values.reshape(len(values), -1)
+    centred = flat - flat.mean(axis=1, keepdims=True)
+    spread = np.linalg.norm(centred, axis=1)
+    spread[spread == 0] = 1.0  # constant predictions go with nothing
+    return ((centred @ centred.T) / np.outer(spread, spread)).tolist()
+
+
+def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    name = record["metric"]
+    table = Table(title=f"{record['method']} of {record['rows']:,} rows", title_justify="left", box=box.SIMPLE_HEAD)
+    for title in ("member", name, "weight", "blend without it", "it adds"):
+        table.add_column(title, justify="left" if title == "member" else "right", overflow="fold")
+    for member in record["members"]:
+        gain = abs(member["score_without"] - record["score"])
+        sign = "-" if _better(name, member["score_without"], record["score"]) and gain >= 5e-5 else ""
+        table.add_row(
+            escape(Path(member["directory"]).name),
+            f"{member['score']:.4f}",
+            f"{member['weight']:.3f}",
+            f"{member['score_without']:.4f}",
+            f"{sign}{gain:.4f}",
+        )
+    screen.print(table)
+    lines = [" ".join(f"{value:6.3f}" for value in row) for row in record["correlation"]]
+    screen.print("[bold]correlation[/bold]\n" + "\n".join(lines))
+    screen.print(
+        f"[bold]{name}[/bold]  {record['score']:.4f} on rows that chose no weights "
+        f"({record['score_in_sample']:.4f} on those that did)",
+        f"[bold]blend[/bold]  {directory}",
+    )
+
+
+def _better(name: str, value: float, than: float) -> bool:
+    from llmft.scores import better
+
+    return better(name, value, than)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,179 @@
+"""Predicted rows to train on as if their targets were true, and never one that is held out."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft.config import DataConfig, Head, Problem
+from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.sources import Problems, Row, expand, read
+from llmft.data.targets import Target
+from llmft.errors import ConfigError, DataError
+from llmft.predictions import TEXT, Predictions
+from llmft.schema import canonical
+
+
+@dataclass
+class PseudoLabels:
+    """Rows to add to the training rows, and what became of the others.
+
+    Attributes:
+        offered, used: rows in the file, and rows taken.
+        held_out: rows left out because their content or group is in validation or test.
+        repeated: rows left out because their content is trained on already.
+        unsure: rows left out by data.pseudo_floor.
+        over_cap: rows left out by data.pseudo_cap.
+        classes: rows taken, by class.
+        fingerprint: of the rows taken, their targets and their weight; empty without data.pseudo.
+    """
+
+    conversations: list[Conversation] = field(default_factory=list)
+    offered: int = 0
+    used: int = 0
+    held_out: int = 0
+    repeated: int = 0
+    unsure: int = 0
+    over_cap: int = 0
+    classes: dict[str, int] = field(default_factory=dict)
+    fingerprint: str = ""
+    sources: list[dict[str, Any]] = field(default_factory=list)
+
+    def counts(self) -> dict[str, Any]:
+        """All but the rows themselves."""
+        return {
+            name: value for name, value in asdict(replace(self, conversations=[])).items() if name != "conversations"
+        }
+
+
+def content_of(conversation: Conversation) -> str:
+    """What is asked in a row, without the answer: rows that are alike in this must be on one side of a split."""
+    messages = list(conversation.messages)
+    if conversation.learns_text and messages and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return canonical([" ".join(text.split()) for message in messages for text in message.values()])
+
+
+def add_pseudo(
+    data: DataConfig, columns: ColumnMap, train: Sequence[Conversation], held: Sequence[Conversation]
+) -> PseudoLabels:
+    """The rows of data.pseudo that may be trained on beside `train`, when `held` are held out.
+
+    Raises ConfigError or DataError where the file is missing, or is not for these classes and columns.
+    """
+    if data.pseudo is None:
+        return PseudoLabels()
+    if columns.targets is None:
+        raise ConfigError("data.pseudo is for tasks with a head, such as task=classification.")
+    offered, sources = _offered(data, columns)
+    made = PseudoLabels(offered=len(offered), sources=sources)
+    contents, groups = {content_of(row) for row in held}, {row.group for row in held} - {None}
+    trained = {content_of(row) for row in train}
+    by_class: dict[str, list[tuple[float, int, Conversation]]] = defaultdict(list)
+    for place, (row, sure) in enumerate(offered):
+        if data.group and row.group is None:
+            raise DataError(f"data.pseudo: {row.where} has no column '{data.group}' (data.group), so nothing tells "
+                            "whether it is held out.")  # fmt: skip
+        content = content_of(row)
+        if content in contents or row.group in groups:
+            made.held_out += 1
+        elif content in trained:
+            made.repeated += 1
+        elif sure < data.pseudo_floor:
+            made.unsure += 1
+        else:
+            trained.add(content)
+            by_class[str(columns.targets.name(row.target))].append((-sure, place, row))
+    kept: list[tuple[int, Conversation]] = []
+    capped = columns.targets.problem is not Problem.regression
+    for rows in by_class.values():
+        cap = data.pseudo_cap if capped and data.pseudo_cap is not None else len(rows)
+        rows.sort(key=lambda row: row[:2])
+        made.over_cap += len(rows[cap:])
+        kept += [(place, row) for _, place, row in rows[:cap]]
+    made.conversations = [
+        replace(row, id=f"pseudo:{row.id}", weight=data.pseudo_weight) for _, row in sorted(kept, key=lambda k: k[0])
+    ]
+    made.used = len(made.conversations)
+    if capped:
+        made.classes = dict(sorted(Counter(str(columns.targets.name(row.target)) for _, row in kept).items()))
+    taken = [[row.messages, row.target, row.weight] for row in made.conversations]
+    made.fingerprint = hashlib.sha256(canonical(taken).encode()).hexdigest()
+    return made
+
+
+def _offered(data: DataConfig, columns: ColumnMap) -> tuple[list[tuple[Conversation, float]], list[dict[str, Any]]]:
+    """Every row of data.pseudo with its target and how sure it is."""
+    path = Path(str(data.pseudo)).expanduser()
+    folder = path.parent if path.name.startswith("predictions.") else path
+    if (folder / "predictions.json").is_file():
+        return _predicted(folder, data, columns)
+    rows = _read(data.pseudo, "data.pseudo", data)
+    problems = Problems()
+    sure = [_confidence(row) for row in rows]
+    return list(zip(columns.conversations(rows, problems), sure, strict=True)), []
+
+
+def _predicted(
+    folder: Path, data: DataConfig, columns: ColumnMap
+) -> tuple[list[tuple[Conversation, float]], list[dict[str, Any]]]:
+    predictions = Predictions.load(folder)
+    targets = columns.targets
+    assert targets is not None
+    if predictions.problem == TEXT or predictions.problem != targets.problem.value:
+        raise ConfigError(f"data.pseudo={folder}: predictions of {predictions.problem}, not {targets.problem.value}.")
+    if predictions.labels != targets.labels and targets.problem is not Problem.regression:
+        raise ConfigError(
+            f"data.pseudo={folder}: its classes are {', '.join(predictions.labels[:8])}, this run's "
+            f"{', '.join(targets.labels[:8])}; they must be the same in the same order."
+        )
+    files = data.pseudo_rows or predictions.facts.get("files")
+    if not files:
+        raise ConfigError(f"data.pseudo={folder} does not say which files it is for: set data.pseudo_rows to them.")
+    rows = _read(files, "data.pseudo_rows", data)
+    opened = replace(columns, lenient=True, id=predictions.facts.get("id_column"))
+    asked = {row.id: row for row in opened.conversations(rows, Problems())}
+    missing = [name for name in predictions.ids if name not in asked]
+    if missing:
+        raise DataError(
+            f"data.pseudo={folder}: the row {missing[0]} is not in {files}; set data.pseudo_rows to the files that "
+            "were predicted."
+        )
+    made = []
+    for name, values in zip(predictions.ids, predictions.values, strict=True):
+        target, sure = _guess(values, targets.problem)
+        row = asked[name]
+        if columns.head is Head.tokens:
+            messages = [*row.messages[:-1], {"role": "assistant", "content": targets.words[int(target)]}]  # type: ignore[arg-type]
+            row = replace(row, messages=messages)
+        made.append((replace(row, target=target), sure))
+    return made, list(predictions.facts.get("sources", []))
+
+
+def _guess(values: np.ndarray, problem: Problem) -> tuple[Target, float]:
+    """The target that a prediction takes for true, and its probability (of several classes, the least sure one's)."""
+    if problem is Problem.regression:
+        return float(values[0]), 1.0
+    if problem is Problem.multi_label:
+        return tuple(int(value >= 0.5) for value in values), float(np.maximum(values, 1 - values).min())
+    place = int(values.argmax())
+    return place, float(values[place])
+
+
+def _confidence(row: Row) -> float:
+    given = row.values.get("confidence", 1.0)
+    try:
+        return float(given)
+    except (TypeError, ValueError):
+        raise DataError(f"{row.where}: its confidence '{given}' is no number.") from None
+
+
+def _read(named: Any, key: str, data: DataConfig) -> list[Row]:
+    problems = Problems()
+    return [row for path in expand(named, key) for row in read(path, path.read_bytes(), problems, data.csv_columns)]

@@ -1,0 +1,181 @@
+"""A row's target: one class, several, or a number; and the order of the classes."""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmft.config import DataConfig, Head, Problem, TaskConfig
+from llmft.data.sources import Row
+from llmft.errors import ConfigError, DataError, did_you_mean
+
+Target = int | float | tuple[int, ...]
+LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
+Fill = Callable[[str, Row], str]
+
+
+def label_order(labels: set[str]) -> list[str]:
+    """Sorted; by value where all are integers, so that 10 comes behind 9."""
+    numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
+    return sorted(labels, key=lambda label: (int(label), label)) if numbers else sorted(labels)
+
+
+@dataclass
+class Targets:
+    """What is predicted.
+
+    Attributes:
+        labels: the classes, in the order of all probabilities; one name for a regression.
+        words: what `task.head=tokens` writes for each class.
+        mean, scale: of a regression's targets over the training rows; the head learns (target - mean) / scale.
+    """
+
+    problem: Problem = Problem.single_label
+    labels: list[str] = field(default_factory=list)
+    words: list[str] = field(default_factory=list)
+    mean: float = 0.0
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], column: str | None, fill: Fill) -> Targets:
+        """The targets of `data`; classes that data.labels leaves out are those of `rows`, sorted.
+
+        Raises ConfigError where no column holds them or there are fewer than two.
+        """
+        if data.target_columns and task.problem is not Problem.multi_label:
+            raise ConfigError(f"data.target_columns is for task=multi_label, not task.problem={task.problem.value}.")
+        if column is None and not data.target_columns:
+            raise ConfigError(f"task={task.name} needs targets: set data.columns.target to their column.")
+        if task.problem is Problem.regression:
+            return cls(task.problem, [column or "target"])
+        made = cls(task.problem, list(data.labels) or list(data.target_columns))
+        if not made.labels:
+            found: set[str] = set()
+            for row in rows:
+                try:
+                    found.update(made.names(row, data, column, fill))
+                except ValueError:
+                    continue  # told, with its line, when the row itself is read
+            made.labels = label_order(found)
+        least = 1 if task.problem is Problem.multi_label else 2
+        if len(made.labels) < least:
+            raise DataError(f"data.columns.target={column}: {len(made.labels)} class in the rows, {least} at least.")
+        made.words = _words(task, made.labels) if task.head is Head.tokens else []
+        return made
+
+    def names(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> list[str]:
+        """The classes of `row`. Raises ValueError for a value that is none."""
+        if data.target_columns:
+            return [name for name in data.target_columns if _is_one(row, name)]
+        assert column is not None
+        value = row.values.get(column)
+        if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
+            return [str(name) for name in value]
+        text = fill(column, row)
+        if self.problem is Problem.single_label:
+            if not text.strip():
+                raise ValueError(f"the target '{column}' is empty")
+            return [text]
+        return [name.strip() for name in text.split(data.target_separator) if name.strip()]
+
+    def read(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> Target:
+        """The target of `row`: a class's index, a 0 or 1 for each class, or a number. Raises ValueError."""
+        if self.problem is Problem.regression:
+            assert column is not None
+            text = fill(column, row)
+            try:
+                number = float(text)
+            except ValueError:
+                raise ValueError(f"the target '{text}' is no number") from None
+            if not math.isfinite(number):
+                raise ValueError(f"the target '{text}' is not finite")
+            return number
+        names = self.names(row, data, column, fill)
+        for name in names:
+            if name not in self.labels:
+                raise ValueError(f"target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
+        if self.problem is Problem.multi_label:
+            return tuple(int(label in names) for label in self.labels)
+        return self.labels.index(names[0])
+
+    def name(self, target: Target | None) -> Any:
+        """A target as predictions write it: the class, the classes with | between them, or the number."""
+        if target is None or self.problem is Problem.regression:
+            return target
+        if isinstance(target, tuple):
+            return "|".join(label for label, own in zip(self.labels, target, strict=True) if own)
+        return self.labels[int(target)]
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return {
+            "problem": self.problem.value,
+            "labels": self.labels,
+            "words": self.words,
+            "mean": self.mean,
+            "scale": self.scale,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Targets:
+        """What `to_plain` wrote."""
+        return cls(**{**plain, "problem": Problem(plain["problem"])})
+
+
+def _is_one(row: Row, name: str) -> bool:
+    if name not in row.values:
+        raise ValueError(f"no column '{name}'{did_you_mean(name, row.values)}")
+    value = row.values[name]
+    if str(value).strip().lower() in ("1", "1.0", "true"):
+        return True
+    if str(value).strip().lower() in ("0", "0.0", "false"):
+        return False
+    raise ValueError(f"column '{name}' of data.target_columns holds '{value}', 0 or 1 was expected")
+
+
+def _words(task: TaskConfig, labels: list[str]) -> list[str]:
+    """The word of each class, all different. Raises ConfigError."""
+    if task.words == "letters":
+        if len(labels) > len(LETTERS):
+            raise ConfigError(
+                f"task.words=letters: {len(labels)} classes, there are {len(LETTERS)} letters and digits."
+            )
+        return list(LETTERS[: len(labels)])
+    words = labels
+    if isinstance(task.words, dict):
+        given = {str(label): str(word) for label, word in task.words.items()}
+        for label in labels:
+            if label not in given:
+                raise ConfigError(f"task.words: no word for the class {label}{did_you_mean(label, given)}")
+        words = [given[label] for label in labels]
+    twice = [word for word, count in Counter(word.strip() for word in words).items() if count > 1 or not word]
+    if twice:
+        raise ConfigError(f"task.words: two classes have the word '{twice[0]}', or it is empty: give each its own.")
+    return words
+
+
+def class_weights(given: Any, labels: Sequence[str], targets: Sequence[Target | None]) -> list[float]:
+    """The weight of each class: as given (1 where it is not), or by `balanced`, rows / (classes x rows of the class).
+
+    `balanced` is scikit-learn's rule; a class without training rows has weight 1.
+
+    Raises ConfigError for a class that is not there or a weight that is not above 0.
+    """
+    if given is None:
+        return [1.0] * len(labels)
+    if given == "balanced":
+        counts = Counter(targets)
+        present = sum(1 for place in range(len(labels)) if counts[place])
+        return [len(targets) / (present * counts[place]) if counts[place] else 1.0 for place in range(len(labels))]
+    weights = {str(label): float(weight) for label, weight in given.items()}
+    for label, weight in weights.items():
+        if label not in labels:
+            raise ConfigError(f"task.class_weights.{label}: no such class{did_you_mean(label, labels)}")
+        if not weight > 0:
+            raise ConfigError(f"task.class_weights.{label}={weight}: above 0.")
+    return [weights.get(label, 1.0) for label in labels]

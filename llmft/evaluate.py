@@ -1,0 +1,108 @@
+"""predictions + references -> metrics: `python -m llmft.evaluate predictions=DIR`.
+
+With bootstrap intervals, per class, per slice, and the confusion matrix; all of it also in evaluation.json beside the
+predictions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config_verbs import EvaluateConfig
+from llmft.schema import to_config
+
+
+def main() -> None:
+    """The command."""
+    run_verb("evaluate", EvaluateConfig, lambda composed: evaluate(to_config(composed, EvaluateConfig)))
+
+
+def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Scores predictions, shows and writes what it found, and returns it.
+
+    Raises ConfigError or DataError for files, columns or rows that do not fit each other.
+    """
+    from llmft import scores
+    from llmft.files import write_atomically
+    from llmft.references import open_predictions, with_references
+
+    predictions, beside = open_predictions(config.predictions)
+    predictions, columns = with_references(predictions, config)
+    metrics = scores.metrics_for(predictions, config.metrics, config.metric_options)
+    found = scores.score(predictions, metrics)
+    intervals = {}
+    if config.bootstrap:
+        intervals = scores.bootstrap(predictions, metrics, config.bootstrap, config.confidence, config.seed)
+    report = {
+        "predictions": str(config.predictions),
+        "rows": len(predictions.ids),
+        "problem": predictions.problem,
+        "labels": predictions.labels,
+        "confidence": config.confidence,
+        "resamples": config.bootstrap,
+        "metrics": {
+            name: {"value": value, "interval": list(intervals[name]) if name in intervals else None}
+            for name, value in found.items()
+        },
+        "classes": scores.per_class(predictions),
+        "slices": scores.per_slice(predictions, columns, metrics),
+        "confusion": scores.confusion(predictions),
+    }
+    report = _plain(report)
+    write_atomically(beside, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    if config.format == "json" and not quiet:
+        print(json.dumps(report, indent=1, ensure_ascii=False))
+    elif not quiet:
+        _show(report, beside)
+    return report
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no number for what is not one."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _show(report: dict[str, Any], path: Path) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+
+    def number(value: Any) -> str:
+        return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+
+    table = Table(title=f"{report['rows']:,} rows", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("metric", "value", f"{report['confidence']:.0%} interval"):
+        table.add_column(name, justify="left" if name == "metric" else "right")
+    for name, entry in report["metrics"].items():
+        interval = entry["interval"]
+        table.add_row(name, number(entry["value"]), " to ".join(map(number, interval)) if interval else "")
+    console.print(table)
+    parts = {"class": report["classes"], **report["slices"]}
+    for title, rows in parts.items():
+        if not rows:
+            continue
+        table = Table(box=box.SIMPLE_HEAD)
+        names = list(next(iter(rows.values())))
+        for name in (title, *names):
+            table.add_column(escape(name), justify="left" if name == title else "right")
+        for value, entry in rows.items():
+            table.add_row(escape(value), *(number(entry[name]) for name in names))
+        console.print(table)
+    console.print(f"[bold]written[/bold]  {escape(str(path))}")
+
+
+if __name__ == "__main__":
+    main()

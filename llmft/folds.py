@@ -1,0 +1,176 @@
+"""runs of all folds -> out-of-fold predictions: `python -m llmft.folds`.
+
+Every row is predicted by the one model that did not see it. Rows of other files, which all folds predicted, get the
+mean of the folds. What is written is a directory with predictions like a run's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config_verbs import FoldsConfig
+from llmft.errors import ConfigError, DataError
+from llmft.schema import to_config
+
+
+def main() -> None:
+    """The command."""
+    run_verb("folds", FoldsConfig, lambda composed: folds(to_config(composed, FoldsConfig)))
+
+
+def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
+    """Joins every set of folds that `config` names; returns the directories written.
+
+    Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
+    """
+    from llmft.console import Screen
+    from llmft.runs import directories
+
+    screen = Screen(quiet=quiet)
+    asked = config.runs is not None
+    root = Path(config.output_dir) / "runs"
+    if not asked and not root.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: no runs there; name them with runs=[…].")
+    found = directories(config.runs, "runs") if asked else sorted(path for path in root.iterdir() if path.is_dir())
+    made = []
+    for runs in _sets(found, strict=asked):
+        lacking = sorted(set(range(runs[0][1].data.num_folds)) - {trained.data.fold for _, trained in runs})
+        if lacking:
+            names = ",".join(map(str, lacking))
+            text = f"{runs[0][0].directory}: of its {runs[0][1].data.num_folds} folds {names} are not done"
+            if asked:
+                raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
+            screen.warn(f"{text}.")
+            continue
+        made.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen))
+    if not made:
+        raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
+    return made
+
+
+def _sets(found: list[Path], *, strict: bool) -> list[list[Any]]:
+    """Finished runs with folds, those together that differ in nothing else."""
+    from llmft.predictions import names_in
+    from llmft.runs import finished_run
+    from llmft.schema import canonical, numbers_of
+
+    sets: dict[str, list[Any]] = defaultdict(list)
+    for directory in found:
+        try:
+            run, trained = finished_run(directory)
+        except ConfigError:
+            if strict:
+                raise
+            continue
+        if trained.data.fold is None or "val" not in names_in(directory):
+            if strict:
+                raise ConfigError(f"{directory}: no run of a fold (data.fold) with a head, so nothing to join.")
+            continue
+        numbers = numbers_of(trained)
+        numbers["data"].pop("fold")
+        record = json.loads(run.environment_file.read_text())
+        own = [numbers, record["data"]["rows_fingerprint"], record["model"]["fingerprint"], trained.data.pseudo]
+        sets[canonical(own)].append((run, trained))
+    return list(sets.values())
+
+
+def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
+    import numpy as np
+
+    from llmft.members import file_order, joined, member_directory, open_members, shared_names, stack, write_member
+    from llmft.predictions import Predictions, open_member
+    from llmft.scores import metrics_for, score
+
+    parts = [open_member(run.directory, "val") for run, _ in runs]
+    _check_once(runs, parts)
+    whole = _chained(parts)
+    whole = whole.at(file_order(whole))
+    predictions: dict[str, Predictions] = {"val": whole}
+    directories = [run.directory for run, _ in runs]
+    for name in shared_names(directories):
+        if open_member(directories[0], name).problem != "text":
+            members = open_members(directories, name)
+            predictions[name] = joined(members, stack(members).mean(axis=0))
+    metrics = metrics_for(whole, config.metrics)
+    total, each = score(whole, metrics), [score(part, metrics) for part in parts]
+    spread = {name: float(np.std([own[name] for own in each], ddof=1)) for name in total}
+    trained = runs[0][1]
+    default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
+    directory = member_directory(
+        Path(config.output_dir) / "folds", config.name, default, [[run.key for run, _ in runs], sorted(metrics)]
+    )
+    record = {
+        "runs": [str(run.directory) for run, _ in runs],
+        "rows": len(whole.ids),
+        "score": total,
+        "folds": each,
+        "spread": spread,
+        "predictions": {name: len(own.ids) for name, own in predictions.items()},
+    }
+    write_member(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
+    _show(screen, directory, total, each, spread)
+    return directory
+
+
+def _check_once(runs: list[Any], parts: list[Any]) -> None:
+    """Every row of the data is held out in exactly one fold, and predicted there."""
+    seen = Counter(row for part in parts for row in part.ids)
+    twice = [row for row, count in seen.items() if count > 1]
+    if twice:
+        raise DataError(f"{runs[0][0].directory}: {len(twice)} rows are in two folds ({twice[0]} first).")
+    for (run, _), part in zip(runs, parts, strict=True):
+        if part.labels != parts[0].labels:
+            raise DataError(f"{run.directory}: its classes are not those of fold 0 in the same order.")
+        lost = part.facts["held_out_rows"] - len(part.ids)
+        if lost:
+            raise DataError(
+                f"{run.directory}: {lost} of its {part.facts['held_out_rows']} held-out rows were not predicted "
+                "(length limits or bad rows left them out); cut rows instead (data.truncation=cut_prompt_left)."
+            )
+    total = {part.facts["all_rows"] for part in parts}
+    if total != {len(seen)}:
+        raise DataError(f"{runs[0][0].directory}: {len(seen)} rows in all folds, but the data has {sorted(total)}.")
+
+
+def _chained(parts: list[Any]) -> Any:
+    import numpy as np
+
+    from llmft.predictions import Predictions
+
+    first = parts[0]
+    return Predictions(
+        [row for part in parts for row in part.ids],
+        first.labels,
+        np.concatenate([part.values for part in parts]),
+        first.problem,
+        [target for part in parts for target in part.targets],
+        {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
+        {
+            "sources": [source for part in parts for source in part.facts["sources"]],
+            "id_column": first.facts.get("id_column"),
+        },
+    )
+
+
+def _show(
+    screen: Any, directory: Path, total: dict[str, float], each: list[dict[str, float]], spread: dict[str, float]
+) -> None:
+    from rich import box
+    from rich.table import Table
+
+    table = Table(title="out of fold", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread"):
+        table.add_column(title, justify="right")
+    for name, value in total.items():
+        numbers = [value, *(own[name] for own in each), spread[name]]
+        table.add_row(name, *(f"{number:.4f}" for number in numbers))
+    screen.print(table, f"[bold]folds[/bold]  {directory}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The linear head: new weights on a model's last state, in full precision whatever the base computes in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llmft.data.batch import MicroBatch
+
+NAMES = ("score", "classifier", "classification_head", "pooler")
+"""What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
+INITIAL_STD = 0.02
+"""Of new weights: `initializer_range` of nearly all models."""
+
+
+class FullPrecisionLinear(torch.nn.Linear):
+    """A linear layer that computes in fp32 under autocast too; its weights' names are those of any linear layer."""
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        """(…, in) to (…, out), in fp32."""
+        with torch.autocast(states.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.float()
+            return F.linear(states.float(), self.weight.float(), bias)
+
+
+def head_names(base: torch.nn.Module) -> list[str]:
+    """The parts of the head that `base` has, of `NAMES`."""
+    return [name for name in NAMES if isinstance(getattr(base, name, None), torch.nn.Module)]
+
+
+def renew_head(base: Any, seed: int | None) -> None:
+    """Puts a fresh head in full precision on `base`; its weights come from `seed` alone (None: they stay).
+
+    So a base that stays between two runs gives nothing of the first one's head to the second.
+    """
+    generator = torch.Generator().manual_seed(seed or 0)
+    for name in head_names(base):
+        part = getattr(base, name)
+        # PEFT leaves its wrapper's copy behind; the parts are looked at anew every time.
+        layers = [("", part)] if isinstance(part, torch.nn.Linear) else list(part.named_modules())
+        for inner, layer in layers:
+            if not isinstance(layer, torch.nn.Linear):
+                continue
+            fresh = FullPrecisionLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            if seed is None:
+                fresh.load_state_dict(layer.state_dict())
+            else:
+                with torch.no_grad():
+                    fresh.weight.normal_(0.0, INITIAL_STD, generator=generator)
+                    if fresh.bias is not None:
+                        fresh.bias.zero_()
+            fresh.requires_grad_(False)
+            fresh = fresh.to(base.device)
+            if inner:
+                part.set_submodule(inner, fresh)
+            else:
+                setattr(base, name, fresh)
+
+
+def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """(rows, classes) scores of a model with a head.
+
+    A decoder's are those at the last real token of each row, told by the attention mask. transformers looks for the
+    last token that is not the padding token instead, and so takes the one before where rows end in an end token that
+    also pads. An encoder's head reads its own pooled state.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    head = getattr(base, "score", None)
+    if head is None:
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
+    caught: list[torch.Tensor] = []
+    # By a hook on the head in an ordinary forward, which is what DDP and FSDP wrap.
+    handle = head.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    try:
+        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_without_cache(base))
+    finally:
+        handle.remove()
+    (scores,) = caught
+    last = batch.attention_mask.sum(dim=1) - 1
+    return scores[torch.arange(len(scores), device=scores.device), last]
+
+
+def _without_cache(base: Any) -> dict[str, bool]:
+    """Decoders keep keys and values for a next token that never comes."""
+    return {"use_cache": False} if hasattr(base.config, "use_cache") else {}

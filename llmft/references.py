@@ -1,0 +1,136 @@
+"""Predictions joined with the true targets of another file, row by row."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft.config import Problem
+from llmft.config_verbs import EvaluateConfig
+from llmft.data.columns import base_name
+from llmft.data.sources import Problems, Row, expand, read
+from llmft.errors import ConfigError, DataError, did_you_mean
+from llmft.predictions import PREFIX, TEXT, Predictions, from_table
+
+
+def open_predictions(named: str) -> tuple[Predictions, Path]:
+    """A directory of predictions, or a file of anybody's; and where its evaluation is written.
+
+    Raises ConfigError or DataError where there is none.
+    """
+    path = Path(named).expanduser()
+    folder = path.parent if path.name.startswith("predictions.") else path
+    if (folder / "predictions.json").is_file():
+        return Predictions.load(folder), folder / "evaluation.json"
+    if path.is_dir():
+        raise ConfigError(f"predictions={named}: no predictions.json there; name a folder such as RUN/predictions/val.")
+    rows = _rows(named, "predictions")
+    return _anybodys(rows, named), path.with_name(f"{path.stem}.evaluation.json")
+
+
+def _rows(named: Any, key: str) -> list[Row]:
+    problems = Problems()
+    rows = [row for path in expand(named, key) for row in read(path, path.read_bytes(), problems)]
+    if not rows:
+        raise DataError(f"{key}={named}: no rows.")
+    return rows
+
+
+def _anybodys(rows: list[Row], named: str) -> Predictions:
+    """A table with probabilities in p_CLASS columns, or a text or class in `generated` or `predicted`."""
+    names = list(rows[0].values)
+    for row in rows:
+        if list(row.values) != names:
+            raise DataError(f"{row.where}: other columns than the rows before it.")
+    table = {name: [row.values[name] for row in rows] for name in names}
+    table["id"] = table.get("id") or [base_name(row.where) for row in rows]
+    labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    try:
+        if labels:
+            return from_table(table, labels, Problem.single_label.value)
+        if "generated" not in table:
+            if "predicted" not in table:
+                raise ConfigError(
+                    f"predictions={named}: a column generated, predicted or p_CLASS was expected "
+                    f"(columns: {', '.join(names)})."
+                )
+            table["generated"] = table.pop("predicted")
+    except ValueError as error:
+        raise DataError(f"predictions={named}: {error}.") from None
+    return from_table(table, [], TEXT)
+
+
+def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[Predictions, dict[str, list[Any]]]:
+    """The predictions with their true targets, and the columns to slice by.
+
+    Raises ConfigError for columns that do not exist, DataError for rows that have no reference, or two.
+    """
+    if config.references is None:
+        return predictions, {name: _own_column(predictions, name) for name in config.slice}
+    rows = _rows(config.references, "references")
+    name = config.id or predictions.facts.get("id_column") or ("id" if "id" in rows[0].values else None)
+    if config.id and config.id not in rows[0].values:
+        raise ConfigError(
+            f"id={config.id}: the references have no such column{did_you_mean(config.id, rows[0].values)}"
+        )
+    ids = [str(row.values[name]) if name and name in row.values else base_name(row.where) for row in rows]
+    twice = [own for own, count in Counter(ids).items() if count > 1]
+    if twice:
+        raise DataError(f"references={config.references}: two rows are called '{twice[0]}'; set id=COLUMN.")
+    row_of = dict(zip(ids, rows, strict=True))
+    missing = [own for own in predictions.ids if own not in row_of]
+    if missing:
+        raise DataError(
+            f"references={config.references}: {len(missing)} predicted rows are not there ({missing[0]} first)."
+        )
+    target = config.target or ("target" if "target" in rows[0].values else None)
+    if target is None or target not in rows[0].values:
+        hint = did_you_mean(target, rows[0].values) if target else f" (columns: {', '.join(rows[0].values)})."
+        raise ConfigError(f"target={target}: the references have no such column{hint}")
+    joined = [row_of[own] for own in predictions.ids]
+    targets = [_target(row, target, predictions.problem) for row in joined]
+    columns = {}
+    for column in config.slice:
+        if column in rows[0].values:
+            columns[column] = [row.values.get(column) for row in joined]
+        else:
+            columns[column] = _own_column(predictions, column)
+    made = Predictions(
+        predictions.ids,
+        predictions.labels,
+        predictions.values,
+        predictions.problem,
+        targets,
+        predictions.columns,
+        predictions.facts,
+    )
+    return made, columns
+
+
+def _own_column(predictions: Predictions, name: str) -> list[Any]:
+    if name == "target":
+        return list(predictions.targets)
+    if name not in predictions.columns:
+        raise ConfigError(
+            f"slice=[{name}]: no such column{did_you_mean(name, ['target', *predictions.columns])} Columns of the rows "
+            "themselves come from references=FILE."
+        )
+    return predictions.columns[name]
+
+
+def _target(row: Row, column: str, problem: str) -> Any:
+    value = row.values.get(column)
+    if value is None or (isinstance(value, float) and np.isnan(value)):
+        raise DataError(f"{row.where}: its '{column}' is empty.")
+    if problem == Problem.regression.value:
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
+    if problem == Problem.multi_label.value:
+        names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
+        return "|".join(str(name).strip() for name in names if str(name).strip())
+    return str(value)

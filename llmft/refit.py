@@ -1,0 +1,92 @@
+"""validated runs -> a run on all rows: `python -m llmft.refit runs=DIR`.
+
+It takes as many steps as the best validated run took to its best (of folds, their mean): with the rows that were held
+out it sees each row a little less often, and does not train longer. Its validation metrics are blank.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any
+
+from llmft.app import run_verb
+from llmft.config import Export, LoggerConfig, Mode, TrainConfig, TrainOn
+from llmft.config_verbs import RefitConfig
+from llmft.errors import ConfigError
+from llmft.schema import to_config
+
+
+def main() -> None:
+    """The command."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    run_verb("refit", RefitConfig, lambda composed: refit(to_config(composed, RefitConfig)))
+
+
+def refit(config: RefitConfig, *, quiet: bool = False) -> None:
+    """Trains the runs' config on all rows.
+
+    Raises ConfigError where the runs are not validated ones of one config.
+    """
+    from llmft.train import train
+
+    train(refit_config(config), quiet=quiet)
+
+
+def refit_config(config: RefitConfig) -> TrainConfig:
+    """The config of the run on all rows."""
+    from llmft.runs import directories, finished_run
+    from llmft.schema import canonical, numbers_of
+
+    runs = [finished_run(directory) for directory in directories(config.runs, "runs")]
+    own = []
+    for run, trained in runs:
+        if trained.data.train_on is TrainOn.all:
+            raise ConfigError(f"{run.directory}: trained on all rows already; name the validated run.")
+        numbers = numbers_of(trained)
+        numbers["data"].pop("fold")
+        numbers.pop("seed")
+        own.append(canonical(numbers))
+    different = next((place for place, numbers in enumerate(own) if numbers != own[0]), None)
+    if different is not None:
+        raise ConfigError(
+            f"{runs[different][0].directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
+            "name runs of one config."
+        )
+    best = min(runs, key=_rank)
+    folds = {trained.data.fold for _, trained in runs}
+    several = len(runs) > 1 and None not in folds
+    taken = [_steps(run) for run, _ in runs] if several else [_steps(best[0])]
+    steps = max(1, round(sum(taken) / len(taken)))
+    trained = best[1]
+    return replace(
+        trained,
+        data=replace(trained.data, train_on=TrainOn.all, fold=None),
+        trainer=replace(trained.trainer, max_steps=steps, validate_every=steps, patience=None, export=Export.last),
+        logger=trained.logger if config.logger else LoggerConfig(),
+        output_dir=config.output_dir or str(best[0].directory.parent.parent),
+        progress=config.progress,
+        force=False,
+        name=None,
+        notes=f"all rows, {steps} steps as in {', '.join(run.directory.name for run, _ in runs)}",
+    )
+
+
+def _rank(run: tuple[Any, TrainConfig]) -> float:
+    trainer = run[1].trainer
+    value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)
+    if value is None:
+        raise ConfigError(
+            f"{run[0].directory}: its validation has no {trainer.monitor}, so nothing tells how good it is."
+        )
+    return float(value) if trainer.mode is Mode.min else -float(value)
+
+
+def _steps(run: Any) -> int:
+    return max(1, int(run.status()["result"]["step"]))
+
+
+if __name__ == "__main__":
+    main()

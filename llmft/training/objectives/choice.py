@@ -1,0 +1,138 @@
+"""The language model's own probabilities of the classes' words, normalised over the classes.
+
+The words' tokens make a tree. At each place where they part, the model's log-probabilities of the tokens that go on are
+normalised over these tokens alone, and a class has the product along its way: so the classes' probabilities sum to one,
+whatever other texts the model would rather write. Words with different first tokens, such as letters, part at once: one
+logit row, and the softmax over the classes of the words' log-probabilities.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmft.data.batch import MicroBatch
+from llmft.data.columns import Conversation
+from llmft.data.encode import Encoder
+from llmft.data.examples import IGNORE, Examples
+from llmft.data.sources import Problems
+from llmft.errors import ConfigError
+from llmft.training.objectives.language_modeling import logits_at
+
+Path = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Fork:
+    """A place where words part: behind `prefix`, each of `tokens` goes on to the classes beside it."""
+
+    prefix: Path
+    tokens: list[int]
+    classes: list[list[int]]
+
+
+def forks(paths: Sequence[Path]) -> list[Fork]:
+    """Every place where the token paths of the classes part, shortest prefix first.
+
+    Raises ValueError when one path is another's beginning, so that nothing tells them apart.
+    """
+    for number, path in enumerate(paths):
+        if any(other[: len(path)] == path for place, other in enumerate(paths) if place != number):
+            raise ValueError("two classes have words that are the same, or one the beginning of the other, in tokens")
+    found = []
+    for prefix in sorted({path[:depth] for path in paths for depth in range(len(path))}, key=lambda p: (len(p), p)):
+        follow: dict[int, list[int]] = {}
+        for number, path in enumerate(paths):
+            if path[: len(prefix)] == prefix:
+                follow.setdefault(path[len(prefix)], []).append(number)
+        if len(follow) > 1:
+            found.append(Fork(prefix, list(follow), list(follow.values())))
+    return found
+
+
+class WordScores:
+    """(rows, classes) log-probabilities of the classes, from a causal language model.
+
+    Rows come with one of the words behind their prompt, its tokens labelled; which word does not matter.
+    """
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.num_classes = len(paths)
+        self.forks = forks(paths)
+        prefixes = [fork.prefix for fork in self.forks]
+        # A forward over a prefix passes all forks on its way.
+        self.probes = [p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes)]
+
+    def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        prompts = (batch.labels != IGNORE).int().argmax(dim=1)
+        scores = torch.zeros(len(prompts), self.num_classes, device=batch.input_ids.device)
+        done: set[Path] = set()
+        for probe in self.probes:
+            logits = self._logits(model, batch.input_ids, prompts, probe)
+            for fork in self.forks:
+                if fork.prefix in done or probe[: len(fork.prefix)] != fork.prefix:
+                    continue
+                done.add(fork.prefix)
+                ways = logits[:, len(fork.prefix)][:, fork.tokens].float().log_softmax(dim=-1)
+                way_of = {number: way for way, classes in enumerate(fork.classes) for number in classes}
+                passing = torch.tensor([number in way_of for number in range(self.num_classes)], device=scores.device)
+                chosen = [way_of.get(number, 0) for number in range(self.num_classes)]
+                scores = scores + torch.where(passing, ways[:, chosen], torch.zeros((), device=scores.device))
+        return scores
+
+    @staticmethod
+    def _logits(model: Any, ids: torch.Tensor, prompts: torch.Tensor, probe: Path) -> torch.Tensor:
+        """(rows, 1 + len(probe), vocabulary) logits behind each prompt and each token of `probe`."""
+        width = int(prompts.max()) + len(probe)
+        places = torch.arange(width, device=ids.device)
+        inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
+        whole = min(width, ids.shape[1])
+        inputs[:, :whole] = ids[:, :whole]
+        for depth, token in enumerate(probe):
+            inputs[torch.arange(len(ids), device=ids.device), prompts + depth] = token
+        # What stands behind is never looked at by causal attention.
+        keep = (places >= prompts[:, None] - 1) & (places < prompts[:, None] + len(probe))
+        return logits_at(model, inputs, keep).view(len(ids), 1 + len(probe), -1)
+
+
+def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
+    """The tokens that the prompt format makes of each word as an answer, its end token with it."""
+    paths = []
+    for word in words:
+        probe = Conversation(
+            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}], "task.words"
+        )
+        ids, marks = encoder.tokens(probe, Problems())
+        paths.append(tuple(int(token) for token in np.asarray(ids)[marks != 0]))
+    return paths
+
+
+def check_paths(paths: Sequence[Path], splits: dict[str, Examples], words: Sequence[str]) -> None:
+    """Raises ConfigError where a row's answer is made of other tokens than its word: the prompt runs into it."""
+    known = set(paths)
+    for examples in splits.values():
+        for example in examples:
+            labels = np.asarray(example.labels)
+            own = tuple(int(token) for token in labels[labels != IGNORE])
+            if own not in known:
+                raise ConfigError(
+                    f"task.head=tokens: in {example.where} the tokens of the answer depend on the text before it; "
+                    "choose a prompt format that ends its prompt with a line break, or one of its own marks."
+                )
+
+
+def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Examples]) -> WordScores:
+    """The scores of `words` under the encoder's tokenizer and prompt format.
+
+    Raises ConfigError for words that their tokens do not tell apart, or that no row spells so.
+    """
+    paths = word_paths(encoder, words)
+    check_paths(paths, splits, words)
+    try:
+        return WordScores(paths)
+    except ValueError as error:
+        raise ConfigError(f"task.words: {error}; choose other words, or task.words=letters.") from None
