@@ -104,15 +104,15 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
     """Writes the record and the report, shows what failed; raises TrialsFailed when something did."""
     sweep.finished = time.strftime("%Y-%m-%d %H:%M:%S")
     sweep.write()
+    failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
+    if failed:
+        show_failures(failed, screen)
     if sweep.config.sweep.report:
         from llmft.sweeping.answer import give_answer
 
         give_answer(sweep, screen, anew=anew)
-    failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
     if not failed and stopped_because is None:
         return
-    if failed:
-        show_failures(failed, screen)
     because = f": {stopped_because}" if stopped_because else ""
     not_run = sum(trial.status == "pending" for trial in failed)
     parts = [f"{len(failed) - not_run} of {len(sweep.trials)} trials failed"]

@@ -21,7 +21,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
-from llmft.errors import ConfigError, UserError
+from llmft.errors import ConfigError, UserError, as_user_error
 from llmft.schema import to_plain
 from llmft.sweeping.trials import Planner
 
@@ -85,6 +85,16 @@ class OwnSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Any:
         """Plans the trials or searches for them, runs those that are missing, and reports."""
+        try:
+            return self._sweep(arguments)
+        except (OSError, ValueError) as error:
+            known = as_user_error(error)
+            if isinstance(known, UserError):
+                raise known from error
+            # Not to be taken for a command line that cannot be read: what began has its record.
+            raise RuntimeError(f"the sweep broke off: {error}") from error
+
+    def _sweep(self, arguments: list[str]) -> Any:
         from llmft.sweeping.sweep import run_elsewhere, run_grid
 
         here = isinstance(self.launcher, LocalLauncher)
