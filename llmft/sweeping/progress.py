@@ -6,7 +6,7 @@ import time
 from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from llmft.console import HEARTBEAT_S, Screen
 from llmft.sweeping.trials import Trial
@@ -38,6 +38,8 @@ class SweepProgress:
                 MofNCompleteColumn(),
                 TextColumn("{task.fields[told]}"),
                 TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
                 console=self.screen.terminal,
                 transient=True,
             )
