@@ -14,10 +14,12 @@ from llmft.config import SearchConfig
 from llmft.console import Screen
 from llmft.errors import ConfigError, RunBusy, UserError
 from llmft.schema import canonical, to_plain
-from llmft.sweeping.candidates import Candidate, Search, wanted_trials
+from llmft.sweeping.candidates import Candidate, wanted_trials
+from llmft.sweeping.conditions import Value
 from llmft.sweeping.progress import SweepProgress
-from llmft.sweeping.space import Space, Value, make_space
+from llmft.sweeping.space import Space, make_space
 from llmft.sweeping.study import Study, import_optuna
+from llmft.sweeping.suggestions import Search
 from llmft.sweeping.supervisor import Supervisor
 from llmft.sweeping.sweep import finish
 from llmft.sweeping.trials import Planner, Sweep, Trial, open_sweep, refuse

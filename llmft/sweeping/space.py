@@ -3,38 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmft.errors import ConfigError, did_you_mean
+from llmft.sweeping.conditions import Clause, Value, number_of, parse_condition
 
-Value = str | int | float
-"""A choice is its text on the command line; a number is a number."""
 MOST_COMBINATIONS = 10_000
 """A grid of more is a mistake: no one trains so many models."""
-
-CLAUSE = re.compile(r"([\w./@-]+)\s*(==|!=|<=|>=|<|>|\bnot\s+in\b|\bin\b)\s*(\[[^\[\]]*\]|[^\[\]=<>!]+)")
-COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
-
-
-@dataclass(frozen=True)
-class Clause:
-    """`key operator values`, such as `lora.r in [8,16]`."""
-
-    key: str
-    operator: str
-    values: tuple[str, ...]
-
-    def holds(self, value: Value) -> bool:
-        """Whether `value` meets it; numbers compare as numbers, whatever way they are written."""
-        if self.operator in COMPARE:
-            number, bound = _number(value), _number(self.values[0])
-            return number is not None and bound is not None and COMPARE[self.operator](number, bound)
-        found = any(_same(value, other) for other in self.values)
-        return found if self.operator in ("==", "in") else not found
 
 
 @dataclass(frozen=True)
@@ -268,25 +245,6 @@ def _range(spelled: str, written: str, found: Any, log: bool) -> Parameter:
     )
 
 
-def parse_condition(key: str, text: str) -> tuple[Clause, ...]:
-    """The clauses of `lora.r in [8,16] and optimizer == adamw`; raises ConfigError for anything else."""
-    clauses = []
-    for part in re.split(r"\s+and\s+", text.strip()):
-        found = CLAUSE.fullmatch(part.strip())
-        operator = " ".join(found[2].split()) if found else ""
-        listed = found is not None and found[3].startswith("[")
-        values = tuple(value.strip() for value in found[3].strip("[]").split(",")) if found else ()
-        sound = bool(values) and all(values) and listed == (operator in ("in", "not in"))
-        if not sound or (operator in COMPARE and _number(values[0]) is None):
-            raise ConfigError(
-                f"hydra.sweeper.conditions.{key}: '{text}' is no condition; write for example 'lora.r in [8,16]', "
-                "'optimizer == adamw' or 'lora.r >= 8', joined by 'and'."
-            )
-        assert found is not None
-        clauses.append(Clause(found[1], operator, values))
-    return tuple(clauses)
-
-
 def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
     ordered: list[Parameter] = []
     waiting = list(parameters.values())
@@ -304,20 +262,7 @@ def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
 
 def _inside(parent: Parameter, clauses: Sequence[Clause]) -> list[Value]:
     """Numbers that a continuous parent's clauses name or border on, inside its range."""
-    named = [number for clause in clauses for text in clause.values if (number := _number(text)) is not None]
+    named = [number for clause in clauses for text in clause.values if (number := number_of(text)) is not None]
     ends = sorted({parent.low, parent.high, *(n for n in named if parent.low <= n <= parent.high)})
     between = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
     return [*ends, *between]
-
-
-def _number(text: Value) -> float | None:
-    try:
-        number = float(text)
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _same(one: Value, other: Value) -> bool:
-    a, b = _number(one), _number(other)
-    return a == b if a is not None and b is not None else str(one) == str(other)

@@ -1,8 +1,9 @@
 """Optuna's study of a search, kept in a file that survives a kill.
 
 The search thinks in memory and writes each change to SQLite in one transaction: a suggestion is in the file with all
-its values or not at all. Optuna's journal file was tried instead: a kill leaves a cut-off line on which the next
-start ends in a JSONDecodeError, and its heartbeat against dead trials works inside `study.optimize` only.
+its values or not at all. Optuna's journal file was tried instead: killed while it writes, it leaves a lock for which
+the next start waits 30 s, and a cut-off line on which that ends in a JSONDecodeError. Optuna's own heartbeat against
+dead trials works inside `study.optimize` only.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError
-from llmft.sweeping.space import Space, Value
+from llmft.sweeping.conditions import Value
+from llmft.sweeping.space import Space
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial

@@ -23,11 +23,13 @@ from llmft.config import SearchConfig, TrainConfig
 from llmft.console import Screen
 from llmft.errors import ConfigError
 from llmft.runs import Run, append_line
-from llmft.sweeping.candidates import Search, wanted_trials
+from llmft.sweeping.candidates import wanted_trials
+from llmft.sweeping.conditions import parse_condition
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.settings import search_settings
-from llmft.sweeping.space import Space, make_space, parse_condition
-from llmft.sweeping.study import Study
+from llmft.sweeping.space import Space, make_space
+from llmft.sweeping.study import Study, import_optuna
+from llmft.sweeping.suggestions import Search
 from llmft.sweeping.trials import Sweep, Trial
 from llmft.sweeping.twin import twin_rule
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -434,6 +436,12 @@ def test_a_study_that_cannot_be_read_is_told_in_one_sentence(tmp_path: Path, con
         searched.search()
 
 
+def test_without_optuna_one_sentence_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r'pip install "llmft\[search\]"'):
+        import_optuna()
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 READY = sorted((ROOT / "sweeps" / "optuna").glob("*.yaml"))
@@ -548,3 +556,29 @@ def test_a_search_finds_what_is_done_refuses_a_bad_choice_and_lets_no_second_one
         done = llmft(*two, cwd=tmp_path)
     assert done.returncode == 2
     assert "another process runs this very search" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_pruned_trial_is_no_failure_and_a_grid_completes_it_to_the_numbers_it_has_alone(tmp_path: Path) -> None:
+    small = [argument for argument in SMALL if not argument.startswith("trainer.validate_every")]
+    search = [
+        "hydra.sweeper.sampler=grid",
+        "hydra.sweeper.pruner=median",
+        "hydra.sweeper.pruner_startup_trials=1",
+        "learning_rate.peak=4e-2,1e-4",
+    ]
+    both = ["-m", *small, "trainer.validate_every=1", f"output_dir={tmp_path / 'both'}"]
+    done = llmft(*both, *search, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = record_of(tmp_path / "both")["trials"]
+    assert (first["status"], second["status"]) == ("done", "pruned")
+    run = Run(tmp_path / "both" / second["run"], second["key"])
+    assert run.status()["status"] == "pruned"
+    assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [0, 1, 1]
+    done = llmft(*both, "learning_rate.peak=1e-4", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert run.done
+    done = llmft(*both[1:-1], "learning_rate.peak=1e-4", f"output_dir={tmp_path / 'alone'}", cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (alone,) = (tmp_path / "alone" / "runs").iterdir()
+    assert Run(alone, "").metrics_file.read_bytes() == run.metrics_file.read_bytes()
