@@ -94,10 +94,10 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 
 
 def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
-    options = ("--config-dir", "--config-path", "-cd", "-cp")
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name in options:
+        # argparse completes --config-d; a --config-name in between does no harm.
+        if name in ("-cd", "-cp") or name.startswith("--c"):
             yield Path(value if equals else next(iter(arguments[place + 1 :]), "."))
         elif name.lstrip("+") == "hydra.searchpath":
             for part in value.strip("[] ").split(","):

@@ -99,7 +99,7 @@ class TestPickleAndCode:
             prepare(compose(*SMALL, "model=local", f"model.path={tmp_path}/model", f"output_dir={tmp_path}"))
 
     def test_hydras_way_to_run_a_pickle_again_is_closed(self, tmp_path: Path) -> None:
-        done = llmft("--experimental-rerun", "x.pickle", cwd=tmp_path)
+        done = llmft("--exp", "x.pickle", cwd=tmp_path)
         assert done.returncode == 2
         assert "unpickles a file" in done.stderr
 
@@ -259,6 +259,7 @@ class TestForeignFiles:
             ["--config-dir", str(tmp_path)],
             [f"--config-dir={tmp_path}"],
             ["-cd", str(tmp_path)],
+            ["--config-d", str(tmp_path)],
             [f"hydra.searchpath=[file://{tmp_path}]"],
             [f"+hydra.searchpath=['{tmp_path}']"],
         ):
