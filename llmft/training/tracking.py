@@ -96,7 +96,7 @@ class SafeWandbLogger(WandbLogger):
             self.experiment.define_metric("step", hidden=True)
             self.experiment.define_metric("*", step_metric="step")
 
-        self._guard(tell)
+        self.attempt(tell)
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds one validation's generations to the samples table."""
