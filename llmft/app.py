@@ -47,7 +47,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         import hydra
 
         for argument in sys.argv[1:]:
-            if argument.startswith("--experimental-rerun"):
+            if argument.startswith("--e"):  # argparse completes what is begun
                 raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
             if redact(argument) != argument:
                 key = argument.partition("=")[0]

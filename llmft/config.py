@@ -372,6 +372,7 @@ class DataConfig:
     on_bad_row: BadRow = BadRow.error
     max_bad_fraction: float = 0.05
     max_overlap_fraction: float = 0.5
+    max_dropped_fraction: float = aside(0.01)
     cache: bool = aside(True)
 
     def __post_init__(self) -> None:
@@ -388,6 +389,7 @@ class DataConfig:
         for key in ("validation_fraction", "test_fraction", "max_bad_fraction"):
             value = getattr(self, key)
             require(0 <= value < 1, f"data.{key}={value}: at least 0 and below 1.")
+        require(0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: 0 to 1.")
         require(0 <= self.max_overlap_fraction <= 1, f"data.max_overlap_fraction={self.max_overlap_fraction}: 0 to 1.")
         require(self.num_folds >= 2, f"data.num_folds={self.num_folds}: 2 or more.")
         require(

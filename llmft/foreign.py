@@ -94,10 +94,10 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 
 
 def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
-    options = ("--config-dir", "--config-path", "-cd", "-cp")
     for place, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        if name in options:
+        # argparse completes --config-d; a --config-name in between does no harm.
+        if name in ("-cd", "-cp") or name.startswith("--c"):
             yield Path(value if equals else next(iter(arguments[place + 1 :]), "."))
         elif name.lstrip("+") == "hydra.searchpath":
             for part in value.strip("[] ").split(","):
@@ -115,8 +115,8 @@ def stored_config(path: Path, schema: type) -> Any:
     model = plain.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code") not in (None, False):
         raise ConfigError(
-            f"{path}: model.trust_remote_code: a file cannot say whom you trust; the run was trained with code of "
-            f"{model.get('id')} at {model.get('revision')}: read that and train from the command line."
+            f"{path}: model.trust_remote_code: a file cannot say whom you trust, and this command runs no code of "
+            f"{model.get('path') or model.get('id')}, with which the run was trained; plain peft loads its adapter."
         )
     return from_plain(plain, schema)
 

@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import yaml
 
 from llmft.config import TrainConfig, TrainOn
 from llmft.errors import ConfigError, DiskError, RunBusy, did_you_mean
 from llmft.files import staged_file, write_atomically
+from llmft.foreign import stored_config
 from llmft.redaction import redact
-from llmft.schema import canonical, from_plain, numbers_of, to_plain
+from llmft.schema import canonical, numbers_of, to_plain
 
 SCHEMA_VERSION = 1
 MAX_NAME = 80
@@ -318,8 +318,6 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
 
     Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
     """
-    from omegaconf import OmegaConf
-
     run = Run(directory, "")
     status = run.status()
     if not status:
@@ -329,11 +327,7 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
         raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
-    try:
-        plain = OmegaConf.to_container(OmegaConf.load(run.config_file))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError(f"{run.config_file}: cannot be read ({str(error).splitlines()[0]}).") from None
-    return Run(directory, str(status["key"])), from_plain(plain, TrainConfig)
+    return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
 
 
 def _names(folder: Path) -> list[str]:

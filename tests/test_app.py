@@ -64,7 +64,7 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("arguments", "code", "sentence"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
-def test_a_mistake_is_one_sentence_with_its_exit_code(
+def test_u1_u2_u3_a_mistake_is_one_sentence_with_its_exit_code(
     arguments: list[str], code: int, sentence: str, tmp_path: Path
 ) -> None:
     done = llmft(*arguments, "logger=none", "progress=false", cwd=tmp_path)
@@ -84,7 +84,7 @@ def test_trace_shows_the_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["--cfg", "job"], ["lora.rr=3"], ["data=alpaca", "data.files=no.json"]]
 )
-def test_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
+def test_u4_help_config_and_mistakes_answer_without_heavy_imports(arguments: list[str], tmp_path: Path) -> None:
     program = (
         "import sys, runpy\nsys.argv = ['llmft', *sys.argv[1:]]\n"
         "try:\n    runpy.run_module('llmft', run_name='__main__', alter_sys=True)\n"
@@ -130,7 +130,7 @@ def test_a_terminal_of_few_characters_does_not_end_a_training(tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
-def test_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -> None:
+def test_u6_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -> None:
     (tmp_path / "a b [red] c.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(30)))
     arguments = ["data=prompt_response", "data.files=a b [red] c.csv", "output_dir='o[/x] y'", "logger=none"]
     for _ in range(2):

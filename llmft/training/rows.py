@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmft.config import PromptConfig
+from llmft.config import PromptConfig, Truncation
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
@@ -51,6 +51,7 @@ def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    found = [*_dropped(prepared, rows), *found]
     return Inspection(facts, overlaps, found)
 
 
@@ -63,6 +64,23 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     words = targets.words or targets.labels
     listed = [label if word == label else f"{word}: {label}" for word, label in zip(words, targets.labels, strict=True)]
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
+
+
+def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
+    """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
+    data, limits = prepared.config.data, rows.encoder.lengths["train"]
+    lost = sum(
+        count for key, count in limits.dropped_by.items() if key in ("data.max_tokens", "data.max_prompt_tokens")
+    )
+    total = limits.rows + limits.rows_dropped
+    share = lost / max(1, total)
+    if data.truncation is Truncation.drop or share <= data.max_dropped_fraction:
+        return []
+    message = (
+        f"{lost} of {total} train rows ({share:.1%}) do not fit into data.max_tokens={data.max_tokens} with their "
+        "answers and would be left out: raise it, or set data.max_dropped_fraction to accept that"
+    )
+    return [Finding("error", "data.max_tokens", message)]
 
 
 def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:

@@ -89,6 +89,15 @@ class SafeWandbLogger(WandbLogger):
         """Logs numbers against our own count of optimizer steps."""
         self.attempt(lambda: self.experiment.log({**metrics, "step": step}))
 
+    def count_steps(self) -> None:
+        """Tells W&B to draw everything over our own count of steps."""
+
+        def tell() -> None:
+            self.experiment.define_metric("step", hidden=True)
+            self.experiment.define_metric("*", step_metric="step")
+
+        self.attempt(tell)
+
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds one validation's generations to the samples table."""
         import wandb
@@ -197,7 +206,11 @@ def open_wandb(
     mode, why = wandb_mode(settings)
     if mode == "disabled":
         return None
-    import wandb
+    try:
+        import wandb
+    except ImportError as error:
+        screen.warn(f"W&B cannot log ({error}); the local records go on.")
+        return None
 
     arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
     experiment: Any = None
@@ -230,6 +243,6 @@ def open_wandb(
         )
     elif experiment.url:
         screen.print(f"W&B {experiment.url}")
-    experiment.define_metric("step", hidden=True)
-    experiment.define_metric("*", step_metric="step")
-    return SafeWandbLogger(experiment, screen)
+    logger = SafeWandbLogger(experiment, screen)
+    logger.count_steps()
+    return logger

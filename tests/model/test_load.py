@@ -93,7 +93,7 @@ def test_a_random_model_needs_no_files() -> None:
     assert locate(model).directory is None
 
 
-def test_an_uncached_hub_model_says_what_to_do_without_network() -> None:
+def test_w7_an_uncached_hub_model_says_what_to_do_without_network() -> None:
     model = ModelConfig(name="m", id="mistralai/Mistral-7B-Instruct-v0.1", architecture="mistral")
     with pytest.raises(ConfigError, match=r"model\.path=DIR"):
         locate(model)

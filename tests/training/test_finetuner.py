@@ -66,7 +66,7 @@ def gradient_of(groups: list[list[int]]) -> tuple[float, list[torch.Tensor]]:
 @pytest.mark.parametrize(
     "groups", [[[0, 1, 2, 3, 4, 5]], [[0, 1, 2], [3, 4, 5]], [[0, 5], [1, 4], [2, 3]], [[0], [1], [2], [3], [4], [5]]]
 )
-def test_k_micro_batches_of_b_equal_one_batch_of_k_times_b(groups: list[list[int]]) -> None:
+def test_r11_k_micro_batches_of_b_equal_one_batch_of_k_times_b(groups: list[list[int]]) -> None:
     wanted_loss, wanted = reference_gradient()
     loss, gradients = gradient_of(groups)
     assert loss == pytest.approx(wanted_loss, rel=1e-6)
@@ -75,7 +75,7 @@ def test_k_micro_batches_of_b_equal_one_batch_of_k_times_b(groups: list[list[int
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_a_mean_of_means_would_be_caught() -> None:
+def test_r11_a_mean_of_means_would_be_caught() -> None:
     wanted, _ = reference_gradient()
     net, rows = model(), examples()
     means = []
@@ -121,7 +121,7 @@ def test_streams_of_one_seed_differ_by_place_and_repeat() -> None:
     assert 0 <= stream(0, "lora") < 2**63
 
 
-def test_a_loss_that_is_not_a_number_stops_before_the_optimizer_step(small: Callable[..., Any]) -> None:
+def test_r12_a_loss_that_is_not_a_number_stops_before_the_optimizer_step(small: Callable[..., Any]) -> None:
     from llmft.errors import DivergedError
     from llmft.train import train
 

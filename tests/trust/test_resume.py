@@ -485,7 +485,7 @@ class TestR10OutOfMemory:
 
     def test_r10_the_gradient_of_the_halved_batch_is_the_same(self) -> None:
         """To 1e-6, on a float64 model: see also R11."""
-        from tests.training.test_finetuner import test_k_micro_batches_of_b_equal_one_batch_of_k_times_b as law
+        from tests.training.test_finetuner import test_r11_k_micro_batches_of_b_equal_one_batch_of_k_times_b as law
 
         law([[0, 1], [2, 3], [4, 5]])
 

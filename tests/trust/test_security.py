@@ -50,7 +50,6 @@ class TestPickleAndCode:
         "torch.hub.load",
         "joblib.load",
         "dill.load",
-        "yaml.load",
         "yaml.unsafe_load",
         "pandas.read_pickle",
         "shelve.open",
@@ -72,6 +71,8 @@ class TestPickleAndCode:
                     bad = keyword.arg in self.KEYWORDS and isinstance(value, ast.Constant)
                     if bad and value.value is self.KEYWORDS[str(keyword.arg)]:
                         found.append(f"{keyword.arg}={value.value} at line {node.lineno}")
+            if isinstance(node, ast.Attribute) and node.attr in ("Loader", "FullLoader", "UnsafeLoader"):
+                found.append(f"{node.attr} at line {node.lineno}")
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             found += [f"import {name}" for name in names if name.partition(".")[0] in self.MODULES]
@@ -83,7 +84,15 @@ class TestPickleAndCode:
         assert {str(path): bad for path in files if (bad := self.offences(path.read_text()))} == {}
 
     @pytest.mark.parametrize(
-        "source", ["torch.load(x)", "import pickle", "eval('1')", "f(trust_remote_code=True)", "run(x, shell=True)"]
+        "source",
+        [
+            "torch.load(x)",
+            "import pickle",
+            "eval('1')",
+            "f(trust_remote_code=True)",
+            "run(x, shell=True)",
+            "yaml.load(x, yaml.Loader)",
+        ],
     )
     def test_the_search_finds_what_it_looks_for(self, source: str) -> None:
         assert self.offences(source)
@@ -99,7 +108,7 @@ class TestPickleAndCode:
             prepare(compose(*SMALL, "model=local", f"model.path={tmp_path}/model", f"output_dir={tmp_path}"))
 
     def test_hydras_way_to_run_a_pickle_again_is_closed(self, tmp_path: Path) -> None:
-        done = llmft("--experimental-rerun", "x.pickle", cwd=tmp_path)
+        done = llmft("--exp", "x.pickle", cwd=tmp_path)
         assert done.returncode == 2
         assert "unpickles a file" in done.stderr
 
@@ -259,6 +268,7 @@ class TestForeignFiles:
             ["--config-dir", str(tmp_path)],
             [f"--config-dir={tmp_path}"],
             ["-cd", str(tmp_path)],
+            ["--config-d", str(tmp_path)],
             [f"hydra.searchpath=[file://{tmp_path}]"],
             [f"+hydra.searchpath=['{tmp_path}']"],
         ):
@@ -558,6 +568,30 @@ def test_the_floors_of_the_packages_close_the_known_holes() -> None:
         lowest = min(Version(s.version) for s in wanted[name] if s.operator == ">=")
         assert lowest >= Version(floor), name
         assert any(s.operator == "<" for s in wanted[name]), f"{name} has no ceiling"
+
+
+def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipped_without_an_index() -> None:
+    import importlib.util
+    from importlib.machinery import SourceFileLoader
+
+    from packaging.requirements import Requirement
+
+    loader = SourceFileLoader("audit", str(ROOT / ".ci" / "audit"))
+    spec = importlib.util.spec_from_loader("audit", loader)
+    assert spec is not None
+    audit = importlib.util.module_from_spec(spec)
+    loader.exec_module(audit)
+
+    def package(name: str, *fixes: str) -> dict[str, Any]:
+        return {"name": name, "version": "1.0", "vulns": [{"id": f"CVE-{name}", "fix_versions": list(fixes)}]}
+
+    found = {"dependencies": [package("a", "1.5"), package("b", "2.1"), package("c"), package("d", "1.1", "x")]}
+    found["dependencies"].append({"name": "sound", "version": "1.0", "vulns": []})
+    wanted = {name: Requirement(f"{name}>=1,<2") for name in "abc"}
+    ours, others = audit.sort_out(found, wanted)
+    assert ours == ["a 1.0: CVE-a, closed by 1.5", "d 1.0: CVE-d, closed by 1.1"]
+    assert others == ["b 1.0: CVE-b, closed by 2.1", "c 1.0: CVE-c, closed by no version"]
+    assert "does not answer" in audit.why_not("http://127.0.0.1:1/")
 
 
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
