@@ -114,7 +114,7 @@ def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
     key, equals, value = argument.partition("=")
     # A whole dictionary, or a key in one; optimizer=adamw is neither but the choice of a group's option.
     inside = any((key == name and value.startswith("{")) or key.startswith(f"{name}.") for name in open_to_any)
-    if equals and set(value) & set(" ()") and "'" not in value and Path(value).exists():
+    if equals and set(value) & set(" ()") and "'" not in value and os.path.exists(value):
         argument = f"{key}='{value}'"  # a path that Hydra's grammar would take apart
     return f"++{argument}" if equals and inside else argument
 

@@ -46,8 +46,8 @@ def shared_data() -> Path:
     return SHARED
 
 
-def compose(*overrides: str, schema: bool = True) -> Any:
-    """The config that a command line with `overrides` gives."""
+def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: type | None = None) -> Any:
+    """The config that a command line with `overrides` gives; of another verb with the dataclass `kind`."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -55,12 +55,13 @@ def compose(*overrides: str, schema: bool = True) -> Any:
     from llmft.config import TrainConfig
     from llmft.schema import open_keys, to_config
 
-    make_known("train", TrainConfig)
+    kind = kind or TrainConfig
+    make_known(verb, kind)
     GlobalHydra.instance().clear()
-    opened = [open_override(override, tuple(open_keys(TrainConfig))) for override in overrides]
+    opened = [open_override(override, tuple(open_keys(kind))) for override in overrides]
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-        composed = hydra.compose("train", opened)
-    return to_config(composed, TrainConfig) if schema else composed
+        composed = hydra.compose(verb, opened)
+    return to_config(composed, kind) if schema else composed
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ CONF = ROOT / "conf"
 OPTIONS = sorted(
     (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in {"experiment"}
 )
-EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
     ("lora", "none"): ["quantization=none"],
@@ -48,11 +47,6 @@ def test_every_option_of_every_group_composes(group: str, option: str) -> None:
     assert isinstance(config, TrainConfig)
     if group == "prompt" and config.prompt.template:
         PromptFormat(config.prompt)
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_every_experiment_composes(experiment: str) -> None:
-    assert isinstance(compose(f"experiment={experiment}"), TrainConfig)
 
 
 def test_experiment_values_win_over_groups_and_the_command_line_over_both() -> None:

@@ -12,8 +12,16 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmft.config_verbs import BlendConfig, EvaluateConfig, FoldsConfig, PredictConfig, RefitConfig
 from tests.conftest import ROOT, compose
 
+VERBS = {
+    "llmft.predict": PredictConfig,
+    "llmft.evaluate": EvaluateConfig,
+    "llmft.folds": FoldsConfig,
+    "llmft.blend": BlendConfig,
+    "llmft.refit": RefitConfig,
+}
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(
     {
@@ -34,7 +42,10 @@ def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_composes(command: str) -> None:
-    arguments = shlex.split(command)[3:]
+    _, _, module, *arguments = shlex.split(command)
+    if module in VERBS:
+        compose(*arguments, verb=module.partition(".")[2], kind=VERBS[module])
+        return
     if "--config-dir" in arguments:
         folder = arguments[arguments.index("--config-dir") + 1]
         choice = next(a for a in arguments if a.startswith("+sweep="))

@@ -117,7 +117,8 @@ def _offered(data: DataConfig, columns: ColumnMap) -> tuple[list[tuple[Conversat
     rows = _read(data.pseudo, "data.pseudo", data)
     problems = Problems()
     sure = [_confidence(row) for row in rows]
-    return list(zip(columns.conversations(rows, problems), sure, strict=True)), []
+    named = columns.id if all(columns.id in row.values for row in rows) else None
+    return list(zip(replace(columns, id=named).conversations(rows, problems), sure, strict=True)), []
 
 
 def _predicted(
