@@ -2,18 +2,18 @@
 
 Two questions are asked of every contrast, and a winner is called only when both say yes:
 
-1. Against the **pooled** spread, at the critical value of the studentised range (Tukey; Kramer for unequal numbers) for
-   all means of the family. The best is compared with each: the range over all pairs covers that the best was picked
-   after looking, so luck in the picking makes no winner. The larger of the pooled and the contrast's own variance counts,
-   with fewer degrees of freedom where the configurations are visibly unequal in spread.
-2. Against the contrast's **own** spread (Welch's t, or the paired t where seeds or folds are compared one by one), which
-   stays right when one configuration is noisier than the rest.
+1. Against the **pooled** spread, at the critical value of the studentised range (Tukey; Kramer for unequal numbers)
+   for all means of the family. The best is compared with each: the range over all pairs covers that the best was
+   picked after looking, so luck in the picking makes no winner. The larger of the pooled and the contrast's own
+   variance counts, with fewer degrees of freedom where the configurations are visibly unequal in spread.
+2. Against the contrast's **own** spread (Welch's t, or the paired t where seeds or folds are compared one by one),
+   which stays right when one configuration is noisier than the rest.
 
 Rows add to both: the half widths that seeds alone and rows alone would give are added in quadrature, each at its own
-critical value. (Adding the variances and their degrees of freedom after Satterthwaite is too bold with two seeds: when
-their variance comes out small by chance, it trusts the many degrees of freedom of the rows.) The two levels below hold the family-wise rate of
-false winners at 5% in the simulation of `llmft.reporting.calibration`, also where spreads differ threefold. The interval
-is the wider of the two, so a verdict and its interval never disagree.
+critical value. (Adding the variances and their degrees of freedom after Satterthwaite is too bold with two seeds:
+when their variance comes out small by chance, it trusts the many degrees of freedom of the rows.) The two levels
+below hold the family-wise rate of false winners at 5% in the simulation of `llmft.reporting.calibration`, also where
+spreads differ threefold. The interval is the wider of the two, so a verdict and its interval never disagree.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, 
 
 
 def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family: int, alpha: float) -> float:
-    """The chance to find a difference of `size` with `count` replicates, had the noise the size that it seems to have."""
+    """The chance to find a difference of `size` with `count` replicates, if the noise is what it seems to be."""
     from scipy.stats import norm
 
     rows = contrast.rows or Variance(0.0, math.inf)

@@ -10,8 +10,8 @@ from markupsafe import Markup
 
 from llmft.reporting.comparing import Comparison, Verdict
 from llmft.reporting.curves import Band, band
-from llmft.reporting.importance import Importance, interaction, sorted_values
-from llmft.reporting.study import Configuration, Study, short_names
+from llmft.reporting.importance import Importance, interaction
+from llmft.reporting.study import Configuration, Study, short_names, sorted_values
 from llmft.reporting.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
 from llmft.reporting.verdicts import number
 
@@ -105,7 +105,6 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
     for value in x.ticks():
         parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
         parts.append(text(x(value), height - 26, short(value), "middle"))
-    parts.append(tag("line", x1=x(0.0), x2=x(0.0), y1=8, y2=height - 44, class_="zero"))
     parts.append(text(WIDTH / 2, height - 6, f"lead in {unit}, 95% interval", "middle", class_="faint"))
     for place, c in enumerate(shown):
         low, lead, high = _as_lead(c)
@@ -113,17 +112,19 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
         clear = c.verdict in (Verdict.better, Verdict.worse)
         shape = tag(
             "g",
-            text(14, at - 12, clip(f"over {c.second}: {c.verdict.value}", 56), class_="halo"),
+            text(14, at - 12, clip(f"over {c.second}", 56), class_="halo"),
+            tag("line", x1=x(0.0), x2=x(0.0), y1=at - 8, y2=at + 10, class_="zero"),
             tag("line", x1=x(low), x2=x(high), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )
-        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}, {c.verdict.value}"
+        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}"
         parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
     return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
 
 
 def _as_lead(c: Comparison) -> tuple[float, float, float]:
-    assert c.low is not None and c.high is not None
+    assert c.low is not None
+    assert c.high is not None
     lead = abs(c.estimate)
     return lead - (c.high - c.low) / 2, lead, lead + (c.high - c.low) / 2
 

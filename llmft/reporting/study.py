@@ -228,8 +228,8 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
     command = str(trial.get("command") or (run.command if run is not None else ""))
     name = _trial_name(trial) if trial else (run.name if run is not None else "?")
     log = trial.get("log") or (str(run.directory / "log.txt") if run is not None else None)
-    shown: list[str] = redact([name, status, str(told), command])
-    return Failure(shown[0], shown[1], shown[2], shown[3], log=str(log) if log else None)
+    name, status, told, command = redact([name, status, str(told), command])
+    return Failure(name, status, told, command, str(redact(str(log))) if log else None)
 
 
 # What was varied.
@@ -239,13 +239,13 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
 def aside_keys() -> frozenset[str]:
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
     from llmft.config import TrainConfig
-    from llmft.schema import dataclass_of
+    from llmft.schema import _dataclass_of
 
     found: set[str] = set()
 
     def walk(schema: type, prefix: str) -> None:
         for entry in dataclasses.fields(schema):
-            kind = dataclass_of(entry.type, schema)
+            kind = _dataclass_of(entry.type)
             if entry.metadata.get("aside"):
                 found.add(f"{prefix}{entry.name}")
             elif kind is not None:
@@ -317,6 +317,18 @@ def show(value: Any) -> str:
     if isinstance(value, (list, dict)):
         return json.dumps(value, ensure_ascii=False, sort_keys=True)
     return str(value)
+
+
+def sorted_values(values: set[str]) -> list[str]:
+    """Numbers by size, then words by letter."""
+
+    def place(value: str) -> tuple[int, float, str]:
+        try:
+            return 0, float(value), value
+        except ValueError:
+            return 1, 0.0, value
+
+    return sorted(values, key=place)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
