@@ -89,12 +89,14 @@ def simulate(setting: Setting, rng: np.random.Generator) -> tuple[list[Sample], 
     luck = spread[:, None] * (np.sqrt(setting.shared) * common + np.sqrt(1 - setting.shared) * own)
     settings = list(np.ndindex(*setting.shape))
     better = np.array([place[0] == 0 for place in settings])
+    # The standard deviation between seeds, as one would see it: luck, and what is left of the wobble over all rows.
+    sd = float(np.hypot(np.mean(spread), setting.wobble * np.sqrt((tokens**2).sum()) / tokens.sum()))
     names = np.array([f"rows:{i}" for i in range(rows)])
     keys = [f"key{k}" for k in range(len(setting.shape))]
     samples, values = [], {}
     for c, place in enumerate(settings):
         name = ", ".join(f"{key}={value}" for key, value in zip(keys, place, strict=True))
-        mean = base + taste[c] - better[c] * setting.effect * float(np.mean(setting.spreads))
+        mean = base + taste[c] - better[c] * setting.effect * sd
         replicates = []
         for s in range(n):
             loss = (mean + luck[c, s] + setting.wobble * rng.normal(size=rows)) * tokens

@@ -30,10 +30,11 @@ ALPHA = 0.05
 POOLED_SHARE = 0.86
 """Level of the first question, as a share of the family's."""
 OWN_SHARE = 0.86
+OWN_SHARE_SOME = 0.65
 OWN_SHARE_FEW = 0.5
-"""Level of the second question from `MANY` replicates on, and below: estimates of a spread from two to four runs are
-often far too small."""
-MANY = 5
+"""Level of the second question: from `MANY_DF` degrees of freedom of the own spread on, below, and below `MANY` replicates:
+estimates of a spread from a few runs are often far too small."""
+MANY, MANY_DF = 5, 10
 POWER = 0.8
 MOST_SEEDS = 50
 """More seeds than that are not worth counting."""
@@ -107,7 +108,7 @@ def _half_width(contrast: Contrast, family: int, alpha: float) -> tuple[float | 
         of_seeds = range_critical(family, contrast.pooled.df, level) * math.sqrt(larger)
         widths.append(math.hypot(of_seeds, range_critical(family, rows.df, level) * math.sqrt(rows.value)))
     if contrast.own is not None:
-        level = alpha * _own_share(contrast.replicates)
+        level = alpha * _own_share(contrast.replicates, contrast.own.df)
         of_seeds = _t_critical(contrast.own.df, level) * math.sqrt(contrast.own.value)
         widths.append(math.hypot(of_seeds, _t_critical(rows.df, level) * math.sqrt(rows.value)))
     if widths:
@@ -117,8 +118,10 @@ def _half_width(contrast: Contrast, family: int, alpha: float) -> tuple[float | 
     return None, False
 
 
-def _own_share(replicates: int) -> float:
-    return OWN_SHARE if replicates >= MANY else OWN_SHARE_FEW
+def _own_share(replicates: int, df: float) -> float:
+    if replicates < MANY:
+        return OWN_SHARE_FEW
+    return OWN_SHARE if df >= MANY_DF else OWN_SHARE_SOME
 
 
 @functools.lru_cache(maxsize=4096)
@@ -189,7 +192,7 @@ def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family:
     rows = contrast.rows or Variance(0.0, math.inf)
     critical = max(
         range_critical(family, seeds.df, alpha * POOLED_SHARE),
-        _t_critical(2.0 * (count - 1), alpha * _own_share(count)),
+        _t_critical(2.0 * (count - 1), alpha * _own_share(count, 2.0 * (count - 1))),
     )
     half = math.hypot(critical * math.sqrt(seeds.value), range_critical(family, rows.df, alpha) * math.sqrt(rows.value))
     return float(norm.sf((half - size) / math.sqrt(seeds.value + rows.value)))

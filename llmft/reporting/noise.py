@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-BLOCK_LEVEL = 0.05
+BLOCK_LEVEL = 0.2
 """Level of the F test that decides whether seeds are compared one by one."""
 
 

@@ -63,7 +63,6 @@ class Drawn:
     title: str
     note: str
     svg: Markup
-    legend: bool = False
 
 
 def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[Drawn]]:
@@ -78,9 +77,10 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
             note = "Where the interval holds 0 (hollow mark), the difference may be noise."
             groups["verdicts"].append(Drawn(f"Lead of {lead}", note, svg))
     for metric in dict.fromkeys([study.monitor, "val/loss_nats", TRAIN]):
-        svg = figures.curves(study, metric, metric)
-        if svg is not None:
-            groups["curves"].append(Drawn(metric, "", svg, legend=True))
+        drawn_curves = figures.curves(study, metric, metric)
+        if drawn_curves is not None:
+            svg, note = drawn_curves
+            groups["curves"].append(Drawn(metric, note, svg))
     paths = figures.parallel(study)
     if paths is not None:
         note = "A line is a configuration; the stronger, the better. Better metrics are at the top."

@@ -347,7 +347,8 @@ def _configurations(runs: Sequence[RunRecord], keys: Sequence[str], monitor: str
     for values, members in groups.items():
         name = ", ".join(f"{short[key]}={_clip(value)}" for key, value in zip(keys, values, strict=True))
         members.sort(key=lambda run: (run.part, run.seed, run.name))
-        made.append(Configuration(name or "the one configuration", dict(zip(keys, values, strict=True)), members))
+        name = name or (members[0].name if len(members) == 1 else "all runs")
+        made.append(Configuration(name, dict(zip(keys, values, strict=True)), members))
     _tell_apart(made)
     made.sort(key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
     return made

@@ -141,7 +141,7 @@ def cost(study: Study) -> str:
     seconds = [run.seconds for run in study.runs if run.seconds is not None]
     tokens = [run.tokens for run in study.runs if run.tokens is not None]
     energy = [run.energy_wh for run in study.runs if run.energy_wh is not None]
-    parts = [f"{len(study.runs)} runs"]
+    parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
     if seconds:
         parts.append(f"{duration(sum(seconds))} in training and validation")
     if tokens:

@@ -64,11 +64,11 @@ def judge_samples(
     if not samples:
         found.answer = "No run finished with a result: see the failures."
         return found
-    noise = noise or Noise.measured(samples)
-    found.basis = _basis(samples, noise)
     if len(samples) == 1:
         found.answer = _alone(samples[0], monitor)
         return found
+    noise = noise or Noise.measured(samples)
+    found.basis = _basis(samples, noise)
     several = len(keys) > 1
     ordered = sorted(samples, key=lambda s: s.mean * (1 if lower_is_better else -1))
     alpha = ALPHA / 2 if several else ALPHA

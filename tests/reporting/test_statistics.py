@@ -214,7 +214,7 @@ def test_sweeps_without_a_difference_rarely_get_a_winner(setting: Setting) -> No
 @pytest.mark.parametrize("shape", [(2, 2), (2, 3)], ids=str)
 def test_a_value_better_by_two_standard_deviations_is_found_with_five_seeds(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(8)
-    hits = sum(finds_it(Setting(shape, 5, num_rows=1000, effect=2.0), rng) for _ in range(60))
+    hits = sum(finds_it(Setting(shape, 5, effect=2.0), rng) for _ in range(60))
     assert hits >= 48
 
 
