@@ -32,8 +32,8 @@ POOLED_SHARE = 0.86
 OWN_SHARE = 0.86
 OWN_SHARE_SOME = 0.65
 OWN_SHARE_FEW = 0.5
-"""Level of the second question: from `MANY_DF` degrees of freedom of the own spread on, below, and below `MANY` replicates:
-estimates of a spread from a few runs are often far too small."""
+"""Level of the second question: from `MANY_DF` degrees of freedom of the own spread on, below, and below `MANY`
+replicates: estimates of a spread from a few runs are often far too small."""
 MANY, MANY_DF = 5, 10
 POWER = 0.8
 MOST_SEEDS = 50

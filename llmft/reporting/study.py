@@ -239,13 +239,13 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
 def aside_keys() -> frozenset[str]:
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
     from llmft.config import TrainConfig
-    from llmft.schema import _dataclass_of
+    from llmft.schema import dataclass_of
 
     found: set[str] = set()
 
     def walk(schema: type, prefix: str) -> None:
         for entry in dataclasses.fields(schema):
-            kind = _dataclass_of(entry.type)
+            kind = dataclass_of(entry.type, schema)
             if entry.metadata.get("aside"):
                 found.add(f"{prefix}{entry.name}")
             elif kind is not None:

@@ -275,7 +275,7 @@ def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
     assert find(None, None, grid).runs == runs
     sweep = make_sweep(grid, [trial(grid, runs[0])])
     found = find(None, None, grid)
-    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep / "report", grid / "LOGBOOK.md")
+    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
     assert find(None, sweep.name, grid).sweep == sweep
     assert find([str(sweep)], None, grid).sweep == sweep
     for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
