@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from llmft.config_verbs import BlendConfig, EvaluateConfig, FoldsConfig, PredictConfig, RefitConfig
+from llmft.schema import schema_keys
 from tests.conftest import ROOT, compose
 
 VERBS = {
@@ -45,6 +46,14 @@ def test_every_command_of_the_readme_composes(command: str) -> None:
     _, _, module, *arguments = shlex.split(command)
     if module in VERBS:
         compose(*arguments, verb=module.partition(".")[2], kind=VERBS[module])
+        return
+    if module == "llmft.reporting.calibration":
+        return  # no Hydra there
+    if module == "llmft.report":
+        from llmft.report import ReportConfig
+
+        given = {argument.partition("=")[0] for argument in arguments if not argument.startswith("lb.")}
+        assert given <= set(schema_keys(ReportConfig))
         return
     if "--config-dir" in arguments:
         folder = arguments[arguments.index("--config-dir") + 1]

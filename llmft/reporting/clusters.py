@@ -42,9 +42,10 @@ def text_clusters(study: Study) -> Clusters | None:
     known = [name for name, _ in classes.most_common()] if len(classes) <= SERIES else []
     points = [_point(sample, place, known) for sample, place in zip(samples, places, strict=True)]
     wrong = sum(point.wrong for point in points)
-    colours = f" Colours: {', '.join(clip(name, 24) for name in known)}." if known else ""
+    colours = " Colours are references." if known else ""
     note = f"{len(points)} rows of the best configuration, {wrong} wrong (crosses); hover for the text.{colours}"
-    return Clusters(scatter(points, "Validation rows by their words", "TF-IDF, two dimensions", "", labels=False), note)
+    title = "Validation rows by their words"
+    return Clusters(scatter(points, title, "TF-IDF, two dimensions", "", labels=False, names=known), note)
 
 
 def _places(texts: list[str]) -> Any:

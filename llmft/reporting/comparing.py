@@ -2,18 +2,18 @@
 
 Two questions are asked of every contrast, and a winner is called only when both say yes:
 
-1. Against the **pooled** spread, at the critical value of the studentised range (Tukey; Kramer for unequal numbers) for
-   all means of the family. The best is compared with each: the range over all pairs covers that the best was picked
-   after looking, so luck in the picking makes no winner. The larger of the pooled and the contrast's own variance counts,
-   with fewer degrees of freedom where the configurations are visibly unequal in spread.
-2. Against the contrast's **own** spread (Welch's t, or the paired t where seeds or folds are compared one by one), which
-   stays right when one configuration is noisier than the rest.
+1. Against the **pooled** spread, at the critical value of the studentised range (Tukey; Kramer for unequal numbers)
+   for all means of the family. The best is compared with each: the range over all pairs covers that the best was
+   picked after looking, so luck in the picking makes no winner. The larger of the pooled and the contrast's own
+   variance counts, with fewer degrees of freedom where the configurations are visibly unequal in spread.
+2. Against the contrast's **own** spread (Welch's t, or the paired t where seeds or folds are compared one by one),
+   which stays right when one configuration is noisier than the rest.
 
 Rows add to both: the half widths that seeds alone and rows alone would give are added in quadrature, each at its own
-critical value. (Adding the variances and their degrees of freedom after Satterthwaite is too bold with two seeds: when
-their variance comes out small by chance, it trusts the many degrees of freedom of the rows.) The two levels below hold the family-wise rate of
-false winners at 5% in the simulation of `llmft.reporting.calibration`, also where spreads differ threefold. The interval
-is the wider of the two, so a verdict and its interval never disagree.
+critical value. (Adding the variances and their degrees of freedom after Satterthwaite is too bold with two seeds:
+when their variance comes out small by chance, it trusts the many degrees of freedom of the rows.) The two levels
+below hold the family-wise rate of false winners at 5% in the simulation of `llmft.reporting.calibration`, also where
+spreads differ threefold. The interval is the wider of the two, so a verdict and its interval never disagree.
 """
 
 from __future__ import annotations
@@ -30,10 +30,11 @@ ALPHA = 0.05
 POOLED_SHARE = 0.86
 """Level of the first question, as a share of the family's."""
 OWN_SHARE = 0.86
+OWN_SHARE_SOME = 0.65
 OWN_SHARE_FEW = 0.5
-"""Level of the second question from `MANY` replicates on, and below: estimates of a spread from two to four runs are
-often far too small."""
-MANY = 5
+"""Level of the second question: from `MANY_DF` degrees of freedom of the own spread on, below, and below `MANY`
+replicates: estimates of a spread from a few runs are often far too small."""
+MANY, MANY_DF = 5, 10
 POWER = 0.8
 MOST_SEEDS = 50
 """More seeds than that are not worth counting."""
@@ -107,7 +108,7 @@ def _half_width(contrast: Contrast, family: int, alpha: float) -> tuple[float | 
         of_seeds = range_critical(family, contrast.pooled.df, level) * math.sqrt(larger)
         widths.append(math.hypot(of_seeds, range_critical(family, rows.df, level) * math.sqrt(rows.value)))
     if contrast.own is not None:
-        level = alpha * _own_share(contrast.replicates)
+        level = alpha * _own_share(contrast.replicates, contrast.own.df)
         of_seeds = _t_critical(contrast.own.df, level) * math.sqrt(contrast.own.value)
         widths.append(math.hypot(of_seeds, _t_critical(rows.df, level) * math.sqrt(rows.value)))
     if widths:
@@ -117,8 +118,10 @@ def _half_width(contrast: Contrast, family: int, alpha: float) -> tuple[float | 
     return None, False
 
 
-def _own_share(replicates: int) -> float:
-    return OWN_SHARE if replicates >= MANY else OWN_SHARE_FEW
+def _own_share(replicates: int, df: float) -> float:
+    if replicates < MANY:
+        return OWN_SHARE_FEW
+    return OWN_SHARE if df >= MANY_DF else OWN_SHARE_SOME
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,13 +186,13 @@ def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, 
 
 
 def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family: int, alpha: float) -> float:
-    """The chance to find a difference of `size` with `count` replicates, had the noise the size that it seems to have."""
+    """The chance to find a difference of `size` with `count` replicates, if the noise is what it seems to be."""
     from scipy.stats import norm
 
     rows = contrast.rows or Variance(0.0, math.inf)
     critical = max(
         range_critical(family, seeds.df, alpha * POOLED_SHARE),
-        _t_critical(2.0 * (count - 1), alpha * _own_share(count)),
+        _t_critical(2.0 * (count - 1), alpha * _own_share(count, 2.0 * (count - 1))),
     )
     half = math.hypot(critical * math.sqrt(seeds.value), range_critical(family, rows.df, alpha) * math.sqrt(rows.value))
     return float(norm.sf((half - size) / math.sqrt(seeds.value + rows.value)))

@@ -1,8 +1,8 @@
 """Over- and underfitting in words, from a run's train and validation curves.
 
 Changes are compared with their noise: where the row losses of two validations are kept, the standard error of their
-paired difference; else the scatter of the validation curve around a straight line through its neighbours. A change counts
-from two standard errors on. The training loss is a mean over the steps between two validations.
+paired difference; else the scatter of the validation curve around a straight line through its neighbours. A change
+counts from two standard errors on. The training loss is a mean over the steps between two validations.
 """
 
 from __future__ import annotations

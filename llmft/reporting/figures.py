@@ -10,12 +10,15 @@ from markupsafe import Markup
 
 from llmft.reporting.comparing import Comparison, Verdict
 from llmft.reporting.curves import Band, band
-from llmft.reporting.importance import Importance, interaction, sorted_values
-from llmft.reporting.study import Configuration, Study, short_names
+from llmft.reporting.importance import Importance, interaction
+from llmft.reporting.study import Configuration, Study, short_names, sorted_values
 from llmft.reporting.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
 from llmft.reporting.verdicts import number
 
 MOST_LINES = 24
+TOP, BOTTOM = 14, 236
+EARLY, CUT_FROM = 0.15, 3.0
+"""Where the first so much of the steps spans more than so many times the rest, the rest is shown."""
 LOG_FROM = 20.0
 """Curves whose values span more than so many times the smallest get a logarithmic axis."""
 
@@ -33,8 +36,9 @@ def series_of(study: Study) -> list[Series]:
     return [Series(c.name, f"s{place}" if place < SERIES else "rest") for place, c in enumerate(study.configurations)]
 
 
-def curves(study: Study, metric: str, title: str) -> Markup | None:
-    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
+def curves(study: Study, metric: str, title: str) -> tuple[Markup, str] | None:
+    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band; and
+    what to know of the axis."""
     found: list[tuple[Configuration, Series, Band]] = []
     for configuration, series in list(zip(study.configurations, series_of(study), strict=True))[:MOST_LINES]:
         line = band([run.curve(metric) for run in configuration.runs])
@@ -42,17 +46,29 @@ def curves(study: Study, metric: str, title: str) -> Markup | None:
             found.append((configuration, series, line))
     if not found:
         return None
-    values = [v for _, _, line in found for v in line.mean]
-    log = min(values) > 0 and max(values) / min(values) > LOG_FROM
-    edges = [v for _, _, b in found for m, s in zip(b.mean, b.spread, strict=True) for v in (m - s, m + s)]
-    edges = [max(v, min(values) * 0.8) for v in edges] if log else edges
     x = Scale([s for _, _, line in found for s in line.steps], 52, WIDTH - 10, pad=0.01)
-    y = Scale(edges, 236, 14, log=log)
-    parts = [_axes(x, y, "optimizer step", 236)]
-    for configuration, series, line in reversed(found):
-        parts.append(_line(configuration, series, line, metric, x, y))
+    edges, log, cut = _heights([line for _, _, line in found])
+    y = Scale(edges, BOTTOM, TOP, log=log)
+    lines = [_line(configuration, series, line, metric, x, y) for configuration, series, line in reversed(found)]
+    # What lies above the highest tick is cut off by a picture of its own.
+    inside = tag("svg", *lines, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
     note = f"{title}: {len(found)} configurations" + (", logarithmic scale" if log else "")
-    return figure(276, title, f"{note}. {_ends(found)}", *parts)
+    note += ", the beginning is above the figure" if cut else ""
+    drawn = figure(276, title, f"{note}. {_ends(found)}", _axes(x, y, "optimizer step", BOTTOM), inside)
+    return drawn, "Logarithmic scale." if log else "The beginning is above the figure." if cut else ""
+
+
+def _heights(lines: Sequence[Band]) -> tuple[list[float], bool, bool]:
+    """(values that the axis must hold, whether it is logarithmic, whether the curves' beginning is left out)."""
+    last = max(step for line in lines for step in line.steps)
+    pairs = [(s, m, d) for line in lines for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
+    late = [v for s, m, d in pairs if s > last * EARLY for v in (m - d, m + d)]
+    whole = [m for _, m, _ in pairs]
+    if late and max(whole) - min(whole) > CUT_FROM * (max(late) - min(late)) and max(whole) > max(late):
+        return [*late, max(late) + (max(late) - min(late)) * 0.25], False, True
+    log = min(whole) > 0 and max(whole) / min(whole) > LOG_FROM
+    edges = [v for _, m, d in pairs for v in (m - d, m + d)]
+    return ([max(v, min(whole) * 0.8) for v in edges] if log else edges), log, False
 
 
 def _ends(found: Sequence[tuple[Configuration, Series, Band]]) -> str:
@@ -105,7 +121,6 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
     for value in x.ticks():
         parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
         parts.append(text(x(value), height - 26, short(value), "middle"))
-    parts.append(tag("line", x1=x(0.0), x2=x(0.0), y1=8, y2=height - 44, class_="zero"))
     parts.append(text(WIDTH / 2, height - 6, f"lead in {unit}, 95% interval", "middle", class_="faint"))
     for place, c in enumerate(shown):
         low, lead, high = _as_lead(c)
@@ -113,17 +128,19 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
         clear = c.verdict in (Verdict.better, Verdict.worse)
         shape = tag(
             "g",
-            text(14, at - 12, clip(f"over {c.second}: {c.verdict.value}", 56), class_="halo"),
+            text(14, at - 12, clip(f"over {c.second}", 56), class_="halo"),
+            tag("line", x1=x(0.0), x2=x(0.0), y1=at - 8, y2=at + 10, class_="zero"),
             tag("line", x1=x(low), x2=x(high), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )
-        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}, {c.verdict.value}"
+        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}"
         parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
     return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
 
 
 def _as_lead(c: Comparison) -> tuple[float, float, float]:
-    assert c.low is not None and c.high is not None
+    assert c.low is not None
+    assert c.high is not None
     lead = abs(c.estimate)
     return lead - (c.high - c.low) / 2, lead, lead + (c.high - c.low) / 2
 
@@ -134,8 +151,8 @@ def parallel(study: Study) -> Markup | None:
     if not keys or len(study.configurations) < 2:
         return None
     names = short_names(keys)
-    width = max(WIDTH, 110.0 * (len(keys) + 1) + 40)
-    at = [40 + (width - 110) * place / len(keys) for place in range(len(keys) + 1)]
+    width = max(WIDTH, 124.0 * len(keys) + 150)
+    at = [24 + (width - 94) * place / len(keys) for place in range(len(keys) + 1)]
     levels = [sorted_values({c.values[key] for c in study.configurations}) for key in keys]
     spots = [{v: _spot(i, len(level)) for i, v in enumerate(level)} for level in levels]
     means = [c.sample(study.monitor).mean for c in study.configurations]
@@ -150,8 +167,8 @@ def parallel(study: Study) -> Markup | None:
     parts.reverse()  # the best on top
     for i, key in enumerate([*keys, study.monitor]):
         parts.append(tag("line", x1=at[i], x2=at[i], y1=46, y2=264, class_="axis"))
-        anchor = "start" if i == 0 else "end" if i == len(keys) else "middle"
-        parts.append(text(at[i], 22, clip(names.get(key, key), 18), anchor, class_="strong"))
+        anchor = "start" if i == 0 else "middle"
+        parts.append(text(at[i] - 16 * (i == 0), 22, clip(names.get(key, key), 15), anchor, class_="strong"))
         for label, spot in _labels(levels[i], spots[i]) if i < len(keys) else [(short(v), y(v)) for v in y.ticks(4)]:
             parts.append(text(at[i] + 7, spot + 4, clip(label, 14), class_="halo"))
     title = "Every configuration, from its values to its metric"
@@ -195,7 +212,7 @@ def heat_map(study: Study, first: str, second: str) -> Markup:
     rows, columns, table = interaction(study, first, second)
     names = short_names(study.keys)
     known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
-    left, top = 96.0, 44.0
+    left, top = 118.0, 44.0
     width = min((WIDTH - left - 6) / len(columns), 120.0)
     whole = max(WIDTH, left + len(columns) * max(width, 52.0) + 6)
     width, high = max(width, 52.0), 36.0
@@ -205,7 +222,7 @@ def heat_map(study: Study, first: str, second: str) -> Markup:
     ]
     parts += [text(left + width * (j + 0.5), 36, clip(v, int(width / 7)), "middle") for j, v in enumerate(columns)]
     for i, row in enumerate(rows):
-        parts.append(text(left - 8, top + high * (i + 0.6), clip(row, 12), "end"))
+        parts.append(text(left - 8, top + high * (i + 0.6), clip(row, 14), "end"))
         for j, column in enumerate(columns):
             value = table[i][j]
             box = {"x": left + width * j + 1, "y": top + high * i + 1, "width": width - 2, "height": high - 2, "rx": 3}
@@ -233,8 +250,10 @@ class Point:
     wrong: bool = False
 
 
-def scatter(points: Sequence[Point], title: str, across: str, up: str, *, labels: bool = True) -> Markup:
-    """Dots; wrong ones as crosses, so that colour is not all that tells."""
+def scatter(
+    points: Sequence[Point], title: str, across: str, up: str, *, labels: bool = True, names: Sequence[str] = ()
+) -> Markup:
+    """Dots; wrong ones as crosses, so that colour is not all that tells. `names` are those of the colours, in order."""
     x = Scale([p.x for p in points], 58, WIDTH - 12)
     y = Scale([p.y for p in points], 286, 26)
     parts = []
@@ -243,6 +262,10 @@ def scatter(points: Sequence[Point], title: str, across: str, up: str, *, labels
     else:
         parts.append(text((58 + WIDTH) / 2, 314, across, "middle", class_="faint"))
     parts.append(text(8, 14, up, class_="faint"))
+    for place, name in enumerate(names):
+        left, top = 14 + (place % 3) * (WIDTH - 20) / 3, 346 + 22 * (place // 3)
+        dot = tag("circle", cx=left, cy=top - 5, r=5, class_="point")
+        parts.append(tag("g", dot, text(left + 10, top, clip(name, 16)), class_=f"s{place}"))
     for p in points:
         px, py = x(p.x), y(p.y)
         if p.wrong:
@@ -251,4 +274,4 @@ def scatter(points: Sequence[Point], title: str, across: str, up: str, *, labels
         else:
             shape = tag("circle", cx=px, cy=py, r=4, class_="point")
         parts.append(tipped(shape, p.tip, class_=f"series {p.style}"))
-    return figure(326, title, f"{title}: {len(points)} points.", *parts)
+    return figure(326 + 22 * math.ceil(len(names) / 3), title, f"{title}: {len(points)} points.", *parts)

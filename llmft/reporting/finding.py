@@ -66,7 +66,7 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
 def _of_sweep(place: Path, runs: Sequence[Path]) -> Found:
     root = place.resolve().parent.parent
     logbook = root / "LOGBOOK.md" if place.resolve().parent.name == "sweeps" else None
-    return Found(list(runs), place, place / "report", logbook)
+    return Found(list(runs), place, place, logbook)
 
 
 def _expand(item: str) -> tuple[list[Path], list[Path]]:

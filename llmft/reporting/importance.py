@@ -1,10 +1,10 @@
 """How much of what differs between configurations is due to each varied key: a functional analysis of variance.
 
-The metric over all combinations of the values is split into a mean, a part for each key, a part for each pair of keys,
-and the rest; a key's importance is its part's share of the variance (Hooker 2007; Hutter, Hoos, Leyton-Brown 2014, "An
-efficient approach for assessing hyperparameter importance"). A complete grid gives the parts exactly, and what seeds alone
-would put into each is taken off. Where combinations are missing (a search), a random forest fills them in and no noise is
-taken off. Seeds and folds are replications, not keys.
+The metric over all combinations of the values is split into a mean, a part for each key, a part for each pair of
+keys, and the rest; a key's importance is its part's share of the variance (Hooker 2007; Hutter, Hoos, Leyton-Brown
+2014, "An efficient approach for assessing hyperparameter importance"). A complete grid gives the parts exactly, and
+what seeds alone would put into each is taken off. Where combinations are missing (a search), a random forest fills
+them in and no noise is taken off. Seeds and folds are replications, not keys.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmft.reporting.noise import Array, Noise
-from llmft.reporting.study import Study
+from llmft.reporting.study import Study, sorted_values
 
 LARGEST_GRID = 20_000
 """Combinations; beyond it a random part of them stands for all."""
@@ -125,18 +125,6 @@ def _group_means(values: Array, group: np.ndarray, count: int) -> Array:
 def _scale(values: Sequence[str]) -> dict[str, float]:
     """Numbers by their rank, which leaves a tree's cuts as they are; words by their place."""
     return {value: float(place) for place, value in enumerate(values)}
-
-
-def sorted_values(values: set[str]) -> list[str]:
-    """Numbers by size, then words by letter."""
-
-    def place(value: str) -> tuple[int, float, str]:
-        try:
-            return 0, float(value), value
-        except ValueError:
-            return 1, 0.0, value
-
-    return sorted(values, key=place)
 
 
 def interaction(study: Study, first: str, second: str) -> tuple[list[str], list[str], list[list[float | None]]]:

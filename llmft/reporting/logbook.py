@@ -1,11 +1,12 @@
 """`outputs/LOGBOOK.md`: an entry per sweep, newest first, in the order question, setup, result, verdict.
 
-The logbook is never edited but made anew from the `entry.md` in each sweep's directory, so that it loses nothing when it
-is deleted or when two sweeps end at once. What a person wants to say goes into `sweep.question` and `notes`.
+The logbook is never edited but made anew from the `entry.md` in each sweep's directory, so that it loses nothing when
+it is deleted or when two sweeps end at once. What a person wants to say goes into `sweep.question` and `notes`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,21 +14,21 @@ from pathlib import Path
 import filelock
 
 from llmft.files import write_atomically
-from llmft.reporting.study import Study, show
+from llmft.reporting.study import Study, sorted_values
 from llmft.reporting.tables import Standing, number, spread_of
 from llmft.reporting.verdicts import Verdicts
 
 ENTRY = "entry.md"
 HEAD = """# Logbook
 
-One entry per sweep, newest first. Written by llmft from the sweeps' directories: what is changed here is lost; questions
-and notes belong into `sweep.question=` and `notes=`.
+One entry per sweep, newest first. Written by llmft from the sweeps' directories: what is changed here is lost;
+questions and notes belong into `sweep.question=` and `notes=`.
 """
 _STAMP = re.compile(r"^<!-- sweep: (.*?) -->$", re.M)
 
 
-def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path) -> str:
-    """A sweep's entry in Markdown."""
+def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path, root: Path) -> str:
+    """A sweep's entry in Markdown, for a logbook in `root`."""
     created = study.created or ""
     parts = [
         f"<!-- sweep: {_safe(created)} -->",
@@ -50,13 +51,14 @@ def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory
     if study.failures:
         parts.append(f"{len(study.failures)} trials without a result: {_line('; '.join(_failures(study)))}")
     parts.append(f"**Verdict.** {_line(verdicts.answer)}")
-    parts.append(f"Report: `{_line(str(directory / 'report.html'))}`")
+    place = os.path.relpath(directory / "report.html", root)
+    parts.append(f"[Report](<{_line(place)}>)")
     return "\n\n".join(parts) + "\n"
 
 
 def setup(study: Study) -> str:
     """What was varied, and what in all runs differs from the defaults."""
-    found = [f"{key}: {', '.join(dict.fromkeys(c.values[key] for c in study.configurations))}" for key in study.keys]
+    found = [f"{key}: {', '.join(sorted_values({c.values[key] for c in study.configurations}))}" for key in study.keys]
     varied = "; ".join(found) if found else "nothing varied"
     constant = baseline_difference(study)
     return _line(f"{varied}." + (f" In all runs: {constant}." if constant else ""))
@@ -80,9 +82,7 @@ def baseline_difference(study: Study) -> str:
     for key, word in given[0].items():
         same = all(words.get(key) == word for words in given)
         if same and key not in skipped and not key.startswith(("sweep.", "logger", "hydra.")):
-            values = {show(run.config[key]) for run in study.runs if key in run.config}
-            if len(values) <= 1:
-                common.append(f"{key}={values.pop()}" if values else word)
+            common.append(word)
     return ", ".join(common)
 
 

@@ -1,19 +1,19 @@
 """How far a mean moves by chance: between seeds (or folds), and between validation rows.
 
-A `Sample` holds the results of one configuration, one `Replicate` per run. A contrast is a weighted sum of the samples'
-means; a plain comparison of two has the weights 1 and -1. Its chance movement has two sources, and a claim about new
-seeds *and* new rows must cover both:
+A `Sample` holds the results of one configuration, one `Replicate` per run. A contrast is a weighted sum of the
+samples' means; a plain comparison of two has the weights 1 and -1. Its chance movement has two sources, and a claim
+about new seeds *and* new rows must cover both:
 
 - **Seeds.** The variance between the replicates of a configuration. Two estimates are made: a pooled one over all
   configurations (more degrees of freedom, right when all are equally noisy) and one of the contrast's own replicates
-  (right in any case). Where the same seeds or folds were used throughout and they explain more than chance would
-  (F test at `BLOCK_LEVEL`), replicates are compared seed by seed; folds always are, since each has its own rows.
-  The means of k folds share most of their training rows, so their variance carries the correction of Nadeau and Bengio
+  (right in any case). Where the same seeds or folds were used throughout and they explain more than chance would (F
+  test at `BLOCK_LEVEL`), replicates are compared seed by seed; folds always are, since each has its own rows. The
+  means of k folds share most of their training rows, so their variance carries the correction of Nadeau and Bengio
   (2003, "Inference for the generalization error"): 1/J becomes 1/J + validation rows / training rows.
-- **Rows.** The metric is a ratio, sum(loss) / sum(tokens). By the delta method a row's influence is
-  (loss - metric x tokens) / mean(tokens); influences are averaged over seeds, then contrasted row by row, and the
-  variance of the contrast's influences over their number is the row variance. The share of it that is seed noise within
-  rows is already in the first source and is taken off (crossed random effects: Clark 1973).
+- **Rows.** The metric is a ratio, sum(loss) / sum(tokens). By the delta method a row's influence is (loss - metric x
+  tokens) / mean(tokens); influences are averaged over seeds, then contrasted row by row, and the variance of the
+  contrast's influences over their number is the row variance. The share of it that is seed noise within rows is
+  already in the first source and is taken off (crossed random effects: Clark 1973).
 
 What is assumed: replicates are independent but for their seed or fold, roughly normal, and validation rows are
 exchangeable draws (rows that come in groups, such as several answers to one question, make the row part too small).
@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
-BLOCK_LEVEL = 0.05
+BLOCK_LEVEL = 0.2
 """Level of the F test that decides whether seeds are compared one by one."""
 
 

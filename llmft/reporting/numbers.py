@@ -1,8 +1,8 @@
 """Verdicts on plain numbers, such as those of a paper or a notebook: a mean, how many runs, their spread.
 
-A csv with the columns `configuration` and `value` (the mean over its runs), and, as far as known: `seeds` (runs behind the
-value; 1), `sd` (standard deviation between runs; one for all lines is enough), `sd_seeds` (on how many runs it was
-measured; empty: taken as known), `comparison` (lines with the same word are compared with one another).
+A csv with the columns `configuration` and `value` (the mean over its runs), and, as far as known: `seeds` (runs
+behind the value; 1), `sd` (standard deviation between runs; one for all lines is enough), `sd_seeds` (on how many
+runs it was measured; empty: taken as known), `comparison` (lines with the same word are compared with one another).
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from llmft.reporting.curves import TRAIN
 from llmft.reporting.importance import importance
 from llmft.reporting.leaderboard import match_scores, rank_correlation
 from llmft.reporting.study import Study
-from llmft.reporting.verdicts import number, sentence, settles
+from llmft.reporting.verdicts import finding, number
 
 if TYPE_CHECKING:
     from llmft.reporting.write import Report
@@ -38,7 +38,7 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "sentence": sentence, "settles": settles, "interval": _interval}
+    environment.filters |= {"number": number, "finding": finding}
     study = report.study
     values: dict[str, Any] = {
         "report": report,
@@ -50,7 +50,7 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
         "samples": side_by_side(study),
         "fits": _fits(report),
         "cost": tables.cost(study),
-        "others": [(run.name, tables._metrics(run), run.command) for run in study.others],
+        "others": [(run.name, tables.metrics_of(run), run.command) for run in study.others],
         "faults": [(run.name, fault) for run in study.runs for fault in dict.fromkeys(run.faults)],
     }
     return environment.get_template("page.html.jinja").render(**values)
@@ -63,22 +63,24 @@ class Drawn:
     title: str
     note: str
     svg: Markup
-    legend: bool = False
 
 
 def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[Drawn]]:
     study = report.study
     groups: dict[str, list[Drawn]] = {"verdicts": [], "curves": [], "keys": [], "scores": [], "clusters": []}
     for family in report.verdicts.families:
+        if family.key is not None and len(family.comparisons) < 2:
+            continue  # one interval is said as well as drawn
         lead = family.comparisons[0].first
         svg = figures.differences(family.comparisons, f"Lead of {lead}", study.monitor)
         if svg is not None:
             note = "Where the interval holds 0 (hollow mark), the difference may be noise."
             groups["verdicts"].append(Drawn(f"Lead of {lead}", note, svg))
     for metric in dict.fromkeys([study.monitor, "val/loss_nats", TRAIN]):
-        svg = figures.curves(study, metric, metric)
-        if svg is not None:
-            groups["curves"].append(Drawn(metric, "", svg, legend=True))
+        drawn_curves = figures.curves(study, metric, metric)
+        if drawn_curves is not None:
+            svg, note = drawn_curves
+            groups["curves"].append(Drawn(metric, note, svg))
     paths = figures.parallel(study)
     if paths is not None:
         note = "A line is a configuration; the stronger, the better. Better metrics are at the top."
@@ -159,7 +161,3 @@ def _fits(report: Report) -> Sequence[tuple[str, str, str]]:
         for run in runs
         if str(run.directory) in by_run
     ]
-
-
-def _interval(found: Any) -> str:
-    return tables._interval(found.low, found.high, found.estimate)

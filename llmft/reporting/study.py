@@ -228,8 +228,8 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
     command = str(trial.get("command") or (run.command if run is not None else ""))
     name = _trial_name(trial) if trial else (run.name if run is not None else "?")
     log = trial.get("log") or (str(run.directory / "log.txt") if run is not None else None)
-    shown: list[str] = redact([name, status, str(told), command])
-    return Failure(shown[0], shown[1], shown[2], shown[3], log=str(log) if log else None)
+    name, status, told, command = redact([name, status, str(told), command])
+    return Failure(name, status, told, command, str(redact(str(log))) if log else None)
 
 
 # What was varied.
@@ -319,6 +319,18 @@ def show(value: Any) -> str:
     return str(value)
 
 
+def sorted_values(values: set[str]) -> list[str]:
+    """Numbers by size, then words by letter."""
+
+    def place(value: str) -> tuple[int, float, str]:
+        try:
+            return 0, float(value), value
+        except ValueError:
+            return 1, 0.0, value
+
+    return sorted(values, key=place)
+
+
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Each key by its last part, or whole where two end alike."""
     last = Counter(key.rpartition(".")[2] for key in keys)
@@ -335,7 +347,8 @@ def _configurations(runs: Sequence[RunRecord], keys: Sequence[str], monitor: str
     for values, members in groups.items():
         name = ", ".join(f"{short[key]}={_clip(value)}" for key, value in zip(keys, values, strict=True))
         members.sort(key=lambda run: (run.part, run.seed, run.name))
-        made.append(Configuration(name or "the one configuration", dict(zip(keys, values, strict=True)), members))
+        name = name or (members[0].name if len(members) == 1 else "all runs")
+        made.append(Configuration(name, dict(zip(keys, values, strict=True)), members))
     _tell_apart(made)
     made.sort(key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
     return made

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.reporting.comparing import Comparison
 from llmft.reporting.curves import Diagnosis, diagnose, summed_up
 from llmft.reporting.records import RunRecord
 from llmft.reporting.study import Configuration, Study
@@ -140,7 +141,7 @@ def cost(study: Study) -> str:
     seconds = [run.seconds for run in study.runs if run.seconds is not None]
     tokens = [run.tokens for run in study.runs if run.tokens is not None]
     energy = [run.energy_wh for run in study.runs if run.energy_wh is not None]
-    parts = [f"{len(study.runs)} runs"]
+    parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
     if seconds:
         parts.append(f"{duration(sum(seconds))} in training and validation")
     if tokens:
@@ -186,8 +187,11 @@ def verdicts_csv(verdicts: Verdicts) -> str:
     """A line per comparison."""
     head = ["key", "first", "second", "verdict", "estimate", "low", "high", "seeds_needed", "rows_needed", "words"]
     lines = [
-        [key or "", c.first, c.second, c.verdict.value, c.estimate, _blank(c.low), _blank(c.high)]
-        + [_blank(c.seeds_needed), _blank(c.rows_needed), sentence(c)]
+        [
+            *(key or "", c.first, c.second, c.verdict.value, c.estimate),
+            *map(_blank, (c.low, c.high, c.seeds_needed, c.rows_needed)),
+            sentence(c),
+        ]
         for key, c in verdicts.all
     ]
     return to_csv(head, lines)
@@ -221,7 +225,7 @@ def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves
                 c.second,
                 c.verdict.value,
                 number(abs(c.estimate)),
-                _interval(c.low, c.high, c.estimate),
+                _interval(c),
                 settles(c),
             ]
             for _, c in verdicts.all
@@ -230,7 +234,7 @@ def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves
     if curves:
         parts += ["## Over- and underfitting", curves]
     if study.others:
-        lines = [[run.name, _metrics(run), run.command] for run in study.others]
+        lines = [[run.name, metrics_of(run), run.command] for run in study.others]
         parts += [f"## Runs without {study.monitor}", markdown_table(["run", "metrics", "command"], lines)]
     if study.failures:
         lines = [[f.name, f.status, f.cause, f"`{f.command}`" if f.command else ""] for f in study.failures]
@@ -244,14 +248,14 @@ def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves
     return "\n\n".join(parts) + "\n"
 
 
-def _interval(low: float | None, high: float | None, estimate: float) -> str:
-    if low is None or high is None:
+def _interval(found: Comparison) -> str:
+    if found.low is None or found.high is None:
         return "unknown"
-    low, high = (low, high) if estimate >= 0 else (-high, -low)
+    low, high = (found.low, found.high) if found.estimate >= 0 else (-found.high, -found.low)
     return f"{number(low)} to {number(high)}"
 
 
-def _metrics(run: RunRecord) -> str:
+def metrics_of(run: RunRecord) -> str:
     after = run.result.get("after")
     found = {name: run.value(name) for name in after} if isinstance(after, dict) else {}
     return ", ".join(f"{name} {number(value)}" for name, value in found.items() if value is not None) or "none"

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from llmft.reporting.comparing import ALPHA, MOST_SEEDS, Comparison, Verdict, compare
 from llmft.reporting.noise import Noise, Sample
@@ -65,11 +64,11 @@ def judge_samples(
     if not samples:
         found.answer = "No run finished with a result: see the failures."
         return found
-    noise = noise or Noise.measured(samples)
-    found.basis = _basis(samples, noise)
     if len(samples) == 1:
         found.answer = _alone(samples[0], monitor)
         return found
+    noise = noise or Noise.measured(samples)
+    found.basis = _basis(samples, noise)
     several = len(keys) > 1
     ordered = sorted(samples, key=lambda s: s.mean * (1 if lower_is_better else -1))
     alpha = ALPHA / 2 if several else ALPHA
@@ -147,23 +146,24 @@ def _headline(best: str, comparisons: Sequence[Comparison]) -> str:
     unknown = [c.second for c in comparisons if c.verdict is Verdict.unknown]
     if len(won) == len(comparisons):
         return f"{best} is better than {'every other' if len(won) > 1 else won[0]}."
+    whole = len(comparisons)
     parts = []
     if won:
-        parts.append(f"better than {listed(won)}")
+        parts.append(f"better than {_counted(won, whole)}")
     if open_:
-        parts.append(f"not distinguishable from {listed(open_)}")
+        parts.append(f"not distinguishable from {_counted(open_, whole)}")
     if unseeded:
-        parts.append(f"ahead of {listed(unseeded)} on these rows, but the seed noise is unknown")
+        parts.append(f"ahead of {_counted(unseeded, whole)} on these rows, but the seed noise is unknown")
     if unknown:
-        parts.append(f"ahead of {listed(unknown)} by a difference whose noise is unknown")
+        parts.append(f"ahead of {_counted(unknown, whole)} by a difference whose noise is unknown")
     return f"No winner: {best} leads, and is {'; '.join(parts)}." if not won else f"{best} leads: {'; '.join(parts)}."
 
 
-def listed(names: Sequence[str], most: int = 4) -> str:
-    """ "a, b and c", or the first few and a count."""
-    if len(names) > most:
-        return f"{'; '.join(names[: most - 1])} and {len(names) - most + 1} others"
-    return " and ".join(["; ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+def _counted(names: Sequence[str], whole: int) -> str:
+    """One or two by name, more by their number."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"all {whole} others" if len(names) == whole else f"{len(names)} of the {whole} others"
 
 
 def _alone(sample: Sample, monitor: str) -> str:
@@ -173,16 +173,14 @@ def _alone(sample: Sample, monitor: str) -> str:
 
 
 def _basis(samples: Sequence[Sample], noise: Noise) -> str:
+    if noise.known and noise.variance is None:
+        return "No spread was told: the noise is not known, so no winner is called."
     if noise.known:
-        sd = math.sqrt(noise.variance or 0.0)
-        told = (
-            "taken as known: say sd_seeds if few runs measured it"
-            if math.isinf(noise.df)
-            else f"measured on {noise.df + 1:.0f} runs"
-        )
-        return (
-            f"The noise of one run is the stated standard deviation of {number(sd)} ({told}). Row noise is not known."
-        )
+        told = "taken as known: say sd_seeds if few runs measured it"
+        if math.isfinite(noise.df):
+            told = f"measured on {noise.df + 1:.0f} runs"
+        sd = number(math.sqrt(noise.variance or 0.0))
+        return f"Rests on the stated standard deviation of {sd} of one run ({told}). Row noise is not known."
     rows = [r.rows for s in samples for r in s.replicates]
     told_rows = (
         f"Row noise from the losses of {len(rows[0].rows)} validation rows, paired."
@@ -195,29 +193,31 @@ def _basis(samples: Sequence[Sample], noise: Noise) -> str:
     few = noise.replicated < len(samples)
     borrowed = " Configurations with one run borrow the spread of the others." if few else ""
     return (
-        f"Standard deviation between runs {number(math.sqrt(noise.variance))} ({how}; {noise.df:.0f} degrees of freedom "
-        f"from {noise.replicated} of {len(samples)} configurations).{borrowed} {told_rows}"
+        f"Standard deviation between runs {number(math.sqrt(noise.variance))} ({how}; {noise.df:.0f} degrees of "
+        f"freedom, {noise.replicated} of {len(samples)} configurations have several runs).{borrowed} {told_rows}"
     )
 
 
 def sentence(found: Comparison) -> str:
     """A comparison in words: verdict, estimate, interval, what it rests on, and what would settle it."""
-    size = abs(found.estimate)
-    head = f"{found.first} against {found.second}"
+    return f"{found.first} against {found.second}: {finding(found)}"
+
+
+def finding(found: Comparison) -> str:
+    """A comparison in words, without the names."""
+    size = number(abs(found.estimate))
     if found.low is None or found.high is None:
-        return f"{head}: ahead by {number(size)}; noise unknown, run 4 more seeds of each."
+        return f"ahead by {size}; noise unknown, run 4 more seeds of each."
     low, high = sorted((found.low, found.high) if found.estimate >= 0 else (-found.low, -found.high))
     interval = f"95% interval {number(low)} to {number(high)}"
-    if found.verdict is Verdict.better:
-        return f"{head}: better by {number(size)} ({interval}); {rests_on(found)}."
-    if found.verdict is Verdict.worse:
-        return f"{head}: worse by {number(size)} ({interval}); {rests_on(found)}."
+    if found.verdict in (Verdict.better, Verdict.worse):
+        return f"{found.verdict.value} by {size} ({interval}); {rests_on(found)}."
     if found.verdict is Verdict.rows_only:
         return (
-            f"{head}: ahead by {number(size)} ({interval} from the rows alone): the rows distinguish them, the seed "
-            "noise is unknown: run 4 more seeds of each."
+            f"ahead by {size} ({interval} from the rows alone): the rows distinguish them, the seed noise is unknown: "
+            "run 4 more seeds of each."
         )
-    return f"{head}: not distinguishable, ahead by {number(size)} ({interval}); {settles(found)}; {rests_on(found)}."
+    return f"not distinguishable, ahead by {size} ({interval}); {settles(found)}; {rests_on(found)}."
 
 
 def settles(found: Comparison) -> str:
@@ -258,8 +258,3 @@ def number(value: float, digits: int = 4) -> str:
         places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
         return f"{value:.{places}f}"
     return f"{value:.{digits - 1}e}"
-
-
-def steps_between(curve: Sequence[tuple[int, float]]) -> list[int]:
-    """The distances between a curve's steps."""
-    return [later - earlier for (earlier, _), (later, _) in pairwise(curve)]

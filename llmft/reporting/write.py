@@ -112,7 +112,7 @@ def write_report(
     for name, content in files.items():
         _write(directory / name, content)
     if logbook is not None and sweep is not None:
-        _write(sweep / ENTRY, entry(study, verdicts, board, directory))
+        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent))
         update_logbook(logbook, sweep.parent)
     return report
 

@@ -248,7 +248,7 @@ def test_importance_of_a_search_with_gaps_finds_the_key_that_matters(tmp_path: P
         r, rate = int(rng.choice([1, 2, 4, 8, 16])), float(rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2]))
         root = tmp_path / str(i)
         make_run(root, 1.0 + 0.1 * np.log2(r), lora__r=r, learning_rate__peak=rate, seed=i, rows=False)
-    found = importance(make_study([run for run in tmp_path.glob("*/runs/*")]))
+    found = importance(make_study(list(tmp_path.glob("*/runs/*"))))
     assert found is not None
     assert not found.exact
     assert found.keys["lora.r"] > 0.9
@@ -275,7 +275,7 @@ def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
     assert find(None, None, grid).runs == runs
     sweep = make_sweep(grid, [trial(grid, runs[0])])
     found = find(None, None, grid)
-    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep / "report", grid / "LOGBOOK.md")
+    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
     assert find(None, sweep.name, grid).sweep == sweep
     assert find([str(sweep)], None, grid).sweep == sweep
     for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
@@ -291,7 +291,8 @@ def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory:
 
 
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
-    body = "import sys; from llmft.report import main; sys.argv[1:] = {!r}\ntry: main()\nfinally: print('torch' in sys.modules)"
+    body = "import sys; from llmft.report import main; sys.argv[1:] = {!r}"
+    body += "\ntry: main()\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", body.format([f"output_dir={grid}"])],
         cwd=ROOT,

@@ -24,6 +24,10 @@ def losses(per_token: np.ndarray, tokens: np.ndarray) -> RowLosses:
     return RowLosses(np.array([f"r:{i}" for i in range(len(tokens))]), per_token * tokens, tokens)
 
 
+def lone(name: str, found: RowLosses) -> Sample:
+    return Sample(name, (Replicate("0", "", found.metric, found),))
+
+
 A, B = [1.02, 1.05, 1.01, 1.04, 1.03], [1.00, 0.96, 1.02, 0.95, 1.01]
 
 
@@ -51,7 +55,7 @@ def test_the_critical_value_for_many_means_is_the_studentised_range() -> None:
 
 def test_shared_seeds_are_compared_seed_by_seed_like_a_paired_t() -> None:
     luck = np.array([0.0, 0.3, -0.2, 0.5, -0.6, 0.1])
-    a = (luck + [0.01, -0.01, 0.0, 0.01, 0.0, -0.01]).tolist()
+    a = (luck + np.array([0.01, -0.01, 0.0, 0.01, 0.0, -0.01])).tolist()
     b = (luck + 0.05 + [0.0, 0.01, -0.01, 0.0, 0.01, 0.0]).tolist()
     noise = Noise.measured([sample("a", a), sample("b", b)])
     found = compare(noise, {"a": 1, "b": -1}, ("a", "b"), family=2)
@@ -96,10 +100,7 @@ def test_rows_in_another_order_are_paired_by_their_names() -> None:
     base = rng.lognormal(size=100)
     straight, other = losses(base, tokens), losses(base + rng.normal(size=100) * 0.01, tokens)
     back = RowLosses(other.rows[::-1], other.loss_nats[::-1], other.tokens[::-1])
-    both = [
-        row_variance([Sample(n, (Replicate("0", "", r.metric, r),)) for n, r in (("a", straight), ("b", b))], np.array([1.0, -1.0]))
-        for b in (other, back)
-    ]  # fmt: skip
+    both = [row_variance([lone("a", straight), lone("b", found)], np.array([1.0, -1.0])) for found in (other, back)]
     assert both[0] is not None
     assert both[1] is not None
     assert both[0].variance.value == pytest.approx(both[1].variance.value)
@@ -138,7 +139,7 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
     rank, quantisation = (found[name].families[0].comparisons[0] for name in ("rank", "quantisation"))
     assert rank.verdict is Verdict.better
     assert "one run each" in sentence(rank)
-    assert "stated standard deviation of 0.015" in found["rank"].basis
+    assert "Rests on the stated standard deviation of 0.015" in found["rank"].basis
     assert quantisation.verdict is Verdict.same
     # The same spread measured on two seeds is hardly known, and the first falls too.
     few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)])
@@ -168,9 +169,9 @@ def test_as_many_seeds_as_are_asked_for_do_settle_it() -> None:
         seeds = comparison.seeds_needed
     size, sd = abs(comparison.estimate), math.sqrt(comparison.contrast.run_variance / 2)
     again = [
-        judge_samples([sample("a", rng.normal(1.0, sd, seeds).tolist()), sample("b", rng.normal(1.0 + size, sd, seeds).tolist())])
+        judge_samples([sample(n, rng.normal(m, sd, seeds).tolist()) for n, m in (("a", 1.0), ("b", 1.0 + size))])
         for _ in range(200)
-    ]  # fmt: skip
+    ]
     hits = np.mean([a.families[0].comparisons[0].verdict is Verdict.better for a in again])
     assert hits > 0.7
 
@@ -213,7 +214,7 @@ def test_sweeps_without_a_difference_rarely_get_a_winner(setting: Setting) -> No
 @pytest.mark.parametrize("shape", [(2, 2), (2, 3)], ids=str)
 def test_a_value_better_by_two_standard_deviations_is_found_with_five_seeds(shape: tuple[int, ...]) -> None:
     rng = np.random.default_rng(8)
-    hits = sum(finds_it(Setting(shape, 5, num_rows=1000, effect=2.0), rng) for _ in range(60))
+    hits = sum(finds_it(Setting(shape, 5, effect=2.0), rng) for _ in range(60))
     assert hits >= 48
 
 
