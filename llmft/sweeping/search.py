@@ -53,9 +53,7 @@ def run_search(
         study_file = sweep.directory / STUDY
         if sweep.config.force:
             study_file.unlink(missing_ok=True)
-        study = Study(
-            study_file, settings, space, {"min": "minimize", "max": "maximize"}[sweep.config.trainer.mode.value]
-        )
+        study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
         search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
         tell_plan(search, sweep, space, settings, screen)
         missing = not search.over()

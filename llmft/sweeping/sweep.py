@@ -113,6 +113,8 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
         give_answer(sweep, screen, anew=anew)
     if not failed and stopped_because is None:
         return
+    if not failed:
+        raise TrialsFailed(f"ended early: {stopped_because}; the same command goes on.")
     because = f": {stopped_because}" if stopped_because else ""
     not_run = sum(trial.status == "pending" for trial in failed)
     parts = [f"{len(failed) - not_run} of {len(sweep.trials)} trials failed"]
