@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -65,8 +66,27 @@ def test_every_command_of_the_readme_composes(command: str) -> None:
         if argument.startswith("-"):
             continue
         key, _, value = argument.partition("=")
-        overrides.append(f"{key}={str(value).split(',')[0]}")
-    compose(*overrides)
+        overrides.append(argument if value.startswith("[") else f"{key}={str(value).split(',')[0]}")
+    verb = shlex.split(command)[2].partition(".")[2]
+    if verb and verb != "train" and (ROOT / "conf" / f"{verb}.yaml").is_file():
+        compose_verb(verb, overrides)
+    else:
+        compose(*overrides)
+
+
+def compose_verb(name: str, overrides: list[str]) -> None:
+    """Composes the config of another command than training."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from llmft.app import config_directory, make_known
+    from llmft.schema import to_config
+
+    schema = getattr(importlib.import_module(f"llmft.{name}"), f"{name.capitalize()}Config")
+    make_known(name, schema)
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        to_config(hydra.compose(name, overrides), schema)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "sweeps" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
