@@ -1,6 +1,6 @@
 """How often the verdicts are wrong, and how often they find what is there: a simulation.
 
-    python -m llmft.reporting.calibration [sweeps=400] [seed=0]
+    python -m llmft.reporting.calibration [sweeps=400] [seed=0] [part=aa|ab]
 
 prints the two tables below for `sweeps` simulated sweeps per line (about eight minutes for 400 on one core).
 
@@ -146,16 +146,31 @@ def main(arguments: Sequence[str]) -> None:
     """Prints both tables."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
     sweeps, seed = int(given.get("sweeps", 400)), int(given.get("seed", 0))
+    part = given.get("part", "both")
+    if part not in ("both", "aa", "ab"):
+        raise SystemExit(f"part={part}: aa, ab or both.")
+    if part != "ab":
+        _without_difference(sweeps, seed)
+    if part != "aa":
+        _with_difference(sweeps, seed)
+
+
+HEAD = " values | n | rows  | seed sd            | shared"
+
+
+def _without_difference(sweeps: int, seed: int) -> None:
     rng = np.random.default_rng(seed)
-    head = "values  | seeds | rows | seed sd | shared"
-    print(f"A/A, {sweeps} sweeps per line, seed {seed}: sweeps with a false winner\n{head} | false")
-    worst = total = lines = 0
+    print(f"A/A, {sweeps} sweeps per line, seed {seed}: sweeps with a false winner\n{HEAD} | false")
+    counts = []
     for setting in settings_without_difference():
-        hits = sum(false_winner(setting, rng) for _ in range(sweeps))
-        worst, total, lines = max(worst, hits), total + hits, lines + 1
-        print(f"{setting} | {hits / sweeps:6.1%}", flush=True)
-    print(f"all: {total / sweeps / lines:.1%}, worst line {worst / sweeps:.1%}\n")
-    print(f"A/B, two standard deviations: sweeps that find it\n{head} | found")
+        counts.append(sum(false_winner(setting, rng) for _ in range(sweeps)))
+        print(f"{setting} | {counts[-1] / sweeps:6.1%}", flush=True)
+    print(f"all: {np.mean(counts) / sweeps:.1%}, worst line {max(counts) / sweeps:.1%}\n")
+
+
+def _with_difference(sweeps: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    print(f"A/B, two standard deviations, {sweeps} sweeps per line, seed {seed}: sweeps that find it\n{HEAD} | found")
     for setting in settings_with_difference():
         hits = sum(finds_it(setting, rng) for _ in range(sweeps))
         print(f"{setting} | {hits / sweeps:6.1%}", flush=True)
