@@ -27,11 +27,11 @@ from enum import Enum
 from llmft.reporting.noise import Contrast, Noise, Variance
 
 ALPHA = 0.05
-POOLED_SHARE = 0.86
+POOLED_SHARE = 0.84
 """Level of the first question, as a share of the family's."""
 OWN_SHARE = 0.86
 OWN_SHARE_SOME = 0.65
-OWN_SHARE_FEW = 0.5
+OWN_SHARE_FEW = 0.42
 """Level of the second question: from `MANY_DF` degrees of freedom of the own spread on, below, and below `MANY`
 replicates: estimates of a spread from a few runs are often far too small."""
 MANY, MANY_DF = 5, 10

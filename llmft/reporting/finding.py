@@ -52,12 +52,13 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
         sweeps += also
     if len(sweeps) == 1 and not found:
         return _of_sweep(sweeps[0], [])
-    from llmft.reporting.study import trial_directory
+    from llmft.reporting.study import trial_directory, trials_of
 
     for place in sweeps:
         record = read_sweep(place)
-        trials = [t for t in record.get("trials") or [] if isinstance(t, dict)]
-        found += [path for t in trials if (path := trial_directory(t, record, place)) is not None and path.is_dir()]
+        found += [
+            path for t in trials_of(record) if (path := trial_directory(t, record, place)) is not None and path.is_dir()
+        ]
     if not found:
         raise ConfigError(f"runs={','.join(wanted)}: none of the trials there has begun.")
     return Found(list(dict.fromkeys(found)), None, output_dir / "report", None)

@@ -111,6 +111,7 @@ class Contrast:
     rows: Variance | None
     replicates: int
     """Fewest replicates that any of the samples has in the contrast."""
+    num_samples: int = 2
     num_rows: int = 0
     blocked: bool = False
     unpaired_rows: bool = False
@@ -183,6 +184,7 @@ class Noise:
             own,
             rows.variance if rows else None,
             int(counts.min()),
+            num_samples=len(samples),
             num_rows=rows.count if rows else 0,
             blocked=paired,
             unpaired_rows=bool(rows and not rows.paired),

@@ -19,8 +19,9 @@ from llmft.reporting.noise import RowLosses
 
 LARGEST_FILE = 256 * 2**20
 LARGEST_CONFIG = 2 * 2**20
-ROW_METRICS = {"val/loss_nats": "val"}
-"""Metrics that are sum(loss) / sum(tokens) of the rows that `row_losses/<split>-<step>.parquet` keeps."""
+ROW_METRICS = {"val/loss_nats": "val", "val/logloss": "val"}
+"""Metrics that may be sum(loss) / sum(tokens) of the rows that `row_losses/<split>-<step>.parquet` keeps; a run whose
+metric is another number (a clipped logloss) has no row losses for it."""
 
 
 @dataclass
@@ -56,6 +57,11 @@ class RunRecord:
         fold, split = self.config.get("data.fold"), self.config.get("data.split_seed", 0)
         return f"fold {fold}, split {split}" if fold is not None else f"split {split}"
 
+    def setting(self, key: str, otherwise: float) -> float:
+        """A number of the config, or `otherwise` where it holds none."""
+        found = _number(self.config.get(key))
+        return otherwise if found is None else found
+
     @property
     def monitor(self) -> str:
         """The metric that the run was about."""
@@ -65,17 +71,17 @@ class RunRecord:
     def step(self) -> int | None:
         """The step whose weights the run hands over."""
         found = self.result.get("step")
-        return found if isinstance(found, int) else None
+        return found if _is_step(found) else None
 
     def value(self, metric: str) -> float | None:
         """`metric` of the weights that the run hands over; None where it has none."""
         after = self.result.get("after")
         found = after.get(metric) if isinstance(after, dict) else None
-        return found if _is_number(found) else None
+        return _number(found)
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) in the order of steps; values that are not finite are left out."""
-        found = {r["step"]: r[metric] for r in self.metrics if _is_number(r.get(metric))}
+        found = {r["step"]: float(r[metric]) for r in self.metrics if _is_number(r.get(metric))}
         return sorted(found.items())
 
     @cached_property
@@ -143,8 +149,8 @@ class RunRecord:
     def samples(self) -> list[dict[str, Any]]:
         """Generations of the step whose weights the run hands over, or else of the last one."""
         found = [s for s in _lines(self.directory / "samples.jsonl", self.faults) if s.get("split", "val") == "val"]
-        steps = {s.get("step") for s in found}
-        wanted = self.step if self.step in steps else max((s for s in steps if isinstance(s, int)), default=None)
+        steps = {s["step"] for s in found if _is_step(s.get("step"))}
+        wanted = self.step if self.step in steps else max(steps, default=None)
         return [s for s in found if s.get("step") == wanted]
 
 
@@ -157,9 +163,11 @@ def read_run(directory: Path) -> RunRecord:
     run.command = str(redact(status.get("command") or ""))
     run.error = str(redact(status["error"])) if status.get("error") else None
     run.result = status["result"] if isinstance(status.get("result"), dict) else {}
+    if not isinstance(run.result.get("after"), dict):
+        run.result = {**run.result, "after": {}}
     run.config = flatten(redact(_yaml(directory / "config.yaml", run.faults)))
     run.environment = _object(directory / "environment.json", run.faults)
-    run.metrics = [r for r in _lines(directory / "metrics.jsonl", run.faults) if isinstance(r.get("step"), int)]
+    run.metrics = [r for r in _lines(directory / "metrics.jsonl", run.faults) if _is_step(r.get("step"))]
     run.timing = _lines(directory / "timing.jsonl", run.faults)
     return run
 
@@ -244,7 +252,12 @@ def _parsed(text: str, name: str, faults: list[str]) -> Iterator[dict[str, Any]]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Beyond 1e100 nothing is a measurement, and a figure's axis would overflow."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
+
+
+def _is_step(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 10**12
 
 
 def _number(value: Any) -> float | None:

@@ -57,11 +57,12 @@ class Configuration:
         return Sample(self.name, tuple(replicates.values()), self._overlap() if len(parts) > 1 else 0.0)
 
     def _overlap(self) -> float:
-        config = self.runs[0].config
-        if config.get("data.fold") is not None:
-            return 1.0 / max(int(config.get("data.num_folds") or 2) - 1, 1)
-        held = float(config.get("data.validation_fraction") or 0.1)
-        return held / max(1.0 - held - float(config.get("data.test_fraction") or 0.0), held)
+        """Validation rows over training rows."""
+        run = self.runs[0]
+        if run.config.get("data.fold") is not None:
+            return 1.0 / max(run.setting("data.num_folds", 5.0) - 1.0, 1.0)
+        held = min(max(run.setting("data.validation_fraction", 0.1), 0.0), 1.0)
+        return held / max(1.0 - held - run.setting("data.test_fraction", 0.0), held, 1e-9)
 
 
 @dataclass
@@ -93,7 +94,7 @@ class Study:
 def make_study(runs: Sequence[Path], sweep: Path | None = None) -> Study:
     """Reads run directories, and the sweep's record where there is one."""
     record = read_sweep(sweep) if sweep is not None else {}
-    trials = [t for t in record.get("trials") or [] if isinstance(t, dict)]
+    trials = trials_of(record)
     records = _read_all([*runs, *_trial_directories(record, trials, sweep)])
     monitor, lower = _monitor(records, record)
     by_path = {run.directory.resolve(): run for run in records}
@@ -101,7 +102,7 @@ def make_study(runs: Sequence[Path], sweep: Path | None = None) -> Study:
     ended = _ended(trials, record, sweep, by_path)
     done = [run for run in records if run.status == "done" and run.directory.resolve() not in ended]
     with_value = [run for run in done if run.value(monitor) is not None]
-    keys, follows = varied_keys(with_value or records, record.get("swept") or {})
+    keys, follows = varied_keys(with_value or records, swept if isinstance(swept := record.get("swept"), dict) else {})
     study = Study(_title(record, records, sweep), monitor, lower, keys, follows, runs=records)
     study.configurations = _configurations(with_value, keys, monitor, lower)
     study.others = [run for run in done if run.value(monitor) is None]
@@ -117,6 +118,12 @@ def read_sweep(directory: Path) -> dict[str, Any]:
     return _object(directory / "sweep.json", [])
 
 
+def trials_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The trials of a sweep's record."""
+    found = record.get("trials")
+    return [trial for trial in found if isinstance(trial, dict)] if isinstance(found, list) else []
+
+
 def _read_all(paths: Iterable[Path]) -> list[RunRecord]:
     seen: dict[Path, RunRecord] = {}
     for path in paths:
@@ -129,7 +136,7 @@ def _read_all(paths: Iterable[Path]) -> list[RunRecord]:
 def trial_directory(trial: Mapping[str, Any], record: Mapping[str, Any], sweep: Path) -> Path | None:
     """Where a trial's run lies: below the output_dir that the sweep recorded, or the one that it lies in now."""
     run = trial.get("run")
-    if not isinstance(run, str) or not run or Path(run).is_absolute() or ".." in Path(run).parts:
+    if not isinstance(run, str) or not run or "\0" in run or Path(run).is_absolute() or ".." in Path(run).parts:
         return None
     roots = [Path(str(record.get("output_dir") or ".")), sweep.parent.parent]
     return next((root / run for root in roots if (root / run).is_dir()), roots[-1] / run)

@@ -244,6 +244,8 @@ def rests_on(found: Comparison) -> str:
         runs = f"{'one run' if n == 1 else f'{n} runs'} each, with a spread known from elsewhere"
     else:
         runs = f"{n} runs each{', compared seed by seed' if contrast.blocked else ''}"
+    if contrast.num_samples > 2:
+        runs = runs.replace("each", f"of each of {contrast.num_samples} configurations", 1)
     if contrast.rows is None:
         return f"rests on {runs}; row noise unknown"
     same = "not the same in both" if contrast.unpaired_rows else "paired"
@@ -254,7 +256,7 @@ def number(value: float, digits: int = 4) -> str:
     """A number with four significant digits, without an exponent where it can be read."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    if 1e-4 <= abs(value) < 1e6:
+    if 1e-5 <= abs(value) < 1e6:
         places = max(digits - 1 - math.floor(math.log10(abs(value))), 0)
         return f"{value:.{places}f}"
     return f"{value:.{digits - 1}e}"
