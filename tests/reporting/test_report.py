@@ -44,7 +44,7 @@ def runs_of(root: Path) -> list[Path]:
     return sorted((root / "runs").iterdir())
 
 
-def test_a_grid_gets_mean_spread_and_number_of_seeds_and_seeds_are_no_key(grid: Path) -> None:
+def test_s10_a_grid_gets_mean_spread_and_number_of_seeds_and_seeds_are_no_key(grid: Path) -> None:
     made = write_report(runs_of(grid), grid / "out")
     assert made.study.keys == ["lora.r"]
     assert [line.name for line in made.board] == ["r=4", "r=8"]

@@ -286,7 +286,7 @@ def test_killed_at_every_moment_a_search_ends_as_if_it_had_not_been(
 
 
 @pytest.mark.parametrize("moment", [9, 33])
-def test_a_killed_search_repeats_no_suggestion_and_ends_with_as_many_as_asked(
+def test_s7_a_killed_search_repeats_no_suggestion_and_ends_with_as_many_as_asked(
     moment: int, tmp_path: Path, config: TrainConfig
 ) -> None:
     settings = {"sampler": "tpe", "startup_trials": 2, "n_trials": 4, "pruner": "median", "pruner_startup_trials": 1}

@@ -95,7 +95,7 @@ def modified(root: Path) -> dict[str, int]:
     }
 
 
-def test_s1_and_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those_alone(tmp_path: Path) -> None:
+def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those_alone(tmp_path: Path) -> None:
     seeds = "seed=0,1,2,3,4,5,6,7,8,9"
     ways = "2:raise,3:exit,4:kill,5:hang,7:crash"
     first = sweep(tmp_path, seeds, "sweep.silence_limit=8s", sabotage=ways)
