@@ -327,6 +327,8 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
         raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+    if "key" not in status:
+        raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
     return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
 
 

@@ -226,6 +226,7 @@ def test_a_run_keeps_its_validation_predictions_and_their_logloss_is_the_one_it_
             assert found == pytest.approx(own, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_training_on_all_rows_leaves_validation_blank_and_hands_over_the_last_weights(
     small: Callable[..., Any], tmp_path: Path
 ) -> None:
