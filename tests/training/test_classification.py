@@ -268,3 +268,18 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
             hidden = model.base_model.model.model(**{k: ids[k] for k in ("input_ids", "attention_mask")})[0][:, -1]
             chance = model.base_model.model.score(hidden).double().softmax(dim=-1)[0]
         assert chance.tolist() == pytest.approx(made.values[place].tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_classify_as_one(tmp_path: Path, trainer: str) -> None:
+    from tests.conftest import llmft
+
+    own = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch_size=2"]
+    other = ["trainer.accelerator=cpu", f"trainer={trainer}"]
+    for name, more in (("one", []), ("two", other)):
+        done = llmft(*own, *more, f"output_dir={tmp_path}/{name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (Predictions.load(run_directory(tmp_path / n) / "predictions" / "val") for n in ("one", "two"))
+    assert one.ids == two.ids
+    np.testing.assert_allclose(one.values, two.values, rtol=1e-4, atol=1e-6)
