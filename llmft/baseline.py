@@ -25,6 +25,7 @@ from llmft.predictions import FOLDER
 from llmft.prepare import Prepared
 from llmft.runs import append_line, write_config, write_row_losses
 from llmft.training.record import data_facts, predictions_of
+from llmft.training.rows import pseudo_findings
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -170,6 +171,8 @@ class BaselineSession:
                 "run": str(run.directory),
             }
         )
+        for finding in pseudo_findings(prepared):
+            self.screen.warn(f"{finding.key}: {finding.message}.")
         model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
         model.save(run.model)
         after = self._evaluate(model, targets)

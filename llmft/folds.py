@@ -41,7 +41,8 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
         lacking = sorted(set(range(runs[0][1].data.num_folds)) - {trained.data.fold for _, trained in runs})
         if lacking:
             names = ",".join(map(str, lacking))
-            text = f"{runs[0][0].directory}: of its {runs[0][1].data.num_folds} folds {names} are not done"
+            count = runs[0][1].data.num_folds
+            text = f"{runs[0][0].directory}: fold {names} of its {count} (0 to {count - 1}) is not done"
             if asked:
                 raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
             screen.warn(f"{text}.")

@@ -39,6 +39,8 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     made = []
     try:
         for question in asked:
+            if question.note:
+                screen.warn(f"data.files: {question.note}")
             predictions = _answer(question, config, screen)
             if template is not None:
                 path = write_submission(predictions, template, config.columns, question.directory / "submission.csv")

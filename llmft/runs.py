@@ -23,7 +23,7 @@ from typing import Any
 import filelock
 
 from llmft.config import TrainConfig, TrainOn
-from llmft.errors import ConfigError, DiskError, RunBusy, did_you_mean
+from llmft.errors import ConfigError, DiskError, RunBusy, nearest
 from llmft.files import staged_file, write_atomically
 from llmft.foreign import stored_config
 from llmft.redaction import redact
@@ -321,12 +321,13 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     run = Run(directory, "")
     status = run.status()
     if not status:
-        near = did_you_mean(directory.name, _names(directory.parent))
-        raise ConfigError(f"{directory}: no run directory{near}.")
+        raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
     if status.get("status") != "done":
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
         raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+    if "key" not in status:
+        raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
     return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
 
 
@@ -343,7 +344,9 @@ def directories(named: Any, key: str) -> list[Path]:
         several = [Path(match) for match in matches if Path(match).is_dir()]
         if not several:
             path = Path(text)
-            raise ConfigError(f"{key}={name}: no such directory{did_you_mean(path.name, _names(path.parent)) or '.'}")
+            near = nearest(path.name, _names(path.parent))
+            hint = f"; did you mean {path.parent / near}?" if near else "."
+            raise ConfigError(f"{key}={name}: no such directory{hint}")
         found += [path for path in several if path not in found]
     return found
 

@@ -111,6 +111,7 @@ def test_a_blend_has_predictions_like_a_runs_and_can_be_blended(tmp_path: Path, 
     assert alone[names[0]]["score_without"] == pytest.approx(alone[names[1]]["score"], abs=0.5)
 
 
+@pytest.mark.slow
 def test_the_told_score_is_of_rows_that_chose_no_weights(tmp_path: Path) -> None:
     """Twelve members of noise: chosen weights look good on the rows that chose them, and only there."""
     rng = np.random.default_rng(0)
@@ -210,10 +211,13 @@ def question(run: Path | list[str], files: str, **more: Any) -> PredictConfig:
     return PredictConfig(run=str(run) if isinstance(run, Path) else run, data=PredictData(files), **more)
 
 
+@pytest.mark.slow
 def test_folds_are_joined_once_refitted_and_submitted(baseline: Callable[..., Any], tmp_path: Path) -> None:
     for fold in (0, 1):
         train(baseline(f"data.fold={fold}"), quiet=True)
-    with pytest.raises(ConfigError, match=r"2 are not done; run the same command with -m data\.fold=2"):
+    with pytest.raises(
+        ConfigError, match=r"fold 2 of its 3 \(0 to 2\) is not done; run the same command with -m data\.fold=2"
+    ):
         folds(FoldsConfig(runs=str(tmp_path / "runs" / "*"), output_dir=str(tmp_path)), quiet=True)
     train(baseline("data.fold=2"), quiet=True)
     runs = sorted(str(path) for path in (tmp_path / "runs").iterdir())
@@ -284,6 +288,7 @@ def test_the_baselines_loss_is_of_what_it_writes(baseline: Callable[..., Any], t
 # ---------------------------------------------------------------------------------------------- predict with a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "tokens"])
 def test_an_opened_run_predicts_what_it_validated(
     small: Callable[..., Any], tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch

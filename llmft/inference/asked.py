@@ -41,6 +41,8 @@ class Asked:
     target_model: Targets | None
     rows_fingerprint: str
     plan: str
+    note: str = ""
+    """What should be told before predicting."""
 
     @property
     def baseline(self) -> bool:
@@ -157,7 +159,10 @@ def ask(run: Run, trained: TrainConfig, config: PredictConfig) -> Asked:
     directory = run.directory / FOLDER / slug(name)
     fingerprint = json.loads(run.environment_file.read_text())["data"]["rows_fingerprint"]
     files = [str(path.absolute()) for path in paths]
-    return Asked(run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan)
+    note = ""
+    if columns.id is None and "id" in rows[0].values:
+        note = "two rows have one id, or one has none, so the rows are called by file and line."
+    return Asked(run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan, note)
 
 
 def _targets(run: Run, trained: TrainConfig) -> Targets | None:

@@ -70,16 +70,21 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     head = getattr(base, "score", None)
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    caught: list[torch.Tensor] = []
-    # By a hook on the head in an ordinary forward, which is what DDP and FSDP wrap.
-    handle = head.register_forward_hook(lambda module, inputs, output: caught.append(output))
+    last = batch.attention_mask.sum(dim=1) - 1
+
+    def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
+        """The last real token's scores at all places, so that any place transformers takes is the right one.
+
+        A hook inside an ordinary forward, because DDP and FSDP know a model by its own forward and output.
+        """
+        found = scores[torch.arange(len(scores), device=scores.device), last]
+        return found[:, None].expand_as(scores)
+
+    handle = head.register_forward_hook(everywhere)
     try:
-        model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_without_cache(base))
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_without_cache(base)).logits
     finally:
         handle.remove()
-    (scores,) = caught
-    last = batch.attention_mask.sum(dim=1) - 1
-    return scores[torch.arange(len(scores), device=scores.device), last]
 
 
 def _without_cache(base: Any) -> dict[str, bool]:

@@ -26,7 +26,8 @@ def shard(model: Any, mesh: Any) -> None:
     for module in list(root.modules()):
         if type(module).__name__ in layers:
             fully_shard(module, mesh=mesh)
-    fully_shard(root, mesh=mesh)
+    # By default the root keeps its weights whole after a forward, and a head among them could not be saved then.
+    fully_shard(root, mesh=mesh, reshard_after_forward=True)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:

@@ -51,8 +51,26 @@ def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *found]
+    found = [*_dropped(prepared, rows), *pseudo_findings(prepared), *found]
     return Inspection(facts, overlaps, found)
+
+
+def pseudo_findings(prepared: Prepared) -> list[Finding]:
+    """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
+    fold = prepared.config.data.fold
+    others = [
+        source
+        for source in prepared.pseudo.sources
+        if source.get("rows_fingerprint") == prepared.rows_fingerprint
+        and (source.get("fold") != fold or source.get("train_on") == "all")
+    ]
+    if not others or not prepared.pseudo.used:
+        return []
+    message = (
+        f"{len(others)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
+        "validation is a little too good: take the labels of this fold's own model"
+    )
+    return [Finding("warning", "data.pseudo", message)]
 
 
 def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:

@@ -226,6 +226,7 @@ def test_a_run_keeps_its_validation_predictions_and_their_logloss_is_the_one_it_
             assert found == pytest.approx(own, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_training_on_all_rows_leaves_validation_blank_and_hands_over_the_last_weights(
     small: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -267,3 +268,18 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
             hidden = model.base_model.model.model(**{k: ids[k] for k in ("input_ids", "attention_mask")})[0][:, -1]
             chance = model.base_model.model.score(hidden).double().softmax(dim=-1)[0]
         assert chance.tolist() == pytest.approx(made.values[place].tolist(), abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_classify_as_one(tmp_path: Path, trainer: str) -> None:
+    from tests.conftest import llmft
+
+    own = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch_size=2"]
+    other = ["trainer.accelerator=cpu", f"trainer={trainer}"]
+    for name, more in (("one", []), ("two", other)):
+        done = llmft(*own, *more, f"output_dir={tmp_path}/{name}", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    one, two = (Predictions.load(run_directory(tmp_path / n) / "predictions" / "val") for n in ("one", "two"))
+    assert one.ids == two.ids
+    np.testing.assert_allclose(one.values, two.values, rtol=1e-4, atol=1e-6)
