@@ -256,6 +256,7 @@ def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
         f"data.files={shared_data}/instruction/llamafactory_alpaca_en_demo.json",
         "prompt=alpaca",
         "data.max_tokens=384",
+        "data.truncation=drop",
         "data.limit=200",
         "trainer.max_steps=12",
         "trainer.precision=fp32",
