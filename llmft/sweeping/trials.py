@@ -18,7 +18,7 @@ from llmft.files import write_atomically
 from llmft.model.hub import Located
 from llmft.prepare import prepare
 from llmft.redaction import redact
-from llmft.runs import Run, existing_run, run_key, slug
+from llmft.runs import Run, existing_run, run_key, slug, unwritable
 from llmft.schema import aside_keys, canonical, to_plain
 
 FINISHED = ("done", "twin", "pruned")
@@ -261,7 +261,10 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
             f"{len(trials)} trials): set another sweep.name."
         )
     sweep.created = known.get("created", sweep.created)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(f"output_dir={config.output_dir}", error) from None
     return sweep
 
 
