@@ -96,7 +96,6 @@ class Supervisor:
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
-        self._succeeded = any(trial.status in FINISHED for trial in sweep.trials)
         limits = (self.settings.time_limit, self.settings.silence_limit)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -307,9 +306,9 @@ class Supervisor:
         self.sweep.write()
 
     def _count_errors(self, trial: Trial) -> None:
-        if trial.status in FINISHED:
-            self._succeeded = True
-        if trial.status != "failed" or self._succeeded or self.settings.stop_after_same_error is None:
+        if trial.status != "failed" or self.settings.stop_after_same_error is None:
+            return
+        if any(other.status in FINISHED for other in self.sweep.trials):  # now or in an earlier sweep
             return
         # The same mistake names other numbers and directories in every trial.
         form = re.sub(r"[0-9a-f]{10}|\d+(\.\d+)?(e-?\d+)?", "#", str(trial.error))

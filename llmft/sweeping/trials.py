@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import TrainConfig
-from llmft.errors import ConfigError, UserError
+from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located
 from llmft.prepare import prepare
@@ -128,7 +128,10 @@ class Planner:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
         if key not in self._known:
-            prepared = prepare(config, open_directory=False)
+            try:
+                prepared = prepare(config, open_directory=False)
+            except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
+                raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             self._known[key] = (prepared.data_fingerprint, prepared.located)
         fingerprint, located = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))

@@ -458,3 +458,20 @@ def test_a_log_that_is_named_says_where_a_trial_broke(tmp_path: Path) -> None:
     assert "Traceback" in told
     assert "RuntimeError: boom" in told
     assert told.endswith("lora.r: no.\n")
+
+
+def test_what_was_done_before_counts_as_success_when_others_fail_alike() -> None:
+    from types import SimpleNamespace
+
+    from llmft.sweeping.supervisor import Supervisor
+
+    def stopped(earlier: str) -> str | None:
+        trials: list[Any] = [SimpleNamespace(status=earlier, error=None)]
+        supervisor = Supervisor(SimpleNamespace(config=compose(), trials=trials), SimpleNamespace())  # type: ignore[arg-type]
+        for _ in range(3):
+            trials.append(SimpleNamespace(status="failed", error="boom"))
+            supervisor._count_errors(trials[-1])
+        return supervisor.stopped_because
+
+    assert stopped("done") is None
+    assert stopped("pending") is not None
