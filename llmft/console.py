@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import logging
 import os
 import time
+import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from rich.panel import Panel
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from llmft.errors import UserError
 from llmft.redaction import redact
 
 HEARTBEAT_S = 30.0
@@ -73,6 +76,15 @@ class Screen:
             if self._log is not None and self._file is not None:
                 self._log.print(thing, soft_wrap=isinstance(thing, str))
                 self._file.flush()
+
+    def log_error(self, error: BaseException) -> None:
+        """What ended the run, in its log alone: a sentence for the user's errors, else the traceback."""
+        if self._file is None:
+            return
+        told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):  # a full disk has its own way to be told
+            self._file.write(f"{told.rstrip()}\n")
+            self._file.flush()
 
     def warn(self, message: str) -> None:
         """One warning line."""

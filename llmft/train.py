@@ -88,6 +88,7 @@ def train(
         try:
             return _train(prepared, screen, watch)
         except BaseException as error:
+            screen.log_error(error)
             _record_failure(run, error)
             raise
     finally:

@@ -24,7 +24,11 @@ NAMED = ("model", "prompt", "data", "task")
 """Groups whose `name` stands for all that they set."""
 CONTENT = {"data": ("data.files", "data.source", "data.hub"), "model": ("model.path", "model.id")}
 """Where files lie says nothing; their fingerprint decides whether two runs had the same ones."""
-UNFINISHED = {"running": "still running, or killed without a word", "not started": "was never started"}
+UNFINISHED = {
+    "running": "still running, or killed without a word",
+    "not started": "was never started",
+    "pending": "was not started",
+}
 
 
 @dataclass

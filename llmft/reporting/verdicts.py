@@ -217,7 +217,8 @@ def finding(found: Comparison) -> str:
             f"ahead by {size} ({interval} from the rows alone): the rows distinguish them, the seed noise is unknown: "
             "run 4 more seeds of each."
         )
-    return f"not distinguishable, ahead by {size} ({interval}); {settles(found)}; {rests_on(found)}."
+    ahead = f"ahead by {size} ({interval})" if found.estimate else f"equal ({interval})"
+    return f"not distinguishable, {ahead}; {settles(found)}; {rests_on(found)}."
 
 
 def settles(found: Comparison) -> str:
@@ -226,11 +227,12 @@ def settles(found: Comparison) -> str:
         return "4 more seeds of each" if found.verdict in (Verdict.rows_only, Verdict.unknown) else ""
     if found.seeds_needed is not None:
         more = found.seeds_needed - found.contrast.replicates
-        return f"{more} more runs of each ({found.seeds_needed} in all) would settle a difference of this size"
+        runs = "run" if more == 1 else "runs"
+        return f"{more} more {runs} of each ({found.seeds_needed} in all) would settle a difference of this size"
     if found.rows_needed is not None:
         return f"more seeds would not settle it, about {found.rows_needed:,} validation rows would"
     if found.contrast.run_variance == 0:
-        return "seed noise is unknown: run 4 more seeds of each"
+        return f"{'all runs are alike' if found.contrast.own else 'seed noise is unknown'}: run 4 more seeds of each"
     return f"not even {MOST_SEEDS} runs of each would settle a difference of this size"
 
 

@@ -46,8 +46,11 @@ class Report:
         """Over- and underfitting, summed up over the runs."""
         return summed_up(list(self.diagnoses.values()))
 
-    def console(self, screen: Any) -> None:
-        """Prints the leaderboard and the verdicts; `screen` has a `print` that takes rich markup and tables."""
+    def console(self, screen: Any, *, failures: bool = True) -> None:
+        """Prints the leaderboard and the verdicts; `screen` has a `print` that takes rich markup and tables.
+
+        Without `failures`, what failed is left out: a sweep that ends has told it.
+        """
         from rich import box
         from rich.markup import escape
         from rich.table import Table
@@ -72,7 +75,7 @@ class Report:
             screen.print(escape(self.verdicts.basis))
         if self.curves:
             screen.print(f"[bold]curves[/bold]  {escape(self.curves)}")
-        for failure in self.study.failures[:SHOWN_ON_CONSOLE]:
+        for failure in self.study.failures[:SHOWN_ON_CONSOLE] if failures else []:
             screen.print(f"[red]{escape(failure.status)}[/red]  {escape(failure.name)}: {escape(failure.cause)}")
             if failure.command:
                 screen.print(f"  {escape(failure.command)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from rich.markup import escape
@@ -20,7 +21,7 @@ def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
     runs = [trial.run.directory for trial in sweep.trials]
     logbook = Path(sweep.config.output_dir) / "LOGBOOK.md"
     report = write_report(runs, sweep.directory, sweep=sweep.directory, logbook=logbook)
-    report.console(screen)
+    report.console(screen, failures=False)
     if anew and sweep.config.logger.wandb.enabled:
         from llmft.sweeping.summary import log_sweep
 
@@ -29,7 +30,9 @@ def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
     if offline:
         listing = sweep.directory / "wandb-offline.txt"
         write_atomically(listing, "".join(f"{folder}\n" for folder in offline).encode())
-        screen.print("To upload the whole sweep to W&B later:", f"  wandb sync $(cat '{escape(str(listing))}')")
+        # A folder's name may hold spaces, which `$(cat …)` would take apart.
+        sync = escape(f"tr '\\n' '\\0' < {shlex.quote(str(listing))} | xargs -0 wandb sync")
+        screen.print("To upload the whole sweep to W&B later:", f"  {sync}")
 
 
 def offline_folders(sweep: Sweep) -> list[Path]:

@@ -39,6 +39,7 @@ class WorkerProcess:
     last_sign: float = field(default_factory=time.monotonic)
     ready: bool = False
     leaving: bool = False
+    leaving_since: float = 0.0
     stopping: str | None = None
     stopping_since: float = 0.0
     ended: dict[str, Any] | None = None
@@ -130,7 +131,9 @@ class WorkerProcess:
         if self.process.poll() is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
-        os.close(self.events_fd)
+        if self.events_fd >= 0:
+            os.close(self.events_fd)
+            self.events_fd = -1
 
 
 def environments(workers: int) -> list[dict[str, str]]:

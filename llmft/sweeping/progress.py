@@ -79,11 +79,16 @@ class SweepProgress:
         self.found_before += 1
         self._ready(trial, "was done before")
 
+    def waits(self, trial: Trial) -> None:
+        """Another process holds a trial."""
+        owner = trial.run.status().get("owner", {})
+        who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
+        self.say(f"trial {trial.number + 1}/{self.total} waits: {who} is training it  {trial.label}")
+
     def ended(self, slot: int, trial: Trial) -> None:
         """A trial ended."""
         self._drop(slot)
         if trial.status == "busy":
-            self.say(f"trial {trial.number + 1}/{self.total}: another process is training it; looked at again later")
             return
         took = f"{trial.seconds:.{0 if trial.seconds >= 10 else 1}f} s" if trial.seconds is not None else ""
         self._ready(trial, took)

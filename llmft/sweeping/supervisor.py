@@ -21,6 +21,8 @@ START_S = 600.0
 """How long a worker may take to import its libraries, which a cold network disk makes slow."""
 GRACE_S = 60.0
 """How long a worker that is asked to stop may take to save."""
+LEAVE_S = 20.0
+"""How long a worker that leaves by itself may take."""
 BUSY_AGAIN_S = 3.0
 """How long a trial that another process is training waits before it is looked at again."""
 
@@ -93,7 +95,7 @@ class Supervisor:
         self.signalled = 0
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
-        self._succeeded = False
+        self._told_busy: set[int] = set()
         limits = (self.settings.time_limit, self.settings.silence_limit)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -141,12 +143,19 @@ class Supervisor:
     def _check(self, trials: list[Trial], share: dict[str, str]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""
         worker = self._start(0, share)
+        # What hangs here hangs in its trial too, where it costs that one alone.
+        limit = max(START_S, self._limits[1] or 0.0)
         while not worker.ready and worker.process.poll() is None and not self.signalled:
             self._wait([worker])
             self._take_in(worker)
+            if time.monotonic() - worker.since > limit:
+                worker.signal(signal.SIGKILL)
+        asked = time.monotonic()
         worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
         while worker.process.poll() is None and not self.signalled:
             self._wait([worker])
+            if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:
+                worker.signal(signal.SIGKILL)
             for event in worker.events():
                 if event["event"] == "checked":
                     by_number = {trial.number: trial for trial in trials}
@@ -196,6 +205,10 @@ class Supervisor:
                 return trial
             self.progress.found(trial)
             source.ended(trial)
+        for busy in self.sweep.trials:
+            if busy.status == "busy" and busy.number not in self._told_busy:
+                self._told_busy.add(busy.number)
+                self.progress.waits(busy)
         return None
 
     def _wait(self, processes: list[WorkerProcess]) -> None:
@@ -242,7 +255,11 @@ class Supervisor:
             trial.mark(event["status"], event["error"], event["cause"])
             if event["status"] == "interrupted" and worker.stopping not in (None, "signal"):
                 self._overdue(worker, trial)
-            worker.leaving = not event["sound"]
+            worker.leaving, worker.leaving_since = not event["sound"], time.monotonic()
+            if worker.stopping is not None:
+                # It ended its trial before it heard: what stays would wait for orders that never come.
+                worker.leaving = True
+                worker.signal(signal.SIGKILL)
             if trial.log is None or not trial.log.exists():
                 trial.log = worker.log
             self._ended(slot, worker, source)
@@ -289,9 +306,9 @@ class Supervisor:
         self.sweep.write()
 
     def _count_errors(self, trial: Trial) -> None:
-        if trial.status in FINISHED:
-            self._succeeded = True
-        if trial.status != "failed" or self._succeeded or self.settings.stop_after_same_error is None:
+        if trial.status != "failed" or self.settings.stop_after_same_error is None:
+            return
+        if any(other.status in FINISHED for other in self.sweep.trials):  # now or in an earlier sweep
             return
         # The same mistake names other numbers and directories in every trial.
         form = re.sub(r"[0-9a-f]{10}|\d+(\.\d+)?(e-?\d+)?", "#", str(trial.error))
@@ -308,7 +325,11 @@ class Supervisor:
         now = time.monotonic()
         longest, silence = self._limits
         for worker in self._processes:
-            if worker.trial is None or worker.process.poll() is not None:
+            if worker.process.poll() is not None:
+                continue
+            if worker.trial is None:
+                if worker.leaving and now - worker.leaving_since > LEAVE_S:
+                    worker.signal(signal.SIGKILL)  # a library's thread keeps it
                 continue
             if self.signalled:
                 worker.stop("signal")
@@ -326,7 +347,9 @@ class Supervisor:
         if threading.current_thread() is not threading.main_thread():
             return {}
         kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        return {signum: signal.signal(signum, self._on_signal) for signum in kinds}
+        # What the caller ignores stays ignored: `nohup` asks to outlive its terminal.
+        heard = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
+        return {signum: signal.signal(signum, self._on_signal) for signum in heard}
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self.signalled:  # a second one: at once

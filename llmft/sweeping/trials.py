@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import TrainConfig
-from llmft.errors import ConfigError, UserError
+from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located
 from llmft.prepare import prepare
 from llmft.redaction import redact
-from llmft.runs import Run, existing_run, run_key, slug
+from llmft.runs import Run, existing_run, run_key, slug, unwritable
 from llmft.schema import aside_keys, canonical, to_plain
 
 FINISHED = ("done", "twin", "pruned")
@@ -128,7 +128,10 @@ class Planner:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
         if key not in self._known:
-            prepared = prepare(config, open_directory=False)
+            try:
+                prepared = prepare(config, open_directory=False)
+            except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
+                raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             self._known[key] = (prepared.data_fingerprint, prepared.located)
         fingerprint, located = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
@@ -261,7 +264,10 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
             f"{len(trials)} trials): set another sweep.name."
         )
     sweep.created = known.get("created", sweep.created)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(f"output_dir={config.output_dir}", error) from None
     return sweep
 
 

@@ -40,6 +40,8 @@ class Signals:
         if threading.current_thread() is not threading.main_thread():
             return
         for signum in self.KINDS:
+            if signal.getsignal(signum) is signal.SIG_IGN:
+                continue  # as `nohup` wants it
             before = signal.signal(signum, self._note)
             self._before.setdefault(signum, before)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
@@ -239,7 +240,7 @@ def open_wandb(
         folder = Path(experiment.dir).parent
         screen.print(
             f"W&B is offline{': ' + why if why else ''}. To upload the run later:",
-            f"  wandb sync {escape(str(folder))}",
+            f"  wandb sync {escape(shlex.quote(str(folder)))}",
         )
     elif experiment.url:
         screen.print(f"W&B {experiment.url}")

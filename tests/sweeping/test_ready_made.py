@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -95,13 +97,15 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
         "logger=wandb",
         "seed=0,1",
         "lora.r=1",
+        "output_dir=all mine",
         "tags=[night]",
         "sweep.question='Does the seed matter?'",
     ]
     done = llmft("-m", *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = [collect(path) for path in offline_files(tmp_path / "outputs")]
-    (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    root = tmp_path / "all mine"  # a folder's name may hold spaces
+    found = [collect(path) for path in offline_files(root)]
+    (sweep,) = (root / "sweeps").iterdir()
     (whole,) = [collect(path) for path in sweep.glob("wandb/offline-run-*/*.wandb")]
     assert {f["run"].run_group for f in [*found, whole]} == {sweep.name}
     assert [f["run"].job_type for f in found] == ["train", "train"]
@@ -111,10 +115,16 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
     assert any(key.startswith("trials") for record in whole["history"] for key in record)
     assert any(key.startswith("report") for record in whole["history"] for key in record)
     assert "verdicts" in whole["summary"]
-    folders = (sweep / "wandb-offline.txt").read_text().split()
+    # The one command, as the shell takes it, hands all folders to W&B.
+    (upload,) = [line for line in done.stdout.splitlines() if "wandb sync" in line and "wandb-offline.txt" in line]
+    (tmp_path / "wandb").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    (tmp_path / "wandb").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    told = subprocess.run(upload, shell=True, cwd=tmp_path, env={**os.environ, "PATH": path}, capture_output=True)
+    first, *folders = told.stdout.decode().splitlines()
+    assert first == "sync"
     assert len(folders) == 3
     assert all((tmp_path / folder).is_dir() for folder in folders)
-    assert "wandb sync $(cat" in done.stdout
     # The same command again has nothing to say to W&B.
     llmft("-m", *arguments, cwd=tmp_path)
     assert len(list(sweep.glob("wandb/offline-run-*"))) == 1

@@ -378,3 +378,106 @@ def test_combinations_that_cannot_run_are_named_together() -> None:
     assert error.value.exit_code == 2
     with pytest.raises(DataError):
         refuse([(["a=1"], DataError("rows"))], 1)
+
+
+LATE = """
+import os, time
+if os.environ.get("LATE"):
+    import llmft.train
+    original = llmft.train.train
+    def train(config, **arguments):
+        import signal
+        if config.seed == 0:
+            # As a session does whose last step is over: the signal is noted and met by nobody.
+            signal.signal(signal.SIGTERM, lambda *_: None)
+        found = original(config, **arguments)
+        if config.seed == 0:
+            time.sleep(8)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return found
+    llmft.train.train = train
+"""
+
+
+def test_a_worker_that_ends_its_trial_before_it_hears_of_the_limit_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "sitecustomize.py").write_text(LATE)
+    path = os.pathsep.join([str(tmp_path / "late"), str(ROOT)])
+    limits = ["sweep.time_limit=7s", "sweep.report=false"]
+    done = llmft("-m", *SMALL, "seed=0,1", *limits, cwd=tmp_path, timeout=120, PYTHONPATH=path, LATE="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert statuses(tmp_path / "outputs") == ["done", "done"]
+
+
+def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    process = subprocess.Popen(
+        [sys.executable, "-m", "llmft", "-m", *SMALL, "seed=0,1", "sweep.report=false", "progress=true"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=ignore,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "begins" in line or "done" in line:
+            process.send_signal(signal.SIGHUP)
+    assert process.wait(120) == 0
+    assert statuses(tmp_path / "outputs") == ["done", "done"]
+
+
+def test_null_in_a_list_of_a_sweeps_file_is_null_and_no_word() -> None:
+    from llmft.app import make_known
+    from llmft.config import TrainConfig
+
+    make_known("train", TrainConfig)
+    from hydra_plugins.llmft_sweeping import combinations, parsed  # type: ignore[import-not-found]
+
+    found = combinations(parsed(None, {"prompt.system": [None, "Be brief"], "name": None}, []))
+    assert [job[0] for job in found] == ["prompt.system=null", "prompt.system=Be\\ brief"]
+    assert all(job[1] == "name=null" for job in found)
+
+
+def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    refused = llmft("-m", *SMALL, "seed=0,1", "output_dir=taken", cwd=tmp_path)
+    assert refused.returncode == 74, refused.stderr
+    assert "output_dir=taken" in refused.stderr
+    assert "Traceback" not in refused.stderr
+
+
+def test_a_log_that_is_named_says_where_a_trial_broke(tmp_path: Path) -> None:
+    from llmft.console import Screen
+
+    screen = Screen(quiet=True)
+    screen.open_log(tmp_path / "log.txt")
+    try:
+        raise RuntimeError("boom")
+    except RuntimeError as error:
+        screen.log_error(error)
+    screen.log_error(ConfigError("lora.r: no."))
+    screen.close_log()
+    told = (tmp_path / "log.txt").read_text()
+    assert "Traceback" in told
+    assert "RuntimeError: boom" in told
+    assert told.endswith("lora.r: no.\n")
+
+
+def test_what_was_done_before_counts_as_success_when_others_fail_alike() -> None:
+    from types import SimpleNamespace
+
+    from llmft.sweeping.supervisor import Supervisor
+
+    def stopped(earlier: str) -> str | None:
+        trials: list[Any] = [SimpleNamespace(status=earlier, error=None)]
+        supervisor = Supervisor(SimpleNamespace(config=compose(), trials=trials), SimpleNamespace())  # type: ignore[arg-type]
+        for _ in range(3):
+            trials.append(SimpleNamespace(status="failed", error="boom"))
+            supervisor._count_errors(trials[-1])
+        return supervisor.stopped_because
+
+    assert stopped("done") is None
+    assert stopped("pending") is not None

@@ -142,7 +142,9 @@ def parsed(loader: Any, params: Any, arguments: Sequence[str]) -> list[Any]:
 
 
 def _text(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    if isinstance(value, list):
+        return ",".join("null" if item is None else str(item) for item in value)
+    return "null" if value is None else str(value)
 
 
 def fixed_overrides(config: Any) -> list[str]:
