@@ -83,7 +83,7 @@ class Screen:
             return
         told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # a full disk has its own way to be told
-            self._file.write(f"{told.rstrip()}\n")
+            self._file.write(f"{redact(told).rstrip()}\n")
             self._file.flush()
 
     def warn(self, message: str) -> None:

@@ -61,8 +61,8 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent() -> None:
-    """Ends this process when the one that started it ends, however that ends (Linux; elsewhere nothing happens).
+def die_with_parent(signum: int = signal.SIGKILL) -> None:
+    """Sends this process `signum` when the one that started it ends, however it does (Linux; elsewhere nothing).
 
     A process of a distributed run whose launcher was killed would otherwise wait for it, for ever.
     """
@@ -71,10 +71,10 @@ def die_with_parent() -> None:
     parent = os.getppid()
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0) != 0:
+    if libc.prctl(set_parent_death_signal, signum, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # it ended just before
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signum)
 
 
 def describe(device: Any) -> dict[str, Any]:

@@ -116,8 +116,9 @@ def report(error: BaseException) -> int:
     if isinstance(error, UserError):
         if trace:
             _print_trace(error)
-        # One line, also where it repeats an argument that had several.
-        print(redact(f"llmft: {' '.join(str(error).splitlines())}"), file=sys.stderr)
+        # One line, also where it repeats an argument that had several; indented ones are meant as a list.
+        told = str(error) if "\n  " in str(error) else " ".join(str(error).splitlines())
+        print(redact(f"llmft: {told}"), file=sys.stderr)
         return error.exit_code
     _print_trace(error)
     print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)

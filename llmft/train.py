@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -38,7 +39,12 @@ def main() -> None:
 def _train_composed(composed: Any) -> float | None:
     config = config_of_command(composed, TrainConfig)
     overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
-    return train(config, watch=watch_of_environment(), overrides=overrides)
+    from llmft.environment import die_with_parent
+
+    watch = watch_of_environment()
+    if watch is not None:
+        die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and lets its devices go
+    return train(config, watch=watch, overrides=overrides)
 
 
 def train(

@@ -304,6 +304,19 @@ def test_a_distributed_trial_of_a_sweep_gives_the_numbers_it_gives_alone(tmp_pat
     same_files(run, tmp_path / "outputs/runs" / run.name)
 
 
+def test_a_distributed_trial_whose_supervisor_is_killed_ends_too(tmp_path: Path) -> None:
+    process = start(tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "seed=1", "trainer.max_steps=4000")
+    wait_for_steps(tmp_path / "outputs", 5, process)
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(children, timeout=40)
+    assert not alive
+    (run,) = (tmp_path / "outputs/runs").iterdir()
+    assert list((run / "checkpoints").iterdir()), "it saved before it ended"
+
+
 def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: Path) -> None:
     arguments = ["trainer.max_steps=12", "trainer.validate_every=2", "data.split_seed=0"]
     train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
