@@ -29,6 +29,8 @@ def main() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # The W&B service of a program around this one writes below that one's directory, and ends with it.
+    os.environ.pop("WANDB_SERVICE", None)
     # A character that the terminal cannot show must not end a training.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

@@ -99,7 +99,7 @@ def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
                 assert value == pytest.approx(theirs[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> None:
     arguments = ["trainer.batch_size=6", "trainer.micro_batch_size=2", "data.rows={train: 20, validation: 7}"]
     one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
@@ -192,10 +192,11 @@ def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> No
 
 
 def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
-    first = start(tmp_path)
+    long = "trainer.max_steps=4000"  # the first is still at it when the second asks, however slow the machine
+    first = start(tmp_path, long)
     wait_for_step(tmp_path, 1, first)
     with pytest.raises(ConfigError, match=f"process {first.pid} on"):
-        train(compose(*LONGER, f"output_dir={tmp_path}"), quiet=True)
+        train(compose(*LONGER, f"output_dir={tmp_path}", long), quiet=True)
     os.kill(first.pid, signal.SIGKILL)
     first.wait()
 

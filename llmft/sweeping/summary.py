@@ -32,7 +32,7 @@ def log_sweep(sweep: Sweep, screen: Screen, page: Path, verdicts: Sequence[str])
         tags=redact(list(sweep.config.tags)),
         notes=redact(sweep.config.sweep.question),
         config=redact({"swept": sweep.swept, "command": sweep.command, "question": sweep.config.sweep.question}),
-        dir=str(sweep.directory),
+        dir=sweep.directory,
         # Every summary is a run of its own: an earlier one of the same sweep stays as it was.
         id=lambda: f"sweep-{sweep.identity}-{secrets.token_hex(4)}",
     )

@@ -195,13 +195,13 @@ def _start_wandb(
         tags=redact(list(config.tags)),
         notes=redact(config.notes),
         config=flat,
-        dir=str(run.directory),
+        dir=run.directory,
         id=lambda: _wandb_id(run),
     )
 
 
 def open_wandb(
-    settings: WandbConfig, screen: Screen, *, id: Callable[[], str], **arguments: Any
+    settings: WandbConfig, screen: Screen, *, id: Callable[[], str], dir: Path, **arguments: Any
 ) -> SafeWandbLogger | None:
     """A W&B run, online where that is possible, else offline; None where it is switched off or cannot even do that."""
     mode, why = wandb_mode(settings)
@@ -213,7 +213,8 @@ def open_wandb(
         screen.warn(f"W&B cannot log ({error}); the local records go on.")
         return None
 
-    arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
+    # Absolute: the service that writes may have been started in another directory.
+    arguments |= {"project": settings.project, "entity": settings.entity, "id": id(), "dir": str(dir.resolve())}
     experiment: Any = None
     for attempt in dict.fromkeys((mode, "offline")):
         try:
@@ -237,7 +238,8 @@ def open_wandb(
         screen.warn(f"W&B cannot log ({why}); the local records go on.")
         return None
     if experiment.settings.mode == "offline" or attempt == "offline":
-        folder = Path(experiment.dir).parent
+        folder = Path(experiment.dir).resolve().parent
+        folder = dir / folder.relative_to(dir.resolve()) if folder.is_relative_to(dir.resolve()) else folder
         screen.print(
             f"W&B is offline{': ' + why if why else ''}. To upload the run later:",
             f"  wandb sync {escape(shlex.quote(str(folder)))}",

@@ -78,6 +78,7 @@ def test_the_command_line_of_an_agent_logs_into_the_run_that_the_agent_made(tmp_
     small = [override for override in SMALL if not override.startswith(("lora.r", "logger"))]
     done = llmft(*command[3:], *small, cwd=tmp_path, **agent)
     assert done.returncode == 0, done.stderr
+    assert len(offline_files(tmp_path / "outputs")) == 1, done.stdout
     (file,) = offline_files(tmp_path / "outputs")
     found = collect(file)
     assert found["run"].run_id == "given1"
@@ -106,6 +107,7 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
     root = tmp_path / "all mine"  # a folder's name may hold spaces
     found = [collect(path) for path in offline_files(root)]
     (sweep,) = (root / "sweeps").iterdir()
+    assert len(list(sweep.glob("wandb/offline-run-*/*.wandb"))) == 1, done.stdout
     (whole,) = [collect(path) for path in sweep.glob("wandb/offline-run-*/*.wandb")]
     assert {f["run"].run_group for f in [*found, whole]} == {sweep.name}
     assert [f["run"].job_type for f in found] == ["train", "train"]

@@ -282,6 +282,7 @@ def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_p
         same_files(tmp_path / "outputs/runs" / name, tmp_path / "alone/runs" / name)
 
 
+@pytest.mark.slow
 def test_two_workers_share_the_trials_and_give_the_same_numbers(tmp_path: Path) -> None:
     done = sweep(tmp_path, "seed=0,1,2,3", "sweep.workers=2")
     assert done.returncode == 0, done.stderr
@@ -304,6 +305,7 @@ def test_a_distributed_trial_of_a_sweep_gives_the_numbers_it_gives_alone(tmp_pat
     same_files(run, tmp_path / "outputs/runs" / run.name)
 
 
+@pytest.mark.slow
 def test_a_distributed_trial_whose_supervisor_is_killed_ends_too(tmp_path: Path) -> None:
     process = start(tmp_path, "trainer=ddp", "trainer.accelerator=cpu", "seed=1", "trainer.max_steps=4000")
     wait_for_steps(tmp_path / "outputs", 5, process)
@@ -317,6 +319,7 @@ def test_a_distributed_trial_whose_supervisor_is_killed_ends_too(tmp_path: Path)
     assert list((run / "checkpoints").iterdir()), "it saved before it ended"
 
 
+@pytest.mark.slow
 def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: Path) -> None:
     arguments = ["trainer.max_steps=12", "trainer.validate_every=2", "data.split_seed=0"]
     train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
@@ -412,6 +415,7 @@ if os.environ.get("LATE"):
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_ends_its_trial_before_it_hears_of_the_limit_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "sitecustomize.py").write_text(LATE)
