@@ -44,7 +44,9 @@ error 1%; the six of them have a mean of 4.0%).
 Two values alone, five seeds each that share nothing, stay short of 80%. Without any noise of rows, Student's test at
 exactly 5%, the most powerful one, finds two standard deviations in 79.1% of the cases; the guards against unequal
 spreads and against the choice of rows cost the rest, and about a sixth seed makes up for it. Seeds that share half of
-their luck, or a second key in the sweep, put it above 80%. Over eight seeds of the embedded example, floors of the
+their luck, or a second key in the sweep, put it above 80%. One key with 3, 6 or 12 values of which one is better by two
+standard deviations is called better than *every* other one in 45%, 12% and 2% (200 sweeps each, nothing shared): the
+best of many by chance lies ahead of its like by about as much. Over eight seeds of the embedded example, floors of the
 schedule of 0 and 0.2 were correlated by 0.85 at rank 6 and 0.2 at rank 8, different ranks by -0.6 to 0.4.
 """
 
