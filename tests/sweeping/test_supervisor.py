@@ -456,6 +456,12 @@ def test_null_in_a_list_of_a_sweeps_file_is_null_and_no_word() -> None:
     found = combinations(parsed(None, {"prompt.system": [None, "Be brief"], "name": None}, []))
     assert [job[0] for job in found] == ["prompt.system=null", "prompt.system=Be\\ brief"]
     assert all(job[1] == "name=null" for job in found)
+    told = combinations(parsed(None, {"prompt.system": ["Be brief, please", "don't, ever", "[a,b]"]}, []))
+    assert [job[0] for job in told] == [
+        "prompt.system='Be brief, please'",
+        "prompt.system='don\\'t, ever'",
+        "prompt.system=[a,b]",
+    ]
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:

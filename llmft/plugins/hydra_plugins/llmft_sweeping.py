@@ -143,8 +143,18 @@ def parsed(loader: Any, params: Any, arguments: Sequence[str]) -> list[Any]:
 
 def _text(value: Any) -> str:
     if isinstance(value, list):
-        return ",".join("null" if item is None else str(item) for item in value)
+        return ",".join(map(_item, value))
     return "null" if value is None else str(value)
+
+
+def _item(value: Any) -> str:
+    """One value of a list as Hydra's grammar reads it: a sentence with a comma stays one value."""
+    if value is None:
+        return "null"
+    text = str(value)
+    if isinstance(value, str) and "," in text and "(" not in text and not text.startswith(("[", "{", "'", '"')):
+        return "'" + text.replace("'", "\\'") + "'"
+    return text
 
 
 def fixed_overrides(config: Any) -> list[str]:
