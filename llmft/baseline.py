@@ -182,13 +182,7 @@ class BaselineSession:
         # As metrics.jsonl has them: what is not finite is blank.
         after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
         result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
-        run.update(
-            handed_over=run.digests(),
-            status="done",
-            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            error=None,
-            result=result,
-        )
+        run.finish(result)
         self.screen.summary({}, after, {"weights": str(run.model), "time": f"{seconds:.1f} s"})
         return after.get(config.trainer.monitor)
 

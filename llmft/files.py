@@ -37,6 +37,22 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
         os.close(directory)
 
 
+@contextlib.contextmanager
+def held(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Takes the lock file `path` for this process; raises `busy` where another one keeps it for `timeout_s`."""
+    import filelock
+
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=timeout_s)
+    except filelock.Timeout:
+        raise busy from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path` by way of `staged_file`."""
     with staged_file(path) as file:

@@ -177,6 +177,16 @@ class Run:
         content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
         write_atomically(self.status_file, content.encode())
 
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as done, with what it found and the digests of what it hands over."""
+        self.update(
+            handed_over=self.digests(),
+            status="done",
+            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            error=None,
+            result=result,
+        )
+
     @property
     def done(self) -> bool:
         """Whether the run finished, and what it hands over is there, to the byte."""

@@ -6,12 +6,9 @@ import contextlib
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import filelock
 
 from llmft.config import TrainConfig
 from llmft.config_verbs import PredictConfig
@@ -19,7 +16,7 @@ from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.sources import Problems, expand, read
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError, DataError
-from llmft.files import write_atomically
+from llmft.files import held, write_atomically
 from llmft.predictions import FOLDER, TEXT, Predictions
 from llmft.runs import Run, slug, source_facts
 from llmft.schema import canonical
@@ -96,18 +93,10 @@ class Asked:
             return None
         return found if found.facts.get("plan") == self.plan else None
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> contextlib.AbstractContextManager[None]:
         """Takes the directory for this process; ConfigError where another one has it."""
-        lock = filelock.FileLock(self.directory / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.") from None
-        try:
-            yield
-        finally:
-            lock.release()
+        busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
+        return held(self.directory / ".lock", busy)
 
     # Parts: finished pieces of the work, so that a kill costs one of them.
 

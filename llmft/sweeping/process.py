@@ -42,7 +42,6 @@ class WorkerProcess:
     leaving_since: float = 0.0
     stopping: str | None = None
     stopping_since: float = 0.0
-    ended: dict[str, Any] | None = None
     _buffer: bytes = b""
 
     @classmethod
@@ -85,7 +84,7 @@ class WorkerProcess:
 
     def train(self, trial: Trial) -> None:
         """Orders a trial."""
-        self.trial, self.since, self.last_sign, self.ended = trial, time.monotonic(), time.monotonic(), None
+        self.trial, self.since, self.last_sign = trial, time.monotonic(), time.monotonic()
         self.order(
             do="train",
             number=trial.number,

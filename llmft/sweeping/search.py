@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import filelock
 from rich.markup import escape
 
 from llmft.config import SearchConfig
 from llmft.console import Screen
 from llmft.errors import ConfigError, RunBusy, UserError
+from llmft.files import held
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
@@ -131,18 +131,10 @@ def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed
     return sweep
 
 
-@contextmanager
-def only_one(sweep: Sweep) -> Iterator[None]:
+def only_one(sweep: Sweep) -> AbstractContextManager[None]:
     """Keeps a second process from the same study; raises RunBusy there."""
-    lock = filelock.FileLock(sweep.directory / ".lock")
-    try:
-        lock.acquire(timeout=1)
-    except filelock.Timeout:
-        raise RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    busy = RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.")
+    return held(sweep.directory / ".lock", busy, timeout_s=1)
 
 
 def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:

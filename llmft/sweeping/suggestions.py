@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.study import Study
-from llmft.sweeping.supervisor import BUSY_AGAIN_S
+from llmft.sweeping.supervisor import Held
 from llmft.sweeping.trials import Sweep, Trial
 
 
@@ -44,7 +43,7 @@ class Search:
         self.repeated = 0
         self.wanted, self.points = wanted_trials(settings, study.space)
         self._of: dict[int, Candidate] = {}
-        self._not_before: dict[int, float] = {}
+        self._held = Held()
 
     # ------------------------------------------------------------------------------------------------ before
 
@@ -114,7 +113,7 @@ class Search:
             candidate.under_way.remove(trial)
         if trial.status == "busy":
             candidate.waiting.insert(0, trial)
-            self._not_before[trial.number] = time.monotonic() + BUSY_AGAIN_S
+            self._held.add(trial)
             return
         if trial.status == "failed" and trial.run.status().get("status") == "diverged":
             trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure
@@ -141,17 +140,12 @@ class Search:
 
     def _free(self) -> Trial | None:
         """The first trial that may start now."""
-        now = time.monotonic()
         for candidate in self.candidates:
             for trial in list(candidate.waiting):
                 judged_first = self.settings.pruner != "none" and trial is not candidate.first
                 if judged_first and candidate.first.status != "done":
                     break
-                if self._not_before.get(trial.number, 0.0) > now:
-                    continue
-                if trial.run.busy:
-                    trial.status = "busy"
-                    self._not_before[trial.number] = now + BUSY_AGAIN_S
+                if self._held.has(trial):
                     continue
                 trial.status = "pending"
                 if trial is candidate.first and not trial.run.done and not trial.config.force:

@@ -15,7 +15,7 @@ from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
 from llmft.sweeping.process import WorkerProcess, environments, how_it_died, visible_gpus
 from llmft.sweeping.progress import SweepProgress
-from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse
+from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
 
 START_S = 600.0
 """How long a worker may take to import its libraries, which a cold network disk makes slow."""
@@ -43,29 +43,42 @@ class Source(Protocol):
         """After a validation: (status, reason) to end the trial here."""
 
 
+class Held:
+    """Trials that another process is training, each looked at again after `BUSY_AGAIN_S`."""
+
+    def __init__(self) -> None:
+        self._not_before: dict[int, float] = {}
+
+    def has(self, trial: Trial) -> bool:
+        """Whether another process has the trial, or had it a moment ago."""
+        if self._not_before.get(trial.number, 0.0) > time.monotonic():
+            return True
+        if trial.run.busy:
+            trial.status = "busy"
+            self.add(trial)
+            return True
+        return False
+
+    def add(self, trial: Trial) -> None:
+        """Lets a trial that turned out to be held wait."""
+        self._not_before[trial.number] = time.monotonic() + BUSY_AGAIN_S
+
+
 class Listed:
     """The trials of a grid, those of one base after each other; one that another process holds comes again later."""
 
     def __init__(self, trials: list[Trial], decide: Callable[..., tuple[str, str] | None] = lambda *_: None) -> None:
         bases = list(dict.fromkeys(trial.base for trial in trials))
         self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
-        self.under_way = 0
         self.decide = decide
-        self._not_before: dict[int, float] = {}
+        self._held = Held()
 
     def next(self) -> Trial | None:
         """The next that is free."""
-        now = time.monotonic()
         for trial in self.waiting:
-            if self._not_before.get(trial.number, 0.0) > now:
-                continue
-            if trial.run.busy:
-                trial.status = "busy"
-                self._not_before[trial.number] = now + BUSY_AGAIN_S
-                continue
-            self.waiting.remove(trial)
-            self.under_way += 1
-            return trial
+            if not self._held.has(trial):
+                self.waiting.remove(trial)
+                return trial
         return None
 
     def over(self) -> bool:
@@ -74,10 +87,9 @@ class Listed:
 
     def ended(self, trial: Trial) -> None:
         """Takes back one that another process snatched away."""
-        self.under_way -= 1
         if trial.status == "busy":
             self.waiting.append(trial)
-            self._not_before[trial.number] = time.monotonic() + BUSY_AGAIN_S
+            self._held.add(trial)
 
 
 class Supervisor:
@@ -189,7 +201,7 @@ class Supervisor:
             if trial.distributed:
                 if worker is not None:
                     worker.close()
-                    self._leave(worker)
+                    worker.process.wait()
                 self._start(slot, share, trial)
             elif worker is None or worker.process.poll() is not None:
                 if worker is not None:
@@ -271,7 +283,7 @@ class Supervisor:
         status = trial.run.status()
         if trial.distributed and code == 0 and trial.run.done:
             trial.status = "done"
-            trial.value = status.get("result", {}).get("after", {}).get(trial.config.trainer.monitor)
+            trial.value = value_of(status, trial.config.trainer.monitor)
         elif worker.stopping == "signal":
             trial.mark("interrupted", "the sweep was interrupted")
         elif worker.stopping is not None:
@@ -358,9 +370,6 @@ class Supervisor:
             return
         self.signalled = signum
         self.progress.say("stopping: the trials under way save first (a second signal stops at once).")
-
-    def _leave(self, worker: WorkerProcess) -> None:
-        worker.process.wait()
 
     def _wait_for_leavers(self) -> None:
         """Idle workers leave when their orders end; what does not is killed."""

@@ -80,7 +80,7 @@ class Trial:
             return False
         status = self.run.status()
         if self.run.done:
-            self.status, self.value = "done", _value_of(status, self.config.trainer.monitor)
+            self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
             self.seconds = status.get("result", {}).get("seconds")
         elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
             self.status, self.error = "twin", status.get("error")
@@ -91,7 +91,8 @@ class Trial:
         self.status, self.error, self.cause = status, error, cause
 
 
-def _value_of(status: dict[str, Any], monitor: str) -> float | None:
+def value_of(status: dict[str, Any], monitor: str) -> float | None:
+    """The monitored metric that a run's status tells of; None for a run without a result."""
     return status.get("result", {}).get("after", {}).get(monitor)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -406,13 +405,7 @@ class Session:
         }
         if self.module.skipped:
             result["skipped_steps"] = self.module.skipped
-        run.update(
-            handed_over=run.digests(),
-            status="done",
-            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            error=None,
-            result=result,
-        )
+        run.finish(result)
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})

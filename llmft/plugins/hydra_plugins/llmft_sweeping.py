@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
@@ -23,7 +23,9 @@ from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
 from llmft.errors import ConfigError, UserError, as_user_error
 from llmft.schema import to_plain
-from llmft.sweeping.trials import Planner
+
+if TYPE_CHECKING:
+    from llmft.sweeping.trials import Planner
 
 store = ConfigStore.instance()
 for group, option, node in (
@@ -164,6 +166,7 @@ def fixed_overrides(config: Any) -> list[str]:
 
 def make_planner(loader: Any, master: Any) -> Planner:
     """A planner that composes with Hydra."""
+    from llmft.sweeping.trials import Planner
 
     def compose(overrides: Sequence[str]) -> TrainConfig:
         composed = loader.load_sweep_config(master, list(overrides))
