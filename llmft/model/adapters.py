@@ -12,7 +12,7 @@ import torch
 
 from llmft.config import LoraConfig
 from llmft.errors import ConfigError, did_you_mean
-from llmft.model import families
+from llmft.model import families, fused
 from llmft.model.heads import head_names
 from llmft.model.sharding import is_sharded, like, whole
 
@@ -58,6 +58,7 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
         except ValueError as error:
             raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
     model.peft_config["default"].base_model_name_or_path = name
+    fused.install(model)
     return model
 
 

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
+from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
+from llmft.model.sharding import is_sharded
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
 """What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
@@ -70,7 +72,10 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     head = getattr(base, "score", None)
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    last = batch.attention_mask.sum(dim=1) - 1
+    lengths = batch.attention_mask.sum(dim=1)
+    if is_flat(base) and not is_sharded(head):
+        return _flat_scores(model, head, flatten(batch.input_ids, lengths.tolist(), varlen=takes_varlen(base)))
+    last = lengths - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
         """The last real token's scores at all places, so that any place transformers takes is the right one.
@@ -85,6 +90,17 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_without_cache(base)).logits
     finally:
         handle.remove()
+
+
+def _flat_scores(model: Any, head: torch.nn.Module, flat: Flat) -> torch.Tensor:
+    """(rows, classes) scores at the last token of each row of a flat sequence, whatever transformers makes of them."""
+    found: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, inputs, scores: found.append(scores[0, flat.last]))
+    try:
+        model(**flat.arguments)
+    finally:
+        handle.remove()
+    return found[0]
 
 
 def _without_cache(base: Any) -> dict[str, bool]:

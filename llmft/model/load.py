@@ -12,7 +12,7 @@ import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.errors import ConfigError, did_you_mean
-from llmft.model import families, heads
+from llmft.model import families, flat, heads
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     bitsandbytes_config,
@@ -201,6 +201,7 @@ def load_base(
             raise
         raise ConfigError(f"model={model.label} cannot be loaded: {first_line(error)}") from error
     keep_packing(base)
+    flat.enable(base)
     base.requires_grad_(False)
     base.eval()
     if keep:

@@ -32,7 +32,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from llmft.config import QuantizationFormat, TrainConfig
-from llmft.model import adapters, families
+from llmft.model import adapters, families, flat
 from llmft.model.quantization import bitsandbytes_config, fused_expert_parameters, unquantized_modules
 
 FP32_BYTES = 4
@@ -143,7 +143,9 @@ def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     # Kernels that only a GPU has keep what PyTorch's own keep: queries, keys, values and output, no scores.
     arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
     with torch.device("meta"):
-        return auto.from_config(hf_config, dtype=dtype if config.lora.enabled else torch.float32, **arguments)
+        base = auto.from_config(hf_config, dtype=dtype if config.lora.enabled else torch.float32, **arguments)
+    flat.enable(base)
+    return base
 
 
 def _base_bytes(base: Any, config: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
@@ -284,6 +286,14 @@ def _activations(
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if config.task.auto_class == "causal_lm":
             arguments = {"use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
+        if flat.is_flat(model):
+            ids = ids.view(1, -1)
+            arguments = {
+                "position_ids": ids,
+                "attention_mask": torch.zeros(1, 1, 1, 1),
+                "use_cache": False,
+                "llmft_blocks": flat.Blocks(((rows, tokens),)),
+            } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),

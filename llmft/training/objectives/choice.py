@@ -96,7 +96,7 @@ class WordScores:
             inputs[torch.arange(len(ids), device=ids.device), prompts + depth] = token
         # What stands behind is never looked at by causal attention.
         keep = (places >= prompts[:, None] - 1) & (places < prompts[:, None] + len(probe))
-        return logits_at(model, inputs, keep).view(len(ids), 1 + len(probe), -1)
+        return logits_at(model, inputs, keep, prompts + len(probe)).view(len(ids), 1 + len(probe), -1)
 
 
 def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:

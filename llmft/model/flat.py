@@ -1,0 +1,235 @@
+"""Rows behind each other in one sequence instead of padded side by side: no padding through norms, linears and head.
+
+Attention alone must know where rows end. On CUDA, torch's variable-length kernel takes them as they are. Elsewhere
+attention runs block by block: rows of like length, padded to the longest of their block where a block of its own would
+cost more than the padding. Either way a row sees what it would see alone; tests hold packed logits against those of
+each row by itself.
+
+It is an attention implementation of transformers (`NAME`) that does what "sdpa" does until it is told of blocks. The
+mask handed in with blocks is a four-dimensional dummy: transformers passes such a one on as it is. With any mask of two
+dimensions, or none and a cache, it would silently let rows see each other.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NAME = "llmft_flat"
+BLOCK_COST_TOKENS = 48
+"""What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
+MOST_VARLEN_HEAD_DIM = 256
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Where rows stand in a flat sequence.
+
+    Attributes:
+        shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
+        seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
+        longest: longest row in tokens.
+    """
+
+    shapes: tuple[tuple[int, int], ...]
+    seqlens: torch.Tensor | None = None
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Rows as one sequence.
+
+    Attributes:
+        input_ids, position_ids: (1, tokens).
+        index: (tokens,) where each token stands in the padded batch, counted row by row.
+        last: (rows,) where each row's last real token stands in the flat sequence.
+    """
+
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    index: torch.Tensor
+    last: torch.Tensor
+    blocks: Blocks
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What a model's forward takes."""
+        dummy = torch.empty(1, 1, 1, 1, device=self.input_ids.device)
+        return {
+            "input_ids": self.input_ids,
+            "position_ids": self.position_ids,
+            "attention_mask": dummy,
+            "use_cache": False,
+            "llmft_blocks": self.blocks,
+        }
+
+    def pick(self, padded: torch.Tensor) -> torch.Tensor:
+        """(1, tokens) values of a padded (rows, seq_len) tensor."""
+        return padded.reshape(-1)[self.index][None]
+
+
+def register() -> None:
+    """Makes the implementation known to transformers."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    AttentionInterface.register(NAME, flat_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def enable(model: Any) -> bool:
+    """Lets `model` take flat rows where its family can; whether it can is asked of `is_flat` from then on."""
+    module = sys.modules[type(model).__module__]
+    known = getattr(model, "_supports_flash_attn", False) and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
+    causal = not getattr(model.config, "is_encoder_decoder", False)
+    if not (known and causal and model.config._attn_implementation == "sdpa" and not _stateful(model)):
+        return False
+    register()
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def is_flat(model: Any) -> bool:
+    """Whether `enable` took effect on the model below any adapter."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
+
+
+def _stateful(model: Any) -> bool:
+    """Whether layers carry a state from token to token besides attention: it would run on from row to row."""
+    return any(
+        word in type(module).__name__.lower() for module in model.modules() for word in ("mamba", "conv1d_", "ssm")
+    )
+
+
+def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> Flat:
+    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
+    device, seq_len = input_ids.device, input_ids.shape[1]
+    shapes = tuple((1, length) for length in lengths) if varlen else plan_blocks(lengths)
+    widths = [width for rows, width in shapes for _ in range(rows)]
+    place = torch.arange(seq_len)
+    kept = place < torch.tensor(widths)[:, None]
+    positions = place.expand(len(widths), -1)[kept]
+    index = kept.reshape(-1).nonzero()[:, 0]
+    starts = torch.tensor([0, *widths]).cumsum(0)
+    last = starts[:-1] + torch.tensor(list(lengths)) - 1
+    seqlens = starts.to(device, torch.int32) if varlen else None
+    index = index.to(device)
+    return Flat(
+        input_ids.reshape(-1)[index][None],
+        positions[None].to(device),
+        index,
+        last.to(device),
+        Blocks(shapes, seqlens, max(lengths)),
+    )
+
+
+def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Cuts rows, in their order, into blocks such that padding and attention calls together cost least."""
+    best: list[tuple[int, int]] = [(0, 0)]  # cost up to a row, and where its block begins
+    for end in range(1, len(lengths) + 1):
+        width, options = 0, []
+        for start in range(end - 1, -1, -1):
+            width = max(width, lengths[start])
+            options.append((best[start][0] + (end - start) * width + BLOCK_COST_TOKENS, start))
+        best.append(min(options))
+    blocks: list[tuple[int, int]] = []
+    end = len(lengths)
+    while end > 0:
+        start = best[end][1]
+        blocks.append((end - start, max(lengths[start:end])))
+        end = start
+    return tuple(reversed(blocks))
+
+
+def takes_varlen(model: Any) -> bool:
+    """Whether torch's variable-length attention computes this model: CUDA from Ampere on, 16-bit, heads up to 256."""
+    device = model.device
+    if device.type != "cuda":
+        return False
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
+    if dtype not in (torch.bfloat16, torch.float16):
+        return False
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return False
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
+    fits = head_dim <= MOST_VARLEN_HEAD_DIM and head_dim % 8 == 0 and not dropout
+    return fits and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+def flat_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    llmft_blocks: Blocks | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention of (1, heads, tokens, head_dim) over `llmft_blocks`; transformers' own "sdpa" where there are none.
+
+    Returns (1, tokens, heads, head_dim), as transformers' implementations do.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if llmft_blocks is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    window = kwargs.pop("sliding_window", None)
+    if llmft_blocks.seqlens is not None:
+        return _varlen(query, key, value, scaling, window, llmft_blocks), None
+    outputs, start = [], 0
+    for rows, width in llmft_blocks.shapes:
+        parts = [
+            part[0, :, start : start + rows * width].unflatten(1, (rows, width)).transpose(0, 1)
+            for part in (query, key, value)
+        ]
+        mask = None if window is None or width <= window else _band(width, window, query.device)
+        output, _ = sdpa_attention_forward(module, parts[0], parts[1], parts[2], mask, dropout, scaling, **kwargs)
+        outputs.append(output.flatten(0, 1))
+        start += rows * width
+    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+
+
+def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
+    """(1, 1, width, width): each token sees itself and the window - 1 before it."""
+    place = torch.arange(width, device=device)
+    distance = place[:, None] - place
+    return ((distance >= 0) & (distance < window))[None, None]
+
+
+def _varlen(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scaling: float | None,
+    window: int | None,
+    blocks: Blocks,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert blocks.seqlens is not None
+    found = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        blocks.seqlens,
+        blocks.seqlens,
+        blocks.longest,
+        blocks.longest,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(found, torch.Tensor)
+    return found[None]

@@ -1,0 +1,133 @@
+"""Rows behind each other see what each would see alone, in every family; fused LoRA computes what PEFT's does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmft.config import LoraConfig
+from llmft.data.batch import MicroBatch
+from llmft.model import adapters, flat, fused
+from llmft.model.hub import Located
+from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
+from tests.model.test_twins import FILES, FIRST, classifies, load, twin
+
+LENGTHS = [61, 40, 38, 23, 22, 21, 7, 1]
+PADDED = ("falcon", "mpt", "deberta-v2")
+"""Families whose attention does not go through transformers' interface, or is not causal."""
+CAUSAL = sorted(name for name in FIRST if not classifies(FILES[FIRST[name]]))
+
+
+def base(architecture: str, form: str = "none", **overrides: Any) -> Any:
+    name = FIRST[architecture]
+    return load(twin(name, **overrides), Located(None, "random"), FILES[name], form)
+
+
+def rows() -> torch.Tensor:
+    ids = torch.randint(5, 512, (len(LENGTHS), max(LENGTHS)), generator=torch.Generator().manual_seed(0))
+    return torch.where(torch.arange(max(LENGTHS)) < torch.tensor(LENGTHS)[:, None], ids, 0)
+
+
+def everywhere(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[1]) < torch.tensor(LENGTHS)[:, None]
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_packed_logits_are_those_of_each_row_alone(architecture: str) -> None:
+    model, ids = base(architecture), rows()
+    assert flat.is_flat(model) == (architecture not in PADDED and model.config._attn_implementation != "eager")
+    with torch.no_grad():
+        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
+    model, ids = base("mistral", sliding_window=window), rows()
+    with torch.no_grad():
+        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+
+
+def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
+    # The control: what the tests above would look like if rows were not kept apart.
+    model, ids = base("llama"), rows()
+    flattened = flat.flatten(ids, LENGTHS)
+    careless = {**flattened.arguments, "attention_mask": torch.ones_like(flattened.input_ids)}
+    del careless["llmft_blocks"]
+    with torch.no_grad():
+        right = model(**flattened.arguments).logits
+        wrong = model(**careless).logits
+    assert (right - wrong).abs().max() > 1e-2
+
+
+def test_a_model_made_flat_still_generates_with_padding_on_the_left() -> None:
+    from llmft.inference.generate import generate
+
+    model = base("llama")
+    prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
+    options: dict[str, Any] = {"pad_id": 0, "end_ids": [], "max_new_tokens": 5}
+    together = generate(model, prompts, **options)
+    assert together == [generate(model, [prompt], **options)[0] for prompt in prompts]
+
+
+def test_blocks_hold_all_rows_in_order_and_pad_little() -> None:
+    blocks = flat.plan_blocks([1000, 990, 500, 495, 490, 10, 9, 8])
+    assert blocks == ((2, 1000), (3, 500), (3, 10))
+    assert flat.plan_blocks([7]) == ((1, 7),)
+    many = sorted(torch.randint(1, 400, (64,), generator=torch.Generator().manual_seed(1)).tolist(), reverse=True)
+    assert sum(rows for rows, _ in flat.plan_blocks(many)) == 64
+
+
+def micro_batch() -> MicroBatch:
+    ids = rows()
+    labels = torch.where(torch.arange(ids.shape[1]) % 3 == 1, ids, -100).where(everywhere(ids), torch.tensor(-100))
+    return MicroBatch(ids, everywhere(ids).long(), labels, torch.ones(len(ids)), None, list(range(len(ids))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", ["none", "nf4"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
+    form: str, dropout: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = LoraConfig(r=4, dropout=dropout)
+    model = adapters.attach(base("qwen2", form), lora, auto_class="causal_lm", seed=0, name="twin").train()
+    assert sum("forward" in layer.__dict__ for layer in fused.lora_layers(model).values()) == 14
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
+
+    def run() -> tuple[float, dict[str, torch.Tensor]]:
+        torch.manual_seed(3)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            loss = LanguageModeling().losses(model, micro_batch()).nll.sum() / 50
+        loss.backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return float(loss), found
+
+    if dropout:  # the same places dropped, whatever draws them
+        fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
+        monkeypatch.setattr(fused, "_mask", lambda own, share: fixed(own.shape))
+        own_dropout = lambda self, x: x * fixed(x.shape[1:] if x.ndim == 3 else x.shape) / 0.7  # noqa: E731
+        monkeypatch.setattr(torch.nn.Dropout, "forward", own_dropout)
+    loss, gradients = run()
+    fused.uninstall(model)
+    reference, expected = run()
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    assert loss == pytest.approx(reference, rel=bound)
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
+
+
+def test_dora_and_8_bit_layers_keep_pefts_own_forward() -> None:
+    for form, lora in (("none", LoraConfig(r=4, dora=True)), ("int8", LoraConfig(r=4))):
+        model = adapters.attach(base("llama", form), lora, auto_class="causal_lm", seed=0, name="twin")
+        assert not any("forward" in layer.__dict__ for layer in fused.lora_layers(model).values())
