@@ -557,6 +557,7 @@ class SweepConfig:
     name: str | None = None
     question: str | None = None
     workers: Any = 1
+    stack: int = 1
     time_limit: str | None = None
     silence_limit: str | None = "1h"
     stop_after_same_error: int | None = 3
@@ -567,6 +568,7 @@ class SweepConfig:
     def __post_init__(self) -> None:
         number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
         require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
+        require(self.stack >= 1, f"sweep.stack={self.stack}: 1 or more trials at once on one base.")
         for key in ("time_limit", "silence_limit"):
             value = getattr(self, key)
             if value is not None:

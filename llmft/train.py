@@ -20,6 +20,7 @@ from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.sweeping.worker import watch_of_environment
 
 if TYPE_CHECKING:
+    from llmft.training.lanes import Lane
     from llmft.training.watch import Watch
 
 
@@ -50,11 +51,17 @@ def _train_composed(composed: Any) -> float | None:
 
 
 def train(
-    config: TrainConfig, *, quiet: bool = False, watch: Watch | None = None, overrides: Sequence[str] = ()
+    config: TrainConfig,
+    *,
+    quiet: bool = False,
+    watch: Watch | None = None,
+    overrides: Sequence[str] = (),
+    lane: Lane | None = None,
 ) -> float | None:
     """Trains what `config` says, or finds that it is done; returns the monitored metric.
 
-    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote.
+    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote; `lane`
+    is its place among trainings that share a base.
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
@@ -71,7 +78,7 @@ def train(
     if rank > 0:
         die_with_parent()
         # Every process decides alike: a finished run needs nobody.
-        return None if run.done and not config.force else _train(prepared, screen, None)
+        return None if run.done and not config.force else _train(prepared, screen, None, None)
     if run.done and not config.force:
         return _tell_done(run, config, screen)
     run.lock()
@@ -94,7 +101,7 @@ def train(
             where = config.model.path or f"{config.model.id} at {config.model.revision}"
             screen.print(f"[bold red]This run executes the Python code of {escape(where)}.[/bold red]")
         try:
-            return _train(prepared, screen, watch)
+            return _train(prepared, screen, watch, lane)
         except BaseException as error:
             screen.log_error(error)
             _record_failure(run, error)
@@ -128,7 +135,7 @@ def _record_failure(run: Any, error: BaseException) -> None:
         run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
 
 
-def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.console import quiet_libraries
     from llmft.training.out_of_memory import OutOfMemory
@@ -137,7 +144,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     while True:
         rejected = list(prepared.problems.rejected)
         try:
-            return _train_once(prepared, screen, watch)
+            return _train_once(prepared, screen, watch, lane)
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.
@@ -167,7 +174,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
     session: Any
     if prepared.config.model.architecture == "tfidf":
         from llmft.baseline import BaselineSession
@@ -176,7 +183,7 @@ def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None
     else:
         from llmft.training.session import Session
 
-        session = Session(prepared, screen, watch)
+        session = Session(prepared, screen, watch, lane)
     try:
         return session.run()
     finally:

@@ -7,13 +7,16 @@ two times more, and takes a dozen small operations.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+ALIGNED_BYTES = 64
+"""Where torch's own allocations on the CPU begin."""
 
 
 @dataclass(frozen=True)
@@ -101,25 +104,33 @@ def share_of(layer: Any, start: int, end: int, draw: Any = None) -> tuple[Share,
 
 
 def lora_linear(
-    x: torch.Tensor, layer: torch.nn.Module, shares: Sequence[Share], weights: Sequence[torch.Tensor]
+    x: torch.Tensor,
+    layer: torch.nn.Module,
+    shares: Sequence[Share],
+    weights: Sequence[torch.Tensor],
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> torch.Tensor:
     """(tokens, out) of `x`, (tokens, in), through a frozen linear layer and the adapters of its shares.
 
     `weights` are A, (rank, in), and B, (out, rank), of each share in turn. Under autocast everything is computed in its
-    dtype, and the gradients of A and B are added up in their own.
+    dtype, and the gradients of A and B are added up in their own. With `spans` the layer's product is taken span by
+    span, since how a matrix product rounds depends on the number of its rows.
     """
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with torch.autocast(kind, enabled=False):
-        found: torch.Tensor = _LoraLinear.apply(x.to(dtype), layer, tuple(shares), *weights)
+        found: torch.Tensor = _LoraLinear.apply(x.to(dtype), layer, tuple(shares), spans, *weights)
     return found
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: Any, shares: tuple[Share, ...], *weights: torch.Tensor) -> Any:
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: Any, shares: tuple[Share, ...], spans: Any, *weights: torch.Tensor
+    ) -> Any:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        y = F.linear(x, weight_of(layer, x.dtype), bias)
+        weight = weight_of(layer, x.dtype)
+        y = _by_span(lambda own: F.linear(own, weight, bias), x, spans)
         kept = [x]
         for share, a, b in zip(shares, weights[::2], weights[1::2], strict=True):
             own = x[share.start : share.end]
@@ -130,7 +141,7 @@ class _LoraLinear(torch.autograd.Function):
             narrow = own @ a.to(x.dtype).t()
             kept.append(narrow)
             y[share.start : share.end].addmm_(narrow, b.to(x.dtype).t(), alpha=share.scale)
-        ctx.layer, ctx.shares = layer, shares
+        ctx.layer, ctx.shares, ctx.spans = layer, shares, spans
         ctx.save_for_backward(*kept, *weights)
         return y
 
@@ -142,7 +153,8 @@ class _LoraLinear(torch.autograd.Function):
         gradient = gradient.contiguous()
         with torch.autocast(x.device.type, enabled=False):
             wanted = ctx.needs_input_grad[0]
-            gx = gradient @ weight_of(ctx.layer, x.dtype) if wanted else None
+            weight = weight_of(ctx.layer, x.dtype) if wanted else None
+            gx = None if weight is None else _by_span(lambda own: own @ weight, gradient, ctx.spans)
             found: list[torch.Tensor] = []
             for share, a, b in zip(shares, weights[::2], weights[1::2], strict=True):
                 mask = saved.pop(0) if share.dropout else None
@@ -158,7 +170,19 @@ class _LoraLinear(torch.autograd.Function):
                     gx[share.start : share.end].addmm_(gn, a.to(x.dtype))
                 elif gx is not None:
                     gx[share.start : share.end].add_((gn @ a.to(x.dtype)).mul_(mask).mul_(factor))
-        return (gx, None, None, *found)
+        return (gx, None, None, None, *found)
+
+
+def _by_span(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, spans: Any) -> torch.Tensor:
+    """The product of all rows of `x`, or of each span of them by itself."""
+    if spans is None or len(spans) == 1:
+        return product(x)
+    return torch.cat([product(_aligned(x[start:end])) for start, end in spans])
+
+
+def _aligned(rows: torch.Tensor) -> torch.Tensor:
+    """Rows that begin as a tensor of their own does: a product's rounding may depend on that too."""
+    return rows if rows.data_ptr() % ALIGNED_BYTES == 0 else rows.clone()
 
 
 def _mask(own: torch.Tensor, share: Share) -> torch.Tensor:

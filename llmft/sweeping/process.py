@@ -26,7 +26,8 @@ class WorkerProcess:
 
     Attributes:
         log: what the process printed.
-        trial: what it is training.
+        trials: what it is training, several at once where they are stacked.
+        width: how many it was given at once.
         leaving: it ends by itself after a trial that may have left its libraries in any state.
         stopping: why it was asked to stop.
     """
@@ -34,7 +35,8 @@ class WorkerProcess:
     process: subprocess.Popen[bytes]
     events_fd: int
     log: Path
-    trial: Trial | None = None
+    trials: list[Trial] = field(default_factory=list)
+    width: int = 1
     since: float = field(default_factory=time.monotonic)
     last_sign: float = field(default_factory=time.monotonic)
     ready: bool = False
@@ -68,12 +70,12 @@ class WorkerProcess:
             )
         os.close(writing)
         os.set_blocking(reading, False)
-        return cls(process, reading, log, trial, ready=trial is not None)
+        return cls(process, reading, log, [trial] if trial is not None else [], ready=trial is not None)
 
     @property
     def idle(self) -> bool:
         """Whether it waits for a trial."""
-        return self.ready and self.trial is None and self.stopping is None and not self.leaving
+        return self.ready and not self.trials and self.stopping is None and not self.leaving
 
     def order(self, **content: Any) -> None:
         """Sends an order; a process that just died is noticed by its end."""
@@ -82,16 +84,24 @@ class WorkerProcess:
             self.process.stdin.write(json.dumps(content).encode() + b"\n")
             self.process.stdin.flush()
 
-    def train(self, trial: Trial) -> None:
-        """Orders a trial."""
-        self.trial, self.since, self.last_sign = trial, time.monotonic(), time.monotonic()
-        self.order(
-            do="train",
-            number=trial.number,
-            config=to_plain(trial.config),
-            arguments=trial.arguments,
-            overrides=trial.overrides,
-        )
+    def train(self, trials: list[Trial]) -> None:
+        """Orders trials, all at once."""
+        self.trials, self.width = list(trials), len(trials)
+        self.since = self.last_sign = time.monotonic()
+        orders = [
+            {
+                "number": trial.number,
+                "config": to_plain(trial.config),
+                "arguments": trial.arguments,
+                "overrides": trial.overrides,
+            }
+            for trial in trials
+        ]
+        self.order(do="train", trials=orders)
+
+    def trial(self, number: int) -> Trial | None:
+        """The one of its trials that has this number."""
+        return next((trial for trial in self.trials if trial.number == number), None)
 
     def events(self) -> list[dict[str, Any]]:
         """What it told since the last call."""

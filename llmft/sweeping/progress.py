@@ -50,8 +50,9 @@ class SweepProgress:
         """A line above the bars."""
         self.screen.print(escape(text))
 
-    def begins(self, slot: int, trial: Trial) -> None:
+    def begins(self, trial: Trial) -> None:
         """A trial is handed to a worker."""
+        slot = trial.number
         self._said_at[slot] = time.monotonic()
         if self._bars is not None:
             self._drop(slot)
@@ -59,8 +60,9 @@ class SweepProgress:
         elif self.enabled:
             self.say(f"trial {trial.number + 1}/{self.total} begins: {trial.label}")
 
-    def step(self, slot: int, trial: Trial, event: dict[str, Any]) -> None:
+    def step(self, trial: Trial, event: dict[str, Any]) -> None:
         """A trial took a step."""
+        slot = trial.number
         told = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
         if self._bars is not None:
             self._bars.update(self._lines[slot], completed=event["step"], total=event["total"], told=told)
@@ -68,11 +70,11 @@ class SweepProgress:
             self._said_at[slot] = time.monotonic()
             self.say(f"trial {trial.number + 1}/{self.total} step {event['step']}/{event['total']}  {told}")
 
-    def validation(self, slot: int, trial: Trial, event: dict[str, Any]) -> None:
+    def validation(self, trial: Trial, event: dict[str, Any]) -> None:
         """A trial validated."""
         value = event["metrics"].get(self.monitor)
         if self._bars is not None and value is not None:
-            self._bars.update(self._lines[slot], told=f"{self.monitor} {value:.4f}")
+            self._bars.update(self._lines[trial.number], told=f"{self.monitor} {value:.4f}")
 
     def found(self, trial: Trial) -> None:
         """A trial was finished before."""
@@ -85,10 +87,10 @@ class SweepProgress:
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
         self.say(f"trial {trial.number + 1}/{self.total} waits: {who} is training it  {trial.label}")
 
-    def ended(self, slot: int, trial: Trial) -> None:
+    def ended(self, trial: Trial) -> None:
         """A trial ended."""
-        self._drop(slot)
-        if trial.status == "busy":
+        self._drop(trial.number)
+        if trial.status in ("busy", "pending"):
             return
         took = f"{trial.seconds:.{0 if trial.seconds >= 10 else 1}f} s" if trial.seconds is not None else ""
         self._ready(trial, took)

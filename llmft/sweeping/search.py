@@ -77,7 +77,8 @@ def _begin(
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
     supervisor = Supervisor(sweep, progress)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
-    search.workers = supervisor.count_workers(probes, search.wanted * search.num_seeds)
+    at_once = supervisor.count_workers(probes, search.wanted * search.num_seeds)
+    search.workers = at_once * supervisor.settings.stack
     search.recall()
     progress.total = max(search.wanted, search.asked) * search.num_seeds
     return search, supervisor

@@ -100,6 +100,16 @@ class Search:
             self._ask()
         return trial
 
+    def next_like(self, trial: Trial) -> Trial | None:
+        """The next one, if it can share a forward with `trial`."""
+        other = self.next()
+        if other is None or other.lane == trial.lane:
+            return other
+        candidate = self._of[other.number]
+        candidate.under_way.remove(other)
+        candidate.waiting.insert(0, other)
+        return None
+
     def over(self) -> bool:
         """Whether all configurations were asked for and all of their trials handed out."""
         return self.asked >= self.wanted and not any(candidate.waiting for candidate in self.candidates)
@@ -111,9 +121,10 @@ class Search:
             candidate.waiting.remove(trial)
         if trial in candidate.under_way:
             candidate.under_way.remove(trial)
-        if trial.status == "busy":
+        if trial.status in ("busy", "pending"):  # another process has it, or it is to run again by itself
             candidate.waiting.insert(0, trial)
-            self._held.add(trial)
+            if trial.status == "busy":
+                self._held.add(trial)
             return
         if trial.status == "failed" and trial.run.status().get("status") == "diverged":
             trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure

@@ -33,6 +33,9 @@ class Source(Protocol):
     def next(self) -> Trial | None:
         """A trial to run now; None while there is none."""
 
+    def next_like(self, trial: Trial) -> Trial | None:
+        """Another one that can be stacked with `trial`; None where there is none."""
+
     def over(self) -> bool:
         """Whether no trial will come any more, once those under way have ended."""
 
@@ -81,13 +84,23 @@ class Listed:
                 return trial
         return None
 
+    def next_like(self, trial: Trial) -> Trial | None:
+        """The next free one that can share a forward with `trial`."""
+        for other in self.waiting:
+            if other.lane == trial.lane and not self._held.has(other):
+                self.waiting.remove(other)
+                return other
+        return None
+
     def over(self) -> bool:
         """Whether all have been handed out."""
         return not self.waiting
 
     def ended(self, trial: Trial) -> None:
-        """Takes back one that another process snatched away."""
-        if trial.status == "busy":
+        """Takes back one that another process snatched away, or that is to run again by itself."""
+        if trial.status == "pending":
+            self.waiting.append(trial)
+        elif trial.status == "busy":
             self.waiting.append(trial)
             self._held.add(trial)
 
@@ -108,6 +121,7 @@ class Supervisor:
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
+        self._alone: set[int] = set()
         limits = (self.settings.time_limit, self.settings.silence_limit)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -140,7 +154,7 @@ class Supervisor:
             raise Interrupted("interrupted; the same command goes on with what is missing.", self.signalled)
 
     def _over(self, source: Source) -> bool:
-        busy = any(process.trial is not None for process in self._processes)
+        busy = any(process.trials for process in self._processes)
         return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
 
     def count_workers(self, trials: list[Trial], at_most: int) -> int:
@@ -195,8 +209,10 @@ class Supervisor:
             trial = self._next(source)
             if trial is None:
                 continue
-            trial.status, trial.log = "running", trial.run.log_file
-            self.progress.begins(slot, trial)
+            trials = [trial, *self._company(source, trial)]
+            for each in trials:
+                each.status, each.log = "running", each.run.log_file
+                self.progress.begins(each)
             self.sweep.write()
             if trial.distributed:
                 if worker is not None:
@@ -206,9 +222,24 @@ class Supervisor:
             elif worker is None or worker.process.poll() is not None:
                 if worker is not None:
                     worker.close()
-                self._start(slot, share).trial = trial  # ordered when it is ready
+                self._start(slot, share).trials = trials  # ordered when it is ready
             else:
-                worker.train(trial)
+                worker.train(trials)
+
+    def _company(self, source: Source, trial: Trial) -> list[Trial]:
+        """The trials that run on one base together with `trial`, as sweep.stack allows."""
+        found: list[Trial] = []
+        most = self.settings.stack if trial.lane is not None and trial.number not in self._alone else 1
+        while len(found) + 1 < most and (other := source.next_like(trial)) is not None:
+            if other.finished_before():
+                self.progress.found(other)
+                source.ended(other)
+            elif other.number in self._alone:
+                source.ended(other)
+                break
+            else:
+                found.append(other)
+        return found
 
     def _next(self, source: Source) -> Trial | None:
         """The next trial that is not finished already."""
@@ -234,52 +265,60 @@ class Supervisor:
 
     def _listen(self, source: Source) -> None:
         self._wait(self._processes)
-        for slot, worker in enumerate(self._processes):
+        for worker in self._processes:
             for event in worker.events():
-                self._hear(slot, worker, event, source)
+                self._hear(worker, event, source)
             code = worker.process.poll()
-            if code is not None and worker.trial is not None:
+            if code is not None and worker.trials:
                 for event in worker.events():  # its last words
-                    self._hear(slot, worker, event, source)
-                if worker.trial is not None:
-                    self._died(slot, worker, code, source)
+                    self._hear(worker, event, source)
+                left = len(worker.trials)
+                for trial in list(worker.trials):
+                    self._died(worker, trial, code, source, together=left > 1)
 
     def _take_in(self, worker: WorkerProcess) -> None:
         for event in worker.events():
             worker.ready = worker.ready or event["event"] == "ready"
 
-    def _hear(self, slot: int, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
-        kind, trial = event["event"], worker.trial
+    def _hear(self, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
+        kind = event["event"]
         if kind == "ready":
             worker.ready = True
-            if trial is not None:
-                worker.train(trial)
-        elif trial is None:
+            if worker.trials:
+                worker.train(worker.trials)
             return
-        elif kind == "step":
-            self.progress.step(slot, trial, event)
+        if not worker.trials:
+            return
+        trial = worker.trial(event["number"]) if event.get("number") is not None else worker.trials[0]
+        if trial is None:
+            return
+        if kind == "step":
+            self.progress.step(trial, event)
         elif kind == "validation":
-            self.progress.validation(slot, trial, event)
+            self.progress.validation(trial, event)
             if event["asks"]:
-                worker.order(stop=source.decide(trial, event["step"], event["metrics"]))
-        elif kind == "end" and event["number"] == trial.number:
+                stop = source.decide(trial, event["step"], event["metrics"])
+                worker.order(do="answer", number=trial.number, stop=stop)
+        elif kind == "end":
             trial.value = event["value"]
             trial.mark(event["status"], event["error"], event["cause"])
             if event["status"] == "interrupted" and worker.stopping not in (None, "signal"):
                 self._overdue(worker, trial)
-            worker.leaving, worker.leaving_since = not event["sound"], time.monotonic()
+            worker.leaving, worker.leaving_since = worker.leaving or not event["sound"], time.monotonic()
             if worker.stopping is not None:
                 # It ended its trial before it heard: what stays would wait for orders that never come.
                 worker.leaving = True
-                worker.signal(signal.SIGKILL)
+                if len(worker.trials) == 1:
+                    worker.signal(signal.SIGKILL)
             if trial.log is None or not trial.log.exists():
                 trial.log = worker.log
-            self._ended(slot, worker, source)
+            self._ended(worker, trial, source)
 
-    def _died(self, slot: int, worker: WorkerProcess, code: int, source: Source) -> None:
-        """A process left in the middle of its trial, or a distributed trial's ended."""
-        trial = worker.trial
-        assert trial is not None
+    def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source, *, together: bool) -> None:
+        """A process left in the middle of its trial, or a distributed trial's ended.
+
+        Of several `together` nobody knows which one it was: each goes on by itself.
+        """
         status = trial.run.status()
         if trial.distributed and code == 0 and trial.run.done:
             trial.status = "done"
@@ -288,6 +327,8 @@ class Supervisor:
             trial.mark("interrupted", "the sweep was interrupted")
         elif worker.stopping is not None:
             self._overdue(worker, trial)
+        elif together:
+            self._again_alone(trial)
         elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
             trial.mark("failed", status["error"], "error")
         else:
@@ -296,9 +337,17 @@ class Supervisor:
             trial.log = worker.log
         if trial.status == "failed":
             self._note(trial)
-        self._ended(slot, worker, source)
+        self._ended(worker, trial, source)
+
+    def _again_alone(self, trial: Trial) -> None:
+        self._alone.add(trial.number)
+        trial.mark("pending", None)
+        self.progress.say(f"trial {trial.number + 1} goes on by itself: the process of its stack left.")
 
     def _overdue(self, worker: WorkerProcess, trial: Trial) -> None:
+        if worker.width > 1 and "sweep.time_limit" not in str(worker.stopping):
+            self._again_alone(trial)  # one of them hangs, and all with it
+            return
         why = str(worker.stopping)
         trial.mark("failed", why, "time" if "sweep.time_limit" in why else "silence")
 
@@ -307,12 +356,10 @@ class Supervisor:
         if trial.run.directory.is_dir() and not trial.run.busy:
             trial.run.update(status="failed", error=trial.error)
 
-    def _ended(self, slot: int, worker: WorkerProcess, source: Source) -> None:
-        trial = worker.trial
-        assert trial is not None
-        worker.trial = None
+    def _ended(self, worker: WorkerProcess, trial: Trial, source: Source) -> None:
+        worker.trials.remove(trial)
         trial.seconds = round(time.monotonic() - worker.since, 1)
-        self.progress.ended(slot, trial)
+        self.progress.ended(trial)
         self._count_errors(trial)
         source.ended(trial)
         self.sweep.write()
@@ -339,13 +386,13 @@ class Supervisor:
         for worker in self._processes:
             if worker.process.poll() is not None:
                 continue
-            if worker.trial is None:
+            if not worker.trials:
                 if worker.leaving and now - worker.leaving_since > LEAVE_S:
                     worker.signal(signal.SIGKILL)  # a library's thread keeps it
                 continue
             if self.signalled:
                 worker.stop("signal")
-            elif longest is not None and now - worker.since > longest:
+            elif longest is not None and now - worker.since > longest * worker.width:
                 worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
             elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
                 worker.stop(f"gave no sign of life for sweep.silence_limit={self.settings.silence_limit}")

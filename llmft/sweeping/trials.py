@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config import TrainConfig
+from llmft.config import ModelInit, TrainConfig
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located
@@ -67,6 +67,18 @@ class Trial:
         return canonical(
             to_plain([config.model, config.quantization, config.trainer.precision, config.task.auto_class])
         )
+
+    @property
+    def lane(self) -> str | None:
+        """Equal for trials that can be stacked: one forward computes them all. None for one that runs by itself."""
+        config = self.config
+        lora, trainer, model = config.lora, config.trainer, config.model
+        if self.distributed or not lora.enabled or lora.modules_to_save or model.architecture == "tfidf":
+            return None
+        # A random base is the seed's own.
+        seed = config.seed if model.init is ModelInit.random else None
+        means = [trainer.accelerator, trainer.threads, trainer.deterministic, trainer.gradient_checkpointing]
+        return canonical([self.base, seed, *to_plain(means)])
 
     @property
     def distributed(self) -> bool:

@@ -123,8 +123,12 @@ class FineTuner(L.LightningModule):
         describe_row: Callable[[int], str] = str,
         keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
         skip_up_to: int | None = None,
+        after_backward: Callable[[], None] = lambda: None,
     ) -> None:
-        """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first."""
+        """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
+
+        `after_backward` follows every micro-batch's: a training among others takes its gradients further there.
+        """
         super().__init__()
         self.automatic_optimization = False
         self.strict_loading = False
@@ -140,6 +144,7 @@ class FineTuner(L.LightningModule):
         self.describe_row = describe_row
         self.keep_bad_step = keep_bad_step
         self.skip_up_to = skip_up_to
+        self.after_backward = after_backward
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -194,6 +199,7 @@ class FineTuner(L.LightningModule):
                 losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
                 self.manual_backward(loss * scale)
+                self.after_backward()
                 total += loss.detach()
                 row_losses.append((micro.rows, losses.nll.detach()))
         self._sum_over_processes([total] if sharded else [total, *self._gradients()])

@@ -38,6 +38,7 @@ from llmft.prepare import Prepared, process_rank
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
+from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
@@ -85,8 +86,11 @@ def check_parts(config: TrainConfig) -> Parts:
 class Session:
     """Builds all parts of a run, in the order in which a mistake is cheapest, and runs it."""
 
-    def __init__(self, prepared: Prepared, screen: Screen, watch: Watch | None = None) -> None:
+    def __init__(
+        self, prepared: Prepared, screen: Screen, watch: Watch | None = None, lane: Lane | None = None
+    ) -> None:
         self.prepared = prepared
+        self.lane = lane
         self.watch = watch
         self.config: TrainConfig = prepared.config
         self.screen = screen
@@ -94,7 +98,7 @@ class Session:
         self.main_process = process_rank(self.config) == 0
         self.loggers: list[Any] = []
         self.exit_code = 1
-        self.signals = Signals()
+        self.signals = Signals() if lane is None else lane.signals
         self.model: Any = None
 
     # ---------------------------------------------------------------------------------------------------- building
@@ -202,6 +206,9 @@ class Session:
             keep=adapters.reusable(config.lora),
         )
         self.base_reused = self.base is kept
+        loaded = self.base
+        if self.lane is not None:
+            self.base = self.lane.own(loaded)
         if config.task.head is Head.linear:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
@@ -220,6 +227,8 @@ class Session:
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
+            if self.lane is not None:
+                self.lane.join(self.model, loaded)
         else:
             self.base.requires_grad_(True)
             self.model = self.base
@@ -280,6 +289,7 @@ class Session:
             describe_row=lambda row: train[row].where,
             keep_bad_step=self._keep_bad_step,
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
+            after_backward=(lambda: None) if self.lane is None else self.lane.backward,
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]

@@ -46,7 +46,9 @@ class Signals:
             self._before.setdefault(signum, before)
 
     def release(self) -> None:
-        """Gives them back."""
+        """Gives them back; a lane among others never took them, and leaves them."""
+        if threading.current_thread() is not threading.main_thread():
+            return
         while self._before:
             signum, handler = self._before.popitem()
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)

@@ -121,10 +121,8 @@ class SafeWandbLogger(WandbLogger):
 
     def finish(self, exit_code: int) -> None:
         """Closes the run, so that the next job of this process gets its own."""
-        import wandb
-
         self._broken = False
-        self.attempt(lambda: wandb.finish(exit_code=exit_code))
+        self.attempt(lambda: self.experiment.finish(exit_code=exit_code))
 
 
 def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
@@ -222,6 +220,7 @@ def open_wandb(
                 **arguments,
                 resume="allow" if attempt == "online" else None,
                 mode=attempt,  # type: ignore[arg-type]
+                reinit="create_new",  # trainings that share a base have their runs open side by side
                 settings=wandb.Settings(
                     init_timeout=20,
                     finish_timeout=settings.finish_timeout_s,
