@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import llmft
-from llmft.environment import usable_cores
+from llmft.environment import usable_cores, visible_gpus
 from llmft.schema import to_plain
 from llmft.sweeping.trials import Trial
 from llmft.sweeping.worker import EVENTS_VARIABLE
@@ -156,14 +156,6 @@ def environments(workers: int) -> list[dict[str, str]]:
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
     shares_of_cores = [cores[place::workers] or [cores[place % len(cores)]] for place in range(workers)]
     return [{"LLMFT_CORES": ",".join(map(str, share))} for share in shares_of_cores]
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
-    return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
 def how_it_died(code: int) -> tuple[str, str]:

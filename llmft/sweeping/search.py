@@ -46,6 +46,8 @@ def run_search(
     wanted_trials(settings, space)
     maker = TrialMaker(planner, space, settings)
     probes = maker.probes()
+    if probes[0].config.sweep.halving:
+        raise ConfigError("sweep.halving=true is for grids; a search has hydra.sweeper.pruner=successive_halving.")
     sweep = open_search(probes, space, settings, fixed, command)
     maker.sweep = sweep
     screen = Screen()
@@ -78,7 +80,7 @@ def _begin(
     supervisor = Supervisor(sweep, progress)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
     at_once = supervisor.count_workers(probes, search.wanted * search.num_seeds)
-    search.workers = at_once * supervisor.settings.stack
+    search.workers = at_once * max(probe.lanes for probe in probes)
     search.recall()
     progress.total = max(search.wanted, search.asked) * search.num_seeds
     return search, supervisor

@@ -7,13 +7,16 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 from llmft.config import seconds_of
+from llmft.environment import visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
-from llmft.sweeping.process import WorkerProcess, environments, how_it_died, visible_gpus
+from llmft.sweeping.halving import Halving
+from llmft.sweeping.process import WorkerProcess, environments, how_it_died
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
 
@@ -70,9 +73,18 @@ class Held:
 class Listed:
     """The trials of a grid, those of one base after each other; one that another process holds comes again later."""
 
-    def __init__(self, trials: list[Trial], decide: Callable[..., tuple[str, str] | None] = lambda *_: None) -> None:
+    def __init__(
+        self,
+        trials: list[Trial],
+        decide: Callable[..., tuple[str, str] | None] = lambda *_: None,
+        cohorts: Sequence[Sequence[Trial]] = (),
+    ) -> None:
+        """Of `cohorts` each is stacked by itself, in their order."""
         bases = list(dict.fromkeys(trial.base for trial in trials))
-        self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
+        self._cohort = {trial.number: place for place, cohort in enumerate(cohorts) for trial in cohort}
+        self.waiting = sorted(
+            trials, key=lambda trial: (bases.index(trial.base), self._cohort.get(trial.number, len(cohorts)))
+        )
         self.decide = decide
         self._held = Held()
 
@@ -87,7 +99,8 @@ class Listed:
     def next_like(self, trial: Trial) -> Trial | None:
         """The next free one that can share a forward with `trial`."""
         for other in self.waiting:
-            if other.lane == trial.lane and not self._held.has(other):
+            together = self._cohort.get(other.number) == self._cohort.get(trial.number)
+            if other.lane == trial.lane and together and not self._held.has(other):
                 self.waiting.remove(other)
                 return other
         return None
@@ -122,6 +135,7 @@ class Supervisor:
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
         self._alone: set[int] = set()
+        self.halving: Halving | None = None
         limits = (self.settings.time_limit, self.settings.silence_limit)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -229,7 +243,7 @@ class Supervisor:
     def _company(self, source: Source, trial: Trial) -> list[Trial]:
         """The trials that run on one base together with `trial`, as sweep.stack allows."""
         found: list[Trial] = []
-        most = self.settings.stack if trial.lane is not None and trial.number not in self._alone else 1
+        most = trial.lanes if trial.number not in self._alone else 1
         while len(found) + 1 < most and (other := source.next_like(trial)) is not None:
             if other.finished_before():
                 self.progress.found(other)
@@ -297,8 +311,12 @@ class Supervisor:
         elif kind == "validation":
             self.progress.validation(trial, event)
             if event["asks"]:
+                answer = partial(self._answer, worker, trial)
                 stop = source.decide(trial, event["step"], event["metrics"])
-                worker.order(do="answer", number=trial.number, stop=stop)
+                if stop is None and self.halving is not None:
+                    self.halving.ask(trial, event["step"], event["total"], answer)
+                else:
+                    answer(stop)
         elif kind == "end":
             trial.value = event["value"]
             trial.mark(event["status"], event["error"], event["cause"])
@@ -313,6 +331,10 @@ class Supervisor:
             if trial.log is None or not trial.log.exists():
                 trial.log = worker.log
             self._ended(worker, trial, source)
+
+    @staticmethod
+    def _answer(worker: WorkerProcess, trial: Trial, stop: tuple[str, str] | None) -> None:
+        worker.order(do="answer", number=trial.number, stop=stop)
 
     def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source, *, together: bool) -> None:
         """A process left in the middle of its trial, or a distributed trial's ended.
@@ -362,6 +384,8 @@ class Supervisor:
         self.progress.ended(trial)
         self._count_errors(trial)
         source.ended(trial)
+        if self.halving is not None:
+            self.halving.look()
         self.sweep.write()
 
     def _count_errors(self, trial: Trial) -> None:

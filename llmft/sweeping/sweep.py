@@ -12,6 +12,7 @@ from rich.table import Table
 
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
+from llmft.sweeping.halving import Halving, check_halving, cohorts_of
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
@@ -32,12 +33,18 @@ def run_grid(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
     decide = twin_rule(sweep.config)
+    if sweep.config.sweep.halving:
+        check_halving(sweep.trials, sweep.swept)
     tell_plan(sweep, screen)
     supervisor = Supervisor(sweep, progress)
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:
-            supervisor.run(Listed(sweep.trials, decide), check=missing)
+            cohorts: list[list[Trial]] = []
+            if sweep.config.sweep.halving:
+                cohorts = cohorts_of(sweep.trials, lambda trial: trial.lanes)
+                supervisor.halving = Halving(cohorts, sweep.config.trainer.monitor, sweep.config.trainer.mode)
+            supervisor.run(Listed(sweep.trials, decide, cohorts), check=missing)
         finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
     except BaseException:
         sweep.write()

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import ModelInit, TrainConfig
+from llmft.environment import visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located
@@ -21,6 +22,10 @@ from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
 from llmft.schema import aside_keys, canonical, to_plain
 
+GAINING_TOKENS = {"cuda": 8192, "cpu": 1500}
+"""A stack gains while all its lanes' tokens of one step are no more than this: then products fill the device anyway."""
+MOST_LANES = 8
+TOKENS_A_CHARACTER = 0.25
 FINISHED = ("done", "twin", "pruned")
 """Statuses of a trial that has nothing left to do in its sweep."""
 
@@ -34,6 +39,7 @@ class Trial:
         arguments: its whole command line after `python -m llmft`.
         status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
         cause: what ended a trial that failed: error, exit, signal, time, silence.
+        row_characters: mean length of its training rows.
     """
 
     number: int
@@ -48,6 +54,7 @@ class Trial:
     value: float | None = None
     seconds: float | None = None
     log: Path | None = None
+    row_characters: float = 0.0
 
     @property
     def command(self) -> str:
@@ -81,6 +88,17 @@ class Trial:
         return canonical([self.base, seed, *to_plain(means)])
 
     @property
+    def lanes(self) -> int:
+        """How many trials like this one are stacked."""
+        stack = self.config.sweep.stack
+        if self.lane is None or stack != "auto":
+            return 1 if self.lane is None else int(stack)
+        row = min(self.config.data.max_tokens, TOKENS_A_CHARACTER * self.row_characters)
+        tokens = max(1.0, row * self.config.trainer.batch_size)
+        gaining = GAINING_TOKENS["cuda" if visible_gpus() else "cpu"]
+        return max(1, min(MOST_LANES, int(gaining / tokens)))
+
+    @property
     def distributed(self) -> bool:
         """Whether it takes several processes itself."""
         trainer = self.config.trainer
@@ -94,6 +112,8 @@ class Trial:
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
             self.seconds = status.get("result", {}).get("seconds")
+        elif status.get("status") == "pruned" and self.config.sweep.halving:
+            self.status, self.error = "pruned", status.get("error")
         elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
             self.status, self.error = "twin", status.get("error")
         return self.status in FINISHED
@@ -114,7 +134,7 @@ class Planner:
     def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
         self.compose = compose
         self.explain = explain
-        self._known: dict[str, tuple[str, Located]] = {}
+        self._known: dict[str, tuple[str, Located, float]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
@@ -145,11 +165,14 @@ class Planner:
                 prepared = prepare(config, open_directory=False)
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
-            self._known[key] = (prepared.data_fingerprint, prepared.located)
-        fingerprint, located = self._known[key]
+            rows = prepared.conversations["train"]
+            characters = sum(len(message["content"]) for row in rows for message in row.messages)
+            self._known[key] = (prepared.data_fingerprint, prepared.located, characters / max(1, len(rows)))
+        fingerprint, located, characters_a_row = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in own]
-        return Trial(number, shown, [*_options(), *overrides, *_single(overrides)], config, run.key, run)
+        arguments = [*_options(), *overrides, *_single(overrides)]
+        return Trial(number, shown, arguments, config, run.key, run, row_characters=characters_a_row)
 
 
 def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:

@@ -65,9 +65,9 @@ class Teller:
         """See Watch."""
         self.tell("alive")
 
-    def validation(self, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+    def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
         """See Watch; waits for the supervisor's answer where there is a way for one."""
-        self.tell("validation", step=step, metrics=metrics, asks=self.orders is not None)
+        self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
         if self.orders is None:
             return None
         # Lanes ask in turns, and nothing but answers comes while they train: the next one may be another lane's.

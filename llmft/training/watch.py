@@ -24,7 +24,7 @@ class Watch(Protocol):
     def alive(self) -> None:
         """Something went on: a batch of a validation, a phase of the start."""
 
-    def validation(self, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+    def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
         """A validation is done and its checkpoint written; returns (status, reason) to end the run here."""
 
 
@@ -79,7 +79,7 @@ class Watched(Callback):
         self._ask(module, module.validation.metrics)
 
     def _ask(self, module: FineTuner, metrics: dict[str, float]) -> None:
-        answer = self.watch.validation(module.step, metrics)
+        answer = self.watch.validation(module.step, self.total_steps, metrics)
         if answer is not None and 0 < module.step < self.total_steps:
             status, reason = answer
             raise Stopped(reason, status)

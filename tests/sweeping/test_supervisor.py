@@ -22,9 +22,9 @@ from typing import Any
 import psutil
 import pytest
 
-from llmft.environment import usable_cores
+from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
-from llmft.sweeping.process import environments, how_it_died, visible_gpus
+from llmft.sweeping.process import environments, how_it_died
 from llmft.sweeping.trials import identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft

@@ -1,4 +1,5 @@
-"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local`.
+"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local` or
+`stacked`.
 
 Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path; `llmft.app` puts this
 folder there. Nothing here is imported by anything else.
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 store = ConfigStore.instance()
 for group, option, node in (
     ("hydra/launcher", "local", {"_target_": f"{__name__}.LocalLauncher"}),
+    ("hydra/launcher", "stacked", {"_target_": f"{__name__}.StackedLauncher"}),
     ("hydra/sweeper", "grid", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig())}),
     ("hydra/sweeper", "optuna", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig(sampler="tpe"))}),
 ):
@@ -60,6 +62,10 @@ class LocalLauncher(Launcher):
             made.return_value = trial.value
             returns.append(made)
         return returns
+
+
+class StackedLauncher(LocalLauncher):
+    """The same, with as many trials at once on one base as gain by it: what sweep.stack=auto says."""
 
 
 class OwnSweeper(Sweeper):
@@ -168,12 +174,17 @@ def make_planner(loader: Any, master: Any) -> Planner:
     """A planner that composes with Hydra."""
     from llmft.sweeping.trials import Planner
 
+    stacked = master.hydra.runtime.choices.get("hydra/launcher") == "stacked"
+
     def compose(overrides: Sequence[str]) -> TrainConfig:
         composed = loader.load_sweep_config(master, list(overrides))
         HydraConfig.instance().set_config(composed)  # ${hydra:…} in a config
         with open_dict(composed):
             del composed["hydra"]
-        return config_of_command(composed, TrainConfig)
+        made = config_of_command(composed, TrainConfig)
+        if stacked and made.sweep.stack == 1:
+            made.sweep.stack = "auto"
+        return made
 
     def told(error: Exception) -> Exception:
         if isinstance(error, UserError):
