@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from dataclasses import dataclass, replace
@@ -13,10 +14,10 @@ import torch
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families, flat, heads
+from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     bitsandbytes_config,
-    fused_expert_parameters,
     keep_packing,
     quantize_in_place,
     unquantized_modules,
@@ -287,17 +288,21 @@ def _pretrained(
     with torch.device("meta"):
         skeleton = auto_model(auto_class).from_config(config, dtype=dtype)
     skip = unquantized_modules(skeleton, _full_precision(model, auto_class))
-    in_place = quantization.format is not QuantizationFormat.none and bool(fused_expert_parameters(skeleton))
-    streamed = None if in_place else bitsandbytes_config(quantization, dtype, skip)
+    streamed = bitsandbytes_config(quantization, dtype, skip)
+    fused = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4) and bool(fused_shapes(skeleton))
     del skeleton
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with contextlib.ExitStack() as stack:
+        if fused:
+            stack.enter_context(quantizing_with(quantizer_class()))
+            stack.enter_context(reading(slices(located.directory)))
+        stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
         torch.manual_seed(seed)  # a new classification head is random
         base, found = auto_model(auto_class).from_pretrained(
             located.directory,
             config=config,
             dtype=dtype,
             quantization_config=streamed,
-            device_map={"": "cpu" if in_place else device},
+            device_map={"": device},
             local_files_only=True,
             use_safetensors=True,
             trust_remote_code=model.trust_remote_code,
@@ -305,8 +310,6 @@ def _pretrained(
             **_attention(model),
         )
     _refuse_missing(base, located.directory, found, auto_class)
-    if in_place:
-        quantize_in_place(base, quantization, dtype, _full_precision(model, auto_class), device)
     return base
 
 
@@ -321,6 +324,7 @@ def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> 
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None
         and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
     ]
+    missing += getattr(getattr(base, "hf_quantizer", None), "misfits", [])
     if missing:
         raise ConfigError(
             f"{directory}: {len(missing)} weights of the model are not in its files or have another shape "
