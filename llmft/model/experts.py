@@ -20,7 +20,7 @@ PIECE_WEIGHTS = 2**22
 """Quantised at once: bitsandbytes' kernel for the CPU makes five fp32 copies of what it is given."""
 BLOCK = 64
 SCALE_BLOCK = 256
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -92,7 +92,9 @@ def quantizer_class() -> type:
         def __init__(self, quantizer: Any, linear: Any) -> None:
             self.quantizer, self.linear = quantizer, linear
 
-        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], **kwargs: Any
+        ) -> dict[str, Any]:
             found: dict[str, Any] = {}
             for name in list(input_dict):
                 value = input_dict.pop(name)
@@ -168,14 +170,14 @@ class Slice:
     """
 
     def __init__(self, path: Path, dtype: str, shape: list[int], place: int) -> None:
-        self.path, self.dtype, self.shape, self.place = path, _DTYPES[dtype], shape, place
+        self.path, self.dtype, self.shape, self.place = path, DTYPES[dtype], shape, place
 
     def __getitem__(self, everything: Any) -> torch.Tensor:
         assert everything is Ellipsis
         made = torch.empty(self.shape, dtype=self.dtype)
         with self.path.open("rb", buffering=0) as file:
             file.seek(self.place)
-            wanted = memoryview(made.view(-1).view(torch.uint8).numpy())
+            wanted = memoryview(made.view(-1).view(torch.uint8).numpy().data)
             while wanted:
                 got = file.readinto(wanted)
                 if not got:
@@ -185,21 +187,24 @@ class Slice:
 
 
 def slices(directory: Path) -> dict[str, Slice]:
-    """All tensors of a model directory's safetensors files by name, unread. Raises ValueError for broken files."""
-    from safetensors import safe_open
-
-    index = directory / "model.safetensors.index.json"
+    """All tensors of a model directory's safetensors files by name, unread."""
     names = {"model.safetensors"}
     if not (directory / "model.safetensors").is_file():
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    found: dict[str, Slice] = {}
-    for path in (directory / name for name in sorted(names)):
-        with safe_open(path, framework="pt"):  # its header holds
-            pass
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                found[name] = Slice(path, entry["dtype"], entry["shape"], 8 + length + entry["data_offsets"][0])
-    return found
+        names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
+    return {key: tensor for name in sorted(names) for key, tensor in slices_of(directory / name).items()}
+
+
+def slices_of(path: Path) -> dict[str, Slice]:
+    """All tensors of a safetensors file by name, unread; raises the library's error where its header is broken."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt"):
+        pass
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    return {
+        name: Slice(path, entry["dtype"], entry["shape"], 8 + length + entry["data_offsets"][0])
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }

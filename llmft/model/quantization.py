@@ -1,8 +1,8 @@
 """4-bit and 8-bit bases, fused experts too, by bitsandbytes.
 
-`BitsAndBytesConfig` quantises while transformers loads. Random models have no files and are quantised in place. Mixtures
-of experts have fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave them
-unquantised (96% of Mixtral's weights) without a word; `llmft.model.experts` quantises them both ways.
+`BitsAndBytesConfig` quantises while transformers loads. Random models have no files and are quantised in place.
+Mixtures of experts have fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave
+them unquantised (96% of Mixtral's weights) without a word; `llmft.model.experts` quantises them both ways.
 """
 
 from __future__ import annotations
