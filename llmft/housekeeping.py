@@ -208,7 +208,10 @@ def _wandb_cache() -> Path:
 
 def _others() -> list[Cached]:
     tokens = cache_directory()
-    bases = [Cached("quantised base", str(facts.get("label", path.name)), size_of(path)) for path, facts in entries()]
+    bases = [
+        Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
+        for path, facts in basecache.entries()
+    ]
     made = [*bases, Cached("tokenised rows", str(tokens), size_of(tokens) - size_of(basecache.bases_directory()))]
     made.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
     made.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))

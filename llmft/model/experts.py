@@ -37,10 +37,11 @@ DTYPES = {
 
 
 def fused_shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
-    """Name and shape of every three-dimensional weight: experts stacked in one tensor."""
+    """Name and shape of every three-dimensional weight that is no convolution: experts stacked in one tensor."""
     return {
         f"{prefix}.{name}" if prefix else name: parameter.shape
         for prefix, module in model.named_modules()
+        if not isinstance(module, (torch.nn.Conv1d, torch.nn.ConvTranspose1d))
         for name, parameter in module.named_parameters(recurse=False)
         if parameter.ndim == 3 and parameter.numel() > 4096
     }
