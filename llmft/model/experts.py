@@ -16,8 +16,8 @@ from unittest import mock
 
 import torch
 
-PIECE_WEIGHTS = 2**22
-"""Quantised at once: bitsandbytes' kernel for the CPU makes five fp32 copies of what it is given."""
+PIECE_WEIGHTS = 2**20
+"""Quantised at once on a CPU, where bitsandbytes makes five fp32 copies of what it is given."""
 BLOCK = 64
 SCALE_BLOCK = 256
 DTYPES = {
@@ -53,8 +53,9 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str, double_quant: bool) -> 
 
     flat = weight.reshape(-1)
     packed, scales = [], []
-    for start in range(0, len(flat), PIECE_WEIGHTS):
-        piece = flat[start : start + PIECE_WEIGHTS]
+    at_once = PIECE_WEIGHTS if weight.device.type == "cpu" else len(flat)
+    for start in range(0, len(flat), at_once):
+        piece = flat[start : start + at_once]
         data, state = functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=quant_type)
         packed.append(data)
         scales.append(state.absmax)
