@@ -31,6 +31,9 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     model_class: type = type(base)
+    if selects_positions(model_class) and is_flat(base):
+        flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
+        return model(**flat.arguments, logits_to_keep=flat.pick(keep)).logits
     if selects_positions(model_class):
         return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
     return model(input_ids=input_ids, use_cache=False).logits[keep]

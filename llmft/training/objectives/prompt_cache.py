@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from llmft.model import flat
 from llmft.training.objectives.language_modeling import selects_positions
 
 Prefix = tuple[int, ...]
@@ -33,7 +34,8 @@ def can_share(model: Any, tokens: int) -> bool:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config
-    if base.training or not _takes_cache(type(base)):
+    model_class: type = type(base)
+    if base.training or not _takes_cache(model_class):
         return False
     rotary = [module for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if not rotary or getattr(config, "alibi", False):
@@ -45,7 +47,7 @@ def can_share(model: Any, tokens: int) -> bool:
         ropes <= set(FIXED_ROPE)
         and kinds <= {"full_attention", "sliding_attention"}
         and (window is None or tokens < window)
-        and getattr(config, "_attn_implementation", None) in ("sdpa", "eager")
+        and getattr(config, "_attn_implementation", None) in ("sdpa", flat.NAME, "eager")
     )
 
 
@@ -110,7 +112,7 @@ def _group(
         ],
         dim=-1,
     )[:, None]
-    mask = seen if base.config._attn_implementation == "sdpa" else _additive(seen)
+    mask = _additive(seen) if base.config._attn_implementation == "eager" else seen
     wanted = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
     behind = model(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
