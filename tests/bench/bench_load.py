@@ -2,8 +2,8 @@
 
     python -m tests.bench.bench_load [rounds [format]]
 
-A random Llama of 134M weights is saved in bf16 and in fp32; every load is a process of its own, cold and cached in turn.
-Medians of the load and of the whole process with its imports; a parity line says whether the logits are equal.
+A random Llama of 134M weights is saved in bf16 and in fp32; every load is a process of its own, cold and cached in
+turn. Medians of the load and of the whole process with its imports; a parity line says whether the logits are equal.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def batch_of(rows: int, prompt_tokens: int, answer: tuple[int, ...]) -> MicroBat
 
 
 def timed(scores: WordScores, model: Any, batch: MicroBatch, *, shared: bool) -> tuple[float, torch.Tensor]:
-    with torch.no_grad(), mock.patch.object(prompt_cache, "can_share", lambda *_: shared):
+    with torch.no_grad(), mock.patch.object(prompt_cache, "can_share", return_value=shared):
         began = time.perf_counter()
         found = scores(model, batch)
         return time.perf_counter() - began, found
