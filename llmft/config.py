@@ -240,6 +240,11 @@ class ModelConfig:
 class QuantizationConfig:
     format: QuantizationFormat = QuantizationFormat.nf4
     double_quant: bool = True
+    cache: bool = aside(True)
+    cache_gib: float = aside(50.0)
+
+    def __post_init__(self) -> None:
+        require(self.cache_gib >= 0, f"quantization.cache_gib={self.cache_gib}: 0 or more.")
 
 
 @dataclass
@@ -605,6 +610,7 @@ class Cleaning(Enum):
     checkpoints = "checkpoints"
     leftovers = "leftovers"
     tokens = "tokens"
+    bases = "bases"
     wandb = "wandb"
 
 

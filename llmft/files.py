@@ -30,7 +30,12 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
         raise
     finally:
         staged.unlink(missing_ok=True)
-    directory = os.open(path.parent, os.O_RDONLY)
+    sync_directory(path.parent)
+
+
+def sync_directory(path: Path) -> None:
+    """Flushes the names in a directory to the disk."""
+    directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:

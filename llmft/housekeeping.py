@@ -21,6 +21,7 @@ from llmft.data.examples import cache_directory
 from llmft.errors import ConfigError
 from llmft.files import format_bytes
 from llmft.foreign import read_yaml
+from llmft.model import basecache
 from llmft.runs import Run
 
 _STEP = re.compile(r"step-(\d{8})\.(safetensors|sha256)")
@@ -121,6 +122,8 @@ def find(config: DiskConfig) -> Report:
     cached = [*_hub(runs), *_others()]
     if Cleaning.tokens in config.clean:
         doomed += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
+    if Cleaning.bases in config.clean:
+        doomed += _all_of(basecache.bases_directory(), "*", "quantised again by the next run")
     if Cleaning.wandb in config.clean:
         doomed += _all_of(_wandb_cache(), "*", "downloaded again when needed")
     return Report(shutil.disk_usage(root).free, runs, cached, doomed)
@@ -205,7 +208,11 @@ def _wandb_cache() -> Path:
 
 def _others() -> list[Cached]:
     tokens = cache_directory()
-    made = [Cached("tokenised rows", str(tokens), size_of(tokens))]
+    bases = [
+        Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
+        for path, facts in basecache.entries()
+    ]
+    made = [*bases, Cached("tokenised rows", str(tokens), size_of(tokens) - size_of(basecache.bases_directory()))]
     made.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
     made.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))
     return [entry for entry in made if entry.size > 0]
@@ -274,7 +281,8 @@ def _cache_table(cached: list[Cached]) -> Table:
 def _show_doomed(console: Console, doomed: list[Doomed], config: DiskConfig) -> None:
     if not config.clean:
         console.print(
-            "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,wandb] shows what may go; dry_run=false deletes."
+            "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,bases,wandb] shows what may go; "
+            "dry_run=false deletes."
         )
         return
     together: dict[tuple[str, Path, str], list[Doomed]] = {}

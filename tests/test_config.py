@@ -96,7 +96,12 @@ def test_what_cannot_change_numbers_is_not_part_of_them() -> None:
 
 
 def test_plain_values_are_json_ready() -> None:
-    assert to_plain(compose())["quantization"] == {"format": "nf4", "double_quant": True}
+    assert to_plain(compose())["quantization"] == {
+        "format": "nf4",
+        "double_quant": True,
+        "cache": True,
+        "cache_gib": 50.0,
+    }
 
 
 def test_every_value_of_a_group_is_explained() -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from llmft.model.dense import dequantized
+
 
 @torch.no_grad()
 def generate(
@@ -39,19 +41,20 @@ def generate(
             length = len(prompts[index])
             input_ids[place, width - length :] = torch.tensor(prompts[index])
             mask[place, width - length :] = 1
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=room,
-            do_sample=False,
-            num_beams=1,
-            temperature=None,
-            top_p=None,
-            top_k=None,
-            eos_token_id=list(end_ids) or None,
-            pad_token_id=pad_id,
-            use_cache=True,
-        )
+        with dequantized(model):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=room,
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=list(end_ids) or None,
+                pad_token_id=pad_id,
+                use_cache=True,
+            )
         for place, index in enumerate(group):
             results[index] = _until_end(output[place, width:].tolist(), end_ids)
     return results

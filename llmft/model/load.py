@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +13,21 @@ from typing import Any
 import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families, flat, heads
+from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
+from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     bitsandbytes_config,
-    fused_expert_parameters,
     keep_packing,
     quantize_in_place,
     unquantized_modules,
+    weight_counts,
 )
-from llmft.schema import canonical, to_plain
+from llmft.model.restore import Restorer, has_plain_tensors, packed_state
+from llmft.schema import canonical, numbers_of, to_plain
 
 
 @dataclass
@@ -30,6 +36,7 @@ class _Kept:
 
     key: str | None = None
     model: Any = None
+    any_before: bool = False
 
 
 _kept = _Kept()
@@ -178,22 +185,28 @@ def load_base(
     seed: int,
     vocab_size: int | None = None,
     keep: bool = True,
+    warn: Callable[[str], None] = print,
 ) -> Any:
     """The (quantised) base model on `device`, in evaluation mode, nothing trainable.
 
-    With `keep`, the model stays in the process, and the next call with the same arguments returns it at once.
+    With `keep`, the model stays in the process, and the next call with the same arguments returns it at once. With
+    `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
     key = canonical(
-        [to_plain(model), located.fingerprint, to_plain(quantization), auto_class, num_labels, str(dtype), str(device)]
+        [to_plain(model), located.fingerprint, numbers_of(quantization), auto_class, num_labels]
+        + [str(dtype), str(device)]
         + ([seed, vocab_size] if model.init is ModelInit.random else [])
     )
     if keep and _kept.key == key:
         return _kept.model
     drop_base()
-    build = _random if model.init is ModelInit.random else _pretrained
+    _kept.any_before = True
     try:
-        base = build(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+        if model.init is ModelInit.random:
+            base = _random(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+        else:
+            base = _pretrained(model, located, quantization, auto_class, num_labels, dtype, device, seed, warn)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -217,6 +230,8 @@ def kept_base() -> Any:
 def drop_base() -> None:
     """Forgets the kept base and frees its memory."""
     _kept.key = _kept.model = None
+    if not _kept.any_before:
+        return  # a search for garbage among all that was imported takes longer than loading a small base
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -279,35 +294,89 @@ def _pretrained(
     dtype: torch.dtype,
     device: torch.device,
     seed: int,
-    vocab_size: int | None,
+    warn: Callable[[str], None],
 ) -> Any:
-    assert located.directory is not None
+    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
     config = _prepared_config(model, located, auto_class, num_labels, None)
     families.prepare(config.model_type)
     with torch.device("meta"):
         skeleton = auto_model(auto_class).from_config(config, dtype=dtype)
     skip = unquantized_modules(skeleton, _full_precision(model, auto_class))
-    in_place = quantization.format is not QuantizationFormat.none and bool(fused_expert_parameters(skeleton))
-    streamed = None if in_place else bitsandbytes_config(quantization, dtype, skip)
+    four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+    fused = four_bit and bool(fused_shapes(skeleton))
     del skeleton
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)  # a new classification head is random
-        base, found = auto_model(auto_class).from_pretrained(
-            located.directory,
-            config=config,
-            dtype=dtype,
-            quantization_config=streamed,
-            device_map={"": "cpu" if in_place else device},
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=model.trust_remote_code,
-            output_loading_info=True,
-            **_attention(model),
-        )
-    _refuse_missing(base, located.directory, found, auto_class)
-    if in_place:
-        quantize_in_place(base, quantization, dtype, _full_precision(model, auto_class), device)
+
+    def load(*around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
+        with contextlib.ExitStack() as stack:
+            for context in around:
+                stack.enter_context(context)
+            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
+            torch.manual_seed(seed)  # a new classification head is random
+            base, found = auto_model(auto_class).from_pretrained(
+                located.directory,
+                config=config,
+                dtype=dtype,
+                quantization_config=bitsandbytes_config(quantization, dtype, skip),
+                device_map={"": device},
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=model.trust_remote_code,
+                output_loading_info=True,
+                **_attention(model),
+            )
+        assert located.directory is not None
+        _refuse_missing(base, located.directory, found, auto_class)
+        return base, found
+
+    cache = _base_cache(model, located, quantization, auto_class, num_labels, dtype, device, skip, warn)
+    if cache is not None and cache.found():
+        try:
+            restorer = Restorer(cache.read(device))
+            base, _ = load(restorer.reading())
+            restorer.finish(base)
+            return base
+        except (Damaged, ConfigError) as error:
+            cache.drop(first_line(error))
+    if fused:
+        assert located.directory is not None
+        base, found = load(quantizing_with(quantizer_class()), reading(slices(located.directory)))
+    else:
+        base, found = load()
+    counts = weight_counts(base)
+    if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
+        cache.write(packed_state(base, found["missing_keys"]))
     return base
+
+
+def _base_cache(
+    model: ModelConfig,
+    located: Located,
+    quantization: QuantizationConfig,
+    auto_class: str,
+    num_labels: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    skip: list[str],
+    warn: Callable[[str], None],
+) -> BaseCache | None:
+    """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted."""
+    if quantization.format is QuantizationFormat.none or not quantization.cache:
+        return None
+    installed = versions()
+    identity = canonical(
+        [
+            [model.id, model.revision] if model.path is None else None,
+            located.fingerprint,
+            model.load_overrides,
+            numbers_of(quantization),
+            skip,
+            [auto_class, num_labels],
+            [str(dtype), device.type],
+            [installed["bitsandbytes"], installed["transformers"]],
+        ]
+    )
+    label = f"{model.label} {quantization.format.value} {str(dtype).removeprefix('torch.')}"
+    return BaseCache(identity, label, int(quantization.cache_gib * 2**30), warn)
 
 
 def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> None:
@@ -321,6 +390,7 @@ def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> 
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None
         and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
     ]
+    missing += getattr(getattr(base, "hf_quantizer", None), "misfits", [])
     if missing:
         raise ConfigError(
             f"{directory}: {len(missing)} weights of the model are not in its files or have another shape "

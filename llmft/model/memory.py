@@ -33,7 +33,8 @@ from torch.nn.utils import parametrize
 
 from llmft.config import QuantizationFormat, TrainConfig
 from llmft.model import adapters, families, flat
-from llmft.model.quantization import bitsandbytes_config, fused_expert_parameters, unquantized_modules
+from llmft.model.experts import fused_shapes
+from llmft.model.quantization import bitsandbytes_config, unquantized_modules
 
 FP32_BYTES = 4
 BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
@@ -101,8 +102,9 @@ def estimate_memory(
     if config.lora.enabled:
         base.requires_grad_(False)
         if config.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4):
-            for module, name in fused_expert_parameters(base):
-                parametrize.register_parametrization(module, name, _Dequantized(), unsafe=True)
+            for name in fused_shapes(base):
+                path, _, attribute = name.rpartition(".")
+                parametrize.register_parametrization(base.get_submodule(path), attribute, _Dequantized(), unsafe=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
@@ -176,8 +178,7 @@ def _quantize_shapes(base: Any, config: TrainConfig, dtype: torch.dtype) -> dict
         return {}
     names: dict[str, int] = {}
     if config.quantization.format is not QuantizationFormat.int8:  # bitsandbytes has no 8-bit experts
-        experts = {id(getattr(module, name)) for module, name in fused_expert_parameters(base)}
-        names = {name: 1 for name, parameter in base.named_parameters() if id(parameter) in experts}
+        names = dict.fromkeys(fused_shapes(base), 1)
     replace_with_bnb_linear(base, modules_to_not_convert=skip, quantization_config=quantization)
     kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
     modules = {name: module for name, module in base.named_modules() if isinstance(module, kinds)}

@@ -1,8 +1,8 @@
 """4-bit and 8-bit bases, fused experts too, by bitsandbytes.
 
-`BitsAndBytesConfig` quantises while transformers loads. Two kinds of model need the second way, in place: random
-ones, which have no files, and mixtures of experts, whose fused three-dimensional weights are no `Linear` modules:
-the first way would leave them unquantised (96% of Mixtral's weights) without a word.
+`BitsAndBytesConfig` quantises while transformers loads. Random models have no files and are quantised in place.
+Mixtures of experts have fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave
+them unquantised (96% of Mixtral's weights) without a word; `llmft.model.experts` quantises them both ways.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmft.config import QuantizationConfig, QuantizationFormat
+from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str]) -> Any:
@@ -31,16 +32,6 @@ def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype, sk
     )
 
 
-def fused_expert_parameters(model: torch.nn.Module) -> list[tuple[torch.nn.Module, str]]:
-    """(module, parameter name) of every three-dimensional weight: experts stacked in one tensor."""
-    return [
-        (module, name)
-        for module in model.modules()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.ndim == 3 and parameter.numel() > 4096
-    ]
-
-
 def unquantized_modules(model: torch.nn.Module, skip: list[str]) -> list[str]:
     """The model's head (transformers' own rule) and the modules that its configuration names."""
     from transformers.quantizers.base import get_keys_to_not_convert
@@ -53,7 +44,6 @@ def quantize_in_place(
 ) -> None:
     """Quantises the linear layers and fused experts of a loaded model, one by one, and moves it to `device`."""
     import bitsandbytes as bnb
-    from bitsandbytes.nn.parametrize import replace_parameter_4bit
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
 
@@ -79,14 +69,10 @@ def quantize_in_place(
             new.bias = torch.nn.Parameter(old.bias.data.to(device), requires_grad=False)
         old.weight.data = torch.empty(0)
     if quantization.format is not QuantizationFormat.int8:
-        for module, name in fused_expert_parameters(model):
-            getattr(module, name).data = getattr(module, name).data.to(device)
-            replace_parameter_4bit(
-                module,
-                name,
-                compress_statistics=quantization.double_quant,
-                quant_type=quantization.format.value,
-            )
+        for name in fused_shapes(model):
+            weight = model.get_parameter(name).data.to(device)
+            packed, state = quantize_4bit(weight, quantization.format.value, quantization.double_quant)
+            put_fused(model, name, packed, state.as_dict(packed=True))
     model.to(device)
     model.config.quantization_config = config  # type: ignore[union-attr]
     flag = "is_loaded_in_8bit" if quantization.format is QuantizationFormat.int8 else "is_loaded_in_4bit"

@@ -204,6 +204,7 @@ class Session:
             seed=config.seed,
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
             keep=adapters.reusable(config.lora),
+            warn=self.screen.warn,
         )
         self.base_reused = self.base is kept
         loaded = self.base

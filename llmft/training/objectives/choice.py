@@ -22,6 +22,7 @@ from llmft.data.examples import IGNORE, Examples
 from llmft.data.sources import Problems
 from llmft.errors import ConfigError
 from llmft.training.objectives.language_modeling import logits_at
+from llmft.training.objectives.prompt_cache import logits_behind
 
 Path = tuple[int, ...]
 
@@ -69,20 +70,31 @@ class WordScores:
 
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         prompts = (batch.labels != IGNORE).int().argmax(dim=1)
+        behind = None
+        if len(self.probes) > 1 and not torch.is_grad_enabled():
+            behind = logits_behind(model, batch.input_ids, prompts, [fork.prefix for fork in self.forks])
+        if behind is None:
+            behind = self._whole(model, batch.input_ids, prompts)
+        else:
+            behind = {fork.prefix: behind[fork.prefix][:, fork.tokens] for fork in self.forks}
         scores = torch.zeros(len(prompts), self.num_classes, device=batch.input_ids.device)
-        done: set[Path] = set()
-        for probe in self.probes:
-            logits = self._logits(model, batch.input_ids, prompts, probe)
-            for fork in self.forks:
-                if fork.prefix in done or probe[: len(fork.prefix)] != fork.prefix:
-                    continue
-                done.add(fork.prefix)
-                ways = logits[:, len(fork.prefix)][:, fork.tokens].float().log_softmax(dim=-1)
-                way_of = {number: way for way, classes in enumerate(fork.classes) for number in classes}
-                passing = torch.tensor([number in way_of for number in range(self.num_classes)], device=scores.device)
-                chosen = [way_of.get(number, 0) for number in range(self.num_classes)]
-                scores = scores + torch.where(passing, ways[:, chosen], torch.zeros((), device=scores.device))
+        for fork in self.forks:
+            ways = behind[fork.prefix].float().log_softmax(dim=-1)
+            way_of = {number: way for way, classes in enumerate(fork.classes) for number in classes}
+            passing = torch.tensor([number in way_of for number in range(self.num_classes)], device=scores.device)
+            chosen = [way_of.get(number, 0) for number in range(self.num_classes)]
+            scores = scores + torch.where(passing, ways[:, chosen], torch.zeros((), device=scores.device))
         return scores
+
+    def _whole(self, model: Any, ids: torch.Tensor, prompts: torch.Tensor) -> dict[Path, torch.Tensor]:
+        """(rows, ways) logits of every fork's tokens, by one forward of prompt and answer per probe."""
+        behind: dict[Path, torch.Tensor] = {}
+        for probe in self.probes:
+            logits = self._logits(model, ids, prompts, probe)
+            for fork in self.forks:
+                if fork.prefix not in behind and probe[: len(fork.prefix)] == fork.prefix:
+                    behind[fork.prefix] = logits[:, len(fork.prefix)][:, fork.tokens]
+        return behind
 
     @staticmethod
     def _logits(model: Any, ids: torch.Tensor, prompts: torch.Tensor, probe: Path) -> torch.Tensor:

@@ -16,7 +16,7 @@ from llmft.training.objectives.base import RowLosses
 
 
 @lru_cache(maxsize=8)
-def _selects_positions(model_class: type) -> bool:
+def selects_positions(model_class: type) -> bool:
     """Whether the model's forward takes a boolean mask of the positions to compute logits at."""
     import transformers.modeling_utils
 
@@ -31,10 +31,10 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     model_class: type = type(base)
-    if _selects_positions(model_class) and is_flat(base):
+    if selects_positions(model_class) and is_flat(base):
         flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
         return model(**flat.arguments, logits_to_keep=flat.pick(keep)).logits
-    if _selects_positions(model_class):
+    if selects_positions(model_class):
         return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
     return model(input_ids=input_ids, use_cache=False).logits[keep]
 

@@ -1,0 +1,223 @@
+"""Quantised bases on the disk, beside the tokenised rows: a second process quantises nothing and reads a quarter.
+
+An entry is a directory: `weights.safetensors` with the packed weights and their scales, and `entry.json` with a
+checksum of every tensor. It appears whole or not at all, is read into memory of the process's own, and only ever saves
+time: what cannot be written is left out, what is damaged is made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmft.data.examples import cache_directory
+from llmft.files import check_space, format_bytes, held, sync_directory
+
+if TYPE_CHECKING:
+    import torch
+
+CACHE_VERSION = 1
+WEIGHTS, FACTS = "weights.safetensors", "entry.json"
+LEAST_WEIGHTS = 10_000_000
+"""Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
+
+
+class Damaged(Exception):
+    """An entry that cannot be used; the message says why."""
+
+
+class Busy(Exception):
+    """Another process is writing."""
+
+
+def bases_directory() -> Path:
+    """Where quantised bases are kept."""
+    return cache_directory() / "bases"
+
+
+def entries() -> list[tuple[Path, dict[str, Any]]]:
+    """(directory, facts) of all entries, the one that was not used for longest first."""
+    folder = bases_directory()
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        try:
+            used = (path / FACTS).stat().st_mtime
+            facts = json.loads((path / FACTS).read_text())
+        except (OSError, ValueError):  # another process's, being written or deleted; or damaged
+            used, facts = 0.0, {}
+        if path.is_dir() and not path.name.startswith("."):
+            found.append((used, path, facts if isinstance(facts, dict) else {}))
+    return [(path, facts) for _, path, facts in sorted(found, key=lambda entry: (entry[0], entry[1]))]
+
+
+@dataclass(frozen=True)
+class BaseCache:
+    """One base's place in the cache.
+
+    Args:
+        identity: all that the quantised weights depend on, as text.
+        label: what people call it.
+        limit_bytes: of all entries together.
+        warn: told, in a sentence, why something was not cached or is made again.
+    """
+
+    identity: str
+    label: str
+    limit_bytes: int
+    warn: Callable[[str], None] = print
+
+    @property
+    def directory(self) -> Path:
+        """The entry, which may not be there."""
+        digest = hashlib.sha256(f"{CACHE_VERSION}:{self.identity}".encode()).hexdigest()
+        return bases_directory() / digest[:24]
+
+    def found(self) -> bool:
+        """Whether there is an entry."""
+        return (self.directory / FACTS).is_file()
+
+    def read(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
+        """All tensors by name, on `device`; raises Damaged for what is not what was written."""
+        import torch
+
+        from llmft.environment import usable_cores
+        from llmft.model.experts import slices_of
+
+        try:
+            facts = json.loads((self.directory / FACTS).read_text())
+            digests, dtypes = facts["checksums"], facts["dtypes"]
+            tensors = slices_of(self.directory / WEIGHTS)
+            if tensors.keys() != digests.keys():
+                raise Damaged("its parts are of different bases")
+            os.utime(self.directory / FACTS)
+        except Damaged:
+            raise
+        except Exception as error:  # whatever a library says of a broken file
+            raise Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+        def one(name: str) -> tuple[str, torch.Tensor]:
+            try:
+                tensor = tensors[name][...]
+            except OSError as error:
+                raise Damaged(str(error)) from None
+            if _digest(tensor) != digests[name]:
+                raise Damaged(f"{name} differs from what was written")
+            return name, tensor.to(device).to(getattr(torch, dtypes[name]) if name in dtypes else tensor.dtype)
+
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
+            yield from pool.map(one, tensors)
+
+    def drop(self, why: str) -> None:
+        """Deletes a damaged entry and says so."""
+        self.warn(f"the cached base {self.directory} is damaged ({why}); it is quantised again.")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Makes the entry, and room for it: the least recently used ones leave.
+
+        Nothing is written while another process writes. A disk that is full or read-only is told, and no more.
+        """
+        narrow = {name: _narrow(tensor) for name, tensor in tensors.items()}
+        dtypes = {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if narrow[n].dtype != t.dtype}
+        size = sum(tensor.nbytes for tensor in narrow.values())
+        folder = bases_directory()
+        if size > self.limit_bytes:
+            self.warn(
+                f"the quantised base takes {format_bytes(size)}, more than quantization.cache_gib allows: "
+                "it is not cached."
+            )
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with held(folder / ".lock", Busy()):
+                if self.found():
+                    return
+                self._make_room(size)
+                check_space(folder, size)
+                self._write(narrow, dtypes)
+        except Busy:
+            return
+        except OSError as error:
+            self.warn(f"the quantised base could not be cached in {folder} ({error.strerror or error}).")
+
+    def _make_room(self, size: int) -> None:
+        for left in bases_directory().glob(".*.tmp"):  # of a process that was killed, since we hold the lock
+            shutil.rmtree(left)
+        there = [(path, sum(file.stat().st_size for file in path.iterdir())) for path, _ in entries()]
+        total = sum(taken for _, taken in there)
+        for path, taken in there:
+            if total + size <= self.limit_bytes:
+                return
+            shutil.rmtree(path)
+            total -= taken
+
+    def _write(self, tensors: dict[str, torch.Tensor], dtypes: dict[str, str]) -> None:
+        staged = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        try:
+            staged.mkdir()
+            digests = _write_tensors(staged / WEIGHTS, tensors)
+            facts = {"label": self.label, "identity": self.identity, "checksums": digests, "dtypes": dtypes}
+            with (staged / FACTS).open("w") as file:
+                json.dump(facts, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            shutil.rmtree(self.directory, ignore_errors=True)
+            os.replace(staged, self.directory)
+            sync_directory(self.directory.parent)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    """Writes a safetensors file tensor by tensor, so that a GPU's base is never whole in the host's memory."""
+    from llmft.model.experts import DTYPES
+
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    header: dict[str, Any] = {}
+    place = 0
+    for name, tensor in tensors.items():
+        offsets = [place, place := place + tensor.nbytes]
+        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    digests = {}
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            here = tensor.detach().cpu().contiguous()
+            digests[name] = _digest(here)
+            file.write(_bytes(here))
+        file.flush()
+        os.fsync(file.fileno())
+    return digests
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _narrow(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor` in bf16 where that loses nothing: embeddings that were bf16 before a CPU computes in fp32."""
+    import torch
+
+    if tensor.dtype is not torch.float32 or tensor.ndim < 2:
+        return tensor
+    narrow = tensor.to(torch.bfloat16)
+    same = torch.equal(narrow.to(torch.float32).view(torch.int32), tensor.contiguous().view(torch.int32))
+    return narrow if same else tensor
+
+
+def _digest(tensor: torch.Tensor) -> str:
+    """Of accidents, not of attacks: at the memory's own speed, where SHA-256 would take most of the time."""
+    import xxhash
+
+    return xxhash.xxh3_128_hexdigest(_bytes(tensor))

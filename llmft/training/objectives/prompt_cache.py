@@ -1,0 +1,133 @@
+"""What a language model says behind a prompt and behind several beginnings of an answer, with the prompt read once.
+
+The prompts' keys and values are computed once and kept; the beginnings, which form a tree, follow as one short row
+whose tokens look at their prompt and at the tokens before them in their own branch (tree attention, arXiv:2305.09781).
+For prompts of P tokens and K answers of a tokens that is P + K a tokens in place of K (P + a).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from llmft.model import flat
+from llmft.training.objectives.language_modeling import selects_positions
+
+Prefix = tuple[int, ...]
+CACHE_BYTES = 2 * 2**30
+"""Of keys and values held at once; more rows are taken in groups, as large as keep a GPU busy."""
+NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+"""Rotary positions that do not depend on how long the row is."""
+
+
+def can_share(model: Any, tokens: int) -> bool:
+    """Whether rows of `tokens` tokens behind kept keys and values have the model's own numbers.
+
+    Not so where positions are added to embeddings or to scores (learned ones, ALiBi), which know places in the row
+    alone and the padding between prompt and answer would shift, where a window is shorter than the row, nor in
+    recurrent models or with attention kernels that take no mask of one's own.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config
+    model_class: type = type(base)
+    if base.training or not _takes_cache(model_class):
+        return False
+    rotary = [module for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
+    if not rotary or getattr(config, "alibi", False):
+        return False
+    ropes = {kind for module in rotary for kind in _rope_types(module)}
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    return (
+        ropes <= set(FIXED_ROPE)
+        and kinds <= {"full_attention", "sliding_attention"}
+        and (window is None or tokens < window)
+        and getattr(config, "_attn_implementation", None) in ("sdpa", flat.NAME, "eager")
+    )
+
+
+@lru_cache(maxsize=8)
+def _takes_cache(model_class: Any) -> bool:
+    forward = model_class.forward
+    return selects_positions(model_class) and all(name in inspect.signature(forward).parameters for name in NEEDED)
+
+
+def _rope_types(module: Any) -> list[str]:
+    kinds = getattr(module, "rope_type", "default")
+    return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
+
+
+def logits_behind(
+    model: Any, ids: torch.Tensor, prompts: torch.Tensor, prefixes: Sequence[Prefix]
+) -> dict[Prefix, torch.Tensor] | None:
+    """(rows, vocabulary) logits behind each prompt and each of `prefixes`, or None where `can_share` says no.
+
+    Args:
+        ids: (rows, seq_len), padded on the right.
+        prompts: (rows,) tokens of each row's prompt.
+        prefixes: the empty one is the prompt's own end.
+    """
+    nodes = sorted({prefix[:depth] for prefix in prefixes for depth in range(1, len(prefix) + 1)})
+    width = int(prompts.max())
+    if not nodes or not can_share(model, width + len(nodes)):
+        return None
+    rows = max(1, CACHE_BYTES // (width * _bytes_per_token(model)))
+    groups = [
+        _group(model, ids[start : start + rows], prompts[start : start + rows], nodes, prefixes)
+        for start in range(0, len(ids), rows)
+    ]
+    return {prefix: torch.cat([group[prefix] for group in groups]) for prefix in prefixes}
+
+
+def _bytes_per_token(model: Any) -> int:
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * int(config.num_hidden_layers) * int(heads) * int(width) * int(model.dtype.itemsize)
+
+
+def _group(
+    model: Any, ids: torch.Tensor, prompts: torch.Tensor, nodes: list[Prefix], prefixes: Sequence[Prefix]
+) -> dict[Prefix, torch.Tensor]:
+    from transformers import DynamicCache
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    width = int(prompts.max())
+    places = torch.arange(width, device=ids.device)
+    kept = DynamicCache(config=base.config)
+    last = places == prompts[:, None] - 1
+    first = model(input_ids=ids[:, :width], past_key_values=kept, use_cache=True, logits_to_keep=last).logits
+
+    depths = torch.tensor([len(node) for node in nodes], device=ids.device)
+    branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
+    seen = torch.cat(
+        [
+            (places < prompts[:, None])[:, None].expand(-1, len(nodes), -1),
+            branch[None].expand(len(ids), -1, -1),
+        ],
+        dim=-1,
+    )[:, None]
+    mask = _additive(seen) if base.config._attn_implementation == "eager" else seen
+    wanted = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
+    behind = model(
+        input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
+        attention_mask=mask,
+        position_ids=prompts[:, None] + depths - 1,
+        past_key_values=kept,
+        use_cache=True,
+        logits_to_keep=wanted,
+    ).logits.view(len(ids), -1, first.shape[-1])
+    order = [node for node in nodes if node in prefixes]
+    found = {node: behind[:, number] for number, node in enumerate(order)}
+    return found | ({(): first} if () in prefixes else {})
+
+
+def _additive(seen: torch.Tensor) -> torch.Tensor:
+    """0 where `seen` and a very low number elsewhere, which attention without a fused kernel adds to its scores."""
+    low = torch.finfo(torch.float32).min
+    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, low)
