@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config import LoraConfig, Precision, QuantizationFormat, TrainConfig, seconds_of
+from llmft.config import Checkpointing, LoraConfig, Precision, QuantizationFormat, TrainConfig, seconds_of
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
 from llmft.schema import canonical, from_plain, numbers_of, open_keys, schema_keys, to_plain
@@ -66,7 +66,7 @@ def test_mistral_composes_the_real_thing() -> None:
     assert config.quantization.double_quant
     assert config.lora.r == 4
     assert config.lora.targets == "all-linear"
-    assert config.trainer.gradient_checkpointing
+    assert config.trainer.gradient_checkpointing is Checkpointing.auto
     assert config.trainer.precision is Precision.auto
 
 
@@ -89,7 +89,7 @@ def test_what_cannot_change_numbers_is_not_part_of_them() -> None:
     moved = compose(
         "logger=none", "output_dir=elsewhere", "progress=false", "tags=[a]", "notes=why", "name=x", "force=true"
     )
-    smaller = compose("trainer.micro_batch_size=2", "trainer.keep_checkpoints=7", "trainer=cpu")
+    smaller = compose("trainer.micro_batch=2", "trainer.keep_checkpoints=7", "trainer=cpu")
     assert canonical(numbers_of(config)) == canonical(numbers_of(moved)) == canonical(numbers_of(smaller))
     for override in ("seed=1", "lora.r=4", "learning_rate.peak=1", "trainer.batch_size=8", "data.split_seed=1"):
         assert canonical(numbers_of(compose(override))) != canonical(numbers_of(config)), override

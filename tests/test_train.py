@@ -90,7 +90,7 @@ def test_seeds_differ(tmp_path: Path) -> None:
 def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
     found = []
     for size in (8, 3, 1):
-        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch_size={size}"), quiet=True)
+        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch={size}"), quiet=True)
         found.append(records(run_directory(tmp_path / str(size))))
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):
@@ -101,7 +101,7 @@ def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> None:
-    arguments = ["trainer.batch_size=6", "trainer.micro_batch_size=2", "data.rows={train: 20, validation: 7}"]
+    arguments = ["trainer.batch_size=6", "trainer.micro_batch=2", "data.rows={train: 20, validation: 7}"]
     one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
     two = llmft(
         *SMALL, *arguments, f"output_dir={tmp_path}/two", f"trainer={trainer}", "trainer.accelerator=cpu", cwd=tmp_path

@@ -177,7 +177,7 @@ class TestR3Signals:
 
     @pytest.fixture(scope="class")
     def whole_in_threes(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch_size=3", base=SMALL)
+        return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch=3", base=SMALL)
 
     @pytest.mark.parametrize(("signum", "code"), KINDS, ids=[kind.name for kind, _ in KINDS])
     @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -194,7 +194,7 @@ class TestR3Signals:
         """Three micro-batches a step; the signal comes while one of the fourth step is computed."""
         from llmft.training.objectives.language_modeling import LanguageModeling
 
-        config = small(*self.OVERRIDES, "trainer.micro_batch_size=3")
+        config = small(*self.OVERRIDES, "trainer.micro_batch=3")
         calls = {"count": 0}
         original = LanguageModeling.losses
 
@@ -465,7 +465,7 @@ class TestR10OutOfMemory:
     def test_r10_the_micro_batch_is_halved_until_it_fits_with_the_same_numbers(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        size = "trainer.micro_batch_size=8"
+        size = "trainer.micro_batch=8"
         whole = whole_run(tmp_path / "whole", size, base=SMALL)
         tmp_path = tmp_path / "halved"
         asked = self.limit(monkeypatch, 2, "cpu")
@@ -475,8 +475,8 @@ class TestR10OutOfMemory:
         assert set(asked[-16:]) == {2}
         notes = status(directory)["out_of_memory"]
         assert [(n["stage"], n["key"], n["from"], n["to"]) for n in notes] == [
-            ("training", "trainer.micro_batch_size", 8, 4),
-            ("training", "trainer.micro_batch_size", 4, 2),
+            ("training", "trainer.micro_batch", 8, 4),
+            ("training", "trainer.micro_batch", 4, 2),
         ]
         for ours, theirs in zip(records(directory), records(whole), strict=False):
             assert ours.keys() == theirs.keys()
@@ -517,7 +517,7 @@ class TestR10OutOfMemory:
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.limit(monkeypatch, 0, "cuda")
-        with pytest.raises(ConfigError, match=r"out of memory in training .* try .*gradient_checkpointing=true"):
+        with pytest.raises(ConfigError, match=r"out of memory in training .* try .*data.max_tokens="):
             train(small(), quiet=True)
         assert status(run_directory(tmp_path))["status"] == "failed"
 
