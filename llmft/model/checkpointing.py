@@ -53,9 +53,9 @@ def set_checkpointing(base: Any, level: Checkpointing, *, lora_rank: int = 0) ->
 def _contexts(lora_rank: int) -> tuple[Any, Any]:
     """For `torch.utils.checkpoint`: what surrounds the forward of a layer, and its second forward.
 
-    Those of PyTorch, `create_selective_checkpoint_contexts`, refuse what is changed in place after it was kept, as LoRA's
-    fused layers do (they add the low-rank product to the base's), and count every operation, also those that FSDP adds
-    to one of the two forwards alone.
+    Those of PyTorch, `create_selective_checkpoint_contexts`, refuse what is changed in place after it was kept, as
+    LoRA's fused layers do (they add the low-rank product to the base's), and count every operation, also those that
+    FSDP adds to one of the two forwards alone.
     """
     kept: dict[Any, deque[_Kept]] = defaultdict(deque)
     return _Keep(kept, lora_rank), _TakeBack(kept, lora_rank)
@@ -73,6 +73,12 @@ def _tensors(made: Any) -> list[torch.Tensor]:
     return [leaf for leaf in tree_leaves(made) if isinstance(leaf, torch.Tensor)]
 
 
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    """Detached, since what is kept must not keep the graph that keeps it; changes in place are counted for both."""
+    with torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.ADInplaceOrView, False):
+        return tensor.detach()
+
+
 class _Keep(TorchDispatchMode):
     """Keeps what `is_kept` names, in the order of the operations."""
 
@@ -84,8 +90,7 @@ class _Keep(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
         if is_kept(func, args, kwargs or {}, self.lora_rank):
-            # Detached: what is kept must not keep the graph that keeps it.
-            alias = tree_map_only(torch.Tensor, torch.Tensor.detach, made)
+            alias = tree_map_only(torch.Tensor, _detached, made)
             entry = _Kept(alias, [tensor._version for tensor in _tensors(alias)])
             self.kept[func].append(entry)
             for tensor in _tensors(alias):
@@ -93,7 +98,8 @@ class _Keep(TorchDispatchMode):
         elif func is torch.ops.aten.addmm_.default:
             finished = self.by_storage.get(args[0].untyped_storage()._cdata)
             if finished is not None:
-                finished.versions = [tensor._version for tensor in _tensors(finished.made)]
+                # PyTorch counts the change when this returns.
+                finished.versions = [version + 1 for version in finished.versions]
         return made
 
     def __exit__(self, *error: Any) -> None:
@@ -116,7 +122,10 @@ class _TakeBack(TorchDispatchMode):
             entry = self.kept[func].popleft()
             tensors = _tensors(entry.made)
             if [tensor._version for tensor in tensors] != entry.versions:
-                raise RuntimeError(f"{func}: what it made was changed in place; set trainer.gradient_checkpointing=full")
+                raise ConfigError(
+                    f"trainer.gradient_checkpointing=selective: this model changes what {func} made in place; set "
+                    "trainer.gradient_checkpointing=full."
+                )
             for tensor in tensors:
                 self.taken[tensor.untyped_storage()._cdata] = weakref.ref(tensor)
             return entry.made
