@@ -67,7 +67,7 @@ class Fit:
             Checkpointing.selective: "norms and activations computed again",
             Checkpointing.full: "layers computed again",
         }[self.checkpointing]
-        return f"{size} at once, {again} ({self.why})"
+        return f"{size}, {again} ({self.why})"
 
 
 @dataclass(frozen=True)

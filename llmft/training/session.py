@@ -507,7 +507,7 @@ class Session:
             self.total_steps,
             self.validate_every,
         )
-        facts["memory"] = str(self.fit)
+        facts["at once"] = str(self.fit)
         facts["run"] = str(self.run_directory.directory)
         if resumed_at is not None:
             facts["resumed"] = f"after step {resumed_at}"

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from llmft.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
+from llmft.config import Checkpointing
 from llmft.errors import ConfigError, DivergedError, Interrupted, Paused
 from llmft.train import train
 from llmft.training import stopping
 from llmft.training.callbacks import Checkpointer
 from llmft.training.finetuner import FineTuner
+from llmft.training.session import Session
 from tests.conftest import ROOT, SMALL, compose, run_directory
 from tests.trust.helpers import (
     LONGER,
@@ -520,6 +523,35 @@ class TestR10OutOfMemory:
         with pytest.raises(ConfigError, match=r"out of memory in training .* try .*data.max_tokens="):
             train(small(), quiet=True)
         assert status(run_directory(tmp_path))["status"] == "failed"
+
+    def test_r10_under_auto_the_tokens_at_once_are_halved(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = self.limit(monkeypatch, 2, "cpu")
+        train(small("trainer.micro_batch=auto"), quiet=True)
+        assert max(asked) == 8
+        assert max(asked[-4:]) <= 2
+        notes = status(run_directory(tmp_path))["out_of_memory"]
+        assert {note["key"] for note in notes} == {"trainer.micro_batch"}
+        for before, after in pairwise(notes):
+            assert int(after["from"].removesuffix("tokens")) <= int(before["to"].removesuffix("tokens"))
+
+    def test_r10_at_one_row_layers_are_computed_again(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = Session._module
+
+        def module(session: Session) -> Any:
+            if session.fit.checkpointing is not Checkpointing.full:
+                self.limit(monkeypatch, 0, "cuda")
+            else:
+                monkeypatch.undo()
+            return original(session)
+
+        monkeypatch.setattr(Session, "_module", module)
+        train(small("trainer.micro_batch=1", "trainer.max_steps=1", "trainer.validate_every=1"), quiet=True)
+        (note,) = status(run_directory(tmp_path))["out_of_memory"]
+        assert (note["key"], note["from"], note["to"]) == ("trainer.gradient_checkpointing", "none", "full")
 
     def test_r10_a_base_that_does_not_fit_is_not_tried_again(
         self, small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
