@@ -112,7 +112,7 @@ def _subjects(config: BenchConfig, arguments: list[str]) -> list[Subject]:
         own.append(f"trainer.precision={config.precision.value}")
     return [
         _subject(_training([*own, *([f"model={model}"] if model else []), f"quantization={format.value}"]))
-        for model in config.models or [None]
+        for model in config.models or [""]
         for format in config.quantizations
     ]
 

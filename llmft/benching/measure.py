@@ -1,7 +1,7 @@
 """One model in one number format, measured point by point in a process of its own.
 
-A point that finds no memory costs itself, and where it takes the process along, the one who asked starts another. What is
-asked comes as JSON on the standard input; answers go out line by line behind `MARK`.
+A point that finds no memory costs itself, and where it takes the process along, the one who asked starts another.
+What is asked comes as JSON on the standard input; answers go out line by line behind `MARK`.
 """
 
 from __future__ import annotations

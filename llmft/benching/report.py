@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from llmft.benching.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
+from llmft.benching.answers import Answered, Wish, hours, most_outputs, to_csv, training_hours
 from llmft.benching.figure import page
 from llmft.errors import DiskError
 from llmft.files import write_atomically
@@ -46,15 +46,15 @@ def show(answered: Sequence[Answered], wish: Wish, screen: Any) -> None:
     """Prints the table and what it means."""
     table = Table(box=box.SIMPLE_HEAD)
     table.add_column("model")
-    for name in ("tokens in + out", "trained/s", "read/s", "written/s", "memory", "answer at most", "training"):
+    for name in ("tokens in + out", "trained/s", "read/s", "written/s", "memory", "tokens out", "training"):
         table.add_column(name, justify="right")
     for own in answered:
         table.add_row(*cells(own, wish))
     screen.print(table)
     screen.print(
-        f"tokens per second; medians ± half the range of the repeats. An answer at most: {wish.samples:,} samples in "
-        f"{wish.hours:g} hours, {wish.inference_rows} at once. Training: {wish.rows:,} rows x {wish.epochs:g} epochs in "
-        f"batches of {wish.batch_size}, validations not counted."
+        f"tokens per second; medians ± half the range of the repeats. Tokens out, at most: {wish.samples:,} samples in "
+        f"{wish.hours:g} hours, {wish.inference_rows} at once. Training: {wish.rows:,} rows x {wish.epochs:g} epochs "
+        f"in batches of {wish.batch_size}, validations not counted."
     )
     for told in remarks(answered):
         screen.print(escape(told))
@@ -76,7 +76,7 @@ def cells(own: Answered, wish: Wish) -> list[str]:
         *head,
         *(f"{value:,.0f} ±{100 * found.spread[name]:.0f}%" for name, value in speeds.items()),
         f"{found.peak_bytes / 2**30:.1f} GiB",
-        f"{most:,} tokens{' (context)' if ends else ''}",
+        f"{most:,}{' (context)' if ends else ''}",
         hours(training_hours(found, wish)),
     ]
 
@@ -90,8 +90,5 @@ def remarks(answered: Sequence[Answered]) -> list[str]:
     measured = [own for own in answered if own.measured.error is None]
     places = dict.fromkeys(f"{own.device}, {own.precision}" for own in measured)
     told += [f"On {place}." for place in places]
-    fits = dict.fromkeys(f"{own.model} {own.quantization}: {own.measured.at_once}." for own in measured)
-    return told + [f"A micro-batch of {fit}" for fit in fits]
-
-
-__all__ = ["cells", "hours", "inference_hours", "remarks", "show", "write_answers"]
+    fits = {f"{own.model} {own.quantization}": own.measured.at_once for own in measured}  # that of the longest rows
+    return told + [f"{case} trains on {fit}." for case, fit in fits.items()]

@@ -104,6 +104,7 @@ class Session:
         self.exit_code = 1
         self.signals = Signals() if lane is None else lane.signals
         self.model: Any = None
+        self.loaded: Any = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -212,9 +213,9 @@ class Session:
             keep=adapters.reusable(config.lora),
         )
         self.base_reused = self.base is kept
-        loaded = self.base
+        self.loaded = self.base
         if self.lane is not None:
-            self.base = self.lane.own(loaded)
+            self.base = self.lane.own(self.loaded)
         if config.task.head is Head.linear:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
@@ -230,8 +231,6 @@ class Session:
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
-            if self.lane is not None:
-                self.lane.join(self.model, loaded)
         else:
             self.base.requires_grad_(True)
             self.model = self.base
@@ -250,6 +249,8 @@ class Session:
             before=before,
         )
         set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
+        if self.lane is not None and config.lora.enabled and not self._offloads():
+            self.lane.join(self.model, self.loaded)
 
     def _check_disk(self) -> None:
         """Room for all checkpoints that will stand at once and for what is handed over, before the first step."""
@@ -493,7 +494,7 @@ class Session:
             adapters.detach(self.model)
         else:
             drop_base()
-        self.model = self.base = None
+        self.model = self.base = self.loaded = None
 
     # ---------------------------------------------------------------------------------------------------- records
 
