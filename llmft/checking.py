@@ -18,22 +18,21 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from llmft.config import Truncation
+from llmft.config import Checkpointing, TrainConfig, Truncation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
 from llmft.files import format_bytes
-from llmft.model.load import TORCH_DTYPES, auto_model, model_config, pick_device, pick_precision
-from llmft.model.memory import device_memory, estimate_memory
+from llmft.model.load import TORCH_DTYPES, auto_model, pick_device, pick_precision
+from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
+from llmft.training.fitting import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
 from llmft.training.rows import Rows, inspect_rows, read_rows
 
 SHOWN_ROWS = 2
-MEMORY_MARGIN = 0.2
-"""Share of the device's memory to keep free: what the estimate leaves out, see `llmft.model.memory`."""
 PROBE = [
     {"role": "user", "content": "Question one?"},
     {"role": "assistant", "content": "Answer one."},
@@ -145,20 +144,9 @@ def _needs(prepared: Prepared, rows: Rows, device: torch.device) -> dict[str, An
     examples = rows.splits["train"]
     precision = pick_precision(config.trainer.precision, device)
     dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
-    architecture = model_config(config.model, prepared.located)
-    if config.model.train_tokenizer_vocab is not None:
-        architecture.vocab_size = len(rows.tokenizer)
-    longest = np.sort(examples.lengths)[::-1][: config.trainer.micro_batch_size]
-    labelled = int(np.sort(examples.labelled_tokens)[::-1][: config.trainer.micro_batch_size].sum())
-    estimate = estimate_memory(
-        config,
-        architecture,
-        rows=len(longest),
-        tokens=int(longest[0]),
-        labelled_tokens=labelled,
-        dtype=dtype,
-        device_type=device.type,
-    )
+    architecture = architecture_of(prepared, len(rows.tokenizer))
+    fit = choose_fit(config, examples, lambda: architecture, device, dtype)
+    estimate = fit.estimate or _largest(config, examples, architecture, device, dtype, fit)
     weights = int(sum(estimate.base_by_dtype.values()))
     saved = estimate.adapter + estimate.optimizer
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
@@ -167,12 +155,27 @@ def _needs(prepared: Prepared, rows: Rows, device: torch.device) -> dict[str, An
         "precision": precision.value,
         "memory": {**asdict(estimate), "total": estimate.total},
         "device_memory": device_memory(device),
-        "micro_batch": {"rows": len(longest), "tokens": int(longest[0])},
+        "micro_batch": {**fit.to_plain(), "told": str(fit)},
         "base": weights,
         "disk": saved * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
         "disk_free": free,
-        "seconds_at_least": _seconds(prepared, examples, rows.total_steps, architecture, device, dtype),
+        "seconds_at_least": _seconds(
+            prepared, examples, rows.total_steps, architecture, device, dtype, fit.checkpointing
+        ),
     }
+
+
+def _largest(
+    config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype, fit: Fit
+) -> MemoryEstimate:
+    """The estimate where the choice needed none; raises what the model's code raises on shapes alone."""
+    rows = StepRows.of(examples.lengths, examples.labelled_tokens, config.trainer.batch_size)
+    positions, labels = rows.largest(fit.limit)
+    longest = rows.longest
+    estimate = estimate_memory(
+        config, architecture, rows=1, tokens=longest, labelled_tokens=longest, dtype=dtype, device_type=device.type
+    )
+    return estimate.at(positions, labels, fit.checkpointing, offloaded=config.trainer.offload_activations)
 
 
 def _existing(path: Path) -> Path:
@@ -180,12 +183,18 @@ def _existing(path: Path) -> Path:
 
 
 def _seconds(
-    prepared: Prepared, examples: Examples, steps: int, architecture: Any, device: torch.device, dtype: torch.dtype
+    prepared: Prepared,
+    examples: Examples,
+    steps: int,
+    architecture: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    level: Checkpointing,
 ) -> float:
     """Matrix products of the training at the speed of one large product here: a floor, small models take longer.
 
     4 operations per weight and token with a LoRA (forward and the gradient of the activations), 6 without, and one
-    forward more under checkpointing.
+    forward more where whole layers are computed again.
     """
     size = 1024 if device.type == "cpu" else 8192
     a = torch.randn(size, size, device=device, dtype=dtype)
@@ -197,7 +206,7 @@ def _seconds(
     product.sum().item()
     speed = 2 * size**3 * rounds / (time.monotonic() - began)
     config = prepared.config
-    passes = (4 if config.lora.enabled else 6) + (2 if config.trainer.gradient_checkpointing else 0)
+    passes = (4 if config.lora.enabled else 6) + (2 if level is Checkpointing.full else 0)
     tokens = steps * config.trainer.batch_size * float(examples.lengths.mean())
     return passes * _matrix_weights(str(config.task.auto_class), architecture) * tokens / speed
 
@@ -210,16 +219,23 @@ def _matrix_weights(auto_class: str, architecture: Any) -> int:
     return sum(p.numel() for p in skeleton.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
+def _ways_out(needs: dict[str, Any]) -> str:
+    """What makes a training smaller, as far as it is not done."""
+    chosen = needs["micro_batch"]
+    tries = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
+    tries += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
+    return " or ".join([*tries, "lower data.max_tokens", "choose a smaller model"])
+
+
 def _need_findings(needs: dict[str, Any]) -> list[Finding]:
     found = []
     total, available = needs["memory"]["total"], needs["device_memory"]
     if available is not None and total > (1 - MEMORY_MARGIN) * available:
         message = (
             f"about {format_bytes(total)} are needed, up to a fifth more with what the estimate leaves out, and "
-            f"{needs['device']} has {format_bytes(available)}: halve trainer.micro_batch_size, set "
-            "trainer.gradient_checkpointing=true, or choose a smaller model"
+            f"{needs['device']} has {format_bytes(available)}: {_ways_out(needs)}"
         )
-        found.append(Finding("warning", "trainer.micro_batch_size", message))
+        found.append(Finding("warning", "trainer.micro_batch", message))
     if needs["disk"] > needs["disk_free"]:
         message = f"{format_bytes(needs['disk'])} will be written and {format_bytes(needs['disk_free'])} are free"
         found.append(Finding("error", "output_dir", message))
@@ -265,6 +281,7 @@ def show(report: dict[str, Any]) -> None:
     available = needs["device_memory"]
     fits = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
     console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{fits}: {parts}")
+    console.print(f"[bold]at once[/bold] {escape(needs['micro_batch']['told'])}")
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
 

@@ -159,6 +159,18 @@ class OnSaveError(Enum):
     warn = "warn"
 
 
+class Checkpointing(Enum):
+    """What a backward finds of its forward: everything, what matrix products and attention made, or layers' inputs.
+
+    `auto` takes the first of these that fits.
+    """
+
+    auto = "auto"
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class Mode(Enum):
     """Which direction of the monitored metric is better."""
 
@@ -193,7 +205,6 @@ class ModelConfig:
     attn_implementation: str | None = None
     learning_rate: float = aside(2e-4)
     precision: Precision = aside(Precision.auto)
-    gradient_checkpointing: bool = aside(True)
     license: str = aside("unknown")
     gated: bool = aside(False)
     context_tokens: int | None = aside(None)
@@ -480,6 +491,33 @@ class TaskConfig:
         )
 
 
+def rows_or_tokens(micro_batch: Any) -> tuple[int | None, int | None]:
+    """trainer.micro_batch as (rows, tokens), of which one is a number; both None for auto."""
+    found = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
+    require(
+        micro_batch == "auto" or found is not None,
+        f"trainer.micro_batch={micro_batch}: a number of rows, a number of tokens (4096tokens), or auto.",
+    )
+    if found is None:
+        return None, None
+    number = int(found[1])
+    return (None, number) if found[2] else (number, None)
+
+
+def checkpointing_of(value: Any) -> Checkpointing:
+    """trainer.gradient_checkpointing as it is written anywhere; true and false mean full and none."""
+    if isinstance(value, Checkpointing):
+        return value
+    if isinstance(value, bool):
+        return Checkpointing.full if value else Checkpointing.none
+    names = [level.value for level in Checkpointing]
+    require(
+        value in names,
+        f"trainer.gradient_checkpointing={value}: auto, none, selective or full{did_you_mean(str(value), names)}",
+    )
+    return Checkpointing(value)
+
+
 @dataclass
 class TrainerConfig:
     batch_size: int = 16
@@ -492,10 +530,11 @@ class TrainerConfig:
     patience: int | None = None
     export: Export = Export.best
     precision: Precision = Precision.auto
-    gradient_checkpointing: bool = False
     callbacks: dict[str, Any] = field(default_factory=dict)
     # The rest changes time and memory, not the numbers.
-    micro_batch_size: int = aside(16)
+    micro_batch: Any = aside("auto")
+    gradient_checkpointing: Any = aside(Checkpointing.auto)
+    offload_activations: bool = aside(False)
     validation_batch_size: int = aside(64)
     checkpoint_every: int | None = aside(None)
     keep_checkpoints: int = aside(2)
@@ -514,8 +553,10 @@ class TrainerConfig:
         if self.max_time is not None:
             limit = seconds_of(self.max_time, "trainer.max_time")
             require(limit > 0, f"trainer.max_time={self.max_time}: above 0, or null for no limit.")
-        for key in ("batch_size", "micro_batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
+        for key in ("batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
             require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: 1 or more.")
+        rows_or_tokens(self.micro_batch)
+        self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
         for key in ("max_steps", "checkpoint_every", "patience", "threads"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"trainer.{key}={value}: 1 or more, or null.")

@@ -1,4 +1,4 @@
-"""The dataclasses of the verbs that take run directories: predict, evaluate, folds, blend, refit."""
+"""The dataclasses of the verbs that take run directories (predict, evaluate, folds, blend, refit), and of bench."""
 
 from __future__ import annotations
 
@@ -8,7 +8,19 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from llmft.config import require
+from llmft.config import (
+    Checkpointing,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+    PromptConfig,
+    QuantizationFormat,
+    checkpointing_of,
+    require,
+    rows_or_tokens,
+    seconds_of,
+)
+from llmft.config import Form as Answer
 
 
 class Form(Enum):
@@ -131,3 +143,59 @@ class RefitConfig:
     output_dir: str | None = None
     progress: bool = True
     logger: bool = True
+
+
+@dataclass
+class BenchConfig:
+    """What `python -m llmft.bench` takes."""
+
+    model: ModelConfig = MISSING
+    prompt: PromptConfig = MISSING
+    lora: LoraConfig = MISSING
+    optimizer: dict[str, Any] = MISSING
+    models: list[str] = field(default_factory=list)
+    quantizations: list[QuantizationFormat] = field(default_factory=list)
+    input_tokens: list[int] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)
+    samples: int = 1000
+    hours: float = 9.0
+    rows: int = 1000
+    epochs: float = 3.0
+    batch_size: int = 16
+    inference_rows: int = 16
+    micro_batch: Any = "auto"
+    gradient_checkpointing: Any = Checkpointing.auto
+    precision: Precision = Precision.auto
+    accelerator: str = "auto"
+    threads: int | None = None
+    repeats: int = 3
+    max_time: str = "5m"
+    output_dir: str = "outputs"
+    name: str | None = None
+    format: Answer = Answer.text
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "rows", "batch_size", "inference_rows", "repeats"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
+        for key in ("hours", "epochs"):
+            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: above 0.")
+        for key, least in (("input_tokens", 1), ("output_tokens", 2)):
+            values = getattr(self, key)
+            require(
+                len(values) > 0 and min(values) >= least,
+                f"{key}={values}: a list of lengths in tokens, {least} or more each.",
+            )
+        require(len(self.quantizations) > 0, "quantizations=[]: one at least, such as [nf4,none].")
+        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
+        require(seconds_of(self.max_time, "max_time") > 0, f"max_time={self.max_time}: above 0.")
+        rows_or_tokens(self.micro_batch)
+        self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
+        require(
+            self.lora.enabled or self.quantizations == [QuantizationFormat.none],
+            "lora=none trains all weights, which quantised ones cannot be: set quantizations=[none].",
+        )
+        require(
+            not self.models or self.model.path is None or self.model.path.startswith("package:"),
+            "models names options of the group model, and model.path one directory: choose one of them.",
+        )

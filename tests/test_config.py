@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config import LoraConfig, Precision, QuantizationFormat, TrainConfig, seconds_of
+from llmft.config import (
+    Checkpointing,
+    LoraConfig,
+    Precision,
+    QuantizationFormat,
+    TrainConfig,
+    rows_or_tokens,
+    seconds_of,
+)
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
 from llmft.schema import canonical, from_plain, numbers_of, open_keys, schema_keys, to_plain
@@ -66,8 +74,28 @@ def test_mistral_composes_the_real_thing() -> None:
     assert config.quantization.double_quant
     assert config.lora.r == 4
     assert config.lora.targets == "all-linear"
-    assert config.trainer.gradient_checkpointing
+    assert config.trainer.gradient_checkpointing is Checkpointing.auto
     assert config.trainer.precision is Precision.auto
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted"), [("true", "full"), ("false", "none"), ("none", "none"), ("selective", "selective")]
+)
+def test_gradient_checkpointing_is_a_level_or_yes_or_no(written: str, wanted: str) -> None:
+    config = compose(f"trainer.gradient_checkpointing={written}")
+    assert config.trainer.gradient_checkpointing is Checkpointing(wanted)
+    again = from_plain(to_plain(config), TrainConfig)
+    assert again.trainer.gradient_checkpointing is Checkpointing(wanted)
+
+
+def test_the_micro_batch_is_rows_tokens_or_auto() -> None:
+    found = [rows_or_tokens(compose(f"trainer.micro_batch={value}").trainer.micro_batch) for value in ("auto", "3")]
+    assert found == [(None, None), (3, None)]
+    assert rows_or_tokens(compose("trainer.micro_batch=4096tokens").trainer.micro_batch) == (None, 4096)
+    assert rows_or_tokens("4096 tokens") == (None, 4096)
+    for value in ("0", "-1", "1.5", "true", "many", "0tokens"):
+        with pytest.raises(ConfigError, match=r"trainer.micro_batch=.*: a number of rows, a number of tokens"):
+            compose(f"trainer.micro_batch={value}")
 
 
 def test_open_dictionaries_take_new_keys_and_typed_ones_do_not() -> None:
@@ -89,7 +117,9 @@ def test_what_cannot_change_numbers_is_not_part_of_them() -> None:
     moved = compose(
         "logger=none", "output_dir=elsewhere", "progress=false", "tags=[a]", "notes=why", "name=x", "force=true"
     )
-    smaller = compose("trainer.micro_batch_size=2", "trainer.keep_checkpoints=7", "trainer=cpu")
+    smaller = compose(
+        "trainer.micro_batch=2", "trainer.gradient_checkpointing=full", "trainer.keep_checkpoints=7", "trainer=cpu"
+    )
     assert canonical(numbers_of(config)) == canonical(numbers_of(moved)) == canonical(numbers_of(smaller))
     for override in ("seed=1", "lora.r=4", "learning_rate.peak=1", "trainer.batch_size=8", "data.split_seed=1"):
         assert canonical(numbers_of(compose(override))) != canonical(numbers_of(config)), override

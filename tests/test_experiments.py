@@ -99,7 +99,7 @@ def test_every_experiment_trains_with_a_tiny_twin(path: Path, tmp_path: Path, en
         "data.validation_fraction=0.2",
         "model.init=random",
         f"model.overrides={{{small}}}",
-        "model.gradient_checkpointing=false",
+        "trainer.gradient_checkpointing=none",
         "trainer.precision=fp32",
         "trainer.max_steps=2",
         "trainer.threads=1",

@@ -89,8 +89,8 @@ def test_seeds_differ(tmp_path: Path) -> None:
 
 def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
     found = []
-    for size in (8, 3, 1):
-        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch_size={size}"), quiet=True)
+    for size in (8, "100tokens", 1):
+        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch={size}"), quiet=True)
         found.append(records(run_directory(tmp_path / str(size))))
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):
@@ -101,7 +101,7 @@ def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> None:
-    arguments = ["trainer.batch_size=6", "trainer.micro_batch_size=2", "data.rows={train: 20, validation: 7}"]
+    arguments = ["trainer.batch_size=6", "trainer.micro_batch=100tokens", "data.rows={train: 20, validation: 7}"]
     one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
     two = llmft(
         *SMALL, *arguments, f"output_dir={tmp_path}/two", f"trainer={trainer}", "trainer.accelerator=cpu", cwd=tmp_path
@@ -233,10 +233,14 @@ def test_every_choice_trains(small: Callable[..., Any], tmp_path: Path, override
 
 
 def test_gradient_checkpointing_changes_no_number(tmp_path: Path) -> None:
-    for value in ("true", "false"):
-        train(compose(*SMALL, f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}"), quiet=True)
-    a, b = run_directory(tmp_path / "true"), run_directory(tmp_path / "false")
-    assert adapter_bytes(a) == adapter_bytes(b)
+    found = []
+    for value in ("selective", "true", "false"):
+        own = [f"output_dir={tmp_path}/{value}", f"trainer.gradient_checkpointing={value}", "lora.dropout=0.1"]
+        train(compose(*SMALL, *own), quiet=True)
+        found.append(run_directory(tmp_path / value))
+    assert len({directory.name for directory in found}) == 1, "no part of the key"
+    assert len({adapter_bytes(directory) for directory in found}) == 1
+    assert len({(directory / "metrics.jsonl").read_bytes() for directory in found}) == 1
 
 
 def test_a_random_architecture_of_any_model_trains_without_its_files(small: Callable[..., Any], tmp_path: Path) -> None:

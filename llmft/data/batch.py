@@ -123,7 +123,36 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(np.random.PCG64([seed, epoch])).permutation(num_rows)
 
 
-def by_length(lengths: Sequence[int], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Groups of at most `size` rows of like length, longest first, so that little is padded."""
-    ordered = sorted(rows, key=lambda row: (-lengths[row], row))
-    return [ordered[start : start + size] for start in range(0, len(ordered), size)]
+PADDED = 1.25
+"""A group's rows times its longest row are at most so many times its tokens' limit, for models that compute padding."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """What is computed at once: at most so many rows, and so many tokens; None is no limit.
+
+    A row that is longer than the limit goes alone.
+    """
+
+    rows: int | None = None
+    tokens: int | None = None
+
+    def groups(self, lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
+        """`rows` in groups of like length, longest first, so that little is padded."""
+        found: list[list[int]] = []
+        width = total = 0
+        for row in sorted(rows, key=lambda row: (-lengths[row], row)):
+            if not found or not self._holds(len(found[-1]) + 1, total + lengths[row], width):
+                found.append([])
+                width, total = lengths[row], 0
+            found[-1].append(row)
+            total += lengths[row]
+        return found
+
+    def __str__(self) -> str:
+        return f"{self.tokens}tokens" if self.rows is None else str(self.rows)
+
+    def _holds(self, rows: int, tokens: int, width: int) -> bool:
+        if self.rows is not None and rows > self.rows:
+            return False
+        return self.tokens is None or (tokens <= self.tokens and rows * width <= PADDED * self.tokens)

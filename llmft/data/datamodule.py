@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
@@ -10,9 +9,9 @@ import lightning as L
 from torch.utils.data import DataLoader, Dataset
 
 from llmft.data.batch import (
+    Limit,
     MicroBatch,
     StepBatch,
-    by_length,
     collate,
     filler,
     rows_of_step,
@@ -52,16 +51,16 @@ class DataModule(L.LightningDataModule):
         pad_id: int,
         seed: int,
         batch_size: int,
-        micro_batch_size: int,
-        validation_batch_size: int,
+        micro_batch: Limit,
+        validation_batch: Limit,
     ) -> None:
         super().__init__()
         self.splits = splits
         self.pad_id = pad_id
         self.seed = seed
         self.batch_size = batch_size
-        self.micro_batch_size = micro_batch_size
-        self.validation_batch_size = validation_batch_size
+        self.micro_batch = micro_batch
+        self.validation_batch = validation_batch
         self.stops: list[int] = []
         self.position: Callable[[], int] = lambda: 0
         self._weights, self._lengths = {}, {}
@@ -80,17 +79,22 @@ class DataModule(L.LightningDataModule):
     def step_batch(self, step: int) -> StepBatch:
         """The batch of optimizer step `step`, this process's share of it."""
         examples = self.splits["train"]
-        rows = rows_of_step(step, len(examples), self.batch_size, self.seed)
-        rank, world = self._share()
-        # Dealt longest first, in turn, so that the processes have like work.
-        lengths = self._lengths["train"]
-        mine = sorted(rows, key=lambda row: (-lengths[row], row))[rank::world]
-        groups = by_length(lengths, mine, self.micro_batch_size)
-        most = math.ceil(math.ceil(len(rows) / world) / self.micro_batch_size)
-        micro_batches = [collate([examples[row] for row in group], group, self.pad_id) for group in groups]
-        while len(micro_batches) < most:
+        shares = self.groups_of_step(step)
+        rows = [row for share in shares for group in share for row in group]
+        rank, _ = self._share()
+        micro_batches = [self._batch("train", group) for group in shares[rank]]
+        while len(micro_batches) < max(map(len, shares)):
             micro_batches.append(filler(examples[rows[0]], self.pad_id))
         return StepBatch(step, micro_batches, sum(self._weights["train"][row] for row in rows))
+
+    def groups_of_step(self, step: int) -> list[list[list[int]]]:
+        """The rows of each micro-batch of optimizer step `step`, process by process."""
+        rows = rows_of_step(step, len(self.splits["train"]), self.batch_size, self.seed)
+        _, world = self._share()
+        lengths = self._lengths["train"]
+        # Dealt longest first, in turn, so that the processes have like work.
+        ordered = sorted(rows, key=lambda row: (-lengths[row], row))
+        return [self.micro_batch.groups(lengths, ordered[place::world]) for place in range(world)]
 
     def first_row(self, step: int) -> MicroBatch:
         """The first row of optimizer step `step` alone, the same in every process and with every micro-batch."""
@@ -109,14 +113,18 @@ class DataModule(L.LightningDataModule):
         """Validation rows in batches of like length; every process has its share."""
         return self._evaluation("validation")
 
-    def _evaluation(self, split: str) -> DataLoader:
-        examples = self.splits[split]
+    def groups_of(self, split: str) -> list[list[int]]:
+        """The rows of each batch of this process's share of a split that is evaluated."""
         rank, world = self._share()
-        groups = by_length(self._lengths[split], range(len(examples))[rank::world], self.validation_batch_size)
-        makers: list[Callable[[], object]] = [
-            partial(collate, [examples[row] for row in group], group, self.pad_id) for group in groups
-        ]
+        mine = range(len(self.splits.get(split, ())))[rank::world]
+        return self.validation_batch.groups(self._lengths.get(split, ()), mine)
+
+    def _evaluation(self, split: str) -> DataLoader:
+        makers: list[Callable[[], object]] = [partial(self._batch, split, group) for group in self.groups_of(split)]
         return DataLoader(_Items(makers), batch_size=None, num_workers=0)
+
+    def _batch(self, split: str, rows: list[int]) -> MicroBatch:
+        return collate([self.splits[split][row] for row in rows], rows, self.pad_id)
 
     def test_dataloader(self) -> DataLoader:
         """Test rows, likewise."""

@@ -15,7 +15,7 @@ import torch
 from llmft.config import Head, ModelInit, Precision, QuantizationConfig, QuantizationFormat, Truncation
 from llmft.config_verbs import PredictConfig
 from llmft.console import Screen
-from llmft.data.batch import MicroBatch, by_length, collate
+from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import IGNORE, Encoded
@@ -204,7 +204,7 @@ def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.
     try:
         examples = predictor.encode(asked.conversations)
         lengths = [len(example.input_ids) for example in examples]
-        batches = by_length(lengths, range(len(examples)), options.batch_size)
+        batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]
         there = sum((folder / _part(number)).is_file() for number in range(len(parts)))
         if there:

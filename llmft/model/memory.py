@@ -23,16 +23,19 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from llmft.config import QuantizationFormat, TrainConfig
+from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpointing_of
 from llmft.model import adapters, families, flat
+from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.quantization import bitsandbytes_config, unquantized_modules
 
@@ -45,6 +48,14 @@ STATES = {"SGD": 1, "Lion": 1, "RMSprop": 1, "Adagrad": 1, "LARS": 1, "Muon": 1,
 LOGIT_BYTES = 12  # per logit, in the backward: fp32 log-probabilities, their gradient, the logits' gradient
 
 
+_ACTIVATIONS = {
+    Checkpointing.auto: "activations_kept",
+    Checkpointing.none: "activations_kept",
+    Checkpointing.selective: "activations_selective",
+    Checkpointing.full: "activations_checkpointed",
+}
+
+
 @dataclass(frozen=True)
 class MemoryEstimate:
     """All in bytes, of one device that holds everything.
@@ -55,10 +66,14 @@ class MemoryEstimate:
         adapter: trained weights; without LoRA all weights, in fp32.
         gradients: one per trained weight.
         optimizer: its states after the first step.
-        activations: what one micro-batch keeps for its backward, as configured.
-        activations_checkpointed: the same with gradient checkpointing: every layer's input, and the largest layer.
-        activations_kept: the same without.
+        activations: what one micro-batch keeps for its backward, as configured; under auto, all of it.
+        activations_kept: the same without gradient checkpointing.
+        activations_selective: with the selective one: products and attention too, and the rest of the largest layer.
+        activations_checkpointed: with the full one: every layer's input, and the largest layer.
+        activations_offloaded: on the device while the rest waits in the CPU's memory: the largest layer.
         logits: the head's output, the loss and their gradients at the labelled positions.
+        logits_per_label: the part of it that grows with the labelled positions, for one of them.
+        tokens: positions that were estimated, and `labelled_tokens` of them.
     """
 
     base: int
@@ -67,9 +82,37 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     activations: int
-    activations_checkpointed: int
     activations_kept: int
+    activations_selective: int
+    activations_checkpointed: int
+    activations_offloaded: int
     logits: int
+    logits_per_label: int
+    tokens: int
+    labelled_tokens: int
+
+    def at(
+        self, tokens: int, labelled_tokens: int, level: Checkpointing, *, offloaded: bool = False, share: int = 1
+    ) -> MemoryEstimate:
+        """The same for a micro-batch of so many positions, to which activations are proportional, at `level`.
+
+        `share` is the number of devices that weights and optimizer are divided among.
+        """
+        grown = tokens / self.tokens
+        scaled = {name: math.ceil(getattr(self, name) * grown) for name in _ACTIVATIONS.values()}
+        everywhere = self.logits - self.labelled_tokens * self.logits_per_label
+        held = {name: getattr(self, name) // share for name in ("base", "adapter", "gradients", "optimizer")}
+        scaled["activations_offloaded"] = math.ceil(self.activations_offloaded * grown)
+        kept = scaled[_ACTIVATIONS[level]]
+        return replace(
+            self,
+            **held,
+            **scaled,
+            activations=min(kept, scaled["activations_offloaded"]) if offloaded else kept,
+            logits=math.ceil(everywhere * grown) + labelled_tokens * self.logits_per_label,
+            tokens=tokens,
+            labelled_tokens=labelled_tokens,
+        )
 
     @property
     def total(self) -> int:
@@ -117,17 +160,21 @@ def estimate_memory(
     if config.quantization.format is not QuantizationFormat.none and device_type == "cuda":
         for module in model.modules():
             module.cast_input_dtype_enabled = False  # PEFT's quantised layers cast nothing there
-    kept, checkpointed = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
+    found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
+    level = checkpointing_of(config.trainer.gradient_checkpointing)
+    per_label = _vocabulary(base) * LOGIT_BYTES
     return MemoryEstimate(
         base=sum(frozen.values()),
         base_by_dtype=frozen,
         adapter=weights,
         gradients=weights,
         optimizer=optimizer_bytes(config.optimizer, [parameter.numel() for parameter in trained]),
-        activations=checkpointed if config.trainer.gradient_checkpointing else kept,
-        activations_checkpointed=checkpointed,
-        activations_kept=kept,
-        logits=_logit_bytes(base, rows * tokens, labelled_tokens, selects=selects, dtype=dtype),
+        activations=found[_ACTIVATIONS[level]],
+        **found,
+        logits=(0 if selects else rows * tokens * _vocabulary(base) * dtype.itemsize) + labelled_tokens * per_label,
+        logits_per_label=per_label,
+        tokens=rows * tokens,
+        labelled_tokens=labelled_tokens,
     )
 
 
@@ -210,13 +257,10 @@ def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:
     return states * (FP32_BYTES * small + sum(sizes) - small + FP32_BYTES * scales)
 
 
-def _logit_bytes(base: Any, positions: int, labelled: int, *, selects: bool, dtype: torch.dtype) -> int:
-    """Bytes of logits, loss and gradients in the backward; all positions where the model cannot select."""
+def _vocabulary(base: Any) -> int:
+    """Logits of a position; a classifier's few are none."""
     head = base.get_output_embeddings()
-    if head is None:  # a classifier's few logits
-        return 0
-    everywhere = 0 if selects else positions * head.weight.shape[0] * dtype.itemsize
-    return everywhere + labelled * head.weight.shape[0] * LOGIT_BYTES
+    return 0 if head is None else int(head.weight.shape[0])
 
 
 class _Dequantized(torch.nn.Module):
@@ -237,6 +281,7 @@ class _SavedBytes:
         self.layer: int | None = None
         self.inputs: dict[int, torch.Tensor] = {}
         self.saved: dict[int, tuple[torch.Tensor, int | None]] = {}
+        self.dear: dict[int, tuple[torch.Tensor, int]] = {}
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, module in enumerate(layers):
             module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
@@ -256,16 +301,48 @@ class _SavedBytes:
             self.saved.setdefault(_storage(tensor), (tensor, self.layer))
         return tensor
 
-    def totals(self) -> tuple[int, int]:
-        """Bytes kept without checkpointing, and with: inputs of layers, what is outside, the largest layer again."""
-        by_layer: dict[int | None, int] = defaultdict(int)
+    def note(self, made: Any) -> None:
+        """What selective checkpointing keeps, inside a layer."""
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor) and self.layer is not None:
+                self.dear.setdefault(_storage(tensor), (tensor, self.layer))
+
+    def totals(self) -> dict[str, int]:
+        """Bytes on each way of keeping them, by the names of MemoryEstimate."""
+        by_layer, rest = (defaultdict[int | None, int](int) for _ in range(2))
         for key, (tensor, layer) in self.saved.items():
             if key not in self.inputs:
-                by_layer[layer] += tensor.untyped_storage().nbytes()
-        inputs = sum(tensor.untyped_storage().nbytes() for tensor in self.inputs.values())
-        kept = sum(tensor.untyped_storage().nbytes() for tensor, _ in self.saved.values())
+                by_layer[layer] += _bytes(tensor)
+                rest[layer] += 0 if key in self.dear else _bytes(tensor)
+        inputs = sum(map(_bytes, self.inputs.values()))
         outside = by_layer.pop(None, 0)
-        return kept, inputs + outside + max(by_layer.values(), default=0)
+        rest.pop(None, 0)
+        dear = sum(_bytes(tensor) for key, (tensor, _) in self.dear.items() if key not in self.inputs)
+        largest = max(by_layer.values(), default=0)
+        return {
+            "activations_kept": sum(_bytes(tensor) for tensor, _ in self.saved.values()),
+            "activations_selective": inputs + outside + dear + max(rest.values(), default=0),
+            "activations_checkpointed": inputs + outside + largest,
+            "activations_offloaded": outside + largest,
+        }
+
+
+class _Dear(TorchDispatchMode):
+    """Tells `saved` what selective checkpointing would keep."""
+
+    def __init__(self, saved: _SavedBytes, lora_rank: int) -> None:
+        super().__init__()
+        self.found, self.lora_rank = saved, lora_rank
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if is_kept(func, args, kwargs or {}, self.lora_rank):
+            self.found.note(made)
+        return made
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().nbytes()
 
 
 def _storage(tensor: torch.Tensor) -> int:
@@ -274,8 +351,8 @@ def _storage(tensor: torch.Tensor) -> int:
 
 def _activations(
     model: Any, config: TrainConfig, *, rows: int, tokens: int, keep: int | None, dtype: torch.dtype
-) -> tuple[int, int]:
-    """(kept, checkpointed) bytes of one forward of `model`, whose weights become shapes without values."""
+) -> dict[str, int]:
+    """Bytes that one forward of `model` keeps, whose weights become shapes without values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     bf16 = dtype is torch.bfloat16 and config.lora.enabled  # the weights' own dtype
@@ -297,6 +374,7 @@ def _activations(
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+            _Dear(saved, lora_rank(config)),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
             # Both ask for values, which are none here: are rows packed (never), are experts' weights aligned.
             mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None, create=True),
@@ -305,6 +383,11 @@ def _activations(
             output = model(input_ids=ids, **arguments)
         del output
     return saved.totals()
+
+
+def lora_rank(config: TrainConfig) -> int:
+    """For `is_kept`; 0 where all weights are trained."""
+    return config.lora.r if config.lora.enabled else 0
 
 
 def _give_storage(model: torch.nn.Module) -> None:

@@ -133,6 +133,7 @@ class Checkpointer(Callback):
         stops: Collection[int],
         wishes: Wishes,
         state: dict[str, Any] | None = None,
+        fit: dict[str, Any] | None = None,
         seconds: Callable[[], float] = lambda: 0.0,
         command: str = "",
         on_save_error: OnSaveError = OnSaveError.stop,
@@ -147,6 +148,7 @@ class Checkpointer(Callback):
         self.total_steps = total_steps
         self.stops = set(stops)
         self.wishes = wishes
+        self.fit = fit
         self.seconds = seconds
         self.command = command
         self.on_save_error = on_save_error
@@ -171,6 +173,7 @@ class Checkpointer(Callback):
             "waited": self.waited,
             "stopped_early": self.stopped_early,
             "pending": self.pending,
+            "fit": self.fit,
             "seconds": self.seconds(),
             "skipped": list(module.skipped),
             "loss_scale": scaler.state_dict() if scaler is not None else None,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -124,10 +124,12 @@ class FineTuner(L.LightningModule):
         keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
         skip_up_to: int | None = None,
         after_backward: Callable[[], None] = lambda: None,
+        keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
         `after_backward` follows every micro-batch's: a training among others takes its gradients further there.
+        `keeping` surrounds each forward of the training: where what it saves for the backward is held.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -145,6 +147,7 @@ class FineTuner(L.LightningModule):
         self.keep_bad_step = keep_bad_step
         self.skip_up_to = skip_up_to
         self.after_backward = after_backward
+        self.keeping = keeping
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -196,7 +199,8 @@ class FineTuner(L.LightningModule):
         row_losses: list[tuple[list[int], torch.Tensor]] = []
         with self._no_gradient_sync():
             for micro in batch.micro_batches:
-                losses = self.objective.losses(self.model, micro)
+                with self.keeping():
+                    losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
                 self.manual_backward(loss * scale)
                 self.after_backward()

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from llmft.config import TrainConfig
+from llmft.config import Checkpointing, TrainConfig
 from llmft.errors import ConfigError
+from llmft.training.fitting import Fit
 
 _TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
 
 
-class OutOfMemory(Exception):
-    """No memory in `stage`: "loading", "training" or "validation"."""
+@dataclass(frozen=True)
+class Held:
+    """What was at most computed at once when memory ran out: rows, their tokens, and the choice behind it."""
 
-    def __init__(self, stage: str, error: BaseException) -> None:
+    rows: int
+    tokens: int
+    fit: Fit
+
+
+class OutOfMemory(Exception):
+    """No memory in `stage`: "loading", "training" or "validation"; `held` is None for the first."""
+
+    def __init__(self, stage: str, error: BaseException, held: Held | None = None) -> None:
         super().__init__(str(error).splitlines()[0][:300] if str(error) else type(error).__name__)
         self.stage = stage
+        self.held = held
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -28,33 +39,44 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def smaller(config: TrainConfig, found: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
-    """`config` with half the micro-batch of the stage that found no memory, and a note of it for the record.
+    """`config` with half of what was computed at once where memory ran out, and a note of it for the record.
 
-    Raises ConfigError with what is left to try where that is 1 already, or the base itself does not fit.
+    At one row, layers are computed again instead, whatever was configured.
+
+    Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
     """
-    trainer = config.trainer
-    key = {"training": "micro_batch_size", "validation": "validation_batch_size"}.get(found.stage)
-    size = getattr(trainer, key) if key else 1
-    if key == "micro_batch_size":  # a larger one than the batch is never used
-        size = min(size, trainer.batch_size)
-    if key is None or size == 1:
-        raise ConfigError(f"out of memory in {found.stage} ({found}); {_advice(config, found.stage)}.")
-    note = {"stage": found.stage, "key": f"trainer.{key}", "from": size, "to": size // 2}
-    halved: dict[str, Any] = {key: size // 2}
-    return replace(config, trainer=replace(trainer, **halved)), note
+    held = found.held
+    was: Any
+    now: Any
+    if held is not None and held.rows > 1:
+        if found.stage == "validation":
+            key, was, now = "validation_batch_size", held.rows, held.rows // 2
+        elif held.fit.limit.rows is not None:
+            key, was, now = "micro_batch", held.rows, held.rows // 2
+        else:
+            key, was, now = "micro_batch", f"{held.tokens}tokens", f"{held.tokens // 2}tokens"
+    elif held is not None and found.stage == "training" and held.fit.checkpointing is not Checkpointing.full:
+        key, was, now = "gradient_checkpointing", held.fit.checkpointing.value, Checkpointing.full.value
+    else:
+        raise ConfigError(f"out of memory in {found.stage} ({found}); {_advice(config, found)}.")
+    note = {"stage": found.stage, "key": f"trainer.{key}", "from": was, "to": now}
+    values: dict[str, Any] = {key: now}
+    if found.stage == "training":  # what was chosen stays, but for this
+        values = {"micro_batch": str(held.fit.limit), "gradient_checkpointing": held.fit.checkpointing, **values}
+    return replace(config, trainer=replace(config.trainer, **values)), note
 
 
-def _advice(config: TrainConfig, stage: str) -> str:
+def _advice(config: TrainConfig, found: OutOfMemory) -> str:
     """What is left to try, most harmless first."""
     tries = []
-    if stage == "training" and not config.trainer.gradient_checkpointing:
-        tries.append("trainer.gradient_checkpointing=true")
+    if found.stage == "training" and not config.trainer.offload_activations and config.trainer.accelerator != "cpu":
+        tries.append("trainer.offload_activations=true")
     if config.quantization.format.value == "none" and config.lora.enabled:
         tries.append("quantization=nf4")
     if not config.lora.enabled:
         tries.append("lora=default quantization=nf4")
-    if stage != "loading":
+    if found.stage != "loading":
         tries.append(f"data.max_tokens={max(8, config.data.max_tokens // 2)}")
-    if stage == "validation" and config.task.generate_rows:
+    if found.stage == "validation" and config.task.generate_rows:
         tries.append(f"task.max_new_tokens={max(1, config.task.max_new_tokens // 2)}")
     return "try " + ", ".join([*tries, "trainer=fsdp on several devices", "a smaller model"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -13,7 +15,7 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Export, Head, OnNan, OnSaveError, Precision, TrainConfig, TrainOn, seconds_of
+from llmft.config import Checkpointing, Export, Head, OnNan, OnSaveError, Precision, TrainConfig, TrainOn, seconds_of
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
@@ -22,6 +24,7 @@ from llmft.environment import describe, usable_cores
 from llmft.errors import ConfigError, DiskError, Interrupted, UserError, did_you_mean
 from llmft.files import check_space
 from llmft.model import adapters
+from llmft.model.checkpointing import Offloaded, set_checkpointing
 from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -31,15 +34,16 @@ from llmft.model.load import (
     pick_device,
     pick_precision,
 )
-from llmft.model.memory import optimizer_bytes
+from llmft.model.memory import lora_rank, optimizer_bytes
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, process_rank
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
+from llmft.training.fitting import architecture_of, choose_fit
 from llmft.training.lanes import Lane
-from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
+from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
 from llmft.training.record import before_and_after, validated_at, write_predictions, write_records
@@ -100,6 +104,7 @@ class Session:
         self.exit_code = 1
         self.signals = Signals() if lane is None else lane.signals
         self.model: Any = None
+        self.loaded: Any = None
 
     # ---------------------------------------------------------------------------------------------------- building
 
@@ -117,8 +122,10 @@ class Session:
             raise
         checkpoint = newest_sound(self.run_directory.checkpoints, self.screen.warn, mend=self.main_process)
         state = checkpoint.state if checkpoint is not None else {}
+        self._fit_memory(state.get("fit"))
         reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
         environment = {**describe(self.device), "precision": self.precision.value, "reused": reused}
+        environment["micro_batch"] = self.fit.to_plain()
         if self.main_process:
             write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
@@ -207,19 +214,16 @@ class Session:
             warn=self.screen.warn,
         )
         self.base_reused = self.base is kept
-        loaded = self.base
+        self.loaded = self.base
         if self.lane is not None:
-            self.base = self.lane.own(loaded)
+            self.base = self.lane.own(self.loaded)
         if config.task.head is Head.linear:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
         self._check_vocabulary()
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
-        if config.trainer.gradient_checkpointing:
-            self.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        else:
-            self.base.gradient_checkpointing_disable()
+        set_checkpointing(self.base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
         if config.lora.enabled:
             self.model = adapters.attach(
                 self.base,
@@ -228,11 +232,26 @@ class Session:
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
             )
-            if self.lane is not None:
-                self.lane.join(self.model, loaded)
         else:
             self.base.requires_grad_(True)
             self.model = self.base
+
+    def _fit_memory(self, before: dict[str, Any] | None) -> None:
+        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says."""
+        config = self.config
+        dtype = TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32
+        self.fit = choose_fit(
+            config,
+            self.splits["train"],
+            lambda: architecture_of(self.prepared, len(self.tokenizer)),
+            self.device,
+            dtype,
+            model=self.model,
+            before=before,
+        )
+        set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
+        if self.lane is not None and config.lora.enabled and not self._offloads():
+            self.lane.join(self.model, self.loaded)
 
     def _check_disk(self) -> None:
         """Room for all checkpoints that will stand at once and for what is handed over, before the first step."""
@@ -274,8 +293,8 @@ class Session:
             pad_id=self.tokenizer.pad_token_id,
             seed=config.seed,
             batch_size=config.trainer.batch_size,
-            micro_batch_size=config.trainer.micro_batch_size,
-            validation_batch_size=config.trainer.validation_batch_size,
+            micro_batch=self.fit.limit,
+            validation_batch=self.fit.validation(config.trainer.validation_batch_size),
         )
         module = FineTuner(
             self.model,
@@ -291,10 +310,15 @@ class Session:
             keep_bad_step=self._keep_bad_step,
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
             after_backward=(lambda: None) if self.lane is None else self.lane.backward,
+            keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
         return module
+
+    def _offloads(self) -> bool:
+        """The CPU's activations are in its memory already."""
+        return self.config.trainer.offload_activations and self.device.type == "cuda"
 
     def _keep_bad_step(self, bad: BadStep) -> str:
         if not self.main_process:
@@ -318,6 +342,7 @@ class Session:
             stops=self.data.stops,
             wishes=self._wishes(),
             state=state,
+            fit=self.fit.to_plain(),
             seconds=lambda: recorder.seconds,
             command=command_line(),
             on_save_error=trainer.on_save_error,
@@ -385,9 +410,20 @@ class Session:
             if self.module.trainer.world_size > 1:  # the other processes cannot follow
                 raise ConfigError(
                     f"out of memory in {self.checkpointer.failed_in} ({error}); halve "
-                    f"trainer.micro_batch_size={self.config.trainer.micro_batch_size}."
+                    f"trainer.micro_batch={self.fit.limit}."
                 ) from error
-            raise OutOfMemory(self.checkpointer.failed_in, error) from error
+            raise self._out_of_memory(error) from error
+
+    def _out_of_memory(self, error: BaseException) -> OutOfMemory:
+        """With what was at most computed at once, so that half of it is less."""
+        stage, lengths = self.checkpointer.failed_in, self.splits["train"].lengths
+        if stage == "training":
+            step = self.data.groups_of_step(self.module.step)
+            largest = max((group for share in step for group in share), key=lambda group: int(lengths[group].sum()))
+            return OutOfMemory(stage, error, Held(len(largest), int(lengths[largest].sum()), self.fit))
+        sizes = [len(group) for split in ("validation", "test") for group in self.data.groups_of(split)]
+        generated = len(self.module.generation.samples) if self.module.generation is not None else 0
+        return OutOfMemory(stage, error, Held(max(*sizes, generated), 0, self.fit))
 
     def _finish(self, trainer: L.Trainer, recorder: Recorder) -> float | None:
         config = self.config
@@ -459,7 +495,7 @@ class Session:
             adapters.detach(self.model)
         else:
             drop_base()
-        self.model = self.base = None
+        self.model = self.base = self.loaded = None
 
     # ---------------------------------------------------------------------------------------------------- records
 
@@ -473,6 +509,7 @@ class Session:
             self.total_steps,
             self.validate_every,
         )
+        facts["at once"] = str(self.fit)
         facts["run"] = str(self.run_directory.directory)
         if resumed_at is not None:
             facts["resumed"] = f"after step {resumed_at}"

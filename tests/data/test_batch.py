@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-import pytest
+from itertools import pairwise
 
-from llmft.data.batch import by_length, collate, rows_of_step, steps_per_epoch
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from llmft.data.batch import PADDED, Limit, collate, rows_of_step, steps_per_epoch
 from llmft.data.columns import Conversation
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import IGNORE, Encoded
@@ -44,13 +48,31 @@ def test_every_row_comes_once_an_epoch_in_a_new_order(rows: int, size: int) -> N
 
 def test_groups_are_of_like_length_and_hold_every_row_once() -> None:
     examples = [example(length) for length in (3, 9, 5, 7, 4)]
-    groups = by_length([len(e.input_ids) for e in examples], range(5), 2)
+    groups = Limit(rows=2).groups([len(e.input_ids) for e in examples], range(5))
     assert groups == [[1, 3], [2, 4], [0]]
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=40), st.integers(1, 600), st.integers(1, 8) | st.none())
+def test_a_limit_in_tokens_bounds_tokens_and_padding_and_loses_no_row(
+    lengths: list[int], tokens: int, rows: int | None
+) -> None:
+    groups = Limit(rows, tokens).groups(lengths, range(len(lengths)))
+    assert sorted(row for group in groups for row in group) == list(range(len(lengths)))
+    for group in groups:
+        assert rows is None or len(group) <= rows
+        if len(group) > 1:
+            assert sum(lengths[row] for row in group) <= tokens
+            assert len(group) * max(lengths[row] for row in group) <= PADDED * tokens
+    for first, second in pairwise(groups):  # none is cut before it is full
+        whole = [lengths[row] for row in (*first, second[0])]
+        full = rows is not None and len(whole) > rows
+        assert full or sum(whole) > tokens or len(whole) * max(whole) > PADDED * tokens
+
+
 @pytest.mark.parametrize("world", [1, 2, 3])
-@pytest.mark.parametrize("micro", [1, 2, 16])
-def test_processes_share_a_step_without_overlap_and_with_equally_many_micro_batches(world: int, micro: int) -> None:
+@pytest.mark.parametrize("micro", [Limit(1), Limit(2), Limit(16), Limit(tokens=12), Limit(tokens=16)], ids=str)
+def test_processes_share_a_step_without_overlap_and_with_equally_many_micro_batches(world: int, micro: Limit) -> None:
     class Trainer:
         global_rank = 0
         world_size = world
@@ -61,8 +83,8 @@ def test_processes_share_a_step_without_overlap_and_with_equally_many_micro_batc
         pad_id=0,
         seed=0,
         batch_size=5,
-        micro_batch_size=micro,
-        validation_batch_size=2,
+        micro_batch=micro,
+        validation_batch=Limit(2),
     )
     for step in range(data.steps_per_epoch):
         shares = []
@@ -85,8 +107,8 @@ def test_a_loader_goes_from_the_position_to_the_next_validation() -> None:
         pad_id=0,
         seed=0,
         batch_size=2,
-        micro_batch_size=2,
-        validation_batch_size=2,
+        micro_batch=Limit(2),
+        validation_batch=Limit(2),
     )
     data.stops = [4, 7]
     data.position = lambda: 2

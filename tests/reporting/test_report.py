@@ -83,7 +83,7 @@ def test_keys_that_cannot_change_numbers_are_not_shown_and_a_named_group_hides_i
                 1.0 + len(name) / 100 + seed / 1000,
                 prompt__name=name,
                 prompt__template=template,
-                trainer__micro_batch_size=4 * (seed + 1),
+                trainer__micro_batch=4 * (seed + 1),
                 tags=[name],
                 seed=seed,
             )

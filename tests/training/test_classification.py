@@ -275,7 +275,7 @@ def test_plain_peft_and_transformers_load_the_head(small: Callable[..., Any], tm
 def test_two_processes_classify_as_one(tmp_path: Path, trainer: str) -> None:
     from tests.conftest import llmft
 
-    own = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch_size=2"]
+    own = [*SMALL, *CLASSIFY, "trainer.batch_size=6", "trainer.micro_batch=2"]
     other = ["trainer.accelerator=cpu", f"trainer={trainer}"]
     for name, more in (("one", []), ("two", other)):
         done = llmft(*own, *more, f"output_dir={tmp_path}/{name}", cwd=tmp_path)

@@ -217,7 +217,7 @@ def test_r9_the_micro_batch_changes_neither_order_nor_numbers(tmp_path: Path) ->
     """Rows are tokenised once and collated in the training process, so there are no loader workers to vary."""
     found = []
     for size in (8, 4, 2, 1):
-        directory = whole_run(tmp_path / str(size), f"trainer.micro_batch_size={size}", base=SMALL)
+        directory = whole_run(tmp_path / str(size), f"trainer.micro_batch={size}", base=SMALL)
         found.append(records(directory))
     for other in found[1:]:
         for ours, theirs in zip(found[0], other, strict=True):

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ import torch
 from safetensors.torch import load_file
 
 from llmft.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
+from llmft.config import Checkpointing
 from llmft.errors import ConfigError, DivergedError, Interrupted, Paused
 from llmft.train import train
 from llmft.training import stopping
 from llmft.training.callbacks import Checkpointer
 from llmft.training.finetuner import FineTuner
+from llmft.training.session import Session
 from tests.conftest import ROOT, SMALL, compose, run_directory
 from tests.trust.helpers import (
     LONGER,
@@ -177,7 +180,7 @@ class TestR3Signals:
 
     @pytest.fixture(scope="class")
     def whole_in_threes(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch_size=3", base=SMALL)
+        return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch=3", base=SMALL)
 
     @pytest.mark.parametrize(("signum", "code"), KINDS, ids=[kind.name for kind, _ in KINDS])
     @pytest.mark.parametrize("micro", [1, 2, 3])
@@ -194,7 +197,7 @@ class TestR3Signals:
         """Three micro-batches a step; the signal comes while one of the fourth step is computed."""
         from llmft.training.objectives.language_modeling import LanguageModeling
 
-        config = small(*self.OVERRIDES, "trainer.micro_batch_size=3")
+        config = small(*self.OVERRIDES, "trainer.micro_batch=3")
         calls = {"count": 0}
         original = LanguageModeling.losses
 
@@ -465,7 +468,7 @@ class TestR10OutOfMemory:
     def test_r10_the_micro_batch_is_halved_until_it_fits_with_the_same_numbers(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        size = "trainer.micro_batch_size=8"
+        size = "trainer.micro_batch=8"
         whole = whole_run(tmp_path / "whole", size, base=SMALL)
         tmp_path = tmp_path / "halved"
         asked = self.limit(monkeypatch, 2, "cpu")
@@ -475,8 +478,8 @@ class TestR10OutOfMemory:
         assert set(asked[-16:]) == {2}
         notes = status(directory)["out_of_memory"]
         assert [(n["stage"], n["key"], n["from"], n["to"]) for n in notes] == [
-            ("training", "trainer.micro_batch_size", 8, 4),
-            ("training", "trainer.micro_batch_size", 4, 2),
+            ("training", "trainer.micro_batch", 8, 4),
+            ("training", "trainer.micro_batch", 4, 2),
         ]
         for ours, theirs in zip(records(directory), records(whole), strict=False):
             assert ours.keys() == theirs.keys()
@@ -517,9 +520,38 @@ class TestR10OutOfMemory:
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         self.limit(monkeypatch, 0, "cuda")
-        with pytest.raises(ConfigError, match=r"out of memory in training .* try .*gradient_checkpointing=true"):
+        with pytest.raises(ConfigError, match=r"out of memory in training .* try .*data.max_tokens="):
             train(small(), quiet=True)
         assert status(run_directory(tmp_path))["status"] == "failed"
+
+    def test_r10_under_auto_the_tokens_at_once_are_halved(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        asked = self.limit(monkeypatch, 2, "cpu")
+        train(small("trainer.micro_batch=auto"), quiet=True)
+        assert max(asked) == 8
+        assert max(asked[-4:]) <= 2
+        notes = status(run_directory(tmp_path))["out_of_memory"]
+        assert {note["key"] for note in notes} == {"trainer.micro_batch"}
+        for before, after in pairwise(notes):
+            assert int(after["from"].removesuffix("tokens")) <= int(before["to"].removesuffix("tokens"))
+
+    def test_r10_at_one_row_layers_are_computed_again(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        original = Session._module
+
+        def module(session: Session) -> Any:
+            if session.fit.checkpointing is not Checkpointing.full:
+                self.limit(monkeypatch, 0, "cuda")
+            else:
+                monkeypatch.undo()
+            return original(session)
+
+        monkeypatch.setattr(Session, "_module", module)
+        train(small("trainer.micro_batch=1", "trainer.max_steps=1", "trainer.validate_every=1"), quiet=True)
+        (note,) = status(run_directory(tmp_path))["out_of_memory"]
+        assert (note["key"], note["from"], note["to"]) == ("trainer.gradient_checkpointing", "none", "full")
 
     def test_r10_a_base_that_does_not_fit_is_not_tried_again(
         self, small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,202 @@
+"""How fast models train and answer here: `python -m llmft.bench models=[mistral,qwen25_7b] samples=1300 hours=9`.
+
+Measures the training step, the reading of prompts and the writing of answers of each model and quantisation, each in a
+process of its own, and says what follows: how many tokens an answer may have, how long a training takes. A model whose
+weights are not here is measured with random ones, which are as fast. Nothing is downloaded.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from llmft.app import explain, make_known, run_verb
+from llmft.config import Form, ModelInit, TrainConfig, seconds_of
+from llmft.config_verbs import BenchConfig
+from llmft.errors import ConfigError
+from llmft.schema import to_config, to_plain
+
+GROUPS = ("model", "prompt", "lora", "optimizer")
+"""Groups that are those of a training, with all their values."""
+
+
+def main() -> None:
+    """The command."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    run_verb("bench", BenchConfig, lambda composed: bench(to_config(composed, BenchConfig), sys.argv[1:]))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model in one number format: a training's config, and what is said of it."""
+
+    config: TrainConfig
+    weights: str
+    context_tokens: int | None
+
+    @property
+    def label(self) -> str:
+        """For people."""
+        return f"{self.config.model.label} {self.config.quantization.format.value}"
+
+
+def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[str, Any]]:
+    """Measures what `config` asks for, prints and writes the answers, and returns them as plain rows.
+
+    `arguments` are those of the command line, of which the training's groups are taken.
+
+    Raises ConfigError before anything is loaded where a model, a format or a length cannot be.
+    """
+    from llmft.benching.answers import Answered, Wish
+    from llmft.benching.measure import Case
+    from llmft.benching.report import write_answers
+    from llmft.benching.run import run_case
+    from llmft.console import Screen, quiet_libraries
+
+    quiet_libraries()
+    subjects = _subjects(config, arguments or [])
+    points = [_points(config, subject) for subject in subjects]
+    if not any(points):
+        raise ConfigError(
+            f"input_tokens={config.input_tokens} with output_tokens={config.output_tokens}: more than the context of "
+            f"{subjects[0].config.model.label} ({subjects[0].context_tokens} tokens); choose shorter ones."
+        )
+    ends = time.monotonic() + seconds_of(config.max_time, "max_time")
+    answered = []
+    screen = Screen(quiet=config.format is Form.json)
+    with _Bar(config.progress and config.format is Form.text, sum(map(len, points))) as bar:
+        for place, (subject, own) in enumerate(zip(subjects, points, strict=True)):
+            share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
+            case = Case(to_plain(subject.config), own, share, config.repeats, config.inference_rows)
+            found, about = run_case(case, lambda told, subject=subject: bar.tell(subject.label, told))  # type: ignore[misc]
+            bar.done(len(own))
+            answered += [
+                Answered(
+                    subject.config.model.label,
+                    subject.config.quantization.format.value,
+                    subject.weights,
+                    about.get("device", ""),
+                    about.get("precision", ""),
+                    subject.context_tokens,
+                    measured,
+                )
+                for measured in found
+            ]
+    wish = Wish(config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows)
+    name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
+    rows = write_answers(answered, wish, Path(config.output_dir) / "bench", name, screen)
+    if config.format is Form.json:
+        print(json.dumps(rows, indent=1, ensure_ascii=False))
+    return rows
+
+
+def _subjects(config: BenchConfig, arguments: list[str]) -> list[Subject]:
+    """A training's config for every model and quantisation, in this order."""
+    given = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+    own = [
+        "logger=none",
+        "prompt=plain" if config.models else "prompt=alpaca_short",
+        *given,
+        f"trainer.batch_size={config.batch_size}",
+        f"trainer.micro_batch={config.micro_batch}",
+        f"trainer.gradient_checkpointing={config.gradient_checkpointing.value}",
+        f"trainer.accelerator={config.accelerator}",
+        f"trainer.threads={'null' if config.threads is None else config.threads}",
+    ]
+    if config.precision.value != "auto":
+        own.append(f"trainer.precision={config.precision.value}")
+    return [
+        _subject(_training([*own, *([f"model={model}"] if model else []), f"quantization={format.value}"]))
+        for model in config.models or [""]
+        for format in config.quantizations
+    ]
+
+
+def _training(overrides: list[str]) -> TrainConfig:
+    """What a training's command line with `overrides` gives."""
+    import hydra
+
+    make_known("train", TrainConfig)
+    try:
+        made: TrainConfig = to_config(hydra.compose("train", overrides), TrainConfig)
+    except ConfigError:
+        raise
+    except Exception as error:
+        told = explain(error, TrainConfig)
+        if told is None:
+            raise
+        raise told from error
+    if made.model.architecture == "tfidf":
+        raise ConfigError(f"model={made.model.name} counts words, which takes seconds anywhere: nothing to measure.")
+    return made
+
+
+def _subject(config: TrainConfig) -> Subject:
+    """With the weights that are here, or with random ones of the model's shape."""
+    from llmft.model.hub import Located, locate
+    from llmft.model.load import model_config
+
+    weights = "own" if config.model.init is ModelInit.pretrained else "random"
+    try:
+        located = locate(config.model)
+    except ConfigError:
+        if config.model.path is not None:
+            raise
+        config = replace(config, model=replace(config.model, init=ModelInit.random))
+        located, weights = Located(None, "random"), "random"
+    context = getattr(model_config(config.model, located), "max_position_embeddings", None)
+    return Subject(config, weights, context)
+
+
+def _points(config: BenchConfig, subject: Subject) -> list[tuple[int, int]]:
+    """Pairs of lengths that fit into the model's context, shortest first."""
+    pairs = [(inputs, outputs) for inputs in config.input_tokens for outputs in config.output_tokens]
+    most = subject.context_tokens
+    return sorted({pair for pair in pairs if most is None or sum(pair) <= most}, key=lambda pair: (sum(pair), pair))
+
+
+class _Bar:
+    """A progress bar over all points, or nothing."""
+
+    def __init__(self, shown: bool, total: int) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        self.progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+            disable=not shown,
+            transient=True,
+        )
+        self.task = self.progress.add_task("", total=total)
+        self.finished = self.under_way = 0
+
+    def __enter__(self) -> _Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def tell(self, label: str, told: str) -> None:
+        """What is measured now."""
+        done = self.finished + max(0, self.under_way)
+        self.under_way += told != "loaded"
+        self.progress.update(self.task, description=f"{label}: {told}", completed=done)
+
+    def done(self, points: int) -> None:
+        """A case is over."""
+        self.finished, self.under_way = self.finished + points, 0
+        self.progress.update(self.task, completed=self.finished)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How fast a model trains and answers on this machine, and what follows from that."""

@@ -1,0 +1,171 @@
+"""What is kept for a backward changes its memory and none of its numbers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from llmft.config import Checkpointing
+from llmft.errors import ConfigError
+from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, _contexts, is_kept, set_checkpointing
+from llmft.model.memory import lora_rank
+from tests.model.test_memory import LiveBytes, Training, training
+
+LEVELS = (Checkpointing.none, Checkpointing.selective, Checkpointing.full)
+FRESH = ["lora.dropout=0.1"]
+
+
+def prepared(*overrides: str, **options: Any) -> Training:
+    run = training("mistral", *overrides, rows=2, tokens=128, **options)
+    for name, parameter in run.model.named_parameters():
+        if "lora_B" in name:  # zeros would hide what does not reach the loss
+            torch.nn.init.normal_(parameter, std=0.02, generator=torch.Generator().manual_seed(len(name)))
+    return run
+
+
+def at(run: Training, level: Checkpointing) -> Training:
+    base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
+    set_checkpointing(base, level, lora_rank=lora_rank(run.config))
+    return run
+
+
+def step(run: Training) -> list[torch.Tensor]:
+    """Loss and gradients of one step."""
+    torch.manual_seed(7)
+    run.model.zero_grad(set_to_none=True)
+    loss = run.losses()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in run.model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        (["quantization=none", *FRESH], {}),
+        pytest.param(["quantization=nf4", *FRESH], {}, marks=pytest.mark.slow),
+        (["quantization=nf4", *FRESH], {"dtype": torch.bfloat16}),
+        (["quantization=none", "lora.dora=true", *FRESH], {}),
+        pytest.param(["quantization=none", "lora.r=256", *FRESH], {}, marks=pytest.mark.slow),
+        pytest.param(["quantization=none", "lora=none"], {}, marks=pytest.mark.slow),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, list) else str(value.get("dtype", "")),
+)
+def test_loss_and_gradients_are_the_same_to_the_bit_whatever_is_kept(
+    overrides: list[str], options: dict[str, Any]
+) -> None:
+    run = prepared(*overrides, **options)
+    wanted = step(at(run, Checkpointing.none))
+    assert len(wanted) > 8
+    for level in (Checkpointing.selective, Checkpointing.full):
+        found = step(at(run, level))
+        assert len(found) == len(wanted)
+        for ours, theirs in zip(found, wanted, strict=True):
+            assert torch.equal(ours, theirs), level
+
+
+def test_dropout_is_at_work_in_the_comparison_above() -> None:
+    run = at(prepared("quantization=none", *FRESH), Checkpointing.selective)
+    first = step(run)
+    torch.manual_seed(8)
+    assert not torch.equal(run.losses(), first[0])
+
+
+@pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
+def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quantization: str) -> None:
+    run = prepared(f"quantization={quantization}")
+    peaks, kept = [], []
+    for level in LEVELS:
+        at(run, level)
+        with LiveBytes([*run.model.parameters(), *run.model.buffers()]) as bytes_:
+            loss = run.losses()
+            kept.append(bytes_.live)
+            loss.backward()
+        peaks.append(bytes_.peak)
+        run.model.zero_grad(set_to_none=True)
+    assert peaks[0] > peaks[1] > peaks[2]
+    assert kept[0] > kept[1] > kept[2]
+    estimate = run.estimate
+    told = [estimate.activations_kept, estimate.activations_selective, estimate.activations_checkpointed]
+    for level, found, wanted in zip(LEVELS, peaks, told, strict=True):
+        assert 0.75 < (wanted + estimate.gradients + estimate.logits) / found < 1.05, level
+
+
+def test_no_product_with_a_weight_is_computed_twice_but_the_low_rank_one() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Products(TorchDispatchMode):
+        made = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            self.made += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+            return func(*args, **(kwargs or {}))
+
+    run = prepared("quantization=none")
+    counts = {}
+    for level in LEVELS:
+        at(run, level)
+        with Products() as products:
+            step(run)
+        counts[level] = products.made
+    # Checkpointing of either kind has the first layer's input differentiated: through its q, k and v.
+    assert counts[Checkpointing.selective] == counts[Checkpointing.none] + 3
+    assert counts[Checkpointing.full] > counts[Checkpointing.selective] + 4 * 7
+
+
+def test_attention_with_dropout_is_computed_again_since_its_draws_are_needed() -> None:
+    query = torch.zeros(1, 1, 4, 8)
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    assert is_kept(attention, (query, query, query), {}, 4)
+    assert is_kept(attention, (query, query, query, 0.0, True), {}, 4)
+    assert not is_kept(attention, (query, query, query, 0.1, True), {}, 4)
+
+
+def test_a_model_that_changes_what_was_kept_is_refused_and_not_computed_wrongly() -> None:
+    weight = torch.randn(8, 8, requires_grad=True)
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        product = x @ weight
+        product.add_(1)
+        return product.sin().exp()
+
+    kept = torch.utils.checkpoint.checkpoint(
+        layer, torch.randn(4, 8, requires_grad=True), use_reentrant=False, context_fn=lambda: _contexts(2)
+    )
+    with pytest.raises(ConfigError, match=r"in place.*gradient_checkpointing=full"):
+        kept.sum().backward()
+
+
+def test_offloaded_activations_give_the_same_numbers_and_leave_weights_where_they_are() -> None:
+    run = at(prepared("quantization=none", *FRESH), Checkpointing.none)
+    wanted = step(run)
+    offloaded = Offloaded(run.model)
+    moved: list[torch.Tensor] = []
+    pack = offloaded.pack_hook
+
+    def noted(tensor: torch.Tensor) -> Any:
+        packed = pack(tensor)
+        if packed[1] is not tensor:
+            moved.append(tensor)
+        return packed
+
+    offloaded.pack_hook = noted
+    torch.manual_seed(7)
+    run.model.zero_grad(set_to_none=True)
+    with offloaded:
+        loss = run.losses()
+    loss.backward()
+    found = [loss.detach(), *(p.grad for p in run.model.parameters() if p.grad is not None)]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+    weights = {p.untyped_storage().data_ptr() for p in run.model.parameters()}
+    assert moved
+    assert all(t.nbytes >= LEAST_OFFLOADED and t.untyped_storage().data_ptr() not in weights for t in moved)
+
+
+def test_a_model_that_cannot_compute_its_layers_again_is_named() -> None:
+    class Base:
+        supports_gradient_checkpointing = False
+
+    with pytest.raises(ConfigError, match="gradient_checkpointing=full: Base cannot"):
+        set_checkpointing(Base(), Checkpointing.full)
