@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MARK = "llmft-bench "
+MOST_MICRO_BATCHES = 4
+"""Of a step are measured; the time of more is told from theirs."""
 
 
 @dataclass
@@ -140,6 +142,8 @@ class Bench:
         located = locate(config.model)
         self.architecture = model_config(config.model, located)
         torch.set_float32_matmul_precision("high")
+        torch.use_deterministic_algorithms(config.trainer.deterministic, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         self.base = load_base(
             config.model,
             located,
@@ -193,7 +197,7 @@ class Bench:
     # ------------------------------------------------------------------------------------------------------ training
 
     def _train(self, found: Measured, deadline: float) -> None:
-        """The largest micro-batch of a step, and the optimizer's part; a step is as many of the one and one other."""
+        """A step, or its first micro-batches where there are many, and the optimizer's part."""
         import torch
 
         from llmft.data.batch import collate
@@ -206,17 +210,19 @@ class Bench:
         examples = _rows(config.trainer.batch_size, found.input_tokens, found.output_tokens, self.vocabulary)
         fit = choose_fit(config, examples, lambda: self.architecture, self.device, self.dtype, model=self.model)
         set_checkpointing(self.base, fit.checkpointing, lora_rank=lora_rank(config))
-        group = fit.limit.groups([width] * len(examples), range(len(examples)))[0]
-        batch = collate([examples[row] for row in group], group, 0).to(self.device)
+        groups = fit.limit.groups([width] * len(examples), range(len(examples)))[:MOST_MICRO_BATCHES]
+        batches = [collate([examples[row] for row in group], group, 0).to(self.device) for group in groups]
+        taken = sum(map(len, groups))
         offloads = config.trainer.offload_activations and self.device.type == "cuda"
         objective = LanguageModeling()
         self.model.train()
 
-        def micro() -> None:
-            with Offloaded(self.model) if offloads else nullcontext(), self._autocast():
-                losses = objective.losses(self.model, batch)
-                loss = losses.nll.sum() / (config.trainer.batch_size * found.output_tokens)
-            loss.backward()
+        def accumulate() -> None:
+            for batch in batches:
+                with Offloaded(self.model) if offloads else nullcontext(), self._autocast():
+                    losses = objective.losses(self.model, batch)
+                    loss = losses.nll.sum() / (taken * found.output_tokens)
+                loss.backward()
 
         def step() -> None:
             gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
@@ -227,8 +233,8 @@ class Bench:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
 
-        times = self._repeat([micro, step], deadline)
-        whole = [first * len(examples) / len(group) + second for first, second in times]
+        times = self._repeat([accumulate, step], deadline)
+        whole = [first * len(examples) / taken + second for first, second in times]
         found.step_s, found.spread["train"] = _median(whole)
         found.train_tokens_per_s = len(examples) * width / found.step_s
         found.at_once, found.repeats = str(fit), len(times)
