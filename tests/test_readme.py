@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from llmft.config_verbs import BlendConfig, EvaluateConfig, FoldsConfig, PredictConfig, RefitConfig
+from llmft.config_verbs import BenchConfig, BlendConfig, EvaluateConfig, FoldsConfig, PredictConfig, RefitConfig
 from llmft.schema import schema_keys
 from tests.conftest import ROOT, compose
 
@@ -23,6 +23,7 @@ VERBS = {
     "llmft.folds": FoldsConfig,
     "llmft.blend": BlendConfig,
     "llmft.refit": RefitConfig,
+    "llmft.bench": BenchConfig,
 }
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(
