@@ -30,6 +30,13 @@ def text_column(values: Sequence[str]) -> pa.Array:
 
 
 def numbers(column: pa.Array) -> np.ndarray:
-    """What a column of numbers without gaps holds; it shares its memory."""
-    found = np.frombuffer(column.buffers()[1], np.dtype(column.type.to_pandas_dtype()))
+    """What a column of integers or floats without gaps holds, sharing its memory; ValueError for any other."""
+    import pyarrow as pa
+
+    kind = column.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)) or column.null_count:
+        raise ValueError(f"a column of {kind} with {column.null_count} gaps, not of numbers")
+    if not len(column):
+        return np.zeros(0, np.dtype(kind.to_pandas_dtype()))
+    found = np.frombuffer(column.buffers()[1], np.dtype(kind.to_pandas_dtype()))
     return found[column.offset : column.offset + len(column)]

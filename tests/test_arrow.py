@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
 from llmft.arrow import number_column, numbers, text_column
 
@@ -17,3 +18,11 @@ def test_columns_are_those_of_pyarrow() -> None:
         made = text_column(texts)
         made.validate(full=True)
         assert made.equals(pa.array(texts, pa.string()))
+
+
+@pytest.mark.parametrize(
+    "column", [pa.array([1, None]), pa.array(["a"]), pa.array([True]), pa.array(["a"]).dictionary_encode()]
+)
+def test_what_is_no_column_of_numbers_is_refused(column: pa.Array) -> None:
+    with pytest.raises(ValueError, match="not of numbers"):
+        numbers(column)
