@@ -162,6 +162,8 @@ def main() -> None:
     peers = [peer for peer in peers if peer.installed]
     load_libraries()
     print(machine())
+    if not BARE.installed:
+        raise SystemExit("no losses to compare with: python -m tests.bench.peers hf")
     for system in (*peers, LLMFT):
         print(f"  {system.name}: {versions(system)}")
     with tempfile.TemporaryDirectory() as folder:

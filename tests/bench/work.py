@@ -161,7 +161,7 @@ def _finish(directory: Path, overrides: list[str], steps: int, seed: int) -> Wor
         "learning_rate.peak=1e-3",
         "learning_rate.warmup_steps=0",
         f"trainer.max_steps={steps}",
-        "trainer.validate_every=1.0",
+        f"trainer.validate_every={steps}",
         "trainer.precision=fp32",
         "trainer.accelerator=cpu",
         "data.validation_fraction=0.001",
