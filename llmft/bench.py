@@ -56,9 +56,10 @@ def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[
     from llmft.benching.measure import Case
     from llmft.benching.report import write_answers
     from llmft.benching.run import run_case
-    from llmft.console import Screen, quiet_libraries
+    from llmft.console import Screen
+    from llmft.libraries import load_libraries
 
-    quiet_libraries()
+    load_libraries(training=False)
     subjects = _subjects(config, arguments or [])
     points = [_points(config, subject) for subject in subjects]
     if not any(points):

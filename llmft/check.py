@@ -39,14 +39,14 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
         raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
-    from llmft.console import quiet_libraries
+    from llmft.libraries import load_libraries
     from llmft.prepare import prepare
 
     prepared = prepare(config, open_directory=False)
+    load_libraries(training=False)
     from llmft.checking import examine, show
     from llmft.data.quality import stop_on_errors
 
-    quiet_libraries()
     report, findings = examine(prepared)
     if form == "json":
         print(json.dumps(report, indent=1, ensure_ascii=False))

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
-import os
 import time
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -193,15 +190,3 @@ class StepProgress:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-
-
-def quiet_libraries() -> None:
-    """Silences what libraries say on every start; LLMFT_TRACE=1 leaves them their voice."""
-    if os.environ.get("LLMFT_TRACE"):
-        return
-    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "peft", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore")
-    import transformers.utils.logging
-
-    transformers.utils.logging.disable_progress_bar()

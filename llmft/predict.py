@@ -70,10 +70,11 @@ def _answer(question: Any, config: PredictConfig, screen: Any) -> Any:
 
             values = Baseline.load(question.run.model).predict(question.conversations)
         else:
-            from llmft.console import quiet_libraries
+            from llmft.libraries import load_libraries
+
+            load_libraries()
             from llmft.inference.predictor import run_parts
 
-            quiet_libraries()
             values, columns = run_parts(question, config, screen)
         made = Predictions(
             question.ids,

@@ -395,16 +395,21 @@ def write_row_losses(
 
     With `outputs`, (rows, classes), there is a column p_LABEL for each class.
     """
+    import numpy as np
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from llmft.arrow import number_column, text_column
+
     columns = {
-        "row": [describe(row) for row, _, _ in rows],
-        "loss_nats": pa.array([loss for _, loss, _ in rows], pa.float64()),
-        "tokens": pa.array([int(tokens) for _, _, tokens in rows], pa.int32()),
+        "row": text_column([describe(row) for row, _, _ in rows]),
+        "loss_nats": number_column(np.array([loss for _, loss, _ in rows], np.float64)),
+        "tokens": number_column(np.array([tokens for _, _, tokens in rows], np.int32)),
     }
     if outputs is not None:
-        columns |= {f"p_{label}": pa.array(outputs[:, place], pa.float64()) for place, label in enumerate(labels)}
+        columns |= {
+            f"p_{label}": number_column(outputs[:, place].astype(np.float64)) for place, label in enumerate(labels)
+        }
     with staged_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
 

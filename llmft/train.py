@@ -137,10 +137,8 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
-    from llmft.console import quiet_libraries
     from llmft.training.out_of_memory import OutOfMemory
 
-    quiet_libraries()
     while True:
         rejected = list(prepared.problems.rejected)
         try:
@@ -181,6 +179,9 @@ def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | No
 
         session = BaselineSession(prepared, screen)
     else:
+        from llmft.libraries import load_libraries
+
+        load_libraries()
         from llmft.training.session import Session
 
         session = Session(prepared, screen, watch, lane)

@@ -86,10 +86,10 @@ def main() -> None:
 
 
 def _measure(case: Case, tell: Callable[..., None]) -> None:
-    from llmft.console import quiet_libraries
+    from llmft.libraries import load_libraries
     from llmft.training.out_of_memory import is_out_of_memory
 
-    quiet_libraries()
+    load_libraries()
     began = time.monotonic()
     try:
         bench = Bench(case)

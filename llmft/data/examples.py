@@ -11,6 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
+from llmft.arrow import number_column, numbers
 from llmft.data.columns import Conversation
 from llmft.files import staged_file
 
@@ -119,10 +120,10 @@ def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None
     import pyarrow as pa
 
     def column(values: np.ndarray) -> pa.Array:
-        return pa.LargeListArray.from_arrays(pa.array(examples.starts), pa.array(values))
+        return pa.LargeListArray.from_arrays(number_column(examples.starts), number_column(values))
 
     table = pa.table(
-        {"input_ids": column(examples.ids), "labelled": column(examples.labelled), "row": pa.array(examples.rows)}
+        {"input_ids": column(examples.ids), "labelled": column(examples.labelled), "row": number_column(examples.rows)}
     ).replace_schema_metadata({"llmft": json.dumps(facts)})
     with staged_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
@@ -135,11 +136,10 @@ def load_examples(path: Path, conversations: Sequence[Conversation]) -> tuple[Ex
     try:
         table = pa.ipc.open_stream(pa.memory_map(str(path))).read_all()
         facts = json.loads(table.schema.metadata[b"llmft"])
-        ids, labelled = (table.column(name).combine_chunks() for name in ("input_ids", "labelled"))
-        ids, labelled = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in (ids, labelled))
-        rows = table.column("row").to_numpy()
-        starts = ids.offsets.to_numpy()
-        made = Examples(ids.values.to_numpy(), labelled.values.to_numpy(), starts, rows, conversations)
+        columns = [table.column(name).combine_chunks() for name in ("input_ids", "labelled", "row")]
+        ids, labelled, row = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in columns)
+        rows, starts = numbers(row), numbers(ids.offsets)
+        made = Examples(numbers(ids.values), numbers(labelled.values), starts, rows, conversations)
         if len(rows) and (int(rows.max()) >= len(conversations) or len(made.ids) != starts[-1]):
             raise ValueError("rows are missing")
         return made, facts

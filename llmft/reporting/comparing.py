@@ -126,9 +126,9 @@ def _own_share(replicates: int, df: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _t_critical(df: float, alpha: float) -> float:
-    from scipy.stats import norm, t
+    from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
-    return float(norm.isf(alpha / 2) if math.isinf(df) else t.isf(alpha / 2, max(df, 0.5)))
+    return -float(ndtri(alpha / 2) if math.isinf(df) else stdtrit(max(df, 0.5), alpha / 2))
 
 
 _GRID = (1, 1.5, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 30, 40, 60, 120, 1e5)
@@ -166,14 +166,14 @@ def _range_at(means: int, df: float, alpha: float) -> float:
 
 def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, int | None]:
     """(replicates, rows) that would find a difference of the observed size in 80% of the cases; one of them is None."""
-    from scipy.stats import norm
+    from scipy.special import ndtri
 
     size = abs(contrast.estimate)
     if size == 0 or contrast.run_variance == 0:
         return None, None
     row_value = contrast.rows.value if contrast.rows else 0.0
     # With seeds without end only the rows' noise is left, and a normal critical value.
-    reach = range_critical(family, math.inf, alpha * POOLED_SHARE) + float(norm.ppf(POWER))
+    reach = range_critical(family, math.inf, alpha * POOLED_SHARE) + float(ndtri(POWER))
     if reach * math.sqrt(row_value) >= size:
         return None, math.ceil(contrast.num_rows * row_value * (reach / size) ** 2 * 1.1)
     have = contrast.replicates
@@ -187,7 +187,7 @@ def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, 
 
 def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family: int, alpha: float) -> float:
     """The chance to find a difference of `size` with `count` replicates, if the noise is what it seems to be."""
-    from scipy.stats import norm
+    from scipy.special import ndtr
 
     rows = contrast.rows or Variance(0.0, math.inf)
     critical = max(
@@ -195,4 +195,4 @@ def _power(contrast: Contrast, seeds: Variance, count: int, size: float, family:
         _t_critical(2.0 * (count - 1), alpha * _own_share(count, 2.0 * (count - 1))),
     )
     half = math.hypot(critical * math.sqrt(seeds.value), range_critical(family, rows.df, alpha) * math.sqrt(rows.value))
-    return float(norm.sf((half - size) / math.sqrt(seeds.value + rows.value)))
+    return float(ndtr((size - half) / math.sqrt(seeds.value + rows.value)))

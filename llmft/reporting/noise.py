@@ -240,7 +240,7 @@ def _residuals(samples: Sequence[Sample], *, blocked: bool) -> _Fit:
 
 
 def _blocks_matter(apart: _Fit, together: _Fit) -> bool:
-    from scipy.stats import f
+    from scipy.special import fdtrc  # scipy.stats takes a second to import
 
     extra = apart.df - together.df
     if extra < 1 or together.df < 1:
@@ -248,7 +248,7 @@ def _blocks_matter(apart: _Fit, together: _Fit) -> bool:
     if together.square <= 0:
         return apart.square > 0
     ratio = (apart.square - together.square) / extra / together.mean_square
-    return bool(f.sf(ratio, extra, together.df) < BLOCK_LEVEL)
+    return bool(fdtrc(extra, together.df, ratio) < BLOCK_LEVEL)
 
 
 def _own_paired(samples: Sequence[Sample], weights: Array, shared: float) -> Variance:

@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llmft.arrow import numbers
 from llmft.redaction import redact
 from llmft.reporting.noise import RowLosses
 
@@ -125,8 +126,7 @@ class RunRecord:
 
         try:
             table = pq.read_table(path, columns=["row", "loss_nats", "tokens"])
-            loss = table["loss_nats"].to_numpy().astype(float)
-            tokens = table["tokens"].to_numpy().astype(float)
+            loss, tokens = (numbers(table[name].combine_chunks()).astype(float) for name in ("loss_nats", "tokens"))
             rows = np.array(table["row"].to_pylist(), dtype=str)
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
             self.faults.append(f"{path.name}: {_line(error)}")

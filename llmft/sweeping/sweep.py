@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -40,6 +41,8 @@ def run_grid(
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:
+            if sweep.config.sweep.report:
+                threading.Thread(target=_import_report, daemon=True).start()
             cohorts: list[list[Trial]] = []
             if sweep.config.sweep.halving:
                 cohorts = cohorts_of(sweep.trials, lambda trial: trial.lanes)
@@ -50,6 +53,14 @@ def run_grid(
         sweep.write()
         raise
     return sweep
+
+
+def _import_report() -> None:
+    """What the report needs, while the workers train and this process only waits for them."""
+    import pyarrow.parquet  # noqa: F401
+    import scipy.special  # noqa: F401
+
+    import llmft.sweeping.answer  # noqa: F401
 
 
 def run_elsewhere(

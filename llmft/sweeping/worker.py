@@ -112,7 +112,10 @@ def main() -> None:
     orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
     teller = Teller(os.fdopen(int(sys.argv[1]), "w"), orders)
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    import llmft.training.session  # noqa: F401  # torch and its kin, once
+    from llmft.libraries import load_libraries
+
+    load_libraries()
+    import llmft.training.session  # noqa: F401
 
     teller.tell("ready")
     while (order := orders.get()) is not None:

@@ -1,0 +1,191 @@
+"""Seconds of an optimizer step: llmft against a bare PyTorch loop with PEFT, transformers' Trainer, TRL and others.
+
+    python -m tests.bench.bench_step [--work short_answers|alpaca|stories] [--rounds 5] [--steps 2] [--quick] [--parity]
+
+All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
+the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
+and of one and all threads, which is tried first; "as it comes" is a peer with its own defaults. llmft takes its
+defaults. A row stands in the table only where its losses agree with the bare loop's: over the steps that were timed,
+and with --parity over 50 steps of shorter rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmft.libraries import load_libraries
+from tests.bench.systems import Runner, System, machine, versions
+from tests.bench.work import BATCH_SIZE, Work, make_work
+
+BARE = System("bare PEFT loop", "bare", "hf")
+HF = System("HF Trainer + PEFT", "hf", "hf")
+TRL = System("TRL SFTTrainer", "trl", "trl")
+LLAMA_FACTORY = System("LLaMA-Factory", "llamafactory", "llamafactory")
+LLMFT = System("llmft", "llmft", None)
+PEERS = (BARE, HF, TRL, LLAMA_FACTORY)
+DEFAULTS = (replace(HF, name="HF Trainer, as it comes", settings={"micro": 8}),)
+PARITY = 1e-4
+PARITY_STEPS = 50
+WARM_UP = 2
+
+
+@dataclass
+class Measured:
+    """What was seen of one system."""
+
+    system: System
+    losses: list[float] = field(default_factory=list)
+    seconds: list[list[float]] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def apart(self, other: Measured) -> float:
+        """Largest difference of two systems' losses, of the steps that both took."""
+        return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
+
+
+def best_of(peer: System, work: Work, micros: tuple[int, ...], threads: tuple[int | None, ...]) -> System:
+    """The peer with the micro-batch and threads that take the least time for one step after a first one."""
+    found: list[tuple[float, System]] = []
+    for micro in micros:
+        for count in threads:
+            tried = replace(peer, settings={**peer.settings, "micro": micro, "sorted": True, "threads": count})
+            runner = Runner(tried, work.write("trial", **tried.settings))
+            try:
+                runner.steps(1)
+                found.append((sum(runner.steps(1)["seconds"]), tried))
+            finally:
+                runner.close()
+    return min(found, key=lambda pair: pair[0])[1]
+
+
+def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> list[Measured]:
+    """`rounds` times `steps` steps of each in turn, after a warm-up; a system that fails is told and left out."""
+    measured: list[Measured] = []
+    runners: list[Runner] = []
+    try:
+        for number, system in enumerate(systems):
+            runner = Runner(system, work.write(f"work-{number}", **system.settings))
+            try:
+                answer = runner.steps(WARM_UP)
+            except RuntimeError as error:
+                print(f"left out: {error}")
+                runner.close()
+                continue
+            runners.append(runner)
+            measured.append(Measured(system, answer["losses"], last=answer))
+        for _ in range(rounds):
+            for runner, one in zip(runners, measured, strict=True):
+                answer = runner.steps(steps)
+                one.losses += answer["losses"]
+                one.seconds.append(answer["seconds"])
+                one.cpu.append(answer["cpu"])
+                one.last = answer
+    finally:
+        for runner in runners:
+            runner.close()
+    return measured
+
+
+def table(measured: list[Measured], work: Work, *, rounds: int, steps: int) -> list[str]:
+    """Lines of the table; a system whose losses are not the bare loop's has none."""
+    bare = next(one for one in measured if one.system.runner == "bare")
+    ours = next(one for one in measured if one.system.runner == "llmft")
+    spans = [range(WARM_UP + steps * number, WARM_UP + steps * (number + 1)) for number in range(rounds)]
+    real = [sum(work.tokens(step)[0] for step in span) for span in spans]
+    supervised = [sum(work.tokens(step)[1] for step in span) for span in spans]
+    head = f"{'system':26} {'micro':>5} {'thr':>3} {'s/step':>7} {'CPU s':>7} {'real tok/s':>10} {'supervised/s':>12} "
+    lines = [head + f"{'MiB':>6} {'llmft is':>9} {'by CPU':>7}   max |loss - bare loop's|"]
+    for one in measured:
+        apart = one.apart(bare)
+        if apart > PARITY:
+            lines.append(f"{one.system.name:26} not shown: its losses differ from the bare loop's by {apart:.1e}")
+            continue
+        seconds = statistics.median(sum(s) for s in one.seconds) / steps
+        cpu = statistics.median(one.cpu) / steps
+        # Ratios within each round, in which both took the same steps one right after the other.
+        ratio = statistics.median(sum(a) / sum(b) for a, b in zip(one.seconds, ours.seconds, strict=True))
+        by_cpu = statistics.median(a / b for a, b in zip(one.cpu, ours.cpu, strict=True))
+        rate = statistics.median(count / sum(s) for count, s in zip(real, one.seconds, strict=True))
+        useful = statistics.median(count / sum(s) for count, s in zip(supervised, one.seconds, strict=True))
+        settings = one.system.settings
+        lines.append(
+            f"{one.system.name:26} {settings.get('micro', '-'):>5} {settings.get('threads') or '-':>3} {seconds:7.3f} "
+            f"{cpu:7.3f} {rate:10,.0f} {useful:12,.0f} {one.last['peak_mib']:6,.0f} {ratio:8.2f}x {by_cpu:6.2f}x   "
+            f"{apart:.1e} over {len(one.losses)} steps"
+        )
+    return lines
+
+
+def parity(systems: list[System], directory: Path) -> list[str]:
+    """Losses of 50 steps against the bare loop's, in fp32."""
+    work = make_work("short_answers", directory, steps=PARITY_STEPS, small_rows=True)
+    lines, reference = [f"parity over {PARITY_STEPS} steps of short rows, fp32, gate {PARITY:.0e}:"], []
+    for system in systems:
+        runner = Runner(system, work.write("parity", **{"micro": BATCH_SIZE, **system.settings}))
+        try:
+            losses = runner.steps(PARITY_STEPS)["losses"]
+        except RuntimeError as error:
+            lines.append(f"  left out: {error}")
+            continue
+        finally:
+            runner.close()
+        reference = reference or losses
+        apart = max(abs(a - b) for a, b in zip(losses, reference, strict=True))
+        verdict = "same" if apart <= PARITY else "DIFFERENT"
+        lines.append(
+            f"  {system.name:26} max |loss difference| {apart:.1e}  {verdict}  ({losses[0]:.4f} to {losses[-1]:.4f})"
+        )
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", choices=("short_answers", "alpaca", "stories"), default="short_answers")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each round")
+    parser.add_argument("--quick", action="store_true", help="one round, micro-batches of 4, all threads")
+    parser.add_argument("--parity", action="store_true", help="compare losses only")
+    parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory")
+    asked = parser.parse_args()
+    wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
+    peers = [peer for peer in PEERS if peer.runner in wanted]
+    for peer in peers:
+        if not peer.installed:
+            print(f"left out: {peer.name} has no environment {peer.environment} (tests/bench/README.md)")
+    peers = [peer for peer in peers if peer.installed]
+    load_libraries()
+    print(machine())
+    if not BARE.installed:
+        raise SystemExit("no losses to compare with: python -m tests.bench.peers hf")
+    for system in (*peers, LLMFT):
+        print(f"  {system.name}: {versions(system)}")
+    with tempfile.TemporaryDirectory() as folder:
+        if asked.parity:
+            print("\n".join(parity([*peers, LLMFT], Path(folder))))
+            return
+        rounds = 1 if asked.quick else asked.rounds
+        work = make_work(asked.work, Path(folder), steps=WARM_UP + rounds * asked.steps)
+        micros = (4,) if asked.quick else (1, 4, 16)
+        threads = (None,) if asked.quick or (os.cpu_count() or 1) == 1 else (None, 1)
+        chosen = []
+        for peer in peers:
+            try:
+                chosen.append(best_of(peer, work, micros, threads))
+            except RuntimeError as error:
+                print(f"left out: {error}")
+        defaults = [peer for peer in DEFAULTS if peer.runner in wanted and peer.installed]
+        measured = measure([*chosen, *defaults, LLMFT], work, rounds=rounds, steps=asked.steps)
+        real, supervised = work.tokens(WARM_UP)
+        print(f"{asked.work}: {BATCH_SIZE} rows a step, about {real:,} tokens of which {supervised} are supervised")
+        print("\n".join(table(measured, work, rounds=rounds, steps=asked.steps)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,198 @@
+"""Wall and CPU seconds of a sweep of 8 short trials: one command of llmft against 8 processes of peers.
+
+    python -m tests.bench.bench_sweep [--steps 20] [--rounds 3] [--quick]
+
+The trials (four rates, two ranks) train the embedded model in fp32 on the embedded rows. Each takes the same tokens in
+the same order from the same adapter in all systems, and its losses are compared step by step. llmft's side is the
+whole command with what it always does: planning, a validation before and after each trial (on few rows, without
+generation), checkpoints, records, the report. Peers train and do nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from llmft.libraries import load_libraries
+from tests.bench.bench_step import BARE, HF, LLMFT, PARITY, TRL, best_of
+from tests.bench.systems import HERE, System, machine, versions
+from tests.bench.work import BATCH_SIZE, Work, dump
+from tests.conftest import ROOT
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3)
+RANKS = (4, 8)
+Losses = dict[tuple[float, int], list[float]]
+
+
+def overrides(steps: int) -> list[str]:
+    """What all trials share."""
+    return [
+        "quantization=none",
+        "logger=none",
+        "progress=false",
+        "data.rows={train: 320, validation: 16, test: 0}",
+        "task.generate_rows=0",
+        "task.metrics=[]",
+        "learning_rate=constant",
+        "learning_rate.warmup_steps=0",
+        f"trainer.max_steps={steps}",
+        f"trainer.validate_every={steps}",
+        "trainer.accelerator=cpu",
+    ]
+
+
+def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
+    """(wall seconds, CPU seconds of all processes it started, what it returned)."""
+    before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    found = action()
+    wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, found
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """The same for all."""
+    kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
+    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+    return {**kept, **own}
+
+
+def llmft_sweep(folder: Path, steps: int, *more: str) -> Losses:
+    """One command, in a new output directory; the losses of its trials."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        rates, ranks = (",".join(map(str, values)) for values in (RATES, RANKS))
+        command = [sys.executable, "-m", "llmft", "-m", f"learning_rate.peak={rates}", f"lora.r={ranks}"]
+        command += [*overrides(steps), f"output_dir={out}", *more]
+        env = {**environment(folder), "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
+        if done.returncode:
+            raise RuntimeError(f"llmft: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}")
+        (record,) = Path(out).glob("sweeps/*/sweep.json")
+        found: Losses = {}
+        for trial in json.loads(record.read_text())["trials"]:
+            told = dict(item.split("=") for item in trial["overrides"])
+            lines = (Path(out) / trial["run"] / "metrics.jsonl").read_text().splitlines()
+            records = [json.loads(line) for line in lines]
+            losses = [r["train/loss_nats"] for r in records if "train/loss_nats" in r]
+            found[float(told["learning_rate.peak"]), int(told["lora.r"])] = losses
+        return found
+
+
+def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) -> Losses:
+    """A process of `peer` for each trial, so many at a time."""
+    found: Losses = {}
+    waiting, running = list(product(RATES, RANKS)), {}
+    folder = works[RANKS[0]].directory
+    while waiting or running:
+        while waiting and len(running) < at_once:
+            rate, rank = waiting.pop(0)
+            settings = {**peer.settings, "rate": rate, **({"threads": 1} if at_once > 1 else {})}
+            work = folder / f"{peer.runner}-{rate}-{rank}.json"
+            work.write_text(json.dumps({**json.loads((folder / f"work-{rank}.json").read_text()), **settings}))
+            command = [str(peer.python), str(HERE / f"run_{peer.runner}.py"), str(work)]
+            running[rate, rank] = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=environment(folder),
+                text=True,
+            )
+            pipe = running[rate, rank].stdin
+            assert pipe is not None
+            pipe.write(f"{steps}\n")
+            pipe.close()
+        for trial, process in list(running.items()):
+            if process.poll() is not None:
+                assert process.stdout is not None
+                answer = process.stdout.read()
+                process.stdout.close()
+                if not answer:
+                    raise RuntimeError(f"{peer.name}: a process left with code {process.returncode} and no answer")
+                found[trial] = json.loads(answer)["losses"]
+                del running[trial]
+        time.sleep(0.005)
+    return found
+
+
+def apart(one: Losses, other: Losses) -> float:
+    """Largest difference over all steps of all trials."""
+    return max(abs(a - b) for trial in other for a, b in zip(one[trial], other[trial], strict=True))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one round, one peer")
+    asked = parser.parse_args()
+    load_libraries()
+    print(machine())
+    if not BARE.installed:
+        raise SystemExit("no peer to compare with: python -m tests.bench.peers hf")
+    peers = [peer for peer in ((BARE,) if asked.quick else (BARE, HF, TRL)) if peer.installed]
+    for system in (*peers, LLMFT):
+        print(f"  {system.name}: {versions(system)}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
+        works = {
+            rank: dump(folder, [*overrides(asked.steps), f"lora.r={rank}"], asked.steps, f"adapter-{rank}")
+            for rank in RANKS
+        }
+        (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
+        chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]
+        actions: dict[str, Callable[[], Losses]] = {
+            "llmft -m": lambda: llmft_sweep(folder, asked.steps),
+            "llmft -m sweep.stack=8": lambda: llmft_sweep(folder, asked.steps, "sweep.stack=8"),
+        }
+        for peer in chosen:
+            actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)
+        fastest = chosen[0]
+        actions[f"8 x {fastest.name}, 2 at a time"] = lambda: processes(fastest, works, asked.steps, 2)
+        found: dict[str, list[tuple[float, float, Losses]]] = {name: [] for name in actions}
+        for _ in range(1 if asked.quick else asked.rounds):
+            for name, action in actions.items():
+                try:
+                    found[name].append(used(action))
+                except RuntimeError as error:
+                    print(f"left out: {name}: {error}")
+        show(found, asked.steps)
+
+
+def show(found: dict[str, list[tuple[float, float, Losses]]], steps: int) -> None:
+    """The table; a line whose losses are not the bare loop's is not shown."""
+    reference: Any = next(runs[0][2] for name, runs in found.items() if name.startswith("8 x") and runs)
+    ours = {name: runs for name, runs in found.items() if name.startswith("llmft") and runs}
+    heads = "".join(f"{'against ' + name.split()[-1]:>22}" for name in ours)
+    print(f"8 trials of {steps} steps of {BATCH_SIZE} rows; ratios of wall (CPU) seconds")
+    print(f"{'':36} {'wall s':>7} {'CPU s':>7}{heads}   max |loss difference|")
+    for name, runs in found.items():
+        if not runs:
+            continue
+        worst = max(apart(losses, reference) for _, _, losses in runs)
+        if worst > PARITY:
+            print(f"{name:36} not shown: its losses differ by {worst:.1e}")
+            continue
+        wall, cpu = (statistics.median(run[place] for run in runs) for place in (0, 1))
+        ratios = ""
+        for other in ours.values():
+            both = list(zip(runs, other, strict=False))
+            by_wall, by_cpu = (statistics.median(a[place] / b[place] for a, b in both) for place in (0, 1))
+            ratios += f"{f'{by_wall:.2f}x ({by_cpu:.2f}x)':>22}"
+        print(f"{name:36} {wall:7.1f} {cpu:7.1f}{ratios}   {worst:.1e}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,112 @@
+"""What the runners share: reading the work, and taking steps only when they are asked for.
+
+A runner is a process `python run_NAME.py WORK.json`. It reads numbers of steps from its standard input, takes so many
+optimizer steps, and answers each with one line of JSON on its standard output; all else that libraries print goes to
+the standard error. It imports nothing of llmft's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from typing import Any
+
+_answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
+
+def read_work() -> dict[str, Any]:
+    """The work of the command line, its rows in the order of its steps."""
+    with open(sys.argv[1]) as file:
+        work: dict[str, Any] = json.load(file)
+    if work.get("sorted"):  # the same rows in each step, those of like length next to each other
+        rows = work["rows"]
+        work["batches"] = [sorted(batch, key=lambda row: (-len(rows[row][0]), row)) for batch in work["batches"]]
+    return work
+
+
+def labelled(row: list[list[int]]) -> int:
+    """Labelled tokens of a row, whose first has nothing before it to be told from."""
+    return sum(label != -100 for label in row[1][1:])
+
+
+def set_threads(work: dict[str, Any]) -> None:
+    """As the work asks; else as torch chooses."""
+    import torch
+
+    if work.get("threads"):
+        torch.set_num_threads(work["threads"])
+
+
+def load_adapter(model: Any, work: dict[str, Any]) -> None:
+    """Puts the work's initial adapter into a PEFT model; every tensor must find its place."""
+    from safetensors.torch import load_file
+
+    state = load_file(work["adapter"])
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if set(state) != set(parameters):
+        raise SystemExit(f"the adapter does not fit: {sorted(set(state) ^ set(parameters))[:4]}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state[name])
+
+
+def peft_model(work: dict[str, Any]) -> Any:
+    """The base in fp32 with LoRA on all linear layers, as PEFT makes it."""
+    import peft
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+    lora = peft.LoraConfig(
+        r=work["r"], lora_alpha=work["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(base, lora)
+    load_adapter(model, work)
+    return model
+
+
+class Gate:
+    """Lets steps pass, and keeps their losses and seconds."""
+
+    def __init__(self) -> None:
+        self.left = 0
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self.cpu = 0.0
+        self.first_at: float | None = None
+        self.first_cpu = 0.0
+        self._began = 0.0
+        self._cpu_began = 0.0
+
+    def begin(self) -> None:
+        """Before a step: waits for leave."""
+        while self.left == 0:
+            line = sys.stdin.readline()
+            if not line:
+                os._exit(0)
+            self.left = int(line)
+            self.losses, self.seconds = [], []
+            self._cpu_began = time.process_time()
+        self._began = time.perf_counter()
+
+    def end(self, loss: float) -> None:
+        """After a step whose loss, the mean over the labelled tokens of the effective batch, was `loss`."""
+        self.seconds.append(time.perf_counter() - self._began)
+        self.losses.append(float(loss))
+        if self.first_at is None:
+            self.first_at, self.first_cpu = time.time(), time.process_time()
+        self.left -= 1
+        if self.left == 0:
+            answer = {
+                "losses": self.losses,
+                "seconds": self.seconds,
+                "cpu": time.process_time() - self._cpu_began,
+                "first_at": self.first_at,
+                "first_cpu": self.first_cpu,
+                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+            }
+            _answers.write(json.dumps(answer) + "\n")
+            _answers.flush()

@@ -1,0 +1,46 @@
+"""llmft by its public path: `train` of a config, with all of its records; a Watch asks for leave after each step."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+here = Path(__file__).resolve().parent
+root = here.parents[2]
+sys.path.insert(0, str(root))  # this checkout, whichever is installed
+# As `python -m llmft` sets them.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+from common import Gate, read_work
+
+work = read_work()
+from llmft.libraries import load_libraries
+
+load_libraries()
+import llmft.training.watch
+from llmft.train import train
+from tests.conftest import compose
+
+
+class Told:
+    """A Watch that takes a step when the gate opens."""
+
+    def __init__(self) -> None:
+        self.gate = Gate()
+
+    def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
+        self.gate.end(loss)
+        if step < total:
+            self.gate.begin()
+
+    def alive(self) -> None:
+        """Validations are not timed."""
+
+    def validation(self, step: int, metrics: dict[str, float]) -> None:
+        if step == 0:
+            self.gate.begin()
+
+
+llmft.training.watch.STEP_EVERY_S = 0.0  # every step is told, not four a second
+train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, watch=Told())
