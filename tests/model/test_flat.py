@@ -11,6 +11,7 @@ from llmft.config import LoraConfig
 from llmft.data.batch import MicroBatch
 from llmft.model import adapters, flat, fused
 from llmft.model.hub import Located
+from llmft.training.objectives import language_modeling
 from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
@@ -131,3 +132,33 @@ def test_dora_and_8_bit_layers_keep_pefts_own_forward() -> None:
     for form, lora in (("none", LoraConfig(r=4, dora=True)), ("int8", LoraConfig(r=4))):
         model = adapters.attach(base("llama", form), lora, auto_class="causal_lm", seed=0, name="twin")
         assert not any("forward" in layer.__dict__ for layer in fused.lora_layers(model).values())
+
+
+@pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, targets=["q_proj", "lm_head"])])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+def test_losses_in_chunks_are_those_of_all_positions_at_once(
+    architecture: str, lora: LoraConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapters.attach(base(architecture), lora, auto_class="causal_lm", seed=0, name="twin").train()
+    seen: list[int] = []
+    original = language_modeling._logits_of
+    spy = lambda *args: (seen.append(len(args[1])), original(*args))[1]  # noqa: E731
+    monkeypatch.setattr(language_modeling, "_logits_of", spy)
+    weights = torch.rand(len(LENGTHS), generator=torch.Generator().manual_seed(2))
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        losses = LanguageModeling().losses(model, micro_batch())
+        (losses.nll * weights).sum().backward()
+        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return losses.nll.detach(), found
+
+    whole, expected = run()
+    assert not seen
+    monkeypatch.setattr(language_modeling, "CHUNK_POSITIONS", 16)
+    parts, gradients = run()
+    assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
+    assert torch.allclose(parts, whole, rtol=1e-5)
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
+    with torch.no_grad():
+        assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, whole, rtol=1e-5)

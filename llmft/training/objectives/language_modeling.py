@@ -12,7 +12,12 @@ import torch.nn.functional as F
 from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
 from llmft.model.flat import flatten, is_flat, takes_varlen
+from llmft.model.sharding import is_sharded
+from llmft.model.stacked import body_of
 from llmft.training.objectives.base import RowLosses
+
+CHUNK_POSITIONS = 512
+"""So many positions have logits at a time: 64 MiB of them with a vocabulary of 32k."""
 
 
 @lru_cache(maxsize=8)
@@ -39,6 +44,78 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     return model(input_ids=input_ids, use_cache=False).logits[keep]
 
 
+def nll_at(
+    model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
+    """(kept positions,) negative log-likelihoods in nats of `targets` at the places that `keep` marks.
+
+    Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
+    for hidden states instead of the vocabulary, and the same numbers.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if len(targets) <= CHUNK_POSITIONS or not _in_chunks(base):
+        return F.cross_entropy(logits_at(model, input_ids, keep, lengths).float(), targets, reduction="none")
+    flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
+    output = body_of(base)(**flat.arguments)
+    hidden = output.last_hidden_state[flat.pick(keep)]
+    found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output))
+    return found
+
+
+def _in_chunks(base: Any) -> bool:
+    """Whether the model has a body that can be asked by itself, and a head that is not trained."""
+    model_class: type = type(base)
+    if not (selects_positions(model_class) and is_flat(base)) or is_sharded(base):
+        return False
+    inside = {id(module) for module in body_of(base).modules()}
+    outside = [module for module in base.modules() if id(module) not in inside and module is not base]
+    head = base.get_output_embeddings()
+    trained = [p for module in [*outside, head] for p in module.parameters() if p.requires_grad]
+    return not trained
+
+
+def _logits_of(base: Any, hidden: torch.Tensor, kind: type) -> torch.Tensor:
+    """(positions, vocabulary) logits of hidden states, by all that the model does behind its body."""
+    body = body_of(base)
+    own = body.__dict__.get("forward")
+    body.forward = lambda *args, **kwargs: kind(last_hidden_state=hidden[None])
+    try:
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits[0]
+        return logits
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+
+
+class _ChunkedNll(torch.autograd.Function):
+    """Each position's loss depends on its own hidden state alone: its gradient is known once its logits are."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, kind: type) -> torch.Tensor:
+        wanted = ctx.needs_input_grad[0]
+        losses: list[torch.Tensor] = []
+        gradients: list[torch.Tensor] = []
+        for start in range(0, len(targets), CHUNK_POSITIONS):
+            with torch.set_grad_enabled(wanted):
+                part = hidden[start : start + CHUNK_POSITIONS].detach().requires_grad_(wanted)
+                logits = _logits_of(base, part, kind).float()
+                nll = F.cross_entropy(logits, targets[start : start + CHUNK_POSITIONS], reduction="none")
+                if wanted:
+                    gradients += torch.autograd.grad(nll.sum(), part)
+            losses.append(nll.detach())
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.cat(losses)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        (known,) = ctx.saved_tensors
+        return (known * gradient[:, None]).to(known.dtype), None, None, None
+
+
 class LanguageModeling:
     """Cross-entropy in nats at labelled tokens.
 
@@ -53,8 +130,7 @@ class LanguageModeling:
         labels = batch.labels[:, 1:]
         labelled = labels != IGNORE
         keep = F.pad(labelled, (0, 1))
-        logits = logits_at(model, batch.input_ids, keep, batch.attention_mask.sum(dim=1))
-        nll = F.cross_entropy(logits.float(), labels[labelled], reduction="none")
+        nll = nll_at(model, batch.input_ids, keep, batch.attention_mask.sum(dim=1), labels[labelled])
         rows = labelled.nonzero()[:, 0]
         sums = torch.zeros(labels.shape[0], dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
         return RowLosses(sums, labelled.sum(dim=1))
