@@ -13,6 +13,8 @@ from llmft.model.sharding import is_sharded
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
 """What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
+CHUNK_POSITIONS = 512
+"""So many positions have logits at a time: 64 MiB of them with a vocabulary of 32k."""
 INITIAL_STD = 0.02
 """Of new weights: `initializer_range` of nearly all models."""
 

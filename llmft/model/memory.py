@@ -37,6 +37,7 @@ from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpo
 from llmft.model import adapters, families, flat
 from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
+from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.quantization import bitsandbytes_config, unquantized_modules
 
 FP32_BYTES = 4
@@ -73,6 +74,7 @@ class MemoryEstimate:
         activations_offloaded: on the device while the rest waits in the CPU's memory: the largest layer.
         logits: the head's output, the loss and their gradients at the labelled positions.
         logits_per_label: the part of it that grows with the labelled positions, for one of them.
+        labels_at_a_time: so many positions have logits at once; None for all.
         tokens: positions that were estimated, and `labelled_tokens` of them.
     """
 
@@ -88,6 +90,7 @@ class MemoryEstimate:
     activations_offloaded: int
     logits: int
     logits_per_label: int
+    labels_at_a_time: int | None
     tokens: int
     labelled_tokens: int
 
@@ -100,7 +103,7 @@ class MemoryEstimate:
         """
         grown = tokens / self.tokens
         scaled = {name: math.ceil(getattr(self, name) * grown) for name in _ACTIVATIONS.values()}
-        everywhere = self.logits - self.labelled_tokens * self.logits_per_label
+        everywhere = self.logits - self._at_a_time(self.labelled_tokens) * self.logits_per_label
         held = {name: getattr(self, name) // share for name in ("base", "adapter", "gradients", "optimizer")}
         scaled["activations_offloaded"] = math.ceil(self.activations_offloaded * grown)
         kept = scaled[_ACTIVATIONS[level]]
@@ -109,10 +112,13 @@ class MemoryEstimate:
             **held,
             **scaled,
             activations=min(kept, scaled["activations_offloaded"]) if offloaded else kept,
-            logits=math.ceil(everywhere * grown) + labelled_tokens * self.logits_per_label,
+            logits=math.ceil(everywhere * grown) + self._at_a_time(labelled_tokens) * self.logits_per_label,
             tokens=tokens,
             labelled_tokens=labelled_tokens,
         )
+
+    def _at_a_time(self, labelled_tokens: int) -> int:
+        return labelled_tokens if self.labels_at_a_time is None else min(labelled_tokens, self.labels_at_a_time)
 
     @property
     def total(self) -> int:
@@ -163,6 +169,7 @@ def estimate_memory(
     found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
     level = checkpointing_of(config.trainer.gradient_checkpointing)
     per_label = _vocabulary(base) * LOGIT_BYTES
+    parts = CHUNK_POSITIONS if config.lora.enabled and selects and flat.is_flat(base) else None
     return MemoryEstimate(
         base=sum(frozen.values()),
         base_by_dtype=frozen,
@@ -171,8 +178,10 @@ def estimate_memory(
         optimizer=optimizer_bytes(config.optimizer, [parameter.numel() for parameter in trained]),
         activations=found[_ACTIVATIONS[level]],
         **found,
-        logits=(0 if selects else rows * tokens * _vocabulary(base) * dtype.itemsize) + labelled_tokens * per_label,
+        logits=(0 if selects else rows * tokens * _vocabulary(base) * dtype.itemsize)
+        + min(labelled_tokens, parts or labelled_tokens) * per_label,
         logits_per_label=per_label,
+        labels_at_a_time=parts,
         tokens=rows * tokens,
         labelled_tokens=labelled_tokens,
     )

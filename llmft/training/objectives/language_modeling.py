@@ -12,12 +12,10 @@ import torch.nn.functional as F
 from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
 from llmft.model.flat import flatten, is_flat, takes_varlen
+from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.sharding import is_sharded
 from llmft.model.stacked import body_of
 from llmft.training.objectives.base import RowLosses
-
-CHUNK_POSITIONS = 512
-"""So many positions have logits at a time: 64 MiB of them with a vocabulary of 32k."""
 
 
 @lru_cache(maxsize=8)
