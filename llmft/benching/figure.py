@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 from pathlib import Path
@@ -53,19 +54,29 @@ def times(own: Sequence[Answered], wish: Wish, title: str, heights: Sequence[flo
     x = Scale([outputs for line in found.values() for outputs, _ in line], 58, WIDTH - 64)
     y = Scale(heights, BOTTOM, TOP, log=True)
     parts = [_axes(x, y), _limit(y, wish)]
+    ends = _apart({inputs: y(line[-1][1]) for inputs, line in found.items()})
     for place, (inputs, line) in enumerate(found.items()):
         spots = [(x(outputs), y(value)) for outputs, value in line]
         path = "M" + "L".join(f"{px:.1f},{py:.1f}" for px, py in spots)
         shapes = [tag("path", d=path, class_="line")] if len(spots) > 1 else []
         shapes += [tag("circle", cx=px, cy=py, r=4, class_="point") for px, py in spots]
         told = "; ".join(f"{outputs} out: {hours(value)}" for outputs, value in line)
-        label = text(spots[-1][0] + 8, spots[-1][1] + 4, f"{inputs:,} in")
+        label = text(spots[-1][0] + 8, ends[inputs] + 4, f"{inputs:,} in", class_="halo")
         tip = f"{inputs:,} tokens in, {told}"
         parts.append(tipped(tag("g", *shapes, label), tip, class_=f"series s{place % SERIES}"))
     described = (
         f"{title}: hours for {wish.samples:,} samples by length of the answer, one line per length of the question."
     )
     return figure(BOTTOM + 44, title, described, *parts)
+
+
+def _apart(places: dict[int, float], least: float = 15.0) -> dict[int, float]:
+    """`places` from the lowest in the figure upwards, each at least so far above the one before."""
+    found: dict[int, float] = {}
+    below = math.inf
+    for key, place in sorted(places.items(), key=lambda item: -item[1]):
+        below = found[key] = min(place, below - least)
+    return found
 
 
 def _axes(x: Scale, y: Scale) -> Markup:
@@ -81,4 +92,4 @@ def _axes(x: Scale, y: Scale) -> Markup:
 
 def _limit(y: Scale, wish: Wish) -> Markup:
     line = tag("line", x1=58, x2=WIDTH - 10, y1=y(wish.hours), y2=y(wish.hours), class_="zero")
-    return tag("g", line, text(WIDTH - 10, y(wish.hours) - 6, f"the {wish.hours:g} hours there are", "end"))
+    return tag("g", line, text(62, y(wish.hours) - 6, f"the {wish.hours:g} hours there are", class_="halo"))

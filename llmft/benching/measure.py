@@ -94,7 +94,7 @@ def _measure(case: Case, tell: Callable[..., None]) -> None:
     try:
         bench = Bench(case)
     except Exception as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error.__cause__ or error):  # "cannot be loaded", and why
             raise
         for number in range(len(case.points)):
             tell("point", number=number, error="does not fit")

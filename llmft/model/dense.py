@@ -40,9 +40,10 @@ def _layers(model: Any) -> list[Any]:
     import bitsandbytes as bnb
 
     from llmft.model.memory import device_memory
+    from llmft.model.sharding import is_sharded
 
     device = next(model.parameters()).device
-    if device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    if device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_sharded(model):
         return []
     layers: list[Any] = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
     states = [layer.weight.quant_state for layer in layers]

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from llmft import bench as verb
-from llmft.benching import run
+from llmft.benching import measure, run
 from llmft.benching.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
 from llmft.benching.figure import lines, page
 from llmft.benching.measure import Case, Measured
@@ -197,3 +197,13 @@ def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) 
     assert row["generated_tokens_per_s"] == pytest.approx(2 / row["token_s"], rel=1e-3)
     assert (row["max_output_tokens"], row["ended_by"]) == (240, "context")
     assert {path.name for path in (tmp_path / "bench" / "tiny").iterdir()} == {"bench.csv", "bench.html", "bench.json"}
+
+
+def test_a_base_without_room_is_told_as_points_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bench(case: Case) -> None:
+        raise ConfigError("model=x cannot be loaded") from RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(measure, "Bench", bench)
+    told: list[dict[str, Any]] = []
+    measure._measure(CASE, lambda kind, **values: told.append({"kind": kind, **values}))
+    assert told == [{"kind": "point", "number": number, "error": "does not fit"} for number in range(3)]
