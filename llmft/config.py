@@ -535,6 +535,7 @@ class TrainerConfig:
     micro_batch: Any = aside("auto")
     gradient_checkpointing: Any = aside(Checkpointing.auto)
     offload_activations: bool = aside(False)
+    compile: bool = aside(False)
     validation_batch_size: int = aside(64)
     checkpoint_every: int | None = aside(None)
     keep_checkpoints: int = aside(2)

@@ -12,6 +12,7 @@ dimensions, or none and a cache, it would silently let rows see each other.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NAME = "llmft_flat"
 BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
 MOST_VARLEN_HEAD_DIM = 256
+LENGTH_STEP = 256
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Blocks:
     Attributes:
         shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
-        longest: longest row in tokens.
+        longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
     """
 
     shapes: tuple[tuple[int, int], ...]
@@ -110,8 +112,8 @@ def _stateful(model: Any) -> bool:
 def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> Flat:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
     device, seq_len = input_ids.device, input_ids.shape[1]
-    shapes = tuple((1, length) for length in lengths) if varlen else plan_blocks(lengths)
-    widths = [width for rows, width in shapes for _ in range(rows)]
+    shapes = () if varlen else plan_blocks(lengths)
+    widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
     place = torch.arange(seq_len)
     kept = place < torch.tensor(widths)[:, None]
     positions = place.expand(len(widths), -1)[kept]
@@ -120,12 +122,13 @@ def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = F
     last = starts[:-1] + torch.tensor(list(lengths)) - 1
     seqlens = starts.to(device, torch.int32) if varlen else None
     index = index.to(device)
+    longest = math.ceil(max(lengths) / LENGTH_STEP) * LENGTH_STEP
     return Flat(
         input_ids.reshape(-1)[index][None],
         positions[None].to(device),
         index,
         last.to(device),
-        Blocks(shapes, seqlens, max(lengths)),
+        Blocks(shapes, seqlens, longest),
     )
 
 

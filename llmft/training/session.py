@@ -25,6 +25,7 @@ from llmft.errors import ConfigError, DiskError, Interrupted, UserError, did_you
 from llmft.files import check_space
 from llmft.model import adapters
 from llmft.model.checkpointing import Offloaded, set_checkpointing
+from llmft.model.compiling import compile_layers, release_layers
 from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -252,6 +253,8 @@ class Session:
             before=before,
         )
         set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
+        if config.trainer.compile and self.lane is None:  # several bodies in one are computed as they are
+            compile_layers(self.model, self.screen.warn)
         if self.lane is not None and config.lora.enabled and not self._offloads():
             self.lane.join(self.model, self.loaded)
 
@@ -493,6 +496,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
+        release_layers(self.model)
         if adapters.reusable(self.config.lora) and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
