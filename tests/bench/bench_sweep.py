@@ -1,8 +1,9 @@
 """Wall and CPU seconds of a sweep of 8 short trials: one command of llmft against 8 processes of peers.
 
-    python -m tests.bench.bench_sweep [--steps 20] [--rounds 3] [--quick]
+    python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--quick]
 
-The trials (four rates, two ranks) train the embedded model in fp32 on the embedded rows. Each takes the same tokens in
+The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows. Each takes the
+same tokens in
 the same order from the same adapter in all systems, and its losses are compared step by step. llmft's side is the
 whole command with what it always does: planning, a validation before and after each trial (on few rows, without
 generation), checkpoints, records, the report. Peers train and do nothing else.
@@ -36,10 +37,10 @@ RANKS = (4, 8)
 Losses = dict[tuple[float, int], list[float]]
 
 
-def overrides(steps: int) -> list[str]:
+def overrides(steps: int, quantization: str) -> list[str]:
     """What all trials share."""
     return [
-        "quantization=none",
+        f"quantization={quantization}",
         "logger=none",
         "progress=false",
         "data.rows={train: 320, validation: 16, test: 0}",
@@ -68,12 +69,12 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, **own}
 
 
-def llmft_sweep(folder: Path, steps: int, *more: str) -> Losses:
+def llmft_sweep(folder: Path, shared: list[str], *more: str) -> Losses:
     """One command, in a new output directory; the losses of its trials."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
         rates, ranks = (",".join(map(str, values)) for values in (RATES, RANKS))
         command = [sys.executable, "-m", "llmft", "-m", f"learning_rate.peak={rates}", f"lora.r={ranks}"]
-        command += [*overrides(steps), f"output_dir={out}", *more]
+        command += [*shared, f"output_dir={out}", *more]
         env = {**environment(folder), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
@@ -134,6 +135,7 @@ def apart(one: Losses, other: Losses) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--base", choices=("nf4", "none"), default="nf4", help="none: fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
     asked = parser.parse_args()
@@ -147,15 +149,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        works = {
-            rank: dump(folder, [*overrides(asked.steps), f"lora.r={rank}"], asked.steps, f"adapter-{rank}")
-            for rank in RANKS
-        }
+        shared = overrides(asked.steps, asked.base)
+        works = {rank: dump(folder, [*shared, f"lora.r={rank}"], asked.steps, f"adapter-{rank}") for rank in RANKS}
         (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
         chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]
         actions: dict[str, Callable[[], Losses]] = {
-            "llmft -m": lambda: llmft_sweep(folder, asked.steps),
-            "llmft -m sweep.stack=8": lambda: llmft_sweep(folder, asked.steps, "sweep.stack=8"),
+            "llmft -m": lambda: llmft_sweep(folder, shared),
+            "llmft -m sweep.stack=8": lambda: llmft_sweep(folder, shared, "sweep.stack=8"),
+            "llmft -m sweep.stack=auto": lambda: llmft_sweep(folder, shared, "sweep.stack=auto"),
         }
         for peer in chosen:
             actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)
@@ -168,15 +169,15 @@ def main() -> None:
                     found[name].append(used(action))
                 except RuntimeError as error:
                     print(f"left out: {name}: {error}")
-        show(found, asked.steps)
+        show(found, f"8 trials of {asked.steps} steps of {BATCH_SIZE} rows, base in {asked.base}")
 
 
-def show(found: dict[str, list[tuple[float, float, Losses]]], steps: int) -> None:
+def show(found: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:
     """The table; a line whose losses are not the bare loop's is not shown."""
     reference: Any = next(runs[0][2] for name, runs in found.items() if name.startswith("8 x") and runs)
     ours = {name: runs for name, runs in found.items() if name.startswith("llmft") and runs}
     heads = "".join(f"{'against ' + name.split()[-1]:>22}" for name in ours)
-    print(f"8 trials of {steps} steps of {BATCH_SIZE} rows; ratios of wall (CPU) seconds")
+    print(f"{title}; ratios of wall (CPU) seconds")
     print(f"{'':36} {'wall s':>7} {'CPU s':>7}{heads}   max |loss difference|")
     for name, runs in found.items():
         if not runs:

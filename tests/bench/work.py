@@ -202,6 +202,7 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
     work = {
         "model": model_directory,
         "adapter": str(adapter_file),
+        "quantization": config.quantization.format.value,
         "r": config.lora.r,
         "alpha": config.lora.scaling_alpha,
         "rate": config.learning_rate.peak,

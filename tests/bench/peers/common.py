@@ -54,12 +54,20 @@ def load_adapter(model: Any, work: dict[str, Any]) -> None:
 
 
 def peft_model(work: dict[str, Any]) -> Any:
-    """The base in fp32 with LoRA on all linear layers, as PEFT makes it."""
+    """The base in fp32, or in NF4 computing in fp32, with LoRA on all linear layers, as PEFT makes it."""
     import peft
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-    base = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
+    how: dict[str, Any] = {}
+    if work["quantization"] == "nf4":
+        how["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+    base = AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32, **how)
     lora = peft.LoraConfig(
         r=work["r"], lora_alpha=work["alpha"], lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -37,7 +37,7 @@ class Told:
     def alive(self) -> None:
         """Validations are not timed."""
 
-    def validation(self, step: int, metrics: dict[str, float]) -> None:
+    def validation(self, step: int, total: int, metrics: dict[str, float]) -> None:
         if step == 0:
             self.gate.begin()
 
