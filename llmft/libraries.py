@@ -23,15 +23,22 @@ def load_libraries(*, training: bool = True) -> None:
     """
     loud = bool(os.environ.get("LLMFT_TRACE"))
     if not loud:
-        for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "peft", "bitsandbytes"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        warnings.filterwarnings("ignore")
+        _quieten()
     if "torch" not in sys.modules:
         _load(training)
+    elif training:
+        import lightning  # noqa: F401
     if not loud:
+        _quieten()  # Lightning gives itself a voice when it is imported
         import transformers.utils.logging
 
         transformers.utils.logging.disable_progress_bar()
+
+
+def _quieten() -> None:
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric", "transformers", "peft", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
 
 
 def _load(training: bool) -> None:

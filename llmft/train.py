@@ -137,6 +137,10 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
+    if prepared.config.model.architecture != "tfidf":
+        from llmft.libraries import load_libraries
+
+        load_libraries()  # before anything else imports one of them
     from llmft.training.out_of_memory import OutOfMemory
 
     while True:
@@ -179,9 +183,6 @@ def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | No
 
         session = BaselineSession(prepared, screen)
     else:
-        from llmft.libraries import load_libraries
-
-        load_libraries()
         from llmft.training.session import Session
 
         session = Session(prepared, screen, watch, lane)

@@ -280,6 +280,7 @@ def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
 def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
     done = llmft("logger=none", cwd=tmp_path, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert "Trainer.fit" not in done.stdout + done.stderr, "a library speaks for itself"
     result = json.loads((run_directory(tmp_path / "outputs") / "run.json").read_text())["result"]
     assert result["after"]["val/exact_match"] > 0.8
     assert result["after"]["test/exact_match"] > 0.8

@@ -99,7 +99,7 @@ def test_older_transformers_without_position_selection_give_the_same(monkeypatch
 
     net, batch = model(), collate(examples(), range(6), 0)
     new = LanguageModeling().losses(net, batch)
-    monkeypatch.setattr(language_modeling, "_selects_positions", lambda model_class: False)
+    monkeypatch.setattr(language_modeling, "selects_positions", lambda model_class: False)
     old = LanguageModeling().losses(net, batch)
     torch.testing.assert_close(new.nll, old.nll)
     assert torch.equal(new.counts, old.counts)

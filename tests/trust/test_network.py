@@ -201,7 +201,7 @@ def test_w6_a_call_that_raises_costs_only_what_wandb_would_have_shown(
     def broken(*arguments: Any, **keywords: Any) -> None:
         raise RuntimeError("the service is down")
 
-    target: Any = wandb if method == "finish" else wandb.Run
+    target: Any = wandb.Run
     with monkeypatch.context() as patch:
         patch.setattr(target, method, broken)
         train(compose(*SMALL, "logger=wandb", f"output_dir={tmp_path}/a"))
