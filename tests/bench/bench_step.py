@@ -29,8 +29,9 @@ BARE = System("bare PEFT loop", "bare", "hf")
 HF = System("HF Trainer + PEFT", "hf", "hf")
 TRL = System("TRL SFTTrainer", "trl", "trl")
 LLAMA_FACTORY = System("LLaMA-Factory", "llamafactory", "llamafactory")
+LITGPT = System("LitGPT", "litgpt", "litgpt", whole=True)
 LLMFT = System("llmft", "llmft", None)
-PEERS = (BARE, HF, TRL, LLAMA_FACTORY)
+PEERS = (BARE, HF, TRL, LLAMA_FACTORY, LITGPT)
 DEFAULTS = (replace(HF, name="HF Trainer, as it comes", settings={"micro": 8}),)
 PARITY = 1e-4
 PARITY_STEPS = 50
@@ -54,6 +55,7 @@ class Measured:
 
 def best_of(peer: System, work: Work, micros: Sequence[int], threads: Sequence[int | None]) -> System:
     """The peer with the micro-batch, and then the threads, that take the least time for one step after a first one."""
+    micros = [BATCH_SIZE] if peer.whole else micros
     best = replace(peer, settings={**peer.settings, "micro": micros[0], "sorted": True, "threads": threads[0]})
     for key, values in (("micro", micros), ("threads", threads)):
         if len(values) > 1:
@@ -164,7 +166,7 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="compare losses only")
     parser.add_argument("--micro", help="peers' micro-batches with a comma between them; the best is taken (1,4,16)")
     parser.add_argument("--threads", help="peers' threads likewise; 0: as torch chooses (0,1)")
-    parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory")
+    parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
     asked = parser.parse_args()
     wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
     peers = [peer for peer in PEERS if peer.runner in wanted]
