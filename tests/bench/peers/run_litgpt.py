@@ -1,6 +1,6 @@
 """LitGPT's LoRA model with the body of its own training loop, under Fabric.
 
-Its loss is a mean within each micro-batch and a mean of these, which is the others' only with one micro-batch a step; so
+Its loss is a mean within each micro-batch and a mean of these, which is the others' only with one micro-batch a step:
 whatever micro-batch is asked for, it takes the whole batch at once. Its loop does not clip, so the clipping is ours.
 """
 
