@@ -26,7 +26,7 @@ from pathlib import Path
 import psutil
 
 from llmft.libraries import load_libraries
-from tests.bench.bench_step import BARE, LLAMA_FACTORY, PARITY, PEERS
+from tests.bench.bench_step import BARE, HF, PARITY, TRL
 from tests.bench.bench_sweep import environment
 from tests.bench.systems import Runner, System, machine
 from tests.bench.work import BATCH_SIZE, dump
@@ -103,8 +103,8 @@ def main() -> None:
         actions["llmft, nothing logged or generated"] = partial(
             first_step, folder, "logger=none", "task.generate_rows=0", "task.metrics=[]"
         )
-        for peer in PEERS:
-            if peer.installed and peer is not LLAMA_FACTORY:  # whose bitsandbytes is another one
+        for peer in (BARE, HF, TRL):
+            if peer.installed:
                 own = replace(peer, settings={"micro": BATCH_SIZE, "threads": 1})
                 actions[f"{peer.name} to its first step"] = partial(
                     peer_step, own, work.write(peer.runner, **own.settings), losses

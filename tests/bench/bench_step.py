@@ -12,10 +12,12 @@ and with --parity over 50 steps of shorter rows.
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import statistics
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,9 @@ BARE = System("bare PEFT loop", "bare", "hf")
 HF = System("HF Trainer + PEFT", "hf", "hf")
 TRL = System("TRL SFTTrainer", "trl", "trl")
 LLAMA_FACTORY = System("LLaMA-Factory", "llamafactory", "llamafactory")
+LITGPT = System("LitGPT", "litgpt", "litgpt", whole=True)
 LLMFT = System("llmft", "llmft", None)
-PEERS = (BARE, HF, TRL, LLAMA_FACTORY)
+PEERS = (BARE, HF, TRL, LLAMA_FACTORY, LITGPT)
 DEFAULTS = (replace(HF, name="HF Trainer, as it comes", settings={"micro": 8}),)
 PARITY = 1e-4
 PARITY_STEPS = 50
@@ -50,19 +53,28 @@ class Measured:
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
-def best_of(peer: System, work: Work, micros: tuple[int, ...], threads: tuple[int | None, ...]) -> System:
-    """The peer with the micro-batch and threads that take the least time for one step after a first one."""
-    found: list[tuple[float, System]] = []
-    for micro in micros:
-        for count in threads:
-            tried = replace(peer, settings={**peer.settings, "micro": micro, "sorted": True, "threads": count})
-            runner = Runner(tried, work.write("trial", **tried.settings))
-            try:
-                runner.steps(1)
-                found.append((sum(runner.steps(1)["seconds"]), tried))
-            finally:
-                runner.close()
-    return min(found, key=lambda pair: pair[0])[1]
+def best_of(peer: System, work: Work, micros: Sequence[int], threads: Sequence[int | None]) -> System:
+    """The peer with the micro-batch, and then the threads, that take the least time for one step after a first one."""
+    micros = [BATCH_SIZE] if peer.whole else micros
+    best = replace(peer, settings={**peer.settings, "micro": micros[0], "sorted": True, "threads": threads[0]})
+    for key, values in (("micro", micros), ("threads", threads)):
+        if len(values) > 1:
+            tried = [replace(best, settings={**best.settings, key: value}) for value in values]
+            best = min(tried, key=partial(second_step, work=work))
+    return best
+
+
+def second_step(system: System, work: Work) -> float:
+    """Seconds of a system's second step; infinite where it fails."""
+    runner = Runner(system, work.write("trial", **system.settings))
+    try:
+        runner.steps(1)
+        return float(runner.steps(1)["seconds"][0])
+    except RuntimeError as error:
+        print(f"left out with {system.settings}: {error}")
+        return math.inf
+    finally:
+        runner.close()
 
 
 def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> list[Measured]:
@@ -152,7 +164,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2, help="steps of each round")
     parser.add_argument("--quick", action="store_true", help="one round, micro-batches of 4, all threads")
     parser.add_argument("--parity", action="store_true", help="compare losses only")
-    parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory")
+    parser.add_argument("--micro", help="peers' micro-batches with a comma between them; the best is taken (1,4,16)")
+    parser.add_argument("--threads", help="peers' threads likewise; 0: as torch chooses (0,1)")
+    parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
     asked = parser.parse_args()
     wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
     peers = [peer for peer in PEERS if peer.runner in wanted]
@@ -172,14 +186,9 @@ def main() -> None:
             return
         rounds = 1 if asked.quick else asked.rounds
         work = make_work(asked.work, Path(folder), steps=WARM_UP + rounds * asked.steps)
-        micros = (4,) if asked.quick else (1, 4, 16)
-        threads = (None,) if asked.quick or (os.cpu_count() or 1) == 1 else (None, 1)
-        chosen = []
-        for peer in peers:
-            try:
-                chosen.append(best_of(peer, work, micros, threads))
-            except RuntimeError as error:
-                print(f"left out: {error}")
+        micros = [int(n) for n in (asked.micro or ("4" if asked.quick else "1,4,16")).split(",")]
+        threads = [int(n) or None for n in (asked.threads or ("0" if asked.quick else "0,1")).split(",")]
+        chosen = [best_of(peer, work, micros, threads) for peer in peers]
         defaults = [peer for peer in DEFAULTS if peer.runner in wanted and peer.installed]
         measured = measure([*chosen, *defaults, LLMFT], work, rounds=rounds, steps=asked.steps)
         real, supervised = work.tokens(WARM_UP)

@@ -137,13 +137,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--base", choices=("nf4", "none"), default="nf4", help="none: fp32")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default="bare,hf,trl", help="names of peers with a comma between them")
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
     asked = parser.parse_args()
     load_libraries()
     print(machine())
     if not BARE.installed:
         raise SystemExit("no peer to compare with: python -m tests.bench.peers hf")
-    peers = [peer for peer in ((BARE,) if asked.quick else (BARE, HF, TRL)) if peer.installed]
+    wanted = ["bare"] if asked.quick else ["bare", *asked.only.split(",")]
+    peers = [peer for peer in (BARE, HF, TRL) if peer.installed and peer.runner in wanted]
     for system in (*peers, LLMFT):
         print(f"  {system.name}: {versions(system)}")
     with tempfile.TemporaryDirectory() as name:

@@ -28,12 +28,14 @@ class System:
         runner: tests/bench/peers/run_<runner>.py
         environment: folder of ENVIRONMENTS; None for this very Python.
         settings: what its work's JSON says besides the work.
+        whole: whether it takes a step's rows at once or trains something else.
     """
 
     name: str
     runner: str
     environment: str | None
     settings: dict[str, Any] = field(default_factory=dict)
+    whole: bool = False
 
     @property
     def python(self) -> Path:

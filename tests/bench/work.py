@@ -109,8 +109,8 @@ def make_work(kind: str, directory: Path, *, steps: int, seed: int = 0, small_ro
     rows = steps * BATCH_SIZE + 1
     if kind == "short_answers":
         model = small_model(directory / "model")
-        bounds = (60, 20, 120) if small_rows else (600, 200, 1024)
-        answer = (4, 32)
+        bounds = (12, 8, 24) if small_rows else (600, 200, 1024)
+        answer = (4, 8) if small_rows else (4, 32)
     elif kind == "stories":
         model = SHARED / "models" / "stories260K"
         bounds, answer = (200, 60, 400), (4, 32)
