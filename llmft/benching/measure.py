@@ -170,7 +170,8 @@ class Bench:
         self.optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)(parameter_groups(self.model))
         self.vocabulary = int(self.base.get_input_embeddings().weight.shape[0])
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        self.device_name = f"{name}, {torch.get_num_threads()} threads" if name == "CPU" else name
+        threads = torch.get_num_threads()
+        self.device_name = f"{name}, {threads} thread{'s' if threads > 1 else ''}" if name == "CPU" else name
 
     def point(self, inputs: int, outputs: int, deadline: float) -> Measured:
         """Trains on rows of `inputs` + `outputs` tokens, the latter with loss, then writes as many."""

@@ -12,10 +12,12 @@ dimensions, or none and a cache, it would silently let rows see each other.
 
 from __future__ import annotations
 
+import inspect
 import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -156,17 +158,23 @@ def takes_varlen(model: Any) -> bool:
     if device.type != "cuda":
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
-    if dtype not in (torch.bfloat16, torch.float16):
-        return False
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
-    except ImportError:
+    if dtype not in (torch.bfloat16, torch.float16) or not _knows_windows():
         return False
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     fits = head_dim <= MOST_VARLEN_HEAD_DIM and head_dim % 8 == 0 and not dropout
     return fits and torch.cuda.get_device_capability(device)[0] >= 8
+
+
+@lru_cache(maxsize=1)
+def _knows_windows() -> bool:
+    """Whether this torch has variable-length attention with windows and grouped queries; its first forms had neither."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return False
+    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
 
 def flat_attention(
@@ -222,9 +230,10 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     assert blocks.seqlens is not None
+    # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
     found = varlen_attn(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
+        query[0].transpose(0, 1).to(value.dtype),
+        key[0].transpose(0, 1).to(value.dtype),
         value[0].transpose(0, 1),
         blocks.seqlens,
         blocks.seqlens,
