@@ -169,7 +169,7 @@ def takes_varlen(model: Any) -> bool:
 
 @lru_cache(maxsize=1)
 def _knows_windows() -> bool:
-    """Whether this torch has variable-length attention with windows and grouped queries; its first forms had neither."""
+    """Whether this torch has variable-length attention with windows and grouped queries, as its first forms had not."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import pytest
@@ -162,3 +163,54 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
     with torch.no_grad():
         assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, whole, rtol=1e-5)
+
+
+def reference_varlen(
+    query: Any, key: Any, value: Any, starts: Any, ends: Any, most_q: int, most_k: int, **how: Any
+) -> Any:
+    """What torch documents of its CUDA kernel, sequence by sequence."""
+    assert torch.equal(starts, ends)
+    assert starts.dtype == torch.int32
+    left, right = how["window_size"]
+    assert right == 0
+    found = []
+    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        assert end - start <= min(most_q, most_k)
+        place = torch.arange(end - start)
+        distance = place[:, None] - place
+        seen = (distance >= 0) & (distance <= (left if left >= 0 else len(place)))
+        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+        options = {"attn_mask": seen, "scale": how["scale"], "enable_gqa": how["enable_gqa"]}
+        found.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+    return torch.cat(found)
+
+
+@pytest.mark.parametrize(("architecture", "window"), [("llama", None), ("mistral", 16), ("gemma3_text", 16)])
+def test_the_variable_length_kernel_is_told_where_rows_end(
+    architecture: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen
+
+    model, ids = base(architecture, **({} if window is None else {"sliding_window": window})), rows()
+    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: True)
+    with torch.no_grad():
+        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+
+
+def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.nn.attention import varlen
+
+    from llmft.model import stacked
+
+    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    model, ids = base("mistral", sliding_window=16), rows()
+    flats = [flat.flatten(ids[part], LENGTHS[part], varlen=True) for part in (slice(0, 3), slice(3, 8))]
+    parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
+    with torch.no_grad():
+        together = stacked.Joint(model).forward(parts)
+        for each, output in zip(flats, together, strict=True):
+            own = model.model(**each.arguments).last_hidden_state
+            assert (own - output.last_hidden_state).abs().max() < 1e-5
