@@ -147,6 +147,8 @@ class Joint:
         """Takes the base as it was loaded, without an adapter."""
         self.base = base
         self.body = share(body_of(base))
+        # As a training before may have left it: layers are computed again after the parts are gone.
+        self.body.gradient_checkpointing_disable()
         self._pass = _Pass()
         for name, layer in _linears(self.body).items():
             self.body.set_submodule(name, _StackedLinear(name, layer, self._pass))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from llmft.config import Mode, TrainConfig
+from llmft.config import Mode, TrainConfig, TrainOn
 from llmft.errors import ConfigError
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.trials import Trial
@@ -40,6 +40,15 @@ def check_halving(trials: Sequence[Trial], swept: dict[str, list[str]]) -> None:
             f"sweep.halving=true: {longer[0]} makes trials of different lengths, whose schedules cannot be compared "
             "half-way; keep it fixed."
         )
+    if len(swept.get("trainer.validate_every", ())) > 1:
+        raise ConfigError(
+            "sweep.halving=true: trainer.validate_every makes trials that validate at different steps, where they "
+            "cannot be compared; keep it fixed."
+        )
+    if any(trial.config.data.train_on is TrainOn.all for trial in trials):
+        raise ConfigError(
+            "sweep.halving=true: with data.train_on=all no validation tells configurations apart; leave one out."
+        )
     if settings.stack == 1:
         raise ConfigError("sweep.halving=true compares trials that train side by side: set sweep.stack=8, say.")
     replicates = math.prod(len(swept.get(key, ())) or 1 for key in REPLICATES)
@@ -47,6 +56,12 @@ def check_halving(trials: Sequence[Trial], swept: dict[str, list[str]]) -> None:
         raise ConfigError(
             f"sweep.halving=true: with {replicates} seeds and folds of each configuration sweep.stack must be "
             f"{2 * replicates} or more, to hold two configurations."
+        )
+    cohorts = cohorts_of(trials, lambda trial: trial.lanes)
+    if all(len({configuration_of(trial.config) for trial in cohort}) < 2 for cohort in cohorts):
+        raise ConfigError(
+            "sweep.halving=true: no two configurations of this sweep train side by side to be compared; that takes "
+            f"LoRA on one base, two configurations or more, and room for them (sweep.stack={settings.stack})."
         )
 
 

@@ -10,6 +10,7 @@ So nothing in a session knows of other lanes, and lanes may be of different leng
 from __future__ import annotations
 
 import contextlib
+import gc
 import sys
 import threading
 import time
@@ -45,6 +46,7 @@ class Lane:
         self._arguments = list(arguments)
         self._random = _random_state()
         self._layers: dict[str, Any] = {}
+        self._threads = 1
         self._waits: str | None = None  # forward, backward or answer
         self._part: Part | None = None
         self._autocast: tuple[bool, torch.dtype] = (False, torch.float32)
@@ -65,11 +67,12 @@ class Lane:
 
     def join(self, model: Any, base: Any) -> None:
         """From now on the body of the adapted `model` is computed with those of the other lanes on `base`."""
+        self._open = []  # of a training before this one that ended between a forward and its backward
         body = body_of(model)
         self.alone = why_alone(model) or ("its base is another" if base is not self.stack.base else None)
         if self.alone is not None:
             return
-        self._layers = lora_layers(body)
+        self._layers, self._threads = lora_layers(body), torch.get_num_threads()
         original = body.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -136,7 +139,7 @@ class Lane:
             try:
                 job(self)
             finally:
-                self._thread, self._waits, self._part = None, None, None
+                self._thread, self._waits, self._part, self._open = None, None, None, []
                 self.stack.turn_over.set()
 
         self._thread = threading.Thread(target=run, daemon=True, name="lane")
@@ -167,6 +170,7 @@ class Stack:
         self.base: Any = None
         self._joint: Joint | None = None
         self._lanes: list[Lane] = []
+        self._most = 1  # lanes whose forward may wait for its backward, as memory allows
 
     def run(self, jobs: Sequence[tuple[Sequence[str], Job]]) -> None:
         """Runs each job, with its command line, in a lane of its own, until all have ended.
@@ -174,6 +178,7 @@ class Stack:
         A job answers for its own errors; what it raises all the same ends its lane alone.
         """
         self._lanes = [Lane(self, arguments) for arguments, _ in jobs]
+        self._most = len(self._lanes)
         for lane, (_, job) in zip(self._lanes, jobs, strict=True):
             lane.start(job)
         self.signals.take()
@@ -203,8 +208,8 @@ class Stack:
         backward = [lane for lane in live if lane._waits == "backward"]
         if asking and (len(asking) > len(late) or not (forward or backward)):
             time.sleep(POLL_S)
-        elif forward:
-            self._forward(forward)
+        elif forward and len(backward) < self._most:
+            self._forward(forward[: self._most - len(backward)])
         elif backward:
             self._backward(backward)
 
@@ -212,22 +217,27 @@ class Stack:
         return lane._answered() or bool(self.signals.received)
 
     def _forward(self, lanes: list[Lane]) -> None:
-        """One forward for all; one by one where memory does not suffice for that."""
+        """One forward for all; where memory does not suffice for that, fewer lanes at once from then on."""
         assert self._joint is not None
+        held = sum(bool(lane._open) for lane in self._lanes if lane not in lanes) + len(lanes)
+        # A lane sets the number of its own thread's; this one has another.
+        torch.set_num_threads(lanes[0]._threads)
         try:
             parts = [lane._part for lane in lanes if lane._part is not None]
             enabled, dtype = lanes[0]._autocast
             with torch.autocast(parts[0].arguments["input_ids"].device.type, dtype, enabled=enabled):
                 outputs = self._joint.forward(parts)
         except Exception as error:
-            if len(lanes) > 1 and is_out_of_memory(error):
-                for lane in lanes:
-                    self._forward([lane])
+            if not is_out_of_memory(error) or min(held, self._most) == 1:
+                self._fail(lanes, error)
                 return
-            self._fail(lanes, error)
+        else:
+            for lane, output in zip(lanes, outputs, strict=True):
+                lane._output, lane._part, lane._waits = output, None, None
             return
-        for lane, output in zip(lanes, outputs, strict=True):
-            lane._output, lane._part, lane._waits = output, None, None
+        # Here the error is gone, and with it the frames that held what the forward had made.
+        gc.collect()
+        self._most = min(held, self._most) // 2
 
     def _backward(self, lanes: list[Lane]) -> None:
         """One backward for all that the lanes' losses have left."""
@@ -235,9 +245,12 @@ class Stack:
         gradients = [leaf.grad for lane in lanes for _, leaf in lane._open if leaf.grad is not None]
         for lane in lanes:
             lane._open = []
+        torch.set_num_threads(lanes[0]._threads)
         try:
             torch.autograd.backward(states, gradients)
         except Exception as error:
+            if is_out_of_memory(error):  # each begins anew with less at once, and so do all
+                self._most = max(1, min(len(lanes), self._most) // 2)
             self._fail(lanes, error)
             return
         for lane in lanes:

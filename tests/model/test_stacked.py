@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config import LoraConfig
+from llmft.config import Checkpointing, LoraConfig
 from llmft.model import adapters, flat, fused, stacked
+from llmft.model.checkpointing import set_checkpointing
 from tests.model.test_flat import CAUSAL, base
 from tests.model.test_twins import FILES, FIRST
 
@@ -148,3 +149,11 @@ def test_a_shared_structure_leaves_the_base_untouched() -> None:
     assert not fused.lora_layers(model)
     weights = {p.data_ptr() for p in own[0].parameters() if not p.requires_grad}
     assert weights == set(before.values())
+
+
+def test_a_joint_body_keeps_all_for_its_backward_however_the_base_was_trained_before() -> None:
+    model = base("llama")
+    set_checkpointing(model, Checkpointing.full)
+    joint = stacked.Joint(model)
+    assert model.is_gradient_checkpointing
+    assert not joint.body.is_gradient_checkpointing

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config import Mode
+from llmft.config import Mode, TrainOn
 from llmft.errors import ConfigError
 from llmft.runs import append_line
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
@@ -188,6 +188,14 @@ def test_halving_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
         check_halving(trials, {"trainer.max_steps": ["1", "2"]})
     with pytest.raises(ConfigError, match=r"3 seeds and folds .* must be 6 or more"):
         check_halving(trials, {"seed": ["0", "1", "2"], "lora.r": ["1", "2"]})
+    with pytest.raises(ConfigError, match=r"trainer.validate_every .* at different steps"):
+        check_halving(trials, {"trainer.validate_every": ["1", "2"]})
+    with pytest.raises(ConfigError, match=r"no two configurations of this sweep train side by side"):
+        check_halving(trials, {"learning_rate.schedule": ["cosine"]})
+    trials[0].config.data.train_on = TrainOn.all
+    with pytest.raises(ConfigError, match=r"with data.train_on=all no validation tells"):
+        check_halving(trials, {"lora.r": ["1", "2"]})
+    trials[0].config.data.train_on = TrainOn.train
     trials[0].config.sweep.stack = 1
     with pytest.raises(ConfigError, match=r"set sweep.stack=8"):
         check_halving(trials, {"lora.r": ["1", "2"]})
