@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import select
 import signal
@@ -38,6 +39,9 @@ class Source(Protocol):
 
     def next_like(self, trial: Trial) -> Trial | None:
         """Another one that can be stacked with `trial`; None where there is none."""
+
+    def share(self, trial: Trial, workers: int) -> int:
+        """How many to stack with `trial`, itself among them, so that each of the free `workers` has something."""
 
     def over(self) -> bool:
         """Whether no trial will come any more, once those under way have ended."""
@@ -104,6 +108,13 @@ class Listed:
                 self.waiting.remove(other)
                 return other
         return None
+
+    def share(self, trial: Trial, workers: int) -> int:
+        """An equal part of those like it; a cohort stays together."""
+        if trial.number in self._cohort:
+            return len(self._cohort)
+        alike = sum(other.lane == trial.lane and other.status not in FINISHED for other in self.waiting)
+        return math.ceil((1 + alike) / workers)
 
     def over(self) -> bool:
         """Whether all have been handed out."""
@@ -217,13 +228,13 @@ class Supervisor:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
             worker = self._processes[slot] if slot < len(self._processes) else None
-            free = worker is None or worker.process.poll() is not None or worker.idle
-            if not free or self.signalled or self.stopped_because is not None:
+            if not self._free(slot) or self.signalled or self.stopped_because is not None:
                 continue
             trial = self._next(source)
             if trial is None:
                 continue
-            trials = [trial, *self._company(source, trial)]
+            workers = sum(map(self._free, range(len(shares))))
+            trials = [trial, *self._company(source, trial, workers)]
             for each in trials:
                 each.status, each.log = "running", each.run.log_file
                 self.progress.begins(each)
@@ -240,10 +251,15 @@ class Supervisor:
             else:
                 worker.train(trials)
 
-    def _company(self, source: Source, trial: Trial) -> list[Trial]:
-        """The trials that run on one base together with `trial`, as sweep.stack allows."""
+    def _free(self, slot: int) -> bool:
+        """Whether a worker's place has nothing to do."""
+        worker = self._processes[slot] if slot < len(self._processes) else None
+        return worker is None or worker.process.poll() is not None or worker.idle
+
+    def _company(self, source: Source, trial: Trial, workers: int) -> list[Trial]:
+        """The trials that run on one base together with `trial`, as sweep.stack allows with so many free `workers`."""
         found: list[Trial] = []
-        most = trial.lanes if trial.number not in self._alone else 1
+        most = min(trial.lanes, source.share(trial, workers)) if trial.number not in self._alone else 1
         while len(found) + 1 < most and (other := source.next_like(trial)) is not None:
             if other.finished_before():
                 self.progress.found(other)

@@ -40,6 +40,7 @@ class Trial:
         status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
         cause: what ended a trial that failed: error, exit, signal, time, silence.
         row_characters: mean length of its training rows.
+        num_labels: classes of its data, which a base with a head is loaded for.
     """
 
     number: int
@@ -55,6 +56,7 @@ class Trial:
     seconds: float | None = None
     log: Path | None = None
     row_characters: float = 0.0
+    num_labels: int = 0
 
     @property
     def command(self) -> str:
@@ -71,8 +73,9 @@ class Trial:
     def base(self) -> str:
         """Equal for trials that share a loaded, quantised base."""
         config = self.config
+        labels = self.num_labels if config.task.auto_class == "sequence_classification" else 0
         return canonical(
-            to_plain([config.model, config.quantization, config.trainer.precision, config.task.auto_class])
+            to_plain([config.model, config.quantization, config.trainer.precision, config.task.auto_class, labels])
         )
 
     @property
@@ -134,7 +137,7 @@ class Planner:
     def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
         self.compose = compose
         self.explain = explain
-        self._known: dict[str, tuple[str, Located, float]] = {}
+        self._known: dict[str, tuple[str, Located, float, int]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
@@ -167,12 +170,15 @@ class Planner:
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             rows = prepared.conversations["train"]
             characters = sum(len(message["content"]) for row in rows for message in row.messages)
-            self._known[key] = (prepared.data_fingerprint, prepared.located, characters / max(1, len(rows)))
-        fingerprint, located, characters_a_row = self._known[key]
+            mean = characters / max(1, len(rows))
+            self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels))
+        fingerprint, located, characters_a_row, num_labels = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in own]
         arguments = [*_options(), *overrides, *_single(overrides)]
-        return Trial(number, shown, arguments, config, run.key, run, row_characters=characters_a_row)
+        return Trial(
+            number, shown, arguments, config, run.key, run, row_characters=characters_a_row, num_labels=num_labels
+        )
 
 
 def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from llmft.config import Mode, TrainOn
 from llmft.errors import ConfigError
 from llmft.runs import append_line
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
+from llmft.sweeping.supervisor import Listed
 from llmft.train import train
 from tests.conftest import SMALL, compose
 from tests.sweeping.test_supervisor import record, start, statuses, sweep, wait_for_steps
@@ -180,6 +182,25 @@ def test_a_cohort_holds_whole_configurations(tmp_path: Path) -> None:
         [(1, 0), (1, 1), (1, 2), (2, 0), (2, 1), (2, 2)],
         [(3, 0), (3, 1), (3, 2)],
     ]
+
+
+def test_trials_are_shared_out_among_free_workers_before_they_are_stacked(tmp_path: Path) -> None:
+    curves = {(rank, 0): [1.0] * 4 for rank in range(1, 8)}
+    trials = halving_trials(tmp_path, curves)
+    trials[6].status = "done"
+    listed = Listed(trials[1:])
+    assert [listed.share(trials[0], workers) for workers in (1, 2, 4)] == [6, 3, 2]
+    assert Listed(trials[1:], cohorts=[trials]).share(trials[0], 2) == 7
+
+
+def test_heads_for_other_classes_stand_on_other_bases(tmp_path: Path) -> None:
+    (trial,) = halving_trials(tmp_path, {(1, 0): [1.0] * 4})
+    trial.num_labels = 2
+    other = replace(trial, num_labels=3)
+    assert trial.lane == other.lane
+    for each in (trial, other):
+        each.config.task.auto_class = "sequence_classification"
+    assert trial.lane != other.lane
 
 
 def test_halving_refuses_what_it_cannot_compare(tmp_path: Path) -> None:
