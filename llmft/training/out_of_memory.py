@@ -1,4 +1,7 @@
-"""A training that finds no memory goes on with smaller micro-batches: the same numbers, in more pieces."""
+"""A training that finds no memory goes on with smaller micro-batches: the same numbers, in more pieces.
+
+The same up to rounding, that is; and where there is dropout, with other draws: each micro-batch has its own.
+"""
 
 from __future__ import annotations
 
