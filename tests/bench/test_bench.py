@@ -1,0 +1,51 @@
+"""The benchmarks run, and compare like with like."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.bench.bench_step import PARITY, Measured, System, table
+from tests.bench.work import Work, make_work
+from tests.conftest import ROOT
+
+
+def test_a_system_with_other_losses_has_no_row() -> None:
+    work = Work(Path(), [], [[0, 1]] * 6, [10, 20], [2, 3])
+
+    def measured(name: str, runner: str, shift: float) -> Measured:
+        losses = [2.0 + shift] * 4
+        return Measured(System(name, runner, None), losses, [[1.0], [2.0]], [1.0, 2.0], {"peak_mib": 1.0})
+
+    systems = [measured("bare", "bare", 0.0), measured("same", "hf", PARITY / 2), measured("other", "trl", PARITY * 2)]
+    lines = table([*systems, measured("llmft", "llmft", 0.0)], work, rounds=2, steps=1)
+    assert [line.split()[0] for line in lines] == ["system", "bare", "same", "other", "llmft"]
+    assert "not shown" in lines[3]
+    assert "1.00x" not in lines[3]
+    assert lines[1].split()[5:7] == ["22", "4"]  # 30 real tokens, 5 supervised, in one second and in two: the medians
+
+
+@pytest.mark.slow
+def test_peers_read_the_rows_order_and_adapter_that_llmft_trains(tmp_path: Path) -> None:
+    work = make_work("short_answers", tmp_path, steps=2, small_rows=True)
+    told = json.loads((tmp_path / "work.json").read_text())
+    assert [len(batch) for batch in told["batches"]] == [16, 16]
+    for row, (ids, labels) in enumerate(told["rows"]):
+        learned = [label for label in labels if label != -100]
+        assert ids[-len(learned) :] == learned
+        assert ids[0] == 1
+        assert ids[-1] == 2
+        assert (len(ids), len(learned)) == (work.lengths[row], work.labelled[row])
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_runs_on_a_tiny_model() -> None:
+    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--quick"]
+    done = subprocess.run([*command, "--tokens", "512"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("  llmft ") == 2
+    assert "not shown" not in done.stdout
