@@ -178,7 +178,7 @@ def show(found: dict[str, list[tuple[float, float, Losses]]], title: str) -> Non
     """The table; a line whose losses are not the bare loop's is not shown."""
     reference: Any = next(runs[0][2] for name, runs in found.items() if name.startswith("8 x") and runs)
     ours = {name: runs for name, runs in found.items() if name.startswith("llmft") and runs}
-    heads = "".join(f"{'against ' + name.split()[-1]:>22}" for name in ours)
+    heads = "".join(f"{'against ' + name.split()[-1]:>27}" for name in ours)
     print(f"{title}; ratios of wall (CPU) seconds")
     print(f"{'':36} {'wall s':>7} {'CPU s':>7}{heads}   max |loss difference|")
     for name, runs in found.items():
@@ -193,7 +193,7 @@ def show(found: dict[str, list[tuple[float, float, Losses]]], title: str) -> Non
         for other in ours.values():
             both = list(zip(runs, other, strict=False))
             by_wall, by_cpu = (statistics.median(a[place] / b[place] for a, b in both) for place in (0, 1))
-            ratios += f"{f'{by_wall:.2f}x ({by_cpu:.2f}x)':>22}"
+            ratios += f"{f'{by_wall:.2f}x ({by_cpu:.2f}x)':>27}"
         print(f"{name:36} {wall:7.1f} {cpu:7.1f}{ratios}   {worst:.1e}")
 
 
