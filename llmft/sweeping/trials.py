@@ -22,7 +22,7 @@ from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
 from llmft.schema import aside_keys, canonical, to_plain
 
-GAINING_TOKENS = {"cuda": 8192, "cpu": 1500}
+GAINING_TOKENS = {"cuda": 8192, "cpu": 1200}
 """A stack gains while all its lanes' tokens of one step are no more than this: then products fill the device anyway."""
 MOST_LANES = 8
 TOKENS_A_CHARACTER = 0.25

@@ -122,6 +122,22 @@ def test_every_lane_has_a_run_of_its_own_in_weights_and_biases(tmp_path: Path) -
         assert run.name.rpartition("-")[2].encode() in content
 
 
+def test_the_stacked_launcher_takes_as_many_at_once_as_gain_by_it(tmp_path: Path) -> None:
+    done = sweep(tmp_path, "seed=0,1", "hydra/launcher=stacked", "trainer.batch_size=2", "progress=true")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.index("trial 2/2 begins") < done.stdout.index("trial 1/2 done")
+    (trial,) = halving_trials(tmp_path, {(1, 0): [1.0] * 4})
+    trial.config.sweep.stack, trial.config.data.max_tokens = "auto", 512
+    lanes = []
+    for characters in (10, 200, 800, 100_000):
+        trial.row_characters = characters
+        lanes.append(trial.lanes)
+    assert lanes == sorted(lanes, reverse=True)
+    assert (lanes[0], lanes[-1]) == (8, 1)
+    trial.config.lora.enabled = False
+    assert trial.lanes == 1
+
+
 def halving_trials(tmp_path: Path, curves: dict[tuple[int, int], list[float]], stack: int = 8) -> list[Any]:
     """Trials of rank and seed, with a record of `curves` at 1/8, 1/4, 1/2 and all of 8 steps."""
     from llmft.runs import Run
