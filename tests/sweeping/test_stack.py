@@ -84,6 +84,7 @@ def test_a_failure_costs_one_lane_and_a_kill_sets_the_others_on_their_own(tmp_pa
     assert statuses(root) == ["done"] * 4
 
 
+@pytest.mark.slow  # the shorter way, a kill, is tested above
 def test_a_lane_that_hangs_takes_the_others_along_for_a_while_only(tmp_path: Path) -> None:
     done = sweep(tmp_path, "seed=0,1", "sweep.stack=2", "sweep.silence_limit=8s", sabotage="1:hang")
     assert done.returncode == 5, done.stderr
