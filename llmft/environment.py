@@ -113,3 +113,14 @@ def visible_gpus() -> list[str]:
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
     return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+
+
+def threads_wait_briefly() -> None:
+    """OpenMP threads without work spin for some microseconds before they sleep; call before torch is imported.
+
+    Measured with two threads on a Llama of 20M weights: 22% less time than sleeping at once on free cores, 30% more
+    where another training has the cores too. Spinning for good, the default, once made contended threads fifty times
+    slower. OMP_WAIT_POLICY and GOMP_SPINCOUNT of the environment go before it.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "5000")

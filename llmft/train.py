@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.app import command_line, config_of_command, run_verb
 from llmft.config import TrainConfig
+from llmft.environment import threads_wait_briefly
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.sweeping.worker import watch_of_environment
 
@@ -26,8 +27,7 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command."""
-    # Waiting OpenMP threads sleep: spinning ones made two threads on contended cores fifty times slower than one.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    threads_wait_briefly()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The W&B service of a program around this one writes below that one's directory, and ends with it.
