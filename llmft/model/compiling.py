@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from llmft.model import fused
+from llmft.model.families import base_of
 from llmft.model.stacked import body_of
 
 
@@ -36,7 +37,7 @@ def release_layers(model: Any) -> None:
 
 def layers_of(model: Any) -> list[Any]:
     """The decoder layers."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     names = set(getattr(base, "_no_split_modules", None) or ())
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
@@ -47,7 +48,7 @@ def _with_fallback(model: Any, layer: Any, compiled: Callable[..., Any], warn: C
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(*args, **kwargs)
-        except (TorchDynamoException, torch._dynamo.exc.BackendCompilerFailed) as error:
+        except TorchDynamoException as error:
             told = str(error).strip().splitlines()
             release_layers(model)
             fused.install(model)

@@ -60,6 +60,11 @@ def dense_layers(model: Any) -> list[str]:
     )
 
 
+def base_of(model: Any) -> Any:
+    """The transformers model below any adapter."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def is_mixture(model: torch.nn.Module) -> bool:
     """Whether the model routes tokens to experts."""
     return any(re.fullmatch(r".*\.experts", name) for name, _ in model.named_modules())

@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from llmft.model.families import base_of
+
 NAME = "llmft_flat"
 BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
@@ -100,7 +102,7 @@ def enable(model: Any) -> bool:
 
 def is_flat(model: Any) -> bool:
     """Whether `enable` took effect on the model below any adapter."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
+from llmft.model.families import base_of
 from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.sharding import is_sharded
 
@@ -70,7 +71,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     last token that is not the padding token instead, and so takes the one before where rows end in an end token that
     also pads. An encoder's head reads its own pooled state.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     head = getattr(base, "score", None)
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from llmft.model.families import base_of
+
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the weights are divided among processes."""
@@ -24,7 +26,7 @@ def shard(model: Any, mesh: Any) -> None:
 
     fused.uninstall(model)  # its backward reads weights that FSDP has taken away again by then
     # The root is the model that `generate` calls, below PEFT's wrapper.
-    root = model.get_base_model() if hasattr(model, "get_base_model") else model
+    root = base_of(model)
     layers = set(getattr(root, "_no_split_modules", None) or [])
     for module in list(root.modules()):
         if type(module).__name__ in layers:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from llmft.model.families import base_of, is_mixture
 from llmft.model.flat import Blocks, is_flat
 from llmft.model.fused import Share, is_dense, is_plain, lora_layers, lora_linear, share_of
 
@@ -64,15 +65,12 @@ def share(module: Any, known: dict[int, Any] | None = None) -> Any:
 
 def body_of(model: Any) -> Any:
     """The part of a transformers model below its head, under any adapter."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return base.base_model
+    return base_of(model).base_model
 
 
 def why_alone(model: Any) -> str | None:
     """Why an adapted model cannot be stacked with others; None if it can."""
-    from llmft.model.families import is_mixture
-
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     body = body_of(model)
     if not is_flat(base):
         return "its family takes no rows without padding"
@@ -137,15 +135,10 @@ class _Pass:
 
 
 class Joint:
-    """A body that several adapters share.
-
-    Attributes:
-        base: the model whose weights these are.
-    """
+    """A body that several adapters share."""
 
     def __init__(self, base: Any) -> None:
         """Takes the base as it was loaded, without an adapter."""
-        self.base = base
         self.body = share(body_of(base))
         # As a training before may have left it: layers are computed again after the parts are gone.
         self.body.gradient_checkpointing_disable()

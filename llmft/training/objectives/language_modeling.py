@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
+from llmft.model.families import base_of
 from llmft.model.flat import flatten, is_flat, takes_varlen
 from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.sharding import is_sharded
@@ -32,7 +33,7 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
 
     `lengths`, (rows,), are the rows' tokens without their padding, which families that can never see.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     model_class: type = type(base)
     if selects_positions(model_class) and is_flat(base):
         flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
@@ -50,7 +51,7 @@ def nll_at(
     Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
     for hidden states instead of the vocabulary, and the same numbers.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     if len(targets) <= CHUNK_POSITIONS or not _in_chunks(base):
         return F.cross_entropy(logits_at(model, input_ids, keep, lengths).float(), targets, reduction="none")
     flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))

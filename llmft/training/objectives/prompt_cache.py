@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from llmft.model import flat
+from llmft.model.families import base_of
 from llmft.training.objectives.language_modeling import selects_positions
 
 Prefix = tuple[int, ...]
@@ -32,7 +33,7 @@ def can_share(model: Any, tokens: int) -> bool:
     alone and the padding between prompt and answer would shift, where a window is shorter than the row, nor in
     recurrent models or with attention kernels that take no mask of one's own.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = base.config
     model_class: type = type(base)
     if base.training or not _takes_cache(model_class):
@@ -96,7 +97,7 @@ def _group(
 ) -> dict[Prefix, torch.Tensor]:
     from transformers import DynamicCache
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     width = int(prompts.max())
     places = torch.arange(width, device=ids.device)
     kept = DynamicCache(config=base.config)
