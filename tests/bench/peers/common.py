@@ -118,3 +118,36 @@ class Gate:
             }
             _answers.write(json.dumps(answer) + "\n")
             _answers.flush()
+
+
+def gated(trainer_class: type, gate: Gate, *, in_order: bool = True) -> tuple[Any, Any]:
+    """A trainer of transformers' kind, and the callback that opens `gate` for a step.
+
+    With `in_order` it takes the rows as they come; else its own settings see to that.
+
+    The loss that is told of a step is the sum of its micro-batches' shares.
+    """
+    import torch
+    from transformers import TrainerCallback
+
+    seen: list[torch.Tensor] = []
+
+    class Telling(trainer_class):  # type: ignore[misc]
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            found = super().compute_loss(*arguments, **named)
+            seen.append((found[0] if isinstance(found, tuple) else found).detach())
+            return found
+
+    class InOrder(Telling):
+        def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+    class Told(TrainerCallback):
+        def on_step_begin(self, *arguments: Any, **named: Any) -> None:
+            gate.begin()
+
+        def on_step_end(self, *arguments: Any, **named: Any) -> None:
+            gate.end(float(sum(seen)))
+            seen.clear()
+
+    return InOrder if in_order else Telling, Told()

@@ -3,40 +3,14 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
 
-from common import Gate, peft_model, read_work, set_threads
+from common import Gate, gated, peft_model, read_work, set_threads
 
 work = read_work()
-import torch
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerFast, Trainer, TrainingArguments
 
 set_threads(work)
-gate = Gate()
-seen: list[torch.Tensor] = []
-
-
-class Told(TrainerCallback):
-    """Takes a step when the gate opens."""
-
-    def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-        gate.begin()
-
-    def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        gate.end(float(sum(seen)))
-        seen.clear()
-
-
-class InOrder(Trainer):
-    """Takes the rows as they come, and tells each micro-batch's share of the loss."""
-
-    def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        found = super().compute_loss(*arguments, **named)
-        seen.append((found[0] if isinstance(found, tuple) else found).detach())
-        return found
+InOrder, told = gated(Trainer, Gate())
 
 
 order = [row for batch in work["batches"] for row in batch]
@@ -68,5 +42,5 @@ InOrder(
     args=settings,
     train_dataset=items,
     data_collator=DataCollatorForSeq2Seq(tokenizer, pad_to_multiple_of=1),
-    callbacks=[Told()],
+    callbacks=[told],
 ).train()

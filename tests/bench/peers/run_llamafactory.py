@@ -8,38 +8,16 @@ from typing import Any
 
 folder = tempfile.mkdtemp()
 os.environ.update(DISABLE_VERSION_CHECK="1", HF_DATASETS_CACHE=folder)
-from common import Gate, load_adapter, read_work, set_threads
+from common import Gate, gated, load_adapter, read_work, set_threads
 
 work = read_work()
 import datasets
-import torch
 from llamafactory.train.sft import trainer, workflow
 from llamafactory.train.tuner import run_exp
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 
 set_threads(work)
-gate = Gate()
-seen: list[torch.Tensor] = []
-
-
-class Told(TrainerCallback):
-    """Takes a step when the gate opens."""
-
-    def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-        gate.begin()
-
-    def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        gate.end(float(sum(seen)))
-        seen.clear()
-
-
-class InOrder(trainer.CustomSeq2SeqTrainer):
-    """Tells each micro-batch's share of the loss."""
-
-    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        found = super().compute_loss(*arguments, **named)
-        seen.append((found[0] if isinstance(found, tuple) else found).detach())
-        return found
+Telling, told = gated(trainer.CustomSeq2SeqTrainer, Gate(), in_order=False)
 
 
 def rows(*arguments: Any, **named: Any) -> Any:
@@ -65,7 +43,7 @@ def model(*arguments: Any, **named: Any) -> Any:
 
 
 workflow.get_dataset, workflow.load_tokenizer, workflow.load_model = rows, tokenizer, model
-workflow.CustomSeq2SeqTrainer = InOrder
+workflow.CustomSeq2SeqTrainer = Telling
 run_exp(
     {
         "model_name_or_path": work["model"],
@@ -97,5 +75,5 @@ run_exp(
         "use_cpu": True,
         "remove_unused_columns": False,
     },
-    callbacks=[Told()],
+    callbacks=[told],
 )

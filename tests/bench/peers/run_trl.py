@@ -4,44 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
-from typing import Any
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
-from common import Gate, peft_model, read_work, set_threads
+from common import Gate, gated, peft_model, read_work, set_threads
 
 work = read_work()
 import datasets
-import torch
-from transformers import PreTrainedTokenizerFast, TrainerCallback
+from transformers import PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 datasets.disable_progress_bars()
 set_threads(work)
-gate = Gate()
-seen: list[torch.Tensor] = []
-
-
-class Told(TrainerCallback):
-    """Takes a step when the gate opens."""
-
-    def on_step_begin(self, *arguments: Any, **named: Any) -> None:
-        gate.begin()
-
-    def on_step_end(self, *arguments: Any, **named: Any) -> None:
-        gate.end(float(sum(seen)))
-        seen.clear()
-
-
-class InOrder(SFTTrainer):
-    """Takes the rows as they come, and tells each micro-batch's share of the loss."""
-
-    def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
-        return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-        found = super().compute_loss(*arguments, **named)
-        seen.append((found[0] if isinstance(found, tuple) else found).detach())
-        return found
+InOrder, told = gated(SFTTrainer, Gate())
 
 
 order = [row for batch in work["batches"] for row in batch]
@@ -74,5 +48,5 @@ settings = SFTConfig(
     dataloader_pin_memory=False,
 )
 InOrder(
-    model=peft_model(work), args=settings, train_dataset=items, processing_class=tokenizer, callbacks=[Told()]
+    model=peft_model(work), args=settings, train_dataset=items, processing_class=tokenizer, callbacks=[told]
 ).train()
