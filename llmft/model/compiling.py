@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from llmft.model import fused
-from llmft.model.families import base_of
-from llmft.model.stacked import body_of
+from llmft.model.families import layers_of
+from llmft.model.tail import is_short
 
 
 def compile_layers(model: Any, warn: Callable[[str], None], backend: str = "inductor") -> int:
     """Compiles the decoder layers of an adapted model, of any number of tokens; returns how many.
 
+    Not the last where it computes only the ends of rows: it has little to do, and begins twice.
+
     What cannot be compiled, when its first batch comes, is computed as before, and `warn` is told once.
     """
     fused.uninstall(model)
-    layers = layers_of(model)
+    layers = [layer for layer in layers_of(model) if not is_short(layer)]
     for layer in layers:
         compiled = torch.compile(layer._call_impl, dynamic=True, fullgraph=True, backend=backend)
         layer._compiled_call_impl = _with_fallback(model, layer, compiled, warn)
@@ -33,13 +35,6 @@ def release_layers(model: Any) -> None:
     """The layers as they were, for whoever takes over the base."""
     for layer in layers_of(model):
         layer._compiled_call_impl = None
-
-
-def layers_of(model: Any) -> list[Any]:
-    """The decoder layers."""
-    base = base_of(model)
-    names = set(getattr(base, "_no_split_modules", None) or ())
-    return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 
 def _with_fallback(model: Any, layer: Any, compiled: Callable[..., Any], warn: Callable[[str], None]) -> Any:

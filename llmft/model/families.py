@@ -65,6 +65,17 @@ def base_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def body_of(model: Any) -> Any:
+    """The part of a transformers model below its head, under any adapter."""
+    return base_of(model).base_model
+
+
+def layers_of(model: Any) -> list[Any]:
+    """The decoder layers."""
+    names = set(getattr(base_of(model), "_no_split_modules", None) or ())
+    return [module for module in body_of(model).modules() if type(module).__name__ in names]
+
+
 def is_mixture(model: torch.nn.Module) -> bool:
     """Whether the model routes tokens to experts."""
     return any(re.fullmatch(r".*\.experts", name) for name, _ in model.named_modules())

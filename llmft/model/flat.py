@@ -16,13 +16,14 @@ import inspect
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from llmft.model.families import base_of
+from llmft.model.tail import Asked, Last, Tail, ends_of_rows, shorten
 
 NAME = "llmft_flat"
 BLOCK_COST_TOKENS = 48
@@ -39,11 +40,13 @@ class Blocks:
         shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
         longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
+        tail: what the last layer computes; None for all.
     """
 
     shapes: tuple[tuple[int, int], ...]
     seqlens: torch.Tensor | None = None
     longest: int = 0
+    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,7 @@ def enable(model: Any) -> bool:
         return False
     register()
     model.set_attn_implementation(NAME)
+    shorten(model)
     return True
 
 
@@ -113,8 +117,13 @@ def _stateful(model: Any) -> bool:
     )
 
 
-def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> Flat:
-    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
+def flatten(
+    input_ids: torch.Tensor, lengths: Sequence[int], *, firsts: Sequence[int] | None = None, varlen: bool = False
+) -> Flat:
+    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
+
+    With `firsts` a row's outputs are computed from there to its end, and may be zero before (`llmft.model.tail`).
+    """
     device, seq_len = input_ids.device, input_ids.shape[1]
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
@@ -124,16 +133,19 @@ def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = F
     index = kept.reshape(-1).nonzero()[:, 0]
     starts = torch.tensor([0, *widths]).cumsum(0)
     last = starts[:-1] + torch.tensor(list(lengths)) - 1
-    seqlens = starts.to(device, torch.int32) if varlen else None
     index = index.to(device)
-    longest = math.ceil(max(lengths) / LENGTH_STEP) * LENGTH_STEP
-    return Flat(
-        input_ids.reshape(-1)[index][None],
-        positions[None].to(device),
-        index,
-        last.to(device),
-        Blocks(shapes, seqlens, longest),
-    )
+    ids = input_ids.reshape(-1)[index][None]
+    tail = None if firsts is None else ends_of_rows(lengths, firsts, starts[:-1].tolist(), device)
+    if tail is not None and varlen:
+        ends = torch.tensor([0, *tail.lengths]).cumsum(0)
+        tail = replace(tail, seqlens=ends.to(device, torch.int32), longest=_coarse(max(tail.lengths)))
+    seqlens = starts.to(device, torch.int32) if varlen else None
+    blocks = Blocks(shapes, seqlens, _coarse(max(lengths)), tail)
+    return Flat(ids, positions[None].to(device), index, last.to(device), blocks)
+
+
+def _coarse(length: int) -> int:
+    return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
 
 
 def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
@@ -187,31 +199,45 @@ def flat_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    llmft_blocks: Blocks | None = None,
+    llmft_blocks: Blocks | Last | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of (1, heads, tokens, head_dim) over `llmft_blocks`; transformers' own "sdpa" where there are none.
 
-    Returns (1, tokens, heads, head_dim), as transformers' implementations do.
+    Returns (1, tokens, heads, head_dim), as transformers' implementations do; of the last layer the ends of rows.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if llmft_blocks is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    tail = None
+    if isinstance(llmft_blocks, Last):
+        if llmft_blocks.known is None:
+            raise Asked(key, value)
+        key, value = llmft_blocks.known
+        llmft_blocks, tail = llmft_blocks.blocks, llmft_blocks.tail
     window = kwargs.pop("sliding_window", None)
     if llmft_blocks.seqlens is not None:
-        return _varlen(query, key, value, scaling, window, llmft_blocks), None
-    outputs, start = [], 0
+        return _varlen(query, key, value, scaling, window, llmft_blocks, tail), None
+    outputs, start, row = [], 0, 0
     for rows, width in llmft_blocks.shapes:
-        parts = [
-            part[0, :, start : start + rows * width].unflatten(1, (rows, width)).transpose(0, 1)
-            for part in (query, key, value)
-        ]
-        mask = None if window is None or width <= window else _band(width, window, query.device)
-        output, _ = sdpa_attention_forward(module, parts[0], parts[1], parts[2], mask, dropout, scaling, **kwargs)
-        outputs.append(output.flatten(0, 1))
-        start += rows * width
+        keys, values = _block(key, start, rows, width), _block(value, start, rows, width)
+        real = None
+        if tail is None:
+            own = _block(query, start, rows, width)
+            mask = None if window is None or width <= window else _band(width, window, query.device)
+        else:
+            own, mask, real = tail.block(query, row, rows, width, window)
+        output, _ = sdpa_attention_forward(module, own, keys, values, mask, dropout, scaling, **kwargs)
+        output = output.flatten(0, 1)
+        outputs.append(output if real is None else output.index_select(0, real))
+        start, row = start + rows * width, row + rows
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+
+
+def _block(part: torch.Tensor, start: int, rows: int, width: int) -> torch.Tensor:
+    """(rows, heads, width, head_dim) of a (1, heads, tokens, head_dim) tensor."""
+    return part[0, :, start : start + rows * width].unflatten(1, (rows, width)).transpose(0, 1)
 
 
 def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
@@ -228,18 +254,22 @@ def _varlen(
     scaling: float | None,
     window: int | None,
     blocks: Blocks,
+    tail: Tail | None,
 ) -> torch.Tensor:
+    """A query sees the keys up to its own place from the row's end, which both have in common."""
     from torch.nn.attention.varlen import varlen_attn
 
+    queries = blocks.seqlens if tail is None else tail.seqlens
     assert blocks.seqlens is not None
+    assert queries is not None
     # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
     found = varlen_attn(
         query[0].transpose(0, 1).to(value.dtype),
         key[0].transpose(0, 1).to(value.dtype),
         value[0].transpose(0, 1),
+        queries,
         blocks.seqlens,
-        blocks.seqlens,
-        blocks.longest,
+        blocks.longest if tail is None else tail.longest,
         blocks.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),

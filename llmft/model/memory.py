@@ -39,6 +39,7 @@ from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.quantization import bitsandbytes_config, unquantized_modules
+from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
 
 FP32_BYTES = 4
 BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
@@ -326,11 +327,18 @@ class _SavedBytes:
         inputs = sum(map(_bytes, self.inputs.values()))
         outside = by_layer.pop(None, 0)
         rest.pop(None, 0)
-        dear = sum(_bytes(tensor) for key, (tensor, _) in self.dear.items() if key not in self.inputs)
+        dear = defaultdict[int | None, int](int)
+        for key, (tensor, layer) in self.dear.items():
+            dear[layer] += 0 if key in self.inputs else _bytes(tensor)
+        # The backward comes to the layers from the last to the first, and frees them on its way.
+        order = sorted({*rest, *dear})  # type: ignore[type-var]
+        selective = [
+            rest[layer] + sum(dear[before] for before in order[: place + 1]) for place, layer in enumerate(order)
+        ]
         largest = max(by_layer.values(), default=0)
         return {
             "activations_kept": sum(_bytes(tensor) for tensor, _ in self.saved.values()),
-            "activations_selective": inputs + outside + dear + max(rest.values(), default=0),
+            "activations_selective": inputs + outside + max(selective, default=0),
             "activations_checkpointed": inputs + outside + largest,
             "activations_offloaded": outside + largest,
         }
@@ -379,7 +387,7 @@ def _activations(
                 "position_ids": ids,
                 "attention_mask": torch.zeros(1, 1, 1, 1),
                 "use_cache": False,
-                "llmft_blocks": flat.Blocks(((rows, tokens),)),
+                "llmft_blocks": flat.Blocks(((rows, tokens),), tail=_ends(model, config, rows, tokens, keep)),
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
@@ -392,6 +400,15 @@ def _activations(
             output = model(input_ids=ids, **arguments)
         del output
     return saved.totals()
+
+
+def _ends(model: Any, config: TrainConfig, rows: int, tokens: int, keep: int | None) -> Tail | None:
+    """What the last layer computes of rows with `keep` labels at their ends; one state each for a linear head."""
+    own = 1 if config.task.auto_class == "sequence_classification" else tokens if keep is None else keep + 1
+    if not takes_ends(model) or own > MOST_OF_ROWS * tokens:
+        return None
+    places = torch.zeros(rows * own, dtype=torch.long)
+    return Tail((own,) * rows, places, places)
 
 
 def lora_rank(config: TrainConfig) -> int:

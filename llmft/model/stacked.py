@@ -22,9 +22,10 @@ from typing import Any
 
 import torch
 
-from llmft.model.families import base_of, is_mixture
+from llmft.model.families import base_of, body_of, is_mixture
 from llmft.model.flat import Blocks, is_flat
 from llmft.model.fused import Share, is_dense, is_plain, lora_layers, lora_linear, share_of
+from llmft.model.tail import Last, behind_each_other, is_short, joined, last_layer
 
 
 @dataclass
@@ -61,11 +62,6 @@ def share(module: Any, known: dict[int, Any] | None = None) -> Any:
                 vars(made)[name] = copy.copy(value)  # parameters, buffers, hooks
         made._modules = {name: child and share(child, known) for name, child in module._modules.items()}
     return known[id(module)]
-
-
-def body_of(model: Any) -> Any:
-    """The part of a transformers model below its head, under any adapter."""
-    return base_of(model).base_model
 
 
 def why_alone(model: Any) -> str | None:
@@ -122,6 +118,14 @@ class _Pass:
         self.parts, self._cut = list(parts), None
         self.fused = all(is_plain(layer) for part in parts for layer in part.layers.values())
 
+    def narrow(self) -> None:
+        """From here on each part is the ends of its rows."""
+        place = 0
+        for part in self.parts:
+            part.start, place = place, place + len(part.arguments["llmft_blocks"].tail.index)
+            part.end = place
+        self._cut = None
+
     def cut(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """`x` part by part; the same tensors for every layer that takes it, so that gradients add up in one order."""
         if self._cut is None or self._cut[0] is not x:
@@ -148,10 +152,34 @@ class Joint:
         for name, module in list(self.body.named_modules()):
             if _is_function(module):
                 self.body.set_submodule(name, _BySpan(module, self._pass))
+        last = last_layer(base)
+        if last is not None and is_short(last):
+            names = {id(module): name for name, module in body_of(base).named_modules()}
+            own = self.body.get_submodule(names[id(last)])
+            own.register_forward_pre_hook(self._narrow, with_kwargs=True)
+            own.register_forward_hook(self._widen)
         self.body.train()
+
+    def _narrow(self, layer: Any, args: Any, kwargs: Any) -> None:
+        """Comes behind the hook of `llmft.model.tail`, which the layer has from the base."""
+        if isinstance(kwargs["llmft_blocks"], Last):
+            self._pass.narrow()
+
+    def _widen(self, layer: Any, args: Any, output: Any) -> None:
+        self._pass.begin(self._pass.parts)
 
     def forward(self, parts: Sequence[Part]) -> list[Any]:
         """Each part's output, as its own body would give it; one graph leads back from all."""
+        found: dict[int, Any] = {}
+        for whole in (False, True):
+            # Whether a part asks for the ends of its rows alone decides what its last layer computes.
+            own = [part for part in parts if (part.arguments["llmft_blocks"].tail is None) == whole]
+            found |= {id(part): output for part, output in zip(own, self._together(own), strict=True)}
+        return [found[id(part)] for part in parts]
+
+    def _together(self, parts: Sequence[Part]) -> list[Any]:
+        if not parts:
+            return []
         self._pass.begin(parts)
         try:
             together = self.body(**_joined([part.arguments for part in parts]))
@@ -166,17 +194,16 @@ def _joined(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     blocks = [each["llmft_blocks"] for each in arguments]
     seqlens = None
     if all(each.seqlens is not None for each in blocks):
-        offset, pieces = 0, [torch.zeros_like(blocks[0].seqlens[:1])]
-        for each in blocks:
-            pieces.append(each.seqlens[1:] + offset)
-            offset = offset + each.seqlens[-1]
-        seqlens = torch.cat(pieces)
+        seqlens = behind_each_other([each.seqlens for each in blocks])
+    tail = None
+    if blocks[0].tail is not None:
+        tail = joined([each.tail for each in blocks], [each["input_ids"].shape[1] for each in arguments])
     shapes = tuple(shape for each in blocks for shape in each.shapes)
     return {
         **arguments[0],
         "input_ids": torch.cat([each["input_ids"] for each in arguments], dim=1),
         "position_ids": torch.cat([each["position_ids"] for each in arguments], dim=1),
-        "llmft_blocks": Blocks(shapes, seqlens, max(each.longest for each in blocks)),
+        "llmft_blocks": Blocks(shapes, seqlens, max(each.longest for each in blocks), tail),
     }
 
 

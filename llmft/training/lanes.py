@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from llmft.model.families import body_of
 from llmft.model.fused import lora_layers
-from llmft.model.stacked import Joint, Part, body_of, share, why_alone
+from llmft.model.stacked import Joint, Part, share, why_alone
 from llmft.training.out_of_memory import is_out_of_memory
 from llmft.training.stopping import Signals
 

@@ -226,9 +226,10 @@ def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[st
     """Batches, one of each adapter, to its loss each, in one forward of the base."""
     import torch.nn.functional as F
 
+    from llmft.model.families import body_of
     from llmft.model.flat import flatten, takes_varlen
     from llmft.model.fused import lora_layers
-    from llmft.model.stacked import Joint, Part, body_of
+    from llmft.model.stacked import Joint, Part
 
     joint = Joint(setting.base)
     layers = [lora_layers(body_of(model)) for model in models]

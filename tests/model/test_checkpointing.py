@@ -89,7 +89,8 @@ def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quanti
     estimate = run.estimate
     told = [estimate.activations_kept, estimate.activations_selective, estimate.activations_checkpointed]
     for level, found, wanted in zip(LEVELS, peaks, told, strict=True):
-        assert 0.75 < (wanted + estimate.gradients + estimate.logits) / found < 1.05, level
+        # Above: logits and what norm and head keep are gone when the largest layer, not the last, has its turn.
+        assert 0.75 < (wanted + estimate.gradients + estimate.logits) / found < 1.1, level
 
 
 def test_no_product_with_a_weight_is_computed_twice_but_the_low_rank_one() -> None:

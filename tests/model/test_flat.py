@@ -166,20 +166,22 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
 
 
 def reference_varlen(
-    query: Any, key: Any, value: Any, starts: Any, ends: Any, most_q: int, most_k: int, **how: Any
+    query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any, most_q: int, most_k: int, **how: Any
 ) -> Any:
-    """What torch documents of its CUDA kernel, sequence by sequence."""
-    assert torch.equal(starts, ends)
-    assert starts.dtype == torch.int32
+    """What torch documents of its CUDA kernel, sequence by sequence: the last query is at the last key's place."""
+    assert of_queries.dtype == of_keys.dtype == torch.int32
     left, right = how["window_size"]
     assert right == 0
     found = []
-    for start, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
-        assert end - start <= min(most_q, most_k)
-        place = torch.arange(end - start)
-        distance = place[:, None] - place
-        seen = (distance >= 0) & (distance <= (left if left >= 0 else len(place)))
-        q, k, v = (part[start:end].transpose(0, 1)[None] for part in (query, key, value))
+    for row in range(len(of_queries) - 1):
+        places = [torch.arange(*each[row : row + 2].tolist()) for each in (of_queries, of_keys)]
+        queries, keys = len(places[0]), len(places[1])
+        assert queries <= most_q
+        assert keys <= most_k
+        distance = torch.arange(keys - queries, keys)[:, None] - torch.arange(keys)
+        seen = (distance >= 0) & (distance <= (left if left >= 0 else keys))
+        parts = (query[places[0]], key[places[1]], value[places[1]])
+        q, k, v = (part.transpose(0, 1)[None] for part in parts)
         options = {"attn_mask": seen, "scale": how["scale"], "enable_gqa": how["enable_gqa"]}
         found.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
     return torch.cat(found)

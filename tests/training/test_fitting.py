@@ -48,16 +48,16 @@ def chosen(monkeypatch: pytest.MonkeyPatch, memory: int, *overrides: str, length
 
 
 def test_less_memory_means_layers_computed_again_and_then_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    fits = [chosen(monkeypatch, mebibytes * 2**20) for mebibytes in (2000, 220, 90, 60)]
+    fits = [chosen(monkeypatch, mebibytes * 2**20) for mebibytes in (2000, 170, 90, 60)]
     assert [fit.checkpointing.value for fit in fits] == ["none", "selective", "full", "full"]
     tokens = [fit.limit.tokens or 0 for fit in fits]
     assert tokens[0] == fitting.MOST_TOKENS["cpu"]
     assert tokens[2] > tokens[3] > 0
-    for fit, mebibytes in zip(fits[:3], (2000, 220, 90), strict=True):
+    for fit, mebibytes in zip(fits[:3], (2000, 170, 90), strict=True):
         assert fit.estimate is not None
         assert fit.estimate.total <= 0.8 * mebibytes * 2**20
         assert "about" in str(fit)
-    assert chosen(monkeypatch, 220 * 2**20).to_plain() == fits[1].to_plain()
+    assert chosen(monkeypatch, 170 * 2**20).to_plain() == fits[1].to_plain()
     assert "may not fit" in str(chosen(monkeypatch, 2**20))
 
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
-from llmft.model.families import base_of
-from llmft.model.flat import flatten, is_flat, takes_varlen
+from llmft.model.families import base_of, body_of
+from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.sharding import is_sharded
-from llmft.model.stacked import body_of
+from llmft.model.tail import takes_ends
 from llmft.training.objectives.base import RowLosses
 
 
@@ -36,11 +36,18 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     base = base_of(model)
     model_class: type = type(base)
     if selects_positions(model_class) and is_flat(base):
-        flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
+        flat = _flat(base, input_ids, keep, lengths)
         return model(**flat.arguments, logits_to_keep=flat.pick(keep)).logits
     if selects_positions(model_class):
         return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
     return model(input_ids=input_ids, use_cache=False).logits[keep]
+
+
+def _flat(base: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor) -> Flat:
+    """The rows behind each other, with outputs from the first place of each that `keep` marks."""
+    firsts = torch.where(keep.any(dim=1), keep.int().argmax(dim=1), lengths - 1)
+    known = torch.stack([lengths, firsts]).tolist()
+    return flatten(input_ids, known[0], firsts=known[1] if takes_ends(base) else None, varlen=takes_varlen(base))
 
 
 def nll_at(
@@ -54,7 +61,7 @@ def nll_at(
     base = base_of(model)
     if len(targets) <= CHUNK_POSITIONS or not _in_chunks(base):
         return F.cross_entropy(logits_at(model, input_ids, keep, lengths).float(), targets, reduction="none")
-    flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
+    flat = _flat(base, input_ids, keep, lengths)
     output = body_of(base)(**flat.arguments)
     hidden = output.last_hidden_state[flat.pick(keep)]
     found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output))

@@ -1,0 +1,168 @@
+"""The last layer at the ends of rows gives what the whole last layer gives there, in every family."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import pytest
+import torch
+
+from llmft.config import LoraConfig
+from llmft.data.batch import MicroBatch
+from llmft.model import adapters, flat, stacked, tail
+from llmft.model.families import body_of, layers_of
+from llmft.training.objectives import language_modeling
+from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
+from tests.model.test_flat import CAUSAL, LENGTHS, base, everywhere, reference_varlen, rows
+from tests.model.test_stacked import LORAS, Random, gradients, lanes, loss_of
+
+WHOLE = ("falcon", "mpt", "gemma2")
+"""Families whose rows stay padded."""
+FIRSTS = [58, 30, 37, 12, 21, 20, 0, 0]
+
+
+def at_the_ends(ids: torch.Tensor) -> torch.Tensor:
+    """Every second place from the first label on, and none in one row."""
+    places = torch.arange(ids.shape[1])
+    first = torch.tensor(FIRSTS)[:, None]
+    keep = everywhere(ids) & (places >= first) & ((places - first) % 2 == 0)
+    keep[5] = False
+    return keep
+
+
+def watch_last_layer(model: Any) -> list[int]:
+    """How many tokens the last layer is computed at, call by call."""
+    seen: list[int] = []
+
+    def note(layer: Any, args: Any, kwargs: Any) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"]).shape[:-1].numel())
+
+    layers_of(model)[-1].register_forward_pre_hook(note, with_kwargs=True)
+    return seen
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+def test_logits_at_the_ends_are_those_of_each_row_alone(architecture: str) -> None:
+    model, ids = base(architecture), rows()
+    keep = at_the_ends(ids)
+    firsts = [*FIRSTS[:5], LENGTHS[5] - 1, *FIRSTS[6:]]  # a row without any has its last place computed
+    computed = sum(length - first for length, first in zip(LENGTHS, firsts, strict=True))
+    assert tail.takes_ends(model) == (architecture not in WHOLE)
+    seen = watch_last_layer(model)
+    with torch.no_grad():
+        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
+    assert seen == [len(LENGTHS) * max(LENGTHS) if architecture in WHOLE else computed]
+    with torch.no_grad():
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
+    assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("window", [None, 16])
+@pytest.mark.parametrize("varlen", [False, True])
+def test_a_window_and_the_variable_length_kernel_hold_at_the_ends_too(
+    window: int | None, varlen: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.nn.attention import varlen as kernels
+
+    monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: varlen)
+    model, ids = base("mistral", sliding_window=window), rows()
+    keep = at_the_ends(ids)
+    with torch.no_grad():
+        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
+    assert (found - expected).abs().max() < 1e-5
+
+
+def batch() -> MicroBatch:
+    ids = rows()
+    # Labels are shifted by one: the outputs are read at the ends.
+    labels = torch.where(torch.nn.functional.pad(at_the_ends(ids), (1, 0))[:, :-1] & everywhere(ids), ids, -100)
+    return MicroBatch(ids, everywhere(ids).long(), labels, torch.ones(len(ids)), None, list(range(len(ids))))
+
+
+@pytest.mark.parametrize("form", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "gpt2", "mixtral"])
+def test_losses_and_gradients_are_those_of_the_whole_layer(
+    architecture: str, form: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dry = {"gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}}.get(architecture, {})
+    model = adapters.attach(
+        base(architecture, form, **dry), LoraConfig(r=4), auto_class="causal_lm", seed=0, name="twin"
+    ).train()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02, generator=torch.Generator().manual_seed(len(name)))
+
+    def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
+        losses = LanguageModeling().losses(model, batch()).nll
+        losses.sum().backward()
+        found = [p.grad for p in model.parameters() if p.grad is not None]
+        model.zero_grad()
+        return losses.detach(), found
+
+    losses, found = run()
+    monkeypatch.setattr(language_modeling, "takes_ends", lambda model: False)
+    whole, expected = run()
+    assert torch.allclose(losses, whole, rtol=1e-5)
+    assert len(found) == len(expected)
+    assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(found, expected, strict=True))
+
+
+def test_rows_that_are_all_label_are_computed_at_once() -> None:
+    ids = rows()
+    assert flat.flatten(ids, LENGTHS, firsts=[0] * len(LENGTHS)).blocks.tail is None
+    assert flat.flatten(ids, LENGTHS, firsts=[n - 1 for n in LENGTHS]).blocks.tail is not None
+
+
+def ends(number: int) -> flat.Flat:
+    """Rows of a lane; those of the last want all outputs."""
+    lengths = ([40, 39, 17], [61], [5, 4, 3, 2, 1], [23, 22])[number]
+    ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(number))
+    firsts = [max(0, length - 2 - place) for place, length in enumerate(lengths)]
+    return flat.flatten(ids, lengths, firsts=None if number == 3 else firsts)
+
+
+@pytest.mark.parametrize("form", ["none", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen2"])
+def test_lanes_that_read_the_ends_equal_themselves_alone_to_the_bit(architecture: str, form: str) -> None:
+    model = base(architecture, form)
+    own = lanes(model, LORAS)
+    expected = []
+    for number, lane in enumerate(own):
+        torch.manual_seed(number)
+        loss = loss_of(body_of(lane)(**ends(number).arguments).last_hidden_state)
+        loss.backward()
+        expected.append((loss.detach(), gradients(lane)))
+    parts = [
+        stacked.Part(ends(number).arguments, stacked.lora_layers(body_of(lane)), Random(number))
+        for number, lane in enumerate(own)
+    ]
+    assert [part.arguments["llmft_blocks"].tail is None for part in parts] == [False, False, False, True]
+    losses = [loss_of(output.last_hidden_state) for output in stacked.Joint(model).forward(parts)]
+    torch.autograd.backward(losses)
+    for lane, loss, (wanted, its) in zip(own, losses, expected, strict=True):
+        assert torch.equal(loss.detach(), wanted)
+        assert all(torch.equal(a, b) for a, b in zip(gradients(lane), its, strict=True))
+
+
+def test_lanes_behind_each_other_keep_their_ends_apart_for_the_variable_length_kernel(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.nn.attention import varlen as kernels
+
+    monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
+    model, ids = base("mistral", sliding_window=16), rows()
+    flats = [
+        flat.flatten(ids[part], LENGTHS[part], firsts=FIRSTS[part], varlen=True) for part in (slice(0, 3), slice(3, 8))
+    ]
+    parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
+    with torch.no_grad():
+        together = stacked.Joint(model).forward(parts)
+        for each, output in zip(flats, together, strict=True):
+            own = model.model(**each.arguments).last_hidden_state
+            assert (own - output.last_hidden_state).abs().max() < 1e-5
