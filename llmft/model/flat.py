@@ -219,25 +219,31 @@ def flat_attention(
     window = kwargs.pop("sliding_window", None)
     if llmft_blocks.seqlens is not None:
         return _varlen(query, key, value, scaling, window, llmft_blocks, tail), None
-    outputs, start, row = [], 0, 0
-    for rows, width in llmft_blocks.shapes:
-        keys, values = _block(key, start, rows, width), _block(value, start, rows, width)
-        real = None
+    outputs, row = [], 0
+    shapes = llmft_blocks.shapes
+    all_keys, all_values = _by_block(key, shapes), _by_block(value, shapes)
+    queries = _by_block(query, shapes) if tail is None else []
+    for number, (rows, width) in enumerate(shapes):
+        keys, values, real = all_keys[number], all_values[number], None
         if tail is None:
-            own = _block(query, start, rows, width)
+            own = queries[number]
             mask = None if window is None or width <= window else _band(width, window, query.device)
         else:
             own, mask, real = tail.block(query, row, rows, width, window)
         output, _ = sdpa_attention_forward(module, own, keys, values, mask, dropout, scaling, **kwargs)
         output = output.flatten(0, 1)
         outputs.append(output if real is None else output.index_select(0, real))
-        start, row = start + rows * width, row + rows
+        row += rows
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
 
 
-def _block(part: torch.Tensor, start: int, rows: int, width: int) -> torch.Tensor:
-    """(rows, heads, width, head_dim) of a (1, heads, tokens, head_dim) tensor."""
-    return part[0, :, start : start + rows * width].unflatten(1, (rows, width)).transpose(0, 1)
+def _by_block(part: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
+    """(rows, heads, width, head_dim) block by block of a (1, heads, tokens, head_dim) tensor.
+
+    Cut at once, so that the gradient is put together at once: that of a slice is a whole tensor of zeros with a part.
+    """
+    cut = part.squeeze(0).split([rows * width for rows, width in shapes], dim=1)
+    return [own.unflatten(1, shape).transpose(0, 1) for own, shape in zip(cut, shapes, strict=True)]
 
 
 def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
