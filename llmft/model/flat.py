@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from llmft.model import rotary
 from llmft.model.families import base_of
 from llmft.model.tail import Asked, Last, Tail, ends_of_rows, shorten
 
@@ -101,6 +102,7 @@ def enable(model: Any) -> bool:
     register()
     model.set_attn_implementation(NAME)
     shorten(model)
+    rotary.install(module)
     return True
 
 

@@ -65,7 +65,7 @@ def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
 def environment(folder: Path) -> dict[str, str]:
     """The same for all."""
     kept = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
-    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache"), "OMP_WAIT_POLICY": "PASSIVE"}
+    own = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     return {**kept, **own}
 
 

@@ -58,10 +58,8 @@ class Runner:
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(work.parent / "cache"),
-            # Two threads that wait for each other on shared cores must not spin: the same for all.
-            "OMP_WAIT_POLICY": "PASSIVE",
         }
-        for name in ("OMP_NUM_THREADS", "PYTHONPATH"):
+        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH"):
             environment.pop(name, None)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)

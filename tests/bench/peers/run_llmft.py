@@ -9,11 +9,13 @@ from pathlib import Path
 here = Path(__file__).resolve().parent
 root = here.parents[2]
 sys.path.insert(0, str(root))  # this checkout, whichever is installed
-# As `python -m llmft` sets them.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 from common import Gate, read_work
 
+from llmft.environment import threads_wait_briefly
+
+# As `python -m llmft` sets them.
+threads_wait_briefly()
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 work = read_work()
 from llmft.libraries import load_libraries
 
