@@ -603,7 +603,7 @@ class SweepConfig:
 
     name: str | None = None
     question: str | None = None
-    workers: Any = 1
+    workers: Any = "auto"
     stack: Any = 1
     halving: bool = False
     time_limit: str | None = None

@@ -126,14 +126,13 @@ class Bench:
 
         from llmft.build import optimizer_factory
         from llmft.config import TrainConfig
-        from llmft.environment import usable_cores
+        from llmft.environment import sensible_threads
         from llmft.model import adapters
         from llmft.model.hub import locate
         from llmft.model.load import TORCH_DTYPES, load_base, model_config, pick_device, pick_precision
         from llmft.model.quantization import weight_counts
         from llmft.schema import from_plain
         from llmft.training.finetuner import parameter_groups
-        from llmft.training.session import SMALL_MODEL_WEIGHTS
 
         self.case = case
         self.config: TrainConfig = from_plain(case.config, TrainConfig)
@@ -158,9 +157,8 @@ class Bench:
             seed=0,
             keep=False,
         )
-        counts = weight_counts(self.base)
-        small = sum(counts.values()) < SMALL_MODEL_WEIGHTS
-        torch.set_num_threads(config.trainer.threads or (1 if small else usable_cores()))
+        weights = sum(weight_counts(self.base).values())
+        torch.set_num_threads(config.trainer.threads or sensible_threads(weights))
         if config.lora.enabled:
             self.model = adapters.attach(self.base, config.lora, auto_class="causal_lm", seed=0, name=config.model.id)
         else:

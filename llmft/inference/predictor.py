@@ -21,7 +21,7 @@ from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import IGNORE, Encoded
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
-from llmft.environment import usable_cores
+from llmft.environment import sensible_threads
 from llmft.errors import ConfigError
 from llmft.files import staged_file
 from llmft.inference.asked import Asked
@@ -41,7 +41,6 @@ from llmft.training.scoring import make_objective
 
 BATCHES_A_PART = 4
 """Batches between two writings: what a kill costs."""
-SMALL_MODEL_WEIGHTS = 10_000_000
 
 
 class Predictor:
@@ -99,8 +98,8 @@ class Predictor:
             keep=adapters.reusable(config.lora),
         )
         counts = weight_counts(base)
-        small = counts["4-bit"] + counts["8-bit"] + counts["full"] < SMALL_MODEL_WEIGHTS
-        torch.set_num_threads(self.options.threads or (1 if small else usable_cores()))
+        weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
+        torch.set_num_threads(self.options.threads or sensible_threads(weights))
         base.config.pad_token_id = self.tokenizer.pad_token_id
         if head:
             renew_head(base, stream(config.seed, "head") if config.lora.enabled else None)

@@ -122,6 +122,12 @@ def _cached(repo: str, revision: str) -> Path | None:
     return directory if (directory / "config.json").is_file() and has_weights(directory) else None
 
 
+def weight_bytes(located: Located) -> int | None:
+    """Of the weights' files; None for a model without any."""
+    files = [] if located.directory is None else list(located.directory.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files) or None
+
+
 def has_weights(directory: Path) -> bool:
     """Whether all safetensors files that the directory's index names are there."""
     if (directory / "model.safetensors").is_file():

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,16 @@ class WorkerProcess:
         os.close(writing)
         os.set_blocking(reading, False)
         return cls(process, reading, log, [trial] if trial is not None else [], ready=trial is not None)
+
+    def begin(self, log: Path, share: Share) -> None:
+        """Tells it where to print, and which cores to use."""
+        if self.log != log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                file.write(self.log.read_bytes())
+            self.log.unlink()
+            self.log = log
+        self.order(do="begin", log=str(log), cores=share.cores)
 
     @property
     def idle(self) -> bool:
@@ -145,17 +156,55 @@ class WorkerProcess:
             self.events_fd = -1
 
 
-def environments(workers: int) -> list[dict[str, str]]:
+class Spare:
+    """A worker that loads its libraries while it is planned what for; ended where nobody takes it."""
+
+    def __init__(self) -> None:
+        handle, name = tempfile.mkstemp(prefix="llmft-worker-", suffix=".log")
+        os.close(handle)
+        self._worker: WorkerProcess | None = WorkerProcess.start(Path(name), {})
+
+    def take(self) -> WorkerProcess | None:
+        """The worker, if it is still there; the taker tells it to `begin`."""
+        if self._worker is None or self._worker.process.poll() is not None:
+            return None
+        taken, self._worker = self._worker, None
+        return taken
+
+    def __enter__(self) -> Spare:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._worker is not None:
+            self._worker.signal(signal.SIGKILL)
+            self._worker.process.wait()
+            self._worker.close()
+            self._worker.log.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker may use of the machine.
+
+    Attributes:
+        environment: variables that are set before it begins.
+        cores: None for all.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    cores: list[int] | None = None
+
+
+def shares_of_machine(workers: int) -> list[Share]:
     """What each of several workers may use: a fair share of the GPUs where there are any, else of the cores."""
     if workers == 1:
-        return [{}]
+        return [Share()]
     gpus = visible_gpus()
     if gpus:
         shares = [gpus[place::workers] or [gpus[place % len(gpus)]] for place in range(workers)]
-        return [{"CUDA_VISIBLE_DEVICES": ",".join(share)} for share in shares]
+        return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
-    shares_of_cores = [cores[place::workers] or [cores[place % len(cores)]] for place in range(workers)]
-    return [{"LLMFT_CORES": ",".join(map(str, share))} for share in shares_of_cores]
+    return [Share(cores=cores[place::workers] or [cores[place % len(cores)]]) for place in range(workers)]
 
 
 def how_it_died(code: int) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from llmft.files import held
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
+from llmft.sweeping.process import Spare
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.space import Space, make_space
 from llmft.sweeping.study import Study, import_optuna
@@ -40,6 +41,18 @@ def run_search(
     TrialsFailed at the end when some failed; Interrupted when a signal ended it.
     """
     import_optuna()
+    with Spare() as spare:
+        return _run_search(planner, settings, overrides, fixed, command, spare)
+
+
+def _run_search(
+    planner: Planner,
+    settings: SearchConfig,
+    overrides: Sequence[Any],
+    fixed: Sequence[str],
+    command: str,
+    spare: Spare,
+) -> Sweep:
     space = make_space(overrides, settings.conditions or {})
     if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
         raise ConfigError("seed: varied and in hydra.sweeper.seeds too; leave one out.")
@@ -56,7 +69,7 @@ def run_search(
         if sweep.config.force:
             study_file.unlink(missing_ok=True)
         study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
-        search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
+        search, supervisor = _begin(study, settings, sweep, maker, screen, probes, spare)
         tell_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
@@ -73,11 +86,17 @@ def run_search(
 
 
 def _begin(
-    study: Study, settings: SearchConfig, sweep: Sweep, maker: TrialMaker, screen: Screen, probes: list[Trial]
+    study: Study,
+    settings: SearchConfig,
+    sweep: Sweep,
+    maker: TrialMaker,
+    screen: Screen,
+    probes: list[Trial],
+    spare: Spare,
 ) -> tuple[Search, Supervisor]:
     config = sweep.config
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
-    supervisor = Supervisor(sweep, progress)
+    supervisor = Supervisor(sweep, progress, spare)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
     at_once = supervisor.count_workers(probes, search.wanted * search.num_seeds)
     search.workers = at_once * max(probe.lanes for probe in probes)

@@ -13,11 +13,11 @@ from functools import partial
 from typing import Any, Protocol
 
 from llmft.config import seconds_of
-from llmft.environment import visible_gpus
+from llmft.environment import available_memory, usable_cores, visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
 from llmft.sweeping.halving import Halving
-from llmft.sweeping.process import WorkerProcess, environments, how_it_died
+from llmft.sweeping.process import Share, Spare, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
 
@@ -27,6 +27,8 @@ GRACE_S = 60.0
 """How long a worker that is asked to stop may take to save."""
 LEAVE_S = 20.0
 """How long a worker that leaves by itself may take."""
+WORKER_BYTES = 2 * 2**30
+"""Memory that is left for each of several workers: their libraries take a quarter of it."""
 BUSY_AGAIN_S = 3.0
 """How long a trial that another process is training waits before it is looked at again."""
 
@@ -136,8 +138,10 @@ class Supervisor:
         stopped_because: why the sweep ended before its end; None for one that went through.
     """
 
-    def __init__(self, sweep: Sweep, progress: SweepProgress) -> None:
+    def __init__(self, sweep: Sweep, progress: SweepProgress, spare: Spare | None = None) -> None:
+        """With a `spare` worker it begins at once."""
         self.sweep = sweep
+        self._spare = spare
         self.settings = sweep.config.sweep
         self.progress = progress
         self.stopped_because: str | None = None
@@ -157,12 +161,16 @@ class Supervisor:
 
         Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
         """
-        count = self.count_workers(check, len(check) if at_most is None else at_most)
-        shares = environments(count)
+        count = (
+            self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
+        )
+        shares = shares_of_machine(count)
         before = self._take_signals()
         self.progress.start()
         try:
-            self._check(check, shares[0])
+            for slot, share in enumerate(shares):
+                self._start(slot, share)
+            self._check(check)
             while not self._over(source):
                 self._hand_out(source, shares)
                 self._listen(source)
@@ -182,18 +190,28 @@ class Supervisor:
         busy = any(process.trials for process in self._processes)
         return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
 
-    def count_workers(self, trials: list[Trial], at_most: int) -> int:
-        """How many processes there is use for."""
+    def count_workers(self, trials: list[Trial], at_most: int, *, grid: bool = False) -> int:
+        """How many processes there is use for.
+
+        What a search suggests depends on their number, so that it is only a grid that takes what cores there are.
+        """
         wanted = self.settings.workers
-        count = max(1, len(visible_gpus())) if wanted == "auto" else int(wanted)
+        count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
         if count > 1 and any(trial.distributed for trial in trials):
             self.progress.say("trials of several devices run one at a time.")
             return 1
         return max(1, min(count, at_most))
 
-    def _check(self, trials: list[Trial], share: dict[str, str]) -> None:
+    def _side_by_side(self, trials: list[Trial]) -> int:
+        """Workers on a machine without GPUs: one for each core where trials use no more, as memory allows."""
+        if self.halving is not None or not all(trial.single_threaded for trial in trials):
+            return 1
+        memory = available_memory()
+        return usable_cores() if memory is None else max(1, min(usable_cores(), memory // WORKER_BYTES))
+
+    def _check(self, trials: list[Trial]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""
-        worker = self._start(0, share)
+        worker = self._processes[0]
         # What hangs here hangs in its trial too, where it costs that one alone.
         limit = max(START_S, self._limits[1] or 0.0)
         while not worker.ready and worker.process.poll() is None and not self.signalled:
@@ -216,15 +234,22 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------ its parts
 
-    def _start(self, slot: int, share: dict[str, str], trial: Trial | None = None) -> WorkerProcess:
-        started = WorkerProcess.start(self.sweep.directory / f"worker-{slot}.log", share, trial)
+    def _start(self, slot: int, share: Share, trial: Trial | None = None) -> WorkerProcess:
+        log = self.sweep.directory / f"worker-{slot}.log"
+        started = None
+        if trial is None and not share.environment and self._spare is not None:
+            started = self._spare.take()
+        if started is None:
+            started = WorkerProcess.start(log, share.environment, trial)
+        if trial is None:
+            started.begin(log, share)
         if slot < len(self._processes):
             self._processes[slot] = started
         else:
             self._processes.append(started)
         return started
 
-    def _hand_out(self, source: Source, shares: list[dict[str, str]]) -> None:
+    def _hand_out(self, source: Source, shares: list[Share]) -> None:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
             worker = self._processes[slot] if slot < len(self._processes) else None
@@ -233,7 +258,7 @@ class Supervisor:
             trial = self._next(source)
             if trial is None:
                 continue
-            workers = sum(map(self._free, range(len(shares))))
+            workers = sum(not worker.trials for worker in self._processes)
             trials = [trial, *self._company(source, trial, workers)]
             for each in trials:
                 each.status, each.log = "running", each.run.log_file

@@ -14,6 +14,7 @@ from rich.table import Table
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
+from llmft.sweeping.process import Spare
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
@@ -28,7 +29,11 @@ def run_grid(
     Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
     when some failed; Interrupted when a signal ended it.
     """
-    sweep = make_sweep(planner, jobs, fixed, command, first)
+    with Spare() as spare:
+        return _run_grid(make_sweep(planner, jobs, fixed, command, first), spare)
+
+
+def _run_grid(sweep: Sweep, spare: Spare) -> Sweep:
     screen = Screen()
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
@@ -37,7 +42,7 @@ def run_grid(
     if sweep.config.sweep.halving:
         check_halving(sweep.trials, sweep.swept)
     tell_plan(sweep, screen)
-    supervisor = Supervisor(sweep, progress)
+    supervisor = Supervisor(sweep, progress, spare)
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:
@@ -58,7 +63,8 @@ def run_grid(
 def _import_report() -> None:
     """What the report needs, while the workers train and this process only waits for them."""
     import pyarrow.parquet  # noqa: F401
-    import scipy.special  # noqa: F401
+    import scipy.special
+    import scipy.stats  # noqa: F401
 
     import llmft.sweeping.answer  # noqa: F401
 

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import ModelInit, TrainConfig
-from llmft.environment import visible_gpus
+from llmft.environment import sensible_threads, visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
-from llmft.model.hub import Located
+from llmft.model.hub import Located, weight_bytes
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
@@ -41,6 +41,7 @@ class Trial:
         cause: what ended a trial that failed: error, exit, signal, time, silence.
         row_characters: mean length of its training rows.
         num_labels: classes of its data, which a base with a head is loaded for.
+        weight_bytes: of its model's files; None where there are none.
     """
 
     number: int
@@ -57,6 +58,7 @@ class Trial:
     log: Path | None = None
     row_characters: float = 0.0
     num_labels: int = 0
+    weight_bytes: int | None = None
 
     @property
     def command(self) -> str:
@@ -102,6 +104,17 @@ class Trial:
         return max(1, min(MOST_LANES, int(gaining / tokens)))
 
     @property
+    def single_threaded(self) -> bool:
+        """Whether it computes on one thread of the CPU, wherever it runs."""
+        trainer = self.config.trainer
+        if trainer.accelerator not in ("auto", "cpu"):
+            return False
+        if trainer.threads is not None or self.weight_bytes is None:
+            return trainer.threads == 1
+        # Two bytes a weight is the least for files of weights: a small model is rather missed than a large one taken.
+        return sensible_threads(self.weight_bytes // 2) == 1
+
+    @property
     def distributed(self) -> bool:
         """Whether it takes several processes itself."""
         trainer = self.config.trainer
@@ -137,7 +150,7 @@ class Planner:
     def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
         self.compose = compose
         self.explain = explain
-        self._known: dict[str, tuple[str, Located, float, int]] = {}
+        self._known: dict[str, tuple[str, Located, float, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
@@ -171,13 +184,22 @@ class Planner:
             rows = prepared.conversations["train"]
             characters = sum(len(message["content"]) for row in rows for message in row.messages)
             mean = characters / max(1, len(rows))
-            self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels))
-        fingerprint, located, characters_a_row, num_labels = self._known[key]
+            size = weight_bytes(prepared.located)
+            self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels), size)
+        fingerprint, located, characters_a_row, num_labels, size = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in own]
         arguments = [*_options(), *overrides, *_single(overrides)]
         return Trial(
-            number, shown, arguments, config, run.key, run, row_characters=characters_a_row, num_labels=num_labels
+            number,
+            shown,
+            arguments,
+            config,
+            run.key,
+            run,
+            row_characters=characters_a_row,
+            num_labels=num_labels,
+            weight_bytes=size,
         )
 
 

@@ -6,6 +6,7 @@ supervisor is gone, the input ends: the worker saves the run under way and leave
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -106,9 +107,6 @@ def watch_of_environment() -> Teller | None:
 def main() -> None:
     """The process."""
     faulthandler.enable()
-    cores = os.environ.get("LLMFT_CORES")
-    if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
     orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
     teller = Teller(os.fdopen(int(sys.argv[1]), "w"), orders)
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
@@ -119,10 +117,30 @@ def main() -> None:
 
     teller.tell("ready")
     while (order := orders.get()) is not None:
-        if order["do"] == "check":
+        if order["do"] == "begin":
+            _begin(order["log"], order["cores"])
+        elif order["do"] == "check":
             teller.tell("checked", wrong=_check(order["configs"]))
         elif order["do"] == "train" and not _train_all(order["trials"], teller):
             sys.exit(1)  # a library may be left in any state: a new process takes the next trial
+
+
+def _begin(log: str, cores: list[int] | None) -> None:
+    """From now on prints into `log`, and computes on `cores`."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    os.dup2(handle, 1)
+    os.dup2(handle, 2)
+    os.close(handle)
+    if cores is None or not hasattr(os, "sched_setaffinity"):
+        return
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
+    import torch
+
+    torch.set_num_threads(len(cores))  # it has counted the cores before
 
 
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:

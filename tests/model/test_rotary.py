@@ -1,4 +1,4 @@
-"""Rotary positions in one step have transformers' numbers and gradients, where a family's function is the common one."""
+"""Rotary positions in one step have transformers' numbers, where a family's function is the common one."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ import pytest
 
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
-from llmft.sweeping.process import environments, how_it_died
+from llmft.sweeping.process import how_it_died, shares_of_machine
 from llmft.sweeping.trials import identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -358,12 +358,15 @@ def test_memory_after_twenty_trials_is_what_it_was_after_two(tmp_path: Path) -> 
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
     assert visible_gpus() == ["0", "2", "5"]
-    assert environments(2) == [{"CUDA_VISIBLE_DEVICES": "0,5"}, {"CUDA_VISIBLE_DEVICES": "2"}]
-    assert environments(4)[3] == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert [s.environment for s in shares_of_machine(2)] == [
+        {"CUDA_VISIBLE_DEVICES": "0,5"},
+        {"CUDA_VISIBLE_DEVICES": "2"},
+    ]
+    assert shares_of_machine(4)[3].environment == {"CUDA_VISIBLE_DEVICES": "0"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    shares = [share["LLMFT_CORES"].split(",") for share in environments(2)]
+    shares = [share.cores or [] for share in shares_of_machine(2)]
     assert len(shares) == 2
-    assert sorted({core for share in shares for core in share}) == sorted(map(str, os.sched_getaffinity(0)))
+    assert sorted({core for share in shares for core in share}) == sorted(os.sched_getaffinity(0))
     assert usable_cores() == len(os.sched_getaffinity(0))
 
 

@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
 from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
@@ -172,16 +171,14 @@ def fixed_overrides(config: Any) -> list[str]:
 
 def make_planner(loader: Any, master: Any) -> Planner:
     """A planner that composes with Hydra."""
+    from llmft.sweeping.composing import Composer
     from llmft.sweeping.trials import Planner
 
     stacked = master.hydra.runtime.choices.get("hydra/launcher") == "stacked"
+    composer = Composer(loader, master)
 
     def compose(overrides: Sequence[str]) -> TrainConfig:
-        composed = loader.load_sweep_config(master, list(overrides))
-        HydraConfig.instance().set_config(composed)  # ${hydra:…} in a config
-        with open_dict(composed):
-            del composed["hydra"]
-        made = config_of_command(composed, TrainConfig)
+        made = config_of_command(composer(overrides), TrainConfig)
         if stacked and made.sweep.stack == 1:
             made.sweep.stack = "auto"
         return made
