@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -24,8 +25,9 @@ import pytest
 
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
-from llmft.sweeping.process import how_it_died, shares_of_machine
-from llmft.sweeping.trials import identity_of, refuse, varying
+from llmft.sweeping import supervisor
+from llmft.sweeping.process import Share, Spare, how_it_died, shares_of_machine
+from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
 
@@ -52,17 +54,21 @@ if os.environ.get("SABOTAGE"):
 """Started with every Python process: what no config can name, since targets are allow-listed."""
 
 
+ONE = "sweep.workers=1"
+"""Else the machine's cores would decide which trials are under way when something happens."""
+
+
 def sweep(tmp_path: Path, *arguments: str, timeout: float = 180, sabotage: str = "") -> Any:
-    """Runs a sweep below tmp_path, with seeds that misbehave as `sabotage` says."""
+    """Runs a sweep below tmp_path by one worker, with seeds that misbehave as `sabotage` says."""
     (tmp_path / "sabotage").mkdir(exist_ok=True)
     (tmp_path / "sabotage" / "sitecustomize.py").write_text(SABOTAGE)
     path = os.pathsep.join([str(tmp_path / "sabotage"), str(ROOT)])
-    return llmft("-m", *SMALL, *arguments, cwd=tmp_path, timeout=timeout, PYTHONPATH=path, SABOTAGE=sabotage)
+    return llmft("-m", *SMALL, ONE, *arguments, cwd=tmp_path, timeout=timeout, PYTHONPATH=path, SABOTAGE=sabotage)
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-m", "llmft", "-m", *SMALL, *arguments],
+        [sys.executable, "-m", "llmft", "-m", *SMALL, ONE, *arguments],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -355,6 +361,66 @@ def test_memory_after_twenty_trials_is_what_it_was_after_two(tmp_path: Path) -> 
     assert used[21] < used[2] * 1.05
 
 
+def supervisor_of(*trials: Any, workers: Any = "auto") -> Any:
+    from llmft.sweeping.supervisor import Supervisor
+
+    config = compose(f"sweep.workers={workers}")
+    return Supervisor(SimpleNamespace(config=config, trials=list(trials)), SimpleNamespace(say=print))  # type: ignore[arg-type]
+
+
+def trial_of(number: int, *overrides: str, weight_bytes: int | None = 2**20) -> Trial:
+    return Trial(number, [], [], compose(*overrides), "", SimpleNamespace(), weight_bytes=weight_bytes)  # type: ignore[arg-type]
+
+
+def test_small_models_take_a_worker_per_core_and_others_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "visible_gpus", list)
+    monkeypatch.setattr(supervisor, "usable_cores", lambda: 4)
+    monkeypatch.setattr(supervisor, "available_memory", lambda: 64 * 2**30)
+    small = [trial_of(number, "trainer.accelerator=cpu") for number in range(6)]
+
+    def count(trials: list[Trial], **how: Any) -> int:
+        return supervisor_of(*trials, workers=how.pop("workers", "auto")).count_workers(trials, len(trials), grid=True)
+
+    assert count(small) == 4
+    assert count(small[:3]) == 3
+    assert count(small, workers=2) == 2
+    assert count([*small, trial_of(6, weight_bytes=10**9)]) == 1
+    assert count([*small, trial_of(6, weight_bytes=None)]) == 1
+    assert count([trial_of(n, "trainer.threads=1", weight_bytes=None) for n in range(5)]) == 4
+    assert count([trial_of(n, "trainer.threads=2") for n in range(5)]) == 1
+    assert supervisor_of(*small).count_workers(small, 6) == 1, "a search's suggestions depend on the number"
+    monkeypatch.setattr(supervisor, "available_memory", lambda: 5 * 2**30)
+    assert count(small) == 2
+    monkeypatch.setattr(supervisor, "visible_gpus", lambda: ["0", "1", "2"])
+    assert count(small) == 3
+
+
+def test_a_worker_that_began_before_the_plan_prints_into_the_sweeps_log_or_leaves(tmp_path: Path) -> None:
+    with Spare() as spare:
+        worker = spare.take()
+        assert worker is not None
+        assert spare.take() is None
+        early = worker.log
+        worker.begin(tmp_path / "sweep/worker-0.log", Share(cores=[min(os.sched_getaffinity(0))]))
+        assert not early.exists()
+        worker.order(do="check", configs={})
+        deadline = time.monotonic() + 60
+        told: list[str] = []
+        while "checked" not in told and time.monotonic() < deadline:
+            told += [event["event"] for event in worker.events()]
+            time.sleep(0.05)
+        assert told == ["ready", "checked"]
+        assert os.sched_getaffinity(worker.process.pid) == {min(os.sched_getaffinity(0))}
+        worker.close()
+    worker.process.wait(20)
+    assert worker.log.exists()
+    with Spare() as spare:
+        unused = spare._worker
+    assert unused is not None
+    assert unused.process.poll() is not None
+    assert not unused.log.exists()
+
+
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
     assert visible_gpus() == ["0", "2", "5"]
@@ -493,17 +559,14 @@ def test_a_log_that_is_named_says_where_a_trial_broke(tmp_path: Path) -> None:
 
 
 def test_what_was_done_before_counts_as_success_when_others_fail_alike() -> None:
-    from types import SimpleNamespace
-
-    from llmft.sweeping.supervisor import Supervisor
-
     def stopped(earlier: str) -> str | None:
         trials: list[Any] = [SimpleNamespace(status=earlier, error=None)]
-        supervisor = Supervisor(SimpleNamespace(config=compose(), trials=trials), SimpleNamespace())  # type: ignore[arg-type]
+        own = supervisor_of(*trials)
+        trials = own.sweep.trials
         for _ in range(3):
             trials.append(SimpleNamespace(status="failed", error="boom"))
-            supervisor._count_errors(trials[-1])
-        return supervisor.stopped_because
+            own._count_errors(trials[-1])
+        return own.stopped_because
 
     assert stopped("done") is None
     assert stopped("pending") is not None
