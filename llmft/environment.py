@@ -9,6 +9,7 @@ import platform
 import signal
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ PACKAGES = (
 )
 
 
+@lru_cache(maxsize=1)
 def versions() -> dict[str, str | None]:
     """Installed versions of the packages that take part; None for one that is missing."""
     found: dict[str, str | None] = {"python": platform.python_version()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -173,6 +173,53 @@ def first_line(error: BaseException) -> str:
     return (lines[0] if lines else type(error).__name__)[:300]
 
 
+@dataclass(frozen=True)
+class _Wanted:
+    """What `load_base` is asked for."""
+
+    model: ModelConfig
+    located: Located
+    quantization: QuantizationConfig
+    auto_class: str
+    num_labels: int
+    dtype: torch.dtype
+    device: torch.device
+    seed: int
+    vocab_size: int | None
+
+    @property
+    def key(self) -> str:
+        """Equal for bases with the same weights in the same place."""
+        model, random = self.model, self.model.init is ModelInit.random
+        kind = [numbers_of(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
+        own = [self.seed, self.vocab_size] if random else []
+        return canonical([to_plain(model), self.located.fingerprint, *kind, *own])
+
+    @property
+    def full_precision(self) -> list[str]:
+        """Modules that are not quantised: what the model's file names, and all parts of a new head."""
+        head = heads.NAMES if self.auto_class == "sequence_classification" else ()
+        return [*self.model.skip_modules, *head]
+
+    @contextlib.contextmanager
+    def seeded(self) -> Iterator[None]:
+        """Random numbers of its own for new weights."""
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(self.seed)
+            yield
+
+    def config(self) -> Any:
+        """transformers' config of it."""
+        found = model_config(self.model, self.located)
+        families.check_task(self.model, found, self.auto_class)
+        if self.auto_class == "sequence_classification":
+            found.num_labels = self.num_labels
+        if self.model.init is ModelInit.random and self.vocab_size is not None:
+            found.vocab_size = self.vocab_size
+        families.prepare(found.model_type)
+        return found
+
+
 def load_base(
     model: ModelConfig,
     located: Located,
@@ -193,20 +240,13 @@ def load_base(
     `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
-    key = canonical(
-        [to_plain(model), located.fingerprint, numbers_of(quantization), auto_class, num_labels]
-        + [str(dtype), str(device)]
-        + ([seed, vocab_size] if model.init is ModelInit.random else [])
-    )
-    if keep and _kept.key == key:
+    wanted = _Wanted(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+    if keep and _kept.key == wanted.key:
         return _kept.model
     drop_base()
     _kept.any_before = True
     try:
-        if model.init is ModelInit.random:
-            base = _random(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
-        else:
-            base = _pretrained(model, located, quantization, auto_class, num_labels, dtype, device, seed, warn)
+        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -218,7 +258,7 @@ def load_base(
     base.requires_grad_(False)
     base.eval()
     if keep:
-        _kept.key, _kept.model = key, base
+        _kept.key, _kept.model = wanted.key, base
     return base
 
 
@@ -247,99 +287,57 @@ def auto_model(auto_class: str) -> Any:
     }[auto_class]
 
 
-def _prepared_config(
-    model: ModelConfig, located: Located, auto_class: str, num_labels: int, vocab_size: int | None
-) -> Any:
-    config = model_config(model, located)
-    families.check_task(model, config, auto_class)
-    if auto_class == "sequence_classification":
-        config.num_labels = num_labels
-    if vocab_size is not None:
-        config.vocab_size = vocab_size
-    return config
-
-
-def _random(
-    model: ModelConfig,
-    located: Located,
-    quantization: QuantizationConfig,
-    auto_class: str,
-    num_labels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    vocab_size: int | None,
-) -> Any:
-    config = _prepared_config(model, located, auto_class, num_labels, vocab_size)
-    families.prepare(config.model_type)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        with torch.device(device):
-            base = auto_model(auto_class).from_config(config, dtype=dtype, **_attention(model))
-    quantize_in_place(base, quantization, dtype, _full_precision(model, auto_class), device)
+def _random(wanted: _Wanted) -> Any:
+    config = wanted.config()
+    with wanted.seeded(), torch.device(wanted.device):
+        base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **_attention(wanted.model))
+    quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device)
     return base
 
 
-def _full_precision(model: ModelConfig, auto_class: str) -> list[str]:
-    """Modules that are not quantised: what the model's file names, and all parts of a new head."""
-    return [*model.skip_modules, *(heads.NAMES if auto_class == "sequence_classification" else ())]
-
-
-def _pretrained(
-    model: ModelConfig,
-    located: Located,
-    quantization: QuantizationConfig,
-    auto_class: str,
-    num_labels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    warn: Callable[[str], None],
-) -> Any:
+def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
-    config = _prepared_config(model, located, auto_class, num_labels, None)
-    families.prepare(config.model_type)
+    config = wanted.config()
+    factory = auto_model(wanted.auto_class)
+    directory = wanted.located.directory
+    assert directory is not None
     with torch.device("meta"):
-        skeleton = auto_model(auto_class).from_config(config, dtype=dtype)
-    skip = unquantized_modules(skeleton, _full_precision(model, auto_class))
-    four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+        skeleton = factory.from_config(config, dtype=wanted.dtype)
+    skip = unquantized_modules(skeleton, wanted.full_precision)
+    four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
     fused = four_bit and bool(fused_shapes(skeleton))
     del skeleton
 
     def load(*around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
         with contextlib.ExitStack() as stack:
-            for context in around:
+            for context in (*around, wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
-            stack.enter_context(torch.random.fork_rng(devices=[device] if device.type == "cuda" else []))
-            torch.manual_seed(seed)  # a new classification head is random
-            base, found = auto_model(auto_class).from_pretrained(
-                located.directory,
+            base, found = factory.from_pretrained(
+                directory,
                 config=config,
-                dtype=dtype,
-                quantization_config=bitsandbytes_config(quantization, dtype, skip),
-                device_map={"": device},
+                dtype=wanted.dtype,
+                quantization_config=bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
+                device_map={"": wanted.device},
                 local_files_only=True,
                 use_safetensors=True,
-                trust_remote_code=model.trust_remote_code,
+                trust_remote_code=wanted.model.trust_remote_code,
                 output_loading_info=True,
-                **_attention(model),
+                **_attention(wanted.model),
             )
-        assert located.directory is not None
-        _refuse_missing(base, located.directory, found, auto_class)
+        _refuse_missing(base, directory, found, wanted.auto_class)
         return base, found
 
-    cache = _base_cache(model, located, quantization, auto_class, num_labels, dtype, device, skip, warn)
+    cache = _base_cache(wanted, skip, warn)
     if cache is not None and cache.found():
         try:
-            restorer = Restorer(cache.read(device))
+            restorer = Restorer(cache.read(wanted.device))
             base, _ = load(restorer.reading())
             restorer.finish(base)
             return base
         except (Damaged, ConfigError) as error:
             cache.drop(first_line(error))
     if fused:
-        assert located.directory is not None
-        base, found = load(quantizing_with(quantizer_class()), reading(slices(located.directory)))
+        base, found = load(quantizing_with(quantizer_class()), reading(slices(directory)))
     else:
         base, found = load()
     counts = weight_counts(base)
@@ -348,34 +346,25 @@ def _pretrained(
     return base
 
 
-def _base_cache(
-    model: ModelConfig,
-    located: Located,
-    quantization: QuantizationConfig,
-    auto_class: str,
-    num_labels: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    skip: list[str],
-    warn: Callable[[str], None],
-) -> BaseCache | None:
+def _base_cache(wanted: _Wanted, skip: list[str], warn: Callable[[str], None]) -> BaseCache | None:
     """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted."""
+    model, quantization = wanted.model, wanted.quantization
     if quantization.format is QuantizationFormat.none or not quantization.cache:
         return None
     installed = versions()
     identity = canonical(
         [
             [model.id, model.revision] if model.path is None else None,
-            located.fingerprint,
+            wanted.located.fingerprint,
             model.load_overrides,
             numbers_of(quantization),
             skip,
-            [auto_class, num_labels],
-            [str(dtype), device.type],
+            [wanted.auto_class, wanted.num_labels],
+            [str(wanted.dtype), wanted.device.type],
             [installed["bitsandbytes"], installed["transformers"]],
         ]
     )
-    label = f"{model.label} {quantization.format.value} {str(dtype).removeprefix('torch.')}"
+    label = f"{model.label} {quantization.format.value} {str(wanted.dtype).removeprefix('torch.')}"
     return BaseCache(identity, label, int(quantization.cache_gib * 2**30), warn)
 
 

@@ -29,7 +29,9 @@ import bitsandbytes, transformers.models.llama.modeling_llama
 from llmft.config import ModelConfig, QuantizationConfig, QuantizationFormat
 from llmft.model.hub import locate
 from llmft.model.load import load_base
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
+get_checkpoint_conversion_mapping("llama")  # 0.15 s once in a process, for a table that PEFT asks for in any case
 torch.set_num_threads(2)
 model = ModelConfig(name="llama", id="random/llama", architecture="llama", path=sys.argv[1])
 quantization = QuantizationConfig(QuantizationFormat(sys.argv[2]), cache=sys.argv[3] == "cached")
