@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import subprocess
@@ -63,15 +64,60 @@ MISTAKES = [
 ]
 
 
+ONE_AFTER_ANOTHER = """
+import contextlib, io, json, sys
+from llmft.train import main
+answers = []
+for arguments in json.load(sys.stdin):
+    sys.argv[1:] = [*arguments, "logger=none", "progress=false"]
+    told = io.StringIO()
+    code = None
+    with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            main()
+        except SystemExit as left:
+            code = left.code
+    answers.append([code, told.getvalue()])
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int | None, str]]:
+    """(exit code, standard error) of every mistake; one process makes them all, and imports its libraries once."""
+    done = subprocess.run(
+        [sys.executable, "-c", ONE_AFTER_ANOTHER],
+        input=json.dumps([arguments for arguments, _, _ in MISTAKES]),
+        cwd=tmp_path_factory.mktemp("mistakes"),
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    return {" ".join(m[0]): (code, told) for m, (code, told) in zip(MISTAKES, found, strict=True)}
+
+
 @pytest.mark.parametrize(("arguments", "code", "sentence"), MISTAKES, ids=[" ".join(m[0]) for m in MISTAKES])
 def test_u1_u2_u3_a_mistake_is_one_sentence_with_its_exit_code(
+    arguments: list[str], code: int, sentence: str, answers: dict[str, tuple[int | None, str]]
+) -> None:
+    left, stderr = answers[" ".join(arguments)]
+    told = [line for line in stderr.splitlines() if line.startswith("llmft: ")]
+    assert left == code, stderr
+    assert len(told) == 1, stderr
+    assert sentence in told[0]
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize(("arguments", "code", "sentence"), [MISTAKES[0], MISTAKES[-1]], ids=["key", "column"])
+def test_u1_u2_a_process_leaves_with_that_code_and_sentence(
     arguments: list[str], code: int, sentence: str, tmp_path: Path
 ) -> None:
     done = llmft(*arguments, "logger=none", "progress=false", cwd=tmp_path)
-    told = [line for line in done.stderr.splitlines() if line.startswith("llmft: ")]
     assert done.returncode == code, done.stderr
-    assert len(told) == 1, done.stderr
-    assert sentence in told[0]
+    assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
 

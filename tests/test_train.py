@@ -164,19 +164,25 @@ def test_full_fine_tuning_writes_a_model_that_transformers_loads(small: Callable
     assert not torch.equal(model.model.norm.weight, base["model.norm.weight"])
 
 
+def hooks_of(model: Any) -> list[list[Any]]:
+    return [[*module._forward_pre_hooks.values(), *module._forward_hooks.values()] for module in model.modules()]
+
+
 def test_training_leaves_the_base_for_the_next_run_as_it_was(small: Callable[..., Any]) -> None:
     from llmft.model import load
 
     train(small(), quiet=True)
     model = load._kept.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
+    hooks = hooks_of(model)
     train(small("seed=1", "lora.r=3", "lora.dropout=0.1"), quiet=True)
     assert load._kept.model is model, "the second run loaded a base of its own"
     after = model.state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(value, after[name]) for name, value in before.items())
     assert not any(parameter.requires_grad for parameter in model.parameters())
-    assert not any(module._forward_hooks or module._backward_hooks for module in model.modules())
+    assert hooks_of(model) == hooks
+    assert not any(module._backward_hooks for module in model.modules())
 
 
 def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> None:

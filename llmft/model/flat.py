@@ -137,6 +137,8 @@ def flatten(
     last = starts[:-1] + torch.tensor(list(lengths)) - 1
     index = index.to(device)
     ids = input_ids.reshape(-1)[index][None]
+    if varlen and not _last_query_sees_all(device):
+        firsts = None
     tail = None if firsts is None else ends_of_rows(lengths, firsts, starts[:-1].tolist(), device)
     if tail is not None and varlen:
         ends = torch.tensor([0, *tail.lengths]).cumsum(0)
@@ -191,6 +193,23 @@ def _knows_windows() -> bool:
     except ImportError:
         return False
     return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+
+
+@lru_cache(maxsize=8)
+def _last_query_sees_all(device: torch.device) -> bool:
+    """Whether fewer queries than keys stand at the ends of their rows, as torch's documentation does not say."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    def rows(length: int) -> torch.Tensor:
+        return torch.tensor([0, length], dtype=torch.int32, device=device)
+
+    nothing = torch.zeros(2, 1, 32, dtype=torch.bfloat16, device=device)
+    value = torch.stack([nothing[0], nothing[0] + 1])
+    found = varlen_attn(
+        nothing[:1], nothing, value, rows(1), rows(2), 1, 2, scale=1.0, window_size=(-1, 0), enable_gqa=False
+    )
+    assert isinstance(found, torch.Tensor)
+    return bool((found.float() - 0.5).abs().max() < 0.01)  # the mean of both, not the first alone
 
 
 def flat_attention(

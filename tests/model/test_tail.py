@@ -77,6 +77,26 @@ def test_a_window_and_the_variable_length_kernel_hold_at_the_ends_too(
     assert (found - expected).abs().max() < 1e-5
 
 
+def test_a_kernel_that_takes_queries_for_the_beginning_of_a_row_gets_whole_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.nn.attention import varlen as kernels
+
+    def from_the_beginning(
+        query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any, *more: Any, **how: Any
+    ) -> Any:
+        shorter = torch.cat([torch.arange(s, s + n) for s, n in zip(of_keys, of_queries.diff(), strict=False)])
+        return reference_varlen(query, key[shorter], value[shorter], of_queries, of_queries, *more, **how)
+
+    ids = rows()
+    ends = {"firsts": [n - 1 for n in LENGTHS], "varlen": True}
+    for kernel, understood in ((from_the_beginning, False), (reference_varlen, True)):
+        flat._last_query_sees_all.cache_clear()
+        monkeypatch.setattr(kernels, "varlen_attn", kernel)
+        assert (flat.flatten(ids, LENGTHS, **ends).blocks.tail is not None) == understood  # type: ignore[arg-type]
+    flat._last_query_sees_all.cache_clear()
+
+
 def batch() -> MicroBatch:
     ids = rows()
     # Labels are shifted by one: the outputs are read at the ends.

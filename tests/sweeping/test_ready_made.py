@@ -72,6 +72,7 @@ def test_the_parameters_of_an_agent_compose_and_are_numbers(path: Path) -> None:
     assert metric == {"name": config.trainer.monitor, "goal": "minimize"}
 
 
+@pytest.mark.slow
 def test_the_command_line_of_an_agent_logs_into_the_run_that_the_agent_made(tmp_path: Path) -> None:
     command, chosen = agent_command(ROOT / "sweeps" / "wandb" / "grid.yaml")
     agent = {"WANDB_SWEEP_ID": "abc", "WANDB_RUN_ID": "given1", "WANDB_MODE": "offline", "SEED": "0"}

@@ -92,6 +92,7 @@ def test_a_lane_that_hangs_takes_the_others_along_for_a_while_only(tmp_path: Pat
     assert "silence_limit=8s" in record(tmp_path / "outputs")["trials"][1]["error"]
 
 
+@pytest.mark.slow
 def test_a_signal_saves_all_lanes_and_the_same_command_goes_on_to_the_same_numbers(tmp_path: Path) -> None:
     grid = ["seed=0,1,2", "sweep.stack=3", "trainer.max_steps=40", "trainer.checkpoint_every=1", "sweep.report=false"]
     process = start(tmp_path, *grid)

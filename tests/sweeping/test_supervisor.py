@@ -301,6 +301,7 @@ def test_two_workers_share_the_trials_and_give_the_same_numbers(tmp_path: Path) 
         same_files(run, tmp_path / "outputs/runs" / run.name)
 
 
+@pytest.mark.slow
 def test_a_distributed_trial_of_a_sweep_gives_the_numbers_it_gives_alone(tmp_path: Path) -> None:
     arguments = ["trainer=ddp", "trainer.accelerator=cpu"]
     done = sweep(tmp_path, *arguments, "seed=1")
