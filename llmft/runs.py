@@ -220,12 +220,16 @@ class Run:
         except OSError as error:
             self._lock = None
             raise unwritable(str(self.directory), error) from None
-        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
         try:
-            self.update(owner=owner)
+            self._sign()
         except OSError:
             self.unlock()
             raise
+
+    def _sign(self) -> None:
+        """Says who holds the lock."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.update(owner={"pid": os.getpid(), "host": socket.gethostname(), "since": since})
 
     @property
     def busy(self) -> bool:
@@ -251,7 +255,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Empties the run's directory, for `force=true`; the lock stays."""
+        """Empties the run's directory, for `force=true`; the lock stays, and whose it is."""
         for path in self.directory.iterdir():
             if path.name == ".lock":
                 continue
@@ -259,6 +263,7 @@ class Run:
                 shutil.rmtree(path)
             else:
                 path.unlink()
+        self._sign()
 
     def keep_until(self, step: int) -> None:
         """Drops records after `step`, and of a test: all that will be made again."""
