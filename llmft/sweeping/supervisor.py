@@ -165,6 +165,8 @@ class Supervisor:
             self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
         )
         shares = shares_of_machine(count)
+        if count > 1 and self.settings.workers == "auto":
+            self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
         before = self._take_signals()
         self.progress.start()
         try:
