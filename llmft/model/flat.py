@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from llmft.model import rotary
+from llmft.model.apart import ask
 from llmft.model.families import base_of
-from llmft.model.tail import Asked, Last, Tail, ends_of_rows, shorten
+from llmft.model.tail import Asked, Last, Tail, ends_of_rows, lengthen, shorten
 
 NAME = "llmft_flat"
 BLOCK_COST_TOKENS = 48
@@ -93,7 +94,7 @@ def register() -> None:
 
 
 def enable(model: Any) -> bool:
-    """Lets `model` take flat rows where its family can; whether it can is asked of `is_flat` from then on."""
+    """Lets `model`, in evaluation mode, take flat rows where it can; whether it can tells `is_flat` from then on."""
     module = sys.modules[type(model).__module__]
     known = getattr(model, "_supports_flash_attn", False) and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
     causal = not getattr(model.config, "is_encoder_decoder", False)
@@ -103,7 +104,12 @@ def enable(model: Any) -> bool:
     model.set_attn_implementation(NAME)
     shorten(model)
     rotary.install(module)
-    return True
+    kept = ask(model)
+    if not kept.ends:
+        lengthen(model)
+    if not kept.rows:
+        model.set_attn_implementation("sdpa")
+    return kept.rows
 
 
 def is_flat(model: Any) -> bool:
@@ -235,6 +241,8 @@ def flat_attention(
     if isinstance(llmft_blocks, Last):
         if llmft_blocks.known is None:
             raise Asked(key, value)
+        if llmft_blocks.tail.calls is not None:
+            llmft_blocks.tail.calls.attention += 1
         key, value = llmft_blocks.known
         llmft_blocks, tail = llmft_blocks.blocks, llmft_blocks.tail
     window = kwargs.pop("sliding_window", None)

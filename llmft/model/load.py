@@ -254,9 +254,9 @@ def load_base(
             raise
         raise ConfigError(f"model={model.label} cannot be loaded: {first_line(error)}") from error
     keep_packing(base)
-    flat.enable(base)
     base.requires_grad_(False)
     base.eval()
+    flat.enable(base)
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base

@@ -29,6 +29,14 @@ MOST_OF_ROWS = 0.75
 """Share of the tokens in the rows' ends above which too little is left out to begin a layer twice."""
 
 
+@dataclass
+class Calls:
+    """How often the last layer was used, and how often it asked for attention."""
+
+    layer: int = 0
+    attention: int = 0
+
+
 @dataclass(frozen=True)
 class Tail:
     """The ends of rows that stand behind each other in a flat sequence.
@@ -39,6 +47,7 @@ class Tail:
         places: (outputs,) where it stands in its own row.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention.
         longest: at least the longest end.
+        calls: where it is counted what is asked for; None for nowhere.
     """
 
     lengths: tuple[int, ...]
@@ -46,6 +55,7 @@ class Tail:
     places: torch.Tensor
     seqlens: torch.Tensor | None = None
     longest: int = 0
+    calls: Calls | None = None
 
     def pick(self, values: torch.Tensor, dim: int = 1) -> torch.Tensor:
         """The ends' part of the values of a flat sequence."""
@@ -124,9 +134,16 @@ def shorten(model: Any) -> None:
     """Lets the last layer compute what `Blocks.tail` asks for, where the model has such a layer."""
     layer = last_layer(model)
     if layer is not None and not is_short(layer):
-        layer.register_forward_pre_hook(_before, with_kwargs=True)
-        layer.register_forward_hook(_after, with_kwargs=True)
-        base_of(model)._llmft_takes_ends = True
+        base_of(model)._llmft_ends = (
+            layer.register_forward_pre_hook(_before, with_kwargs=True),
+            layer.register_forward_hook(_after, with_kwargs=True),
+        )
+
+
+def lengthen(model: Any) -> None:
+    """Takes `shorten` back."""
+    for handle in base_of(model).__dict__.pop("_llmft_ends", ()):
+        handle.remove()
 
 
 def is_short(layer: Any) -> bool:
@@ -136,7 +153,7 @@ def is_short(layer: Any) -> bool:
 
 def takes_ends(model: Any) -> bool:
     """Whether `shorten` took effect on the model below any adapter."""
-    return getattr(base_of(model), "_llmft_takes_ends", False)
+    return "_llmft_ends" in base_of(model).__dict__
 
 
 def _before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -150,6 +167,8 @@ def _before(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         known = asked.known
     else:
         return None  # no attention to be asked: the layer is computed whole
+    if blocks.tail.calls is not None:
+        blocks.tail.calls.layer += 1
 
     def cut(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
