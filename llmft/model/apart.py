@@ -38,6 +38,22 @@ def ask(model: Any) -> Kept:
     """Asks a model in evaluation mode that takes `llmft_blocks`; one without values is taken at its word."""
     if model.device.type == "meta":
         return Kept(True, tail.takes_ends(model))
+    try:
+        return _ask(model)
+    finally:
+        _reset_8_bit(model)
+
+
+def _reset_8_bit(model: Any) -> None:
+    """The first forward moves an 8-bit layer's scales out of its weight, where savers and shards look for them."""
+    for module in model.modules():
+        state = getattr(module, "state", None)
+        if type(module).__name__ == "Linear8bitLt" and state.SCB is not None:
+            module.weight.CB, module.weight.SCB = state.CB, state.SCB
+            state.CB = state.SCB = None
+
+
+def _ask(model: Any) -> Kept:
     rows = _reached(model, None) is False
     if not rows or not tail.takes_ends(model):
         return Kept(rows, False)

@@ -12,7 +12,7 @@ import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import llmft
 from llmft.environment import usable_cores, visible_gpus
@@ -26,7 +26,8 @@ class WorkerProcess:
     """A worker, or a process that trains one distributed trial.
 
     Attributes:
-        log: what the process printed.
+        log: where what the process printed is found, once it knows.
+        early: what it printed before; without a name, so that nobody has to clear it up.
         trials: what it is training, several at once where they are stacked.
         width: how many it was given at once.
         leaving: it ends by itself after a trial that may have left its libraries in any state.
@@ -35,7 +36,8 @@ class WorkerProcess:
 
     process: subprocess.Popen[bytes]
     events_fd: int
-    log: Path
+    log: Path | None
+    early: IO[bytes] | None = None
     trials: list[Trial] = field(default_factory=list)
     width: int = 1
     since: float = field(default_factory=time.monotonic)
@@ -48,8 +50,17 @@ class WorkerProcess:
     _buffer: bytes = b""
 
     @classmethod
-    def start(cls, log: Path, environment: dict[str, str], trial: Trial | None = None) -> WorkerProcess:
-        """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
+    def start(cls, log: Path | None, environment: dict[str, str], trial: Trial | None = None) -> WorkerProcess:
+        """A worker that waits for orders; with `trial`, a process of that trial's own command line.
+
+        Without a `log` it is told one by `begin`. Raises OSError where there is no room for what it prints before.
+        """
+        output: IO[bytes]
+        if log is None:
+            output = tempfile.TemporaryFile()  # noqa: SIM115
+        else:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            output = log.open("ab")
         reading, writing = os.pipe()
         env = {**os.environ, **environment}
         package = str(Path(llmft.__file__).resolve().parent.parent)
@@ -58,29 +69,25 @@ class WorkerProcess:
         if trial is not None:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = [sys.executable, "-m", "llmft", *trial.arguments]
-        log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("ab") as output:
-            process = subprocess.Popen(
-                arguments,
-                stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[writing],
-                env=env,
-                start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
-            )
+        process = subprocess.Popen(
+            arguments,
+            stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            pass_fds=[writing],
+            env=env,
+            start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
+        )
         os.close(writing)
         os.set_blocking(reading, False)
-        return cls(process, reading, log, [trial] if trial is not None else [], ready=trial is not None)
+        early = output if log is None else None
+        if early is None:
+            output.close()
+        return cls(process, reading, log, early, [trial] if trial is not None else [], ready=trial is not None)
 
     def begin(self, log: Path, share: Share) -> None:
-        """Tells it where to print, and which cores to use."""
-        if self.log != log:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with log.open("ab") as file:
-                file.write(self.log.read_bytes())
-            self.log.unlink()
-            self.log = log
+        """Tells it where to print, also what it has printed so far, and which cores to use."""
+        self.log = log
         self.order(do="begin", log=str(log), cores=share.cores)
 
     @property
@@ -154,15 +161,30 @@ class WorkerProcess:
         if self.events_fd >= 0:
             os.close(self.events_fd)
             self.events_fd = -1
+        if self.early is not None:
+            if self.log is not None and self.process.poll() is not None:
+                self._tell_early()
+            self.early.close()
+            self.early = None
+
+    def _tell_early(self) -> None:
+        """Into its log what it printed before it left without having begun: why it did."""
+        assert self.early is not None
+        assert self.log is not None
+        self.early.seek(0)
+        if printed := self.early.read():
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as file:
+                file.write(printed)
 
 
 class Spare:
     """A worker that loads its libraries while it is planned what for; ended where nobody takes it."""
 
     def __init__(self) -> None:
-        handle, name = tempfile.mkstemp(prefix="llmft-worker-", suffix=".log")
-        os.close(handle)
-        self._worker: WorkerProcess | None = WorkerProcess.start(Path(name), {})
+        self._worker: WorkerProcess | None = None
+        with contextlib.suppress(OSError):  # where it does not find room, the worker starts when it is needed
+            self._worker = WorkerProcess.start(None, {})
 
     def take(self) -> WorkerProcess | None:
         """The worker, if it is still there; the taker tells it to `begin`."""
@@ -175,11 +197,15 @@ class Spare:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Ends it where nobody took it."""
         if self._worker is not None:
             self._worker.signal(signal.SIGKILL)
             self._worker.process.wait()
             self._worker.close()
-            self._worker.log.unlink(missing_ok=True)
+            self._worker = None
 
 
 @dataclass(frozen=True)

@@ -172,6 +172,8 @@ class Supervisor:
         try:
             for slot, share in enumerate(shares):
                 self._start(slot, share)
+            if self._spare is not None:
+                self._spare.end()
             self._check(check)
             while not self._over(source):
                 self._hand_out(source, shares)

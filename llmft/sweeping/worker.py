@@ -129,7 +129,12 @@ def _begin(log: str, cores: list[int] | None) -> None:
     """From now on prints into `log`, and computes on `cores`."""
     sys.stdout.flush()
     sys.stderr.flush()
+    os.makedirs(os.path.dirname(log), exist_ok=True)
     handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    printed = os.fstat(1)
+    if not os.path.samestat(printed, os.fstat(handle)):
+        os.write(handle, os.pread(1, printed.st_size, 0))
+        os.ftruncate(1, 0)  # told
     os.dup2(handle, 1)
     os.dup2(handle, 2)
     os.close(handle)

@@ -7,6 +7,7 @@ S8 one mistake in all trials, S9 a wrong value found before the first begins.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -401,9 +403,10 @@ def test_a_worker_that_began_before_the_plan_prints_into_the_sweeps_log_or_leave
         worker = spare.take()
         assert worker is not None
         assert spare.take() is None
-        early = worker.log
+        early = worker.early
+        assert early is not None
+        os.write(early.fileno(), b"printed before\n")
         worker.begin(tmp_path / "sweep/worker-0.log", Share(cores=[min(os.sched_getaffinity(0))]))
-        assert not early.exists()
         worker.order(do="check", configs={})
         deadline = time.monotonic() + 60
         told: list[str] = []
@@ -414,12 +417,35 @@ def test_a_worker_that_began_before_the_plan_prints_into_the_sweeps_log_or_leave
         assert os.sched_getaffinity(worker.process.pid) == {min(os.sched_getaffinity(0))}
         worker.close()
     worker.process.wait(20)
-    assert worker.log.exists()
+    assert worker.log is not None
+    assert worker.log.read_text().count("printed before") == 1
     with Spare() as spare:
         unused = spare._worker
     assert unused is not None
     assert unused.process.poll() is not None
-    assert not unused.log.exists()
+
+
+def test_a_worker_that_leaves_before_it_began_has_its_last_words_in_the_log(tmp_path: Path) -> None:
+    with Spare() as spare:
+        worker = spare.take()
+        assert worker is not None
+        assert worker.early is not None
+        worker.signal(signal.SIGKILL)
+        worker.process.wait()
+        os.write(worker.early.fileno(), b"no such library\n")
+        worker.begin(tmp_path / "sweep/worker-0.log", Share())
+        worker.close()
+    assert worker.log is not None
+    assert worker.log.read_text() == "no such library\n"
+
+
+def test_without_room_for_its_output_no_worker_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with Spare() as spare:
+        assert spare.take() is None
 
 
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
