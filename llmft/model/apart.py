@@ -47,9 +47,10 @@ def ask(model: Any) -> Kept:
 def _reset_8_bit(model: Any) -> None:
     """The first forward moves an 8-bit layer's scales out of its weight, where savers and shards look for them."""
     for module in model.modules():
-        state = getattr(module, "state", None)
+        state: Any = getattr(module, "state", None)
         if type(module).__name__ == "Linear8bitLt" and state.SCB is not None:
-            module.weight.CB, module.weight.SCB = state.CB, state.SCB
+            weight: Any = module.weight
+            weight.CB, weight.SCB = state.CB, state.SCB
             state.CB = state.SCB = None
 
 

@@ -24,6 +24,8 @@ class Composer:
         """The config of one combination, without its `hydra` node; raises Hydra's own errors."""
         parsed = OverridesParser.create(config_loader=self._loader).parse_overrides(list(overrides))
         values = [override for override in parsed if self._sets_a_value(override)]
+        if self._order_matters(values, parsed):
+            values = []
         options = tuple(str(o.key_or_group if o in values else o.input_line) for o in parsed)
         made = self._copy(options, values)
         if made is not None:
@@ -40,9 +42,19 @@ class Composer:
     def _sets_a_value(self, override: Override) -> bool:
         key = str(override.key_or_group)
         plain = override.type is OverrideType.CHANGE and override.package is None and not override.is_sweep_override()
-        if not plain or key.startswith("hydra.") or isinstance(override.value(), dict):  # which would be merged
+        value = override.value() if plain else None
+        if not plain or key.startswith("hydra.") or isinstance(value, dict):  # which would be merged
+            return False
+        if "${hydra:" in str(value):  # what Hydra knows of this very combination
             return False
         return not self._loader.get_group_options(key)
+
+    def _order_matters(self, values: Sequence[Override], parsed: Sequence[Override]) -> bool:
+        """Whether something else sets or deletes what a value sets, above it or below: the later one holds."""
+        others = [str(other.key_or_group) for other in parsed if other not in values]
+        keys = [f"{other}." for other in others if not self._loader.get_group_options(other)]  # options come first
+        own = [f"{override.key_or_group}." for override in values]
+        return any(key.startswith(other) or other.startswith(key) for key in own for other in keys)
 
     def _copy(self, options: tuple[str, ...], values: Sequence[Override]) -> DictConfig | None:
         """A known combination of options and keys with other values; None where Hydra has to be asked."""

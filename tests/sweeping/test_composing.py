@@ -58,6 +58,10 @@ COMBINATIONS = (
     ["lora.targets=all-linear", "seed=2"],
     ["++model.overrides={hidden_size: 64}", "seed=1"],
     ["++model.overrides={hidden_size: 32}", "seed=1"],
+    ["lora.r=1", "++lora.r=8"],
+    ["lora.r=2", "++lora.r=8"],
+    ["data.rows.train=10", "data.rows={train: 48}"],
+    ["data.rows.train=20", "data.rows={train: 48}"],
     ["optimizer=adamw", "optimizer.weight_decay=0.1", "model=tiny"],
     ["optimizer=sgd", "optimizer.weight_decay=0.2", "model=tiny"],
 )
@@ -80,6 +84,9 @@ def test_hydra_is_asked_once_for_all_values_of_the_same_keys(composer: Composer)
     composer(["lora.r=1", "learning_rate=cosine"])
     composer(["lora.alpha=1", "learning_rate=cosine"])
     assert composer._loader.asked == 3
+    for peak in (1e-3, 1e-4):
+        assert composer(["learning_rate=cosine", f"learning_rate.peak={peak}"]).learning_rate.peak == peak
+    assert composer._loader.asked == 4
 
 
 @pytest.mark.parametrize("wrong", [["lora.r=many"], ["lora.rr=3"], ["learning_rate=never"]])
