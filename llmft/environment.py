@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.metadata
 import os
@@ -67,13 +68,41 @@ def sensible_threads(num_weights: int, processes: int = 1) -> int:
     return 1 if num_weights < SMALL_MODEL_WEIGHTS else max(1, usable_cores() // processes)
 
 
+CONTROL_GROUP = Path("/sys/fs/cgroup")
+"""Where a container reads what it may use of its machine, which /proc describes as a whole."""
+
+
 def available_memory() -> int | None:
     """Bytes that new processes may take without swapping; None where it cannot be told."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
+            left = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text())
+            stat = (CONTROL_GROUP / limit).with_name("memory.stat").read_text()
+            cached = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
+            machine = min(machine, max(0, left + cached))  # files that nobody reads give way
+    return machine
+
+
+def allotted_cores() -> int:
+    """Cores' worth of time that this process gets: fewer than it may run on where a container has a quota."""
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = (CONTROL_GROUP / "cpu.max").read_text().split()
+        return max(1, min(usable_cores(), round(int(quota) / int(period))))  # a quota of "max" is none
+    with contextlib.suppress(OSError, ValueError):
+        allowed, each = (
+            int((CONTROL_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
+        )
+        if allowed > 0:
+            return max(1, min(usable_cores(), round(allowed / each)))
+    return usable_cores()
 
 
 def usable_cores() -> int:

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from llmft.config import seconds_of
-from llmft.environment import available_memory, usable_cores, visible_gpus
+from llmft.environment import allotted_cores, available_memory, visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
 from llmft.sweeping.halving import Halving
@@ -210,8 +210,8 @@ class Supervisor:
         """Workers on a machine without GPUs: one for each core where trials use no more, as memory allows."""
         if self.halving is not None or not all(trial.single_threaded for trial in trials):
             return 1
-        memory = available_memory()
-        return usable_cores() if memory is None else max(1, min(usable_cores(), memory // WORKER_BYTES))
+        memory, cores = available_memory(), allotted_cores()
+        return cores if memory is None else max(1, min(cores, memory // WORKER_BYTES))
 
     def _check(self, trials: list[Trial]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""

@@ -25,6 +25,7 @@ from typing import Any
 import psutil
 import pytest
 
+from llmft import environment
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.sweeping import supervisor
@@ -377,7 +378,7 @@ def trial_of(number: int, *overrides: str, weight_bytes: int | None = 2**20) -> 
 
 def test_small_models_take_a_worker_per_core_and_others_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "visible_gpus", list)
-    monkeypatch.setattr(supervisor, "usable_cores", lambda: 4)
+    monkeypatch.setattr(supervisor, "allotted_cores", lambda: 4)
     monkeypatch.setattr(supervisor, "available_memory", lambda: 64 * 2**30)
     small = [trial_of(number, "trainer.accelerator=cpu") for number in range(6)]
 
@@ -396,6 +397,46 @@ def test_small_models_take_a_worker_per_core_and_others_one(monkeypatch: pytest.
     assert count(small) == 2
     monkeypatch.setattr(supervisor, "visible_gpus", lambda: ["0", "1", "2"])
     assert count(small) == 3
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {
+            "memory.max": "1000",
+            "memory.current": "700",
+            "memory.stat": "anon 5\ninactive_file 300\n",
+            "cpu.max": "150 100",
+        },
+        {
+            "memory/memory.limit_in_bytes": "1000",
+            "memory/memory.usage_in_bytes": "700",
+            "memory/memory.stat": "inactive_file 300\n",
+            "cpu/cpu.cfs_quota_us": "150",
+            "cpu/cpu.cfs_period_us": "100",
+        },
+    ],
+)
+def test_a_container_has_the_memory_and_the_cores_it_was_given(
+    files: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(environment, "CONTROL_GROUP", tmp_path)
+    monkeypatch.setattr(environment, "usable_cores", lambda: 8)
+    machine = environment.available_memory()
+    assert machine is not None
+    assert machine > 1000
+    assert environment.allotted_cores() == 8
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    assert environment.available_memory() == 600
+    assert environment.allotted_cores() == 2
+    unlimited = {"memory.max": "max", "cpu.max": "max 100", "memory/memory.limit_in_bytes": "9223372036854771712"}
+    for name, content in {**unlimited, "cpu/cpu.cfs_quota_us": "-1"}.items():
+        if name in files:
+            (tmp_path / name).write_text(content)
+    assert environment.allotted_cores() == 8
+    assert environment.available_memory() > 1000
 
 
 def test_a_worker_that_began_before_the_plan_prints_into_the_sweeps_log_or_leaves(tmp_path: Path) -> None:
