@@ -33,6 +33,13 @@ class Kept:
     rows: bool
     ends: bool
 
+    @classmethod
+    def from_plain(cls, found: Any) -> Kept | None:
+        """From what was written; None for anything else."""
+        if not isinstance(found, dict) or found.keys() != {"rows", "ends"}:
+            return None
+        return cls(found["rows"] is True, found["ends"] is True)
+
 
 def ask(model: Any) -> Kept:
     """Asks a model in evaluation mode that takes `llmft_blocks`; one without values is taken at its word."""

@@ -7,6 +7,7 @@ time: what cannot be written is left out, what is damaged is made again.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.data.examples import cache_directory
-from llmft.files import check_space, format_bytes, held, sync_directory
+from llmft.files import check_space, format_bytes, held, sync_directory, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -113,6 +114,21 @@ class BaseCache:
 
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             yield from pool.map(one, tensors)
+
+    def facts(self) -> dict[str, Any]:
+        """What is known of the entry; nothing where there is none, or a damaged one."""
+        try:
+            found = json.loads((self.directory / FACTS).read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def note(self, **facts: Any) -> None:
+        """Adds to what is known of an entry, if there is one; what cannot be written is found out again."""
+        known = self.facts()
+        if known and any(known.get(name) != value for name, value in facts.items()):
+            with contextlib.suppress(OSError):
+                write_atomically(self.directory / FACTS, json.dumps(known | facts, indent=1).encode())
 
     def drop(self, why: str) -> None:
         """Deletes a damaged entry and says so."""

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from llmft.model import rotary
-from llmft.model.apart import ask
+from llmft.model.apart import Kept, ask
 from llmft.model.families import base_of
 from llmft.model.tail import Asked, Last, Tail, ends_of_rows, lengthen, shorten
 
@@ -93,23 +93,26 @@ def register() -> None:
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def enable(model: Any) -> bool:
-    """Lets `model`, in evaluation mode, take flat rows where it can; whether it can tells `is_flat` from then on."""
+def enable(model: Any, before: Kept | None = None) -> Kept:
+    """Lets `model`, in evaluation mode, take flat rows where it can; whether it can tells `is_flat` from then on.
+
+    With what it told `before`, it is not asked again.
+    """
     module = sys.modules[type(model).__module__]
     known = getattr(model, "_supports_flash_attn", False) and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
     causal = not getattr(model.config, "is_encoder_decoder", False)
     if not (known and causal and model.config._attn_implementation == "sdpa" and not _stateful(model)):
-        return False
+        return Kept(False, False)
     register()
     model.set_attn_implementation(NAME)
     shorten(model)
     rotary.install(module)
-    kept = ask(model)
+    kept = before or ask(model)
     if not kept.ends:
         lengthen(model)
     if not kept.rows:
         model.set_attn_implementation("sdpa")
-    return kept.rows
+    return kept
 
 
 def is_flat(model: Any) -> bool:

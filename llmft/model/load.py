@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, 
 from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families, flat, heads
+from llmft.model.apart import Kept
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
@@ -246,7 +247,11 @@ def load_base(
     drop_base()
     _kept.any_before = True
     try:
-        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn)
+        cache = None
+        if model.init is ModelInit.random:
+            base = _random(wanted)
+        else:
+            base, cache = _pretrained(wanted, warn)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -256,7 +261,11 @@ def load_base(
     keep_packing(base)
     base.requires_grad_(False)
     base.eval()
-    flat.enable(base)
+    # What a model says of itself takes two short forwards, for which a CPU dequantises all of it.
+    before = None if cache is None else Kept.from_plain(cache.facts().get("kept"))
+    kept = flat.enable(base, before)
+    if cache is not None and before is None:
+        cache.note(kept=asdict(kept))
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base
@@ -295,8 +304,11 @@ def _random(wanted: _Wanted) -> Any:
     return base
 
 
-def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
-    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
+def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, BaseCache | None]:
+    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache.
+
+    Returns the base, and its place in the cache.
+    """
     config = wanted.config()
     factory = auto_model(wanted.auto_class)
     directory = wanted.located.directory
@@ -333,7 +345,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
             restorer = Restorer(cache.read(wanted.device))
             base, _ = load(restorer.reading())
             restorer.finish(base)
-            return base
+            return base, cache
         except (Damaged, ConfigError) as error:
             cache.drop(first_line(error))
     if fused:
@@ -343,7 +355,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     counts = weight_counts(base)
     if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
         cache.write(packed_state(base, found["missing_keys"]))
-    return base
+    return base, cache
 
 
 def _base_cache(wanted: _Wanted, skip: list[str], warn: Callable[[str], None]) -> BaseCache | None:
