@@ -14,6 +14,7 @@ import torch
 
 from llmft.model import tail
 from llmft.model.families import body_of
+from llmft.model.quantization import unsettle_8_bit
 
 ROW = 6
 """Tokens of each of the two rows: more than a short convolution looks back."""
@@ -48,17 +49,7 @@ def ask(model: Any) -> Kept:
     try:
         return _ask(model)
     finally:
-        _reset_8_bit(model)
-
-
-def _reset_8_bit(model: Any) -> None:
-    """The first forward moves an 8-bit layer's scales out of its weight, where savers and shards look for them."""
-    for module in model.modules():
-        state: Any = getattr(module, "state", None)
-        if type(module).__name__ == "Linear8bitLt" and state.SCB is not None:
-            weight: Any = module.weight
-            weight.CB, weight.SCB = state.CB, state.SCB
-            state.CB = state.SCB = None
+        unsettle_8_bit(model)  # as before this first forward
 
 
 def _ask(model: Any) -> Kept:

@@ -93,6 +93,17 @@ def keep_packing(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
+def unsettle_8_bit(model: torch.nn.Module) -> None:
+    """Undoes what an 8-bit layer's first forward did: scales go back to the weight, where savers and shards look."""
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear8bitLt) and module.state.SCB is not None:
+            weight: Any = module.weight
+            weight.CB, weight.SCB = module.state.CB, module.state.SCB
+            module.state.CB = module.state.SCB = None
+
+
 def weight_counts(model: torch.nn.Module) -> dict[str, int]:
     """Number of weights by how they are held: 4-bit, 8-bit and full precision; trainable ones apart."""
     counts = {"4-bit": 0, "8-bit": 0, "full": 0, "trainable": 0}

@@ -10,7 +10,7 @@ import transformers
 
 from llmft.model import apart, flat, tail
 from llmft.training.objectives.language_modeling import logits_at
-from tests.model.test_flat import LENGTHS, rows
+from tests.model.test_flat import LENGTHS, base, rows
 from tests.model.test_tail import at_the_ends
 
 SIZES: dict[str, Any] = {
@@ -73,6 +73,14 @@ def test_a_last_layer_that_is_used_again_is_computed_whole(monkeypatch: pytest.M
     flat.enable(model)
     assert (flat.is_flat(model), tail.takes_ends(model)) == (True, False)
     assert not layer._forward_hooks
+
+
+def test_an_8_bit_base_that_was_asked_has_its_scales_where_they_are_looked_for() -> None:
+    model = base("llama", "int8")
+    layers = [module for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    assert tail.takes_ends(model)
+    assert all(layer.weight.SCB is not None and layer.state.SCB is None for layer in layers)
+    assert len(layers) > 6
 
 
 def test_a_model_is_left_as_it_was() -> None:
