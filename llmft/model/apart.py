@@ -74,13 +74,14 @@ def _reached(model: Any, own: tail.Tail | None) -> bool | None:
 
     device = model.device
     places = torch.arange(2 * ROW, device=device)
-    handle = model.get_input_embeddings().register_forward_hook(spoil)
+    spoiling: list[Any] = []
     try:
+        spoiling.append(model.get_input_embeddings().register_forward_hook(spoil))
         with torch.no_grad():
             states = body_of(model)(
                 input_ids=(places % model.config.get_text_config().vocab_size)[None],
                 position_ids=(places % ROW)[None],
-                attention_mask=torch.empty(1, 1, 1, 1, device=device),
+                attention_mask=torch.zeros(1, 1, 1, 1, device=device),
                 use_cache=False,
                 llmft_blocks=Blocks(((1, ROW), (1, ROW)), tail=own),
             ).last_hidden_state
@@ -89,5 +90,6 @@ def _reached(model: Any, own: tail.Tail | None) -> bool | None:
     except (AttributeError, IndexError, KeyError, NotImplementedError, RuntimeError, TypeError, ValueError):
         return None  # whatever a family makes of arguments that it does not know
     finally:
-        handle.remove()
-    return not bool(torch.isfinite(states[:, -ENDS:]).all())
+        for handle in spoiling:
+            handle.remove()
+    return not bool(torch.isfinite(states[:, ROW:] if own is None else states[:, -ENDS:]).all())

@@ -44,6 +44,10 @@ def model_of(architecture: str, **config: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval()
 
 
+def test_a_layer_that_looks_back_is_found_at_the_end_too() -> None:
+    assert not flat.enable(model_of("lfm2", layer_types=["full_attention", "conv"]))
+
+
 @pytest.mark.parametrize("architecture", ODD)
 def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
     config, (packed, ends) = ODD[architecture]
