@@ -38,6 +38,7 @@ MISTAKES = [
     (["model.overrides.hidden_size=64"], 2, "model.init=random"),
     (["prompt=phi2", "prompt.system_role=refuse", "prompt.system=Hi"], 2, "has no place for one"),
     (["trainer.precision=fp16", "trainer.accelerator=cpu"], 2, "a CPU does not compute in fp16"),
+    (["quantization=int8", "lora.dora=true", "trainer.accelerator=cpu"], 2, "take quantization=nf4"),
     (["trainer.devices=0"], 2, "trainer.devices=0: 1 or more"),
     (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], 2, "this machine has"),
     (["learning_rate.peak=inf"], 2, "finite"),

@@ -16,6 +16,8 @@ from llmft.model import tail
 from llmft.model.families import body_of
 from llmft.model.quantization import unsettle_8_bit
 
+CHECK = 2
+"""To be raised where the questions change: answers are kept beside cached bases."""
 ROW = 6
 """Tokens of each of the two rows: more than a short convolution looks back."""
 ENDS = 2
@@ -36,10 +38,14 @@ class Kept:
 
     @classmethod
     def from_plain(cls, found: Any) -> Kept | None:
-        """From what was written; None for anything else."""
-        if not isinstance(found, dict) or found.keys() != {"rows", "ends"}:
+        """From what this check wrote; None for anything else."""
+        if not isinstance(found, dict) or found.get("check") != CHECK:
             return None
-        return cls(found["rows"] is True, found["ends"] is True)
+        return cls(found.get("rows") is True, found.get("ends") is True)
+
+    def to_plain(self) -> dict[str, Any]:
+        """What is written down."""
+        return {"check": CHECK, "rows": self.rows, "ends": self.ends}
 
 
 def ask(model: Any) -> Kept:

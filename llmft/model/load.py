@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -265,7 +265,7 @@ def load_base(
     before = None if cache is None else Kept.from_plain(cache.facts().get("kept"))
     kept = flat.enable(base, before)
     if cache is not None and before is None:
-        cache.note(kept=asdict(kept))
+        cache.note(kept=kept.to_plain())
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base

@@ -15,7 +15,18 @@ import torch
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import Checkpointing, Export, Head, OnNan, OnSaveError, Precision, TrainConfig, TrainOn, seconds_of
+from llmft.config import (
+    Checkpointing,
+    Export,
+    Head,
+    OnNan,
+    OnSaveError,
+    Precision,
+    QuantizationFormat,
+    TrainConfig,
+    TrainOn,
+    seconds_of,
+)
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
@@ -169,6 +180,11 @@ class Session:
         trainer = self.config.trainer
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
         self.precision = pick_precision(trainer.precision, self.device)
+        int8 = self.config.quantization.format is QuantizationFormat.int8
+        if self.device.type == "cpu" and int8 and self.config.lora.dora:
+            raise ConfigError(
+                "lora.dora=true: PEFT loses the scales of an 8-bit base on a CPU; take quantization=nf4, or ordinary LoRA."
+            )
         cores = os.cpu_count() or 1
         if self.device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
             raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")

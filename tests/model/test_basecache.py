@@ -233,12 +233,13 @@ def test_what_a_model_told_of_itself_is_not_asked_again(
     assert tail.takes_ends(again.base)
     (entry,) = cache.glob("*/" + FACTS)
     facts = json.loads(entry.read_text())
-    entry.write_text(json.dumps({**facts, "kept": {"rows": False, "ends": False}}))
+    entry.write_text(json.dumps({**facts, "kept": {"check": apart.CHECK, "rows": False, "ends": False}}))
     assert not flat.is_flat(saved.load(monkeypatch).base)
-    entry.write_text(json.dumps({**facts, "kept": "yes"}))
-    assert flat.is_flat(saved.load(monkeypatch).base)
-    assert len(asked) == 2
-    assert json.loads(entry.read_text())["kept"] == {"rows": True, "ends": True}
+    for strange in ("yes", {"check": apart.CHECK - 1, "rows": False, "ends": False}):
+        entry.write_text(json.dumps({**facts, "kept": strange}))
+        assert flat.is_flat(saved.load(monkeypatch).base)
+        assert json.loads(entry.read_text())["kept"] == facts["kept"]
+    assert len(asked) == 3
 
 
 def test_while_another_process_writes_nobody_waits(saved: Saved, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
