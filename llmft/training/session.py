@@ -183,7 +183,7 @@ class Session:
         int8 = self.config.quantization.format is QuantizationFormat.int8
         if self.device.type == "cpu" and int8 and self.config.lora.dora:
             raise ConfigError(
-                "lora.dora=true: PEFT loses the scales of an 8-bit base on a CPU; take quantization=nf4, or ordinary LoRA."
+                "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
             )
         cores = os.cpu_count() or 1
         if self.device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
