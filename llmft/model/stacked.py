@@ -111,18 +111,22 @@ class _Pass:
 
     def begin(self, parts: Sequence[Part]) -> None:
         """Sets the parts and where each stands; none ends the forward."""
-        place = 0
-        for part in parts:
-            part.start, place = place, place + part.arguments["input_ids"].shape[1]
-            part.end = place
-        self.parts, self._cut = list(parts), None
+        self.parts = list(parts)
+        self.widen()
         self.fused = all(is_plain(layer) for part in parts for layer in part.layers.values())
+
+    def widen(self) -> None:
+        """From here on each part is its rows."""
+        self._stand([part.arguments["input_ids"].shape[1] for part in self.parts])
 
     def narrow(self) -> None:
         """From here on each part is the ends of its rows."""
+        self._stand([len(part.arguments["llmft_blocks"].tail.index) for part in self.parts])
+
+    def _stand(self, tokens: Sequence[int]) -> None:
         place = 0
-        for part in self.parts:
-            part.start, place = place, place + len(part.arguments["llmft_blocks"].tail.index)
+        for part, own in zip(self.parts, tokens, strict=True):
+            part.start, place = place, place + own
             part.end = place
         self._cut = None
 
@@ -166,7 +170,7 @@ class Joint:
             self._pass.narrow()
 
     def _widen(self, layer: Any, args: Any, output: Any) -> None:
-        self._pass.begin(self._pass.parts)
+        self._pass.widen()
 
     def forward(self, parts: Sequence[Part]) -> list[Any]:
         """Each part's output, as its own body would give it; one graph leads back from all."""

@@ -9,8 +9,7 @@ import torch
 import transformers
 
 from llmft.model import apart, flat, tail
-from llmft.training.objectives.language_modeling import logits_at
-from tests.model.test_flat import LENGTHS, base, rows
+from tests.model.test_flat import base, check_as_each_alone, rows
 from tests.model.test_tail import at_the_ends
 
 SIZES: dict[str, Any] = {
@@ -54,12 +53,7 @@ def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
     model, ids = model_of(architecture, **config), rows()
     flat.enable(model)
     assert (flat.is_flat(model), tail.takes_ends(model)) == (packed, ends)
-    keep = at_the_ends(ids)
-    with torch.no_grad():
-        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
-    assert (found - expected).abs().max() < 1e-5
+    check_as_each_alone(model, ids, at_the_ends(ids))
 
 
 def test_a_last_layer_that_is_used_again_is_computed_whole(monkeypatch: pytest.MonkeyPatch) -> None:

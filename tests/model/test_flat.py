@@ -17,6 +17,8 @@ from llmft.training.objectives.language_modeling import LanguageModeling, logits
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
 LENGTHS = [61, 40, 38, 23, 22, 21, 7, 1]
+FIRSTS = [58, 30, 37, 12, 21, 20, 0, 0]
+"""Where the ends of these rows begin, for tests of ends."""
 PADDED = ("falcon", "mpt", "deberta-v2")
 """Families whose attention does not go through transformers' interface, or is not causal."""
 CAUSAL = sorted(name for name in FIRST if not classifies(FILES[FIRST[name]]))
@@ -36,23 +38,26 @@ def everywhere(ids: torch.Tensor) -> torch.Tensor:
     return torch.arange(ids.shape[1]) < torch.tensor(LENGTHS)[:, None]
 
 
+def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> None:
+    """Logits of packed rows at the places that `keep` marks are those of a forward of each row."""
+    with torch.no_grad():
+        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
+        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
+    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
+    assert (found - expected).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_packed_logits_are_those_of_each_row_alone(architecture: str) -> None:
     model, ids = base(architecture), rows()
     assert flat.is_flat(model) == (architecture not in PADDED and model.config._attn_implementation != "eager")
-    with torch.no_grad():
-        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+    check_as_each_alone(model, ids, everywhere(ids))
 
 
 @pytest.mark.parametrize("window", [None, 16])
 def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
     model, ids = base("mistral", sliding_window=window), rows()
-    with torch.no_grad():
-        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+    check_as_each_alone(model, ids, everywhere(ids))
 
 
 def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
@@ -196,20 +201,24 @@ def test_the_variable_length_kernel_is_told_where_rows_end(
     model, ids = base(architecture, **({} if window is None else {"sliding_window": window})), rows()
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: True)
-    with torch.no_grad():
-        packed = logits_at(model, ids, everywhere(ids), torch.tensor(LENGTHS))
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    assert (packed - torch.cat(alone)).abs().max() < 1e-5
+    check_as_each_alone(model, ids, everywhere(ids))
 
 
-def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("firsts", [None, FIRSTS], ids=["whole", "ends"])
+def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
+    firsts: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from torch.nn.attention import varlen
 
     from llmft.model import stacked
 
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     model, ids = base("mistral", sliding_window=16), rows()
-    flats = [flat.flatten(ids[part], LENGTHS[part], varlen=True) for part in (slice(0, 3), slice(3, 8))]
+    flats = [
+        flat.flatten(ids[part], LENGTHS[part], firsts=firsts and firsts[part], varlen=True)
+        for part in (slice(0, 3), slice(3, 8))
+    ]
+    assert all((each.blocks.tail is None) == (firsts is None) for each in flats)
     parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
     with torch.no_grad():
         together = stacked.Joint(model).forward(parts)

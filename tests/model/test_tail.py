@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -13,13 +12,12 @@ from llmft.data.batch import MicroBatch
 from llmft.model import adapters, flat, stacked, tail
 from llmft.model.families import body_of, layers_of
 from llmft.training.objectives import language_modeling
-from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
-from tests.model.test_flat import CAUSAL, LENGTHS, base, everywhere, reference_varlen, rows
+from llmft.training.objectives.language_modeling import LanguageModeling
+from tests.model.test_flat import CAUSAL, FIRSTS, LENGTHS, base, check_as_each_alone, everywhere, reference_varlen, rows
 from tests.model.test_stacked import LORAS, Random, gradients, lanes, loss_of
 
 WHOLE = ("falcon", "mpt", "gemma2")
 """Families whose rows stay padded."""
-FIRSTS = [58, 30, 37, 12, 21, 20, 0, 0]
 
 
 def at_the_ends(ids: torch.Tensor) -> torch.Tensor:
@@ -50,13 +48,9 @@ def test_logits_at_the_ends_are_those_of_each_row_alone(architecture: str) -> No
     computed = sum(length - first for length, first in zip(LENGTHS, firsts, strict=True))
     assert tail.takes_ends(model) == (architecture not in WHOLE)
     seen = watch_last_layer(model)
-    with torch.no_grad():
-        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
-    assert seen == [len(LENGTHS) * max(LENGTHS) if architecture in WHOLE else computed]
-    with torch.no_grad():
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
-    assert (found - expected).abs().max() < 1e-5
+    check_as_each_alone(model, ids, keep)
+    assert seen[0] == (len(LENGTHS) * max(LENGTHS) if architecture in WHOLE else computed)
+    assert len(seen) == 1 + len(LENGTHS)
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -69,12 +63,7 @@ def test_a_window_and_the_variable_length_kernel_hold_at_the_ends_too(
     monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
     monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: varlen)
     model, ids = base("mistral", sliding_window=window), rows()
-    keep = at_the_ends(ids)
-    with torch.no_grad():
-        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
-        alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
-    expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
-    assert (found - expected).abs().max() < 1e-5
+    check_as_each_alone(model, ids, at_the_ends(ids))
 
 
 def test_a_kernel_that_takes_queries_for_the_beginning_of_a_row_gets_whole_rows(
@@ -168,21 +157,3 @@ def test_lanes_that_read_the_ends_equal_themselves_alone_to_the_bit(architecture
     for lane, loss, (wanted, its) in zip(own, losses, expected, strict=True):
         assert torch.equal(loss.detach(), wanted)
         assert all(torch.equal(a, b) for a, b in zip(gradients(lane), its, strict=True))
-
-
-def test_lanes_behind_each_other_keep_their_ends_apart_for_the_variable_length_kernel(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    from torch.nn.attention import varlen as kernels
-
-    monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
-    model, ids = base("mistral", sliding_window=16), rows()
-    flats = [
-        flat.flatten(ids[part], LENGTHS[part], firsts=FIRSTS[part], varlen=True) for part in (slice(0, 3), slice(3, 8))
-    ]
-    parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
-    with torch.no_grad():
-        together = stacked.Joint(model).forward(parts)
-        for each, output in zip(flats, together, strict=True):
-            own = model.model(**each.arguments).last_hidden_state
-            assert (own - output.last_hidden_state).abs().max() < 1e-5
