@@ -25,8 +25,9 @@ from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
 from llmft.files import format_bytes
-from llmft.model.load import TORCH_DTYPES, auto_model, pick_device, pick_precision
+from llmft.model.load import TORCH_DTYPES, pick_device, pick_precision
 from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
+from llmft.model.skeleton import skeleton
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
 from llmft.training.fitting import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
@@ -213,10 +214,9 @@ def _seconds(
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
     """Weights that every token is multiplied with; of the experts all, so that a mixture is overestimated."""
-    with torch.device("meta"):
-        skeleton = auto_model(auto_class).from_config(architecture)
-    tables = {id(m.weight) for m in skeleton.modules() if isinstance(m, torch.nn.Embedding)}
-    return sum(p.numel() for p in skeleton.parameters() if p.ndim >= 2 and id(p) not in tables)
+    empty = skeleton(auto_class, architecture)
+    tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
+    return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
 def _ways_out(needs: dict[str, Any]) -> str:

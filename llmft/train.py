@@ -140,7 +140,9 @@ def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -
     if prepared.config.model.architecture != "tfidf":
         from llmft.libraries import load_libraries
 
-        load_libraries()  # before anything else imports one of them
+        trainer = prepared.config.trainer
+        # Before anything else imports one of them.
+        load_libraries(several_devices=trainer.devices != 1 or trainer.num_nodes != 1)
     from llmft.training.out_of_memory import OutOfMemory
 
     while True:

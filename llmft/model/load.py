@@ -28,6 +28,7 @@ from llmft.model.quantization import (
     weight_counts,
 )
 from llmft.model.restore import Restorer, has_plain_tensors, packed_state
+from llmft.model.skeleton import auto_model, nothing_on_meta, skeleton
 from llmft.schema import canonical, numbers_of, to_plain
 
 
@@ -286,16 +287,6 @@ def drop_base() -> None:
         torch.cuda.empty_cache()
 
 
-def auto_model(auto_class: str) -> Any:
-    """transformers' factory for a kind of model."""
-    import transformers
-
-    return {
-        "causal_lm": transformers.AutoModelForCausalLM,
-        "sequence_classification": transformers.AutoModelForSequenceClassification,
-    }[auto_class]
-
-
 def _random(wanted: _Wanted) -> Any:
     config = wanted.config()
     with wanted.seeded(), torch.device(wanted.device):
@@ -313,16 +304,15 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     factory = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
-    with torch.device("meta"):
-        skeleton = factory.from_config(config, dtype=wanted.dtype)
-    skip = unquantized_modules(skeleton, wanted.full_precision)
+    empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
+    skip = unquantized_modules(empty, wanted.full_precision)
     four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    fused = four_bit and bool(fused_shapes(skeleton))
-    del skeleton
+    fused = four_bit and bool(fused_shapes(empty))
+    del empty
 
     def load(*around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
         with contextlib.ExitStack() as stack:
-            for context in (*around, wanted.seeded()):  # a new classification head is random
+            for context in (*around, nothing_on_meta(config), wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
             base, found = factory.from_pretrained(
                 directory,

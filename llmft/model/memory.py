@@ -39,6 +39,7 @@ from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.quantization import bitsandbytes_config, unquantized_modules
+from llmft.model.skeleton import skeleton
 from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
 
 FP32_BYTES = 4
@@ -190,19 +191,15 @@ def estimate_memory(
 
 def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     """The model on the meta device, as `load_base` would build it."""
-    import transformers
-
     hf_config = copy.deepcopy(hf_config)
     if getattr(hf_config, "pad_token_id", None) is None:
         hf_config.pad_token_id = 0
     families.prepare(hf_config.model_type)
-    classifies = config.task.auto_class == "sequence_classification"
-    auto = transformers.AutoModelForSequenceClassification if classifies else transformers.AutoModelForCausalLM
     attention = config.model.attn_implementation
     # Kernels that only a GPU has keep what PyTorch's own keep: queries, keys, values and output, no scores.
     arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
-    with torch.device("meta"):
-        base = auto.from_config(hf_config, dtype=dtype if config.lora.enabled else torch.float32, **arguments)
+    dtype = dtype if config.lora.enabled else torch.float32
+    base = skeleton(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
     flat.enable(base)
     return base
 
