@@ -176,7 +176,8 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     import pyarrow.parquet as pq
 
     try:
-        return pq.read_table(path).to_pydict()
+        with pq.ParquetFile(path) as file:  # its own `read_table` would import pandas
+            return file.read().to_pydict()
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
 

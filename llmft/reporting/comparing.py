@@ -159,9 +159,17 @@ def range_critical(means: int, df: float, alpha: float) -> float:
 
 @functools.lru_cache(maxsize=4096)
 def _range_at(means: int, df: float, alpha: float) -> float:
+    from scipy.optimize import brentq
     from scipy.stats import studentized_range
 
-    return float(studentized_range.ppf(1 - alpha, means, df)) / math.sqrt(2)
+    # One pair's value is too small and Bonferroni's too large: scipy's own search begins without bounds, and ends with
+    # more digits than are of use.
+    low, high = _t_critical(df, alpha), _t_critical(df, alpha * 2 / means / (means - 1))
+
+    def excess(value: float) -> float:
+        return float(studentized_range.sf(value * math.sqrt(2), means, df)) - alpha
+
+    return float(brentq(excess, low, high, xtol=1e-5 * low))
 
 
 def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, int | None]:

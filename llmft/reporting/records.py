@@ -125,7 +125,8 @@ class RunRecord:
         import pyarrow.parquet as pq
 
         try:
-            table = pq.read_table(path, columns=["row", "loss_nats", "tokens"])
+            with pq.ParquetFile(path) as file:  # `read_table` would import pandas
+                table = file.read(columns=["row", "loss_nats", "tokens"])
             loss, tokens = (numbers(table[name].combine_chunks()).astype(float) for name in ("loss_nats", "tokens"))
             rows = np.array(table["row"].to_pylist(), dtype=str)
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""The supervisor's side of one worker process: start, orders, events, end."""
+"""The supervisor's side of its workers: start, orders, events, end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import llmft
 from llmft.environment import usable_cores, visible_gpus
@@ -21,23 +22,40 @@ from llmft.sweeping.trials import Trial
 from llmft.sweeping.worker import EVENTS_VARIABLE
 
 
+class Process(Protocol):
+    """What is asked of a process, as of `subprocess.Popen`."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+    def poll(self) -> int | None:
+        """Its exit code, negative for a signal; None while it runs."""
+
+    def wait(self) -> int:
+        """The same once it has ended."""
+
+    def send_signal(self, signum: int) -> None:
+        """Sends a signal; ProcessLookupError where it has ended."""
+
+
 @dataclass
 class WorkerProcess:
     """A worker, or a process that trains one distributed trial.
 
     Attributes:
-        log: where what the process printed is found, once it knows.
-        early: what it printed before; without a name, so that nobody has to clear it up.
+        orders: its standard input; None for a process of one trial.
+        log: where what the process prints is found.
         trials: what it is training, several at once where they are stacked.
         width: how many it was given at once.
         leaving: it ends by itself after a trial that may have left its libraries in any state.
         stopping: why it was asked to stop.
     """
 
-    process: subprocess.Popen[bytes]
+    process: Process
+    orders: IO[bytes] | None
     events_fd: int
-    log: Path | None
-    early: IO[bytes] | None = None
+    log: Path
     trials: list[Trial] = field(default_factory=list)
     width: int = 1
     since: float = field(default_factory=time.monotonic)
@@ -50,45 +68,27 @@ class WorkerProcess:
     _buffer: bytes = b""
 
     @classmethod
-    def start(cls, log: Path | None, environment: dict[str, str], trial: Trial | None = None) -> WorkerProcess:
-        """A worker that waits for orders; with `trial`, a process of that trial's own command line.
-
-        Without a `log` it is told one by `begin`. Raises OSError where there is no room for what it prints before.
-        """
-        output: IO[bytes]
-        if log is None:
-            output = tempfile.TemporaryFile()  # noqa: SIM115
-        else:
-            log.parent.mkdir(parents=True, exist_ok=True)
-            output = log.open("ab")
+    def start(cls, log: Path, share: Share, trial: Trial | None = None) -> WorkerProcess:
+        """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
         reading, writing = os.pipe()
-        env = {**os.environ, **environment}
-        package = str(Path(llmft.__file__).resolve().parent.parent)
-        env["PYTHONPATH"] = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        arguments = [sys.executable, "-m", "llmft.sweeping.worker", str(writing)]
+        env = {**environment(), **share.environment}
+        arguments = ["llmft.sweeping.worker", str(writing), *map(str, share.cores or ())]
         if trial is not None:
             env[EVENTS_VARIABLE] = str(writing)
-            arguments = [sys.executable, "-m", "llmft", *trial.arguments]
-        process = subprocess.Popen(
-            arguments,
-            stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=[writing],
-            env=env,
-            start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
-        )
+            arguments = ["llmft", *trial.arguments]
+        with _opened(log) as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writing],
+                env=env,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
+            )
         os.close(writing)
         os.set_blocking(reading, False)
-        early = output if log is None else None
-        if early is None:
-            output.close()
-        return cls(process, reading, log, early, [trial] if trial is not None else [], ready=trial is not None)
-
-    def begin(self, log: Path, share: Share) -> None:
-        """Tells it where to print, also what it has printed so far, and which cores to use."""
-        self.log = log
-        self.order(do="begin", log=str(log), cores=share.cores)
+        return cls(process, process.stdin, reading, log, [trial] if trial is not None else [], ready=trial is not None)
 
     @property
     def idle(self) -> bool:
@@ -97,10 +97,10 @@ class WorkerProcess:
 
     def order(self, **content: Any) -> None:
         """Sends an order; a process that just died is noticed by its end."""
-        assert self.process.stdin is not None
+        assert self.orders is not None
         with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.write(json.dumps(content).encode() + b"\n")
-            self.process.stdin.flush()
+            self.orders.write(json.dumps(content).encode() + b"\n")
+            self.orders.flush()
 
     def train(self, trials: list[Trial]) -> None:
         """Orders trials, all at once."""
@@ -145,67 +145,162 @@ class WorkerProcess:
     def signal(self, signum: int) -> None:
         """Sends a signal to the process; SIGKILL also to all that it started."""
         with contextlib.suppress(ProcessLookupError):
-            if signum == signal.SIGKILL:
+            if signum == signal.SIGKILL and self.process.pid:
                 os.killpg(self.process.pid, signum)
             else:
                 self.process.send_signal(signum)
 
     def close(self) -> None:
         """Lets an idle worker leave, and clears up after one that has left."""
-        if self.process.stdin is not None:
+        if self.orders is not None:
             with contextlib.suppress(OSError):
-                self.process.stdin.close()
-        if self.process.poll() is not None:
+                self.orders.close()
+        if self.process.poll() is not None and self.process.pid:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
         if self.events_fd >= 0:
             os.close(self.events_fd)
             self.events_fd = -1
-        if self.early is not None:
-            if self.log is not None and self.process.poll() is not None:
-                self._tell_early()
-            self.early.close()
-            self.early = None
-
-    def _tell_early(self) -> None:
-        """Into its log what it printed before it left without having begun: why it did."""
-        assert self.early is not None
-        assert self.log is not None
-        self.early.seek(0)
-        if printed := self.early.read():
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with self.log.open("ab") as file:
-                file.write(printed)
 
 
-class Spare:
-    """A worker that loads its libraries while it is planned what for; ended where nobody takes it."""
+class Split:
+    """A worker's process that was split off a nursery, as `subprocess.Popen` would be one."""
+
+    def __init__(self, nursery: Nursery) -> None:
+        self.nursery = nursery
+        self.known_pid = 0
+        self.code: int | None = None
+
+    @property
+    def pid(self) -> int:
+        """0 before it is there."""
+        self.nursery.listen()
+        return self.known_pid
+
+    def poll(self) -> int | None:
+        """Its exit code; None while it runs or is not there yet."""
+        if self.code is None:
+            self.nursery.listen()
+        return self.code
+
+    def wait(self) -> int:
+        """Its exit code, once it has ended."""
+        while (code := self.poll()) is None:
+            time.sleep(0.01)
+        return code
+
+    def send_signal(self, signum: int) -> None:
+        """Sends a signal; one that is not there yet never comes."""
+        if self.pid == 0:
+            self.nursery.end()
+        if self.poll() is None:
+            os.kill(self.known_pid, signum)
+
+
+class Nursery:
+    """The supervisor's side of a process that loads the libraries while it is planned what for.
+
+    It gives workers at once: as many as are asked for where no GPU is used, else a single one.
+    """
 
     def __init__(self) -> None:
-        self._worker: WorkerProcess | None = None
-        with contextlib.suppress(OSError):  # where it does not find room, the worker starts when it is needed
-            self._worker = WorkerProcess.start(None, {})
+        self._process: subprocess.Popen[bytes] | None = None
+        self._splits: dict[int, Split] = {}
+        self._log: Path | None = None
+        self._open = contextlib.ExitStack()
+        if sys.platform != "linux":
+            return  # a message with file descriptors needs a socket that keeps messages apart
+        with contextlib.suppress(OSError):  # where it does not find room, workers start when they are needed
+            self._printed = self._open.enter_context(_unnamed())
+            self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._open.enter_context(self._channel)
+            self._channel.setblocking(False)
+            with theirs:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "llmft.sweeping.nursery", str(theirs.fileno())],
+                    stdin=subprocess.DEVNULL,
+                    stdout=self._printed,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[theirs.fileno()],
+                    env=environment(),
+                    start_new_session=True,
+                )
 
-    def take(self) -> WorkerProcess | None:
-        """The worker, if it is still there; the taker tells it to `begin`."""
-        if self._worker is None or self._worker.process.poll() is not None:
+    def worker(self, log: Path, share: Share, *, single: bool) -> WorkerProcess | None:
+        """A worker; where it is the `single` one the process itself becomes it. None where there is none to be had."""
+        if self._process is None or share.environment or (not single and visible_gpus()):
             return None
-        taken, self._worker = self._worker, None
-        return taken
+        orders, order_end = os.pipe()
+        event_end, events = os.pipe()
+        key = len(self._splits)
+        order = {"key": key, "single": single, "cores": share.cores}
+        try:
+            with _opened(log) as output:
+                socket.send_fds(self._channel, [json.dumps(order).encode()], [orders, events, output.fileno()])
+        except OSError:  # it has ended
+            os.close(order_end)
+            os.close(event_end)
+            return None
+        finally:
+            os.close(orders)
+            os.close(events)
+        self._log = log
+        os.set_blocking(event_end, False)
+        process: Process = self._process
+        if single:
+            self._process = None
+        else:
+            process = self._splits[key] = Split(self)
+        return WorkerProcess(process, os.fdopen(order_end, "wb"), event_end, log)
 
-    def __enter__(self) -> Spare:
+    @property
+    def splits(self) -> bool:
+        """Whether it has given workers and can give more."""
+        return bool(self._splits) and self._process is not None
+
+    def listen(self) -> None:
+        """Takes in which workers are there and how others ended."""
+        if self._process is not None and not self._take_in():
+            self.end()
+        if self._process is None:
+            for split in self._splits.values():
+                if split.code is None and not _runs(split.known_pid):
+                    split.code = -signal.SIGKILL  # or otherwise: only its parent would know
+
+    def _take_in(self) -> bool:
+        """What it told; whether it is still there."""
+        while True:
+            try:
+                content = self._channel.recv(4096)
+            except BlockingIOError:
+                return True
+            except OSError:
+                return False
+            if not content:
+                return False
+            told = json.loads(content)
+            split = self._splits[told["key"]]
+            split.known_pid, split.code = told.get("pid", split.known_pid), told.get("code")
+
+    def end(self) -> None:
+        """Ends it; workers that are there go on, others never come."""
+        if self._process is not None:
+            ended, self._process = self._process, None
+            ended.kill()
+            ended.wait()
+            self._take_in()  # its last words
+
+    def __enter__(self) -> Nursery:
         return self
 
     def __exit__(self, *error: object) -> None:
+        """Ends it; what it printed and no worker passed on, such as why it ended itself, goes to the last one's log."""
         self.end()
-
-    def end(self) -> None:
-        """Ends it where nobody took it."""
-        if self._worker is not None:
-            self._worker.signal(signal.SIGKILL)
-            self._worker.process.wait()
-            self._worker.close()
-            self._worker = None
+        with self._open:
+            if self._log is not None:
+                size = os.fstat(self._printed.fileno()).st_size
+                with contextlib.suppress(OSError), _opened(self._log) as log:
+                    log.write(os.pread(self._printed.fileno(), size, 0))
 
 
 @dataclass(frozen=True)
@@ -231,6 +326,29 @@ def shares_of_machine(workers: int) -> list[Share]:
         return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
     return [Share(cores=cores[place::workers] or [cores[place % len(cores)]]) for place in range(workers)]
+
+
+def environment() -> dict[str, str]:
+    """That of this process, in which its own package is found."""
+    package = str(Path(llmft.__file__).resolve().parent.parent)
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))}
+
+
+def _opened(log: Path) -> IO[bytes]:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("ab")
+
+
+def _unnamed() -> IO[bytes]:
+    """A file that nobody has to clear up."""
+    return tempfile.TemporaryFile()
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return pid > 0 and Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def how_it_died(code: int) -> tuple[str, str]:

@@ -16,7 +16,7 @@ from llmft.files import held
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
-from llmft.sweeping.process import Spare
+from llmft.sweeping.process import Nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.space import Space, make_space
 from llmft.sweeping.study import Study, import_optuna
@@ -41,8 +41,8 @@ def run_search(
     TrialsFailed at the end when some failed; Interrupted when a signal ended it.
     """
     import_optuna()
-    with Spare() as spare:
-        return _run_search(planner, settings, overrides, fixed, command, spare)
+    with Nursery() as nursery:
+        return _run_search(planner, settings, overrides, fixed, command, nursery)
 
 
 def _run_search(
@@ -51,7 +51,7 @@ def _run_search(
     overrides: Sequence[Any],
     fixed: Sequence[str],
     command: str,
-    spare: Spare,
+    nursery: Nursery,
 ) -> Sweep:
     space = make_space(overrides, settings.conditions or {})
     if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
@@ -69,7 +69,7 @@ def _run_search(
         if sweep.config.force:
             study_file.unlink(missing_ok=True)
         study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
-        search, supervisor = _begin(study, settings, sweep, maker, screen, probes, spare)
+        search, supervisor = _begin(study, settings, sweep, maker, screen, probes, nursery)
         tell_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
@@ -92,11 +92,11 @@ def _begin(
     maker: TrialMaker,
     screen: Screen,
     probes: list[Trial],
-    spare: Spare,
+    nursery: Nursery,
 ) -> tuple[Search, Supervisor]:
     config = sweep.config
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
-    supervisor = Supervisor(sweep, progress, spare)
+    supervisor = Supervisor(sweep, progress, nursery)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
     at_once = supervisor.count_workers(probes, search.wanted * search.num_seeds)
     search.workers = at_once * max(probe.lanes for probe in probes)

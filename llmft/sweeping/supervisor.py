@@ -17,7 +17,7 @@ from llmft.environment import allotted_cores, available_memory, visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
 from llmft.sweeping.halving import Halving
-from llmft.sweeping.process import Share, Spare, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeping.process import Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
 
@@ -138,10 +138,11 @@ class Supervisor:
         stopped_because: why the sweep ended before its end; None for one that went through.
     """
 
-    def __init__(self, sweep: Sweep, progress: SweepProgress, spare: Spare | None = None) -> None:
-        """With a `spare` worker it begins at once."""
+    def __init__(self, sweep: Sweep, progress: SweepProgress, nursery: Nursery | None = None) -> None:
+        """With a `nursery` its workers are there at once."""
         self.sweep = sweep
-        self._spare = spare
+        self._nursery = nursery
+        self._single = True
         self.settings = sweep.config.sweep
         self.progress = progress
         self.stopped_because: str | None = None
@@ -165,6 +166,7 @@ class Supervisor:
             self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
         )
         shares = shares_of_machine(count)
+        self._single = count == 1
         if count > 1 and self.settings.workers == "auto":
             self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
         before = self._take_signals()
@@ -172,8 +174,8 @@ class Supervisor:
         try:
             for slot, share in enumerate(shares):
                 self._start(slot, share)
-            if self._spare is not None:
-                self._spare.end()
+            if self._nursery is not None and not self._nursery.splits:
+                self._nursery.end()
             self._check(check)
             while not self._over(source):
                 self._hand_out(source, shares)
@@ -241,12 +243,10 @@ class Supervisor:
     def _start(self, slot: int, share: Share, trial: Trial | None = None) -> WorkerProcess:
         log = self.sweep.directory / f"worker-{slot}.log"
         started = None
-        if trial is None and not share.environment and self._spare is not None:
-            started = self._spare.take()
+        if trial is None and self._nursery is not None:
+            started = self._nursery.worker(log, share, single=self._single)
         if started is None:
-            started = WorkerProcess.start(log, share.environment, trial)
-        if trial is None:
-            started.begin(log, share)
+            started = WorkerProcess.start(log, share, trial)
         if slot < len(self._processes):
             self._processes[slot] = started
         else:

@@ -14,7 +14,7 @@ from rich.table import Table
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
-from llmft.sweeping.process import Spare
+from llmft.sweeping.process import Nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
@@ -29,11 +29,11 @@ def run_grid(
     Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
     when some failed; Interrupted when a signal ended it.
     """
-    with Spare() as spare:
-        return _run_grid(make_sweep(planner, jobs, fixed, command, first), spare)
+    with Nursery() as nursery:
+        return _run_grid(make_sweep(planner, jobs, fixed, command, first), nursery)
 
 
-def _run_grid(sweep: Sweep, spare: Spare) -> Sweep:
+def _run_grid(sweep: Sweep, nursery: Nursery) -> Sweep:
     screen = Screen()
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
@@ -42,7 +42,7 @@ def _run_grid(sweep: Sweep, spare: Spare) -> Sweep:
     if sweep.config.sweep.halving:
         check_halving(sweep.trials, sweep.swept)
     tell_plan(sweep, screen)
-    supervisor = Supervisor(sweep, progress, spare)
+    supervisor = Supervisor(sweep, progress, nursery)
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:

@@ -1,4 +1,4 @@
-"""A process that trains one trial after another on one base: `python -m llmft.sweeping.worker EVENTS_FD`.
+"""A process that trains one trial after another on one base: `python -m llmft.sweeping.worker EVENTS_FD [CORE…]`.
 
 Orders come as JSON lines on the standard input, events leave as JSON lines by the given file descriptor. When the
 supervisor is gone, the input ends: the worker saves the run under way and leaves.
@@ -6,7 +6,6 @@ supervisor is gone, the input ends: the worker saves the run under way and leave
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
@@ -106,51 +105,40 @@ def watch_of_environment() -> Teller | None:
 
 def main() -> None:
     """The process."""
-    faulthandler.enable()
-    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    teller = Teller(os.fdopen(int(sys.argv[1]), "w"), orders)
-    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    if cores := [int(core) for core in sys.argv[2:]]:
+        take_cores(cores)
     from llmft.libraries import load_libraries
 
     load_libraries()
     import llmft.training.session  # noqa: F401
 
+    work(int(sys.argv[1]))
+
+
+def take_cores(cores: list[int]) -> None:
+    """This thread, and those that it starts, computes on these cores only, where the system can be told."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def work(events: int) -> None:
+    """Does what it is ordered to by the standard input, and tells it by the file descriptor `events`."""
+    faulthandler.enable()
+    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    teller = Teller(os.fdopen(events, "w"), orders)
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
     teller.tell("ready")
     while (order := orders.get()) is not None:
-        if order["do"] == "begin":
-            _begin(order["log"], order["cores"])
-        elif order["do"] == "check":
+        if order["do"] == "check":
             teller.tell("checked", wrong=_check(order["configs"]))
         elif order["do"] == "train" and not _train_all(order["trials"], teller):
             sys.exit(1)  # a library may be left in any state: a new process takes the next trial
 
 
-def _begin(log: str, cores: list[int] | None) -> None:
-    """From now on prints into `log`, and computes on `cores`."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os.makedirs(os.path.dirname(log), exist_ok=True)
-    handle = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-    printed = os.fstat(1)
-    if not os.path.samestat(printed, os.fstat(handle)):
-        os.write(handle, os.pread(1, printed.st_size, 0))
-        os.ftruncate(1, 0)  # told
-    os.dup2(handle, 1)
-    os.dup2(handle, 2)
-    os.close(handle)
-    if cores is None or not hasattr(os, "sched_setaffinity"):
-        return
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):  # it has ended
-            os.sched_setaffinity(int(thread), cores)
-    import torch
-
-    torch.set_num_threads(len(cores))  # it has counted the cores before
-
-
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
-    for line in sys.stdin:
-        orders.put(json.loads(line))
+    with open(0, closefd=False) as given:
+        for line in given:
+            orders.put(json.loads(line))
     orders.put(None)
     # Between trials the end of the orders ends the process; a run under way saves first.
     os.kill(os.getpid(), signal.SIGTERM)

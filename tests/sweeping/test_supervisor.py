@@ -29,7 +29,7 @@ from llmft import environment
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.sweeping import supervisor
-from llmft.sweeping.process import Share, Spare, how_it_died, shares_of_machine
+from llmft.sweeping.process import Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -439,54 +439,109 @@ def test_a_container_has_the_memory_and_the_cores_it_was_given(
     assert environment.available_memory() > 1000
 
 
-def test_a_worker_that_began_before_the_plan_prints_into_the_sweeps_log_or_leaves(tmp_path: Path) -> None:
-    with Spare() as spare:
-        worker = spare.take()
+def until_told(worker: WorkerProcess, event: str) -> list[str]:
+    """What a worker tells until it tells `event`."""
+    deadline = time.monotonic() + 60
+    told: list[str] = []
+    while event not in told and time.monotonic() < deadline:
+        told += [fact["event"] for fact in worker.events()]
+        time.sleep(0.02)
+    return told
+
+
+def test_a_nursery_gives_workers_that_end_like_any_process(tmp_path: Path) -> None:
+    """Their own group, cores and log; their exit codes; what the nursery printed before is in the first one's log."""
+    log = tmp_path / "sweep/worker-0.log"
+    core = min(os.sched_getaffinity(0))
+    with Nursery() as nursery:
+        os.write(nursery._printed.fileno(), b"printed before\n")
+        workers = [nursery.worker(log.with_name(f"worker-{n}.log"), Share(cores=[core]), single=False) for n in (0, 1)]
+        first, second = workers
+        assert first is not None
+        assert second is not None
+        assert first.process.poll() is None
+        for worker in (first, second):
+            worker.order(do="check", configs={})
+            assert until_told(worker, "checked") == ["ready", "checked"]
+        assert nursery.splits
+        pids = [first.process.pid, second.process.pid]
+        assert [os.getpgid(pid) for pid in pids] == pids
+        assert os.sched_getaffinity(pids[0]) == {core}
+        shared = [psutil.Process(pid).memory_full_info() for pid in pids]
+        assert all(memory.uss < memory.rss / 2 for memory in shared), "most of it is the nursery's"
+        second.signal(signal.SIGKILL)
+        assert second.process.wait() == -signal.SIGKILL
+        third = nursery.worker(log, Share(), single=False)
+        assert third is not None
+        assert until_told(third, "ready") == ["ready"]
+        for worker in (first, second, third):
+            worker.close()
+        assert [first.process.wait(), third.process.wait()] == [-signal.SIGTERM, -signal.SIGTERM]
+    assert log.read_text() == "printed before\n"
+    assert nursery.worker(log, Share(), single=False) is None
+
+
+def test_a_single_worker_is_the_nursery_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    log = tmp_path / "worker-0.log"
+    with Nursery() as nursery:
+        process = nursery._process
+        assert nursery.worker(log, Share({"CUDA_VISIBLE_DEVICES": "0"}), single=False) is None
+        assert nursery.worker(log, Share(cores=[0]), single=False) is None, "CUDA does not outlive a fork"
+        worker = nursery.worker(log, Share(), single=True)
         assert worker is not None
-        assert spare.take() is None
-        early = worker.early
-        assert early is not None
-        os.write(early.fileno(), b"printed before\n")
-        worker.begin(tmp_path / "sweep/worker-0.log", Share(cores=[min(os.sched_getaffinity(0))]))
-        worker.order(do="check", configs={})
-        deadline = time.monotonic() + 60
-        told: list[str] = []
-        while "checked" not in told and time.monotonic() < deadline:
-            told += [event["event"] for event in worker.events()]
-            time.sleep(0.05)
-        assert told == ["ready", "checked"]
-        assert os.sched_getaffinity(worker.process.pid) == {min(os.sched_getaffinity(0))}
+        assert worker.process is process
+        assert until_told(worker, "ready") == ["ready"]
+        assert nursery.worker(log, Share(), single=True) is None
         worker.close()
-    worker.process.wait(20)
-    assert worker.log is not None
-    assert worker.log.read_text().count("printed before") == 1
-    with Spare() as spare:
-        unused = spare._worker
+        assert worker.process.wait() == -signal.SIGTERM
+    with Nursery() as nursery:
+        unused = nursery._process
     assert unused is not None
-    assert unused.process.poll() is not None
+    assert unused.poll() is not None
 
 
-def test_a_worker_that_leaves_before_it_began_has_its_last_words_in_the_log(tmp_path: Path) -> None:
-    with Spare() as spare:
-        worker = spare.take()
+def test_a_nursery_that_leaves_takes_those_along_that_are_not_there_yet(tmp_path: Path) -> None:
+    """Its last words are in their log; a signal to one that is not there yet reaches nobody else."""
+    log = tmp_path / "worker-0.log"
+    with Nursery() as nursery:
+        worker = nursery.worker(log, Share(cores=[0]), single=False)
         assert worker is not None
-        assert worker.early is not None
+        assert nursery._process is not None
+        os.write(nursery._printed.fileno(), b"no such library\n")
+        nursery._process.kill()
+        assert worker.process.wait() == -signal.SIGKILL
         worker.signal(signal.SIGKILL)
-        worker.process.wait()
-        os.write(worker.early.fileno(), b"no such library\n")
-        worker.begin(tmp_path / "sweep/worker-0.log", Share())
         worker.close()
-    assert worker.log is not None
-    assert worker.log.read_text() == "no such library\n"
+    assert log.read_text() == "no such library\n"
+    with Nursery() as nursery:
+        worker = nursery.worker(log, Share(cores=[0]), single=False)
+        assert worker is not None
+        worker.signal(signal.SIGKILL)
+        assert worker.process.wait() == -signal.SIGKILL
+        worker.close()
 
 
-def test_without_room_for_its_output_no_worker_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_workers_outlive_their_nursery(tmp_path: Path) -> None:
+    with Nursery() as nursery:
+        worker = nursery.worker(tmp_path / "worker-0.log", Share(cores=[0]), single=False)
+        assert worker is not None
+        assert until_told(worker, "ready") == ["ready"]
+        nursery.end()
+        assert worker.process.poll() is None
+        worker.order(do="check", configs={})
+        assert until_told(worker, "checked") == ["checked"]
+        worker.close()
+        assert worker.process.wait() == -signal.SIGKILL
+
+
+def test_without_room_for_what_it_prints_there_is_no_nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full() -> Any:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with Spare() as spare:
-        assert spare.take() is None
+    with Nursery() as nursery:
+        assert nursery.worker(tmp_path / "worker-0.log", Share(), single=True) is None
 
 
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
