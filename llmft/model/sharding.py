@@ -6,16 +6,19 @@ written whole, so a run may go on with another number of processes, or none.
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 
 from llmft.model.families import base_of
 
+_divided: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
+
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether the weights are divided among processes."""
-    return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+    return model in _divided
 
 
 def shard(model: Any, mesh: Any) -> None:
@@ -33,6 +36,7 @@ def shard(model: Any, mesh: Any) -> None:
             fully_shard(module, mesh=mesh)
     # By default the root keeps its weights whole after a forward, and a head among them could not be saved then.
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
+    _divided.update(model.modules())
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
