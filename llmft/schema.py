@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import re
 import sys
+import typing
 from collections.abc import Iterator
 from enum import Enum
 from typing import Any
@@ -32,6 +34,29 @@ def from_plain(plain: Any, schema: type) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
     return OmegaConf.to_object(merged)
+
+
+def restored(plain: dict[str, Any], schema: type) -> Any:
+    """The same for what this very process's parent has checked: in a hundredth of the time, and without checks."""
+    kinds = _kinds(schema)
+    return schema(**{name: _restored(value, kinds[name]) for name, value in plain.items()})
+
+
+def _restored(value: Any, kind: Any) -> Any:
+    if isinstance(value, dict) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
+        return restored(value, kind)
+    return value if value is None or not issubclass(kind, Enum) else kind(value)
+
+
+@functools.cache
+def _kinds(schema: type) -> dict[str, type]:
+    """What fields hold, as far as JSON does not tell: dataclasses and enums; elsewhere `object`."""
+    kinds: dict[str, type] = {}
+    for name, hint in typing.get_type_hints(schema, vars(llmft.config)).items():
+        held = [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)]
+        special = (kind for kind in held if dataclasses.is_dataclass(kind) or issubclass(kind, Enum))
+        kinds[name] = next(special, object)
+    return kinds
 
 
 def _literal(value: Any) -> Any:

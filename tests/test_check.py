@@ -11,20 +11,17 @@ from typing import Any
 
 import pytest
 
+from tests.commands import Commands
 from tests.conftest import ROOT
 
 SMALL_DATA = ["data.rows={train: 40, validation: 10, test: 6}", "trainer.threads=1"]
 
 
+COMMANDS = Commands()
+
+
 def check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmft.check", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return COMMANDS.run("llmft.check", *arguments, cwd=cwd)
 
 
 def report(*arguments: str, cwd: Path) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from llmft.config import (
 )
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
-from llmft.schema import canonical, from_plain, numbers_of, open_keys, schema_keys, to_plain
+from llmft.schema import canonical, from_plain, numbers_of, open_keys, restored, schema_keys, to_plain
 from tests.conftest import ROOT, compose
 
 CONF = ROOT / "conf"
@@ -164,5 +164,6 @@ def test_a_duration_that_is_none_names_its_key(text: str) -> None:
 )
 def test_a_config_survives_the_way_to_plain_values_and_back(overrides: list[str]) -> None:
     config = compose(*overrides)
-    again = from_plain(json.loads(json.dumps(to_plain(config))), TrainConfig)
-    assert again == config
+    plain = json.loads(json.dumps(to_plain(config)))
+    assert from_plain(plain, TrainConfig) == config
+    assert restored(plain, TrainConfig) == config

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ from typing import IO, Any, Protocol
 
 import llmft
 from llmft.environment import usable_cores, visible_gpus
+from llmft.schema import to_plain
 from llmft.sweeping.trials import Trial
 from llmft.sweeping.worker import EVENTS_VARIABLE
 
@@ -99,7 +99,7 @@ class WorkerProcess:
         """Sends an order; a process that just died is noticed by its end."""
         assert self.orders is not None
         with contextlib.suppress(BrokenPipeError):
-            pickle.dump(content, self.orders)
+            self.orders.write(json.dumps(content).encode() + b"\n")
             self.orders.flush()
 
     def train(self, trials: list[Trial]) -> None:
@@ -109,7 +109,7 @@ class WorkerProcess:
         orders = [
             {
                 "number": trial.number,
-                "config": trial.config,
+                "config": to_plain(trial.config),
                 "arguments": trial.arguments,
                 "overrides": trial.overrides,
             }

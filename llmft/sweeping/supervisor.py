@@ -15,6 +15,7 @@ from typing import Any, Protocol
 from llmft.config import seconds_of
 from llmft.environment import allotted_cores, available_memory, visible_gpus
 from llmft.errors import ConfigError, Interrupted
+from llmft.schema import to_plain
 from llmft.sweeping.halving import Halving
 from llmft.sweeping.process import Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.progress import SweepProgress
@@ -225,7 +226,7 @@ class Supervisor:
             if time.monotonic() - worker.since > limit:
                 worker.signal(signal.SIGKILL)
         asked = time.monotonic()
-        worker.order(do="check", configs={trial.number: trial.config for trial in trials})
+        worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
         while worker.process.poll() is None and not self.signalled:
             self._wait([worker])
             if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:

@@ -1,17 +1,15 @@
 """A process that trains one trial after another on one base: `python -m llmft.sweeping.worker EVENTS_FD [CORE…]`.
 
-Orders come pickled on the standard input, a pipe from the supervisor, which has checked what they hold; events leave as
+Orders come as JSON lines on the standard input, from the supervisor, which has checked what they hold; events leave as
 JSON lines by the given file descriptor. When the supervisor is gone, the input ends: the worker saves the run under
 way and leaves.
 """
 
 from __future__ import annotations
 
-import contextlib
 import faulthandler
 import json
 import os
-import pickle
 import queue
 import signal
 import sys
@@ -23,7 +21,6 @@ from functools import partial
 from typing import IO, TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmft.config import TrainConfig
     from llmft.training.lanes import Lane
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
@@ -140,9 +137,9 @@ def work(events: int) -> None:
 
 
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
-    with open(0, "rb", closefd=False) as given, contextlib.suppress(EOFError):
-        while True:
-            orders.put(pickle.load(given))
+    with open(0, closefd=False) as given:
+        for line in given:
+            orders.put(json.loads(line))
     orders.put(None)
     # Between trials the end of the orders ends the process; a run under way saves first.
     os.kill(os.getpid(), signal.SIGTERM)
@@ -150,15 +147,17 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def _check(configs: dict[int, TrainConfig]) -> dict[int, tuple[str, int]]:
+def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """(message, exit code) for every config of which some part cannot be built."""
+    from llmft.config import TrainConfig
     from llmft.errors import UserError
+    from llmft.schema import restored
     from llmft.training.session import check_parts
 
-    wrong: dict[int, tuple[str, int]] = {}
-    for number, config in configs.items():
+    wrong: dict[str, tuple[str, int]] = {}
+    for number, plain in configs.items():
         try:
-            check_parts(config)
+            check_parts(restored(plain, TrainConfig))
         except UserError as error:
             wrong[number] = (str(error), error.exit_code)
     return wrong
@@ -188,13 +187,16 @@ def _train_all(orders: list[dict[str, Any]], teller: Teller) -> bool:
 
 def _train(order: dict[str, Any], teller: Teller, lane: Lane | None = None) -> dict[str, Any]:
     """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
+    from llmft.config import TrainConfig
     from llmft.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
+    from llmft.schema import restored
     from llmft.train import train
 
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
     ended: dict[str, Any] = {"number": order["number"], "sound": True, "value": None, "error": None, "cause": None}
     try:
-        value = train(order["config"], watch=teller, overrides=order["overrides"], lane=lane)
+        config: TrainConfig = restored(order["config"], TrainConfig)
+        value = train(config, watch=teller, overrides=order["overrides"], lane=lane)
         return {**ended, "status": "done", "value": value}
     except RunBusy as error:
         return {**ended, "status": "busy", "error": str(error)}

@@ -1,0 +1,87 @@
+"""Runs commands in processes of their own that have the libraries already: `Commands`.
+
+Starting Python, torch and transformers takes most of a short command's time. One process loads them and splits itself
+for each command, which then runs as `python -m` would run it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class Commands:
+    """The process that commands split off; it ends with this one."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+
+    def run(self, module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+        """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment."""
+        if self.process is None or self.process.poll() is not None:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "tests.commands"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                text=True,
+                cwd=ROOT,
+            )
+            atexit.register(self.process.kill)
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        with tempfile.TemporaryDirectory() as folder:
+            printed = [Path(folder) / name for name in ("stdout", "stderr")]
+            order = {"module": module, "arguments": arguments, "cwd": str(cwd), "printed": [str(p) for p in printed]}
+            self.process.stdin.write(json.dumps({**order, "environment": dict(os.environ)}) + "\n")
+            self.process.stdin.flush()
+            code = int(self.process.stdout.readline())
+            return subprocess.CompletedProcess([module, *arguments], code, *(p.read_text() for p in printed))
+
+
+def main() -> None:
+    """The process: an order a line, an exit code a line."""
+    from llmft.environment import threads_wait_briefly
+    from llmft.libraries import load_libraries
+
+    threads_wait_briefly()
+    load_libraries()
+    for line in sys.stdin:
+        pid = os.fork()
+        if pid == 0:
+            _run(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+
+
+def _run(module: str, arguments: list[str], cwd: str, printed: list[str], environment: dict[str, str]) -> None:
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for place, path in enumerate(printed, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), place)
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(cwd)
+    sys.argv = [module, *arguments]
+    code = 1
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
