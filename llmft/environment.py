@@ -164,6 +164,11 @@ def visible_gpus() -> list[str]:
     return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
 
 
+def accelerators() -> bool:
+    """Whether there may be a device of any maker whose driver does not outlive a fork."""
+    return bool(visible_gpus()) or Path("/dev/kfd").exists() or any(Path("/dev/dri").glob("renderD*"))
+
+
 def threads_wait_briefly() -> None:
     """OpenMP threads without work spin for some microseconds before they sleep; call before torch is imported.
 

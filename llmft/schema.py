@@ -54,8 +54,10 @@ def _kinds(schema: type) -> dict[str, type]:
     kinds: dict[str, type] = {}
     for name, hint in typing.get_type_hints(schema, vars(llmft.config)).items():
         held = [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)]
-        special = (kind for kind in held if dataclasses.is_dataclass(kind) or issubclass(kind, Enum))
-        kinds[name] = next(special, object)
+        special = [kind for kind in held if dataclasses.is_dataclass(kind) or issubclass(kind, Enum)]
+        if special and typing.get_origin(hint) in (list, dict):
+            raise TypeError(f"{schema.__name__}.{name}: several {special[0].__name__} in one field are not restored")
+        kinds[name] = next(iter(special), object)
     return kinds
 
 

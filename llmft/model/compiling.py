@@ -38,12 +38,12 @@ def release_layers(model: Any) -> None:
 
 
 def _with_fallback(model: Any, layer: Any, compiled: Callable[..., Any], warn: Callable[[str], None]) -> Any:
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return compiled(*args, **kwargs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             told = str(error).strip().splitlines()
             release_layers(model)
             fused.install(model)

@@ -21,7 +21,10 @@ def auto_model(auto_class: str) -> Any:
 
 
 def skeleton(auto_class: str, config: Any, **arguments: Any) -> Any:
-    """The model of a configuration of transformers, without its weights; `arguments` as `from_config` takes them."""
+    """The model of a configuration of transformers, without its weights but those that are made of ranges.
+
+    `arguments` as `from_config` takes them.
+    """
     make = partial(auto_model(auto_class).from_config, config, **arguments)
     try:
         with nothing_on_meta(config), torch.device("meta"):
@@ -32,6 +35,8 @@ def skeleton(auto_class: str, config: Any, **arguments: Any) -> Any:
         return make()
 
 
+LONGEST_REAL = 4096
+"""The longest range that is made: code of others may go on to its square."""
 _computes: set[str] = set()
 """Kinds of models that compute something of a range and weights that are not there yet."""
 
@@ -40,8 +45,8 @@ _computes: set[str] = set()
 def nothing_on_meta(config: Any) -> Iterator[None]:
     """Nothing is computed on the meta device while the model of a configuration is built.
 
-    Initial values are left out, and ranges, which positions begin with, are real. Both would go through Python code
-    that imports sympy: 0.2 s and 30 MiB.
+    Initial values are left out, and short ranges, which positions begin with, are real. Both would go through Python
+    code that imports sympy: 0.2 s and 30 MiB.
     """
     with torch.device("meta"):
         torch.empty(0)  # torch notes for good, at the first such call, which functions obey `torch.device`
@@ -70,6 +75,7 @@ def _unless_meta(function: Callable[..., Any]) -> Callable[..., Any]:
 def _real(arange: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     def real(*arguments: Any, device: Any = None, **named: Any) -> torch.Tensor:
         where = torch.get_default_device() if device is None else torch.device(device)
-        return arange(*arguments, device="cpu" if where.type == "meta" else where, **named)
+        small = all(isinstance(bound, int | float) and abs(bound) <= LONGEST_REAL for bound in arguments)
+        return arange(*arguments, device="cpu" if where.type == "meta" and small else where, **named)
 
     return real

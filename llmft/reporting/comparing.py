@@ -169,7 +169,12 @@ def _range_at(means: int, df: float, alpha: float) -> float:
     def excess(value: float) -> float:
         return float(studentized_range.sf(value * math.sqrt(2), means, df)) - alpha
 
-    return float(brentq(excess, low, high, xtol=1e-5 * low))
+    try:
+        return float(brentq(excess, low, high, xtol=1e-5 * low))
+    except (
+        ValueError
+    ):  # scipy's integral is not exact enough to tell the bounds apart: one degree of freedom, tiny alpha
+        return high
 
 
 def _needed(contrast: Contrast, family: int, alpha: float) -> tuple[int | None, int | None]:

@@ -85,6 +85,7 @@ def _pass_on_what_was_printed(log: int) -> None:
     size = os.fstat(1).st_size
     os.write(log, os.pread(1, size, 0))
     os.ftruncate(1, 0)
+    os.lseek(1, 0, os.SEEK_SET)
 
 
 def _become(order: dict[str, Any], handles: list[int]) -> None:

@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 import llmft
-from llmft.environment import usable_cores, visible_gpus
+from llmft.environment import accelerators, usable_cores, visible_gpus
 from llmft.schema import to_plain
 from llmft.sweeping.trials import Trial
 from llmft.sweeping.worker import EVENTS_VARIABLE
+
+UNKNOWN_CODE = 999
+"""In the place of the exit code of a process whose parent has gone."""
 
 
 class Process(Protocol):
@@ -170,6 +173,7 @@ class Split:
         self.nursery = nursery
         self.known_pid = 0
         self.code: int | None = None
+        self.doom = 0
 
     @property
     def pid(self) -> int:
@@ -190,10 +194,13 @@ class Split:
         return code
 
     def send_signal(self, signum: int) -> None:
-        """Sends a signal; one that is not there yet never comes."""
+        """Sends a signal; one that is not there yet gets it when it is."""
         if self.pid == 0:
-            self.nursery.end()
-        if self.poll() is None:
+            if signum == signal.SIGKILL or not self.doom:
+                self.doom = signum
+            if signum == signal.SIGKILL:
+                self.nursery.end_idle()
+        elif self.poll() is None:
             os.kill(self.known_pid, signum)
 
 
@@ -228,7 +235,7 @@ class Nursery:
 
     def worker(self, log: Path, share: Share, *, single: bool) -> WorkerProcess | None:
         """A worker; where it is the `single` one the process itself becomes it. None where there is none to be had."""
-        if self._process is None or share.environment or (not single and visible_gpus()):
+        if self._process is None or share.environment or (not single and accelerators()):
             return None
         orders, order_end = os.pipe()
         event_end, events = os.pipe()
@@ -237,7 +244,7 @@ class Nursery:
         try:
             with _opened(log) as output:
                 socket.send_fds(self._channel, [json.dumps(order).encode()], [orders, events, output.fileno()])
-        except OSError:  # it has ended
+        except OSError:  # it has ended, or its log cannot be opened
             os.close(order_end)
             os.close(event_end)
             return None
@@ -265,7 +272,7 @@ class Nursery:
         if self._process is None:
             for split in self._splits.values():
                 if split.code is None and not _runs(split.known_pid):
-                    split.code = -signal.SIGKILL  # or otherwise: only its parent would know
+                    split.code = UNKNOWN_CODE  # only its parent would know
 
     def _take_in(self) -> bool:
         """What it told; whether it is still there."""
@@ -280,7 +287,24 @@ class Nursery:
                 return False
             told = json.loads(content)
             split = self._splits[told["key"]]
-            split.known_pid, split.code = told.get("pid", split.known_pid), told.get("code")
+            split.code = told.get("code", split.code)
+            if "pid" in told:
+                split.known_pid = told["pid"]
+                if split.doom:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(split.known_pid, split.doom)
+
+    def end_idle(self) -> None:
+        """Ends it where some workers are not there yet and none is at work: it may hang."""
+        alive = [split for split in self._splits.values() if split.code is None]
+        if alive and not any(split.known_pid for split in alive):
+            self.end()
+
+    def end_unless_complete(self) -> None:
+        """Ends it where somebody would wait for workers that are not there yet."""
+        self.listen()
+        if any(split.code is None and split.known_pid == 0 for split in self._splits.values()):
+            self.end()
 
     def end(self) -> None:
         """Ends it; workers that are there go on, others never come."""
@@ -298,9 +322,11 @@ class Nursery:
         self.end()
         with self._open:
             if self._log is not None:
-                size = os.fstat(self._printed.fileno()).st_size
-                with contextlib.suppress(OSError), _opened(self._log) as log:
-                    log.write(os.pread(self._printed.fileno(), size, 0))
+                printed = os.pread(self._printed.fileno(), os.fstat(self._printed.fileno()).st_size, 0)
+                with contextlib.suppress(OSError):
+                    if printed:
+                        with _opened(self._log) as log:
+                            log.write(printed)
 
 
 @dataclass(frozen=True)
@@ -353,6 +379,8 @@ def _runs(pid: int) -> bool:
 
 def how_it_died(code: int) -> tuple[str, str]:
     """(error, cause) of a worker that left without a word."""
+    if code == UNKNOWN_CODE:
+        return "the process left without a result; how is not known", "exit"
     if code >= 0:
         return f"the process left with exit code {code} and no result", "exit"
     name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"

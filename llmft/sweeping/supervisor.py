@@ -184,6 +184,8 @@ class Supervisor:
         finally:
             for process in self._processes:
                 process.close()
+            if self._nursery is not None:
+                self._nursery.end_unless_complete()
             self._wait_for_leavers()
             self.progress.stop()
             for signum, handler in before.items():

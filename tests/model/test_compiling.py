@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.exc import FailOnRecompileLimitHit
 from torch._dynamo.testing import CompileCounter
 
 from llmft.config import LoraConfig
@@ -58,3 +59,16 @@ def test_what_cannot_be_compiled_is_computed_all_the_same_and_said_once() -> Non
     assert "trainer.compile" in warned[0]
     assert all(layer._compiled_call_impl is None for layer in layers_of(model))
     assert all("forward" in layer.__dict__ for layer in fused.lora_layers(model).values())
+
+
+def test_layers_that_are_compiled_too_often_are_computed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_often(*args: Any, **kwargs: Any) -> Any:
+        raise FailOnRecompileLimitHit("Hard failure due to fullgraph=True")
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: too_often)
+    model = adapters.attach(base("llama"), LoraConfig(r=4), auto_class="causal_lm", seed=0, name="twin").train()
+    expected = loss(model, 16)
+    warned: list[str] = []
+    compile_layers(model, warned.append)
+    assert torch.allclose(loss(model, 16), expected, rtol=1e-6)
+    assert len(warned) == 1

@@ -34,11 +34,13 @@ def test_skeletons_have_the_weights_of_the_model_and_no_values(family: str) -> N
 
 
 def test_outside_the_meta_device_values_are_made_as_always() -> None:
-    with nothing_on_meta(SimpleNamespace(model_type=FIRST)):
+    with nothing_on_meta(SimpleNamespace(model_type="llama")):
         torch.manual_seed(0)
         found = torch.nn.Linear(4, 4)
         assert torch.arange(3).tolist() == [0, 1, 2]
         assert torch.arange(3, device="meta").device.type == "cpu"
+        assert torch.arange(100_000, device="meta").is_meta
+        assert torch.arange(0, 3, 1).tolist() == [0, 1, 2]
     torch.manual_seed(0)
     assert torch.equal(found.weight, torch.nn.Linear(4, 4).weight)
     assert torch.arange(3, device="meta").is_meta

@@ -29,7 +29,7 @@ from llmft import environment
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.sweeping import supervisor
-from llmft.sweeping.process import Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeping.process import UNKNOWN_CODE, Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -471,13 +471,14 @@ def test_a_nursery_gives_workers_that_end_like_any_process(tmp_path: Path) -> No
         assert all(memory.uss < memory.rss / 2 for memory in shared), "most of it is the nursery's"
         second.signal(signal.SIGKILL)
         assert second.process.wait() == -signal.SIGKILL
+        os.write(nursery._printed.fileno(), b"and again\n")
         third = nursery.worker(log, Share(), single=False)
         assert third is not None
         assert until_told(third, "ready") == ["ready"]
         for worker in (first, second, third):
             worker.close()
         assert [first.process.wait(), third.process.wait()] == [-signal.SIGTERM, -signal.SIGTERM]
-    assert log.read_text() == "printed before\n"
+    assert log.read_text() == "printed before\nand again\n"
     assert nursery.worker(log, Share(), single=False) is None
 
 
@@ -510,7 +511,8 @@ def test_a_nursery_that_leaves_takes_those_along_that_are_not_there_yet(tmp_path
         assert nursery._process is not None
         os.write(nursery._printed.fileno(), b"no such library\n")
         nursery._process.kill()
-        assert worker.process.wait() == -signal.SIGKILL
+        assert worker.process.wait() == UNKNOWN_CODE
+        assert "not known" in how_it_died(UNKNOWN_CODE)[0]
         worker.signal(signal.SIGKILL)
         worker.close()
     assert log.read_text() == "no such library\n"
@@ -518,8 +520,25 @@ def test_a_nursery_that_leaves_takes_those_along_that_are_not_there_yet(tmp_path
         worker = nursery.worker(log, Share(cores=[0]), single=False)
         assert worker is not None
         worker.signal(signal.SIGKILL)
-        assert worker.process.wait() == -signal.SIGKILL
+        assert worker.process.wait() == UNKNOWN_CODE
         worker.close()
+
+
+def test_one_that_is_asked_to_stop_before_it_is_there_stops_alone(tmp_path: Path) -> None:
+    with Nursery() as nursery:
+        first, second = (nursery.worker(tmp_path / f"{n}.log", Share(cores=[0]), single=False) for n in (0, 1))
+        assert first is not None
+        assert second is not None
+        second.stop("signal")
+        assert second.process.wait() == -signal.SIGTERM
+        assert until_told(first, "ready") == ["ready"]
+        third = nursery.worker(tmp_path / "3.log", Share(cores=[0]), single=False)
+        assert third is not None
+        third.signal(signal.SIGKILL)
+        assert third.process.wait() == -signal.SIGKILL
+        assert first.process.poll() is None
+        first.close()
+        assert first.process.wait() == -signal.SIGTERM
 
 
 def test_workers_outlive_their_nursery(tmp_path: Path) -> None:
@@ -532,7 +551,7 @@ def test_workers_outlive_their_nursery(tmp_path: Path) -> None:
         worker.order(do="check", configs={})
         assert until_told(worker, "checked") == ["checked"]
         worker.close()
-        assert worker.process.wait() == -signal.SIGKILL
+        assert worker.process.wait() == UNKNOWN_CODE
 
 
 def test_without_room_for_what_it_prints_there_is_no_nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
