@@ -94,7 +94,8 @@ def defer_compiler() -> None:
     def disable(function: Any = None, recursive: bool = True, **options: Any) -> Any:
         """A function that asks for the compiler's own `disable` when it is called, as torch's own functions do."""
         if function is not None and not isinstance(function, FunctionType):
-            return _now("torch._dynamo", "disable")(function, recursive, **options)
+            execute(torch._dynamo, "disable")
+            return torch._dynamo.disable(function, recursive, **options)
         if options.get("wrapping", True):
             return torch._disable_dynamo(function, recursive)
         asked.append(function)  # by such a function
@@ -107,27 +108,16 @@ def defer_compiler() -> None:
             function.__dict__.pop("__dynamo_disable", None)  # it asks again
 
     told: dict[str, Any] = {name: partial(mark, name) for name in ("allow_in_graph", "assume_constant_result")}
-    told |= {"disable": disable, "graph_break": _nothing, "OptimizedModule": _kind("torch._dynamo", "OptimizedModule")}
+    told |= {"disable": disable, "graph_break": lambda *_, **__: None, "OptimizedModule": _Compiled}
     defer("torch._dynamo", told, replay)
     defer("torch._inductor")
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    pass
+class _CompiledOrNot(type):
+    def __instancecheck__(cls, instance: Any) -> bool:
+        compiler = sys.modules["torch._dynamo"]
+        return not isinstance(compiler, Deferred) and isinstance(instance, compiler.OptimizedModule)
 
 
-def _now(module: str, name: str) -> Any:
-    """What the executed module has under a name."""
-    execute(sys.modules[module], name)
-    return getattr(sys.modules[module], name)
-
-
-def _kind(module: str, name: str) -> type:
-    """In the place of a class: nothing is one before its module has been executed."""
-
-    class Kind(type):
-        def __instancecheck__(cls, instance: Any) -> bool:
-            executed = not isinstance(sys.modules[module], Deferred)
-            return executed and isinstance(instance, getattr(sys.modules[module], name))
-
-    return Kind(name, (), {})
+class _Compiled(metaclass=_CompiledOrNot):
+    """In the place of `OptimizedModule`: nothing is one before the compiler has been executed."""

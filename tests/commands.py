@@ -10,6 +10,8 @@ import atexit
 import json
 import os
 import runpy
+import select
+import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +19,8 @@ import traceback
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LONGEST_S = 120
+"""For a command, the first one's libraries included."""
 
 
 class Commands:
@@ -26,7 +30,10 @@ class Commands:
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment."""
+        """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment.
+
+        Raises subprocess.TimeoutExpired after `LONGEST_S`.
+        """
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.commands"],
@@ -34,6 +41,7 @@ class Commands:
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=ROOT,
+                start_new_session=True,
             )
             atexit.register(self.process.kill)
         assert self.process.stdin is not None
@@ -43,6 +51,9 @@ class Commands:
             order = {"module": module, "arguments": arguments, "cwd": str(cwd), "printed": [str(p) for p in printed]}
             self.process.stdin.write(json.dumps({**order, "environment": dict(os.environ)}) + "\n")
             self.process.stdin.flush()
+            if not select.select([self.process.stdout], [], [], LONGEST_S)[0]:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                raise subprocess.TimeoutExpired([module, *arguments], LONGEST_S)
             code = int(self.process.stdout.readline())
             return subprocess.CompletedProcess([module, *arguments], code, *(p.read_text() for p in printed))
 

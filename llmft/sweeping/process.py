@@ -196,10 +196,10 @@ class Split:
     def send_signal(self, signum: int) -> None:
         """Sends a signal; one that is not there yet gets it when it is."""
         if self.pid == 0:
-            if signum == signal.SIGKILL or not self.doom:
-                self.doom = signum
+            self.doom = self.doom or signum
             if signum == signal.SIGKILL:
-                self.nursery.end_idle()
+                self.doom = signum
+                self.nursery.end_if_none_is_there()
         elif self.poll() is None:
             os.kill(self.known_pid, signum)
 
@@ -294,16 +294,19 @@ class Nursery:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(split.known_pid, split.doom)
 
-    def end_idle(self) -> None:
-        """Ends it where some workers are not there yet and none is at work: it may hang."""
-        alive = [split for split in self._splits.values() if split.code is None]
-        if alive and not any(split.known_pid for split in alive):
+    def _there(self) -> list[bool]:
+        """Of every worker that has not ended, whether it is there yet."""
+        self.listen()
+        return [split.known_pid > 0 for split in self._splits.values() if split.code is None]
+
+    def end_if_none_is_there(self) -> None:
+        """Ends it where none of the workers is there yet: it may hang."""
+        if not any(self._there()):
             self.end()
 
-    def end_unless_complete(self) -> None:
+    def end_unless_all_are_there(self) -> None:
         """Ends it where somebody would wait for workers that are not there yet."""
-        self.listen()
-        if any(split.code is None and split.known_pid == 0 for split in self._splits.values()):
+        if not all(self._there()):
             self.end()
 
     def end(self) -> None:

@@ -185,7 +185,7 @@ class Supervisor:
             for process in self._processes:
                 process.close()
             if self._nursery is not None:
-                self._nursery.end_unless_complete()
+                self._nursery.end_unless_all_are_there()
             self._wait_for_leavers()
             self.progress.stop()
             for signum, handler in before.items():
