@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import signal
@@ -33,7 +34,7 @@ def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[
     assert status["status"] == "done"
     assert metric == status["result"]["after"]["val/loss_nats"] == min(r["val/loss_nats"] for r in validated)
     environment = json.loads((directory / "environment.json").read_text())
-    assert environment["versions"]["torch"] == torch.__version__
+    assert environment["versions"]["torch"] == importlib.metadata.version("torch")
     assert len(environment["data"]["fingerprint"]) == 64
     samples = records(directory, "samples.jsonl")
     assert len([s for s in samples if s["step"] == 4 and s["split"] == "val"]) == 4

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import re
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -68,6 +70,17 @@ def base_of(model: Any) -> Any:
 def body_of(model: Any) -> Any:
     """The part of a transformers model below its head, under any adapter."""
     return base_of(model).base_model
+
+
+@lru_cache(maxsize=8)
+def selects_positions(model_class: Any) -> bool:
+    """Whether the model's forward takes a boolean mask of the positions to compute logits at.
+
+    Where it has transformers' own function for it; code of repositories may slice by itself, which takes no mask.
+    """
+    forward = model_class.forward
+    knows = "slice_logits_to_keep" in inspect.unwrap(forward).__globals__
+    return knows and "logits_to_keep" in inspect.signature(forward).parameters
 
 
 def layers_of(model: Any) -> list[Any]:

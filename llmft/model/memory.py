@@ -18,7 +18,6 @@ Falcon, MPT and DeBERTa in bf16 take somewhat more there.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import os
 import warnings
@@ -163,7 +162,8 @@ def estimate_memory(
         model = base.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     weights = sum(parameter.nbytes for parameter in trained)
-    selects = "logits_to_keep" in inspect.signature(type(base).forward).parameters
+    model_class: type = type(base)
+    selects = families.selects_positions(model_class)
     keep = max(1, math.ceil(labelled_tokens / rows)) if selects else None
     if config.quantization.format is not QuantizationFormat.none and device_type == "cuda":
         for module in model.modules():

@@ -196,7 +196,7 @@ def reference_varlen(
 def test_the_variable_length_kernel_is_told_where_rows_end(
     architecture: str, window: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.nn.attention import varlen
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
     model, ids = base(architecture, **({} if window is None else {"sliding_window": window})), rows()
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
@@ -208,7 +208,7 @@ def test_the_variable_length_kernel_is_told_where_rows_end(
 def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
     firsts: list[int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.nn.attention import varlen
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
     from llmft.model import stacked
 

@@ -58,7 +58,7 @@ def test_logits_at_the_ends_are_those_of_each_row_alone(architecture: str) -> No
 def test_a_window_and_the_variable_length_kernel_hold_at_the_ends_too(
     window: int | None, varlen: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from torch.nn.attention import varlen as kernels
+    kernels = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
     monkeypatch.setattr(kernels, "varlen_attn", reference_varlen)
     monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: varlen)
@@ -69,7 +69,7 @@ def test_a_window_and_the_variable_length_kernel_hold_at_the_ends_too(
 def test_a_kernel_that_takes_queries_for_the_beginning_of_a_row_gets_whole_rows(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from torch.nn.attention import varlen as kernels
+    kernels = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
     def from_the_beginning(
         query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any, *more: Any, **how: Any

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmft.data.batch import StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Encoded
+from llmft.model.families import selects_positions
 from llmft.training.finetuner import parameter_groups, stream
 from llmft.training.objectives.language_modeling import LanguageModeling
 
@@ -94,15 +96,23 @@ def test_row_losses_equal_those_of_each_row_alone_without_padding() -> None:
         assert float(together[place].detach()) == pytest.approx(float(alone.detach()), rel=1e-5)
 
 
-def test_older_transformers_without_position_selection_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    from llmft.training.objectives import language_modeling
-
+def test_a_repositorys_own_slice_of_positions_is_not_asked_for_a_mask() -> None:
+    """As code written for older transformers slices: a mask would be taken for something else."""
     net, batch = model(), collate(examples(), range(6), 0)
     new = LanguageModeling().losses(net, batch)
-    monkeypatch.setattr(language_modeling, "selects_positions", lambda model_class: False)
-    old = LanguageModeling().losses(net, batch)
-    torch.testing.assert_close(new.nll, old.nll)
-    assert torch.equal(new.counts, old.counts)
+    kind = type(net)
+
+    class Slices(kind):  # type: ignore[misc,valid-type]
+        def forward(self, input_ids: torch.Tensor, logits_to_keep: int | torch.Tensor = 0, **named: Any) -> Any:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            hidden = self.model(input_ids, **named).last_hidden_state
+            return CausalLMOutputWithPast(logits=self.lm_head(hidden[:, kept, :]))
+
+    net.__class__ = Slices
+    own = LanguageModeling().losses(net, batch)
+    torch.testing.assert_close(new.nll, own.nll)
+    assert torch.equal(new.counts, own.counts)
+    assert [selects_positions(one) for one in (kind, Slices)] == [True, False]
 
 
 def test_norms_biases_and_embeddings_are_not_decayed() -> None:

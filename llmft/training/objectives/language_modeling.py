@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,21 +9,12 @@ import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
-from llmft.model.families import base_of, body_of
+from llmft.model.families import base_of, body_of, selects_positions
 from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.heads import CHUNK_POSITIONS
 from llmft.model.sharding import is_sharded
 from llmft.model.tail import takes_ends
 from llmft.training.objectives.base import RowLosses
-
-
-@lru_cache(maxsize=8)
-def selects_positions(model_class: type) -> bool:
-    """Whether the model's forward takes a boolean mask of the positions to compute logits at."""
-    import transformers.modeling_utils
-
-    known = hasattr(transformers.modeling_utils, "slice_logits_to_keep")
-    return known and "logits_to_keep" in inspect.signature(model_class.forward).parameters  # type: ignore[attr-defined]
 
 
 def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 
 from llmft.model import flat
-from llmft.model.families import base_of
-from llmft.training.objectives.language_modeling import selects_positions
+from llmft.model.families import base_of, selects_positions
 
 Prefix = tuple[int, ...]
 CACHE_BYTES = 2 * 2**30
