@@ -36,6 +36,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    options = {argument for argument in sys.argv[1:] if argument.startswith("-")}
+    if options and options <= {"-m", "--multirun"}:
+        from llmft.sweeping.process import begin_nursery
+
+        begin_nursery()  # before Hydra composes: the libraries take longer than everything that comes before them
     run_verb("train", TrainConfig, _train_composed, multirun=True)
 
 

@@ -30,3 +30,15 @@ print(round(float(parameter.mean()), 3))
         [sys.executable, "-c", body], cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.splitlines() == ["[] True True", "1.0 [0] torch", "True 1.0", "1.5"], done.stdout + done.stderr
+
+
+def test_libraries_load_also_where_a_program_has_imported_transformers_before() -> None:
+    body = """
+import transformers
+from llmft.libraries import load_libraries
+load_libraries()
+from transformers.loss.loss_for_object_detection import linear_sum_assignment
+print(linear_sum_assignment.__module__.partition(".")[0], transformers.LlamaForCausalLM.__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["scipy", "LlamaForCausalLM"], done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -330,6 +331,27 @@ class Nursery:
                     if printed:
                         with _opened(self._log) as log:
                             log.write(printed)
+
+
+_begun: list[Nursery] = []
+
+
+def begin_nursery() -> None:
+    """Starts one for a sweep that is still to be planned; where nobody takes it, it ends with this process."""
+    _begun.append(Nursery())
+    atexit.register(end_nursery)
+
+
+def take_nursery() -> Nursery:
+    """The one that was begun, or a new one."""
+    return _begun.pop() if _begun else Nursery()
+
+
+def end_nursery() -> None:
+    """Ends the one that was begun, where nobody has taken it."""
+    while _begun:
+        with _begun.pop():
+            pass
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from rich.table import Table
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
-from llmft.sweeping.process import Nursery
+from llmft.sweeping.process import Nursery, end_nursery, take_nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
@@ -29,7 +29,7 @@ def run_grid(
     Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
     when some failed; Interrupted when a signal ended it.
     """
-    with Nursery() as nursery:
+    with take_nursery() as nursery:
         return _run_grid(make_sweep(planner, jobs, fixed, command, first), nursery)
 
 
@@ -73,6 +73,7 @@ def run_elsewhere(
     planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, launcher: Any
 ) -> Sweep:
     """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
+    end_nursery()
     sweep = make_sweep(planner, jobs, fixed, command, 0)
     screen = Screen()
     tell_plan(sweep, screen)

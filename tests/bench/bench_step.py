@@ -1,6 +1,7 @@
 """Seconds of an optimizer step: llmft against a bare PyTorch loop with PEFT, transformers' Trainer, TRL and others.
 
     python -m tests.bench.bench_step [--work short_answers|alpaca|stories] [--rounds 5] [--steps 2] [--quick] [--parity]
+        [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [lora.r=16 …]
 
 All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
 the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
@@ -12,6 +13,7 @@ and with --parity over 50 steps of shorter rows.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import tempfile
@@ -166,6 +168,9 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="compare losses only")
     parser.add_argument("--micro", help="peers' micro-batches with a comma between them; the best is taken (1,4,16)")
     parser.add_argument("--threads", help="peers' threads likewise; 0: as torch chooses (0,1)")
+    parser.add_argument("--shape", help="of the model for short answers, as '{\"hidden_size\": 512}'")
+    parser.add_argument("--prompts", default="600,200,1024", help="tokens of theirs: median, shortest, longest")
+    parser.add_argument("more", nargs="*", help="what llmft's config says besides, as lora.r=16; peers follow")
     parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
     asked = parser.parse_args()
     wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
@@ -185,7 +190,14 @@ def main() -> None:
             print("\n".join(parity([*peers, LLMFT], Path(folder))))
             return
         rounds = 1 if asked.quick else asked.rounds
-        work = make_work(asked.work, Path(folder), steps=WARM_UP + rounds * asked.steps)
+        work = make_work(
+            asked.work,
+            Path(folder),
+            steps=WARM_UP + rounds * asked.steps,
+            shape=json.loads(asked.shape or "{}"),
+            prompts=tuple(map(int, asked.prompts.split(","))),
+            more=asked.more,
+        )
         micros = [int(n) for n in (asked.micro or ("4" if asked.quick else "1,4,16")).split(",")]
         threads = [int(n) or None for n in (asked.threads or ("0" if asked.quick else "0,1")).split(",")]
         chosen = [best_of(peer, work, micros, threads) for peer in peers]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ from typing import Any
 from tests.conftest import SHARED, compose
 
 BATCH_SIZE = 16
-VOCABULARY = 32_000
 SMALL = {
+    "model_type": "llama",
     "hidden_size": 256,
     "intermediate_size": 688,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
-    "vocab_size": VOCABULARY,
+    "vocab_size": 32_000,
     "max_position_embeddings": 2048,
 }
+"""20 million weights."""
 
 
 @dataclass
@@ -56,16 +58,17 @@ class Work:
         return path
 
 
-def small_model(directory: Path) -> Path:
-    """A random Llama of 20 million weights whose tokenizer reads "t5 t17" as the ids 5 and 17."""
+def small_model(directory: Path, shape: dict[str, Any]) -> Path:
+    """A random model whose tokenizer reads "t5 t17" as the ids 5 and 17."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    LlamaForCausalLM(LlamaConfig(**SMALL, **special)).save_pretrained(directory)  # type: ignore[arg-type]
-    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **{f"t{number}": number for number in range(3, VOCABULARY)}}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape, **special)).save_pretrained(directory)
+    words = {f"t{number}": number for number in range(3, shape["vocab_size"])}
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2, **words}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokens = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
@@ -75,7 +78,7 @@ def small_model(directory: Path) -> Path:
 
 def llama2_words(directory: Path) -> Path:
     """The same model with the Llama 2 tokenizer, for rows of text."""
-    small_model(directory)
+    small_model(directory, SMALL)
     for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
         (directory / name).unlink(missing_ok=True)
         if (SHARED / "tokenizers" / "llama2" / name).is_file():
@@ -84,48 +87,59 @@ def llama2_words(directory: Path) -> Path:
 
 
 def synthetic_rows(
-    path: Path, count: int, *, median: int, shortest: int, longest: int, answer: tuple[int, int]
+    path: Path, count: int, bounds: tuple[int, int, int], *, answer: tuple[int, int], vocabulary: int
 ) -> Path:
-    """Prompts of lognormal length and short answers, as text of "t17" words, from a fixed seed."""
+    """Prompts of lognormal length (median, shortest, longest) and short answers, as text of "t17" words."""
+    median, shortest, longest = bounds
     draw = random.Random(0)
     lines = []
     for _ in range(count):
         length = min(longest, max(shortest, round(median * draw.lognormvariate(0, 0.45))))
-        words = [f"t{draw.randrange(3, VOCABULARY)}" for _ in range(length + draw.randint(*answer))]
+        words = [f"t{draw.randrange(3, vocabulary)}" for _ in range(length + draw.randint(*answer))]
         # The space between the two is one of the prompt's: it is no token.
         lines.append({"prompt": " ".join(words[:length]) + " ", "response": " ".join(words[length:]) + " "})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
 
 
-def make_work(kind: str, directory: Path, *, steps: int, seed: int = 0, small_rows: bool = False) -> Work:
+def make_work(
+    kind: str,
+    directory: Path,
+    *,
+    steps: int,
+    seed: int = 0,
+    small_rows: bool = False,
+    shape: dict[str, Any] | None = None,
+    prompts: tuple[int, int, int] = (600, 200, 1024),
+    more: Sequence[str] = (),
+) -> Work:
     """Work of one kind, in an empty directory.
 
     `short_answers`: prompts of 200 to 1024 tokens (median 600), answers of 4 to 32, on the small model; `alpaca`: rows
     of instructions, all answer tokens learned, on the same; `stories`: shorter rows on stories260K of context 512.
-    `small_rows` shortens the rows, for comparing losses over many steps.
+    `small_rows` shortens the rows, for comparing losses over many steps. `shape`, which changes the small model, and
+    `prompts` (median, shortest, longest) are for short answers, `more` is set in llmft's config, and peers follow.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = steps * BATCH_SIZE + 1
     if kind == "short_answers":
-        model = small_model(directory / "model")
-        bounds = (12, 8, 24) if small_rows else (600, 200, 1024)
+        changed = {**SMALL, **(shape or {})}
+        model = small_model(directory / "model", changed)
+        bounds = (12, 8, 24) if small_rows else prompts
         answer = (4, 8) if small_rows else (4, 32)
     elif kind == "stories":
         model = SHARED / "models" / "stories260K"
-        bounds, answer = (200, 60, 400), (4, 32)
+        bounds = (200, 60, 400)
     elif kind == "alpaca":
-        return _alpaca(directory, steps, seed)
+        return _alpaca(directory, steps, seed, more)
     else:
         raise ValueError(f"no work of this kind: {kind}")
-    median, shortest, longest = bounds
+    file = directory / "rows.jsonl"
     if kind == "stories":
-        file = _letters(directory / "rows.jsonl", rows, median, shortest, longest)
+        _letters(file, rows, *bounds)
     else:
-        file = synthetic_rows(
-            directory / "rows.jsonl", rows, median=median, shortest=shortest, longest=longest, answer=answer
-        )
-    overrides = [f"model.path={model}", "prompt=plain", "data=prompt_response", f"data.files={file}"]
+        synthetic_rows(file, rows, bounds, answer=answer, vocabulary=changed["vocab_size"])
+    overrides = [f"model.path={model}", "prompt=plain", "data=prompt_response", f"data.files={file}", *more]
     return _finish(directory, overrides, steps, seed)
 
 
@@ -144,19 +158,19 @@ def _letters(path: Path, count: int, median: int, shortest: int, longest: int) -
     return path
 
 
-def _alpaca(directory: Path, steps: int, seed: int) -> Work:
+def _alpaca(directory: Path, steps: int, seed: int, more: Sequence[str]) -> Work:
     model = llama2_words(directory / "model")
     file = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
-    overrides = [f"model.path={model}", "prompt=alpaca", "data=alpaca", f"data.files={file}"]
+    overrides = [f"model.path={model}", "prompt=alpaca", "data=alpaca", f"data.files={file}", *more]
     return _finish(directory, overrides, steps, seed)
 
 
 def _finish(directory: Path, overrides: list[str], steps: int, seed: int) -> Work:
     overrides = [
-        *overrides,
         "model=local",
         "quantization=none",
         "logger=none",
+        "data.max_tokens=2048",
         "learning_rate=constant",
         "learning_rate.peak=1e-3",
         "learning_rate.warmup_steps=0",
@@ -166,11 +180,11 @@ def _finish(directory: Path, overrides: list[str], steps: int, seed: int) -> Wor
         "trainer.accelerator=cpu",
         "data.validation_fraction=0.001",
         "data.max_overlap_fraction=1.0",
-        "data.max_tokens=1536",
         "task.generate_rows=0",
         "task.metrics=[]",
         f"seed={seed}",
         f"output_dir={directory / 'outputs'}",
+        *overrides,
     ]
     return dump(directory, overrides, steps)
 

@@ -29,7 +29,17 @@ from llmft import environment
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.sweeping import supervisor
-from llmft.sweeping.process import UNKNOWN_CODE, Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeping.process import (
+    UNKNOWN_CODE,
+    Nursery,
+    Share,
+    WorkerProcess,
+    begin_nursery,
+    end_nursery,
+    how_it_died,
+    shares_of_machine,
+    take_nursery,
+)
 from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -480,6 +490,29 @@ def test_a_nursery_gives_workers_that_end_like_any_process(tmp_path: Path) -> No
         assert [first.process.wait(), third.process.wait()] == [-signal.SIGTERM, -signal.SIGTERM]
     assert log.read_text() == "printed before\nand again\n"
     assert nursery.worker(log, Share(), single=False) is None
+
+
+def test_a_nursery_that_was_begun_is_taken_once_and_ends_where_nobody_takes_it() -> None:
+    begin_nursery()
+    with take_nursery() as begun, take_nursery() as other:
+        assert begun is not other
+        processes = [begun._process, other._process]
+        assert [process is not None and process.poll() for process in processes] == [None, None]
+    begin_nursery()
+    end_nursery()
+    code = """
+import sys
+from llmft.sweeping import process
+from llmft.train import main
+begin = process.begin_nursery
+process.begin_nursery = lambda: (begin(), print(process._begun[0]._process.pid))
+sys.argv[1:] = ["-m", "seed=0,1", "lora.q=4"]
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2, done.stderr
+    assert "lora.q" in done.stderr
+    assert not psutil.pid_exists(int(done.stdout)), "it had begun before the command line was read"
 
 
 def test_a_single_worker_is_the_nursery_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
