@@ -23,7 +23,8 @@ def load_libraries(*, training: bool = True, several_devices: bool = False) -> N
 
     Measured on one core: 1.9 s instead of 5.1 s, of which 1.1 s are passes of the garbage collector over objects that
     all stay, 0.7 s Inductor, 0.6 s scipy, 0.6 s torch's compiler and its tensors of several devices, which are loaded
-    for what nobody calls here and take 75 MiB, and 0.2 s a second reading of transformers' files. LLMFT_TRACE=1 leaves the libraries their voice.
+    for what nobody calls here and take 75 MiB, and 0.2 s a second reading of transformers' files.
+    LLMFT_TRACE=1 leaves the libraries their voice.
     """
     loud = bool(os.environ.get("LLMFT_TRACE"))
     if not loud:

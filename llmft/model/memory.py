@@ -36,7 +36,7 @@ from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpo
 from llmft.model import adapters, families, flat
 from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
-from llmft.model.heads import CHUNK_POSITIONS
+from llmft.model.heads import positions_at_a_time
 from llmft.model.quantization import bitsandbytes_config, unquantized_modules
 from llmft.model.skeleton import skeleton
 from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
@@ -171,7 +171,8 @@ def estimate_memory(
     found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
     level = checkpointing_of(config.trainer.gradient_checkpointing)
     per_label = _vocabulary(base) * LOGIT_BYTES
-    parts = CHUNK_POSITIONS if config.lora.enabled and selects and flat.is_flat(base) else None
+    in_parts = config.lora.enabled and selects and flat.is_flat(base)
+    parts = positions_at_a_time(_vocabulary(base), device_type) if in_parts else None
     return MemoryEstimate(
         base=sum(frozen.values()),
         base_by_dtype=frozen,

@@ -10,7 +10,7 @@ import torch
 
 from llmft.config import LoraConfig
 from llmft.data.batch import MicroBatch
-from llmft.model import adapters, flat, fused
+from llmft.model import adapters, flat, fused, heads
 from llmft.model.hub import Located
 from llmft.training.objectives import language_modeling
 from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
@@ -161,7 +161,7 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
 
     whole, expected = run()
     assert not seen
-    monkeypatch.setattr(language_modeling, "CHUNK_POSITIONS", 16)
+    monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
     assert torch.allclose(parts, whole, rtol=1e-5)
@@ -225,3 +225,11 @@ def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
         for each, output in zip(flats, together, strict=True):
             own = model.model(**each.arguments).last_hidden_state
             assert (own - output.last_hidden_state).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "device", "most"),
+    [(32_000, "cpu", 131), (152_000, "cpu", 64), (512, "cpu", 512), (0, "cpu", 512), (152_000, "cuda", 512)],
+)
+def test_logits_of_a_part_are_small_enough_for_the_allocator_on_a_cpu(vocabulary: int, device: str, most: int) -> None:
+    assert heads.positions_at_a_time(vocabulary, device) == most

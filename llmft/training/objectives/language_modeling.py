@@ -11,7 +11,7 @@ from llmft.data.batch import MicroBatch
 from llmft.data.encode import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
 from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
-from llmft.model.heads import CHUNK_POSITIONS
+from llmft.model.heads import positions_at_a_time
 from llmft.model.sharding import is_sharded
 from llmft.model.tail import takes_ends
 from llmft.training.objectives.base import RowLosses
@@ -48,12 +48,13 @@ def nll_at(
     for hidden states instead of the vocabulary, and the same numbers.
     """
     base = base_of(model)
-    if len(targets) <= CHUNK_POSITIONS or not _in_chunks(base):
+    most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
+    if len(targets) <= most or not _in_chunks(base):
         return F.cross_entropy(logits_at(model, input_ids, keep, lengths).float(), targets, reduction="none")
     flat = _flat(base, input_ids, keep, lengths)
     output = body_of(base)(**flat.arguments)
     hidden = output.last_hidden_state[flat.pick(keep)]
-    found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output))
+    found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output), most)
     return found
 
 
@@ -89,15 +90,17 @@ class _ChunkedNll(torch.autograd.Function):
     """Each position's loss depends on its own hidden state alone: its gradient is known once its logits are."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, kind: type) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, kind: type, most: int
+    ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
-        for start in range(0, len(targets), CHUNK_POSITIONS):
+        for start in range(0, len(targets), most):
             with torch.set_grad_enabled(wanted):
-                part = hidden[start : start + CHUNK_POSITIONS].detach().requires_grad_(wanted)
+                part = hidden[start : start + most].detach().requires_grad_(wanted)
                 logits = _logits_of(base, part, kind).float()
-                nll = F.cross_entropy(logits, targets[start : start + CHUNK_POSITIONS], reduction="none")
+                nll = F.cross_entropy(logits, targets[start : start + most], reduction="none")
                 if wanted:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())
@@ -108,7 +111,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (known,) = ctx.saved_tensors
-        return (known * gradient[:, None]).to(known.dtype), None, None, None
+        return (known * gradient[:, None]).to(known.dtype), None, None, None, None
 
 
 class LanguageModeling:
