@@ -109,8 +109,10 @@ def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> li
 
 def table(measured: list[Measured], work: Work, *, rounds: int, steps: int) -> list[str]:
     """Lines of the table; a system whose losses are not the bare loop's has none."""
-    bare = next(one for one in measured if one.system.runner == "bare")
-    ours = next(one for one in measured if one.system.runner == "llmft")
+    runners = {one.system.runner: one for one in measured}
+    if not {"bare", "llmft"} <= set(runners):
+        raise SystemExit("nothing to compare: the bare loop or llmft was left out.")
+    bare, ours = runners["bare"], runners["llmft"]
     spans = [range(WARM_UP + steps * number, WARM_UP + steps * (number + 1)) for number in range(rounds)]
     real = [sum(work.tokens(step)[0] for step in span) for span in spans]
     supervised = [sum(work.tokens(step)[1] for step in span) for span in spans]
