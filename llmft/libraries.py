@@ -86,7 +86,7 @@ def _files_read_once() -> Iterator[None]:
 
     Here the second time gets what the first one found.
     """
-    reader = "transformers.utils.import_utils"
+    reader, function = "transformers.utils.import_utils", "create_import_structure_from_path"
     restore = contextlib.ExitStack()
 
     class Finder:
@@ -99,9 +99,10 @@ def _files_read_once() -> Iterator[None]:
 
             def execute_and_remember(module: Any) -> None:
                 execute(module)
-                read = module.create_import_structure_from_path
-                module.create_import_structure_from_path = functools.cache(read)
-                restore.callback(setattr, module, "create_import_structure_from_path", read)
+                read = getattr(module, function, None)
+                if read is not None:  # as in the versions that were tested
+                    setattr(module, function, functools.cache(read))
+                    restore.callback(setattr, module, function, read)
 
             spec.loader.exec_module = execute_and_remember
             return spec

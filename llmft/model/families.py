@@ -79,7 +79,7 @@ def selects_positions(model_class: Any) -> bool:
     Where it has transformers' own function for it; code of repositories may slice by itself, which takes no mask.
     """
     forward = model_class.forward
-    knows = "slice_logits_to_keep" in inspect.unwrap(forward).__globals__
+    knows = "slice_logits_to_keep" in getattr(inspect.unwrap(forward), "__globals__", ())
     return knows and "logits_to_keep" in inspect.signature(forward).parameters
 
 
