@@ -59,7 +59,7 @@ def git_state(directory: Path) -> dict[str, Any]:
         return {}
 
 
-SMALL_MODEL_WEIGHTS = 2_000_000
+SMALL_MODEL_WEIGHTS = 3_000_000
 """Below, a model is too small to share out among threads.
 
 Two threads take a quarter more time than one for a step of 1M weights on rows of 40 tokens, the same as one at 4M; on

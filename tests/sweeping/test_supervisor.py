@@ -28,6 +28,7 @@ import pytest
 from llmft import environment
 from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
+from llmft.model import hub
 from llmft.sweeping import supervisor
 from llmft.sweeping.process import (
     UNKNOWN_CODE,
@@ -390,7 +391,8 @@ def test_small_models_take_a_worker_per_core_and_others_one(monkeypatch: pytest.
     monkeypatch.setattr(supervisor, "visible_gpus", list)
     monkeypatch.setattr(supervisor, "allotted_cores", lambda: 4)
     monkeypatch.setattr(supervisor, "available_memory", lambda: 64 * 2**30)
-    small = [trial_of(number, "trainer.accelerator=cpu") for number in range(6)]
+    embedded = hub.weight_bytes(hub.locate(compose().model))
+    small = [trial_of(number, "trainer.accelerator=cpu", weight_bytes=embedded) for number in range(6)]
 
     def count(trials: list[Trial], **how: Any) -> int:
         return supervisor_of(*trials, workers=how.pop("workers", "auto")).count_workers(trials, len(trials), grid=True)
