@@ -21,7 +21,7 @@ from llmft.deferred import defer_compiler, settle
 def load_libraries(*, training: bool = True, several_devices: bool = False) -> None:
     """Imports what a training or a prediction needs; without `training` all but Lightning.
 
-    Measured on one core: 1.9 s instead of 5.1 s, of which 1.1 s are passes of the garbage collector over objects that
+    Measured on one core: 2.0 s instead of 5.1 s, of which 1.1 s are passes of the garbage collector over objects that
     all stay, 0.7 s Inductor, 0.6 s scipy, 0.6 s torch's compiler and its tensors of several devices, which are loaded
     for what nobody calls here and take 75 MiB, and 0.2 s a second reading of transformers' files.
     LLMFT_TRACE=1 leaves the libraries their voice.
