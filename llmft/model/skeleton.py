@@ -25,14 +25,11 @@ def skeleton(auto_class: str, config: Any, **arguments: Any) -> Any:
 
     `arguments` as `from_config` takes them.
     """
-    factory = auto_model(auto_class)
-    if type(config) in getattr(factory, "_model_mapping", ()):
-        factory._model_mapping[type(config)]  # imported before: TorchScript, in older code, wants torch's own functions
-    make = partial(factory.from_config, config, **arguments)
+    make = partial(auto_model(auto_class).from_config, config, **arguments)
     try:
         with nothing_on_meta(config), torch.device("meta"):
             return make()
-    except Exception:  # what is really wrong with it is raised below again
+    except Exception:  # also TorchScript's, which wants torch's own functions; what is really wrong is raised again
         _computes.add(str(config.model_type))
     with torch.device("meta"):
         return make()

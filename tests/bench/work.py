@@ -88,7 +88,7 @@ def llama2_words(directory: Path) -> Path:
 
 def synthetic_rows(
     path: Path, count: int, bounds: tuple[int, int, int], *, answer: tuple[int, int], vocabulary: int
-) -> Path:
+) -> None:
     """Prompts of lognormal length (median, shortest, longest) and short answers, as text of "t17" words."""
     median, shortest, longest = bounds
     draw = random.Random(0)
@@ -99,7 +99,6 @@ def synthetic_rows(
         # The space between the two is one of the prompt's: it is no token.
         lines.append({"prompt": " ".join(words[:length]) + " ", "response": " ".join(words[length:]) + " "})
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def make_work(
@@ -122,28 +121,24 @@ def make_work(
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = steps * BATCH_SIZE + 1
+    file = directory / "rows.jsonl"
     if kind == "short_answers":
         changed = {**SMALL, **(shape or {})}
         model = small_model(directory / "model", changed)
-        bounds = (12, 8, 24) if small_rows else prompts
-        answer = (4, 8) if small_rows else (4, 32)
+        bounds, answer = ((12, 8, 24), (4, 8)) if small_rows else (prompts, (4, 32))
+        synthetic_rows(file, rows, bounds, answer=answer, vocabulary=changed["vocab_size"])
     elif kind == "stories":
         model = SHARED / "models" / "stories260K"
-        bounds = (200, 60, 400)
+        _letters(file, rows, 200, 60, 400)
     elif kind == "alpaca":
         return _alpaca(directory, steps, seed, more)
     else:
         raise ValueError(f"no work of this kind: {kind}")
-    file = directory / "rows.jsonl"
-    if kind == "stories":
-        _letters(file, rows, *bounds)
-    else:
-        synthetic_rows(file, rows, bounds, answer=answer, vocabulary=changed["vocab_size"])
     overrides = [f"model.path={model}", "prompt=plain", "data=prompt_response", f"data.files={file}", *more]
     return _finish(directory, overrides, steps, seed)
 
 
-def _letters(path: Path, count: int, median: int, shortest: int, longest: int) -> Path:
+def _letters(path: Path, count: int, median: int, shortest: int, longest: int) -> None:
     """Prompts of words that the 512 tokens of stories260K spell."""
     draw = random.Random(0)
     words = "the dog was happy and she ran to him one day".split()  # noqa: SIM905
@@ -155,7 +150,6 @@ def _letters(path: Path, count: int, median: int, shortest: int, longest: int) -
             {"prompt": prompt, "response": " " + " ".join(draw.choice(words) for _ in range(draw.randint(2, 16)))}
         )
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 def _alpaca(directory: Path, steps: int, seed: int, more: Sequence[str]) -> Work:
