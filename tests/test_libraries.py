@@ -32,6 +32,24 @@ print(round(float(parameter.mean()), 3))
     assert done.stdout.splitlines() == ["[] True True", "1.0 [0] torch", "True 1.0", "1.5"], done.stdout + done.stderr
 
 
+def test_transformers_finds_the_names_that_it_would_find_by_itself() -> None:
+    body = """
+from llmft.libraries import load_libraries
+load_libraries()
+import transformers.models
+import transformers.utils.import_utils as reader
+before = reader.define_import_structure.cache_info().hits
+found = reader.define_import_structure(transformers.models.__file__)
+assert reader.define_import_structure.cache_info().hits == before + 1, "not what transformers has found before"
+print(reader.fetch__all__.__module__, reader.fetch__all__.__name__)
+reader.create_import_structure_from_path.cache_clear()
+again = reader.define_import_structure.__wrapped__(transformers.models.__file__)
+print(again == found, sum(map(len, found.values())) > 1000)
+"""
+    done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.stdout.splitlines() == ["transformers.utils.import_utils fetch__all__", "True True"], done.stderr
+
+
 def test_libraries_load_also_where_a_program_has_imported_transformers_before() -> None:
     body = """
 import transformers

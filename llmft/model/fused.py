@@ -17,6 +17,8 @@ import torch.nn.functional as F
 
 ALIGNED_BYTES = 64
 """Where torch's own allocations on the CPU begin."""
+MOST_KEPT_BYTES = 64 * 2**20
+"""Of a whole model's dequantised weights, up to which a CPU keeps them: a tenth of a step where products are small."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,10 @@ class Share:
 
 def install(model: torch.nn.Module) -> None:
     """Replaces the forward of every plain LoRA layer of a PeftModel, DoRA and 8-bit ones left as they are."""
-    for layer in lora_layers(model).values():
-        if is_plain(layer):
-            layer.forward = partial(_forward, layer)  # type: ignore[method-assign]
+    plain = [layer for layer in lora_layers(model).values() if is_plain(layer)]
+    for layer in plain:
+        layer.forward = partial(_forward, layer)
+    _keep_dequantized([layer.base_layer for layer in plain])
 
 
 def uninstall(model: torch.nn.Module) -> None:
@@ -79,12 +82,32 @@ def is_dense(layer: torch.nn.Module) -> bool:
 def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(out, in) weight of a dense or 4-bit linear layer in `dtype`."""
     weight = layer.weight
-    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    state = _state_of(layer)
     if state is None:
         return weight.to(dtype)
+    kept: torch.Tensor | None = getattr(state, "dequantized", None)
+    return (_dequantized(layer) if kept is None else kept).to(dtype)
+
+
+def _state_of(layer: Any) -> Any:
+    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
+
+
+def _dequantized(layer: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(weight.view(-1, 1), state).to(dtype)
+    found: torch.Tensor = dequantize_4bit(layer.weight.view(-1, 1), _state_of(layer))
+    return found
+
+
+def _keep_dequantized(layers: Sequence[Any]) -> None:
+    """Keeps the weights of a small model on the CPU beside their 4-bit form, for all trainings on this base."""
+    states = [(layer, state) for layer in layers if (state := _state_of(layer)) is not None]
+    if sum(state.shape.numel() * state.dtype.itemsize for _, state in states) > MOST_KEPT_BYTES:
+        return
+    for layer, state in states:
+        if layer.weight.device.type == "cpu" and not hasattr(state, "dequantized"):
+            state.dequantized = _dequantized(layer)
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

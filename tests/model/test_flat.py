@@ -134,6 +134,42 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
         assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_small_base_is_dequantised_once_and_computes_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(model: Any) -> list[torch.Tensor]:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            nll = LanguageModeling().losses(model.train(), micro_batch()).nll
+        nll.sum().backward()
+        return [nll.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    def attached(own: Any) -> Any:
+        return adapters.attach(own, LoraConfig(r=4), auto_class="causal_lm", seed=0, name="twin")
+
+    def states(own: Any) -> list[Any]:
+        return [p.quant_state for p in own.parameters() if hasattr(p, "quant_state")]
+
+    quantised = base("llama", "nf4")
+    weights = sum(state.shape.numel() for state in states(quantised))
+    monkeypatch.setattr(fused, "MOST_KEPT_BYTES", 4 * weights - 1)
+    model = attached(quantised)
+    assert len(states(model)) == 14
+    assert not any(hasattr(state, "dequantized") for state in states(model))
+    each_time = run(model)
+    monkeypatch.setattr(fused, "MOST_KEPT_BYTES", 4 * weights)
+    model = attached(adapters.detach(model))
+    kept = [state.dequantized for state in states(model)]
+    assert sum(weight.numel() for weight in kept) == weights
+    model = attached(adapters.detach(model))
+    assert all(state.dequantized is weight for state, weight in zip(states(model), kept, strict=True))
+    with monkeypatch.context() as patched:
+        patched.setattr(fused, "_dequantized", None)  # nothing is dequantised again
+        found = run(model)
+    assert all(torch.equal(one, other) for one, other in zip(found, each_time, strict=True))
+    assert len(found) == 29
+
+
 def test_dora_and_8_bit_layers_keep_pefts_own_forward() -> None:
     for form, lora in (("none", LoraConfig(r=4, dora=True)), ("int8", LoraConfig(r=4))):
         model = adapters.attach(base("llama", form), lora, auto_class="causal_lm", seed=0, name="twin")
