@@ -7,13 +7,12 @@ two times more, and takes a dozen small operations.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 ALIGNED_BYTES = 64
 """Where torch's own allocations on the CPU begin."""
@@ -153,7 +152,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> Any:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
         weight = weight_of(layer, x.dtype)
-        y = _by_span(lambda own: F.linear(own, weight, bias), x, spans)
+        y = _by_span(x, weight.t(), spans, bias)
         kept = [x]
         for share, a, b in zip(shares, weights[::2], weights[1::2], strict=True):
             own = x[share.start : share.end]
@@ -177,7 +176,7 @@ class _LoraLinear(torch.autograd.Function):
         with torch.autocast(x.device.type, enabled=False):
             wanted = ctx.needs_input_grad[0]
             weight = weight_of(ctx.layer, x.dtype) if wanted else None
-            gx = None if weight is None else _by_span(lambda own: own @ weight, gradient, ctx.spans)
+            gx = None if weight is None else _by_span(gradient, weight, ctx.spans)
             found: list[torch.Tensor] = []
             for share, a, b in zip(shares, weights[::2], weights[1::2], strict=True):
                 mask = saved.pop(0) if share.dropout else None
@@ -196,16 +195,28 @@ class _LoraLinear(torch.autograd.Function):
         return (gx, None, None, None, *found)
 
 
-def _by_span(product: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, spans: Any) -> torch.Tensor:
-    """The product of all rows of `x`, or of each span of them by itself."""
+def _by_span(x: torch.Tensor, weight: torch.Tensor, spans: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W + b of all rows of `x`, or of each span of them by itself."""
+
+    def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)
+
     if spans is None or len(spans) == 1:
         return product(x)
-    return torch.cat([product(_aligned(x[start:end])) for start, end in spans])
+    y = x.new_empty(len(x), weight.shape[1])
+    for start, end in spans:
+        own, rows = y[start:end], x[start:end]
+        # Both as tensors of their own begin: a product's rounding may depend on that too.
+        rows = rows if _is_aligned(rows) else rows.clone()
+        if _is_aligned(own):
+            product(rows, own)
+        else:
+            own.copy_(product(rows))
+    return y
 
 
-def _aligned(rows: torch.Tensor) -> torch.Tensor:
-    """Rows that begin as a tensor of their own does: a product's rounding may depend on that too."""
-    return rows if rows.data_ptr() % ALIGNED_BYTES == 0 else rows.clone()
+def _is_aligned(rows: torch.Tensor) -> bool:
+    return rows.data_ptr() % ALIGNED_BYTES == 0
 
 
 def _mask(own: torch.Tensor, share: Share) -> torch.Tensor:
