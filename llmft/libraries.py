@@ -12,10 +12,9 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import ModuleType
 from typing import Any
 
-from llmft.deferred import defer_compiler, settle
+from llmft.deferred import defer_compiler, defer_metrics, settle
 
 
 def load_libraries(*, training: bool = True, several_devices: bool = False) -> None:
@@ -63,8 +62,10 @@ def _load(training: bool, several_devices: bool) -> None:
                 import transformers.modeling_utils
         transformers.utils.is_scipy_available.cache_clear()
         if training:
-            with _without_scipy_signal():
-                import lightning  # noqa: F401
+            defer_metrics()
+            import lightning  # noqa: F401
+
+            settle("torchmetrics")
         with _compiled_when_called(torch):
             import bitsandbytes  # noqa: F401
         import peft.tuners.tuners_utils
@@ -152,23 +153,6 @@ def _without_scipy() -> Iterator[None]:
         yield
     finally:
         del sys.modules["scipy"]
-
-
-@contextmanager
-def _without_scipy_signal() -> Iterator[None]:
-    """`import scipy.signal` finds an empty module: torchmetrics, which Lightning imports, only asks it for a name."""
-    import scipy
-
-    if "scipy.signal" in sys.modules:
-        yield
-        return
-    empty: Any = ModuleType("scipy.signal")
-    empty.hamming = None
-    sys.modules["scipy.signal"] = scipy.signal = empty
-    try:
-        yield
-    finally:
-        del sys.modules["scipy.signal"], scipy.signal
 
 
 @contextmanager
