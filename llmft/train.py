@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.app import command_line, config_of_command, run_verb
-from llmft.config import TrainConfig
 from llmft.environment import threads_wait_briefly
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.sweeping.worker import watch_of_environment
 
 if TYPE_CHECKING:
+    from llmft.config import TrainConfig
     from llmft.training.lanes import Lane
     from llmft.training.watch import Watch
 
@@ -38,17 +37,22 @@ def main() -> None:
             stream.reconfigure(errors="replace")
     options = {argument for argument in sys.argv[1:] if argument.startswith("-")}
     if options and options <= {"-m", "--multirun"}:
-        from llmft.sweeping.process import begin_nursery
+        from llmft.sweeping.nurseries import begin_nursery
 
-        begin_nursery()  # before Hydra composes: the libraries take longer than everything that comes before them
+        begin_nursery()  # before all else: the libraries take longer than everything that comes before them
+    from llmft.app import run_verb
+    from llmft.config import TrainConfig
+
     run_verb("train", TrainConfig, _train_composed, multirun=True)
 
 
 def _train_composed(composed: Any) -> float | None:
-    config = config_of_command(composed, TrainConfig)
-    overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
+    from llmft.app import config_of_command
+    from llmft.config import TrainConfig
     from llmft.environment import die_with_parent
 
+    config = config_of_command(composed, TrainConfig)
+    overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
     watch = watch_of_environment()
     if watch is not None:
         die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and lets its devices go
@@ -72,6 +76,7 @@ def train(
     """
     from rich.markup import escape
 
+    from llmft.app import command_line
     from llmft.console import Screen
     from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank

@@ -16,7 +16,7 @@ from llmft.files import held
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
-from llmft.sweeping.process import Nursery, take_nursery
+from llmft.sweeping.nurseries import Nursery, take_nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.space import Space, make_space
 from llmft.sweeping.study import Study, import_optuna

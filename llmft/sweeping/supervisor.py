@@ -17,7 +17,8 @@ from llmft.environment import allotted_cores, available_memory, visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
 from llmft.sweeping.halving import Halving
-from llmft.sweeping.process import Nursery, Share, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeping.nurseries import Nursery
+from llmft.sweeping.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
 

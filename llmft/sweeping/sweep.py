@@ -14,7 +14,7 @@ from rich.table import Table
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
 from llmft.sweeping.halving import Halving, check_halving, cohorts_of
-from llmft.sweeping.process import Nursery, end_nursery, take_nursery
+from llmft.sweeping.nurseries import Nursery, end_nursery, take_nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying

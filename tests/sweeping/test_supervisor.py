@@ -30,17 +30,8 @@ from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.model import hub
 from llmft.sweeping import supervisor
-from llmft.sweeping.process import (
-    UNKNOWN_CODE,
-    Nursery,
-    Share,
-    WorkerProcess,
-    begin_nursery,
-    end_nursery,
-    how_it_died,
-    shares_of_machine,
-    take_nursery,
-)
+from llmft.sweeping.nurseries import UNKNOWN_CODE, Nursery, begin_nursery, end_nursery, take_nursery
+from llmft.sweeping.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -504,10 +495,10 @@ def test_a_nursery_that_was_begun_is_taken_once_and_ends_where_nobody_takes_it()
     end_nursery()
     code = """
 import sys
-from llmft.sweeping import process
+from llmft.sweeping import nurseries
 from llmft.train import main
-begin = process.begin_nursery
-process.begin_nursery = lambda: (begin(), print(process._begun[0]._process.pid))
+begin = nurseries.begin_nursery
+nurseries.begin_nursery = lambda: (begin(), print(nurseries._begun[0]._process.pid))
 sys.argv[1:] = ["-m", "seed=0,1", "lora.q=4"]
 main()
 """
