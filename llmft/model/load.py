@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
-from llmft.environment import versions
+from llmft.environment import keep_freed_memory, versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families, flat, heads
 from llmft.model.apart import Kept
@@ -247,6 +247,8 @@ def load_base(
         return _kept.model
     drop_base()
     _kept.any_before = True
+    if device.type == "cpu":
+        keep_freed_memory()
     try:
         cache = None
         if model.init is ModelInit.random:
