@@ -68,6 +68,25 @@ RECORDS_BYTES = 2**20
 """Left free beside a large file, for the small ones that come with it."""
 
 
+LOCAL_FILE_SYSTEMS = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "tmpfs", "xfs", "zfs"}
+
+
+def on_local_disk(path: Path) -> bool:
+    """Whether nobody but this machine can take a file's content away, so that it can be mapped into memory.
+
+    A file that is deleted here stays until the last process lets it go; one that is deleted on a server kills those
+    that still read it. What is not known to be local counts as not local.
+    """
+    try:
+        number = path.stat().st_dev
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    device = f"{os.major(number)}:{os.minor(number)}"
+    kinds = {line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == device}
+    return bool(kinds) and kinds <= LOCAL_FILE_SYSTEMS
+
+
 def check_space(directory: Path, needed: int) -> None:
     """Raises OSError naming both numbers when fewer than `needed` bytes are free on the disk of `directory`.
 

@@ -1,8 +1,9 @@
 """Quantised bases on the disk, beside the tokenised rows: a second process quantises nothing and reads a quarter.
 
 An entry is a directory: `weights.safetensors` with the packed weights and their scales, and `entry.json` with a
-checksum of every tensor. It appears whole or not at all, is read into memory of the process's own, and only ever saves
-time: what cannot be written is left out, what is damaged is made again.
+checksum of every tensor. It appears whole or not at all, never changes, and only ever saves time: what cannot be
+written is left out, what is damaged is made again. A CPU computes with the file itself, mapped from a local disk:
+nothing is copied, and processes with the same base share its memory. Elsewhere it is read.
 """
 
 from __future__ import annotations
@@ -19,15 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.data.examples import cache_directory
-from llmft.files import check_space, format_bytes, held, sync_directory, write_atomically
+from llmft.files import check_space, format_bytes, held, on_local_disk, sync_directory, write_atomically
 
 if TYPE_CHECKING:
     import torch
 
-CACHE_VERSION = 1
+    from llmft.model.experts import Slice
+
+CACHE_VERSION = 2
 WEIGHTS, FACTS = "weights.safetensors", "entry.json"
 LEAST_WEIGHTS = 10_000_000
 """Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
+ALIGNED_BYTES = 64
+"""Where a tensor of a file has to begin to be used in its place: as torch's own do, since sums may depend on it."""
+LARGE_BYTES = 2**18
+"""Of a tensor that a thread of its own checks."""
 
 
 class Damaged(Exception):
@@ -86,17 +93,16 @@ class BaseCache:
 
     def read(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by name, on `device`; raises Damaged for what is not what was written."""
-        import torch
-
         from llmft.environment import usable_cores
         from llmft.model.experts import slices_of
 
+        file = self.directory / WEIGHTS
         try:
-            facts = json.loads((self.directory / FACTS).read_text())
-            digests, dtypes = facts["checksums"], facts["dtypes"]
-            tensors = slices_of(self.directory / WEIGHTS)
-            if tensors.keys() != digests.keys():
+            digests = json.loads((self.directory / FACTS).read_text())["checksums"]
+            slices = slices_of(file)
+            if slices.keys() != digests.keys():
                 raise Damaged("its parts are of different bases")
+            tensors = _mapped(file, slices) if device.type == "cpu" and on_local_disk(file) else {}
             os.utime(self.directory / FACTS)
         except Damaged:
             raise
@@ -105,15 +111,18 @@ class BaseCache:
 
         def one(name: str) -> tuple[str, torch.Tensor]:
             try:
-                tensor = tensors[name][...]
+                tensor = tensors[name] if name in tensors else slices[name][...]
             except OSError as error:
                 raise Damaged(str(error)) from None
             if _digest(tensor) != digests[name]:
                 raise Damaged(f"{name} differs from what was written")
-            return name, tensor.to(device).to(getattr(torch, dtypes[name]) if name in dtypes else tensor.dtype)
+            return name, tensor.to(device)
 
+        large = [name for name, own in slices.items() if own.nbytes >= LARGE_BYTES]
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:
-            yield from pool.map(one, tensors)
+            found = pool.map(one, large)
+            yield from map(one, slices.keys() - set(large))
+            yield from found
 
     def facts(self) -> dict[str, Any]:
         """What is known of the entry; nothing where there is none, or a damaged one."""
@@ -140,9 +149,7 @@ class BaseCache:
 
         Nothing is written while another process writes. A disk that is full or read-only is told, and no more.
         """
-        narrow = {name: _narrow(tensor) for name, tensor in tensors.items()}
-        dtypes = {n: str(t.dtype).removeprefix("torch.") for n, t in tensors.items() if narrow[n].dtype != t.dtype}
-        size = sum(tensor.nbytes for tensor in narrow.values())
+        size = sum(tensor.nbytes for tensor in tensors.values())
         folder = bases_directory()
         if size > self.limit_bytes:
             self.warn(
@@ -157,7 +164,7 @@ class BaseCache:
                     return
                 self._make_room(size)
                 check_space(folder, size)
-                self._write(narrow, dtypes)
+                self._write(tensors)
         except Busy:
             return
         except OSError as error:
@@ -174,12 +181,12 @@ class BaseCache:
             shutil.rmtree(path)
             total -= taken
 
-    def _write(self, tensors: dict[str, torch.Tensor], dtypes: dict[str, str]) -> None:
+    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
         staged = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
         try:
             staged.mkdir()
             digests = _write_tensors(staged / WEIGHTS, tensors)
-            facts = {"label": self.label, "identity": self.identity, "checksums": digests, "dtypes": dtypes}
+            facts = {"label": self.label, "identity": self.identity, "checksums": digests}
             with (staged / FACTS).open("w") as file:
                 json.dump(facts, file, indent=1)
                 file.flush()
@@ -191,18 +198,34 @@ class BaseCache:
             shutil.rmtree(staged, ignore_errors=True)
 
 
+def _mapped(path: Path, slices: dict[str, Slice]) -> dict[str, torch.Tensor]:
+    """The tensors of a file that can be used in their place; what is written to them stays the process's own."""
+    import torch
+
+    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    return {
+        name: whole[own.place : own.place + own.nbytes].view(own.dtype).view(own.shape)
+        for name, own in slices.items()
+        if own.place % ALIGNED_BYTES == 0
+    }
+
+
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
-    """Writes a safetensors file tensor by tensor, so that a GPU's base is never whole in the host's memory."""
+    """Writes a safetensors file tensor by tensor, so that a GPU's base is never whole in the host's memory.
+
+    Those that can be used in their place come first: the format leaves no room between tensors.
+    """
     from llmft.model.experts import DTYPES
 
     names = {dtype: name for name, dtype in DTYPES.items()}
+    tensors = dict(sorted(tensors.items(), key=lambda item: item[1].nbytes % ALIGNED_BYTES != 0))
     header: dict[str, Any] = {}
     place = 0
     for name, tensor in tensors.items():
         offsets = [place, place := place + tensor.nbytes]
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNED_BYTES)
     digests = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
@@ -219,17 +242,6 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     import torch
 
     return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _narrow(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor` in bf16 where that loses nothing: embeddings that were bf16 before a CPU computes in fp32."""
-    import torch
-
-    if tensor.dtype is not torch.float32 or tensor.ndim < 2:
-        return tensor
-    narrow = tensor.to(torch.bfloat16)
-    same = torch.equal(narrow.to(torch.float32).view(torch.int32), tensor.contiguous().view(torch.int32))
-    return narrow if same else tensor
 
 
 def _digest(tensor: torch.Tensor) -> str:

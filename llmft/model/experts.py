@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,11 @@ class Slice:
 
     def __init__(self, path: Path, dtype: str, shape: list[int], place: int) -> None:
         self.path, self.dtype, self.shape, self.place = path, DTYPES[dtype], shape, place
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
     def __getitem__(self, everything: Any) -> torch.Tensor:
         assert everything is Ellipsis

@@ -24,8 +24,10 @@ from tests.conftest import ROOT
 
 LOAD = """
 import json, sys, time
-import torch
-import bitsandbytes, transformers.models.llama.modeling_llama
+from llmft.libraries import load_libraries
+
+load_libraries(training=False)
+import torch, transformers.models.llama.modeling_llama
 from llmft.config import ModelConfig, QuantizationConfig, QuantizationFormat
 from llmft.model.hub import locate
 from llmft.model.load import load_base

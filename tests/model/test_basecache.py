@@ -13,6 +13,7 @@ import filelock
 import pytest
 import torch
 
+from llmft import files
 from llmft.config import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
 from llmft.config import QuantizationFormat as Form
 from llmft.disk import disk
@@ -127,6 +128,42 @@ def test_a_cached_base_is_the_fresh_one_to_the_bit(
     assert old.keys() == new.keys()
     assert all(torch.equal(old[name], new[name]) for name in old)
     assert any(gradient.abs().sum() > 0 for gradient in new.values())
+
+
+def mapped(file: Path) -> list[range]:
+    """Where this process has the file in its memory."""
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    places = [line[0].split("-") for line in lines if str(file) in line]
+    return [range(int(start, 16), int(end, 16)) for start, end in places]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="file systems are told apart on Linux alone")
+def test_a_cpu_computes_with_the_file_itself_where_it_lies_on_a_local_disk(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = logits(saved.load(monkeypatch).base)
+    ((entry, _),) = entries()
+    content = (entry / WEIGHTS).read_bytes()
+    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", {"nfs4"})
+    read = saved.load(monkeypatch).base
+    assert not mapped(entry / WEIGHTS)
+    assert torch.equal(logits(read), fresh)
+    kinds = {line.partition(" - ")[2].split()[0] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", kinds)
+    base = saved.load(monkeypatch).base
+    places = mapped(entry / WEIGHTS)
+    weights = list(base.parameters())
+    assert all(any(p.data_ptr() in place for place in places) and p.data_ptr() % 64 == 0 for p in weights)
+    assert torch.equal(logits(base), fresh)
+    before = weights[0].detach().clone()
+    with torch.no_grad():
+        weights[0].add_(1)
+    assert (entry / WEIGHTS).read_bytes() == content, "what is written to a weight stays the process's own"
+    with torch.no_grad():
+        weights[0].copy_(before)
+    shutil.rmtree(entry)
+    assert torch.equal(logits(base), fresh), "a deleted file stays until it is let go"
+    assert not files.on_local_disk(entry)
 
 
 def flip(entry: Path) -> None:
