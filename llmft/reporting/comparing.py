@@ -149,9 +149,9 @@ def range_critical(means: int, df: float, alpha: float) -> float:
         return _t_critical(df, alpha)
     df = min(max(df, _GRID[0]), _GRID[-1])
     above = next(index for index, known in enumerate(_GRID) if known >= df)
+    if df == _GRID[above]:
+        return _range_at(means, df, alpha)
     right = math.log(_range_at(means, _GRID[above], alpha))
-    if above == 0:
-        return math.exp(right)
     left = math.log(_range_at(means, _GRID[above - 1], alpha))
     share = (1 / df - 1 / _GRID[above - 1]) / (1 / _GRID[above] - 1 / _GRID[above - 1])
     return math.exp(left + share * (right - left))
@@ -166,8 +166,9 @@ def _range_at(means: int, df: float, alpha: float) -> float:
     # more digits than are of use.
     low, high = _t_critical(df, alpha), _t_critical(df, alpha * 2 / means / (means - 1))
 
-    def excess(value: float) -> float:
-        return float(studentized_range.sf(value * math.sqrt(2), means, df)) - alpha
+    def excess(value: float) -> float:  # nearly straight in the logarithm, so that few integrals do
+        found = float(studentized_range.sf(value * math.sqrt(2), means, df))
+        return math.log(max(found, alpha * 1e-9) / alpha)
 
     try:
         return float(brentq(excess, low, high, xtol=1e-5 * low))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ MOST_COLUMNS = 4
 MOST_CHARACTERS = 700
 
 
-def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True) -> str:
-    """The page."""
+@functools.cache
+def template() -> Any:
+    """The page without its content."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -39,6 +41,13 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
         lstrip_blocks=True,
     )
     environment.filters |= {"number": number, "finding": finding}
+    for part in ("style.html.jinja", "tips.html.jinja"):
+        environment.get_template(part)  # made now and kept, for the page that includes it
+    return environment.get_template("page.html.jinja")
+
+
+def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True) -> str:
+    """The page."""
     study = report.study
     values: dict[str, Any] = {
         "report": report,
@@ -53,7 +62,8 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
         "others": [(run.name, tables.metrics_of(run), run.command) for run in study.others],
         "faults": [(run.name, fault) for run in study.runs for fault in dict.fromkeys(run.faults)],
     }
-    return environment.get_template("page.html.jinja").render(**values)
+    page: str = template().render(**values)
+    return page
 
 
 @dataclass(frozen=True)

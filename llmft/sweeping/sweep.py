@@ -67,6 +67,9 @@ def _import_report() -> None:
     import scipy.stats  # noqa: F401
 
     import llmft.sweeping.answer  # noqa: F401
+    from llmft.reporting.page import template
+
+    template()
 
 
 def run_elsewhere(
