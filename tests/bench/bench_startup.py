@@ -28,7 +28,7 @@ import psutil
 from llmft.libraries import load_libraries
 from tests.bench.bench_step import BARE, HF, PARITY, TRL
 from tests.bench.bench_sweep import environment
-from tests.bench.systems import Runner, System, machine
+from tests.bench.systems import Runner, System, compile_package, machine
 from tests.bench.work import BATCH_SIZE, dump
 from tests.conftest import ROOT
 
@@ -89,6 +89,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="one round")
     asked = parser.parse_args()
+    compile_package()
     load_libraries()
     print(machine())
     with tempfile.TemporaryDirectory() as name:

@@ -28,7 +28,7 @@ from typing import Any
 
 from llmft.libraries import load_libraries
 from tests.bench.bench_step import BARE, HF, LLMFT, PARITY, TRL, best_of
-from tests.bench.systems import HERE, System, machine, versions
+from tests.bench.systems import HERE, System, compile_package, machine, versions
 from tests.bench.work import BATCH_SIZE, Work, dump
 from tests.conftest import ROOT
 
@@ -140,6 +140,7 @@ def main() -> None:
     parser.add_argument("--only", default="bare,hf,trl", help="names of peers with a comma between them")
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
     asked = parser.parse_args()
+    compile_package()
     load_libraries()
     print(machine())
     if not BARE.installed:

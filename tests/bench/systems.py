@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import compileall
 import json
 import os
 import platform
@@ -94,6 +95,11 @@ class Runner:
         for pipe in (self.process.stdin, self.process.stdout, self.log):
             assert pipe is not None
             pipe.close()
+
+
+def compile_package() -> None:
+    """Writes llmft's bytecode, as an installation does: the peers' packages were installed with theirs."""
+    compileall.compile_dir(ROOT / "llmft", quiet=1)
 
 
 def machine() -> str:
