@@ -124,6 +124,9 @@ def test_plain_peft_and_transformers_load_the_adapter(small: Callable[..., Any],
     config = small("data.rows={train: 48, validation: 4}")
     metric = train(config, quiet=True)
     adapter = run_directory(tmp_path) / "adapter"
+    card = (adapter / "README.md").read_text()
+    assert f"# {adapter.parent.name}" in card
+    assert "Needed" not in card, "a form that nobody fills in"
     name = json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"]
     base = AutoModelForCausalLM.from_pretrained(
         name,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from llmft import __version__
 from llmft.config import LoraConfig
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families, fused
@@ -115,6 +116,17 @@ def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor])
             parameter.copy_(like(state[name], parameter))
 
 
+CARD = """---
+library_name: peft
+---
+
+# {name}
+
+A LoRA adapter trained with llmft {version}; `config.yaml` and `environment.json` in the folder around it say how.
+
+"""
+
+
 def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
     """The tensors that `save` writes where weights are divided among processes, which must all ask; else None."""
     if not is_sharded(model):
@@ -132,6 +144,8 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         if hasattr(model, "peft_config"):
+            # PEFT adds the base, its quantisation and versions to a card that is there, else to a form to fill in.
+            (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
             model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False, state_dict=state)
         else:
             model.save_pretrained(staged, safe_serialization=True, state_dict=state)
