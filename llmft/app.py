@@ -44,7 +44,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
     what happened.
     """
 
-    # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch, and nobody is served.
+    # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch. Files are closed by
+    # then, not left to that.
     atexit.register(gc.freeze)
 
     def body() -> None:

@@ -185,13 +185,15 @@ KEPT_MEMORY, LARGEST_KEPT_BLOCK = 256 * 2**20, 32 * 2**20  # of blocks, mallopt 
 
 
 def keep_freed_memory() -> None:
-    """What a step on the CPU frees stays with the process for the next step, where glibc allocates memory.
+    """What a step on the CPU frees stays with the process for the next step, for good, where glibc allocates memory.
 
     By itself it gives back what lies free behind twice the largest block, and takes it anew page by page: 30,000 to
     150,000 times a step, at 1 to 10 us on virtual machines. Measured: a step takes 10% less time with short rows, 15 to
     40% less where all tokens of answers are learned, 1 to 5% less with rows of 900 tokens, in up to 3% more memory.
-    See mallopt(3).
+    See mallopt(3); what the environment says of it goes before.
     """
+    if {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
+        return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(M_TRIM_THRESHOLD, KEPT_MEMORY)

@@ -68,23 +68,27 @@ RECORDS_BYTES = 2**20
 """Left free beside a large file, for the small ones that come with it."""
 
 
-LOCAL_FILE_SYSTEMS = {"bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "tmpfs", "xfs", "zfs"}
+LOCAL_FILE_SYSTEMS = b"bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay tmpfs xfs zfs".split()
 
 
-def on_local_disk(path: Path) -> bool:
-    """Whether nobody but this machine can take a file's content away, so that it can be mapped into memory.
+def mappable(path: Path) -> bool:
+    """Whether nobody else can change a file's content or take it away, so that it may be mapped into memory.
 
     A file that is deleted here stays until the last process lets it go; one that is deleted on a server kills those
-    that still read it. What is not known to be local counts as not local.
+    that still read it. What is not known to be on a local disk counts as not local.
     """
     try:
-        number = path.stat().st_dev
-        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+        with path.open("rb") as file:
+            facts = os.fstat(file.fileno())
+            told = Path(f"/proc/self/fdinfo/{file.fileno()}").read_bytes()
+        mounts = Path("/proc/self/mountinfo").read_bytes()
     except OSError:
         return False
-    device = f"{os.major(number)}:{os.minor(number)}"
-    kinds = {line.partition(" - ")[2].split()[0] for line in mounts if line.split()[2] == device}
-    return bool(kinds) and kinds <= LOCAL_FILE_SYSTEMS
+    if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
+        return False
+    number = told.partition(b"mnt_id:")[2].split()[:1]
+    lines = [line for line in mounts.split(b"\n") if line.split()[:1] == number]
+    return len(lines) == 1 and lines[0].partition(b" - ")[2].partition(b" ")[0] in LOCAL_FILE_SYSTEMS
 
 
 def check_space(directory: Path, needed: int) -> None:

@@ -144,7 +144,7 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         if hasattr(model, "peft_config"):
-            # PEFT adds the base, its quantisation and versions to a card that is there, else to a form to fill in.
+            # PEFT adds the base and its version to a card that is there, else to a form to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
             model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False, state_dict=state)
         else:

@@ -2,8 +2,9 @@
 
 An entry is a directory: `weights.safetensors` with the packed weights and their scales, and `entry.json` with a
 checksum of every tensor. It appears whole or not at all, never changes, and only ever saves time: what cannot be
-written is left out, what is damaged is made again. A CPU computes with the file itself, mapped from a local disk:
-nothing is copied, and processes with the same base share its memory. Elsewhere it is read.
+written is left out, what is damaged is made again. A CPU computes with the file itself, mapped from a local disk of
+Linux: nothing is copied, and processes with the same base share its memory. Elsewhere it is read. An entry that leaves
+for another one, or is cleared, takes its room on the disk until the last process that computes with it ends.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.data.examples import cache_directory
-from llmft.files import check_space, format_bytes, held, on_local_disk, sync_directory, write_atomically
+from llmft.files import check_space, format_bytes, held, mappable, sync_directory, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -102,12 +104,14 @@ class BaseCache:
             slices = slices_of(file)
             if slices.keys() != digests.keys():
                 raise Damaged("its parts are of different bases")
-            tensors = _mapped(file, slices) if device.type == "cpu" and on_local_disk(file) else {}
-            os.utime(self.directory / FACTS)
         except Damaged:
             raise
         except Exception as error:  # whatever a library says of a broken file
             raise Damaged(str(error).splitlines()[0] if str(error) else type(error).__name__) from None
+
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(self.directory / FACTS)
+        tensors = _mapped(file, slices) if device.type == "cpu" and mappable(file) else {}
 
         def one(name: str) -> tuple[str, torch.Tensor]:
             try:
@@ -121,7 +125,7 @@ class BaseCache:
         large = [name for name, own in slices.items() if own.nbytes >= LARGE_BYTES]
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             found = pool.map(one, large)
-            yield from map(one, slices.keys() - set(large))
+            yield from (one(name) for name, own in slices.items() if own.nbytes < LARGE_BYTES)
             yield from found
 
     def facts(self) -> dict[str, Any]:
@@ -199,14 +203,21 @@ class BaseCache:
 
 
 def _mapped(path: Path, slices: dict[str, Slice]) -> dict[str, torch.Tensor]:
-    """The tensors of a file that can be used in their place; what is written to them stays the process's own."""
+    """The tensors of a file that can be used in their place; what is written to them stays the process's own.
+
+    Each has a storage of its own, since whoever copies a tensor copies its storage. None where memory cannot be mapped.
+    """
     import torch
 
-    whole = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    try:
+        with path.open("rb") as file:
+            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):
+        return {}
     return {
-        name: whole[own.place : own.place + own.nbytes].view(own.dtype).view(own.shape)
+        name: torch.frombuffer(whole, dtype=own.dtype, count=own.count, offset=own.place).view(own.shape)
         for name, own in slices.items()
-        if own.place % ALIGNED_BYTES == 0
+        if own.place % ALIGNED_BYTES == 0 and own.count
     }
 
 
@@ -233,6 +244,7 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, st
             here = tensor.detach().cpu().contiguous()
             digests[name] = _digest(here)
             file.write(_bytes(here))
+        os.fchmod(file.fileno(), 0o644)  # whom others may not write to may be mapped
         file.flush()
         os.fsync(file.fileno())
     return digests

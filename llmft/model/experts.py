@@ -176,9 +176,14 @@ class Slice:
         self.path, self.dtype, self.shape, self.place = path, DTYPES[dtype], shape, place
 
     @property
+    def count(self) -> int:
+        """Elements of the tensor."""
+        return math.prod(self.shape)
+
+    @property
     def nbytes(self) -> int:
         """Of the tensor."""
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.count * self.dtype.itemsize
 
     def __getitem__(self, everything: Any) -> torch.Tensor:
         assert everything is Ellipsis

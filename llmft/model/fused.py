@@ -1,6 +1,7 @@
 """LoRA's linear layers as one step of autograd each: the same maths as PEFT's, with fewer passes over memory.
 
-y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward. Kept for the
+y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward (a small base on the
+CPU is dequantised once). Kept for the
 backward are x, the narrow x A', and a mask where there is dropout. PEFT's own forward keeps and copies the wide result
 two times more, and takes a dozen small operations.
 """
@@ -17,7 +18,7 @@ import torch
 ALIGNED_BYTES = 64
 """Where torch's own allocations on the CPU begin."""
 MOST_KEPT_BYTES = 64 * 2**20
-"""Of a whole model's dequantised weights, up to which a CPU keeps them: a tenth of a step where products are small."""
+"""Of all adapted layers' dequantised weights, up to which a CPU keeps them: a tenth of a small model's step."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,11 @@ def install(model: torch.nn.Module) -> None:
 
 
 def uninstall(model: torch.nn.Module) -> None:
-    """PEFT's own forwards again."""
+    """PEFT's own forwards again, and none of the weights that `install` kept."""
     for layer in lora_layers(model).values():
         layer.__dict__.pop("forward", None)
+        if is_dense(layer.base_layer) and (state := _state_of(layer.base_layer)) is not None:
+            vars(state).pop("dequantized", None)
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -85,7 +88,8 @@ def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     if state is None:
         return weight.to(dtype)
     kept: torch.Tensor | None = getattr(state, "dequantized", None)
-    return (_dequantized(layer) if kept is None else kept).to(dtype)
+    found = kept if kept is not None and kept.device == weight.device else _dequantized(layer)
+    return found.to(dtype)
 
 
 def _state_of(layer: Any) -> Any:
@@ -196,7 +200,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _by_span(x: torch.Tensor, weight: torch.Tensor, spans: Any, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x W + b of all rows of `x`, or of each span of them by itself."""
+    """x W + b of all rows of `x`, or of each span of them by itself, which is for CPUs alone."""
 
     def product(rows: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         return torch.mm(rows, weight, out=out) if bias is None else torch.addmm(bias, rows, weight, out=out)

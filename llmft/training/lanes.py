@@ -248,7 +248,8 @@ class Stack:
             lane._open = []
         torch.set_num_threads(lanes[0]._threads)
         try:
-            _Left.apply(gradients, *states).backward()
+            if states:
+                _Left.apply(gradients, *states).backward()
         except Exception as error:
             if is_out_of_memory(error):  # each begins anew with less at once, and so do all
                 self._most = max(1, min(len(lanes), self._most) // 2)

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -80,7 +81,10 @@ def second_step(system: System, work: Work) -> float:
 
 
 def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> list[Measured]:
-    """`rounds` times `steps` steps of each in turn, after a warm-up; a system that fails is told and left out."""
+    """`rounds` times `steps` steps of each, after a warm-up; a system that fails is told and left out.
+
+    Each round has an order of its own: one that frees gigabytes leaves the kernel work that the next one waits for.
+    """
     measured: list[Measured] = []
     runners: list[Runner] = []
     try:
@@ -94,8 +98,9 @@ def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> li
                 continue
             runners.append(runner)
             measured.append(Measured(system, answer["losses"], last=answer))
+        order = random.Random(0)
         for _ in range(rounds):
-            for runner, one in zip(runners, measured, strict=True):
+            for runner, one in order.sample(list(zip(runners, measured, strict=True)), len(runners)):
                 answer = runner.steps(steps)
                 one.losses += answer["losses"]
                 one.seconds.append(answer["seconds"])

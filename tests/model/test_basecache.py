@@ -144,16 +144,18 @@ def test_a_cpu_computes_with_the_file_itself_where_it_lies_on_a_local_disk(
     fresh = logits(saved.load(monkeypatch).base)
     ((entry, _),) = entries()
     content = (entry / WEIGHTS).read_bytes()
-    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", {"nfs4"})
+    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", [b"nfs4"])
     read = saved.load(monkeypatch).base
     assert not mapped(entry / WEIGHTS)
     assert torch.equal(logits(read), fresh)
-    kinds = {line.partition(" - ")[2].split()[0] for line in Path("/proc/self/mountinfo").read_text().splitlines()}
+    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
+    kinds = [line.partition(b" - ")[2].split()[0] for line in lines if line]
     monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", kinds)
     base = saved.load(monkeypatch).base
     places = mapped(entry / WEIGHTS)
     weights = list(base.parameters())
     assert all(any(p.data_ptr() in place for place in places) and p.data_ptr() % 64 == 0 for p in weights)
+    assert all(p.untyped_storage().nbytes() == p.nbytes for p in weights), "a copy would be one of the whole file"
     assert torch.equal(logits(base), fresh)
     before = weights[0].detach().clone()
     with torch.no_grad():
@@ -163,7 +165,32 @@ def test_a_cpu_computes_with_the_file_itself_where_it_lies_on_a_local_disk(
         weights[0].copy_(before)
     shutil.rmtree(entry)
     assert torch.equal(logits(base), fresh), "a deleted file stays until it is let go"
-    assert not files.on_local_disk(entry)
+    assert not files.mappable(entry / WEIGHTS)
+
+
+def test_a_file_that_others_may_write_to_is_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh = logits(saved.load(monkeypatch).base)
+    ((entry, _),) = entries()
+    (entry / WEIGHTS).chmod(0o664)
+    again = saved.load(monkeypatch)
+    assert not again.from_files
+    assert not mapped(entry / WEIGHTS)
+    assert torch.equal(logits(again.base), fresh)
+
+
+def test_an_entry_that_cannot_be_mapped_or_marked_as_used_is_read(
+    saved: Saved, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh = logits(saved.load(monkeypatch).base)
+
+    def fails(*args: Any, **options: Any) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", fails)
+    monkeypatch.setattr("os.utime", fails)
+    again = saved.load(monkeypatch)
+    assert (again.from_files, again.warnings) == (False, [])
+    assert torch.equal(logits(again.base), fresh)
 
 
 def flip(entry: Path) -> None:
