@@ -10,9 +10,10 @@ Against what autograd saves in a real forward of a twin of every family, in fp32
 forward and backward, temporaries included, activations + gradients + logits are 0 to 15% low without checkpointing and
 0 to 30% low with it, where one layer's backward weighs more: leave a fifth free. Not counted: those temporaries (one
 dequantised weight among them), what a CPU keeps dequantised (64 MiB at most, see `fused`), the device's context and
-kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. CUDA's attention may be another: where the CPU's stores scores (dropout in attention, as GPT-2 has; Falcon),
-the estimate is too high there. CUDA's autocast computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2,
-Falcon, MPT and DeBERTa in bf16 take somewhat more there.
+kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. CUDA's attention may be another: where the
+CPU's stores scores (dropout in attention, as GPT-2 has; Falcon), the estimate is too high there. CUDA's autocast
+computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2, Falcon, MPT and DeBERTa in bf16 take somewhat more
+there.
 """
 
 from __future__ import annotations
