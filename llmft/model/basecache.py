@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from llmft.model.experts import Slice
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 WEIGHTS, FACTS = "weights.safetensors", "entry.json"
 LEAST_WEIGHTS = 10_000_000
 """Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
@@ -128,6 +128,13 @@ class BaseCache:
             yield from (one(name) for name, own in slices.items() if own.nbytes < LARGE_BYTES)
             yield from found
 
+    def skipped(self) -> list[str]:
+        """Modules of the base that are not quantised, which to find out takes a model without weights."""
+        found = self.facts().get("skipped")
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise Damaged("what is not quantised in it is not told")
+        return found
+
     def facts(self) -> dict[str, Any]:
         """What is known of the entry; nothing where there is none, or a damaged one."""
         try:
@@ -148,7 +155,7 @@ class BaseCache:
         self.warn(f"the cached base {self.directory} is damaged ({why}); it is quantised again.")
         shutil.rmtree(self.directory, ignore_errors=True)
 
-    def write(self, tensors: dict[str, torch.Tensor]) -> None:
+    def write(self, tensors: dict[str, torch.Tensor], skipped: list[str]) -> None:
         """Makes the entry, and room for it: the least recently used ones leave.
 
         Nothing is written while another process writes. A disk that is full or read-only is told, and no more.
@@ -168,7 +175,7 @@ class BaseCache:
                     return
                 self._make_room(size)
                 check_space(folder, size)
-                self._write(tensors)
+                self._write(tensors, skipped)
         except Busy:
             return
         except OSError as error:
@@ -185,12 +192,12 @@ class BaseCache:
             shutil.rmtree(path)
             total -= taken
 
-    def _write(self, tensors: dict[str, torch.Tensor]) -> None:
+    def _write(self, tensors: dict[str, torch.Tensor], skipped: list[str]) -> None:
         staged = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
         try:
             staged.mkdir()
             digests = _write_tensors(staged / WEIGHTS, tensors)
-            facts = {"label": self.label, "identity": self.identity, "checksums": digests}
+            facts = {"label": self.label, "identity": self.identity, "skipped": skipped, "checksums": digests}
             with (staged / FACTS).open("w") as file:
                 json.dump(facts, file, indent=1)
                 file.flush()

@@ -306,13 +306,8 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     factory = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
-    empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
-    skip = unquantized_modules(empty, wanted.full_precision)
-    four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    fused = four_bit and bool(fused_shapes(empty))
-    del empty
 
-    def load(*around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
+    def load(skip: list[str], *around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
         with contextlib.ExitStack() as stack:
             for context in (*around, nothing_on_meta(config), wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
@@ -331,26 +326,31 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
         _refuse_missing(base, directory, found, wanted.auto_class)
         return base, found
 
-    cache = _base_cache(wanted, skip, warn)
+    cache = _base_cache(wanted, warn)
     if cache is not None and cache.found():
         try:
             restorer = Restorer(cache.read(wanted.device))
-            base, _ = load(restorer.reading())
+            base, _ = load(cache.skipped(), restorer.reading())
             restorer.finish(base)
             return base, cache
         except (Damaged, ConfigError) as error:
             cache.drop(first_line(error))
+    empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
+    skip = unquantized_modules(empty, wanted.full_precision)
+    four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+    fused = four_bit and bool(fused_shapes(empty))
+    del empty
     if fused:
-        base, found = load(quantizing_with(quantizer_class()), reading(slices(directory)))
+        base, found = load(skip, quantizing_with(quantizer_class()), reading(slices(directory)))
     else:
-        base, found = load()
+        base, found = load(skip)
     counts = weight_counts(base)
     if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
-        cache.write(packed_state(base, found["missing_keys"]))
+        cache.write(packed_state(base, found["missing_keys"]), skip)
     return base, cache
 
 
-def _base_cache(wanted: _Wanted, skip: list[str], warn: Callable[[str], None]) -> BaseCache | None:
+def _base_cache(wanted: _Wanted, warn: Callable[[str], None]) -> BaseCache | None:
     """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted."""
     model, quantization = wanted.model, wanted.quantization
     if quantization.format is QuantizationFormat.none or not quantization.cache:
@@ -360,9 +360,9 @@ def _base_cache(wanted: _Wanted, skip: list[str], warn: Callable[[str], None]) -
         [
             [model.id, model.revision] if model.path is None else None,
             wanted.located.fingerprint,
-            model.load_overrides,
+            [model.load_overrides, model.overrides],
             numbers_of(quantization),
-            skip,
+            wanted.full_precision,
             [wanted.auto_class, wanted.num_labels],
             [str(wanted.dtype), wanted.device.type],
             [installed["bitsandbytes"], installed["transformers"]],

@@ -214,11 +214,17 @@ def garble(entry: Path) -> None:
     (entry / FACTS).write_text("{")
 
 
+def unsay(entry: Path) -> None:
+    facts = json.loads((entry / FACTS).read_text())
+    del facts["skipped"]
+    (entry / FACTS).write_text(json.dumps(facts))
+
+
 def lose(entry: Path) -> None:
     (entry / WEIGHTS).unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, mix, garble, lose], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [flip, cut, mix, garble, unsay, lose], ids=lambda damage: damage.__name__)
 def test_a_damaged_entry_is_told_in_one_line_and_made_again(
     damage: Callable[[Path], None], saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
