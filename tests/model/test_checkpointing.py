@@ -11,7 +11,7 @@ from llmft.config import Checkpointing
 from llmft.errors import ConfigError
 from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, _contexts, is_kept, set_checkpointing
 from llmft.model.memory import lora_rank
-from tests.model.test_memory import LiveBytes, Training, training
+from tests.model.test_memory import LiveBytes, Training, resident, training
 
 LEVELS = (Checkpointing.none, Checkpointing.selective, Checkpointing.full)
 FRESH = ["lora.dropout=0.1"]
@@ -78,7 +78,7 @@ def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quanti
     peaks, kept = [], []
     for level in LEVELS:
         at(run, level)
-        with LiveBytes([*run.model.parameters(), *run.model.buffers()]) as bytes_:
+        with LiveBytes(resident(run.model)) as bytes_:
             loss = run.losses()
             kept.append(bytes_.live)
             loss.backward()

@@ -147,6 +147,13 @@ def saved_bytes(run: Training) -> int:
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) - run.loss_bytes
 
 
+def resident(model: torch.nn.Module) -> list[torch.Tensor]:
+    """What is there before a step: weights, also those that are kept dequantised, and buffers."""
+    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
+    kept = [state.dequantized for state in states if hasattr(state, "dequantized")]
+    return [*model.parameters(), *model.buffers(), *kept]
+
+
 class LiveBytes(TorchDispatchMode):
     """Follows the bytes of all storages that operations make; `peak` is their highest sum."""
 
@@ -223,9 +230,7 @@ def test_activations_follow_precision_adapter_and_window(overrides: list[str], o
 @pytest.mark.parametrize("architecture", MEASURED)
 def test_the_real_peak_of_a_step_lies_at_or_a_little_above_the_estimate(architecture: str, checkpointing: bool) -> None:
     run = training(architecture, "quantization=nf4", rows=4, tokens=160, checkpointing=checkpointing)
-    states = [p.quant_state for p in run.model.parameters() if hasattr(p, "quant_state")]
-    kept = [state.dequantized for state in states if hasattr(state, "dequantized")]
-    with LiveBytes([*run.model.parameters(), *run.model.buffers(), *kept]) as bytes_:
+    with LiveBytes(resident(run.model)) as bytes_:
         run.losses().backward()
     estimate = run.estimate.activations + run.estimate.gradients + run.estimate.logits
     assert (0.80 if checkpointing else 0.92) < estimate / bytes_.peak < 1.03
