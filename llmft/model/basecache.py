@@ -251,7 +251,8 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, st
             here = tensor.detach().cpu().contiguous()
             digests[name] = _digest(here)
             file.write(_bytes(here))
-        os.fchmod(file.fileno(), 0o644)  # whom others may not write to may be mapped
+        # What others may not write to may be mapped; whether they may read it is the user's mask to say.
+        os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o755)
         file.flush()
         os.fsync(file.fileno())
     return digests

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -169,8 +170,13 @@ def test_a_cpu_computes_with_the_file_itself_where_it_lies_on_a_local_disk(
 
 
 def test_a_file_that_others_may_write_to_is_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    fresh = logits(saved.load(monkeypatch).base)
+    before = os.umask(0o007)
+    try:
+        fresh = logits(saved.load(monkeypatch).base)
+    finally:
+        os.umask(before)
     ((entry, _),) = entries()
+    assert (entry / WEIGHTS).stat().st_mode & 0o777 == 0o640
     (entry / WEIGHTS).chmod(0o664)
     again = saved.load(monkeypatch)
     assert not again.from_files
