@@ -241,6 +241,7 @@ def environment() -> dict[str, str]:
 
 
 def opened(log: Path) -> IO[bytes]:
+    """A log to add to, in a folder that is made where it is missing."""
     log.parent.mkdir(parents=True, exist_ok=True)
     return log.open("ab")
 
