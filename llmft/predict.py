@@ -12,13 +12,13 @@ from typing import Any
 
 from llmft.app import run_verb
 from llmft.config_verbs import Form, PredictConfig
-from llmft.environment import threads_wait_briefly
+from llmft.environment import prepare_for_torch
 from llmft.schema import to_config
 
 
 def main() -> None:
     """The command."""
-    threads_wait_briefly()
+    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("predict", PredictConfig, lambda composed: predict(to_config(composed, PredictConfig)))
 

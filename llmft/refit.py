@@ -13,14 +13,14 @@ from typing import Any
 from llmft.app import run_verb
 from llmft.config import Export, LoggerConfig, Mode, TrainConfig, TrainOn
 from llmft.config_verbs import RefitConfig
-from llmft.environment import threads_wait_briefly
+from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError
 from llmft.schema import to_config
 
 
 def main() -> None:
     """The command."""
-    threads_wait_briefly()
+    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run_verb("refit", RefitConfig, lambda composed: refit(to_config(composed, RefitConfig)))

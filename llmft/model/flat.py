@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from llmft.model import rotary
+from llmft.model import pointwise, rotary
 from llmft.model.apart import Kept, ask
 from llmft.model.families import base_of
 from llmft.model.tail import Asked, Last, Tail, ends_of_rows, lengthen, shorten
@@ -107,6 +107,7 @@ def enable(model: Any, before: Kept | None = None) -> Kept:
     model.set_attn_implementation(NAME)
     shorten(model)
     rotary.install(module)
+    pointwise.install(model)
     kept = before or ask(model)
     if not kept.ends:
         lengthen(model)

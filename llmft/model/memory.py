@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpointing_of
-from llmft.model import adapters, families, flat
+from llmft.model import adapters, families, flat, fused
 from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
@@ -48,7 +48,7 @@ BLOCK_SCALES = 256  # 4-bit scales that share a scale when they are quantised to
 BLOCK_8BIT_STATE = 256  # optimizer states that share a scale (bitsandbytes.optim)
 MIN_8BIT_STATE = 4096  # smaller tensors keep fp32 states (bitsandbytes.optim)
 STATES = {"SGD": 1, "Lion": 1, "RMSprop": 1, "Adagrad": 1, "LARS": 1, "Muon": 1, "AdEMAMix": 3}  # else 2, as Adam's
-LOGIT_BYTES = 12  # per logit, in the backward: fp32 log-probabilities, their gradient, the logits' gradient
+LOGIT_BYTES = 8  # per logit: itself and its log-probability in fp32, which becomes the gradient
 
 
 _ACTIVATIONS = {
@@ -159,6 +159,8 @@ def estimate_memory(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
+        if config.quantization.format is QuantizationFormat.int8:
+            fused.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
     else:
         model = base.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

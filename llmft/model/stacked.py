@@ -244,8 +244,7 @@ class _StackedLinear(torch.nn.Module):
                 share, pair = share_of(layer, part.start, part.end, part.draw)
                 shares.append(share)
                 weights += pair
-        flat = x.reshape(-1, x.shape[-1])
-        return lora_linear(flat, self.layer, shares, weights, self._current.spans(x)).view(*x.shape[:-1], -1)
+        return lora_linear(x, self.layer, shares, weights, self._current.spans(x))
 
 
 def tokens_dim(x: torch.Tensor) -> int:
@@ -273,6 +272,10 @@ class _BySpan(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(super().__getattr__("function"), name)
+
+    def spans(self, x: torch.Tensor) -> list[tuple[int, int]] | None:
+        """See `_Pass.spans`."""
+        return self._current.spans(x)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, of all tokens together where parts need not be alike to the bit."""

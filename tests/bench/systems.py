@@ -60,7 +60,7 @@ class Runner:
             "HF_HUB_OFFLINE": "1",
             "HF_DATASETS_CACHE": str(work.parent / "cache"),
         }
-        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "PYTHONPATH"):
+        for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "MKL_DISABLE_FAST_MM", "PYTHONPATH"):
             environment.pop(name, None)
         if threads:
             environment["OMP_NUM_THREADS"] = str(threads)

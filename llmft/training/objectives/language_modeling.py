@@ -50,7 +50,7 @@ def nll_at(
     base = base_of(model)
     most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
     if len(targets) <= most or not _in_chunks(base):
-        return F.cross_entropy(logits_at(model, input_ids, keep, lengths).float(), targets, reduction="none")
+        return _nll(logits_at(model, input_ids, keep, lengths).float(), targets)
     flat = _flat(base, input_ids, keep, lengths)
     output = body_of(base)(**flat.arguments)
     hidden = output.last_hidden_state[flat.pick(keep)]
@@ -86,6 +86,29 @@ def _logits_of(base: Any, hidden: torch.Tensor, kind: type) -> torch.Tensor:
             body.forward = own
 
 
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(positions,) cross-entropy in nats of (positions, vocabulary) logits: torch's numbers in less memory."""
+    found: torch.Tensor = _Nll.apply(logits, targets)
+    return found
+
+
+class _Nll(torch.autograd.Function):
+    """Torch's own fills a tensor with zeros for the targets' gradients and makes another from it; here what the forward
+    has kept becomes the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        known = logits.log_softmax(dim=-1)
+        ctx.save_for_backward(known, targets)
+        return known.gather(1, targets[:, None])[:, 0].neg_()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        known, targets = ctx.saved_tensors
+        found = known.exp_().mul_(gradient[:, None])
+        return found.scatter_add_(1, targets[:, None], -gradient[:, None]), None
+
+
 class _ChunkedNll(torch.autograd.Function):
     """Each position's loss depends on its own hidden state alone: its gradient is known once its logits are."""
 
@@ -100,7 +123,7 @@ class _ChunkedNll(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 part = hidden[start : start + most].detach().requires_grad_(wanted)
                 logits = _logits_of(base, part, kind).float()
-                nll = F.cross_entropy(logits, targets[start : start + most], reduction="none")
+                nll = _nll(logits, targets[start : start + most])
                 if wanted:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())

@@ -1,0 +1,165 @@
+"""What a decoder computes number by number, in less memory: RMSNorm (arXiv:1910.07467) and SwiGLU (arXiv:2002.05202).
+
+The forward gives transformers' own bits. For the backward it keeps what others keep anyway, a norm's input and the two
+products of a network, and computes the rest again, where transformers' code leaves another copy of the input in fp32
+and silu(gate).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from llmft.model.fused import Made
+
+NORM = ("weight", "variance_epsilon")
+NETWORK = ("gate_proj", "up_proj", "down_proj", "act_fn")
+"""What most families call the parts of theirs."""
+
+Spans = Sequence[tuple[int, int]] | None
+
+
+def install(model: torch.nn.Module) -> None:
+    """Replaces the forwards of `model`'s classes that compute RMSNorm or SwiGLU as most families do."""
+    for module in {type(module): module for module in model.modules()}.values():
+        kind: Any = type(module)
+        if hasattr(kind.forward, "llmft"):
+            continue
+        if all(hasattr(module, name) for name in NORM) and _is_norm(kind.forward):
+            kind.forward = _norm(kind.forward)
+        elif all(hasattr(module, name) for name in NETWORK) and _is_network(kind.forward):
+            kind.forward = _network(kind.forward)
+
+
+def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if _is_plain(x) or self.weight.requires_grad:
+            return original(self, x)
+        return _norm_of(self, x)
+
+    forward.llmft = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _network(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        if _is_plain(x):
+            return original(self, x)
+        function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
+        if not isinstance(function, _silus()):
+            return original(self, x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if gate.dtype is not up.dtype:
+            return self.down_proj(self.act_fn(gate) * up)
+        spans = self.act_fn.spans(gate) if function is not self.act_fn else None
+        product = _SwiGlu.apply(gate, up, spans)
+        product.llmft_made = Made((gate.detach(), up.detach()), partial(swiglu, spans=spans))
+        return self.down_proj(product)
+
+    forward.llmft = True  # type: ignore[attr-defined]
+    return forward
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether nothing is kept for a backward, or a compiler decides what is."""
+    return not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling()
+
+
+def _silus() -> tuple[type, ...]:
+    from transformers.activations import SiLUActivation
+
+    return torch.nn.SiLU, SiLUActivation
+
+
+class _RmsNorm(torch.autograd.Function):
+    """(…, hidden) x / sqrt(mean(x^2) + epsilon) in fp32, times a frozen (hidden,) weight."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
+        wide = x.float()
+        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        ctx.save_for_backward(x, weight, root)
+        found = (wide * root).to(x.dtype)
+        return found.mul_(weight) if weight.dtype is found.dtype else weight * found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        x, weight, root = ctx.saved_tensors
+        wide = x.float()
+        found = (gradient * weight).to(x.dtype).float()
+        share = (found * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
+        return found.mul_(root).addcmul_(wide, share, value=-1).to(x.dtype), None, None
+
+
+class _SwiGlu(torch.autograd.Function):
+    """silu(gate) x up of two (…, tokens, intermediate) tensors of one dtype; silu by itself in each of `spans`."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, spans: Spans) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.spans = spans
+        return swiglu(gate, up, spans)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        gate, up = ctx.saved_tensors
+        of_gate = gradient * up
+        for own, of_own in zip(_cut(gate, ctx.spans), _cut(of_gate, ctx.spans), strict=True):
+            torch.ops.aten.silu_backward.grad_input(of_own, own, grad_input=of_own)
+        return of_gate, _silu(gate, ctx.spans).mul_(gradient), None
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, spans: Spans) -> torch.Tensor:
+    """silu(gate) x up."""
+    return _silu(gate, spans).mul_(up)
+
+
+def _silu(gate: torch.Tensor, spans: Spans) -> torch.Tensor:
+    found = torch.empty_like(gate)
+    for own, of_own in zip(_cut(gate, spans), _cut(found, spans), strict=True):
+        torch.ops.aten.silu.out(own, out=of_own)
+    return found
+
+
+def _cut(x: torch.Tensor, spans: Spans) -> list[torch.Tensor]:
+    """Torch computes exp otherwise in the last few elements of a tensor: each lane of a stack has some."""
+    return [x] if spans is None else [x.narrow(-2, start, end - start) for start, end in spans]
+
+
+def _is_norm(forward: Callable[..., Any]) -> bool:
+    x, weight = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
+    dtypes = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
+    for dtype, own in dtypes:
+        norm = SimpleNamespace(weight=weight[0].to(own), variance_epsilon=0.5)
+        if not _is_same(partial(forward, norm), partial(_norm_of, norm), x.to(dtype)):
+            return False
+    return True
+
+
+def _norm_of(norm: Any, x: torch.Tensor) -> Any:
+    return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
+
+
+def _is_network(forward: Callable[..., Any]) -> bool:
+    x, up, down = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
+    network = SimpleNamespace(
+        gate_proj=lambda x: x * up, up_proj=lambda x: x + up, down_proj=lambda x: x * down, act_fn=F.silu
+    )
+    return _is_same(partial(forward, network), lambda x: _SwiGlu.apply(x * up, x + up, None) * down, x)
+
+
+def _is_same(forward: Callable[..., Any], other: Callable[..., Any], x: torch.Tensor) -> bool:
+    """Whether a family's forward gives the very bits of another function."""
+    try:
+        found = forward(x)
+    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # other arguments, or more parts
+        return False
+    wanted = other(x)
+    return isinstance(found, torch.Tensor) and found.dtype is wanted.dtype and torch.equal(found, wanted)

@@ -1,0 +1,166 @@
+"""RMSNorm and SwiGLU in less memory have transformers' bits forward, and its gradients."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import AutoConfig
+
+from llmft.config import LoraConfig
+from llmft.model import adapters, flat, fused, pointwise
+from llmft.model.hub import Located
+from llmft.training.objectives.language_modeling import _nll
+from tests.model.test_memory import FIRST
+from tests.model.test_stacked import rows
+from tests.model.test_twins import FILES, load, twin
+
+NORMS = {"llama": True, "mistral": True, "qwen3": True, "gemma3": False, "olmo2": False, "cohere": False}
+NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3": False, "gpt_neox": False}
+"""Gemma's network has the common form and another function, which is asked in each forward."""
+
+
+def class_of(family: str, suffix: str) -> Any:
+    """A fresh class with the family's own forward."""
+    module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    own = next(
+        kind for name, kind in vars(module).items() if name.endswith(suffix) and kind.__module__ == module.__name__
+    )
+    return type("Own", (own,), {"forward": getattr(own.forward, "__wrapped__", own.forward)})
+
+
+def norm_of(family: str) -> Any:
+    norm = class_of(family, "LayerNorm" if family == "cohere" else "RMSNorm")(16, eps=1e-5)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    return norm.requires_grad_(False)
+
+
+def network_of(family: str, function: str = "silu") -> Any:
+    config = AutoConfig.for_model(
+        family, hidden_size=32, intermediate_size=24, hidden_act=function, num_attention_heads=4
+    )
+    return class_of(family, "MLP")(config)
+
+
+def is_replaced(module: torch.nn.Module) -> bool:
+    return hasattr(type(module).forward, "llmft")
+
+
+def test_only_the_common_forwards_are_replaced_and_only_once() -> None:
+    for family, wanted in NORMS.items():
+        norm = norm_of(family)
+        pointwise.install(norm)
+        forward = type(norm).forward
+        assert is_replaced(norm) == wanted, family
+        pointwise.install(norm)
+        assert type(norm).forward is forward
+    for family, wanted in NETWORKS.items():
+        network = network_of(family)
+        pointwise.install(network)
+        assert is_replaced(network) == wanted, family
+
+
+def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf = x.detach().clone().requires_grad_()
+    made = module(leaf)
+    weight = torch.randn(made.shape, generator=torch.Generator().manual_seed(3))
+    (made.float() * weight).sum().backward()
+    assert leaf.grad is not None
+    return made.detach(), leaf.grad
+
+
+def compared(module: Any, x: torch.Tensor) -> None:
+    theirs = run(module, x)
+    pointwise.install(module)
+    assert is_replaced(module)
+    ours = run(module, x)
+    assert torch.equal(ours[0], theirs[0]), "forward"
+    assert ours[1].dtype is theirs[1].dtype
+    eps = 16 * torch.finfo(x.dtype).eps
+    assert torch.allclose(ours[1], theirs[1], eps, eps)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "weights"), [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.bfloat16, torch.float32)]
+)
+def test_a_norm_and_its_gradient_are_transformers_own(dtype: torch.dtype, weights: torch.dtype) -> None:
+    x = 3 * torch.randn(2, 37, 16, generator=torch.Generator().manual_seed(1))
+    compared(norm_of("llama").to(weights), x.to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("function", ["silu", "gelu_pytorch_tanh"])
+def test_a_network_and_its_gradients_are_transformers_own(function: str, dtype: torch.dtype) -> None:
+    x = torch.randn(1, 37, 32, generator=torch.Generator().manual_seed(1))
+    compared(network_of("llama", function).to(dtype), x.to(dtype))
+
+
+def test_the_weight_of_a_norm_that_is_trained_has_a_gradient() -> None:
+    norm = norm_of("llama")
+    pointwise.install(norm)
+    run(norm.requires_grad_(True), torch.randn(3, 16))
+    assert norm.weight.grad is not None
+
+
+def saved(model: Any) -> list[torch.Tensor]:
+    """What a training forward of `model` keeps, each storage once."""
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        state = model(**rows(1).arguments).logits
+    state.sum().backward()
+    return list(kept.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_of_a_layers_network_its_two_products_are_kept_and_what_is_made_of_them_is_made_again(dropout: float) -> None:
+    name = FIRST["llama"]
+    own = twin(name, num_hidden_layers=3, intermediate_size=72)
+    gradients = []
+    for again in (True, False):
+        base = load(own, Located(None, "random"), FILES[name])
+        model = adapters.attach(base, LoraConfig(r=4, dropout=dropout), auto_class="causal_lm", seed=0, name="")
+        model.train()
+        torch.manual_seed(5)
+        with pytest.MonkeyPatch.context() as patch:
+            if not again:
+                patch.setattr(pointwise, "Made", lambda *args: None)
+            tokens = rows(1).input_ids.numel()
+            wide = [tensor for tensor in saved(model) if tensor.shape[-1] == 72 and tensor.numel() == 72 * tokens]
+        masks = 3 if dropout else 0
+        assert len([tensor for tensor in wide if tensor.dtype is torch.float32]) == (2 if again else 3) * 3
+        assert len([tensor for tensor in wide if tensor.dtype is torch.bool]) == masks
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        assert flat.is_flat(base)
+        fused.uninstall(model)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_losses_at_labels_and_their_gradients_are_torchs_own() -> None:
+    draw = torch.Generator().manual_seed(2)
+    logits, weights = 9 * torch.randn(7, 501, generator=draw), torch.rand(7, generator=draw)
+    targets = torch.randint(501, (7,), generator=draw)
+    found = []
+    for function in (_nll, lambda x, y: cross_entropy(x, y, reduction="none")):
+        leaf = logits.clone().requires_grad_()
+        losses = function(leaf, targets)
+        (losses * weights).sum().backward()
+        assert torch.equal(leaf.detach(), logits)
+        found.append((losses.detach(), leaf.grad))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-6, atol=1e-9)
+
+
+def test_a_second_backward_of_a_loss_is_refused() -> None:
+    losses = _nll(torch.randn(2, 9, requires_grad=True), torch.tensor([3, 4])).sum()
+    losses.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        losses.backward()
