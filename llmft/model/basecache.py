@@ -1,10 +1,10 @@
 """Quantised bases on the disk, beside the tokenised rows: a second process quantises nothing and reads a quarter.
 
-An entry is a directory: `weights.safetensors` with the packed weights and their scales, and `entry.json` with a
-checksum of every tensor. It appears whole or not at all, never changes, and only ever saves time: what cannot be
-written is left out, what is damaged is made again. A CPU computes with the file itself, mapped from a local disk of
-Linux: nothing is copied, and processes with the same base share its memory. Elsewhere it is read. An entry that leaves
-for another one, or is cleared, takes its room on the disk until the last process that computes with it ends.
+An entry is a directory: `weights.safetensors` with the packed weights and their scales, and `entry.json` with checksums
+of all of them. It appears whole or not at all, never changes, and only ever saves time: what cannot be written is left
+out, what is damaged is made again. A CPU computes with the file itself, mapped from a local disk of Linux: nothing is
+copied, and processes with the same base share its memory. Elsewhere it is read. An entry that leaves for another one,
+or is cleared, takes its room on the disk until the last process that computes with it ends.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ if TYPE_CHECKING:
 
     from llmft.model.experts import Slice
 
-CACHE_VERSION = 3
+CACHE_VERSION = 4
 WEIGHTS, FACTS = "weights.safetensors", "entry.json"
 LEAST_WEIGHTS = 10_000_000
 """Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
 ALIGNED_BYTES = 64
 """Where a tensor of a file has to begin to be used in its place: as torch's own do, since sums may depend on it."""
-LARGE_BYTES = 2**18
-"""Of a tensor that a thread of its own checks."""
+GROUP_BYTES = 2**22
+"""Of tensors behind each other from which on they have a checksum of their own, which a thread of its own checks."""
 
 
 class Damaged(Exception):
@@ -102,8 +102,7 @@ class BaseCache:
         try:
             digests = json.loads((self.directory / FACTS).read_text())["checksums"]
             slices = slices_of(file)
-            if slices.keys() != digests.keys():
-                raise Damaged("its parts are of different bases")
+            groups = _groups(slices, digests)
         except Damaged:
             raise
         except Exception as error:  # whatever a library says of a broken file
@@ -111,22 +110,21 @@ class BaseCache:
 
         with contextlib.suppress(OSError):  # somebody else's
             os.utime(self.directory / FACTS)
-        tensors = _mapped(file, slices) if device.type == "cpu" and mappable(file) else {}
+        whole = _mapped(file) if device.type == "cpu" and mappable(file) else None
 
-        def one(name: str) -> tuple[str, torch.Tensor]:
+        def read(names: list[str]) -> list[tuple[str, torch.Tensor]]:
+            own = [slices[name] for name in names]
             try:
-                tensor = tensors[name] if name in tensors else slices[name][...]
-            except OSError as error:
+                tensors, digest = _read(own) if whole is None else _taken(whole, own)
+            except (OSError, ValueError) as error:
                 raise Damaged(str(error)) from None
-            if _digest(tensor) != digests[name]:
-                raise Damaged(f"{name} differs from what was written")
-            return name, tensor.to(device)
+            if digest != digests[names[0]]:
+                raise Damaged(f"{names[0]} or what follows it differs from what was written")
+            return [(name, tensor.to(device)) for name, tensor in zip(names, tensors, strict=True)]
 
-        large = [name for name, own in slices.items() if own.nbytes >= LARGE_BYTES]
         with ThreadPoolExecutor(min(8, usable_cores())) as pool:
-            found = pool.map(one, large)
-            yield from (one(name) for name, own in slices.items() if own.nbytes < LARGE_BYTES)
-            yield from found
+            for found in pool.map(read, groups):
+                yield from found
 
     def skipped(self) -> list[str]:
         """Modules of the base that are not quantised, which to find out takes a model without weights."""
@@ -209,23 +207,53 @@ class BaseCache:
             shutil.rmtree(staged, ignore_errors=True)
 
 
-def _mapped(path: Path, slices: dict[str, Slice]) -> dict[str, torch.Tensor]:
-    """The tensors of a file that can be used in their place; what is written to them stays the process's own.
+def _groups(slices: dict[str, Slice], digests: dict[str, str]) -> list[list[str]]:
+    """Names of the tensors that have a checksum in common: those from one in `digests` on, as they lie in the file."""
+    groups: list[list[str]] = []
+    for name in sorted(slices, key=lambda name: slices[name].place):
+        if name in digests or not groups:
+            groups.append([])
+        groups[-1].append(name)
+    if {names[0] for names in groups} != digests.keys():
+        raise Damaged("its parts are of different bases")
+    return groups
 
-    Each has a storage of its own, since whoever copies a tensor copies its storage. None where memory cannot be mapped.
+
+def _read(slices: list[Slice]) -> tuple[list[torch.Tensor], str]:
+    """Tensors that lie behind each other, and their checksum."""
+    tensors, digest = [], _digest()
+    for own in slices:
+        tensors.append(own[...])
+        digest.update(_bytes(tensors[-1]))
+    return tensors, digest.hexdigest()
+
+
+def _mapped(path: Path) -> mmap.mmap | None:
+    """A file's bytes, of which what is written to them stays the process's own; None where memory cannot be mapped."""
+    try:
+        with path.open("rb") as file:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError):
+        return None
+
+
+def _taken(whole: mmap.mmap, slices: list[Slice]) -> tuple[list[torch.Tensor], str]:
+    """`_read` from the file's bytes: tensors that can be used in their place are not copied.
+
+    Each has a storage of its own, since whoever copies a tensor copies its storage.
     """
     import torch
 
-    try:
-        with path.open("rb") as file:
-            whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except (OSError, ValueError):
-        return {}
-    return {
-        name: torch.frombuffer(whole, dtype=own.dtype, count=own.count, offset=own.place).view(own.shape)
-        for name, own in slices.items()
-        if own.place % ALIGNED_BYTES == 0 and own.count
-    }
+    tensors = []
+    for own in slices:
+        if own.count == 0:
+            tensors.append(own[...])
+            continue
+        tensor = torch.frombuffer(whole, dtype=own.dtype, count=own.count, offset=own.place).view(own.shape)
+        tensors.append(tensor if own.place % ALIGNED_BYTES == 0 else tensor.clone())
+    digest = _digest()
+    digest.update(memoryview(whole)[slices[0].place : slices[-1].place + slices[-1].nbytes])
+    return tensors, digest.hexdigest()
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, str]:
@@ -244,18 +272,23 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> dict[str, st
         header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNED_BYTES)
-    digests = {}
+    digests: dict[str, Any] = {}
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
+        taken = GROUP_BYTES
         for name, tensor in tensors.items():
-            here = tensor.detach().cpu().contiguous()
-            digests[name] = _digest(here)
-            file.write(_bytes(here))
+            if taken >= GROUP_BYTES:
+                digest = digests[name] = _digest()
+                taken = 0
+            here = _bytes(tensor.detach().cpu().contiguous())
+            digest.update(here)
+            file.write(here)
+            taken += tensor.nbytes
         # What others may not write to may be mapped; whether they may read it is the user's mask to say.
         os.fchmod(file.fileno(), os.fstat(file.fileno()).st_mode & 0o755)
         file.flush()
         os.fsync(file.fileno())
-    return digests
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -264,8 +297,8 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _digest(tensor: torch.Tensor) -> str:
+def _digest() -> Any:
     """Of accidents, not of attacks: at the memory's own speed, where SHA-256 would take most of the time."""
     import xxhash
 
-    return xxhash.xxh3_128_hexdigest(_bytes(tensor))
+    return xxhash.xxh3_128()

@@ -205,6 +205,12 @@ def flip(entry: Path) -> None:
     (entry / WEIGHTS).write_bytes(content)
 
 
+def flip_first(entry: Path) -> None:
+    content = bytearray((entry / WEIGHTS).read_bytes())
+    content[8 + int.from_bytes(content[:8], "little")] ^= 1
+    (entry / WEIGHTS).write_bytes(content)
+
+
 def cut(entry: Path) -> None:
     content = (entry / WEIGHTS).read_bytes()
     (entry / WEIGHTS).write_bytes(content[: len(content) // 2])
@@ -230,12 +236,20 @@ def lose(entry: Path) -> None:
     (entry / WEIGHTS).unlink()
 
 
-@pytest.mark.parametrize("damage", [flip, cut, mix, garble, unsay, lose], ids=lambda damage: damage.__name__)
+DAMAGES = (flip, flip_first, cut, mix, garble, unsay, lose)
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_a_damaged_entry_is_told_in_one_line_and_made_again(
-    damage: Callable[[Path], None], saved: Saved, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Path], None], mapped: bool, saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not mapped:
+        monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", [])
+    monkeypatch.setattr("llmft.model.basecache.GROUP_BYTES", 2**12)
     fresh = logits(saved.load(monkeypatch).base)
-    ((entry, _),) = entries()
+    ((entry, facts),) = entries()
+    assert len(facts["checksums"]) > 3
     damage(entry)
     mended = saved.load(monkeypatch)
     assert mended.from_files
