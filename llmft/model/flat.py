@@ -99,6 +99,9 @@ def enable(model: Any, before: Kept | None = None) -> Kept:
     With what it told `before`, it is not asked again.
     """
     module = sys.modules[type(model).__module__]
+    # For every model, flat or not: both hold for a process, and no run's numbers may depend on those before.
+    rotary.install(module)
+    pointwise.install(model)
     known = getattr(model, "_supports_flash_attn", False) and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
     causal = not getattr(model.config, "is_encoder_decoder", False)
     if not (known and causal and model.config._attn_implementation == "sdpa" and not _stateful(model)):
@@ -106,8 +109,6 @@ def enable(model: Any, before: Kept | None = None) -> Kept:
     register()
     model.set_attn_implementation(NAME)
     shorten(model)
-    rotary.install(module)
-    pointwise.install(model)
     kept = before or ask(model)
     if not kept.ends:
         lengthen(model)

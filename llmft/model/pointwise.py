@@ -38,10 +38,10 @@ def install(model: torch.nn.Module) -> None:
 
 def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def forward(self: Any, x: torch.Tensor) -> Any:
-        if _is_plain(x) or self.weight.requires_grad:
-            return original(self, x)
-        return _norm_of(self, x)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_plain(args, kwargs) or self.weight.requires_grad:
+            return original(self, *args, **kwargs)
+        return _norm_of(self, *args)
 
     forward.llmft = True  # type: ignore[attr-defined]
     return forward
@@ -49,13 +49,13 @@ def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _network(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
-    def forward(self: Any, x: torch.Tensor) -> Any:
-        if _is_plain(x):
-            return original(self, x)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _is_plain(args, kwargs):
+            return original(self, *args, **kwargs)
         function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
-        if not isinstance(function, _silus()):
-            return original(self, x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
+        if type(function) not in _silus():
+            return original(self, *args)
+        gate, up = self.gate_proj(*args), self.up_proj(*args)
         if gate.dtype is not up.dtype:
             return self.down_proj(self.act_fn(gate) * up)
         spans = self.act_fn.spans(gate) if function is not self.act_fn else None
@@ -67,9 +67,11 @@ def _network(original: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether nothing is kept for a backward, or a compiler decides what is."""
-    return not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling()
+def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether nothing is kept for a backward, a compiler decides what is, or more is asked than of one tensor."""
+    if torch.compiler.is_compiling() or kwargs or len(args) != 1:
+        return True
+    return not (torch.is_grad_enabled() and args[0].requires_grad)
 
 
 def _silus() -> tuple[type, ...]:
@@ -148,18 +150,23 @@ def _norm_of(norm: Any, x: torch.Tensor) -> Any:
 
 
 def _is_network(forward: Callable[..., Any]) -> bool:
-    x, up, down = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
-    network = SimpleNamespace(
-        gate_proj=lambda x: x * up, up_proj=lambda x: x + up, down_proj=lambda x: x * down, act_fn=F.silu
-    )
-    return _is_same(partial(forward, network), lambda x: _SwiGlu.apply(x * up, x + up, None) * down, x)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, up, down = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+        network = SimpleNamespace(gate_proj=up.mul, up_proj=up.add, down_proj=down.mul, act_fn=F.silu)
+        if not _is_same(partial(forward, network), partial(_network_of, network), x):
+            return False
+    return True
+
+
+def _network_of(network: Any, x: torch.Tensor) -> Any:
+    return network.down_proj(_SwiGlu.apply(network.gate_proj(x), network.up_proj(x), None))
 
 
 def _is_same(forward: Callable[..., Any], other: Callable[..., Any], x: torch.Tensor) -> bool:
     """Whether a family's forward gives the very bits of another function."""
     try:
         found = forward(x)
-    except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):  # other arguments, or more parts
+    except Exception:  # whatever a forward says of other arguments, or of parts that it has not got
         return False
     wanted = other(x)
     return isinstance(found, torch.Tensor) and found.dtype is wanted.dtype and torch.equal(found, wanted)

@@ -100,11 +100,15 @@ class _Nll(torch.autograd.Function):
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         known = logits.log_softmax(dim=-1)
         ctx.save_for_backward(known, targets)
-        return known.gather(1, targets[:, None])[:, 0].neg_()
+        ctx.used = False
+        return -known.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         known, targets = ctx.saved_tensors
+        if ctx.used:
+            raise RuntimeError("a loss has one backward: what it kept is its gradient now")
+        ctx.used = True
         found = known.exp_().mul_(gradient[:, None])
         return found.scatter_add_(1, targets[:, None], -gradient[:, None]), None
 
@@ -122,8 +126,8 @@ class _ChunkedNll(torch.autograd.Function):
         for start in range(0, len(targets), most):
             with torch.set_grad_enabled(wanted):
                 part = hidden[start : start + most].detach().requires_grad_(wanted)
-                logits = _logits_of(base, part, kind).float()
-                nll = _nll(logits, targets[start : start + most])
+                # No name for the logits: they leave once their log-probabilities are there.
+                nll = _nll(_logits_of(base, part, kind).float(), targets[start : start + most])
                 if wanted:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())
