@@ -2,7 +2,7 @@
 
 y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward (a small base on the
 CPU is dequantised once). Kept for the
-backward are x, the narrow x A', and a mask where there is dropout. PEFT's own forward keeps and copies the wide result
+backward are x (or what it is `Made` of), the narrow x A', and a mask where there is dropout. PEFT's own forward keeps and copies the wide result
 two times more, and takes a dozen small operations.
 """
 

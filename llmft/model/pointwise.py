@@ -2,7 +2,8 @@
 
 The forward gives transformers' own bits. For the backward it keeps what others keep anyway, a norm's input and the two
 products of a network, and computes the rest again, where transformers' code leaves another copy of the input in fp32
-and silu(gate).
+and silu(gate); LoRA on the network's last layer keeps silu(gate) x up no more than that. By the estimate of
+`llmft.model.memory` a Mistral-7B with LoRA on all layers then keeps 3.5 MB a token in place of 5.8.
 """
 
 from __future__ import annotations
