@@ -1,9 +1,8 @@
 """LoRA's linear layers as one step of autograd each: the same maths as PEFT's, with fewer passes over memory.
 
 y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward (a small base on the
-CPU is dequantised once). Kept for the
-backward are x (or what it is `Made` of), the narrow x A', and a mask where there is dropout. PEFT's own forward keeps and copies the wide result
-two times more, and takes a dozen small operations.
+CPU is dequantised once). Kept for the backward are x (or what it is `Made` of), the narrow x A', and a mask where there
+is dropout. PEFT's own forward keeps and copies the wide result two times more, and takes a dozen small operations.
 """
 
 from __future__ import annotations
