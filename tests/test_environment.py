@@ -7,6 +7,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
@@ -17,23 +18,17 @@ SETTINGS = ("GOMP_SPINCOUNT", "MKL_DISABLE_FAST_MM", "OMP_WAIT_POLICY")
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 
 
-def test_what_the_user_says_to_torchs_libraries_goes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_user_says_to_torchs_libraries_goes_first() -> None:
     def found(**own: str) -> list[str | None]:
-        for name in SETTINGS:
-            monkeypatch.delenv(name, raising=False)
-        for name, value in own.items():
-            monkeypatch.setenv(name, value)
-        prepare_for_torch()
-        return [os.environ.get(name) for name in SETTINGS]
+        with mock.patch.dict(os.environ):
+            for name in SETTINGS:
+                os.environ.pop(name, None)
+            os.environ.update(own)
+            prepare_for_torch()
+            return [os.environ.get(name) for name in SETTINGS]
 
-    before = {name: os.environ[name] for name in SETTINGS if name in os.environ}
-    try:
-        assert found() == ["5000", "1", None]
-        assert found(MKL_DISABLE_FAST_MM="0", OMP_WAIT_POLICY="passive") == [None, "0", "passive"]
-    finally:
-        for name in SETTINGS:
-            os.environ.pop(name, None)
-        os.environ.update(before)
+    assert found() == ["5000", "1", None]
+    assert found(MKL_DISABLE_FAST_MM="0", OMP_WAIT_POLICY="passive") == [None, "0", "passive"]
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library allocates memory here")

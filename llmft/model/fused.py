@@ -41,10 +41,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Made:
-    """How to make a layer's input again for the backward, from what is kept anyway."""
+    """How to make a layer's input again for the backward, from two tensors that are kept anyway."""
 
-    of: tuple[torch.Tensor, ...]
-    again: Callable[..., torch.Tensor]
+    of: tuple[torch.Tensor, torch.Tensor]
+    again: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def install(model: torch.nn.Module) -> None:

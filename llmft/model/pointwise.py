@@ -49,12 +49,14 @@ def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _network(original: Callable[..., Any]) -> Callable[..., Any]:
+    from transformers.activations import SiLUActivation
+
     @wraps(original)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if _is_plain(args, kwargs):
             return original(self, *args, **kwargs)
         function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
-        if type(function) not in _silus():
+        if type(function) not in (torch.nn.SiLU, SiLUActivation):
             return original(self, *args)
         gate, up = self.gate_proj(*args), self.up_proj(*args)
         if gate.dtype is not up.dtype:
@@ -73,12 +75,6 @@ def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if torch.compiler.is_compiling() or kwargs or len(args) != 1:
         return True
     return not (torch.is_grad_enabled() and args[0].requires_grad)
-
-
-def _silus() -> tuple[type, ...]:
-    from transformers.activations import SiLUActivation
-
-    return torch.nn.SiLU, SiLUActivation
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -280,7 +280,7 @@ class _BySpan(torch.nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The function's value, of all tokens together where parts need not be alike to the bit."""
         tokens = self._current.parts[-1].end
-        spans = self._current.spans(args[0])
+        spans = self.spans(args[0])
         if spans is None or len(spans) == 1:
             return self.function(*args, **kwargs)
 

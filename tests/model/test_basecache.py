@@ -199,16 +199,14 @@ def test_an_entry_that_cannot_be_mapped_or_marked_as_used_is_read(
     assert torch.equal(logits(again.base), fresh)
 
 
-def flip(entry: Path) -> None:
+def flip(entry: Path, place: int = -100) -> None:
     content = bytearray((entry / WEIGHTS).read_bytes())
-    content[-100] ^= 1
+    content[place] ^= 1
     (entry / WEIGHTS).write_bytes(content)
 
 
 def flip_first(entry: Path) -> None:
-    content = bytearray((entry / WEIGHTS).read_bytes())
-    content[8 + int.from_bytes(content[:8], "little")] ^= 1
-    (entry / WEIGHTS).write_bytes(content)
+    flip(entry, 8 + int.from_bytes((entry / WEIGHTS).read_bytes()[:8], "little"))
 
 
 def cut(entry: Path) -> None:

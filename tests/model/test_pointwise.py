@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from llmft.config import LoraConfig
 from llmft.model import adapters, flat, fused, pointwise
@@ -168,39 +169,32 @@ def test_a_second_backward_of_a_loss_is_refused() -> None:
         losses.backward()
 
 
-class Odd(torch.nn.Module):
-    """Looks like a norm and is none, or more than one."""
-
-    def __init__(self, forward: Any) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(16), requires_grad=False)
-        self.variance_epsilon = 1e-5
-        self.own = forward
-
-    def forward(self, hidden_states: torch.Tensor, residual: torch.Tensor | None = None) -> Any:
-        return self.own(self, hidden_states, residual)
-
-
 def test_a_forward_that_fails_or_takes_more_is_left_to_itself() -> None:
-    def fails(*args: Any) -> Any:
+    own = type(norm_of("llama")).forward
+
+    def fails(self: Any, h: torch.Tensor) -> torch.Tensor:
         raise AssertionError("three dimensions, please")
 
-    norm = norm_of("llama")
-    more = type("More", (type(norm),), {"forward": lambda self, h, residual=None: plus(self, h, residual)})(16)
-    own = type(norm).forward
-
-    def plus(self: Any, h: torch.Tensor, residual: torch.Tensor | None) -> torch.Tensor:
+    def plus(self: Any, h: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         return own(self, h if residual is None else h + residual)
 
-    for module in (Odd(fails), more.requires_grad_(False)):
+    strict, more = (
+        type("Own", (class_of("llama", "RMSNorm"),), {"forward": forward})(16).requires_grad_(False)
+        for forward in (fails, plus)
+    )
+    for module in (strict, more):
         pointwise.install(module)
+    assert not is_replaced(strict)
     x = torch.randn(3, 16, requires_grad=True)
     assert is_replaced(more)
     assert torch.equal(more(x, x), own(more, 2 * x))
     assert torch.equal(more(h=x), own(more, x))
 
 
-def test_what_a_process_loads_first_changes_no_number_of_what_it_loads_then() -> None:
+def test_what_a_process_loads_first_changes_no_number_of_what_it_loads_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in (LlamaMLP, LlamaRMSNorm):  # as they are before any model is loaded
+        monkeypatch.setattr(kind, "forward", getattr(kind.forward, "__wrapped__", kind.forward))
+        assert not hasattr(kind.forward, "llmft")
     name = FIRST["llama"]
     model = replace(twin(name, num_hidden_layers=1), attn_implementation="eager")
     eager = load(model, Located(None, "random"), FILES[name])
