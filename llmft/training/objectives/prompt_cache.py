@@ -20,7 +20,9 @@ from llmft.model.families import base_of, selects_positions
 Prefix = tuple[int, ...]
 CACHE_BYTES = 2 * 2**30
 """Of keys and values held at once; more rows are taken in groups, as large as keep a GPU busy."""
-NEEDED = ("attention_mask", "position_ids", "past_key_values", "logits_to_keep")
+NEEDED = ("attention_mask", "position_ids", "logits_to_keep")
+CACHE_ARGUMENTS = ("cache", "past_key_values")
+"""What a forward calls its keys and values: since transformers 5.24, and before."""
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 """Rotary positions that do not depend on how long the row is."""
 
@@ -35,7 +37,7 @@ def can_share(model: Any, tokens: int) -> bool:
     base = base_of(model)
     config = base.config
     model_class: type = type(base)
-    if base.training or not _takes_cache(model_class):
+    if base.training or _cache_argument(model_class) is None:
         return False
     rotary = [module for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if not rotary or getattr(config, "alibi", False):
@@ -52,9 +54,12 @@ def can_share(model: Any, tokens: int) -> bool:
 
 
 @lru_cache(maxsize=8)
-def _takes_cache(model_class: Any) -> bool:
-    forward = model_class.forward
-    return selects_positions(model_class) and all(name in inspect.signature(forward).parameters for name in NEEDED)
+def _cache_argument(model_class: Any) -> str | None:
+    """The name of the argument for keys and values; None for a forward that lacks what is needed here."""
+    parameters = inspect.signature(model_class.forward).parameters
+    if not selects_positions(model_class) or not all(name in parameters for name in NEEDED):
+        return None
+    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
 
 
 def _rope_types(module: Any) -> list[str]:
@@ -99,9 +104,12 @@ def _group(
     base = base_of(model)
     width = int(prompts.max())
     places = torch.arange(width, device=ids.device)
-    kept = DynamicCache(config=base.config)
+    base_class: type = type(base)
+    argument = _cache_argument(base_class)
+    assert argument is not None
+    cache = {argument: DynamicCache(config=base.config), "use_cache": True}
     last = places == prompts[:, None] - 1
-    first = model(input_ids=ids[:, :width], past_key_values=kept, use_cache=True, logits_to_keep=last).logits
+    first = model(input_ids=ids[:, :width], **cache, logits_to_keep=last).logits
 
     depths = torch.tensor([len(node) for node in nodes], device=ids.device)
     branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
@@ -118,8 +126,7 @@ def _group(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
         attention_mask=mask,
         position_ids=prompts[:, None] + depths - 1,
-        past_key_values=kept,
-        use_cache=True,
+        **cache,
         logits_to_keep=wanted,
     ).logits.view(len(ids), -1, first.shape[-1])
     order = [node for node in nodes if node in prefixes]
