@@ -604,8 +604,6 @@ class SweepConfig:
     name: str | None = None
     question: str | None = None
     workers: Any = "auto"
-    stack: Any = 1
-    halving: bool = False
     time_limit: str | None = None
     silence_limit: str | None = "1h"
     stop_after_same_error: int | None = 3
@@ -616,8 +614,6 @@ class SweepConfig:
     def __post_init__(self) -> None:
         number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
         require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
-        lanes = isinstance(self.stack, int) and not isinstance(self.stack, bool) and self.stack >= 1
-        require(lanes or self.stack == "auto", f"sweep.stack={self.stack}: 1 or more trials at once, or auto.")
         for key in ("time_limit", "silence_limit"):
             value = getattr(self, key)
             if value is not None:

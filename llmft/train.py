@@ -20,7 +20,6 @@ from llmft.sweeping.worker import watch_of_environment
 
 if TYPE_CHECKING:
     from llmft.config import TrainConfig
-    from llmft.training.lanes import Lane
     from llmft.training.watch import Watch
 
 
@@ -35,11 +34,6 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    options = {argument for argument in sys.argv[1:] if argument.startswith("-")}
-    if options and options <= {"-m", "--multirun"}:
-        from llmft.sweeping.nurseries import begin_nursery
-
-        begin_nursery()  # before all else: the libraries take longer than everything that comes before them
     from llmft.app import run_verb
     from llmft.config import TrainConfig
 
@@ -65,12 +59,10 @@ def train(
     quiet: bool = False,
     watch: Watch | None = None,
     overrides: Sequence[str] = (),
-    lane: Lane | None = None,
 ) -> float | None:
     """Trains what `config` says, or finds that it is done; returns the monitored metric.
 
-    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote; `lane`
-    is its place among trainings that share a base.
+    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote.
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
@@ -111,7 +103,7 @@ def train(
             where = config.model.path or f"{config.model.id} at {config.model.revision}"
             screen.print(f"[bold red]This run executes the Python code of {escape(where)}.[/bold red]")
         try:
-            return _train(prepared, screen, watch, lane)
+            return _train(prepared, screen, watch)
         except BaseException as error:
             screen.log_error(error)
             _record_failure(run, error)
@@ -145,7 +137,7 @@ def _record_failure(run: Any, error: BaseException) -> None:
         run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
 
 
-def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
+def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     if prepared.config.model.architecture != "tfidf":
         from llmft.libraries import load_libraries
@@ -158,7 +150,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -
     while True:
         rejected = list(prepared.problems.rejected)
         try:
-            return _train_once(prepared, screen, watch, lane)
+            return _train_once(prepared, screen, watch)
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.
@@ -188,7 +180,7 @@ def _free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
+def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     session: Any
     if prepared.config.model.architecture == "tfidf":
         from llmft.baseline import BaselineSession
@@ -197,7 +189,7 @@ def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | No
     else:
         from llmft.training.session import Session
 
-        session = Session(prepared, screen, watch, lane)
+        session = Session(prepared, screen, watch)
     try:
         return session.run()
     finally:

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+import llmft
 from llmft.environment import usable_cores, visible_gpus
 from llmft.schema import to_plain
-from llmft.sweeping.nurseries import UNKNOWN_CODE, Process, environment, opened
 from llmft.sweeping.trials import Trial
 from llmft.sweeping.worker import EVENTS_VARIABLE
 
@@ -27,18 +27,16 @@ class WorkerProcess:
     Attributes:
         orders: its standard input; None for a process of one trial.
         log: where what the process prints is found.
-        trials: what it is training, several at once where they are stacked.
-        width: how many it was given at once.
+        trial: what it is training.
         leaving: it ends by itself after a trial that may have left its libraries in any state.
         stopping: why it was asked to stop.
     """
 
-    process: Process
+    process: subprocess.Popen[bytes]
     orders: IO[bytes] | None
     events_fd: int
     log: Path
-    trials: list[Trial] = field(default_factory=list)
-    width: int = 1
+    trial: Trial | None = None
     since: float = field(default_factory=time.monotonic)
     last_sign: float = field(default_factory=time.monotonic)
     ready: bool = False
@@ -52,12 +50,15 @@ class WorkerProcess:
     def start(cls, log: Path, share: Share, trial: Trial | None = None) -> WorkerProcess:
         """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
         reading, writing = os.pipe()
-        env = {**environment(), **share.environment}
+        package = str(Path(llmft.__file__).resolve().parent.parent)
+        python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": python_path, **share.environment}
         arguments = ["llmft.sweeping.worker", str(writing), *map(str, share.cores or ())]
         if trial is not None:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = ["llmft", *trial.arguments]
-        with opened(log) as output:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
                 stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
@@ -69,12 +70,12 @@ class WorkerProcess:
             )
         os.close(writing)
         os.set_blocking(reading, False)
-        return cls(process, process.stdin, reading, log, [trial] if trial is not None else [], ready=trial is not None)
+        return cls(process, process.stdin, reading, log, trial, ready=trial is not None)
 
     @property
     def idle(self) -> bool:
         """Whether it waits for a trial."""
-        return self.ready and not self.trials and self.stopping is None and not self.leaving
+        return self.ready and self.trial is None and self.stopping is None and not self.leaving
 
     def order(self, **content: Any) -> None:
         """Sends an order; a process that just died is noticed by its end."""
@@ -83,24 +84,12 @@ class WorkerProcess:
             self.orders.write(json.dumps(content).encode() + b"\n")
             self.orders.flush()
 
-    def train(self, trials: list[Trial]) -> None:
-        """Orders trials, all at once."""
-        self.trials, self.width = list(trials), len(trials)
+    def train(self, trial: Trial) -> None:
+        """Orders a trial."""
+        self.trial = trial
         self.since = self.last_sign = time.monotonic()
-        orders = [
-            {
-                "number": trial.number,
-                "config": to_plain(trial.config),
-                "arguments": trial.arguments,
-                "overrides": trial.overrides,
-            }
-            for trial in trials
-        ]
-        self.order(do="train", trials=orders)
-
-    def trial(self, number: int) -> Trial | None:
-        """The one of its trials that has this number."""
-        return next((trial for trial in self.trials if trial.number == number), None)
+        order = {"number": trial.number, "config": to_plain(trial.config)}
+        self.order(do="train", **order, arguments=trial.arguments, overrides=trial.overrides)
 
     def events(self) -> list[dict[str, Any]]:
         """What it told since the last call."""
@@ -126,7 +115,7 @@ class WorkerProcess:
     def signal(self, signum: int) -> None:
         """Sends a signal to the process; SIGKILL also to all that it started."""
         with contextlib.suppress(ProcessLookupError):
-            if signum == signal.SIGKILL and self.process.pid:
+            if signum == signal.SIGKILL:
                 os.killpg(self.process.pid, signum)
             else:
                 self.process.send_signal(signum)
@@ -136,7 +125,7 @@ class WorkerProcess:
         if self.orders is not None:
             with contextlib.suppress(OSError):
                 self.orders.close()
-        if self.process.poll() is not None and self.process.pid:
+        if self.process.poll() is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
         if self.events_fd >= 0:
@@ -171,8 +160,6 @@ def shares_of_machine(workers: int) -> list[Share]:
 
 def how_it_died(code: int) -> tuple[str, str]:
     """(error, cause) of a worker that left without a word."""
-    if code == UNKNOWN_CODE:
-        return "the process left without a result; how is not known", "exit"
     if code >= 0:
         return f"the process left with exit code {code} and no result", "exit"
     name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"

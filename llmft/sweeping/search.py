@@ -16,7 +16,6 @@ from llmft.files import held
 from llmft.schema import canonical, to_plain
 from llmft.sweeping.candidates import Candidate, wanted_trials
 from llmft.sweeping.conditions import Value
-from llmft.sweeping.nurseries import Nursery, take_nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.space import Space, make_space
 from llmft.sweeping.study import Study, import_optuna
@@ -41,26 +40,12 @@ def run_search(
     TrialsFailed at the end when some failed; Interrupted when a signal ended it.
     """
     import_optuna()
-    with take_nursery() as nursery:
-        return _run_search(planner, settings, overrides, fixed, command, nursery)
-
-
-def _run_search(
-    planner: Planner,
-    settings: SearchConfig,
-    overrides: Sequence[Any],
-    fixed: Sequence[str],
-    command: str,
-    nursery: Nursery,
-) -> Sweep:
     space = make_space(overrides, settings.conditions or {})
     if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
         raise ConfigError("seed: varied and in hydra.sweeper.seeds too; leave one out.")
     wanted_trials(settings, space)
     maker = TrialMaker(planner, space, settings)
     probes = maker.probes()
-    if probes[0].config.sweep.halving:
-        raise ConfigError("sweep.halving=true is for grids; a search has hydra.sweeper.pruner=successive_halving.")
     sweep = open_search(probes, space, settings, fixed, command)
     maker.sweep = sweep
     screen = Screen()
@@ -69,7 +54,7 @@ def _run_search(
         if sweep.config.force:
             study_file.unlink(missing_ok=True)
         study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
-        search, supervisor = _begin(study, settings, sweep, maker, screen, probes, nursery)
+        search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
         tell_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
@@ -92,14 +77,12 @@ def _begin(
     maker: TrialMaker,
     screen: Screen,
     probes: list[Trial],
-    nursery: Nursery,
 ) -> tuple[Search, Supervisor]:
     config = sweep.config
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
-    supervisor = Supervisor(sweep, progress, nursery)
+    supervisor = Supervisor(sweep, progress)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
-    at_once = supervisor.count_workers(probes, search.wanted * search.num_seeds)
-    search.workers = at_once * max(probe.lanes for probe in probes)
+    search.workers = supervisor.count_workers(probes, search.wanted * search.num_seeds)
     search.recall()
     progress.total = max(search.wanted, search.asked) * search.num_seeds
     return search, supervisor

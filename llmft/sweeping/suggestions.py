@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,21 +99,6 @@ class Search:
                 return None
             self._ask()
         return trial
-
-    def next_like(self, trial: Trial) -> Trial | None:
-        """The next one, if it can share a forward with `trial`."""
-        other = self.next()
-        if other is None or other.lane == trial.lane:
-            return other
-        candidate = self._of[other.number]
-        candidate.under_way.remove(other)
-        candidate.waiting.insert(0, other)
-        return None
-
-    def share(self, trial: Trial, workers: int) -> int:
-        """An equal part of all that is still to come."""
-        waiting = sum(len(candidate.waiting) for candidate in self.candidates)
-        return math.ceil((1 + waiting + max(0, self.wanted - self.asked) * self.num_seeds) / workers)
 
     def over(self) -> bool:
         """Whether all configurations were asked for and all of their trials handed out."""

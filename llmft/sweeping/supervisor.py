@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import re
 import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmft.config import seconds_of
 from llmft.environment import allotted_cores, available_memory, visible_gpus
 from llmft.errors import ConfigError, Interrupted
 from llmft.schema import to_plain
-from llmft.sweeping.halving import Halving
-from llmft.sweeping.nurseries import Nursery
 from llmft.sweeping.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.trials import FINISHED, Sweep, Trial, refuse, value_of
@@ -39,12 +35,6 @@ class Source(Protocol):
 
     def next(self) -> Trial | None:
         """A trial to run now; None while there is none."""
-
-    def next_like(self, trial: Trial) -> Trial | None:
-        """Another one that can be stacked with `trial`; None where there is none."""
-
-    def share(self, trial: Trial, workers: int) -> int:
-        """How many to stack with `trial`, itself among them, so that each of the free `workers` has something."""
 
     def over(self) -> bool:
         """Whether no trial will come any more, once those under way have ended."""
@@ -84,14 +74,9 @@ class Listed:
         self,
         trials: list[Trial],
         decide: Callable[..., tuple[str, str] | None] = lambda *_: None,
-        cohorts: Sequence[Sequence[Trial]] = (),
     ) -> None:
-        """Of `cohorts` each is stacked by itself, in their order."""
         bases = list(dict.fromkeys(trial.base for trial in trials))
-        self._cohort = {trial.number: place for place, cohort in enumerate(cohorts) for trial in cohort}
-        self.waiting = sorted(
-            trials, key=lambda trial: (bases.index(trial.base), self._cohort.get(trial.number, len(cohorts)))
-        )
+        self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
         self.decide = decide
         self._held = Held()
 
@@ -102,22 +87,6 @@ class Listed:
                 self.waiting.remove(trial)
                 return trial
         return None
-
-    def next_like(self, trial: Trial) -> Trial | None:
-        """The next free one that can share a forward with `trial`."""
-        for other in self.waiting:
-            together = self._cohort.get(other.number) == self._cohort.get(trial.number)
-            if other.lane == trial.lane and together and not self._held.has(other):
-                self.waiting.remove(other)
-                return other
-        return None
-
-    def share(self, trial: Trial, workers: int) -> int:
-        """An equal part of those like it; a cohort stays together."""
-        if trial.number in self._cohort:
-            return len(self._cohort)
-        alike = sum(other.lane == trial.lane and other.status not in FINISHED for other in self.waiting)
-        return math.ceil((1 + alike) / workers)
 
     def over(self) -> bool:
         """Whether all have been handed out."""
@@ -139,11 +108,8 @@ class Supervisor:
         stopped_because: why the sweep ended before its end; None for one that went through.
     """
 
-    def __init__(self, sweep: Sweep, progress: SweepProgress, nursery: Nursery | None = None) -> None:
-        """With a `nursery` its workers are there at once."""
+    def __init__(self, sweep: Sweep, progress: SweepProgress) -> None:
         self.sweep = sweep
-        self._nursery = nursery
-        self._single = True
         self.settings = sweep.config.sweep
         self.progress = progress
         self.stopped_because: str | None = None
@@ -151,8 +117,6 @@ class Supervisor:
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
-        self._alone: set[int] = set()
-        self.halving: Halving | None = None
         limits = (self.settings.time_limit, self.settings.silence_limit)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -167,7 +131,6 @@ class Supervisor:
             self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
         )
         shares = shares_of_machine(count)
-        self._single = count == 1
         if count > 1 and self.settings.workers == "auto":
             self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
         before = self._take_signals()
@@ -175,8 +138,6 @@ class Supervisor:
         try:
             for slot, share in enumerate(shares):
                 self._start(slot, share)
-            if self._nursery is not None and not self._nursery.splits:
-                self._nursery.end()
             self._check(check)
             while not self._over(source):
                 self._hand_out(source, shares)
@@ -185,8 +146,6 @@ class Supervisor:
         finally:
             for process in self._processes:
                 process.close()
-            if self._nursery is not None:
-                self._nursery.end_unless_all_are_there()
             self._wait_for_leavers()
             self.progress.stop()
             for signum, handler in before.items():
@@ -196,7 +155,7 @@ class Supervisor:
             raise Interrupted("interrupted; the same command goes on with what is missing.", self.signalled)
 
     def _over(self, source: Source) -> bool:
-        busy = any(process.trials for process in self._processes)
+        busy = any(process.trial for process in self._processes)
         return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
 
     def count_workers(self, trials: list[Trial], at_most: int, *, grid: bool = False) -> int:
@@ -213,7 +172,7 @@ class Supervisor:
 
     def _side_by_side(self, trials: list[Trial]) -> int:
         """Workers on a machine without GPUs: one for each core where trials use no more, as memory allows."""
-        if self.halving is not None or not all(trial.single_threaded for trial in trials):
+        if not all(trial.single_threaded for trial in trials):
             return 1
         memory, cores = available_memory(), allotted_cores()
         return cores if memory is None else max(1, min(cores, memory // WORKER_BYTES))
@@ -245,11 +204,7 @@ class Supervisor:
 
     def _start(self, slot: int, share: Share, trial: Trial | None = None) -> WorkerProcess:
         log = self.sweep.directory / f"worker-{slot}.log"
-        started = None
-        if trial is None and self._nursery is not None:
-            started = self._nursery.worker(log, share, single=self._single)
-        if started is None:
-            started = WorkerProcess.start(log, share, trial)
+        started = WorkerProcess.start(log, share, trial)
         if slot < len(self._processes):
             self._processes[slot] = started
         else:
@@ -265,11 +220,8 @@ class Supervisor:
             trial = self._next(source)
             if trial is None:
                 continue
-            workers = sum(not worker.trials for worker in self._processes)
-            trials = [trial, *self._company(source, trial, workers)]
-            for each in trials:
-                each.status, each.log = "running", each.run.log_file
-                self.progress.begins(each)
+            trial.status, trial.log = "running", trial.run.log_file
+            self.progress.begins(trial)
             self.sweep.write()
             if trial.distributed:
                 if worker is not None:
@@ -279,29 +231,14 @@ class Supervisor:
             elif worker is None or worker.process.poll() is not None:
                 if worker is not None:
                     worker.close()
-                self._start(slot, share).trials = trials  # ordered when it is ready
+                self._start(slot, share).trial = trial  # ordered when it is ready
             else:
-                worker.train(trials)
+                worker.train(trial)
 
     def _free(self, slot: int) -> bool:
         """Whether a worker's place has nothing to do."""
         worker = self._processes[slot] if slot < len(self._processes) else None
         return worker is None or worker.process.poll() is not None or worker.idle
-
-    def _company(self, source: Source, trial: Trial, workers: int) -> list[Trial]:
-        """The trials that run on one base together with `trial`, as sweep.stack allows with so many free `workers`."""
-        found: list[Trial] = []
-        most = min(trial.lanes, source.share(trial, workers)) if trial.number not in self._alone else 1
-        while len(found) + 1 < most and (other := source.next_like(trial)) is not None:
-            if other.finished_before():
-                self.progress.found(other)
-                source.ended(other)
-            elif other.number in self._alone:
-                source.ended(other)
-                break
-            else:
-                found.append(other)
-        return found
 
     def _next(self, source: Source) -> Trial | None:
         """The next trial that is not finished already."""
@@ -331,12 +268,11 @@ class Supervisor:
             for event in worker.events():
                 self._hear(worker, event, source)
             code = worker.process.poll()
-            if code is not None and worker.trials:
+            if code is not None and worker.trial is not None:
                 for event in worker.events():  # its last words
                     self._hear(worker, event, source)
-                left = len(worker.trials)
-                for trial in list(worker.trials):
-                    self._died(worker, trial, code, source, together=left > 1)
+                if worker.trial is not None:
+                    self._died(worker, worker.trial, code, source)
 
     def _take_in(self, worker: WorkerProcess) -> None:
         for event in worker.events():
@@ -346,12 +282,10 @@ class Supervisor:
         kind = event["event"]
         if kind == "ready":
             worker.ready = True
-            if worker.trials:
-                worker.train(worker.trials)
+            if worker.trial is not None:
+                worker.train(worker.trial)
             return
-        if not worker.trials:
-            return
-        trial = worker.trial(event["number"]) if event.get("number") is not None else worker.trials[0]
+        trial = worker.trial
         if trial is None:
             return
         if kind == "step":
@@ -359,12 +293,7 @@ class Supervisor:
         elif kind == "validation":
             self.progress.validation(trial, event)
             if event["asks"]:
-                answer = partial(self._answer, worker, trial)
-                stop = source.decide(trial, event["step"], event["metrics"])
-                if stop is None and self.halving is not None:
-                    self.halving.ask(trial, event["step"], event["total"], answer)
-                else:
-                    answer(stop)
+                worker.order(do="answer", stop=source.decide(trial, event["step"], event["metrics"]))
         elif kind == "end":
             trial.value = event["value"]
             trial.mark(event["status"], event["error"], event["cause"])
@@ -374,21 +303,13 @@ class Supervisor:
             if worker.stopping is not None:
                 # It ended its trial before it heard: what stays would wait for orders that never come.
                 worker.leaving = True
-                if len(worker.trials) == 1:
-                    worker.signal(signal.SIGKILL)
+                worker.signal(signal.SIGKILL)
             if trial.log is None or not trial.log.exists():
                 trial.log = worker.log
             self._ended(worker, trial, source)
 
-    @staticmethod
-    def _answer(worker: WorkerProcess, trial: Trial, stop: tuple[str, str] | None) -> None:
-        worker.order(do="answer", number=trial.number, stop=stop)
-
-    def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source, *, together: bool) -> None:
-        """A process left in the middle of its trial, or a distributed trial's ended.
-
-        Of several `together` nobody knows which one it was: each goes on by itself.
-        """
+    def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source) -> None:
+        """A process left in the middle of its trial, or a distributed trial's ended."""
         status = trial.run.status()
         if trial.distributed and code == 0 and trial.run.done:
             trial.status = "done"
@@ -397,8 +318,6 @@ class Supervisor:
             trial.mark("interrupted", "the sweep was interrupted")
         elif worker.stopping is not None:
             self._overdue(worker, trial)
-        elif together:
-            self._again_alone(trial)
         elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
             trial.mark("failed", status["error"], "error")
         else:
@@ -409,15 +328,7 @@ class Supervisor:
             self._note(trial)
         self._ended(worker, trial, source)
 
-    def _again_alone(self, trial: Trial) -> None:
-        self._alone.add(trial.number)
-        trial.mark("pending", None)
-        self.progress.say(f"trial {trial.number + 1} goes on by itself: the process of its stack left.")
-
     def _overdue(self, worker: WorkerProcess, trial: Trial) -> None:
-        if worker.width > 1 and "sweep.time_limit" not in str(worker.stopping):
-            self._again_alone(trial)  # one of them hangs, and all with it
-            return
         why = str(worker.stopping)
         trial.mark("failed", why, "time" if "sweep.time_limit" in why else "silence")
 
@@ -427,13 +338,11 @@ class Supervisor:
             trial.run.update(status="failed", error=trial.error)
 
     def _ended(self, worker: WorkerProcess, trial: Trial, source: Source) -> None:
-        worker.trials.remove(trial)
+        worker.trial = None
         trial.seconds = round(time.monotonic() - worker.since, 1)
         self.progress.ended(trial)
         self._count_errors(trial)
         source.ended(trial)
-        if self.halving is not None:
-            self.halving.look()
         self.sweep.write()
 
     def _count_errors(self, trial: Trial) -> None:
@@ -458,13 +367,13 @@ class Supervisor:
         for worker in self._processes:
             if worker.process.poll() is not None:
                 continue
-            if not worker.trials:
+            if worker.trial is None:
                 if worker.leaving and now - worker.leaving_since > LEAVE_S:
                     worker.signal(signal.SIGKILL)  # a library's thread keeps it
                 continue
             if self.signalled:
                 worker.stop("signal")
-            elif longest is not None and now - worker.since > longest * worker.width:
+            elif longest is not None and now - worker.since > longest:
                 worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
             elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
                 worker.stop(f"gave no sign of life for sweep.silence_limit={self.settings.silence_limit}")

@@ -13,8 +13,6 @@ from rich.table import Table
 
 from llmft.console import Screen
 from llmft.errors import ConfigError, TrialsFailed
-from llmft.sweeping.halving import Halving, check_halving, cohorts_of
-from llmft.sweeping.nurseries import Nursery, end_nursery, take_nursery
 from llmft.sweeping.progress import SweepProgress
 from llmft.sweeping.supervisor import Listed, Supervisor
 from llmft.sweeping.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
@@ -29,30 +27,20 @@ def run_grid(
     Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
     when some failed; Interrupted when a signal ended it.
     """
-    with take_nursery() as nursery:
-        return _run_grid(make_sweep(planner, jobs, fixed, command, first), nursery)
-
-
-def _run_grid(sweep: Sweep, nursery: Nursery) -> Sweep:
+    sweep = make_sweep(planner, jobs, fixed, command, first)
     screen = Screen()
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
     decide = twin_rule(sweep.config)
-    if sweep.config.sweep.halving:
-        check_halving(sweep.trials, sweep.swept)
     tell_plan(sweep, screen)
-    supervisor = Supervisor(sweep, progress, nursery)
+    supervisor = Supervisor(sweep, progress)
     missing = [trial for trial in sweep.trials if not trial.finished_before()]
     try:
         if missing:
             if sweep.config.sweep.report:
                 threading.Thread(target=_import_report, daemon=True).start()
-            cohorts: list[list[Trial]] = []
-            if sweep.config.sweep.halving:
-                cohorts = cohorts_of(sweep.trials, lambda trial: trial.lanes)
-                supervisor.halving = Halving(cohorts, sweep.config.trainer.monitor, sweep.config.trainer.mode)
-            supervisor.run(Listed(sweep.trials, decide, cohorts), check=missing)
+            supervisor.run(Listed(sweep.trials, decide), check=missing)
         finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
     except BaseException:
         sweep.write()
@@ -76,7 +64,6 @@ def run_elsewhere(
     planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, launcher: Any
 ) -> Sweep:
     """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
-    end_nursery()
     sweep = make_sweep(planner, jobs, fixed, command, 0)
     screen = Screen()
     tell_plan(sweep, screen)

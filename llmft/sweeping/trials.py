@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config import ModelInit, TrainConfig
-from llmft.environment import sensible_threads, visible_gpus
+from llmft.config import TrainConfig
+from llmft.environment import sensible_threads
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located, weight_bytes
@@ -22,10 +22,6 @@ from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
 from llmft.schema import aside_keys, canonical, to_plain
 
-GAINING_TOKENS = {"cuda": 8192, "cpu": 1200}
-"""A stack gains while all its lanes' tokens of one step are no more than this: then products fill the device anyway."""
-MOST_LANES = 8
-TOKENS_A_CHARACTER = 0.25
 FINISHED = ("done", "twin", "pruned")
 """Statuses of a trial that has nothing left to do in its sweep."""
 
@@ -81,29 +77,6 @@ class Trial:
         )
 
     @property
-    def lane(self) -> str | None:
-        """Equal for trials that can be stacked: one forward computes them all. None for one that runs by itself."""
-        config = self.config
-        lora, trainer, model = config.lora, config.trainer, config.model
-        if self.distributed or not lora.enabled or lora.modules_to_save or model.architecture == "tfidf":
-            return None
-        # A random base is the seed's own.
-        seed = config.seed if model.init is ModelInit.random else None
-        means = [trainer.accelerator, trainer.threads, trainer.deterministic, trainer.gradient_checkpointing]
-        return canonical([self.base, seed, *to_plain(means)])
-
-    @property
-    def lanes(self) -> int:
-        """How many trials like this one are stacked."""
-        stack = self.config.sweep.stack
-        if self.lane is None or stack != "auto":
-            return 1 if self.lane is None else int(stack)
-        row = min(self.config.data.max_tokens, TOKENS_A_CHARACTER * self.row_characters)
-        tokens = max(1.0, row * self.config.trainer.batch_size)
-        gaining = GAINING_TOKENS["cuda" if visible_gpus() else "cpu"]
-        return max(1, min(MOST_LANES, int(gaining / tokens)))
-
-    @property
     def single_threaded(self) -> bool:
         """Whether it computes on one thread of the CPU, wherever it runs."""
         trainer = self.config.trainer
@@ -128,8 +101,6 @@ class Trial:
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
             self.seconds = status.get("result", {}).get("seconds")
-        elif status.get("status") == "pruned" and self.config.sweep.halving:
-            self.status, self.error = "pruned", status.get("error")
         elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
             self.status, self.error = "twin", status.get("error")
         return self.status in FINISHED

@@ -7,6 +7,7 @@ way and leaves.
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -16,16 +17,10 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
-from functools import partial
-from typing import IO, TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from llmft.training.lanes import Lane
+from typing import IO, Any
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
 """Where a training that is a process of its own tells its events."""
-ANSWER_POLL_S = 0.002
 LAST_WORDS_S = 60.0
 """How long a worker whose supervisor is gone may take to save."""
 
@@ -33,30 +28,15 @@ LAST_WORDS_S = 60.0
 class Teller:
     """Tells a supervisor what happens, and asks it after validations."""
 
-    def __init__(
-        self,
-        events: IO[str],
-        orders: queue.Queue[dict[str, Any] | None] | None,
-        number: int | None = None,
-        wait: Callable[[Callable[[], bool]], None] | None = None,
-    ) -> None:
-        """Of trial `number`; `wait` returns once a condition holds, None for the plain way."""
+    def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
         self.events = events
         self.orders = orders
-        self.number = number
-        self.wait = wait or _wait
-
-    def of(self, number: int, wait: Callable[[Callable[[], bool]], None] | None = None) -> Teller:
-        """The same for one trial."""
-        return Teller(self.events, self.orders, number, wait)
 
     def tell(self, event: str, **facts: Any) -> None:
         """One event; a supervisor that is gone hears nothing, and the end of the orders says so."""
-        try:
-            self.events.write(json.dumps({"event": event, "number": self.number, **facts}) + "\n")
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.events.write(json.dumps({"event": event, **facts}) + "\n")
             self.events.flush()
-        except (BrokenPipeError, ValueError):
-            pass
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
         """See Watch."""
@@ -71,31 +51,11 @@ class Teller:
         self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
         if self.orders is None:
             return None
-        # Lanes ask in turns, and nothing but answers comes while they train: the next one may be another lane's.
-        self.wait(self._answered)
-        answer = self._take_answer()
-        if answer is None or answer["stop"] is None:
+        answer = self.orders.get()
+        if answer is None:  # the supervisor is gone: SIGTERM is on its way
+            self.orders.put(None)
             return None
-        status, reason = answer["stop"]
-        return status, reason
-
-    def _answered(self) -> bool:
-        assert self.orders is not None
-        waiting = list(self.orders.queue)
-        return any(order is None or order.get("number") == self.number for order in waiting)
-
-    def _take_answer(self) -> dict[str, Any] | None:
-        assert self.orders is not None
-        with self.orders.mutex:
-            found = next((o for o in self.orders.queue if o is not None and o.get("number") == self.number), None)
-            if found is not None:
-                self.orders.queue.remove(found)
-        return found
-
-
-def _wait(answered: Callable[[], bool]) -> None:
-    while not answered():
-        time.sleep(ANSWER_POLL_S)
+        return tuple(answer["stop"]) if answer["stop"] is not None else None
 
 
 def watch_of_environment() -> Teller | None:
@@ -132,8 +92,11 @@ def work(events: int) -> None:
     while (order := orders.get()) is not None:
         if order["do"] == "check":
             teller.tell("checked", wrong=_check(order["configs"]))
-        elif order["do"] == "train" and not _train_all(order["trials"], teller):
-            sys.exit(1)  # a library may be left in any state: a new process takes the next trial
+        else:
+            outcome = _train(order, teller)
+            teller.tell("end", **outcome)
+            if not outcome["sound"]:
+                sys.exit(1)  # a library may be left in any state: a new process takes the next trial
 
 
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
@@ -163,40 +126,19 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     return wrong
 
 
-def _train_all(orders: list[dict[str, Any]], teller: Teller) -> bool:
-    """Trains one trial, or several at once; whether the process is fit for more."""
-    if len(orders) == 1:
-        sys.argv[1:] = orders[0]["arguments"]
-        own = teller.of(orders[0]["number"])
-        outcome = _train(orders[0], own)
-        own.tell("end", **outcome)
-        return bool(outcome["sound"])
-    from llmft.training.lanes import Stack
-
-    sound: list[bool] = []
-
-    def job(order: dict[str, Any], lane: Lane) -> None:
-        own = teller.of(order["number"], lane.wait_for)
-        outcome = _train(order, own, lane)
-        own.tell("end", **outcome)
-        sound.append(outcome["sound"])
-
-    Stack().run([(order["arguments"], partial(job, order)) for order in orders])
-    return len(sound) == len(orders) and all(sound)
-
-
-def _train(order: dict[str, Any], teller: Teller, lane: Lane | None = None) -> dict[str, Any]:
+def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
     """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
     from llmft.config import TrainConfig
     from llmft.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
     from llmft.schema import restored
     from llmft.train import train
 
+    sys.argv[1:] = order["arguments"]
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
-    ended: dict[str, Any] = {"number": order["number"], "sound": True, "value": None, "error": None, "cause": None}
+    ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
     try:
         config: TrainConfig = restored(order["config"], TrainConfig)
-        value = train(config, watch=teller, overrides=order["overrides"], lane=lane)
+        value = train(config, watch=teller, overrides=order["overrides"])
         return {**ended, "status": "done", "value": value}
     except RunBusy as error:
         return {**ended, "status": "busy", "error": str(error)}

@@ -143,12 +143,10 @@ class FineTuner(L.LightningModule):
         describe_row: Callable[[int], str] = str,
         keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
         skip_up_to: int | None = None,
-        after_backward: Callable[[], None] = lambda: None,
         keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
-        `after_backward` follows every micro-batch's: a training among others takes its gradients further there.
         `keeping` surrounds each forward of the training: where what it saves for the backward is held.
         """
         super().__init__()
@@ -166,7 +164,6 @@ class FineTuner(L.LightningModule):
         self.describe_row = describe_row
         self.keep_bad_step = keep_bad_step
         self.skip_up_to = skip_up_to
-        self.after_backward = after_backward
         self.keeping = keeping
         self.skipped: list[int] = []
         self.stepping = False
@@ -223,7 +220,6 @@ class FineTuner(L.LightningModule):
                     losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
                 self.manual_backward(loss * scale)
-                self.after_backward()
                 total += loss.detach()
                 row_losses.append((micro.rows, losses.nll.detach()))
         self._sum_over_processes([total] if sharded else [total, *_gradients(optimizer)])

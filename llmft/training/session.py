@@ -54,7 +54,6 @@ from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
-from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
@@ -101,11 +100,8 @@ def check_parts(config: TrainConfig) -> Parts:
 class Session:
     """Builds all parts of a run, in the order in which a mistake is cheapest, and runs it."""
 
-    def __init__(
-        self, prepared: Prepared, screen: Screen, watch: Watch | None = None, lane: Lane | None = None
-    ) -> None:
+    def __init__(self, prepared: Prepared, screen: Screen, watch: Watch | None = None) -> None:
         self.prepared = prepared
-        self.lane = lane
         self.watch = watch
         self.config: TrainConfig = prepared.config
         self.screen = screen
@@ -113,7 +109,7 @@ class Session:
         self.main_process = process_rank(self.config) == 0
         self.loggers: list[Any] = []
         self.exit_code = 1
-        self.signals = Signals() if lane is None else lane.signals
+        self.signals = Signals()
         self.model: Any = None
         self.loaded: Any = None
 
@@ -232,8 +228,6 @@ class Session:
         )
         self.base_reused = self.base is kept
         self.loaded = self.base
-        if self.lane is not None:
-            self.base = self.lane.own(self.loaded)
         if config.task.head is Head.linear:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
@@ -267,10 +261,8 @@ class Session:
             before=before,
         )
         set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
-        if config.trainer.compile and self.lane is None:  # several bodies in one are computed as they are
+        if config.trainer.compile:
             compile_layers(self.model, self.screen.warn)
-        if self.lane is not None and config.lora.enabled and not self._offloads():
-            self.lane.join(self.model, self.loaded)
 
     def _check_disk(self) -> None:
         """Room for all checkpoints that will stand at once and for what is handed over, before the first step."""
@@ -328,7 +320,6 @@ class Session:
             describe_row=lambda row: train[row].where,
             keep_bad_step=self._keep_bad_step,
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
-            after_backward=(lambda: None) if self.lane is None else self.lane.backward,
             keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
         )
         self.data.position = lambda: module.step

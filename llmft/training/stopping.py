@@ -46,7 +46,7 @@ class Signals:
             self._before.setdefault(signum, before)
 
     def release(self) -> None:
-        """Gives them back; a lane among others never took them, and leaves them."""
+        """Gives them back."""
         if threading.current_thread() is not threading.main_thread():
             return
         while self._before:

@@ -1,6 +1,6 @@
 """Tokens/s of a 7B model's training on one GPU, of llmft and of peers, against what the device's arithmetic allows.
 
-    python -m tests.bench.bench_gpu [--device cuda] [--base bf16,nf4] [--tokens 512,1024,…] [--stack 1,4,8] [--quick]
+    python -m tests.bench.bench_gpu [--device cuda] [--base bf16,nf4] [--tokens 512,1024,…] [--quick]
     python -m tests.bench.bench_gpu --device cpu --model tiny --quick      # the same on a tiny model, to try it out
 
 The model has Mistral-7B's shape and random weights, which are made on the device tensor by tensor. Micro-batches hold
@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -146,28 +145,25 @@ class Setting:
             keep_packing(self.base)
 
     @contextmanager
-    def adapted(self, *, plain: bool, recompute: bool, count: int = 1) -> Iterator[list[Any]]:
-        """`count` models with an adapter each around the same base; `plain` as PEFT itself makes them."""
+    def adapted(self, *, plain: bool, recompute: bool) -> Iterator[Any]:
+        """A model with an adapter around the base; `plain` as PEFT itself makes it."""
         from llmft.model import flat, fused
         from llmft.model.adapters import attach
-        from llmft.model.stacked import share
 
         self.base.set_attn_implementation("sdpa")
         if not plain:
             flat.enable(self.base)
-        models = []
-        for number in range(count):
-            model = attach(share(self.base), self.lora, auto_class="causal_lm", seed=number, name="base")
-            if plain:
-                fused.uninstall(model)
-            if recompute:
-                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-                model.enable_input_require_grads()
-            models.append(model.train())
+        model = attach(self.base, self.lora, auto_class="causal_lm", seed=0, name="base")
+        if plain:
+            fused.uninstall(model)
+        if recompute:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.enable_input_require_grads()
         try:
-            yield models
+            yield model.train()
         finally:
             self.base.gradient_checkpointing_disable()
+            model.unload()
 
     def autocast(self) -> Any:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
@@ -185,84 +181,43 @@ def optimizer_of(model: Any, device: torch.device) -> Any:
     return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda"), trained
 
 
-def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool, stack: int = 1) -> Seen:
-    """llmft's objective on its own forward; several adapters in one joint forward with `stack`."""
+def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool) -> Seen:
+    """llmft's objective on its own forward."""
     from llmft.data.batch import MicroBatch
     from llmft.training.objectives.language_modeling import LanguageModeling
 
     seen: Seen = []
     objective = LanguageModeling()
-    with setting.adapted(plain=False, recompute=recompute, count=stack) as models:
-        made = [optimizer_of(model, setting.device) for model in models]
-        forward = joint_forward(setting, models) if stack > 1 else None
+    with setting.adapted(plain=False, recompute=recompute) as model:
+        optimizer, trained = optimizer_of(model, setting.device)
         for step in range(steps):
-            parts = [setting.batch(tokens // stack, step * stack + lane) for lane in range(stack)]
-            batches = [padded(part, setting.device) for part in parts]
+            rows = setting.batch(tokens, step)
+            b = padded(rows, setting.device)
+            ones = torch.ones(len(rows), device=setting.device)
+            micro = MicroBatch(b["input_ids"], b["attention_mask"], b["labels"], ones, None, [])
             synchronise(setting.device)
             began = time.perf_counter()
             with setting.autocast():
-                if forward is not None:
-                    losses = forward(batches)
-                else:
-                    b = batches[0]
-                    ones = torch.ones(len(parts[0]), device=setting.device)
-                    micro = MicroBatch(b["input_ids"], b["attention_mask"], b["labels"], ones, None, [])
-                    found = objective.losses(models[0], micro)
-                    losses = [found.nll.sum() / found.counts.sum()]
-            torch.autograd.backward(losses)
-            for optimizer, trained in made:
-                torch.nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            loss = float(losses[0].detach())
+                found = objective.losses(model, micro)
+                loss = found.nll.sum() / found.counts.sum()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            value = float(loss.detach())
             synchronise(setting.device)
             seconds = time.perf_counter() - began
-            rows = [row for part in parts for row in part]
-            seen.append((loss, seconds, sum(len(ids) for ids, _ in rows), sum(answer for _, answer in rows)))
+            seen.append((value, seconds, sum(len(ids) for ids, _ in rows), sum(answer for _, answer in rows)))
     return seen
 
 
-def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[str, torch.Tensor]]], list[torch.Tensor]]:
-    """Batches, one of each adapter, to its loss each, in one forward of the base."""
-    import torch.nn.functional as F
-
-    from llmft.model.families import body_of
-    from llmft.model.flat import flatten, takes_varlen
-    from llmft.model.fused import lora_layers
-    from llmft.model.stacked import Joint, Part
-    from llmft.model.tail import takes_ends
-
-    joint = Joint(setting.base)
-    layers = [lora_layers(body_of(model)) for model in models]
-
-    def forward(batches: list[dict[str, torch.Tensor]]) -> list[torch.Tensor]:
-        rows = []
-        for batch in batches:
-            lengths = batch["attention_mask"].sum(1).tolist()
-            firsts = (batch["labels"] != -100).int().argmax(1).sub(1).tolist() if takes_ends(setting.base) else None
-            rows.append(flatten(batch["input_ids"], lengths, firsts=firsts, varlen=takes_varlen(setting.base)))
-        parts = [Part(flat.arguments, own, torch.random.fork_rng) for flat, own in zip(rows, layers, strict=True)]
-        losses = []
-        for batch, flat, out in zip(batches, rows, joint.forward(parts), strict=True):
-            labels = batch["labels"][:, 1:]
-            keep = flat.pick(F.pad(labels != -100, (0, 1)))
-            logits = setting.base.lm_head(out.last_hidden_state[keep])
-            losses.append(F.cross_entropy(logits.float(), labels[labels != -100]))
-        return losses
-
-    return forward
-
-
-def plain(setting: Setting, tokens: int, steps: int, *, every: int = 1) -> Seen:
-    """PEFT's own forward on padded rows, logits everywhere: what losses are compared with.
-
-    `every` takes the batches of the first of so many stacked adapters.
-    """
+def plain(setting: Setting, tokens: int, steps: int) -> Seen:
+    """PEFT's own forward on padded rows, logits everywhere: what losses are compared with."""
     seen: Seen = []
-    with setting.adapted(plain=True, recompute=True) as (model,):
+    with setting.adapted(plain=True, recompute=True) as model:
         optimizer, trained = optimizer_of(model, setting.device)
         for step in range(steps):
-            rows = setting.batch(tokens, step * every)
+            rows = setting.batch(tokens, step)
             synchronise(setting.device)
             began = time.perf_counter()
             with setting.autocast():
@@ -311,7 +266,7 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool) -> Seen:
             losses.append((found[0] if isinstance(found, tuple) else found).detach())
             return found
 
-    with setting.adapted(plain=True, recompute=False) as (model,), tempfile.TemporaryDirectory() as folder:
+    with setting.adapted(plain=True, recompute=False) as model, tempfile.TemporaryDirectory() as folder:
         settings = arguments(
             output_dir=folder,
             per_device_train_batch_size=1,
@@ -395,7 +350,6 @@ def main() -> None:
     parser.add_argument("--model", choices=sorted(SHAPES), default="mistral-7b")
     parser.add_argument("--base", default="bf16,nf4")
     parser.add_argument("--tokens", default="512,1024,2048,4096,8192,16384", help="of a micro-batch")
-    parser.add_argument("--stack", default="1,4,8", help="adapters that share those tokens in one forward")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--quick", action="store_true", help="two sizes, 3 steps")
     asked = parser.parse_args()
@@ -409,11 +363,11 @@ def main() -> None:
     for form in asked.base.split(","):
         setting = Setting(asked.model, form, device)
         for tokens in sizes:
-            compare(setting, form, tokens, steps, [int(k) for k in asked.stack.split(",")], roof)
+            compare(setting, form, tokens, steps, roof)
         del setting
 
 
-def compare(setting: Setting, form: str, tokens: int, steps: int, stacks: list[int], roof: float) -> None:
+def compare(setting: Setting, form: str, tokens: int, steps: int, roof: float) -> None:
     """The table of one base and one size of micro-batch."""
     print(f"base in {form}, {tokens:,} tokens per micro-batch")
     print(f"  {'':34} {'real tok/s':>10} {'supervised/s':>12} {'peak GiB':>8} {'of roof':>7}   |loss - plain PEFT's|")
@@ -431,10 +385,6 @@ def compare(setting: Setting, form: str, tokens: int, steps: int, stacks: list[i
     print(line("plain PEFT, padded, recomputed", *reference, reference[0], again, roof))
     for name, (action, flops) in actions.items():
         tell(name, measure(setting, action), reference, flops, roof)
-    for count in (count for count in stacks if count > 1 and tokens // count >= 200):
-        alone = measure(setting, partial(plain, setting, tokens // count, steps, every=count))
-        found = measure(setting, partial(ours, setting, tokens, steps, recompute=False, stack=count))
-        tell(f"llmft, {count} adapters in one forward", found, alone, keep, roof)
 
 
 def tell(

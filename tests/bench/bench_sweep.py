@@ -158,8 +158,6 @@ def main() -> None:
         chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]
         actions: dict[str, Callable[[], Losses]] = {
             "llmft -m": lambda: llmft_sweep(folder, shared),
-            "llmft -m sweep.stack=8": lambda: llmft_sweep(folder, shared, "sweep.stack=8"),
-            "llmft -m sweep.stack=auto": lambda: llmft_sweep(folder, shared, "sweep.stack=auto"),
         }
         for peer in chosen:
             actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)

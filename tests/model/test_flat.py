@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import pytest
@@ -238,29 +237,6 @@ def test_the_variable_length_kernel_is_told_where_rows_end(
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: True)
     check_as_each_alone(model, ids, everywhere(ids))
-
-
-@pytest.mark.parametrize("firsts", [None, FIRSTS], ids=["whole", "ends"])
-def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
-    firsts: list[int] | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
-
-    from llmft.model import stacked
-
-    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
-    model, ids = base("mistral", sliding_window=16), rows()
-    flats = [
-        flat.flatten(ids[part], LENGTHS[part], firsts=firsts and firsts[part], varlen=True)
-        for part in (slice(0, 3), slice(3, 8))
-    ]
-    assert all((each.blocks.tail is None) == (firsts is None) for each in flats)
-    parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
-    with torch.no_grad():
-        together = stacked.Joint(model).forward(parts)
-        for each, output in zip(flats, together, strict=True):
-            own = model.model(**each.arguments).last_hidden_state
-            assert (own - output.last_hidden_state).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(

@@ -17,12 +17,17 @@ from llmft.model import adapters, flat, fused, pointwise
 from llmft.model.hub import Located
 from llmft.training.objectives.language_modeling import _nll
 from tests.model.test_memory import FIRST
-from tests.model.test_stacked import rows
 from tests.model.test_twins import FILES, load, twin
 
 NORMS = {"llama": True, "mistral": True, "qwen3": True, "gemma3": False, "olmo2": False, "cohere": False}
 NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3": False, "beam": False}
 """Gemma's network has the common form and another function, which is asked in each forward; Beam's computes in fp32."""
+
+
+def rows() -> flat.Flat:
+    lengths = [61]
+    ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
+    return flat.flatten(ids, lengths)
 
 
 def class_of(family: str, suffix: str) -> Any:
@@ -116,7 +121,7 @@ def saved(model: Any) -> list[torch.Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        state = model(**rows(1).arguments).logits
+        state = model(**rows().arguments).logits
     state.sum().backward()
     return list(kept.values())
 
@@ -134,7 +139,7 @@ def test_of_a_layers_network_its_two_products_are_kept_and_what_is_made_of_them_
         with pytest.MonkeyPatch.context() as patch:
             if not again:
                 patch.setattr(pointwise, "Made", lambda *args: None)
-            tokens = rows(1).input_ids.numel()
+            tokens = rows().input_ids.numel()
             wide = [tensor for tensor in saved(model) if tensor.shape[-1] == 72 and tensor.numel() == 72 * tokens]
         masks = 3 if dropout else 0
         assert len([tensor for tensor in wide if tensor.dtype is torch.float32]) == (2 if again else 3) * 3

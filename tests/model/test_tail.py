@@ -9,12 +9,11 @@ import torch
 
 from llmft.config import LoraConfig
 from llmft.data.batch import MicroBatch
-from llmft.model import adapters, flat, stacked, tail
-from llmft.model.families import body_of, layers_of
+from llmft.model import adapters, flat, tail
+from llmft.model.families import layers_of
 from llmft.training.objectives import language_modeling
 from llmft.training.objectives.language_modeling import LanguageModeling
 from tests.model.test_flat import CAUSAL, FIRSTS, LENGTHS, base, check_as_each_alone, everywhere, reference_varlen, rows
-from tests.model.test_stacked import LORAS, Random, gradients, lanes, loss_of
 
 WHOLE = ("falcon", "mpt", "gemma2")
 """Families whose rows stay padded."""
@@ -126,34 +125,3 @@ def test_rows_that_are_all_label_are_computed_at_once() -> None:
     ids = rows()
     assert flat.flatten(ids, LENGTHS, firsts=[0] * len(LENGTHS)).blocks.tail is None
     assert flat.flatten(ids, LENGTHS, firsts=[n - 1 for n in LENGTHS]).blocks.tail is not None
-
-
-def ends(number: int) -> flat.Flat:
-    """Rows of a lane; those of the last want all outputs."""
-    lengths = ([40, 39, 17], [61], [5, 4, 3, 2, 1], [23, 22])[number]
-    ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(number))
-    firsts = [max(0, length - 2 - place) for place, length in enumerate(lengths)]
-    return flat.flatten(ids, lengths, firsts=None if number == 3 else firsts)
-
-
-@pytest.mark.parametrize("form", ["none", "nf4"])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "qwen2"])
-def test_lanes_that_read_the_ends_equal_themselves_alone_to_the_bit(architecture: str, form: str) -> None:
-    model = base(architecture, form)
-    own = lanes(model, LORAS)
-    expected = []
-    for number, lane in enumerate(own):
-        torch.manual_seed(number)
-        loss = loss_of(body_of(lane)(**ends(number).arguments).last_hidden_state)
-        loss.backward()
-        expected.append((loss.detach(), gradients(lane)))
-    parts = [
-        stacked.Part(ends(number).arguments, stacked.lora_layers(body_of(lane)), Random(number))
-        for number, lane in enumerate(own)
-    ]
-    assert [part.arguments["llmft_blocks"].tail is None for part in parts] == [False, False, False, True]
-    losses = [loss_of(output.last_hidden_state) for output in stacked.Joint(model).forward(parts)]
-    torch.autograd.backward(losses)
-    for lane, loss, (wanted, its) in zip(own, losses, expected, strict=True):
-        assert torch.equal(loss.detach(), wanted)
-        assert all(torch.equal(a, b) for a, b in zip(gradients(lane), its, strict=True))

@@ -7,7 +7,6 @@ S8 one mistake in all trials, S9 a wrong value found before the first begins.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,7 +28,6 @@ from llmft.environment import usable_cores, visible_gpus
 from llmft.errors import ConfigError, DataError
 from llmft.model import hub
 from llmft.sweeping import supervisor
-from llmft.sweeping.nurseries import UNKNOWN_CODE, Nursery, begin_nursery, end_nursery, take_nursery
 from llmft.sweeping.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeping.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
@@ -452,141 +449,17 @@ def until_told(worker: WorkerProcess, event: str) -> list[str]:
     return told
 
 
-def test_a_nursery_gives_workers_that_end_like_any_process(tmp_path: Path) -> None:
-    """Their own group, cores and log; their exit codes; what the nursery printed before is in the first one's log."""
-    log = tmp_path / "sweep/worker-0.log"
+def test_a_worker_has_a_group_cores_and_a_log_of_its_own(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
-    with Nursery() as nursery:
-        os.write(nursery._printed.fileno(), b"printed before\n")
-        workers = [nursery.worker(log.with_name(f"worker-{n}.log"), Share(cores=[core]), single=False) for n in (0, 1)]
-        first, second = workers
-        assert first is not None
-        assert second is not None
-        assert first.process.poll() is None
-        for worker in (first, second):
-            worker.order(do="check", configs={})
-            assert until_told(worker, "checked") == ["ready", "checked"]
-        assert nursery.splits
-        pids = [first.process.pid, second.process.pid]
-        assert [os.getpgid(pid) for pid in pids] == pids
-        assert os.sched_getaffinity(pids[0]) == {core}
-        shared = [psutil.Process(pid).memory_full_info() for pid in pids]
-        assert all(memory.uss < memory.rss / 2 for memory in shared), "most of it is the nursery's"
-        second.signal(signal.SIGKILL)
-        assert second.process.wait() == -signal.SIGKILL
-        os.write(nursery._printed.fileno(), b"and again\n")
-        third = nursery.worker(log, Share(), single=False)
-        assert third is not None
-        assert until_told(third, "ready") == ["ready"]
-        for worker in (first, second, third):
-            worker.close()
-        assert [first.process.wait(), third.process.wait()] == [-signal.SIGTERM, -signal.SIGTERM]
-    assert log.read_text() == "printed before\nand again\n"
-    assert nursery.worker(log, Share(), single=False) is None
-
-
-def test_a_nursery_that_was_begun_is_taken_once_and_ends_where_nobody_takes_it() -> None:
-    begin_nursery()
-    with take_nursery() as begun, take_nursery() as other:
-        assert begun is not other
-        processes = [begun._process, other._process]
-        assert [process is not None and process.poll() for process in processes] == [None, None]
-    begin_nursery()
-    end_nursery()
-    code = """
-import sys
-from llmft.sweeping import nurseries
-from llmft.train import main
-begin = nurseries.begin_nursery
-nurseries.begin_nursery = lambda: (begin(), print(nurseries._begun[0]._process.pid))
-sys.argv[1:] = ["-m", "seed=0,1", "lora.q=4"]
-main()
-"""
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2, done.stderr
-    assert "lora.q" in done.stderr
-    assert not psutil.pid_exists(int(done.stdout)), "it had begun before the command line was read"
-
-
-def test_a_single_worker_is_the_nursery_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    log = tmp_path / "worker-0.log"
-    with Nursery() as nursery:
-        process = nursery._process
-        assert nursery.worker(log, Share({"CUDA_VISIBLE_DEVICES": "0"}), single=False) is None
-        assert nursery.worker(log, Share(cores=[0]), single=False) is None, "CUDA does not outlive a fork"
-        worker = nursery.worker(log, Share(), single=True)
-        assert worker is not None
-        assert worker.process is process
-        assert until_told(worker, "ready") == ["ready"]
-        assert nursery.worker(log, Share(), single=True) is None
-        worker.close()
-        assert worker.process.wait() == -signal.SIGTERM
-    with Nursery() as nursery:
-        unused = nursery._process
-    assert unused is not None
-    assert unused.poll() is not None
-
-
-def test_a_nursery_that_leaves_takes_those_along_that_are_not_there_yet(tmp_path: Path) -> None:
-    """Its last words are in their log; a signal to one that is not there yet reaches nobody else."""
-    log = tmp_path / "worker-0.log"
-    with Nursery() as nursery:
-        worker = nursery.worker(log, Share(cores=[0]), single=False)
-        assert worker is not None
-        assert nursery._process is not None
-        os.write(nursery._printed.fileno(), b"no such library\n")
-        nursery._process.kill()
-        assert worker.process.wait() == UNKNOWN_CODE
-        assert "not known" in how_it_died(UNKNOWN_CODE)[0]
-        worker.signal(signal.SIGKILL)
-        worker.close()
-    assert log.read_text() == "no such library\n"
-    with Nursery() as nursery:
-        worker = nursery.worker(log, Share(cores=[0]), single=False)
-        assert worker is not None
-        worker.signal(signal.SIGKILL)
-        assert worker.process.wait() == UNKNOWN_CODE
-        worker.close()
-
-
-def test_one_that_is_asked_to_stop_before_it_is_there_stops_alone(tmp_path: Path) -> None:
-    with Nursery() as nursery:
-        first, second = (nursery.worker(tmp_path / f"{n}.log", Share(cores=[0]), single=False) for n in (0, 1))
-        assert first is not None
-        assert second is not None
-        second.stop("signal")
-        assert second.process.wait() == -signal.SIGTERM
-        assert until_told(first, "ready") == ["ready"]
-        third = nursery.worker(tmp_path / "3.log", Share(cores=[0]), single=False)
-        assert third is not None
-        third.signal(signal.SIGKILL)
-        assert third.process.wait() == -signal.SIGKILL
-        assert first.process.poll() is None
-        first.close()
-        assert first.process.wait() == -signal.SIGTERM
-
-
-def test_workers_outlive_their_nursery(tmp_path: Path) -> None:
-    with Nursery() as nursery:
-        worker = nursery.worker(tmp_path / "worker-0.log", Share(cores=[0]), single=False)
-        assert worker is not None
-        assert until_told(worker, "ready") == ["ready"]
-        nursery.end()
-        assert worker.process.poll() is None
-        worker.order(do="check", configs={})
-        assert until_told(worker, "checked") == ["checked"]
-        worker.close()
-        assert worker.process.wait() == UNKNOWN_CODE
-
-
-def test_without_room_for_what_it_prints_there_is_no_nursery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full() -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", full)
-    with Nursery() as nursery:
-        assert nursery.worker(tmp_path / "worker-0.log", Share(), single=True) is None
+    worker = WorkerProcess.start(tmp_path / "sweep/worker-0.log", Share({"LLMFT_TRIED": "1"}, cores=[core]))
+    worker.order(do="check", configs={})
+    assert until_told(worker, "checked") == ["ready", "checked"]
+    assert os.getpgid(worker.process.pid) == worker.process.pid
+    assert os.sched_getaffinity(worker.process.pid) == {core}
+    assert psutil.Process(worker.process.pid).environ()["LLMFT_TRIED"] == "1"
+    assert worker.log.is_file()
+    worker.close()
+    assert worker.process.wait() == -signal.SIGTERM, "it leaves when its orders end"
 
 
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,4 @@
-"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local` or
-`stacked`.
+"""llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local`.
 
 Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path; `llmft.app` puts this
 folder there. Nothing here is imported by anything else.
@@ -12,12 +11,13 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 store = ConfigStore.instance()
 for group, option, node in (
     ("hydra/launcher", "local", {"_target_": f"{__name__}.LocalLauncher"}),
-    ("hydra/launcher", "stacked", {"_target_": f"{__name__}.StackedLauncher"}),
     ("hydra/sweeper", "grid", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig())}),
     ("hydra/sweeper", "optuna", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig(sampler="tpe"))}),
 ):
@@ -61,10 +60,6 @@ class LocalLauncher(Launcher):
             made.return_value = trial.value
             returns.append(made)
         return returns
-
-
-class StackedLauncher(LocalLauncher):
-    """The same, with as many trials at once on one base as gain by it: what sweep.stack=auto says."""
 
 
 class OwnSweeper(Sweeper):
@@ -171,17 +166,14 @@ def fixed_overrides(config: Any) -> list[str]:
 
 def make_planner(loader: Any, master: Any) -> Planner:
     """A planner that composes with Hydra."""
-    from llmft.sweeping.composing import Composer
     from llmft.sweeping.trials import Planner
 
-    stacked = master.hydra.runtime.choices.get("hydra/launcher") == "stacked"
-    composer = Composer(loader, master)
-
     def compose(overrides: Sequence[str]) -> TrainConfig:
-        made = config_of_command(composer(overrides), TrainConfig)
-        if stacked and made.sweep.stack == 1:
-            made.sweep.stack = "auto"
-        return made
+        composed = loader.load_sweep_config(master, list(overrides))
+        HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a config
+        with open_dict(composed):
+            del composed["hydra"]
+        return config_of_command(composed, TrainConfig)
 
     def told(error: Exception) -> Exception:
         if isinstance(error, UserError):
