@@ -20,6 +20,7 @@ from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
 from llmft.errors import DataError
 from llmft.model.hub import Located, locate
+from llmft.monitor import with_mode
 from llmft.runs import Run, open_run, run_key
 
 
@@ -62,6 +63,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         ConfigError: for what the config names and is not there.
         DataError: for rows that cannot be used.
     """
+    config = with_mode(config)
     problems = Problems(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)

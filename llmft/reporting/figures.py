@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -49,7 +49,8 @@ def curves(study: Study, metric: str, title: str) -> tuple[Markup, str] | None:
     x = Scale([s for _, _, line in found for s in line.steps], 52, WIDTH - 10, pad=0.01)
     edges, log, cut = _heights([line for _, _, line in found])
     y = Scale(edges, BOTTOM, TOP, log=log)
-    lines = [_line(configuration, series, line, metric, x, y) for configuration, series, line in reversed(found)]
+    best = max if metric == study.monitor and not study.lower_is_better else min
+    lines = [_line(configuration, series, line, metric, x, y, best) for configuration, series, line in reversed(found)]
     # What lies above the highest tick is cut off by a picture of its own.
     inside = tag("svg", *lines, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
     note = f"{title}: {len(found)} configurations" + (", logarithmic scale" if log else "")
@@ -86,7 +87,9 @@ def _axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
     return tag("g", *parts, class_="axes", aria_hidden="true")
 
 
-def _line(c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale) -> Markup:
+def _line(
+    c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale, best: Callable[[list[float]], float]
+) -> Markup:
     points = [(x(step), y(mean)) for step, mean in zip(line.steps, line.mean, strict=True)]
     shapes = []
     if any(line.spread):
@@ -101,7 +104,7 @@ def _line(c: Configuration, series: Series, line: Band, metric: str, x: Scale, y
     if len(points) <= 30:
         shapes += [tag("circle", cx=px, cy=py, r=2.2, class_="dot") for px, py in points]
     tip = f"{c.name}: {metric} {number(line.mean[-1])} at step {line.steps[-1]}"
-    tip += f", lowest {number(min(line.mean))}, {len(c.runs)} runs"
+    tip += f", best {number(best(line.mean))}, {len(c.runs)} runs"
     return tipped(tag("g", *shapes), tip, class_=f"series {series.style}")
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmft.config import Mode
 from llmft.files import write_atomically
 from llmft.redaction import redact
 from llmft.reporting.curves import Diagnosis, summed_up
@@ -90,17 +91,19 @@ def write_report(
     logbook: Path | None = None,
     leaderboard_scores: Mapping[str, float] | None = None,
     clusters: bool = True,
+    mode: Mode = Mode.auto,
 ) -> Report:
     """Reads `runs` (and those that `sweep`, a sweep's directory, names), judges them and writes `directory`.
 
     `logbook` is made anew with this sweep's entry. `leaderboard_scores` are scores from elsewhere by run name or key.
     Odd, half-written and failed runs are listed with what is wrong with them.
 
-    Raises OSError where `directory` cannot be written.
+    Raises ConfigError where nothing but `mode` could say which direction of the metric is better, and it does not;
+    OSError where `directory` cannot be written.
     """
     from llmft.reporting.page import render
 
-    study = make_study(runs, sweep)
+    study = make_study(runs, sweep, mode)
     verdicts = judge(study)
     diagnoses = diagnose_all(study)
     board = leaderboard(study, diagnoses)

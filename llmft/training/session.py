@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,10 +20,12 @@ from llmft.config import (
     Checkpointing,
     Export,
     Head,
+    Mode,
     OnNan,
     OnSaveError,
     Precision,
     QuantizationFormat,
+    TaskConfig,
     TrainConfig,
     TrainOn,
     seconds_of,
@@ -49,6 +52,7 @@ from llmft.model.load import (
 from llmft.model.memory import lora_rank, optimizer_bytes
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
+from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
@@ -82,20 +86,27 @@ class Parts:
 
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
-    metrics = metric_functions(config.task.metrics, config.task.metric_options)
-    names = ["val/loss_nats", *(f"val/{name}" for name in metrics)]
-    if config.task.head is None:
-        names.append("val/perplexity")
-    wanted = config.trainer.monitor
-    if wanted not in names:
-        raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
+    with_mode(config)
     check_loggers(config.logger)
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
         find(str(config.task.objective), "task.objective"),
-        metrics,
-        [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
+        metric_functions(config.task.metrics, config.task.metric_options),
+        [_callback(node, f"trainer.callbacks.{name}", config.task) for name, node in config.trainer.callbacks.items()],
     )
+
+
+def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
+    """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
+    monitor, metrics = node.get("monitor"), validation_metrics(task)
+    if isinstance(monitor, str) and monitor.startswith("val/"):
+        if monitor not in metrics:
+            raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
+        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_")).parameters
+        if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
+            asked = Mode(node.get("mode", "auto"))
+            node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
+    return build(node, key)
 
 
 class Session:
