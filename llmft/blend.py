@@ -29,6 +29,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     from llmft.console import Screen
     from llmft.members import joined, member_directory, open_members, shared_names, stack, write_member
     from llmft.monitor import mode_of
+    from llmft.prior import against_prior
     from llmft.runs import directories
 
     found = directories(config.runs, "runs")
@@ -57,12 +58,14 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
             made[name] = joined(others, blending.combine(stack(others), weights, config.method, first.problem))
     score = measure(made[config.predictions].values)
     all_metrics = scores.score(made[config.predictions], metrics)
+    chance = against_prior(made[config.predictions], {**metrics, metric[0]: metric[1]})
     record: dict[str, Any] = {
         "method": config.method.value,
         "metric": metric[0],
         "score": score,
         "score_in_sample": measure(blending.combine(values, weights, config.method, first.problem)),
         "all_metrics": all_metrics,
+        "chance": chance.to_plain() if chance is not None else None,
         "members": [
             {
                 "directory": str(member.directory),
@@ -166,6 +169,8 @@ def _show(screen: Any, directory: Path, record: dict[str, Any], sign: float) -> 
         f"({record['score_in_sample']:.4f} on those that did)",
         f"[bold]blend[/bold]  {directory}",
     )
+    if record["chance"]:
+        screen.chance({record["method"]: record["chance"]})
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from llmft.data.transforms import apply
 from llmft.errors import DataError
 from llmft.model.hub import Located, locate
 from llmft.monitor import with_mode
+from llmft.prior import prior_of
 from llmft.runs import Run, open_run, run_key
 
 
@@ -116,9 +117,10 @@ def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
-    """The training rows with task.class_weights; a regression's mean and spread are noted in `targets`."""
+    """The training rows with task.class_weights; `targets` notes their prior, and a regression's mean and spread."""
     if targets is None:
         return train
+    targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])
     if targets.problem is Problem.regression:
         import numpy as np
 

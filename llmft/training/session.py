@@ -62,7 +62,7 @@ from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, validated_at, write_predictions, write_records
+from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
@@ -480,6 +480,9 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early,
             "seconds": round(recorder.seconds, 3),
         }
+        chance = chance_of(self.prepared, self.module.scoring.metrics if self.module.scoring is not None else {})
+        if chance:
+            result["chance"] = chance
         if self.module.skipped:
             result["skipped_steps"] = self.module.skipped
         run.finish(result)
@@ -494,6 +497,7 @@ class Session:
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
             },
+            chance,
         )
         self.exit_code = 0
         return after.get(config.trainer.monitor)
@@ -501,6 +505,11 @@ class Session:
     def _take_best(self) -> int:
         """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""
         best = self.checkpointer.best_step
+        if best is None and self.config.data.train_on is not TrainOn.all:
+            self.screen.warn(
+                f"no validation had a finite {self.config.trainer.monitor}, so none is the best: the last weights are "
+                "handed over."
+            )
         if best is None or best == self.module.step:
             return self.module.step
         path = path_of(self.run_directory.checkpoints, best)
