@@ -175,3 +175,15 @@ def test_the_logbook_gives_the_interval_with_the_verdict_and_the_metrics_with_th
     text = (tmp_path / "LOGBOOK.md").read_text()
     assert "95% interval" in text.partition("**Verdict.**")[2]
     assert "exact_match 0.5000" in text.partition("**Result.**")[2]
+
+
+def test_odd_records_of_chance_and_metrics_are_left_out(tmp_path: Path) -> None:
+    for place, odd in enumerate((5, "x", [], {"val": 3}, {"val": {"loss": "x", "metrics": 7}})):
+        run = make_run(tmp_path, 1.0 + place, lora__r=place + 1, task__metrics=odd, task__head="linear")
+        record = json.loads((run / "run.json").read_text())
+        record["result"]["chance"] = odd
+        (run / "run.json").write_text(json.dumps(record))
+        (run / "environment.json").write_text(json.dumps({"data": {"labels": odd}}))
+    report = write_report(sorted((tmp_path / "runs").iterdir()), tmp_path / "out")
+    assert len(report.board) == 5
+    assert report.chance == ""

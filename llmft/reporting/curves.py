@@ -68,7 +68,7 @@ def _at_chance(run: RunRecord) -> str | None:
     loss, data = run.value(LOSS), run.environment.get("data")
     if loss is None or run.config.get("task.head") is None:
         return None
-    labels = data.get("labels") if isinstance(data, dict) else None
+    labels = data.get("labels") if isinstance(data, dict) and isinstance(data.get("labels"), list) else None
     of_problem = {"multi_label": math.log(2), "regression": 0.5}
     prior = of_problem.get(str(run.config.get("task.problem")), math.log(max(len(labels), 1)) if labels else 0.0)
     if loss < prior * (1 - LITTLE / 10):

@@ -161,7 +161,8 @@ def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], asked: Mod
     named = Counter(r.monitor for r in records if r.config)
     monitor = str(record.get("monitor") or next(iter(named.most_common(1)), ("val/loss_nats",))[0])
     own = [r for r in records if r.monitor == monitor]
-    paths = [str(path) for r in own for path in (r.config.get("task.metrics") or [])]
+    lists = [listed for r in own if isinstance(listed := r.config.get("task.metrics"), list)]
+    paths = [str(path) for listed in lists for path in listed]
     metric = named_metric(monitor, paths)
     told = {str(mode) for mode in (record.get("mode"), *(r.config.get("trainer.mode") for r in own))} & {"min", "max"}
     if asked is Mode.auto and declared(metric) is None and len(told) == 1:
