@@ -183,7 +183,8 @@ class BaselineSession:
         after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
         result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
         run.finish(result)
-        self.screen.summary({}, after, {"weights": str(run.model), "time": f"{seconds:.1f} s"})
+        facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+        self.screen.summary({}, after, facts, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
 
     def close(self) -> None:

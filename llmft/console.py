@@ -113,9 +113,17 @@ class Screen:
         self.print(table)
 
     def summary(
-        self, before: Mapping[str, float | None], after: Mapping[str, float | None], facts: Mapping[str, str]
+        self,
+        before: Mapping[str, float | None],
+        after: Mapping[str, float | None],
+        facts: Mapping[str, str],
+        *,
+        blank: bool = False,
     ) -> None:
-        """Metrics before and after training, and where the run lies."""
+        """Metrics before and after training, and where the run lies; `blank`: those of validation mean nothing."""
+        if blank:
+            after = {name: value for name, value in after.items() if not name.startswith("val/")}
+            self.print("Validation metrics are not reported, because those rows are trained on.")
         table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("metric")
         table.add_column("before", justify="right")
@@ -123,7 +131,8 @@ class Screen:
         for name, value in after.items():
             was = before.get(name)
             table.add_row(name, "" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}")
-        self.print(table)
+        if after:
+            self.print(table)
         for name, text in facts.items():
             self.print(f"[bold]{name}[/bold]  {escape(text)}")
 

@@ -18,17 +18,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from llmft.config import TrainConfig, TrainOn
-from llmft.errors import ConfigError, DiskError, RunBusy, nearest
+from llmft.errors import ConfigError, DataError, DiskError, RunBusy, nearest
 from llmft.files import staged_file, write_atomically
 from llmft.foreign import stored_config
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_NAME = 80
 """Longest directory name, in characters; what is cut off is in the key."""
@@ -171,6 +172,16 @@ class Run:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def environment(self) -> dict[str, Any]:
+        """The content of environment.json. Raises ConfigError where it cannot be read."""
+        try:
+            found = json.loads(self.environment_file.read_text())
+            return {name: dict(found[name]) for name in ("data", "model")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
+            ) from None
 
     def update(self, **values: Any) -> None:
         """Adds `values` to run.json."""
@@ -337,6 +348,8 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
+    if status.get("kind"):
+        raise ConfigError(f"{directory}: joined {status['kind']} and no run; name a run directory of outputs/runs.")
     if status.get("status") != "done":
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
@@ -348,6 +361,28 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
 
 def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
+    """What `open_one` makes of each directory named; one that it refuses is left out with a warning if a glob met it.
+
+    Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
+    """
+    opened, refused = [], []
+    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if glob.has_magic(str(name))]
+    met = {path for name in globbed for path in directories(name, key)}
+    for directory in directories(named, key):
+        try:
+            opened.append(open_one(directory))
+        except (ConfigError, DataError) as error:
+            if directory not in met:
+                raise
+            refused.append(error)
+    if refused and not opened:
+        raise refused[0]
+    for reason in refused:
+        warn(f"left out: {reason}")
+    return opened
 
 
 def directories(named: Any, key: str) -> list[Path]:

@@ -475,14 +475,14 @@ class Session:
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
-        blank = config.data.train_on is TrainOn.all
         self.screen.summary(
             before,
-            {name: value for name, value in after.items() if not (blank and name.startswith("val/"))},
+            after,
             {
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
             },
+            blank=config.data.train_on is TrainOn.all,
         )
         self.exit_code = 0
         return after.get(config.trainer.monitor)
@@ -536,10 +536,10 @@ class Session:
         self.screen.plan(facts)
         limits = self.encoder.lengths["train"]
         if limits.rows_cut or limits.rows_dropped:
-            by = ", ".join(f"{count} by {key}" for key, count in limits.dropped_by.items())
+            by = "".join(f", {count} by {key}" for key, count in limits.dropped_by.items())
             self.screen.warn(
                 f"length limits: {limits.rows_cut} training rows were cut in their prompt and {limits.rows_dropped} "
-                f"left out ({by}), {limits.answer_share_dropped:.1%} of all answer tokens; "
+                f"left out{by}, {limits.answer_share_dropped:.1%} of all answer tokens; "
                 "`python -m llmft.check` shows more."
             )
         for finding in self.inspection.findings:
