@@ -6,6 +6,7 @@ The key is a hash of all that can change a run's numbers, and of nothing else.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -305,6 +306,24 @@ def existing_run(config: TrainConfig, key: str) -> Run:
     return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
 
 
+def free_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or could be made; nothing is made.
+
+    Raises ConfigError for something else in its place, DiskError where nothing can be written.
+    """
+    run = existing_run(config, key)
+    there = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.")
+    if there == run.directory and any(there.iterdir()) and not _is_run(there):
+        raise ConfigError(
+            f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise unwritable(f"output_dir={config.output_dir}", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+    return run
+
+
 def open_run(config: TrainConfig, key: str) -> Run:
     """The run directory of `key` under config.output_dir/runs, made if need be.
 
@@ -312,25 +331,11 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
     Raises ConfigError when the directory holds something that is not a run of llmft.
     """
-    root = Path(config.output_dir) / "runs"
+    run = free_run(config, key)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
+        run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(f"output_dir={config.output_dir}", error) from None
-    run = existing_run(config, key)
-    directory = run.directory
-    if directory.exists():
-        foreign = not directory.is_dir() or (any(directory.iterdir()) and not _is_run(directory))
-        if foreign:
-            raise ConfigError(
-                f"{directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
-            )
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(str(directory), error) from None
     return run
 
 
