@@ -88,8 +88,9 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
 def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template | None) -> Path:
     import numpy as np
 
+    from llmft.config_verbs import Method
     from llmft.inference.submission import write_fitting
-    from llmft.members import file_order, joined, member_directory, open_members, shared_names, stack, write_member
+    from llmft.members import Recipe, file_order, member_directory, shared_names, write_member
     from llmft.predictions import Predictions, open_member
     from llmft.scores import metrics_for, score
 
@@ -101,8 +102,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
     directories = [run.directory for run, _ in runs]
     for name in shared_names(directories):
         if open_member(directories[0], name).problem != "text":
-            members = open_members(directories, name)
-            predictions[name] = joined(members, stack(members).mean(axis=0))
+            predictions[name] = Recipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
     metrics = metrics_for(whole, config.metrics)
     total, each = score(whole, metrics), [score(part, metrics) for part in parts]
     spread = {name: float(np.std([own[name] for own in each], ddof=1)) for name in total}
