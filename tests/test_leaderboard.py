@@ -181,6 +181,12 @@ def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"1 predicted rows are not there \(r0 first\)"):
         evaluate(given, quiet=True)
     (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows]))
+    with pytest.raises(
+        ConfigError, match=r"no predictions\.json there; name .*a/predictions/test, .*a/predictions/val"
+    ):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a")), quiet=True)
+    with pytest.raises(ConfigError, match=r"2 match, and one is evaluated: .*/test, say"):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a" / "predictions" / "*")), quiet=True)
     with pytest.raises(ConfigError, match=r"target=labl.*did you mean label"):
         evaluate(replace(given, target="labl"), quiet=True)
 
@@ -501,3 +507,24 @@ def test_generations_come_with_their_log_probability(small: Callable[..., Any], 
         row = int(sample["where"].rpartition(":")[2]) - 1
         assert made.columns["generated"][row] == sample["generated"]
     assert all(value <= 0 for value in made.columns["logprob"])
+
+
+@pytest.mark.slow
+def test_a_chat_models_prompt_is_a_turn_of_its_user_wherever_it_comes_from(
+    small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {n}?"}, {"role": "assistant", "content": "A."}]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(small("data=messages", f"data.files={tmp_path}/rows.jsonl", "data.rows={}"), quiet=True)
+    run, asked = run_directory(tmp_path), "What is it?"
+    (own,) = predict(PredictConfig(run=str(run), prompts=asked))
+    text = Predictions.load(own).columns["generated"]
+    assert asked in (printed := capsys.readouterr().out)
+    assert text[0] in printed
+    for name, row in (("m", {"messages": [{"role": "user", "content": asked}]}), ("p", {"prompt": asked})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        (folder,) = predict(question(run, str(tmp_path / f"{name}.jsonl")), quiet=True)
+        assert Predictions.load(folder).columns["generated"] == text
