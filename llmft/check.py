@@ -45,7 +45,7 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
 
     prepared = prepare(config, open_directory=False)
     load_libraries()
-    from llmft.checking import examine, show
+    from llmft.checking import examine, show, warn
     from llmft.data.quality import stop_on_errors
     from llmft.training.readiness import check_room
 
@@ -56,7 +56,7 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
         show(report)
     stop_on_errors(findings)
     memory = report["needs"]["memory"]
-    check_room(config, prepared.run.directory, memory["adapter"], memory["optimizer"], print)
+    check_room(config, prepared.run.directory, memory["adapter"], memory["optimizer"], warn)
     return report
 
 

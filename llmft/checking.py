@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -50,7 +51,7 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     """
     config = prepared.config
     started = time.monotonic()
-    ready = make_ready(prepared, check_parts(config), print, near=True, stop=False)
+    ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
     rows, inspection = ready.rows, ready.inspection
     found = [*inspection.findings, *_template_findings(rows)]
     needs = _needs(prepared, ready)
@@ -79,6 +80,11 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "seconds": round(time.monotonic() - started, 2),
     }
     return to_plain(report), found
+
+
+def warn(message: str) -> None:
+    """Beside the report, which a program may read."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _pieces(rows: Rows, row: int) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ mean of the folds. What is written is a directory with predictions like a run's.
 
 from __future__ import annotations
 
+import glob
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -42,7 +43,9 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     if not asked and not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no runs there; name them with runs=[…].")
     made = []
-    for runs in _sets(config.runs if asked else str(root / "*"), screen.warn if asked else lambda _: None):
+    for runs in _sets(
+        config.runs if asked else f"{glob.escape(str(root))}/*", screen.warn if asked else lambda _: None
+    ):
         lacking = sorted(set(range(runs[0][1].data.num_folds)) - {trained.data.fold for _, trained in runs})
         if lacking:
             names = ",".join(map(str, lacking))

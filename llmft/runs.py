@@ -320,7 +320,8 @@ def free_run(config: TrainConfig, key: str) -> Run:
             f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
         )
     if not os.access(there, os.W_OK | os.X_OK):
-        raise unwritable(f"output_dir={config.output_dir}", PermissionError(errno.EACCES, os.strerror(errno.EACCES)))
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
     return run
 
 
@@ -374,7 +375,7 @@ def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[
     Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
     """
     opened, refused = [], []
-    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if glob.has_magic(str(name))]
+    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if _is_glob(str(name))]
     met = {path for name in globbed for path in directories(name, key)}
     for directory in directories(named, key):
         try:
@@ -390,12 +391,17 @@ def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[
     return opened
 
 
+def _is_glob(text: str) -> bool:
+    """Whether it is a pattern, and not a directory whose name looks like one."""
+    return glob.has_magic(text) and not Path(text).expanduser().exists()
+
+
 def directories(named: Any, key: str) -> list[Path]:
     """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
     found: list[Path] = []
     for name in named if isinstance(named, (list, tuple)) else [named]:
         text = str(Path(str(name)).expanduser())
-        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
         several = [Path(match) for match in matches if Path(match).is_dir()]
         if not several:
             path = Path(text)
