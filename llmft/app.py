@@ -7,7 +7,7 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
     atexit.register(gc.freeze)
 
     def body() -> None:
+        sys.argv[1:] = yes_or_no(sys.argv[1:])
         make_known(name, schema)
         import hydra
 
@@ -113,6 +114,19 @@ def config_of_command(composed: Any, schema: type) -> Any:
             "command line if you have read the code."
         )
     return config
+
+
+def yes_or_no(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with GROUP=false as the option none of a group that has one, and without GROUP=true, its default."""
+    kept = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if re.fullmatch(r"\w+", group) and (config_directory() / group / "none.yaml").is_file():
+            if value.lower() == "true":
+                continue
+            argument = f"{group}=none" if value.lower() in ("false", "null") else argument
+        kept.append(argument)
+    return kept
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:

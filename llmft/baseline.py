@@ -185,7 +185,8 @@ class BaselineSession:
         result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
         chance = chance_of(prepared, _metrics(config))
         run.finish({**result, "chance": chance} if chance else result)
-        self.screen.summary({}, after, {"weights": str(run.model), "time": f"{seconds:.1f} s"}, chance)
+        facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+        self.screen.summary({}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
 
     def close(self) -> None:

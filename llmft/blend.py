@@ -27,12 +27,21 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     """
     from llmft import blending, scores
     from llmft.console import Screen
+    from llmft.inference.submission import template_of, write_fitting
     from llmft.members import joined, member_directory, open_members, shared_names, stack, write_member
     from llmft.monitor import mode_of
+    from llmft.predictions import open_member
     from llmft.prior import against_prior
-    from llmft.runs import directories
+    from llmft.runs import usable
 
-    found = directories(config.runs, "runs")
+    screen, template = Screen(quiet=quiet), template_of(config)
+
+    def with_predictions(directory: Path) -> Path:
+        if open_member(directory, config.predictions).problem == "text":
+            raise ConfigError(f"{directory}: generated texts cannot be averaged.")
+        return directory
+
+    found = usable(config.runs, "runs", with_predictions, screen.warn)
     if len(found) < 2:
         raise ConfigError(f"runs={config.runs}: a blend needs two members at least.")
     members = open_members(found, config.predictions)
@@ -88,7 +97,9 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     )
     after = {f"val/{name}": value for name, value in all_metrics.items()}
     write_member(directory, "blend", made, record, after)
-    _show(Screen(quiet=quiet), directory, record, mode.sign)
+    _show(screen, directory, record, mode.sign)
+    if template is not None:
+        write_fitting(made, template, config.columns, directory, screen)
     return directory
 
 

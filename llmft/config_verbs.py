@@ -10,6 +10,7 @@ from omegaconf import MISSING
 
 from llmft.config import (
     Checkpointing,
+    LoggerConfig,
     LoraConfig,
     ModelConfig,
     Precision,
@@ -24,7 +25,7 @@ from llmft.config import Form as Answer
 
 
 class Form(Enum):
-    """What `python -m llmft.predict` writes besides the predictions."""
+    """What predict, folds and blend write besides the predictions."""
 
     predictions = "predictions"
     submission = "submission"
@@ -46,41 +47,60 @@ def as_list(value: Any) -> list[str]:
 
 
 @dataclass
+class SubmissionConfig:
+    """What predict, folds and blend take alike: the form of a competition's csv."""
+
+    format: Form = Form.predictions
+    template: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = self.format is Form.submission
+        require(
+            not wanted or self.template is not None,
+            "format=submission needs template=FILE, the competition's sample submission.",
+        )
+        for key in ("template", "columns"):
+            require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
+
+
+@dataclass
 class PredictData:
     """The rows to predict; columns are those of the run."""
 
-    files: Any = MISSING
+    files: Any = None
+    id: str | None = None
     csv_columns: list[str] | None = None
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(SubmissionConfig):
     """What `python -m llmft.predict` takes."""
 
     run: Any = MISSING
+    prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
     name: str | None = None
     batch_size: int = 32
     max_new_tokens: int | None = None
-    format: Form = Form.predictions
-    template: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
     accelerator: str = "auto"
     threads: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.batch_size >= 1, f"batch_size={self.batch_size}: 1 or more.")
+        require(
+            (self.data.files is None) != (self.prompts is None),
+            'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
+        )
+        require(self.prompts is None or self.format is Form.predictions, "format=submission needs data.files=FILE.")
         for key in ("max_new_tokens", "threads"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
         require(
             self.name not in ("val", "test"),
             f"name={self.name}: a run's own held-out rows are called so; choose another.",
-        )
-        require(
-            self.format is not Form.submission or self.template is not None,
-            "format=submission needs template=FILE, the competition's sample submission.",
         )
 
 
@@ -107,7 +127,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class FoldsConfig:
+class FoldsConfig(SubmissionConfig):
     """What `python -m llmft.folds` takes."""
 
     runs: Any = None
@@ -117,7 +137,7 @@ class FoldsConfig:
 
 
 @dataclass
-class BlendConfig:
+class BlendConfig(SubmissionConfig):
     """What `python -m llmft.blend` takes."""
 
     runs: Any = MISSING
@@ -131,6 +151,7 @@ class BlendConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.steps >= 1, f"steps={self.steps}: 1 or more rounds of hill climbing.")
         require(self.num_folds >= 2, f"num_folds={self.num_folds}: 2 or more.")
 
@@ -142,7 +163,7 @@ class RefitConfig:
     runs: Any = MISSING
     output_dir: str | None = None
     progress: bool = True
-    logger: bool = True
+    logger: LoggerConfig | None = None
 
 
 @dataclass

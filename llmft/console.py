@@ -118,8 +118,16 @@ class Screen:
         after: Mapping[str, float | None],
         facts: Mapping[str, str],
         chance: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        blank: bool = False,
     ) -> None:
-        """Metrics before and after training, where the run lies, and what `chance` alone gives by split."""
+        """Metrics before and after training, where the run lies, and what `chance` alone gives by split.
+
+        `blank`: those of validation mean nothing.
+        """
+        if blank:
+            after = {name: value for name, value in after.items() if not name.startswith("val/")}
+            self.print("Validation metrics are not reported, because those rows are trained on.")
         table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("metric")
         table.add_column("before", justify="right")
@@ -132,7 +140,8 @@ class Screen:
             prior = own.get("prior_loss") if last == "loss_nats" else own.get("metrics", {}).get(last)
             cells = ["" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}"]
             table.add_row(name, *cells, *(["" if prior is None else f"{prior:.4f}"] if chance else []))
-        self.print(table)
+        if after:
+            self.print(table)
         self.chance(chance or {})
         for name, text in facts.items():
             self.print(f"[bold]{name}[/bold]  {escape(text)}")

@@ -9,7 +9,6 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
@@ -22,7 +21,7 @@ from llmft.errors import DataError
 from llmft.model.hub import Located, locate
 from llmft.monitor import with_mode
 from llmft.prior import prior_of
-from llmft.runs import Run, open_run, run_key
+from llmft.runs import Run, free_run, open_run, run_key
 
 
 @dataclass
@@ -94,7 +93,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         fingerprint = hashlib.sha256(f"{loaded.fingerprint}+{pseudo.fingerprint}".encode()).hexdigest()
     located = locate(config.model)
     key = run_key(config, fingerprint, located.fingerprint)
-    run = open_run(config, key) if open_directory else Run(Path(config.output_dir), key)
+    run = open_run(config, key) if open_directory else free_run(config, key)
     return Prepared(
         config,
         conversations,

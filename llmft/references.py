@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from llmft.config_verbs import EvaluateConfig
 from llmft.data.columns import base_name
 from llmft.data.sources import Problems, Row, expand, read
 from llmft.errors import ConfigError, DataError, did_you_mean
-from llmft.predictions import PREFIX, TEXT, Predictions, from_table
+from llmft.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
 
 def open_predictions(named: str) -> tuple[Predictions, Path]:
@@ -22,11 +23,18 @@ def open_predictions(named: str) -> tuple[Predictions, Path]:
     Raises ConfigError or DataError where there is none.
     """
     path = Path(named).expanduser()
+    if glob.has_magic(str(path)) and not path.exists():
+        matches = sorted(glob.glob(str(path)))
+        if len(matches) != 1:
+            several = f"{len(matches)} match, and one is evaluated: {matches[0]}, say" if matches else "nothing matches"
+            raise ConfigError(f"predictions={named}: {several}.")
+        path = Path(matches[0])
     folder = path.parent if path.name.startswith("predictions.") else path
     if (folder / "predictions.json").is_file():
         return Predictions.load(folder), folder / "evaluation.json"
     if path.is_dir():
-        raise ConfigError(f"predictions={named}: no predictions.json there; name a folder such as RUN/predictions/val.")
+        has = ", ".join(str(path / FOLDER / name) for name in names_in(path)) or "a folder such as RUN/predictions/val"
+        raise ConfigError(f"predictions={named}: no predictions.json there; name {has}.")
     rows = _rows(named, "predictions")
     return _anybodys(rows, named), path.with_name(f"{path.stem}.evaluation.json")
 
@@ -115,8 +123,8 @@ def _own_column(predictions: Predictions, name: str) -> list[Any]:
         return list(predictions.targets)
     if name not in predictions.columns:
         raise ConfigError(
-            f"slice=[{name}]: no such column{did_you_mean(name, ['target', *predictions.columns])} Columns of the rows "
-            "themselves come from references=FILE."
+            f"slice=[{name}]: no such column beside the predictions (references=FILE brings the rows' own)"
+            f"{did_you_mean(name, ['target', *predictions.columns])}"
         )
     return predictions.columns[name]
 

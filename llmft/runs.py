@@ -6,6 +6,7 @@ The key is a hash of all that can change a run's numbers, and of nothing else.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -18,17 +19,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from llmft.config import TrainConfig, TrainOn
-from llmft.errors import ConfigError, DiskError, RunBusy, nearest
+from llmft.errors import ConfigError, DataError, DiskError, RunBusy, nearest
 from llmft.files import staged_file, write_atomically
 from llmft.foreign import stored_config
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_NAME = 80
 """Longest directory name, in characters; what is cut off is in the key."""
@@ -172,6 +174,16 @@ class Run:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def environment(self) -> dict[str, Any]:
+        """The content of environment.json. Raises ConfigError where it cannot be read."""
+        try:
+            found = json.loads(self.environment_file.read_text())
+            return {name: dict(found[name]) for name in ("data", "model")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
+            ) from None
+
     def update(self, **values: Any) -> None:
         """Adds `values` to run.json."""
         content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
@@ -294,6 +306,25 @@ def existing_run(config: TrainConfig, key: str) -> Run:
     return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
 
 
+def free_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or could be made; nothing is made.
+
+    Raises ConfigError for something else in its place, DiskError where nothing can be written.
+    """
+    run = existing_run(config, key)
+    there = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.")
+    if there == run.directory and any(there.iterdir()) and not _is_run(there):
+        raise ConfigError(
+            f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
+    return run
+
+
 def open_run(config: TrainConfig, key: str) -> Run:
     """The run directory of `key` under config.output_dir/runs, made if need be.
 
@@ -301,25 +332,11 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
     Raises ConfigError when the directory holds something that is not a run of llmft.
     """
-    root = Path(config.output_dir) / "runs"
+    run = free_run(config, key)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
+        run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(f"output_dir={config.output_dir}", error) from None
-    run = existing_run(config, key)
-    directory = run.directory
-    if directory.exists():
-        foreign = not directory.is_dir() or (any(directory.iterdir()) and not _is_run(directory))
-        if foreign:
-            raise ConfigError(
-                f"{directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
-            )
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(str(directory), error) from None
     return run
 
 
@@ -337,6 +354,8 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
+    if status.get("kind"):
+        raise ConfigError(f"{directory}: joined {status['kind']} and no run; name a run directory of outputs/runs.")
     if status.get("status") != "done":
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
@@ -350,12 +369,39 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
+def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
+    """What `open_one` makes of each directory named; one that it refuses is left out with a warning if a glob met it.
+
+    Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
+    """
+    opened, refused = [], []
+    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if _is_glob(str(name))]
+    met = {path for name in globbed for path in directories(name, key)}
+    for directory in directories(named, key):
+        try:
+            opened.append(open_one(directory))
+        except (ConfigError, DataError) as error:
+            if directory not in met:
+                raise
+            refused.append(error)
+    if refused and not opened:
+        raise refused[0]
+    for reason in refused:
+        warn(f"left out: {reason}")
+    return opened
+
+
+def _is_glob(text: str) -> bool:
+    """Whether it is a pattern, and not a directory whose name looks like one."""
+    return glob.has_magic(text) and not Path(text).expanduser().exists()
+
+
 def directories(named: Any, key: str) -> list[Path]:
     """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
     found: list[Path] = []
     for name in named if isinstance(named, (list, tuple)) else [named]:
         text = str(Path(str(name)).expanduser())
-        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
         several = [Path(match) for match in matches if Path(match).is_dir()]
         if not several:
             path = Path(text)

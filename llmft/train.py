@@ -122,8 +122,11 @@ def train(
 
 
 def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
-    status = run.status()
     from rich.markup import escape
+
+    from llmft.config import TrainOn
+
+    status = run.status()
 
     result = status.get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):
@@ -131,7 +134,8 @@ def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
 
         tell_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
-    screen.summary(result.get("before", {}), result.get("after", {}), {}, result.get("chance"))
+    blank = config.data.train_on is TrainOn.all
+    screen.summary(result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
     return result.get("after", {}).get(config.trainer.monitor)
 
 

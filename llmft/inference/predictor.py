@@ -26,7 +26,7 @@ from llmft.errors import ConfigError
 from llmft.files import staged_file
 from llmft.inference.asked import Asked
 from llmft.inference.generate import generate
-from llmft.model import adapters
+from llmft.model import adapters, families
 from llmft.model.heads import renew_head
 from llmft.model.hub import Located, locate
 from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
@@ -57,9 +57,11 @@ class Predictor:
         prompt = prompt_format(with_options(self.config.prompt, asked.target_model), self.tokenizer)
         data = self.config.data
         # No row is left out: one that training would have dropped is cut.
+        self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
         data = replace(
             data,
+            max_tokens=min(data.max_tokens, self.context_tokens or data.max_tokens) if learned else data.max_tokens,
             truncation=Truncation.cut_prompt_left if cuts else data.truncation,
             max_answer_tokens=None,
             min_prompt_tokens=0,
@@ -167,7 +169,7 @@ class Predictor:
             end_ids=end_token_ids([labelled], self.encoder.prompt, self.tokenizer),
             max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
             batch_size=len(examples),
-            context_tokens=getattr(model_config(self.config.model, self.located), "max_position_embeddings", None),
+            context_tokens=self.context_tokens,
         )
         decode = decoder(self.tokenizer, self.config.prompt.stop)
         return {

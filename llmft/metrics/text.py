@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
+from llmft.errors import ConfigError
 from llmft.metrics import higher_is_better
 
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
@@ -84,12 +86,30 @@ def sharpened_cosine(
     return float(np.mean(np.sign(cosine) * np.abs(cosine) ** exponent))
 
 
+def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
+    """Loads nothing; raises ConfigError where `sharpened_cosine` would miss sentence-transformers or its `encoder`."""
+    import importlib.util
+
+    from llmft.model.hub import _cached_ids, ask_hub
+
+    key = "metric_options.sharpened_cosine.encoder"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.")
+    directory = Path(encoder).expanduser()
+    if directory.is_dir():
+        if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
+            raise ConfigError(f"task.{key}={encoder}: no sentence-transformers model (it has no modules.json).")
+    elif encoder not in _cached_ids("model"):
+        advice = f"set task.{key}=DIR (of evaluate: {key}=DIR) to a local encoder, or HF_ENDPOINT to a mirror"
+        ask_hub(f"task.{key}={encoder}", encoder, "model", advice)
+
+
+sharpened_cosine.ready = encoder_ready  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=1)
 def _encoder(name: str) -> Any:
-    from pathlib import Path
-
-    from llmft.errors import ConfigError
-
+    encoder_ready(name)
     key = "task.metric_options.sharpened_cosine.encoder"
     try:
         from sentence_transformers import SentenceTransformer

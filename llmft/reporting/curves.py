@@ -80,6 +80,8 @@ def _of_curves(run: RunRecord) -> Diagnosis:
     if run.status == "diverged":
         return Diagnosis(Fit.diverged, detail=run.error or "the loss was no number any more")
     validation, train = run.curve(LOSS), run.curve(TRAIN)
+    if run.config.get("data.train_on") == "all":
+        return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
     if any(LOSS in r and r[LOSS] is None for r in run.metrics):
         step = next(r["step"] for r in run.metrics if LOSS in r and r[LOSS] is None)
         return Diagnosis(Fit.diverged, step, f"the validation loss of step {step} is not finite")

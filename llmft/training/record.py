@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config import TrainOn
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
@@ -112,10 +113,10 @@ def chance_of(prepared: Prepared, metrics: Mapping[str, Any]) -> dict[str, dict[
     """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
     found: dict[str, dict[str, Any]] = {}
     targets = prepared.targets
-    for split in ("val", "test") if targets is not None else ():
-        if split not in names_in(prepared.run.directory):
+    trained_on = ("val",) if prepared.config.data.train_on is TrainOn.all else ()
+    for split in ("val", "test"):
+        if targets is None or split in trained_on or split not in names_in(prepared.run.directory):
             continue
-        assert targets is not None
         chance = against_prior(open_member(prepared.run.directory, split), metrics, targets.scale)
         if chance is not None:
             found[split] = chance.to_plain()

@@ -15,7 +15,7 @@ from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, split_facts
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError
-from llmft.model.families import LEARNED_POSITIONS
+from llmft.model.families import positions
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.prepare import Prepared, check_rejected
 from llmft.schema import canonical, to_plain
@@ -133,6 +133,5 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         end_token_ids(splits["train"], prompt, tokenizer),
         total,
         max(1, round(every * total if every < 1 else every)),
-        getattr(architecture, "max_position_embeddings", None),
-        architecture.model_type in LEARNED_POSITIONS,
+        *positions(architecture),
     )
