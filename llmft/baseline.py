@@ -21,6 +21,7 @@ from llmft.data.targets import Targets
 from llmft.environment import describe
 from llmft.errors import ConfigError, did_you_mean
 from llmft.files import staged_file, write_atomically
+from llmft.foreign import read_json
 from llmft.predictions import FOLDER
 from llmft.prepare import Prepared
 from llmft.prior import row_losses
@@ -95,7 +96,7 @@ class Baseline:
         from safetensors.numpy import load_file
 
         try:
-            words = json.loads((directory / "tfidf.json").read_text())
+            words = read_json(directory / "tfidf.json", 512 * 2**20)
             numbers = load_file(directory / "model.safetensors")
             return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
         except Exception as error:

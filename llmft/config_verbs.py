@@ -45,6 +45,13 @@ def as_list(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
+@dataclass(kw_only=True)
+class Trusting:
+    """What commands take that may have to run code of the user's own, which a run's config names."""
+
+    trusted_packages: list[str] = field(default_factory=list)
+
+
 @dataclass
 class PredictData:
     """The rows to predict; columns are those of the run."""
@@ -54,7 +61,7 @@ class PredictData:
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(Trusting):
     """What `python -m llmft.predict` takes."""
 
     run: Any = MISSING
@@ -85,7 +92,7 @@ class PredictConfig:
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Trusting):
     """What `python -m llmft.evaluate` takes."""
 
     predictions: str = MISSING
@@ -107,7 +114,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class FoldsConfig:
+class FoldsConfig(Trusting):
     """What `python -m llmft.folds` takes."""
 
     runs: Any = None
@@ -117,7 +124,7 @@ class FoldsConfig:
 
 
 @dataclass
-class BlendConfig:
+class BlendConfig(Trusting):
     """What `python -m llmft.blend` takes."""
 
     runs: Any = MISSING
@@ -136,7 +143,7 @@ class BlendConfig:
 
 
 @dataclass
-class RefitConfig:
+class RefitConfig(Trusting):
     """What `python -m llmft.refit` takes."""
 
     runs: Any = MISSING

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -56,6 +57,22 @@ def held(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
+    """The content of a plain file of at most `most` bytes; raises OSError for any other.
+
+    A pipe, socket or device that lies in a file's place is refused and never waited for.
+    """
+    # A pipe that nobody writes to would keep a plain open waiting.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes, which no such file is; it is not read", str(path))
+    return content
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -6,7 +6,6 @@ mean of the folds. What is written is a directory with predictions like a run's.
 
 from __future__ import annotations
 
-import json
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -73,8 +72,7 @@ def _sets(found: list[Path], *, strict: bool) -> list[list[Any]]:
             continue
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
-        record = json.loads(run.environment_file.read_text())
-        own = [numbers, record["data"]["rows_fingerprint"], record["model"]["fingerprint"], trained.data.pseudo]
+        own = [numbers, run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint"), trained.data.pseudo]
         sets[canonical(own)].append((run, trained))
     return list(sets.values())
 

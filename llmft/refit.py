@@ -67,6 +67,7 @@ def refit_config(config: RefitConfig) -> TrainConfig:
         data=replace(trained.data, train_on=TrainOn.all, fold=None),
         trainer=replace(trained.trainer, max_steps=steps, validate_every=steps, patience=None, export=Export.last),
         logger=trained.logger if config.logger else LoggerConfig(),
+        trusted_packages=config.trusted_packages,
         output_dir=config.output_dir or str(best[0].directory.parent.parent),
         progress=config.progress,
         force=False,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmft.data.sources import Problems, expand, read
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError, DataError
 from llmft.files import held, write_atomically
+from llmft.foreign import read_json
 from llmft.predictions import FOLDER, TEXT, Predictions
 from llmft.runs import Run, slug, source_facts
 from llmft.schema import canonical
@@ -147,7 +147,7 @@ def ask(run: Run, trained: TrainConfig, config: PredictConfig) -> Asked:
     options = [config.batch_size, config.max_new_tokens, data.csv_columns, [str(row.id) for row in conversations]]
     plan = hashlib.sha256(canonical([run.key, run.digests(), whole, options]).encode()).hexdigest()
     directory = run.directory / FOLDER / slug(name)
-    fingerprint = json.loads(run.environment_file.read_text())["data"]["rows_fingerprint"]
+    fingerprint = run.fact("data", "rows_fingerprint")
     files = [str(path.absolute()) for path in paths]
     note = ""
     if columns.id is None and "id" in rows[0].values:
@@ -159,6 +159,6 @@ def _targets(run: Run, trained: TrainConfig) -> Targets | None:
     if trained.task.head is None:
         return None
     try:
-        return Targets.from_plain(json.loads(run.targets_file.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Targets.from_plain(read_json(run.targets_file))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{run.targets_file}: the run's classes cannot be read ({error}).") from None

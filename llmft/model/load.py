@@ -15,6 +15,7 @@ import torch
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.environment import keep_freed_memory, versions
 from llmft.errors import ConfigError, did_you_mean
+from llmft.foreign import check_model, check_values
 from llmft.model import families, flat, heads
 from llmft.model.apart import Kept
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
@@ -92,6 +93,8 @@ def load_tokenizer(model: ModelConfig, located: Located) -> Any:
     directory = located.directory
     if directory is None:
         directory = locate(replace(model, path=PACKAGED + "tiny")).directory
+    assert directory is not None
+    check_model(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=model.trust_remote_code
@@ -145,11 +148,13 @@ def model_config(model: ModelConfig, located: Located) -> Any:
         except Exception as error:
             raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
         _check_overrides(config, model)
+        check_values("model.overrides", {**model.load_overrides, **model.overrides})
         for key, value in {**model.load_overrides, **model.overrides}.items():
             setattr(config, key, value)
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
+    check_values("model.config", {**model.config, **model.load_overrides, **model.overrides})
     try:
         _check_overrides(AutoConfig.for_model(model.architecture, **model.config), model)
         return AutoConfig.for_model(model.architecture, **{**model.config, **model.load_overrides, **model.overrides})

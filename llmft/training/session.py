@@ -14,7 +14,7 @@ import lightning as L
 import torch
 
 from llmft.app import command_line
-from llmft.build import build, find, metric_functions, optimizer_factory
+from llmft.build import build, check_target, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.config import (
     Checkpointing,
@@ -66,7 +66,7 @@ from llmft.training.record import before_and_after, chance_of, validated_at, wri
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
-from llmft.training.scoring import make_objective, make_scoring
+from llmft.training.scoring import check_objective, make_objective, make_scoring
 from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
@@ -79,7 +79,6 @@ class Parts:
     """What the config names and others wrote, or a task brings."""
 
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
-    objective: Any
     metrics: dict[str, Callable[..., float]]
     callbacks: list[Any]
 
@@ -88,9 +87,11 @@ def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
     with_mode(config)
     check_loggers(config.logger)
+    check_objective(config.task)
+    if isinstance(config.trainer.strategy, dict):
+        check_target(config.trainer.strategy, "trainer.strategy", "strategy")
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
-        find(str(config.task.objective), "task.objective"),
         metric_functions(config.task.metrics, config.task.metric_options),
         [_callback(node, f"trainer.callbacks.{name}", config.task) for name, node in config.trainer.callbacks.items()],
     )
@@ -102,11 +103,11 @@ def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
     if isinstance(monitor, str) and monitor.startswith("val/"):
         if monitor not in metrics:
             raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
-        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_")).parameters
+        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_", "callback")).parameters
         if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
             asked = Mode(node.get("mode", "auto"))
             node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
-    return build(node, key)
+    return build(node, key, "callback")
 
 
 class Session:
@@ -388,7 +389,7 @@ class Session:
         trainer = self.config.trainer
         strategy = trainer.strategy
         if isinstance(strategy, dict):
-            strategy = build(strategy, "trainer.strategy")
+            strategy = build(strategy, "trainer.strategy", "strategy")
         try:
             return L.Trainer(
                 accelerator="gpu" if self.device.type == "cuda" else "cpu",

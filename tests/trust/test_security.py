@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import llmft.data.sandbox as sandbox
-from llmft.build import ALLOWED_TARGETS, build, check_target, find
+from llmft.build import ALLOWED_TARGETS, KINDS, build, check_target, find
 from llmft.config import PromptConfig, TrainConfig
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
@@ -133,19 +133,37 @@ class TestTargets:
         "lightning.pytorch.callbacks.callback.os",
         "torch.optim.optimizer.functools",
         "llmft.trainingx.evil",
+        "torch.os.system",
+        "torch.serialization.load",
+        "torch.ops.load_library",
+        "torch.optim.sys.exit",
+        "torch.optim.swa_utils.AveragedModel",
+        "torch.optim.lr_scheduler.LambdaLR",
+        "lightning.pytorch.Trainer",
+        "lightning.pytorch.utilities.sys",
+        "lightning.pytorch.callbacks.lambda_function.LambdaCallback.__init__",
+        "lightning.pytorch.loggers.wandb.os.system",
+        "lightning.pytorch.strategies.ddp.torch.load",
+        "wandb.init",
+        "llmft.data.sources.load_rows",
+        "llmft.metrics.text.Path",
+        "AdamW",
+        "",
+        ".",
     ]
 
     @pytest.mark.parametrize("target", EVIL)
     def test_no_target_leads_out_of_the_allowed_packages(self, target: str) -> None:
-        with pytest.raises(ConfigError):
-            find(target, "key")
+        for kind in KINDS:
+            with pytest.raises(ConfigError, match="key="):
+                find(target, "key", kind)
         for node in (
             {"_target_": target},
             {"_target_": "torch.optim.AdamW", "betas": [{"_target_": target}]},
             {"_target_": "torch.optim.AdamW", "params": {"deep": [{"er": {"_target_": target}}]}},
         ):
             with pytest.raises(ConfigError):
-                build(node, "optimizer")
+                build(node, "optimizer", "optimizer")
 
     def test_every_allowed_package_is_named_to_its_end(self) -> None:
         assert all(prefix.endswith(".") for prefix in ALLOWED_TARGETS), "torch.optimx is not torch.optim"
@@ -163,7 +181,7 @@ class TestTargets:
         found = stored_config(run.config_file, TrainConfig)
         for part, key in ((found.optimizer, "optimizer"), (found.trainer.callbacks["x"], "trainer.callbacks.x")):
             with pytest.raises(ConfigError, match="may be named in a config"):
-                check_target(part, key)
+                check_target(part, key, key.split(".")[-2][:-1] if "." in key else key)
         with pytest.raises(ConfigError, match="may be named in a config"):
             train(found, quiet=True)
         assert not mark.exists()
@@ -176,9 +194,9 @@ class TestTargets:
         run = open_run(config, "0123456789")
         write_config(run, config)
         plain = yaml.safe_load(run.config_file.read_text())
-        for asked in ("${oc.env:PLANTED}", "${seed}", "\\${oc.env:PLANTED}", "\\\\${oc.env:PLANTED}"):
-            run.config_file.write_text(yaml.safe_dump({**plain, "notes": asked}))
-            assert stored_config(run.config_file, TrainConfig).notes == asked
+        for text in ("${seed}", "${VAR:-default} $ {x}", "\\${seed}"):
+            run.config_file.write_text(yaml.safe_dump({**plain, "notes": text}))
+            assert stored_config(run.config_file, TrainConfig).notes == text
 
     @pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${b} c", "\\${x}", "\\\\${x}", "$ {x} $", "${", "price: $5"])
     def test_text_that_looks_like_a_question_survives_the_way_through_a_file(self, text: str) -> None:
@@ -306,7 +324,7 @@ class TestForeignFiles:
             stored_config(path, TrainConfig)
 
     def test_a_file_without_an_end_is_not_read_to_it(self) -> None:
-        with pytest.raises(ConfigError, match="larger than"):
+        with pytest.raises(ConfigError, match="not a plain file"):
             read_json(Path("/dev/zero"), 2**20)
 
     @pytest.mark.parametrize(
