@@ -134,7 +134,8 @@ def _check_hydra(path: Path, inside: Path, content: Any) -> None:
     for key in set_by:
         if key.removeprefix("hydra.").partition(".")[0] not in HYDRAS:
             raise ConfigError(f"{path}: {key}: a file may set {', '.join(sorted(HYDRAS))} of hydra alone.")
-    if set_by and any(text in HYDRAS_WORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(content)):
+    inner = settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
+    if set_by and any(text in HYDRAS_WORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(inner)):
         raise ConfigError(f"{path}: {set_by[0]}: plain values alone; nothing is built for a file, nor set in hydra.")
 
 
