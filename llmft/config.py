@@ -59,12 +59,13 @@ class SystemRole(Enum):
 
 
 class QuantizationFormat(Enum):
-    """Number format of the frozen base's linear layers."""
+    """Number format of the frozen base's linear layers; `checkpoint` is the one that its files are in."""
 
     nf4 = "nf4"
     fp4 = "fp4"
     int8 = "int8"
     none = "none"
+    checkpoint = "checkpoint"
 
 
 class Head(Enum):

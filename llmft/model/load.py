@@ -22,9 +22,11 @@ from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
+    agreed,
     bitsandbytes_config,
     keep_packing,
     quantize_in_place,
+    stored_quantization,
     unquantized_modules,
     weight_counts,
 )
@@ -151,6 +153,8 @@ def model_config(model: ModelConfig, located: Located) -> Any:
         check_values("model.overrides", {**model.load_overrides, **model.overrides})
         for key, value in {**model.load_overrides, **model.overrides}.items():
             setattr(config, key, value)
+        if model.init is ModelInit.random and hasattr(config, "quantization_config"):
+            del config.quantization_config  # of weights that are not read
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
@@ -247,6 +251,7 @@ def load_base(
     `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
+    quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
     wanted = _Wanted(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep and _kept.key == wanted.key:
         return _kept.model
@@ -308,6 +313,10 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     Returns the base, and its place in the cache.
     """
     config = wanted.config()
+    stored = stored_quantization(config)
+    if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
+        stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
+        config.quantization_config = stored
     factory = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
@@ -320,7 +329,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
                 directory,
                 config=config,
                 dtype=wanted.dtype,
-                quantization_config=bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
+                quantization_config=None if stored else bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
                 device_map={"": wanted.device},
                 local_files_only=True,
                 use_safetensors=True,
@@ -343,7 +352,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
     skip = unquantized_modules(empty, wanted.full_precision)
     four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    fused = four_bit and bool(fused_shapes(empty))
+    fused = four_bit and not stored and bool(fused_shapes(empty))
     del empty
     if fused:
         base, found = load(skip, quantizing_with(quantizer_class()), reading(slices(directory)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import os
 from collections.abc import Callable
@@ -50,7 +51,7 @@ from llmft.model.load import (
     pick_precision,
 )
 from llmft.model.memory import lora_rank, optimizer_bytes
-from llmft.model.quantization import weight_counts
+from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
@@ -60,7 +61,7 @@ from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
 from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
-from llmft.training.plan import plan_facts
+from llmft.training.plan import last_names, plan_facts
 from llmft.training.progress import ShowProgress
 from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.rows import inspect_rows, read_rows
@@ -149,6 +150,7 @@ class Session:
         reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
         environment = {**describe(self.device), "precision": self.precision.value, "reused": reused}
         environment["micro_batch"] = self.fit.to_plain()
+        environment["ran"] = self._ran()
         if self.main_process:
             write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
@@ -192,11 +194,7 @@ class Session:
         trainer = self.config.trainer
         self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
         self.precision = pick_precision(trainer.precision, self.device)
-        int8 = self.config.quantization.format is QuantizationFormat.int8
-        if self.device.type == "cpu" and int8 and self.config.lora.dora:
-            raise ConfigError(
-                "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
-            )
+        self._check_dora(int8=self.config.quantization.format is QuantizationFormat.int8)
         cores = os.cpu_count() or 1
         if self.device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
             raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
@@ -207,6 +205,12 @@ class Session:
         torch.set_float32_matmul_precision("high")
         # Deterministic mode would also write NaN over all memory that is handed out, 8% of a step on a CPU.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+    def _check_dora(self, *, int8: bool) -> None:
+        if self.device.type == "cpu" and int8 and self.config.lora.dora:
+            raise ConfigError(
+                "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
+            )
 
     def _read(self) -> None:
         """Tokenizer and token ids: everything about the data, before the weights load."""
@@ -250,6 +254,7 @@ class Session:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
+        self._check_dora(int8=counts["8-bit"] > 0)
         self._check_vocabulary()
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         set_checkpointing(self.base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
@@ -540,6 +545,27 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------- records
 
+    def _targets(self) -> list[str]:
+        """The modules that have a LoRA."""
+        return sorted(getattr(self.model, "targeted_module_names", []))
+
+    def _ran(self) -> dict[str, Any]:
+        """What the model is and does, read from it and not from what was asked for."""
+        objective, template = type(self.objective), str(self.prompt.config.template)
+        return {
+            "quantization": held_as(self.base),
+            "weights": weight_counts(self.model),
+            "attention": getattr(self.base.config, "_attn_implementation", None),
+            "gradient_checkpointing": self.fit.checkpointing.value,
+            "objective": f"{objective.__module__}.{objective.__qualname__}",
+            "prompt": {
+                "name": self.config.prompt.name,
+                "of_the_tokenizer": not self.config.prompt.template,
+                "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            },
+            "lora_modules": {"count": len(self._targets()), "names": last_names(self._targets())},
+        }
+
     def _show_plan(self, resumed_at: int | None) -> None:
         config = self.config
         facts = plan_facts(
@@ -549,6 +575,8 @@ class Session:
             self.precision,
             self.total_steps,
             self.validate_every,
+            held_as(self.base),
+            self._targets(),
         )
         facts["at once"] = str(self.fit)
         facts["run"] = str(self.run_directory.directory)
