@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
 import stat
@@ -16,9 +17,11 @@ from typing import IO
 def staged_file(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` to write to; when the block ends well it is flushed to the disk and takes `path`'s place.
 
-    So `path` is old or new, never half, and nothing is left behind when the block fails.
+    So `path` is old or new, never half, and nothing is left behind when the block fails; what a killed process left
+    of the same file is taken away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with staged.open("wb") as file:
@@ -32,6 +35,19 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         staged.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def _drop_leftovers(path: Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if not pid.isdigit() or int(pid) in (0, os.getpid()):
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (OSError, OverflowError):
+            continue  # somebody else's, and alive
 
 
 def sync_directory(path: Path) -> None:
