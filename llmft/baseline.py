@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from llmft.build import metric_functions, reads_text
-from llmft.config import Problem, TrainConfig, TrainOn
+from llmft.config import CLASSIFICATION, Problem, TrainConfig, TrainOn
 from llmft.console import Screen
 from llmft.data.columns import Conversation
 from llmft.data.targets import Targets
@@ -237,6 +237,8 @@ def _check(config: TrainConfig, targets: Targets | None) -> Targets:
     """Raises ConfigError for what a baseline cannot do."""
     if targets is None:
         raise ConfigError("model=tfidf writes no text: set task=classification, multi_label or regression.")
+    if config.task.objective != CLASSIFICATION or config.task.objective_options:
+        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
     return targets
 
 

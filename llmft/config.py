@@ -440,6 +440,9 @@ class DataConfig:
             )
 
 
+CLASSIFICATION = "llmft.training.objectives.classification.Classification"
+
+
 @dataclass
 class TaskConfig:
     name: str = aside()
@@ -460,7 +463,7 @@ class TaskConfig:
 
     def __post_init__(self) -> None:
         if self.head is not None:
-            self.objective = self.objective or "llmft.training.objectives.classification.Classification"
+            self.objective = self.objective or CLASSIFICATION
             model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
             require(
                 self.auto_class in (None, model),

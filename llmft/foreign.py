@@ -193,6 +193,13 @@ def _is_implementation(value: Any) -> bool:
     return isinstance(value, str) and "/" not in value
 
 
+def check_inside(node: Any, key: str) -> None:
+    """Refuses a `_target_` node of a stored config that would write to, or send to, a place of the file's choosing."""
+    for name, text in _texts(node, key):
+        if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+            raise ConfigError(f"{name}={text}: a run's file does not choose where this writes or sends to; train anew.")
+
+
 def check_plain_files(directory: Path) -> None:
     """Refuses a directory of which reading would hang, or writing lead elsewhere: pipes, devices, links out of it.
 

@@ -38,6 +38,7 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
 
 def refit_config(config: RefitConfig) -> TrainConfig:
     """The config of the run on all rows."""
+    from llmft.foreign import check_inside
     from llmft.runs import directories, finished_run
     from llmft.schema import canonical, numbers_of
 
@@ -62,6 +63,9 @@ def refit_config(config: RefitConfig) -> TrainConfig:
     taken = [_steps(run) for run, _ in runs] if several else [_steps(best[0])]
     steps = max(1, round(sum(taken) / len(taken)))
     trained = best[1]
+    check_inside(trained.trainer.callbacks, "trainer.callbacks")
+    if config.logger:  # logger=false goes without them
+        check_inside(trained.logger.loggers, "logger.loggers")
     return replace(
         trained,
         data=replace(trained.data, train_on=TrainOn.all, fold=None),

@@ -18,7 +18,7 @@ from llmft.build import build, check_target, trust
 from llmft.config import TaskConfig, TrainConfig
 from llmft.config_verbs import PredictConfig, PredictData, RefitConfig
 from llmft.errors import ConfigError, DataError, UserError
-from llmft.foreign import check_config_directories, check_model, stored_config
+from llmft.foreign import check_config_directories, check_inside, check_model, stored_config
 from llmft.model.hub import fingerprint
 from llmft.prepare import prepare
 from llmft.runs import Run, finished_run, open_run, write_config
@@ -468,3 +468,10 @@ def test_a_stored_config_of_ours_is_read_back(tmp_path: Path) -> None:
     run = open_run(config, "0123456789")
     write_config(run, config)
     assert to_plain(stored_config(run.config_file, TrainConfig)) == to_plain(config)
+
+
+@pytest.mark.parametrize("value", ["/etc", "~/x", "../x", "http://stranger/x", "a/../../x"])
+def test_a_refit_writes_and_sends_nowhere_of_a_files_choosing(value: str) -> None:
+    with pytest.raises(ConfigError, match="does not choose where"):
+        check_inside({"x": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": value}}, "logger.loggers")
+    check_inside({"x": {"_target_": "lightning.pytorch.loggers.CSVLogger", "name": "a"}}, "logger.loggers")
