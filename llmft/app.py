@@ -131,7 +131,7 @@ def trust_said(packages: Sequence[str]) -> None:
 def _said(key: str) -> list[str]:
     """The words that the command line itself sets `key` to."""
     values = [value for name, _, value in (a.partition("=") for a in sys.argv[1:]) if name.lstrip("+") == key]
-    return [word for value in values for word in re.findall(r"[\w.]+", value.lower())]
+    return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
