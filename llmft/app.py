@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmft.build import trust
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
@@ -75,6 +76,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         def task(config: Any) -> Any:
             # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
             try:
+                trust_said(config.trusted_packages if "trusted_packages" in config else ())
                 return job(config)
             except Interrupted as error:
                 raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
@@ -107,12 +109,12 @@ def config_of_command(composed: Any, schema: type) -> Any:
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
     config = to_config(composed, schema)
-    asked = any(argument.lstrip("+").startswith("model.trust_remote_code=") for argument in sys.argv[1:])
-    if config.model.trust_remote_code and not asked:
+    if config.model.trust_remote_code and "true" not in _said("model.trust_remote_code"):
         raise ConfigError(
             "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
             "command line if you have read the code."
         )
+    trust_said(config.trusted_packages)
     return config
 
 
@@ -127,6 +129,23 @@ def yes_or_no(arguments: Sequence[str]) -> list[str]:
             argument = f"{group}=none" if value.lower() in ("false", "null") else argument
         kept.append(argument)
     return kept
+
+
+def trust_said(packages: Sequence[str]) -> None:
+    """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
+    for package in packages:
+        if str(package).lower() not in _said("trusted_packages"):
+            raise ConfigError(
+                f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
+                "command line if you have read the code."
+            )
+    trust(packages)
+
+
+def _said(key: str) -> list[str]:
+    """The words that the command line itself sets `key` to."""
+    values = [value for name, _, value in (a.partition("=") for a in sys.argv[1:]) if name.lstrip("+") == key]
+    return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
 
 
 def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:

@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from llmft.build import metric_functions, reads_text
-from llmft.config import Problem, TrainConfig, TrainOn
+from llmft.config import CLASSIFICATION, Problem, TrainConfig, TrainOn
 from llmft.console import Screen
 from llmft.data.columns import Conversation
 from llmft.data.targets import Targets
 from llmft.environment import describe
 from llmft.errors import ConfigError, did_you_mean
 from llmft.files import staged_file, write_atomically
+from llmft.foreign import read_json
 from llmft.predictions import FOLDER
 from llmft.prepare import Prepared
 from llmft.prior import row_losses
@@ -95,7 +96,7 @@ class Baseline:
         from safetensors.numpy import load_file
 
         try:
-            words = json.loads((directory / "tfidf.json").read_text())
+            words = read_json(directory / "tfidf.json", 512 * 2**20)
             numbers = load_file(directory / "model.safetensors")
             return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
         except Exception as error:
@@ -237,6 +238,8 @@ def _check(config: TrainConfig, targets: Targets | None) -> Targets:
     """Raises ConfigError for what a baseline cannot do."""
     if targets is None:
         raise ConfigError("model=tfidf writes no text: set task=classification, multi_label or regression.")
+    if config.task.objective != CLASSIFICATION or config.task.objective_options:
+        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
     return targets
 
 

@@ -59,12 +59,13 @@ class SystemRole(Enum):
 
 
 class QuantizationFormat(Enum):
-    """Number format of the frozen base's linear layers."""
+    """Number format of the frozen base's linear layers; `checkpoint` is the one that its files are in."""
 
     nf4 = "nf4"
     fp4 = "fp4"
     int8 = "int8"
     none = "none"
+    checkpoint = "checkpoint"
 
 
 class Head(Enum):
@@ -439,6 +440,9 @@ class DataConfig:
             )
 
 
+CLASSIFICATION = "llmft.training.objectives.classification.Classification"
+
+
 @dataclass
 class TaskConfig:
     name: str = aside()
@@ -449,6 +453,7 @@ class TaskConfig:
     label_smoothing: float = 0.0
     text_loss: float = 0.0
     objective: str | None = None
+    objective_options: dict[str, Any] = field(default_factory=dict)
     auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
     metric_options: dict[str, Any] = field(default_factory=dict)
@@ -457,9 +462,14 @@ class TaskConfig:
     show_rows: int = aside(8)
 
     def __post_init__(self) -> None:
-        if self.head is not None:  # the head decides on these two
-            self.objective = "llmft.training.objectives.classification.Classification"
-            self.auto_class = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+        if self.head is not None:
+            self.objective = self.objective or CLASSIFICATION
+            model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+            require(
+                self.auto_class in (None, model),
+                f"task.auto_class={self.auto_class}: task.head={self.head.value} sits on a {model}; leave it out.",
+            )
+            self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
         self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
@@ -752,6 +762,7 @@ class TrainConfig:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = aside()
     sweep: SweepConfig = aside()
+    trusted_packages: list[str] = aside(factory=list)
     seed: int = 0
     force: bool = aside(False)
     progress: bool = aside(True)

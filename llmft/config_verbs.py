@@ -46,7 +46,14 @@ def as_list(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
-@dataclass
+@dataclass(kw_only=True)
+class Trusting:
+    """What commands take that may have to run code of the user's own, which a run's config names."""
+
+    trusted_packages: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
 class SubmissionConfig:
     """What predict, folds and blend take alike: the form of a competition's csv."""
 
@@ -74,7 +81,7 @@ class PredictData:
 
 
 @dataclass
-class PredictConfig(SubmissionConfig):
+class PredictConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.predict` takes."""
 
     run: Any = MISSING
@@ -105,7 +112,7 @@ class PredictConfig(SubmissionConfig):
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Trusting):
     """What `python -m llmft.evaluate` takes."""
 
     predictions: str = MISSING
@@ -127,7 +134,7 @@ class EvaluateConfig:
 
 
 @dataclass
-class FoldsConfig(SubmissionConfig):
+class FoldsConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.folds` takes."""
 
     runs: Any = None
@@ -137,7 +144,7 @@ class FoldsConfig(SubmissionConfig):
 
 
 @dataclass
-class BlendConfig(SubmissionConfig):
+class BlendConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.blend` takes."""
 
     runs: Any = MISSING
@@ -157,7 +164,7 @@ class BlendConfig(SubmissionConfig):
 
 
 @dataclass
-class RefitConfig:
+class RefitConfig(Trusting):
     """What `python -m llmft.refit` takes."""
 
     runs: Any = MISSING

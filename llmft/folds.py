@@ -68,7 +68,7 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     from llmft.runs import finished_run, usable
     from llmft.schema import canonical, numbers_of
 
-    def of_fold(directory: Path) -> tuple[Run, TrainConfig, dict[str, Any]]:
+    def of_fold(directory: Path) -> tuple[Run, TrainConfig, list[str]]:
         run, trained = finished_run(directory)
         if trained.data.train_on is TrainOn.all:
             raise ConfigError(f"{directory}: trained on all rows, so none is out of fold.")
@@ -77,13 +77,13 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
                 f"{directory}: no run of a fold (data.fold) with a head, so nothing to join: train all with "
                 "-m data.fold=0,1,2,3,4 first."
             )
-        return run, trained, run.environment()
+        return run, trained, [run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint")]
 
     sets: dict[str, list[Any]] = defaultdict(list)
     for run, trained, record in usable(named, "runs", of_fold, warn):
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
-        own = [numbers, record["data"]["rows_fingerprint"], record["model"]["fingerprint"], trained.data.pseudo]
+        own = [numbers, *record, trained.data.pseudo]
         sets[canonical(own)].append((run, trained))
     return list(sets.values())
 

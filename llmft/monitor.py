@@ -80,8 +80,8 @@ def named_metric(name: str, paths: Sequence[str] = ()) -> Any:
     last = name.rpartition("/")[2]
     try:
         if "." in last:
-            return find(last, "metric")
-        return find(next(path for path in paths if path.rpartition(".")[2] == last), "task.metrics")
+            return find(last, "metric", "metric")
+        return find(next(path for path in paths if path.rpartition(".")[2] == last), "task.metrics", "metric")
     except (StopIteration, ConfigError):
         pass
     modules = [importlib.import_module(f"llmft.metrics.{m.name}") for m in pkgutil.iter_modules(llmft.metrics.__path__)]

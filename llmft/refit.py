@@ -42,6 +42,7 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
     """The config of the run on all rows; `warn` is told of what a glob met and cannot be used."""
+    from llmft.foreign import check_inside
     from llmft.runs import finished_run, usable
     from llmft.schema import canonical, numbers_of
 
@@ -75,11 +76,15 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
     unlearned = [run.directory.name for run, _ in (runs if several else [best]) if not run.status()["result"]["step"]]
     if unlearned:
         warn(f"{', '.join(unlearned)}: best before its first step, so training made it worse; look before you refit.")
+    check_inside(trained.trainer.callbacks, "trainer.callbacks")
+    if config.logger is None:  # another logger goes without them
+        check_inside(trained.logger.loggers, "logger.loggers")
     return replace(
         trained,
         data=replace(trained.data, train_on=TrainOn.all, fold=None),
         trainer=replace(trained.trainer, max_steps=steps, validate_every=steps, patience=None, export=Export.last),
         logger=config.logger or trained.logger,
+        trusted_packages=config.trusted_packages,
         output_dir=config.output_dir or str(best[0].directory.parent.parent),
         progress=config.progress,
         force=False,

@@ -25,8 +25,8 @@ import filelock
 
 from llmft.config import TrainConfig, TrainOn
 from llmft.errors import ConfigError, DataError, DiskError, RunBusy, nearest
-from llmft.files import staged_file, write_atomically
-from llmft.foreign import stored_config
+from llmft.files import read_plain, staged_file, write_atomically
+from llmft.foreign import check_plain_files, read_json, stored_config
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
 
@@ -47,6 +47,8 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
         numbers["model"].pop(name)
     for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
         numbers["data"].pop(name)
+    if not numbers["task"]["objective_options"]:  # a key that older runs lack
+        numbers["task"].pop("objective_options")
     content = canonical([SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint])
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
@@ -169,8 +171,8 @@ class Run:
     def status(self) -> dict[str, Any]:
         """The content of run.json, empty for a run that was never started or whose file is damaged."""
         try:
-            found = json.loads(self.status_file.read_text())
-        except (OSError, ValueError):
+            found = json.loads(read_plain(self.status_file))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -188,6 +190,13 @@ class Run:
         """Adds `values` to run.json."""
         content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
         write_atomically(self.status_file, content.encode())
+
+    def fact(self, group: str, name: str) -> Any:
+        """One value of environment.json; ConfigError where that is missing or damaged."""
+        values = read_json(self.environment_file).get(group)
+        if not isinstance(values, dict) or name not in values:
+            raise ConfigError(f"{self.environment_file}: damaged, it has no {group}.{name}; train the run again.")
+        return values[name]
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as done, with what it found and the digests of what it hands over."""
@@ -207,7 +216,7 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """sha256 of the weights that the run hands over, by file."""
-        files = sorted(path for folder in (self.adapter, self.model) for path in folder.glob("*.safetensors"))
+        files = sorted(p for folder in (self.adapter, self.model) for p in folder.glob("*.safetensors") if p.is_file())
         found = {}
         for path in files:
             with path.open("rb") as file:
@@ -337,6 +346,7 @@ def open_run(config: TrainConfig, key: str) -> Run:
         run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(f"output_dir={config.output_dir}", error) from None
+    check_plain_files(run.directory)
     return run
 
 
@@ -351,6 +361,7 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
     """
     run = Run(directory, "")
+    check_plain_files(directory)
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")

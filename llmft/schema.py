@@ -30,10 +30,9 @@ def from_plain(plain: Any, schema: type) -> Any:
     assert isinstance(node, DictConfig)
     _refuse_extra_keys(node, schema, "")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
-    return OmegaConf.to_object(merged)
 
 
 def restored(plain: dict[str, Any], schema: type) -> Any:

@@ -77,10 +77,12 @@ def train(
     from rich.markup import escape
 
     from llmft.app import command_line
+    from llmft.build import trust
     from llmft.console import Screen
     from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
 
+    trust(config.trusted_packages)
     rank = process_rank(config)
     screen = Screen(quiet=quiet or rank > 0)
     prepared = prepare(config)

@@ -12,8 +12,6 @@ import csv
 import glob
 import gzip
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import lzma
@@ -23,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmft.build import find
 from llmft.config import BadRow, DataConfig, Files
 from llmft.errors import ConfigError, DataError, nearest
 from llmft.schema import canonical
@@ -101,16 +100,7 @@ def _named(data: DataConfig) -> str:
 
 def _from_generator(data: DataConfig) -> Loaded:
     assert data.source is not None
-    module_name, _, function_name = data.source.rpartition(".")
-    if not module_name.startswith("llmft.data."):
-        raise ConfigError(f"data.source={data.source}: only functions under llmft.data may make rows.")
-    try:
-        generate = getattr(importlib.import_module(module_name), function_name)
-        takes = list(inspect.signature(generate).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        raise ConfigError(f"data.source={data.source}: no such function.") from None
-    if takes != ["split", "num_rows", "seed"]:
-        raise ConfigError(f"data.source={data.source}: a source takes (split, num_rows, seed), this takes {takes}.")
+    generate = find(data.source, "data.source", "source")
     splits = {
         split: [
             Row(values, f"{data.name}:{split}:{number}")
@@ -129,6 +119,8 @@ def _from_generator(data: DataConfig) -> Loaded:
 def _from_hub(data: DataConfig) -> Loaded:
     from llmft.model.hub import online_or_cached
 
+    if data.hub and Path(data.hub).exists():
+        raise ConfigError(f"data.hub={data.hub}: that is a path; set data.files to the files in it.")
     with online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset"):
         import datasets
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from llmft.data.sources import Problems, Row, expand, read
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError, DataError, did_you_mean
 from llmft.files import held, write_atomically
+from llmft.foreign import read_json
 from llmft.members import Recipe
 from llmft.predictions import FOLDER, TEXT, Predictions
 from llmft.runs import Run, finished_run, slug, source_facts
@@ -188,7 +188,7 @@ def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None)
     options = [config.batch_size, config.max_new_tokens, names, [str(row.id) for row in conversations]]
     plan = hashlib.sha256(canonical([run.key, run.digests(), whole, options]).encode()).hexdigest()
     directory = run.directory / FOLDER / slug(name)
-    fingerprint = run.environment()["data"].get("rows_fingerprint", "")
+    fingerprint = run.fact("data", "rows_fingerprint")
     return Asked(run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan, notes)
 
 
@@ -253,6 +253,6 @@ def _targets(run: Run, trained: TrainConfig) -> Targets | None:
     if trained.task.head is None:
         return None
     try:
-        return Targets.from_plain(json.loads(run.targets_file.read_text()))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        return Targets.from_plain(read_json(run.targets_file))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{run.targets_file}: the run's classes cannot be read ({error}).") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,7 +32,6 @@ from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_conf
 from llmft.model.quantization import weight_counts
 from llmft.predictions import read_table
 from llmft.training.finetuner import stream
-from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.rows import with_options
 from llmft.training.samples import decoder
@@ -69,10 +67,12 @@ class Predictor:
         )
         self.encoder = Encoder(self.tokenizer, prompt, data)
         self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
+        if self.config.task.head is not None and not hasattr(self.objective, "predict"):
+            raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
         self.model = self._load(trained)
 
     def _check_base(self) -> None:
-        record = json.loads(self.asked.run.environment_file.read_text())["model"]["fingerprint"]
+        record = self.asked.run.fact("model", "fingerprint")
         if self.config.lora.enabled and record != self.located.fingerprint:
             raise ConfigError(
                 f"{self.asked.run.directory}: the base model found for model={self.config.model.label} is not the one "
@@ -145,8 +145,8 @@ class Predictor:
             if self.config.task.head is None:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
-            assert isinstance(self.objective, Classification)
-            return {"values": self.objective.predict(self.model, batch).cpu().tolist()}
+            objective: Any = self.objective
+            return {"values": objective.predict(self.model, batch).cpu().tolist()}
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:

@@ -15,7 +15,7 @@ from typing import Any
 from llmft.config import ModelInit, TrainConfig
 from llmft.environment import sensible_threads, visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
-from llmft.files import write_atomically
+from llmft.files import read_plain, write_atomically
 from llmft.model.hub import Located, weight_bytes
 from llmft.monitor import with_mode
 from llmft.prepare import prepare
@@ -319,7 +319,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
     sweep = Sweep(directory, identity, trials, swept, command)
     try:
-        known = json.loads(sweep.record_file.read_text())
+        known = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
         known = {}
     if known and known.get("identity") != identity:

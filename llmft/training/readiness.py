@@ -72,11 +72,7 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     trainer = config.trainer
     device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
     precision = pick_precision(trainer.precision, device)
-    int8 = config.quantization.format is QuantizationFormat.int8
-    if device.type == "cpu" and int8 and config.lora.dora:
-        raise ConfigError(
-            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
-        )
+    check_dora(config, device, int8=config.quantization.format is QuantizationFormat.int8)
     cores = os.cpu_count() or 1
     if device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
         raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
@@ -87,6 +83,14 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     return device, precision
 
 
+def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:
+    """Raises ConfigError for a pair of adapter and base that PEFT computes wrongly on a CPU."""
+    if device.type == "cpu" and int8 and config.lora.dora:
+        raise ConfigError(
+            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
+        )
+
+
 def lightning_trainer(config: TrainConfig, device: torch.device, precision: Precision, **more: Any) -> L.Trainer:
     """Lightning's Trainer for `config`. Raises ConfigError for devices, strategies and callbacks that it refuses."""
     import lightning as L
@@ -95,7 +99,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
     trainer = config.trainer
     strategy = trainer.strategy
     if isinstance(strategy, dict):
-        strategy = build(strategy, "trainer.strategy")
+        strategy = build(strategy, "trainer.strategy", "strategy")
     try:
         return L.Trainer(
             accelerator="gpu" if device.type == "cuda" else "cpu",

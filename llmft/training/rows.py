@@ -17,6 +17,7 @@ from llmft.data.targets import Targets
 from llmft.errors import ConfigError
 from llmft.model.families import positions
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
+from llmft.model.quantization import agreed
 from llmft.prepare import Prepared, check_rejected
 from llmft.schema import canonical, to_plain
 
@@ -107,6 +108,8 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
     """
     config, conversations = prepared.config, prepared.conversations
+    architecture = model_config(config.model, prepared.located)
+    agreed(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
         texts = [message["content"] for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
@@ -121,7 +124,6 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
     trainer = config.trainer
-    architecture = model_config(config.model, prepared.located)
     per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
     total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
     every = trainer.validate_every

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -13,7 +14,7 @@ import lightning as L
 import torch
 
 from llmft.app import command_line
-from llmft.build import build, find, metric_functions, optimizer_factory
+from llmft.build import build, check_target, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.config import (
     Checkpointing,
@@ -42,7 +43,7 @@ from llmft.model.load import (
     load_base,
 )
 from llmft.model.memory import lora_rank, optimizer_bytes
-from llmft.model.quantization import weight_counts
+from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
@@ -52,13 +53,13 @@ from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
 from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
-from llmft.training.plan import plan_facts
+from llmft.training.plan import last_names, plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.readiness import check_room, check_vocabulary, lightning_trainer, make_ready
+from llmft.training.readiness import check_dora, check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
-from llmft.training.scoring import make_scoring
+from llmft.training.scoring import check_objective, make_scoring
 from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
@@ -69,7 +70,6 @@ class Parts:
     """What the config names and others wrote, or a task brings."""
 
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
-    objective: Any
     metrics: dict[str, Callable[..., float]]
     callbacks: list[Any]
 
@@ -84,9 +84,11 @@ def check_parts(config: TrainConfig) -> Parts:
         ready = getattr(getattr(metric, "func", metric), "ready", None)
         if ready is not None:
             ready(**getattr(metric, "keywords", {}))
+    check_objective(config.task)
+    if isinstance(config.trainer.strategy, dict):
+        check_target(config.trainer.strategy, "trainer.strategy", "strategy")
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
-        find(str(config.task.objective), "task.objective"),
         metrics,
         [_callback(node, f"trainer.callbacks.{name}", config.task) for name, node in config.trainer.callbacks.items()],
     )
@@ -98,11 +100,11 @@ def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
     if isinstance(monitor, str) and monitor.startswith("val/"):
         if monitor not in metrics:
             raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
-        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_")).parameters
+        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_", "callback")).parameters
         if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
             asked = Mode(node.get("mode", "auto"))
             node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
-    return build(node, key)
+    return build(node, key, "callback")
 
 
 class Session:
@@ -143,6 +145,7 @@ class Session:
         reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
         environment = {**describe(self.device), "precision": self.precision.value, "reused": reused}
         environment["micro_batch"] = self.fit.to_plain()
+        environment["ran"] = self._ran()
         if self.main_process:
             write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
@@ -228,6 +231,7 @@ class Session:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
+        check_dora(config, self.device, int8=counts["8-bit"] > 0)
         check_vocabulary(config, self.rows, self.base.get_input_embeddings().weight.shape[0])
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         set_checkpointing(self.base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
@@ -468,6 +472,27 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------- records
 
+    def _targets(self) -> list[str]:
+        """The modules that have a LoRA."""
+        return sorted(getattr(self.model, "targeted_module_names", []))
+
+    def _ran(self) -> dict[str, Any]:
+        """What the model is and does, read from it and not from what was asked for."""
+        objective, template = type(self.objective), str(self.prompt.config.template)
+        return {
+            "quantization": held_as(self.base),
+            "weights": weight_counts(self.model),
+            "attention": getattr(self.base.config, "_attn_implementation", None),
+            "gradient_checkpointing": self.fit.checkpointing.value,
+            "objective": f"{objective.__module__}.{objective.__qualname__}",
+            "prompt": {
+                "name": self.config.prompt.name,
+                "of_the_tokenizer": not self.config.prompt.template,
+                "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            },
+            "lora_modules": {"count": len(self._targets()), "names": last_names(self._targets())},
+        }
+
     def _show_plan(self, resumed_at: int | None) -> None:
         config = self.config
         facts = plan_facts(
@@ -477,6 +502,8 @@ class Session:
             self.precision,
             self.total_steps,
             self.validate_every,
+            held_as(self.base),
+            self._targets(),
         )
         facts["at once"] = str(self.fit)
         facts["run"] = str(self.run_directory.directory)
