@@ -14,17 +14,23 @@ from typing import Any
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
+from llmft.overrides import hydra_arguments
 from llmft.redaction import redact
-from llmft.schema import open_keys, schema_keys, to_config
+from llmft.schema import schema_keys, to_config
 
 
 def config_directory() -> Path:
-    """The directory of the YAML files: beside the checkout's package, or inside the installed one."""
+    """The directory of the YAML files."""
+    return shipped_directory("conf")
+
+
+def shipped_directory(name: str) -> Path:
+    """A directory that ships with llmft: beside the checkout's package, or inside the installed one."""
     package = Path(__file__).resolve().parent
-    for candidate in (package / "conf", package.parent / "conf"):
-        if (candidate / "train.yaml").is_file():
+    for candidate in (package / name, package.parent / name):
+        if candidate.is_dir():
             return candidate
-    raise ConfigError(f"no conf/ beside or inside {package}: the installation is incomplete, install llmft again.")
+    raise ConfigError(f"no {name}/ beside or inside {package}: the installation is incomplete, install llmft again.")
 
 
 def make_known(name: str, schema: type) -> None:
@@ -52,20 +58,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         make_known(name, schema)
         import hydra
 
-        for argument in sys.argv[1:]:
-            if argument.startswith("--e"):  # argparse completes what is begun
-                raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
-            if redact(argument) != argument:
-                key = argument.partition("=")[0]
-                raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")
-        if not multirun:
-            if {"-m", "--multirun"} & set(sys.argv[1:]):
-                raise ConfigError("-m: only a training has several jobs; this command takes one config.")
-            sys.argv.append("hydra.mode=RUN")  # also where a file of sweeps/ says otherwise
+        sys.argv[1:] = hydra_arguments(sys.argv[1:], schema, multirun=multirun)
         check_config_directories(sys.argv[1:])
-        # Options before overrides: argparse does not find `-m` between two of them.
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
-        sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
 
         failures: list[Exception] = []
@@ -113,16 +107,6 @@ def config_of_command(composed: Any, schema: type) -> Any:
             "command line if you have read the code."
         )
     return config
-
-
-def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
-    """`argument` with Hydra's `++` in front where it sets a key of an open dictionary, such as model.overrides."""
-    key, equals, value = argument.partition("=")
-    # A whole dictionary, or a key in one; optimizer=adamw is neither but the choice of a group's option.
-    inside = any((key == name and value.startswith("{")) or key.startswith(f"{name}.") for name in open_to_any)
-    if equals and set(value) & set(" ()") and "'" not in value and os.path.exists(value):
-        argument = f"{key}='{value}'"  # a path that Hydra's grammar would take apart
-    return f"++{argument}" if equals and inside else argument
 
 
 def explain(error: BaseException, schema: type) -> ConfigError | None:

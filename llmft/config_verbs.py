@@ -15,6 +15,7 @@ from llmft.config import (
     Precision,
     PromptConfig,
     QuantizationFormat,
+    Texts,
     checkpointing_of,
     require,
     rows_or_tokens,
@@ -49,7 +50,7 @@ def as_list(value: Any) -> list[str]:
 class PredictData:
     """The rows to predict; columns are those of the run."""
 
-    files: Any = MISSING
+    files: Texts = MISSING
     csv_columns: list[str] | None = None
 
 
@@ -57,7 +58,7 @@ class PredictData:
 class PredictConfig:
     """What `python -m llmft.predict` takes."""
 
-    run: Any = MISSING
+    run: Texts = MISSING
     data: PredictData = field(default_factory=PredictData)
     name: str | None = None
     batch_size: int = 32
@@ -89,7 +90,7 @@ class EvaluateConfig:
     """What `python -m llmft.evaluate` takes."""
 
     predictions: str = MISSING
-    references: Any = None
+    references: Texts = None
     target: str | None = None
     id: str | None = None
     slice: list[str] = field(default_factory=list)
@@ -110,7 +111,7 @@ class EvaluateConfig:
 class FoldsConfig:
     """What `python -m llmft.folds` takes."""
 
-    runs: Any = None
+    runs: Texts = None
     output_dir: str = "outputs"
     name: str | None = None
     metrics: list[str] = field(default_factory=list)
@@ -120,7 +121,7 @@ class FoldsConfig:
 class BlendConfig:
     """What `python -m llmft.blend` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     method: Method = Method.mean
     predictions: str = "val"
     metric: str | None = None
@@ -139,7 +140,7 @@ class BlendConfig:
 class RefitConfig:
     """What `python -m llmft.refit` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     output_dir: str | None = None
     progress: bool = True
     logger: bool = True

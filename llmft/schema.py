@@ -72,14 +72,19 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, groups included."""
+def schema_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key of a schema, groups included, and what it holds as it is annotated."""
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
-        yield key
+        yield key, str(entry.type)
         kind = dataclass_of(entry.type, schema)
         if kind is not None:
-            yield from schema_keys(kind, f"{key}.")
+            yield from schema_fields(kind, f"{key}.")
+
+
+def schema_keys(schema: type) -> Iterator[str]:
+    """Every dotted key of a schema, groups included."""
+    return (key for key, _ in schema_fields(schema))
 
 
 def aside_keys(schema: type) -> list[str]:
@@ -87,15 +92,9 @@ def aside_keys(schema: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("aside")]
 
 
-def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def open_keys(schema: type) -> Iterator[str]:
     """The dotted keys that hold a dictionary, under which any key may stand."""
-    for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        kind = dataclass_of(entry.type, schema)
-        if kind is not None:
-            yield from open_keys(kind, f"{key}.")
-        elif str(entry.type).startswith("dict["):
-            yield key
+    return (key for key, kind in schema_fields(schema) if kind.startswith("dict["))
 
 
 def dataclass_of(annotation: Any, owner: type) -> type | None:
@@ -113,11 +112,20 @@ def to_config(composed: DictConfig, schema: type) -> Any:
     Raises ConfigError for a key that the schema lacks (Hydra lets `+lora.zz=1` pass), a missing value, or a
     value out of range.
     """
-    _refuse_extra_keys(composed, schema, "")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
-    return OmegaConf.to_object(composed)
+    try:
+        _refuse_extra_keys(composed, schema, "")
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
+        return OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explained(error)) from None
+
+
+def explained(error: OmegaConfBaseException) -> str:
+    """What is wrong with which key, in a sentence."""
+    told, key = str(error).splitlines()[0].rstrip("."), error.full_key
+    return f"{key}: {told}." if key and key not in told else f"{told}."
 
 
 def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
