@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
-from llmft.overrides import hydra_arguments
+from llmft.overrides import hydra_arguments, is_group
 from llmft.redaction import redact
-from llmft.schema import schema_keys, to_config
+from llmft.schema import explained, schema_keys, to_config
 
 
 def config_directory() -> Path:
@@ -78,6 +79,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
                 return None
 
         task.__module__ = "__main__"
+        warnings.filterwarnings("error", "provider=.* is not available", UserWarning)  # a directory that is not there
         app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
         try:
             app()
@@ -128,9 +130,16 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     for link in chain:
         if isinstance(link, UserError):
             return link if isinstance(link, ConfigError) else ConfigError(str(link))
+    if isinstance(error, UserWarning):
+        path = re.search(r"path=(.*) is not available", str(error))
+        return ConfigError(f"hydra.searchpath: {path[1] if path else error} is no directory.")
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
+    if "Config group override must be a string" in str(error):
+        named = (a for a in sys.argv[1:] if is_group(a.partition("=")[0], schema) and not a.endswith("="))
+        given = next((a for a in named if re.search(r"=([-+.\d]|(null|true|false)$)", a)), "a group")
+        return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -144,9 +153,10 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         return _unknown_key(key, schema)
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
         return _unknown_key(_override_key(str(error)) or key, schema)
-    told = [link for link in chain if isinstance(link, OmegaConfBaseException)] or chain
-    reason = str(told[0]).splitlines()[0].rstrip(".")
-    return ConfigError(f"{key}: {reason}." if key and key not in reason else f"{reason}.")
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException):
+            return ConfigError(explained(link, schema))
+    return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
 
 
 def _missing_option(error: Any) -> ConfigError:
@@ -179,7 +189,7 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = list(schema_keys(schema))
-    if key.startswith("hydra.sweeper."):
+    if key.startswith("hydra."):
         return _unknown_setting(key)
     best = nearest(key, keys)
     if best is None:  # the right name in the wrong place
@@ -189,8 +199,15 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
 
 
 def _unknown_setting(key: str) -> ConfigError:
-    options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
-    return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    if key.startswith("hydra.sweeper."):
+        options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
+        return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    from hydra.conf import HydraConf
+
+    parent, _, name = key.rpartition(".")
+    best = nearest(name, HydraConf.__dataclass_fields__) if parent == "hydra" else None
+    hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
+    return ConfigError(f"{key}: no such key; {hint}")
 
 
 def command_line() -> str:

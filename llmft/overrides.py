@@ -80,6 +80,12 @@ def is_text(key: str, schema: type) -> bool:
     return kinds_of(schema).get(key.lstrip("+"), "").partition(" |")[0] == "str"
 
 
+def is_group(key: str, schema: type) -> bool:
+    """Whether a key chooses one of a group's files."""
+    kind = kinds_of(schema).get(key.lstrip("+"), "")
+    return "." not in key and (kind.endswith("Config") or kind.startswith("dict[") or key == "hydra")
+
+
 def as_override(argument: str, schema: type, *, several: bool = False) -> str:
     """One argument of the command of `schema` as an override; `several`: commas may separate values."""
     spelled, equals, value = argument.partition("=")
@@ -178,7 +184,9 @@ def _values(value: str) -> list[str]:
 
 def split_at_commas(text: str) -> list[str]:
     """The parts of `text` between commas outside quotes and brackets; a quote counts where a part begins with it."""
-    parts, closing, start, at = [], [], 0, 0
+    parts: list[str] = []
+    closing: list[str] = []
+    start = at = 0
     while at < len(text):
         sign = text[at]
         if sign in "'\"" and not text[start:at].strip() and not closing:

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 import llmft.config
 from llmft.errors import ConfigError, did_you_mean
@@ -117,15 +117,26 @@ def to_config(composed: DictConfig, schema: type) -> Any:
         missing = sorted(OmegaConf.missing_keys(composed))
         if missing:
             raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
-        return OmegaConf.to_object(composed)
+        made = OmegaConf.to_object(composed)
     except OmegaConfBaseException as error:
-        raise ConfigError(explained(error)) from None
+        raise ConfigError(explained(error, schema)) from None
+    if not isinstance(made, schema):
+        raise ConfigError(f"this config is none of {schema.__name__}: leave out --config-name, or name one like ours.")
+    return made
 
 
-def explained(error: OmegaConfBaseException) -> str:
+def explained(error: OmegaConfBaseException, schema: type) -> str:
     """What is wrong with which key, in a sentence."""
     told, key = str(error).splitlines()[0].rstrip("."), error.full_key
-    return f"{key}: {told}." if key and key not in told else f"{told}."
+    if isinstance(error, GrammarParseError) or told.startswith("GrammarParseError"):
+        told = "${ begins an interpolation, such as ${seed}, and this is none; write \\${ for the characters themselves"
+    told = re.sub(r"^\w+ raised while resolving interpolation: \"?(.*?)\"?$", r"\1", told)
+    if variable := re.fullmatch(r"Environment variable '(.+)' not found", told):
+        told = f"no environment variable {variable[1]}; set it, or write a default: ${{oc.env:{variable[1]},…}}"
+    if missing := re.fullmatch(r"Interpolation key '(.+)' not found", told):
+        told = f"${{{missing[1]}}} names no key{did_you_mean(missing[1], schema_keys(schema))[:100]}"
+    told = told.rstrip("?.") + ("?" if told.endswith("?") else ".")
+    return f"{key}: {told}" if key and key not in told.split() else told
 
 
 def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from llmft.app import command_line
 from llmft.build import build, find, metric_functions, optimizer_factory
@@ -54,6 +55,7 @@ from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
+from llmft.training.guests import failed_callback, make_callbacks
 from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
@@ -77,7 +79,7 @@ class Parts:
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
     objective: Any
     metrics: dict[str, Callable[..., float]]
-    callbacks: list[Any]
+    callbacks: dict[str, Any]
 
 
 def check_parts(config: TrainConfig) -> Parts:
@@ -94,7 +96,7 @@ def check_parts(config: TrainConfig) -> Parts:
         optimizer_factory(config.optimizer, config.learning_rate.peak),
         find(str(config.task.objective), "task.objective"),
         metrics,
-        [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
+        make_callbacks(config, names),
     )
 
 
@@ -394,13 +396,13 @@ class Session:
                 use_distributed_sampler=False,
                 deterministic="warn" if trainer.deterministic else False,
                 logger=self.loggers or False,
-                callbacks=[*callbacks, *self.parts.callbacks],
+                callbacks=[*callbacks, *self.parts.callbacks.values()],
                 enable_checkpointing=False,
                 enable_progress_bar=False,
                 enable_model_summary=False,
                 barebones=False,
             )
-        except (ValueError, TypeError, RuntimeError) as error:
+        except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
             raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
 
     # ---------------------------------------------------------------------------------------------------- running
@@ -424,6 +426,8 @@ class Session:
             told = "interrupted; the same command goes on from the newest checkpoint."
             raise Interrupted(told, self.signals.received) from error
         except Exception as error:
+            if (told_by := failed_callback(error, self.parts.callbacks)) is not None:
+                raise told_by from error
             if not is_out_of_memory(error):
                 raise
             if self.module.trainer.world_size > 1:  # the other processes cannot follow
