@@ -19,6 +19,9 @@ from llmft.overrides import hydra_arguments, is_group
 from llmft.redaction import redact
 from llmft.schema import explained, schema_keys, to_config
 
+has_ready_sweeps = False
+"""Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
+
 
 def config_directory() -> Path:
     """The directory of the YAML files."""
@@ -36,6 +39,8 @@ def shipped_directory(name: str) -> Path:
 
 def make_known(name: str, schema: type) -> None:
     """Tells Hydra of the schema of conf/<name>.yaml, and of our plugins; before anything is composed."""
+    global has_ready_sweeps
+    has_ready_sweeps = name == "train"
     plugins = str(Path(__file__).resolve().parent / "plugins")
     if plugins not in sys.path:
         sys.path.append(plugins)  # Hydra finds what lies in a folder hydra_plugins on the path
@@ -142,6 +147,8 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
+    if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
+        return ConfigError("the command line cannot be read: an override is key=value, as in lora.r=4.")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(link) for link in chain)
@@ -157,6 +164,13 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(explained(link, schema))
     return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
 
 
 def _missing_option(error: Any) -> ConfigError:

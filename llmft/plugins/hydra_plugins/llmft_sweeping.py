@@ -21,6 +21,7 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
+import llmft.app
 from llmft.app import command_line, config_of_command, explain, shipped_directory
 from llmft.config import SearchConfig, TrainConfig
 from llmft.errors import ConfigError, UserError, as_user_error
@@ -45,7 +46,8 @@ class ReadySweeps(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra."""
-        search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
+        if llmft.app.has_ready_sweeps:
+            search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
 
 
 class LocalLauncher(Launcher):
