@@ -48,7 +48,7 @@ def split_by_bash(lines: Sequence[str], cwd: Path) -> list[list[str]]:
 def printed_commands() -> dict[str, str]:
     """Every command that README, conf/, sweeps/, --help or an error shows, and the file that shows it.
 
-    What is not a command as it stands is left out: patterns (with …, [key=value] or a value to be filled in by code) and
+    What is not a command as it stands is left out: patterns (with …, [key=value] or a value that code fills in), and
     `wandb sweep`, which is a program of others.
     """
     found: dict[str, str] = {}
