@@ -15,6 +15,7 @@ from tests.conftest import ROOT, compose
 
 README = (ROOT / "README.md").read_text()
 
+
 def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
     for name in ("main", "test"):
         found = re.findall(rf"<!-- fresh-machine: {name} -->\n```bash\n([^\n]+)\n```", README)
