@@ -143,8 +143,9 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
     if "Config group override must be a string" in str(error):
         named = (a for a in sys.argv[1:] if is_group(a.partition("=")[0], schema) and not a.endswith("="))
-        given = next((a for a in named if re.search(r"=([-+.\d]|(null|true|false)$)", a)), "a group")
-        return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
+        given = next((a for a in named if re.search(r"=([-+.\d]|(null|true|false)$)", a)), None)
+        if given is not None:
+            return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
