@@ -119,7 +119,12 @@ def metric_functions(paths: list[str], options: dict[str, Any] | None = None) ->
 
     Raises ConfigError for a metric that does not exist, an option for none, or an argument that it does not take.
     """
-    found: dict[str, Callable[..., float]] = {path.rpartition(".")[2]: find(path, "task.metrics") for path in paths}
+    found: dict[str, Callable[..., float]] = {}
+    for path in paths:
+        name = path.rpartition(".")[2]
+        if name in found:
+            raise ConfigError(f"task.metrics: two metrics are called {name}; keep one, or give one another name.")
+        found[name] = find(path, "task.metrics")
     for name, arguments in (options or {}).items():
         if name not in found:
             raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, found)}")

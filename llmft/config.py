@@ -175,10 +175,17 @@ class Checkpointing(Enum):
 
 
 class Mode(Enum):
-    """Which direction of the monitored metric is better."""
+    """Which direction of the monitored metric is better; `auto` is what the metric itself declares."""
 
+    auto = "auto"
     min = "min"
     max = "max"
+
+    @property
+    def sign(self) -> float:
+        """What a value is multiplied with, so that less is better."""
+        assert self is not Mode.auto, "llmft.monitor.with_mode comes first"
+        return 1.0 if self is Mode.min else -1.0
 
 
 class Export(Enum):
@@ -529,7 +536,7 @@ class TrainerConfig:
     validate_every: float = 0.25
     gradient_clip: float | None = 1.0
     monitor: str = "val/loss_nats"
-    mode: Mode = Mode.min
+    mode: Mode = Mode.auto
     patience: int | None = None
     export: Export = Export.best
     precision: Precision = Precision.auto

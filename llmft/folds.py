@@ -84,6 +84,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
 
     from llmft.members import file_order, joined, member_directory, open_members, shared_names, stack, write_member
     from llmft.predictions import Predictions, open_member
+    from llmft.prior import against_prior
     from llmft.scores import metrics_for, score
 
     parts = [open_member(run.directory, "val") for run, _ in runs]
@@ -99,6 +100,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
     metrics = metrics_for(whole, config.metrics)
     total, each = score(whole, metrics), [score(part, metrics) for part in parts]
     spread = {name: float(np.std([own[name] for own in each], ddof=1)) for name in total}
+    chance = against_prior(whole, metrics)
     trained = runs[0][1]
     default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
     directory = member_directory(
@@ -110,10 +112,11 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
         "score": total,
         "folds": each,
         "spread": spread,
+        "chance": chance.to_plain() if chance is not None else None,
         "predictions": {name: len(own.ids) for name, own in predictions.items()},
     }
     write_member(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
-    _show(screen, directory, total, each, spread)
+    _show(screen, directory, record)
     return directory
 
 
@@ -157,20 +160,23 @@ def _chained(parts: list[Any]) -> Any:
     )
 
 
-def _show(
-    screen: Any, directory: Path, total: dict[str, float], each: list[dict[str, float]], spread: dict[str, float]
-) -> None:
+def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
+    each, spread, chance = record["folds"], record["spread"], record["chance"]
+
     table = Table(title="out of fold", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("metric")
-    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread"):
+    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread", "prior"):
         table.add_column(title, justify="right")
-    for name, value in total.items():
-        numbers = [value, *(own[name] for own in each), spread[name]]
-        table.add_row(name, *(f"{number:.4f}" for number in numbers))
-    screen.print(table, f"[bold]folds[/bold]  {directory}")
+    for name, value in record["score"].items():
+        numbers = [value, *(own[name] for own in each), spread[name], chance["metrics"][name] if chance else None]
+        table.add_row(name, *("" if number is None else f"{number:.4f}" for number in numbers))
+    screen.print(table)
+    if chance:
+        screen.chance({"out of fold": chance})
+    screen.print(f"[bold]folds[/bold]  {directory}")
 
 
 if __name__ == "__main__":

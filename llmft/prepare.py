@@ -20,6 +20,8 @@ from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
 from llmft.errors import DataError
 from llmft.model.hub import Located, locate
+from llmft.monitor import with_mode
+from llmft.prior import prior_of
 from llmft.runs import Run, open_run, run_key
 
 
@@ -62,6 +64,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         ConfigError: for what the config names and is not there.
         DataError: for rows that cannot be used.
     """
+    config = with_mode(config)
     problems = Problems(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)
@@ -114,9 +117,10 @@ def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
-    """The training rows with task.class_weights; a regression's mean and spread are noted in `targets`."""
+    """The training rows with task.class_weights; `targets` notes their prior, and a regression's mean and spread."""
     if targets is None:
         return train
+    targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])
     if targets.problem is Problem.regression:
         import numpy as np
 

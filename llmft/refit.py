@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config import Export, LoggerConfig, Mode, TrainConfig, TrainOn
+from llmft.config import Export, LoggerConfig, TrainConfig, TrainOn
 from llmft.config_verbs import RefitConfig
 from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError
@@ -76,13 +76,18 @@ def refit_config(config: RefitConfig) -> TrainConfig:
 
 
 def _rank(run: tuple[Any, TrainConfig]) -> float:
+    from llmft.monitor import mode_of, named_metric
+
     trainer = run[1].trainer
     value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)
     if value is None:
         raise ConfigError(
             f"{run[0].directory}: its validation has no {trainer.monitor}, so nothing tells how good it is."
         )
-    return float(value) if trainer.mode is Mode.min else -float(value)
+    metric = named_metric(trainer.monitor, run[1].task.metrics)
+    # A run that kept the wrong end of its curve has the step of that, which no refit should take.
+    mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")
+    return mode.sign * float(value)
 
 
 def _steps(run: Any) -> int:

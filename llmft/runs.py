@@ -370,7 +370,7 @@ def _is_run(directory: Path) -> bool:
     return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
 
 
-def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[str, Any]:
+def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:
     """What predictions say of the run they come from."""
     return {
         "run": str(run.directory),
@@ -379,6 +379,7 @@ def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[s
         "fold": config.data.fold,
         "num_folds": config.data.num_folds if config.data.fold is not None else None,
         "train_on": config.data.train_on.value,
+        "prior": list(prior),
     }
 
 

@@ -131,7 +131,7 @@ def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
 
         tell_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
-    screen.summary(result.get("before", {}), result.get("after", {}), {})
+    screen.summary(result.get("before", {}), result.get("after", {}), {}, result.get("chance"))
     return result.get("after", {}).get(config.trainer.monitor)
 
 

@@ -93,7 +93,7 @@ def test_optimised_weights_are_the_best_of_a_grid_and_the_climb_comes_near(tmp_p
     found = convex(values, references, "single_label")
     assert found.sum() == pytest.approx(1)
     assert found[0] == pytest.approx(min(grid)[1], abs=0.01)
-    climbed = hill_climb(values, lambda mixed: logloss(references, mixed), "logloss", 200)
+    climbed = hill_climb(values, lambda mixed: logloss(references, mixed), 200)
     assert logloss(references, np.tensordot(climbed, values, axes=1)) == pytest.approx(min(grid)[0], abs=1e-3)
 
 

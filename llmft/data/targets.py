@@ -33,6 +33,7 @@ class Targets:
         labels: the classes, in the order of all probabilities; one name for a regression.
         words: what `task.head=tokens` writes for each class.
         mean, scale: of a regression's targets over the training rows; the head learns (target - mean) / scale.
+        prior: what is predicted without reading a row: the classes' shares among the training rows, or their mean.
     """
 
     problem: Problem = Problem.single_label
@@ -40,6 +41,7 @@ class Targets:
     words: list[str] = field(default_factory=list)
     mean: float = 0.0
     scale: float = 1.0
+    prior: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], column: str | None, fill: Fill) -> Targets:
@@ -119,6 +121,7 @@ class Targets:
             "words": self.words,
             "mean": self.mean,
             "scale": self.scale,
+            "prior": self.prior,
         }
 
     @classmethod

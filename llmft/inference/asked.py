@@ -77,8 +77,9 @@ class Asked:
 
     def facts(self) -> dict[str, Any]:
         """What the predictions say of themselves."""
+        prior = self.target_model.prior if self.target_model is not None else []
         return {
-            "sources": [source_facts(self.run, self.config, self.rows_fingerprint)],
+            "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
             "files": self.files,
             "files_digest": self.digest,
             "id_column": self.id_column,

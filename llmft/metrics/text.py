@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+from llmft.metrics import higher_is_better
+
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
 
 
@@ -17,6 +19,7 @@ def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
         raise ValueError("no references")
 
 
+@higher_is_better
 def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Share of predictions that equal their reference, white space at both ends left out; 0 to 1."""
     _check(references, predictions)
@@ -24,6 +27,7 @@ def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
     return hits / len(references)
 
 
+@higher_is_better
 def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Mean over the rows of the F1 of the words in common, words as white space parts them, in lower case; 0 to 1.
 
@@ -39,6 +43,7 @@ def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
     return total / len(references)
 
 
+@higher_is_better
 def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
     """BLEU of the whole set by sacrebleu (13a words, exponential smoothing), 0 to 1."""
     import sacrebleu
@@ -47,6 +52,7 @@ def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100)
 
 
+@higher_is_better
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Mean over the rows of ROUGE-L's F-measure by rouge-score, without stemming; 0 to 1."""
     from rouge_score import rouge_scorer
@@ -57,6 +63,7 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(sum(scores) / len(scores))
 
 
+@higher_is_better
 def sharpened_cosine(
     references: Sequence[str], predictions: Sequence[str], encoder: str = SENTENCE_ENCODER, exponent: float = 3.0
 ) -> float:

@@ -36,6 +36,8 @@ def text(x: float, y: float, words: str, anchor: str = "start", **attributes: ob
 def figure(height: float, title: str, description: str, *children: Markup, width: float = WIDTH) -> Markup:
     """An SVG with a title and a description for those who do not see it."""
     name = f"f{abs(hash((title, description))) % 10**8}"
+    # A wide one is scrolled on a narrow screen; shrunk to it, its words could not be read.
+    wide = {"style": f"min-width: {0.7 * width:.0f}px"} if width > WIDTH else {}
     head = [tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d")]
     return tag(
         "svg",
@@ -45,6 +47,7 @@ def figure(height: float, title: str, description: str, *children: Markup, width
         role="group",
         aria_labelledby=f"{name}t {name}d",
         class_="figure",
+        **wide,
     )
 
 

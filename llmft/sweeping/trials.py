@@ -17,6 +17,7 @@ from llmft.environment import sensible_threads, visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import write_atomically
 from llmft.model.hub import Located, weight_bytes
+from llmft.monitor import with_mode
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
@@ -172,7 +173,7 @@ class Planner:
     def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
         try:
-            config = self.compose(overrides)
+            config = with_mode(self.compose(overrides))
         except Exception as error:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))

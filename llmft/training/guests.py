@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.pytorch import callbacks as lightning
 
-from llmft.build import build
 from llmft.config import TrainConfig
-from llmft.errors import ConfigError, did_you_mean
+from llmft.errors import ConfigError
 
 REFUSED: tuple[tuple[tuple[type, ...], str], ...] = (
     (
@@ -36,22 +34,16 @@ REFUSED: tuple[tuple[tuple[type, ...], str], ...] = (
 NEED_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, lightning.ThroughputMonitor)
 
 
-def make_callbacks(config: TrainConfig, metrics: Iterable[str]) -> dict[str, Any]:
-    """The callbacks of trainer.callbacks by name; raises ConfigError for one that does not fit a run of `config`."""
-    made: dict[str, Any] = {}
-    for name, node in config.trainer.callbacks.items():
-        key = f"trainer.callbacks.{name}"
-        callback = made[name] = build(node, key)
-        kind = type(callback).__name__
+def check_callbacks(config: TrainConfig, callbacks: dict[str, Any]) -> dict[str, Any]:
+    """The `callbacks` of trainer.callbacks; raises ConfigError for one that does not fit a run of `config`."""
+    for name, callback in callbacks.items():
+        key, kind = f"trainer.callbacks.{name}", type(callback).__name__
         for kinds, reason in REFUSED:
             if isinstance(callback, kinds):
                 raise ConfigError(f"{key}: {kind} has no place here: {reason}.")
         if isinstance(callback, NEED_LOGGER) and not (config.logger.wandb.enabled or config.logger.loggers):
             raise ConfigError(f"{key}: {kind} needs a logger; set logger=csv, tensorboard or wandb, or leave it out.")
-        monitor = getattr(callback, "monitor", None)
-        if isinstance(monitor, str) and monitor.startswith("val/") and monitor not in metrics:
-            raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
-    return made
+    return callbacks
 
 
 def failed_callback(error: BaseException, callbacks: dict[str, Any]) -> ConfigError | None:

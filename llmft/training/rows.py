@@ -115,7 +115,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         tokenizer = load_tokenizer(config.model, prepared.located)
     prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
-    targets = prepared.targets.to_plain() if prepared.targets is not None else None
+    targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
     fingerprint = canonical([prepared.data_fingerprint, targets, to_plain(config.task.head)])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,10 +21,12 @@ from llmft.config import (
     Checkpointing,
     Export,
     Head,
+    Mode,
     OnNan,
     OnSaveError,
     Precision,
     QuantizationFormat,
+    TaskConfig,
     TrainConfig,
     TrainOn,
     seconds_of,
@@ -50,17 +53,18 @@ from llmft.model.load import (
 from llmft.model.memory import lora_rank, optimizer_bytes
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
+from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
 from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
-from llmft.training.guests import failed_callback, make_callbacks
+from llmft.training.guests import check_callbacks, failed_callback
 from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, validated_at, write_predictions, write_records
+from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.rows import inspect_rows, read_rows
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
@@ -84,20 +88,30 @@ class Parts:
 
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
-    metrics = metric_functions(config.task.metrics, config.task.metric_options)
-    names = ["val/loss_nats", *(f"val/{name}" for name in metrics)]
-    if config.task.head is None:
-        names.append("val/perplexity")
-    wanted = config.trainer.monitor
-    if wanted not in names:
-        raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
+    with_mode(config)
     check_loggers(config.logger)
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
         find(str(config.task.objective), "task.objective"),
-        metrics,
-        make_callbacks(config, names),
+        metric_functions(config.task.metrics, config.task.metric_options),
+        check_callbacks(
+            config,
+            {n: _callback(node, f"trainer.callbacks.{n}", config.task) for n, node in config.trainer.callbacks.items()},
+        ),
     )
+
+
+def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
+    """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
+    monitor, metrics = node.get("monitor"), validation_metrics(task)
+    if isinstance(monitor, str) and monitor.startswith("val/"):
+        if monitor not in metrics:
+            raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
+        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_")).parameters
+        if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
+            asked = Mode(node.get("mode", "auto"))
+            node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
+    return build(node, key)
 
 
 class Session:
@@ -473,6 +487,9 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early,
             "seconds": round(recorder.seconds, 3),
         }
+        chance = chance_of(self.prepared, self.module.scoring.metrics if self.module.scoring is not None else {})
+        if chance:
+            result["chance"] = chance
         if self.module.skipped:
             result["skipped_steps"] = self.module.skipped
         run.finish(result)
@@ -487,6 +504,7 @@ class Session:
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
             },
+            chance,
         )
         self.exit_code = 0
         return after.get(config.trainer.monitor)
@@ -494,6 +512,11 @@ class Session:
     def _take_best(self) -> int:
         """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""
         best = self.checkpointer.best_step
+        if best is None and self.config.data.train_on is not TrainOn.all:
+            self.screen.warn(
+                f"no validation had a finite {self.config.trainer.monitor}, so none is the best: the last weights are "
+                "handed over."
+            )
         if best is None or best == self.module.step:
             return self.module.step
         path = path_of(self.run_directory.checkpoints, best)
