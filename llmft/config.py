@@ -16,6 +16,9 @@ from omegaconf import MISSING
 
 from llmft.errors import ConfigError, did_you_mean
 
+Texts = Any
+"""One text, such as a path or glob, or a list of them; the command line takes it as it is, unlike other `Any`."""
+
 
 def aside(default: Any = MISSING, *, factory: Any = None) -> Any:
     """A field that cannot change a run's numbers, and so has no part in its key."""
@@ -272,7 +275,7 @@ class LoraConfig:
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    targets: Any = "all-linear"
+    targets: Texts = "all-linear"
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
@@ -332,9 +335,9 @@ class PromptConfig:
 class Files:
     """One path, glob or list of them per split."""
 
-    train: Any = None
-    validation: Any = None
-    test: Any = None
+    train: Texts = None
+    validation: Texts = None
+    test: Texts = None
 
 
 @dataclass
@@ -358,7 +361,7 @@ class DataConfig:
     name: str = aside()
     source: str | None = None
     rows: dict[str, int] = field(default_factory=dict)
-    files: Any = aside(None)
+    files: Texts = aside(None)
     split_files: Files = aside(factory=Files)
     hub: str | None = None
     hub_config: str | None = None
@@ -370,7 +373,7 @@ class DataConfig:
     target_columns: list[str] = field(default_factory=list)
     target_separator: str = ","
     pseudo: str | None = aside(None)
-    pseudo_rows: Any = aside(None)
+    pseudo_rows: Texts = aside(None)
     pseudo_floor: float = 0.0
     pseudo_cap: int | None = None
     pseudo_weight: float = 1.0

@@ -16,6 +16,7 @@ from llmft.config import (
     Precision,
     PromptConfig,
     QuantizationFormat,
+    Texts,
     checkpointing_of,
     require,
     rows_or_tokens,
@@ -75,7 +76,7 @@ class SubmissionConfig:
 class PredictData:
     """The rows to predict; columns are those of the run."""
 
-    files: Any = None
+    files: Texts = None
     id: str | None = None
     csv_columns: list[str] | None = None
 
@@ -84,7 +85,7 @@ class PredictData:
 class PredictConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.predict` takes."""
 
-    run: Any = MISSING
+    run: Texts = MISSING
     prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
     name: str | None = None
@@ -116,7 +117,7 @@ class EvaluateConfig(Trusting):
     """What `python -m llmft.evaluate` takes."""
 
     predictions: str = MISSING
-    references: Any = None
+    references: Texts = None
     target: str | None = None
     id: str | None = None
     slice: list[str] = field(default_factory=list)
@@ -137,7 +138,7 @@ class EvaluateConfig(Trusting):
 class FoldsConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.folds` takes."""
 
-    runs: Any = None
+    runs: Texts = None
     output_dir: str = "outputs"
     name: str | None = None
     metrics: list[str] = field(default_factory=list)
@@ -147,7 +148,7 @@ class FoldsConfig(SubmissionConfig, Trusting):
 class BlendConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.blend` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     method: Method = Method.mean
     predictions: str = "val"
     metric: str | None = None
@@ -167,7 +168,7 @@ class BlendConfig(SubmissionConfig, Trusting):
 class RefitConfig(Trusting):
     """What `python -m llmft.refit` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     output_dir: str | None = None
     progress: bool = True
     logger: LoggerConfig | None = None

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config import Mode
+from llmft.config import Mode, Texts
 from llmft.errors import ConfigError
 from llmft.schema import to_config
 
@@ -20,7 +20,7 @@ from llmft.schema import to_config
 class ReportConfig:
     """What `python -m llmft.report` takes."""
 
-    runs: Any = None
+    runs: Texts = None
     sweep: str | None = None
     output_dir: str = "outputs"
     out: str | None = None

@@ -55,7 +55,7 @@ def make_ready(
     device, precision = choose_device(config)
     trainer = config.trainer
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
-        lightning_trainer(config, device, precision, callbacks=parts.callbacks, logger=False)
+        lightning_trainer(config, device, precision, callbacks=[*parts.callbacks.values()], logger=False)
     rows = read_rows(prepared, warn)
     ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
     if stop:

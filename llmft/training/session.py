@@ -51,6 +51,7 @@ from llmft.training.callbacks import Checkpointer, Recorder
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
+from llmft.training.guests import check_callbacks, failed_callback
 from llmft.training.lanes import Lane
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import last_names, plan_facts
@@ -71,7 +72,7 @@ class Parts:
 
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
     metrics: dict[str, Callable[..., float]]
-    callbacks: list[Any]
+    callbacks: dict[str, Any]
 
 
 def check_parts(config: TrainConfig) -> Parts:
@@ -90,7 +91,10 @@ def check_parts(config: TrainConfig) -> Parts:
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
         metrics,
-        [_callback(node, f"trainer.callbacks.{name}", config.task) for name, node in config.trainer.callbacks.items()],
+        check_callbacks(
+            config,
+            {n: _callback(node, f"trainer.callbacks.{n}", config.task) for n, node in config.trainer.callbacks.items()},
+        ),
     )
 
 
@@ -344,7 +348,7 @@ class Session:
             max_steps=max(1, self.total_steps - self.module.step),
             num_sanity_val_steps=-1 if first_validates else 0,
             logger=self.loggers or False,
-            callbacks=[*callbacks, *self.parts.callbacks],
+            callbacks=[*callbacks, *self.parts.callbacks.values()],
         )
 
     # ---------------------------------------------------------------------------------------------------- running
@@ -368,6 +372,8 @@ class Session:
             told = "interrupted; the same command goes on from the newest checkpoint."
             raise Interrupted(told, self.signals.received) from error
         except Exception as error:
+            if (told_by := failed_callback(error, self.parts.callbacks)) is not None:
+                raise told_by from error
             if not is_out_of_memory(error):
                 raise
             if self.module.trainer.world_size > 1:  # the other processes cannot follow
