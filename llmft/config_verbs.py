@@ -82,6 +82,9 @@ class PredictConfig:
             self.format is not Form.submission or self.template is not None,
             "format=submission needs template=FILE, the competition's sample submission.",
         )
+        for key in ("template", "columns"):
+            value = getattr(self, key)
+            require(self.format is Form.submission or not value, f"{key}={value} goes with format=submission.")
 
 
 @dataclass

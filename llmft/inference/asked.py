@@ -7,13 +7,14 @@ import hashlib
 import json
 import shutil
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llmft.config import TrainConfig
 from llmft.config_verbs import PredictConfig
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.sources import Problems, expand, read
+from llmft.data.sources import Problems, check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError, DataError
 from llmft.files import held, write_atomically
@@ -125,12 +126,12 @@ def ask(run: Run, trained: TrainConfig, config: PredictConfig) -> Asked:
     """
     names = config.data.csv_columns
     data = replace(trained.data, csv_columns=trained.data.csv_columns if names is None else names)
-    paths = expand(config.data.files, "data.files")
-    problems, digest, rows = Problems(), hashlib.sha256(), []
-    for path in paths:
-        content = path.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
-        rows += list(read(path, content, problems, data.csv_columns))
+    problems, digest = Problems(), hashlib.sha256()
+    read = read_files(config.data.files, "data.files", problems, data.csv_columns)
+    check_csv_columns(names or [], read.paths)
+    for content in read.digests:
+        digest.update(bytes.fromhex(content))
+    rows = with_nested(read.rows, chain.from_iterable(named_columns(data).values()))
     if not rows:
         raise DataError(f"data.files={config.data.files}: no rows to predict.")
     targets = _targets(run, trained)
@@ -143,12 +144,12 @@ def ask(run: Run, trained: TrainConfig, config: PredictConfig) -> Asked:
     if len({row.id for row in conversations}) < len(conversations):
         raise DataError(f"data.files: two rows have one id in '{columns.id}'; every row needs its own.")
     whole = digest.hexdigest()
-    name = config.name or f"{slug(paths[0].name.partition('.')[0])}-{whole[:8]}"
+    name = config.name or f"{slug(read.paths[0].name.partition('.')[0])}-{whole[:8]}"
     options = [config.batch_size, config.max_new_tokens, data.csv_columns, [str(row.id) for row in conversations]]
     plan = hashlib.sha256(canonical([run.key, run.digests(), whole, options]).encode()).hexdigest()
     directory = run.directory / FOLDER / slug(name)
     fingerprint = json.loads(run.environment_file.read_text())["data"]["rows_fingerprint"]
-    files = [str(path.absolute()) for path in paths]
+    files = [str(path.absolute()) for path in read.paths]
     note = ""
     if columns.id is None and "id" in rows[0].values:
         note = "two rows have one id, or one has none, so the rows are called by file and line."
