@@ -22,6 +22,16 @@ class NotFinite(str):
     __slots__ = ()
 
 
+class Unreadable:
+    """A value that Python has no type for, or that is damaged; it matters only where somebody asks for it."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = str(kind)
+
+    def __str__(self) -> str:
+        return f"<{self.kind}>"
+
+
 def pieces(template: str) -> list[tuple[str, str | None]]:
     """A template as texts, each with the name of the column behind it; a name without braces stands for itself.
 
@@ -100,6 +110,8 @@ def text_of(value: Any, name: str) -> str:
         return format(value, "f")
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
+    if isinstance(value, Unreadable):
+        raise ValueError(f"column '{name}' holds a {value.kind} that cannot be read")
     raise ValueError(f"column '{name}' holds {type(value).__name__}, text was expected")
 
 

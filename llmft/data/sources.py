@@ -25,11 +25,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
 from llmft.config import BadRow, Columns, DataConfig
-from llmft.data.naming import NotFinite, below, is_nested, names_in
+from llmft.data.naming import NotFinite, Unreadable, below, is_nested, names_in
 from llmft.errors import ConfigError, DataError, nearest
 from llmft.schema import canonical
 
@@ -37,6 +38,8 @@ SPLITS = ("train", "validation", "test")
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 MOST_KEPT = 4000
 """Characters of a rejected row that are kept."""
+MOST_NESTED = 100
+"""Levels of lists and objects in a row: Python's own readers and writers give up at some hundreds."""
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -102,21 +105,24 @@ def load_rows(data: DataConfig, problems: Problems) -> Loaded:
     else:
         loaded = _from_hub(data)
     if not loaded.splits.get("train"):
+        if problems.rejected:
+            first = problems.rejected[0]
+            raise DataError(f"data={data.name}: no training row can be read; {first['where']}: {first['reason']}.")
         raise DataError(f"data={data.name} has no training rows: {_named(data)} is empty.")
     return replace(loaded, splits={split: with_nested(rows, names) for split, rows in loaded.splits.items()})
 
 
 def named_columns(data: DataConfig) -> dict[str, list[str]]:
     """The columns that each key of `data` names. Raises ConfigError for a template that cannot be read."""
-    keys = {f"data.columns.{entry.name}": getattr(data.columns, entry.name) for entry in fields(Columns)}
-    named = {"data.group": [data.group], "data.stratify": [data.stratify], "data.target_columns": data.target_columns}
-    made = {key: [name for name in names if name] for key, names in named.items()}
-    for key, template in keys.items():
+    made: dict[str, list[str]] = {}
+    for entry in fields(Columns):
+        key, template = f"data.columns.{entry.name}", getattr(data.columns, entry.name)
         try:
             made[key] = names_in(template)
         except ValueError as error:
             raise ConfigError(f"{key}={template}: {error}; a brace of the text itself is written twice.") from None
-    return made
+    made["data.target_columns"] = list(data.target_columns)
+    return made | {f"data.{key}": [name] for key in ("stratify", "group") if (name := getattr(data, key))}
 
 
 def with_nested(rows: list[Row], names: Iterable[str]) -> list[Row]:
@@ -309,9 +315,9 @@ def expand(named: Any, key: str) -> list[Path]:
     for name in named if isinstance(named, (list, tuple)) else [named]:
         name = str(Path(str(name)).expanduser())
         matches = (
-            sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
+            sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         )
-        files = [Path(match) for match in matches if Path(match).is_file() or (Path(match) / "state.json").is_file()]
+        files = [Path(match) for match in matches if isfile(match) or isfile(f"{match}/state.json")]
         if not files:
             raise ConfigError(f"{key}={name}: {_missing(Path(name))}")
         paths.extend(files)
@@ -320,15 +326,17 @@ def expand(named: Any, key: str) -> list[Path]:
 
 def _missing(path: Path) -> str:
     """Why there is nothing to read under a name."""
-    if path.is_dir():
+    if os.path.isdir(path):
         splits = _directory_splits(path)
         names = [path / split for split in splits] or [
             path / f"*{ending}" for ending in FORMATS if any(path.glob(f"*{ending}"))
         ]
         which = f"; name what is in it: {', '.join(map(str, names))}" if names else ""
         return f"a directory{' of several splits' if splits else ''}, a file was expected{which}."
+    if os.path.exists(path):  # unlike Path's own, it takes a name that is too long for one that is not there
+        return "no regular file."
     folder = path.parent
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return f"no such file ({folder} is no directory)."
     best = nearest(path.name, [p.name for p in folder.iterdir() if p.is_file()][:200])
     return f"no such file{f'; did you mean {folder / best}?' if best else '.'}"
@@ -417,8 +425,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _check_characters(text: str, values: Any) -> None:
-    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read."""
+def _check_values(text: str, values: Any) -> None:
+    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read, and deep nesting."""
+    if text.count("[") + text.count("{") > MOST_NESTED:
+        level = [values]
+        for _ in range(MOST_NESTED):
+            level = [inner for value in level if isinstance(value, (dict, list)) for inner in _inner(value)]
+        if level:
+            raise RecursionError
     if "\\ud" in text or "\\uD" in text:
         try:
             canonical(values).encode()
@@ -426,14 +440,24 @@ def _check_characters(text: str, values: Any) -> None:
             raise ValueError("half a character, a lone surrogate such as \\ud83d") from None
 
 
+def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested more than {MOST_NESTED} levels deep"
+    return getattr(error, "msg", str(error))
+
+
 def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
     for where, line, cut in _lines(path, content, problems):
         try:
             values = _DECODER.decode(line)
-            _check_characters(line, values)
+            _check_values(line, values)
         except (ValueError, RecursionError) as error:
             place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = f"not JSON ({getattr(error, 'msg', error)}{place})"
+            reason = f"not JSON ({_not_json(error)}{place})"
             problems.add(where, reason, line, "; the last line has no newline: cut off?" if cut else "")
             continue
         yield from _checked(values, where, problems)
@@ -488,11 +512,11 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         try:
             begin = position
             values, position = _DECODER.raw_decode(text, begin)
-            _check_characters(text[begin:position], values)
+            _check_values(text[begin:position], values)
         except (ValueError, RecursionError) as error:
             number = getattr(error, "lineno", line)
             raise DataError(
-                f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}); the array is broken from here on."
+                f"{path}:{number}: not JSON ({_not_json(error)}); the array is broken from here on."
             ) from None
         yield from _checked(values, where, problems)
 
@@ -546,7 +570,7 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content))
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
         table = file.read()
     except Exception as error:  # of whatever kind, and it has many: the file is damaged
         raise DataError(f"{path}: not a parquet file, or a damaged one ({str(error).splitlines()[0]}).") from None
@@ -575,16 +599,6 @@ def _class_names(features: dict[str, Any]) -> dict[str, list[str]]:
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
             made[name] = [str(label) for label in inner["names"]]
     return made
-
-
-class Unreadable:
-    """A value that Python has no type for, or that is damaged; it matters only where somebody asks for it."""
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = str(kind)
-
-    def __str__(self) -> str:
-        return f"<{self.kind}>"
 
 
 def _table_rows(table: Any, where: str, classes: dict[str, list[str]]) -> Iterator[Row]:
