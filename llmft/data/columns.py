@@ -9,7 +9,7 @@ from itertools import chain
 from typing import Any
 
 from llmft.config import Columns, DataConfig, Head, TaskConfig
-from llmft.data.naming import content_of, names_in, no_column, pieces, root_of, text_of
+from llmft.data.naming import cell_text, names_in, no_column, pieces, root_of, stable_text
 from llmft.data.sources import Problems, Row, named_columns
 from llmft.data.targets import Target, Targets
 from llmft.errors import ConfigError, DataError
@@ -159,7 +159,7 @@ class ColumnMap:
             return ""
         if value is None:
             raise ValueError(f"column '{name}' is empty (null)")
-        return text_of(value, name)
+        return cell_text(value, name)
 
     def _further(self, template: str | None, row: Row) -> str | None:
         """A system prompt or further input; None where the row's is empty."""
@@ -185,7 +185,7 @@ class ColumnMap:
             raise ValueError(f"no '{self.id}', which every row is called by")
         name = str(row.values[self.id]) if self.id else row.id
         group = self.data.group if self.data is not None else None
-        own = content_of(row.values[group]) if group and group in row.values else None
+        own = stable_text(row.values[group]) if group and group in row.values else None
         if self.targets is None:
             return replace(made, id=name, group=own)
         target = self._target(row)

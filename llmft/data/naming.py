@@ -94,7 +94,7 @@ def _paths(values: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
             yield from _paths(value, name, depth + 1)
 
 
-def text_of(value: Any, name: str) -> str:
+def cell_text(value: Any, name: str) -> str:
     """A cell as text: numbers as Python writes them, dates as ISO 8601 does.
 
     Raises ValueError for what is no text, such as bytes, objects, and numbers that are not finite.
@@ -115,6 +115,6 @@ def text_of(value: Any, name: str) -> str:
     raise ValueError(f"column '{name}' holds {type(value).__name__}, text was expected")
 
 
-def content_of(value: Any) -> str:
+def stable_text(value: Any) -> str:
     """What a row or a cell holds as one text, the same on every machine: JSON, and text for what JSON lacks."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)

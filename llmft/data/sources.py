@@ -624,9 +624,11 @@ def _named_class(value: Any, names: list[str]) -> Any:
 def _column_values(column: Any) -> list[Any]:
     import pyarrow as pa
 
-    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":
-        with contextlib.suppress(pa.ArrowException):  # else Python asks for pandas
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # for which Python has no type
+        try:
             column = column.cast(pa.timestamp("us", column.type.tz))
+        except pa.ArrowException:
+            column = column.cast(pa.string())
     try:
         return list(column.to_pylist())
     except Exception:  # a time in the year 20000, text that is no UTF-8: some values have no Python form
@@ -634,7 +636,7 @@ def _column_values(column: Any) -> list[Any]:
 
 
 def _value(cell: Any) -> Any:
-    for form in (lambda: cell.as_py(), lambda: cell.cast("string").as_py()):
-        with contextlib.suppress(Exception):
-            return form()
-    return Unreadable(cell.type)
+    try:
+        return cell.as_py()
+    except Exception:
+        return Unreadable(cell.type)

@@ -7,7 +7,7 @@ import math
 from collections import Counter, defaultdict
 
 from llmft.config import DataConfig, Sampling, TrainOn
-from llmft.data.naming import content_of
+from llmft.data.naming import stable_text
 from llmft.data.sources import Loaded, Row
 from llmft.errors import ConfigError, DataError, did_you_mean
 
@@ -17,7 +17,7 @@ def _rank(content: str, seed: int) -> bytes:
 
 
 def _content(row: Row) -> str:
-    return content_of(row.values)
+    return stable_text(row.values)
 
 
 def _column(rows: list[Row], name: str, key: str) -> list[str]:
@@ -25,7 +25,7 @@ def _column(rows: list[Row], name: str, key: str) -> list[str]:
     for row in rows:
         if name not in row.values:
             raise ConfigError(f"{key}={name}: {row.where} has no such column{did_you_mean(name, row.values)}")
-    return [content_of(row.values[name]) for row in rows]
+    return [stable_text(row.values[name]) for row in rows]
 
 
 def hold_out(

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config import DataConfig, Head, Problem, TaskConfig
-from llmft.data.naming import no_column, text_of
+from llmft.data.naming import cell_text, no_column
 from llmft.data.sources import Row
 from llmft.errors import ConfigError, DataError, did_you_mean
 
@@ -78,7 +78,7 @@ class Targets:
         assert column is not None
         value = row.values.get(column)
         if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
-            return [text_of(name, column) for name in value]
+            return [cell_text(name, column) for name in value]
         text = fill(column, row)
         if self.problem is Problem.single_label:
             if not text.strip():
