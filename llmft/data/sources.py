@@ -573,7 +573,8 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
         table = file.read()
     except Exception as error:  # of whatever kind, and it has many: the file is damaged
-        raise DataError(f"{path}: not a parquet file, or a damaged one ({str(error).splitlines()[0]}).") from None
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not a parquet file, or a damaged one ({reason}).") from None
     return _table_rows(table, f"{path}:row ", _parquet_classes(path, content))
 
 
@@ -625,10 +626,10 @@ def _column_values(column: Any) -> list[Any]:
     import pyarrow as pa
 
     if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # for which Python has no type
-        try:
-            column = column.cast(pa.timestamp("us", column.type.tz))
-        except pa.ArrowException:
-            column = column.cast(pa.string())
+        for kind in (pa.timestamp("us", column.type.tz), pa.string()):
+            with contextlib.suppress(pa.ArrowException):
+                column = column.cast(kind)
+                break
     try:
         return list(column.to_pylist())
     except Exception:  # a time in the year 20000, text that is no UTF-8: some values have no Python form
