@@ -53,12 +53,14 @@ def names_in(template: str | None) -> list[str]:
 
 
 def below(values: dict[str, Any], name: str) -> Any:
-    """What lies under a nested name. Raises KeyError, IndexError or TypeError where nothing does."""
+    """What lies under a nested name. Raises KeyError or IndexError where nothing does."""
     value: Any = values
     position = 0
     while position < len(name):
         step = _STEP.match(name, position)
         if step is None:
+            raise KeyError(name)
+        if not isinstance(value, list if step[1] else dict):  # a letter of a text is no part of it
             raise KeyError(name)
         value = value[int(step[1])] if step[1] else value[step[2]]
         position = step.end()

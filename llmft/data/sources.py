@@ -134,7 +134,7 @@ def with_nested(rows: list[Row], names: Iterable[str]) -> list[Row]:
 def _nested(row: Row, names: list[str]) -> dict[str, Any]:
     values = {}
     for name in names:
-        with contextlib.suppress(KeyError, IndexError, TypeError):
+        with contextlib.suppress(KeyError, IndexError):
             values[name] = row.values[name] if name in row.values else below(row.values, name)
     return values
 
@@ -221,11 +221,10 @@ def _from_files(data: DataConfig, problems: Problems) -> Loaded:
     given = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
     if data.files:
         given["train"] = ("data.files", data.files)
-    if isinstance(given["train"][1], str):
-        for split, path in _splits_of_directory(*given["train"]).items():
+        for split, path in _splits_of_directory(data.files).items():
             if split != "train" and given[split][1]:
-                raise ConfigError(f"{given[split][0]} is set, and {given['train'][1]} has {split} rows: keep one.")
-            given[split] = (given["train"][0], str(path))
+                raise ConfigError(f"{given[split][0]} is set, and data.files={data.files} has {split} rows: keep one.")
+            given[split] = ("data.files", str(path))
     read = {split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in given.items() if named}
     paths = [path for part in read.values() for path in part.paths]
     check_csv_columns(data.csv_columns, paths)
@@ -237,13 +236,13 @@ def _from_files(data: DataConfig, problems: Problems) -> Loaded:
     return Loaded(rows, hashlib.sha256(canonical(digests).encode()).hexdigest())
 
 
-def _splits_of_directory(key: str, named: str) -> dict[str, Path]:
+def _splits_of_directory(named: Any) -> dict[str, Path]:
     """The splits of a directory that `DatasetDict.save_to_disk` wrote; none of anything else."""
-    path = Path(named).expanduser()
+    path = Path(str(named)).expanduser()
     there = _directory_splits(path)
     if there and ("train" not in there or not set(there) <= set(SPLITS)):
         raise ConfigError(
-            f"{key}={named}: a directory of the splits {', '.join(there)}; say which is which: "
+            f"data.files={named}: a directory of the splits {', '.join(there)}; say which is which: "
             f"data.split_files.train={path / there[0]}, data.split_files.validation=…"
         )
     return {split: path / split for split in there}

@@ -120,6 +120,11 @@ def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
         train, validation = _fold(train, data)
     elif validation is None:
         train, validation = hold_out(train, data.validation_fraction, data.split_seed, **options)
+        if data.stratify and data.validation_fraction and not validation:
+            raise DataError(
+                f"data.stratify={data.stratify}: no row can be held out, since each class would lose its only "
+                "training rows; set data.stratify=null, or name a file in data.split_files.validation."
+            )
     if data.train_on is TrainOn.all:
         train = [*train, *validation]
     train = _limited(train, data)

@@ -363,15 +363,18 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
     datasets.DatasetDict({"train": labelled(), "test": labelled()}).save_to_disk(tmp_path / "d")
     found = load_rows(config(files=str(tmp_path / "d")), Problems())
     assert {split: len(part) for split, part in found.splits.items()} == {"train": 3, "test": 3}
-    with pytest.raises(ConfigError, match=r"data\.split_files\.test is set, and .* has test rows: keep one"):
+    with pytest.raises(
+        ConfigError, match=r"data\.split_files\.test is set, and data\.files=.*d has test rows: keep one"
+    ):
         load_rows(config(files=str(tmp_path / "d"), split_files=Files(test=str(tmp_path / "d" / "test"))), Problems())
     datasets.DatasetDict({"train": labelled(), "dev": labelled()}).save_to_disk(tmp_path / "e")
     with pytest.raises(ConfigError, match=r"splits train, dev; say which is which: data\.split_files\.train=.*e/train"):
         load_rows(config(files=str(tmp_path / "e")), Problems())
     given = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
     assert set(load_rows(config(split_files=given), Problems()).splits) == {"train", "validation"}
-    with pytest.raises(ConfigError, match=r"a directory of several splits.*e/train"):
-        load_rows(config(files=[str(tmp_path / "e")]), Problems())
+    for values in ({"files": [str(tmp_path / "e")]}, {"split_files": Files(train=str(tmp_path / "d"))}):
+        with pytest.raises(ConfigError, match=r"a directory of several splits.*[ed]/train"):
+            load_rows(config(**values), Problems())
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.csv").write_text("a\n1\n")
     with pytest.raises(ConfigError, match=r"a directory, a file was expected; name what is in it: .*f/\*\.csv"):
@@ -381,7 +384,7 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
 def test_names_below_columns_are_columns(tmp_path: Path) -> None:
     values = {"a.b": "flat", "a": {"b": "deep", "c": [{"d": "listed"}]}}
     (tmp_path / "a.jsonl").write_text(json.dumps(values) + '\n{"a": {"c": []}}\n')
-    columns = Columns(prompt="{a.b} {a.c[0].d}", response="a.c[-1].d")
+    columns = Columns(prompt="{a.b} {a.c[0].d}", response="a.c[-1].d", system="a.b[0]")
     first, second = load_rows(config(files=str(tmp_path / "a.jsonl"), columns=columns), Problems()).splits["train"]
     assert first.values == {**values, "a.c[0].d": "listed", "a.c[-1].d": "listed"}
     assert second.values == {"a": {"c": []}}

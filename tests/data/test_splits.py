@@ -155,6 +155,11 @@ def test_groups_and_copies_do_not_take_the_last_rows_of_a_class() -> None:
             assert column(kept, "label") == column(part, "label")
 
 
+def test_classes_of_one_row_each_cannot_be_stratified() -> None:
+    with pytest.raises(DataError, match=r"data\.stratify=label: no row can be held out"):
+        make_splits(Loaded({"train": classes({f"c{n}": 1 for n in range(9)})}, ""), config(stratify="label"))
+
+
 def test_a_share_beside_given_rows_is_refused() -> None:
     given = {"train": make(9), "validation": make(3), "test": make(2)}
     with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used beside the given valid"):
