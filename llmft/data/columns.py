@@ -320,8 +320,8 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
     if len(texts) > 1:
         raise ConfigError(f"data.columns.{texts[0]} and data.columns.{texts[1]} are both set: set one of them to null.")
     answers = [key for key in ("response", "target", "chosen") if key in set_to]
-    if len({set_to[key] for key in answers}) < len(answers):
-        answers.remove("response")  # the same column under two keys
+    if set_to.get("response") == set_to.get("target") and len(answers) > 1:  # one column under two names
+        answers.remove("response")
     unused: dict[str, str] = {}
     if task.head is not None:
         unused |= dict.fromkeys(("chosen", "rejected"), f"task={task.name} learns no answers")

@@ -60,9 +60,12 @@ def below(values: dict[str, Any], name: str) -> Any:
         step = _STEP.match(name, position)
         if step is None:
             raise KeyError(name)
-        if not isinstance(value, list if step[1] else dict):  # a letter of a text is no part of it
+        if step[1] and isinstance(value, list):
+            value = value[int(step[1])]
+        elif step[2] and isinstance(value, dict):
+            value = value[step[2]]
+        else:  # a letter of a text is no part of it
             raise KeyError(name)
-        value = value[int(step[1])] if step[1] else value[step[2]]
         position = step.end()
     return value
 

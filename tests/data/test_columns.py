@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import datetime
 from decimal import Decimal
 from itertools import combinations
@@ -168,6 +169,18 @@ def test_a_named_column_is_used_or_refused(task: str, size: int) -> None:
                 assert [key for key in keys if f"<{key}> 1" not in told] == [], (keys, told)
             elif "turns" not in told and "nothing to learn" not in told and "answer already" not in told:
                 assert "data.columns" in told, (keys, told)
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_one_column_may_stand_under_two_keys(task: str) -> None:
+    rows = marked_rows(True)
+    for one, two in combinations(KEYS, 2):
+        data = DataConfig(name="d", files="f", columns=Columns(**{"prompt": "prompt", one: "text", two: "text"}))
+        with contextlib.suppress(ConfigError, DataError):
+            ColumnMap.of(data, rows, HEADS[task])
+    same = DataConfig(name="d", files="f", columns=Columns(prompt="prompt", response="target", target="target"))
+    assert "<target> 0" in str(ColumnMap.of(same, rows, HEADS["text"]).conversation(rows[0]).messages)
+    assert ColumnMap.of(same, rows, HEADS["classes"]).labels == ["<target> 0", "<target> 1"]
 
 
 @pytest.mark.parametrize(
