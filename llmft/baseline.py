@@ -27,7 +27,7 @@ from llmft.prepare import Prepared
 from llmft.prior import row_losses
 from llmft.runs import append_line, write_config, write_row_losses
 from llmft.training.record import chance_of, data_facts, predictions_of
-from llmft.training.rows import pseudo_findings
+from llmft.training.rows import row_findings
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -173,7 +173,7 @@ class BaselineSession:
                 "run": str(run.directory),
             }
         )
-        for finding in pseudo_findings(prepared):
+        for finding in row_findings(prepared):
             self.screen.warn(f"{finding.key}: {finding.message}.")
         model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
         model.save(run.model)

@@ -63,6 +63,7 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
             "pad_token": rows.tokenizer.pad_token,
             "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.end_ids),
         },
+        "columns": prepared.usage,
         "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
@@ -267,6 +268,7 @@ def show(report: dict[str, Any]) -> None:
         f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
     )
     _show_lengths(console, report["limits"])
+    _show_columns(console, report["columns"])
     if report["labels"]:
         total = sum(report["labels"].values())
         shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
@@ -287,6 +289,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"[bold]at once[/bold] {escape(needs['micro_batch']['told'])}")
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
+
+
+def _show_columns(console: Console, usage: dict[str, Any]) -> None:
+    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
+    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+        read += f"; {kind}: {', '.join(names)}" if names else ""
+    console.print(f"[bold]columns[/bold] read: {escape(read)}")
 
 
 def _split_table(splits: dict[str, Any]) -> Table:

@@ -369,6 +369,7 @@ class DataConfig:
     hub_splits: Files = field(default_factory=Files)
     csv_columns: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=Columns)
+    optional_columns: list[str] = aside(factory=list)
     labels: list[str] = field(default_factory=list)
     target_columns: list[str] = field(default_factory=list)
     target_separator: str = ","

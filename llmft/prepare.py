@@ -9,6 +9,7 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
@@ -42,6 +43,8 @@ class Prepared:
     id_column: str | None = None
     num_rows: dict[str, int] = field(default_factory=dict)
     """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """Which columns are read and which are not, as `ColumnMap.usage` says."""
     started: float = field(default_factory=time.monotonic)
 
 
@@ -69,7 +72,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
     rows = make_splits(loaded, config.data)
     # The classes are those of all rows, so that every fold has the same in the same order.
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
-    columns = ColumnMap.of(config.data, known, config.task)
+    columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
     conversations = {
         split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
         for split, part in rows.items()
@@ -107,6 +110,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         pseudo,
         columns.id,
         {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+        columns.usage([row for part in loaded.splits.values() for row in part]),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,7 @@ import numpy as np
 
 from llmft.config import Problem
 from llmft.config_verbs import EvaluateConfig
-from llmft.data.columns import base_name
-from llmft.data.sources import Problems, Row, expand, read
+from llmft.data.sources import Problems, Row, read_files, with_nested
 from llmft.errors import ConfigError, DataError, did_you_mean
 from llmft.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
@@ -39,9 +39,8 @@ def open_predictions(named: str) -> tuple[Predictions, Path]:
     return _anybodys(rows, named), path.with_name(f"{path.stem}.evaluation.json")
 
 
-def _rows(named: Any, key: str) -> list[Row]:
-    problems = Problems()
-    rows = [row for path in expand(named, key) for row in read(path, path.read_bytes(), problems)]
+def _rows(named: Any, key: str, names: Sequence[str] = ()) -> list[Row]:
+    rows = with_nested(read_files(named, key, Problems()).rows, names)
     if not rows:
         raise DataError(f"{key}={named}: no rows.")
     return rows
@@ -54,7 +53,7 @@ def _anybodys(rows: list[Row], named: str) -> Predictions:
         if list(row.values) != names:
             raise DataError(f"{row.where}: other columns than the rows before it.")
     table = {name: [row.values[name] for row in rows] for name in names}
-    table["id"] = table.get("id") or [base_name(row.where) for row in rows]
+    table["id"] = table.get("id") or [row.id for row in rows]
     labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     try:
         if labels:
@@ -77,14 +76,17 @@ def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[P
     Raises ConfigError for columns that do not exist, DataError for rows that have no reference, or two.
     """
     if config.references is None:
+        for key in ("id", "target"):
+            if getattr(config, key):
+                raise ConfigError(f"{key}={getattr(config, key)} goes with references=FILE, which is not set.")
         return predictions, {name: _own_column(predictions, name) for name in config.slice}
-    rows = _rows(config.references, "references")
+    rows = _rows(config.references, "references", [*config.slice, config.id or "", config.target or ""])
     name = config.id or predictions.facts.get("id_column") or ("id" if "id" in rows[0].values else None)
     if config.id and config.id not in rows[0].values:
         raise ConfigError(
             f"id={config.id}: the references have no such column{did_you_mean(config.id, rows[0].values)}"
         )
-    ids = [str(row.values[name]) if name and name in row.values else base_name(row.where) for row in rows]
+    ids = [str(row.values[name]) if name and name in row.values else row.id for row in rows]
     twice = [own for own, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(f"references={config.references}: two rows are called '{twice[0]}'; set id=COLUMN.")
@@ -131,11 +133,14 @@ def _own_column(predictions: Predictions, name: str) -> list[Any]:
 
 def _target(row: Row, column: str, problem: str) -> Any:
     value = row.values.get(column)
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        raise DataError(f"{row.where}: its '{column}' is empty.")
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        raise DataError(f"{row.where}: its '{column}' is empty, or no finite number.")
     if problem == Problem.regression.value:
         try:
-            return float(value)
+            number = float(value)
+            if np.isfinite(number):
+                return number
+            raise ValueError
         except (TypeError, ValueError):
             raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
     if problem == Problem.multi_label.value:

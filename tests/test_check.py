@@ -276,3 +276,20 @@ def test_the_positions_of_a_family_are_those_its_table_has(kind: str) -> None:
     assert learned == bool(tables)
     offset = {"roberta": 2, "opt": 2, "biogpt": 2}.get(kind, 0)
     assert not tables or count == tables[0].num_embeddings - offset
+
+
+def test_check_says_which_columns_are_read_and_which_are_not(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.jsonl", questions(30, url="u", meta={"system": "Be brief.", "by": "me"}))
+    arguments = [f"data.files={rows}", "data.columns.prompt=prompt", "data.columns.response=response"]
+    found = report("data=alpaca", *arguments, "data.columns.system=meta.system", cwd=tmp_path)
+    assert found["columns"] == {
+        "read": {"prompt": ["prompt"], "response": ["response"], "meta.system": ["system"]},
+        "not_read": ["url"],
+        "left_out": ["input"],
+    }
+    done = check("data=alpaca", *arguments, cwd=tmp_path)
+    shown = "read: prompt (prompt), response (response); not read: url, meta; optional and not there: input"
+    assert shown in " ".join(done.stdout.split())
+    done = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "data.columns.input: no column 'contxt'" in done.stderr

@@ -191,6 +191,16 @@ def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> Non
         evaluate(replace(given, target="labl"), quiet=True)
 
 
+def test_a_key_that_names_a_file_or_its_columns_is_used_or_refused(tmp_path: Path) -> None:
+    path = member(tmp_path, "a", 1.0, rows=30) / "predictions" / "val"
+    for key in ("target", "id"):
+        with pytest.raises(ConfigError, match=f"{key}=x goes with references=FILE"):
+            evaluate(EvaluateConfig(predictions=str(path), **{key: "x"}), quiet=True)
+    for values in ({"template": "sample.csv"}, {"columns": {"a": "A"}}):
+        with pytest.raises(ConfigError, match="goes with format=submission"):
+            question(tmp_path, "a.csv", **values)
+
+
 # ------------------------------------------------------------------------------------------------- runs of the baseline
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config import DataConfig, Head, Problem, TaskConfig
+from llmft.data.naming import cell_text, no_column
 from llmft.data.sources import Row
 from llmft.errors import ConfigError, DataError, did_you_mean
 
@@ -77,7 +78,7 @@ class Targets:
         assert column is not None
         value = row.values.get(column)
         if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
-            return [str(name) for name in value]
+            return [cell_text(name, column) for name in value]
         text = fill(column, row)
         if self.problem is Problem.single_label:
             if not text.strip():
@@ -132,7 +133,7 @@ class Targets:
 
 def _is_one(row: Row, name: str) -> bool:
     if name not in row.values:
-        raise ValueError(f"no column '{name}'{did_you_mean(name, row.values)}")
+        raise ValueError(no_column(name, row.values))
     value = row.values[name]
     if str(value).strip().lower() in ("1", "1.0", "true"):
         return True

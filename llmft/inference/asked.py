@@ -6,13 +6,15 @@ import contextlib
 import hashlib
 import shutil
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from llmft.config import Columns, TrainConfig
 from llmft.config_verbs import PredictConfig
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.sources import Problems, Row, expand, read
+from llmft.data.naming import names_in
+from llmft.data.sources import Problems, Row, check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError, DataError, did_you_mean
 from llmft.files import held, write_atomically
@@ -164,7 +166,7 @@ def ask(directory: Path, config: PredictConfig, ids: str | None = None, above: t
 
 
 def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> Asked:
-    targets, notes = _targets(run, trained), []
+    targets, notes, problems = _targets(run, trained), [], Problems()
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
     if config.prompts is not None:
@@ -174,11 +176,11 @@ def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None)
         if "{" in wanted:
             notes.append(f"prompts: each is taken as the whole of {wanted!r}, which made the prompts of the training.")
     else:
-        rows, files, whole, name = _read(config, names)
+        rows, files, whole, name = _read(config, names, problems)
+        rows = with_nested(rows, chain.from_iterable(named_columns(data).values()))
         data = replace(data, columns=_prompt_alone(data.columns, rows[0], notes))
         if trained.task.head is None and data.columns.text and not data.columns.response:  # to be gone on with
             data = replace(data, columns=Columns(prompt=data.columns.text, id=data.columns.id))
-    problems = Problems()
     columns = ColumnMap.of(data, rows, trained.task, targets=targets, lenient=True)
     columns.id = _id_column(config, [ids, data.columns.id], rows, columns.id, notes)
     conversations = columns.conversations(rows, problems)
@@ -201,23 +203,22 @@ def _typed(prompts: Any) -> tuple[list[Row], list[str], str, str]:
     return rows, [], hashlib.sha256(canonical(texts).encode()).hexdigest(), "prompts"
 
 
-def _read(config: PredictConfig, names: list[str]) -> tuple[list[Row], list[str], str, str]:
+def _read(config: PredictConfig, names: list[str], problems: Problems) -> tuple[list[Row], list[str], str, str]:
     """The rows of the files, the files, a digest of them, and the first one's name."""
-    paths = expand(config.data.files, "data.files")
-    digest, rows = hashlib.sha256(), []
-    for path in paths:
-        content = path.read_bytes()
-        digest.update(hashlib.sha256(content).digest())
-        rows += list(read(path, content, Problems(), names))
-    if not rows:
+    read, digest = read_files(config.data.files, "data.files", problems, names), hashlib.sha256()
+    check_csv_columns(config.data.csv_columns or [], read.paths)
+    for content in read.digests:
+        digest.update(bytes.fromhex(content))
+    if not read.rows:
         raise DataError(f"data.files={config.data.files}: no rows to predict.")
-    return rows, [str(path.absolute()) for path in paths], digest.hexdigest(), paths[0].name.partition(".")[0]
+    files = [str(path.absolute()) for path in read.paths]
+    return read.rows, files, digest.hexdigest(), read.paths[0].name.partition(".")[0]
 
 
 def _prompt_alone(columns: Columns, first: Row, notes: list[str]) -> Columns:
     """`columns`, or where a file has none of those that a prompt is made of, its column `prompt` or its only one."""
     made_of = columns.messages or columns.text or columns.prompt or ""
-    if any(name in first.values for name in ColumnMap._names(made_of)):
+    if any(name in first.values for name in names_in(made_of)):
         return columns
     others = [name for name in first.values if name not in ("id", columns.id)]
     if PROMPT not in others and len(others) != 1:

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmft.config import PromptConfig, Truncation
+from llmft.config import Problem, PromptConfig, Truncation
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, end_token_ids
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.quality import Finding, SplitFacts, findings, split_facts
+from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError
 from llmft.model.families import positions
@@ -52,11 +52,33 @@ def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *pseudo_findings(prepared), *found]
+    found = [*_dropped(prepared, rows), *row_findings(prepared), *found]
     return Inspection(facts, overlaps, found)
 
 
-def pseudo_findings(prepared: Prepared) -> list[Finding]:
+def row_findings(prepared: Prepared) -> list[Finding]:
+    """What is to be told of the rows before they are tokenised."""
+    return [*_unlearned(prepared), *_pseudo(prepared)]
+
+
+def _unlearned(prepared: Prepared) -> list[Finding]:
+    """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
+    targets = prepared.targets
+    if targets is None or targets.problem is Problem.regression:
+        return []
+    counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
+    lacking = [label for label in targets.labels if not counts["train"].get(label)]
+    if not lacking:
+        return []
+    held = {label: sum(counts[split].get(label, 0) for split in counts) for label in lacking}
+    named = ", ".join(f"{label} ({held[label]} held out)" for label in lacking[:20]) + (
+        ", …" if len(lacking) > 20 else ""
+    )
+    message = f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
+    return [Finding("warning", "data.columns.target", message)]
+
+
+def _pseudo(prepared: Prepared) -> list[Finding]:
     """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
     others = [
