@@ -129,10 +129,12 @@ def _from_generator(data: DataConfig) -> Loaded:
 def _from_hub(data: DataConfig) -> Loaded:
     from llmft.model.hub import online_or_cached
 
-    with online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset"):
+    def load() -> Any:
         import datasets
 
-        found = datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+        return datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+
+    found = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
     wanted = {split: getattr(data.hub_splits, split) for split in SPLITS}
     wanted["train"] = wanted["train"] or "train"
     splits: dict[str, list[Row]] = {}
