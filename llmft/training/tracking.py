@@ -12,7 +12,6 @@ import os
 import queue
 import secrets
 import shlex
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
@@ -34,8 +33,10 @@ from llmft.schema import to_plain
 
 LOOK_S = 2.5
 """How long the server may take to answer that it is there."""
-PATIENCE_S = 20.0
-"""How long it may take to make the run, while the training goes on."""
+GRACE_S = 2.0
+"""wandb keeps its time limits itself; after so much more it is left behind."""
+OFFLINE_START_S = 20.0
+"""No server is waited for, but wandb's own process is, on a machine that may be busy."""
 LONGEST_TAG, LONGEST_NAME = 64, 128
 """Characters that W&B takes."""
 
@@ -102,21 +103,25 @@ class SafeWandbLogger(Logger):
     Its first error is said once, and nothing more is sent.
     """
 
-    def __init__(self, start: Callable[[threading.Event], Any], screen: Screen, longest_end_s: float) -> None:
-        """`start` makes the W&B run, or None; the event says that the training has ended and waits for it."""
+    def __init__(self, start: Callable[[], Any], screen: Screen, longest_end_s: float) -> None:
+        """`start` makes the W&B run, or None."""
         super().__init__()
         self._screen = screen
         self._longest_end_s = longest_end_s
         self._exit_code = 0
         self._broken = False
-        self._ending = threading.Event()
         self._actions: queue.SimpleQueue[Callable[[Any], object] | None] = queue.SimpleQueue()
-        self._run = in_thread(lambda: start(self._ending))
-        self._done = in_thread(self._work)
+        self._run: Future[Any] = Future()
+        self._done = in_thread(lambda: self._work(start))
         self.attempt(lambda run: (run.define_metric("step", hidden=True), run.define_metric("*", step_metric="step")))
 
-    def _work(self) -> None:
-        run = self._run.result()
+    def _work(self, start: Callable[[], Any]) -> None:
+        run: Any = None
+        try:
+            run = start()
+        except Exception as error:
+            self._screen.warn(f"W&B cannot log ({_in_words(error)}); the local records go on.")
+        self._run.set_result(run)
         while (action := self._actions.get()) is not None:
             if run is not None and not self._broken:
                 self._try(partial(action, run))
@@ -180,7 +185,6 @@ class SafeWandbLogger(Logger):
     def finish(self, exit_code: int) -> None:
         """Closes the run, so that the next job of this process gets its own; waits at most `longest_end_s`."""
         self._exit_code = exit_code
-        self._ending.set()
         self._actions.put(None)
         if not wait([self._done], self._longest_end_s).done:
             self._screen.warn(f"W&B was not done within {self._longest_end_s:g} s; what is in its folder stays.")
@@ -288,25 +292,23 @@ def open_wandb(
     arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
     arguments["tags"] = [*dict.fromkeys(fitting(tag, LONGEST_TAG) for tag in tags if tag)]
     return SafeWandbLogger(
-        lambda ending: _begin(settings, screen, ending, dir, arguments),
+        lambda: _begin(settings, screen, dir, arguments),
         screen,
-        settings.start_timeout_s + settings.finish_timeout_s,
+        settings.start_timeout_s + settings.finish_timeout_s + GRACE_S,
     )
 
 
-def _begin(settings: WandbConfig, screen: Screen, ending: threading.Event, dir: Path, arguments: dict[str, Any]) -> Any:
+def _begin(settings: WandbConfig, screen: Screen, dir: Path, arguments: dict[str, Any]) -> Any:
     """Starts the W&B run, and says where it is; None, and why, where it cannot even be written offline."""
     began = time.monotonic()
     mode, why = wandb_mode(settings)
     run: Any = None
     try:
         if mode == "online":
-            online = in_thread(lambda: _init(settings, dir, arguments, mode="online", resume="allow"))
-            while not wait([online], 0.1).done:
-                waited = time.monotonic() - began
-                if waited > settings.start_timeout_s and (ending.is_set() or waited > PATIENCE_S):
-                    online.add_done_callback(_end_late)
-                    raise NoAnswer(f"{wandb_url()} did not take the run within {waited:.0f} s")
+            left = max(1.0, settings.start_timeout_s - (time.monotonic() - began))
+            online = in_thread(lambda: _init(settings, dir, arguments, left, mode="online", resume="allow"))
+            if not wait([online], left + GRACE_S).done:
+                raise NoAnswer(f"{wandb_url()} did not take the run within {left:.0f} s")
             run = online.result()
     except Exception as error:
         why = _in_words(error)
@@ -316,7 +318,7 @@ def _begin(settings: WandbConfig, screen: Screen, ending: threading.Event, dir: 
         if run is None:
             try:
                 with around():
-                    run = _init(settings, dir, arguments, mode="offline")
+                    run = _init(settings, dir, arguments, OFFLINE_START_S, mode="offline")
             except Exception as error:
                 why = why or _in_words(error)
     if run is None:
@@ -333,7 +335,7 @@ def _begin(settings: WandbConfig, screen: Screen, ending: threading.Event, dir: 
     return run
 
 
-def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], **how: Any) -> Any:
+def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], timeout_s: float, **how: Any) -> Any:
     import wandb
 
     return wandb.init(
@@ -343,7 +345,7 @@ def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], **how: An
         dir=str(dir.resolve()),
         reinit="create_new",  # trainings that share a base have their runs open side by side
         settings=wandb.Settings(
-            init_timeout=PATIENCE_S,
+            init_timeout=timeout_s,
             finish_timeout=settings.finish_timeout_s,
             console="off",
             silent=True,
@@ -351,12 +353,6 @@ def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], **how: An
             save_code=False,
         ),
     )
-
-
-def _end_late(online: Future[Any]) -> None:
-    """A run that began after all has nothing to come."""
-    if online.exception() is None:
-        online.result().finish(exit_code=1)
 
 
 @contextmanager
