@@ -103,12 +103,13 @@ class SafeWandbLogger(Logger):
     Its first error is said once, and nothing more is sent.
     """
 
-    def __init__(self, start: Callable[[], Any], screen: Screen, longest_end_s: float) -> None:
+    def __init__(self, start: Callable[[], Any], screen: Screen, longest_end_s: float, id: str = "") -> None:
         """`start` makes the W&B run, or None."""
         super().__init__()
         self._screen = screen
         self._longest_end_s = longest_end_s
         self._exit_code = 0
+        self._id = id
         self._broken = False
         self._actions: queue.SimpleQueue[Callable[[Any], object] | None] = queue.SimpleQueue()
         self._run: Future[Any] = Future()
@@ -137,13 +138,13 @@ class SafeWandbLogger(Logger):
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, for callbacks of the user's; waits until it has started. None where it could not."""
-        return self._run.result()
+        """The W&B run, for callbacks of the user's: the first use of it waits until it has started."""
+        return _Experiment(self._run)
 
     @property
     def offline(self) -> bool:
         """Whether the run that has ended was written into a folder only, if at all."""
-        return not self._run.done() or self.experiment is None or self.experiment.settings.mode == "offline"
+        return not self._run.done() or self._run.result() is None or self._run.result().settings.mode == "offline"
 
     @property
     def name(self) -> str:
@@ -153,7 +154,7 @@ class SafeWandbLogger(Logger):
     @property
     def version(self) -> str:
         """The W&B run's id."""
-        return str(getattr(self.experiment, "id", ""))
+        return self._id
 
     def attempt(self, action: Callable[[Any], object]) -> None:
         """Does it with the W&B run, in its turn, unless something failed before; the first failure is said once."""
@@ -188,6 +189,17 @@ class SafeWandbLogger(Logger):
         self._actions.put(None)
         if not wait([self._done], self._longest_end_s).done:
             self._screen.warn(f"W&B was not done within {self._longest_end_s:g} s; what is in its folder stays.")
+
+
+class _Experiment:
+    """A W&B run that may not have started: Lightning asks for it when a training begins, and must not wait."""
+
+    def __init__(self, run: Future[Any]) -> None:
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        run = self._run.result()
+        return (lambda *arguments, **named: None) if run is None else getattr(run, name)
 
 
 def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
@@ -295,6 +307,7 @@ def open_wandb(
         lambda: _begin(settings, screen, dir, arguments),
         screen,
         settings.start_timeout_s + settings.finish_timeout_s + GRACE_S,
+        arguments["id"],
     )
 
 

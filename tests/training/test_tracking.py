@@ -171,6 +171,7 @@ def test_a_call_that_hangs_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch
 
     logger = SafeWandbLogger(Hanging, screen, 0.3)
     began = time.monotonic()
+    assert hasattr(logger, "experiment")  # as Lightning asks when a training begins
     logger.log_metrics({"loss": 1.0}, step=1)
     logger.finish(0)
     assert time.monotonic() - began < 2
