@@ -37,6 +37,17 @@ def peak_memory_gib(device: torch.device) -> float:
     return used / (2**30 if sys.platform == "darwin" else 2**20)
 
 
+def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
+    """Lets Lightning's own counts (global_step, current_epoch, validations) go on after `step` steps of a run."""
+    loop = trainer.fit_loop.epoch_loop
+    for count in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):
+        for name in vars(count):
+            setattr(count, name, step)
+    epochs = trainer.fit_loop.epoch_progress.current
+    for name in vars(epochs):
+        setattr(epochs, name, step // steps_per_epoch)
+
+
 class Recorder(Callback):
     """Writes every number to the run directory, and hands the same to the loggers.
 
@@ -228,6 +239,8 @@ class Checkpointer(Callback):
         assert isinstance(module, FineTuner)
         asked = self._agree(trainer, module)
         self.pending = module.step in self.stops
+        if module.step >= self.total_steps:
+            trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
         if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
         self._meet(asked, trainer, module)

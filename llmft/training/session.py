@@ -50,7 +50,7 @@ from llmft.model.memory import lora_rank, optimizer_bytes
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.prepare import Prepared, process_rank
-from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
@@ -330,6 +330,7 @@ class Session:
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
             after_backward=(lambda: None) if self.lane is None else self.lane.backward,
             keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
+            tells_steps=bool(self.parts.callbacks),
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
@@ -379,17 +380,17 @@ class Session:
         if isinstance(strategy, dict):
             strategy = build(strategy, "trainer.strategy")
         try:
-            return L.Trainer(
+            made = L.Trainer(
                 accelerator="gpu" if self.device.type == "cuda" else "cpu",
                 devices=trainer.devices,
                 num_nodes=trainer.num_nodes,
                 strategy=strategy,
                 precision=LIGHTNING_PRECISION[self.precision],  # type: ignore[arg-type]
                 max_epochs=-1,
-                # A run whose last validation is still to come takes no step; Lightning wants at least one to allow it.
-                max_steps=max(1, self.total_steps - self.module.step),
+                max_steps=self.total_steps,
                 num_sanity_val_steps=-1 if first_validates else 0,
-                check_val_every_n_epoch=1,
+                check_val_every_n_epoch=None,
+                val_check_interval=self.validate_every,
                 reload_dataloaders_every_n_epochs=1,
                 use_distributed_sampler=False,
                 deterministic="warn" if trainer.deterministic else False,
@@ -402,6 +403,8 @@ class Session:
             )
         except (ValueError, TypeError, RuntimeError) as error:
             raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+        count_from(made, self.module.step, self.data.steps_per_epoch)
+        return made
 
     # ---------------------------------------------------------------------------------------------------- running
 
