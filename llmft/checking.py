@@ -31,7 +31,9 @@ from llmft.model.skeleton import skeleton
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
 from llmft.training.fitting import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
+from llmft.training.objectives.choice import cost
 from llmft.training.rows import Rows, inspect_rows, read_rows
+from llmft.training.scoring import make_objective
 
 SHOWN_ROWS = 2
 PROBE = [
@@ -51,6 +53,9 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     rows = read_rows(prepared, print)
     inspection = inspect_rows(prepared, rows, near=True)
     found = [*inspection.findings, *_template_findings(rows)]
+    slow = cost(make_objective(config.task, prepared.targets, rows.encoder, rows.splits))
+    if slow is not None:
+        found.append(Finding("warning", "task.head", slow))
     device = pick_device(config.trainer.accelerator)
     needs = _needs(prepared, rows, device)
     found += _need_findings(needs)

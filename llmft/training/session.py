@@ -55,6 +55,7 @@ from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
 from llmft.training.lanes import Lane
+from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import plan_facts
 from llmft.training.progress import ShowProgress
@@ -330,7 +331,7 @@ class Session:
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
             after_backward=(lambda: None) if self.lane is None else self.lane.backward,
             keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
-            tells_steps=bool(self.parts.callbacks),
+            tells_steps=bool(config.trainer.callbacks),
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
@@ -545,6 +546,9 @@ class Session:
                 f"left out ({by}), {limits.answer_share_dropped:.1%} of all answer tokens; "
                 "`python -m llmft.check` shows more."
             )
+        slow = cost(self.objective)
+        if slow is not None:
+            self.screen.warn(f"task.head=tokens: {slow}.")
         for finding in self.inspection.findings:
             self.screen.warn(f"{finding.key}: {finding.message}.")
         if self.prepared.problems.rejected:
