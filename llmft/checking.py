@@ -32,6 +32,7 @@ from llmft.model.skeleton import skeleton
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
 from llmft.training.fitting import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
+from llmft.training.objectives.choice import cost
 from llmft.training.readiness import Ready, make_ready
 from llmft.training.rows import Rows
 from llmft.training.session import check_parts
@@ -54,6 +55,9 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
     rows, inspection = ready.rows, ready.inspection
     found = [*inspection.findings, *_template_findings(rows)]
+    slow = cost(ready.objective) if ready.objective is not None else None
+    if slow is not None:
+        found.append(Finding("warning", "task.head", slow))
     needs = _needs(prepared, ready)
     found += _need_findings(needs)
     report = {

@@ -7,6 +7,7 @@ Ranges and contradictions are refused in `__post_init__`, in one sentence that n
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -610,6 +611,17 @@ class WandbConfig:
     job_type: str = "train"
     start_timeout_s: float = 4.0
     finish_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for key in ("project", "entity"):
+            name = getattr(self, key)
+            fits = name is None or (0 < len(name) <= 128 and not set(name) & set("/\\#?%:"))
+            require(
+                fits, f"logger.wandb.{key}={name}: W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
+            )
+        for key in ("start_timeout_s", "finish_timeout_s"):
+            seconds = getattr(self, key)
+            require(0 < seconds < math.inf, f"logger.wandb.{key}={seconds}: a number of seconds above 0.")
 
 
 @dataclass

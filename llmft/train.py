@@ -159,7 +159,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -
         trainer = prepared.config.trainer
         # Before anything else imports one of them.
         load_libraries(several_devices=trainer.devices != 1 or trainer.num_nodes != 1)
-    from llmft.training.out_of_memory import OutOfMemory
+    from llmft.training.out_of_memory import OutOfMemory, free_memory
 
     while True:
         rejected = list(prepared.problems.rejected)
@@ -168,7 +168,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.
-        _free_memory()
+        free_memory()
         prepared = replace(smaller, problems=replace(prepared.problems, rejected=rejected))
 
 
@@ -181,17 +181,6 @@ def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
     )
     prepared.run.update(out_of_memory=[*prepared.run.status().get("out_of_memory", []), note])
     return replace(prepared, config=config)
-
-
-def _free_memory() -> None:
-    """Gives back what nobody holds any more."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _train_once(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:

@@ -187,10 +187,13 @@ def _from_hub(data: DataConfig) -> Loaded:
 
     if data.hub and Path(data.hub).exists():
         raise ConfigError(f"data.hub={data.hub}: that is a path; set data.files to the files in it.")
-    with online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset"):
+
+    def load() -> Any:
         import datasets
 
-        found = datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+        return datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+
+    found = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
     wanted = {split: getattr(data.hub_splits, split) for split in SPLITS}
     wanted["train"] = wanted["train"] or "train"
     splits: dict[str, list[Row]] = {}

@@ -122,5 +122,4 @@ def _encoder(name: str) -> Any:
             return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
         except Exception as error:
             raise ConfigError(f"{key}={name}: no sentence-transformers model ({str(error)[:200]}).") from None
-    with online_or_cached(f"{key}={name}", name, "model"):
-        return SentenceTransformer(name, device="cpu")
+    return online_or_cached(f"{key}={name}", name, "model", lambda: SentenceTransformer(name, device="cpu"))

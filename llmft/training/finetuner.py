@@ -146,11 +146,13 @@ class FineTuner(L.LightningModule):
         skip_up_to: int | None = None,
         after_backward: Callable[[], None] = lambda: None,
         keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        tells_steps: bool = False,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
         `after_backward` follows every micro-batch's: a training among others takes its gradients further there.
         `keeping` surrounds each forward of the training: where what it saves for the backward is held.
+        `tells_steps` hands each step's numbers to Lightning, for callbacks that a user adds.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -169,6 +171,7 @@ class FineTuner(L.LightningModule):
         self.skip_up_to = skip_up_to
         self.after_backward = after_backward
         self.keeping = keeping
+        self.tells_steps = tells_steps
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -201,16 +204,14 @@ class FineTuner(L.LightningModule):
         """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
         self.model.train()
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """One optimizer step over all micro-batches of `batch`.
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """One optimizer step over all micro-batches of `batch`; returns its loss for callbacks.
 
         Raises DivergedError before the step when loss or gradient is not finite, and such steps are not skipped.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        rate = self.learning_rate(batch.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._set_rate(optimizer, batch.step)
         # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
         seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
         # FSDP averages the gradients of the processes; elsewhere they are summed below.
@@ -246,6 +247,16 @@ class FineTuner(L.LightningModule):
         }
         if self.skipped:
             self.train_metrics["train/skipped_steps"] = len(self.skipped)
+        if self.tells_steps:
+            self.log_dict(self.train_metrics, logger=False, batch_size=1)
+            self._set_rate(optimizer, self.step)  # as a scheduler would have
+        return {"loss": total}
+
+    def _set_rate(self, optimizer: Any, step: int) -> float:
+        rate = self.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""

@@ -10,7 +10,6 @@ So nothing in a session knows of other lanes, and lanes may be of different leng
 from __future__ import annotations
 
 import contextlib
-import gc
 import sys
 import threading
 import time
@@ -22,7 +21,7 @@ import torch
 from llmft.model.families import body_of
 from llmft.model.fused import lora_layers
 from llmft.model.stacked import Joint, Part, share, why_alone
-from llmft.training.out_of_memory import is_out_of_memory
+from llmft.training.out_of_memory import free_memory, is_out_of_memory
 from llmft.training.stopping import Signals
 
 ANSWER_S = 2.0
@@ -237,7 +236,7 @@ class Stack:
                 lane._output, lane._part, lane._waits = output, None, None
             return
         # Here the error is gone, and with it the frames that held what the forward had made.
-        gc.collect()
+        free_memory()
         self._most = min(held, self._most) // 2
 
     def _backward(self, lanes: list[Lane]) -> None:

@@ -55,7 +55,9 @@ def make_ready(
     device, precision = choose_device(config)
     trainer = config.trainer
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
-        lightning_trainer(config, device, precision, callbacks=[*parts.callbacks.values()], logger=False)
+        lightning_trainer(
+            config, device, precision, callbacks=[*parts.callbacks.values()], logger=False, val_check_interval=1
+        )
     rows = read_rows(prepared, warn)
     ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
     if stop:
@@ -108,7 +110,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
             strategy=strategy,
             precision=LIGHTNING_PRECISION[precision],  # type: ignore[arg-type]
             max_epochs=-1,
-            check_val_every_n_epoch=1,
+            check_val_every_n_epoch=None,
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             deterministic="warn" if trainer.deterministic else False,

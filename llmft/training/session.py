@@ -47,12 +47,13 @@ from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
-from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
 from llmft.training.guests import check_callbacks, failed_callback
 from llmft.training.lanes import Lane
+from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import last_names, plan_facts
 from llmft.training.progress import ShowProgress
@@ -296,6 +297,7 @@ class Session:
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
             after_backward=(lambda: None) if self.lane is None else self.lane.backward,
             keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
+            tells_steps=bool(config.trainer.callbacks),
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
@@ -340,16 +342,18 @@ class Session:
         return Wishes(self.signals, self.run_directory, deadline)
 
     def _trainer(self, callbacks: list[Any], first_validates: bool) -> L.Trainer:
-        return lightning_trainer(
+        made = lightning_trainer(
             self.config,
             self.device,
             self.precision,
-            # A run whose last validation is still to come takes no step; Lightning wants at least one to allow it.
-            max_steps=max(1, self.total_steps - self.module.step),
+            max_steps=self.total_steps,
+            val_check_interval=self.validate_every,
             num_sanity_val_steps=-1 if first_validates else 0,
             logger=self.loggers or False,
             callbacks=[*callbacks, *self.parts.callbacks.values()],
         )
+        count_from(made, self.module.step, self.data.steps_per_epoch)
+        return made
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -524,6 +528,9 @@ class Session:
                 f"left out{by}, {limits.answer_share_dropped:.1%} of all answer tokens; "
                 "`python -m llmft.check` shows more."
             )
+        slow = cost(self.objective)
+        if slow is not None:
+            self.screen.warn(f"task.head=tokens: {slow}.")
         for finding in self.inspection.findings:
             self.screen.warn(f"{finding.key}: {finding.message}.")
         if self.prepared.problems.rejected:
