@@ -59,7 +59,8 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "prompt": {
             "name": config.prompt.name,
             "pad_token": rows.tokenizer.pad_token,
-            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.end_ids),
+            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.ends.ids),
+            "end_marker": {"text": rows.ends.text, "tokens": rows.ends.num_tokens} if rows.ends.text else None,
         },
         "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
@@ -124,7 +125,7 @@ def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
     whole = encoder.encode("train", prepared.conversations["train"], Problems(prepared.config.data.on_bad_row))
-    facts = split_facts(whole, rows.tokenizer, rows.end_ids)
+    facts = split_facts(whole, rows.tokenizer, rows.ends)
     used = rows.encoder.lengths["train"]
     return {
         "max_tokens": prepared.config.data.max_tokens,

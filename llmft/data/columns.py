@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import string
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
 
 from llmft.config import Columns, DataConfig, Head, TaskConfig
+from llmft.data.messages import (
+    MEDIA,
+    Keys,
+    Message,
+    check_turns,
+    read_message,
+    read_messages,
+    read_tools,
+    text_of,
+    without_null,
+)
 from llmft.data.sources import Problems, Row
 from llmft.data.targets import Target, Targets
 from llmft.errors import ConfigError, DataError, did_you_mean
 from llmft.schema import canonical
 
-Message = dict[str, str]
-
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with the roles system, user and assistant, and where they stand.
+    """Messages, as `llmft.data.messages` makes them, and where they stand.
 
     Attributes:
         target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
@@ -37,6 +35,7 @@ class Conversation:
         group: what must not be torn apart by a split, where data.group is set.
         weight: what the row counts for in the loss.
         marked: whether answers are marked as learned; None: where there is no target.
+        tools: what the assistant may call, in OpenAI's form.
     """
 
     messages: list[Message]
@@ -48,6 +47,7 @@ class Conversation:
     group: str | None = None
     weight: float = 1.0
     marked: bool | None = None
+    tools: list[Message] | None = None
 
     @property
     def learns_text(self) -> bool:
@@ -63,6 +63,7 @@ class ColumnMap:
         targets: what is predicted by a task with a head; None where text is learned.
         id: the column that names the rows; None: file:line.
         lenient: for rows to predict: they need no target, and an empty column is empty text.
+        keys: the keys of messages that were read, and those that were not.
     """
 
     columns: Columns
@@ -71,6 +72,7 @@ class ColumnMap:
     head: Head | None = None
     id: str | None = None
     lenient: bool = False
+    keys: Keys = field(default_factory=Keys)
 
     @property
     def labels(self) -> list[str]:
@@ -198,9 +200,16 @@ class ColumnMap:
     def _conversation(self, row: Row) -> Conversation:
         columns = self.columns
         if columns.messages:
-            if self.targets is not None:
-                return Conversation(self._asked(row), row.where)
-            return self._preferred(row, self._turns(row))
+            # In a table of Arrow an object has the keys of all rows' objects.
+            filled = ":row " in row.where or (self.data is not None and self.data.hub is not None)
+            values = without_null(row.values) if filled else row.values
+            messages = read_messages(values.get(columns.messages), columns.messages, self.keys)
+            media = next((name for name in MEDIA[:3] if values.get(f"{name}s") or values.get(name)), None)
+            if media:
+                raise ValueError(f"the row has {media}: this is a text trainer, leave rows with {media} out")
+            tools = read_tools(values, values.get(columns.messages))
+            made = self._asked(messages) if self.targets is not None else self._turns(messages)
+            return replace(self._preferred(row, made), tools=tools)
         if columns.text:
             content = self._fill(columns.text, row)
             if not content.strip() and not self.lenient:
@@ -232,14 +241,10 @@ class ColumnMap:
             raise ValueError("the answer is empty")
         return Conversation([*messages, {"role": "assistant", "content": answer}], row.where)
 
-    def _asked(self, row: Row) -> list[Message]:
+    def _asked(self, messages: list[Message]) -> list[Message]:
         """A conversation to classify, whole; for a head that writes the class, as one text of its user."""
-        turns = row.values.get(self.columns.messages or "")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
         if self.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            text = "\n\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
             return [{"role": "user", "content": text}]
         return messages
 
@@ -260,45 +265,27 @@ class ColumnMap:
         if isinstance(value, list) and value:
             value = value[-1]
         if isinstance(value, dict):
-            return self._turn({"role": "assistant", **value}, 1)["content"]
+            turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
+            message = read_message(turn, 1, self.keys)
+            if len(message) > 2 or message["role"] != "assistant":
+                more = ", ".join(list(message)[2:]) or f"the role {message['role']}"
+                raise ValueError(f"the answer in '{name}' has {more}: only the assistant's text can be used")
+            return str(message["content"])
         answer = self._fill(name, row)
         if not answer.strip():
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
-    def _turns(self, row: Row) -> list[Message]:
-        assert self.columns.messages
-        turns = row.values.get(self.columns.messages)
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        if all(isinstance(turn, str) for turn in turns):  # LIMA: plain texts that take turns
-            turns = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
-        spoken = [message["role"] for message in messages if message["role"] != "system"]
-        if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
-            raise ValueError("user and assistant must take turns, starting with user")
-        if self.columns.chosen:
+    def _turns(self, messages: list[Message]) -> list[Message]:
+        """A conversation to learn from, up to its last answer; of rows to predict all of it."""
+        check_turns(messages)
+        if self.columns.chosen or self.lenient:
             return messages
-        if "assistant" not in spoken:
-            raise ValueError("no message of the assistant, so nothing to learn from")
-        if spoken[-1] == "user":
+        while messages and messages[-1]["role"] != "assistant":
             messages.pop()
+        if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+            raise ValueError("no message of the assistant, so nothing to learn from")
         return messages
-
-    @staticmethod
-    def _turn(turn: Any, number: int) -> Message:
-        if not isinstance(turn, dict):
-            raise ValueError(f"message {number} is {type(turn).__name__}, an object was expected")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # OpenAI's typed parts
-            parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
-            content = "".join(part for part in parts if isinstance(part, str))
-        if role not in ROLES:
-            raise ValueError(f"message {number} has the role '{role}'; known are {', '.join(sorted(ROLES))}")
-        if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
-            raise ValueError(f"message {number} ({role}) has no text")
-        return {"role": ROLES[role], "content": content}
 
 
 def _short(name: str) -> str:

@@ -13,6 +13,7 @@ import numpy as np
 
 from llmft.config import DataConfig, Head, Problem
 from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.messages import text_of
 from llmft.data.sources import Problems, Row, expand, read
 from llmft.data.targets import Target
 from llmft.errors import ConfigError, DataError
@@ -57,7 +58,7 @@ def content_of(conversation: Conversation) -> str:
     messages = list(conversation.messages)
     if conversation.learns_text and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return canonical([" ".join(text.split()) for message in messages for text in message.values()])
+    return canonical([" ".join(text.split()) for message in messages for text in (message["role"], text_of(message))])
 
 
 def add_pseudo(

@@ -17,7 +17,7 @@ from llmft.config_verbs import PredictConfig
 from llmft.console import Screen
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Encoded
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
@@ -155,21 +155,16 @@ class Predictor:
 
     def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
         """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
-        probe = Conversation(
-            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}], "probe"
-        )
-        ids, marks = self.encoder.tokens(probe, Problems())
-        labelled = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), probe)
         outputs = generate(
             self.model,
             [list(example.input_ids) for example in examples],
             pad_id=self.tokenizer.pad_token_id,
-            end_ids=end_token_ids([labelled], self.encoder.prompt, self.tokenizer),
+            ends=self.encoder.ends,
             max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
             batch_size=len(examples),
             context_tokens=getattr(model_config(self.config.model, self.located), "max_position_embeddings", None),
         )
-        decode = decoder(self.tokenizer, self.config.prompt.stop)
+        decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
         return {
             "generated": [decode(output) for output in outputs],
             "logprob": self._logprobs(examples, outputs),

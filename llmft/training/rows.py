@@ -8,8 +8,9 @@ from typing import Any
 
 from llmft.config import PromptConfig, Truncation
 from llmft.data.batch import steps_per_epoch
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import Examples
+from llmft.data.messages import text_of
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, split_facts
@@ -29,7 +30,7 @@ class Rows:
     prompt: PromptFormat
     encoder: Encoder
     splits: dict[str, Examples]
-    end_ids: list[int]
+    ends: Ends
     total_steps: int
     validate_every: int
     context_tokens: int | None
@@ -47,7 +48,7 @@ class Inspection:
 
 def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
-    facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
+    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
@@ -108,7 +109,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     """
     config, conversations = prepared.config, prepared.conversations
     if config.model.train_tokenizer_vocab is not None:
-        texts = [message["content"] for c in conversations["train"] for message in c.messages]
+        texts = [text_of(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:
@@ -130,7 +131,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         prompt,
         encoder,
         splits,
-        end_token_ids(splits["train"], prompt, tokenizer),
+        encoder.ends,
         total,
         max(1, round(every * total if every < 1 else every)),
         getattr(architecture, "max_position_embeddings", None),
