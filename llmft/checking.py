@@ -68,6 +68,10 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "labels": label_balance(prepared.conversations["train"], prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
+        "message_keys": {
+            "read": dict(prepared.message_keys.read),
+            "unused": dict(prepared.message_keys.unused),
+        },
         "steps": {
             "total": rows.total_steps,
             "batch_rows": config.trainer.batch_size,
@@ -261,9 +265,14 @@ def show(report: dict[str, Any]) -> None:
         console.print(text)
     console.print(_split_table(report["splits"]))
     pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
+    marker = report["prompt"]["end_marker"]
+    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
     console.print(
         f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
     )
+    if report["message_keys"]["read"]:
+        read, unused = (", ".join(sorted(report["message_keys"][kind])) or "none" for kind in ("read", "unused"))
+        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
     _show_lengths(console, report["limits"])
     if report["labels"]:
         total = sum(report["labels"].values())

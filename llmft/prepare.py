@@ -13,6 +13,7 @@ from pathlib import Path
 
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.messages import Keys
 from llmft.data.pseudo import PseudoLabels, add_pseudo
 from llmft.data.sources import Loaded, Problems, Row, load_rows
 from llmft.data.splits import make_splits
@@ -41,6 +42,7 @@ class Prepared:
     id_column: str | None = None
     num_rows: dict[str, int] = field(default_factory=dict)
     """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
+    message_keys: Keys = field(default_factory=Keys)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -105,6 +107,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         pseudo,
         columns.id,
         {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+        columns.keys,
     )
 
 

@@ -154,23 +154,23 @@ class Encoder:
 
     @cached_property
     def marker(self) -> str:
-        """What the format writes behind an answer; empty where it cannot be asked with a short conversation."""
-        try:
-            return self.prompt.end_marker(**self._special)
-        except ValueError:
-            return ""
+        """What the format writes behind an answer."""
+        return self.prompt.end_marker(**self._special)
 
     @cached_property
     def ends(self) -> Ends:
         """What ends an answer: the tokenizer's end token, and the format's end marker."""
         end = self.tokenizer.eos_token_id
         ids = [] if end is None else [end]
+        called = self._behind(self.prompt.end_marker(**self._special, call=True)).ids[-1:]
         marker = self._behind(self.marker).ids if self.marker else []
         text = self.marker
         if len(marker) == 1 or (marker and marker[-1] in self._added):
-            ids += [marker[-1]] if marker[-1] not in ids else []
-            marker = marker[:-1]
+            called.append(marker[-1])
+            # What stands before the token that ends the answer is text of the format's, unless no text shows it.
+            marker = [] if self._added.issuperset(marker) else marker[:-1]
             text = self._decode(marker).strip()
+        ids += [token for token in dict.fromkeys(called) if token not in ids and (token in self._added or not marker)]
         return Ends(ids, text, len(marker), self._decode)
 
     def _decode(self, ids: list[int]) -> str:

@@ -11,6 +11,7 @@ of the whole conversation does not hold so is `apart`, to be learned from a text
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -237,9 +238,9 @@ class PromptFormat:
         return Rendered(text, spans, frozenset(apart))
 
     def _last_answer(self, turns: list[Message], values: dict[str, Any]) -> tuple[int, str]:
-        """Where the answer begins that ends `turns`, and the text up to its end.
+        """Where the answer begins that ends `turns`, and the text up to its end, behind the prompt of a server.
 
-        Raises ValueError for a template whose answer does not go on from its prompt.
+        Raises ValueError for a template whose answer cannot be found.
         """
         before = self._write(turns[:-1], values, True)
         through = self._through(turns, values)
@@ -256,9 +257,15 @@ class PromptFormat:
             rest = self._through([*turns[:-1], answer], values)[len(opened) - len(THINK) :]
             line = "" if before.endswith("\n") else "\n"
             return len(before), f"{before}{line}{(thoughts or '').strip()}\n{THOUGHT}\n\n{rest.lstrip()}"
+        asked = self._write(turns[:-1], values, False)
+        header = before[len(asked) :] if before.startswith(asked) else ""
+        same = next((n for n, (one, two) in enumerate(zip(before, through, strict=False)) if one != two), 0)
+        begin = through.find(header, max(0, same - len(header))) if header.strip() else -1
+        if begin >= 0 and begin + len(header) < len(through):  # Hermes closes a tool's result otherwise at the end
+            return len(before), before + through[begin + len(header) :]
         raise ValueError(
-            f"prompt={self.config.name}: this template writes an answer otherwise than behind the prompt of its "
-            "beginning and does not mark its answers, so they cannot be told apart; choose a format by name"
+            f"prompt={self.config.name}: this template does not mark its answers and writes them otherwise than behind "
+            "its prompts, so they cannot be told apart; choose a format by name"
         )
 
     def _through(self, turns: list[Message], values: dict[str, Any]) -> str:
@@ -343,8 +350,9 @@ class PromptFormat:
                 text = "".join(made.text[start:end] for start, end in spans)
             if word not in text:
                 raise ValueError(
-                    f"prompt={self.config.name} does not write the row's '{key}'; choose a format that knows them "
-                    "(the model's own with prompt=native, or prompt=qwen3), or leave them out"
+                    f"prompt={self.config.name} does not write the row's '{key}'"
+                    f"{'' if answer is None or not learned else ' into the answer'}; choose a format that knows them, "
+                    "such as prompt=qwen3, or leave them out"
                 )
 
     # ------------------------------------------------------------------------------------------------------ writing
@@ -394,12 +402,24 @@ class PromptFormat:
         ends = list(itertools.accumulate(map(len, pieces)))
         return "".join(pieces), [(ends[n], ends[n + 1]) for n in range(0, len(ends) - 1, 2) if n + 1 < len(ends)]
 
-    def end_marker(self, *, bos_token: str | None, eos_token: str | None) -> str:
-        """What the model learns to write behind an answer; empty for a format in which it would not learn to stop."""
-        probe = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "Xanswer"}]
-        rendered = self.render(probe, bos_token=bos_token, eos_token=eos_token)
-        start, end = rendered.spans[-1]
-        return rendered.text[start:end].rpartition("Xanswer")[2].strip()
+    def end_marker(self, *, bos_token: str | None, eos_token: str | None, call: bool = False) -> str:
+        """What the model learns to write behind an answer; empty for a format in which it would not learn to stop.
+
+        With `call` behind a call of a tool; empty for a format that writes none.
+        """
+        function = {"name": "Xtool", "description": "t", "parameters": {"type": "object", "properties": {}}}
+        tools: list[Message] = [{"type": "function", "function": function}]
+        answer: Message = {"role": "assistant", "content": "" if call else "Xanswer"}
+        if call:
+            answer["tool_calls"] = [{"type": "function", "function": {"name": "Xtool", "arguments": {"a": "Xanswer"}}}]
+        # Hermes has a template that is only for conversations with tools.
+        for offered in (tools,) if call else (None, tools):
+            with contextlib.suppress(ValueError):
+                probe = [{"role": "user", "content": "Q"}, answer]
+                rendered = self.render(probe, tools=offered, bos_token=bos_token, eos_token=eos_token)
+                start, end = rendered.spans[-1]
+                return rendered.text[start:end].rpartition("Xanswer")[2].strip()
+        return ""
 
 
 def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
@@ -497,6 +517,7 @@ def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
     template = config.template
     if not template:
         template = getattr(tokenizer, "chat_template", None)
+        template = template.get("default") if isinstance(template, dict) else template
         if not isinstance(template, str):
             raise ConfigError("prompt=native: this tokenizer brings no chat template; choose a format by name.")
     if _adds_bos(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:

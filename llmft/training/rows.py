@@ -52,7 +52,7 @@ def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *pseudo_findings(prepared), *found]
+    found = [*_dropped(prepared, rows), *pseudo_findings(prepared), *_unread(prepared), *_serving(rows), *found]
     return Inspection(facts, overlaps, found)
 
 
@@ -83,6 +83,40 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     words = targets.words or targets.labels
     listed = [label if word == label else f"{word}: {label}" for word, label in zip(words, targets.labels, strict=True)]
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
+
+
+def _unread(prepared: Prepared) -> list[Finding]:
+    """The keys of messages that nothing reads, once."""
+    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
+    message = f"these keys of messages are not used (messages that have them): {unused}"
+    return [Finding("warning", "data.columns.messages", message)] if unused else []
+
+
+def _serving(rows: Rows) -> list[Finding]:
+    """Where the text or the tokens of a row are not at once those that serving has."""
+    found: list[str] = []
+    for split, lengths in rows.encoder.lengths.items():
+        if lengths.rows_joined:
+            found.append(
+                f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
+                "with what follows: they are tokenised apart, as serving does"
+            )
+        if lengths.rows_split:
+            found.append(
+                f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
+                "look otherwise once later turns follow"
+            )
+        if lengths.rows_unlike:
+            found.append(
+                f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
+                "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
+            )
+    if rows.ends.text:
+        found.append(
+            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
+            "server must be told it as a stop string"
+        )
+    return [Finding("warning", "prompt", message) for message in found]
 
 
 def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
