@@ -82,7 +82,8 @@ class _TooLong(BaseException):
 
 
 def _ring(signum: int, frame: Any) -> None:
-    raise _TooLong
+    if frame.f_code is not _Bounds.__exit__.__code__:  # where it has ended already, if late: a large text was freed
+        raise _TooLong
 
 
 class _Bounds:
