@@ -40,6 +40,8 @@ class Asked:
     plan: str
     note: str = ""
     """What should be told before predicting."""
+    references: list[Any] | None = None
+    """The answers that the files have as the format writes them, once a tokenizer is there."""
 
     @property
     def baseline(self) -> bool:
@@ -66,6 +68,8 @@ class Asked:
         """The true targets or answers where the files have them."""
         if self.target_model is not None:
             return [self.target_model.name(row.target) for row in self.conversations]
+        if self.references is not None:
+            return self.references
         spoken = [row.messages[-1] for row in self.conversations]
         return [turn["content"] if turn["role"] == "assistant" else None for turn in spoken]
 

@@ -197,6 +197,11 @@ def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.
     predictor = Predictor(asked, options)
     try:
         examples = predictor.encode(asked.conversations)
+        if asked.target_model is None:
+            asked.references = [
+                predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
+                for row in asked.conversations
+            ]
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]

@@ -111,7 +111,7 @@ def _serving(rows: Rows) -> list[Finding]:
                 f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
                 "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
             )
-    if rows.ends.text:
+    if rows.ends.text and rows.splits["train"].labelled.any():
         found.append(
             f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
             "server must be told it as a stop string"

@@ -154,8 +154,19 @@ def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
     assert made.end_marker(bos_token=None, eos_token=None) == "<|im_end|>"
 
 
-def test_a_vendors_template_that_rewrites_its_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vendors_template_that_rewrites_its_beginning_is_learned_behind_its_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Vendor, "chat_template", "{{ messages | length }}" + CHATML)
+    rendered = prompt_format(PromptConfig(name="native"), Vendor()).render(chat().messages)
+    assert rendered.text.startswith("1<|im_start|>user")
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["Ann<|im_end|>"]
+
+
+def test_a_vendors_template_whose_answers_nothing_tells_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Vendor, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="choose a format by name"):
         prompt_format(PromptConfig(name="native"), Vendor()).render(chat().messages)
 
