@@ -302,10 +302,10 @@ class Encoder:
         # Tokens behind an added token do not depend on what stands before it: the rest of each prompt is asked alone.
         before = [self._before(part) for part in parts]
         prompts = list(dict.fromkeys(prompt for one in before for prompt, _ in one if prompt is not None))
-        alone = dict(zip(prompts, self._tokenize(prompts), strict=True))
+        alone = dict(zip(prompts, (encoding.ids for encoding in self._encodings(prompts)), strict=True))
         made = []
         for part, prompts_of in zip(parts, before, strict=True):
-            fits = all(prompt is not None and alone[prompt].ids == ids for prompt, ids in prompts_of)
+            fits = all(prompt is not None and alone[prompt] == ids for prompt, ids in prompts_of)
             lengths.rows_joined += not fits
             made.append([part] if fits else self._apart(part))
         return made
@@ -377,12 +377,15 @@ class Encoder:
         return made
 
     def _tokenize(self, texts: Sequence[str]) -> list[Tokens]:
+        return [Tokens.of(encoding) for encoding in self._encodings(texts)]
+
+    def _encodings(self, texts: Sequence[str]) -> list[Any]:
         if not texts:
             return []
         backend = self.tokenizer.backend_tokenizer
         backend.no_truncation()
         backend.no_padding()
-        return [Tokens.of(one) for one in backend.encode_batch(list(texts), add_special_tokens=False)]
+        return list(backend.encode_batch(list(texts), add_special_tokens=False))
 
     def _example(
         self, part: Part, lengths: Lengths, problems: Problems, limited: bool = True
