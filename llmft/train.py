@@ -77,10 +77,12 @@ def train(
     from rich.markup import escape
 
     from llmft.app import command_line
+    from llmft.build import trust
     from llmft.console import Screen
     from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
 
+    trust(config.trusted_packages)
     rank = process_rank(config)
     screen = Screen(quiet=quiet or rank > 0)
     prepared = prepare(config)
@@ -122,8 +124,11 @@ def train(
 
 
 def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
-    status = run.status()
     from rich.markup import escape
+
+    from llmft.config import TrainOn
+
+    status = run.status()
 
     result = status.get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):
@@ -131,7 +136,8 @@ def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
 
         tell_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
-    screen.summary(result.get("before", {}), result.get("after", {}), {})
+    blank = config.data.train_on is TrainOn.all
+    screen.summary(result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
     return result.get("after", {}).get(config.trainer.monitor)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -26,14 +25,13 @@ from llmft.errors import ConfigError
 from llmft.files import staged_file
 from llmft.inference.asked import Asked
 from llmft.inference.generate import generate
-from llmft.model import adapters
+from llmft.model import adapters, families
 from llmft.model.heads import renew_head
 from llmft.model.hub import Located, locate
 from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.model.quantization import weight_counts
 from llmft.predictions import read_table
 from llmft.training.finetuner import stream
-from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.rows import with_options
 from llmft.training.samples import decoder
@@ -57,9 +55,11 @@ class Predictor:
         prompt = prompt_format(with_options(self.config.prompt, asked.target_model), self.tokenizer)
         data = self.config.data
         # No row is left out: one that training would have dropped is cut.
+        self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
         data = replace(
             data,
+            max_tokens=min(data.max_tokens, self.context_tokens or data.max_tokens) if learned else data.max_tokens,
             truncation=Truncation.cut_prompt_left if cuts else data.truncation,
             max_answer_tokens=None,
             min_prompt_tokens=0,
@@ -67,10 +67,12 @@ class Predictor:
         )
         self.encoder = Encoder(self.tokenizer, prompt, data)
         self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
+        if self.config.task.head is not None and not hasattr(self.objective, "predict"):
+            raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
         self.model = self._load(trained)
 
     def _check_base(self) -> None:
-        record = json.loads(self.asked.run.environment_file.read_text())["model"]["fingerprint"]
+        record = self.asked.run.fact("model", "fingerprint")
         if self.config.lora.enabled and record != self.located.fingerprint:
             raise ConfigError(
                 f"{self.asked.run.directory}: the base model found for model={self.config.model.label} is not the one "
@@ -143,8 +145,8 @@ class Predictor:
             if self.config.task.head is None:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
-            assert isinstance(self.objective, Classification)
-            return {"values": self.objective.predict(self.model, batch).cpu().tolist()}
+            objective: Any = self.objective
+            return {"values": objective.predict(self.model, batch).cpu().tolist()}
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -162,7 +164,7 @@ class Predictor:
             ends=self.encoder.ends,
             max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
             batch_size=len(examples),
-            context_tokens=getattr(model_config(self.config.model, self.located), "max_position_embeddings", None),
+            context_tokens=self.context_tokens,
         )
         decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
         return {

@@ -23,6 +23,8 @@ from llmft.foreign import check_model
 
 PACKAGED = "package:"
 PROBE_TIMEOUT_S = 4.0
+MOST_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file; the library itself refuses a longer one."""
 PICKLED = (
     "there are no safetensors weights, and pickled ones are not loaded; convert them with transformers' "
     "save_pretrained in an environment you trust, then set model.path=DIR."
@@ -104,10 +106,10 @@ def _middles(head: bytes, file: Any, size: int) -> list[int]:
     length = int.from_bytes(head[:8], "little")
     try:
         file.seek(8)
-        entries = json.loads(file.read(length)) if length < size else {}
+        entries = json.loads(file.read(length)) if length < min(size, MOST_HEADER_BYTES) else {}
         offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
         return sorted(8 + length + (start + end) // 2 for start, end in offsets)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [size * part // 256 for part in range(256)]
 
 

@@ -75,7 +75,7 @@ class Halving:
     def __init__(self, cohorts: Sequence[Sequence[Trial]], monitor: str, mode: Mode) -> None:
         self.cohorts = [list(cohort) for cohort in cohorts]
         self.monitor = monitor
-        self.sign = 1.0 if mode is Mode.min else -1.0
+        self.sign = mode.sign
         self._asked: dict[int, tuple[int, Callable[[Decision], None]]] = {}
 
     def ask(self, trial: Trial, step: int, total: int, answer: Callable[[Decision], None]) -> None:

@@ -61,6 +61,8 @@ def _run_search(
     probes = maker.probes()
     if probes[0].config.sweep.halving:
         raise ConfigError("sweep.halving=true is for grids; a search has hydra.sweeper.pruner=successive_halving.")
+    if len({(probe.config.trainer.monitor, probe.config.trainer.mode) for probe in probes}) > 1:
+        raise ConfigError("trainer.monitor: varied, but it is what a search compares its trials by; keep it fixed.")
     sweep = open_search(probes, space, settings, fixed, command)
     maker.sweep = sweep
     screen = Screen()

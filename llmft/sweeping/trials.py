@@ -16,8 +16,9 @@ from llmft.config import ModelInit, TrainConfig
 from llmft.data.messages import text_of
 from llmft.environment import sensible_threads, visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
-from llmft.files import write_atomically
+from llmft.files import read_plain, write_atomically
 from llmft.model.hub import Located, weight_bytes
+from llmft.monitor import with_mode
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
@@ -173,7 +174,7 @@ class Planner:
     def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
         try:
-            config = self.compose(overrides)
+            config = with_mode(self.compose(overrides))
         except Exception as error:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
@@ -319,7 +320,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
     sweep = Sweep(directory, identity, trials, swept, command)
     try:
-        known = json.loads(sweep.record_file.read_text())
+        known = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
         known = {}
     if known and known.get("identity") != identity:

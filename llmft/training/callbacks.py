@@ -143,7 +143,7 @@ class Checkpointer(Callback):
         self.every = every
         self.keep = keep
         self.monitor = monitor
-        self.sign = 1.0 if mode is Mode.min else -1.0
+        self.sign = mode.sign
         self.patience = patience
         self.total_steps = total_steps
         self.stops = set(stops)

@@ -22,6 +22,7 @@ from llmft.data.batch import MicroBatch, StepBatch
 from llmft.data.encode import Ends
 from llmft.errors import DivergedError
 from llmft.inference.generate import generate
+from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
@@ -332,10 +333,10 @@ class FineTuner(L.LightningModule):
             for row, nll, count in zip(rows, losses.nll, losses.counts, strict=True)
         ]
         gathered = sorted(row for share in self._gather(found) for row in share)
-        loss = math.fsum(nll for _, nll, _ in gathered) / math.fsum(count for _, _, count in gathered)
+        loss = loss_nats([nll for _, nll, _ in gathered], [count for _, _, count in gathered])
         metrics = {f"{split}/loss_nats": loss}
         if self.scoring is None:
-            metrics[f"{split}/perplexity"] = math.exp(min(loss, 700.0))
+            metrics[f"{split}/perplexity"] = perplexity(loss)
         outputs = self._outputs()
         if self.scoring is not None and outputs is not None:
             for name, metric in self.scoring.metrics.items():

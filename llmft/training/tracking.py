@@ -133,7 +133,8 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
         if made is not None:
             loggers.append(made)
     loggers.extend(
-        build(node, f"logger.loggers.{name}", **_directory(node, run)) for name, node in config.logger.loggers.items()
+        build(node, f"logger.loggers.{name}", "logger", **_directory(node, run))
+        for name, node in config.logger.loggers.items()
     )
     return loggers
 
@@ -143,7 +144,7 @@ def check_loggers(config: LoggerConfig) -> None:
     from llmft.build import check_target
 
     for name, node in config.loggers.items():
-        check_target(node, f"logger.loggers.{name}")
+        check_target(node, f"logger.loggers.{name}", "logger")
 
 
 def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
