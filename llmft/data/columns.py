@@ -11,6 +11,7 @@ from typing import Any
 from llmft.config import Columns, DataConfig, Head, TaskConfig
 from llmft.data.messages import (
     MEDIA,
+    TOOLS,
     Keys,
     Message,
     check_turns,
@@ -148,6 +149,7 @@ class ColumnMap:
                 uses.setdefault(name, []).append(key.removeprefix("data.").removeprefix("columns."))
         roots = {root_of(name) for name in uses}
         there = dict.fromkeys(name for row in rows for name in row.values)
+        uses |= {name: ["messages"] for name in TOOLS if self.columns.messages and name in there}
         unread = [name for name in there if name not in uses and name not in roots]
         return {"read": uses, "not_read": unread, "left_out": self.left_out}
 
