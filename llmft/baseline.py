@@ -17,6 +17,7 @@ from llmft.build import metric_functions, reads_text
 from llmft.config import CLASSIFICATION, Problem, TrainConfig, TrainOn
 from llmft.console import Screen
 from llmft.data.columns import Conversation
+from llmft.data.messages import text_of as message_text
 from llmft.data.targets import Targets
 from llmft.environment import describe
 from llmft.errors import ConfigError, did_you_mean
@@ -106,7 +107,7 @@ class Baseline:
 def text_of(row: Conversation) -> str:
     """All that a row says, without a class's word behind it."""
     messages = row.messages[:-1] if row.learns_text and row.messages[-1]["role"] == "assistant" else row.messages
-    return "\n".join(text for message in messages for name, text in message.items() if name != "role")
+    return "\n".join(map(message_text, messages))
 
 
 def _vectorizer(ngrams: int, **more: Any) -> Any:

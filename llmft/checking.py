@@ -65,7 +65,8 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "prompt": {
             "name": config.prompt.name,
             "pad_token": rows.tokenizer.pad_token,
-            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.end_ids),
+            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.ends.ids),
+            "end_marker": {"text": rows.ends.text, "tokens": rows.ends.num_tokens} if rows.ends.text else None,
         },
         "columns": prepared.usage,
         "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
@@ -74,6 +75,10 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "labels": label_balance(prepared.conversations["train"], prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
+        "message_keys": {
+            "read": dict(prepared.message_keys.read),
+            "unused": dict(prepared.message_keys.unused),
+        },
         "steps": {
             "total": rows.total_steps,
             "batch_rows": config.trainer.batch_size,
@@ -136,7 +141,7 @@ def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
     whole = encoder.encode("train", prepared.conversations["train"], Problems(prepared.config.data.on_bad_row))
-    facts = split_facts(whole, rows.tokenizer, rows.end_ids)
+    facts = split_facts(whole, rows.tokenizer, rows.ends)
     used = rows.encoder.lengths["train"]
     return {
         "max_tokens": prepared.config.data.max_tokens,
@@ -268,9 +273,14 @@ def show(report: dict[str, Any]) -> None:
         console.print(text)
     console.print(_split_table(report["splits"]))
     pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
+    marker = report["prompt"]["end_marker"]
+    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
     console.print(
         f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
     )
+    if report["message_keys"]["read"]:
+        read, unused = (", ".join(sorted(report["message_keys"][kind])) or "none" for kind in ("read", "unused"))
+        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
     _show_lengths(console, report["limits"])
     _show_columns(console, report["columns"])
     if report["labels"]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.messages import Keys
 from llmft.data.pseudo import PseudoLabels, add_pseudo
 from llmft.data.sources import Loaded, Problems, Row, load_rows
 from llmft.data.splits import make_splits
@@ -45,6 +46,7 @@ class Prepared:
     """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
     usage: dict[str, Any] = field(default_factory=dict)
     """Which columns are read and which are not, as `ColumnMap.usage` says."""
+    message_keys: Keys = field(default_factory=Keys)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -111,6 +113,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         columns.id,
         {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
         columns.usage([row for part in loaded.splits.values() for row in part]),
+        columns.keys,
     )
 
 

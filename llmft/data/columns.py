@@ -9,27 +9,27 @@ from itertools import chain
 from typing import Any
 
 from llmft.config import Columns, DataConfig, Head, TaskConfig
+from llmft.data.messages import (
+    MEDIA,
+    TOOLS,
+    Keys,
+    Message,
+    check_turns,
+    read_message,
+    read_messages,
+    read_tools,
+    text_of,
+    without_null,
+)
 from llmft.data.naming import cell_text, names_in, no_column, pieces, root_of, stable_text
 from llmft.data.sources import Problems, Row, named_columns
 from llmft.data.targets import Target, Targets
 from llmft.errors import ConfigError, DataError
 
-Message = dict[str, str]
-
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with the roles system, user and assistant, and where they stand.
+    """Messages, as `llmft.data.messages` makes them, and where they stand.
 
     Attributes:
         target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
@@ -39,6 +39,7 @@ class Conversation:
         group: what must not be torn apart by a split, where data.group is set.
         weight: what the row counts for in the loss.
         marked: whether answers are marked as learned; None: where there is no target.
+        tools: what the assistant may call, in OpenAI's form.
     """
 
     messages: list[Message]
@@ -50,6 +51,7 @@ class Conversation:
     group: str | None = None
     weight: float = 1.0
     marked: bool | None = None
+    tools: list[Message] | None = None
 
     @property
     def learns_text(self) -> bool:
@@ -66,6 +68,7 @@ class ColumnMap:
         id: the column that names the rows; None: file:line.
         lenient: for rows to predict: they need no target, and an empty column is empty text.
         left_out: optional columns that no row has.
+        keys: the keys of messages that were read, and those that were not.
     """
 
     columns: Columns
@@ -75,6 +78,7 @@ class ColumnMap:
     id: str | None = None
     lenient: bool = False
     left_out: list[str] = field(default_factory=list)
+    keys: Keys = field(default_factory=Keys)
 
     @property
     def labels(self) -> list[str]:
@@ -145,6 +149,7 @@ class ColumnMap:
                 uses.setdefault(name, []).append(key.removeprefix("data.").removeprefix("columns."))
         roots = {root_of(name) for name in uses}
         there = dict.fromkeys(name for row in rows for name in row.values)
+        uses |= {name: ["messages"] for name in TOOLS if self.columns.messages and name in there}
         unread = [name for name in there if name not in uses and name not in roots]
         return {"read": uses, "not_read": unread, "left_out": self.left_out}
 
@@ -209,8 +214,17 @@ class ColumnMap:
         columns = self.columns
         answered = bool(columns.response or columns.chosen or self.targets is not None)
         if columns.messages:
-            messages = self._asked(row) if self.targets is not None else self._turns(row)
+            # In a table of Arrow an object has the keys of all rows' objects.
+            filled = ":row " in row.where or (self.data is not None and self.data.hub is not None)
+            values = without_null(row.values) if filled else row.values
+            messages = read_messages(values.get(columns.messages), columns.messages, self.keys)
+            media = next((name for name in MEDIA[:3] if values.get(f"{name}s") or values.get(name)), None)
+            if media:
+                raise ValueError(f"the row has {media}: this is a text trainer, leave rows with {media} out")
+            tools = read_tools(values, values.get(columns.messages))
+            messages = self._asked(messages) if self.targets is not None else self._turns(messages)
         else:
+            tools = None
             content = self._fill(columns.text or columns.prompt or "", row)
             if columns.text and not content.strip() and not self.lenient:
                 raise ValueError("the text is empty")
@@ -220,8 +234,9 @@ class ColumnMap:
                 messages[0]["input"] = further
         messages = self._instructed(row, messages)
         if self.targets is not None:
-            return Conversation(messages, row.where)
-        return self._preferred(row, messages) if columns.chosen and not self.lenient else self._answered(row, messages)
+            return Conversation(messages, row.where, tools=tools)
+        preferred = columns.chosen and not self.lenient
+        return replace(self._preferred(row, messages) if preferred else self._answered(row, messages), tools=tools)
 
     def _instructed(self, row: Row, messages: list[Message]) -> list[Message]:
         """`messages` with the row's system prompt in front."""
@@ -245,14 +260,10 @@ class ColumnMap:
             raise ValueError("the answer is empty")
         return Conversation([*messages, {"role": "assistant", "content": answer}], row.where)
 
-    def _asked(self, row: Row) -> list[Message]:
+    def _asked(self, messages: list[Message]) -> list[Message]:
         """A conversation to classify, whole; for a head that writes the class, as one text of its user."""
-        turns = row.values.get(self.columns.messages or "")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
         if self.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            text = "\n\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
             return [{"role": "user", "content": text}]
         return messages
 
@@ -272,45 +283,27 @@ class ColumnMap:
         if isinstance(value, list) and value:
             value = value[-1]
         if isinstance(value, dict):
-            return self._turn({"role": "assistant", **value}, 1)["content"]
+            turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
+            message = read_message(turn, 1, self.keys)
+            if len(message) > 2 or message["role"] != "assistant":
+                more = ", ".join(list(message)[2:]) or f"the role {message['role']}"
+                raise ValueError(f"the answer in '{name}' has {more}: only the assistant's text can be used")
+            return str(message["content"])
         answer = self._fill(name, row)
         if not answer.strip():
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
-    def _turns(self, row: Row) -> list[Message]:
-        assert self.columns.messages
-        turns = row.values.get(self.columns.messages)
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        if all(isinstance(turn, str) for turn in turns):  # LIMA: plain texts that take turns
-            turns = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
-        spoken = [message["role"] for message in messages if message["role"] != "system"]
-        if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
-            raise ValueError("user and assistant must take turns, starting with user")
+    def _turns(self, messages: list[Message]) -> list[Message]:
+        """A conversation to learn from, up to its last answer; of rows to predict all of it."""
+        check_turns(messages)
         if self.columns.chosen or self.columns.response or self.lenient:
             return messages
-        if "assistant" not in spoken:
-            raise ValueError("no message of the assistant, so nothing to learn from")
-        if spoken[-1] == "user":
+        while messages and messages[-1]["role"] != "assistant":
             messages.pop()
+        if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+            raise ValueError("no message of the assistant, so nothing to learn from")
         return messages
-
-    @staticmethod
-    def _turn(turn: Any, number: int) -> Message:
-        if not isinstance(turn, dict):
-            raise ValueError(f"message {number} is {type(turn).__name__}, an object was expected")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # OpenAI's typed parts
-            parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
-            content = "".join(part for part in parts if isinstance(part, str))
-        if role not in ROLES:
-            raise ValueError(f"message {number} has the role '{role}'; known are {', '.join(sorted(ROLES))}")
-        if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
-            raise ValueError(f"message {number} ({role}) has no text")
-        return {"role": ROLES[role], "content": content}
 
 
 def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:

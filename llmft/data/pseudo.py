@@ -14,6 +14,7 @@ import numpy as np
 
 from llmft.config import DataConfig, Head, Problem
 from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.messages import text_of
 from llmft.data.sources import Problems, Row, named_columns, read_files, with_nested
 from llmft.data.targets import Target
 from llmft.errors import ConfigError, DataError
@@ -58,7 +59,7 @@ def content_of(conversation: Conversation) -> str:
     messages = list(conversation.messages)
     if conversation.learns_text and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return canonical([" ".join(text.split()) for message in messages for text in message.values()])
+    return canonical([" ".join(text.split()) for message in messages for text in (message["role"], text_of(message))])
 
 
 def add_pseudo(

@@ -44,6 +44,8 @@ class Asked:
     plan: str
     notes: list[str] = field(default_factory=list)
     """What should be told before predicting."""
+    references: list[Any] | None = None
+    """The answers that the files have as the format writes them, once a tokenizer is there."""
     recipe: None = None
 
     @property
@@ -76,6 +78,8 @@ class Asked:
         """The true targets or answers where the files have them."""
         if self.target_model is not None:
             return [self.target_model.name(row.target) for row in self.conversations]
+        if self.references is not None:
+            return self.references
         spoken = [row.messages[-1] for row in self.conversations]
         return [turn["content"] if turn["role"] == "assistant" else None for turn in spoken]
 

@@ -16,7 +16,7 @@ from llmft.config_verbs import PredictConfig
 from llmft.console import Screen
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Encoded
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
@@ -157,21 +157,16 @@ class Predictor:
 
     def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
         """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
-        probe = Conversation(
-            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}], "probe"
-        )
-        ids, marks = self.encoder.tokens(probe, Problems())
-        labelled = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), probe)
         outputs = generate(
             self.model,
             [list(example.input_ids) for example in examples],
             pad_id=self.tokenizer.pad_token_id,
-            end_ids=end_token_ids([labelled], self.encoder.prompt, self.tokenizer),
+            ends=self.encoder.ends,
             max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
             batch_size=len(examples),
             context_tokens=self.context_tokens,
         )
-        decode = decoder(self.tokenizer, self.config.prompt.stop)
+        decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
         return {
             "generated": [decode(output) for output in outputs],
             "logprob": self._logprobs(examples, outputs),
@@ -204,6 +199,11 @@ def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.
     predictor = Predictor(asked, options)
     try:
         examples = predictor.encode(asked.conversations)
+        if asked.target_model is None:
+            asked.references = [
+                predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
+                for row in asked.conversations
+            ]
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import ModelInit, TrainConfig
+from llmft.data.messages import text_of
 from llmft.environment import sensible_threads, visible_gpus
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import read_plain, write_atomically
@@ -183,7 +184,7 @@ class Planner:
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             rows = prepared.conversations["train"]
-            characters = sum(len(message["content"]) for row in rows for message in row.messages)
+            characters = sum(len(text_of(message)) for row in rows for message in row.messages)
             mean = characters / max(1, len(rows))
             size = weight_bytes(prepared.located)
             self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels), size)

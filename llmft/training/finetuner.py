@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from llmft.data.batch import MicroBatch, StepBatch
+from llmft.data.encode import Ends
 from llmft.errors import DivergedError
 from llmft.inference.generate import generate
 from llmft.metrics.loss import loss_nats, perplexity
@@ -73,7 +74,7 @@ class Generation:
     metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
     decode: Callable[[list[int]], str]
     pad_id: int
-    end_ids: list[int]
+    ends: Ends
     max_new_tokens: int
     batch_size: int
     context_tokens: int | None = None
@@ -384,7 +385,7 @@ class FineTuner(L.LightningModule):
                 self.model,
                 [sample.prompt_ids for _, sample in mine],
                 pad_id=generation.pad_id,
-                end_ids=generation.end_ids,
+                ends=generation.ends,
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=generation.batch_size,
                 context_tokens=generation.context_tokens,

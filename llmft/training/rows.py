@@ -8,8 +8,9 @@ from typing import Any
 
 from llmft.config import Problem, PromptConfig, Truncation
 from llmft.data.batch import steps_per_epoch
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import Examples
+from llmft.data.messages import text_of
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
@@ -30,7 +31,7 @@ class Rows:
     prompt: PromptFormat
     encoder: Encoder
     splits: dict[str, Examples]
-    end_ids: list[int]
+    ends: Ends
     total_steps: int
     validate_every: int
     context_tokens: int | None
@@ -48,11 +49,11 @@ class Inspection:
 
 def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
-    facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
+    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *row_findings(prepared), *found]
+    found = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows), *found]
     return Inspection(facts, overlaps, found)
 
 
@@ -107,6 +108,40 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
 
 
+def _unread(prepared: Prepared) -> list[Finding]:
+    """The keys of messages that nothing reads, once."""
+    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
+    message = f"these keys of messages are not used (messages that have them): {unused}"
+    return [Finding("warning", "data.columns.messages", message)] if unused else []
+
+
+def _serving(rows: Rows) -> list[Finding]:
+    """Where the text or the tokens of a row are not at once those that serving has."""
+    found: list[str] = []
+    for split, lengths in rows.encoder.lengths.items():
+        if lengths.rows_joined:
+            found.append(
+                f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
+                "with what follows: they are tokenised apart, as serving does"
+            )
+        if lengths.rows_split:
+            found.append(
+                f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
+                "look otherwise once later turns follow"
+            )
+        if lengths.rows_unlike:
+            found.append(
+                f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
+                "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
+            )
+    if rows.ends.text and rows.splits["train"].labelled.any():
+        found.append(
+            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
+            "server must be told it as a stop string"
+        )
+    return [Finding("warning", "prompt", message) for message in found]
+
+
 def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
     """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
     data, limits = prepared.config.data, rows.encoder.lengths["train"]
@@ -133,7 +168,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     architecture = model_config(config.model, prepared.located)
     agreed(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
-        texts = [message["content"] for c in conversations["train"] for message in c.messages]
+        texts = [text_of(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:
@@ -154,7 +189,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         prompt,
         encoder,
         splits,
-        end_token_ids(splits["train"], prompt, tokenizer),
+        encoder.ends,
         total,
         max(1, round(every * total if every < 1 else every)),
         *positions(architecture),
