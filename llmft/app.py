@@ -16,26 +16,12 @@ from llmft.build import trust
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
-from llmft.overrides import hydra_arguments, is_group
+from llmft.overrides import config_directory, hydra_arguments, is_group
 from llmft.redaction import redact
 from llmft.schema import explained, schema_keys, to_config
 
 has_ready_sweeps = False
 """Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
-
-
-def config_directory() -> Path:
-    """The directory of the YAML files."""
-    return shipped_directory("conf")
-
-
-def shipped_directory(name: str) -> Path:
-    """A directory that ships with llmft: beside the checkout's package, or inside the installed one."""
-    package = Path(__file__).resolve().parent
-    for candidate in (package / name, package.parent / name):
-        if candidate.is_dir():
-            return candidate
-    raise ConfigError(f"no {name}/ beside or inside {package}: the installation is incomplete, install llmft again.")
 
 
 def make_known(name: str, schema: type) -> None:
@@ -62,7 +48,6 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
     atexit.register(gc.freeze)
 
     def body() -> None:
-        sys.argv[1:] = yes_or_no(sys.argv[1:])
         make_known(name, schema)
         import hydra
 
@@ -117,19 +102,6 @@ def config_of_command(composed: Any, schema: type) -> Any:
         )
     trust_said(config.trusted_packages)
     return config
-
-
-def yes_or_no(arguments: Sequence[str]) -> list[str]:
-    """`arguments` with GROUP=false as the option none of a group that has one, and without GROUP=true, its default."""
-    kept = []
-    for argument in arguments:
-        group, _, value = argument.partition("=")
-        if re.fullmatch(r"\w+", group) and (config_directory() / group / "none.yaml").is_file():
-            if value.lower() == "true":
-                continue
-            argument = f"{group}=none" if value.lower() in ("false", "null") else argument
-        kept.append(argument)
-    return kept
 
 
 def trust_said(packages: Sequence[str]) -> None:

@@ -99,7 +99,8 @@ def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
-    from llmft.app import config_directory, make_known
+    from llmft.app import make_known
+    from llmft.overrides import config_directory
 
     home = "llmft.config" if command == "train" else f"llmft.{command}"
     make_known(command, getattr(importlib.import_module(home), f"{command.capitalize()}Config"))

@@ -16,6 +16,7 @@ import functools
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llmft.config import SearchConfig, TrainConfig
@@ -27,6 +28,20 @@ BRACKETS = {"(": ")", "[": "]", "{": "}"}
 PLAIN_NAME = re.compile(r"[A-Za-z_][\w.-]*", re.ASCII)
 
 
+def config_directory() -> Path:
+    """The directory of the YAML files."""
+    return shipped_directory("conf")
+
+
+def shipped_directory(name: str) -> Path:
+    """A directory that ships with llmft: beside the checkout's package, or inside the installed one."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / name, package.parent / name):
+        if candidate.is_dir():
+            return candidate
+    raise ConfigError(f"no {name}/ beside or inside {package}: the installation is incomplete, install llmft again.")
+
+
 def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -> list[str]:
     """A shell's arguments of the command of `schema` as Hydra reads them, options in front.
 
@@ -34,6 +49,7 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     """
     from hydra._internal.utils import get_args_parser
 
+    arguments = yes_or_no(arguments)
     for argument in arguments:
         shown = argument.encode(errors="backslashreplace").decode()
         if shown != argument:
@@ -115,6 +131,19 @@ def as_override(argument: str, schema: type, *, several: bool = False) -> str:
         if "." in name or not PLAIN_NAME.fullmatch(name):  # a dot is part of it, as in a class's name
             return f"++{inside}={{{re.sub(r'([^A-Za-z0-9_.-])', _escaped, name)}:{value}}}"
     return f"++{key}={value}"
+
+
+def yes_or_no(arguments: Sequence[str]) -> list[str]:
+    """`arguments` with GROUP=false as the option none of a group that has one, and without GROUP=true, its default."""
+    kept = []
+    for argument in arguments:
+        group, _, value = argument.partition("=")
+        if re.fullmatch(r"\w+", group) and (config_directory() / group / "none.yaml").is_file():
+            if value.lower() == "true":
+                continue
+            argument = f"{group}=none" if value.lower() in ("false", "null") else argument
+        kept.append(argument)
+    return kept
 
 
 def quoted(text: str) -> str:

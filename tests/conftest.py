@@ -56,9 +56,9 @@ def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: typ
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from llmft.app import config_directory, make_known
+    from llmft.app import make_known
     from llmft.config import TrainConfig
-    from llmft.overrides import as_override
+    from llmft.overrides import as_override, config_directory
     from llmft.schema import to_config
 
     kind = kind or TrainConfig

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.app import yes_or_no
 from llmft.blend import blend
 from llmft.blending import combine, convex, hill_climb
 from llmft.config_verbs import (
@@ -31,6 +30,7 @@ from llmft.errors import ConfigError, DataError
 from llmft.evaluate import evaluate
 from llmft.folds import folds
 from llmft.metrics.classification import logloss
+from llmft.overrides import yes_or_no
 from llmft.predict import predict, texts_of
 from llmft.predictions import Predictions
 from llmft.refit import refit_config
@@ -197,7 +197,7 @@ def test_a_key_that_names_a_file_or_its_columns_is_used_or_refused(tmp_path: Pat
         with pytest.raises(ConfigError, match=f"{key}=x goes with references=FILE"):
             evaluate(EvaluateConfig(predictions=str(path), **{key: "x"}), quiet=True)
     for values in ({"template": "sample.csv"}, {"columns": {"a": "A"}}):
-        with pytest.raises(ConfigError, match="goes with format=submission"):
+        with pytest.raises(ConfigError, match="only format=submission has one"):
             question(tmp_path, "a.csv", **values)
 
 

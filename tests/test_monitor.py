@@ -145,22 +145,27 @@ def test_lightnings_early_stopping_gets_the_metrics_direction() -> None:
     from llmft.training.session import check_parts
 
     stop = "+trainer.callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/exact_match}"
-    assert check_parts(compose(stop)).callbacks[0].mode == "max"
-    assert check_parts(compose(stop.replace("exact_match", "loss_nats"))).callbacks[0].mode == "min"
+    assert check_parts(compose(stop)).callbacks["stop"].mode == "max"
+    assert check_parts(compose(stop.replace("exact_match", "loss_nats"))).callbacks["stop"].mode == "min"
     with pytest.raises(ConfigError, match=r"trainer\.callbacks\.stop\.mode=min: more of val/exact_match"):
         check_parts(compose(stop.replace("}", ", mode: min}")))
     with pytest.raises(ConfigError, match=r"stop\.monitor=val/exact_mach: no such metric; did you mean"):
         check_parts(compose(stop.replace("exact_match", "exact_mach")))
 
 
-def test_the_weights_handed_over_are_those_of_the_highest_exact_match(tmp_path: Path, mine: ModuleType) -> None:
+def test_the_weights_handed_over_are_those_of_the_highest_exact_match(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of 0.2, 0.9, 0.4 at steps 0, 2 and 4 the 0.9 is taken, and a patience of one stops behind it."""
+    from llmft.metrics import text
+
     values = iter([0.2, 0.9, 0.4, 0.1, 0.1])
-    mine.undeclared = higher_is_better(lambda references, predictions: next(values))
-    mine.undeclared.__module__ = mine.__name__
+    metric = higher_is_better(lambda references, predictions: next(values))
+    metric.__module__ = text.__name__
+    monkeypatch.setattr(text, "exact_match", metric)
     config = compose(
-        *SMALL, f"output_dir={tmp_path}", "trainer.monitor=val/undeclared", "trainer.patience=1",
-        "task.metrics=[llmft.metrics.mine.undeclared]", "trainer.max_steps=8",
+        *SMALL, f"output_dir={tmp_path}", "trainer.monitor=val/exact_match", "trainer.patience=1",
+        "task.metrics=[llmft.metrics.text.exact_match]", "trainer.max_steps=8",
     )  # fmt: skip
     assert train(config, quiet=True) == 0.9
     (run,) = (tmp_path / "runs").iterdir()

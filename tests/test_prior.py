@@ -108,7 +108,7 @@ def test_a_training_its_folds_evaluation_and_report_all_show_the_prior(tmp_path:
         train(
             compose(
                 "model=tfidf", "task=classification", "data=classification", f"data.files={tmp_path}/rows.jsonl",
-                "data.columns.prompt=text", "data.columns.target=target", "data.num_folds=2", f"data.fold={fold}",
+                "data.columns.text=text", "data.num_folds=2", f"data.fold={fold}",
                 f"output_dir={tmp_path}", "logger=none",
             ),
             quiet=True,

@@ -239,6 +239,8 @@ def test_numbers_and_words_in_lists_of_texts_and_names_of_classes_stay_as_writte
     columns = compose(
         "run=x",
         "data.files=x",
+        "format=submission",
+        "template=x",
         "columns.gpt-3.5=a (b)",
         "columns.Llama 2: 70B=c, d",
         verb="predict",

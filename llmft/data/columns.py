@@ -204,9 +204,8 @@ class ColumnMap:
         assert self.targets is not None
         assert self.data is not None
         column = self.columns.target
-        if self.lenient and any(
-            row.values.get(name) in (None, "") for name in self.data.target_columns or names_in(column)
-        ):
+        named = self.data.target_columns or names_in(column)
+        if self.lenient and (not named or any(row.values.get(name) in (None, "") for name in named)):
             return None
         return self.targets.read(row, self.data, column, self._fill)
 

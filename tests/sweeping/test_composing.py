@@ -12,8 +12,9 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf, open_dict
 
-from llmft.app import config_directory, make_known
+from llmft.app import make_known
 from llmft.config import TrainConfig
+from llmft.overrides import config_directory
 from llmft.sweeping.composing import Composer
 
 

@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from llmft.app import config_directory
 from llmft.config import BadRow
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import Problems, Row, read
 from llmft.errors import DataError, UserError, report
+from llmft.overrides import config_directory
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(

@@ -22,10 +22,10 @@ from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf
 
 import llmft.app
-from llmft.app import command_line, config_of_command, explain, shipped_directory
+from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
 from llmft.errors import ConfigError, UserError, as_user_error
-from llmft.overrides import as_override, is_text, quoted
+from llmft.overrides import as_override, is_text, quoted, shipped_directory
 from llmft.schema import to_plain
 
 if TYPE_CHECKING:
