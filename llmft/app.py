@@ -7,28 +7,27 @@ import gc
 import os
 import re
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmft.build import trust
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
+from llmft.overrides import config_directory, hydra_arguments, is_group
 from llmft.redaction import redact
-from llmft.schema import open_keys, schema_keys, to_config
+from llmft.schema import explained, schema_keys, to_config
 
-
-def config_directory() -> Path:
-    """The directory of the YAML files: beside the checkout's package, or inside the installed one."""
-    package = Path(__file__).resolve().parent
-    for candidate in (package / "conf", package.parent / "conf"):
-        if (candidate / "train.yaml").is_file():
-            return candidate
-    raise ConfigError(f"no conf/ beside or inside {package}: the installation is incomplete, install llmft again.")
+has_ready_sweeps = False
+"""Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
 
 
 def make_known(name: str, schema: type) -> None:
     """Tells Hydra of the schema of conf/<name>.yaml, and of our plugins; before anything is composed."""
+    global has_ready_sweeps
+    has_ready_sweeps = name == "train"
     plugins = str(Path(__file__).resolve().parent / "plugins")
     if plugins not in sys.path:
         sys.path.append(plugins)  # Hydra finds what lies in a folder hydra_plugins on the path
@@ -52,20 +51,8 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         make_known(name, schema)
         import hydra
 
-        for argument in sys.argv[1:]:
-            if argument.startswith("--e"):  # argparse completes what is begun
-                raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
-            if redact(argument) != argument:
-                key = argument.partition("=")[0]
-                raise ConfigError(f"{key}: this looks like a secret; tokens belong in the environment or a login file.")
-        if not multirun:
-            if {"-m", "--multirun"} & set(sys.argv[1:]):
-                raise ConfigError("-m: only a training has several jobs; this command takes one config.")
-            sys.argv.append("hydra.mode=RUN")  # also where a file of sweeps/ says otherwise
+        sys.argv[1:] = hydra_arguments(sys.argv[1:], schema, multirun=multirun)
         check_config_directories(sys.argv[1:])
-        # Options before overrides: argparse does not find `-m` between two of them.
-        sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: "=" in argument and not argument.startswith("-"))
-        sys.argv[1:] = [open_override(argument, tuple(open_keys(schema))) for argument in sys.argv[1:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
 
         failures: list[Exception] = []
@@ -74,6 +61,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         def task(config: Any) -> Any:
             # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
             try:
+                trust_said(config.trusted_packages if "trusted_packages" in config else ())
                 return job(config)
             except Interrupted as error:
                 raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
@@ -84,6 +72,7 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
                 return None
 
         task.__module__ = "__main__"
+        warnings.filterwarnings("error", "provider=.* is not available", UserWarning)  # a directory that is not there
         app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
         try:
             app()
@@ -106,23 +95,30 @@ def config_of_command(composed: Any, schema: type) -> Any:
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
     config = to_config(composed, schema)
-    asked = any(argument.lstrip("+").startswith("model.trust_remote_code=") for argument in sys.argv[1:])
-    if config.model.trust_remote_code and not asked:
+    if config.model.trust_remote_code and "true" not in _said("model.trust_remote_code"):
         raise ConfigError(
             "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
             "command line if you have read the code."
         )
+    trust_said(config.trusted_packages)
     return config
 
 
-def open_override(argument: str, open_to_any: tuple[str, ...]) -> str:
-    """`argument` with Hydra's `++` in front where it sets a key of an open dictionary, such as model.overrides."""
-    key, equals, value = argument.partition("=")
-    # A whole dictionary, or a key in one; optimizer=adamw is neither but the choice of a group's option.
-    inside = any((key == name and value.startswith("{")) or key.startswith(f"{name}.") for name in open_to_any)
-    if equals and set(value) & set(" ()") and "'" not in value and os.path.exists(value):
-        argument = f"{key}='{value}'"  # a path that Hydra's grammar would take apart
-    return f"++{argument}" if equals and inside else argument
+def trust_said(packages: Sequence[str]) -> None:
+    """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
+    for package in packages:
+        if str(package).lower() not in _said("trusted_packages"):
+            raise ConfigError(
+                f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
+                "command line if you have read the code."
+            )
+    trust(packages)
+
+
+def _said(key: str) -> list[str]:
+    """The words that the command line itself sets `key` to."""
+    values = [value for name, _, value in (a.partition("=") for a in sys.argv[1:]) if name.lstrip("+") == key]
+    return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
 
 
 def explain(error: BaseException, schema: type) -> ConfigError | None:
@@ -144,11 +140,21 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     for link in chain:
         if isinstance(link, UserError):
             return link if isinstance(link, ConfigError) else ConfigError(str(link))
+    if isinstance(error, UserWarning):
+        path = re.search(r"path=(.*) is not available", str(error))
+        return ConfigError(f"hydra.searchpath: {path[1] if path else error} is no directory.")
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
+    if "Config group override must be a string" in str(error):
+        named = (a for a in sys.argv[1:] if is_group(a.partition("=")[0], schema) and not a.endswith("="))
+        given = next((a for a in named if re.search(r"=([-+.\d]|(null|true|false)$)", a)), None)
+        if given is not None:
+            return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
+    if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
+        return ConfigError("the command line cannot be read: an override is key=value, as in lora.r=4.")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(link) for link in chain)
@@ -160,9 +166,17 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
         return _unknown_key(key, schema)
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
         return _unknown_key(_override_key(str(error)) or key, schema)
-    told = [link for link in chain if isinstance(link, OmegaConfBaseException)] or chain
-    reason = str(told[0]).splitlines()[0].rstrip(".")
-    return ConfigError(f"{key}: {reason}." if key and key not in reason else f"{reason}.")
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException):
+            return ConfigError(explained(link, schema))
+    return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
 
 
 def _missing_option(error: Any) -> ConfigError:
@@ -195,7 +209,7 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = list(schema_keys(schema))
-    if key.startswith("hydra.sweeper."):
+    if key.startswith("hydra."):
         return _unknown_setting(key)
     best = nearest(key, keys)
     if best is None:  # the right name in the wrong place
@@ -205,8 +219,15 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
 
 
 def _unknown_setting(key: str) -> ConfigError:
-    options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
-    return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    if key.startswith("hydra.sweeper."):
+        options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
+        return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    from hydra.conf import HydraConf
+
+    parent, _, name = key.rpartition(".")
+    best = nearest(name, HydraConf.__dataclass_fields__) if parent == "hydra" else None
+    hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
+    return ConfigError(f"{key}: no such key; {hint}")
 
 
 def command_line() -> str:

@@ -14,18 +14,21 @@ from typing import Any
 import numpy as np
 
 from llmft.build import metric_functions, reads_text
-from llmft.config import Problem, TrainConfig, TrainOn
+from llmft.config import CLASSIFICATION, Problem, TrainConfig, TrainOn
 from llmft.console import Screen
 from llmft.data.columns import Conversation
+from llmft.data.messages import text_of as message_text
 from llmft.data.targets import Targets
 from llmft.environment import describe
 from llmft.errors import ConfigError, did_you_mean
 from llmft.files import staged_file, write_atomically
+from llmft.foreign import read_json
 from llmft.predictions import FOLDER
 from llmft.prepare import Prepared
+from llmft.prior import row_losses
 from llmft.runs import append_line, write_config, write_row_losses
-from llmft.training.record import data_facts, predictions_of
-from llmft.training.rows import pseudo_findings
+from llmft.training.record import chance_of, data_facts, predictions_of
+from llmft.training.rows import row_findings
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -94,7 +97,7 @@ class Baseline:
         from safetensors.numpy import load_file
 
         try:
-            words = json.loads((directory / "tfidf.json").read_text())
+            words = read_json(directory / "tfidf.json", 512 * 2**20)
             numbers = load_file(directory / "model.safetensors")
             return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
         except Exception as error:
@@ -104,7 +107,7 @@ class Baseline:
 def text_of(row: Conversation) -> str:
     """All that a row says, without a class's word behind it."""
     messages = row.messages[:-1] if row.learns_text and row.messages[-1]["role"] == "assistant" else row.messages
-    return "\n".join(text for message in messages for name, text in message.items() if name != "role")
+    return "\n".join(map(message_text, messages))
 
 
 def _vectorizer(ngrams: int, **more: Any) -> Any:
@@ -171,7 +174,7 @@ class BaselineSession:
                 "run": str(run.directory),
             }
         )
-        for finding in pseudo_findings(prepared):
+        for finding in row_findings(prepared):
             self.screen.warn(f"{finding.key}: {finding.message}.")
         model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
         model.save(run.model)
@@ -182,8 +185,10 @@ class BaselineSession:
         # As metrics.jsonl has them: what is not finite is blank.
         after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
         result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
-        run.finish(result)
-        self.screen.summary({}, after, {"weights": str(run.model), "time": f"{seconds:.1f} s"})
+        chance = chance_of(prepared, _metrics(config))
+        run.finish({**result, "chance": chance} if chance else result)
+        facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+        self.screen.summary({}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
 
     def close(self) -> None:
@@ -209,8 +214,7 @@ class BaselineSession:
     def _evaluate(self, model: Baseline, targets: Targets) -> dict[str, Any]:
         """Metrics of validation and test, whose predictions and row losses are written."""
         config, run = self.prepared.config, self.prepared.run
-        metrics = metric_functions(config.task.metrics, config.task.metric_options)
-        wanted = [path.rpartition(".")[2] for path in config.task.metrics if not reads_text(path)]
+        metrics = _metrics(config)
         found: dict[str, Any] = {}
         for split, name in (("validation", "val"), ("test", "test")):
             rows = self.prepared.conversations.get(split) or []
@@ -218,9 +222,9 @@ class BaselineSession:
                 continue
             values = model.predict(rows)
             references = np.asarray([row.target for row in rows])
-            losses = row_losses(values, references, targets)
+            losses = row_losses(values, references, targets.problem, targets.scale)
             found[f"{name}/loss_nats"] = float(np.mean(losses))
-            found |= {f"{name}/{metric}": metrics[metric](references, values) for metric in wanted}
+            found |= {f"{name}/{metric}": metrics[metric](references, values) for metric in metrics}
             if name == "val" and config.data.train_on is TrainOn.all:
                 found = dict.fromkeys(found)
                 continue
@@ -235,18 +239,13 @@ def _check(config: TrainConfig, targets: Targets | None) -> Targets:
     """Raises ConfigError for what a baseline cannot do."""
     if targets is None:
         raise ConfigError("model=tfidf writes no text: set task=classification, multi_label or regression.")
-    names = ["val/loss_nats", *(f"val/{path.rpartition('.')[2]}" for path in config.task.metrics)]
-    if config.trainer.monitor not in names:
-        wanted = config.trainer.monitor
-        raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
+    if config.task.objective != CLASSIFICATION or config.task.objective_options:
+        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
     return targets
 
 
-def row_losses(values: np.ndarray, references: np.ndarray, targets: Targets) -> np.ndarray:
-    """(rows,) the loss of each row, as `Classification` defines it."""
-    if targets.problem is Problem.regression:
-        return 0.5 * ((values[:, 0] - references) / targets.scale) ** 2
-    safe = np.clip(values, 1e-15, 1 - 1e-15)
-    if targets.problem is Problem.multi_label:
-        return -(references * np.log(safe) + (1 - references) * np.log1p(-safe)).mean(axis=1)
-    return -np.log(safe[np.arange(len(safe)), references])
+def _metrics(config: TrainConfig) -> dict[str, Any]:
+    """Those that score predictions."""
+    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
+    metrics = metric_functions(config.task.metrics, config.task.metric_options)
+    return {name: metric for name, metric in metrics.items() if name not in text}

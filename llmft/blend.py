@@ -27,10 +27,21 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     """
     from llmft import blending, scores
     from llmft.console import Screen
+    from llmft.inference.submission import template_of, write_fitting
     from llmft.members import joined, member_directory, open_members, shared_names, stack, write_member
-    from llmft.runs import directories
+    from llmft.monitor import mode_of
+    from llmft.predictions import open_member
+    from llmft.prior import against_prior
+    from llmft.runs import usable
 
-    found = directories(config.runs, "runs")
+    screen, template = Screen(quiet=quiet), template_of(config)
+
+    def with_predictions(directory: Path) -> Path:
+        if open_member(directory, config.predictions).problem == "text":
+            raise ConfigError(f"{directory}: generated texts cannot be averaged.")
+        return directory
+
+    found = usable(config.runs, "runs", with_predictions, screen.warn)
     if len(found) < 2:
         raise ConfigError(f"runs={config.runs}: a blend needs two members at least.")
     members = open_members(found, config.predictions)
@@ -38,6 +49,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     blending.check_method(config.method, first.problem)
     metrics = scores.metrics_for(first, [])
     metric = _metric(config.metric, metrics)
+    mode = mode_of(metric[1], metric[0], key=None)
     values, references = stack(members), scores.pair(joined(members, first.values))[0]
     parts = _parts(members, config)
 
@@ -55,12 +67,14 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
             made[name] = joined(others, blending.combine(stack(others), weights, config.method, first.problem))
     score = measure(made[config.predictions].values)
     all_metrics = scores.score(made[config.predictions], metrics)
+    chance = against_prior(made[config.predictions], {**metrics, metric[0]: metric[1]})
     record: dict[str, Any] = {
         "method": config.method.value,
         "metric": metric[0],
         "score": score,
         "score_in_sample": measure(blending.combine(values, weights, config.method, first.problem)),
         "all_metrics": all_metrics,
+        "chance": chance.to_plain() if chance is not None else None,
         "members": [
             {
                 "directory": str(member.directory),
@@ -83,7 +97,9 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     )
     after = {f"val/{name}": value for name, value in all_metrics.items()}
     write_member(directory, "blend", made, record, after)
-    _show(Screen(quiet=quiet), directory, record)
+    _show(screen, directory, record, mode.sign)
+    if template is not None:
+        write_fitting(made, template, config.columns, directory, screen)
     return directory
 
 
@@ -138,7 +154,7 @@ def _correlation(values: Any) -> list[list[float]]:
     return ((centred @ centred.T) / np.outer(spread, spread)).tolist()
 
 
-def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
+def _show(screen: Any, directory: Path, record: dict[str, Any], sign: float) -> None:
     from rich import box
     from rich.markup import escape
     from rich.table import Table
@@ -148,14 +164,13 @@ def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
     for title in ("member", name, "weight", "blend without it", "it adds"):
         table.add_column(title, justify="left" if title == "member" else "right", overflow="fold")
     for member in record["members"]:
-        gain = abs(member["score_without"] - record["score"])
-        sign = "-" if _better(name, member["score_without"], record["score"]) and gain >= 5e-5 else ""
+        gain = sign * (member["score_without"] - record["score"])
         table.add_row(
             escape(Path(member["directory"]).name),
             f"{member['score']:.4f}",
             f"{member['weight']:.3f}",
             f"{member['score_without']:.4f}",
-            f"{sign}{gain:.4f}",
+            f"{gain:.4f}" if abs(gain) >= 5e-5 else "0.0000",
         )
     screen.print(table)
     lines = [" ".join(f"{value:6.3f}" for value in row) for row in record["correlation"]]
@@ -165,12 +180,8 @@ def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
         f"({record['score_in_sample']:.4f} on those that did)",
         f"[bold]blend[/bold]  {directory}",
     )
-
-
-def _better(name: str, value: float, than: float) -> bool:
-    from llmft.scores import better
-
-    return better(name, value, than)
+    if record["chance"]:
+        screen.chance({record["method"]: record["chance"]})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ import numpy as np
 from llmft.config import Problem
 from llmft.config_verbs import Method
 from llmft.errors import ConfigError
-from llmft.scores import Metric, better
+from llmft.monitor import mode_of
+from llmft.scores import Metric
 
 FITTED = (Method.hill_climbing, Method.convex)
 SMALLEST = 1e-15
@@ -58,25 +59,30 @@ def choose(
         return np.full(count, 1 / count)
     if method is Method.convex:
         return convex(values, references, problem)
-    return hill_climb(values, lambda mixed: metric[1](references, mixed), metric[0], steps)
+    sign = mode_of(metric[1], metric[0], key=None).sign
+    return hill_climb(values, lambda mixed: sign * metric[1](references, mixed), steps)
 
 
-def hill_climb(values: np.ndarray, measure: Callable[[np.ndarray], float], name: str, steps: int) -> Weights:
+def hill_climb(values: np.ndarray, cost: Callable[[np.ndarray], float], steps: int) -> Weights:
     """Caruana et al. 2004: the best member, then always the one whose addition helps most, again and again.
 
-    Members may be taken several times, which makes the weights; it ends when none helps.
+    Members may be taken several times, which makes the weights; it ends when none lowers the `cost`.
     """
-    singles = [measure(own) for own in values]
-    best = min(range(len(values)), key=lambda n: singles[n] if better(name, 0.0, 1.0) else -singles[n])
+    singles = [_or_infinite(cost(own)) for own in values]
+    best = int(np.argmin(singles))
     taken, total, value = np.eye(len(values))[best], values[best].copy(), singles[best]
     for step in range(1, steps):
-        tried = [measure((total + own) / (step + 1)) for own in values]
-        place = min(range(len(values)), key=lambda n: tried[n] if better(name, 0.0, 1.0) else -tried[n])
-        if not better(name, tried[place], value):
+        tried = [_or_infinite(cost((total + own) / (step + 1))) for own in values]
+        place = int(np.argmin(tried))
+        if not tried[place] < value:
             break
         taken[place] += 1
         total, value = total + values[place], tried[place]
     return taken / taken.sum()
+
+
+def _or_infinite(cost: float) -> float:
+    return np.inf if np.isnan(cost) else cost
 
 
 def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:

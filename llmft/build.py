@@ -1,38 +1,64 @@
-"""Config to objects: the only caller of hydra.utils.instantiate.
+"""Config to objects: the only place where a dotted path of a config becomes code.
 
-A `_target_` may name only classes under a short list of packages, because opening somebody's run directory must not
-execute what its config names; and its arguments are bound to the signature before any weights load, because a
-misspelt argument of a partial builds happily and fails only when it is called.
+What a config names must be defined in a package that the key allows, and be of the kind that the key wants: opening
+somebody's run directory must not execute what its config names. Arguments are plain data, in which nothing is resolved
+and nothing else is built; they are bound to the signature before any weights load, because a misspelt one would fail
+only when the object is called.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
 from llmft.errors import ConfigError, did_you_mean
 
-ALLOWED_TARGETS = (
-    "torch.optim.",
-    "bitsandbytes.optim.",
-    "lightning.pytorch.callbacks.",
-    "lightning.pytorch.loggers.",
-    "lightning.pytorch.strategies.",
-    "llmft.training.",
-    "llmft.metrics.",
-)
+KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "optimizer": (("torch.optim.", "bitsandbytes.optim."), "an optimizer", "torch.optim.Optimizer"),
+    "callback": (("lightning.pytorch.callbacks.",), "a callback", "lightning.pytorch.callbacks.Callback"),
+    "logger": (("lightning.pytorch.loggers.",), "a logger", "lightning.pytorch.loggers.Logger"),
+    "strategy": (("lightning.pytorch.strategies.",), "a strategy", "lightning.pytorch.strategies.Strategy"),
+    "objective": (("llmft.training.objectives.",), "a class with a method losses(model, batch)", None),
+    "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
+    "source": (("llmft.data.",), "a function of (split, num_rows, seed)", None),
+}
+"""What a key may name: packages, the kind in words, and the class that it must be derived from."""
+ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
+HYDRAS_WORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
+_trusted: set[str] = set()
 
 
-def find(path: str, key: str) -> Any:
-    """The class or function at a dotted `path` under an allowed package; `key` names the config value in errors."""
-    if not path.startswith(ALLOWED_TARGETS):
-        raise ConfigError(
-            f"{key}={path}: only {', '.join(prefix + '*' for prefix in ALLOWED_TARGETS)} may be named in a config."
-        )
+def trust(packages: Iterable[str]) -> None:
+    """Lets dotted paths lead into `packages` until this process ends; only what a person wrote may come here."""
+    for package in packages:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", package):
+            raise ConfigError(f"trusted_packages: {package!r} is not the name of a package.")
+        _trusted.add(package)
+
+
+def _in_packages(path: str, prefixes: Iterable[str]) -> bool:
+    return f"{path}.".startswith(tuple(prefixes))
+
+
+def find(path: str, key: str, kind: str) -> Any:
+    """The class or function at a dotted `path`: defined in a package that `kind` allows or the command line trusts.
+
+    `key` names the config value in errors.
+    """
+    prefixes, words, base = KINDS[kind]
+    allowed = (*prefixes, *(f"{package}." for package in sorted(_trusted)))
     module_name, _, name = path.rpartition(".")
+    if not module_name or not _in_packages(module_name, allowed):
+        top = path.partition(".")[0]
+        own = top.isidentifier() and top not in ("torch", "lightning", "bitsandbytes", "llmft")
+        raise ConfigError(
+            f"{key}={path}: only {', '.join(prefix + '*' for prefix in prefixes)} may be named in a config"
+            + (f"; code of yours takes trusted_packages=[{top}] on the command line." if own else ".")
+        )
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -40,26 +66,52 @@ def find(path: str, key: str) -> Any:
     if not hasattr(module, name):
         options = [option for option in vars(module) if not option.startswith("_")]
         raise ConfigError(f"{key}={path}: {module_name} has no {name}{did_you_mean(name, options)[:200]}")
-    found = getattr(module, name)
+    target = getattr(module, name)
     # A module also holds what it imports: `llmft.training.x.os` must not lead out of the allowed packages.
-    home = f"{getattr(found, '__module__', '')}."
-    if not callable(found) or not home.startswith(ALLOWED_TARGETS):
+    if not callable(target) or not _in_packages(str(getattr(target, "__module__", "")), allowed):
         raise ConfigError(f"{key}={path}: not a class or function of that package.")
-    return found
+    if base is not None:
+        base_module, _, base_name = base.rpartition(".")
+        fits = inspect.isclass(target) and issubclass(target, getattr(importlib.import_module(base_module), base_name))
+    elif kind == "objective":
+        fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
+    elif kind == "source":
+        fits = inspect.isfunction(target) and list(inspect.signature(target).parameters) == [
+            "split",
+            "num_rows",
+            "seed",
+        ]
+    else:
+        fits = inspect.isfunction(target) and _takes_two(target)
+    if not fits:
+        raise ConfigError(f"{key}={path}: {words} was expected.")
+    return target
 
 
-def check_target(node: dict[str, Any], key: str, *given: str) -> None:
-    """Checks that `node` names something allowed and that its arguments, with those `given` in code, fit it.
+def _takes_two(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def check_target(node: dict[str, Any], key: str, kind: str, *given: str) -> tuple[Any, dict[str, Any]]:
+    """What `node` names, and its arguments, which with those `given` in code fit it.
 
     Raises ConfigError naming the argument.
     """
-    if "_target_" not in node:
+    if not isinstance(node, dict) or "_target_" not in node:
         raise ConfigError(f"{key}: has no _target_, so nothing says what to build.")
-    target = find(node["_target_"], f"{key}._target_")
-    arguments = {name: value for name, value in node.items() if not name.startswith("_")}
-    for name, value in node.items():
-        if name != "_target_":
-            _check_nested(value, f"{key}.{name}")
+    target = find(str(node["_target_"]), f"{key}._target_", kind)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    _check_plain(arguments, key)
+    check_arguments(target, str(node["_target_"]), arguments, key, *given)
+    return target, arguments
+
+
+def check_arguments(target: Any, path: str, arguments: dict[str, Any], key: str, *given: str) -> None:
+    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take."""
     try:
         signature = inspect.signature(target)
     except (ValueError, TypeError):
@@ -68,50 +120,43 @@ def check_target(node: dict[str, Any], key: str, *given: str) -> None:
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
         if name not in parameters and not takes_all:
-            raise ConfigError(
-                f"{key}.{name}: {node['_target_']} takes no such argument{did_you_mean(name, parameters)}"
-            )
+            raise ConfigError(f"{key}.{name}: {path} takes no such argument{did_you_mean(name, parameters)}")
     try:
         signature.bind_partial(*[None] * len(given), **arguments)
     except TypeError as error:
-        raise ConfigError(f"{key}: {node['_target_']}: {error}.") from None
+        raise ConfigError(f"{key}: {path}: {error}.") from None
 
 
-def _check_nested(value: Any, key: str) -> None:
-    """Hydra builds every `_target_` at any depth, also inside lists: so every one is checked."""
+def _check_plain(value: Any, key: str) -> None:
+    """Refuses what Hydra or OmegaConf would build or resolve, at any depth."""
     if isinstance(value, dict):
-        if "_target_" in value:
-            check_target(value, key)
-        else:
-            for name, item in value.items():
-                _check_nested(item, f"{key}.{name}")
+        for name, item in value.items():
+            if name in HYDRAS_WORDS or "${" in str(name):
+                raise ConfigError(f"{key}.{name}: arguments are plain data, of which nothing is built; leave it out.")
+            _check_plain(item, f"{key}.{name}")
     elif isinstance(value, (list, tuple)):
-        for place, item in enumerate(value):
-            _check_nested(item, f"{key}[{place}]")
+        for number, item in enumerate(value):
+            _check_plain(item, f"{key}[{number}]")
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{key}={value}: nothing is resolved in an argument; write the value itself.")
 
 
-def build(node: dict[str, Any], key: str, **extra: Any) -> Any:
-    """Builds a checked `_target_` node."""
-    from hydra.utils import instantiate
-
-    check_target(node, key)
+def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
+    """Builds a `_target_` node."""
+    target, arguments = check_target(node, key, kind)
     try:
-        return instantiate(node, _convert_="all", **extra)
+        return target(**arguments, **extra)
     except Exception as error:
-        cause = str(error.__cause__ or error).splitlines()[0]
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{key}: {node['_target_']} cannot be built ({cause}).") from None
 
 
 def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]:
     """A function from parameters to an optimizer; `rate` is its first learning rate."""
-    check_target(node, "optimizer", "params")
+    check_target(node, "optimizer", "optimizer", "params")
     if "lr" in node:
         raise ConfigError("optimizer.lr: the rate is set by learning_rate.peak.")
-
-    def make(parameters: Any) -> Any:
-        return build({**node, "_partial_": True}, "optimizer")(parameters, lr=rate)
-
-    return make
+    return lambda parameters: build(node, "optimizer", "optimizer", params=parameters, lr=rate)
 
 
 def metric_functions(paths: list[str], options: dict[str, Any] | None = None) -> dict[str, Callable[..., float]]:
@@ -119,18 +164,23 @@ def metric_functions(paths: list[str], options: dict[str, Any] | None = None) ->
 
     Raises ConfigError for a metric that does not exist, an option for none, or an argument that it does not take.
     """
-    found: dict[str, Callable[..., float]] = {path.rpartition(".")[2]: find(path, "task.metrics") for path in paths}
+    metrics: dict[str, Callable[..., float]] = {}
+    for path in paths:
+        name = path.rpartition(".")[2]
+        if name in metrics:
+            raise ConfigError(f"task.metrics: two metrics are called {name}; keep one, or give one another name.")
+        metrics[name] = find(path, "task.metrics", "metric")
     for name, arguments in (options or {}).items():
-        if name not in found:
-            raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, found)}")
-        takes = list(inspect.signature(found[name]).parameters)[2:]
+        if name not in metrics:
+            raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, metrics)}")
+        takes = list(inspect.signature(metrics[name]).parameters)[2:]
         for argument in arguments:
             if argument not in takes:
                 raise ConfigError(
                     f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, takes)}"
                 )
-        found[name] = partial(found[name], **arguments)
-    return found
+        metrics[name] = partial(metrics[name], **arguments)
+    return metrics
 
 
 def reads_text(path: str) -> bool:

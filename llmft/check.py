@@ -44,9 +44,10 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     from llmft.prepare import prepare
 
     prepared = prepare(config, open_directory=False)
-    load_libraries(training=False)
-    from llmft.checking import examine, show
+    load_libraries()
+    from llmft.checking import examine, show, warn
     from llmft.data.quality import stop_on_errors
+    from llmft.training.readiness import check_room
 
     report, findings = examine(prepared)
     if form == "json":
@@ -54,6 +55,8 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     else:
         show(report)
     stop_on_errors(findings)
+    memory = report["needs"]["memory"]
+    check_room(config, prepared.run.directory, memory["adapter"], memory["optimizer"], warn)
     return report
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -25,13 +26,16 @@ from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
 from llmft.files import format_bytes
-from llmft.model.load import TORCH_DTYPES, pick_device, pick_precision
+from llmft.model.load import TORCH_DTYPES
 from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.model.skeleton import skeleton
 from llmft.prepare import Prepared
 from llmft.schema import to_plain
 from llmft.training.fitting import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
-from llmft.training.rows import Rows, inspect_rows, read_rows
+from llmft.training.objectives.choice import cost
+from llmft.training.readiness import Ready, make_ready
+from llmft.training.rows import Rows
+from llmft.training.session import check_parts
 
 SHOWN_ROWS = 2
 PROBE = [
@@ -48,25 +52,33 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
     """
     config = prepared.config
     started = time.monotonic()
-    rows = read_rows(prepared, print)
-    inspection = inspect_rows(prepared, rows, near=True)
+    ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
+    rows, inspection = ready.rows, ready.inspection
     found = [*inspection.findings, *_template_findings(rows)]
-    device = pick_device(config.trainer.accelerator)
-    needs = _needs(prepared, rows, device)
+    slow = cost(ready.objective) if ready.objective is not None else None
+    if slow is not None:
+        found.append(Finding("warning", "task.head", slow))
+    needs = _needs(prepared, ready)
     found += _need_findings(needs)
     report = {
         "model": {"name": config.model.label, "path": str(prepared.located.directory or "random")},
         "prompt": {
             "name": config.prompt.name,
             "pad_token": rows.tokenizer.pad_token,
-            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.end_ids),
+            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.ends.ids),
+            "end_marker": {"text": rows.ends.text, "tokens": rows.ends.num_tokens} if rows.ends.text else None,
         },
+        "columns": prepared.usage,
         "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
         "labels": label_balance(prepared.conversations["train"], prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
+        "message_keys": {
+            "read": dict(prepared.message_keys.read),
+            "unused": dict(prepared.message_keys.unused),
+        },
         "steps": {
             "total": rows.total_steps,
             "batch_rows": config.trainer.batch_size,
@@ -78,6 +90,11 @@ def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
         "seconds": round(time.monotonic() - started, 2),
     }
     return to_plain(report), found
+
+
+def warn(message: str) -> None:
+    """Beside the report, which a program may read."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _pieces(rows: Rows, row: int) -> list[dict[str, Any]]:
@@ -124,7 +141,7 @@ def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
     whole = encoder.encode("train", prepared.conversations["train"], Problems(prepared.config.data.on_bad_row))
-    facts = split_facts(whole, rows.tokenizer, rows.end_ids)
+    facts = split_facts(whole, rows.tokenizer, rows.ends)
     used = rows.encoder.lengths["train"]
     return {
         "max_tokens": prepared.config.data.max_tokens,
@@ -139,11 +156,10 @@ def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _needs(prepared: Prepared, rows: Rows, device: torch.device) -> dict[str, Any]:
+def _needs(prepared: Prepared, ready: Ready) -> dict[str, Any]:
     """Memory, time and disk."""
-    config = prepared.config
+    config, rows, device, precision = prepared.config, ready.rows, ready.device, ready.precision
     examples = rows.splits["train"]
-    precision = pick_precision(config.trainer.precision, device)
     dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
     architecture = architecture_of(prepared, len(rows.tokenizer))
     fit = choose_fit(config, examples, lambda: architecture, device, dtype)
@@ -236,9 +252,6 @@ def _need_findings(needs: dict[str, Any]) -> list[Finding]:
             f"{needs['device']} has {format_bytes(available)}: {_ways_out(needs)}"
         )
         found.append(Finding("warning", "trainer.micro_batch", message))
-    if needs["disk"] > needs["disk_free"]:
-        message = f"{format_bytes(needs['disk'])} will be written and {format_bytes(needs['disk_free'])} are free"
-        found.append(Finding("error", "output_dir", message))
     return found
 
 
@@ -260,10 +273,16 @@ def show(report: dict[str, Any]) -> None:
         console.print(text)
     console.print(_split_table(report["splits"]))
     pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
+    marker = report["prompt"]["end_marker"]
+    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
     console.print(
         f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
     )
+    if report["message_keys"]["read"]:
+        read, unused = (", ".join(sorted(report["message_keys"][kind])) or "none" for kind in ("read", "unused"))
+        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
     _show_lengths(console, report["limits"])
+    _show_columns(console, report["columns"])
     if report["labels"]:
         total = sum(report["labels"].values())
         shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
@@ -284,6 +303,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"[bold]at once[/bold] {escape(needs['micro_batch']['told'])}")
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
+
+
+def _show_columns(console: Console, usage: dict[str, Any]) -> None:
+    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
+    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+        read += f"; {kind}: {', '.join(names)}" if names else ""
+    console.print(f"[bold]columns[/bold] read: {escape(read)}")
 
 
 def _split_table(splits: dict[str, Any]) -> Table:

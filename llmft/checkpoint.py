@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from llmft.errors import ConfigError
-from llmft.files import check_space, write_atomically
+from llmft.files import check_space, read_plain, write_atomically
 
 FORMAT = 1
 """Written into every checkpoint; a later one may be read only by a later llmft."""
@@ -92,10 +92,10 @@ def steps_on_disk(directory: Path) -> list[int]:
 def verify(path: Path) -> str | None:
     """None for a sound checkpoint, else what is wrong with it."""
     try:
-        expected = _digest_path(path).read_text()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    except OSError as error:
-        return f"{error.strerror or error}"
+        expected = read_plain(_digest_path(path), 1024).decode()
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no plain file"
+    except (OSError, UnicodeDecodeError) as error:
+        return str(getattr(error, "strerror", None) or error)
     return None if digest == expected else f"sha256 {digest[:12]}… is not the {expected[:12]}… written beside it"
 
 

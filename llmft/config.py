@@ -7,6 +7,7 @@ Ranges and contradictions are refused in `__post_init__`, in one sentence that n
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,9 @@ from typing import Any
 from omegaconf import MISSING
 
 from llmft.errors import ConfigError, did_you_mean
+
+Texts = Any
+"""One text, such as a path or glob, or a list of them; the command line takes it as it is, unlike other `Any`."""
 
 
 def aside(default: Any = MISSING, *, factory: Any = None) -> Any:
@@ -59,12 +63,13 @@ class SystemRole(Enum):
 
 
 class QuantizationFormat(Enum):
-    """Number format of the frozen base's linear layers."""
+    """Number format of the frozen base's linear layers; `checkpoint` is the one that its files are in."""
 
     nf4 = "nf4"
     fp4 = "fp4"
     int8 = "int8"
     none = "none"
+    checkpoint = "checkpoint"
 
 
 class Head(Enum):
@@ -172,10 +177,17 @@ class Checkpointing(Enum):
 
 
 class Mode(Enum):
-    """Which direction of the monitored metric is better."""
+    """Which direction of the monitored metric is better; `auto` is what the metric itself declares."""
 
+    auto = "auto"
     min = "min"
     max = "max"
+
+    @property
+    def sign(self) -> float:
+        """What a value is multiplied with, so that less is better."""
+        assert self is not Mode.auto, "llmft.monitor.with_mode comes first"
+        return 1.0 if self is Mode.min else -1.0
 
 
 class Export(Enum):
@@ -264,7 +276,7 @@ class LoraConfig:
     r: int = 8
     alpha: float | None = None
     dropout: float = 0.0
-    targets: Any = "all-linear"
+    targets: Texts = "all-linear"
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
@@ -324,9 +336,9 @@ class PromptConfig:
 class Files:
     """One path, glob or list of them per split."""
 
-    train: Any = None
-    validation: Any = None
-    test: Any = None
+    train: Texts = None
+    validation: Texts = None
+    test: Texts = None
 
 
 @dataclass
@@ -350,7 +362,7 @@ class DataConfig:
     name: str = aside()
     source: str | None = None
     rows: dict[str, int] = field(default_factory=dict)
-    files: Any = aside(None)
+    files: Texts = aside(None)
     split_files: Files = aside(factory=Files)
     hub: str | None = None
     hub_config: str | None = None
@@ -358,11 +370,12 @@ class DataConfig:
     hub_splits: Files = field(default_factory=Files)
     csv_columns: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=Columns)
+    optional_columns: list[str] = aside(factory=list)
     labels: list[str] = field(default_factory=list)
     target_columns: list[str] = field(default_factory=list)
     target_separator: str = ","
     pseudo: str | None = aside(None)
-    pseudo_rows: Any = aside(None)
+    pseudo_rows: Texts = aside(None)
     pseudo_floor: float = 0.0
     pseudo_cap: int | None = None
     pseudo_weight: float = 1.0
@@ -432,6 +445,9 @@ class DataConfig:
             )
 
 
+CLASSIFICATION = "llmft.training.objectives.classification.Classification"
+
+
 @dataclass
 class TaskConfig:
     name: str = aside()
@@ -442,6 +458,7 @@ class TaskConfig:
     label_smoothing: float = 0.0
     text_loss: float = 0.0
     objective: str | None = None
+    objective_options: dict[str, Any] = field(default_factory=dict)
     auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
     metric_options: dict[str, Any] = field(default_factory=dict)
@@ -450,9 +467,14 @@ class TaskConfig:
     show_rows: int = aside(8)
 
     def __post_init__(self) -> None:
-        if self.head is not None:  # the head decides on these two
-            self.objective = "llmft.training.objectives.classification.Classification"
-            self.auto_class = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+        if self.head is not None:
+            self.objective = self.objective or CLASSIFICATION
+            model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+            require(
+                self.auto_class in (None, model),
+                f"task.auto_class={self.auto_class}: task.head={self.head.value} sits on a {model}; leave it out.",
+            )
+            self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
         self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
@@ -526,7 +548,7 @@ class TrainerConfig:
     validate_every: float = 0.25
     gradient_clip: float | None = 1.0
     monitor: str = "val/loss_nats"
-    mode: Mode = Mode.min
+    mode: Mode = Mode.auto
     patience: int | None = None
     export: Export = Export.best
     precision: Precision = Precision.auto
@@ -589,6 +611,17 @@ class WandbConfig:
     job_type: str = "train"
     start_timeout_s: float = 4.0
     finish_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for key in ("project", "entity"):
+            name = getattr(self, key)
+            fits = name is None or (0 < len(name) <= 128 and not set(name) & set("/\\#?%:"))
+            require(
+                fits, f"logger.wandb.{key}={name}: W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
+            )
+        for key in ("start_timeout_s", "finish_timeout_s"):
+            seconds = getattr(self, key)
+            require(0 < seconds < math.inf, f"logger.wandb.{key}={seconds}: a number of seconds above 0.")
 
 
 @dataclass
@@ -741,6 +774,7 @@ class TrainConfig:
     trainer: TrainerConfig = MISSING
     logger: LoggerConfig = aside()
     sweep: SweepConfig = aside()
+    trusted_packages: list[str] = aside(factory=list)
     seed: int = 0
     force: bool = aside(False)
     progress: bool = aside(True)

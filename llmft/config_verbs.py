@@ -10,11 +10,13 @@ from omegaconf import MISSING
 
 from llmft.config import (
     Checkpointing,
+    LoggerConfig,
     LoraConfig,
     ModelConfig,
     Precision,
     PromptConfig,
     QuantizationFormat,
+    Texts,
     checkpointing_of,
     require,
     rows_or_tokens,
@@ -24,7 +26,7 @@ from llmft.config import Form as Answer
 
 
 class Form(Enum):
-    """What `python -m llmft.predict` writes besides the predictions."""
+    """What predict, folds and blend write besides the predictions."""
 
     predictions = "predictions"
     submission = "submission"
@@ -45,32 +47,62 @@ def as_list(value: Any) -> list[str]:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
+@dataclass(kw_only=True)
+class Trusting:
+    """What commands take that may have to run code of the user's own, which a run's config names."""
+
+    trusted_packages: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class SubmissionConfig:
+    """What predict, folds and blend take alike: the form of a competition's csv."""
+
+    format: Form = Form.predictions
+    template: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = self.format is Form.submission
+        require(
+            not wanted or self.template is not None,
+            "format=submission needs template=FILE, the competition's sample submission.",
+        )
+        for key in ("template", "columns"):
+            require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
+
+
 @dataclass
 class PredictData:
     """The rows to predict; columns are those of the run."""
 
-    files: Any = MISSING
+    files: Texts = None
+    id: str | None = None
     csv_columns: list[str] | None = None
 
 
 @dataclass
-class PredictConfig:
+class PredictConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.predict` takes."""
 
-    run: Any = MISSING
+    run: Texts = MISSING
+    prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
     name: str | None = None
     batch_size: int = 32
     max_new_tokens: int | None = None
-    format: Form = Form.predictions
-    template: str | None = None
-    columns: dict[str, str] = field(default_factory=dict)
     accelerator: str = "auto"
     threads: int | None = None
     force: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.batch_size >= 1, f"batch_size={self.batch_size}: 1 or more.")
+        require(
+            (self.data.files is None) != (self.prompts is None),
+            'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
+        )
+        require(self.prompts is None or self.format is Form.predictions, "format=submission needs data.files=FILE.")
         for key in ("max_new_tokens", "threads"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
@@ -78,18 +110,14 @@ class PredictConfig:
             self.name not in ("val", "test"),
             f"name={self.name}: a run's own held-out rows are called so; choose another.",
         )
-        require(
-            self.format is not Form.submission or self.template is not None,
-            "format=submission needs template=FILE, the competition's sample submission.",
-        )
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Trusting):
     """What `python -m llmft.evaluate` takes."""
 
     predictions: str = MISSING
-    references: Any = None
+    references: Texts = None
     target: str | None = None
     id: str | None = None
     slice: list[str] = field(default_factory=list)
@@ -107,20 +135,20 @@ class EvaluateConfig:
 
 
 @dataclass
-class FoldsConfig:
+class FoldsConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.folds` takes."""
 
-    runs: Any = None
+    runs: Texts = None
     output_dir: str = "outputs"
     name: str | None = None
     metrics: list[str] = field(default_factory=list)
 
 
 @dataclass
-class BlendConfig:
+class BlendConfig(SubmissionConfig, Trusting):
     """What `python -m llmft.blend` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     method: Method = Method.mean
     predictions: str = "val"
     metric: str | None = None
@@ -131,18 +159,19 @@ class BlendConfig:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         require(self.steps >= 1, f"steps={self.steps}: 1 or more rounds of hill climbing.")
         require(self.num_folds >= 2, f"num_folds={self.num_folds}: 2 or more.")
 
 
 @dataclass
-class RefitConfig:
+class RefitConfig(Trusting):
     """What `python -m llmft.refit` takes."""
 
-    runs: Any = MISSING
+    runs: Texts = MISSING
     output_dir: str | None = None
     progress: bool = True
-    logger: bool = True
+    logger: LoggerConfig | None = None
 
 
 @dataclass

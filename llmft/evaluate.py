@@ -15,6 +15,9 @@ from llmft.app import run_verb
 from llmft.config_verbs import EvaluateConfig
 from llmft.schema import to_config
 
+MOST_CLASSES = 12
+"""Of a confusion matrix on the screen; evaluation.json holds it whole."""
+
 
 def main() -> None:
     """The command."""
@@ -28,6 +31,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
     """
     from llmft import scores
     from llmft.files import write_atomically
+    from llmft.prior import against_prior
     from llmft.references import open_predictions, with_references
 
     predictions, beside = open_predictions(config.predictions)
@@ -37,6 +41,8 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
     intervals = {}
     if config.bootstrap:
         intervals = scores.bootstrap(predictions, metrics, config.bootstrap, config.confidence, config.seed)
+    chance = against_prior(predictions, metrics)
+    prior = chance.metrics if chance is not None else {}
     report = {
         "predictions": str(config.predictions),
         "rows": len(predictions.ids),
@@ -45,9 +51,14 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
         "confidence": config.confidence,
         "resamples": config.bootstrap,
         "metrics": {
-            name: {"value": value, "interval": list(intervals[name]) if name in intervals else None}
+            name: {
+                "value": value,
+                "interval": list(intervals[name]) if name in intervals else None,
+                "prior": prior.get(name),
+            }
             for name, value in found.items()
         },
+        "chance": chance.to_plain() if chance is not None else None,
         "classes": scores.per_class(predictions),
         "slices": scores.per_slice(predictions, columns, metrics),
         "confusion": scores.confusion(predictions),
@@ -76,6 +87,8 @@ def _show(report: dict[str, Any], path: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from llmft.prior import chance_sentence, is_better
+
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
@@ -84,12 +97,18 @@ def _show(report: dict[str, Any], path: Path) -> None:
         return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
     table = Table(title=f"{report['rows']:,} rows", title_justify="left", box=box.SIMPLE_HEAD)
-    for name in ("metric", "value", f"{report['confidence']:.0%} interval"):
+    chance = report["chance"]
+    for name in ("metric", "value", f"{report['confidence']:.0%} interval", *(["prior"] if chance else [])):
         table.add_column(name, justify="left" if name == "metric" else "right")
     for name, entry in report["metrics"].items():
         interval = entry["interval"]
-        table.add_row(name, number(entry["value"]), " to ".join(map(number, interval)) if interval else "")
+        cells = [number(entry["value"]), " to ".join(map(number, interval)) if interval else ""]
+        table.add_row(name, *cells, *([number(entry["prior"])] if chance else []))
     console.print(table)
+    if chance:
+        console.print(
+            f"[{'green' if is_better(chance) else 'red'}]{escape(chance_sentence(chance))}[/]", soft_wrap=True
+        )
     parts = {"class": report["classes"], **report["slices"]}
     for title, rows in parts.items():
         if not rows:
@@ -100,6 +119,15 @@ def _show(report: dict[str, Any], path: Path) -> None:
             table.add_column(escape(name), justify="left" if name == title else "right")
         for value, entry in rows.items():
             table.add_row(escape(value), *(number(entry[name]) for name in names))
+        console.print(table)
+    if 0 < len(report["confusion"]) <= MOST_CLASSES:
+        table = Table(
+            title="rows by true class (down) and likeliest (across)", title_justify="left", box=box.SIMPLE_HEAD
+        )
+        for name in ("", *report["labels"]):
+            table.add_column(escape(name), justify="right" if name else "left")
+        for name, counts in zip(report["labels"], report["confusion"], strict=True):
+            table.add_row(escape(name), *map(number, counts))
         console.print(table)
     console.print(f"[bold]written[/bold]  {escape(str(path))}")
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -15,9 +17,11 @@ from typing import IO
 def staged_file(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path` to write to; when the block ends well it is flushed to the disk and takes `path`'s place.
 
-    So `path` is old or new, never half, and nothing is left behind when the block fails.
+    So `path` is old or new, never half, and nothing is left behind when the block fails; what a killed process left
+    of the same file is taken away.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(path)
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with staged.open("wb") as file:
@@ -31,6 +35,19 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
     finally:
         staged.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def _drop_leftovers(path: Path) -> None:
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = left.name.removesuffix(".tmp").rpartition(".")[2]
+        if not pid.isdigit() or int(pid) in (0, os.getpid()):
+            continue
+        try:
+            os.kill(int(pid), 0)
+        except ProcessLookupError:
+            left.unlink(missing_ok=True)
+        except (OSError, OverflowError):
+            continue  # somebody else's, and alive
 
 
 def sync_directory(path: Path) -> None:
@@ -56,6 +73,22 @@ def held(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[Non
         yield
     finally:
         lock.release()
+
+
+def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
+    """The content of a plain file of at most `most` bytes; raises OSError for any other.
+
+    A pipe, socket or device that lies in a file's place is refused and never waited for.
+    """
+    # A pipe that nobody writes to would keep a plain open waiting.
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, "not a plain file", str(path))
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes, which no such file is; it is not read", str(path))
+    return content
 
 
 def write_atomically(path: Path, content: bytes) -> None:

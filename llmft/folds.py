@@ -6,15 +6,21 @@ mean of the folds. What is written is a directory with predictions like a run's.
 
 from __future__ import annotations
 
-import json
+import glob
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmft.app import run_verb
 from llmft.config_verbs import FoldsConfig
 from llmft.errors import ConfigError, DataError
 from llmft.schema import to_config
+
+if TYPE_CHECKING:
+    from llmft.config import TrainConfig
+    from llmft.inference.submission import Template
+    from llmft.runs import Run
 
 
 def main() -> None:
@@ -28,16 +34,18 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
     """
     from llmft.console import Screen
-    from llmft.runs import directories
+    from llmft.inference.submission import template_of
 
     screen = Screen(quiet=quiet)
+    template = template_of(config)
     asked = config.runs is not None
     root = Path(config.output_dir) / "runs"
     if not asked and not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no runs there; name them with runs=[…].")
-    found = directories(config.runs, "runs") if asked else sorted(path for path in root.iterdir() if path.is_dir())
     made = []
-    for runs in _sets(found, strict=asked):
+    for runs in _sets(
+        config.runs if asked else f"{glob.escape(str(root))}/*", screen.warn if asked else lambda _: None
+    ):
         lacking = sorted(set(range(runs[0][1].data.num_folds)) - {trained.data.fold for _, trained in runs})
         if lacking:
             names = ",".join(map(str, lacking))
@@ -47,43 +55,47 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
                 raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
             screen.warn(f"{text}.")
             continue
-        made.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen))
+        made.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
     if not made:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
     return made
 
 
-def _sets(found: list[Path], *, strict: bool) -> list[list[Any]]:
+def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     """Finished runs with folds, those together that differ in nothing else."""
+    from llmft.config import TrainOn
     from llmft.predictions import names_in
-    from llmft.runs import finished_run
+    from llmft.runs import finished_run, usable
     from llmft.schema import canonical, numbers_of
 
-    sets: dict[str, list[Any]] = defaultdict(list)
-    for directory in found:
-        try:
-            run, trained = finished_run(directory)
-        except ConfigError:
-            if strict:
-                raise
-            continue
+    def of_fold(directory: Path) -> tuple[Run, TrainConfig, list[str]]:
+        run, trained = finished_run(directory)
+        if trained.data.train_on is TrainOn.all:
+            raise ConfigError(f"{directory}: trained on all rows, so none is out of fold.")
         if trained.data.fold is None or "val" not in names_in(directory):
-            if strict:
-                raise ConfigError(f"{directory}: no run of a fold (data.fold) with a head, so nothing to join.")
-            continue
+            raise ConfigError(
+                f"{directory}: no run of a fold (data.fold) with a head, so nothing to join: train all with "
+                "-m data.fold=0,1,2,3,4 first."
+            )
+        return run, trained, [run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint")]
+
+    sets: dict[str, list[Any]] = defaultdict(list)
+    for run, trained, record in usable(named, "runs", of_fold, warn):
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
-        record = json.loads(run.environment_file.read_text())
-        own = [numbers, record["data"]["rows_fingerprint"], record["model"]["fingerprint"], trained.data.pseudo]
+        own = [numbers, *record, trained.data.pseudo]
         sets[canonical(own)].append((run, trained))
     return list(sets.values())
 
 
-def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
+def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template | None) -> Path:
     import numpy as np
 
-    from llmft.members import file_order, joined, member_directory, open_members, shared_names, stack, write_member
+    from llmft.config_verbs import Method
+    from llmft.inference.submission import write_fitting
+    from llmft.members import Recipe, file_order, member_directory, shared_names, write_member
     from llmft.predictions import Predictions, open_member
+    from llmft.prior import against_prior
     from llmft.scores import metrics_for, score
 
     parts = [open_member(run.directory, "val") for run, _ in runs]
@@ -94,11 +106,11 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
     directories = [run.directory for run, _ in runs]
     for name in shared_names(directories):
         if open_member(directories[0], name).problem != "text":
-            members = open_members(directories, name)
-            predictions[name] = joined(members, stack(members).mean(axis=0))
+            predictions[name] = Recipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
     metrics = metrics_for(whole, config.metrics)
     total, each = score(whole, metrics), [score(part, metrics) for part in parts]
     spread = {name: float(np.std([own[name] for own in each], ddof=1)) for name in total}
+    chance = against_prior(whole, metrics)
     trained = runs[0][1]
     default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
     directory = member_directory(
@@ -106,14 +118,18 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any) -> Path:
     )
     record = {
         "runs": [str(run.directory) for run, _ in runs],
+        "keys": [run.key for run, _ in runs],
         "rows": len(whole.ids),
         "score": total,
         "folds": each,
         "spread": spread,
+        "chance": chance.to_plain() if chance is not None else None,
         "predictions": {name: len(own.ids) for name, own in predictions.items()},
     }
     write_member(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
-    _show(screen, directory, total, each, spread)
+    _show(screen, directory, record)
+    if template is not None:
+        write_fitting(predictions, template, config.columns, directory, screen)
     return directory
 
 
@@ -157,20 +173,23 @@ def _chained(parts: list[Any]) -> Any:
     )
 
 
-def _show(
-    screen: Any, directory: Path, total: dict[str, float], each: list[dict[str, float]], spread: dict[str, float]
-) -> None:
+def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
 
+    each, spread, chance = record["folds"], record["spread"], record["chance"]
+
     table = Table(title="out of fold", title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("metric")
-    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread"):
+    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread", "prior"):
         table.add_column(title, justify="right")
-    for name, value in total.items():
-        numbers = [value, *(own[name] for own in each), spread[name]]
-        table.add_row(name, *(f"{number:.4f}" for number in numbers))
-    screen.print(table, f"[bold]folds[/bold]  {directory}")
+    for name, value in record["score"].items():
+        numbers = [value, *(own[name] for own in each), spread[name], chance["metrics"][name] if chance else None]
+        table.add_row(name, *("" if number is None else f"{number:.4f}" for number in numbers))
+    screen.print(table)
+    if chance:
+        screen.chance({"out of fold": chance})
+    screen.print(f"[bold]folds[/bold]  {directory}")
 
 
 if __name__ == "__main__":

@@ -6,11 +6,15 @@ Reading them must run nothing, hang on nothing and lead nowhere else. What is re
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from llmft.build import HYDRAS_WORDS
 from llmft.errors import ConfigError
+from llmft.files import read_plain
 from llmft.schema import from_plain
 
 MIB = 2**20
@@ -30,17 +34,12 @@ JSON_LIMITS = {
     "tokenizer.json": 512 * MIB,
     "adapter_config.json": MIB,
 }
-PARSED = ("config.json", "model.safetensors.index.json", "adapter_config.json")
 
 
 def read_bounded(path: Path, most: int) -> str:
     """The text of a file of at most `most` bytes; raises ConfigError for a larger or unreadable one."""
     try:
-        with path.open("rb") as file:  # not by its size: a pipe or a device has none
-            content = file.read(most + 1)
-        if len(content) > most:
-            raise ConfigError(f"{path}: larger than {most:,} bytes, which no such file is; it is not read.")
-        return content.decode("utf-8")
+        return read_plain(path, most).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
@@ -87,10 +86,57 @@ def _check_aliases(path: Path, text: str) -> None:
 
 
 def check_config_directories(arguments: Sequence[str]) -> None:
-    """Checks the YAML files of the directories that a command line adds to Hydra's search path."""
+    """Checks the YAML files of the directories that a command line adds to Hydra's search path.
+
+    They may set values of ours, refer to other keys, and choose a search. They may ask no resolver (which reads the
+    environment, or builds objects), and set nothing of Hydra's own that runs or writes something.
+    """
     for directory in _added_directories(arguments):
         for path in sorted(directory.rglob("*.yaml")) if directory.is_dir() else ():
-            _check_aliases(path, read_bounded(path, MOST_YAML_BYTES))
+            content = read_yaml(path)
+            for key, text in _texts(content):
+                if "${" in _REFERENCE.sub("", _ESCAPED.sub("", text)):
+                    raise ConfigError(f"{path}: {key}={text}: a file may refer to another key as in ${{a.b}}; {ASK}")
+            _check_hydra(path, path.relative_to(directory), content)
+
+
+_ESCAPED = re.compile(r"(?<!\\)\\\$\{")
+_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+ASK = "nothing is asked of the environment or built for it: write the value on the command line."
+HYDRAS = {"mode", "sweeper", "launcher"}
+"""What a file may set below hydra; the rest (callbacks, logging, job, searchpath) runs code or sets the environment."""
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in plain data with its dotted key, the keys themselves among them."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            yield key, str(name)
+            yield from _texts(item, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for number, item in enumerate(value):
+            yield from _texts(item, f"{key}[{number}]")
+    elif isinstance(value, str):
+        yield key, value
+
+
+def _check_hydra(path: Path, inside: Path, content: Any) -> None:
+    """Refuses what would make Hydra itself build, log, write or set something for a file."""
+    parts = inside.parts
+    packages = re.findall(r"^\s*#\s*@package\s+(\S+)", read_bounded(path, MOST_YAML_BYTES), re.MULTILINE)
+    defaults = content.get("defaults") if isinstance(content, dict) else None
+    for entry in defaults if isinstance(defaults, list) else ():
+        packages += [str(name).partition("@")[2] for name in (entry if isinstance(entry, dict) else [entry])]
+    set_by = [package for package in packages if "hydra" in package or "$" in package]
+    set_by += [".".join(parts[:-1])] if parts[0] == "hydra" else []
+    settings = content.get("hydra") if isinstance(content, dict) else None
+    set_by += [f"hydra.{name}" for name in settings] if isinstance(settings, dict) else []
+    for key in set_by:
+        if key.removeprefix("hydra.").partition(".")[0] not in HYDRAS:
+            raise ConfigError(f"{path}: {key}: a file may set {', '.join(sorted(HYDRAS))} of hydra alone.")
+    inner = settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
+    if set_by and any(text in HYDRAS_WORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(inner)):
+        raise ConfigError(f"{path}: {set_by[0]}: plain values alone; nothing is built for a file, nor set in hydra.")
 
 
 def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
@@ -118,7 +164,55 @@ def stored_config(path: Path, schema: type) -> Any:
             f"{path}: model.trust_remote_code: a file cannot say whom you trust, and this command runs no code of "
             f"{model.get('path') or model.get('id')}, with which the run was trained; plain peft loads its adapter."
         )
-    return from_plain(plain, schema)
+    for key, text in _texts({name: value for name, value in plain.items() if name != "trusted_packages"}):
+        if "${" not in text:
+            continue
+        if not key.startswith(TEXT_KEYS) or any(
+            _is_resolver(name) for name in re.findall(r"\$\{\s*([\w.]+)\s*:", text)
+        ):
+            raise ConfigError(f"{path}: {key}={text}: a run's config holds plain values; nothing is resolved in it.")
+    implementation = model.get("attn_implementation") if isinstance(model, dict) else None
+    if implementation is not None and not _is_implementation(implementation):
+        raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
+    # Whom a file trusts counts for nothing: where code of such a package would run, the command line must say so.
+    return from_plain({**plain, "trusted_packages": []} if "trusted_packages" in plain else plain, schema)
+
+
+TEXT_KEYS = ("notes", "tags", "prompt.", "data.columns.", "data.labels", "task.words", "sweep.question")
+"""Keys of a stored config whose text is for people or a model, and may hold `${` as any text may."""
+
+
+def _is_resolver(name: str) -> bool:
+    from omegaconf import OmegaConf
+
+    return name.startswith(("oc.", "hydra")) or OmegaConf.has_resolver(name)
+
+
+def _is_implementation(value: Any) -> bool:
+    """Whether `value` names an attention that transformers has, not a repository or several."""
+    return isinstance(value, str) and "/" not in value
+
+
+def check_inside(node: Any, key: str) -> None:
+    """Refuses a `_target_` node of a stored config that would write to, or send to, a place of the file's choosing."""
+    for name, text in _texts(node, key):
+        if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+            raise ConfigError(f"{name}={text}: a run's file does not choose where this writes or sends to; train anew.")
+
+
+def check_plain_files(directory: Path) -> None:
+    """Refuses a directory of which reading would hang, or writing lead elsewhere: pipes, devices, links out of it.
+
+    W&B's folder, which nothing of ours reads, is left out.
+    """
+    root = directory.resolve()
+    for folder, folders, names in os.walk(directory):
+        folders[:] = [name for name in folders if name != "wandb"]
+        for path in (Path(folder) / name for name in [*folders, *names]):
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise ConfigError(f"{path}: a link out of the directory; nothing is read or written through it.")
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
 
 
 # ----------------------------------------------------------------------------------------------- models and adapters
@@ -126,6 +220,9 @@ def stored_config(path: Path, schema: type) -> Any:
 
 def check_model(directory: Path) -> None:
     """Refuses a model directory whose JSON files are made to hang or to lead elsewhere; weights are not read."""
+    for path in directory.iterdir():  # links are the Hub's way to keep files
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
     for name, most in JSON_LIMITS.items():
         path = directory / name
         if not path.is_file():
@@ -133,7 +230,7 @@ def check_model(directory: Path) -> None:
         if path.stat().st_size > most:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes, more than {most:,}; it is not read.")
         if name == "config.json":
-            _check_values(path, read_json(path, most))
+            check_values(path, read_json(path, most))
         elif name == "model.safetensors.index.json":
             names = read_json(path, most).get("weight_map")
             for shard in names.values() if isinstance(names, dict) else ():
@@ -141,17 +238,18 @@ def check_model(directory: Path) -> None:
                     raise ConfigError(f"{path}: it names a file outside the directory: {shard!r}.")
 
 
-def _check_values(path: Path, config: dict[str, Any]) -> None:
+def check_values(path: Path | str, config: dict[str, Any]) -> None:
+    """Refuses values of a model's config that take all memory, or that are code of others; `path` is for errors."""
     for key, value in config.items():
+        if "implementation" in key and value is not None and not _is_implementation(value):
+            raise ConfigError(f"{path}: {key}={value!r} would fetch and run code of others.")
         if isinstance(value, dict):
-            _check_values(path, value)
+            check_values(path, value)
         elif isinstance(value, int):
             layers = "layer" in key and not key.endswith(("_id", "_idx"))
             most = MOST_LAYERS if layers and key.startswith(("n_", "num_")) else MOST_COUNTED
             if key.startswith(("n_", "num_")) and value > most:
                 raise ConfigError(f"{path}: {key}={value} is more than {most:,}; it is not built.")
-        elif isinstance(value, str) and "implementation" in key and "/" in value:
-            raise ConfigError(f"{path}: {key}={value!r} would fetch and run code of others.")
 
 
 def check_adapter(directory: Path) -> dict[str, Any]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import shutil
 import tempfile
 import tomllib
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 from llmft.config import DoctorConfig, Precision
 from llmft.environment import usable_cores
 from llmft.files import format_bytes, write_atomically
+from llmft.network import NoAnswer, ask, host_of
 
 MALICIOUS = {("lightning", "2.6.2"), ("lightning", "2.6.3")}
 """Released with code that stole credentials when imported (GHSA-w37p-236h-pfx3)."""
@@ -267,7 +267,7 @@ def accounts() -> Iterator[Verdict]:
     """Whether there are tokens, which are not shown."""
     from huggingface_hub import get_token
 
-    from llmft.training.tracking import has_key
+    from llmft.training.tracking import has_key, wandb_url
 
     if get_token():
         yield Verdict("Hub", "good", "a token is there")
@@ -275,7 +275,7 @@ def accounts() -> Iterator[Verdict]:
         yield Verdict(
             "Hub", "warning", "no token", "`hf auth login`, for models with a licence to accept (Llama, Gemma)"
         )
-    if has_key("api.wandb.ai"):
+    if has_key(host_of(wandb_url())):
         yield Verdict("W&B", "good", "an API key is there")
     else:
         yield Verdict("W&B", "warning", "no API key: runs are logged offline", "`wandb login`, or logger=none")
@@ -283,20 +283,33 @@ def accounts() -> Iterator[Verdict]:
 
 def network() -> Iterator[Verdict]:
     """Whether the Hub and W&B answer."""
-    for part, url, without in (
-        ("Hub", os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "models must be cached, or model.path=DIR"),
-        ("W&B", os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"), "runs are logged offline"),
+    from llmft.training.tracking import look_at_wandb, wandb_url
+
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    for part, url, look, without in (
+        ("Hub", hub, _look, "models must be cached, or model.path=DIR"),
+        ("W&B", wandb_url(), look_at_wandb, "runs are logged offline"),
     ):
-        try:
-            with urllib.request.urlopen(url, timeout=NETWORK_TIMEOUT_S):
-                pass
-        except urllib.error.HTTPError:
-            pass  # it answers
-        except (OSError, ValueError) as error:
-            cause = getattr(error, "reason", error)
-            yield Verdict(part, "warning", f"{url} does not answer ({cause})", f"without it, {without}")
-            continue
-        yield Verdict(part, "good", f"{url} answers")
+        cause = look(url, NETWORK_TIMEOUT_S)
+        if cause is None:
+            yield Verdict(part, "good", f"{url} answers")
+        else:
+            yield Verdict(part, "warning", cause, f"without it, {without}")
+
+
+def _look(url: str, seconds: float) -> str | None:
+    """None where the Hub answers at `url`, else what is wrong."""
+    try:
+        status, content = ask(f"{url}/api/models?limit=1", seconds)
+        if 300 <= status < 400 or status >= 500:
+            return f"{url} answers with status {status}"
+        if status < 300:
+            json.loads(content)
+    except NoAnswer as error:
+        return f"{url} does not answer ({error})"
+    except ValueError:
+        return f"{url} does not answer (what is there is not the Hub)"
+    return None
 
 
 # ----------------------------------------------------------------------------------------------------------- showing

@@ -13,12 +13,18 @@ from typing import Any
 
 import numpy as np
 
+from llmft.blending import combine
 from llmft.config import Problem
+from llmft.config_verbs import Method
 from llmft.errors import ConfigError, DataError
 from llmft.files import write_atomically
+from llmft.foreign import read_json
 from llmft.predictions import FOLDER, TEXT, Predictions, names_in, open_member
 from llmft.runs import slug
 from llmft.schema import canonical
+
+MOST_RECORD_BYTES = 2**24
+"""Of folds.json and blend.json."""
 
 
 @dataclass
@@ -74,12 +80,51 @@ def open_members(directories: Sequence[Path], name: str) -> list[Member]:
     return members
 
 
-def _missing(directory: Path, other: str, rows: Sequence[str]) -> str:
-    return f"{directory}: {len(rows)} rows of {other} are missing ({rows[0]} first)."
-
-
 def _short(labels: Sequence[str]) -> str:
     return ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What joined folds or a blend are made of: directories, and how their predictions become one."""
+
+    members: list[Path]
+    weights: list[float]
+    method: Method
+
+    @classmethod
+    def of(cls, directory: Path) -> Recipe | None:
+        """That of a directory of `llmft.folds` or `llmft.blend`; None for any other directory.
+
+        Raises ConfigError where the record is damaged or a member has gone.
+        """
+        path = next((file for file in (directory / "folds.json", directory / "blend.json") if file.is_file()), None)
+        if path is None:
+            return None
+        record = read_json(path, MOST_RECORD_BYTES)
+        try:
+            if path.stem == "folds":
+                names, weights, method = list(record["runs"]), [1 / len(record["runs"])] * len(record["runs"]), "mean"
+            else:
+                names = [member["directory"] for member in record["members"]]
+                weights, method = [float(member["weight"]) for member in record["members"]], record["method"]
+            return cls([_member(directory, Path(str(name))) for name in names], weights, Method(method))
+        except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ConfigError(f"{path}: damaged ({error!r}); make it again.") from None
+
+    def combined(self, name: str) -> Predictions:
+        """The members' predictions called `name` as one."""
+        members = open_members(self.members, name)
+        problem = members[0].predictions.problem
+        return joined(members, combine(stack(members), np.asarray(self.weights), self.method, problem))
+
+
+def _member(directory: Path, name: Path) -> Path:
+    """Where a member lies: where it did, or where it would below the same root."""
+    for path in (name, directory.parent.parent / name.parent.name / name.name):
+        if path.is_dir():
+            return path
+    raise ConfigError(f"{directory}: its member {name} is not there; give the command where it is, or make it again.")
 
 
 def shared_names(directories: Sequence[Path]) -> list[str]:
@@ -99,7 +144,7 @@ def joined(members: Sequence[Member], values: np.ndarray, **columns: list[Any]) 
     told = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in own if target is not None), None) for own in told]
     kept: dict[str, list[Any]] = {
-        name: first.columns[name] for name in ("where", "group", "fold") if name in first.columns
+        name: first.columns[name] for name in ("where", "group", "fold", "prompt") if name in first.columns
     }
     sources: list[Any] = []
     for member in members:

@@ -1,17 +1,22 @@
 """run + rows -> predictions: `python -m llmft.predict run=DIR data.files=test.csv`.
 
 The run's own config is opened again, so prompt, lengths and quantisation are those of its training. Row ids are kept,
-rows come out in the order of the files, and a killed prediction goes on where it was.
+rows come out in the order of the files, and a killed prediction goes on where it was. Of joined folds or a blend every
+member predicts, and the answers are joined as the members' were.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config_verbs import Form, PredictConfig
+from llmft.config_verbs import PredictConfig
 from llmft.environment import prepare_for_torch
 from llmft.schema import to_config
 
@@ -20,32 +25,61 @@ def main() -> None:
     """The command."""
     prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run_verb("predict", PredictConfig, lambda composed: predict(to_config(composed, PredictConfig)))
+    # A prompt may hold any character, so no grammar of Hydra's sees it.
+    given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompts=")]
+    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompts=")]
+    sys.argv += ["prompts=[]"] if given else []
+
+    def job(composed: Any) -> None:
+        config = to_config(composed, PredictConfig)
+        predict(replace(config, prompts=texts_of(given[-1])) if given else config)
+
+    run_verb("predict", PredictConfig, job)
+
+
+def texts_of(given: str) -> list[str]:
+    """The texts of `prompts=` as a shell hands it over: one, or a list in brackets with or without its quotes.
+
+    In a list whose quotes the shell took, a comma with white space behind it belongs to a text.
+    """
+    inside = given.strip()
+    if not (inside.startswith("[") and inside.endswith("]")):
+        return [given]
+    inside = inside[1:-1].strip()
+    if inside[:1] in ("'", '"'):
+        import yaml
+
+        with contextlib.suppress(yaml.YAMLError):
+            return [str(text) for text in yaml.safe_load(f"[{inside}]")]
+    return [text.strip() for text in re.split(r",(?!\s)", inside)] if inside else []
 
 
 def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
-    """Predicts the rows of `config.data.files` with each run; returns the directories of predictions, one per run.
+    """Predicts what `config` names with each run, joined folds or blend; returns their directories of predictions.
 
     Raises ConfigError or DataError for runs, files or templates that cannot be used.
     """
     from llmft.console import Screen
     from llmft.inference.asked import ask
-    from llmft.inference.submission import read_template, write_submission
-    from llmft.runs import directories, finished_run
+    from llmft.inference.submission import template_of, write_submission
+    from llmft.runs import usable
 
     screen = Screen(quiet=quiet)
-    opened = [finished_run(directory) for directory in directories(config.run, "run")]
-    template = read_template(Path(str(config.template))) if config.format is Form.submission else None
-    asked = [ask(run, trained, config) for run, trained in opened]
-    made = []
+    template = template_of(config)
+    ids = template.columns[0] if template is not None else None
+    asked = usable(config.run, "run", lambda directory: ask(directory, config, ids), screen.warn)
+    for note in dict.fromkeys(note for question in asked for note in question.notes):
+        screen.warn(note)
+    made: list[Path] = []
+    answered: dict[Path, Any] = {}
     try:
         for question in asked:
-            if question.note:
-                screen.warn(f"data.files: {question.note}")
-            predictions = _answer(question, config, screen)
+            predictions = _answer(question, config, screen, answered)
+            if config.prompts is not None:
+                _show(screen, predictions)
             if template is not None:
-                path = write_submission(predictions, template, config.columns, question.directory / "submission.csv")
-                screen.print(f"[bold]submission[/bold]  {path}")
+                path = question.directory / "submission.csv"
+                write_submission(predictions, template, config.columns, path, screen)
             made.append(question.directory)
     finally:
         if any(not question.baseline for question in asked):
@@ -55,14 +89,30 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     return made
 
 
-def _answer(question: Any, config: PredictConfig, screen: Any) -> Any:
-    """The predictions of one run: those that are there already, or new ones."""
+def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
+    """The predictions of one run, joined folds or blend: those that are there already, or new ones."""
+    if question.directory not in answered:
+        answer = _predicted if question.recipe is None else _joined
+        answered[question.directory] = answer(question, config, screen, answered)
+    return answered[question.directory]
+
+
+def _joined(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
+    for part in question.parts:
+        _answer(part, config, screen, answered)
+    made = question.recipe.combined(question.directory.name)
+    made.save(question.directory)
+    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
+    return made
+
+
+def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
     from llmft.predictions import Predictions
 
-    found = None if config.force else question.finished()
-    if found is not None:
+    finished = None if config.force else question.finished()
+    if finished is not None:
         screen.print(f"These predictions are done: [bold]{question.directory}[/bold] (force=true makes them again)")
-        return found
+        return finished
     columns: dict[str, list[Any]] = {}
     question.directory.mkdir(parents=True, exist_ok=True)
     with question.locked():
@@ -90,6 +140,22 @@ def _answer(question: Any, config: PredictConfig, screen: Any) -> Any:
         question.clear_parts()
     screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
     return made
+
+
+def _show(screen: Any, predictions: Any) -> None:
+    """Prompts with what the model says: its text, each class's probability, or the number."""
+    from rich.markup import escape
+
+    for row, prompt in enumerate(predictions.columns["prompt"]):
+        screen.print(f"\n[dim]{escape(prompt)}[/dim]")
+        if predictions.problem == "text":
+            screen.print(escape(predictions.predicted[row]) or "[dim](nothing: the model ended at once)[/dim]")
+        elif predictions.problem == "regression":
+            screen.print(f"[bold]{predictions.predicted[row]:.6g}[/bold]")
+        else:
+            for p, label in sorted(zip(predictions.values[row], predictions.labels, strict=True), reverse=True):
+                screen.print(f"[bold]{p:6.1%}[/bold]  {escape(label)}")
+    screen.print("")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmft.config import Problem
 from llmft.errors import DataError, did_you_mean
-from llmft.files import staged_file, write_atomically
+from llmft.files import read_plain, staged_file, write_atomically
 from llmft.schema import canonical
 
 TEXT = "text"
@@ -156,9 +156,9 @@ class Predictions:
     def load(cls, directory: Path) -> Predictions:
         """Reads what `save` wrote; raises DataError where files are missing, damaged, or not of one writing."""
         try:
-            facts = json.loads((directory / "predictions.json").read_text())
+            facts = json.loads(read_plain(directory / "predictions.json"))
             labels, problem = list(facts["labels"]), str(facts["problem"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
         made = from_table(read_table(directory / "predictions.parquet"), labels, problem)
         kept = {"problem", "labels", "rows", "fingerprint"}
@@ -175,6 +175,8 @@ def read_table(path: Path) -> dict[str, list[Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
     try:
         with pq.ParquetFile(path) as file:  # its own `read_table` would import pandas
             return file.read().to_pydict()

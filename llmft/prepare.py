@@ -9,10 +9,11 @@ import hashlib
 import os
 import time
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from typing import Any
 
 from llmft.config import Problem, TrainConfig, TrainOn
 from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.messages import Keys
 from llmft.data.pseudo import PseudoLabels, add_pseudo
 from llmft.data.sources import Loaded, Problems, Row, load_rows
 from llmft.data.splits import make_splits
@@ -20,7 +21,9 @@ from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
 from llmft.errors import DataError
 from llmft.model.hub import Located, locate
-from llmft.runs import Run, open_run, run_key
+from llmft.monitor import with_mode
+from llmft.prior import prior_of
+from llmft.runs import Run, free_run, open_run, run_key
 
 
 @dataclass
@@ -41,6 +44,9 @@ class Prepared:
     id_column: str | None = None
     num_rows: dict[str, int] = field(default_factory=dict)
     """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """Which columns are read and which are not, as `ColumnMap.usage` says."""
+    message_keys: Keys = field(default_factory=Keys)
     started: float = field(default_factory=time.monotonic)
 
 
@@ -62,12 +68,13 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         ConfigError: for what the config names and is not there.
         DataError: for rows that cannot be used.
     """
+    config = with_mode(config)
     problems = Problems(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)
     # The classes are those of all rows, so that every fold has the same in the same order.
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
-    columns = ColumnMap.of(config.data, known, config.task)
+    columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
     conversations = {
         split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
         for split, part in rows.items()
@@ -91,7 +98,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         fingerprint = hashlib.sha256(f"{loaded.fingerprint}+{pseudo.fingerprint}".encode()).hexdigest()
     located = locate(config.model)
     key = run_key(config, fingerprint, located.fingerprint)
-    run = open_run(config, key) if open_directory else Run(Path(config.output_dir), key)
+    run = open_run(config, key) if open_directory else free_run(config, key)
     return Prepared(
         config,
         conversations,
@@ -105,6 +112,8 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
         pseudo,
         columns.id,
         {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+        columns.usage([row for part in loaded.splits.values() for row in part]),
+        columns.keys,
     )
 
 
@@ -114,9 +123,10 @@ def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
-    """The training rows with task.class_weights; a regression's mean and spread are noted in `targets`."""
+    """The training rows with task.class_weights; `targets` notes their prior, and a regression's mean and spread."""
     if targets is None:
         return train
+    targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])
     if targets.problem is Problem.regression:
         import numpy as np
 

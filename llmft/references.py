@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import glob
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,9 @@ import numpy as np
 
 from llmft.config import Problem
 from llmft.config_verbs import EvaluateConfig
-from llmft.data.columns import base_name
-from llmft.data.sources import Problems, Row, expand, read
+from llmft.data.sources import Problems, Row, read_files, with_nested
 from llmft.errors import ConfigError, DataError, did_you_mean
-from llmft.predictions import PREFIX, TEXT, Predictions, from_table
+from llmft.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
 
 def open_predictions(named: str) -> tuple[Predictions, Path]:
@@ -22,18 +23,24 @@ def open_predictions(named: str) -> tuple[Predictions, Path]:
     Raises ConfigError or DataError where there is none.
     """
     path = Path(named).expanduser()
+    if glob.has_magic(str(path)) and not path.exists():
+        matches = sorted(glob.glob(str(path)))
+        if len(matches) != 1:
+            several = f"{len(matches)} match, and one is evaluated: {matches[0]}, say" if matches else "nothing matches"
+            raise ConfigError(f"predictions={named}: {several}.")
+        path = Path(matches[0])
     folder = path.parent if path.name.startswith("predictions.") else path
     if (folder / "predictions.json").is_file():
         return Predictions.load(folder), folder / "evaluation.json"
     if path.is_dir():
-        raise ConfigError(f"predictions={named}: no predictions.json there; name a folder such as RUN/predictions/val.")
+        has = ", ".join(str(path / FOLDER / name) for name in names_in(path)) or "a folder such as RUN/predictions/val"
+        raise ConfigError(f"predictions={named}: no predictions.json there; name {has}.")
     rows = _rows(named, "predictions")
     return _anybodys(rows, named), path.with_name(f"{path.stem}.evaluation.json")
 
 
-def _rows(named: Any, key: str) -> list[Row]:
-    problems = Problems()
-    rows = [row for path in expand(named, key) for row in read(path, path.read_bytes(), problems)]
+def _rows(named: Any, key: str, names: Sequence[str] = ()) -> list[Row]:
+    rows = with_nested(read_files(named, key, Problems()).rows, names)
     if not rows:
         raise DataError(f"{key}={named}: no rows.")
     return rows
@@ -46,7 +53,7 @@ def _anybodys(rows: list[Row], named: str) -> Predictions:
         if list(row.values) != names:
             raise DataError(f"{row.where}: other columns than the rows before it.")
     table = {name: [row.values[name] for row in rows] for name in names}
-    table["id"] = table.get("id") or [base_name(row.where) for row in rows]
+    table["id"] = table.get("id") or [row.id for row in rows]
     labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     try:
         if labels:
@@ -69,14 +76,17 @@ def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[P
     Raises ConfigError for columns that do not exist, DataError for rows that have no reference, or two.
     """
     if config.references is None:
+        for key in ("id", "target"):
+            if getattr(config, key):
+                raise ConfigError(f"{key}={getattr(config, key)} goes with references=FILE, which is not set.")
         return predictions, {name: _own_column(predictions, name) for name in config.slice}
-    rows = _rows(config.references, "references")
+    rows = _rows(config.references, "references", [*config.slice, config.id or "", config.target or ""])
     name = config.id or predictions.facts.get("id_column") or ("id" if "id" in rows[0].values else None)
     if config.id and config.id not in rows[0].values:
         raise ConfigError(
             f"id={config.id}: the references have no such column{did_you_mean(config.id, rows[0].values)}"
         )
-    ids = [str(row.values[name]) if name and name in row.values else base_name(row.where) for row in rows]
+    ids = [str(row.values[name]) if name and name in row.values else row.id for row in rows]
     twice = [own for own, count in Counter(ids).items() if count > 1]
     if twice:
         raise DataError(f"references={config.references}: two rows are called '{twice[0]}'; set id=COLUMN.")
@@ -115,19 +125,22 @@ def _own_column(predictions: Predictions, name: str) -> list[Any]:
         return list(predictions.targets)
     if name not in predictions.columns:
         raise ConfigError(
-            f"slice=[{name}]: no such column{did_you_mean(name, ['target', *predictions.columns])} Columns of the rows "
-            "themselves come from references=FILE."
+            f"slice=[{name}]: no such column beside the predictions (references=FILE brings the rows' own)"
+            f"{did_you_mean(name, ['target', *predictions.columns])}"
         )
     return predictions.columns[name]
 
 
 def _target(row: Row, column: str, problem: str) -> Any:
     value = row.values.get(column)
-    if value is None or (isinstance(value, float) and np.isnan(value)):
-        raise DataError(f"{row.where}: its '{column}' is empty.")
+    if value is None or (isinstance(value, float) and not np.isfinite(value)):
+        raise DataError(f"{row.where}: its '{column}' is empty, or no finite number.")
     if problem == Problem.regression.value:
         try:
-            return float(value)
+            number = float(value)
+            if np.isfinite(number):
+                return number
+            raise ValueError
         except (TypeError, ValueError):
             raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
     if problem == Problem.multi_label.value:

@@ -7,14 +7,17 @@ out it sees each row a little less often, and does not train longer. Its validat
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config import Export, LoggerConfig, Mode, TrainConfig, TrainOn
+from llmft.config import Export, TrainConfig, TrainOn
 from llmft.config_verbs import RefitConfig
 from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError
+from llmft.foreign import stored_config
 from llmft.schema import to_config
 
 
@@ -31,21 +34,29 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
 
     Raises ConfigError where the runs are not validated ones of one config.
     """
+    from llmft.console import Screen
     from llmft.train import train
 
-    train(refit_config(config), quiet=quiet)
+    train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet)
 
 
-def refit_config(config: RefitConfig) -> TrainConfig:
-    """The config of the run on all rows."""
-    from llmft.runs import directories, finished_run
+def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
+    """The config of the run on all rows; `warn` is told of what a glob met and cannot be used."""
+    from llmft.foreign import check_inside
+    from llmft.runs import finished_run, usable
     from llmft.schema import canonical, numbers_of
 
-    runs = [finished_run(directory) for directory in directories(config.runs, "runs")]
+    def validated(directory: Path) -> tuple[Any, TrainConfig]:
+        stored = (
+            stored_config(directory / "config.yaml", TrainConfig) if (directory / "config.yaml").is_file() else None
+        )
+        if stored is not None and stored.data.train_on is TrainOn.all:
+            raise ConfigError(f"{directory}: trained on all rows, so nothing validated it; name the validated run.")
+        return finished_run(directory)
+
+    runs = usable(config.runs, "runs", validated, warn)
     own = []
-    for run, trained in runs:
-        if trained.data.train_on is TrainOn.all:
-            raise ConfigError(f"{run.directory}: trained on all rows already; name the validated run.")
+    for _, trained in runs:
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
         numbers.pop("seed")
@@ -62,11 +73,18 @@ def refit_config(config: RefitConfig) -> TrainConfig:
     taken = [_steps(run) for run, _ in runs] if several else [_steps(best[0])]
     steps = max(1, round(sum(taken) / len(taken)))
     trained = best[1]
+    unlearned = [run.directory.name for run, _ in (runs if several else [best]) if not run.status()["result"]["step"]]
+    if unlearned:
+        warn(f"{', '.join(unlearned)}: best before its first step, so training made it worse; look before you refit.")
+    check_inside(trained.trainer.callbacks, "trainer.callbacks")
+    if config.logger is None:  # another logger goes without them
+        check_inside(trained.logger.loggers, "logger.loggers")
     return replace(
         trained,
         data=replace(trained.data, train_on=TrainOn.all, fold=None),
         trainer=replace(trained.trainer, max_steps=steps, validate_every=steps, patience=None, export=Export.last),
-        logger=trained.logger if config.logger else LoggerConfig(),
+        logger=config.logger or trained.logger,
+        trusted_packages=config.trusted_packages,
         output_dir=config.output_dir or str(best[0].directory.parent.parent),
         progress=config.progress,
         force=False,
@@ -76,13 +94,18 @@ def refit_config(config: RefitConfig) -> TrainConfig:
 
 
 def _rank(run: tuple[Any, TrainConfig]) -> float:
+    from llmft.monitor import mode_of, named_metric
+
     trainer = run[1].trainer
     value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)
     if value is None:
         raise ConfigError(
             f"{run[0].directory}: its validation has no {trainer.monitor}, so nothing tells how good it is."
         )
-    return float(value) if trainer.mode is Mode.min else -float(value)
+    metric = named_metric(trainer.monitor, run[1].task.metrics)
+    # A run that kept the wrong end of its curve has the step of that, which no refit should take.
+    mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")
+    return mode.sign * float(value)
 
 
 def _steps(run: Any) -> int:

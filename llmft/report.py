@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.app import run_verb
-from llmft.config import Mode
+from llmft.config import Mode, Texts
 from llmft.errors import ConfigError
 from llmft.schema import to_config
 
@@ -20,13 +20,14 @@ from llmft.schema import to_config
 class ReportConfig:
     """What `python -m llmft.report` takes."""
 
-    runs: Any = None
+    runs: Texts = None
     sweep: str | None = None
     output_dir: str = "outputs"
     out: str | None = None
     lb: str | None = None
     numbers: str | None = None
-    mode: Mode = Mode.min
+    metric: str | None = None
+    mode: Mode = Mode.auto
     clusters: bool = True
 
 
@@ -66,6 +67,7 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
         logbook=found.logbook,
         leaderboard_scores=given,
         clusters=config.clusters,
+        mode=config.mode,
     )
     made.console(screen)
     return made
@@ -78,7 +80,7 @@ def _report_numbers(config: ReportConfig, screen: Any) -> Any:
     from llmft.reporting.verdicts import sentence
 
     assert config.numbers is not None
-    judged = judge_numbers(read_numbers(Path(config.numbers)), lower_is_better=config.mode is Mode.min)
+    judged = judge_numbers(read_numbers(Path(config.numbers)), metric=config.metric, mode=config.mode)
     for name, verdicts in judged.items():
         screen.print(f"[bold]{escape(name or 'answer')}[/bold]  {escape(verdicts.answer)}")
         for _, found in verdicts.all:

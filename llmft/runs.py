@@ -6,6 +6,7 @@ The key is a hash of all that can change a run's numbers, and of nothing else.
 
 from __future__ import annotations
 
+import errno
 import glob
 import hashlib
 import json
@@ -18,17 +19,18 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import filelock
 
 from llmft.config import TrainConfig, TrainOn
-from llmft.errors import ConfigError, DiskError, RunBusy, nearest
-from llmft.files import staged_file, write_atomically
-from llmft.foreign import stored_config
+from llmft.errors import ConfigError, DataError, DiskError, RunBusy, nearest
+from llmft.files import read_plain, staged_file, write_atomically
+from llmft.foreign import check_plain_files, read_json, stored_config
 from llmft.redaction import redact
 from llmft.schema import canonical, numbers_of, to_plain
 
+T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_NAME = 80
 """Longest directory name, in characters; what is cut off is in the key."""
@@ -45,6 +47,8 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
         numbers["model"].pop(name)
     for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
         numbers["data"].pop(name)
+    if not numbers["task"]["objective_options"]:  # a key that older runs lack
+        numbers["task"].pop("objective_options")
     content = canonical([SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint])
     return hashlib.sha256(content.encode()).hexdigest()[:10]
 
@@ -167,15 +171,32 @@ class Run:
     def status(self) -> dict[str, Any]:
         """The content of run.json, empty for a run that was never started or whose file is damaged."""
         try:
-            found = json.loads(self.status_file.read_text())
-        except (OSError, ValueError):
+            found = json.loads(read_plain(self.status_file))
+        except (OSError, ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def environment(self) -> dict[str, Any]:
+        """The content of environment.json. Raises ConfigError where it cannot be read."""
+        try:
+            found = json.loads(self.environment_file.read_text())
+            return {name: dict(found[name]) for name in ("data", "model")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
+            ) from None
 
     def update(self, **values: Any) -> None:
         """Adds `values` to run.json."""
         content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
         write_atomically(self.status_file, content.encode())
+
+    def fact(self, group: str, name: str) -> Any:
+        """One value of environment.json; ConfigError where that is missing or damaged."""
+        values = read_json(self.environment_file).get(group)
+        if not isinstance(values, dict) or name not in values:
+            raise ConfigError(f"{self.environment_file}: damaged, it has no {group}.{name}; train the run again.")
+        return values[name]
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as done, with what it found and the digests of what it hands over."""
@@ -195,7 +216,7 @@ class Run:
 
     def digests(self) -> dict[str, str]:
         """sha256 of the weights that the run hands over, by file."""
-        files = sorted(path for folder in (self.adapter, self.model) for path in folder.glob("*.safetensors"))
+        files = sorted(p for folder in (self.adapter, self.model) for p in folder.glob("*.safetensors") if p.is_file())
         found = {}
         for path in files:
             with path.open("rb") as file:
@@ -294,6 +315,25 @@ def existing_run(config: TrainConfig, key: str) -> Run:
     return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
 
 
+def free_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or could be made; nothing is made.
+
+    Raises ConfigError for something else in its place, DiskError where nothing can be written.
+    """
+    run = existing_run(config, key)
+    there = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.")
+    if there == run.directory and any(there.iterdir()) and not _is_run(there):
+        raise ConfigError(
+            f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+        )
+    if not os.access(there, os.W_OK | os.X_OK):
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
+    return run
+
+
 def open_run(config: TrainConfig, key: str) -> Run:
     """The run directory of `key` under config.output_dir/runs, made if need be.
 
@@ -301,25 +341,12 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
     Raises ConfigError when the directory holds something that is not a run of llmft.
     """
-    root = Path(config.output_dir) / "runs"
+    run = free_run(config, key)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.") from None
+        run.directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise unwritable(f"output_dir={config.output_dir}", error) from None
-    run = existing_run(config, key)
-    directory = run.directory
-    if directory.exists():
-        foreign = not directory.is_dir() or (any(directory.iterdir()) and not _is_run(directory))
-        if foreign:
-            raise ConfigError(
-                f"{directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
-            )
-    try:
-        directory.mkdir(exist_ok=True)
-    except OSError as error:
-        raise unwritable(str(directory), error) from None
+    check_plain_files(run.directory)
     return run
 
 
@@ -334,9 +361,12 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
     """
     run = Run(directory, "")
+    check_plain_files(directory)
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
+    if status.get("kind"):
+        raise ConfigError(f"{directory}: joined {status['kind']} and no run; name a run directory of outputs/runs.")
     if status.get("status") != "done":
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
@@ -350,12 +380,39 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
+def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
+    """What `open_one` makes of each directory named; one that it refuses is left out with a warning if a glob met it.
+
+    Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
+    """
+    opened, refused = [], []
+    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if _is_glob(str(name))]
+    met = {path for name in globbed for path in directories(name, key)}
+    for directory in directories(named, key):
+        try:
+            opened.append(open_one(directory))
+        except (ConfigError, DataError) as error:
+            if directory not in met:
+                raise
+            refused.append(error)
+    if refused and not opened:
+        raise refused[0]
+    for reason in refused:
+        warn(f"left out: {reason}")
+    return opened
+
+
+def _is_glob(text: str) -> bool:
+    """Whether it is a pattern, and not a directory whose name looks like one."""
+    return glob.has_magic(text) and not Path(text).expanduser().exists()
+
+
 def directories(named: Any, key: str) -> list[Path]:
     """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
     found: list[Path] = []
     for name in named if isinstance(named, (list, tuple)) else [named]:
         text = str(Path(str(name)).expanduser())
-        matches = sorted(glob.glob(text)) if glob.has_magic(text) else [text]
+        matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
         several = [Path(match) for match in matches if Path(match).is_dir()]
         if not several:
             path = Path(text)
@@ -370,7 +427,7 @@ def _is_run(directory: Path) -> bool:
     return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
 
 
-def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[str, Any]:
+def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:
     """What predictions say of the run they come from."""
     return {
         "run": str(run.directory),
@@ -379,6 +436,7 @@ def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str) -> dict[s
         "fold": config.data.fold,
         "num_folds": config.data.num_folds if config.data.fold is not None else None,
         "train_on": config.data.train_on.value,
+        "prior": list(prior),
     }
 
 

@@ -13,7 +13,7 @@ from enum import Enum
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 import llmft.config
 from llmft.errors import ConfigError, did_you_mean
@@ -30,10 +30,9 @@ def from_plain(plain: Any, schema: type) -> Any:
     assert isinstance(node, DictConfig)
     _refuse_extra_keys(node, schema, "")
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(schema), node)
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
-    return OmegaConf.to_object(merged)
 
 
 def restored(plain: dict[str, Any], schema: type) -> Any:
@@ -72,14 +71,19 @@ def _literal(value: Any) -> Any:
     return value
 
 
-def schema_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a schema, groups included."""
+def schema_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every dotted key of a schema, groups included, and what it holds as it is annotated."""
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
-        yield key
+        yield key, str(entry.type)
         kind = dataclass_of(entry.type, schema)
         if kind is not None:
-            yield from schema_keys(kind, f"{key}.")
+            yield from schema_fields(kind, f"{key}.")
+
+
+def schema_keys(schema: type) -> Iterator[str]:
+    """Every dotted key of a schema, groups included."""
+    return (key for key, _ in schema_fields(schema))
 
 
 def aside_keys(schema: type) -> list[str]:
@@ -87,15 +91,9 @@ def aside_keys(schema: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("aside")]
 
 
-def open_keys(schema: type, prefix: str = "") -> Iterator[str]:
+def open_keys(schema: type) -> Iterator[str]:
     """The dotted keys that hold a dictionary, under which any key may stand."""
-    for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        kind = dataclass_of(entry.type, schema)
-        if kind is not None:
-            yield from open_keys(kind, f"{key}.")
-        elif str(entry.type).startswith("dict["):
-            yield key
+    return (key for key, kind in schema_fields(schema) if kind.startswith("dict["))
 
 
 def dataclass_of(annotation: Any, owner: type) -> type | None:
@@ -113,11 +111,31 @@ def to_config(composed: DictConfig, schema: type) -> Any:
     Raises ConfigError for a key that the schema lacks (Hydra lets `+lora.zz=1` pass), a missing value, or a
     value out of range.
     """
-    _refuse_extra_keys(composed, schema, "")
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
-    return OmegaConf.to_object(composed)
+    try:
+        _refuse_extra_keys(composed, schema, "")
+        missing = sorted(OmegaConf.missing_keys(composed))
+        if missing:
+            raise ConfigError(f"{missing[0]} has no value: set {missing[0]}=… on the command line.")
+        made = OmegaConf.to_object(composed)
+    except OmegaConfBaseException as error:
+        raise ConfigError(explained(error, schema)) from None
+    if not isinstance(made, schema):
+        raise ConfigError(f"this config is none of {schema.__name__}: leave out --config-name, or name one like ours.")
+    return made
+
+
+def explained(error: OmegaConfBaseException, schema: type) -> str:
+    """What is wrong with which key, in a sentence."""
+    told, key = str(error).splitlines()[0].rstrip("."), error.full_key
+    if isinstance(error, GrammarParseError) or told.startswith("GrammarParseError"):
+        told = "${ begins an interpolation, such as ${seed}, and this is none; write \\${ for the characters themselves"
+    told = re.sub(r"^\w+ raised while resolving interpolation: \"?(.*?)\"?$", r"\1", told)
+    if variable := re.fullmatch(r"Environment variable '(.+)' not found", told):
+        told = f"no environment variable {variable[1]}; set it, or write a default: ${{oc.env:{variable[1]},…}}"
+    if missing := re.fullmatch(r"Interpolation key '(.+)' not found", told):
+        told = f"${{{missing[1]}}} names no key{did_you_mean(missing[1], schema_keys(schema))[:100]}"
+    told = told.rstrip("?.") + ("?" if told.endswith("?") else ".")
+    return f"{key}: {told}" if key and key not in told.split() else told
 
 
 def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:

@@ -22,7 +22,6 @@ DEFAULTS = {
     Problem.regression.value: [f"llmft.metrics.regression.{n}" for n in ("rmse", "mae", "pearson", "spearman")],
     TEXT: [f"llmft.metrics.text.{name}" for name in ("exact_match", "token_f1", "bleu", "rouge_l")],
 }
-LOWER_IS_BETTER = ("logloss", "rmse", "mae", "calibration_error", "perplexity")
 MOST_SLICES = 100
 
 
@@ -46,11 +45,6 @@ def score(predictions: Predictions, metrics: dict[str, Metric]) -> dict[str, flo
     """Every metric's value."""
     references, values = pair(predictions)
     return {name: metric(references, values) for name, metric in metrics.items()}
-
-
-def better(name: str, value: float, than: float) -> bool:
-    """Whether `value` of the metric `name` is better."""
-    return value < than if name in LOWER_IS_BETTER else value > than
 
 
 def bootstrap(

@@ -69,10 +69,12 @@ def train(
     from rich.markup import escape
 
     from llmft.app import command_line
+    from llmft.build import trust
     from llmft.console import Screen
     from llmft.environment import die_with_parent
     from llmft.prepare import prepare, process_rank
 
+    trust(config.trusted_packages)
     rank = process_rank(config)
     screen = Screen(quiet=quiet or rank > 0)
     prepared = prepare(config)
@@ -114,8 +116,11 @@ def train(
 
 
 def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
-    status = run.status()
     from rich.markup import escape
+
+    from llmft.config import TrainOn
+
+    status = run.status()
 
     result = status.get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):
@@ -123,7 +128,8 @@ def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
 
         tell_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
-    screen.summary(result.get("before", {}), result.get("after", {}), {})
+    blank = config.data.train_on is TrainOn.all
+    screen.summary(result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
     return result.get("after", {}).get(config.trainer.monitor)
 
 
@@ -145,7 +151,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
         trainer = prepared.config.trainer
         # Before anything else imports one of them.
         load_libraries(several_devices=trainer.devices != 1 or trainer.num_nodes != 1)
-    from llmft.training.out_of_memory import OutOfMemory
+    from llmft.training.out_of_memory import OutOfMemory, free_memory
 
     while True:
         rejected = list(prepared.problems.rejected)
@@ -154,7 +160,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.
-        _free_memory()
+        free_memory()
         prepared = replace(smaller, problems=replace(prepared.problems, rejected=rejected))
 
 
@@ -167,17 +173,6 @@ def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
     )
     prepared.run.update(out_of_memory=[*prepared.run.status().get("out_of_memory", []), note])
     return replace(prepared, config=config)
-
-
-def _free_memory() -> None:
-    """Gives back what nobody holds any more."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:

@@ -56,14 +56,15 @@ def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: typ
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from llmft.app import config_directory, make_known, open_override
+    from llmft.app import make_known
     from llmft.config import TrainConfig
-    from llmft.schema import open_keys, to_config
+    from llmft.overrides import as_override, config_directory
+    from llmft.schema import to_config
 
     kind = kind or TrainConfig
     make_known(verb, kind)
     GlobalHydra.instance().clear()
-    opened = [open_override(override, tuple(open_keys(kind))) for override in overrides]
+    opened = [as_override(override, kind) for override in overrides]
     with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
         composed = hydra.compose(verb, opened)
     return to_config(composed, kind) if schema else composed

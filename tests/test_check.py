@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +13,12 @@ from typing import Any
 
 import pytest
 
+import llmft
+from llmft.check import check as check_command
+from llmft.errors import DiskError, UserError
+from llmft.train import train
 from tests.commands import Commands
-from tests.conftest import ROOT
+from tests.conftest import ROOT, compose
 
 SMALL_DATA = ["data.rows={train: 40, validation: 10, test: 6}", "trainer.threads=1"]
 
@@ -176,3 +182,114 @@ def test_a_real_file_is_checked(shared_data: Path, tmp_path: Path, name: str) ->
     found = report("data=prompt_response", files, "data.max_dropped_fraction=0.05", cwd=tmp_path)
     assert found["splits"]["train"]["rows"] > 800
     assert found["seconds"] < 60
+
+
+# ------------------------------------------------------------------------------- what training refuses, check refuses
+
+HERE = ["trainer.max_steps=1", *SMALL_DATA]
+SHORT_GPT2 = [
+    *("model.init=random", "model.path=null", "model.architecture=gpt2"),
+    "model.config={n_positions: 40, n_embd: 32, n_layer: 1, n_head: 2, vocab_size: 1024}",
+]
+COSINE = "task.metrics=[llmft.metrics.text.sharpened_cosine]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lora.targets=[q_prj]"], "Target modules {'q_prj'} not found"),
+        (["lora.targets=[input_layernorm]"], "LlamaRMSNorm"),
+        (["lora.modules_to_save=[lm_hed]"], "did you mean lm_head"),
+        (["trainer.strategy=nonsense"], "invalid strategy name"),
+        (["trainer.strategy=ddp", "trainer.devices=[0,1]"], "CPUAccelerator"),
+        (["trainer.devices=4096"], "this machine has"),
+        (["trainer.precision=fp16"], "does not compute in fp16"),
+        (["trainer.accelerator=tpu"], "no such device"),
+        (["trainer.monitor=val/exact_mach"], "did you mean val/exact_match"),
+        (["quantization=int8", "lora.dora=true"], "8-bit base's scales"),
+        (["optimizer.momentom=1"], "takes no such argument"),
+        (["trainer.callbacks={a: {_target_: lightning.pytorch.callbacks.Timmer}}"], "did you mean Timer"),
+        (["logger=csv", "logger.loggers.csv.flush=1"], "takes no such argument"),
+        (
+            [COSINE, "task.metric_options.sharpened_cosine.encoder=nobody/knows"],
+            r"set task\.metric_options\.sharpened_",
+        ),
+        ([COSINE, "task.metric_options.sharpened_cosine.encoder=EMPTY"], "no sentence-transformers model"),
+        (SHORT_GPT2, "more than the 40 positions of the model"),
+        (["model.path=SMALLER"], "the model knows only 300"),
+        (["model.path=CUT_OFF"], "damaged or cut off"),
+        (["model=deberta_v3_small", "model.init=random", "quantization=none"], "is an encoder and writes no text"),
+        (["output_dir=FILE"], "there is a file in the way"),
+    ],
+)
+def test_what_training_refuses_before_its_weights_check_refuses_in_the_same_words(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tiny = Path(llmft.__file__).parent / "assets" / "tiny"
+    for name in ("SMALLER", "CUT_OFF"):
+        shutil.copytree(tiny, tmp_path / name)
+    (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").write_text("")
+    config = tmp_path / "SMALLER" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "vocab_size": 300}))
+    weights = tmp_path / "CUT_OFF" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    own = [re.sub(r"=(SMALLER|CUT_OFF|EMPTY|FILE)$", rf"={tmp_path}/\1", argument) for argument in arguments]
+    logger = [] if any(argument.startswith("logger") for argument in own) else ["logger=none"]
+    output = [] if any(argument.startswith("output_dir") for argument in own) else [f"output_dir={tmp_path}/outputs"]
+
+    def loaded(*_: Any, **__: Any) -> None:
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr("llmft.training.session.load_base", loaded)
+    told = []
+    for command in (check_command, lambda config: train(config, quiet=True)):
+        with pytest.raises(UserError, match=message) as error:
+            command(compose(*HERE, *logger, *output, *own))
+        told.append((type(error.value), str(error.value)))
+    assert told[0] == told[1]
+
+
+def test_a_disk_too_full_is_told_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
+    monkeypatch.setattr("llmft.files.shutil.disk_usage", lambda _: usage)
+    told = []
+    for command in (check_command, lambda config: train(config, quiet=True)):
+        with pytest.raises(DiskError, match=r"lower trainer\.keep_checkpoints=2") as error:
+            command(compose(*HERE, "logger=none", f"output_dir={tmp_path}"))
+        told.append(str(error.value))
+    assert told[0] == told[1]
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2", "opt", "biogpt", "deberta-v2", "llama"])
+def test_the_positions_of_a_family_are_those_its_table_has(kind: str) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    from llmft.model.families import positions
+
+    config = AutoConfig.for_model(kind, num_labels=2, num_hidden_layers=1, pad_token_id=1)
+    count, learned = positions(config)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    tables = [m for n, m in model.named_modules() if isinstance(m, torch.nn.Embedding) and ("pos" in n or "wpe" in n)]
+    assert learned == bool(tables)
+    offset = {"roberta": 2, "opt": 2, "biogpt": 2}.get(kind, 0)
+    assert not tables or count == tables[0].num_embeddings - offset
+
+
+def test_check_says_which_columns_are_read_and_which_are_not(tmp_path: Path) -> None:
+    rows = write(tmp_path / "a.jsonl", questions(30, url="u", meta={"system": "Be brief.", "by": "me"}))
+    arguments = [f"data.files={rows}", "data.columns.prompt=prompt", "data.columns.response=response"]
+    found = report("data=alpaca", *arguments, "data.columns.system=meta.system", cwd=tmp_path)
+    assert found["columns"] == {
+        "read": {"prompt": ["prompt"], "response": ["response"], "meta.system": ["system"]},
+        "not_read": ["url"],
+        "left_out": ["input"],
+    }
+    done = check("data=alpaca", *arguments, cwd=tmp_path)
+    shown = "read: prompt (prompt), response (response); not read: url, meta; optional and not there: input"
+    assert shown in " ".join(done.stdout.split())
+    done = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
+    assert done.returncode == 4
+    assert "data.columns.input: no column 'contxt'" in done.stderr

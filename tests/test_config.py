@@ -141,7 +141,7 @@ def test_every_value_of_a_group_is_explained() -> None:
 
 
 def test_configs_lie_beside_the_package() -> None:
-    from llmft.app import config_directory
+    from llmft.overrides import config_directory
 
     assert config_directory() == Path(CONF)
 

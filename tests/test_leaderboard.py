@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,9 +30,11 @@ from llmft.errors import ConfigError, DataError
 from llmft.evaluate import evaluate
 from llmft.folds import folds
 from llmft.metrics.classification import logloss
-from llmft.predict import predict
+from llmft.overrides import yes_or_no
+from llmft.predict import predict, texts_of
 from llmft.predictions import Predictions
 from llmft.refit import refit_config
+from llmft.runs import Run
 from llmft.train import train
 from tests.conftest import compose, run_directory
 
@@ -93,7 +96,7 @@ def test_optimised_weights_are_the_best_of_a_grid_and_the_climb_comes_near(tmp_p
     found = convex(values, references, "single_label")
     assert found.sum() == pytest.approx(1)
     assert found[0] == pytest.approx(min(grid)[1], abs=0.01)
-    climbed = hill_climb(values, lambda mixed: logloss(references, mixed), "logloss", 200)
+    climbed = hill_climb(values, lambda mixed: logloss(references, mixed), 200)
     assert logloss(references, np.tensordot(climbed, values, axes=1)) == pytest.approx(min(grid)[0], abs=1e-3)
 
 
@@ -178,8 +181,24 @@ def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> Non
     with pytest.raises(DataError, match=r"1 predicted rows are not there \(r0 first\)"):
         evaluate(given, quiet=True)
     (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows]))
+    with pytest.raises(
+        ConfigError, match=r"no predictions\.json there; name .*a/predictions/test, .*a/predictions/val"
+    ):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a")), quiet=True)
+    with pytest.raises(ConfigError, match=r"2 match, and one is evaluated: .*/test, say"):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a" / "predictions" / "*")), quiet=True)
     with pytest.raises(ConfigError, match=r"target=labl.*did you mean label"):
         evaluate(replace(given, target="labl"), quiet=True)
+
+
+def test_a_key_that_names_a_file_or_its_columns_is_used_or_refused(tmp_path: Path) -> None:
+    path = member(tmp_path, "a", 1.0, rows=30) / "predictions" / "val"
+    for key in ("target", "id"):
+        with pytest.raises(ConfigError, match=f"{key}=x goes with references=FILE"):
+            evaluate(EvaluateConfig(predictions=str(path), **{key: "x"}), quiet=True)
+    for values in ({"template": "sample.csv"}, {"columns": {"a": "A"}}):
+        with pytest.raises(ConfigError, match="only format=submission has one"):
+            question(tmp_path, "a.csv", **values)
 
 
 # ------------------------------------------------------------------------------------------------- runs of the baseline
@@ -285,6 +304,159 @@ def test_the_baselines_loss_is_of_what_it_writes(baseline: Callable[..., Any], t
         train(baseline("task=language_modeling"), quiet=True)
 
 
+def trained_folds(baseline: Callable[..., Any], tmp_path: Path) -> list[str]:
+    """Run directories of all three folds."""
+    for fold in range(3):
+        train(baseline(f"data.fold={fold}"), quiet=True)
+    return sorted(str(path) for path in (tmp_path / "runs").iterdir())
+
+
+def template(tmp_path: Path, rows: int) -> str:
+    names = ["Ann", "Ben", "Eve", "Max", "Sue", "Tom", "Zoe"]
+    lines = [",".join([str(n), *["0"] * 7]) for n in range(rows)]
+    (tmp_path / "sample.csv").write_text("\n".join([",".join(["id", *names]), *lines]))
+    return str(tmp_path / "sample.csv")
+
+
+def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
+    baseline: Callable[..., Any], tmp_path: Path
+) -> None:
+    runs = trained_folds(baseline, tmp_path)
+    files = table(tmp_path / "test.csv", 20, known=False)
+    given: dict[str, Any] = {"format": Form.submission, "template": template(tmp_path, 20)}
+    (joined,) = folds(FoldsConfig(runs=f"{tmp_path}/runs/*", output_dir=str(tmp_path)), quiet=True)
+    with pytest.raises(DataError, match=r"python -m llmft\.predict run=.* data\.files=FILE"):
+        folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
+    blended = blend(BlendConfig(runs=[str(joined), str(copy_of(joined))], output_dir=str(tmp_path)), quiet=True)
+    (own, theirs) = predict(question([str(joined), str(blended)], files, **given), quiet=True)
+    each = [Predictions.load(Path(run) / "predictions" / own.name).values for run in runs]
+    assert Predictions.load(own).values == pytest.approx(np.mean(each, axis=0))
+    assert Predictions.load(theirs).values == pytest.approx(np.mean(each, axis=0)), "two equal members"
+    one = (own / "submission.csv").read_text()
+    for path in (own, theirs):
+        (path / "submission.csv").unlink()
+    folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
+    assert (own / "submission.csv").read_text() == one, "joining what is predicted gives the same"
+    blend(BlendConfig(runs=[str(joined), str(copy_of(joined))], output_dir=str(tmp_path), **given), quiet=True)
+    assert (theirs / "submission.csv").is_file()
+    shutil.rmtree(runs[0])
+    with pytest.raises(ConfigError, match=r"its member .*fold0.* is not there"):
+        predict(question([str(blended)], files), quiet=True)
+
+
+def copy_of(joined: Path) -> Path:
+    target = joined.with_name("copy")
+    if not target.exists():
+        shutil.copytree(joined, target)
+    else:
+        shutil.copytree(joined / "predictions", target / "predictions", dirs_exist_ok=True)
+    return target
+
+
+def test_a_glob_leaves_out_what_cannot_be_used_and_a_name_is_refused(
+    baseline: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_folds(baseline, tmp_path)
+    every, files = f"{tmp_path}/runs/*", table(tmp_path / "test.csv", 5, known=False)
+    whole = refit_config(RefitConfig(runs=every))
+    train(whole, quiet=True)
+    (refitted,) = (tmp_path / "runs").glob("*-all-*")
+    Run(refitted, "").update(status="interrupted")  # as a kill leaves it
+    (tmp_path / "runs" / "foreign").mkdir()
+    left_out: list[str] = []
+    assert refit_config(RefitConfig(runs=every), left_out.append) == whole, "the same command goes on"
+    assert len(left_out) == 2
+    assert len(predict(question([every], files))) == 3
+    folds(FoldsConfig(runs=every, output_dir=str(tmp_path)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("left out:") == 4
+    assert "this run is interrupted, not done" in printed
+    for command in (
+        lambda: refit_config(RefitConfig(runs=str(refitted))),
+        lambda: predict(question([str(refitted)], files), quiet=True),
+        lambda: folds(FoldsConfig(runs=[str(refitted)], output_dir=str(tmp_path)), quiet=True),
+    ):
+        with pytest.raises(ConfigError, match="-all-"):
+            command()
+
+
+def test_blank_numbers_are_not_told_as_numbers_that_are_not_finite(
+    baseline: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # trained, then found
+        train(baseline("data.train_on=all"))
+        printed = capsys.readouterr().out
+        assert "not finite" not in printed
+        assert "Validation metrics are not reported, because those rows are trained on." in printed
+
+
+@pytest.mark.parametrize("answer", ["logger=false", "logger=none", "logger=null", "logger=csv", "logger=true"])
+def test_refit_takes_its_logger_as_training_does_and_as_yes_or_no(
+    baseline: Callable[..., Any], tmp_path: Path, answer: str
+) -> None:
+    train(baseline("logger=tensorboard"), quiet=True)
+    own = compose(*yes_or_no([f"runs={tmp_path}/runs/*", answer]), verb="refit", kind=RefitConfig)
+    wanted = {"logger=csv": ["csv"], "logger=true": ["tensorboard"]}.get(answer, [])
+    assert list(refit_config(own).logger.loggers) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("[\"It's so, isn't it?\"]", ["It's so, isn't it?"]),
+        ("[It's so, isn't it?]", ["It's so, isn't it?"]),  # as bash hands it over
+        ("[Hello, world,What now?]", ["Hello, world", "What now?"]),
+        ("['a, b','c']", ["a, b", "c"]),
+        ("Who wrote ${oc.env:HOME} (this) text?", ["Who wrote ${oc.env:HOME} (this) text?"]),
+        ("[]", []),
+    ],
+)
+def test_prompts_are_what_the_shell_hands_over(given: str, texts: list[str]) -> None:
+    assert texts_of(given) == texts
+
+
+def test_prompts_and_files_of_the_prompt_alone_are_predicted_alike(
+    baseline: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(baseline("data.columns.text=null", "data.columns.prompt='{text}!'"), quiet=True)
+    run = run_directory(tmp_path)
+    texts = ["The fox lost a shoe.", "It's late, again!"]
+    (own,) = predict(PredictConfig(run=str(run), prompts=texts))
+    printed = capsys.readouterr().out
+    made = Predictions.load(own)
+    assert "each is taken as the whole of '{text}!'" in " ".join(printed.split())
+    assert all(text in printed for text in texts)
+    assert printed.count("%") == 2 * len(made.labels)
+    (tmp_path / "lines.txt").write_text("\n".join(texts))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": n, "prompt": t}) + "\n" for n, t in enumerate(texts))
+    )
+    (tmp_path / "rows.csv").write_text("question\n" + "\n".join(f'"{text}"' for text in texts))
+    for name in ("rows.jsonl", "rows.csv"):
+        (folder,) = predict(question(run, str(tmp_path / name)))
+        assert Predictions.load(folder).values == pytest.approx(made.values)
+        assert "is taken as the whole prompt" in " ".join(capsys.readouterr().out.split())
+    (folder,) = predict(question(run, str(tmp_path / "lines.txt")), quiet=True)  # `text` is the training's own column
+    assert Predictions.load(folder).ids == ["lines.txt:1", "lines.txt:2"]
+    with pytest.raises(ConfigError, match=r"prompts: no text"):
+        predict(PredictConfig(run=str(run), prompts=[]))
+    with pytest.raises(ConfigError, match="one of the two"):
+        PredictConfig(run=str(run), prompts=texts, data=PredictData("x.csv"))
+
+
+def test_rows_are_named_by_the_samples_id_column(baseline: Callable[..., Any], tmp_path: Path) -> None:
+    train(baseline(), quiet=True)
+    (tmp_path / "test.csv").write_text("row_id,text\n7,The fox.\n9,A shoe.\n")
+    sample = Path(template(tmp_path, 0))
+    sample.write_text(sample.read_text().replace("id,", "row_id,", 1) + "\n9,0,0,0,0,0,0,0\n7,0,0,0,0,0,0,0\n")
+    given: dict[str, Any] = {"format": Form.submission, "template": str(sample)}
+    (folder,) = predict(question(run_directory(tmp_path), str(tmp_path / "test.csv"), **given), quiet=True)
+    assert Predictions.load(folder).ids == ["7", "9"]
+    named = PredictConfig(run=str(run_directory(tmp_path)), data=PredictData(str(tmp_path / "test.csv"), id="rowid"))
+    with pytest.raises(DataError, match=r"data\.id=rowid: .*test\.csv:2 has none; did you mean row_id"):
+        predict(named, quiet=True)
+
+
 # ---------------------------------------------------------------------------------------------- predict with a model
 
 
@@ -345,3 +517,24 @@ def test_generations_come_with_their_log_probability(small: Callable[..., Any], 
         row = int(sample["where"].rpartition(":")[2]) - 1
         assert made.columns["generated"][row] == sample["generated"]
     assert all(value <= 0 for value in made.columns["logprob"])
+
+
+@pytest.mark.slow
+def test_a_chat_models_prompt_is_a_turn_of_its_user_wherever_it_comes_from(
+    small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {n}?"}, {"role": "assistant", "content": "A."}]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(small("data=messages", f"data.files={tmp_path}/rows.jsonl", "data.rows={}"), quiet=True)
+    run, asked = run_directory(tmp_path), "What is it?"
+    (own,) = predict(PredictConfig(run=str(run), prompts=asked))
+    text = Predictions.load(own).columns["generated"]
+    assert asked in (printed := capsys.readouterr().out)
+    assert text[0] in printed
+    for name, row in (("m", {"messages": [{"role": "user", "content": asked}]}), ("p", {"prompt": asked})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        (folder,) = predict(question(run, str(tmp_path / f"{name}.jsonl")), quiet=True)
+        assert Predictions.load(folder).columns["generated"] == text

@@ -46,13 +46,14 @@ def test_the_run_directorys_config_composes_the_same_run_again(small: Callable[.
     from omegaconf import OmegaConf
 
     from llmft.config import TrainConfig
+    from llmft.monitor import with_mode
     from llmft.schema import canonical, numbers_of, to_config
 
     config = small()
     train(config, quiet=True)
     stored = OmegaConf.load(run_directory(tmp_path) / "config.yaml")
     again = to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), stored), TrainConfig)
-    assert canonical(numbers_of(again)) == canonical(numbers_of(config))
+    assert canonical(numbers_of(again)) == canonical(numbers_of(with_mode(config)))
 
 
 def test_the_second_call_finds_the_finished_run_and_force_runs_it_again(

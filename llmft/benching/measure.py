@@ -259,6 +259,7 @@ class Bench:
     def _infer(self, found: Measured, deadline: float) -> None:
         import torch
 
+        from llmft.data.encode import Ends
         from llmft.inference.generate import generate
 
         rows = self.case.inference_rows
@@ -268,7 +269,7 @@ class Bench:
 
         def write(tokens: int) -> None:
             with self._autocast():
-                made = generate(self.model, prompts, pad_id=0, end_ids=[], max_new_tokens=tokens, batch_size=rows)
+                made = generate(self.model, prompts, pad_id=0, ends=Ends([]), max_new_tokens=tokens, batch_size=rows)
             assert all(len(answer) == tokens for answer in made)
 
         times = self._repeat([lambda: write(1), lambda: write(found.output_tokens)], deadline)

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import string
-from dataclasses import dataclass, fields, replace
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 from llmft.config import Columns, DataConfig, Head, TaskConfig
-from llmft.data.sources import Problems, Row
+from llmft.data.messages import (
+    MEDIA,
+    TOOLS,
+    Keys,
+    Message,
+    check_turns,
+    read_message,
+    read_messages,
+    read_tools,
+    text_of,
+    without_null,
+)
+from llmft.data.naming import cell_text, names_in, no_column, pieces, root_of, stable_text
+from llmft.data.sources import Problems, Row, named_columns
 from llmft.data.targets import Target, Targets
-from llmft.errors import ConfigError, DataError, did_you_mean
-from llmft.schema import canonical
-
-Message = dict[str, str]
-
-ROLES = {
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "system": "system",
-}
+from llmft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages with the roles system, user and assistant, and where they stand.
+    """Messages, as `llmft.data.messages` makes them, and where they stand.
 
     Attributes:
         target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
@@ -37,6 +39,7 @@ class Conversation:
         group: what must not be torn apart by a split, where data.group is set.
         weight: what the row counts for in the loss.
         marked: whether answers are marked as learned; None: where there is no target.
+        tools: what the assistant may call, in OpenAI's form.
     """
 
     messages: list[Message]
@@ -48,6 +51,7 @@ class Conversation:
     group: str | None = None
     weight: float = 1.0
     marked: bool | None = None
+    tools: list[Message] | None = None
 
     @property
     def learns_text(self) -> bool:
@@ -63,6 +67,8 @@ class ColumnMap:
         targets: what is predicted by a task with a head; None where text is learned.
         id: the column that names the rows; None: file:line.
         lenient: for rows to predict: they need no target, and an empty column is empty text.
+        left_out: optional columns that no row has.
+        keys: the keys of messages that were read, and those that were not.
     """
 
     columns: Columns
@@ -71,6 +77,8 @@ class ColumnMap:
     head: Head | None = None
     id: str | None = None
     lenient: bool = False
+    left_out: list[str] = field(default_factory=list)
+    keys: Keys = field(default_factory=Keys)
 
     @property
     def labels(self) -> list[str]:
@@ -86,79 +94,84 @@ class ColumnMap:
         *,
         targets: Targets | None = None,
         lenient: bool = False,
+        test: Sequence[Row] = (),
     ) -> ColumnMap:
         """The map for `data`; classes that data.labels leaves out are the sorted values of the rows `train`.
 
         Without a `task`, columns with a target are for a linear head. `targets` are those of a run that is opened
-        again; with them, `lenient`, a row needs none.
+        again; with them, `lenient`, a row needs none. Of the rows `test` nothing is learned but whether they have ids.
 
-        Raises ConfigError for a mapping that names no answer, DataError for a column that no row has.
+        Raises ConfigError for a mapping that names no answer or a key that would not be used, DataError for a column
+        that no row has.
         """
         columns = data.columns
-        kinds = [kind for kind in ("messages", "text", "prompt") if getattr(columns, kind)]
-        if not kinds:
+        task = task or TaskConfig(name="classification", head=Head.linear if columns.target else None, objective="")
+        if not any((columns.messages, columns.text, columns.prompt)):
             raise ConfigError(
                 f"data={data.name} maps no columns: set data.columns.prompt and data.columns.response "
                 f"(columns of the data: {', '.join(train[0].values)})."
             )
-        answered = columns.response or columns.target or columns.chosen or data.target_columns
-        if columns.prompt and not answered and not lenient:
-            raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
-        task = task or TaskConfig(name="classification", head=Head.linear if columns.target else None, objective="")
+        if not lenient:
+            _refuse_unused(data, task)
         made = cls(replace(columns), data, head=task.head, lenient=lenient)
         if task.head is not None:  # a data option made for generation names its target as the answer
             made.columns.target, made.columns.response = columns.target or columns.response, None
         elif columns.target and not columns.response:
             made.columns.target, made.columns.response = None, columns.target
-        for entry in fields(columns):
-            named = getattr(made.columns, entry.name)
-            if not named or (lenient and entry.name in ("target", "response", "chosen", "rejected", "id")):
+        there = {name for row in train for name in row.values}
+        unknown = {}
+        for key, names in named_columns(replace(data, columns=made.columns)).items():
+            entry = key.removeprefix("data.columns.")
+            if lenient and entry not in ("prompt", "input", "system", "messages", "text"):
                 continue
-            if entry.name in ("input", "system") and not any(named in row.values for row in train):
-                setattr(made.columns, entry.name, None)  # Alpaca files without `input` are Alpaca files
-                continue
-            made._check(f"data.columns.{entry.name}", named, train[0])
-        made.id = columns.id or ("id" if _tells_apart(train, "id") else None)
-        if columns.id and not lenient and not _tells_apart(train, columns.id):
+            lacking = [name for name in names if name not in there]
+            if entry in ("input", "system") and lacking and set(lacking) <= set(data.optional_columns):
+                setattr(made.columns, entry, None)
+                made.left_out += lacking
+            elif lacking:
+                unknown[key] = lacking[0]
+        if unknown:
+            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
+        known = (train, test)
+        made.id = columns.id or ("id" if all(_tells_apart(rows, "id") for rows in known) else None)
+        if columns.id and not lenient and not all(_tells_apart(rows, columns.id) for rows in known):
             raise DataError(f"data.columns.id={columns.id}: two rows have the same, or one has none; they must differ.")
         if task.head is not None:
             made.targets = targets or Targets.of(data, task, train, made.columns.target, made._fill)
         return made
 
-    @staticmethod
-    def _names(template: str) -> list[str]:
-        if "{" not in template:
-            return [template]
-        return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-
-    def _check(self, key: str, template: str, first: Row) -> None:
-        taken = {n for e in fields(self.columns) for n in self._names(getattr(self.columns, e.name) or "")}
-        for name in self._names(template):
-            if name not in first.values:
-                raise DataError(
-                    f"{key}={template}: {first.where} has no column '{name}'"
-                    f"{did_you_mean(name, set(first.values) - taken)} (columns: "
-                    f"{', '.join(map(_short, first.values))}); a csv file without a header line needs its columns' "
-                    "names in data.csv_columns."
-                )
+    def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """Which columns of `rows` are read, and for which keys; which are not; and optional ones that none has."""
+        assert self.data is not None
+        uses: dict[str, list[str]] = {}
+        for key, names in named_columns(replace(self.data, columns=replace(self.columns, id=self.id))).items():
+            for name in names:
+                uses.setdefault(name, []).append(key.removeprefix("data.").removeprefix("columns."))
+        roots = {root_of(name) for name in uses}
+        there = dict.fromkeys(name for row in rows for name in row.values)
+        uses |= {name: ["messages"] for name in TOOLS if self.columns.messages and name in there}
+        unread = [name for name in there if name not in uses and name not in roots]
+        return {"read": uses, "not_read": unread, "left_out": self.left_out}
 
     def _fill(self, template: str, row: Row) -> str:
-        values = {name: self._text(row, name) for name in self._names(template)}
-        return values[template] if "{" not in template else template.format(**values)
+        return "".join(text + ("" if name is None else self._text(row, name)) for text, name in pieces(template))
 
     def _text(self, row: Row, name: str) -> str:
         if name not in row.values:
-            raise ValueError(f"no column '{name}'{did_you_mean(name, row.values)}")
+            raise ValueError(no_column(name, row.values))
         value = row.values[name]
         if value is None and self.lenient:
             return ""
         if value is None:
             raise ValueError(f"column '{name}' is empty (null)")
-        if isinstance(value, (dict, list, bytes)):
-            raise ValueError(f"column '{name}' holds {type(value).__name__}, text was expected")
-        if isinstance(value, float) and value != value:
-            raise ValueError(f"column '{name}' is empty (not a number)")
-        return value if isinstance(value, str) else str(value)
+        return cell_text(value, name)
+
+    def _further(self, template: str | None, row: Row) -> str | None:
+        """A system prompt or further input; None where the row's is empty."""
+        if not template or ("{" not in template and template in row.values and row.values[template] is None):
+            return None
+        text = self._fill(template, row)
+        return text if text.strip() else None
 
     def conversations(self, rows: list[Row], problems: Problems) -> list[Conversation]:
         """All rows that can be used; the others go to `problems`."""
@@ -173,9 +186,11 @@ class ColumnMap:
     def conversation(self, row: Row) -> Conversation:
         """One row's messages. Raises ValueError saying what is wrong with the row."""
         made = self._conversation(row)
-        name = str(row.values[self.id]) if self.id else base_name(row.where)
+        if self.id and row.values.get(self.id) is None:
+            raise ValueError(f"no '{self.id}', which every row is called by")
+        name = str(row.values[self.id]) if self.id else row.id
         group = self.data.group if self.data is not None else None
-        own = canonical(row.values[group]) if group and group in row.values else None
+        own = stable_text(row.values[group]) if group and group in row.values else None
         if self.targets is None:
             return replace(made, id=name, group=own)
         target = self._target(row)
@@ -189,65 +204,72 @@ class ColumnMap:
         assert self.targets is not None
         assert self.data is not None
         column = self.columns.target
-        if self.lenient and any(
-            row.values.get(name) in (None, "") for name in self.data.target_columns or self._names(column or "")
-        ):
+        named = self.data.target_columns or names_in(column)
+        if self.lenient and (not named or any(row.values.get(name) in (None, "") for name in named)):
             return None
         return self.targets.read(row, self.data, column, self._fill)
 
     def _conversation(self, row: Row) -> Conversation:
         columns = self.columns
+        answered = bool(columns.response or columns.chosen or self.targets is not None)
         if columns.messages:
-            if self.targets is not None:
-                return Conversation(self._asked(row), row.where)
-            return self._preferred(row, self._turns(row))
-        if columns.text:
-            content = self._fill(columns.text, row)
-            if not content.strip() and not self.lenient:
+            # In a table of Arrow an object has the keys of all rows' objects.
+            filled = ":row " in row.where or (self.data is not None and self.data.hub is not None)
+            values = without_null(row.values) if filled else row.values
+            messages = read_messages(values.get(columns.messages), columns.messages, self.keys)
+            media = next((name for name in MEDIA[:3] if values.get(f"{name}s") or values.get(name)), None)
+            if media:
+                raise ValueError(f"the row has {media}: this is a text trainer, leave rows with {media} out")
+            tools = read_tools(values, values.get(columns.messages))
+            messages = self._asked(messages) if self.targets is not None else self._turns(messages)
+        else:
+            tools = None
+            content = self._fill(columns.text or columns.prompt or "", row)
+            if columns.text and not content.strip() and not self.lenient:
                 raise ValueError("the text is empty")
-            role = "user" if columns.response or self.targets is not None else "assistant"
-            return self._answered(row, [{"role": role, "content": content}])
-        assert columns.prompt
-        user: Message = {"role": "user", "content": self._fill(columns.prompt, row)}
-        if columns.input:
-            extra = self._fill(columns.input, row)
-            if extra.strip():
-                user["input"] = extra
-        messages = [user]
-        if columns.system:
-            system = self._fill(columns.system, row)
-            if system.strip():
-                messages.insert(0, {"role": "system", "content": system})
-        if columns.chosen and not self.lenient:
-            return self._preferred(row, messages)
-        return self._answered(row, messages)
+            messages = [{"role": "user" if columns.prompt or answered else "assistant", "content": content}]
+            further = self._further(columns.input, row)
+            if further is not None:
+                messages[0]["input"] = further
+        messages = self._instructed(row, messages)
+        if self.targets is not None:
+            return Conversation(messages, row.where, tools=tools)
+        preferred = columns.chosen and not self.lenient
+        return replace(self._preferred(row, messages) if preferred else self._answered(row, messages), tools=tools)
+
+    def _instructed(self, row: Row, messages: list[Message]) -> list[Message]:
+        """`messages` with the row's system prompt in front."""
+        system = self._further(self.columns.system, row)
+        own = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if system is None or own == [system.strip()]:
+            return messages
+        if own:
+            raise ValueError(f"column '{self.columns.system}' and the conversation's own system message differ")
+        return [{"role": "system", "content": system}, *messages]
 
     def _answered(self, row: Row, messages: list[Message]) -> Conversation:
         """`messages` with the row's answer behind them, where its columns name one."""
         response = self.columns.response
-        if not response or (self.lenient and any(name not in row.values for name in self._names(response))):
+        if not response or (self.lenient and any(name not in row.values for name in names_in(response))):
             return Conversation(messages, row.where)
+        if messages[-1]["role"] == "assistant":
+            raise ValueError(f"the conversation ends with an answer already, beside the one of '{response}'")
         answer = self._fill(response, row)
         if not answer.strip() and not self.lenient:
             raise ValueError("the answer is empty")
         return Conversation([*messages, {"role": "assistant", "content": answer}], row.where)
 
-    def _asked(self, row: Row) -> list[Message]:
+    def _asked(self, messages: list[Message]) -> list[Message]:
         """A conversation to classify, whole; for a head that writes the class, as one text of its user."""
-        turns = row.values.get(self.columns.messages or "")
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
         if self.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
-            text = "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+            text = "\n\n".join(f"{message['role']}: {text_of(message)}" for message in messages)
             return [{"role": "user", "content": text}]
         return messages
 
     def _preferred(self, row: Row, messages: list[Message]) -> Conversation:
         """Preference data: the chosen answer ends the conversation, the rejected one is kept beside it."""
         columns = self.columns
-        if not columns.chosen:
-            return Conversation(messages, row.where)
+        assert columns.chosen
         if messages[-1]["role"] == "assistant":
             raise ValueError("the conversation ends with an answer already, beside the chosen one")
         chosen = self._answer(row, columns.chosen)
@@ -260,45 +282,71 @@ class ColumnMap:
         if isinstance(value, list) and value:
             value = value[-1]
         if isinstance(value, dict):
-            return self._turn({"role": "assistant", **value}, 1)["content"]
+            turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
+            message = read_message(turn, 1, self.keys)
+            if len(message) > 2 or message["role"] != "assistant":
+                more = ", ".join(list(message)[2:]) or f"the role {message['role']}"
+                raise ValueError(f"the answer in '{name}' has {more}: only the assistant's text can be used")
+            return str(message["content"])
         answer = self._fill(name, row)
         if not answer.strip():
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
-    def _turns(self, row: Row) -> list[Message]:
-        assert self.columns.messages
-        turns = row.values.get(self.columns.messages)
-        if not isinstance(turns, list) or not turns:
-            raise ValueError(f"column '{self.columns.messages}' holds no list of messages")
-        if all(isinstance(turn, str) for turn in turns):  # LIMA: plain texts that take turns
-            turns = [{"role": ("user", "assistant")[place % 2], "content": turn} for place, turn in enumerate(turns)]
-        messages = [self._turn(turn, number) for number, turn in enumerate(turns, start=1)]
-        spoken = [message["role"] for message in messages if message["role"] != "system"]
-        if any(role != ("user", "assistant")[place % 2] for place, role in enumerate(spoken)):
-            raise ValueError("user and assistant must take turns, starting with user")
-        if self.columns.chosen:
+    def _turns(self, messages: list[Message]) -> list[Message]:
+        """A conversation to learn from, up to its last answer; of rows to predict all of it."""
+        check_turns(messages)
+        if self.columns.chosen or self.columns.response or self.lenient:
             return messages
-        if "assistant" not in spoken:
-            raise ValueError("no message of the assistant, so nothing to learn from")
-        if spoken[-1] == "user":
+        while messages and messages[-1]["role"] != "assistant":
             messages.pop()
+        if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
+            raise ValueError("no message of the assistant, so nothing to learn from")
         return messages
 
-    @staticmethod
-    def _turn(turn: Any, number: int) -> Message:
-        if not isinstance(turn, dict):
-            raise ValueError(f"message {number} is {type(turn).__name__}, an object was expected")
-        role = turn.get("role", turn.get("from"))
-        content = turn.get("content", turn.get("value"))
-        if isinstance(content, list):  # OpenAI's typed parts
-            parts = [part.get("text", part.get("value")) for part in content if isinstance(part, dict)]
-            content = "".join(part for part in parts if isinstance(part, str))
-        if role not in ROLES:
-            raise ValueError(f"message {number} has the role '{role}'; known are {', '.join(sorted(ROLES))}")
-        if not isinstance(content, str) or (ROLES[role] == "assistant" and not content.strip()):
-            raise ValueError(f"message {number} ({role}) has no text")
-        return {"role": ROLES[role], "content": content}
+
+def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
+    """Raises ConfigError for a key of data.columns that is set and that no example of `task` would use."""
+    set_to = {entry.name: value for entry in fields(Columns) if (value := getattr(data.columns, entry.name))}
+    texts = [key for key in ("messages", "text", "prompt") if key in set_to]
+    if len(texts) > 1:
+        raise ConfigError(f"data.columns.{texts[0]} and data.columns.{texts[1]} are both set: set one of them to null.")
+    answers = [key for key in ("response", "target", "chosen") if key in set_to]
+    if set_to.get("response") == set_to.get("target") and len(answers) > 1:  # one column under two names
+        answers.remove("response")
+    unused: dict[str, str] = {}
+    if task.head is not None:
+        unused |= dict.fromkeys(("chosen", "rejected"), f"task={task.name} learns no answers")
+        if data.target_columns:
+            unused |= dict.fromkeys(("response", "target"), "the targets are data.target_columns")
+        elif "target" in set_to and "response" in answers:
+            unused["response"] = f"task={task.name} predicts data.columns.target; write its column into a template"
+    else:
+        if data.target_columns:
+            raise ConfigError(f"data.target_columns is set, and task={task.name} learns text: set it to [].")
+        if len(answers) > 1:
+            raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
+        if "chosen" not in set_to:
+            unused["rejected"] = "data.columns.chosen is not set"
+        if "prompt" in set_to and not answers:
+            raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
+        if "text" in set_to and not answers:
+            unused |= dict.fromkeys(
+                ("input", "system"), "every token of data.columns.text is learned, and nothing else"
+            )
+    if "messages" in set_to:
+        unused["input"] = "data.columns.messages has all that is said"
+    for key, reason in unused.items():
+        if key in set_to:
+            raise ConfigError(f"data.columns.{key}={set_to[key]} would not be used: {reason}; set it to null.")
+
+
+def _no_columns(unknown: dict[str, str], first: Row, taken: set[str]) -> str:
+    text = " ".join(f"{key}: {no_column(name, first.values, taken)}" for key, name in unknown.items())
+    text += f" (columns: {', '.join(map(_short, first.values))})."
+    if re.search(r"\.[ct]sv(\.\w+)?:", first.where.lower()):
+        text += " A csv file without a header line needs its columns' names in data.csv_columns."
+    return text
 
 
 def _short(name: str) -> str:
@@ -306,12 +354,7 @@ def _short(name: str) -> str:
     return name if len(name) <= 40 else f"{name[:39]}…"
 
 
-def base_name(where: str) -> str:
-    """`file:line` without the folders, which differ from machine to machine."""
-    return where.rpartition("/")[2]
-
-
-def _tells_apart(rows: list[Row], column: str) -> bool:
+def _tells_apart(rows: Sequence[Row], column: str) -> bool:
     """Whether every row has a value of its own in `column`."""
     values = [row.values.get(column) for row in rows]
     return None not in values and len({str(value) for value in values}) == len(values)

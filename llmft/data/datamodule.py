@@ -40,8 +40,8 @@ class _Items(Dataset):
 class DataModule(L.LightningDataModule):
     """Hands out one effective batch per optimizer step.
 
-    Lightning's epochs are the stretches between two validations: `train_dataloader` is asked anew for each and
-    returns the steps from `position()` up to the next one in `stops`.
+    Lightning's epochs are passes over the training rows: `train_dataloader` is asked anew for each and returns the
+    steps from `position()` up to the pass's end, or the last one in `stops`, which are the steps with a validation.
     """
 
     def __init__(
@@ -103,9 +103,9 @@ class DataModule(L.LightningDataModule):
         return collate([examples[row]], [row], self.pad_id)
 
     def train_dataloader(self) -> DataLoader:
-        """The steps from here to the next validation."""
-        start = self.position()
-        stop = next((stop for stop in self.stops if stop > start), start)
+        """The steps from here to the end of the pass or of the training."""
+        start, per_epoch = self.position(), self.steps_per_epoch
+        stop = min((start // per_epoch + 1) * per_epoch, self.stops[-1])
         makers: list[Callable[[], object]] = [partial(self.step_batch, step) for step in range(start, stop)]
         return DataLoader(_Items(makers), batch_size=None, num_workers=0)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmft.data.columns import Conversation
+from llmft.data.messages import text_of
 from llmft.data.targets import Target
 
 PAIRS = (("train", "train"), ("train", "validation"), ("train", "test"), ("validation", "test"))
@@ -188,18 +189,14 @@ def _first_rows(keys: Iterable[Hashable]) -> dict[Hashable, int]:
 
 def _parts(row: Conversation) -> tuple[str, str, Target | None]:
     """The messages before the last answer, that answer, and the class; white space made single blanks."""
-    texts = [(message["role"], " ".join(_text(message).split())) for message in row.messages]
+    texts = [(message["role"], " ".join(text_of(message).split())) for message in row.messages]
     last = len(texts) - 1 if texts and texts[-1][0] == "assistant" else len(texts)
     flat = [f"{role}: {text}" if text else "" for role, text in texts]
     return "\n".join(flat[:last]).strip(), "\n".join(flat[last:]), row.target
 
 
 def _content(row: Conversation) -> str:
-    return "\n".join(_text(message) for message in row.messages if message["role"] != "system")
-
-
-def _text(message: dict[str, str]) -> str:
-    return "\n".join([message["content"], message["input"]]) if "input" in message else message["content"]
+    return "\n".join(text_of(message) for message in row.messages if message["role"] != "system")
 
 
 def _same(value: int) -> int:

@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import numpy as np
 
 from llmft.config import DataConfig, Head, Problem
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.sources import Problems, Row, expand, read
+from llmft.data.messages import text_of
+from llmft.data.sources import Problems, Row, named_columns, read_files, with_nested
 from llmft.data.targets import Target
 from llmft.errors import ConfigError, DataError
 from llmft.predictions import TEXT, Predictions
@@ -57,7 +59,7 @@ def content_of(conversation: Conversation) -> str:
     messages = list(conversation.messages)
     if conversation.learns_text and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return canonical([" ".join(text.split()) for message in messages for text in message.values()])
+    return canonical([" ".join(text.split()) for message in messages for text in (message["role"], text_of(message))])
 
 
 def add_pseudo(
@@ -114,6 +116,8 @@ def _offered(data: DataConfig, columns: ColumnMap) -> tuple[list[tuple[Conversat
     folder = path.parent if path.name.startswith("predictions.") else path
     if (folder / "predictions.json").is_file():
         return _predicted(folder, data, columns)
+    if data.pseudo_rows:
+        raise ConfigError(f"data.pseudo_rows goes with a directory of predictions; {data.pseudo} has its own rows.")
     rows = _read(data.pseudo, "data.pseudo", data)
     problems = Problems()
     sure = [_confidence(row) for row in rows]
@@ -139,7 +143,10 @@ def _predicted(
         raise ConfigError(f"data.pseudo={folder} does not say which files it is for: set data.pseudo_rows to them.")
     rows = _read(files, "data.pseudo_rows", data)
     opened = replace(columns, lenient=True, id=predictions.facts.get("id_column"))
-    asked = {row.id: row for row in opened.conversations(rows, Problems())}
+    conversations = opened.conversations(rows, Problems())
+    asked = {row.id: row for row in conversations}
+    if len(asked) < len(conversations):
+        raise DataError(f"data.pseudo_rows={files}: two rows have one id in '{opened.id}'.")
     missing = [name for name in predictions.ids if name not in asked]
     if missing:
         raise DataError(
@@ -170,11 +177,14 @@ def _guess(values: np.ndarray, problem: Problem) -> tuple[Target, float]:
 def _confidence(row: Row) -> float:
     given = row.values.get("confidence", 1.0)
     try:
-        return float(given)
+        sure = float(given)
     except (TypeError, ValueError):
         raise DataError(f"{row.where}: its confidence '{given}' is no number.") from None
+    if not 0 <= sure <= 1:
+        raise DataError(f"{row.where}: its confidence '{given}' is no probability, 0 to 1.")
+    return sure
 
 
 def _read(named: Any, key: str, data: DataConfig) -> list[Row]:
-    problems = Problems()
-    return [row for path in expand(named, key) for row in read(path, path.read_bytes(), problems, data.csv_columns)]
+    rows = read_files(named, key, Problems(), data.csv_columns).rows
+    return with_nested(rows, chain.from_iterable(named_columns(data).values()))

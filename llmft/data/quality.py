@@ -14,7 +14,9 @@ import numpy as np
 
 from llmft.config import TrainConfig, TrainOn
 from llmft.data.columns import Conversation
+from llmft.data.encode import Ends
 from llmft.data.examples import Examples
+from llmft.data.messages import text_of
 from llmft.data.overlap import Overlap
 from llmft.errors import DataError
 
@@ -58,7 +60,7 @@ class SplitFacts:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def split_facts(examples: Examples, tokenizer: Any, end_ids: Sequence[int]) -> SplitFacts:
+def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
     """Looks at every token of a split once."""
     facts = SplitFacts(len(examples))
     if not len(examples):
@@ -76,15 +78,19 @@ def split_facts(examples: Examples, tokenizer: Any, end_ids: Sequence[int]) -> S
     answers = learned[starts[1:]] - learned[starts[:-1]]
     facts.untrained = int((answers == 0).sum())
     places = np.flatnonzero(examples.labelled)
-    last = places[learned[starts[1:]][answers > 0] - 1]
-    facts.ends_trained = int(np.isin(ids[last], list(end_ids)).sum())
+    stops = learned[starts[1:]][answers > 0]
+    closed = np.isin(ids[places[stops - 1]], ends.ids)
+    if ends.text:
+        tail = len(ends.text.encode()) + 1
+        closed |= [ends.reached(ids[places[max(0, stop - tail) : stop]].tolist()) for stop in stops]
+    facts.ends_trained = int(closed.sum())
     facts.prompt_tokens = _percentiles(lengths - answers)
     facts.answer_tokens = _percentiles(answers)
     facts.all_tokens = _percentiles(lengths)
     facts.histogram = _histogram(lengths)
     special = [token for token in tokenizer.all_special_tokens if len(token) > 2]
     facts.special_in_text = sum(
-        any(token in message["content"] for message in examples.conversations[row].messages for token in special)
+        any(token in text_of(message) for message in examples.conversations[row].messages for token in special)
         for row in examples.rows
     )
     return facts
@@ -112,7 +118,7 @@ def label_balance(conversations: Sequence[Conversation], labels: Sequence[str], 
             many = isinstance(row.target, tuple)
             own.update([n for n, is_one in enumerate(row.target) if is_one] if many else [row.target])  # type: ignore
         return {labels[number]: own[number] for number in sorted(own)}
-    answers = Counter(c.messages[-1]["content"].strip() for c in conversations)
+    answers = Counter(text_of(c.messages[-1]).strip() for c in conversations)
     return dict(answers.most_common()) if len(answers) <= most else {}
 
 

@@ -53,8 +53,8 @@ def _raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
 
-def _to_json(value: Any, indent: int | None = None, **options: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent, **options)
+def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 
 def compile_bounded(environment: jinja2.Environment, source: str) -> jinja2.Template:
@@ -82,7 +82,8 @@ class _TooLong(BaseException):
 
 
 def _ring(signum: int, frame: Any) -> None:
-    raise _TooLong
+    if frame.f_code is not _Bounds.__exit__.__code__:  # where it has ended already, if late: a large text was freed
+        raise _TooLong
 
 
 class _Bounds:

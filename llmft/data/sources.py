@@ -8,22 +8,28 @@ into another type, and returned old rows for an edited file of the same size and
 from __future__ import annotations
 
 import bz2
+import contextlib
 import csv
 import glob
 import gzip
 import hashlib
-import importlib
-import inspect
 import io
 import json
 import lzma
+import math
+import os
+import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
+from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from llmft.config import BadRow, DataConfig, Files
+from llmft.build import find
+from llmft.config import BadRow, Columns, DataConfig
+from llmft.data.naming import NotFinite, Unreadable, below, is_nested, names_in
 from llmft.errors import ConfigError, DataError, nearest
 from llmft.schema import canonical
 
@@ -31,15 +37,23 @@ SPLITS = ("train", "validation", "test")
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
 MOST_KEPT = 4000
 """Characters of a rejected row that are kept."""
+MOST_NESTED = 100
+"""Levels of lists and objects in a row: Python's own readers and writers give up at some hundreds."""
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its columns, and where it stands (`file:line`)."""
+    """One row: its columns, where it stands (`file:line`), and the file's name where another file has it too."""
 
     values: dict[str, Any]
     where: str
+    name: str = ""
+
+    @property
+    def id(self) -> str:
+        """What the row is called: where it stands, without the folders, which differ from machine to machine."""
+        return self.name or self.where.rpartition("/")[2]
 
 
 @dataclass
@@ -78,9 +92,11 @@ def load_rows(data: DataConfig, problems: Problems) -> Loaded:
     """Reads what `data` names.
 
     Raises:
-        ConfigError: a file, generator or dataset that does not exist.
+        ConfigError: a file, generator or dataset that does not exist, or one that would not be used.
         DataError: a row that cannot be read, or no rows at all.
     """
+    names = list(chain.from_iterable(named_columns(data).values()))
+    _refuse_unused(data)
     if data.source:
         loaded = _from_generator(data)
     elif data.files or data.split_files.train:  # a local copy comes before the Hub
@@ -88,8 +104,57 @@ def load_rows(data: DataConfig, problems: Problems) -> Loaded:
     else:
         loaded = _from_hub(data)
     if not loaded.splits.get("train"):
+        if problems.rejected:
+            first = problems.rejected[0]
+            raise DataError(f"data={data.name}: no training row can be read; {first['where']}: {first['reason']}.")
         raise DataError(f"data={data.name} has no training rows: {_named(data)} is empty.")
-    return loaded
+    return replace(loaded, splits={split: with_nested(rows, names) for split, rows in loaded.splits.items()})
+
+
+def named_columns(data: DataConfig) -> dict[str, list[str]]:
+    """The columns that each key of `data` names. Raises ConfigError for a template that cannot be read."""
+    made: dict[str, list[str]] = {}
+    for entry in fields(Columns):
+        key, template = f"data.columns.{entry.name}", getattr(data.columns, entry.name)
+        try:
+            made[key] = names_in(template)
+        except ValueError as error:
+            raise ConfigError(f"{key}={template}: {error}; a brace of the text itself is written twice.") from None
+    made["data.target_columns"] = list(data.target_columns)
+    return made | {f"data.{key}": [name] for key in ("stratify", "group") if (name := getattr(data, key))}
+
+
+def with_nested(rows: list[Row], names: Iterable[str]) -> list[Row]:
+    """`rows` with a column for each nested name, such as `instances[0].output`, that they have."""
+    nested = [name for name in dict.fromkeys(names) if is_nested(name)]
+    return [replace(row, values={**row.values, **_nested(row, nested)}) for row in rows] if nested else rows
+
+
+def _nested(row: Row, names: list[str]) -> dict[str, Any]:
+    values = {}
+    for name in names:
+        with contextlib.suppress(KeyError, IndexError):
+            values[name] = row.values[name] if name in row.values else below(row.values, name)
+    return values
+
+
+def _refuse_unused(data: DataConfig) -> None:
+    """Raises ConfigError for a key that names rows which would not be read."""
+    local = bool(data.files or data.split_files.train)
+    wants: dict[str, dict[str, Any]] = {
+        "data.files": {f"split_files.{split}": not local and getattr(data.split_files, split) for split in SPLITS},
+        "data.source": {"rows": not data.source and data.rows},
+        "data.hub": {f"hub_splits.{split}": not data.hub and getattr(data.hub_splits, split) for split in SPLITS},
+        "data.pseudo": {"pseudo_rows": not data.pseudo and data.pseudo_rows},
+    }
+    wants["data.files"]["csv_columns"] = not local and data.csv_columns
+    wants["data.hub"]["hub_config"] = not data.hub and data.hub_config
+    for needed, keys in wants.items():
+        for key, value in keys.items():
+            if value:
+                raise ConfigError(f"data.{key}={value} goes with {needed}, which is not set.")
+    if data.source and data.hub:
+        raise ConfigError("data.source and data.hub are both set: keep one.")
 
 
 def _named(data: DataConfig) -> str:
@@ -101,16 +166,7 @@ def _named(data: DataConfig) -> str:
 
 def _from_generator(data: DataConfig) -> Loaded:
     assert data.source is not None
-    module_name, _, function_name = data.source.rpartition(".")
-    if not module_name.startswith("llmft.data."):
-        raise ConfigError(f"data.source={data.source}: only functions under llmft.data may make rows.")
-    try:
-        generate = getattr(importlib.import_module(module_name), function_name)
-        takes = list(inspect.signature(generate).parameters)
-    except (ImportError, AttributeError, TypeError, ValueError):
-        raise ConfigError(f"data.source={data.source}: no such function.") from None
-    if takes != ["split", "num_rows", "seed"]:
-        raise ConfigError(f"data.source={data.source}: a source takes (split, num_rows, seed), this takes {takes}.")
+    generate = find(data.source, "data.source", "source")
     splits = {
         split: [
             Row(values, f"{data.name}:{split}:{number}")
@@ -129,10 +185,15 @@ def _from_generator(data: DataConfig) -> Loaded:
 def _from_hub(data: DataConfig) -> Loaded:
     from llmft.model.hub import online_or_cached
 
-    with online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset"):
+    if data.hub and Path(data.hub).exists():
+        raise ConfigError(f"data.hub={data.hub}: that is a path; set data.files to the files in it.")
+
+    def load() -> Any:
         import datasets
 
-        found = datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+        return datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+
+    found = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
     wanted = {split: getattr(data.hub_splits, split) for split in SPLITS}
     wanted["train"] = wanted["train"] or "train"
     splits: dict[str, list[Row]] = {}
@@ -142,8 +203,9 @@ def _from_hub(data: DataConfig) -> Loaded:
             continue
         if name not in found:
             raise ConfigError(f"data.hub_splits.{split}={name}: {data.hub} has {', '.join(found)}.")
-        splits[split] = [Row(dict(values), f"{data.hub}/{name}:{n}") for n, values in enumerate(found[name], 1)]
+        splits[split], classes = _dataset_rows(found[name], f"{data.hub}/{name}:")
         digest.update(str(getattr(found[name], "_fingerprint", name)).encode())
+        digest.update(canonical(classes).encode() if classes else b"")
     return Loaded(splits, digest.hexdigest())
 
 
@@ -151,24 +213,94 @@ def _from_hub(data: DataConfig) -> Loaded:
 
 
 def _from_files(data: DataConfig, problems: Problems) -> Loaded:
-    given = Files(train=data.files) if data.files else data.split_files
-    splits: dict[str, list[Row]] = {}
-    digests: dict[str, list[str]] = {}
-    for split in SPLITS:
-        named = getattr(given, split)
-        if not named:
-            continue
-        key = "data.files" if data.files else f"data.split_files.{split}"
-        splits[split], digests[split] = [], []
-        for path in expand(named, key):
-            if path.is_dir():
-                splits[split].extend(_read_arrow_directory(path))
-                digests[split].extend(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.glob("*.arrow")))
-                continue
-            content = path.read_bytes()
-            digests[split].append(hashlib.sha256(content).hexdigest())
-            splits[split].extend(read(path, content, problems, data.csv_columns))
-    return Loaded(splits, hashlib.sha256(canonical(digests).encode()).hexdigest())
+    given = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
+    if data.files:
+        given["train"] = ("data.files", data.files)
+        for split, path in _splits_of_directory(data.files).items():
+            if split != "train" and given[split][1]:
+                raise ConfigError(f"{given[split][0]} is set, and data.files={data.files} has {split} rows: keep one.")
+            given[split] = ("data.files", str(path))
+    read = {split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in given.items() if named}
+    paths = [path for part in read.values() for path in part.paths]
+    check_csv_columns(data.csv_columns, paths)
+    digests = {split: part.digests for split, part in read.items()}
+    for split, part in read.items():
+        if not part.rows and split != "train" and not problems.rejected:
+            raise DataError(f"{given[split][0]}={given[split][1]}: no rows.")
+    rows = {split: part.rows for split, part in read.items()}
+    return Loaded(rows, hashlib.sha256(canonical(digests).encode()).hexdigest())
+
+
+def _splits_of_directory(named: Any) -> dict[str, Path]:
+    """The splits of a directory that `DatasetDict.save_to_disk` wrote; none of anything else."""
+    path = Path(str(named)).expanduser()
+    there = _directory_splits(path)
+    if there and ("train" not in there or not set(there) <= set(SPLITS)):
+        raise ConfigError(
+            f"data.files={named}: a directory of the splits {', '.join(there)}; say which is which: "
+            f"data.split_files.train={path / there[0]}, data.split_files.validation=…"
+        )
+    return {split: path / split for split in there}
+
+
+def _directory_splits(path: Path) -> list[str]:
+    try:
+        return [str(name) for name in json.loads((path / "dataset_dict.json").read_text())["splits"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def check_csv_columns(names: Sequence[str], paths: Sequence[Path]) -> None:
+    """Raises ConfigError where data.csv_columns is set and no file is one whose columns it could name."""
+    if names and not any({".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes} for path in paths):
+        raise ConfigError(f"data.csv_columns is for csv and tsv files, and {paths[0]} is none: leave it out.")
+
+
+@dataclass(frozen=True)
+class Read:
+    """The rows of a list of files, and the files with a digest of each one's content."""
+
+    rows: list[Row]
+    paths: list[Path]
+    digests: list[str]
+
+
+def read_files(named: Any, key: str, problems: Problems, csv_columns: Sequence[str] = ()) -> Read:
+    """The rows of all files that `key` names; every row has an id of its own.
+
+    A row is called by its file's name and its line; where two files have one name, by the path below the folder that
+    holds all of them.
+
+    Raises ConfigError for a file that is missing or named twice, DataError for one that cannot be read.
+    """
+    paths = expand(named, key)
+    whole = [Path(os.path.abspath(path)) for path in paths]
+    twice = [path for path, count in Counter(whole).items() if count > 1]
+    if twice:
+        raise ConfigError(f"{key}: {twice[0]} is named twice; its rows would count twice.")
+    root = None
+    if len({path.name for path in whole}) < len(whole):
+        root = os.path.commonpath([path.parent for path in whole])
+    rows: list[Row] = []
+    digests: list[str] = []
+    for path, absolute in zip(paths, whole, strict=True):
+        if path.is_dir():
+            part, classes = _read_arrow_directory(path)
+            digests.extend(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.glob("*.arrow")))
+        else:
+            try:
+                content = path.read_bytes()
+            except OSError as error:
+                raise ConfigError(f"{key}={path}: {error.strerror}.") from None
+            digests.append(hashlib.sha256(content).hexdigest())
+            part, classes = list(read(path, content, problems, csv_columns)), _parquet_classes(path, content)
+        if classes:  # the rows hold the names, which are not part of the content in every file
+            digests.append(hashlib.sha256(canonical(classes).encode()).hexdigest())
+        if root is not None:
+            name = absolute.relative_to(root).as_posix()
+            part = [replace(row, name=name + row.where[len(str(path)) :]) for row in part]
+        rows.extend(part)
+    return Read(rows, paths, digests)
 
 
 def expand(named: Any, key: str) -> list[Path]:
@@ -177,30 +309,49 @@ def expand(named: Any, key: str) -> list[Path]:
     for name in named if isinstance(named, (list, tuple)) else [named]:
         name = str(Path(str(name)).expanduser())
         matches = (
-            sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not Path(name).exists() else [name]
+            sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         )
-        files = [Path(match) for match in matches if Path(match).is_file() or (Path(match) / "state.json").is_file()]
+        files = [Path(match) for match in matches if isfile(match) or isfile(f"{match}/state.json")]
         if not files:
-            folder = Path(name).parent
-            near = [p.name for p in folder.iterdir() if p.is_file()][:200] if folder.is_dir() else []
-            best = nearest(Path(name).name, near)
-            hint = f"; did you mean {folder / best}?" if best else ""
-            where = "" if folder.is_dir() else f" ({folder} is no directory)"
-            raise ConfigError(f"{key}={name}: no such file{where}{hint or '.'}")
+            raise ConfigError(f"{key}={name}: {_missing(Path(name))}")
         paths.extend(files)
     return paths
 
 
-def _read_arrow_directory(path: Path) -> Iterator[Row]:
-    """A directory that `datasets` wrote with save_to_disk."""
+def _missing(path: Path) -> str:
+    """Why there is nothing to read under a name."""
+    if os.path.isdir(path):
+        splits = _directory_splits(path)
+        names = [path / split for split in splits] or [
+            path / f"*{ending}" for ending in FORMATS if any(path.glob(f"*{ending}"))
+        ]
+        which = f"; name what is in it: {', '.join(map(str, names))}" if names else ""
+        return f"a directory{' of several splits' if splits else ''}, a file was expected{which}."
+    if os.path.exists(path):  # unlike Path's own, it takes a name that is too long for one that is not there
+        return "no regular file."
+    folder = path.parent
+    if not os.path.isdir(folder):
+        return f"no such file ({folder} is no directory)."
+    best = nearest(path.name, [p.name for p in folder.iterdir() if p.is_file()][:200])
+    return f"no such file{f'; did you mean {folder / best}?' if best else '.'}"
+
+
+def _read_arrow_directory(path: Path) -> tuple[list[Row], dict[str, list[str]]]:
+    """The rows of a directory that `datasets` wrote with save_to_disk, and the names of its classes."""
     import datasets
 
     try:
-        found = datasets.load_from_disk(str(path))
+        return _dataset_rows(datasets.load_from_disk(str(path)), f"{path}:row ")
+    except DataError:
+        raise
     except Exception as error:
         raise DataError(f"{path}: not a directory of datasets.save_to_disk ({error}).") from None
-    for number, values in enumerate(found, start=1):
-        yield Row(dict(values), f"{path}:row {number}")
+
+
+def _dataset_rows(dataset: Any, where: str) -> tuple[list[Row], dict[str, list[str]]]:
+    """The rows as they are stored, images and sounds not decoded, and the names of the classes."""
+    classes = _class_names(dataset.features.to_dict())
+    return list(_table_rows(dataset.with_format("arrow")[:], where, classes)), classes
 
 
 def read(path: Path, content: bytes, problems: Problems, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
@@ -212,7 +363,7 @@ def read(path: Path, content: bytes, problems: Problems, csv_columns: Sequence[s
     if endings and endings[-1] in COMPRESSED:
         try:
             content = COMPRESSED[endings[-1]](content)
-        except (OSError, EOFError, ValueError, lzma.LZMAError) as error:
+        except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"{path}: cannot be decompressed ({error}).") from None
         endings.pop()
     ending = endings[-1] if endings else ""
@@ -268,8 +419,14 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _check_characters(text: str, values: Any) -> None:
-    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read."""
+def _check_values(text: str, values: Any) -> None:
+    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read, and deep nesting."""
+    if text.count("[") + text.count("{") > MOST_NESTED:
+        level = [values]
+        for _ in range(MOST_NESTED):
+            level = [inner for value in level if isinstance(value, (dict, list)) for inner in _inner(value)]
+        if level:
+            raise RecursionError
     if "\\ud" in text or "\\uD" in text:
         try:
             canonical(values).encode()
@@ -277,14 +434,24 @@ def _check_characters(text: str, values: Any) -> None:
             raise ValueError("half a character, a lone surrogate such as \\ud83d") from None
 
 
+def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"nested more than {MOST_NESTED} levels deep"
+    return getattr(error, "msg", str(error))
+
+
 def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
     for where, line, cut in _lines(path, content, problems):
         try:
             values = _DECODER.decode(line)
-            _check_characters(line, values)
+            _check_values(line, values)
         except (ValueError, RecursionError) as error:
             place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = f"not JSON ({getattr(error, 'msg', error)}{place})"
+            reason = f"not JSON ({_not_json(error)}{place})"
             problems.add(where, reason, line, "; the last line has no newline: cut off?" if cut else "")
             continue
         yield from _checked(values, where, problems)
@@ -304,7 +471,7 @@ def _checked(values: Any, where: str, problems: Problems) -> Iterator[Row]:
 
 def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
     """An array of objects, each with the line it starts on."""
-    position, line, counted = 0, 1, 0
+    position, line, counted, line_start, last_line = 0, 1, 0, 0, 0
 
     def skip(characters: str) -> None:
         nonlocal position
@@ -324,6 +491,7 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
             position += 1
             skip(" \t\r\n")
         line += text.count("\n", counted, position)
+        line_start = max(line_start, text.rfind("\n", counted, position) + 1)
         counted = position
         if text[position : position + 1] == "]" and not comma:
             if text[position + 1 :].strip():
@@ -332,15 +500,17 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         if comma == first:
             raise DataError(f"{path}:{line}: not JSON (a comma is {'too many' if first else 'missing'}).")
         first = False
-        where = f"{path}:{line}"
+        # The second row on a line is told by its column too.
+        where = f"{path}:{line}" if line > last_line else f"{path}:{line}:{position - line_start + 1}"
+        last_line = line
         try:
             begin = position
             values, position = _DECODER.raw_decode(text, begin)
-            _check_characters(text[begin:position], values)
+            _check_values(text[begin:position], values)
         except (ValueError, RecursionError) as error:
             number = getattr(error, "lineno", line)
             raise DataError(
-                f"{path}:{number}: not JSON ({getattr(error, 'msg', error)}); the array is broken from here on."
+                f"{path}:{number}: not JSON ({_not_json(error)}); the array is broken from here on."
             ) from None
         yield from _checked(values, where, problems)
 
@@ -357,6 +527,7 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: 
             where = "data.csv_columns" if names else f"{path}:1: the header"
             raise DataError(f"{where} names the column '{twice[0]}' twice; rename one.")
         begin = reader.line_num + 1
+        rows: list[Row] = []
         for cells in reader:
             where, begin = f"{path}:{begin}", reader.line_num + 1
             if not cells:
@@ -365,9 +536,27 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: 
                 what = "data.csv_columns" if names else "the header"
                 problems.add(where, f"{len(cells)} cells where {what} has {len(header)}", cells)
                 continue
-            yield Row(dict(zip(header, cells, strict=True)), where)
+            rows.append(Row(dict(zip(header, cells, strict=True)), where))
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV ({error}).") from None
+    for name in header:
+        _mark_not_finite(rows, name)
+    yield from rows
+
+
+def _mark_not_finite(rows: list[Row], name: str) -> None:
+    """Marks the cells of a column of numbers that are not finite: there `inf` is no word."""
+    finite, others = False, []
+    for row in rows:
+        try:
+            if math.isfinite(float(row.values[name] or "nan")):
+                finite = True
+            elif row.values[name]:
+                others.append(row)
+        except ValueError:
+            return
+    for row in others if finite else ():
+        row.values[name] = NotFinite(row.values[name])
 
 
 def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
@@ -375,8 +564,74 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
-    except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: not a parquet file ({error}).") from None
-    for number, values in enumerate(table.to_pylist(), start=1):
-        yield Row(values, f"{path}:row {number}")
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
+        table = file.read()
+    except Exception as error:  # of whatever kind, and it has many: the file is damaged
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{path}: not a parquet file, or a damaged one ({reason}).") from None
+    return _table_rows(table, f"{path}:row ", _parquet_classes(path, content))
+
+
+def _parquet_classes(path: Path, content: bytes) -> dict[str, list[str]]:
+    """The names of the classes that `datasets` wrote into a parquet file's metadata."""
+    if path.suffix.lower() != ".parquet":
+        return {}
+    import pyarrow.parquet
+
+    metadata = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)).schema_arrow.metadata or {}
+    try:
+        return _class_names(json.loads(metadata.get(b"huggingface", b"{}"))["info"]["features"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _class_names(features: dict[str, Any]) -> dict[str, list[str]]:
+    """The classes, in their order, of each column that `datasets` calls a ClassLabel or a list of them."""
+    made = {}
+    for name, feature in features.items():
+        inner = feature[0] if isinstance(feature, list) and feature else feature
+        inner = inner.get("feature", inner) if isinstance(inner, dict) else inner
+        if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
+            made[name] = [str(label) for label in inner["names"]]
+    return made
+
+
+def _table_rows(table: Any, where: str, classes: dict[str, list[str]]) -> Iterator[Row]:
+    """The rows of an Arrow table; numbers of `classes` become their names."""
+    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if twice:
+        raise DataError(f"{where.rpartition(':')[0]}: two columns are called '{twice[0]}'; rename one.")
+    columns = []
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        values = _column_values(column)
+        columns.append([_named_class(value, classes[name]) for value in values] if name in classes else values)
+    names = table.column_names
+    for number, cells in enumerate(zip(*columns, strict=True), start=1):
+        yield Row(dict(zip(names, cells, strict=True)), f"{where}{number}")
+
+
+def _named_class(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_named_class(item, names) for item in value]
+    return names[value] if isinstance(value, int) and 0 <= value < len(names) else None
+
+
+def _column_values(column: Any) -> list[Any]:
+    import pyarrow as pa
+
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # for which Python has no type
+        for kind in (pa.timestamp("us", column.type.tz), pa.string()):
+            with contextlib.suppress(pa.ArrowException):
+                column = column.cast(kind)
+                break
+    try:
+        return list(column.to_pylist())
+    except Exception:  # a time in the year 20000, text that is no UTF-8: some values have no Python form
+        return [_value(cell) for cell in column]
+
+
+def _value(cell: Any) -> Any:
+    try:
+        return cell.as_py()
+    except Exception:
+        return Unreadable(cell.type)

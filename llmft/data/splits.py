@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import Counter, defaultdict
 
 from llmft.config import DataConfig, Sampling, TrainOn
+from llmft.data.naming import stable_text
 from llmft.data.sources import Loaded, Row
 from llmft.errors import ConfigError, DataError, did_you_mean
-from llmft.schema import canonical
 
 
 def _rank(content: str, seed: int) -> bytes:
@@ -15,7 +17,7 @@ def _rank(content: str, seed: int) -> bytes:
 
 
 def _content(row: Row) -> str:
-    return canonical(row.values)
+    return stable_text(row.values)
 
 
 def _column(rows: list[Row], name: str, key: str) -> list[str]:
@@ -23,7 +25,7 @@ def _column(rows: list[Row], name: str, key: str) -> list[str]:
     for row in rows:
         if name not in row.values:
             raise ConfigError(f"{key}={name}: {row.where} has no such column{did_you_mean(name, row.values)}")
-    return [canonical(row.values[name]) for row in rows]
+    return [stable_text(row.values[name]) for row in rows]
 
 
 def hold_out(
@@ -32,29 +34,51 @@ def hold_out(
     """Splits `rows` into (kept, held out).
 
     A row's side depends on its content (or its group's name) and `seed` alone, so that neither the file's order nor
-    the training seed moves it, and copies of one row, or all rows of a group, stay on one side. With `stratify`, the
-    share is held out of each class. At least one row (group) of each class is held out when `fraction` is above 0.
+    the training seed moves it, and copies of one row, or all rows of a group, stay on one side. With `stratify`, each
+    class gives its share of the rows that are held out, by largest remainder, and keeps one row at least. At least
+    one row (group) is held out when `fraction` is above 0.
     """
     if fraction <= 0 or not rows:
         return rows, []
     units = _column(rows, group, "data.group") if group else [_content(row) for row in rows]
     classes = _column(rows, stratify, "data.stratify") if stratify else [""] * len(rows)
+    members: dict[str, Counter[str]] = defaultdict(Counter)  # of each class, the rows in each unit
+    within: dict[str, Counter[str]] = defaultdict(Counter)  # of each unit, the rows of each class
+    for unit, label in zip(units, classes, strict=True):
+        members[label][unit] += 1
+        within[unit][label] += 1
+    left = Counter(classes)
+    shares = _shares(left, fraction, seed) if stratify else {"": max(1, round(len(rows) * fraction))}
     held: set[str] = set()
-    for label in sorted(set(classes)):
-        members: dict[str, int] = {}
-        for unit, own in zip(units, classes, strict=True):
-            if own == label:
-                members[unit] = members.get(unit, 0) + 1
-        wanted = max(1, round(sum(members.values()) * fraction))
-        taken = sum(count for unit, count in members.items() if unit in held)
-        for unit in sorted(members, key=lambda unit: _rank(unit, seed)):
-            if taken >= wanted:
+    for label in sorted(members):
+        taken = sum(count for unit, count in members[label].items() if unit in held)
+        for unit in sorted(members[label], key=lambda unit: _rank(unit, seed)):
+            if taken >= shares[label]:
                 break
-            if unit not in held:
-                held.add(unit)
-                taken += members[unit]
+            if unit in held or (stratify and any(left[name] <= count for name, count in within[unit].items())):
+                continue  # the last rows of a class stay
+            held.add(unit)
+            taken += members[label][unit]
+            left.subtract(within[unit])
     kept = [row for row, unit in zip(rows, units, strict=True) if unit not in held]
     return kept, [row for row, unit in zip(rows, units, strict=True) if unit in held]
+
+
+def _shares(sizes: Counter[str], fraction: float, seed: int) -> dict[str, int]:
+    """How many rows of each class are held out: `fraction` of all rows, by largest remainder, never a whole class.
+
+    Each class's own rounded share is taken where all have one and their sum is within a twentieth.
+    """
+    wanted = max(1, round(sizes.total() * fraction))
+    shares = {label: round(size * fraction) for label, size in sizes.items()}
+    if all(0 < shares[label] < sizes[label] for label in sizes) and abs(sum(shares.values()) - wanted) <= wanted / 20:
+        return shares
+    shares = {label: math.floor(size * fraction) for label, size in sizes.items()}
+
+    for label in sorted(sizes, key=lambda label: (shares[label] - sizes[label] * fraction, _rank(label, seed))):
+        if sum(shares.values()) < wanted and shares[label] + 1 < sizes[label]:
+            shares[label] += 1
+    return shares
 
 
 def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
@@ -82,20 +106,25 @@ def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
 def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
     """Train, validation and test rows: as given, held out of the training rows, or a fold of them.
 
-    Raises DataError when nothing is left to train on, ConfigError for a fold beside given validation rows.
+    Raises DataError when nothing is left to train on, ConfigError for a fold or a share beside given rows, and for a
+    column that a row lacks.
     """
     train = loaded.splits["train"]
+    _refuse_unused(loaded, data)
     options = {"group": data.group, "stratify": data.stratify}
     test = loaded.splits.get("test")
     if test is None:
         train, test = hold_out(train, data.test_fraction, data.split_seed + 1, **options)
     validation = loaded.splits.get("validation")
     if data.fold is not None:
-        if validation is not None:
-            raise ConfigError("data.fold is set but validation rows are given too: keep one.")
         train, validation = _fold(train, data)
     elif validation is None:
         train, validation = hold_out(train, data.validation_fraction, data.split_seed, **options)
+        if data.stratify and data.validation_fraction and not validation:
+            raise DataError(
+                f"data.stratify={data.stratify}: no row can be held out, since each class would lose its only "
+                "training rows; set data.stratify=null, or name a file in data.split_files.validation."
+            )
     if data.train_on is TrainOn.all:
         train = [*train, *validation]
     train = _limited(train, data)
@@ -105,6 +134,22 @@ def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
             "lower data.validation_fraction or data.test_fraction."
         )
     return {"train": train, "validation": validation, "test": test}
+
+
+def _refuse_unused(loaded: Loaded, data: DataConfig) -> None:
+    given = set(loaded.splits)
+    if data.fold is not None and "validation" in given:
+        raise ConfigError("data.fold is set but validation rows are given too: keep one.")
+    by_file = {"validation": "validation" in given or data.fold is not None, "test": "test" in given}
+    for split, decided in by_file.items():
+        key = f"{split}_fraction"
+        share, default = getattr(data, key), DataConfig.__dataclass_fields__[key].default
+        if decided and share not in (0, default):
+            what = "data.fold" if split == "validation" and split not in given else f"the given {split} rows"
+            raise ConfigError(f"data.{key}={share} would not be used beside {what}: set it to 0.")
+    for key in ("stratify", "group"):
+        if getattr(data, key):
+            _column(loaded.splits["train"], getattr(data, key), f"data.{key}")
 
 
 def _limited(rows: list[Row], data: DataConfig) -> list[Row]:

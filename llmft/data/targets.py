@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config import DataConfig, Head, Problem, TaskConfig
+from llmft.data.naming import cell_text, no_column
 from llmft.data.sources import Row
 from llmft.errors import ConfigError, DataError, did_you_mean
 
@@ -33,6 +34,7 @@ class Targets:
         labels: the classes, in the order of all probabilities; one name for a regression.
         words: what `task.head=tokens` writes for each class.
         mean, scale: of a regression's targets over the training rows; the head learns (target - mean) / scale.
+        prior: what is predicted without reading a row: the classes' shares among the training rows, or their mean.
     """
 
     problem: Problem = Problem.single_label
@@ -40,6 +42,7 @@ class Targets:
     words: list[str] = field(default_factory=list)
     mean: float = 0.0
     scale: float = 1.0
+    prior: list[float] = field(default_factory=list)
 
     @classmethod
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], column: str | None, fill: Fill) -> Targets:
@@ -75,7 +78,7 @@ class Targets:
         assert column is not None
         value = row.values.get(column)
         if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
-            return [str(name) for name in value]
+            return [cell_text(name, column) for name in value]
         text = fill(column, row)
         if self.problem is Problem.single_label:
             if not text.strip():
@@ -119,6 +122,7 @@ class Targets:
             "words": self.words,
             "mean": self.mean,
             "scale": self.scale,
+            "prior": self.prior,
         }
 
     @classmethod
@@ -129,7 +133,7 @@ class Targets:
 
 def _is_one(row: Row, name: str) -> bool:
     if name not in row.values:
-        raise ValueError(f"no column '{name}'{did_you_mean(name, row.values)}")
+        raise ValueError(no_column(name, row.values))
     value = row.values[name]
     if str(value).strip().lower() in ("1", "1.0", "true"):
         return True

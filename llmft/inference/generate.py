@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from llmft.data.encode import Ends
 from llmft.model.dense import dequantized
 
 
@@ -16,12 +18,12 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     pad_id: int,
-    end_ids: Sequence[int],
+    ends: Ends,
     max_new_tokens: int,
     batch_size: int = 64,
     context_tokens: int | None = None,
 ) -> list[list[int]]:
-    """Greedy continuations of `prompts`, in their order, without the end token.
+    """Greedy continuations of `prompts`, in their order, up to what ends them (see `Ends.cut`).
 
     A continuation ends with the model's last position, `context_tokens`, where there is one.
 
@@ -51,17 +53,23 @@ def generate(
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                eos_token_id=list(end_ids) or None,
+                eos_token_id=list(ends.ids) or None,
+                stopping_criteria=[_Reached(ends, width)] if ends.text else None,
                 pad_token_id=pad_id,
                 use_cache=True,
             )
         for place, index in enumerate(group):
-            results[index] = _until_end(output[place, width:].tolist(), end_ids)
+            results[index] = ends.cut(output[place, width:].tolist())
     return results
 
 
-def _until_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
-    for place, token in enumerate(ids):
-        if token in end_ids:
-            return ids[:place]
-    return ids
+@dataclass
+class _Reached:
+    """Says of each row of a generation whether it has written the marker of several tokens that ends it."""
+
+    ends: Ends
+    width: int
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        done = [self.ends.reached(row) for row in input_ids[:, self.width :].tolist()]
+        return torch.tensor(done, device=input_ids.device)

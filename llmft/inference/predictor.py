@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from llmft.config_verbs import PredictConfig
 from llmft.console import Screen
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Encoded
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
@@ -26,14 +25,13 @@ from llmft.errors import ConfigError
 from llmft.files import staged_file
 from llmft.inference.asked import Asked
 from llmft.inference.generate import generate
-from llmft.model import adapters
+from llmft.model import adapters, families
 from llmft.model.heads import renew_head
 from llmft.model.hub import Located, locate
 from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.model.quantization import weight_counts
 from llmft.predictions import read_table
 from llmft.training.finetuner import stream
-from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.rows import with_options
 from llmft.training.samples import decoder
@@ -57,9 +55,11 @@ class Predictor:
         prompt = prompt_format(with_options(self.config.prompt, asked.target_model), self.tokenizer)
         data = self.config.data
         # No row is left out: one that training would have dropped is cut.
+        self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
         data = replace(
             data,
+            max_tokens=min(data.max_tokens, self.context_tokens or data.max_tokens) if learned else data.max_tokens,
             truncation=Truncation.cut_prompt_left if cuts else data.truncation,
             max_answer_tokens=None,
             min_prompt_tokens=0,
@@ -67,10 +67,12 @@ class Predictor:
         )
         self.encoder = Encoder(self.tokenizer, prompt, data)
         self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
+        if self.config.task.head is not None and not hasattr(self.objective, "predict"):
+            raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
         self.model = self._load(trained)
 
     def _check_base(self) -> None:
-        record = json.loads(self.asked.run.environment_file.read_text())["model"]["fingerprint"]
+        record = self.asked.run.fact("model", "fingerprint")
         if self.config.lora.enabled and record != self.located.fingerprint:
             raise ConfigError(
                 f"{self.asked.run.directory}: the base model found for model={self.config.model.label} is not the one "
@@ -143,8 +145,8 @@ class Predictor:
             if self.config.task.head is None:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
-            assert isinstance(self.objective, Classification)
-            return {"values": self.objective.predict(self.model, batch).cpu().tolist()}
+            objective: Any = self.objective
+            return {"values": objective.predict(self.model, batch).cpu().tolist()}
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
@@ -155,21 +157,16 @@ class Predictor:
 
     def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
         """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
-        probe = Conversation(
-            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}], "probe"
-        )
-        ids, marks = self.encoder.tokens(probe, Problems())
-        labelled = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), probe)
         outputs = generate(
             self.model,
             [list(example.input_ids) for example in examples],
             pad_id=self.tokenizer.pad_token_id,
-            end_ids=end_token_ids([labelled], self.encoder.prompt, self.tokenizer),
+            ends=self.encoder.ends,
             max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
             batch_size=len(examples),
-            context_tokens=getattr(model_config(self.config.model, self.located), "max_position_embeddings", None),
+            context_tokens=self.context_tokens,
         )
-        decode = decoder(self.tokenizer, self.config.prompt.stop)
+        decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
         return {
             "generated": [decode(output) for output in outputs],
             "logprob": self._logprobs(examples, outputs),
@@ -202,6 +199,11 @@ def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.
     predictor = Predictor(asked, options)
     try:
         examples = predictor.encode(asked.conversations)
+        if asked.target_model is None:
+            asked.references = [
+                predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
+                for row in asked.conversations
+            ]
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from llmft.metrics import higher_is_better, lower_is_better
 
+
+@lower_is_better
 def logloss(targets: Any, probabilities: Any) -> float:
     """Mean negative log-likelihood in nats, clipped as Kaggle does: to [1e-15, 1 - 1e-15], rows then sum to one."""
     # scikit-learn's own checks take fifty times as long, which hill climbing and a bootstrap feel.
@@ -15,11 +18,13 @@ def logloss(targets: Any, probabilities: Any) -> float:
     return float(-np.log(clipped[np.arange(len(clipped)), np.asarray(targets)]).mean())
 
 
+@higher_is_better
 def accuracy(targets: Any, probabilities: Any) -> float:
     """Share of rows whose likeliest class is the true one; 0 to 1."""
     return float((np.argmax(probabilities, axis=1) == np.asarray(targets)).mean())
 
 
+@higher_is_better
 def macro_f1(targets: Any, probabilities: Any) -> float:
     """Mean of the classes' F1, over the classes that are true or predicted in some row; 0 to 1."""
     from sklearn.metrics import f1_score
@@ -27,6 +32,7 @@ def macro_f1(targets: Any, probabilities: Any) -> float:
     return float(f1_score(targets, np.argmax(probabilities, axis=1), average="macro", zero_division=0.0))
 
 
+@higher_is_better
 def auc(targets: Any, probabilities: Any) -> float:
     """Area under the ROC curve of each class against the rest, mean over the classes that some rows have and some not.
 
@@ -51,6 +57,7 @@ def area_under_roc(own: np.ndarray, scores: np.ndarray) -> float | None:
     return float((rankdata(scores)[own].sum() - count * (count + 1) / 2) / (count * (len(own) - count)))
 
 
+@lower_is_better
 def calibration_error(targets: Any, probabilities: Any, bins: int = 15) -> float:
     """Expected calibration error: mean |accuracy - confidence| over `bins` of confidence (arXiv:1706.04599)."""
     probabilities = np.asarray(probabilities, dtype=np.float64)
@@ -61,6 +68,7 @@ def calibration_error(targets: Any, probabilities: Any, bins: int = 15) -> float
     return float(np.abs(gaps).sum() / len(sure))
 
 
+@higher_is_better
 def quadratic_kappa(targets: Any, probabilities: Any) -> float:
     """Cohen's kappa with quadratic weights, for classes that are in order; -1 to 1."""
     from sklearn.metrics import cohen_kappa_score

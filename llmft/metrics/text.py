@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
+
+from llmft.errors import ConfigError
+from llmft.metrics import higher_is_better
 
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
 
@@ -17,6 +21,7 @@ def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
         raise ValueError("no references")
 
 
+@higher_is_better
 def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Share of predictions that equal their reference, white space at both ends left out; 0 to 1."""
     _check(references, predictions)
@@ -24,6 +29,7 @@ def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
     return hits / len(references)
 
 
+@higher_is_better
 def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Mean over the rows of the F1 of the words in common, words as white space parts them, in lower case; 0 to 1.
 
@@ -39,6 +45,7 @@ def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
     return total / len(references)
 
 
+@higher_is_better
 def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
     """BLEU of the whole set by sacrebleu (13a words, exponential smoothing), 0 to 1."""
     import sacrebleu
@@ -47,6 +54,7 @@ def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(sacrebleu.corpus_bleu(list(predictions), [list(references)]).score / 100)
 
 
+@higher_is_better
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     """Mean over the rows of ROUGE-L's F-measure by rouge-score, without stemming; 0 to 1."""
     from rouge_score import rouge_scorer
@@ -57,6 +65,7 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
     return float(sum(scores) / len(scores))
 
 
+@higher_is_better
 def sharpened_cosine(
     references: Sequence[str], predictions: Sequence[str], encoder: str = SENTENCE_ENCODER, exponent: float = 3.0
 ) -> float:
@@ -77,12 +86,30 @@ def sharpened_cosine(
     return float(np.mean(np.sign(cosine) * np.abs(cosine) ** exponent))
 
 
+def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
+    """Loads nothing; raises ConfigError where `sharpened_cosine` would miss sentence-transformers or its `encoder`."""
+    import importlib.util
+
+    from llmft.model.hub import _cached_ids, ask_hub
+
+    key = "metric_options.sharpened_cosine.encoder"
+    if importlib.util.find_spec("sentence_transformers") is None:
+        raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.")
+    directory = Path(encoder).expanduser()
+    if directory.is_dir():
+        if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
+            raise ConfigError(f"task.{key}={encoder}: no sentence-transformers model (it has no modules.json).")
+    elif encoder not in _cached_ids("model"):
+        advice = f"set task.{key}=DIR (of evaluate: {key}=DIR) to a local encoder, or HF_ENDPOINT to a mirror"
+        ask_hub(f"task.{key}={encoder}", encoder, "model", advice)
+
+
+sharpened_cosine.ready = encoder_ready  # type: ignore[attr-defined]
+
+
 @lru_cache(maxsize=1)
 def _encoder(name: str) -> Any:
-    from pathlib import Path
-
-    from llmft.errors import ConfigError
-
+    encoder_ready(name)
     key = "task.metric_options.sharpened_cosine.encoder"
     try:
         from sentence_transformers import SentenceTransformer
@@ -95,5 +122,4 @@ def _encoder(name: str) -> Any:
             return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
         except Exception as error:
             raise ConfigError(f"{key}={name}: no sentence-transformers model ({str(error)[:200]}).") from None
-    with online_or_cached(f"{key}={name}", name, "model"):
-        return SentenceTransformer(name, device="cpu")
+    return online_or_cached(f"{key}={name}", name, "model", lambda: SentenceTransformer(name, device="cpu"))

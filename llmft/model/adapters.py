@@ -141,11 +141,17 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     `state` replaces the model's own tensors.
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
+    for left in directory.parent.glob(f".{directory.name}.*"):  # of a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
     try:
         if hasattr(model, "peft_config"):
             # PEFT adds the base and its version to a card that is there, else to a form to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
+            for config in model.peft_config.values():  # PEFT keeps names in sets, of another order in each process
+                for name, value in vars(config).items():
+                    if isinstance(value, set):
+                        setattr(config, name, sorted(value))
             model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False, state_dict=state)
         else:
             model.save_pretrained(staged, safe_serialization=True, state_dict=state)
@@ -154,7 +160,6 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
         for path in staged.iterdir():
             path.chmod(0o644)
         old = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             os.replace(directory, old)
         os.replace(staged, directory)

@@ -46,8 +46,23 @@ def check_task(model: ModelConfig, config: Any, auto_class: str) -> None:
         )
 
 
-LEARNED_POSITIONS = ("gpt2", "opt", "gpt_neo", "gpt_bigcode", "bert", "roberta")
+LEARNED_POSITIONS = (
+    *("gpt2", "openai-gpt", "opt", "gpt_neo", "gpt_bigcode", "biogpt", "bert", "electra", "albert", "distilbert"),
+    *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "deberta", "deberta-v2"),
+)
 """Families that have one vector per position and fail on a longer row, instead of only losing track."""
+FIRST_BEHIND_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
+"""Of these, the ones whose first position is the one behind the padding's."""
+
+
+def positions(config: Any) -> tuple[int | None, bool]:
+    """How many positions a model of transformers' `config` knows, and whether it fails on any other."""
+    kind = str(config.model_type)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    count = getattr(text, "max_position_embeddings", None)
+    if count is not None and kind in FIRST_BEHIND_PAD:
+        count -= (getattr(config, "pad_token_id", None) or 0) + 1
+    return count, kind in LEARNED_POSITIONS and getattr(config, "position_biased_input", True)
 
 
 def dense_layers(model: Any) -> list[str]:

@@ -6,23 +6,25 @@ time limit of a few seconds, before the libraries' own retries (48 s for a missi
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmft.config import ModelConfig, ModelInit
 from llmft.errors import ConfigError, nearest
 from llmft.foreign import check_model
+from llmft.network import NoAnswer, ask, unless_stalled
 
+T = TypeVar("T")
 PACKAGED = "package:"
 PROBE_TIMEOUT_S = 4.0
+MOST_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file; the library itself refuses a longer one."""
 PICKLED = (
     "there are no safetensors weights, and pickled ones are not loaded; convert them with transformers' "
     "save_pretrained in an environment you trust, then set model.path=DIR."
@@ -104,10 +106,10 @@ def _middles(head: bytes, file: Any, size: int) -> list[int]:
     length = int.from_bytes(head[:8], "little")
     try:
         file.seek(8)
-        entries = json.loads(file.read(length)) if length < size else {}
+        entries = json.loads(file.read(length)) if length < min(size, MOST_HEADER_BYTES) else {}
         offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
         return sorted(8 + length + (start + end) // 2 for start, end in offsets)
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [size * part // 256 for part in range(256)]
 
 
@@ -172,28 +174,26 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
     where = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {near})" if near else "")
     if _offline():
         raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {where}; unset it or {advice}.")
-    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}"
+    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}?expand=gated"  # without the list of all its files
     token = get_token()
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
     try:
-        with urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S) as response:
-            gated = json.loads(response.read()).get("gated")
-        if gated and token is None:
-            raise ConfigError(
-                f"{key}: the {kind} is gated: accept its licence at {constants.ENDPOINT}/{repo}, "
-                f"log in with `hf auth login`, or {advice}."
-            )
-    except urllib.error.HTTPError as error:
-        if error.code in (401, 403):
-            reason = "it does not exist, or it is gated and needs `hf auth login` and its licence accepted"
-        elif error.code == 404:
-            reason = "no such repository"
-        else:
-            reason = f"it answered {error.code}"
-        raise ConfigError(f"{key}: {constants.ENDPOINT} refused ({reason}); or {advice}.") from None
-    except (OSError, ValueError) as error:
-        cause = getattr(error, "reason", error)
-        raise ConfigError(f"{key}: {constants.ENDPOINT} cannot be reached ({cause}) and {where}; {advice}.") from None
+        status, content = ask(url, PROBE_TIMEOUT_S, headers={"Authorization": f"Bearer {token}"} if token else {})
+        facts = json.loads(content) if status == 200 else {}
+        if not isinstance(facts, dict):
+            raise ValueError
+    except NoAnswer as error:
+        raise ConfigError(f"{key}: {constants.ENDPOINT} cannot be reached ({error}) and {where}; {advice}.") from None
+    except ValueError:
+        raise ConfigError(f"{key}: {constants.ENDPOINT} gives no Hub's answer and {where}; {advice}.") from None
+    if status != 200:
+        reasons = dict.fromkeys((401, 403), "it does not exist, or is gated and needs `hf auth login` and its licence")
+        reason = {**reasons, 404: "no such repository"}.get(status, f"it answered {status}")
+        raise ConfigError(f"{key}: {constants.ENDPOINT} refused ({reason}); or {advice}.")
+    if facts.get("gated") and token is None:
+        raise ConfigError(
+            f"{key}: the {kind} is gated: accept its licence at {constants.ENDPOINT}/{repo}, "
+            f"log in with `hf auth login`, or {advice}."
+        )
 
 
 def _download(model: ModelConfig) -> Path:
@@ -204,7 +204,8 @@ def _download(model: ModelConfig) -> Path:
     ask_hub(key, model.id, "model", advice)
     patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
     try:
-        directory = Path(huggingface_hub.snapshot_download(model.id, revision=model.revision, allow_patterns=patterns))
+        download = partial(huggingface_hub.snapshot_download, model.id, revision=model.revision)
+        directory = Path(unless_stalled(lambda: download(allow_patterns=patterns), _cache_directory()))
     except Exception as error:
         raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
     if not has_weights(directory):
@@ -212,11 +213,10 @@ def _download(model: ModelConfig) -> Path:
     return directory
 
 
-@contextlib.contextmanager
-def online_or_cached(key: str, repo: str, kind: str) -> Iterator[None]:
-    """Runs a Hub library offline when `repo` is cached, else after asking the Hub once.
+def online_or_cached(key: str, repo: str, kind: str, load: Callable[[], T]) -> T:
+    """What `load` makes with a Hub library: offline when `repo` is cached, else after asking the Hub once.
 
-    Any failure inside leaves as one ConfigError.
+    Any failure leaves as one ConfigError.
     """
     from huggingface_hub import constants
 
@@ -226,10 +226,11 @@ def online_or_cached(key: str, repo: str, kind: str) -> Iterator[None]:
         ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
     constants.HF_HUB_OFFLINE = cached or before
     try:
-        yield
+        return load() if cached else unless_stalled(load, Path(constants.HF_HOME))
     except ConfigError:
         raise
     except Exception as error:
+        before = before or isinstance(error, NoAnswer)  # what was left behind must not go on asking
         raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
     finally:
         constants.HF_HUB_OFFLINE = before

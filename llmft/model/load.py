@@ -15,15 +15,18 @@ import torch
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.environment import keep_freed_memory, versions
 from llmft.errors import ConfigError, did_you_mean
+from llmft.foreign import check_model, check_values
 from llmft.model import families, flat, heads
 from llmft.model.apart import Kept
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
+    agreed,
     bitsandbytes_config,
     keep_packing,
     quantize_in_place,
+    stored_quantization,
     unquantized_modules,
     weight_counts,
 )
@@ -92,6 +95,8 @@ def load_tokenizer(model: ModelConfig, located: Located) -> Any:
     directory = located.directory
     if directory is None:
         directory = locate(replace(model, path=PACKAGED + "tiny")).directory
+    assert directory is not None
+    check_model(directory)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=model.trust_remote_code
@@ -145,11 +150,15 @@ def model_config(model: ModelConfig, located: Located) -> Any:
         except Exception as error:
             raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
         _check_overrides(config, model)
+        check_values("model.overrides", {**model.load_overrides, **model.overrides})
         for key, value in {**model.load_overrides, **model.overrides}.items():
             setattr(config, key, value)
+        if model.init is ModelInit.random and hasattr(config, "quantization_config"):
+            del config.quantization_config  # of weights that are not read
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
+    check_values("model.config", {**model.config, **model.load_overrides, **model.overrides})
     try:
         _check_overrides(AutoConfig.for_model(model.architecture, **model.config), model)
         return AutoConfig.for_model(model.architecture, **{**model.config, **model.load_overrides, **model.overrides})
@@ -242,6 +251,7 @@ def load_base(
     `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
+    quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
     wanted = _Wanted(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep and _kept.key == wanted.key:
         return _kept.model
@@ -303,6 +313,10 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     Returns the base, and its place in the cache.
     """
     config = wanted.config()
+    stored = stored_quantization(config)
+    if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
+        stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
+        config.quantization_config = stored
     factory = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
@@ -315,7 +329,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
                 directory,
                 config=config,
                 dtype=wanted.dtype,
-                quantization_config=bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
+                quantization_config=None if stored else bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
                 device_map={"": wanted.device},
                 local_files_only=True,
                 use_safetensors=True,
@@ -338,7 +352,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
     skip = unquantized_modules(empty, wanted.full_precision)
     four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    fused = four_bit and bool(fused_shapes(empty))
+    fused = four_bit and not stored and bool(fused_shapes(empty))
     del empty
     if fused:
         base, found = load(skip, quantizing_with(quantizer_class()), reading(slices(directory)))

@@ -38,7 +38,7 @@ from llmft.model import adapters, families, flat, fused
 from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
-from llmft.model.quantization import bitsandbytes_config, unquantized_modules
+from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
 from llmft.model.skeleton import skeleton
 from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
 
@@ -148,6 +148,7 @@ def estimate_memory(
 
     Raises whatever the model's forward raises when it needs values, not shapes (some code from repositories).
     """
+    config = replace(config, quantization=agreed(config.quantization, hf_config, f"model={config.model.label}"))
     frozen = _base_bytes(_skeleton(config, hf_config, dtype), config, dtype) if config.lora.enabled else {}
     base = _skeleton(config, hf_config, dtype)
     if config.lora.enabled:

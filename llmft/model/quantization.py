@@ -7,19 +7,70 @@ them unquantised (96% of Mixtral's weights) without a word; `llmft.model.experts
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from llmft.config import QuantizationConfig, QuantizationFormat
+from llmft.errors import ConfigError
 from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
+
+
+def stored_quantization(hf_config: Any) -> dict[str, Any]:
+    """What a model's config.json says of the number format of its files; empty where they are not quantised."""
+    found = getattr(hf_config, "quantization_config", None)
+    return dict(found if isinstance(found, dict) else found.to_dict()) if found else {}
+
+
+def _stored_as(stored: dict[str, Any]) -> QuantizationConfig:
+    """The same in our words, as far as we have any: bitsandbytes' formats."""
+    four_bit = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
+    eight_bit = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
+    form = str(stored.get("bnb_4bit_quant_type", "fp4")) if four_bit else "int8" if eight_bit else "checkpoint"
+    return QuantizationConfig(QuantizationFormat(form), double_quant=bool(stored.get("bnb_4bit_use_double_quant")))
+
+
+def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> QuantizationConfig:
+    """`quantization` as it will be of the model that `hf_config` describes.
+
+    Files that are quantised already stay as they are, whatever is asked for: raises ConfigError where that differs.
+    """
+    stored, wanted = stored_quantization(hf_config), quantization.format
+    if not stored:
+        if wanted is QuantizationFormat.checkpoint:
+            raise ConfigError(f"quantization=checkpoint: the files of {label} are not quantised; choose nf4 or none.")
+        return quantization
+    held = _stored_as(stored)
+    four_bit = held.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+    same = wanted is held.format and (not four_bit or quantization.double_quant == held.double_quant)
+    if wanted is not QuantizationFormat.checkpoint and not same:
+        name = held.format.value if held.format is not QuantizationFormat.checkpoint else stored.get("quant_method")
+        double = f" with quantization.double_quant={str(held.double_quant).lower()}" if four_bit else ""
+        raise ConfigError(
+            f"quantization={wanted.value}: the files of {label} are {name}{double} already, and stay so: "
+            "set quantization=checkpoint, or model.path to files that are not quantised."
+        )
+    return replace(held, cache=False)
+
+
+def held_as(model: torch.nn.Module) -> str:
+    """The number format of a model's quantised weights, as its modules are; "none" without any."""
+    parameters: list[Any] = list(model.parameters())
+    kinds = {str(p.quant_type) for p in parameters if getattr(p, "quant_state", None) is not None}
+    kinds |= {"int8" for p in parameters if p.dtype == torch.int8}
+    stored = stored_quantization(getattr(model, "config", None))
+    if not kinds and stored and stored.get("quant_method") != "bitsandbytes":
+        kinds = {str(stored.get("quant_method"))}
+    return "+".join(sorted(kinds)) or "none"
 
 
 def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str]) -> Any:
     """transformers' config for `quantization`, or None for none. `skip` are modules that stay as they are."""
     from transformers import BitsAndBytesConfig
 
-    if quantization.format is QuantizationFormat.none:
+    if quantization.format in (QuantizationFormat.none, QuantizationFormat.checkpoint):
         return None
     if quantization.format is QuantizationFormat.int8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
@@ -107,13 +158,20 @@ def unsettle_8_bit(model: torch.nn.Module) -> None:
 def weight_counts(model: torch.nn.Module) -> dict[str, int]:
     """Number of weights by how they are held: 4-bit, 8-bit and full precision; trainable ones apart."""
     counts = {"4-bit": 0, "8-bit": 0, "full": 0, "trainable": 0}
+    parameter: Any
     for parameter in model.parameters():
         if parameter.requires_grad:
             counts["trainable"] += parameter.numel()
+        elif getattr(parameter, "quant_state", None) is not None:  # in storage of any type
+            counts["4-bit"] += math.prod(parameter.quant_state.shape)
         elif parameter.dtype == torch.uint8:
             counts["4-bit"] += 2 * parameter.numel()
-        elif parameter.dtype == torch.int8:
+        elif parameter.dtype.itemsize == 1:  # int8, and the floats of 8 bits
             counts["8-bit"] += parameter.numel()
         else:
             counts["full"] += parameter.numel()
+    bits = int(stored_quantization(getattr(model, "config", None)).get("bits") or 4)
+    for name, buffer in model.named_buffers():
+        if name.endswith(".qweight"):  # of GPTQ and AWQ: several weights in one integer
+            counts["4-bit" if bits <= 4 else "8-bit"] += buffer.numel() * buffer.dtype.itemsize * 8 // bits
     return counts

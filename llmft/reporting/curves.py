@@ -15,6 +15,7 @@ from enum import Enum
 
 import numpy as np
 
+from llmft.prior import chance_sentence, is_better
 from llmft.reporting.noise import RowLosses
 from llmft.reporting.records import ROW_METRICS, RunRecord
 
@@ -31,6 +32,7 @@ class Fit(Enum):
     """What a run's curves say."""
 
     fine = "fine"
+    chance = "no better than chance"
     overfitting = "overfitting"
     underfitting = "underfitting"
     short = "train longer"
@@ -52,10 +54,34 @@ class Diagnosis:
 
 
 def diagnose(run: RunRecord) -> Diagnosis:
-    """What `run`'s curves say."""
+    """What `run`'s curves say; of one that is at chance, or worse, that before all else."""
+    found, told = _of_curves(run), _at_chance(run)
+    return (
+        found if told is None or found.fit is Fit.diverged else Diagnosis(Fit.chance, detail=f"{told}; {found.detail}")
+    )
+
+
+def _at_chance(run: RunRecord) -> str | None:
+    """Why `run` has learned nothing of its rows: by its record, or an older one by equal chances for all classes."""
+    if run.chance:
+        return None if is_better(run.chance) else chance_sentence(run.chance)
+    loss, data = run.value(LOSS), run.environment.get("data")
+    if loss is None or run.config.get("task.head") is None:
+        return None
+    labels = data.get("labels") if isinstance(data, dict) and isinstance(data.get("labels"), list) else None
+    of_problem = {"multi_label": math.log(2), "regression": 0.5}
+    prior = of_problem.get(str(run.config.get("task.problem")), math.log(max(len(labels), 1)) if labels else 0.0)
+    if loss < prior * (1 - LITTLE / 10):
+        return None
+    return f"loss {loss:.4f} where equal chances for all classes have {prior:.4f}" if prior else None
+
+
+def _of_curves(run: RunRecord) -> Diagnosis:
     if run.status == "diverged":
         return Diagnosis(Fit.diverged, detail=run.error or "the loss was no number any more")
     validation, train = run.curve(LOSS), run.curve(TRAIN)
+    if run.config.get("data.train_on") == "all":
+        return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
     if any(LOSS in r and r[LOSS] is None for r in run.metrics):
         step = next(r["step"] for r in run.metrics if LOSS in r and r[LOSS] is None)
         return Diagnosis(Fit.diverged, step, f"the validation loss of step {step} is not finite")
@@ -139,11 +165,12 @@ def summed_up(found: Sequence[Diagnosis]) -> str:
         Fit.short: "would gain from longer training",
         Fit.diverged: "diverged",
         Fit.fine: "end level",
+        Fit.chance: "are no better than chance",
         Fit.unknown: "have no curves",
     }
     count = Counter(diagnosis.fit for diagnosis in found)
     parts = []
-    for fit in (Fit.diverged, Fit.overfitting, Fit.underfitting, Fit.short, Fit.fine, Fit.unknown):
+    for fit in (Fit.diverged, Fit.chance, Fit.overfitting, Fit.underfitting, Fit.short, Fit.fine, Fit.unknown):
         if not count[fit]:
             continue
         since = sorted(d.step for d in found if d.fit is Fit.overfitting and d.step is not None)

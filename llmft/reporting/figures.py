@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -49,7 +49,8 @@ def curves(study: Study, metric: str, title: str) -> tuple[Markup, str] | None:
     x = Scale([s for _, _, line in found for s in line.steps], 52, WIDTH - 10, pad=0.01)
     edges, log, cut = _heights([line for _, _, line in found])
     y = Scale(edges, BOTTOM, TOP, log=log)
-    lines = [_line(configuration, series, line, metric, x, y) for configuration, series, line in reversed(found)]
+    best = max if metric == study.monitor and not study.lower_is_better else min
+    lines = [_line(configuration, series, line, metric, x, y, best) for configuration, series, line in reversed(found)]
     # What lies above the highest tick is cut off by a picture of its own.
     inside = tag("svg", *lines, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
     note = f"{title}: {len(found)} configurations" + (", logarithmic scale" if log else "")
@@ -86,7 +87,9 @@ def _axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
     return tag("g", *parts, class_="axes", aria_hidden="true")
 
 
-def _line(c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale) -> Markup:
+def _line(
+    c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale, best: Callable[[list[float]], float]
+) -> Markup:
     points = [(x(step), y(mean)) for step, mean in zip(line.steps, line.mean, strict=True)]
     shapes = []
     if any(line.spread):
@@ -101,7 +104,7 @@ def _line(c: Configuration, series: Series, line: Band, metric: str, x: Scale, y
     if len(points) <= 30:
         shapes += [tag("circle", cx=px, cy=py, r=2.2, class_="dot") for px, py in points]
     tip = f"{c.name}: {metric} {number(line.mean[-1])} at step {line.steps[-1]}"
-    tip += f", lowest {number(min(line.mean))}, {len(c.runs)} runs"
+    tip += f", best {number(best(line.mean))}, {len(c.runs)} runs"
     return tipped(tag("g", *shapes), tip, class_=f"series {series.style}")
 
 
@@ -185,26 +188,65 @@ def _labels(level: Sequence[str], spots: dict[str, float]) -> list[tuple[str, fl
     return [(value, spots[value]) for value in level[::stride]]
 
 
-def importance_bars(found: Importance) -> Markup:
-    """Each key's share of the variance between configurations, the pairs', and the seeds'."""
-    bars = [(key, share, "s0") for key, share in sorted(found.keys.items(), key=lambda item: -item[1])]
+def importance_bars(found: Importance, undecided: Collection[str] = ()) -> Markup:
+    """Each key's share of the variance between configurations, the pairs', and the seeds'.
+
+    The bar of a key that no verdict tells from noise is hollow and says so, and so is a pair's that noise may give.
+    """
+    bars = [(key, share, "s0", key in undecided) for key, share in sorted(found.keys.items(), key=lambda i: -i[1])]
     pairs = sorted(found.pairs.items(), key=lambda item: -item[1])[:4]
-    bars += [(f"{a} with {b}", share, "s2") for (a, b), share in pairs if share >= 0.005]
+    for pair, share in pairs:
+        if share >= 0.005:
+            bars.append((" with ".join(pair), share, "s2", found.ranges.get(pair, (0.0, 1.0))[0] < 0.005))
     if found.exact and found.noise >= 0.0005:
-        bars.append(("noise of seeds", found.noise, "rest"))
-    parts = []
-    for place, (name, share, style) in enumerate(bars):
+        bars.append(("noise of seeds", found.noise, "rest", False))
+    ranges = {" with ".join(name) if isinstance(name, tuple) else name: ends for name, ends in found.ranges.items()}
+    parts, listed = [], []
+    for place, (name, share, style, hollow) in enumerate(bars):
         at = 44.0 * place
+        span = f"{ranges[name][0]:.0%} to {ranges[name][1]:.0%}" if name in ranges else ""
+        told = "not distinguishable from noise" if hollow else f"{share:.1%}" + (f" ({span})" if span else "")
+        listed.append(f"{name} {told}")
         shape = tag(
             "g",
-            text(4, at + 15, clip(name, 56)),
-            tag("rect", x=4, y=at + 21, width=WIDTH - 68, height=12, rx=3, class_="track"),
-            tag("rect", x=4, y=at + 21, width=max((WIDTH - 68) * share, 1.5), height=12, rx=3, class_="bar"),
-            text(WIDTH - 4, at + 32, f"{share:.1%}", "end"),
-        )
-        parts.append(tipped(shape, f"{name}: {share:.1%} of the variance", class_=f"series {style}"))
-    listed = "; ".join(f"{name} {share:.0%}" for name, share, _ in bars)
-    return figure(44.0 * len(bars) + 4, "Importance of each key", f"Share of the variance: {listed}.", *parts)
+            text(4, at + 15, clip(name, 30)),
+            text(WIDTH - 4, at + 15, told, "end", class_="faint"),
+            tag("rect", x=4, y=at + 21, width=WIDTH - 8, height=12, rx=3, class_="track"),
+            tag(
+                "rect", x=4, y=at + 21, width=max((WIDTH - 8) * share, 1.5), height=12, rx=3,
+                class_="bar open" if hollow else "bar",
+            ),
+        )  # fmt: skip
+        tip = f"{name}: {share:.1%} of the variance here" + (f", {span} with the noise of seeds" if span else "")
+        parts.append(tipped(shape, f"{tip}{'; not distinguishable from noise' * hollow}", class_=f"series {style}"))
+    note = f"Share of the variance: {'; '.join(listed)}."
+    return figure(44.0 * len(bars) + 4, "Importance of each key", note, *parts)
+
+
+def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
+    """Rows by true class (down) and likeliest class (across); the larger its share of the true class, the darker."""
+    left, top, high = 118.0, 62.0, 32.0
+    width = max((WIDTH - left - 6) / len(labels), 46.0)
+    whole = max(WIDTH, left + len(labels) * width + 6)
+    parts = [
+        text(left, 18, "predicted", class_="faint"),
+        text(4, 44, "true", class_="faint"),
+        *(text(left + width * (j + 0.5), 44, clip(v, int(width / 9)), "middle") for j, v in enumerate(labels)),
+    ]
+    for i, (label, row) in enumerate(zip(labels, counts, strict=True)):
+        parts.append(text(left - 8, top + high * (i + 0.6), clip(label, 14), "end"))
+        for j, value in enumerate(row):
+            share = value / max(1, sum(row))
+            box = {"x": left + width * j + 1, "y": top + high * i + 1, "width": width - 2, "height": high - 2, "rx": 3}
+            word = text(
+                left + width * (j + 0.5), top + high * (i + 0.64), f"{value:,}", "middle", class_="strong" * (i == j)
+            )
+            tip = f"true {label}, predicted {labels[j]}: {value:,} rows, {share:.0%} of that class"
+            style = f"h{4 - min(4, int(5 * share))}"
+            parts.append(tipped(tag("g", tag("rect", **box), word), tip, class_=f"cell {style}"))
+    right = sum(row[i] for i, row in enumerate(counts))
+    note = f"Confusion of {len(labels)} classes: {right:,} of {sum(map(sum, counts)):,} rows right."
+    return figure(top + high * len(labels) + 6, "Confusion", note, *parts, width=whole)
 
 
 def heat_map(study: Study, first: str, second: str) -> Markup:

@@ -10,14 +10,18 @@ them in and no noise is taken off. Seeds and folds are replications, not keys.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from llmft.reporting.noise import Array, Noise
 from llmft.reporting.study import Study, sorted_values
 
+DRAWS = 200
+"""Tables with the seeds' noise added once more, whose shares say how far a share may be trusted."""
 LARGEST_GRID = 20_000
 """Combinations; beyond it a random part of them stands for all."""
 
@@ -30,6 +34,9 @@ class Importance:
     pairs: dict[tuple[str, str], float]
     noise: float
     exact: bool
+    ranges: dict[Any, tuple[float, float]] = field(default_factory=dict)
+    """95% of the shares of a key or a pair that the noise of seeds (of a search: of the forest's trees) gives; nothing
+    where no noise is known."""
 
 
 def importance(study: Study) -> Importance | None:
@@ -46,11 +53,23 @@ def importance(study: Study) -> Importance | None:
         table = np.empty([len(levels[key]) for key in keys])
         for configuration, sample in zip(study.configurations, samples, strict=True):
             table[tuple(levels[key].index(configuration.values[key]) for key in keys)] = sample.mean
-        return _of_table(table, keys, (noise.variance or 0.0) * runs)
+        cell = (noise.variance or 0.0) * runs
+        found = _of_table(table, keys, cell)
+        if found is None or noise.variance is None:
+            return found
+        draws = np.random.default_rng(0).normal(0.0, math.sqrt(cell), (DRAWS, *table.shape))
+        again = [own for draw in draws if (own := _of_table(table + draw, keys, cell)) is not None]
+        return replace(found, ranges=_ranges([{**own.keys, **own.pairs} for own in again]))
     if len(samples) < max(4, len(keys) + 2):
         return None
     means = np.array([s.mean for s in samples])
     return _of_search([c.values for c in study.configurations], means, levels)
+
+
+def _ranges(shares: Sequence[Mapping[Any, float]]) -> dict[Any, tuple[float, float]]:
+    names = shares[0] if shares else {}
+    ends = {name: np.percentile([own[name] for own in shares], [2.5, 97.5]) for name in names}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
 
 def _of_table(table: Array, keys: Sequence[str], noise: float) -> Importance | None:
@@ -102,17 +121,29 @@ def _of_search(
         points = np.array(list(itertools.product(*grid)))
     else:
         points = np.column_stack([rng.choice(g, LARGEST_GRID) for g in grid])
-    predicted = forest.predict(points)
+    place = [np.searchsorted(g, points[:, axis]) for axis, g in enumerate(grid)]
+    sizes = [len(g) for g in grid]
+    found = _of_predicted(forest.predict(points), keys, place, sizes)
+    if found is None:
+        return None
+    trees = [_of_predicted(tree.predict(points), keys, place, sizes) for tree in forest.estimators_]
+    ranges = _ranges([{**own.keys, **own.pairs} for own in trees if own is not None])
+    return replace(found, ranges=ranges)
+
+
+def _of_predicted(
+    predicted: Array, keys: Sequence[str], place: Sequence[np.ndarray], sizes: Sequence[int]
+) -> Importance | None:
+    """Parts of what is predicted at points whose values are numbered in `place`."""
     total = float(predicted.var())
     if total <= 0:
         return None
-    place = [np.searchsorted(g, points[:, axis]) for axis, g in enumerate(grid)]
-    main = [_group_means(predicted, place[axis], len(grid[axis])) - predicted.mean() for axis in range(len(keys))]
+    main = [_group_means(predicted, place[axis], sizes[axis]) - predicted.mean() for axis in range(len(keys))]
     shares = {key: float(main[axis][place[axis]].var()) / total for axis, key in enumerate(keys)}
     pairs = {}
     for (i, a), (j, b) in itertools.combinations(enumerate(keys), 2):
-        joint = _group_means(predicted, place[i] * len(grid[j]) + place[j], len(grid[i]) * len(grid[j]))
-        both = joint[place[i] * len(grid[j]) + place[j]] - predicted.mean() - main[i][place[i]] - main[j][place[j]]
+        joint = _group_means(predicted, place[i] * sizes[j] + place[j], sizes[i] * sizes[j])
+        both = joint[place[i] * sizes[j] + place[j]] - predicted.mean() - main[i][place[i]] - main[j][place[j]]
         pairs[a, b] = float(both.var()) / total
     return Importance(shares, pairs, 0.0, False)
 

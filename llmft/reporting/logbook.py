@@ -16,7 +16,7 @@ import filelock
 from llmft.files import write_atomically
 from llmft.reporting.study import Study, sorted_values
 from llmft.reporting.tables import Standing, number, spread_of
-from llmft.reporting.verdicts import Verdicts
+from llmft.reporting.verdicts import Verdicts, sentence
 
 ENTRY = "entry.md"
 HEAD = """# Logbook
@@ -27,7 +27,9 @@ questions and notes belong into `sweep.question=` and `notes=`.
 _STAMP = re.compile(r"^<!-- sweep: (.*?) -->$", re.M)
 
 
-def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path, root: Path) -> str:
+def entry(
+    study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path, root: Path, chance: str = ""
+) -> str:
     """A sweep's entry in Markdown, for a logbook in `root`."""
     created = study.created or ""
     parts = [
@@ -42,6 +44,7 @@ def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory
     if board:
         lines = [
             f"- {_line(line.name)}: {study.monitor} {number(line.mean)} (sd {spread_of(line)}, {line.replications})"
+            + "".join(f", {n.removeprefix('val/')} {number(v)}" for n, v in line.other_metrics.items() if "val/" in n)
             for line in board[:12]
         ]
         lines += [f"- and {len(board) - 12} more"] if len(board) > 12 else []
@@ -51,6 +54,10 @@ def entry(study: Study, verdicts: Verdicts, board: Sequence[Standing], directory
     if study.failures:
         parts.append(f"{len(study.failures)} trials without a result: {_line('; '.join(_failures(study)))}")
     parts.append(f"**Verdict.** {_line(verdicts.answer)}")
+    # The best against its next in each family, with the interval: an answer without one invites too much trust.
+    told = [f"- {_line(sentence(family.comparisons[0]))}" for family in verdicts.families if family.comparisons]
+    parts += ["\n".join(told)] if told else []
+    parts += [f"**Chance.** {_line(chance)}"] if chance else []
     place = os.path.relpath(directory / "report.html", root)
     parts.append(f"[Report](<{_line(place)}>)")
     return "\n\n".join(parts) + "\n"

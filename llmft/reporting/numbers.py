@@ -2,7 +2,8 @@
 
 A csv with the columns `configuration` and `value` (the mean over its runs), and, as far as known: `seeds` (runs
 behind the value; 1), `sd` (standard deviation between runs; one for all lines is enough), `sd_seeds` (on how many
-runs it was measured; empty: taken as known), `comparison` (lines with the same word are compared with one another).
+runs it was measured; empty: taken as known), `comparison` (lines with the same word are compared with one another),
+`metric` (what the value measures, such as accuracy, which says whether more or less of it is better).
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmft.errors import DataError, did_you_mean
+from llmft.config import Mode
+from llmft.errors import ConfigError, DataError, did_you_mean
+from llmft.monitor import mode_of, named_metric
 from llmft.reporting.noise import Noise, Replicate, Sample
 from llmft.reporting.verdicts import Verdicts, judge_samples
 
-COLUMNS = ("configuration", "value", "seeds", "sd", "sd_seeds", "comparison")
+COLUMNS = ("configuration", "value", "seeds", "sd", "sd_seeds", "comparison", "metric")
 
 
 @dataclass(frozen=True)
@@ -30,13 +33,17 @@ class Published:
     sd: float | None = None
     sd_seeds: int | None = None
     comparison: str = ""
+    metric: str = ""
 
 
-def judge_numbers(published: Sequence[Published], *, lower_is_better: bool = True) -> dict[str, Verdicts]:
-    """Verdicts per comparison.
+def judge_numbers(
+    published: Sequence[Published], *, metric: str | None = None, mode: Mode = Mode.auto
+) -> dict[str, Verdicts]:
+    """Verdicts per comparison of values of `metric`, where the lines do not name theirs.
 
     Spreads that were told are pooled within the comparison; where there are none, those of all lines.
-    Raises DataError for fewer than two configurations, or two of one name.
+    Raises DataError for fewer than two configurations, two of one name, or two metrics; ConfigError where nothing says
+    which direction is better.
     """
     groups: dict[str, list[Published]] = {}
     for line in published:
@@ -51,9 +58,22 @@ def judge_numbers(published: Sequence[Published], *, lower_is_better: bool = Tru
         samples = [
             Sample(line.name, tuple(Replicate(str(run), "", line.value) for run in range(line.seeds))) for line in lines
         ]
+        measured = {line.metric or metric or "" for line in lines}
+        if len(measured) > 1:
+            raise DataError(f"{where}: values of {' and '.join(sorted(measured))} cannot be compared with each other.")
+        lower_is_better = _mode(measured.pop(), mode, where) is Mode.min
         noise = _noise(samples, [line for line in lines if line.sd is not None] or published)
         found[name] = judge_samples(samples, lower_is_better=lower_is_better, noise=noise)
     return found
+
+
+def _mode(metric: str, mode: Mode, where: str) -> Mode:
+    if not metric and mode is Mode.auto:
+        raise ConfigError(
+            f"{where}: nothing says what the values measure: set metric=accuracy, say (or a column `metric`), or which "
+            "direction is better, mode=max or mode=min."
+        )
+    return mode_of(named_metric(metric) if metric else None, metric or "the values", mode, key="mode")
 
 
 def _noise(samples: Sequence[Sample], lines: Sequence[Published]) -> Noise:
@@ -122,4 +142,5 @@ def _published(line: dict[str, str], where: str) -> Published:
         number("sd", 0),
         int(measured) if measured is not None else None,
         line.get("comparison", ""),
+        line.get("metric", ""),
     )

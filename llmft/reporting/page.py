@@ -13,12 +13,13 @@ from markupsafe import Markup
 
 from llmft.redaction import redact
 from llmft.reporting import figures, tables
+from llmft.reporting.classes import confusion
 from llmft.reporting.clusters import text_clusters
 from llmft.reporting.curves import TRAIN
 from llmft.reporting.importance import importance
 from llmft.reporting.leaderboard import match_scores, rank_correlation
 from llmft.reporting.study import Study
-from llmft.reporting.verdicts import finding, number
+from llmft.reporting.verdicts import finding, number, undecided
 
 if TYPE_CHECKING:
     from llmft.reporting.write import Report
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 12
 MOST_COLUMNS = 4
 MOST_CHARACTERS = 700
+MOST_CLASSES = 20
+"""Of a confusion that is drawn."""
 
 
 @functools.cache
@@ -56,6 +59,7 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
         "rows": [tables.cells(line) for line in report.board],
         "legend": figures.series_of(study)[: figures.MOST_LINES],
         "figures": _figures(report, scores, clusters),
+        "metrics": report.metrics,
         "samples": side_by_side(study),
         "fits": _fits(report),
         "cost": tables.cost(study),
@@ -77,7 +81,14 @@ class Drawn:
 
 def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[Drawn]]:
     study = report.study
-    groups: dict[str, list[Drawn]] = {"verdicts": [], "curves": [], "keys": [], "scores": [], "clusters": []}
+    groups: dict[str, list[Drawn]] = {
+        "verdicts": [],
+        "curves": [],
+        "keys": [],
+        "scores": [],
+        "clusters": [],
+        "metrics": [],
+    }
     for family in report.verdicts.families:
         if family.key is not None and len(family.comparisons) < 2:
             continue  # one interval is said as well as drawn
@@ -98,15 +109,25 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
     shares = importance(study)
     if shares is not None:
         how = (
-            "Functional analysis of variance over the complete grid; what seeds alone would give is taken off."
+            "Functional analysis of variance over the complete grid; "
+            + ("what seeds alone would give is taken off." if shares.ranges else "the noise of seeds is unknown.")
             if shares.exact
             else "Functional analysis of variance of a random forest, since some combinations are missing."
         )
-        groups["keys"].append(Drawn("Importance", how, figures.importance_bars(shares)))
+        how += " In brackets, what the noise leaves open." if shares.ranges else ""
+        bars = figures.importance_bars(shares, undecided(report.verdicts, study.keys))
+        groups["keys"].append(Drawn("Importance", how, bars))
     for first, second in _pairs(study, shares):
         svg = figures.heat_map(study, first, second)
         groups["keys"].append(Drawn("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg))
     groups["scores"] = _scores(study, scores)
+    classes = confusion(study)
+    if classes is not None and len(classes[0]) <= MOST_CLASSES:
+        labels, counts, runs = classes
+        note = (
+            f"{study.configurations[0].name}, {runs} run{'s' if runs > 1 else ''}: true class down, likeliest across."
+        )
+        groups["metrics"].append(Drawn("Confusion", note, figures.confusion(labels, counts)))
     drawn = text_clusters(study) if clusters else None
     if drawn is not None:
         groups["clusters"].append(Drawn("Validation rows by their words", drawn.note, drawn.svg))

@@ -80,6 +80,15 @@ class RunRecord:
         found = after.get(metric) if isinstance(after, dict) else None
         return _number(found)
 
+    @property
+    def chance(self) -> dict[str, Any]:
+        """The prior beside the weights handed over, on the validation rows; empty where it was not recorded."""
+        found = self.result.get("chance")
+        own = found.get("val") if isinstance(found, dict) else None
+        names = ("loss", "prior_loss", "low", "high", "rows")
+        whole = isinstance(own, dict) and all(_is_number(own.get(name)) for name in names)
+        return own if whole and isinstance(own, dict) and isinstance(own.get("metrics"), dict) else {}
+
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) in the order of steps; values that are not finite are left out."""
         found = {r["step"]: float(r[metric]) for r in self.metrics if _is_number(r.get(metric))}

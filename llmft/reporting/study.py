@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from llmft.config import Mode
+from llmft.monitor import declared, mode_of, named_metric
 from llmft.redaction import redact
 from llmft.reporting.noise import Replicate, Sample
 from llmft.reporting.records import RunRecord, _object, read_run
@@ -95,12 +97,15 @@ class Study:
     """Trials that were ended on purpose: pruned, or the twin of another run."""
 
 
-def make_study(runs: Sequence[Path], sweep: Path | None = None) -> Study:
-    """Reads run directories, and the sweep's record where there is one."""
+def make_study(runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mode.auto) -> Study:
+    """Reads run directories, and the sweep's record where there is one.
+
+    Raises ConfigError where neither the metric, nor the records, nor `mode` says which direction is better.
+    """
     record = read_sweep(sweep) if sweep is not None else {}
     trials = trials_of(record)
     records = _read_all([*runs, *_trial_directories(record, trials, sweep)])
-    monitor, lower = _monitor(records, record)
+    monitor, lower = _monitor(records, record, mode)
     by_path = {run.directory.resolve(): run for run in records}
     _own_commands(trials, record, sweep, by_path)
     ended = _ended(trials, record, sweep, by_path)
@@ -151,14 +156,26 @@ def _trial_directories(record: Mapping[str, Any], trials: Sequence[Any], sweep: 
     return [path for path in found if path is not None]
 
 
-def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any]) -> tuple[str, bool]:
-    if record.get("monitor"):
-        return str(record["monitor"]), record.get("mode", "min") != "max"
-    named = Counter((r.monitor, str(r.config.get("trainer.mode", "min"))) for r in records if r.config)
-    if not named:
-        return "val/loss_nats", True
-    (monitor, mode), _ = named.most_common(1)[0]
-    return monitor, mode != "max"
+def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], asked: Mode) -> tuple[str, bool]:
+    """(metric, whether less is better): as the metric declares, else as the records say that it was taken."""
+    named = Counter(r.monitor for r in records if r.config)
+    monitor = str(record.get("monitor") or next(iter(named.most_common(1)), ("val/loss_nats",))[0])
+    own = [r for r in records if r.monitor == monitor]
+    lists = [listed for r in own if isinstance(listed := r.config.get("task.metrics"), list)]
+    paths = [str(path) for listed in lists for path in listed]
+    metric = named_metric(monitor, paths)
+    told = {str(mode) for mode in (record.get("mode"), *(r.config.get("trainer.mode") for r in own))} & {"min", "max"}
+    if asked is Mode.auto and declared(metric) is None and len(told) == 1:
+        asked = Mode(told.pop())
+    lower = mode_of(metric, monitor, asked, key="mode") is Mode.min
+    for run in own:  # runs of a version that took trainer.mode=min for granted
+        if run.config.get("trainer.mode") == ("max" if lower else "min"):
+            worst = "lowest" if run.config["trainer.mode"] == "min" else "highest"
+            run.faults.append(
+                f"its trainer.mode={run.config['trainer.mode']} is the wrong way round for {monitor}: what it hands "
+                f"over is of its {worst} validation, not of its best; train it again"
+            )
+    return monitor, lower
 
 
 def _title(record: Mapping[str, Any], records: Sequence[RunRecord], sweep: Path | None) -> str:

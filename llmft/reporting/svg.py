@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 
 from markupsafe import Markup, escape
@@ -35,7 +36,9 @@ def text(x: float, y: float, words: str, anchor: str = "start", **attributes: ob
 
 def figure(height: float, title: str, description: str, *children: Markup, width: float = WIDTH) -> Markup:
     """An SVG with a title and a description for those who do not see it."""
-    name = f"f{abs(hash((title, description))) % 10**8}"
+    # A wide one is scrolled on a narrow screen; shrunk to it, its words could not be read.
+    wide = {"style": f"min-width: {0.7 * width:.0f}px"} if width > WIDTH else {}
+    name = f"f{zlib.crc32(f'{title} {description}'.encode())}"
     head = [tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d")]
     return tag(
         "svg",
@@ -45,6 +48,7 @@ def figure(height: float, title: str, description: str, *children: Markup, width
         role="group",
         aria_labelledby=f"{name}t {name}d",
         class_="figure",
+        **wide,
     )
 
 

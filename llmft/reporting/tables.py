@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.reporting.classes import Table
 from llmft.reporting.comparing import Comparison
 from llmft.reporting.curves import Diagnosis, diagnose, summed_up
 from llmft.reporting.records import RunRecord
@@ -207,7 +208,14 @@ def to_csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
     return out.getvalue()
 
 
-def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves: str) -> str:
+def markdown(
+    study: Study,
+    verdicts: Verdicts,
+    board: Sequence[Standing],
+    curves: str,
+    metrics: Sequence[Table] = (),
+    chance: str = "",
+) -> str:
     """The whole report without figures."""
     parts = [f"# {study.title}"]
     if study.question:
@@ -215,8 +223,10 @@ def markdown(study: Study, verdicts: Verdicts, board: Sequence[Standing], curves
     parts.append(f"**Answer.** {verdicts.answer}")
     if verdicts.basis:
         parts.append(verdicts.basis)
+    parts += [f"**Chance.** {chance}"] if chance else []
     if board:
         parts += [f"## Configurations by {study.monitor}", markdown_table(HEAD, [cells(line) for line in board])]
+    parts += [part for own in metrics for part in (f"## {own.title}", markdown_table(own.head, own.lines))]
     if verdicts.all:
         head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
         lines = [

@@ -38,6 +38,13 @@ class Verdicts:
         return [(family.key, found) for family in self.families for found in family.comparisons]
 
 
+def undecided(verdicts: Verdicts, keys: Sequence[str]) -> set[str]:
+    """The keys of which no verdict tells one value from another."""
+    of_key = {family.key if len(keys) > 1 else keys[0]: family for family in verdicts.families} if keys else {}
+    clear = (Verdict.better, Verdict.worse)
+    return {k for k in keys if k not in of_key or not any(c.verdict in clear for c in of_key[k].comparisons)}
+
+
 def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
     samples = [c.sample(study.monitor) for c in study.configurations]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmft.config import Mode
 from llmft.files import write_atomically
 from llmft.redaction import redact
+from llmft.reporting import classes
+from llmft.reporting.classes import at_chance, metric_tables
 from llmft.reporting.curves import Diagnosis, summed_up
 from llmft.reporting.logbook import ENTRY, entry, update_logbook
 from llmft.reporting.study import Study, make_study
@@ -41,6 +45,16 @@ class Report:
         """The page."""
         return self.directory / "report.html"
 
+    @functools.cached_property
+    def metrics(self) -> list[classes.Table]:
+        """Every metric by configuration and by fold, with the prior's."""
+        return metric_tables(self.study)
+
+    @property
+    def chance(self) -> str:
+        """A warning where the best configuration is no better than the prior."""
+        return at_chance(self.study)
+
     @property
     def curves(self) -> str:
         """Over- and underfitting, summed up over the runs."""
@@ -66,6 +80,17 @@ class Report:
             screen.print(table)
             if len(self.board) > SHOWN_ON_CONSOLE:
                 screen.print(f"and {len(self.board) - SHOWN_ON_CONSOLE} more, see the page")
+        for own in self.metrics:
+            table = Table(title=escape(own.title.lower()), title_justify="left", box=box.SIMPLE_HEAD)
+            for name in own.head:
+                first = name == own.head[0]
+                justify = "left" if first else "right"
+                table.add_column(escape(name), justify=justify, overflow="fold", min_width=14 if first else None)
+            for cells_of_line in own.lines[:SHOWN_ON_CONSOLE]:
+                table.add_row(*map(escape, redact(cells_of_line)))
+            screen.print(table)
+        if self.chance:
+            screen.print(f"[red]chance[/red]  {escape(self.chance)}")
         if self.study.question:
             screen.print(f"[bold]question[/bold]  {escape(self.study.question)}")
         screen.print(f"[bold]answer[/bold]  {escape(self.verdicts.answer)}")
@@ -90,17 +115,19 @@ def write_report(
     logbook: Path | None = None,
     leaderboard_scores: Mapping[str, float] | None = None,
     clusters: bool = True,
+    mode: Mode = Mode.auto,
 ) -> Report:
     """Reads `runs` (and those that `sweep`, a sweep's directory, names), judges them and writes `directory`.
 
     `logbook` is made anew with this sweep's entry. `leaderboard_scores` are scores from elsewhere by run name or key.
     Odd, half-written and failed runs are listed with what is wrong with them.
 
-    Raises OSError where `directory` cannot be written.
+    Raises ConfigError where nothing but `mode` could say which direction of the metric is better, and it does not;
+    OSError where `directory` cannot be written.
     """
     from llmft.reporting.page import render
 
-    study = make_study(runs, sweep)
+    study = make_study(runs, sweep, mode)
     verdicts = judge(study)
     diagnoses = diagnose_all(study)
     board = leaderboard(study, diagnoses)
@@ -108,14 +135,14 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     files = {
         "report.html": render(report, dict(leaderboard_scores or {}), clusters=clusters),
-        "report.md": markdown(study, verdicts, board, report.curves),
+        "report.md": markdown(study, verdicts, board, report.curves, report.metrics, report.chance),
         "results.csv": results_csv(study, board),
         "verdicts.csv": verdicts_csv(verdicts),
     }
     for name, content in files.items():
         _write(directory / name, content)
     if logbook is not None and sweep is not None:
-        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent))
+        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent, report.chance))
         update_logbook(logbook, sweep.parent)
     return report
 

@@ -7,6 +7,7 @@ import re
 from dataclasses import dataclass
 
 from llmft.errors import ConfigError
+from llmft.overrides import unquoted
 
 Value = str | int | float
 """A choice is its text on the command line; a number is a number."""
@@ -61,4 +62,4 @@ def number_of(text: Value) -> float | None:
 
 def _same(one: Value, other: Value) -> bool:
     a, b = number_of(one), number_of(other)
-    return a == b if a is not None and b is not None else str(one) == str(other)
+    return a == b if a is not None and b is not None else unquoted(str(one)) == unquoted(str(other))

@@ -46,6 +46,8 @@ def run_search(
     wanted_trials(settings, space)
     maker = TrialMaker(planner, space, settings)
     probes = maker.probes()
+    if len({(probe.config.trainer.monitor, probe.config.trainer.mode) for probe in probes}) > 1:
+        raise ConfigError("trainer.monitor: varied, but it is what a search compares its trials by; keep it fixed.")
     sweep = open_search(probes, space, settings, fixed, command)
     maker.sweep = sweep
     screen = Screen()

@@ -267,5 +267,5 @@ class Search:
     def best(self) -> Candidate | None:
         """The configuration with the best mean so far."""
         complete = [candidate for candidate in self.candidates if candidate.value is not None]
-        sign = 1.0 if self.sweep.config.trainer.mode.value == "min" else -1.0
+        sign = self.sweep.config.trainer.mode.sign
         return min(complete, key=lambda candidate: sign * (candidate.value or 0.0), default=None)

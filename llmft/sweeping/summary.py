@@ -13,7 +13,7 @@ from rich.markup import escape
 from llmft.console import Screen
 from llmft.redaction import redact
 from llmft.sweeping.trials import Sweep
-from llmft.training.tracking import open_wandb
+from llmft.training.tracking import fitting, open_wandb
 
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 
@@ -40,12 +40,12 @@ def log_sweep(sweep: Sweep, screen: Screen, page: Path, verdicts: Sequence[str])
         return
     import wandb
 
-    def log() -> None:
+    def log(run: Any) -> None:
         columns: list[str | int] = [*sweep.swept, sweep.config.trainer.monitor, "status", "seconds", "run", "error"]
-        logger.experiment.log({"trials": wandb.Table(columns=columns, data=trial_rows(sweep))})
+        run.log({"trials": wandb.Table(columns=columns, data=trial_rows(sweep))})
         if page.is_file():
-            logger.experiment.log({"report": wandb.Html(str(page), inject=False)})
-        logger.experiment.summary.update(
+            run.log({"report": wandb.Html(str(page), inject=False)})
+        run.summary.update(
             {
                 "verdicts": redact(list(verdicts)),
                 "trials/all": len(sweep.trials),
@@ -57,11 +57,9 @@ def log_sweep(sweep: Sweep, screen: Screen, page: Path, verdicts: Sequence[str])
         )
 
     logger.attempt(log)
-    offline = logger.experiment.settings.mode == "offline"
-    entity = logger.experiment.entity
     logger.finish(0)
-    if not offline:
-        make_dashboard(sweep, entity, screen)
+    if not logger.offline:
+        make_dashboard(sweep, logger.experiment.entity, screen)
 
 
 def trial_rows(sweep: Sweep) -> list[list[Any]]:
@@ -103,7 +101,7 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
             workspaces.Section(name="samples", panels=samples, is_open=False),
         ],
         runset_settings=workspaces.RunsetSettings(
-            filters=f"Metric('group') == '{sweep.config.logger.wandb.group or sweep.name}'"
+            filters=f"Metric('group') == '{fitting(sweep.config.logger.wandb.group or sweep.name)}'"
         ),
     )
 

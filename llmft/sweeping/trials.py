@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import TrainConfig
+from llmft.data.messages import text_of
 from llmft.environment import sensible_threads
 from llmft.errors import ConfigError, DataError, UserError
-from llmft.files import write_atomically
+from llmft.files import read_plain, write_atomically
 from llmft.model.hub import Located, weight_bytes
+from llmft.monitor import with_mode
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import Run, existing_run, run_key, slug, unwritable
@@ -143,7 +145,7 @@ class Planner:
     def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
         try:
-            config = self.compose(overrides)
+            config = with_mode(self.compose(overrides))
         except Exception as error:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
@@ -153,7 +155,7 @@ class Planner:
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             rows = prepared.conversations["train"]
-            characters = sum(len(message["content"]) for row in rows for message in row.messages)
+            characters = sum(len(text_of(message)) for row in rows for message in row.messages)
             mean = characters / max(1, len(rows))
             size = weight_bytes(prepared.located)
             self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels), size)
@@ -289,7 +291,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
     sweep = Sweep(directory, identity, trials, swept, command)
     try:
-        known = json.loads(sweep.record_file.read_text())
+        known = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
         known = {}
     if known and known.get("identity") != identity:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmft.config import TrainConfig
 from llmft.errors import ConfigError
+from llmft.files import read_plain
 from llmft.runs import Run
 from llmft.sweeping.trials import Trial
 
@@ -53,7 +54,7 @@ def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], t
 def validations(directory: Path, monitor: str) -> dict[int, float]:
     """The monitored metric of a run by step, without that before training."""
     try:
-        lines = Run(directory, "").metrics_file.read_text().splitlines()
+        lines = read_plain(Run(directory, "").metrics_file).splitlines()
     except OSError:
         return {}
     found: dict[int, float] = {}

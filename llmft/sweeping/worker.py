@@ -112,6 +112,7 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
 
 def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """(message, exit code) for every config of which some part cannot be built."""
+    from llmft.build import trust
     from llmft.config import TrainConfig
     from llmft.errors import UserError
     from llmft.schema import restored
@@ -120,7 +121,9 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     wrong: dict[str, tuple[str, int]] = {}
     for number, plain in configs.items():
         try:
-            check_parts(restored(plain, TrainConfig))
+            config = restored(plain, TrainConfig)
+            trust(config.trusted_packages)
+            check_parts(config)
         except UserError as error:
             wrong[number] = (str(error), error.exit_code)
     return wrong

@@ -20,7 +20,7 @@ from llmft.data.batch import StepBatch
 from llmft.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.runs import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
-from llmft.training.out_of_memory import is_out_of_memory
+from llmft.training.out_of_memory import is_out_of_memory, let_go
 from llmft.training.stopping import SAVE, SIGNAL, Wishes, described
 
 OTHER_MACHINE = 1e-3
@@ -35,6 +35,17 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
+    """Lets Lightning's own counts (global_step, current_epoch, validations) go on after `step` steps of a run."""
+    loop = trainer.fit_loop.epoch_loop
+    for count in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):
+        for name in vars(count):
+            setattr(count, name, step)
+    epochs = trainer.fit_loop.epoch_progress.current
+    for name in vars(epochs):
+        setattr(epochs, name, step // steps_per_epoch)
 
 
 class Recorder(Callback):
@@ -143,7 +154,7 @@ class Checkpointer(Callback):
         self.every = every
         self.keep = keep
         self.monitor = monitor
-        self.sign = 1.0 if mode is Mode.min else -1.0
+        self.sign = mode.sign
         self.patience = patience
         self.total_steps = total_steps
         self.stops = set(stops)
@@ -164,8 +175,8 @@ class Checkpointer(Callback):
         self.next_loss: float | None = state.get("next_loss")
         self.failed_in = "training"
 
-    def state(self, trainer: L.Trainer, module: FineTuner) -> dict[str, Any]:
-        """What a resumed run needs besides tensors."""
+    def state(self, trainer: L.Trainer, module: FineTuner, *, probe: bool = True) -> dict[str, Any]:
+        """What a resumed run needs besides tensors; nothing is computed for it without `probe`."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
             "best_value": self.best_value,
@@ -177,7 +188,7 @@ class Checkpointer(Callback):
             "seconds": self.seconds(),
             "skipped": list(module.skipped),
             "loss_scale": scaler.state_dict() if scaler is not None else None,
-            "next_loss": self._next_loss(trainer, module),
+            "next_loss": self._next_loss(trainer, module) if probe else None,
         }
 
     @staticmethod
@@ -228,6 +239,8 @@ class Checkpointer(Callback):
         assert isinstance(module, FineTuner)
         asked = self._agree(trainer, module)
         self.pending = module.step in self.stops
+        if module.step >= self.total_steps:
+            trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
         if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
         self._meet(asked, trainer, module)
@@ -317,14 +330,19 @@ class Checkpointer(Callback):
         together = isinstance(exception, DivergedError) or (is_out_of_memory(exception) and trainer.world_size == 1)
         if together and trainer.training and not module.stepping and module.step > (self.saved or 0):
             module.skipped = [step for step in module.skipped if step <= module.step]
+            let_go(exception, module)
             try:
-                self.save(trainer, module, drop=False)
+                self.save(trainer, module, rescue=True)
             except DiskError as error:  # the exception under way is the news
                 self.tell(f"warning: {error}")
 
-    def save(self, trainer: L.Trainer, module: FineTuner, *, drop: bool = True) -> None:
-        """Writes a checkpoint from the first process, then drops old ones."""
-        weights, optimizer, state = module.weights(), module.optimizer_state(), self.state(trainer, module)
+    def save(self, trainer: L.Trainer, module: FineTuner, *, rescue: bool = False) -> None:
+        """Writes a checkpoint from the first process, then drops old ones.
+
+        With `rescue`, when the training has failed, nothing is computed and nothing dropped.
+        """
+        weights, optimizer = module.weights(), module.optimizer_state()
+        state = self.state(trainer, module, probe=not rescue)
         if not trainer.is_global_zero:
             return
         checkpoint = Checkpoint(module.step, weights, optimizer, state)
@@ -337,7 +355,7 @@ class Checkpointer(Callback):
                 return
             raise DiskError(f"{told}: free some space and run the same command.") from error
         self.saved = module.step
-        if drop:
+        if not rescue:
             prune(self.directory, self.keep, {self.best_step} if self.best_step is not None else set())
 
     def _not_saved(self, step: int, error: OSError) -> str:

@@ -19,8 +19,10 @@ import numpy as np
 import torch
 
 from llmft.data.batch import MicroBatch, StepBatch
+from llmft.data.encode import Ends
 from llmft.errors import DivergedError
 from llmft.inference.generate import generate
+from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
@@ -72,7 +74,7 @@ class Generation:
     metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
     decode: Callable[[list[int]], str]
     pad_id: int
-    end_ids: list[int]
+    ends: Ends
     max_new_tokens: int
     batch_size: int
     context_tokens: int | None = None
@@ -144,10 +146,12 @@ class FineTuner(L.LightningModule):
         keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
         skip_up_to: int | None = None,
         keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        tells_steps: bool = False,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
         `keeping` surrounds each forward of the training: where what it saves for the backward is held.
+        `tells_steps` hands each step's numbers to Lightning, for callbacks that a user adds.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -165,6 +169,7 @@ class FineTuner(L.LightningModule):
         self.keep_bad_step = keep_bad_step
         self.skip_up_to = skip_up_to
         self.keeping = keeping
+        self.tells_steps = tells_steps
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -197,16 +202,14 @@ class FineTuner(L.LightningModule):
         """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
         self.model.train()
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """One optimizer step over all micro-batches of `batch`.
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, torch.Tensor]:
+        """One optimizer step over all micro-batches of `batch`; returns its loss for callbacks.
 
         Raises DivergedError before the step when loss or gradient is not finite, and such steps are not skipped.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
-        rate = self.learning_rate(batch.step)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+        rate = self._set_rate(optimizer, batch.step)
         # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
         seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
         # FSDP averages the gradients of the processes; elsewhere they are summed below.
@@ -241,6 +244,16 @@ class FineTuner(L.LightningModule):
         }
         if self.skipped:
             self.train_metrics["train/skipped_steps"] = len(self.skipped)
+        if self.tells_steps:
+            self.log_dict(self.train_metrics, logger=False, batch_size=1)
+            self._set_rate(optimizer, self.step)  # as a scheduler would have
+        return {"loss": total}
+
+    def _set_rate(self, optimizer: Any, step: int) -> float:
+        rate = self.learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
@@ -327,10 +340,10 @@ class FineTuner(L.LightningModule):
             for row, nll, count in zip(rows, losses.nll, losses.counts, strict=True)
         ]
         gathered = sorted(row for share in self._gather(found) for row in share)
-        loss = math.fsum(nll for _, nll, _ in gathered) / math.fsum(count for _, _, count in gathered)
+        loss = loss_nats([nll for _, nll, _ in gathered], [count for _, _, count in gathered])
         metrics = {f"{split}/loss_nats": loss}
         if self.scoring is None:
-            metrics[f"{split}/perplexity"] = math.exp(min(loss, 700.0))
+            metrics[f"{split}/perplexity"] = perplexity(loss)
         outputs = self._outputs()
         if self.scoring is not None and outputs is not None:
             for name, metric in self.scoring.metrics.items():
@@ -368,7 +381,7 @@ class FineTuner(L.LightningModule):
                 self.model,
                 [sample.prompt_ids for _, sample in mine],
                 pad_id=generation.pad_id,
-                end_ids=generation.end_ids,
+                ends=generation.ends,
                 max_new_tokens=generation.max_new_tokens,
                 batch_size=generation.batch_size,
                 context_tokens=generation.context_tokens,

@@ -5,12 +5,17 @@ The same up to rounding, that is; and where there is dropout, with other draws: 
 
 from __future__ import annotations
 
+import gc
+import traceback
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmft.config import Checkpointing, TrainConfig
 from llmft.errors import ConfigError
 from llmft.training.fitting import Fit
+
+if TYPE_CHECKING:
+    import torch
 
 _TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
@@ -39,6 +44,33 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TOLD)
+
+
+def let_go(error: BaseException, module: torch.nn.Module) -> None:
+    """Gives back what a step that failed holds: the variables of the frames that `error` has passed, and gradients.
+
+    What is still running keeps its own; so do the lines of a traceback.
+    """
+    errors: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while errors:
+        cause = errors.pop()
+        if cause is None or id(cause) in seen:
+            continue
+        seen.add(id(cause))
+        traceback.clear_frames(cause.__traceback__)
+        errors += [cause.__cause__, cause.__context__]
+    module.zero_grad(set_to_none=True)
+    free_memory()
+
+
+def free_memory() -> None:
+    """Gives back what nobody holds any more."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def smaller(config: TrainConfig, found: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:

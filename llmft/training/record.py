@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config import TrainOn
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.files import write_atomically
-from llmft.predictions import FOLDER, PREFIX, Predictions, read_table
+from llmft.predictions import FOLDER, PREFIX, Predictions, names_in, open_member, read_table
 from llmft.prepare import Prepared
+from llmft.prior import against_prior
 from llmft.redaction import redact
 from llmft.runs import Run, append_line, source_facts, write_config
 from llmft.training.rows import Rows
@@ -97,7 +99,7 @@ def predictions_of(
         columns["fold"] = [data.fold] * len(rows)
     columns["loss_nats"] = list(losses)
     facts = {
-        "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint)],
+        "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint, targets.prior)],
         "id_column": prepared.id_column,
         "step": step,
         "held_out_rows": prepared.num_rows.get(split, 0),
@@ -105,6 +107,20 @@ def predictions_of(
     }
     names = [targets.name(row.target) for row in rows]
     return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)
+
+
+def chance_of(prepared: Prepared, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
+    found: dict[str, dict[str, Any]] = {}
+    targets = prepared.targets
+    trained_on = ("val",) if prepared.config.data.train_on is TrainOn.all else ()
+    for split in ("val", "test"):
+        if targets is None or split in trained_on or split not in names_in(prepared.run.directory):
+            continue
+        chance = against_prior(open_member(prepared.run.directory, split), metrics, targets.scale)
+        if chance is not None:
+            found[split] = chance.to_plain()
+    return found
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

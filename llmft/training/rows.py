@@ -6,17 +6,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmft.config import PromptConfig, Truncation
+from llmft.config import Problem, PromptConfig, Truncation
 from llmft.data.batch import steps_per_epoch
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import Examples
+from llmft.data.messages import text_of
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.quality import Finding, SplitFacts, findings, split_facts
+from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
 from llmft.data.targets import Targets
 from llmft.errors import ConfigError
-from llmft.model.families import LEARNED_POSITIONS
+from llmft.model.families import positions
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
+from llmft.model.quantization import agreed
 from llmft.prepare import Prepared, check_rejected
 from llmft.schema import canonical, to_plain
 
@@ -29,7 +31,7 @@ class Rows:
     prompt: PromptFormat
     encoder: Encoder
     splits: dict[str, Examples]
-    end_ids: list[int]
+    ends: Ends
     total_steps: int
     validate_every: int
     context_tokens: int | None
@@ -47,15 +49,37 @@ class Inspection:
 
 def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
-    facts = {split: split_facts(examples, rows.tokenizer, rows.end_ids) for split, examples in rows.splits.items()}
+    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
     found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *pseudo_findings(prepared), *found]
+    found = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows), *found]
     return Inspection(facts, overlaps, found)
 
 
-def pseudo_findings(prepared: Prepared) -> list[Finding]:
+def row_findings(prepared: Prepared) -> list[Finding]:
+    """What is to be told of the rows before they are tokenised."""
+    return [*_unlearned(prepared), *_pseudo(prepared)]
+
+
+def _unlearned(prepared: Prepared) -> list[Finding]:
+    """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
+    targets = prepared.targets
+    if targets is None or targets.problem is Problem.regression:
+        return []
+    counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
+    lacking = [label for label in targets.labels if not counts["train"].get(label)]
+    if not lacking:
+        return []
+    held = {label: sum(counts[split].get(label, 0) for split in counts) for label in lacking}
+    named = ", ".join(f"{label} ({held[label]} held out)" for label in lacking[:20]) + (
+        ", …" if len(lacking) > 20 else ""
+    )
+    message = f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
+    return [Finding("warning", "data.columns.target", message)]
+
+
+def _pseudo(prepared: Prepared) -> list[Finding]:
     """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
     others = [
@@ -84,6 +108,40 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
 
 
+def _unread(prepared: Prepared) -> list[Finding]:
+    """The keys of messages that nothing reads, once."""
+    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
+    message = f"these keys of messages are not used (messages that have them): {unused}"
+    return [Finding("warning", "data.columns.messages", message)] if unused else []
+
+
+def _serving(rows: Rows) -> list[Finding]:
+    """Where the text or the tokens of a row are not at once those that serving has."""
+    found: list[str] = []
+    for split, lengths in rows.encoder.lengths.items():
+        if lengths.rows_joined:
+            found.append(
+                f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
+                "with what follows: they are tokenised apart, as serving does"
+            )
+        if lengths.rows_split:
+            found.append(
+                f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
+                "look otherwise once later turns follow"
+            )
+        if lengths.rows_unlike:
+            found.append(
+                f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
+                "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
+            )
+    if rows.ends.text and rows.splits["train"].labelled.any():
+        found.append(
+            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
+            "server must be told it as a stop string"
+        )
+    return [Finding("warning", "prompt", message) for message in found]
+
+
 def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
     """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
     data, limits = prepared.config.data, rows.encoder.lengths["train"]
@@ -107,21 +165,22 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
     """
     config, conversations = prepared.config, prepared.conversations
+    architecture = model_config(config.model, prepared.located)
+    agreed(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
-        texts = [message["content"] for c in conversations["train"] for message in c.messages]
+        texts = [text_of(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:
         tokenizer = load_tokenizer(config.model, prepared.located)
     prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
-    targets = prepared.targets.to_plain() if prepared.targets is not None else None
+    targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
     fingerprint = canonical([prepared.data_fingerprint, targets, to_plain(config.task.head)])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
     trainer = config.trainer
-    architecture = model_config(config.model, prepared.located)
     per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
     total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
     every = trainer.validate_every
@@ -130,9 +189,8 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
         prompt,
         encoder,
         splits,
-        end_token_ids(splits["train"], prompt, tokenizer),
+        encoder.ends,
         total,
         max(1, round(every * total if every < 1 else every)),
-        getattr(architecture, "max_position_embeddings", None),
-        architecture.model_type in LEARNED_POSITIONS,
+        *positions(architecture),
     )

@@ -30,9 +30,9 @@ def make_generation(
     return Generation(
         samples=[_sample(rows, examples[place]) for place in sorted(order[:wanted])],
         metrics={path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)},
-        decode=decoder(rows.tokenizer, config.prompt.stop),
+        decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
         pad_id=rows.tokenizer.pad_token_id,
-        end_ids=rows.end_ids,
+        ends=rows.ends,
         max_new_tokens=config.task.max_new_tokens,
         batch_size=config.trainer.validation_batch_size,
         context_tokens=rows.context_tokens,
@@ -40,11 +40,11 @@ def make_generation(
 
 
 def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
-    """From the tokens of an answer to its text, up to the first of the strings `stop`."""
+    """From the tokens of an answer to its text, up to the first of the strings `stop`, of which empty ones are none."""
 
     def decode(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text[: min((place for place in map(text.find, stop) if place >= 0), default=len(text))]
+        return text[: min((place for place in map(text.find, filter(None, stop)) if place >= 0), default=len(text))]
 
     return decode
 
@@ -64,6 +64,6 @@ def _sample(rows: Rows, example: Encoded) -> Sample:
     return Sample(
         prompt_ids=rows.encoder.prompt_ids(conversation),
         prompt=rows.encoder.render(conversation, generation=True).text,
-        reference=conversation.messages[-1]["content"],
+        reference=rows.encoder.reference(conversation),
         where=example.where,
     )

@@ -2,35 +2,79 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
-from llmft.build import find, reads_text
+from llmft.build import check_arguments, find, reads_text
 from llmft.config import Head, TaskConfig
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
 from llmft.data.targets import Targets
+from llmft.errors import ConfigError
 from llmft.training.finetuner import Scoring
 from llmft.training.objectives.base import Objective
+
+
+def check_objective(task: TaskConfig) -> None:
+    """Raises ConfigError for an objective, or one of its arguments, that does not go with the task; before rows."""
+    objective, path = find(str(task.objective), "task.objective", "objective"), str(task.objective)
+    check_arguments(objective, path, task.objective_options, "task.objective_options")
+    takes = inspect.signature(objective).parameters
+    if task.head is None:
+        if "targets" in takes:
+            raise ConfigError(
+                f"task.objective={path} learns targets, which takes task.head=linear or task.head=tokens."
+            )
+        predicting = [path for path in task.metrics if path.startswith("llmft.metrics.") and not reads_text(path)]
+        if predicting:
+            raise ConfigError(
+                f"task.metrics={predicting[0]} reads predictions, which without a task.head are not made."
+            )
+    elif "targets" not in takes:
+        raise ConfigError(
+            f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
+            "set task.head=null."
+        )
+    given = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else {}
+    for name in task.objective_options.keys() & given.keys():
+        raise ConfigError(f"task.objective_options.{name}: this is given by the task; leave it out.")
+    for name in sorted(given.keys() - takes.keys()):
+        if given[name] or (name == "scores" and task.head is Head.tokens):
+            raise ConfigError(f"task.objective={path} takes no {name}, which this task gives it.")
+    try:
+        inspect.signature(objective).bind(**{n: v for n, v in given.items() if n in takes}, **task.objective_options)
+    except TypeError as error:
+        raise ConfigError(f"task.objective={path}: {error} (task.objective_options).") from None
+
+
+def _settings(task: TaskConfig) -> dict[str, float]:
+    """Numbers of the task that its objective uses."""
+    return {"label_smoothing": task.label_smoothing, "text_loss": task.text_loss}
 
 
 def make_objective(
     task: TaskConfig, targets: Targets | None, encoder: Encoder, splits: Mapping[str, Examples]
 ) -> Objective:
     """What is learned. Raises ConfigError for class words that the tokenizer does not tell apart."""
-    made = find(str(task.objective), "task.objective")
-    if task.head is None:
-        return made()
-    from llmft.training.objectives.choice import make_scores
-
-    options: dict[str, Any] = {"label_smoothing": task.label_smoothing}
-    assert targets is not None
+    check_objective(task)
+    objective = find(str(task.objective), "task.objective", "objective")
+    takes = inspect.signature(objective).parameters
+    options = dict(task.objective_options)
+    if task.head is not None:
+        options |= {name: value for name, value in _settings(task).items() if name in takes}
+        options["targets"] = targets
     if task.head is Head.tokens:
+        from llmft.training.objectives.choice import make_scores
+
+        assert targets is not None
         options["scores"] = make_scores(encoder, targets.words, dict(splits))
-        options["text_loss"] = task.text_loss
-    return made(targets, **options)
+    try:
+        made: Objective = objective(**options)
+    except Exception as error:
+        raise ConfigError(f"task.objective={task.objective}: cannot be built ({error}).") from None
+    return made
 
 
 def make_scoring(

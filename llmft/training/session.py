@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import os
+import hashlib
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,16 +14,15 @@ import lightning as L
 import torch
 
 from llmft.app import command_line
-from llmft.build import build, find, metric_functions, optimizer_factory
+from llmft.build import build, check_target, find, metric_functions, optimizer_factory
 from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.config import (
     Checkpointing,
     Export,
     Head,
+    Mode,
     OnNan,
-    OnSaveError,
-    Precision,
-    QuantizationFormat,
+    TaskConfig,
     TrainConfig,
     TrainOn,
     seconds_of,
@@ -30,10 +30,8 @@ from llmft.config import (
 from llmft.console import Screen
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
-from llmft.data.quality import stop_on_errors
 from llmft.environment import describe, sensible_threads
-from llmft.errors import ConfigError, DiskError, Interrupted, UserError, did_you_mean
-from llmft.files import check_space
+from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
 from llmft.model import adapters
 from llmft.model.checkpointing import Offloaded, set_checkpointing
 from llmft.model.compiling import compile_layers, release_layers
@@ -43,30 +41,29 @@ from llmft.model.load import (
     drop_base,
     kept_base,
     load_base,
-    pick_device,
-    pick_precision,
 )
 from llmft.model.memory import lora_rank, optimizer_bytes
-from llmft.model.quantization import weight_counts
+from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
+from llmft.monitor import mode_of, validation_metrics, with_mode
 from llmft.prepare import Prepared, process_rank
-from llmft.training.callbacks import Checkpointer, Recorder
+from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
 from llmft.training.fitting import architecture_of, choose_fit
+from llmft.training.guests import check_callbacks, failed_callback
+from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
-from llmft.training.plan import plan_facts
+from llmft.training.plan import last_names, plan_facts
 from llmft.training.progress import ShowProgress
-from llmft.training.record import before_and_after, validated_at, write_predictions, write_records
-from llmft.training.rows import inspect_rows, read_rows
+from llmft.training.readiness import check_dora, check_room, check_vocabulary, lightning_trainer, make_ready
+from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
-from llmft.training.scoring import make_objective, make_scoring
+from llmft.training.scoring import check_objective, make_scoring
 from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
 from llmft.training.watch import Watch, Watched
-
-LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
 
 
 @dataclass
@@ -74,27 +71,44 @@ class Parts:
     """What the config names and others wrote, or a task brings."""
 
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
-    objective: Any
     metrics: dict[str, Callable[..., float]]
-    callbacks: list[Any]
+    callbacks: dict[str, Any]
 
 
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
-    metrics = metric_functions(config.task.metrics, config.task.metric_options)
-    names = ["val/loss_nats", *(f"val/{name}" for name in metrics)]
-    if config.task.head is None:
-        names.append("val/perplexity")
-    wanted = config.trainer.monitor
-    if wanted not in names:
-        raise ConfigError(f"trainer.monitor={wanted}: no such metric{did_you_mean(wanted, names)}")
+    with_mode(config)
     check_loggers(config.logger)
+    metrics = metric_functions(config.task.metrics, config.task.metric_options)
+    for metric in metrics.values() if config.task.generate_rows else ():
+        # An encoder that is missing is told before the weights load, not after.
+        ready = getattr(getattr(metric, "func", metric), "ready", None)
+        if ready is not None:
+            ready(**getattr(metric, "keywords", {}))
+    check_objective(config.task)
+    if isinstance(config.trainer.strategy, dict):
+        check_target(config.trainer.strategy, "trainer.strategy", "strategy")
     return Parts(
         optimizer_factory(config.optimizer, config.learning_rate.peak),
-        find(str(config.task.objective), "task.objective"),
         metrics,
-        [build(node, f"trainer.callbacks.{name}") for name, node in config.trainer.callbacks.items()],
+        check_callbacks(
+            config,
+            {n: _callback(node, f"trainer.callbacks.{n}", config.task) for n, node in config.trainer.callbacks.items()},
+        ),
     )
+
+
+def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
+    """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
+    monitor, metrics = node.get("monitor"), validation_metrics(task)
+    if isinstance(monitor, str) and monitor.startswith("val/"):
+        if monitor not in metrics:
+            raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
+        takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_", "callback")).parameters
+        if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
+            asked = Mode(node.get("mode", "auto"))
+            node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
+    return build(node, key, "callback")
 
 
 class Session:
@@ -119,8 +133,7 @@ class Session:
         """Trains, or goes on training, and finishes the run directory; returns the monitored metric."""
         config = self.config
         self.parts = check_parts(config)
-        self._choose_device()
-        self._read()
+        self._ready()
         try:
             self._load()
         except Exception as error:
@@ -133,6 +146,7 @@ class Session:
         reused = {"base": self.base_reused, "tokens": sorted(self.encoder.cached)}
         environment = {**describe(self.device), "precision": self.precision.value, "reused": reused}
         environment["micro_batch"] = self.fit.to_plain()
+        environment["ran"] = self._ran()
         if self.main_process:
             write_records(self.prepared, self.rows, self.inspection.overlaps, environment)
             self.run_directory.keep_until(checkpoint.step if checkpoint is not None else -1)
@@ -140,7 +154,9 @@ class Session:
             self.loggers = make_loggers(config, self.run_directory, environment, self.screen)
         self.module = self._module()
         if self.main_process:
-            self._check_disk()
+            sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
+            states = optimizer_bytes(config.optimizer, sizes)
+            check_room(config, self.run_directory.directory, 4 * sum(sizes), states, self.screen.warn)
         if checkpoint is not None:
             try:
                 self.module.restore(checkpoint.step, checkpoint.weights, checkpoint.optimizer)
@@ -172,35 +188,17 @@ class Session:
         self._fit(trainer)
         return self._finish(trainer, recorder)
 
-    def _choose_device(self) -> None:
-        trainer = self.config.trainer
-        self.device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
-        self.precision = pick_precision(trainer.precision, self.device)
-        int8 = self.config.quantization.format is QuantizationFormat.int8
-        if self.device.type == "cpu" and int8 and self.config.lora.dora:
-            raise ConfigError(
-                "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
-            )
-        cores = os.cpu_count() or 1
-        if self.device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
-            raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
-        if self.device.type == "cuda" and isinstance(trainer.devices, int):
-            count = torch.cuda.device_count()
-            if trainer.devices > count:
-                raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {count} GPUs.")
-        torch.set_float32_matmul_precision("high")
-        # Deterministic mode would also write NaN over all memory that is handed out, 8% of a step on a CPU.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-
-    def _read(self) -> None:
-        """Tokenizer and token ids: everything about the data, before the weights load."""
-        self.rows = read_rows(self.prepared, self.screen.warn)
+    def _ready(self) -> None:
+        """Device, tokenizer and token ids: everything before the weights load."""
+        ready = make_ready(self.prepared, self.parts, self.screen.warn)
+        self.device, self.precision, self.rows = ready.device, ready.precision, ready.rows
+        self.inspection, self.objective = ready.inspection, ready.objective
         self.tokenizer, self.prompt, self.encoder = self.rows.tokenizer, self.rows.prompt, self.rows.encoder
         self.splits: dict[str, Examples] = self.rows.splits
         self.total_steps, self.validate_every = self.rows.total_steps, self.rows.validate_every
-        self.inspection = inspect_rows(self.prepared, self.rows, near=False)
-        stop_on_errors(self.inspection.findings)
-        self.objective = make_objective(self.config.task, self.prepared.targets, self.encoder, self.splits)
+        torch.set_float32_matmul_precision("high")
+        # Deterministic mode would also write NaN over all memory that is handed out, 8% of a step on a CPU.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
     def _set_threads(self, num_weights: int) -> None:
         """As configured, or as many as the model can use."""
@@ -232,7 +230,8 @@ class Session:
             renew_head(self.base, stream(config.seed, "head"))
         counts = weight_counts(self.base)
         self._set_threads(counts["4-bit"] + counts["8-bit"] + counts["full"])
-        self._check_vocabulary()
+        check_dora(config, self.device, int8=counts["8-bit"] > 0)
+        check_vocabulary(config, self.rows, self.base.get_input_embeddings().weight.shape[0])
         self.base.config.pad_token_id = self.tokenizer.pad_token_id
         set_checkpointing(self.base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
         if config.lora.enabled:
@@ -264,38 +263,6 @@ class Session:
         if config.trainer.compile:
             compile_layers(self.model, self.screen.warn)
 
-    def _check_disk(self) -> None:
-        """Room for all checkpoints that will stand at once and for what is handed over, before the first step."""
-        trainer = self.config.trainer
-        sizes = [p.numel() for p in self.model.parameters() if p.requires_grad]
-        weights = 4 * sum(sizes)
-        states = optimizer_bytes(self.config.optimizer, sizes)
-        directory = self.run_directory.directory
-        there = sum(path.stat().st_size for path in directory.rglob("*.safetensors"))
-        # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
-        needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - there
-        try:
-            check_space(directory, max(0, needed))
-        except OSError as error:
-            told = f"{directory}: {error.strerror} for checkpoints and weights"
-            if trainer.on_save_error is OnSaveError.warn:
-                self.screen.warn(f"{told}; training all the same (trainer.on_save_error=warn).")
-            else:
-                raise DiskError(
-                    f"{told}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
-                    f"{trainer.keep_checkpoints}."
-                ) from None
-
-    def _check_vocabulary(self) -> None:
-        size = self.base.get_input_embeddings().weight.shape[0]
-        highest = max(int(examples.ids.max(initial=0)) for examples in self.splits.values())
-        if highest >= size:
-            raise ConfigError(
-                f"model={self.config.model.label}: its tokenizer makes token {highest} but the model knows only "
-                f"{size}; "
-                "tokenizer and weights do not belong together."
-            )
-
     def _module(self) -> FineTuner:
         config = self.config
         train = self.splits["train"]
@@ -321,6 +288,7 @@ class Session:
             keep_bad_step=self._keep_bad_step,
             skip_up_to=self.total_steps if config.trainer.on_nan is OnNan.skip else None,
             keeping=partial(Offloaded, self.model) if self._offloads() else nullcontext,
+            tells_steps=bool(config.trainer.callbacks),
         )
         self.data.position = lambda: module.step
         self.data.stops = [*range(self.validate_every, self.total_steps, self.validate_every), self.total_steps]
@@ -365,34 +333,18 @@ class Session:
         return Wishes(self.signals, self.run_directory, deadline)
 
     def _trainer(self, callbacks: list[Any], first_validates: bool) -> L.Trainer:
-        trainer = self.config.trainer
-        strategy = trainer.strategy
-        if isinstance(strategy, dict):
-            strategy = build(strategy, "trainer.strategy")
-        try:
-            return L.Trainer(
-                accelerator="gpu" if self.device.type == "cuda" else "cpu",
-                devices=trainer.devices,
-                num_nodes=trainer.num_nodes,
-                strategy=strategy,
-                precision=LIGHTNING_PRECISION[self.precision],  # type: ignore[arg-type]
-                max_epochs=-1,
-                # A run whose last validation is still to come takes no step; Lightning wants at least one to allow it.
-                max_steps=max(1, self.total_steps - self.module.step),
-                num_sanity_val_steps=-1 if first_validates else 0,
-                check_val_every_n_epoch=1,
-                reload_dataloaders_every_n_epochs=1,
-                use_distributed_sampler=False,
-                deterministic="warn" if trainer.deterministic else False,
-                logger=self.loggers or False,
-                callbacks=[*callbacks, *self.parts.callbacks],
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-                barebones=False,
-            )
-        except (ValueError, TypeError, RuntimeError) as error:
-            raise ConfigError(f"trainer: {str(error).splitlines()[0]}") from None
+        made = lightning_trainer(
+            self.config,
+            self.device,
+            self.precision,
+            max_steps=self.total_steps,
+            val_check_interval=self.validate_every,
+            num_sanity_val_steps=-1 if first_validates else 0,
+            logger=self.loggers or False,
+            callbacks=[*callbacks, *self.parts.callbacks.values()],
+        )
+        count_from(made, self.module.step, self.data.steps_per_epoch)
+        return made
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -415,6 +367,8 @@ class Session:
             told = "interrupted; the same command goes on from the newest checkpoint."
             raise Interrupted(told, self.signals.received) from error
         except Exception as error:
+            if (told_by := failed_callback(error, self.parts.callbacks)) is not None:
+                raise told_by from error
             if not is_out_of_memory(error):
                 raise
             if self.module.trainer.world_size > 1:  # the other processes cannot follow
@@ -460,20 +414,24 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early,
             "seconds": round(recorder.seconds, 3),
         }
+        chance = chance_of(self.prepared, self.module.scoring.metrics if self.module.scoring is not None else {})
+        if chance:
+            result["chance"] = chance
         if self.module.skipped:
             result["skipped_steps"] = self.module.skipped
         run.finish(result)
         for logger in self.loggers:
             if isinstance(logger, SafeWandbLogger):
                 logger.summarise({**{f"best/{k}": v for k, v in after.items()}, "best/step": step})
-        blank = config.data.train_on is TrainOn.all
         self.screen.summary(
             before,
-            {name: value for name, value in after.items() if not (blank and name.startswith("val/"))},
+            after,
             {
                 "weights": f"{target} (step {step} of {self.total_steps}, {config.trainer.export.value})",
                 "time": f"{recorder.seconds:.1f} s in training and validation",
             },
+            chance,
+            blank=config.data.train_on is TrainOn.all,
         )
         self.exit_code = 0
         return after.get(config.trainer.monitor)
@@ -481,6 +439,11 @@ class Session:
     def _take_best(self) -> int:
         """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""
         best = self.checkpointer.best_step
+        if best is None and self.config.data.train_on is not TrainOn.all:
+            self.screen.warn(
+                f"no validation had a finite {self.config.trainer.monitor}, so none is the best: the last weights are "
+                "handed over."
+            )
         if best is None or best == self.module.step:
             return self.module.step
         path = path_of(self.run_directory.checkpoints, best)
@@ -510,6 +473,27 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------------- records
 
+    def _targets(self) -> list[str]:
+        """The modules that have a LoRA."""
+        return sorted(getattr(self.model, "targeted_module_names", []))
+
+    def _ran(self) -> dict[str, Any]:
+        """What the model is and does, read from it and not from what was asked for."""
+        objective, template = type(self.objective), str(self.prompt.config.template)
+        return {
+            "quantization": held_as(self.base),
+            "weights": weight_counts(self.model),
+            "attention": getattr(self.base.config, "_attn_implementation", None),
+            "gradient_checkpointing": self.fit.checkpointing.value,
+            "objective": f"{objective.__module__}.{objective.__qualname__}",
+            "prompt": {
+                "name": self.config.prompt.name,
+                "of_the_tokenizer": not self.config.prompt.template,
+                "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+            },
+            "lora_modules": {"count": len(self._targets()), "names": last_names(self._targets())},
+        }
+
     def _show_plan(self, resumed_at: int | None) -> None:
         config = self.config
         facts = plan_facts(
@@ -519,6 +503,8 @@ class Session:
             self.precision,
             self.total_steps,
             self.validate_every,
+            held_as(self.base),
+            self._targets(),
         )
         facts["at once"] = str(self.fit)
         facts["run"] = str(self.run_directory.directory)
@@ -527,12 +513,15 @@ class Session:
         self.screen.plan(facts)
         limits = self.encoder.lengths["train"]
         if limits.rows_cut or limits.rows_dropped:
-            by = ", ".join(f"{count} by {key}" for key, count in limits.dropped_by.items())
+            by = "".join(f", {count} by {key}" for key, count in limits.dropped_by.items())
             self.screen.warn(
                 f"length limits: {limits.rows_cut} training rows were cut in their prompt and {limits.rows_dropped} "
-                f"left out ({by}), {limits.answer_share_dropped:.1%} of all answer tokens; "
+                f"left out{by}, {limits.answer_share_dropped:.1%} of all answer tokens; "
                 "`python -m llmft.check` shows more."
             )
+        slow = cost(self.objective)
+        if slow is not None:
+            self.screen.warn(f"task.head=tokens: {slow}.")
         for finding in self.inspection.findings:
             self.screen.warn(f"{finding.key}: {finding.message}.")
         if self.prepared.problems.rejected:

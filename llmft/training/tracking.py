@@ -1,31 +1,44 @@
 """Loggers: Weights & Biases, which may fail and never stops or delays a run, and Lightning's others.
 
-Without an API key or a connection W&B logs offline at once: never a prompt, never a hang. The run's own files
-(`metrics.jsonl`, …) are complete whatever happens here.
+Without an API key or a connection W&B logs offline: never a prompt, and no wait but a bounded one at the end. The run's
+own files (`metrics.jsonl`, …) are complete whatever happens here.
 """
 
 from __future__ import annotations
 
+import json
 import netrc
 import os
+import queue
 import secrets
 import shlex
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-from lightning.pytorch.loggers import Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
 from llmft.build import build
 from llmft.config import LoggerConfig, TrainConfig, WandbConfig
 from llmft.console import Screen
+from llmft.network import NoAnswer, ask, host_of, in_thread
 from llmft.redaction import redact
 from llmft.runs import Run, run_name
 from llmft.schema import to_plain
+
+LOOK_S = 2.5
+"""How long the server may take to answer that it is there."""
+GRACE_S = 2.0
+"""wandb keeps its time limits itself; after so much more it is left behind."""
+OFFLINE_START_S = 20.0
+"""No server is waited for, but wandb's own process is, on a machine that may be busy."""
+LONGEST_TAG, LONGEST_NAME = 64, 128
+"""Characters that W&B takes."""
 
 
 def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
@@ -33,17 +46,34 @@ def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
     wanted = os.environ.get("WANDB_MODE")
     if wanted in ("offline", "disabled", "dryrun"):
         return ("offline" if wanted == "dryrun" else wanted), None
-    url = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
-    if not has_key(urlparse(url).hostname or ""):
+    url = wandb_url()
+    if not has_key(host_of(url)):
         return "offline", "no API key found (run `wandb login` to log online)"
+    cause = look_at_wandb(url, min(LOOK_S, config.start_timeout_s))
+    return ("online", None) if cause is None else ("offline", cause)
+
+
+def wandb_url() -> str:
+    """The server that wandb would log to."""
+    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
+
+
+def look_at_wandb(url: str, seconds: float) -> str | None:
+    """None where a W&B server seems to answer at `url`, else in one phrase what is there instead.
+
+    A refusal (4xx) is an answer too: wandb itself says what it means.
+    """
+    question = {"Content-Type": "application/json"}
     try:
-        with urllib.request.urlopen(f"{url}/healthz", timeout=config.start_timeout_s):
-            pass
-    except urllib.error.HTTPError:
-        pass  # it answers, that is enough
-    except (OSError, ValueError) as error:
-        return "offline", f"{url} cannot be reached ({getattr(error, 'reason', error)})"
-    return "online", None
+        status, content = ask(f"{url}/graphql", seconds, headers=question, body=b'{"query": "{__typename}"}')
+        if 400 <= status < 500 or (status < 300 and isinstance(json.loads(content), dict)):
+            return None
+        return f"{url} answers with status {status}"
+    except NoAnswer as error:
+        # wandb has certificates of its own.
+        return None if "CERTIFICATE_VERIFY_FAILED" in str(error) else f"{url} cannot be reached ({error})"
+    except ValueError:
+        return f"{url} cannot be reached (what answers there is not W&B)"
 
 
 def has_key(host: str) -> bool:
@@ -67,62 +97,109 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix.rstrip("."): value}
 
 
-class SafeWandbLogger(WandbLogger):
-    """W&B as a sink that may fail: its first error is said once, and nothing more is sent."""
+class SafeWandbLogger(Logger):
+    """W&B as a sink that may fail and that nobody waits for: its run is started and written by a thread of its own.
 
-    def __init__(self, experiment: Any, screen: Screen) -> None:
-        super().__init__(experiment=experiment)
+    Its first error is said once, and nothing more is sent.
+    """
+
+    def __init__(self, start: Callable[[], Any], screen: Screen, longest_end_s: float, id: str = "") -> None:
+        """`start` makes the W&B run, or None."""
+        super().__init__()
         self._screen = screen
+        self._longest_end_s = longest_end_s
+        self._exit_code = 0
+        self._id = id
         self._broken = False
-        self._table: Any = None
+        self._actions: queue.SimpleQueue[Callable[[Any], object] | None] = queue.SimpleQueue()
+        self._run: Future[Any] = Future()
+        self._done = in_thread(lambda: self._work(start))
+        self.attempt(lambda run: (run.define_metric("step", hidden=True), run.define_metric("*", step_metric="step")))
 
-    def attempt(self, action: Any) -> None:
-        """Does it, unless something failed before; the first failure is said once."""
-        if self._broken:
-            return
+    def _work(self, start: Callable[[], Any]) -> None:
+        run: Any = None
+        try:
+            run = start()
+        except Exception as error:
+            self._screen.warn(f"W&B cannot log ({_in_words(error)}); the local records go on.")
+        self._run.set_result(run)
+        while (action := self._actions.get()) is not None:
+            if run is not None and not self._broken:
+                self._try(partial(action, run))
+        if run is not None:
+            self._try(lambda: run.finish(exit_code=self._exit_code))
+
+    def _try(self, action: Callable[[], object]) -> None:
         try:
             action()
         except Exception as error:  # whatever a logging service raises must not end a training
             self._broken = True
-            self._screen.warn(f"W&B stopped logging ({type(error).__name__}: {error}); the local records go on.")
+            self._screen.warn(f"W&B stopped logging ({_in_words(error)}); the local records go on.")
+
+    @property
+    def experiment(self) -> Any:
+        """The W&B run, for callbacks of the user's: the first use of it waits until it has started."""
+        return _Experiment(self._run)
+
+    @property
+    def offline(self) -> bool:
+        """Whether the run that has ended was written into a folder only, if at all."""
+        return not self._run.done() or self._run.result() is None or self._run.result().settings.mode == "offline"
+
+    @property
+    def name(self) -> str:
+        """As Lightning asks for it."""
+        return "wandb"
+
+    @property
+    def version(self) -> str:
+        """The W&B run's id."""
+        return self._id
+
+    def attempt(self, action: Callable[[Any], object]) -> None:
+        """Does it with the W&B run, in its turn, unless something failed before; the first failure is said once."""
+        self._actions.put(action)
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        """Nothing: the config was sent at the start."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Logs numbers against our own count of optimizer steps."""
-        self.attempt(lambda: self.experiment.log({**metrics, "step": step}))
-
-    def count_steps(self) -> None:
-        """Tells W&B to draw everything over our own count of steps."""
-
-        def tell() -> None:
-            self.experiment.define_metric("step", hidden=True)
-            self.experiment.define_metric("*", step_metric="step")
-
-        self.attempt(tell)
+        numbers = {**metrics, "step": step}
+        self.attempt(lambda run: run.log(numbers))
 
     def log_samples(self, step: int, samples: Sequence[Mapping[str, Any]]) -> None:
         """Adds one validation's generations to the samples table."""
         import wandb
 
-        def add() -> None:
-            columns: list[str | int] = ["step", "where", "prompt", "reference", "generated"]
-            table = wandb.Table(
-                columns=columns, data=[[step, *(redact(s[str(c)]) for c in columns[1:])] for s in samples[:64]]
-            )
-            self.experiment.log({"samples": table, "step": step})
-
-        self.attempt(add)
+        columns: list[str | int] = ["step", "where", "prompt", "reference", "generated"]
+        rows = [[step, *(redact(sample[str(column)]) for column in columns[1:])] for sample in samples[:64]]
+        self.attempt(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
         """Writes the final values into the run's summary."""
-        self.attempt(lambda: self.experiment.summary.update(dict(values)))
+        self.attempt(lambda run: run.summary.update(dict(values)))
 
     def finalize(self, status: str) -> None:
         """Nothing: the run ends in `finish`, after the summary is written."""
 
     def finish(self, exit_code: int) -> None:
-        """Closes the run, so that the next job of this process gets its own."""
-        self._broken = False
-        self.attempt(lambda: self.experiment.finish(exit_code=exit_code))
+        """Closes the run, so that the next job of this process gets its own; waits at most `longest_end_s`."""
+        self._exit_code = exit_code
+        self._actions.put(None)
+        if not wait([self._done], self._longest_end_s).done:
+            self._screen.warn(f"W&B was not done within {self._longest_end_s:g} s; what is in its folder stays.")
+
+
+class _Experiment:
+    """A W&B run that may not have started: Lightning asks for it when a training begins, and must not wait."""
+
+    def __init__(self, run: Future[Any]) -> None:
+        self._run = run
+
+    def __getattr__(self, name: str) -> Any:
+        run = self._run.result()
+        return (lambda *arguments, **named: None) if run is None else getattr(run, name)
 
 
 def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
@@ -133,7 +210,8 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
         if made is not None:
             loggers.append(made)
     loggers.extend(
-        build(node, f"logger.loggers.{name}", **_directory(node, run)) for name, node in config.logger.loggers.items()
+        build(node, f"logger.loggers.{name}", "logger", **_directory(node, run))
+        for name, node in config.logger.loggers.items()
     )
     return loggers
 
@@ -143,7 +221,7 @@ def check_loggers(config: LoggerConfig) -> None:
     from llmft.build import check_target
 
     for name, node in config.loggers.items():
-        check_target(node, f"logger.loggers.{name}")
+        check_target(node, f"logger.loggers.{name}", "logger")
 
 
 def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
@@ -198,53 +276,109 @@ def _start_wandb(
     )
 
 
+def fitting(text: str, longest: int = LONGEST_NAME) -> str:
+    """`text` as W&B takes it: an ellipsis in place of what is too much."""
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
 def open_wandb(
-    settings: WandbConfig, screen: Screen, *, id: Callable[[], str], dir: Path, **arguments: Any
+    settings: WandbConfig,
+    screen: Screen,
+    *,
+    id: Callable[[], str],
+    dir: Path,
+    tags: Sequence[str],
+    **arguments: Any,
 ) -> SafeWandbLogger | None:
-    """A W&B run, online where that is possible, else offline; None where it is switched off or cannot even do that."""
-    mode, why = wandb_mode(settings)
-    if mode == "disabled":
+    """A W&B run, online where that is possible, else offline; None where it is switched off or not installed."""
+    if os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
-        import wandb
+        import wandb  # noqa: F401 (here, and not in the thread beside other imports)
     except ImportError as error:
         screen.warn(f"W&B cannot log ({error}); the local records go on.")
         return None
+    cut = [tag for tag in tags if len(tag) > LONGEST_TAG]
+    if cut:
+        screen.warn(f"W&B takes tags of {LONGEST_TAG} characters: there, {', '.join(cut)} will be cut.")
+    arguments |= {key: fitting(arguments[key]) for key in ("name", "group", "job_type")}
+    arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
+    arguments["tags"] = [*dict.fromkeys(fitting(tag, LONGEST_TAG) for tag in tags if tag)]
+    return SafeWandbLogger(
+        lambda: _begin(settings, screen, dir, arguments),
+        screen,
+        settings.start_timeout_s + settings.finish_timeout_s + GRACE_S,
+        arguments["id"],
+    )
 
-    # Absolute: the service that writes may have been started in another directory.
-    arguments |= {"project": settings.project, "entity": settings.entity, "id": id(), "dir": str(dir.resolve())}
-    experiment: Any = None
-    for attempt in dict.fromkeys((mode, "offline")):
-        try:
-            experiment = wandb.init(
-                **arguments,
-                resume="allow" if attempt == "online" else None,
-                mode=attempt,  # type: ignore[arg-type]
-                reinit="create_new",  # trainings that share a base have their runs open side by side
-                settings=wandb.Settings(
-                    init_timeout=20,
-                    finish_timeout=settings.finish_timeout_s,
-                    console="off",
-                    silent=True,
-                    x_disable_meta=True,  # it would send the raw command line
-                    save_code=False,
-                ),
-            )
-            break
-        except Exception as error:
-            why = f"{type(error).__name__}: {error}"
-    if experiment is None:
+
+def _begin(settings: WandbConfig, screen: Screen, dir: Path, arguments: dict[str, Any]) -> Any:
+    """Starts the W&B run, and says where it is; None, and why, where it cannot even be written offline."""
+    began = time.monotonic()
+    mode, why = wandb_mode(settings)
+    run: Any = None
+    try:
+        if mode == "online":
+            left = max(1.0, settings.start_timeout_s - (time.monotonic() - began))
+            online = in_thread(lambda: _init(settings, dir, arguments, left, mode="online", resume="allow"))
+            if not wait([online], left + GRACE_S).done:
+                raise NoAnswer(f"{wandb_url()} did not take the run within {left:.0f} s")
+            run = online.result()
+    except Exception as error:
+        why = _in_words(error)
+        # W&B's service still holds the other one.
+        arguments = {**arguments, "id": f"{arguments['id']}-offline"}
+    for around in (nullcontext, _without_settings):
+        if run is None:
+            try:
+                with around():
+                    run = _init(settings, dir, arguments, OFFLINE_START_S, mode="offline")
+            except Exception as error:
+                why = why or _in_words(error)
+    if run is None:
         screen.warn(f"W&B cannot log ({why}); the local records go on.")
-        return None
-    if experiment.settings.mode == "offline" or attempt == "offline":
-        folder = Path(experiment.dir).resolve().parent
+    elif run.settings.mode == "offline":
+        folder = Path(run.dir).resolve().parent
         folder = dir / folder.relative_to(dir.resolve()) if folder.is_relative_to(dir.resolve()) else folder
         screen.print(
-            f"W&B is offline{': ' + why if why else ''}. To upload the run later:",
+            f"W&B is offline{': ' + escape(why) if why else ''}. To upload the run later:",
             f"  wandb sync {escape(shlex.quote(str(folder)))}",
         )
-    elif experiment.url:
-        screen.print(f"W&B {experiment.url}")
-    logger = SafeWandbLogger(experiment, screen)
-    logger.count_steps()
-    return logger
+    elif run.url:
+        screen.print(f"W&B {run.url}")
+    return run
+
+
+def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], timeout_s: float, **how: Any) -> Any:
+    import wandb
+
+    return wandb.init(
+        **arguments,
+        **how,
+        # Absolute: the service that writes may have been started in another directory.
+        dir=str(dir.resolve()),
+        reinit="create_new",  # trainings that share a base have their runs open side by side
+        settings=wandb.Settings(
+            init_timeout=timeout_s,
+            finish_timeout=settings.finish_timeout_s,
+            console="off",
+            silent=True,
+            x_disable_meta=True,  # it would send the raw command line
+            save_code=False,
+        ),
+    )
+
+
+@contextmanager
+def _without_settings() -> Iterator[None]:
+    """Without W&B's variables of the environment: one that it refuses would keep it from writing offline too."""
+    before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("WANDB_")}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _in_words(error: BaseException) -> str:
+    kind = "" if isinstance(error, NoAnswer) else f"{type(error).__name__}: "
+    return redact(f"{kind}{' '.join(str(error).split())}"[:300])

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 
 from llmft.config import ModelConfig, ModelInit, QuantizationConfig
+from llmft.data.encode import Ends
 from llmft.environment import versions
 from llmft.inference.generate import generate
 from llmft.model.hub import Located
@@ -61,7 +62,7 @@ def main() -> None:
             patch = mock.patch("llmft.inference.generate.dequantized", nothing_kept)
             with contextlib.nullcontext() if kept else patch:
                 began = time.perf_counter()
-                found[kept] = generate(base, prompts, pad_id=0, end_ids=[], max_new_tokens=new_tokens)
+                found[kept] = generate(base, prompts, pad_id=0, ends=Ends([]), max_new_tokens=new_tokens)
             times[kept] += [time.perf_counter() - began] if number else []
     print(platform.processor() or platform.machine(), json.dumps(versions()))
     print(f"{rows} prompts of 100 tokens, {new_tokens} new ones each, {rounds} rounds")

@@ -156,7 +156,7 @@ def test_what_cannot_be_asked_is_refused_in_one_sentence(override: str, told: st
 def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     import hydra
 
-    from llmft.app import config_directory
+    from llmft.overrides import config_directory
 
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     config = bench_config("models=[tiny,mistral]", "lora.r=4", "batch_size=8", "gradient_checkpointing=selective")

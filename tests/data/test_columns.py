@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import contextlib
+import datetime
+from decimal import Decimal
+from itertools import combinations
+from typing import Any
+
 import pytest
 
-from llmft.config import BadRow, Columns, DataConfig
+from llmft.config import BadRow, Columns, DataConfig, Head, TaskConfig
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import Problems, Row
 from llmft.errors import ConfigError, DataError
@@ -61,7 +67,8 @@ def test_a_bad_row_says_why(values: dict, reason: str) -> None:
         ([{"role": "user", "content": "Q"}], "nothing to learn"),
         ([{"role": "assistant", "content": "A"}], "take turns"),
         ([{"role": "user", "content": "Q"}, {"role": "user", "content": "Q"}], "take turns"),
-        ([{"role": "tool", "content": "Q"}], "has the role 'tool'"),
+        ([{"role": "tool", "content": "Q"}], "take turns"),
+        ([{"role": "narrator", "content": "Q"}], "has the role 'narrator'"),
         ([{"role": "user", "content": "Q"}, {"role": "assistant", "content": " "}], "has no text"),
         ([1], "an object was expected"),
         (["Q"], "nothing to learn"),
@@ -121,3 +128,198 @@ def test_numbers_and_booleans_are_text_and_not_a_number_is_empty() -> None:
     assert convert(Columns(prompt="q", response="r"), q=1.5, r=False)[1]["content"] == "False"
     with pytest.raises(ValueError, match="not a number"):
         convert(Columns(prompt="q", response="r"), q="Q", r=float("nan"))
+
+
+KEYS = ("prompt", "input", "response", "system", "messages", "text", "target", "id", "chosen", "rejected")
+HEADS = {
+    "text": TaskConfig(name="generation", objective="x"),
+    "classes": TaskConfig(name="classification", head=Head.linear),
+}
+
+
+def marked_rows(asked: bool) -> list[Row]:
+    """Two rows in which each column's value names the column."""
+    rows = []
+    for number in range(2):
+        values: dict[str, Any] = {key: f"<{key}> {number}" for key in KEYS}
+        turns = [{"role": "user", "content": values["messages"]}, {"role": "assistant", "content": "said"}]
+        rows.append(Row({**values, "messages": turns[:1] if asked else turns}, f"f:{number}"))
+    return rows
+
+
+def outcome(keys: tuple[str, ...], task: TaskConfig, asked: bool) -> str:
+    """What of a row is used, as one text; or the sentence that refuses."""
+    rows = marked_rows(asked)
+    data = DataConfig(name="d", files="f", columns=Columns(**{key: key for key in keys}))
+    try:
+        columns = ColumnMap.of(data, rows, task)
+        made = columns.conversation(rows[1])
+    except (ConfigError, DataError, ValueError) as error:
+        return f"refused: {error}"
+    named = columns.targets.name(made.target) if columns.targets is not None else ""
+    return f"{made.messages} {named} {made.rejected} {made.id}"
+
+
+@pytest.mark.parametrize("task", HEADS)
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_a_named_column_is_used_or_refused(task: str, size: int) -> None:
+    for keys in combinations(KEYS, size):
+        for asked in (True, False):
+            told = outcome(keys, HEADS[task], asked)
+            if not told.startswith("refused: "):
+                assert [key for key in keys if f"<{key}> 1" not in told] == [], (keys, told)
+            elif "turns" not in told and "nothing to learn" not in told and "answer already" not in told:
+                assert "data.columns" in told, (keys, told)
+
+
+@pytest.mark.parametrize("task", HEADS)
+def test_one_column_may_stand_under_two_keys(task: str) -> None:
+    rows = marked_rows(True)
+    for one, two in combinations(KEYS, 2):
+        data = DataConfig(name="d", files="f", columns=Columns(**{"prompt": "prompt", one: "text", two: "text"}))
+        with contextlib.suppress(ConfigError, DataError):
+            ColumnMap.of(data, rows, HEADS[task])
+    same = DataConfig(name="d", files="f", columns=Columns(prompt="prompt", response="target", target="target"))
+    assert "<target> 0" in str(ColumnMap.of(same, rows, HEADS["text"]).conversation(rows[0]).messages)
+    assert ColumnMap.of(same, rows, HEADS["classes"]).labels == ["<target> 0", "<target> 1"]
+
+
+@pytest.mark.parametrize(
+    ("task", "keys"),
+    [
+        ("text", ("prompt", "input", "system", "response", "id")),
+        ("text", ("prompt", "system", "target")),
+        ("text", ("prompt", "chosen", "rejected", "system")),
+        ("text", ("text", "input", "system", "response")),
+        ("text", ("text", "chosen", "rejected")),
+        ("text", ("text",)),
+        ("text", ("messages", "system", "response")),
+        ("text", ("messages", "system", "chosen", "rejected")),
+        ("classes", ("prompt", "input", "system", "target")),
+        ("classes", ("prompt", "response")),
+        ("classes", ("text", "input", "system", "target", "id")),
+        ("classes", ("messages", "system", "target")),
+    ],
+)
+def test_what_goes_together_is_used(task: str, keys: tuple[str, ...]) -> None:
+    assert not outcome(keys, HEADS[task], True).startswith("refused"), outcome(keys, HEADS[task], True)
+
+
+def test_a_last_question_is_answered_by_the_response_column_and_never_left_out() -> None:
+    row = marked_rows(True)[0]
+    made = ColumnMap(Columns(messages="messages", response="response", system="system")).conversation(row)
+    assert [(m["role"], m["content"]) for m in made.messages] == [
+        ("system", "<system> 0"),
+        ("user", "<messages> 0"),
+        ("assistant", "<response> 0"),
+    ]
+    with pytest.raises(ValueError, match="ends with an answer already"):
+        ColumnMap(Columns(messages="messages", response="response")).conversation(marked_rows(False)[0])
+
+
+def test_two_system_prompts_that_differ_are_refused_by_row() -> None:
+    turns = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "Q"},
+        {"role": "assistant", "content": "A"},
+    ]
+    columns = Columns(messages="m", system="s")
+    assert convert(columns, m=turns, s="S ") == convert(columns, m=turns, s=None) == convert(columns, m=turns, s=" ")
+    assert convert(columns, m=turns[1:], s="S")[0] == turns[0]
+    with pytest.raises(ValueError, match="column 's' and the conversation's own system message differ"):
+        convert(columns, m=turns, s="T")
+
+
+def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missing() -> None:
+    rows = [Row({"prompt": "Q", "response": "A", "system_prompt": "S", "context": "C"}, "f.jsonl:1")]
+    columns = Columns(prompt="prompt", response="response", input="contxt", system="sytem_prompt")
+    with pytest.raises(DataError) as error:
+        ColumnMap.of(DataConfig(name="d", files="f", columns=columns), rows)
+    for words in ("no column 'sytem_prompt'; did you mean system_prompt?", "no column 'contxt'; did you mean context?"):
+        assert words in str(error.value)
+    assert "csv" not in str(error.value)
+    optional = DataConfig(
+        name="d",
+        files="f",
+        columns=Columns(prompt="prompt", input="input", response="response"),
+        optional_columns=["input"],
+    )
+    made = ColumnMap.of(optional, rows)
+    assert len(made.conversation(rows[0]).messages) == 2
+    assert made.usage(rows) == {
+        "read": {"prompt": ["prompt"], "response": ["response"]},
+        "not_read": ["system_prompt", "context"],
+        "left_out": ["input"],
+    }
+    optional.columns.input = "inptu"
+    with pytest.raises(DataError, match=r"data\.columns\.input: no column 'inptu'"):
+        ColumnMap.of(optional, rows)
+
+
+def test_a_column_that_some_rows_lack_makes_those_rows_bad_and_no_others() -> None:
+    full, bare = {"q": "Q", "i": "I", "s": "S", "r": "A"}, {"q": "Q", "r": "A"}
+    data = DataConfig(name="d", files="f", columns=Columns(prompt="q", input="i", system="s", response="r"))
+    for first, second in ((full, bare), (bare, full)):
+        rows = [Row(first, "f:1"), Row(second, "f:2")]
+        problems = Problems(BadRow.skip)
+        assert len(ColumnMap.of(data, rows).conversations(rows, problems)) == 1
+        assert problems.rejected[0]["where"] == ("f:2" if second is bare else "f:1")
+        assert "no column 'i'" in problems.rejected[0]["reason"]
+
+
+def test_the_hint_on_csv_headers_is_given_for_csv_files_alone() -> None:
+    data = DataConfig(name="d", files="f", columns=Columns(prompt="qu", response="r"))
+    for where, hinted in (("a.csv:2", True), ("a.tsv.gz:2", True), ("a.jsonl:1", False), ("a.csv.d/b.json:1", False)):
+        with pytest.raises(DataError) as error:
+            ColumnMap.of(data, [Row({"q": "Q", "r": "A"}, where)])
+        assert ("data.csv_columns" in str(error.value)) is hinted, where
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (datetime.date(2024, 2, 1), "2024-02-01"),
+        (datetime.datetime(2024, 2, 1, 3, 4), "2024-02-01T03:04:00"),
+        (Decimal("12.50"), "12.50"),
+        (Decimal("1E+3"), "1000"),
+        (7, "7"),
+        (b"x", None),
+        ([1], None),
+        ({"a": 1}, None),
+        (datetime.timedelta(1), None),
+        (float("inf"), None),
+        (float("-inf"), None),
+        (Decimal("NaN"), None),
+    ],
+)
+def test_a_value_is_plain_text_or_refused(value: object, text: str | None) -> None:
+    columns = Columns(prompt="q", response="r")
+    if text is not None:
+        assert convert(columns, q=value, r=value)[0]["content"] == text
+        return
+    with pytest.raises(ValueError, match=r"text was expected|no finite number"):
+        convert(columns, q=value, r="A")
+
+
+def test_templates_take_names_with_dots_and_colons_and_say_what_is_wrong_with_braces() -> None:
+    made = convert(Columns(prompt="{a.b} {c: d} {{x}}", response="r"), **{"a.b": 1, "c: d": 2, "r": "A"})
+    assert made[0]["content"] == "1 2 {x}"
+    rows = [Row({"a": "x", "r": "A"}, "f:1")]
+    for template in ("{a", "a}{"):
+        data = DataConfig(name="d", files="f", columns=Columns(prompt=template, response="r"))
+        with pytest.raises(ConfigError, match=r"data\.columns\.prompt=.*brace"):
+            ColumnMap.of(data, rows)
+    data = DataConfig(name="d", files="f", columns=Columns(prompt="{a.b} text", response="r"))
+    with pytest.raises(DataError, match=r"data\.columns\.prompt: no column 'a\.b'"):
+        ColumnMap.of(data, rows)
+
+
+def test_ids_must_tell_the_rows_of_every_split_apart() -> None:
+    rows = [Row({"q": "Q", "r": "A", "id": n}, f"f:{n}") for n in range(3)]
+    data = DataConfig(name="d", files="f", columns=Columns(prompt="q", response="r"))
+    assert ColumnMap.of(data, rows, test=rows[:1]).id == "id"
+    lacking = [Row({"q": "Q", "r": "A"}, "t:1")]
+    assert ColumnMap.of(data, rows, test=lacking).id is None
+    data.columns.id = "id"
+    with pytest.raises(DataError, match=r"data\.columns\.id=id"):
+        ColumnMap.of(data, rows, test=lacking)

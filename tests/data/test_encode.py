@@ -9,7 +9,7 @@ import pytest
 
 from llmft.config import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.encode import Encoder, end_token_ids
+from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import Problems, Row
@@ -101,11 +101,9 @@ def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
 
 
 def test_answers_end_with_the_token_that_the_format_trains(tokenizer: Any) -> None:
-    for name, count in (("alpaca_short", 1), ("chatml", 2)):
-        examples = encoder(tokenizer, name).encode("train", [chat(), chat(answer="Ben")], Problems())
-        found = end_token_ids(examples, format_of(name), tokenizer)
-        assert len(found) == count
-        assert tokenizer.eos_token_id in found
+    for name, marker in (("alpaca_short", ""), ("chatml", "<|im_end|>")):
+        ends = encoder(tokenizer, name).ends
+        assert (ends.ids, ends.text) == ([tokenizer.eos_token_id], marker)
 
 
 def test_the_end_marker_is_what_is_trained_behind_an_answer() -> None:
@@ -156,8 +154,19 @@ def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
     assert made.end_marker(bos_token=None, eos_token=None) == "<|im_end|>"
 
 
-def test_a_vendors_template_that_rewrites_its_beginning_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_vendors_template_that_rewrites_its_beginning_is_learned_behind_its_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(Vendor, "chat_template", "{{ messages | length }}" + CHATML)
+    rendered = prompt_format(PromptConfig(name="native"), Vendor()).render(chat().messages)
+    assert rendered.text.startswith("1<|im_start|>user")
+    assert [rendered.text[a:b] for a, b in rendered.spans] == ["Ann<|im_end|>"]
+
+
+def test_a_vendors_template_whose_answers_nothing_tells_apart_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        Vendor, "chat_template", "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
     with pytest.raises(ValueError, match="choose a format by name"):
         prompt_format(PromptConfig(name="native"), Vendor()).render(chat().messages)
 
@@ -174,7 +183,7 @@ def test_a_tokenizer_without_a_template_and_a_template_of_ours_without_marks_are
 
 def test_system_prompts_go_where_the_format_wants_them() -> None:
     messages = [{"role": "system", "content": "S"}, *chat("Q").messages]
-    template = "{% for m in messages %}[{{ m.role }}:{{ m.content }}]{% generation %}{% endgeneration %}{% endfor %}"
+    template = "{% for m in messages %}{% generation %}[{{ m.role }}:{{ m.content }}]{% endgeneration %}{% endfor %}"
 
     def render(role: SystemRole, turns: list = messages, **values: Any) -> str:
         return PromptFormat(PromptConfig(name="p", template=template, system_role=role, **values)).render(turns).text

@@ -42,6 +42,12 @@ LITERAL = {
     "phi2": "Instruct: Q1\nOutput: A1</s>\nInstruct: Q2\nOutput:",
     "phi4_mini": "<|user|>Q1<|end|><|assistant|>A1<|end|><|user|>Q2<|end|><|assistant|>",
     "plain": "<s>Q1A1</s>Q2",
+    # Without tools and thoughts these two are llama3 and chatml.
+    "llama3_tools": "<s><|start_header_id|>user<|end_header_id|>\n\nQ1<|eot_id|><|start_header_id|>assistant"
+    "<|end_header_id|>\n\nA1<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nQ2<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    "qwen3": "<|im_start|>user\nQ1<|im_end|>\n<|im_start|>assistant\nA1<|im_end|>\n<|im_start|>user\nQ2<|im_end|>\n"
+    "<|im_start|>assistant\n",
     "vicuna": "<s>A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
     "USER: Q1 ASSISTANT: A1</s>USER: Q2 ASSISTANT:",
@@ -55,10 +61,12 @@ END = dict.fromkeys(FORMATS, "</s>") | {
     "gemma": "<end_of_turn>",
     "llama2": " </s>",
     "llama3": "<|eot_id|>",
+    "llama3_tools": "<|eot_id|>",
     "openchat": "<|end_of_turn|>",
     "phi3": "<|end|>",
     "phi4": "<|im_end|>",
     "phi4_mini": "<|end|>",
+    "qwen3": "<|im_end|>",
 }
 SPACE_BEFORE_ANSWER = {"falcon", "llama2", "mistral", "mistral_v3", "openchat", "phi2", "vicuna"}
 

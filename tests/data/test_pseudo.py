@@ -114,3 +114,12 @@ def test_a_file_of_rows_with_targets_is_taken_too(files: Path) -> None:
         csv.writer(file).writerows(rows)
     made = prepared(files, f"data.pseudo={files}/more.csv", "data.pseudo_floor=0.75")
     assert made.pseudo.used == 5
+
+
+def test_a_confidence_that_is_no_probability_and_rows_that_are_not_asked_for_are_refused(files: Path) -> None:
+    for wrong in ("nan", "inf", "97"):
+        (files / "p.csv").write_text(f"id,Question,Response,target,confidence\n1,Q,R,a,0.9\n2,Q2,R,a,{wrong}\n")
+        with pytest.raises(DataError, match=rf"p\.csv:3: its confidence '{wrong}' is no probability"):
+            prepared(files, f"data.pseudo={files}/p.csv")
+    with pytest.raises(ConfigError, match=r"data\.pseudo_rows goes with a directory of predictions"):
+        prepared(files, f"data.pseudo={files}/p.csv", f"data.pseudo_rows={files}/test.csv")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from llmft.config import BadRow, DataConfig, Files
-from llmft.data.sources import Problems, load_rows, read
+from llmft.config import BadRow, Columns, DataConfig, Files
+from llmft.data.naming import NotFinite
+from llmft.data.sources import Problems, load_rows, read, read_files
 from llmft.errors import ConfigError, DataError
 
 
@@ -193,3 +196,238 @@ def test_a_local_file_comes_before_the_hub(tmp_path: Path) -> None:
 def test_a_hub_dataset_that_is_not_cached_says_so_at_once_offline() -> None:
     with pytest.raises(ConfigError, match=r"data\.hub=tatsu-lab/alpaca: .*data\.files=FILE"):
         load_rows(config(hub="tatsu-lab/alpaca"), Problems())
+
+
+def wheres(path: Path) -> list[str]:
+    return rows(path)[1]
+
+
+def test_rows_on_one_line_of_json_have_names_of_their_own(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('[{"a": 1}, {"a": 2},\n{"a": 3},{"a": 4}]')
+    assert wheres(tmp_path / "a.json") == ["a.json:1", "a.json:1:12", "a.json:2", "a.json:2:10"]
+
+
+def test_rows_of_files_with_one_name_have_names_that_no_machine_changes(tmp_path: Path) -> None:
+    for root in ("here", "there/deeper"):
+        paths = []
+        for folder in ("one", "two/three"):
+            path = tmp_path / root / folder / "train.csv"
+            path.parent.mkdir(parents=True)
+            path.write_text(f"t\n{folder}\n")
+            paths.append(str(path))
+        found = read_files(paths, "data.files", Problems()).rows
+        assert [row.id for row in found] == ["one/train.csv:2", "two/three/train.csv:2"]
+        assert [row.where for row in found] == [f"{path}:2" for path in paths]
+    assert [row.id for row in read_files(paths[:1], "data.files", Problems()).rows] == ["train.csv:2"]
+    with pytest.raises(ConfigError, match=r"data\.files: .*train\.csv is named twice"):
+        read_files([paths[0], str(Path(paths[0]).parent / ".." / "one" / "*.csv")], "data.files", Problems())
+
+
+def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
+    for name in "abc":
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"t": name}) + "\n")
+    a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
+    found = load_rows(config(files=a, split_files=Files(validation=b, test=c)), Problems())
+    assert {split: [row.values["t"] for row in part] for split, part in found.splits.items()} == {
+        "train": ["a"],
+        "validation": ["b"],
+        "test": ["c"],
+    }
+    for split in ("validation", "test"):
+        with pytest.raises(ConfigError, match=rf"data\.split_files\.{split}=.*no such file; did you mean"):
+            load_rows(config(files=a, split_files=Files(**{split: f"{b}x"})), Problems())
+        (tmp_path / "empty.jsonl").write_text("")
+        with pytest.raises(DataError, match=rf"data\.split_files\.{split}=.*no rows"):
+            load_rows(config(files=a, split_files=Files(**{split: str(tmp_path / "empty.jsonl")})), Problems())
+    with pytest.raises(ConfigError, match="both set"):
+        config(files=a, split_files=Files(train=b))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"source": "llmft.data.synthetic.writers", "split_files": Files(validation="x")},
+            "split_files.validation=x goes",
+        ),
+        ({"hub": "a/b", "split_files": Files(test="x")}, "split_files.test=x goes with data.files"),
+        ({"hub": "a/b", "csv_columns": ["a"]}, "csv_columns.* goes with data.files"),
+        ({"hub": "a/b", "rows": {"train": 3}}, "rows.* goes with data.source"),
+        ({"files": "x.csv", "hub_splits": Files(validation="v")}, "hub_splits.validation=v goes with data.hub"),
+        ({"files": "x.csv", "hub_config": "c"}, "hub_config=c goes with data.hub"),
+        ({"files": "x.csv", "pseudo_rows": "y.csv"}, "pseudo_rows=y.csv goes with data.pseudo"),
+        ({"source": "llmft.data.synthetic.writers", "hub": "a/b"}, "data.source and data.hub are both set"),
+    ],
+)
+def test_a_key_that_names_rows_is_read_or_refused(values: dict, sentence: str) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        load_rows(config(**values), Problems())
+
+
+def test_names_of_csv_columns_beside_other_files_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"a": "1"}\n')
+    with pytest.raises(ConfigError, match=r"data\.csv_columns is for csv and tsv files"):
+        load_rows(config(files=str(tmp_path / "a.jsonl"), csv_columns=["a"]), Problems())
+
+
+def table(path: Path, **columns: Any) -> Path:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return path
+
+
+def test_values_of_any_arrow_type_are_read(tmp_path: Path) -> None:
+    import datetime
+    from decimal import Decimal
+
+    import pyarrow as pa
+
+    seconds = pa.array([1, 2], pa.int64())
+    path = table(
+        tmp_path / "a.parquet",
+        day=[datetime.date(2024, 1, 2)] * 2,
+        price=[Decimal("1.50")] * 2,
+        raw=[b"\xff"] * 2,
+        exact=seconds.cast(pa.timestamp("ns")),
+        far=pa.array([2**50, 0], pa.int64()).cast(pa.timestamp("ms")),
+        mars=seconds.cast(pa.timestamp("s", "Mars/Phobos")),
+        span=seconds.cast(pa.duration("s")),
+        broken=pa.Array.from_buffers(pa.string(), 2, pa.array([b"\xff"] * 2).buffers()),
+    )
+    first, second = rows(path)[0]
+    assert (first["day"], first["price"], first["raw"]) == (datetime.date(2024, 1, 2), Decimal("1.50"), b"\xff")
+    assert second["far"] == datetime.datetime(1970, 1, 1)
+    assert "timestamp" in str(first["far"])
+    assert second["exact"] == "1970-01-01 00:00:00.000000002"
+    assert "timestamp" in str(first["mars"])
+    found = load_rows(config(files=str(path)), Problems()).splits["train"]
+    assert [row.id for row in found] == ["a.parquet:row 1", "a.parquet:row 2"]
+
+
+def test_a_damaged_parquet_file_is_one_sentence(tmp_path: Path) -> None:
+    import random
+
+    whole = table(tmp_path / "a.parquet", q=[f"question {n} " * 10 for n in range(500)]).read_bytes()
+    damage = random.Random(0)
+    path, refused = tmp_path / "b.parquet", 0
+    for _ in range(60):
+        content = bytearray(whole)
+        for _ in range(20):
+            content[damage.randrange(len(content))] = damage.randrange(256)
+        path.write_bytes(content[: damage.choice([len(content), damage.randrange(len(content))])])
+        with contextlib.suppress(DataError):
+            rows(path)
+            continue
+        refused += 1
+    assert refused > 30
+
+
+def test_a_column_that_stands_twice_is_said(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pa.table([[1], [2]], names=["q", "q"]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet: two columns are called 'q'; rename one"):
+        rows(tmp_path / "a.parquet")
+
+
+def labelled() -> Any:
+    import datasets
+
+    features = datasets.Features(
+        {
+            "t": datasets.Value("string"),
+            "y": datasets.ClassLabel(names=["neg", "pos"]),
+            "ys": [datasets.ClassLabel(names=["a", "b"])],
+        }
+    )
+    return datasets.Dataset.from_dict(
+        {"t": ["x", "y", "z"], "y": [1, 0, -1], "ys": [[0, 1], [], [1]]}, features=features
+    )
+
+
+def test_the_names_of_classes_are_kept(tmp_path: Path) -> None:
+    labelled().to_parquet(tmp_path / "a.parquet")
+    labelled().save_to_disk(tmp_path / "arrow")
+    for name in ("a.parquet", "arrow"):
+        found = load_rows(config(files=str(tmp_path / name)), Problems()).splits["train"]
+        assert [row.values["y"] for row in found] == ["pos", "neg", None], name
+        assert [row.values["ys"] for row in found] == [["a", "b"], [], ["b"]], name
+
+
+def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path) -> None:
+    import datasets
+
+    datasets.DatasetDict({"train": labelled(), "test": labelled()}).save_to_disk(tmp_path / "d")
+    found = load_rows(config(files=str(tmp_path / "d")), Problems())
+    assert {split: len(part) for split, part in found.splits.items()} == {"train": 3, "test": 3}
+    with pytest.raises(
+        ConfigError, match=r"data\.split_files\.test is set, and data\.files=.*d has test rows: keep one"
+    ):
+        load_rows(config(files=str(tmp_path / "d"), split_files=Files(test=str(tmp_path / "d" / "test"))), Problems())
+    datasets.DatasetDict({"train": labelled(), "dev": labelled()}).save_to_disk(tmp_path / "e")
+    with pytest.raises(ConfigError, match=r"splits train, dev; say which is which: data\.split_files\.train=.*e/train"):
+        load_rows(config(files=str(tmp_path / "e")), Problems())
+    given = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
+    assert set(load_rows(config(split_files=given), Problems()).splits) == {"train", "validation"}
+    for values in ({"files": [str(tmp_path / "e")]}, {"split_files": Files(train=str(tmp_path / "d"))}):
+        with pytest.raises(ConfigError, match=r"a directory of several splits.*[ed]/train"):
+            load_rows(config(**values), Problems())
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / "a.csv").write_text("a\n1\n")
+    with pytest.raises(ConfigError, match=r"a directory, a file was expected; name what is in it: .*f/\*\.csv"):
+        load_rows(config(files=str(tmp_path / "f")), Problems())
+
+
+def test_names_below_columns_are_columns(tmp_path: Path) -> None:
+    values = {"a.b": "flat", "a": {"b": "deep", "c": [{"d": "listed"}]}}
+    (tmp_path / "a.jsonl").write_text(json.dumps(values) + '\n{"a": {"c": []}}\n')
+    columns = Columns(prompt="{a.b} {a.c[0].d}", response="a.c[-1].d", system="a.b[0]")
+    first, second = load_rows(config(files=str(tmp_path / "a.jsonl"), columns=columns), Problems()).splits["train"]
+    assert first.values == {**values, "a.c[0].d": "listed", "a.c[-1].d": "listed"}
+    assert second.values == {"a": {"c": []}}
+
+
+def test_a_number_that_is_not_finite_is_marked_in_a_column_of_numbers_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("n,word\n1.5,inf\ninf,x\nnan,nan\n1e400,y\n,z\n")
+    marked = [
+        {name for name, cell in row.items() if isinstance(cell, NotFinite)} for row in rows(tmp_path / "a.csv")[0]
+    ]
+    assert marked == [set(), {"n"}, {"n"}, {"n"}, set()]
+
+
+ODD = {
+    "deep.jsonl": b'{"a": ' + b"[" * 600 + b"]" * 600 + b"}\n",
+    "deeper.json": b'[{"a": ' + b'{"b":' * 100_000,
+    "digits.jsonl": b'{"a": ' + b"9" * 5000 + b"}\n",
+    "null.jsonl": b"\x00\n",
+    "utf16.csv": "a\n1\n".encode("utf-16"),
+    "cut.jsonl.gz": gzip.compress(b'{"a": 1}\n' * 100)[:-20],
+    "wrong.jsonl.gz": gzip.compress(b'{"a": 1}\n' * 100)[:20] + b"\xff" * 20,
+    "empty.jsonl": b"",
+    "empty.json": b"",
+    "empty.csv": b"",
+    "empty.parquet": b"",
+    "empty.jsonl.gz": b"",
+    "empty.jsonl.xz": b"",
+}
+
+
+@pytest.mark.parametrize("policy", list(BadRow))
+@pytest.mark.parametrize("name", ODD)
+def test_odd_files_are_refused_in_one_sentence(tmp_path: Path, name: str, policy: BadRow) -> None:
+    (tmp_path / name).write_bytes(ODD[name])
+    with pytest.raises(DataError, match=name.replace(".", r"\.")) as error:
+        load_rows(config(files=str(tmp_path / name)), Problems(policy))
+    assert len(str(error.value)) < 500
+
+
+@pytest.mark.parametrize("name", ["", "x" * 300, "a\0b", "[", "no/such/folder.csv", "pipe.csv"])
+def test_names_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
+    import os
+
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(ConfigError, match=r"data\.files="):
+        load_rows(config(files=[str(tmp_path / name)]), Problems())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import datetime
 import random
 
 import pytest
@@ -111,3 +112,73 @@ def test_training_on_all_keeps_the_validation_rows_and_adds_them() -> None:
     assert len(splits["train"]) == 45
     assert texts(splits["validation"]) <= texts(splits["train"])
     assert not texts(splits["test"]) & texts(splits["train"])
+
+
+def classes(sizes: dict[str, int]) -> list[Row]:
+    return [
+        Row({"text": f"{label} {n}", "label": label}, f"f:{label}{n}") for label in sizes for n in range(sizes[label])
+    ]
+
+
+SIZES = [
+    {"dog": 60, "cat": 60, **{f"pair{n}": 2 for n in range(10)}, **{f"rare{n}": 1 for n in range(12)}},
+    {f"c{n}": 14 for n in range(40)},
+    {f"c{n}": 1 for n in range(30)},
+    {f"c{n}": 3 for n in range(30)},
+    {"a": 1000, "b": 1},
+    {"a": 7, "b": 8, "c": 9},
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.3])
+def test_a_stratified_split_holds_out_its_share_and_never_a_whole_class(sizes: dict[str, int], fraction: float) -> None:
+    rows = classes(sizes)
+    kept, held = hold_out(rows, fraction, 0, stratify="label")
+    assert column(kept, "label") == set(sizes)
+    most = sum(size - 1 for size in sizes.values())
+    wanted = min(most, round(len(rows) * fraction))
+    assert abs(len(held) - wanted) <= max(1, wanted / 20)
+    for label, size in sizes.items():
+        assert abs(sum(row.values["label"] == label for row in held) - size * fraction) <= 1 or wanted == most
+
+
+def test_groups_and_copies_do_not_take_the_last_rows_of_a_class() -> None:
+    rows = [Row({"text": f"t{n}", "label": f"c{n // 4}", "who": f"w{n // 3}"}, f"f:{n}") for n in range(120)]
+    copies = [Row({"text": "same", "label": "copied"}, f"f:{n}") for n in range(5)]
+    for part, group in ((rows, "who"), ([*make(50), *copies], None)):
+        for row in part:
+            row.values.setdefault("label", "other")
+        for seed in range(20):
+            kept, held = hold_out(part, 0.2, seed, group=group, stratify="label")
+            assert held
+            assert column(kept, "label") == column(part, "label")
+
+
+def test_classes_of_one_row_each_cannot_be_stratified() -> None:
+    with pytest.raises(DataError, match=r"data\.stratify=label: no row can be held out"):
+        make_splits(Loaded({"train": classes({f"c{n}": 1 for n in range(9)})}, ""), config(stratify="label"))
+
+
+def test_a_share_beside_given_rows_is_refused() -> None:
+    given = {"train": make(9), "validation": make(3), "test": make(2)}
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used beside the given valid"):
+        make_splits(Loaded(given, ""), config(validation_fraction=0.2))
+    with pytest.raises(ConfigError, match=r"data\.test_fraction=0\.2 would not be used beside the given test rows"):
+        make_splits(Loaded(given, ""), config(test_fraction=0.2))
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used beside data\.fold"):
+        make_splits(Loaded({"train": make(9)}, ""), config(validation_fraction=0.2, fold=0))
+    assert make_splits(Loaded(given, ""), config(validation_fraction=0.0))["validation"] == given["validation"]
+
+
+def test_values_that_json_lacks_do_not_matter_to_a_split() -> None:
+    rows = [Row({**row.values, "when": datetime.date(2024, 1, 1), "raw": b"\xff"}, row.where) for row in make(40)]
+    kept, held = hold_out(rows, 0.25, 0, group="when")
+    assert (len(kept), len(held)) == (0, 40)
+    assert len(hold_out(rows, 0.25, 0)[1]) == 10
+
+
+def test_a_group_that_no_row_has_is_refused_also_where_nothing_is_split() -> None:
+    for key in ("group", "stratify"):
+        with pytest.raises(ConfigError, match=rf"data\.{key}=txt"):
+            make_splits(Loaded({"train": make(9), "validation": make(3)}, ""), config(**{key: "txt"}))

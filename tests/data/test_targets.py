@@ -15,6 +15,7 @@ from llmft.data.sources import Problems, Row, load_rows, read
 from llmft.data.targets import LETTERS, Targets, class_weights
 from llmft.errors import ConfigError, DataError
 from llmft.prepare import prepare
+from llmft.training.rows import row_findings
 from tests.conftest import compose
 
 
@@ -156,3 +157,45 @@ def test_a_row_is_called_by_its_id_where_that_tells_rows_apart() -> None:
     named = DataConfig(name="d", files="f", labels=["a", "b"], columns=Columns(prompt="q", response="y", id="id"))
     with pytest.raises(DataError, match=r"data\.columns\.id=id"):
         ColumnMap.of(named, same, task())
+
+
+def told(tmp_path: Path, *overrides: str) -> list[str]:
+    """The warnings of a classification of a hundred rows, of which one has the class rare."""
+    rows = [f"text {n},{'rare' if n == 0 else 'ab'[n % 2]}" for n in range(100)]
+    (tmp_path / "a.csv").write_text("\n".join(["text,target", *rows]) + "\n")
+    (tmp_path / "v.csv").write_text("text,target\nv1,a\nv2,new\nv3,new\n")
+    own = ["task=classification", "model=tfidf", "data=classification", f"output_dir={tmp_path}"]
+    config = compose(*own, f"data.files={tmp_path}/a.csv", *overrides)
+    return [finding.message for finding in row_findings(prepare(config, open_directory=False))]
+
+
+def test_classes_without_a_training_row_are_told_whatever_took_the_rows(tmp_path: Path) -> None:
+    assert told(tmp_path) == []
+    (of_file,) = told(tmp_path, f"data.split_files.validation={tmp_path}/v.csv")
+    assert of_file == "1 of 4 classes have no training row and cannot be learned: new (2 held out)"
+    of_folds = [message for fold in range(5) for message in told(tmp_path, f"data.fold={fold}")]
+    assert of_folds == ["1 of 3 classes have no training row and cannot be learned: rare (1 held out)"]
+    (of_list,) = told(tmp_path, "data.labels=[a,b,rare,unknown]")
+    assert "unknown (0 held out)" in of_list
+    assert any("rare" in message for message in told(tmp_path, "data.limit=10", "data.split_seed=1"))
+
+
+@pytest.mark.parametrize("value", ["Infinity", "-Infinity", "1e400", "NaN"])
+def test_a_target_that_is_no_finite_number_is_refused_by_row(tmp_path: Path, value: str) -> None:
+    lines = [f'{{"t": "text {n}", "y": {n}}}' for n in range(9)] + [f'{{"t": "x", "y": {value}}}']
+    (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
+    rows = list(read(tmp_path / "a.jsonl", (tmp_path / "a.jsonl").read_bytes(), Problems()))
+    for head, kind in ((Head.linear, Problem.regression), (Head.linear, Problem.single_label)):
+        config = DataConfig(name="d", files="f", columns=Columns(text="t", target="y"))
+        made = ColumnMap.of(config, rows, task(head=head, problem=kind))
+        with pytest.raises(DataError, match=r"a\.jsonl:10: column 'y' (holds -?inf, no finite number|is empty)"):
+            made.conversations(rows, Problems())
+        assert not {"inf", "-inf", "nan"} & set(made.labels)
+
+
+def test_a_list_of_classes_holds_classes_alone() -> None:
+    for wrong in (None, float("nan"), {"a": 1}):
+        made = column_map([["a"], ["b"], ["a", wrong]], head=task(problem=Problem.multi_label))
+        assert made.labels == ["a", "b"]
+        with pytest.raises(ValueError, match="column 'y'"):
+            made.conversation(Row({"t": "x", "y": ["a", wrong]}, "f:1"))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmft.config import LoraConfig
+from llmft.data.encode import Ends
 from llmft.inference.generate import generate
 from llmft.model import adapters, dense
 from llmft.model.hub import Located
@@ -38,7 +39,7 @@ def test_logits_are_the_same_to_the_bit_and_every_layer_is_as_it_was(architectur
 
 def test_an_adapted_base_writes_the_same_text(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapters.attach(base_of("mistral"), LoraConfig(r=4), auto_class="causal_lm", seed=0, name="x").eval()
-    options: dict[str, Any] = {"pad_id": 0, "end_ids": [2], "max_new_tokens": 12}
+    options: dict[str, Any] = {"pad_id": 0, "ends": Ends([2]), "max_new_tokens": 12}
     found = generate(model, PROMPTS, **options)
     monkeypatch.setattr(dense, "MOST_BYTES", 0)
     assert generate(model, PROMPTS, **options) == found

@@ -72,11 +72,12 @@ def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
 
 
 def test_a_model_made_flat_still_generates_with_padding_on_the_left() -> None:
+    from llmft.data.encode import Ends
     from llmft.inference.generate import generate
 
     model = base("llama")
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]
-    options: dict[str, Any] = {"pad_id": 0, "end_ids": [], "max_new_tokens": 5}
+    options: dict[str, Any] = {"pad_id": 0, "ends": Ends([]), "max_new_tokens": 5}
     together = generate(model, prompts, **options)
     assert together == [generate(model, [prompt], **options)[0] for prompt in prompts]
 

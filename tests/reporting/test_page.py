@@ -10,8 +10,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from llmft.predictions import Predictions
 from llmft.reporting.write import write_report
 from tests.reporting.runs import make_run, make_sweep, trial
 
@@ -74,6 +76,9 @@ def look(browser: str, page: str, folder: Path, *options: str, width: int = 390)
     return dict(json.loads(html.unescape(told[1])))
 
 
+CLASSES = [f"{'a<b>class' * 5}{number}" for number in range(12)]
+
+
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A report with every section, and names as long and as bad as they come."""
@@ -93,6 +98,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> str:
             for seed in (0, 1):
                 value = 1.0 + r / 100 + len(name) / 1e3 + seed / 500
                 run = make_run(root, value, lora__r=r, model__name=name, seed=seed, samples=samples, num_rows=20)
+                values = np.full((20, 12), 1 / 12)
+                made = Predictions([str(row) for row in range(20)], CLASSES, values, targets=[CLASSES[3]] * 20)
+                made.save(run / "predictions" / "val")
                 trials.append(trial(root, run, len(trials), command=f"python -m llmft {'x' * 300}"))
     trials.append(
         {"number": 99, "run": "runs/no", "status": "failed", "error": "e" * 400, "command": "python -m llmft"}
@@ -111,6 +119,7 @@ def test_on_a_phone_the_page_is_whole_readable_and_silent(browser: str, page: st
     assert seen["wide"] == []
     wanted = [
         "leaderboard",
+        "metrics",
         "verdicts",
         "curves",
         "keys",

@@ -227,6 +227,7 @@ def test_curves_are_put_in_words(tmp_path: Path) -> None:
     assert fit(value=5.0, curve=lambda s: 0.0) is Fit.underfitting
     assert fit(status="diverged") is Fit.diverged
     assert fit(value=9.0, curve=lambda s: -8.0 + s / 10) is Fit.diverged
+    assert fit(data__train_on="all") is Fit.unknown, "blank on purpose is not diverged"
     overfitted = diagnose(read_run(make_run(tmp_path / "again", 2.0, rows=False, **rising)))  # type: ignore[arg-type]
     assert str(overfitted) == "overfitting since step 40"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from llmft.errors import DataError
+from llmft.config import Mode
+from llmft.errors import ConfigError, DataError
 from llmft.reporting.calibration import Setting, false_winner, finds_it
 from llmft.reporting.comparing import Verdict, compare, range_critical
 from llmft.reporting.noise import Noise, Replicate, RowLosses, Sample, row_variance
@@ -136,7 +139,8 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
             Published("r=8", 1.08536, sd=0.015, comparison="rank"),
             Published("int4", 1.028, sd=0.015, comparison="quantisation"),
             Published("bf16", 1.03694, sd=0.015, comparison="quantisation"),
-        ]
+        ],
+        metric="loss_nats",
     )
     rank, quantisation = (found[name].families[0].comparisons[0] for name in ("rank", "quantisation"))
     assert rank.verdict is Verdict.better
@@ -144,15 +148,33 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
     assert "Rests on the stated standard deviation of 0.015" in found["rank"].basis
     assert quantisation.verdict is Verdict.same
     # The same spread measured on two seeds is hardly known, and the first falls too.
-    few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)])
+    few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)], mode=Mode.min)
     assert few[""].families[0].comparisons[0].verdict is Verdict.same
 
 
 def test_published_numbers_without_a_spread_make_no_winner_and_a_lone_one_is_refused() -> None:
-    found = judge_numbers([Published("a", 1.0), Published("b", 3.0)])
+    found = judge_numbers([Published("a", 1.0), Published("b", 3.0)], mode=Mode.min)
     assert found[""].families[0].comparisons[0].verdict is Verdict.unknown
     with pytest.raises(DataError, match="two configurations are needed"):
-        judge_numbers([Published("a", 1.0, comparison="x")])
+        judge_numbers([Published("a", 1.0, comparison="x")], mode=Mode.min)
+
+
+def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refused() -> None:
+    def best(column: str, **how: Any) -> str:
+        lines = [Published("low", 0.5, 5, 0.01, metric=column), Published("high", 0.9, 5, 0.01, metric=column)]
+        return judge_numbers(lines, **how)[""].families[0].comparisons[0].first
+
+    assert best("accuracy") == best("val/rouge_l") == best("mine", mode=Mode.max) == best("", metric="auc") == "high"
+    assert best("rmse") == best("loss_nats") == best("llmft.metrics.multilabel.logloss") == "low"
+    for metric, how, message in (
+        ("", {}, "the numbers: nothing says what the values measure: set metric=accuracy"),
+        ("mine", {}, "mode: nothing says whether more or less of mine is better"),
+        ("accuracy", {"mode": Mode.min}, "mode=min: more of accuracy is better"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            best(metric, **how)
+    with pytest.raises(DataError, match="values of accuracy and rmse cannot be compared"):
+        judge_numbers([Published("a", 1.0, metric="accuracy"), Published("b", 2.0, metric="rmse")])
 
 
 def test_a_higher_metric_wins_where_higher_is_better() -> None:

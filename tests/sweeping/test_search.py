@@ -22,6 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from llmft.config import SearchConfig, TrainConfig
 from llmft.console import Screen
 from llmft.errors import ConfigError
+from llmft.monitor import with_mode
 from llmft.runs import Run, append_line
 from llmft.sweeping.candidates import wanted_trials
 from llmft.sweeping.conditions import parse_condition
@@ -249,7 +250,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def config() -> TrainConfig:
-    return compose("logger=none")
+    return with_mode(compose("logger=none"))
 
 
 def world(root: Path, config: TrainConfig, *overrides: str, **settings: Any) -> World:

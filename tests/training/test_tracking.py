@@ -14,9 +14,12 @@ from typing import Any
 import pytest
 
 from llmft.config import WandbConfig
+from llmft.console import Screen
+from llmft.errors import ConfigError
 from llmft.train import train
-from llmft.training.tracking import flatten, wandb_mode
+from llmft.training.tracking import SafeWandbLogger, flatten, open_wandb, wandb_mode
 from tests.conftest import SMALL, compose, run_directory
+from tests.servers import BAD, server
 
 
 def read_offline(path: Path) -> Iterator[Any]:
@@ -85,6 +88,94 @@ def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path)
     assert any(key.startswith("samples") for h in found["history"] for key in h)
     assert any("train/tokens_per_s" in h for h in found["history"])
     assert "best/val/loss_nats" in found["summary"] or "best" in json.dumps(found["summary"])
+
+
+def log_to(url: str, root: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[float], float]:
+    """Logs ten numbers to the server at `url`; returns what stands in the offline file, and how long the end took."""
+    import wandb
+
+    wandb.teardown()  # it reads its environment once
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    for name, value in {"WANDB_BASE_URL": url, "WANDB_API_KEY": "0123456789" * 4, "NETRC": "/nonexistent"}.items():
+        monkeypatch.setenv(name, value)
+    options = WandbConfig(enabled=True, **{"start_timeout_s": 1.5, "finish_timeout_s": 5.0, **settings})
+    facts = {"name": "n", "group": "g" * 200, "job_type": "j", "notes": None, "config": {"lr": 1.0}}
+    began = time.monotonic()
+    logger = open_wandb(options, Screen(), id=lambda: "k", dir=root, tags=["t" * 65, "t" * 70, "", "u"], **facts)
+    assert logger is not None
+    assert time.monotonic() - began < 0.5, "nobody waits for the start"
+    for number in range(10):
+        logger.log_metrics({"loss": number / 3}, step=number)
+    logger.summarise({"best": 1.0})
+    began = time.monotonic()
+    logger.finish(0)
+    took = time.monotonic() - began
+    wandb.teardown()
+    found = [collect(path) for path in root.glob("wandb/offline-run-*/*.wandb")]
+    if not found:
+        return [], took
+    (run,) = found
+    assert "best" in run["summary"]
+    assert list(run["run"].tags) == ["t" * 63 + "…", "u"]
+    assert run["run"].run_group == "g" * 127 + "…"
+    return [numbers["loss"] for numbers in run["history"]], took
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        kind if kind in ("not http", "healthy then hanging") else pytest.param(kind, marks=pytest.mark.slow)
+        for kind in BAD
+    ],
+)
+def test_whatever_the_server_does_nothing_waits_and_every_number_is_in_the_offline_file(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server(kind) as url:
+        logged, took = log_to(url, tmp_path, monkeypatch)
+        told = capsys.readouterr().out
+        assert url in told
+    assert logged == [number / 3 for number in range(10)]
+    assert took < 1.5 + 5 + 10, "limits, and starting wandb on a busy machine"
+    assert told.count("W&B is offline") == told.count("wandb sync ") == 1
+    assert told.count("characters") == 1, "tags that are cut are told"
+
+
+@pytest.mark.parametrize("name", ["WANDB_BASE_URL", "WANDB_MODE", "WANDB_HTTP_PROXY", "WANDB_RESUME"])
+def test_a_variable_that_wandb_refuses_does_not_keep_it_from_writing_offline(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with server("refused") as url:
+        monkeypatch.setenv(name, "no such thing")
+        if name == "WANDB_MODE":
+            monkeypatch.setattr(monkeypatch, "delenv", lambda *arguments, **named: None)
+        logged, _ = log_to("no such thing" if name == "WANDB_BASE_URL" else url, tmp_path, monkeypatch)
+    assert len(logged) == 10
+    assert "wandb sync" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "key", ["project=a/b", "project=''", f"project={'p' * 129}", "entity=a:b", "start_timeout_s=0"]
+)
+def test_names_that_wandb_refuses_are_refused_before_the_run(small: Callable[..., Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^logger\.wandb\.{key.split('=')[0]}="):
+        small(f"logger.wandb.{key}")
+
+
+def test_a_call_that_hangs_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, never = Screen(quiet=True), threading.Event()
+
+    class Hanging:
+        def define_metric(self, *arguments: Any, **named: Any) -> None:
+            never.wait(60)
+
+    logger = SafeWandbLogger(Hanging, screen, 0.3)
+    began = time.monotonic()
+    assert hasattr(logger, "experiment")  # as Lightning asks when a training begins
+    logger.log_metrics({"loss": 1.0}, step=1)
+    logger.finish(0)
+    assert time.monotonic() - began < 2
+    never.set()
 
 
 def mode(monkeypatch: pytest.MonkeyPatch, **environment: str) -> tuple[str, str | None, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -20,8 +21,9 @@ import torch
 from llmft import checkpoint
 from llmft.checkpoint import Checkpoint, newest_sound, path_of, save_checkpoint, steps_on_disk, verify
 from llmft.errors import DiskError
+from llmft.files import write_atomically
 from llmft.train import train
-from tests.conftest import ROOT, SMALL, llmft, run_directory
+from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 from tests.trust.helpers import LONGER, fork, newest_step, records, same_run, start, whole_run
 
 
@@ -306,3 +308,39 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_what_a_kill_left_of_a_file_is_gone_with_the_next_write_and_a_living_writers_is_not(tmp_path: Path) -> None:
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    dead, other = tmp_path / f".report.html.{gone.pid}.tmp", tmp_path / f".other.html.{gone.pid}.tmp"
+    alive = tmp_path / f".report.html.{os.getppid()}.tmp"
+    for path in (dead, other, alive):
+        path.write_text("half")
+    write_atomically(tmp_path / "report.html", b"whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([alive.name, other.name, "report.html"])
+
+
+def test_names_of_an_adapter_are_written_in_order_and_a_kills_leftovers_go(tmp_path: Path) -> None:
+    train(compose(*SMALL, f"output_dir={tmp_path}/outputs"), quiet=True)
+    run = run_directory(tmp_path / "outputs")
+    targets = json.loads((run / "adapter" / "adapter_config.json").read_text())["target_modules"]
+    assert len(targets) > 3
+    assert targets == sorted(targets)
+    (run / ".adapter.x1y2z3").mkdir()
+    train(compose(*SMALL, "force=true", f"output_dir={tmp_path}/outputs"), quiet=True)
+    assert not list(run.glob(".adapter.*"))
+
+
+@pytest.mark.slow
+def test_a_report_of_the_same_runs_is_the_same_to_the_byte(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        train(compose(*SMALL, f"seed={seed}", f"output_dir={tmp_path}/outputs"), quiet=True)
+    pages = []
+    for number in ("0", "1"):
+        environment = {**os.environ, "PYTHONHASHSEED": number}
+        command = [sys.executable, "-m", "llmft.report", "runs=outputs/runs/*"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
+        pages.append({path: path.read_bytes() for path in tmp_path.rglob("*.html")})
+    assert pages[0] == pages[1]
+    assert pages[0]

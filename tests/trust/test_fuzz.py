@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from llmft.app import config_directory, open_override
 from llmft.config import BadRow
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import Problems, Row, read
 from llmft.errors import DataError, UserError, report
+from llmft.overrides import config_directory
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(
@@ -177,16 +177,6 @@ class TestFuzzPrompts:
         made = prompt.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
         assert len(made.spans) == 1
         assert text in made.text[made.spans[0][0] : made.spans[0][1]]
-
-
-@settings(SETTINGS, max_examples=400)
-@given(
-    st.text(max_size=30)
-    | st.tuples(st.sampled_from(["lora.r", "model", "+x.y", "data.files", "notes"]), st.text(max_size=20)).map("=".join)
-)
-def test_fuzz_an_override_is_left_alone_or_quoted(argument: str) -> None:
-    made = open_override(argument, ("model.overrides", "optimizer"))
-    assert made in (argument, f"++{argument}")
 
 
 @settings(SETTINGS, max_examples=60)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -506,6 +507,40 @@ class TestR10OutOfMemory:
         )
         train(small("trainer.validate_every=4"), quiet=True)
         assert taken == [0, 1, 2, 2, 3]
+
+    def test_r10_the_rescue_is_saved_when_the_failed_step_has_given_its_memory_back(
+        self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A forward, or memory that the frames of the error still hold, would end the rescue where memory is short."""
+        import llmft.training.callbacks as callbacks
+        from llmft.training.objectives.language_modeling import LanguageModeling
+
+        losses, save = LanguageModeling.losses, callbacks.save_checkpoint
+        held: list[weakref.ref[torch.Tensor]] = []
+        saved: list[tuple[int, int, Any]] = []
+
+        def failing(objective: Any, model: Any, batch: Any) -> Any:
+            activations = torch.zeros(1000)
+            if model.training:
+                held.append(weakref.ref(activations))
+            if model.training and len(held) == 6:
+                try:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                except RuntimeError as error:
+                    raise RuntimeError("DefaultCPUAllocator: can't allocate memory") from error
+            return losses(objective, model, batch)
+
+        def saving(directory: Path, checkpoint: Any) -> Path:
+            alive = sum(reference() is not None for reference in held)
+            saved.append((checkpoint.step, alive, checkpoint.state["next_loss"]))
+            return save(directory, checkpoint)
+
+        monkeypatch.setattr(LanguageModeling, "losses", failing)
+        monkeypatch.setattr(callbacks, "save_checkpoint", saving)
+        train(small("trainer.validate_every=4"), quiet=True)
+        rescue, _ = saved
+        assert rescue == (2, 0, None)
+        assert status(run_directory(tmp_path))["status"] == "done"
 
     def test_r10_validation_has_a_batch_of_its_own(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

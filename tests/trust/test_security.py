@@ -17,7 +17,7 @@ import yaml
 from omegaconf import OmegaConf
 
 import llmft.data.sandbox as sandbox
-from llmft.build import ALLOWED_TARGETS, build, check_target, find
+from llmft.build import ALLOWED_TARGETS, KINDS, build, check_target, find
 from llmft.config import PromptConfig, TrainConfig
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
@@ -133,19 +133,37 @@ class TestTargets:
         "lightning.pytorch.callbacks.callback.os",
         "torch.optim.optimizer.functools",
         "llmft.trainingx.evil",
+        "torch.os.system",
+        "torch.serialization.load",
+        "torch.ops.load_library",
+        "torch.optim.sys.exit",
+        "torch.optim.swa_utils.AveragedModel",
+        "torch.optim.lr_scheduler.LambdaLR",
+        "lightning.pytorch.Trainer",
+        "lightning.pytorch.utilities.sys",
+        "lightning.pytorch.callbacks.lambda_function.LambdaCallback.__init__",
+        "lightning.pytorch.loggers.wandb.os.system",
+        "lightning.pytorch.strategies.ddp.torch.load",
+        "wandb.init",
+        "llmft.data.sources.load_rows",
+        "llmft.metrics.text.Path",
+        "AdamW",
+        "",
+        ".",
     ]
 
     @pytest.mark.parametrize("target", EVIL)
     def test_no_target_leads_out_of_the_allowed_packages(self, target: str) -> None:
-        with pytest.raises(ConfigError):
-            find(target, "key")
+        for kind in KINDS:
+            with pytest.raises(ConfigError, match="key="):
+                find(target, "key", kind)
         for node in (
             {"_target_": target},
             {"_target_": "torch.optim.AdamW", "betas": [{"_target_": target}]},
             {"_target_": "torch.optim.AdamW", "params": {"deep": [{"er": {"_target_": target}}]}},
         ):
             with pytest.raises(ConfigError):
-                build(node, "optimizer")
+                build(node, "optimizer", "optimizer")
 
     def test_every_allowed_package_is_named_to_its_end(self) -> None:
         assert all(prefix.endswith(".") for prefix in ALLOWED_TARGETS), "torch.optimx is not torch.optim"
@@ -163,7 +181,7 @@ class TestTargets:
         found = stored_config(run.config_file, TrainConfig)
         for part, key in ((found.optimizer, "optimizer"), (found.trainer.callbacks["x"], "trainer.callbacks.x")):
             with pytest.raises(ConfigError, match="may be named in a config"):
-                check_target(part, key)
+                check_target(part, key, key.split(".")[-2][:-1] if "." in key else key)
         with pytest.raises(ConfigError, match="may be named in a config"):
             train(found, quiet=True)
         assert not mark.exists()
@@ -176,9 +194,9 @@ class TestTargets:
         run = open_run(config, "0123456789")
         write_config(run, config)
         plain = yaml.safe_load(run.config_file.read_text())
-        for asked in ("${oc.env:PLANTED}", "${seed}", "\\${oc.env:PLANTED}", "\\\\${oc.env:PLANTED}"):
-            run.config_file.write_text(yaml.safe_dump({**plain, "notes": asked}))
-            assert stored_config(run.config_file, TrainConfig).notes == asked
+        for text in ("${seed}", "${VAR:-default} $ {x}", "\\${seed}"):
+            run.config_file.write_text(yaml.safe_dump({**plain, "notes": text}))
+            assert stored_config(run.config_file, TrainConfig).notes == text
 
     @pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${b} c", "\\${x}", "\\\\${x}", "$ {x} $", "${", "price: $5"])
     def test_text_that_looks_like_a_question_survives_the_way_through_a_file(self, text: str) -> None:
@@ -306,7 +324,7 @@ class TestForeignFiles:
             stored_config(path, TrainConfig)
 
     def test_a_file_without_an_end_is_not_read_to_it(self) -> None:
-        with pytest.raises(ConfigError, match="larger than"):
+        with pytest.raises(ConfigError, match="not a plain file"):
             read_json(Path("/dev/zero"), 2**20)
 
     @pytest.mark.parametrize(
@@ -528,6 +546,85 @@ class TestW5Secrets:
             "header": "Bearer ***",
             "list": ["before *** after", "***"],
         }
+
+    HEX = "0123456789abcdef" * 2 + "01234567"
+    SECRETS = (
+        "sk-ant-api03-" + "a" * 30,
+        "ghp_" + "a" * 36,
+        "gho_" + "b" * 36,
+        "glpat-" + "x" * 20,
+        "npm_" + "a" * 36,
+        "pypi-AgEIcHlwaS5vcmcCJ" + "a" * 40,
+        "AIza" + "a" * 35,
+        "xoxb-123456789012-abcdefghij",
+        "sk_live_" + "a" * 24,
+        "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.abc-def_123",
+        "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+        "-----BEGIN OPENSSH PRIVATE KEY-----\\nb3BlbnNzaC1rZXk and cut off",
+    )
+    WITHIN = (
+        ("postgresql://{}@host/db", "user:p@ssw0rd"),
+        ("redis://{}@host:6379/0", ":secretpw"),
+        ("https://{}@github.com/x", HEX),
+        ("https://x.blob.core.windows.net/c?sv=2020&sig={}&se=1", "abc%2Fdef%3D"),
+        ("https://b.s3.amazonaws.com/k?X-Amz-Algorithm=A&X-Amz-Signature={}", "ab12" * 8),
+        ("AccountName=n;AccountKey={};EndpointSuffix=core.windows.net", "Zm9vYmFyYmF6cXV4cXV1eA=="),
+        ("Server=x;Password={};User Id=y", "hunter2"),
+        ("wandb login {}", HEX),
+        ('{{"username":"u","key":"{}"}}', HEX[:32]),
+        ("KAGGLE_KEY={}", HEX[:32]),
+        ("export PGPASSWORD={}", "hunter22"),
+        ("DB_PASS='{}'", "correct horse"),
+        ("password = {}", "hunter22"),
+        ('"api_key": "{}"', "abcdefgh12345678"),
+        ("Authorization: Basic {}", "dXNlcjpwYXNzd29yZDEyMw=="),
+        ("https://hooks.slack.com/services/{}", "T000/B000/XXXX"),
+    )
+
+    def test_w5_every_common_form_is_masked_and_what_is_around_it_stays(self) -> None:
+        for secret in self.SECRETS:
+            assert redact(f"a {secret}") == "a ***", secret
+        for frame, secret in self.WITHIN:
+            assert redact(frame.format(secret)) == frame.format("***")
+        assert redact({"kaggle": {"key": self.HEX[:32]}, "password": 1234, self.SECRETS[0]: 1}) == {
+            "kaggle": {"key": "***"},
+            "password": "***",
+            "***": 1,
+        }
+
+    @pytest.mark.parametrize("name", ["KAGGLE_KEY", "PGPASSWORD", "SOME_PASS", "MY_SECRET", "X_TOKEN", "DEPLOY_PAT"])
+    def test_w5_values_of_the_environments_secrets_are_masked_anywhere(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv(name, "hunter2x9")
+        assert redact(["at hunter2x9/here", {"a": "HUNTER2X9"}]) == ["at ***/here", {"a": "***"}]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            f"commit {HEX}",
+            f"model.revision={HEX}",
+            f"git sha: {HEX}, key aaf058b1d9",
+            "token: the",
+            "Password: required",
+            "max_new_tokens=128 data.columns.key=question",
+            "token=tokenizer.encode(text1)",
+            "password=os.environ['X']",
+            "time: 12:30:11 ratio 3:4 user@example.com wrote: http://a.b/c@d",
+            "sklearn-some-long-module-name",
+        ],
+    )
+    def test_w5_hashes_prose_and_code_are_no_secrets(self, text: str) -> None:
+        assert redact(text) == text
+        assert redact({"key": "aaf058b1d9", "commit": self.HEX})["commit"] == self.HEX
+
+    def test_w5_masking_takes_time_in_proportion_to_the_text(self) -> None:
+        log = "step 100 val/exact_match=0.5 api_key: none https://a.b/c the quick brown fox\n" * 4000
+        evil = ["a." * 200_000, "eyJ" * 100_000, "://" * 100_000, "password=" * 40_000, "-----BEGIN PRIVATE KEY" * 9000]
+        began = time.process_time()
+        assert redact(log) == log
+        redact(evil)
+        assert time.process_time() - began < 2
 
     def test_w5_tokens_of_text_are_no_secrets(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("SHORT_TOKEN", "the")

@@ -10,18 +10,22 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
+from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+import llmft.app
 from llmft.app import command_line, config_of_command, explain
 from llmft.config import SearchConfig, TrainConfig
 from llmft.errors import ConfigError, UserError, as_user_error
+from llmft.overrides import as_override, is_text, quoted, shipped_directory
 from llmft.schema import to_plain
 
 if TYPE_CHECKING:
@@ -34,6 +38,15 @@ for group, option, node in (
     ("hydra/sweeper", "optuna", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig(sampler="tpe"))}),
 ):
     store.store(group=group, name=option, node=node, provider="llmft")
+
+
+class ReadySweeps(SearchPathPlugin):
+    """Finds the files of sweeps/ wherever llmft is installed."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra."""
+        if llmft.app.has_ready_sweeps:
+            search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
 
 
 class LocalLauncher(Launcher):
@@ -139,29 +152,30 @@ def combinations(overrides: Sequence[Any]) -> list[list[str]]:
 def parsed(loader: Any, params: Any, arguments: Sequence[str]) -> list[Any]:
     """Hydra's overrides of `params` and behind them of the command line."""
     plain: Any = OmegaConf.to_container(params) if isinstance(params, DictConfig) else params
-    texts = [f"{key}={_text(value)}" for key, value in plain.items()]
+    texts = [as_override(f"{key}={_values(key, value)}", TrainConfig, several=True) for key, value in plain.items()]
     return list(OverridesParser.create(config_loader=loader).parse_overrides([*texts, *arguments]))
 
 
-def _text(value: Any) -> str:
+def _values(key: str, value: Any) -> str:
     if isinstance(value, list):
-        return ",".join(map(_item, value))
+        return ",".join(_item(item, text=is_text(key, TrainConfig)) for item in value)
     return "null" if value is None else str(value)
 
 
-def _item(value: Any) -> str:
+def _item(value: Any, *, text: bool) -> str:
     """One value of a list as Hydra's grammar reads it: a sentence with a comma stays one value."""
     if value is None:
         return "null"
-    text = str(value)
-    if isinstance(value, str) and "," in text and "(" not in text and not text.startswith(("[", "{", "'", '"')):
-        return "'" + text.replace("'", "\\'") + "'"
-    return text
+    shown = str(value)
+    if isinstance(value, str) and not shown.startswith(("'", '"')) and (text or ("," in shown and "(" not in shown)):
+        return shown if shown.startswith(("[", "{")) and not text else quoted(shown)
+    return shown
 
 
 def fixed_overrides(config: Any) -> list[str]:
     """What the command line says for all trials alike."""
-    return [str(override) for override in config.hydra.overrides.task]
+    told: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${…} in one is text here
+    return [str(override) for override in told]
 
 
 def make_planner(loader: Any, master: Any) -> Planner:

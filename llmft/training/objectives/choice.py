@@ -111,6 +111,17 @@ class WordScores:
         return logits_at(model, inputs, keep, prompts + len(probe)).view(len(ids), 1 + len(probe), -1)
 
 
+def cost(objective: Any) -> str | None:
+    """What a user should know of a step with many words; None where each row is read once."""
+    times = len(objective.scores.probes) if isinstance(getattr(objective, "scores", None), WordScores) else 1
+    if times < 2:
+        return None
+    return (
+        f"each step reads every row {times} times, once for each of the places where the words part after their first "
+        f"token: about {times} times as slow as task.head=linear; words that differ in their first token are read once"
+    )
+
+
 def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
     """The tokens that the prompt format makes of each word as an answer, its end token with it."""
     paths = []

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
-from llmft.data.encode import IGNORE
+from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
 from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.heads import positions_at_a_time

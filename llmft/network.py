@@ -1,0 +1,126 @@
+"""Waits for a network, each with a total deadline: a timeout of sockets alone starts anew with every byte."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+from urllib.parse import urlparse
+
+T = TypeVar("T")
+LONGEST_ANSWER = 2**20
+STALLED_S = 120.0
+
+
+class NoAnswer(Exception):
+    """Nothing that is an answer came in time; the message says what came instead."""
+
+
+def in_thread(action: Callable[[], T]) -> Future[T]:
+    """Runs `action` in a daemon thread, which whoever waits for the result may leave behind."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(action())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="network").start()
+    return future
+
+
+def host_of(url: str) -> str:
+    """The host of an http address; nothing for what is none."""
+    try:
+        parts = urlparse(url)
+        return (parts.hostname or "") if parts.scheme in ("http", "https") else ""
+    except ValueError:
+        return ""
+
+
+def ask(
+    url: str, seconds: float, *, headers: Mapping[str, str] | None = None, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """(status, content) of the answer at `url`, name look-up, redirects and content included in `seconds`.
+
+    Raises NoAnswer. `headers` are not handed on to where a server redirects.
+    """
+    if not host_of(url):
+        raise NoAnswer("not an http address")
+    deadline = time.monotonic() + seconds
+
+    def answer() -> tuple[int, bytes]:
+        request = urllib.request.Request(url, data=body)
+        for name, value in (headers or {}).items():
+            request.add_unredirected_header(name, value)
+        try:
+            response = urllib.request.urlopen(request, timeout=seconds)
+        except urllib.error.HTTPError as error:
+            return error.code, b""
+        with response:
+            content = b""
+            while (part := response.read1(2**16)) and len(content) < LONGEST_ANSWER and time.monotonic() < deadline:
+                content += part
+            missing = int(response.headers.get("Content-Length") or 0) - len(content)
+            if missing > 0:
+                raise http.client.IncompleteRead(content, missing)
+            return response.status, content
+
+    try:
+        return in_thread(answer).result(seconds)
+    except TimeoutError:
+        raise NoAnswer(f"no whole answer within {seconds:g} s") from None
+    except http.client.IncompleteRead:
+        raise NoAnswer("the connection was closed in the middle of the answer") from None
+    except http.client.HTTPException as error:
+        raise NoAnswer(f"its answer is not HTTP ({type(error).__name__})") from None
+    except Exception as error:
+        reason = getattr(error, "reason", error)
+        late = isinstance(reason, TimeoutError)
+        cause = " ".join(str(reason).split())[:200] or type(error).__name__
+        raise NoAnswer(f"no answer within {seconds:g} s" if late else cause) from None
+
+
+def unless_stalled(action: Callable[[], T], folder: Path, seconds: float = STALLED_S) -> T:
+    """What `action` downloads into `folder`; raises NoAnswer when nothing more has come for `seconds`."""
+    future, size, since = in_thread(action), -1, time.monotonic()
+    while True:
+        try:
+            return future.result(min(5.0, seconds / 4))
+        except TimeoutError:
+            if future.done():  # its own
+                return future.result()
+        now = _bytes_below(folder)
+        if now != size:
+            size, since = now, time.monotonic()
+        elif time.monotonic() - since > seconds:
+            _end_hub_requests()
+            raise NoAnswer(f"nothing more came within {seconds:g} s")
+
+
+def _bytes_below(folder: Path) -> int:
+    total = 0
+    for directory, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.lstat(os.path.join(directory, name)).st_size
+            except OSError:  # renamed meanwhile
+                continue
+    return total
+
+
+def _end_hub_requests() -> None:
+    """Lets what was left behind fail at once: the interpreter would wait for the downloads' threads at its end."""
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+    getattr(huggingface_hub, "close_session", lambda: None)()

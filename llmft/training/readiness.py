@@ -1,0 +1,186 @@
+"""What would stop a training before its weights load: `Session` and `python -m llmft.check` ask it here alike."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from llmft.build import build
+from llmft.config import ModelInit, OnSaveError, Precision, QuantizationFormat, TrainConfig
+from llmft.data.quality import stop_on_errors
+from llmft.errors import ConfigError, DiskError
+from llmft.files import check_space
+from llmft.model import adapters, families
+from llmft.model.load import first_line, pick_device, pick_precision
+from llmft.model.skeleton import skeleton
+from llmft.prepare import Prepared
+from llmft.training.fitting import architecture_of
+from llmft.training.rows import Inspection, Rows, inspect_rows, read_rows
+from llmft.training.scoring import make_objective
+
+if TYPE_CHECKING:
+    import lightning as L
+
+    from llmft.training.session import Parts
+
+LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
+
+
+@dataclass
+class Ready:
+    """A training up to its weights; `objective` is None where the rows' own errors already stop it."""
+
+    device: torch.device
+    precision: Precision
+    rows: Rows
+    inspection: Inspection
+    objective: Any = None
+
+
+def make_ready(
+    prepared: Prepared, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
+) -> Ready:
+    """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
+
+    Raises ConfigError or DataError for the first thing that a training could not go on with; for errors of the rows
+    only with `stop`.
+    """
+    config = prepared.config
+    device, precision = choose_device(config)
+    trainer = config.trainer
+    if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
+        lightning_trainer(
+            config, device, precision, callbacks=[*parts.callbacks.values()], logger=False, val_check_interval=1
+        )
+    rows = read_rows(prepared, warn)
+    ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
+    if stop:
+        stop_on_errors(ready.inspection.findings)
+    elif any(finding.level == "error" for finding in ready.inspection.findings):
+        return ready
+    ready.objective = make_objective(config.task, prepared.targets, rows.encoder, rows.splits)
+    _check_model(prepared, rows)
+    return ready
+
+
+def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
+    """Where a training computes and in what. Raises ConfigError for what the machine does not have."""
+    trainer = config.trainer
+    device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
+    precision = pick_precision(trainer.precision, device)
+    check_dora(config, device, int8=config.quantization.format is QuantizationFormat.int8)
+    cores = os.cpu_count() or 1
+    if device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
+        raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
+    if device.type == "cuda" and isinstance(trainer.devices, int):
+        count = torch.cuda.device_count()
+        if trainer.devices > count:
+            raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {count} GPUs.")
+    return device, precision
+
+
+def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:
+    """Raises ConfigError for a pair of adapter and base that PEFT computes wrongly on a CPU."""
+    if device.type == "cpu" and int8 and config.lora.dora:
+        raise ConfigError(
+            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
+        )
+
+
+def lightning_trainer(config: TrainConfig, device: torch.device, precision: Precision, **more: Any) -> L.Trainer:
+    """Lightning's Trainer for `config`. Raises ConfigError for devices, strategies and callbacks that it refuses."""
+    import lightning as L
+    from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+    trainer = config.trainer
+    strategy = trainer.strategy
+    if isinstance(strategy, dict):
+        strategy = build(strategy, "trainer.strategy", "strategy")
+    try:
+        return L.Trainer(
+            accelerator="gpu" if device.type == "cuda" else "cpu",
+            devices=trainer.devices,
+            num_nodes=trainer.num_nodes,
+            strategy=strategy,
+            precision=LIGHTNING_PRECISION[precision],  # type: ignore[arg-type]
+            max_epochs=-1,
+            check_val_every_n_epoch=None,
+            reload_dataloaders_every_n_epochs=1,
+            use_distributed_sampler=False,
+            deterministic="warn" if trainer.deterministic else False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            barebones=False,
+            **more,
+        )
+    except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
+        raise ConfigError(f"trainer: {first_line(error)}") from None
+
+
+def _check_model(prepared: Prepared, rows: Rows) -> None:
+    """What a model's files and its shapes alone tell."""
+    config = prepared.config
+    architecture = architecture_of(prepared, len(rows.tokenizer))
+    families.check_task(config.model, architecture, str(config.task.auto_class))
+    text_config = architecture.get_text_config() if hasattr(architecture, "get_text_config") else architecture
+    check_vocabulary(config, rows, getattr(text_config, "vocab_size", None))
+    if prepared.located.directory is not None and config.model.init is ModelInit.pretrained:
+        _check_files(prepared.located.directory)
+    if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
+        families.prepare(architecture.model_type)
+        try:
+            base = skeleton(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
+        except Exception:  # code of others may want values; loading will tell
+            return
+        adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
+
+
+def check_vocabulary(config: TrainConfig, rows: Rows, size: int | None) -> None:
+    """Raises ConfigError where the tokenizer makes tokens that an embedding of `size` rows does not have."""
+    highest = max(int(examples.ids.max(initial=0)) for examples in rows.splits.values())
+    if size is not None and highest >= size:
+        raise ConfigError(
+            f"model={config.model.label}: its tokenizer makes token {highest} but the model knows only {size}; "
+            "tokenizer and weights do not belong together."
+        )
+
+
+def _check_files(directory: Path) -> None:
+    """Raises ConfigError for a weights file that is cut off or none; nothing of it is read but its header."""
+    from safetensors import SafetensorError, safe_open
+
+    for path in sorted(directory.glob("model*.safetensors")):
+        try:
+            with safe_open(path, framework="pt"):
+                pass
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
+
+
+def check_room(config: TrainConfig, directory: Path, weights: int, states: int, warn: Callable[[str], None]) -> None:
+    """Room for all checkpoints that will stand at once and for what is handed over, before the first step.
+
+    `weights` and `states`: bytes of what is trained, and of the optimizer. Raises DiskError, or warns as
+    trainer.on_save_error says.
+    """
+    trainer = config.trainer
+    there = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
+    # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
+    needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - there
+    try:
+        check_space(directory, max(0, needed))
+    except OSError as error:
+        told = f"{directory}: {error.strerror} for checkpoints and weights"
+        if trainer.on_save_error is not OnSaveError.warn:
+            raise DiskError(
+                f"{told}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
+                f"{trainer.keep_checkpoints}."
+            ) from None
+        warn(f"{told}; training all the same (trainer.on_save_error=warn).")
