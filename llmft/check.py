@@ -40,7 +40,7 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
         raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
-    from llmft.libraries import load_libraries
+    from llmft.libraries import load_libraries, quiet_warnings
     from llmft.prepare import prepare
 
     prepared = prepare(config, open_directory=False)
@@ -49,7 +49,8 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     from llmft.data.quality import stop_on_errors
     from llmft.training.readiness import check_room
 
-    report, findings = examine(prepared)
+    with quiet_warnings():
+        report, findings = examine(prepared)
     if form == "json":
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -121,12 +121,13 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
 
             values = Baseline.load(question.run.model).predict(question.conversations)
         else:
-            from llmft.libraries import load_libraries
+            from llmft.libraries import load_libraries, quiet_warnings
 
             load_libraries()
             from llmft.inference.predictor import run_parts
 
-            values, columns = run_parts(question, config, screen)
+            with quiet_warnings():
+                values, columns = run_parts(question, config, screen)
         made = Predictions(
             question.ids,
             question.labels,

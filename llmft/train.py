@@ -153,18 +153,17 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None, lane: Lane | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
-    if prepared.config.model.architecture != "tfidf":
-        from llmft.libraries import load_libraries
+    from llmft.libraries import load_libraries, quiet_warnings
 
-        trainer = prepared.config.trainer
-        # Before anything else imports one of them.
-        load_libraries(several_devices=trainer.devices != 1 or trainer.num_nodes != 1)
+    if prepared.config.model.architecture != "tfidf":
+        load_libraries()
     from llmft.training.out_of_memory import OutOfMemory, free_memory
 
     while True:
         rejected = list(prepared.problems.rejected)
         try:
-            return _train_once(prepared, screen, watch, lane)
+            with quiet_warnings():
+                return _train_once(prepared, screen, watch, lane)
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.

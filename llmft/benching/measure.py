@@ -79,8 +79,11 @@ def main() -> None:
 
     from llmft.errors import UserError
 
+    from llmft.libraries import quiet_warnings
+
     try:
-        _measure(own, tell)
+        with quiet_warnings():
+            _measure(own, tell)
     except UserError as error:
         tell("error", message=str(error))
 
