@@ -13,7 +13,6 @@ from typing import Any
 
 from llmft.app import config_of_command, run_verb
 from llmft.config import TrainConfig
-from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError, did_you_mean
 
 FORMATS = ("text", "json")
@@ -21,7 +20,6 @@ FORMATS = ("text", "json")
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # `format=` belongs to this verb; all other arguments are those of training.
     chosen = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("format=")]

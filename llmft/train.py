@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.environment import prepare_for_torch
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.sweeping.worker import watch_of_environment
 
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The W&B service of a program around this one writes below that one's directory, and ends with it.

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
-from llmft.environment import keep_freed_memory, versions
+from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.foreign import check_model, check_values
 from llmft.model import families, flat, heads
@@ -31,7 +31,7 @@ from llmft.model.quantization import (
     weight_counts,
 )
 from llmft.model.restore import Restorer, has_plain_tensors, packed_state
-from llmft.model.skeleton import auto_model, nothing_on_meta, skeleton
+from llmft.model.skeleton import auto_model, skeleton
 from llmft.schema import canonical, numbers_of, to_plain
 
 
@@ -257,8 +257,6 @@ def load_base(
         return _kept.model
     drop_base()
     _kept.any_before = True
-    if device.type == "cpu":
-        keep_freed_memory()
     try:
         cache = None
         if model.init is ModelInit.random:
@@ -323,7 +321,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
 
     def load(skip: list[str], *around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
         with contextlib.ExitStack() as stack:
-            for context in (*around, nothing_on_meta(config), wanted.seeded()):  # a new classification head is random
+            for context in (*around, wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
             base, found = factory.from_pretrained(
                 directory,
