@@ -78,7 +78,6 @@ def main() -> None:
         print(MARK + json.dumps({"kind": kind, **values}), flush=True)
 
     from llmft.errors import UserError
-
     from llmft.libraries import quiet_warnings
 
     try:

@@ -13,18 +13,15 @@ import torch
 
 from llmft.model import fused
 from llmft.model.families import layers_of
-from llmft.model.tail import is_short
 
 
 def compile_layers(model: Any, warn: Callable[[str], None], backend: str = "inductor") -> int:
     """Compiles the decoder layers of an adapted model, of any number of tokens; returns how many.
 
-    Not the last where it computes only the ends of rows: it has little to do, and begins twice.
-
     What cannot be compiled, when its first batch comes, is computed as before, and `warn` is told once.
     """
     fused.uninstall(model)
-    layers = [layer for layer in layers_of(model) if not is_short(layer)]
+    layers = layers_of(model)
     for layer in layers:
         compiled = torch.compile(layer._call_impl, dynamic=True, fullgraph=True, backend=backend)
         layer._compiled_call_impl = _with_fallback(model, layer, compiled, warn)

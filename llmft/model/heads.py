@@ -11,7 +11,6 @@ from llmft.data.batch import MicroBatch
 from llmft.model.families import base_of
 from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.sharding import is_sharded
-from llmft.model.tail import takes_ends
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
 """What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
@@ -94,9 +93,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     lengths = batch.attention_mask.sum(dim=1)
     if is_flat(base) and not is_sharded(head):
-        rows = lengths.tolist()
-        firsts = [length - 1 for length in rows] if takes_ends(base) else None
-        return _flat_scores(model, head, flatten(batch.input_ids, rows, firsts=firsts, varlen=takes_varlen(base)))
+        return _flat_scores(model, head, flatten(batch.input_ids, lengths.tolist(), varlen=takes_varlen(base)))
     last = lengths - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:

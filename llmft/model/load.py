@@ -17,7 +17,6 @@ from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.foreign import check_model, check_values
 from llmft.model import families, flat, heads
-from llmft.model.apart import Kept
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
@@ -258,11 +257,7 @@ def load_base(
     drop_base()
     _kept.any_before = True
     try:
-        cache = None
-        if model.init is ModelInit.random:
-            base = _random(wanted)
-        else:
-            base, cache = _pretrained(wanted, warn)
+        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -272,11 +267,7 @@ def load_base(
     keep_packing(base)
     base.requires_grad_(False)
     base.eval()
-    # What a model says of itself takes two short forwards, for which a CPU dequantises all of it.
-    before = None if cache is None else Kept.from_plain(cache.facts().get("kept"))
-    kept = flat.enable(base, before)
-    if cache is not None and before is None:
-        cache.note(kept=kept.to_plain())
+    flat.enable(base)
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base
@@ -305,11 +296,8 @@ def _random(wanted: _Wanted) -> Any:
     return base
 
 
-def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, BaseCache | None]:
-    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache.
-
-    Returns the base, and its place in the cache.
-    """
+def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
+    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
     config = wanted.config()
     stored = stored_quantization(config)
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
@@ -344,7 +332,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
             restorer = Restorer(cache.read(wanted.device))
             base, _ = load(cache.skipped(), restorer.reading())
             restorer.finish(base)
-            return base, cache
+            return base
         except (Damaged, ConfigError) as error:
             cache.drop(first_line(error))
     empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
@@ -359,7 +347,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
     counts = weight_counts(base)
     if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
         cache.write(packed_state(base, found["missing_keys"]), skip)
-    return base, cache
+    return base
 
 
 def _base_cache(wanted: _Wanted, warn: Callable[[str], None]) -> BaseCache | None:

@@ -40,7 +40,6 @@ from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
 from llmft.model.skeleton import skeleton
-from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
 
 FP32_BYTES = 4
 BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
@@ -389,7 +388,7 @@ def _activations(
                 "position_ids": ids,
                 "attention_mask": torch.zeros(1, 1, 1, 1),
                 "use_cache": False,
-                "llmft_blocks": flat.Blocks(((rows, tokens),), tail=_ends(model, config, rows, tokens, keep)),
+                "llmft_blocks": flat.Blocks(((rows, tokens),)),
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
@@ -402,15 +401,6 @@ def _activations(
             output = model(input_ids=ids, **arguments)
         del output
     return saved.totals()
-
-
-def _ends(model: Any, config: TrainConfig, rows: int, tokens: int, keep: int | None) -> Tail | None:
-    """What the last layer computes of rows with `keep` labels at their ends; one state each for a linear head."""
-    own = 1 if config.task.auto_class == "sequence_classification" else tokens if keep is None else keep + 1
-    if not takes_ends(model) or own > MOST_OF_ROWS * tokens:
-        return None
-    places = torch.zeros(rows * own, dtype=torch.long)
-    return Tail((own,) * rows, places, places)
 
 
 def lora_rank(config: TrainConfig) -> int:

@@ -25,7 +25,6 @@ import torch
 from llmft.model.families import base_of, body_of, is_mixture
 from llmft.model.flat import Blocks, is_flat
 from llmft.model.fused import Share, is_dense, is_plain, lora_layers, lora_linear, share_of
-from llmft.model.tail import Last, behind_each_other, is_short, joined, last_layer
 
 
 @dataclass
@@ -112,16 +111,8 @@ class _Pass:
     def begin(self, parts: Sequence[Part]) -> None:
         """Sets the parts and where each stands; none ends the forward."""
         self.parts = list(parts)
-        self.widen()
-        self.fused = all(is_plain(layer) for part in parts for layer in part.layers.values())
-
-    def widen(self) -> None:
-        """From here on each part is its rows."""
         self._stand([part.arguments["input_ids"].shape[1] for part in self.parts])
-
-    def narrow(self) -> None:
-        """From here on each part is the ends of its rows."""
-        self._stand([len(part.arguments["llmft_blocks"].tail.index) for part in self.parts])
+        self.fused = all(is_plain(layer) for part in parts for layer in part.layers.values())
 
     def _stand(self, tokens: Sequence[int]) -> None:
         place = 0
@@ -156,32 +147,10 @@ class Joint:
         for name, module in list(self.body.named_modules()):
             if _is_function(module):
                 self.body.set_submodule(name, _BySpan(module, self._pass))
-        last = last_layer(base)
-        if last is not None and is_short(last):
-            names = {id(module): name for name, module in body_of(base).named_modules()}
-            own = self.body.get_submodule(names[id(last)])
-            own.register_forward_pre_hook(self._narrow, with_kwargs=True)
-            own.register_forward_hook(self._widen)
         self.body.train()
-
-    def _narrow(self, layer: Any, args: Any, kwargs: Any) -> None:
-        """Comes behind the hook of `llmft.model.tail`, which the layer has from the base."""
-        if isinstance(kwargs["llmft_blocks"], Last):
-            self._pass.narrow()
-
-    def _widen(self, layer: Any, args: Any, output: Any) -> None:
-        self._pass.widen()
 
     def forward(self, parts: Sequence[Part]) -> list[Any]:
         """Each part's output, as its own body would give it; one graph leads back from all."""
-        found: dict[int, Any] = {}
-        for whole in (False, True):
-            # Whether a part asks for the ends of its rows alone decides what its last layer computes.
-            own = [part for part in parts if (part.arguments["llmft_blocks"].tail is None) == whole]
-            found |= {id(part): output for part, output in zip(own, self._together(own), strict=True)}
-        return [found[id(part)] for part in parts]
-
-    def _together(self, parts: Sequence[Part]) -> list[Any]:
         if not parts:
             return []
         self._pass.begin(parts)
@@ -198,16 +167,17 @@ def _joined(arguments: Sequence[dict[str, Any]]) -> dict[str, Any]:
     blocks = [each["llmft_blocks"] for each in arguments]
     seqlens = None
     if all(each.seqlens is not None for each in blocks):
-        seqlens = behind_each_other([each.seqlens for each in blocks])
-    tail = None
-    if blocks[0].tail is not None:
-        tail = joined([each.tail for each in blocks], [each["input_ids"].shape[1] for each in arguments])
+        offset, pieces = blocks[0].seqlens[-1:] * 0, [blocks[0].seqlens[:1]]
+        for each in blocks:
+            pieces.append(each.seqlens[1:] + offset)
+            offset = offset + each.seqlens[-1:]
+        seqlens = torch.cat(pieces)
     shapes = tuple(shape for each in blocks for shape in each.shapes)
     return {
         **arguments[0],
         "input_ids": torch.cat([each["input_ids"] for each in arguments], dim=1),
         "position_ids": torch.cat([each["position_ids"] for each in arguments], dim=1),
-        "llmft_blocks": Blocks(shapes, seqlens, max(each.longest for each in blocks), tail),
+        "llmft_blocks": Blocks(shapes, seqlens, max(each.longest for each in blocks)),
     }
 
 

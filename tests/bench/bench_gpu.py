@@ -230,7 +230,6 @@ def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[st
     from llmft.model.flat import flatten, takes_varlen
     from llmft.model.fused import lora_layers
     from llmft.model.stacked import Joint, Part
-    from llmft.model.tail import takes_ends
 
     joint = Joint(setting.base)
     layers = [lora_layers(body_of(model)) for model in models]
@@ -239,8 +238,7 @@ def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[st
         rows = []
         for batch in batches:
             lengths = batch["attention_mask"].sum(1).tolist()
-            firsts = (batch["labels"] != -100).int().argmax(1).sub(1).tolist() if takes_ends(setting.base) else None
-            rows.append(flatten(batch["input_ids"], lengths, firsts=firsts, varlen=takes_varlen(setting.base)))
+            rows.append(flatten(batch["input_ids"], lengths, varlen=takes_varlen(setting.base)))
         parts = [Part(flat.arguments, own, torch.random.fork_rng) for flat, own in zip(rows, layers, strict=True)]
         losses = []
         for batch, flat, out in zip(batches, rows, joint.forward(parts), strict=True):

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from llmft.config import LoraConfig
 from llmft.data.batch import MicroBatch
+from llmft.errors import ConfigError
 from llmft.model import adapters, flat, fused, heads
 from llmft.model.hub import Located
 from llmft.training.objectives import language_modeling
@@ -17,8 +19,6 @@ from llmft.training.objectives.language_modeling import LanguageModeling, logits
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
 LENGTHS = [61, 40, 38, 23, 22, 21, 7, 1]
-FIRSTS = [58, 30, 37, 12, 21, 20, 0, 0]
-"""Where the ends of these rows begin, for tests of ends."""
 PADDED = ("falcon", "mpt", "deberta-v2")
 """Families whose attention does not go through transformers' interface, or is not causal."""
 CAUSAL = sorted(name for name in FIRST if not classifies(FILES[FIRST[name]]))
@@ -52,6 +52,42 @@ def test_packed_logits_are_those_of_each_row_alone(architecture: str) -> None:
     model, ids = base(architecture), rows()
     assert flat.is_flat(model) == (architecture not in PADDED and model.config._attn_implementation != "eager")
     check_as_each_alone(model, ids, everywhere(ids))
+
+
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+STREAMS = {"head_dim": 8, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+           "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}  # fmt: skip
+ODD: dict[str, tuple[dict[str, Any], bool]] = {
+    # A layer that asks for attention twice, with other values; one whose states have a dimension more.
+    "diffllama": ({}, True),
+    "gemma3n_text": (STREAMS, True),
+    # Layers that look back without attention: their states would run on from row to row.
+    "lfm2": ({"layer_types": ["full_attention", "conv"]}, False),
+    "qwen3_5_text": ({**HEADS, "head_dim": 8, **LINEAR}, False),
+    "minimax": ({"num_local_experts": 2, **LINEAR}, False),
+}
+
+
+@pytest.mark.parametrize("architecture", ODD)
+def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
+    config, packed = ODD[architecture]
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
+    model, ids = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval(), rows()
+    flat.enable(model)
+    assert flat.is_flat(model) == packed
+    check_as_each_alone(model, ids, everywhere(ids))
+
+
+def test_a_model_that_does_not_tell_attention_of_rows_is_refused() -> None:
+    model, ids = base("llama"), rows()
+    arguments = flat.flatten(ids, LENGTHS).arguments
+    del arguments["llmft_blocks"]
+    with pytest.raises(ConfigError, match="where rows end"):
+        model(**arguments)
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -241,9 +277,8 @@ def test_the_variable_length_kernel_is_told_where_rows_end(
     check_as_each_alone(model, ids, everywhere(ids))
 
 
-@pytest.mark.parametrize("firsts", [None, FIRSTS], ids=["whole", "ends"])
 def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
-    firsts: list[int] | None, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
@@ -251,11 +286,7 @@ def test_lanes_behind_each_other_keep_their_rows_apart_for_that_kernel_too(
 
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     model, ids = base("mistral", sliding_window=16), rows()
-    flats = [
-        flat.flatten(ids[part], LENGTHS[part], firsts=firsts and firsts[part], varlen=True)
-        for part in (slice(0, 3), slice(3, 8))
-    ]
-    assert all((each.blocks.tail is None) == (firsts is None) for each in flats)
+    flats = [flat.flatten(ids[part], LENGTHS[part], varlen=True) for part in (slice(0, 3), slice(3, 8))]
     parts = [stacked.Part(each.arguments, {}, contextlib.nullcontext) for each in flats]
     with torch.no_grad():
         together = stacked.Joint(model).forward(parts)

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
-from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
+from llmft.model.flat import flatten, is_flat, takes_varlen
 from llmft.model.heads import positions_at_a_time
 from llmft.model.sharding import is_sharded
-from llmft.model.tail import takes_ends
 from llmft.training.objectives.base import RowLosses
 
 
@@ -25,18 +24,11 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     base = base_of(model)
     model_class: type = type(base)
     if selects_positions(model_class) and is_flat(base):
-        flat = _flat(base, input_ids, keep, lengths)
+        flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
         return model(**flat.arguments, logits_to_keep=flat.pick(keep)).logits
     if selects_positions(model_class):
         return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
     return model(input_ids=input_ids, use_cache=False).logits[keep]
-
-
-def _flat(base: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor) -> Flat:
-    """The rows behind each other, with outputs from the first place of each that `keep` marks."""
-    firsts = torch.where(keep.any(dim=1), keep.int().argmax(dim=1), lengths - 1)
-    known = torch.stack([lengths, firsts]).tolist()
-    return flatten(input_ids, known[0], firsts=known[1] if takes_ends(base) else None, varlen=takes_varlen(base))
 
 
 def nll_at(
@@ -51,7 +43,7 @@ def nll_at(
     most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
     if len(targets) <= most or not _in_chunks(base):
         return _nll(logits_at(model, input_ids, keep, lengths).float(), targets)
-    flat = _flat(base, input_ids, keep, lengths)
+    flat = flatten(input_ids, lengths.tolist(), varlen=takes_varlen(base))
     output = body_of(base)(**flat.arguments)
     hidden = output.last_hidden_state[flat.pick(keep)]
     found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output), most)
