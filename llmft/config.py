@@ -47,6 +47,13 @@ def seconds_of(duration: str, key: str) -> float:
     return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
+class Kernels(Enum):
+    """Whether pieces of transformers and PEFT are replaced by ones that take less time or memory."""
+
+    auto = "auto"
+    none = "none"
+
+
 class ModelInit(Enum):
     """Where the weights come from."""
 
@@ -215,6 +222,7 @@ class ModelConfig:
     unsupported: str | None = None
     skip_modules: list[str] = field(default_factory=list)
     attn_implementation: str | None = None
+    kernels: Kernels = aside(Kernels.auto)
     learning_rate: float = aside(2e-4)
     precision: Precision = aside(Precision.auto)
     license: str = aside("unknown")

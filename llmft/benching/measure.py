@@ -162,7 +162,14 @@ class Bench:
         weights = sum(weight_counts(self.base).values())
         torch.set_num_threads(config.trainer.threads or sensible_threads(weights))
         if config.lora.enabled:
-            self.model = adapters.attach(self.base, config.lora, auto_class="causal_lm", seed=0, name=config.model.id)
+            self.model = adapters.attach(
+                self.base,
+                config.lora,
+                auto_class="causal_lm",
+                seed=0,
+                name=config.model.id,
+                kernels=config.model.kernels,
+            )
         else:
             self.model = self.base.requires_grad_(True)
         # An answer ends where it is told to, so that every repeat is as long.

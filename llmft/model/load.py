@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.foreign import check_model, check_values
-from llmft.model import families, flat, heads
+from llmft.model import families, heads, kernels
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
 from llmft.model.hub import PACKAGED, Located, locate
@@ -267,7 +267,8 @@ def load_base(
     keep_packing(base)
     base.requires_grad_(False)
     base.eval()
-    flat.enable(base)
+    if model.kernels is Kernels.auto:
+        kernels.install(base)
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base

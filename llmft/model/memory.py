@@ -9,7 +9,7 @@ Against what autograd saves in a real forward of a twin of every family, in fp32
 0.1% (tests/model/test_memory.py; 4-bit experts in fp32 up to 20% high). Against the peak of all live tensors over
 forward and backward, temporaries included, activations + gradients + logits are 0 to 15% low without checkpointing and
 0 to 30% low with it, where one layer's backward weighs more: leave a fifth free. Not counted: those temporaries (one
-dequantised weight among them), what a CPU keeps dequantised (64 MiB at most, see `fused`), the device's context and
+dequantised weight among them), the device's context and
 kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. CUDA's attention may be another: where the
 CPU's stores scores (dropout in attention, as GPT-2 has; Falcon), the estimate is too high there. CUDA's autocast
 computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2, Falcon, MPT and DeBERTa in bf16 take somewhat more
@@ -33,11 +33,13 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpointing_of
-from llmft.model import adapters, families, flat, fused
+from llmft.config import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
+from llmft.model import adapters, families, kernels
 from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
+from llmft.model.kernels import lora as lora_kernel
+from llmft.model.kernels import packing
 from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
 from llmft.model.skeleton import skeleton
 
@@ -158,9 +160,11 @@ def estimate_memory(
                 parametrize.register_parametrization(base.get_submodule(path), attribute, _Dequantized(), unsafe=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
+            model = adapters.attach(
+                base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="", kernels=config.model.kernels
+            )
         if config.quantization.format is QuantizationFormat.int8:
-            fused.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
+            lora_kernel.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
     else:
         model = base.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -174,7 +178,7 @@ def estimate_memory(
     found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
     level = checkpointing_of(config.trainer.gradient_checkpointing)
     per_label = _vocabulary(base) * LOGIT_BYTES
-    in_parts = config.lora.enabled and selects and flat.is_flat(base)
+    in_parts = config.lora.enabled and selects
     parts = positions_at_a_time(_vocabulary(base), device_type) if in_parts else None
     return MemoryEstimate(
         base=sum(frozen.values()),
@@ -204,7 +208,8 @@ def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
     dtype = dtype if config.lora.enabled else torch.float32
     base = skeleton(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
-    flat.enable(base)
+    if config.model.kernels is Kernels.auto:
+        kernels.install(base)
     return base
 
 
@@ -382,13 +387,13 @@ def _activations(
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if config.task.auto_class == "causal_lm":
             arguments = {"use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
-        if flat.is_flat(model):
+        if packing.uses_packing(model):
             ids = ids.view(1, -1)
             arguments = {
                 "position_ids": ids,
                 "attention_mask": torch.zeros(1, 1, 1, 1),
                 "use_cache": False,
-                "llmft_blocks": flat.Blocks(((rows, tokens),)),
+                "llmft_blocks": packing.Blocks(((rows, tokens),)),
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),

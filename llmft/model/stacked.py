@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from llmft.model.families import base_of, body_of, is_mixture
-from llmft.model.flat import Blocks, is_flat
-from llmft.model.fused import Share, is_dense, is_plain, lora_layers, lora_linear, share_of
+from llmft.model.kernels.lora import Share, is_dense, is_plain, lora_layers, lora_linear, share_of
+from llmft.model.kernels.packing import Blocks, uses_packing
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Part:
     """One adapter's share of a joint forward.
 
     Attributes:
-        arguments: what its own body's forward was called with: flat rows, see `llmft.model.flat`.
+        arguments: what its own body's forward was called with: packed rows, see `llmft.model.kernels.packing`.
         layers: its LoRA layers by their names in the body.
         random: a context in which torch draws its random numbers.
         start, end: its tokens.
@@ -59,6 +59,8 @@ def share(module: Any, known: dict[int, Any] | None = None) -> Any:
         for name, value in vars(module).items():
             if isinstance(value, dict) and name.startswith("_"):
                 vars(made)[name] = copy.copy(value)  # parameters, buffers, hooks
+        if "forward" in vars(made):  # a kernel's, of the module that was copied
+            made.forward = made.forward.__func__.__get__(made)
         made._modules = {name: child and share(child, known) for name, child in module._modules.items()}
     return known[id(module)]
 
@@ -67,7 +69,7 @@ def why_alone(model: Any) -> str | None:
     """Why an adapted model cannot be stacked with others; None if it can."""
     base = base_of(model)
     body = body_of(model)
-    if not is_flat(base):
+    if not uses_packing(base):
         return "its family takes no rows without padding"
     if is_mixture(base):
         return "a mixture of experts computes tokens in groups"

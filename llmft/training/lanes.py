@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from llmft.model.families import body_of
-from llmft.model.fused import lora_layers
+from llmft.model.kernels.lora import lora_layers
 from llmft.model.stacked import Joint, Part, share, why_alone
 from llmft.training.out_of_memory import free_memory, is_out_of_memory
 from llmft.training.stopping import Signals

@@ -34,7 +34,7 @@ from llmft.environment import describe, sensible_threads
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
 from llmft.model import adapters
 from llmft.model.checkpointing import Offloaded, set_checkpointing
-from llmft.model.compiling import compile_layers, release_layers
+from llmft.model.compiling import compile_layers
 from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -210,6 +210,11 @@ class Session:
         processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
         torch.set_num_threads(trainer.threads or sensible_threads(num_weights, processes))
 
+    @property
+    def _keeps_base(self) -> bool:
+        """Whether the next run of this process may have the base; compiled layers stay compiled."""
+        return adapters.reusable(self.config.lora) and not self.config.trainer.compile
+
     def _load(self) -> None:
         """The base, quantised, and what is trained on it."""
         config = self.config
@@ -225,7 +230,7 @@ class Session:
             device=self.device,
             seed=config.seed,
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora),
+            keep=self._keeps_base,
             warn=self.screen.warn,
         )
         self.base_reused = self.base is kept
@@ -247,6 +252,7 @@ class Session:
                 auto_class=str(config.task.auto_class),
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
+                kernels=config.model.kernels,
             )
         else:
             self.base.requires_grad_(True)
@@ -473,8 +479,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
-        release_layers(self.model)
-        if adapters.reusable(self.config.lora) and not is_sharded(self.model):
+        if self._keeps_base and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
             drop_base()

@@ -148,18 +148,19 @@ class Setting:
     @contextmanager
     def adapted(self, *, plain: bool, recompute: bool, count: int = 1) -> Iterator[list[Any]]:
         """`count` models with an adapter each around the same base; `plain` as PEFT itself makes them."""
-        from llmft.model import flat, fused
+        from llmft.model import kernels
         from llmft.model.adapters import attach
+        from llmft.model.kernels import lora as lora_kernel
         from llmft.model.stacked import share
 
         self.base.set_attn_implementation("sdpa")
         if not plain:
-            flat.enable(self.base)
+            kernels.install(self.base)
         models = []
         for number in range(count):
             model = attach(share(self.base), self.lora, auto_class="causal_lm", seed=number, name="base")
             if plain:
-                fused.uninstall(model)
+                lora_kernel.uninstall(model)
             if recompute:
                 model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
                 model.enable_input_require_grads()
@@ -227,8 +228,8 @@ def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[st
     import torch.nn.functional as F
 
     from llmft.model.families import body_of
-    from llmft.model.flat import flatten, takes_varlen
-    from llmft.model.fused import lora_layers
+    from llmft.model.kernels.lora import lora_layers
+    from llmft.model.kernels.packing import pack, takes_varlen
     from llmft.model.stacked import Joint, Part
 
     joint = Joint(setting.base)
@@ -238,7 +239,7 @@ def joint_forward(setting: Setting, models: list[Any]) -> Callable[[list[dict[st
         rows = []
         for batch in batches:
             lengths = batch["attention_mask"].sum(1).tolist()
-            rows.append(flatten(batch["input_ids"], lengths, varlen=takes_varlen(setting.base)))
+            rows.append(pack(batch["input_ids"], lengths, varlen=takes_varlen(setting.base)))
         parts = [Part(flat.arguments, own, torch.random.fork_rng) for flat, own in zip(rows, layers, strict=True)]
         losses = []
         for batch, flat, out in zip(batches, rows, joint.forward(parts), strict=True):

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from llmft.config import Checkpointing, LoraConfig
-from llmft.model import adapters, flat, fused, stacked
+from llmft.model import adapters, stacked
 from llmft.model.checkpointing import set_checkpointing
-from tests.model.test_flat import CAUSAL, base
+from llmft.model.kernels import lora as lora_kernel
+from llmft.model.kernels import packing
+from tests.model.kernels.test_packing import CAUSAL, base
 from tests.model.test_twins import FILES, FIRST
 
 LORAS = (
@@ -50,10 +52,10 @@ def lanes(model: Any, loras: tuple[LoraConfig, ...]) -> list[Any]:
     return made
 
 
-def rows(number: int) -> flat.Flat:
+def rows(number: int) -> packing.PackedBatch:
     lengths = LENGTHS[number]
     ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(number))
-    return flat.flatten(ids, lengths)
+    return packing.pack(ids, lengths)
 
 
 def gradients(model: Any) -> list[torch.Tensor]:
@@ -75,7 +77,7 @@ def alone(model: Any, number: int) -> tuple[torch.Tensor, list[torch.Tensor]]:
 
 def together(model: Any, own: list[Any]) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
     parts = [
-        stacked.Part(rows(number).arguments, fused.lora_layers(stacked.body_of(lane)), Random(number))
+        stacked.Part(rows(number).arguments, lora_kernel.lora_layers(stacked.body_of(lane)), Random(number))
         for number, lane in enumerate(own)
     ]
     losses = [loss_of(output.last_hidden_state) for output in stacked.Joint(model).forward(parts)]
@@ -146,7 +148,7 @@ def test_a_shared_structure_leaves_the_base_untouched() -> None:
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     own = lanes(model, LORAS)
     assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
-    assert not fused.lora_layers(model)
+    assert not lora_kernel.lora_layers(model)
     weights = {p.data_ptr() for p in own[0].parameters() if not p.requires_grad}
     assert weights == set(before.values())
 

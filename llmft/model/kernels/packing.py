@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,10 +22,9 @@ from typing import Any
 import torch
 
 from llmft.errors import ConfigError
-from llmft.model import pointwise, rotary
 from llmft.model.families import base_of
 
-NAME = "llmft_flat"
+NAME = "llmft_packed"
 BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
 MOST_VARLEN_HEAD_DIM = 256
@@ -35,7 +33,7 @@ LENGTH_STEP = 256
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows stand in a flat sequence.
+    """Where rows stand in a packed sequence.
 
     Attributes:
         shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
@@ -49,13 +47,13 @@ class Blocks:
 
 
 @dataclass(frozen=True)
-class Flat:
+class PackedBatch:
     """Rows as one sequence.
 
     Attributes:
         input_ids, position_ids: (1, tokens).
         index: (tokens,) where each token stands in the padded batch, counted row by row.
-        last: (rows,) where each row's last real token stands in the flat sequence.
+        last: (rows,) where each row's last real token stands in the packed sequence.
     """
 
     input_ids: torch.Tensor
@@ -86,19 +84,16 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, flat_attention)
+    AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 ATTENTION = {"full_attention", "sliding_attention"}
-"""Kinds of layers in which tokens meet in attention alone, and that `flat_attention` computes."""
+"""Kinds of layers in which tokens meet in attention alone, and that `packed_attention` computes."""
 
 
 def enable(model: Any) -> None:
-    """Lets `model` take flat rows where its family can; whether it can tells `is_flat` from then on."""
-    # For every model, flat or not: both hold for a process, and no run's numbers may depend on those before.
-    rotary.install(sys.modules[type(model).__module__])
-    pointwise.install(model)
+    """Lets `model` take packed rows where its family can; whether it can tells `uses_packing` from then on."""
     if model.config._attn_implementation == "sdpa" and supports_packing(model):
         register()
         model.set_attn_implementation(NAME)
@@ -119,13 +114,13 @@ def supports_packing(model: Any) -> bool:
     )
 
 
-def is_flat(model: Any) -> bool:
+def uses_packing(model: Any) -> bool:
     """Whether `enable` took effect on the model below any adapter."""
     base = base_of(model)
     return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
 
 
-def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> Flat:
+def pack(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> PackedBatch:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
     device, seq_len = input_ids.device, input_ids.shape[1]
     shapes = () if varlen else plan_blocks(lengths)
@@ -140,7 +135,7 @@ def flatten(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = F
     ids = input_ids.reshape(-1)[index][None]
     seqlens = starts.to(device, torch.int32) if varlen else None
     blocks = Blocks(shapes, seqlens, _coarse(max(lengths)))
-    return Flat(ids, positions[None].to(device), index, last.to(device), blocks)
+    return PackedBatch(ids, positions[None].to(device), index, last.to(device), blocks)
 
 
 def _coarse(length: int) -> int:
@@ -190,7 +185,7 @@ def _knows_windows() -> bool:
     return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
 
-def flat_attention(
+def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

@@ -1,8 +1,9 @@
 """LoRA's linear layers as one step of autograd each: the same maths as PEFT's, with fewer passes over memory.
 
-y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward (a small base on the
-CPU is dequantised once). Kept for the backward are x (or what it is `Made` of), the narrow x A', and a mask where there
-is dropout. PEFT's own forward keeps and copies the wide result two times more, and takes a dozen small operations.
+y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward. Kept for the
+backward are x (or the `Recipe` to make it again), the narrow x A', and a mask where there is dropout.
+
+PEFT's own forward keeps and copies the wide result two times more, and takes a dozen small operations.
 """
 
 from __future__ import annotations
@@ -10,15 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
 
 ALIGNED_BYTES = 64
 """Where torch's own allocations on the CPU begin."""
-MOST_KEPT_BYTES = 64 * 2**20
-"""Of all adapted layers' dequantised weights, up to which a CPU keeps them: a tenth of a small model's step."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Made:
+class Recipe:
     """How to make a layer's input again for the backward, from two tensors that are kept anyway."""
 
     of: tuple[torch.Tensor, torch.Tensor]
@@ -49,18 +48,15 @@ class Made:
 
 def install(model: torch.nn.Module) -> None:
     """Replaces the forward of every plain LoRA layer of a PeftModel, DoRA and 8-bit ones left as they are."""
-    plain = [layer for layer in lora_layers(model).values() if is_plain(layer)]
-    for layer in plain:
-        layer.forward = partial(_forward, layer)
-    _keep_dequantized([layer.base_layer for layer in plain])
-
-
-def uninstall(model: torch.nn.Module) -> None:
-    """PEFT's own forwards again, and none of the weights that `install` kept."""
     for layer in lora_layers(model).values():
-        layer.__dict__.pop("forward", None)
-        if is_dense(layer.base_layer) and (state := _state_of(layer.base_layer)) is not None:
-            vars(state).pop("dequantized", None)
+        if is_plain(layer):
+            layer.forward = MethodType(_forward, layer)
+
+
+def uninstall(model: torch.nn.Module) -> bool:
+    """PEFT's own forwards again; whether any was replaced."""
+    own = [vars(layer).pop("forward", None) for layer in lora_layers(model).values()]
+    return any(own)
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -91,34 +87,11 @@ def is_dense(layer: torch.nn.Module) -> bool:
 
 def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(out, in) weight of a dense or 4-bit linear layer in `dtype`."""
-    weight = layer.weight
-    state = _state_of(layer)
-    if state is None:
-        return weight.to(dtype)
-    kept: torch.Tensor | None = getattr(state, "dequantized", None)
-    found = kept if kept is not None and kept.device == weight.device else _dequantized(layer)
-    return found.to(dtype)
-
-
-def _state_of(layer: Any) -> Any:
-    return getattr(layer.weight, "quant_state", None) or getattr(layer, "quant_state", None)
-
-
-def _dequantized(layer: Any) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
-    found: torch.Tensor = dequantize_4bit(layer.weight.view(-1, 1), _state_of(layer))
-    return found
-
-
-def _keep_dequantized(layers: Sequence[Any]) -> None:
-    """Keeps the weights of a small model on the CPU beside their 4-bit form, for all trainings on this base."""
-    states = [(layer, state) for layer in layers if (state := _state_of(layer)) is not None]
-    if sum(state.shape.numel() * state.dtype.itemsize for _, state in states) > MOST_KEPT_BYTES:
-        return
-    for layer, state in states:
-        if layer.weight.device.type == "cpu" and not hasattr(state, "dequantized"):
-            state.dequantized = _dequantized(layer)
+    weight: torch.Tensor = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    return (weight if state is None else dequantize_4bit(weight.view(-1, 1), state)).to(dtype)
 
 
 def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -153,7 +126,7 @@ def lora_linear(
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     with _as_given(kind):
         flat = x.to(dtype).reshape(-1, x.shape[-1])
-        made = getattr(x, "llmft_made", None) if x.dtype is dtype else None
+        made = getattr(x, "llmft_recipe", None) if x.dtype is dtype else None
         found: torch.Tensor = _LoraLinear.apply(flat, layer, tuple(shares), spans, made, *weights)
     return found.view(*x.shape[:-1], -1)
 
@@ -171,7 +144,7 @@ class _LoraLinear(torch.autograd.Function):
         layer: Any,
         shares: tuple[Share, ...],
         spans: Any,
-        made: Made | None,
+        made: Recipe | None,
         *weights: torch.Tensor,
     ) -> Any:
         bias = None if layer.bias is None else layer.bias.to(x.dtype)
