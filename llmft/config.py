@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -172,14 +173,10 @@ class OnSaveError(Enum):
 
 
 class Checkpointing(Enum):
-    """What a backward finds of its forward: everything, what matrix products and attention made, or layers' inputs.
-
-    `auto` takes the first of these that fits.
-    """
+    """What a backward finds of its forward: everything, or layers' inputs; `auto` takes the first of them that fits."""
 
     auto = "auto"
     none = "none"
-    selective = "selective"
     full = "full"
 
 
@@ -540,10 +537,13 @@ def checkpointing_of(value: Any) -> Checkpointing:
         return value
     if isinstance(value, bool):
         return Checkpointing.full if value else Checkpointing.none
+    if value == "selective":  # as runs of llmft 0.1 say
+        warnings.warn("trainer.gradient_checkpointing=selective is gone; full is taken.", FutureWarning, stacklevel=2)
+        return Checkpointing.full
     names = [level.value for level in Checkpointing]
     require(
         value in names,
-        f"trainer.gradient_checkpointing={value}: auto, none, selective or full{did_you_mean(str(value), names)}",
+        f"trainer.gradient_checkpointing={value}: auto, none or full{did_you_mean(str(value), names)}",
     )
     return Checkpointing(value)
 

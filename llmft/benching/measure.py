@@ -213,7 +213,6 @@ class Bench:
 
         from llmft.data.batch import collate
         from llmft.model.checkpointing import Offloaded, set_checkpointing
-        from llmft.model.memory import lora_rank
         from llmft.training.fitting import Fit, choose_fit
         from llmft.training.objectives.language_modeling import LanguageModeling
 
@@ -231,7 +230,7 @@ class Bench:
             if not fits:
                 arguments = (self.device, self.dtype)
                 fits.append(choose_fit(config, examples, lambda: self.architecture, *arguments, model=self.model))
-                set_checkpointing(self.base, fits[0].checkpointing, lora_rank=lora_rank(config))
+                set_checkpointing(self.base, fits[0].checkpointing)
             lengths = examples.lengths.tolist()
             groups = fits[0].limit.groups(lengths, range(rows))[:MOST_MICRO_BATCHES]
             for group in groups:

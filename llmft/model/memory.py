@@ -30,12 +30,9 @@ from unittest import mock
 
 import torch
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from llmft.config import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
 from llmft.model import adapters, families, kernels
-from llmft.model.checkpointing import is_kept
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
@@ -55,7 +52,6 @@ LOGIT_BYTES = 8  # per logit: itself and its log-probability in fp32, which beco
 _ACTIVATIONS = {
     Checkpointing.auto: "activations_kept",
     Checkpointing.none: "activations_kept",
-    Checkpointing.selective: "activations_selective",
     Checkpointing.full: "activations_checkpointed",
 }
 
@@ -72,7 +68,6 @@ class MemoryEstimate:
         optimizer: its states after the first step.
         activations: what one micro-batch keeps for its backward, as configured; under auto, all of it.
         activations_kept: the same without gradient checkpointing.
-        activations_selective: with the selective one: products and attention too, and the rest of the largest layer.
         activations_checkpointed: with the full one: every layer's input, and the largest layer.
         activations_offloaded: on the device while the rest waits in the CPU's memory: the largest layer.
         logits: the head's output, the loss and their gradients at the labelled positions.
@@ -88,7 +83,6 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     activations_kept: int
-    activations_selective: int
     activations_checkpointed: int
     activations_offloaded: int
     logits: int
@@ -297,7 +291,6 @@ class _SavedBytes:
         self.layer: int | None = None
         self.inputs: dict[int, torch.Tensor] = {}
         self.saved: dict[int, tuple[torch.Tensor, int | None]] = {}
-        self.dear: dict[int, tuple[torch.Tensor, int]] = {}
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, module in enumerate(layers):
             module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
@@ -317,51 +310,19 @@ class _SavedBytes:
             self.saved.setdefault(_storage(tensor), (tensor, self.layer))
         return tensor
 
-    def note(self, made: Any) -> None:
-        """What selective checkpointing keeps, inside a layer."""
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and self.layer is not None:
-                self.dear.setdefault(_storage(tensor), (tensor, self.layer))
-
     def totals(self) -> dict[str, int]:
         """Bytes on each way of keeping them, by the names of MemoryEstimate."""
-        by_layer, rest = (defaultdict[int | None, int](int) for _ in range(2))
+        by_layer = defaultdict[int | None, int](int)
         for key, (tensor, layer) in self.saved.items():
-            if key not in self.inputs:
-                by_layer[layer] += _bytes(tensor)
-                rest[layer] += 0 if key in self.dear else _bytes(tensor)
+            by_layer[layer] += 0 if key in self.inputs else _bytes(tensor)
         inputs = sum(map(_bytes, self.inputs.values()))
         outside = by_layer.pop(None, 0)
-        rest.pop(None, 0)
-        dear = defaultdict[int | None, int](int)
-        for key, (tensor, layer) in self.dear.items():
-            dear[layer] += 0 if key in self.inputs else _bytes(tensor)
-        # The backward comes to the layers from the last to the first, and frees them on its way.
-        order = sorted({*rest, *dear})  # type: ignore[type-var]
-        selective = [
-            rest[layer] + sum(dear[before] for before in order[: place + 1]) for place, layer in enumerate(order)
-        ]
         largest = max(by_layer.values(), default=0)
         return {
             "activations_kept": sum(_bytes(tensor) for tensor, _ in self.saved.values()),
-            "activations_selective": inputs + outside + max(selective, default=0),
             "activations_checkpointed": inputs + outside + largest,
             "activations_offloaded": outside + largest,
         }
-
-
-class _Dear(TorchDispatchMode):
-    """Tells `saved` what selective checkpointing would keep."""
-
-    def __init__(self, saved: _SavedBytes, lora_rank: int) -> None:
-        super().__init__()
-        self.found, self.lora_rank = saved, lora_rank
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if is_kept(func, args, kwargs or {}, self.lora_rank):
-            self.found.note(made)
-        return made
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -397,7 +358,6 @@ def _activations(
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-            _Dear(saved, lora_rank(config)),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
             # Both ask for values, which are none here: are rows packed (never), are experts' weights aligned.
             mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None, create=True),
@@ -406,11 +366,6 @@ def _activations(
             output = model(input_ids=ids, **arguments)
         del output
     return saved.totals()
-
-
-def lora_rank(config: TrainConfig) -> int:
-    """For `is_kept`; 0 where all weights are trained."""
-    return config.lora.r if config.lora.enabled else 0
 
 
 def _give_storage(model: torch.nn.Module) -> None:

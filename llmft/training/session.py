@@ -42,7 +42,7 @@ from llmft.model.load import (
     kept_base,
     load_base,
 )
-from llmft.model.memory import lora_rank, optimizer_bytes
+from llmft.model.memory import optimizer_bytes
 from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.monitor import mode_of, validation_metrics, with_mode
@@ -271,7 +271,7 @@ class Session:
             model=self.model,
             before=before,
         )
-        set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
+        set_checkpointing(self.base, self.fit.checkpointing)
         if config.trainer.compile and self.lane is None:  # several bodies in one are computed as they are
             compile_layers(self.model, self.screen.warn)
         if self.lane is not None and config.lora.enabled and not self._offloads():
