@@ -18,7 +18,7 @@ from llmft.errors import ConfigError, did_you_mean
 from llmft.foreign import check_model, check_values
 from llmft.model import families, heads, kernels
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
-from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
+from llmft.model.experts import QUANTIZER, fused_shapes, register, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     agreed,
@@ -299,6 +299,8 @@ def _random(wanted: _Wanted) -> Any:
 
 def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
+    from transformers import GenerationConfig
+
     config = wanted.config()
     stored = stored_quantization(config)
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
@@ -308,15 +310,23 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     directory = wanted.located.directory
     assert directory is not None
 
-    def load(skip: list[str], *around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
+    def load(
+        skip: list[str], *around: contextlib.AbstractContextManager[None], weights: dict[str, Any] | None = None
+    ) -> tuple[Any, Any]:
+        """From the directory, or from its `weights`, stacked experts among them."""
+        quantization = bitsandbytes_config(wanted.quantization, wanted.dtype, skip)
+        if weights is not None:
+            register()
+            quantization.quant_method = QUANTIZER
         with contextlib.ExitStack() as stack:
             for context in (*around, wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
             base, found = factory.from_pretrained(
-                directory,
+                None if weights is not None else directory,
+                state_dict=weights,
                 config=config,
                 dtype=wanted.dtype,
-                quantization_config=None if stored else bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
+                quantization_config=None if stored else quantization,
                 device_map={"": wanted.device},
                 local_files_only=True,
                 use_safetensors=True,
@@ -325,6 +335,8 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
                 **_attention(wanted.model),
             )
         _refuse_missing(base, directory, found, wanted.auto_class)
+        if weights is not None and (directory / "generation_config.json").is_file():
+            base.generation_config = GenerationConfig.from_pretrained(directory)
         return base, found
 
     cache = _base_cache(wanted, warn)
@@ -342,7 +354,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     fused = four_bit and not stored and bool(fused_shapes(empty))
     del empty
     if fused:
-        base, found = load(skip, quantizing_with(quantizer_class()), reading(slices(directory)))
+        base, found = load(skip, weights=slices(directory))
     else:
         base, found = load(skip)
     counts = weight_counts(base)
