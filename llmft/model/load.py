@@ -306,7 +306,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
         stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
         config.quantization_config = stored
-    factory = auto_model(wanted.auto_class)
+    factory: Any = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
 
@@ -322,7 +322,7 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
             for context in (*around, wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
             base, found = factory.from_pretrained(
-                None if weights is not None else directory,
+                directory if weights is None else None,
                 state_dict=weights,
                 config=config,
                 dtype=wanted.dtype,
@@ -352,8 +352,8 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     skip = unquantized_modules(empty, wanted.full_precision)
     four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
     fused = four_bit and not stored and bool(fused_shapes(empty))
-    del empty
     if fused:
+        factory = type(empty)  # transformers' factory takes weights from a directory alone
         base, found = load(skip, weights=slices(directory))
     else:
         base, found = load(skip)

@@ -40,23 +40,26 @@ TOLERANCE = 1e-5
 order, and 20 steps make some millionths of that."""
 
 
-def losses(recipe: str, output: Path) -> list[tuple[int, float]]:
+def losses(recipe: str, output: Path, kernels: str = "auto") -> list[tuple[int, float]]:
     """(step, loss in nats) of every training step."""
-    train(compose(*SAME, *RECIPES[recipe], f"output_dir={output}"), quiet=True)
+    train(compose(*SAME, *RECIPES[recipe], f"model.kernels={kernels}", f"output_dir={output}"), quiet=True)
     lines = map(json.loads, (run_directory(output) / "metrics.jsonl").read_text().splitlines())
     return [(line["step"], line["train/loss_nats"]) for line in lines if "train/loss_nats" in line]
 
 
+@pytest.mark.parametrize("kernels", ["auto", "none"])
 @pytest.mark.parametrize(
     "recipe", [pytest.param(name, marks=[pytest.mark.slow] if name in NEEDS else []) for name in RECIPES]
 )
-def test_a_recipe_trains_to_its_golden_losses(recipe: str, tmp_path: Path) -> None:
+def test_a_recipe_trains_to_its_golden_losses_with_kernels_and_without(
+    recipe: str, kernels: str, tmp_path: Path
+) -> None:
     needed = [path for path in (NEEDS.get(recipe), SHARED) if path is not None and recipe in NEEDS]
     for path in needed:
         if not path.is_dir():
             pytest.skip(f"not here: {path}")
     golden = [line.split() for line in (HERE / f"{recipe}.txt").read_text().splitlines()]
-    trained = losses(recipe, tmp_path)
+    trained = losses(recipe, tmp_path, kernels)
     assert [step for step, _ in trained] == [int(step) for step, _ in golden]
     assert [loss for _, loss in trained] == pytest.approx([float(loss) for _, loss in golden], rel=TOLERANCE)
 

@@ -148,10 +148,8 @@ def saved_bytes(run: Training) -> int:
 
 
 def resident(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What is there before a step: weights, also those that are kept dequantised, and buffers."""
-    states = [p.quant_state for p in model.parameters() if hasattr(p, "quant_state")]
-    kept = [state.dequantized for state in states if hasattr(state, "dequantized")]
-    return [*model.parameters(), *model.buffers(), *kept]
+    """What is there before a step: weights and buffers."""
+    return [*model.parameters(), *model.buffers()]
 
 
 class LiveBytes(TorchDispatchMode):
