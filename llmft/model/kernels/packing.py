@@ -213,9 +213,9 @@ def packed_attention(
         return _varlen(query, key, value, scaling, window, llmft_blocks), None
     outputs = []
     parts = [_by_block(part, llmft_blocks.shapes) for part in (query, key, value)]
-    for (_, width), *block in zip(llmft_blocks.shapes, *parts, strict=True):
+    for (_, width), queries, keys, values in zip(llmft_blocks.shapes, *parts, strict=True):
         mask = None if window is None or width <= window else _band(width, window, query.device)
-        output, _ = sdpa_attention_forward(module, *block, mask, dropout, scaling, **kwargs)
+        output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
         outputs.append(output.flatten(0, 1))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
 
