@@ -156,6 +156,19 @@ def describe(device: Any) -> dict[str, Any]:
     return facts
 
 
+RETURN_EVERY_STEPS = 10
+
+
+def return_freed_memory() -> None:
+    """Gives back to the system what glibc keeps of tensors that were freed.
+
+    It keeps them in fragments between what still lives: a step on rows of other lengths finds no room there, and a
+    training of a 135M model grew from 1.3 to 1.8 GiB in 38 steps, all of it free. See malloc_trim(3).
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
