@@ -72,10 +72,12 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
                 return None
 
         task.__module__ = "__main__"
-        warnings.filterwarnings("error", "provider=.* is not available", UserWarning)  # a directory that is not there
         app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
         try:
-            app()
+            with warnings.catch_warnings():
+                # A directory that is not there.
+                warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
+                app()
         except UserError:
             raise
         except Exception as error:

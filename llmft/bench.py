@@ -18,7 +18,6 @@ from typing import Any
 from llmft.app import explain, make_known, run_verb
 from llmft.config import Form, ModelInit, TrainConfig, seconds_of
 from llmft.config_verbs import BenchConfig
-from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError
 from llmft.schema import to_config, to_plain
 
@@ -29,7 +28,6 @@ GROUPS = ("model", "prompt", "lora", "optimizer")
 def main() -> None:
     """The command."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    prepare_for_torch()
     run_verb("bench", BenchConfig, lambda composed: bench(to_config(composed, BenchConfig), sys.argv[1:]))
 
 

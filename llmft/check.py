@@ -13,7 +13,6 @@ from typing import Any
 
 from llmft.app import config_of_command, run_verb
 from llmft.config import TrainConfig
-from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError, did_you_mean
 
 FORMATS = ("text", "json")
@@ -21,7 +20,6 @@ FORMATS = ("text", "json")
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # `format=` belongs to this verb; all other arguments are those of training.
     chosen = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("format=")]
@@ -40,7 +38,7 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
         raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
-    from llmft.libraries import load_libraries
+    from llmft.libraries import load_libraries, quiet_warnings
     from llmft.prepare import prepare
 
     prepared = prepare(config, open_directory=False)
@@ -49,7 +47,8 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     from llmft.data.quality import stop_on_errors
     from llmft.training.readiness import check_room
 
-    report, findings = examine(prepared)
+    with quiet_warnings():
+        report, findings = examine(prepared)
     if form == "json":
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -45,6 +46,13 @@ def seconds_of(duration: str, key: str) -> float:
         raise ConfigError(f"{key}={duration}: a duration such as 11h30m, 90m or 45s.")
     days, hours, minutes, seconds = (float(part or 0) for part in parts.groups())
     return days * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+class Kernels(Enum):
+    """Whether pieces of transformers and PEFT are replaced by ones that take less time or memory."""
+
+    auto = "auto"
+    none = "none"
 
 
 class ModelInit(Enum):
@@ -165,14 +173,10 @@ class OnSaveError(Enum):
 
 
 class Checkpointing(Enum):
-    """What a backward finds of its forward: everything, what matrix products and attention made, or layers' inputs.
-
-    `auto` takes the first of these that fits.
-    """
+    """What a backward finds of its forward: everything, or layers' inputs; `auto` takes the first of them that fits."""
 
     auto = "auto"
     none = "none"
-    selective = "selective"
     full = "full"
 
 
@@ -215,6 +219,7 @@ class ModelConfig:
     unsupported: str | None = None
     skip_modules: list[str] = field(default_factory=list)
     attn_implementation: str | None = None
+    kernels: Kernels = aside(Kernels.auto)
     learning_rate: float = aside(2e-4)
     precision: Precision = aside(Precision.auto)
     license: str = aside("unknown")
@@ -532,10 +537,13 @@ def checkpointing_of(value: Any) -> Checkpointing:
         return value
     if isinstance(value, bool):
         return Checkpointing.full if value else Checkpointing.none
+    if value == "selective":  # as runs of llmft 0.1 say
+        warnings.warn("trainer.gradient_checkpointing=selective is gone; full is taken.", FutureWarning, stacklevel=2)
+        return Checkpointing.full
     names = [level.value for level in Checkpointing]
     require(
         value in names,
-        f"trainer.gradient_checkpointing={value}: auto, none, selective or full{did_you_mean(str(value), names)}",
+        f"trainer.gradient_checkpointing={value}: auto, none or full{did_you_mean(str(value), names)}",
     )
     return Checkpointing(value)
 

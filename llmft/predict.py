@@ -17,13 +17,11 @@ from typing import Any
 
 from llmft.app import run_verb
 from llmft.config_verbs import PredictConfig
-from llmft.environment import prepare_for_torch
 from llmft.schema import to_config
 
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A prompt may hold any character, so no grammar of Hydra's sees it.
     given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompts=")]
@@ -121,12 +119,13 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
 
             values = Baseline.load(question.run.model).predict(question.conversations)
         else:
-            from llmft.libraries import load_libraries
+            from llmft.libraries import load_libraries, quiet_warnings
 
             load_libraries()
             from llmft.inference.predictor import run_parts
 
-            values, columns = run_parts(question, config, screen)
+            with quiet_warnings():
+                values, columns = run_parts(question, config, screen)
         made = Predictions(
             question.ids,
             question.labels,

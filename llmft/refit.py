@@ -15,7 +15,6 @@ from typing import Any
 from llmft.app import run_verb
 from llmft.config import Export, TrainConfig, TrainOn
 from llmft.config_verbs import RefitConfig
-from llmft.environment import prepare_for_torch
 from llmft.errors import ConfigError
 from llmft.foreign import stored_config
 from llmft.schema import to_config
@@ -23,7 +22,6 @@ from llmft.schema import to_config
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     run_verb("refit", RefitConfig, lambda composed: refit(to_config(composed, RefitConfig)))

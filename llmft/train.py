@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.environment import prepare_for_torch
 from llmft.errors import DivergedError, Interrupted, Stopped, UserError
 from llmft.sweeping.worker import watch_of_environment
 
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """The command."""
-    prepare_for_torch()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # The W&B service of a program around this one writes below that one's directory, and ends with it.
@@ -145,18 +143,17 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
-    if prepared.config.model.architecture != "tfidf":
-        from llmft.libraries import load_libraries
+    from llmft.libraries import load_libraries, quiet_warnings
 
-        trainer = prepared.config.trainer
-        # Before anything else imports one of them.
-        load_libraries(several_devices=trainer.devices != 1 or trainer.num_nodes != 1)
+    if prepared.config.model.architecture != "tfidf":
+        load_libraries()
     from llmft.training.out_of_memory import OutOfMemory, free_memory
 
     while True:
         rejected = list(prepared.problems.rejected)
         try:
-            return _train_once(prepared, screen, watch)
+            with quiet_warnings():
+                return _train_once(prepared, screen, watch)
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.

@@ -60,10 +60,8 @@ class Commands:
 
 def main() -> None:
     """The process: an order a line, an exit code a line."""
-    from llmft.environment import prepare_for_torch
     from llmft.libraries import load_libraries
 
-    prepare_for_torch()
     load_libraries()
     for line in sys.stdin:
         pid = os.fork()

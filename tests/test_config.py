@@ -79,8 +79,9 @@ def test_mistral_composes_the_real_thing() -> None:
 
 
 @pytest.mark.parametrize(
-    ("written", "wanted"), [("true", "full"), ("false", "none"), ("none", "none"), ("selective", "selective")]
+    ("written", "wanted"), [("true", "full"), ("false", "none"), ("none", "none"), ("selective", "full")]
 )
+@pytest.mark.filterwarnings("ignore:trainer.gradient_checkpointing=selective is gone")
 def test_gradient_checkpointing_is_a_level_or_yes_or_no(written: str, wanted: str) -> None:
     config = compose(f"trainer.gradient_checkpointing={written}")
     assert config.trainer.gradient_checkpointing is Checkpointing(wanted)

@@ -78,9 +78,11 @@ def main() -> None:
         print(MARK + json.dumps({"kind": kind, **values}), flush=True)
 
     from llmft.errors import UserError
+    from llmft.libraries import quiet_warnings
 
     try:
-        _measure(own, tell)
+        with quiet_warnings():
+            _measure(own, tell)
     except UserError as error:
         tell("error", message=str(error))
 
@@ -160,7 +162,14 @@ class Bench:
         weights = sum(weight_counts(self.base).values())
         torch.set_num_threads(config.trainer.threads or sensible_threads(weights))
         if config.lora.enabled:
-            self.model = adapters.attach(self.base, config.lora, auto_class="causal_lm", seed=0, name=config.model.id)
+            self.model = adapters.attach(
+                self.base,
+                config.lora,
+                auto_class="causal_lm",
+                seed=0,
+                name=config.model.id,
+                kernels=config.model.kernels,
+            )
         else:
             self.model = self.base.requires_grad_(True)
         # An answer ends where it is told to, so that every repeat is as long.
@@ -204,7 +213,6 @@ class Bench:
 
         from llmft.data.batch import collate
         from llmft.model.checkpointing import Offloaded, set_checkpointing
-        from llmft.model.memory import lora_rank
         from llmft.training.fitting import Fit, choose_fit
         from llmft.training.objectives.language_modeling import LanguageModeling
 
@@ -222,7 +230,7 @@ class Bench:
             if not fits:
                 arguments = (self.device, self.dtype)
                 fits.append(choose_fit(config, examples, lambda: self.architecture, *arguments, model=self.model))
-                set_checkpointing(self.base, fits[0].checkpointing, lora_rank=lora_rank(config))
+                set_checkpointing(self.base, fits[0].checkpointing)
             lengths = examples.lengths.tolist()
             groups = fits[0].limit.groups(lengths, range(rows))[:MOST_MICRO_BATCHES]
             for group in groups:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from llmft.data.encode import Ends
-from llmft.model.dense import dequantized
 
 
 @torch.no_grad()
@@ -43,21 +42,20 @@ def generate(
             length = len(prompts[index])
             input_ids[place, width - length :] = torch.tensor(prompts[index])
             mask[place, width - length :] = 1
-        with dequantized(model):
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=room,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                eos_token_id=list(ends.ids) or None,
-                stopping_criteria=[_Reached(ends, width)] if ends.text else None,
-                pad_token_id=pad_id,
-                use_cache=True,
-            )
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=room,
+            do_sample=False,
+            num_beams=1,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            eos_token_id=list(ends.ids) or None,
+            stopping_criteria=[_Reached(ends, width)] if ends.text else None,
+            pad_token_id=pad_id,
+            use_cache=True,
+        )
         for place, index in enumerate(group):
             results[index] = ends.cut(output[place, width:].tolist())
     return results

@@ -113,6 +113,7 @@ class Predictor:
             auto_class=str(config.task.auto_class),
             seed=stream(config.seed, "lora"),
             name=str(located.directory) if config.model.path is not None else config.model.id,
+            kernels=config.model.kernels,
         )
         adapters.load_adapter(attached, trained)
         return attached.eval()

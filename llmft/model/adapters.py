@@ -11,14 +11,17 @@ from typing import Any
 import torch
 
 from llmft import __version__
-from llmft.config import LoraConfig
+from llmft.config import Kernels, LoraConfig
 from llmft.errors import ConfigError, did_you_mean
-from llmft.model import families, fused
+from llmft.model import families
 from llmft.model.heads import head_names
+from llmft.model.kernels import lora as lora_kernel
 from llmft.model.sharding import is_sharded, like, whole
 
 
-def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str) -> Any:
+def attach(
+    base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str, kernels: Kernels = Kernels.auto
+) -> Any:
     """`base` with a fresh LoRA whose random half comes from `seed` alone; returns the PeftModel.
 
     In a mixture of experts "all-linear" means its attention: see `families.NOT_ADAPTED`.
@@ -59,7 +62,8 @@ def attach(base: Any, lora: LoraConfig, *, auto_class: str, seed: int, name: str
         except ValueError as error:
             raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
     model.peft_config["default"].base_model_name_or_path = name
-    fused.install(model)
+    if kernels is Kernels.auto:
+        lora_kernel.install(model)
     return model
 
 

@@ -1,7 +1,7 @@
 """Decoder layers compiled one by one: identical layers share one compilation, which takes seconds instead of minutes.
 
-For CUDA; on a CPU it has nothing to gain. PEFT's own LoRA forwards are compiled, not the fused ones: a compiler fuses
-them by itself, and both together are no faster than either.
+For CUDA; on a CPU it has nothing to gain. PEFT's own LoRA forwards are compiled, not the kernel: a compiler fuses them
+by itself, and both together are no faster than either.
 """
 
 from __future__ import annotations
@@ -11,46 +11,46 @@ from typing import Any
 
 import torch
 
-from llmft.model import fused
-from llmft.model.families import layers_of
-from llmft.model.tail import is_short
+from llmft.model.families import body_of, layers_of
+from llmft.model.kernels import lora
+
+FIRST_TOKENS = 16
 
 
-def compile_layers(model: Any, warn: Callable[[str], None], backend: str = "inductor") -> int:
+def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "inductor") -> int:
     """Compiles the decoder layers of an adapted model, of any number of tokens; returns how many.
 
-    Not the last where it computes only the ends of rows: it has little to do, and begins twice.
-
-    What cannot be compiled, when its first batch comes, is computed as before, and `warn` is told once.
+    The first layer is tried before: where it cannot be compiled, none is, and `warn` is told. A layer stays compiled:
+    the base is for this run alone.
     """
-    fused.uninstall(model)
-    layers = [layer for layer in layers_of(model) if not is_short(layer)]
+    layers = layers_of(model)
+    replaced = lora.uninstall(model)
+    try:
+        _try(model, layers[0], backend)
+    except Exception as error:  # whatever compilers say
+        if replaced:
+            lora.install(model)
+        told = str(error).strip().splitlines()
+        warn(
+            f"trainer.compile: the layers cannot be compiled here ({told[0] if told else type(error).__name__}); "
+            "they are computed as without it."
+        )
+        return 0
     for layer in layers:
-        compiled = torch.compile(layer._call_impl, dynamic=True, fullgraph=True, backend=backend)
-        layer._compiled_call_impl = _with_fallback(model, layer, compiled, warn)
+        layer.compile(dynamic=True, backend=backend)
     return len(layers)
 
 
-def release_layers(model: Any) -> None:
-    """The layers as they were, for whoever takes over the base."""
-    for layer in layers_of(model):
-        layer._compiled_call_impl = None
+def _try(model: Any, layer: Any, backend: Any) -> None:
+    """Computes the compiled form of `layer` once, on what the model hands to it."""
+    compiled: Any = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
 
+    def compare(module: Any, args: Any, kwargs: Any) -> None:
+        handle.remove()
+        compiled(*args, **kwargs)
 
-def _with_fallback(model: Any, layer: Any, compiled: Callable[..., Any], warn: Callable[[str], None]) -> Any:
-    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return compiled(*args, **kwargs)
-        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
-            told = str(error).strip().splitlines()
-            release_layers(model)
-            fused.install(model)
-            warn(
-                f"trainer.compile: the layers cannot be compiled here ({told[0] if told else type(error).__name__}); "
-                "they are computed as without it."
-            )
-            return layer._call_impl(*args, **kwargs)
-
-    return call
+    handle = layer.register_forward_pre_hook(compare, with_kwargs=True)
+    try:
+        body_of(model)(input_ids=torch.zeros(1, FIRST_TOKENS, dtype=torch.long, device=model.device), use_cache=False)
+    finally:
+        handle.remove()

@@ -7,13 +7,11 @@ made: so no more than one layer's experts are ever held in full precision.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -84,10 +82,16 @@ def put_fused(model: torch.nn.Module, name: str, packed: torch.Tensor, parts: di
     replace_parameter_4bit_prequantized(module, attribute, dict(parts), packed.device)
 
 
-def quantizer_class() -> type:
-    """transformers' 4-bit quantizer, for stacked experts too; made in a function, since its imports take seconds."""
+QUANTIZER = "llmft_4bit"
+
+
+@cache
+def register() -> None:
+    """Registers transformers' 4-bit quantizer, for stacked experts too, as `QUANTIZER`."""
     from transformers.core_model_loading import ConversionOps
+    from transformers.quantizers import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+    from transformers.utils.quantization_config import QuantizationMethod
 
     class Quantize(ConversionOps):
         """One weight or stack, when it has been read."""
@@ -110,6 +114,7 @@ def quantizer_class() -> type:
                     found[name] = value
             return found
 
+    @register_quantizer(QUANTIZER)
     class ExpertsQuantizer(Bnb4BitHfQuantizer):
         """Attributes: shapes of all stacks; parts of the states of those that were read; names of misfits."""
 
@@ -138,32 +143,8 @@ def quantizer_class() -> type:
             for name, parts in self.parts.items():
                 put_fused(model, name, model.get_parameter(name).data, parts)
             self.parts = {}
+            self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES
             return super()._process_model_after_weight_loading(model, **kwargs)
-
-    return ExpertsQuantizer
-
-
-@contextlib.contextmanager
-def quantizing_with(quantizer: Any, kind: str = "bitsandbytes_4bit") -> Iterator[None]:
-    """Lets transformers take `quantizer` for its own of the name `kind`."""
-    from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-    with mock.patch.dict(AUTO_QUANTIZER_MAPPING, {kind: quantizer}):
-        yield
-
-
-@contextlib.contextmanager
-def reading(tensors: dict[str, Any]) -> Iterator[None]:
-    """Lets `from_pretrained` read `tensors` (or what gives one for `[...]`) in place of the directory's weights."""
-    from transformers import PreTrainedModel
-
-    load = PreTrainedModel._load_pretrained_model
-
-    def replaced(model: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
-        return load(model, tensors, *args, **kwargs)
-
-    with mock.patch.object(PreTrainedModel, "_load_pretrained_model", staticmethod(replaced)):
-        yield
 
 
 class Slice:

@@ -9,9 +9,8 @@ import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
 from llmft.model.families import base_of
-from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
+from llmft.model.kernels.packing import PackedBatch, pack, takes_varlen, uses_packing
 from llmft.model.sharding import is_sharded
-from llmft.model.tail import takes_ends
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
 """What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
@@ -93,10 +92,8 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     lengths = batch.attention_mask.sum(dim=1)
-    if is_flat(base) and not is_sharded(head):
-        rows = lengths.tolist()
-        firsts = [length - 1 for length in rows] if takes_ends(base) else None
-        return _flat_scores(model, head, flatten(batch.input_ids, rows, firsts=firsts, varlen=takes_varlen(base)))
+    if uses_packing(base) and not is_sharded(head):
+        return _packed_scores(model, head, pack(batch.input_ids, lengths.tolist(), varlen=takes_varlen(base)))
     last = lengths - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
@@ -114,12 +111,12 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         handle.remove()
 
 
-def _flat_scores(model: Any, head: torch.nn.Module, flat: Flat) -> torch.Tensor:
-    """(rows, classes) scores at the last token of each row of a flat sequence, whatever transformers makes of them."""
+def _packed_scores(model: Any, head: torch.nn.Module, packed: PackedBatch) -> torch.Tensor:
+    """(rows, classes) scores at the last token of each packed row, whatever transformers makes of them."""
     found: list[torch.Tensor] = []
-    handle = head.register_forward_hook(lambda module, inputs, scores: found.append(scores[0, flat.last]))
+    handle = head.register_forward_hook(lambda module, inputs, scores: found.append(scores[0, packed.last]))
     try:
-        model(**flat.arguments)
+        model(**packed.arguments)
     finally:
         handle.remove()
     return found[0]

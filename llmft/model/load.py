@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from llmft.config import ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
-from llmft.environment import keep_freed_memory, versions
+from llmft.config import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.environment import versions
 from llmft.errors import ConfigError, did_you_mean
 from llmft.foreign import check_model, check_values
-from llmft.model import families, flat, heads
-from llmft.model.apart import Kept
+from llmft.model import families, heads, kernels
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
-from llmft.model.experts import fused_shapes, quantizer_class, quantizing_with, reading, slices
+from llmft.model.experts import QUANTIZER, fused_shapes, register, slices
 from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     agreed,
@@ -31,7 +30,7 @@ from llmft.model.quantization import (
     weight_counts,
 )
 from llmft.model.restore import Restorer, has_plain_tensors, packed_state
-from llmft.model.skeleton import auto_model, nothing_on_meta, skeleton
+from llmft.model.skeleton import auto_model, skeleton
 from llmft.schema import canonical, numbers_of, to_plain
 
 
@@ -257,14 +256,8 @@ def load_base(
         return _kept.model
     drop_base()
     _kept.any_before = True
-    if device.type == "cpu":
-        keep_freed_memory()
     try:
-        cache = None
-        if model.init is ModelInit.random:
-            base = _random(wanted)
-        else:
-            base, cache = _pretrained(wanted, warn)
+        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -274,11 +267,8 @@ def load_base(
     keep_packing(base)
     base.requires_grad_(False)
     base.eval()
-    # What a model says of itself takes two short forwards, for which a CPU dequantises all of it.
-    before = None if cache is None else Kept.from_plain(cache.facts().get("kept"))
-    kept = flat.enable(base, before)
-    if cache is not None and before is None:
-        cache.note(kept=kept.to_plain())
+    if model.kernels is Kernels.auto:
+        kernels.install(base)
     if keep:
         _kept.key, _kept.model = wanted.key, base
     return base
@@ -307,29 +297,36 @@ def _random(wanted: _Wanted) -> Any:
     return base
 
 
-def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, BaseCache | None]:
-    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache.
+def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
+    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
+    from transformers import GenerationConfig
 
-    Returns the base, and its place in the cache.
-    """
     config = wanted.config()
     stored = stored_quantization(config)
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
         stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
         config.quantization_config = stored
-    factory = auto_model(wanted.auto_class)
+    factory: Any = auto_model(wanted.auto_class)
     directory = wanted.located.directory
     assert directory is not None
 
-    def load(skip: list[str], *around: contextlib.AbstractContextManager[None]) -> tuple[Any, Any]:
+    def load(
+        skip: list[str], *around: contextlib.AbstractContextManager[None], weights: dict[str, Any] | None = None
+    ) -> tuple[Any, Any]:
+        """From the directory, or from its `weights`, stacked experts among them."""
+        quantization = bitsandbytes_config(wanted.quantization, wanted.dtype, skip)
+        if weights is not None:
+            register()
+            quantization.quant_method = QUANTIZER
         with contextlib.ExitStack() as stack:
-            for context in (*around, nothing_on_meta(config), wanted.seeded()):  # a new classification head is random
+            for context in (*around, wanted.seeded()):  # a new classification head is random
                 stack.enter_context(context)
             base, found = factory.from_pretrained(
-                directory,
+                directory if weights is None else None,
+                state_dict=weights,
                 config=config,
                 dtype=wanted.dtype,
-                quantization_config=None if stored else bitsandbytes_config(wanted.quantization, wanted.dtype, skip),
+                quantization_config=None if stored else quantization,
                 device_map={"": wanted.device},
                 local_files_only=True,
                 use_safetensors=True,
@@ -338,6 +335,8 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
                 **_attention(wanted.model),
             )
         _refuse_missing(base, directory, found, wanted.auto_class)
+        if weights is not None and (directory / "generation_config.json").is_file():
+            base.generation_config = GenerationConfig.from_pretrained(directory)
         return base, found
 
     cache = _base_cache(wanted, warn)
@@ -346,22 +345,22 @@ def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> tuple[Any, Base
             restorer = Restorer(cache.read(wanted.device))
             base, _ = load(cache.skipped(), restorer.reading())
             restorer.finish(base)
-            return base, cache
+            return base
         except (Damaged, ConfigError) as error:
             cache.drop(first_line(error))
     empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
     skip = unquantized_modules(empty, wanted.full_precision)
     four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
     fused = four_bit and not stored and bool(fused_shapes(empty))
-    del empty
     if fused:
-        base, found = load(skip, quantizing_with(quantizer_class()), reading(slices(directory)))
+        factory = type(empty)  # transformers' factory takes weights from a directory alone
+        base, found = load(skip, weights=slices(directory))
     else:
         base, found = load(skip)
     counts = weight_counts(base)
     if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
         cache.write(packed_state(base, found["missing_keys"]), skip)
-    return base, cache
+    return base
 
 
 def _base_cache(wanted: _Wanted, warn: Callable[[str], None]) -> BaseCache | None:

@@ -9,7 +9,7 @@ Against what autograd saves in a real forward of a twin of every family, in fp32
 0.1% (tests/model/test_memory.py; 4-bit experts in fp32 up to 20% high). Against the peak of all live tensors over
 forward and backward, temporaries included, activations + gradients + logits are 0 to 15% low without checkpointing and
 0 to 30% low with it, where one layer's backward weighs more: leave a fifth free. Not counted: those temporaries (one
-dequantised weight among them), what a CPU keeps dequantised (64 MiB at most, see `fused`), the device's context and
+dequantised weight among them), the device's context and
 kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. CUDA's attention may be another: where the
 CPU's stores scores (dropout in attention, as GPT-2 has; Falcon), the estimate is too high there. CUDA's autocast
 computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2, Falcon, MPT and DeBERTa in bf16 take somewhat more
@@ -30,17 +30,15 @@ from unittest import mock
 
 import torch
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from llmft.config import Checkpointing, QuantizationFormat, TrainConfig, checkpointing_of
-from llmft.model import adapters, families, flat, fused
-from llmft.model.checkpointing import is_kept
+from llmft.config import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
+from llmft.model import adapters, families, kernels
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
+from llmft.model.kernels import lora as lora_kernel
+from llmft.model.kernels import packing
 from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
 from llmft.model.skeleton import skeleton
-from llmft.model.tail import MOST_OF_ROWS, Tail, takes_ends
 
 FP32_BYTES = 4
 BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
@@ -54,7 +52,6 @@ LOGIT_BYTES = 8  # per logit: itself and its log-probability in fp32, which beco
 _ACTIVATIONS = {
     Checkpointing.auto: "activations_kept",
     Checkpointing.none: "activations_kept",
-    Checkpointing.selective: "activations_selective",
     Checkpointing.full: "activations_checkpointed",
 }
 
@@ -71,7 +68,6 @@ class MemoryEstimate:
         optimizer: its states after the first step.
         activations: what one micro-batch keeps for its backward, as configured; under auto, all of it.
         activations_kept: the same without gradient checkpointing.
-        activations_selective: with the selective one: products and attention too, and the rest of the largest layer.
         activations_checkpointed: with the full one: every layer's input, and the largest layer.
         activations_offloaded: on the device while the rest waits in the CPU's memory: the largest layer.
         logits: the head's output, the loss and their gradients at the labelled positions.
@@ -87,7 +83,6 @@ class MemoryEstimate:
     optimizer: int
     activations: int
     activations_kept: int
-    activations_selective: int
     activations_checkpointed: int
     activations_offloaded: int
     logits: int
@@ -159,9 +154,11 @@ def estimate_memory(
                 parametrize.register_parametrization(base.get_submodule(path), attribute, _Dequantized(), unsafe=True)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
+            model = adapters.attach(
+                base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="", kernels=config.model.kernels
+            )
         if config.quantization.format is QuantizationFormat.int8:
-            fused.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
+            lora_kernel.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
     else:
         model = base.requires_grad_(True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -175,7 +172,7 @@ def estimate_memory(
     found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
     level = checkpointing_of(config.trainer.gradient_checkpointing)
     per_label = _vocabulary(base) * LOGIT_BYTES
-    in_parts = config.lora.enabled and selects and flat.is_flat(base)
+    in_parts = config.lora.enabled and selects
     parts = positions_at_a_time(_vocabulary(base), device_type) if in_parts else None
     return MemoryEstimate(
         base=sum(frozen.values()),
@@ -205,7 +202,8 @@ def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
     dtype = dtype if config.lora.enabled else torch.float32
     base = skeleton(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
-    flat.enable(base)
+    if config.model.kernels is Kernels.auto:
+        kernels.install(base)
     return base
 
 
@@ -293,7 +291,6 @@ class _SavedBytes:
         self.layer: int | None = None
         self.inputs: dict[int, torch.Tensor] = {}
         self.saved: dict[int, tuple[torch.Tensor, int | None]] = {}
-        self.dear: dict[int, tuple[torch.Tensor, int]] = {}
         layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
         for number, module in enumerate(layers):
             module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
@@ -313,51 +310,19 @@ class _SavedBytes:
             self.saved.setdefault(_storage(tensor), (tensor, self.layer))
         return tensor
 
-    def note(self, made: Any) -> None:
-        """What selective checkpointing keeps, inside a layer."""
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, torch.Tensor) and self.layer is not None:
-                self.dear.setdefault(_storage(tensor), (tensor, self.layer))
-
     def totals(self) -> dict[str, int]:
         """Bytes on each way of keeping them, by the names of MemoryEstimate."""
-        by_layer, rest = (defaultdict[int | None, int](int) for _ in range(2))
+        by_layer = defaultdict[int | None, int](int)
         for key, (tensor, layer) in self.saved.items():
-            if key not in self.inputs:
-                by_layer[layer] += _bytes(tensor)
-                rest[layer] += 0 if key in self.dear else _bytes(tensor)
+            by_layer[layer] += 0 if key in self.inputs else _bytes(tensor)
         inputs = sum(map(_bytes, self.inputs.values()))
         outside = by_layer.pop(None, 0)
-        rest.pop(None, 0)
-        dear = defaultdict[int | None, int](int)
-        for key, (tensor, layer) in self.dear.items():
-            dear[layer] += 0 if key in self.inputs else _bytes(tensor)
-        # The backward comes to the layers from the last to the first, and frees them on its way.
-        order = sorted({*rest, *dear})  # type: ignore[type-var]
-        selective = [
-            rest[layer] + sum(dear[before] for before in order[: place + 1]) for place, layer in enumerate(order)
-        ]
         largest = max(by_layer.values(), default=0)
         return {
             "activations_kept": sum(_bytes(tensor) for tensor, _ in self.saved.values()),
-            "activations_selective": inputs + outside + max(selective, default=0),
             "activations_checkpointed": inputs + outside + largest,
             "activations_offloaded": outside + largest,
         }
-
-
-class _Dear(TorchDispatchMode):
-    """Tells `saved` what selective checkpointing would keep."""
-
-    def __init__(self, saved: _SavedBytes, lora_rank: int) -> None:
-        super().__init__()
-        self.found, self.lora_rank = saved, lora_rank
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = func(*args, **(kwargs or {}))
-        if is_kept(func, args, kwargs or {}, self.lora_rank):
-            self.found.note(made)
-        return made
 
 
 def _bytes(tensor: torch.Tensor) -> int:
@@ -383,17 +348,16 @@ def _activations(
         arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
         if config.task.auto_class == "causal_lm":
             arguments = {"use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
-        if flat.is_flat(model):
+        if packing.uses_packing(model):
             ids = ids.view(1, -1)
             arguments = {
                 "position_ids": ids,
                 "attention_mask": torch.zeros(1, 1, 1, 1),
                 "use_cache": False,
-                "llmft_blocks": flat.Blocks(((rows, tokens),), tail=_ends(model, config, rows, tokens, keep)),
+                "llmft_blocks": packing.Blocks(((rows, tokens),)),
             } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
         with (
             torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-            _Dear(saved, lora_rank(config)),
             torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
             # Both ask for values, which are none here: are rows packed (never), are experts' weights aligned.
             mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None, create=True),
@@ -402,20 +366,6 @@ def _activations(
             output = model(input_ids=ids, **arguments)
         del output
     return saved.totals()
-
-
-def _ends(model: Any, config: TrainConfig, rows: int, tokens: int, keep: int | None) -> Tail | None:
-    """What the last layer computes of rows with `keep` labels at their ends; one state each for a linear head."""
-    own = 1 if config.task.auto_class == "sequence_classification" else tokens if keep is None else keep + 1
-    if not takes_ends(model) or own > MOST_OF_ROWS * tokens:
-        return None
-    places = torch.zeros(rows * own, dtype=torch.long)
-    return Tail((own,) * rows, places, places)
-
-
-def lora_rank(config: TrainConfig) -> int:
-    """For `is_kept`; 0 where all weights are trained."""
-    return config.lora.r if config.lora.enabled else 0
 
 
 def _give_storage(model: torch.nn.Module) -> None:

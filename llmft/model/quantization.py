@@ -2,7 +2,8 @@
 
 `BitsAndBytesConfig` quantises while transformers loads. Random models have no files and are quantised in place.
 Mixtures of experts have fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave
-them unquantised (96% of Mixtral's weights) without a word; `llmft.model.experts` quantises them both ways.
+them unquantised (96% of Mixtral's weights) without a word (bitsandbytes issue 1849); `llmft.model.experts` quantises
+them both ways.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def keep_packing(model: torch.nn.Module) -> None:
     """Keeps bitsandbytes from repacking 4-bit weights on CPUs with bf16 units.
 
     There the first forward in evaluation mode rounds the scales to bf16, for good, and packs the weights in a layout
-    that training cannot read and that only widths of multiples of 32 have (bitsandbytes 0.50,
+    that training cannot read and that only widths of multiples of 32 have (bitsandbytes 0.50, pull 1804, issue 2078,
     `_convert_weight_packed_for_cpu`): a validation would change the base that it measures.
     """
     import bitsandbytes as bnb
@@ -142,17 +143,6 @@ def keep_packing(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def unsettle_8_bit(model: torch.nn.Module) -> None:
-    """Undoes what an 8-bit layer's first forward did: scales go back to the weight, where savers and shards look."""
-    import bitsandbytes as bnb
-
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear8bitLt) and module.state.SCB is not None:
-            weight: Any = module.weight
-            weight.CB, weight.SCB = module.state.CB, module.state.SCB
-            module.state.CB = module.state.SCB = None
 
 
 def weight_counts(model: torch.nn.Module) -> dict[str, int]:

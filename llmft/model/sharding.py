@@ -25,9 +25,9 @@ def shard(model: Any, mesh: Any) -> None:
     """Divides each decoder layer, then the rest, over `mesh`."""
     from torch.distributed.fsdp import fully_shard
 
-    from llmft.model import fused
+    from llmft.model.kernels import lora
 
-    fused.uninstall(model)  # its backward reads weights that FSDP has taken away again by then
+    lora.uninstall(model)  # its backward reads weights that FSDP has taken away again by then
     # The root is the model that `generate` calls, below PEFT's wrapper.
     root = base_of(model)
     layers = set(getattr(root, "_no_split_modules", None) or [])

@@ -8,10 +8,11 @@ dead trials works inside `study.optimize` only.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,8 +36,15 @@ def import_optuna() -> Any:
         raise ConfigError('hydra.sweeper.sampler needs Optuna: pip install "llmft[search]".') from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     logging.getLogger("alembic").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     return optuna
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Some samplers and pruners are "experimental" to Optuna, which says so each time one is made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=import_optuna().exceptions.ExperimentalWarning)
+        yield
 
 
 class Study:
@@ -141,6 +149,7 @@ class Study:
         return [(s, s.get_trial_id_from_study_id_trial_number(study, number)) for s, study in self._storages]
 
 
+@_without_advice()
 def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     """The sampler that suggests trial `number`."""
     samplers = import_optuna().samplers
@@ -168,6 +177,7 @@ def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     )
 
 
+@_without_advice()
 def make_pruner(settings: SearchConfig) -> Any:
     """The pruner; it too is made anew for each question and remembers nothing but the study."""
     pruners = import_optuna().pruners

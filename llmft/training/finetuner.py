@@ -20,6 +20,7 @@ import torch
 
 from llmft.data.batch import MicroBatch, StepBatch
 from llmft.data.encode import Ends
+from llmft.environment import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.errors import DivergedError
 from llmft.inference.generate import generate
 from llmft.metrics.loss import loss_nats, perplexity
@@ -237,6 +238,8 @@ class FineTuner(L.LightningModule):
         self.stepping = False
         optimizer.zero_grad(set_to_none=True)
         self.step = batch.step + 1
+        if self.device.type == "cpu" and self.step % RETURN_EVERY_STEPS == 0:
+            return_freed_memory()
         self.train_metrics = {
             "train/loss_nats": value,
             "train/learning_rate": rate,

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config import Checkpointing, TrainConfig, rows_or_tokens
+from llmft.config import Checkpointing, TrainConfig, checkpointing_of, rows_or_tokens
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples
 from llmft.files import format_bytes
@@ -35,7 +35,7 @@ ENOUGH_TOKENS = 2_048
 UNTOLD_TOKENS = 2_048
 """At once where the memory cannot be told, with layers computed again."""
 STEP = 256
-LEVELS = (Checkpointing.none, Checkpointing.selective, Checkpointing.full)
+LEVELS = (Checkpointing.none, Checkpointing.full)
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,7 @@ class Fit:
     def __str__(self) -> str:
         limit = self.limit
         size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
-        again = {
-            Checkpointing.none: "nothing computed again",
-            Checkpointing.selective: "norms and activations computed again",
-            Checkpointing.full: "layers computed again",
-        }[self.checkpointing]
+        again = "layers computed again" if self.checkpointing is Checkpointing.full else "nothing computed again"
         return f"{size}, {again} ({self.why})"
 
 
@@ -130,7 +126,7 @@ def choose_fit(
     given = limit != Limit()
     if before is not None:
         limit = limit if given else Limit(before["rows"], before["tokens"])
-        level = Checkpointing(before["checkpointing"]) if level is Checkpointing.auto else level
+        level = checkpointing_of(before["checkpointing"]) if level is Checkpointing.auto else level
         return Fit(limit, level, "as before")
     if given and level is not Checkpointing.auto:
         return Fit(limit, level, "as configured")

@@ -34,7 +34,7 @@ from llmft.environment import describe, sensible_threads
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
 from llmft.model import adapters
 from llmft.model.checkpointing import Offloaded, set_checkpointing
-from llmft.model.compiling import compile_layers, release_layers
+from llmft.model.compiling import compile_layers
 from llmft.model.heads import renew_head
 from llmft.model.load import (
     TORCH_DTYPES,
@@ -42,7 +42,7 @@ from llmft.model.load import (
     kept_base,
     load_base,
 )
-from llmft.model.memory import lora_rank, optimizer_bytes
+from llmft.model.memory import optimizer_bytes
 from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.monitor import mode_of, validation_metrics, with_mode
@@ -206,6 +206,11 @@ class Session:
         processes = trainer.devices if self.device.type == "cpu" and isinstance(trainer.devices, int) else 1
         torch.set_num_threads(trainer.threads or sensible_threads(num_weights, processes))
 
+    @property
+    def _keeps_base(self) -> bool:
+        """Whether the next run of this process may have the base; compiled layers stay compiled."""
+        return adapters.reusable(self.config.lora) and not self.config.trainer.compile
+
     def _load(self) -> None:
         """The base, quantised, and what is trained on it."""
         config = self.config
@@ -221,7 +226,7 @@ class Session:
             device=self.device,
             seed=config.seed,
             vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora),
+            keep=self._keeps_base,
             warn=self.screen.warn,
         )
         self.base_reused = self.base is kept
@@ -241,6 +246,7 @@ class Session:
                 auto_class=str(config.task.auto_class),
                 seed=stream(config.seed, "lora"),
                 name=str(self.prepared.located.directory) if config.model.path is not None else config.model.id,
+                kernels=config.model.kernels,
             )
         else:
             self.base.requires_grad_(True)
@@ -259,7 +265,7 @@ class Session:
             model=self.model,
             before=before,
         )
-        set_checkpointing(self.base, self.fit.checkpointing, lora_rank=lora_rank(config))
+        set_checkpointing(self.base, self.fit.checkpointing)
         if config.trainer.compile:
             compile_layers(self.model, self.screen.warn)
 
@@ -464,8 +470,7 @@ class Session:
                 logger.finalize("success" if self.exit_code == 0 else "failed")
         if self.model is None:
             return
-        release_layers(self.model)
-        if adapters.reusable(self.config.lora) and not is_sharded(self.model):
+        if self._keeps_base and not is_sharded(self.model):
             adapters.detach(self.model)
         else:
             drop_base()

@@ -147,15 +147,16 @@ class Setting:
     @contextmanager
     def adapted(self, *, plain: bool, recompute: bool) -> Iterator[Any]:
         """A model with an adapter around the base; `plain` as PEFT itself makes it."""
-        from llmft.model import flat, fused
+        from llmft.model import kernels
         from llmft.model.adapters import attach
+        from llmft.model.kernels import lora as lora_kernel
 
         self.base.set_attn_implementation("sdpa")
         if not plain:
-            flat.enable(self.base)
+            kernels.install(self.base)
         model = attach(self.base, self.lora, auto_class="causal_lm", seed=0, name="base")
         if plain:
-            fused.uninstall(model)
+            lora_kernel.uninstall(model)
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()

@@ -18,7 +18,7 @@ from llmft import files
 from llmft.config import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
 from llmft.config import QuantizationFormat as Form
 from llmft.disk import disk
-from llmft.model import adapters, apart, flat, tail
+from llmft.model import adapters
 from llmft.model.basecache import FACTS, LEAST_WEIGHTS, WEIGHTS, bases_directory, entries
 from llmft.model.hub import Located, locate
 from llmft.model.load import load_base
@@ -307,27 +307,6 @@ def test_the_least_recently_used_leave_for_the_new_and_what_is_too_large_stays_o
     made = saved.load(monkeypatch, quantization=replace(forms[1], cache_gib=1e-6))
     assert made.from_files
     assert "quantization.cache_gib" in made.warnings[0]
-
-
-def test_what_a_model_told_of_itself_is_not_asked_again(
-    saved: Saved, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[Any] = []
-    monkeypatch.setattr(flat, "ask", lambda model: (asked.append(model), apart.ask(model))[1])
-    first = saved.load(monkeypatch)
-    again = saved.load(monkeypatch)
-    assert (first.from_files, again.from_files, len(asked)) == (True, False, 1)
-    assert flat.is_flat(again.base) == flat.is_flat(first.base) is True
-    assert tail.takes_ends(again.base)
-    (entry,) = cache.glob("*/" + FACTS)
-    facts = json.loads(entry.read_text())
-    entry.write_text(json.dumps({**facts, "kept": {"check": apart.CHECK, "rows": False, "ends": False}}))
-    assert not flat.is_flat(saved.load(monkeypatch).base)
-    for strange in ("yes", {"check": apart.CHECK - 1, "rows": False, "ends": False}):
-        entry.write_text(json.dumps({**facts, "kept": strange}))
-        assert flat.is_flat(saved.load(monkeypatch).base)
-        assert json.loads(entry.read_text())["kept"] == facts["kept"]
-    assert len(asked) == 3
 
 
 def test_while_another_process_writes_nobody_waits(saved: Saved, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,11 +9,10 @@ import torch
 
 from llmft.config import Checkpointing
 from llmft.errors import ConfigError
-from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, _contexts, is_kept, set_checkpointing
-from llmft.model.memory import lora_rank
+from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, set_checkpointing
 from tests.model.test_memory import LiveBytes, Training, resident, training
 
-LEVELS = (Checkpointing.none, Checkpointing.selective, Checkpointing.full)
+LEVELS = (Checkpointing.none, Checkpointing.full)
 FRESH = ["lora.dropout=0.1"]
 
 
@@ -27,7 +26,7 @@ def prepared(*overrides: str, **options: Any) -> Training:
 
 def at(run: Training, level: Checkpointing) -> Training:
     base = run.model.get_base_model() if hasattr(run.model, "get_base_model") else run.model
-    set_checkpointing(base, level, lora_rank=lora_rank(run.config))
+    set_checkpointing(base, level)
     return run
 
 
@@ -58,15 +57,12 @@ def test_loss_and_gradients_are_the_same_to_the_bit_whatever_is_kept(
     run = prepared(*overrides, **options)
     wanted = step(at(run, Checkpointing.none))
     assert len(wanted) > 8
-    for level in (Checkpointing.selective, Checkpointing.full):
-        found = step(at(run, level))
-        assert len(found) == len(wanted)
-        for ours, theirs in zip(found, wanted, strict=True):
-            assert torch.equal(ours, theirs), level
+    found = step(at(run, Checkpointing.full))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 def test_dropout_is_at_work_in_the_comparison_above() -> None:
-    run = at(prepared("quantization=none", *FRESH), Checkpointing.selective)
+    run = at(prepared("quantization=none", *FRESH), Checkpointing.full)
     first = step(run)
     torch.manual_seed(8)
     assert not torch.equal(run.losses(), first[0])
@@ -84,58 +80,13 @@ def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quanti
             loss.backward()
         peaks.append(bytes_.peak)
         run.model.zero_grad(set_to_none=True)
-    assert peaks[0] > peaks[1] > peaks[2]
-    assert kept[0] > kept[1] > kept[2]
+    assert peaks[0] > peaks[1]
+    assert kept[0] > kept[1]
     estimate = run.estimate
-    told = [estimate.activations_kept, estimate.activations_selective, estimate.activations_checkpointed]
+    told = [estimate.activations_kept, estimate.activations_checkpointed]
     for level, found, wanted in zip(LEVELS, peaks, told, strict=True):
         # Above: logits and what norm and head keep are gone when the largest layer, not the last, has its turn.
         assert 0.75 < (wanted + estimate.gradients + estimate.logits) / found < 1.1, level
-
-
-def test_no_product_with_a_weight_is_computed_twice_but_the_low_rank_one() -> None:
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Products(TorchDispatchMode):
-        made = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            self.made += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
-            return func(*args, **(kwargs or {}))
-
-    run = prepared("quantization=none")
-    counts = {}
-    for level in LEVELS:
-        at(run, level)
-        with Products() as products:
-            step(run)
-        counts[level] = products.made
-    # Checkpointing of either kind has the first layer's input differentiated: through its q, k and v.
-    assert counts[Checkpointing.selective] == counts[Checkpointing.none] + 3
-    assert counts[Checkpointing.full] > counts[Checkpointing.selective] + 4 * 7
-
-
-def test_attention_with_dropout_is_computed_again_since_its_draws_are_needed() -> None:
-    query = torch.zeros(1, 1, 4, 8)
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-    assert is_kept(attention, (query, query, query), {}, 4)
-    assert is_kept(attention, (query, query, query, 0.0, True), {}, 4)
-    assert not is_kept(attention, (query, query, query, 0.1, True), {}, 4)
-
-
-def test_a_model_that_changes_what_was_kept_is_refused_and_not_computed_wrongly() -> None:
-    weight = torch.randn(8, 8, requires_grad=True)
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        product = x @ weight
-        product.add_(1)
-        return product.sin().exp()
-
-    kept = torch.utils.checkpoint.checkpoint(
-        layer, torch.randn(4, 8, requires_grad=True), use_reentrant=False, context_fn=lambda: _contexts(2)
-    )
-    with pytest.raises(ConfigError, match=r"in place.*gradient_checkpointing=full"):
-        kept.sum().backward()
 
 
 def test_offloaded_activations_give_the_same_numbers_and_leave_weights_where_they_are() -> None:

@@ -49,7 +49,7 @@ def chosen(monkeypatch: pytest.MonkeyPatch, memory: int, *overrides: str, length
 
 def test_less_memory_means_layers_computed_again_and_then_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     fits = [chosen(monkeypatch, mebibytes * 2**20) for mebibytes in (2000, 87, 60, 45)]
-    assert [fit.checkpointing.value for fit in fits] == ["none", "selective", "full", "full"]
+    assert [fit.checkpointing.value for fit in fits] == ["none", "full", "full", "full"]
     tokens = [fit.limit.tokens or 0 for fit in fits]
     assert tokens[0] == fitting.MOST_TOKENS["cpu"]
     assert tokens[2] > tokens[3] > 0
@@ -62,8 +62,8 @@ def test_less_memory_means_layers_computed_again_and_then_fewer_tokens(monkeypat
 
 
 def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    fit = chosen(monkeypatch, 2**20, "trainer.micro_batch=3", "trainer.gradient_checkpointing=selective")
-    assert (fit.limit, fit.checkpointing) == (Limit(rows=3), Checkpointing.selective)
+    fit = chosen(monkeypatch, 2**20, "trainer.micro_batch=3", "trainer.gradient_checkpointing=full")
+    assert (fit.limit, fit.checkpointing) == (Limit(rows=3), Checkpointing.full)
     only = chosen(monkeypatch, 80 * 2**20, "trainer.gradient_checkpointing=none")
     assert only.checkpointing is Checkpointing.none
     assert (only.limit.tokens or 0) < fitting.MOST_TOKENS["cpu"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,10 +11,9 @@ import torch.nn.functional as F
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
-from llmft.model.flat import Flat, flatten, is_flat, takes_varlen
 from llmft.model.heads import positions_at_a_time
+from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
 from llmft.model.sharding import is_sharded
-from llmft.model.tail import takes_ends
 from llmft.training.objectives.base import RowLosses
 
 
@@ -24,19 +24,20 @@ def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: 
     """
     base = base_of(model)
     model_class: type = type(base)
-    if selects_positions(model_class) and is_flat(base):
-        flat = _flat(base, input_ids, keep, lengths)
-        return model(**flat.arguments, logits_to_keep=flat.pick(keep)).logits
+    arguments, kept = _inputs(base, input_ids, keep, lengths)
     if selects_positions(model_class):
-        return model(input_ids=input_ids, use_cache=False, logits_to_keep=keep).logits
-    return model(input_ids=input_ids, use_cache=False).logits[keep]
+        return model(**arguments, logits_to_keep=kept).logits
+    return model(**arguments).logits[kept]
 
 
-def _flat(base: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor) -> Flat:
-    """The rows behind each other, with outputs from the first place of each that `keep` marks."""
-    firsts = torch.where(keep.any(dim=1), keep.int().argmax(dim=1), lengths - 1)
-    known = torch.stack([lengths, firsts]).tolist()
-    return flatten(input_ids, known[0], firsts=known[1] if takes_ends(base) else None, varlen=takes_varlen(base))
+def _inputs(
+    base: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What the model's forward takes, and `keep` in its places: packed rows where the family can, else padded ones."""
+    if not uses_packing(base):
+        return {"input_ids": input_ids, "use_cache": False}, keep
+    packed = pack(input_ids, lengths.tolist(), varlen=takes_varlen(base))
+    return packed.arguments, packed.pick(keep)
 
 
 def nll_at(
@@ -51,39 +52,49 @@ def nll_at(
     most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
     if len(targets) <= most or not _in_chunks(base):
         return _nll(logits_at(model, input_ids, keep, lengths).float(), targets)
-    flat = _flat(base, input_ids, keep, lengths)
-    output = body_of(base)(**flat.arguments)
-    hidden = output.last_hidden_state[flat.pick(keep)]
-    found: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, type(output), most)
-    return found
+    arguments, kept = _inputs(base, input_ids, keep, lengths)
+    hidden = body_of(base)(**arguments).last_hidden_state[kept]
+    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most)
+    return losses
 
 
 def _in_chunks(base: Any) -> bool:
-    """Whether the model has a body that can be asked by itself, and a head that is not trained."""
+    """Whether the model's logits are those of `_logits_of`, and its head is not trained."""
     model_class: type = type(base)
-    if not (selects_positions(model_class) and is_flat(base)) or is_sharded(base):
+    head = base.get_output_embeddings()
+    if head is None or not selects_positions(model_class) or is_sharded(base):
         return False
     inside = {id(module) for module in body_of(base).modules()}
     outside = [module for module in base.modules() if id(module) not in inside and module is not base]
-    head = base.get_output_embeddings()
-    trained = [p for module in [*outside, head] for p in module.parameters() if p.requires_grad]
-    return not trained
+    if any(p.requires_grad for module in [*outside, head] for p in module.parameters()):
+        return False
+    if base not in _plain_heads:
+        _plain_heads[base] = _has_plain_head(base)
+    return _plain_heads[base]
 
 
-def _logits_of(base: Any, hidden: torch.Tensor, kind: type) -> torch.Tensor:
-    """(positions, vocabulary) logits of hidden states, by all that the model does behind its body."""
-    body = body_of(base)
-    own = body.__dict__.get("forward")
-    body.forward = lambda *args, **kwargs: kind(last_hidden_state=hidden[None])
+_plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _has_plain_head(base: Any) -> bool:
+    """Whether a model does no more behind its body than `_logits_of`: some scale logits by values of their own."""
+    ids = torch.arange(4, device=base.device)[None]
+    training = base.training
+    base.eval()
     try:
-        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        logits: torch.Tensor = base(input_ids=ids, use_cache=False).logits[0]
-        return logits
+        logits = base(input_ids=ids, use_cache=False).logits[0].float()
+        same = _logits_of(base, body_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
     finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
+        base.train(training)
+    return torch.allclose(same, logits, rtol=0, atol=1e-2 * float(logits.abs().max()))
+
+
+def _logits_of(base: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """(positions, vocabulary) logits of hidden states: the head's, and the soft cap of Gemma 2."""
+    logits: torch.Tensor = base.get_output_embeddings()(hidden)
+    cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+    return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -117,9 +128,7 @@ class _ChunkedNll(torch.autograd.Function):
     """Each position's loss depends on its own hidden state alone: its gradient is known once its logits are."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, kind: type, most: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, most: int) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
@@ -127,7 +136,7 @@ class _ChunkedNll(torch.autograd.Function):
             with torch.set_grad_enabled(wanted):
                 part = hidden[start : start + most].detach().requires_grad_(wanted)
                 # No name for the logits: they leave once their log-probabilities are there.
-                nll = _nll(_logits_of(base, part, kind).float(), targets[start : start + most])
+                nll = _nll(_logits_of(base, part).float(), targets[start : start + most])
                 if wanted:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())
@@ -138,7 +147,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (known,) = ctx.saved_tensors
-        return (known * gradient[:, None]).to(known.dtype), None, None, None, None
+        return (known * gradient[:, None]).to(known.dtype), None, None, None
 
 
 class LanguageModeling:
@@ -146,8 +155,8 @@ class LanguageModeling:
 
     Logits are computed only where the next token carries a label (about 3% of the tokens when answers are short):
     the same numbers, a fraction of the head's time and memory. Rows stand behind each other without padding where the
-    family can (see `llmft.model.flat`); else they are padded on the right, where causal attention never looks, so no
-    attention mask is passed and the fast causal kernel is used.
+    family can (see `llmft.model.kernels.packing`); else they are padded on the right, where causal attention never
+    looks, so no attention mask is passed and the fast causal kernel is used.
     """
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from llmft.model import flat
 from llmft.model.families import base_of, selects_positions
+from llmft.model.kernels import packing
 
 Prefix = tuple[int, ...]
 CACHE_BYTES = 2 * 2**30
@@ -49,7 +49,7 @@ def can_share(model: Any, tokens: int) -> bool:
         ropes <= set(FIXED_ROPE)
         and kinds <= {"full_attention", "sliding_attention"}
         and (window is None or tokens < window)
-        and getattr(config, "_attn_implementation", None) in ("sdpa", flat.NAME, "eager")
+        and getattr(config, "_attn_implementation", None) in ("sdpa", packing.NAME, "eager")
     )
 
 

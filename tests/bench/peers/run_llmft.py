@@ -11,10 +11,7 @@ root = here.parents[2]
 sys.path.insert(0, str(root))  # this checkout, whichever is installed
 from common import Gate, read_work
 
-from llmft.environment import prepare_for_torch
-
 # As `python -m llmft` sets them.
-prepare_for_torch()
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 work = read_work()
 from llmft.libraries import load_libraries

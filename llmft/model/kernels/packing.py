@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import inspect
 import math
-import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 
-from llmft.model import pointwise, rotary
-from llmft.model.apart import Kept, ask
+from llmft.errors import ConfigError
 from llmft.model.families import base_of
-from llmft.model.tail import Asked, Last, Tail, ends_of_rows, lengthen, shorten
 
-NAME = "llmft_flat"
+NAME = "llmft_packed"
 BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
 MOST_VARLEN_HEAD_DIM = 256
@@ -36,29 +33,27 @@ LENGTH_STEP = 256
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows stand in a flat sequence.
+    """Where rows stand in a packed sequence.
 
     Attributes:
         shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
         longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
-        tail: what the last layer computes; None for all.
     """
 
     shapes: tuple[tuple[int, int], ...]
     seqlens: torch.Tensor | None = None
     longest: int = 0
-    tail: Tail | None = None
 
 
 @dataclass(frozen=True)
-class Flat:
+class PackedBatch:
     """Rows as one sequence.
 
     Attributes:
         input_ids, position_ids: (1, tokens).
         index: (tokens,) where each token stands in the padded batch, counted row by row.
-        last: (rows,) where each row's last real token stands in the flat sequence.
+        last: (rows,) where each row's last real token stands in the packed sequence.
     """
 
     input_ids: torch.Tensor
@@ -89,54 +84,44 @@ def register() -> None:
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-    AttentionInterface.register(NAME, flat_attention)
+    AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
-def enable(model: Any, before: Kept | None = None) -> Kept:
-    """Lets `model`, in evaluation mode, take flat rows where it can; whether it can tells `is_flat` from then on.
+ATTENTION = {"full_attention", "sliding_attention"}
+"""Kinds of layers in which tokens meet in attention alone, and that `packed_attention` computes."""
 
-    With what it told `before`, it is not asked again.
+
+def enable(model: Any) -> None:
+    """Lets `model` take packed rows where its family can; whether it can tells `uses_packing` from then on."""
+    if model.config._attn_implementation == "sdpa" and supports_packing(model):
+        register()
+        model.set_attn_implementation(NAME)
+
+
+def supports_packing(model: Any) -> bool:
+    """Whether tokens meet in transformers' attention interface alone, by what a family says of itself.
+
+    A short convolution or a linear attention carries a state on from row to row; attention in chunks goes by its mask.
     """
-    module = sys.modules[type(model).__module__]
-    # For every model, flat or not: both hold for a process, and no run's numbers may depend on those before.
-    rotary.install(module)
-    pointwise.install(model)
-    known = getattr(model, "_supports_flash_attn", False) and hasattr(module, "ALL_ATTENTION_FUNCTIONS")
-    causal = not getattr(model.config, "is_encoder_decoder", False)
-    if not (known and causal and model.config._attn_implementation == "sdpa" and not _stateful(model)):
-        return Kept(False, False)
-    register()
-    model.set_attn_implementation(NAME)
-    shorten(model)
-    kept = before or ask(model)
-    if not kept.ends:
-        lengthen(model)
-    if not kept.rows:
-        model.set_attn_implementation("sdpa")
-    return kept
+    config = model.config.get_text_config()
+    return (
+        model._supports_attention_backend
+        and model._supports_flash_attn
+        and not model._is_stateful
+        and not getattr(model.config, "is_encoder_decoder", False)
+        and set(getattr(config, "layer_types", None) or ()) <= ATTENTION
+    )
 
 
-def is_flat(model: Any) -> bool:
+def uses_packing(model: Any) -> bool:
     """Whether `enable` took effect on the model below any adapter."""
     base = base_of(model)
     return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
 
 
-def _stateful(model: Any) -> bool:
-    """Whether layers carry a state from token to token besides attention: it would run on from row to row."""
-    return any(
-        word in type(module).__name__.lower() for module in model.modules() for word in ("mamba", "conv1d_", "ssm")
-    )
-
-
-def flatten(
-    input_ids: torch.Tensor, lengths: Sequence[int], *, firsts: Sequence[int] | None = None, varlen: bool = False
-) -> Flat:
-    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
-
-    With `firsts` a row's outputs are computed from there to its end, and may be zero before (`llmft.model.tail`).
-    """
+def pack(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> PackedBatch:
+    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
     device, seq_len = input_ids.device, input_ids.shape[1]
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
@@ -148,15 +133,9 @@ def flatten(
     last = starts[:-1] + torch.tensor(list(lengths)) - 1
     index = index.to(device)
     ids = input_ids.reshape(-1)[index][None]
-    if varlen and not _last_query_sees_all(device):
-        firsts = None
-    tail = None if firsts is None else ends_of_rows(lengths, firsts, starts[:-1].tolist(), device)
-    if tail is not None and varlen:
-        ends = torch.tensor([0, *tail.lengths]).cumsum(0)
-        tail = replace(tail, seqlens=ends.to(device, torch.int32), longest=_coarse(max(tail.lengths)))
     seqlens = starts.to(device, torch.int32) if varlen else None
-    blocks = Blocks(shapes, seqlens, _coarse(max(lengths)), tail)
-    return Flat(ids, positions[None].to(device), index, last.to(device), blocks)
+    blocks = Blocks(shapes, seqlens, _coarse(max(lengths)))
+    return PackedBatch(ids, positions[None].to(device), index, last.to(device), blocks)
 
 
 def _coarse(length: int) -> int:
@@ -206,24 +185,7 @@ def _knows_windows() -> bool:
     return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
 
 
-@lru_cache(maxsize=8)
-def _last_query_sees_all(device: torch.device) -> bool:
-    """Whether fewer queries than keys stand at the ends of their rows, as torch's documentation does not say."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    def rows(length: int) -> torch.Tensor:
-        return torch.tensor([0, length], dtype=torch.int32, device=device)
-
-    nothing = torch.zeros(2, 1, 32, dtype=torch.bfloat16, device=device)
-    value = torch.stack([nothing[0], nothing[0] + 1])
-    found = varlen_attn(
-        nothing[:1], nothing, value, rows(1), rows(2), 1, 2, scale=1.0, window_size=(-1, 0), enable_gqa=False
-    )
-    assert isinstance(found, torch.Tensor)
-    return bool((found.float() - 0.5).abs().max() < 0.01)  # the mean of both, not the first alone
-
-
-def flat_attention(
+def packed_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -231,43 +193,30 @@ def flat_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    llmft_blocks: Blocks | Last | None = None,
+    llmft_blocks: Blocks | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention of (1, heads, tokens, head_dim) over `llmft_blocks`; transformers' own "sdpa" where there are none.
 
-    Returns (1, tokens, heads, head_dim), as transformers' implementations do; of the last layer the ends of rows.
+    Returns (1, tokens, heads, head_dim), as transformers' implementations do.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if llmft_blocks is None:
+        if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+            raise ConfigError(
+                f"model.attn_implementation: {type(module).__name__} is not told where rows end; set it to eager."
+            )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
-    tail = None
-    if isinstance(llmft_blocks, Last):
-        if llmft_blocks.known is None:
-            raise Asked(key, value)
-        if llmft_blocks.tail.calls is not None:
-            llmft_blocks.tail.calls.attention += 1
-        key, value = llmft_blocks.known
-        llmft_blocks, tail = llmft_blocks.blocks, llmft_blocks.tail
     window = kwargs.pop("sliding_window", None)
     if llmft_blocks.seqlens is not None:
-        return _varlen(query, key, value, scaling, window, llmft_blocks, tail), None
-    outputs, row = [], 0
-    shapes = llmft_blocks.shapes
-    all_keys, all_values = _by_block(key, shapes), _by_block(value, shapes)
-    queries = _by_block(query, shapes) if tail is None else []
-    for number, (rows, width) in enumerate(shapes):
-        keys, values, real = all_keys[number], all_values[number], None
-        if tail is None:
-            own = queries[number]
-            mask = None if window is None or width <= window else _band(width, window, query.device)
-        else:
-            own, mask, real = tail.block(query, row, rows, width, window)
-        output, _ = sdpa_attention_forward(module, own, keys, values, mask, dropout, scaling, **kwargs)
-        output = output.flatten(0, 1)
-        outputs.append(output if real is None else output.index_select(0, real))
-        row += rows
+        return _varlen(query, key, value, scaling, window, llmft_blocks), None
+    outputs = []
+    parts = [_by_block(part, llmft_blocks.shapes) for part in (query, key, value)]
+    for (_, width), queries, keys, values in zip(llmft_blocks.shapes, *parts, strict=True):
+        mask = None if window is None or width <= window else _band(width, window, query.device)
+        output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
+        outputs.append(output.flatten(0, 1))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
 
 
@@ -294,22 +243,18 @@ def _varlen(
     scaling: float | None,
     window: int | None,
     blocks: Blocks,
-    tail: Tail | None,
 ) -> torch.Tensor:
-    """A query sees the keys up to its own place from the row's end, which both have in common."""
     from torch.nn.attention.varlen import varlen_attn
 
-    queries = blocks.seqlens if tail is None else tail.seqlens
     assert blocks.seqlens is not None
-    assert queries is not None
     # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
     found = varlen_attn(
         query[0].transpose(0, 1).to(value.dtype),
         key[0].transpose(0, 1).to(value.dtype),
         value[0].transpose(0, 1),
-        queries,
         blocks.seqlens,
-        blocks.longest if tail is None else tail.longest,
+        blocks.seqlens,
+        blocks.longest,
         blocks.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),

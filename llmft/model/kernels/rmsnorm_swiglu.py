@@ -1,4 +1,4 @@
-"""What a decoder computes number by number, in less memory: RMSNorm (arXiv:1910.07467) and SwiGLU (arXiv:2002.05202).
+"""RMSNorm (arXiv:1910.07467) and SwiGLU (arXiv:2002.05202) that keep less for the backward.
 
 The forward gives transformers' own bits. For the backward it keeps what others keep anyway, a norm's input and the two
 products of a network, and computes the rest again, where transformers' code leaves another copy of the input in fp32
@@ -9,14 +9,14 @@ and silu(gate); LoRA on the network's last layer keeps silu(gate) x up no more t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
-from types import SimpleNamespace
+from functools import lru_cache, partial
+from types import MethodType, SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from llmft.model.fused import Made
+from llmft.model.kernels.lora import Recipe
 
 NORM = ("weight", "variance_epsilon")
 NETWORK = ("gate_proj", "up_proj", "down_proj", "act_fn")
@@ -26,48 +26,41 @@ Spans = Sequence[tuple[int, int]] | None
 
 
 def install(model: torch.nn.Module) -> None:
-    """Replaces the forwards of `model`'s classes that compute RMSNorm or SwiGLU as most families do."""
-    for module in {type(module): module for module in model.modules()}.values():
-        kind: Any = type(module)
-        if hasattr(kind.forward, "llmft"):
+    """Gives `model`'s own modules that compute RMSNorm or SwiGLU as most families do a forward of their own."""
+    for module in model.modules():
+        if "forward" in vars(module):
             continue
+        kind: Any = type(module)
         if all(hasattr(module, name) for name in NORM) and _is_norm(kind.forward):
-            kind.forward = _norm(kind.forward)
+            module.forward = MethodType(_norm_forward, module)
         elif all(hasattr(module, name) for name in NETWORK) and _is_network(kind.forward):
-            kind.forward = _network(kind.forward)
+            module.forward = MethodType(_network_forward, module)
 
 
-def _norm(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_plain(args, kwargs) or self.weight.requires_grad:
-            return original(self, *args, **kwargs)
-        return _norm_of(self, *args)
-
-    forward.llmft = True  # type: ignore[attr-defined]
-    return forward
+def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    if _is_plain(args, kwargs) or self.weight.requires_grad:
+        return type(self).forward(self, *args, **kwargs)
+    return _norm_of(self, *args)
 
 
-def _network(original: Callable[..., Any]) -> Callable[..., Any]:
+def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
+    if _is_plain(args, kwargs) or type(function) not in _silu_classes():
+        return type(self).forward(self, *args, **kwargs)
+    gate, up = self.gate_proj(*args), self.up_proj(*args)
+    if gate.dtype is not up.dtype:
+        return self.down_proj(self.act_fn(gate) * up)
+    spans = self.act_fn.spans(gate) if function is not self.act_fn else None
+    product = _SwiGlu.apply(gate, up, spans)
+    product.llmft_recipe = Recipe((gate.detach(), up.detach()), partial(swiglu, spans=spans))
+    return self.down_proj(product)
+
+
+@lru_cache(maxsize=1)
+def _silu_classes() -> tuple[type, ...]:
     from transformers.activations import SiLUActivation
 
-    @wraps(original)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if _is_plain(args, kwargs):
-            return original(self, *args, **kwargs)
-        function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
-        if type(function) not in (torch.nn.SiLU, SiLUActivation):
-            return original(self, *args)
-        gate, up = self.gate_proj(*args), self.up_proj(*args)
-        if gate.dtype is not up.dtype:
-            return self.down_proj(self.act_fn(gate) * up)
-        spans = self.act_fn.spans(gate) if function is not self.act_fn else None
-        product = _SwiGlu.apply(gate, up, spans)
-        product.llmft_made = Made((gate.detach(), up.detach()), partial(swiglu, spans=spans))
-        return self.down_proj(product)
-
-    forward.llmft = True  # type: ignore[attr-defined]
-    return forward
+    return torch.nn.SiLU, SiLUActivation
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -132,6 +125,7 @@ def _cut(x: torch.Tensor, spans: Spans) -> list[torch.Tensor]:
     return [x] if spans is None else [x.narrow(-2, start, end - start) for start, end in spans]
 
 
+@lru_cache(maxsize=64)
 def _is_norm(forward: Callable[..., Any]) -> bool:
     x, weight = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     dtypes = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
@@ -146,6 +140,7 @@ def _norm_of(norm: Any, x: torch.Tensor) -> Any:
     return _RmsNorm.apply(x, norm.weight, norm.variance_epsilon)
 
 
+@lru_cache(maxsize=64)
 def _is_network(forward: Callable[..., Any]) -> bool:
     for dtype in (torch.float32, torch.bfloat16):
         x, up, down = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -12,10 +12,14 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from llmft.config import LoraConfig
-from llmft.model import adapters, flat, fused, pointwise
+from llmft.config import Kernels, LoraConfig
+from llmft.model import adapters
 from llmft.model.hub import Located
-from llmft.training.objectives.language_modeling import _nll
+from llmft.model.kernels import lora as lora_kernel
+from llmft.model.kernels import packing, rmsnorm_swiglu
+from llmft.model.kernels.packing import uses_packing
+from llmft.training.objectives.language_modeling import LanguageModeling, _nll
+from tests.model.kernels.test_packing import micro_batch
 from tests.model.test_memory import FIRST
 from tests.model.test_twins import FILES, load, twin
 
@@ -24,10 +28,10 @@ NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3"
 """Gemma's network has the common form and another function, which is asked in each forward; Beam's computes in fp32."""
 
 
-def rows() -> flat.Flat:
+def rows() -> packing.PackedBatch:
     lengths = [61]
     ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
-    return flat.flatten(ids, lengths)
+    return packing.pack(ids, lengths)
 
 
 def class_of(family: str, suffix: str) -> Any:
@@ -53,20 +57,18 @@ def network_of(family: str, function: str = "silu") -> Any:
 
 
 def is_replaced(module: torch.nn.Module) -> bool:
-    return hasattr(type(module).forward, "llmft")
+    return "forward" in vars(module)
 
 
 def test_only_the_common_forwards_are_replaced_and_only_once() -> None:
     for family, wanted in NORMS.items():
         norm = norm_of(family)
-        pointwise.install(norm)
-        forward = type(norm).forward
+        rmsnorm_swiglu.install(norm)
         assert is_replaced(norm) == wanted, family
-        pointwise.install(norm)
-        assert type(norm).forward is forward
+        assert type(norm).forward is class_of(family, type(norm).__bases__[0].__name__).forward
     for family, wanted in NETWORKS.items():
         network = network_of(family)
-        pointwise.install(network)
+        rmsnorm_swiglu.install(network)
         assert is_replaced(network) == wanted, family
 
 
@@ -81,7 +83,7 @@ def run(module: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 def compared(module: Any, x: torch.Tensor) -> None:
     theirs = run(module, x)
-    pointwise.install(module)
+    rmsnorm_swiglu.install(module)
     assert is_replaced(module)
     ours = run(module, x)
     assert torch.equal(ours[0], theirs[0]), "forward"
@@ -107,7 +109,7 @@ def test_a_network_and_its_gradients_are_transformers_own(function: str, dtype: 
 
 def test_the_weight_of_a_norm_that_is_trained_has_a_gradient() -> None:
     norm = norm_of("llama")
-    pointwise.install(norm)
+    rmsnorm_swiglu.install(norm)
     run(norm.requires_grad_(True), torch.randn(3, 16))
     assert norm.weight.grad is not None
 
@@ -138,15 +140,15 @@ def test_of_a_layers_network_its_two_products_are_kept_and_what_is_made_of_them_
         torch.manual_seed(5)
         with pytest.MonkeyPatch.context() as patch:
             if not again:
-                patch.setattr(pointwise, "Made", lambda *args: None)
+                patch.setattr(rmsnorm_swiglu, "Recipe", lambda *args: None)
             tokens = rows().input_ids.numel()
             wide = [tensor for tensor in saved(model) if tensor.shape[-1] == 72 and tensor.numel() == 72 * tokens]
         masks = 3 if dropout else 0
         assert len([tensor for tensor in wide if tensor.dtype is torch.float32]) == (2 if again else 3) * 3
         assert len([tensor for tensor in wide if tensor.dtype is torch.bool]) == masks
         gradients.append([p.grad for p in model.parameters() if p.requires_grad])
-        assert flat.is_flat(base)
-        fused.uninstall(model)
+        assert uses_packing(base)
+        lora_kernel.uninstall(model)
     for ours, theirs in zip(*gradients, strict=True):
         assert torch.equal(ours, theirs)
 
@@ -188,7 +190,7 @@ def test_a_forward_that_fails_or_takes_more_is_left_to_itself() -> None:
         for forward in (fails, plus)
     )
     for module in (strict, more):
-        pointwise.install(module)
+        rmsnorm_swiglu.install(module)
     assert not is_replaced(strict)
     x = torch.randn(3, 16, requires_grad=True)
     assert is_replaced(more)
@@ -196,13 +198,25 @@ def test_a_forward_that_fails_or_takes_more_is_left_to_itself() -> None:
     assert torch.equal(more(h=x), own(more, x))
 
 
-def test_what_a_process_loads_first_changes_no_number_of_what_it_loads_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    for kind in (LlamaMLP, LlamaRMSNorm):  # as they are before any model is loaded
-        monkeypatch.setattr(kind, "forward", getattr(kind.forward, "__wrapped__", kind.forward))
-        assert not hasattr(kind.forward, "llmft")
+def test_only_the_models_own_modules_are_changed_and_none_of_them_without_kernels() -> None:
     name = FIRST["llama"]
-    model = replace(twin(name, num_hidden_layers=1), attn_implementation="eager")
-    eager = load(model, Located(None, "random"), FILES[name])
-    assert not flat.is_flat(eager)
-    assert is_replaced(eager.model.layers[0].mlp)
-    assert is_replaced(eager.model.norm)
+    before = LlamaMLP.forward, LlamaRMSNorm.forward
+    for kernels in Kernels:
+        model = replace(twin(name, num_hidden_layers=1), kernels=kernels)
+        base = load(model, Located(None, "random"), FILES[name])
+        adapted = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name="", kernels=kernels)
+        own = [n for n, module in adapted.named_modules() if "forward" in vars(module)]
+        assert (len(own) > 8) == uses_packing(base) == (kernels is Kernels.auto)
+        assert bool(own) == (kernels is Kernels.auto)
+    assert before == (LlamaMLP.forward, LlamaRMSNorm.forward)
+
+
+def test_rows_are_computed_the_same_without_kernels() -> None:
+    name = FIRST["llama"]
+    losses = []
+    for kernels in Kernels:
+        base = load(replace(twin(name), kernels=kernels), Located(None, "random"), FILES[name])
+        model = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name="", kernels=kernels)
+        losses.append(LanguageModeling().losses(model.train(), micro_batch()).nll)
+        adapters.detach(model)
+    assert torch.allclose(*losses, rtol=1e-5)

@@ -6,18 +6,20 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from llmft.config import LoraConfig
 from llmft.data.batch import MicroBatch
-from llmft.model import adapters, flat, fused, heads
+from llmft.errors import ConfigError
+from llmft.model import adapters, heads, kernels
 from llmft.model.hub import Located
+from llmft.model.kernels import lora as lora_kernel
+from llmft.model.kernels import packing
 from llmft.training.objectives import language_modeling
 from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
 LENGTHS = [61, 40, 38, 23, 22, 21, 7, 1]
-FIRSTS = [58, 30, 37, 12, 21, 20, 0, 0]
-"""Where the ends of these rows begin, for tests of ends."""
 PADDED = ("falcon", "mpt", "deberta-v2")
 """Families whose attention does not go through transformers' interface, or is not causal."""
 CAUSAL = sorted(name for name in FIRST if not classifies(FILES[FIRST[name]]))
@@ -49,8 +51,44 @@ def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> No
 @pytest.mark.parametrize("architecture", CAUSAL)
 def test_packed_logits_are_those_of_each_row_alone(architecture: str) -> None:
     model, ids = base(architecture), rows()
-    assert flat.is_flat(model) == (architecture not in PADDED and model.config._attn_implementation != "eager")
+    assert packing.uses_packing(model) == (architecture not in PADDED and model.config._attn_implementation != "eager")
     check_as_each_alone(model, ids, everywhere(ids))
+
+
+SIZES: dict[str, Any] = {"vocab_size": 512, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                         "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+LINEAR = {"layer_types": ["linear_attention", "full_attention"]}
+HEADS = {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+STREAMS = {"head_dim": 8, "vocab_size_per_layer_input": 512, "hidden_size_per_layer_input": 8, "laurel_rank": 4,
+           "num_kv_shared_layers": 0, "layer_types": ["full_attention"] * 2}  # fmt: skip
+ODD: dict[str, tuple[dict[str, Any], bool]] = {
+    # A layer that asks for attention twice, with other values; one whose states have a dimension more.
+    "diffllama": ({}, True),
+    "gemma3n_text": (STREAMS, True),
+    # Layers that look back without attention: their states would run on from row to row.
+    "lfm2": ({"layer_types": ["full_attention", "conv"]}, False),
+    "qwen3_5_text": ({**HEADS, "head_dim": 8, **LINEAR}, False),
+    "minimax": ({"num_local_experts": 2, **LINEAR}, False),
+}
+
+
+@pytest.mark.parametrize("architecture", ODD)
+def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
+    config, packed = ODD[architecture]
+    torch.manual_seed(0)
+    made = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
+    model, ids = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval(), rows()
+    kernels.install(model)
+    assert packing.uses_packing(model) == packed
+    check_as_each_alone(model, ids, everywhere(ids))
+
+
+def test_a_model_that_does_not_tell_attention_of_rows_is_refused() -> None:
+    model, ids = base("llama"), rows()
+    arguments = packing.pack(ids, LENGTHS).arguments
+    del arguments["llmft_blocks"]
+    with pytest.raises(ConfigError, match="where rows end"):
+        model(**arguments)
 
 
 @pytest.mark.parametrize("window", [None, 16])
@@ -62,7 +100,7 @@ def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
 def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
     # The control: what the tests above would look like if rows were not kept apart.
     model, ids = base("llama"), rows()
-    flattened = flat.flatten(ids, LENGTHS)
+    flattened = packing.pack(ids, LENGTHS)
     careless = {**flattened.arguments, "attention_mask": torch.ones_like(flattened.input_ids)}
     del careless["llmft_blocks"]
     with torch.no_grad():
@@ -83,11 +121,11 @@ def test_a_model_made_flat_still_generates_with_padding_on_the_left() -> None:
 
 
 def test_blocks_hold_all_rows_in_order_and_pad_little() -> None:
-    blocks = flat.plan_blocks([1000, 990, 500, 495, 490, 10, 9, 8])
+    blocks = packing.plan_blocks([1000, 990, 500, 495, 490, 10, 9, 8])
     assert blocks == ((2, 1000), (3, 500), (3, 10))
-    assert flat.plan_blocks([7]) == ((1, 7),)
+    assert packing.plan_blocks([7]) == ((1, 7),)
     many = sorted(torch.randint(1, 400, (64,), generator=torch.Generator().manual_seed(1)).tolist(), reverse=True)
-    assert sum(rows for rows, _ in flat.plan_blocks(many)) == 64
+    assert sum(rows for rows, _ in packing.plan_blocks(many)) == 64
 
 
 def micro_batch() -> MicroBatch:
@@ -104,7 +142,7 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
 ) -> None:
     lora = LoraConfig(r=4, dropout=dropout)
     model = adapters.attach(base("qwen2", form), lora, auto_class="causal_lm", seed=0, name="twin").train()
-    assert sum("forward" in layer.__dict__ for layer in fused.lora_layers(model).values()) == 14
+    assert sum("forward" in layer.__dict__ for layer in lora_kernel.lora_layers(model).values()) == 14
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -121,11 +159,11 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
 
     if dropout:  # the same places dropped, whatever draws them
         fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
-        monkeypatch.setattr(fused, "_mask", lambda own, share: fixed(own.shape))
+        monkeypatch.setattr(lora_kernel, "_mask", lambda own, share: fixed(own.shape))
         own_dropout = lambda self, x: x * fixed(x.shape[1:] if x.ndim == 3 else x.shape) / 0.7  # noqa: E731
         monkeypatch.setattr(torch.nn.Dropout, "forward", own_dropout)
     loss, gradients = run()
-    fused.uninstall(model)
+    lora_kernel.uninstall(model)
     reference, expected = run()
     bound = 1e-5 if dtype == torch.float32 else 2e-2
     assert loss == pytest.approx(reference, rel=bound)
@@ -134,50 +172,14 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
         assert (gradient - expected[name]).norm() <= bound * expected[name].norm(), name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_small_base_is_dequantised_once_and_computes_the_same_bits(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def run(model: Any) -> list[torch.Tensor]:
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            nll = LanguageModeling().losses(model.train(), micro_batch()).nll
-        nll.sum().backward()
-        return [nll.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
-
-    def attached(own: Any) -> Any:
-        return adapters.attach(own, LoraConfig(r=4), auto_class="causal_lm", seed=0, name="twin")
-
-    def states(own: Any) -> list[Any]:
-        return [p.quant_state for p in own.parameters() if hasattr(p, "quant_state")]
-
-    quantised = base("llama", "nf4")
-    weights = sum(state.shape.numel() for state in states(quantised))
-    monkeypatch.setattr(fused, "MOST_KEPT_BYTES", 4 * weights - 1)
-    model = attached(quantised)
-    assert len(states(model)) == 14
-    assert not any(hasattr(state, "dequantized") for state in states(model))
-    each_time = run(model)
-    monkeypatch.setattr(fused, "MOST_KEPT_BYTES", 4 * weights)
-    model = attached(adapters.detach(model))
-    kept = [state.dequantized for state in states(model)]
-    assert sum(weight.numel() for weight in kept) == weights
-    model = attached(adapters.detach(model))
-    assert all(state.dequantized is weight for state, weight in zip(states(model), kept, strict=True))
-    with monkeypatch.context() as patched:
-        patched.setattr(fused, "_dequantized", None)  # nothing is dequantised again
-        found = run(model)
-    assert all(torch.equal(one, other) for one, other in zip(found, each_time, strict=True))
-    assert len(found) == 29
-
-
 def test_dora_and_8_bit_layers_keep_pefts_own_forward() -> None:
     for form, lora in (("none", LoraConfig(r=4, dora=True)), ("int8", LoraConfig(r=4))):
         model = adapters.attach(base("llama", form), lora, auto_class="causal_lm", seed=0, name="twin")
-        assert not any("forward" in layer.__dict__ for layer in fused.lora_layers(model).values())
+        assert not any("forward" in layer.__dict__ for layer in lora_kernel.lora_layers(model).values())
 
 
 @pytest.mark.parametrize("lora", [LoraConfig(r=4), LoraConfig(r=4, targets=["q_proj", "lm_head"])])
-@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mixtral"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gemma3_text", "mixtral", "falcon"])
 def test_losses_in_chunks_are_those_of_all_positions_at_once(
     architecture: str, lora: LoraConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,11 +201,19 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
     assert not seen
     monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
+    seen[:1] = []  # the head was asked once whether it is plain
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
     assert torch.allclose(parts, whole, rtol=1e-5)
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
     with torch.no_grad():
         assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, whole, rtol=1e-5)
+
+
+def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
+    for scale in (1.0, 0.0625):
+        config = transformers.CohereConfig(**{**SIZES, "logit_scale": scale})
+        model = transformers.CohereForCausalLM(config)
+        assert language_modeling._in_chunks(model.requires_grad_(False)) == (scale == 1.0)
 
 
 def reference_varlen(
