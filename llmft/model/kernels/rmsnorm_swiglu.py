@@ -8,7 +8,7 @@ and silu(gate); LoRA on the network's last layer keeps silu(gate) x up no more t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import lru_cache, partial
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -21,8 +21,6 @@ from llmft.model.kernels.lora import Recipe
 NORM = ("weight", "variance_epsilon")
 NETWORK = ("gate_proj", "up_proj", "down_proj", "act_fn")
 """What most families call the parts of theirs."""
-
-Spans = Sequence[tuple[int, int]] | None
 
 
 def install(model: torch.nn.Module) -> None:
@@ -44,15 +42,13 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    function = getattr(self.act_fn, "function", self.act_fn)  # within a stack
-    if _is_plain(args, kwargs) or type(function) not in _silu_classes():
+    if _is_plain(args, kwargs) or type(self.act_fn) not in _silu_classes():
         return type(self).forward(self, *args, **kwargs)
     gate, up = self.gate_proj(*args), self.up_proj(*args)
     if gate.dtype is not up.dtype:
         return self.down_proj(self.act_fn(gate) * up)
-    spans = self.act_fn.spans(gate) if function is not self.act_fn else None
-    product = _SwiGlu.apply(gate, up, spans)
-    product.llmft_recipe = Recipe((gate.detach(), up.detach()), partial(swiglu, spans=spans))
+    product = _SwiGlu.apply(gate, up)
+    product.llmft_recipe = Recipe((gate.detach(), up.detach()), swiglu)
     return self.down_proj(product)
 
 
@@ -91,38 +87,22 @@ class _RmsNorm(torch.autograd.Function):
 
 
 class _SwiGlu(torch.autograd.Function):
-    """silu(gate) x up of two (…, tokens, intermediate) tensors of one dtype; silu by itself in each of `spans`."""
+    """silu(gate) x up of two (…, tokens, intermediate) tensors of one dtype."""
 
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, spans: Spans) -> torch.Tensor:
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.spans = spans
-        return swiglu(gate, up, spans)
+        return swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         gate, up = ctx.saved_tensors
-        of_gate = gradient * up
-        for own, of_own in zip(_cut(gate, ctx.spans), _cut(of_gate, ctx.spans), strict=True):
-            torch.ops.aten.silu_backward.grad_input(of_own, own, grad_input=of_own)
-        return of_gate, _silu(gate, ctx.spans).mul_(gradient), None
+        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, spans: Spans) -> torch.Tensor:
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up."""
-    return _silu(gate, spans).mul_(up)
-
-
-def _silu(gate: torch.Tensor, spans: Spans) -> torch.Tensor:
-    found = torch.empty_like(gate)
-    for own, of_own in zip(_cut(gate, spans), _cut(found, spans), strict=True):
-        torch.ops.aten.silu.out(own, out=of_own)
-    return found
-
-
-def _cut(x: torch.Tensor, spans: Spans) -> list[torch.Tensor]:
-    """Torch computes exp otherwise in the last few elements of a tensor: each lane of a stack has some."""
-    return [x] if spans is None else [x.narrow(-2, start, end - start) for start, end in spans]
+    return F.silu(gate).mul_(up)
 
 
 @lru_cache(maxsize=64)
@@ -151,7 +131,7 @@ def _is_network(forward: Callable[..., Any]) -> bool:
 
 
 def _network_of(network: Any, x: torch.Tensor) -> Any:
-    return network.down_proj(_SwiGlu.apply(network.gate_proj(x), network.up_proj(x), None))
+    return network.down_proj(_SwiGlu.apply(network.gate_proj(x), network.up_proj(x)))
 
 
 def _is_same(forward: Callable[..., Any], other: Callable[..., Any], x: torch.Tensor) -> bool:
