@@ -80,7 +80,7 @@ def train(
     if rank > 0:
         die_with_parent()
         # Every process decides alike: a finished run needs nobody.
-        return None if run.done and not config.force else _train(prepared, screen, None, None)
+        return None if run.done and not config.force else _train(prepared, screen, None)
     if run.done and not config.force:
         return _tell_done(run, config, screen)
     run.lock()

@@ -329,7 +329,8 @@ def test_a_dataset_by_id_is_no_directory_with_a_script(tmp_path: Path, monkeypat
     Path("evil").mkdir()
     Path("evil/evil.py").write_text("open('ran', 'w')")
     config = compose(*SMALL)
-    config.data.source, config.data.hub, config.output_dir = None, "evil", str(tmp_path)
+    config.data.source, config.data.hub, config.data.rows = None, "evil", {}
+    config.output_dir = str(tmp_path)
     with pytest.raises(ConfigError, match="that is a path"):
         prepare(config)
     assert not Path("ran").exists()
