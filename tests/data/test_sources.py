@@ -147,7 +147,7 @@ def test_a_missing_or_empty_file_says_so(tmp_path: Path) -> None:
 
 
 def test_a_source_must_be_one_of_ours() -> None:
-    with pytest.raises(ConfigError, match="only llmft.data):
+    with pytest.raises(ConfigError, match=r"only llmft\.data"):
         load_rows(config(source="os.listdir", rows={"train": 1}), Problems())
 
 
