@@ -14,6 +14,8 @@ import yaml
 from tests.conftest import ROOT, compose
 
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("conf", "sweeps", "llmft", "llmft/model/kernels", "tests/bench")
+DOORS = ["README.md", *(f"{folder}/README.md" for folder in FOLDERS)]
 
 
 def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
@@ -31,10 +33,14 @@ def test_every_ready_sweep_names_keys_that_exist(path: Path) -> None:
             compose(f"{key}={value}")
 
 
-def test_every_folder_of_the_map_exists() -> None:
-    map_of_folders = README.partition("## Map")[2]
-    for folder in re.findall(r"^\| `(\w+/)` \|", map_of_folders, re.M):
-        assert (ROOT / folder).is_dir(), folder
+def test_the_readme_is_a_door() -> None:
+    assert len(README.splitlines()) < 150
+
+
+@pytest.mark.parametrize("path", sorted(ROOT / name for name in DOORS), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_link_of_a_readme_leads_somewhere(path: Path) -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert link.startswith("https://") or (path.parent / link).exists(), link
 
 
 def test_a_built_wheel_finds_its_configs_from_any_directory(tmp_path: Path) -> None:

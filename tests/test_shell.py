@@ -28,7 +28,8 @@ from llmft.errors import ConfigError
 from llmft.overrides import as_override, hydra_arguments, kinds_of, quoted, unquoted
 from tests.conftest import ROOT, compose
 
-README = (ROOT / "README.md").read_text()
+READMES = [ROOT / "README.md", *(p for name in ("conf", "sweeps", "llmft") for p in (ROOT / name).rglob("README.md"))]
+README = "\n".join(path.read_text() for path in READMES)
 COMMAND = r"(?:python -m llmft|llmft (?=[a-z]+\b(?:$| [a-z-]|=)))"
 
 
@@ -46,13 +47,13 @@ def split_by_bash(lines: Sequence[str], cwd: Path) -> list[list[str]]:
 
 @cache
 def printed_commands() -> dict[str, str]:
-    """Every command that README, conf/, sweeps/, --help or an error shows, and the file that shows it.
+    """Every command that a README, conf/, sweeps/, --help or an error shows, and the file that shows it.
 
     What is not a command as it stands is left out: patterns (with …, [key=value] or a value that code fills in), and
     `wandb sweep`, which is a program of others.
     """
     found: dict[str, str] = {}
-    sources = [ROOT / "README.md", *(ROOT / "llmft").rglob("*.py")]
+    sources = [*READMES, *(ROOT / "llmft").rglob("*.py")]
     sources += [path for folder in ("conf", "sweeps") for path in (ROOT / folder).rglob("*.yaml")]
     for path in sorted(sources):
         text = path.read_text()
