@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config import Columns, DataConfig, Head, TaskConfig
+from llmft.config import Columns, DataConfig, Head, Problem, TaskConfig
 from llmft.data.messages import (
     MEDIA,
     TOOLS,
@@ -125,7 +126,7 @@ class ColumnMap:
             if lenient and entry not in ("prompt", "input", "system", "messages", "text"):
                 continue
             lacking = [name for name in names if name not in there]
-            if entry in ("input", "system") and lacking and set(lacking) <= set(data.optional_columns):
+            if entry in ("input", "system") and lacking and lacking == names and {*names} <= {*data.optional_columns}:
                 setattr(made.columns, entry, None)
                 made.left_out += lacking
             elif lacking:
@@ -167,9 +168,18 @@ class ColumnMap:
         return cell_text(value, name)
 
     def _further(self, template: str | None, row: Row) -> str | None:
-        """A system prompt or further input; None where the row's is empty."""
-        if not template or ("{" not in template and template in row.values and row.values[template] is None):
+        """A system prompt or further input; None where the row's is empty, or optional and not there."""
+        optional = self.data.optional_columns if self.data is not None else ()
+        if not template or ("{" not in template and row.values.get(template, template) is None):
             return None
+        lacking = [name for name in names_in(template) if name not in row.values]
+        if lacking and lacking == names_in(template) and {*lacking} <= {*optional}:
+            return None
+        if lacking:
+            raise ValueError(
+                f"{no_column(lacking[0], row.values)}, which other rows have; "
+                f"data.optional_columns=[{lacking[0]}] takes such rows as they are"
+            )
         text = self._fill(template, row)
         return text if text.strip() else None
 
@@ -294,15 +304,16 @@ class ColumnMap:
         return answer
 
     def _turns(self, messages: list[Message]) -> list[Message]:
-        """A conversation to learn from, up to its last answer; of rows to predict all of it."""
+        """A conversation to learn from, up to the last answer that is learned; of rows to predict all of it."""
         check_turns(messages)
         if self.columns.chosen or self.columns.response or self.lenient:
             return messages
-        while messages and messages[-1]["role"] != "assistant":
-            messages.pop()
-        if not any(message["role"] == "assistant" and "weight" not in message for message in messages):
-            raise ValueError("no message of the assistant, so nothing to learn from")
-        return messages
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        learned = [n for n in answers if "weight" not in messages[n]]
+        if not learned:
+            why = " that is learned (each has weight 0)" if answers else ""
+            raise ValueError(f"no message of the assistant{why}, so nothing to learn from")
+        return messages[: learned[-1] + 1]
 
 
 def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
@@ -315,6 +326,7 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
     if set_to.get("response") == set_to.get("target") and len(answers) > 1:  # one column under two names
         answers.remove("response")
     unused: dict[str, str] = {}
+    _refuse_classes(data, task)
     if task.head is not None:
         unused |= dict.fromkeys(("chosen", "rejected"), f"task={task.name} learns no answers")
         if data.target_columns:
@@ -339,6 +351,22 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
     for key, reason in unused.items():
         if key in set_to:
             raise ConfigError(f"data.columns.{key}={set_to[key]} would not be used: {reason}; set it to null.")
+
+
+def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
+    """Raises ConfigError for keys about classes where there are none, and for a class that is named twice."""
+    several = task.head is not None and task.problem is Problem.multi_label
+    if data.labels and (task.head is None or task.problem is Problem.regression):
+        raise ConfigError(f"data.labels={data.labels}: task={task.name} has no classes; set it to [].")
+    if data.target_separator != DataConfig.target_separator and (not several or data.target_columns):
+        raise ConfigError(
+            f"data.target_separator={data.target_separator} stands between the classes of task=multi_label in one "
+            "column of targets, and would not be used here; leave it out."
+        )
+    for key in ("labels", "target_columns"):
+        twice = [name for name, count in Counter(getattr(data, key)).items() if count > 1]
+        if twice:
+            raise ConfigError(f"data.{key} names '{twice[0]}' twice.")
 
 
 def _no_columns(unknown: dict[str, str], first: Row, taken: set[str]) -> str:

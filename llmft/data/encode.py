@@ -25,7 +25,7 @@ from llmft.data.sources import Problems
 from llmft.errors import DataError
 from llmft.schema import canonical, numbers_of
 
-CACHE_VERSION = 2
+CACHE_VERSION = 3
 BATCH_ROWS = 4096
 """Rows rendered and tokenised at once: enough for the tokenizer's threads, little enough for memory."""
 

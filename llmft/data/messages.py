@@ -10,6 +10,7 @@ not learned, and `input`, Alpaca's second text.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,8 @@ WEIGHTS = ("weight", "loss_weight", "train", "training", "trainable", "loss")
 TOOLS = ("tools", "functions")
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 MEDIA = ("image", "audio", "video", "file", "document")
-# Dropping these would change what a conversation says, and nothing here can write them.
-REFUSED = ("refusal", "reasoning_details", "thinking_blocks", "train_detail")
+# Dropping these would change what a conversation says or what of it is learned, and nothing here can read them.
+REFUSED = re.compile(r"refus|reasoning|think|thought|train|learn|loss|mask|weight|ignore", re.IGNORECASE)
 
 
 @dataclass
@@ -79,6 +80,8 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
     given = {key: value for key, value in turn.items() if value is not None}  # columns of Arrow fill up with null
     known = {"role", "from", *CONTENT, *REASONING, *WEIGHTS, "tool_calls", "function_call"}
     role = _one(given, ("role", "from"), number)
+    if role is None:
+        raise ValueError(f"message {number} has no role (its keys: {', '.join(turn)})")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the role '{role}'; known are {', '.join(sorted(ROLES))}")
     what = f"message {number} ({role})"
@@ -93,11 +96,9 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
         media = key.removesuffix("s").removesuffix("_url")
         if media in MEDIA and value not in EMPTY:
             raise ValueError(f"{what} has '{key}': this is a text trainer, leave rows with {media} out")
-        if key in REFUSED and value not in EMPTY:
-            raise ValueError(f"{what} has '{key}', which cannot be used: leave it out, or the row")
         if key in (*REASONING, "tool_calls", "function_call") and value not in EMPTY and not assistant:
             raise ValueError(f"{what} has '{key}', which only the assistant has")
-        (keys.read if key in known else keys.unused)[key] += 1
+        _count(key, value, key in known, what, keys)
     reasoning = _one({key: given[key] for key in REASONING if given.get(key) not in ("", None)}, REASONING, number)
     if reasoning is not None:
         if not isinstance(reasoning, str) or message.get("reasoning_content", reasoning) != reasoning:
@@ -117,10 +118,23 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
         message["weight"] = 0
     if message["content"] is None and message.get("tool_calls"):
         message["content"] = ""
-    empty = message["role"] == "assistant" and not message.get("tool_calls")
-    if not isinstance(message["content"], str) or (empty and not message["content"].strip()):
-        raise ValueError(f"{what} has no text")
+    content = message["content"]
+    if not isinstance(content, str | None):
+        raise ValueError(f"{what} holds {type(content).__name__}, text or a list of parts was expected")
+    if content is None or not (content.strip() or message["role"] != "assistant" or "tool_calls" in message):
+        hint = "" if set(CONTENT) & set(turn) else f" (its keys: {', '.join(turn)}; known are {', '.join(CONTENT)})"
+        raise ValueError(f"{what} has no text{hint}")
     return message
+
+
+def _count(key: str, value: Any, used: bool, what: str, keys: Keys, prefix: str = "") -> None:
+    """Notes a key as read or not. Raises ValueError for one that must not be passed over."""
+    if not used and REFUSED.search(key) and value not in EMPTY:
+        raise ValueError(
+            f"{what} has '{key}', which cannot be used: leave it out, or the row (known are {', '.join(REASONING)}; "
+            f"{', '.join(WEIGHTS)}: 1 for an answer that is learned, 0 for one that is not)"
+        )
+    (keys.read if used else keys.unused)[prefix + key] += 1
 
 
 def _one(given: dict[str, Any], names: tuple[str, ...], number: int) -> Any:
@@ -177,8 +191,8 @@ def _read_parts(message: Message, what: str, keys: Keys) -> None:
             read = ("value", "id", "name", "arguments", "input", "function")
         else:
             raise ValueError(f"{what} has a part of type '{kind}'; known are text, reasoning and tool_call")
-        for key in part:
-            (keys.read if key in read else keys.unused)[f"content.{key}"] += 1
+        for key, value in part.items():
+            _count(key, value, key in read, what, keys, "content.")
     message["content"] = "".join(texts)
     if thoughts:
         message["reasoning_content"] = "".join(thoughts)

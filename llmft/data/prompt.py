@@ -33,9 +33,9 @@ from llmft.data.sandbox import compile_bounded, make_environment, render_bounded
 from llmft.errors import ConfigError
 
 # Marks around answers while a template renders. Drawn anew in every process, so that no text can contain them.
-_OPEN = f"\ue000{secrets.token_hex(8)}\ue001"
-_CLOSE = f"\ue002{secrets.token_hex(8)}\ue003"
-_CUT = f"\ue004{secrets.token_hex(8)}\ue005"
+_OPEN = f"\ue000{secrets.randbits(64):020}\ue001"
+_CLOSE = f"\ue002{secrets.randbits(64):020}\ue003"
+_CUT = f"\ue004{secrets.randbits(64):020}\ue005"
 THINK, THOUGHT = "<think>", "</think>"
 
 
@@ -430,6 +430,8 @@ def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
         answer, _, rest = part.partition(_CLOSE)
         spans.append((len(text), len(text) + len(answer)))
         text += answer + rest
+    if any(mark[:9] in text or mark[-9:] in text for mark in (_OPEN, _CLOSE)):
+        raise ValueError("the template has {% generation %} inside another, or changes the text around it")
     return text, spans
 
 

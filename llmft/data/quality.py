@@ -82,7 +82,8 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
     closed = np.isin(ids[places[stops - 1]], ends.ids)
     if ends.text:
         tail = len(ends.text.encode()) + 1
-        closed |= [ends.reached(ids[places[max(0, stop - tail) : stop]].tolist()) for stop in stops]
+        tails = (ids[places[max(0, stop - tail) : stop]].tolist() for stop in stops)
+        closed |= np.fromiter(map(ends.reached, tails), bool, len(stops))
     facts.ends_trained = int(closed.sum())
     facts.prompt_tokens = _percentiles(lengths - answers)
     facts.answer_tokens = _percentiles(answers)

@@ -39,6 +39,7 @@ MOST_KEPT = 4000
 """Characters of a rejected row that are kept."""
 MOST_NESTED = 100
 """Levels of lists and objects in a row: Python's own readers and writers give up at some hundreds."""
+ARRAY = "; an array of objects belongs in a .json file"
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
@@ -441,7 +442,7 @@ def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
 def _not_json(error: Exception) -> str:
     if isinstance(error, RecursionError):
         return f"nested more than {MOST_NESTED} levels deep"
-    return getattr(error, "msg", str(error))
+    return getattr(error, "msg", str(error).partition("; use sys.")[0])
 
 
 def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
@@ -452,9 +453,10 @@ def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator
         except (ValueError, RecursionError) as error:
             place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             reason = f"not JSON ({_not_json(error)}{place})"
-            problems.add(where, reason, line, "; the last line has no newline: cut off?" if cut else "")
+            advice = "; the last line has no newline: cut off?" if cut else ""
+            problems.add(where, reason, line, ARRAY if line.lstrip().startswith("[") else advice)
             continue
-        yield from _checked(values, where, problems)
+        yield from _checked(values, where, problems, ARRAY)
 
 
 def _read_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
@@ -462,11 +464,12 @@ def _read_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]
         yield Row({"text": line}, where)
 
 
-def _checked(values: Any, where: str, problems: Problems) -> Iterator[Row]:
+def _checked(values: Any, where: str, problems: Problems, advice: str = "") -> Iterator[Row]:
     if isinstance(values, dict):
         yield Row(values, where)
     else:
-        problems.add(where, f"a JSON object was expected, not {type(values).__name__}", values)
+        advice = advice if isinstance(values, list) else ""
+        problems.add(where, f"a JSON object was expected, not {type(values).__name__}", values, advice)
 
 
 def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
@@ -480,7 +483,9 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
 
     skip(" \t\r\n")
     if text[position : position + 1] != "[":
-        hint = "; one object per line belongs in a .jsonl file" if text[position : position + 1] == "{" else ""
+        hint = ""
+        if text[position : position + 1] == "{":
+            hint = "; one object per line belongs in a .jsonl file, an array within an object in a file of its own"
         raise DataError(f"{path}:1: a JSON array of objects was expected{hint}.")
     position += 1
     first = True
@@ -522,6 +527,9 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: 
         header: list[str] | None = names or next(reader, None)
         if header is None:
             return
+        other = next((mark for mark in ";\t|," if mark != delimiter and mark in "".join(header)), None)
+        if other and len(header) == 1 and not names:
+            raise DataError(f"{path}:1: {other!r} stands between the columns, where {delimiter!r} should: save it so.")
         twice = [name for name, count in Counter(header).items() if count > 1]
         if twice:
             where = "data.csv_columns" if names else f"{path}:1: the header"

@@ -122,16 +122,19 @@ def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
         train, validation = hold_out(train, data.validation_fraction, data.split_seed, **options)
         if data.stratify and data.validation_fraction and not validation:
             raise DataError(
-                f"data.stratify={data.stratify}: no row can be held out, since each class would lose its only "
-                "training rows; set data.stratify=null, or name a file in data.split_files.validation."
+                f"data.stratify={data.stratify}: no {f'group of data.group={data.group}' if data.group else 'row'} can "
+                "be held out, since each class would lose its only training rows; set data.stratify=null, or name a "
+                "file in data.split_files.validation."
             )
     if data.train_on is TrainOn.all:
         train = [*train, *validation]
     train = _limited(train, data)
     if not train:
+        values = {stable_text(row.values[data.group]) for row in loaded.splits["train"]} if data.group else set()
+        why = f" (data.group={data.group} is the same in all)" if len(values) == 1 else ""
         raise DataError(
-            f"data={data.name}: all {len(loaded.splits['train'])} rows were held out, none is left to train on; "
-            "lower data.validation_fraction or data.test_fraction."
+            f"data={data.name}: all {len(loaded.splits['train'])} rows were held out, none is left to train on"
+            f"{why}; lower data.validation_fraction or data.test_fraction."
         )
     return {"train": train, "validation": validation, "test": test}
 

@@ -57,17 +57,19 @@ class Targets:
         if task.problem is Problem.regression:
             return cls(task.problem, [column or "target"])
         made = cls(task.problem, list(data.labels) or list(data.target_columns))
+        failed = ""
         if not made.labels:
             found: set[str] = set()
             for row in rows:
                 try:
                     found.update(made.names(row, data, column, fill))
-                except ValueError:
-                    continue  # told, with its line, when the row itself is read
+                except ValueError as error:  # told, with its line, when the row itself is read
+                    failed = failed or f"; {row.where}: {error}"
             made.labels = label_order(found)
         least = 1 if task.problem is Problem.multi_label else 2
         if len(made.labels) < least:
-            raise DataError(f"data.columns.target={column}: {len(made.labels)} class in the rows, {least} at least.")
+            where = "data.labels" if data.labels else f"data.columns.target={column}"
+            raise DataError(f"{where}: {len(made.labels)} class, {least} at least are needed{failed}.")
         made.words = _words(task, made.labels) if task.head is Head.tokens else []
         return made
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config import BadRow, Columns, DataConfig, Head, TaskConfig
+from llmft.config import BadRow, Columns, DataConfig, Head, Problem, TaskConfig
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import Problems, Row
 from llmft.errors import ConfigError, DataError
@@ -323,3 +323,38 @@ def test_ids_must_tell_the_rows_of_every_split_apart() -> None:
     data.columns.id = "id"
     with pytest.raises(DataError, match=r"data\.columns\.id=id"):
         ColumnMap.of(data, rows, test=lacking)
+
+
+def test_a_row_may_lack_an_optional_column_that_others_have() -> None:
+    full, bare = Row({"q": "Q", "i": "I", "c": "C", "r": "A"}, "f:1"), Row({"q": "Q", "c": "C", "r": "A"}, "f:2")
+    columns = Columns(prompt="q", input="i", response="r")
+    data = DataConfig(name="d", files="f", columns=columns, optional_columns=["i"])
+    asked = [made.messages[0] for made in ColumnMap.of(data, [full, bare]).conversations([full, bare], Problems())]
+    assert asked == [{"role": "user", "content": "Q", "input": "I"}, {"role": "user", "content": "Q"}]
+    data.columns.input = "{i} {c}"  # of a template that has another column nothing is left out
+    with pytest.raises(DataError, match=r"f:2: no column 'i'.*data\.optional_columns=\[i\]"):
+        ColumnMap.of(data, [full, bare]).conversations([full, bare], Problems())
+    with pytest.raises(DataError, match=r"data\.columns\.input: no column 'i'"):
+        ColumnMap.of(data, [bare])
+
+
+@pytest.mark.parametrize(
+    ("task", "keys", "sentence"),
+    [
+        ("language_modeling", {"labels": ["a", "b"]}, "has no classes"),
+        ("regression", {"labels": ["a", "b"]}, "has no classes"),
+        ("single_label", {"labels": ["a", "b", "a"]}, "names 'a' twice"),
+        ("single_label", {"target_separator": ";"}, "would not be used"),
+        ("multi_label", {"target_columns": ["a", "a"]}, "names 'a' twice"),
+        ("multi_label", {"target_columns": ["a", "b"], "target_separator": ";"}, "would not be used"),
+    ],
+)
+def test_a_key_about_classes_is_used_or_refused(task: str, keys: dict[str, Any], sentence: str) -> None:
+    head = None if task == "language_modeling" else Head.linear
+    problem = Problem(task) if head else Problem.single_label
+    config = TaskConfig(name=task, head=head, problem=problem, objective=None if head else "x")
+    columns = Columns(text="t", target=None if "target_columns" in keys else "y")
+    with pytest.raises(ConfigError, match=sentence):
+        ColumnMap.of(
+            DataConfig(name="d", files="f", columns=columns, **keys), [Row({"t": "T", "y": "a"}, "f:1")], config
+        )

@@ -277,3 +277,22 @@ def test_llama_2_and_mistral_ids_are_those_of_the_vendors_published_format(share
     assert tokens[:2] == ["<s>", "[INST]"]
     assert tokens.count("[/INST]") == 1
     assert tokens[-1] == "</s>"
+
+
+def test_a_mark_never_reaches_the_text() -> None:
+    nested = "{% generation %}{% generation %}{{ m.content }}{% endgeneration %}{% endgeneration %}"
+    changed = "{% set x %}{% generation %}{{ m.content }}{% endgeneration %}{% endset %}{{ x[:-3] }}"
+    for body in (nested, changed):
+        template = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}" + body + "{% endif %}"
+        form = PromptFormat(PromptConfig(name="odd", template=template + "{% endfor %}"))
+        with pytest.raises(ValueError, match="inside another, or changes the text"):
+            form.render(chat().messages)
+
+
+def test_rows_without_answers_are_looked_at_under_a_marker_of_several_tokens(tokenizer: Any) -> None:
+    from llmft.data.quality import split_facts
+
+    made = encoder(tokenizer, "chatml")
+    assert made.ends.text
+    rows = [Conversation([{"role": "user", "content": "Q"}], "f:1", target=0, marked=False)]
+    assert split_facts(made.encode("train", rows, Problems()), tokenizer, made.ends).untrained == 1

@@ -83,7 +83,7 @@ def test_answers_with_weight_0_are_marked_and_others_are_as_they_were(key: str) 
         (said(content=[{"type": "video", "video": "x"}]), "type 'video': this is a text trainer"),
         (said(content=[{"type": "poem", "text": "x"}]), "part of type 'poem'; known are text"),
         (said(content=["A"]), "a part that is str"),
-        (said(content={"text": "A"}), "has no text"),
+        (said(content={"text": "A"}), "holds dict, text or a list of parts"),
         (said(images=["x.png"]), "has 'images': this is a text trainer"),
         (said(audio={"id": "x"}), "has 'audio': this is a text trainer"),
         (said(refusal="No."), "has 'refusal'"),
@@ -129,3 +129,25 @@ def test_a_text_and_its_calls_in_messages_of_their_own_are_one_answer() -> None:
     call = {"from": "function_call", "value": json.dumps(CALL["function"])}
     row = read(USER, said(content="Let me look."), call, call, {"from": "observation", "value": "sunny"}, said())
     assert row.messages[1] == said(content="Let me look.", tool_calls=[CALL, CALL])
+
+
+@pytest.mark.parametrize("key", ["mask", "masked", "loss_mask", "train_on_input", "ignore", "thoughts", "think"])
+def test_a_key_about_what_is_thought_or_learned_is_read_or_refused(key: str) -> None:
+    with pytest.raises(ValueError, match=f"has '{key}', which cannot be used"):
+        read(USER, said(**{key: True}))
+    with pytest.raises(ValueError, match=f"has '{key}', which cannot be used"):
+        read(USER, said(content=[{"type": "text", "text": "A", key: True}]))
+    assert read(USER, said(finish_reason="stop", **{key: None})).messages[-1] == said()
+
+
+def test_a_conversation_ends_with_its_last_answer_that_is_learned() -> None:
+    assert read(USER, said(), USER, said(content="BAD", weight=0)).messages == [USER, said()]
+    with pytest.raises(ValueError, match="no message of the assistant that is learned"):
+        read(USER, said(weight=0))
+
+
+def test_what_a_message_lacks_is_said_with_the_keys_that_it_has() -> None:
+    with pytest.raises(ValueError, match=r"message 1 has no role \(its keys: speaker, content\)"):
+        read({"speaker": "user", "content": "Q"}, said())
+    with pytest.raises(ValueError, match=r"no text \(its keys: role, message; known are content"):
+        read({"role": "user", "message": "Q"}, said())

@@ -431,3 +431,23 @@ def test_names_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(ConfigError, match=r"data\.files="):
         load_rows(config(files=[str(tmp_path / name)]), Problems())
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.csv", "q;r\na, b;c\n", "';' stands between the columns, where ',' should"),
+        ("a.csv", "q\tr\na\tc\n", r"'\\t' stands between the columns"),
+        ("a.tsv", "q,r\na,c\n", "',' stands between the columns"),
+        ("a.jsonl", '[{"q": 1}]\n', "an array of objects belongs in a .json file"),
+        ("a.jsonl", '[\n{"q": 1}\n]\n', "an array of objects belongs in a .json file"),
+        ("a.json", '{"data": [{"q": 1}]}', "an array within an object in a file of its own"),
+        ("a.jsonl", f'{{"q": {"9" * 5000}}}\n', r"has 5000 digits\)"),
+    ],
+)
+def test_a_file_of_another_kind_than_its_ending_is_said_so(
+    tmp_path: Path, name: str, content: str, sentence: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=sentence):
+        rows(tmp_path / name)

@@ -199,3 +199,8 @@ def test_a_list_of_classes_holds_classes_alone() -> None:
         assert made.labels == ["a", "b"]
         with pytest.raises(ValueError, match="column 'y'"):
             made.conversation(Row({"t": "x", "y": ["a", wrong]}, "f:1"))
+
+
+def test_too_few_classes_are_said_with_the_row_that_has_none() -> None:
+    with pytest.raises(DataError, match=r"1 class, 2 at least are needed; .*column 'y' is empty \(null\)"):
+        column_map(["a", None])
