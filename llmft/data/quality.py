@@ -89,7 +89,7 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
     facts.answer_tokens = _percentiles(answers)
     facts.all_tokens = _percentiles(lengths)
     facts.histogram = _histogram(lengths)
-    special = [token for token in tokenizer.all_special_tokens if len(token) > 2]
+    special = [token for token in (*tokenizer.all_special_tokens, ends.text) if len(token) > 2]
     facts.special_in_text = sum(
         any(token in text_of(message) for message in examples.conversations[row].messages for token in special)
         for row in examples.rows
