@@ -100,7 +100,7 @@ def test_processes_share_a_step_without_overlap_and_with_equally_many_micro_batc
         assert all(float(b.weights.sum()) == 0 for b in fillers)
 
 
-def test_a_loader_goes_from_the_position_to_the_next_validation() -> None:
+def test_a_loader_goes_from_the_position_to_the_end_of_the_pass_or_of_the_training() -> None:
     examples = [example(3) for _ in range(6)]
     data = DataModule(
         {"train": examples, "validation": examples},
@@ -112,7 +112,10 @@ def test_a_loader_goes_from_the_position_to_the_next_validation() -> None:
     )
     data.stops = [4, 7]
     data.position = lambda: 2
-    assert [batch.step for batch in data.train_dataloader()] == [2, 3]
+    assert data.steps_per_epoch == 3
+    assert [batch.step for batch in data.train_dataloader()] == [2]
     data.position = lambda: 4
-    assert [batch.step for batch in data.train_dataloader()] == [4, 5, 6]
+    assert [batch.step for batch in data.train_dataloader()] == [4, 5]
+    data.position = lambda: 6
+    assert [batch.step for batch in data.train_dataloader()] == [6]
     assert sum(len(batch.rows) for batch in data.val_dataloader()) == 6
