@@ -138,12 +138,13 @@ def _is_secret(key: str) -> bool:
 
 
 def _secrets() -> list[str]:
-    """Values of the environment's variables that are called secrets."""
+    """Values of the environment's variables that are called secrets; PWD and whatever else names a path is none."""
     return [
         value
         for name, value in os.environ.items()
         if (_is_secret(name) or _IN_ENVIRONMENT.search(name))
         and (len(value) >= SHORTEST or (len(value) >= 8 and not value.isalpha() and not value.isdigit()))
+        and not (name in ("PWD", "OLDPWD") or (os.path.isabs(value) and os.path.exists(value)))
     ]
 
 
