@@ -35,7 +35,8 @@ def metric_tables(study: Study) -> list[Table]:
     values = {name: [run.value(name) for run in runs] for name in names}
     names = [name for name in names if any(value is not None for value in values[name])]
     # A loss that is the log-loss is shown once.
-    names = [name for name in names if name == "val/loss_nats" or values[name] != values.get("val/loss_nats")]
+    loss = np.array(values.get("val/loss_nats", []), float)
+    names = [n for n in names if n == "val/loss_nats" or not _same(np.array(values[n], float), loss)]
     priors = [_mean([_prior(run, name) for run in runs]) for name in names]
     known = any(run.chance for run in runs)
     if len(names) < 2 and not known:
@@ -115,6 +116,11 @@ def _prior(run: RunRecord, name: str) -> float | None:
     last = name.removeprefix("val/")
     found = run.chance.get("prior_loss") if last == "loss_nats" else run.chance.get("metrics", {}).get(last)
     return round(float(found), 9) if isinstance(found, (int, float)) else None
+
+
+def _same(values: np.ndarray, others: np.ndarray) -> bool:
+    """Whether they are the same numbers but for the rounding of another order of summing."""
+    return values.shape == others.shape and np.allclose(values, others, rtol=1e-9, atol=0.0, equal_nan=True)
 
 
 def _against(runs: Sequence[RunRecord], known: bool) -> list[str]:

@@ -199,7 +199,7 @@ def importance_bars(found: Importance, undecided: Collection[str] = ()) -> Marku
         if share >= 0.005:
             bars.append((" with ".join(pair), share, "s2", found.ranges.get(pair, (0.0, 1.0))[0] < 0.005))
     if found.exact and found.noise >= 0.0005:
-        bars.append(("noise of seeds", found.noise, "rest", False))
+        bars.append(("noise between runs", found.noise, "rest", False))
     ranges = {" with ".join(name) if isinstance(name, tuple) else name: ends for name, ends in found.ranges.items()}
     parts, listed = [], []
     for place, (name, share, style, hollow) in enumerate(bars):
@@ -217,7 +217,7 @@ def importance_bars(found: Importance, undecided: Collection[str] = ()) -> Marku
                 class_="bar open" if hollow else "bar",
             ),
         )  # fmt: skip
-        tip = f"{name}: {share:.1%} of the variance here" + (f", {span} with the noise of seeds" if span else "")
+        tip = f"{name}: {share:.1%} of the variance here" + (f", {span} with the noise between runs" if span else "")
         parts.append(tipped(shape, f"{tip}{'; not distinguishable from noise' * hollow}", class_=f"series {style}"))
     note = f"Share of the variance: {'; '.join(listed)}."
     return figure(44.0 * len(bars) + 4, "Importance of each key", note, *parts)

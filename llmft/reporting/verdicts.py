@@ -189,9 +189,10 @@ def _basis(samples: Sequence[Sample], noise: Noise) -> str:
         sd = number(math.sqrt(noise.variance or 0.0))
         return f"Rests on the stated standard deviation of {sd} of one run ({told}). Row noise is not known."
     rows = [r.rows for s in samples for r in s.replicates]
+    known = [row for row in rows if row is not None]
     told_rows = (
-        f"Row noise from the losses of {len(rows[0].rows)} validation rows, paired."
-        if rows and all(row is not None for row in rows) and rows[0] is not None
+        f"Row noise from the losses of {len({name for row in known for name in row.rows}):,} validation rows, paired."
+        if known and len(known) == len(rows)
         else "Row noise is not known for this metric: what is said holds for these validation rows."
     )
     if noise.variance is None:
@@ -252,7 +253,7 @@ def rests_on(found: Comparison) -> str:
     elif contrast.own is None:
         runs = f"{'one run' if n == 1 else f'{n} runs'} each, with a spread known from elsewhere"
     else:
-        runs = f"{n} runs each{', compared seed by seed' if contrast.blocked else ''}"
+        runs = f"{n} runs each{', seeds or folds compared one by one' if contrast.blocked else ''}"
     if contrast.num_samples > 2:
         runs = runs.replace("each", f"of each of {contrast.num_samples} configurations", 1)
     if contrast.rows is None:

@@ -39,6 +39,8 @@ def make_run(
     rows: bool = True,
     samples: Sequence[dict[str, Any]] = (),
     taste: int = 0,
+    first_row: int = 0,
+    metrics: dict[str, float] | None = None,
     **overrides: Any,
 ) -> Path:
     """A run whose validation loss is `value` at the end and `value + curve(step)` before; overrides as a__b=value."""
@@ -70,9 +72,9 @@ def make_run(
             tokens = np.full(num_rows, 10.0)
             each = loss * tokens + (base - base.mean() + wobble - wobble.mean()) * tokens * min(loss, 1.0)
             found = [(i, float(each[i]), 10.0) for i in range(num_rows)]
-            write_row_losses(run.row_losses_file("val", step), found, lambda row: f"rows.jsonl:{row + 1}")
+            write_row_losses(run.row_losses_file("val", step), found, lambda row: f"rows.jsonl:{row + first_row + 1}")
     run.samples_file.write_text("".join(json.dumps({"step": best_step, "split": "val", **s}) + "\n" for s in samples))
-    after = {"val/loss_nats": best, "val/exact_match": 0.5}
+    after = {"val/loss_nats": best, "val/exact_match": 0.5, **(metrics or {})}
     result = {"before": {}, "after": after, "step": best_step, "steps": STEPS[-1], "seconds": 12.5}
     run.update(
         status=status,

@@ -16,11 +16,13 @@ import pytest
 
 from llmft.errors import ConfigError, DataError
 from llmft.report import ReportConfig, report
+from llmft.reporting.classes import metric_tables
 from llmft.reporting.curves import Fit, diagnose
 from llmft.reporting.finding import find
 from llmft.reporting.importance import importance
 from llmft.reporting.records import read_run
 from llmft.reporting.study import make_study
+from llmft.reporting.verdicts import sentence
 from llmft.reporting.write import write_report
 from tests.conftest import ROOT
 from tests.reporting.runs import make_run, make_sweep, trial
@@ -101,6 +103,23 @@ def test_folds_are_replications(tmp_path: Path) -> None:
     assert made.board[0].replications == "1 seed x 3 folds"
     assert made.study.keys == ["lora.r"]
     assert made.study.configurations[0].sample("val/loss_nats").training_overlap == pytest.approx(0.5)
+
+
+def test_folds_rows_are_counted_once_each_and_alike_in_every_sentence(tmp_path: Path) -> None:
+    for r in (4, 8):
+        for fold in range(2):
+            make_run(tmp_path, 1.0 + r / 1e4 + fold / 10, lora__r=r, data__fold=fold, first_row=60 * fold)
+    verdicts = write_report(runs_of(tmp_path), tmp_path / "out").verdicts
+    assert "losses of 120 validation rows" in verdicts.basis
+    assert "120 validation rows (paired)" in str([sentence(found) for _, found in verdicts.all])
+
+
+def test_a_log_loss_that_is_the_loss_but_for_rounding_is_shown_once(tmp_path: Path) -> None:
+    for seed, value in enumerate((1.03, 1.3)):
+        loss = {"val/logloss": np.nextafter(value, 2), "val/accuracy": 0.5}
+        make_run(tmp_path, value, seed=seed, metrics=loss)
+    (table,) = metric_tables(write_report(runs_of(tmp_path), tmp_path / "out").study)
+    assert table.head == ["configuration", "loss_nats", "exact_match", "accuracy"]
 
 
 def test_whatever_lies_in_run_directories_a_report_is_written(tmp_path: Path) -> None:
