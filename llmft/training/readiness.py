@@ -114,6 +114,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             deterministic="warn" if trainer.deterministic else False,
+            log_every_n_steps=1,  # for callbacks that log at Lightning's interval: ours logs every step too
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

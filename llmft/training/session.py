@@ -359,6 +359,11 @@ class Session:
         if finished and not self.checkpointer.pending:
             return
         self._guarded(trainer.fit)
+        if self.module.step < self.total_steps:
+            patience, monitor = self.config.trainer.patience, self.config.trainer.monitor
+            by = f"trainer.patience={patience} validations without a better {monitor}"
+            by = by if self.checkpointer.stopped_early else "a callback of trainer.callbacks asked for it"
+            self.screen.print(f"stopped early after step {self.module.step} of {self.total_steps}: {by}.")
 
     def _guarded(self, loop: Callable[..., Any], **arguments: Any) -> None:
         """Runs a loop of Lightning's; its own way of ending on a signal, `exit(1)`, becomes ours."""
@@ -417,7 +422,7 @@ class Session:
             "after": after,
             "step": step,
             "steps": self.module.step,
-            "stopped_early": self.checkpointer.stopped_early,
+            "stopped_early": self.checkpointer.stopped_early or self.module.step < self.total_steps,
             "seconds": round(recorder.seconds, 3),
         }
         chance = chance_of(self.prepared, self.module.scoring.metrics if self.module.scoring is not None else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,21 @@ def test_the_counts_go_on_over_a_resumption(small: Callable[..., Any], monkeypat
     assert steps == [(step, (step - 1) // 6) for step in range(10, 15)]
 
 
-def test_early_stopping_of_lightnings_stops_on_our_metrics(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_early_stopping_of_lightnings_stops_on_our_metrics_and_is_told(
+    small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     node = "{_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/loss_nats, patience: 1, min_delta: 99}"
     config = small("trainer.max_steps=14", "trainer.validate_every=2", f"+trainer.callbacks.stop={node}")
-    train(config, quiet=True)
-    assert status(run_directory(tmp_path))["result"]["steps"] == 4
+    train(config)
+    result = status(run_directory(tmp_path))["result"]
+    assert (result["steps"], result["stopped_early"]) == (4, True)
+    assert "stopped early after step 4 of 14: a callback of trainer.callbacks asked for it." in capsys.readouterr().out
+
+
+def test_the_learning_rate_monitor_logs_every_step_as_llmft_does(small: Callable[..., Any], tmp_path: Path) -> None:
+    node = "{_target_: lightning.pytorch.callbacks.LearningRateMonitor}"
+    train(small(f"+trainer.callbacks.rate={node}", "logger=csv", "trainer.max_steps=4"), quiet=True)
+    (file,) = run_directory(tmp_path).rglob("metrics.csv")
+    with file.open() as lines:
+        rates = [line["lr-AdamW"] for line in csv.DictReader(lines) if line["lr-AdamW"]]
+    assert len(rates) == 5  # at the start of training, and behind each step
