@@ -264,12 +264,17 @@ def show(report: dict[str, Any]) -> None:
     if not console.is_terminal:
         console.width = 110
     console.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
+    before, behind = ("", "") if console.color_system else ("«", "»")  # where no colour tells it
     for number, pieces in enumerate(report["rows"], start=1):
-        console.print(f"\n[bold]row {number}[/bold] as it is trained; [black on green]learned[/black on green]:")
+        learned = f"[black on green]{before}learned{behind}[/black on green]"
+        console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
         text = Text()
         for piece in pieces:
             shown = piece["text"] if len(piece["text"]) < 700 else f"{piece['text'][:350]} … {piece['text'][-330:]}"
-            text.append(shown, style="black on green" if piece["learned"] else "dim")
+            if piece["learned"]:
+                text.append(f"{before}{shown}{behind}", style="black on green")
+            else:
+                text.append(shown, style="dim")
         console.print(text)
     console.print(_split_table(report["splits"]))
     pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
@@ -314,13 +319,16 @@ def _show_columns(console: Console, usage: dict[str, Any]) -> None:
 
 def _split_table(splits: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    for name in ("split", "rows", "begin tokens a row", "end token trained", "no trained token", "longest"):
+    learned = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a new head learns no token
+    trained = ("end token trained", "no trained token") if learned else ()
+    for name in ("split", "rows", "begin tokens a row", *trained, "longest"):
         table.add_column(name, justify="left" if name == "split" else "right")
     for split, facts in splits.items():
         begins = ", ".join(f"{n}" for n in facts["begin_tokens"]) or "-"
         longest = str(facts["all_tokens"].get("100", "-"))
         rows = facts["rows"]
-        table.add_row(split, f"{rows:,}", begins, f"{facts['ends_trained']:,}", str(facts["untrained"]), longest)
+        ends = (f"{facts['ends_trained']:,}", str(facts["untrained"])) if learned else ()
+        table.add_row(split, f"{rows:,}", begins, *ends, longest)
     return table
 
 

@@ -66,6 +66,13 @@ def test_the_json_form_says_the_same(tmp_path: Path) -> None:
     assert found["steps"]["total"] == 3
 
 
+def test_what_is_learned_is_marked_without_colours_too_and_a_head_has_no_tokens_to_learn(tmp_path: Path) -> None:
+    assert "### Response:\n«Zoe</s>»\n" in check(*SMALL_DATA, cwd=tmp_path).stdout
+    shown = check(*SMALL_DATA, "task=classification", cwd=tmp_path).stdout
+    assert "no trained token" not in shown
+    assert "longest" in shown
+
+
 def test_an_unknown_format_and_a_training_mistake_are_answered_alike(tmp_path: Path) -> None:
     assert "did you mean json?" in check("format=jsn", cwd=tmp_path).stderr
     done = check("lora.rr=1", cwd=tmp_path)

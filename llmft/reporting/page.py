@@ -110,7 +110,11 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
     if shares is not None:
         how = (
             "Functional analysis of variance over the complete grid; "
-            + ("what the noise between runs alone would give is taken off." if shares.ranges else "the noise between runs is unknown.")
+            + (
+                "what the noise between runs alone would give is taken off."
+                if shares.ranges
+                else "the noise between runs is unknown."
+            )
             if shares.exact
             else "Functional analysis of variance of a random forest, since some combinations are missing."
         )

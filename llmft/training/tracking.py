@@ -15,7 +15,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, wait
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -294,6 +294,7 @@ def open_wandb(
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
+        _without_telemetry()
         import wandb  # noqa: F401 (here, and not in the thread beside other imports)
     except ImportError as error:
         screen.warn(f"W&B cannot log ({error}); the local records go on.")
@@ -310,6 +311,18 @@ def open_wandb(
         settings.start_timeout_s + settings.finish_timeout_s + GRACE_S,
         arguments["id"],
     )
+
+
+def _without_telemetry() -> None:
+    """Switches off W&B's reports about itself, unless the environment asks for them.
+
+    They are sent offline too, and a server that hangs holds the end of the process for them for half a minute.
+    """
+    if os.environ.setdefault("WANDB_ERROR_REPORTING", "false").lower() in ("false", "0", "f", "n", "no", "off"):
+        with suppress(ImportError):  # older ones ask the variable
+            from wandb.analytics.opentelemetry.opentelemetry_proxy import disable
+
+            disable()
 
 
 def _begin(settings: WandbConfig, screen: Screen, dir: Path, arguments: dict[str, Any]) -> Any:

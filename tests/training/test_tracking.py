@@ -131,8 +131,11 @@ def log_to(url: str, root: Path, monkeypatch: pytest.MonkeyPatch, **settings: An
 def test_whatever_the_server_does_nothing_waits_and_every_number_is_in_the_offline_file(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from wandb.analytics.opentelemetry.opentelemetry_proxy import get_open_telemetry_proxy
+
     with server(kind) as url:
         logged, took = log_to(url, tmp_path, monkeypatch)
+        assert get_open_telemetry_proxy() is None, "it would hold the end of the process"
         told = capsys.readouterr().out
         assert url in told
     assert logged == [number / 3 for number in range(10)]
