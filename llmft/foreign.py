@@ -175,7 +175,17 @@ def stored_config(path: Path, schema: type) -> Any:
     if implementation is not None and not _is_implementation(implementation):
         raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
     # Whom a file trusts counts for nothing: where code of such a package would run, the command line must say so.
-    return from_plain({**plain, "trusted_packages": []} if "trusted_packages" in plain else plain, schema)
+    plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
+    if isinstance(sweep := plain.get("sweep"), dict):
+        plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in GONE}}
+    try:
+        return from_plain(plain, schema)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+
+
+GONE = ("stack", "halving")
+"""Keys of `sweep` that runs of llmft 0.1 have in their config; no number depends on them."""
 
 
 TEXT_KEYS = ("notes", "tags", "prompt.", "data.columns.", "data.labels", "task.words", "sweep.question")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import itertools
 import json
+import re
 import os
 import shutil
 import time
@@ -185,6 +186,17 @@ class TestTargets:
         with pytest.raises(ConfigError, match="may be named in a config"):
             train(found, quiet=True)
         assert not mark.exists()
+
+    def test_a_stored_config_of_an_earlier_release_is_read_and_an_unknown_key_names_its_file(
+        self, tmp_path: Path
+    ) -> None:
+        plain = to_plain(compose(*SMALL))
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump({**plain, "sweep": {**plain["sweep"], "stack": 8, "halving": True}}))
+        assert to_plain(stored_config(path, TrainConfig)) == plain
+        path.write_text(yaml.safe_dump({**plain, "sweep": {**plain["sweep"], "stuck": 8}}))
+        with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}: sweep\.stuck: no such key"):
+            stored_config(path, TrainConfig)
 
     def test_a_stored_config_asks_the_environment_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
