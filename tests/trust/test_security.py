@@ -599,6 +599,13 @@ class TestW5Secrets:
         monkeypatch.setenv(name, "hunter2x9")
         assert redact(["at hunter2x9/here", {"a": "HUNTER2X9"}]) == ["at ***/here", {"a": "***"}]
 
+    @pytest.mark.parametrize("name", ["PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "SSH_KEY"])
+    def test_w5_a_path_in_the_environment_is_no_secret(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        monkeypatch.setenv(name, str(tmp_path))
+        assert redact(f"data.files={tmp_path}/rows.csv") == f"data.files={tmp_path}/rows.csv"
+
     @pytest.mark.parametrize(
         "text",
         [
