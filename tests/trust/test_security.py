@@ -22,6 +22,7 @@ from llmft.config import PromptConfig, TrainConfig
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
 from llmft.foreign import check_adapter, check_config_directories, check_model, read_json, read_yaml, stored_config
+from llmft.overrides import hydra_arguments
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import open_run, slug, write_config
@@ -293,6 +294,34 @@ class TestForeignFiles:
             with pytest.raises(ConfigError, match="aliases"):
                 check_config_directories(arguments)
         assert time.monotonic() - began < 2
+
+    @pytest.mark.parametrize(
+        ("files", "sentence"),
+        [
+            ({"experiment/e.yaml": "defaults:\n  - ../../elsewhere/e\n"}, "not a path out of the directory"),
+            ({"experiment/e.yaml": "defaults:\n  - optional /x/../../y: z\n"}, "not a path out of the directory"),
+            ({"experiment/e.yaml": "- a list\n"}, "keys and values, not a list"),
+            ({"hydra": "notes", "notes/launcher/e.yaml": "_target_: os.system\n"}, "a link to a directory"),
+        ],
+    )
+    def test_a_config_directory_leads_nowhere_else(self, tmp_path: Path, files: dict[str, str], sentence: str) -> None:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".yaml"):
+                (tmp_path / name).write_text(content)
+            else:
+                (tmp_path / name).symlink_to(content)
+        with pytest.raises(ConfigError, match=sentence):
+            check_config_directories(["--config-dir", str(tmp_path)])
+
+    @pytest.mark.parametrize(
+        "argument", ["model=../x", "+experiment=../../x", "hydra/launcher=[../x]", "~model=..", "--config-name=../x"]
+    )
+    def test_an_option_on_the_command_line_leads_nowhere_else(self, argument: str) -> None:
+        with pytest.raises(ConfigError, match="a name is wanted, not a path"):
+            hydra_arguments([argument], TrainConfig, multirun=True)
+        kept = ["notes=../x", "output_dir=../x", "model={path: ../x}", "data.files=../x"]
+        assert len(hydra_arguments(kept, TrainConfig, multirun=True)) == 4
 
     def test_the_command_refuses_it_too(self, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
