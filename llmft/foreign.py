@@ -204,7 +204,12 @@ def _is_implementation(value: Any) -> bool:
 def check_inside(node: Any, key: str) -> None:
     """Refuses a `_target_` node of a stored config that would write to, or send to, a place of the file's choosing."""
     for name, text in _texts(node, key):
-        if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+        if (
+            re.search(r"(settings|executable|host|ur[il])(\.|$)", name)
+            or "://" in text
+            or text.startswith(("/", "~"))
+            or ".." in Path(text).parts
+        ):
             raise ConfigError(f"{name}={text}: a run's file does not choose where this writes or sends to; train anew.")
 
 

@@ -26,10 +26,10 @@ def from_plain(plain: Any, schema: type) -> Any:
     """
     if not isinstance(plain, dict):
         raise ConfigError(f"a config was expected, not {type(plain).__name__}.")
-    node = OmegaConf.create(_literal(plain))
-    assert isinstance(node, DictConfig)
-    _refuse_extra_keys(node, schema, "")
     try:
+        node = OmegaConf.create(_literal(plain))
+        assert isinstance(node, DictConfig)
+        _refuse_extra_keys(node, schema, "")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None

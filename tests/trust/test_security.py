@@ -6,6 +6,7 @@ import ast
 import itertools
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -21,7 +22,15 @@ from llmft.build import ALLOWED_TARGETS, KINDS, build, check_target, find
 from llmft.config import PromptConfig, TrainConfig
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
-from llmft.foreign import check_adapter, check_config_directories, check_model, read_json, read_yaml, stored_config
+from llmft.foreign import (
+    check_adapter,
+    check_config_directories,
+    check_inside,
+    check_model,
+    read_json,
+    read_yaml,
+    stored_config,
+)
 from llmft.overrides import hydra_arguments
 from llmft.prepare import prepare
 from llmft.redaction import redact
@@ -351,6 +360,26 @@ class TestForeignFiles:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"config\.yaml"):
             stored_config(path, TrainConfig)
+
+    @pytest.mark.parametrize("value", ["2020-01-01", "!!set {a}", "!!binary AAAA"])
+    def test_yaml_values_that_are_no_plain_data_are_one_sentence(self, tmp_path: Path, value: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text(f"notes: {value}\n")
+        with pytest.raises(ConfigError, match="notes"):
+            stored_config(path, TrainConfig)
+
+    @pytest.mark.parametrize("pattern", ["(.*)*\\1(.*)*\\1x", "(a|a)*b", "("])
+    def test_an_expression_for_modules_ends_in_time_or_is_refused(
+        self, pattern: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+        with pytest.raises((ValueError, re.error)):
+            sandbox.match_bounded(pattern, ["a" * 60])
+
+    @pytest.mark.parametrize("name", ["settings", "base_url", "tracking_uri", "host"])
+    def test_a_runs_file_does_not_choose_a_server(self, name: str) -> None:
+        with pytest.raises(ConfigError, match="does not choose where"):
+            check_inside({"x": {"_target_": "lightning.pytorch.loggers.WandbLogger", name: "evil.org"}}, "loggers")
 
     def test_a_file_without_an_end_is_not_read_to_it(self) -> None:
         with pytest.raises(ConfigError, match="not a plain file"):
