@@ -65,6 +65,7 @@ MISTAKES = [
     (["trainer.callbacks={x: [1]}"], 2, "trainer.callbacks.x: has no _target_"),
     (["trainer.callbacks=[x]"], 2, "trainer.callbacks: a dictionary is wanted"),
     (["task.metrics=x"], 2, "task.metrics: a list is wanted"),
+    (["lora.r=1000000000"], 2, "lora.r=1000000000: 65,536 or less"),
     (["lora.r=null"], 2, "lora.r cannot be null"),
     (["lora=${seed}"], 2, "lora=${seed}: the name of one of the group's options is wanted"),
     (["lora@x=1"], 2, "lora@x=1: the name of one of the group's options is wanted"),
