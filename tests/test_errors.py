@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
-from llmft.errors import DiskError, as_user_error, did_you_mean, nearest
+import pytest
+
+from llmft.errors import DiskError, as_user_error, did_you_mean, nearest, report
 
 
 def test_nearest_finds_a_typo_and_nothing_for_nonsense() -> None:
