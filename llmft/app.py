@@ -16,7 +16,7 @@ from llmft.build import trust
 from llmft.config import SearchConfig
 from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 from llmft.foreign import check_config_directories
-from llmft.overrides import config_directory, hydra_arguments, is_group
+from llmft.overrides import chooses, config_directory, hydra_arguments
 from llmft.redaction import redact
 from llmft.schema import explained, schema_keys, to_config
 
@@ -80,6 +80,10 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
                 app()
         except UserError:
             raise
+        except SystemExit as end:
+            if end.code != 1 or "--cfg" not in (option[:5] for option in sys.argv[1:]):
+                raise
+            raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
         except Exception as error:
             told = explain(error, schema)
             if told is None:
@@ -108,7 +112,7 @@ def config_of_command(composed: Any, schema: type) -> Any:
 
 def trust_said(packages: Sequence[str]) -> None:
     """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
-    for package in packages:
+    for package in filter(None, packages):
         if str(package).lower() not in _said("trusted_packages"):
             raise ConfigError(
                 f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
@@ -148,9 +152,11 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
-    if "Config group override must be a string" in str(error):
-        named = (a for a in sys.argv[1:] if is_group(a.partition("=")[0], schema) and not a.endswith("="))
-        given = next((a for a in named if re.search(r"=([-+.\d]|(null|true|false)$)", a)), None)
+    if isinstance(error, RecursionError):
+        return ConfigError("files of the config name each other in their defaults lists without end; break the circle.")
+    if "Config group override must be a string" in str(error) or _full_key(chain) == "_dummy_":
+        named = (a for a in sys.argv[1:] if chooses(a.partition("=")[0].lstrip("+"), schema))
+        given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
         if given is not None:
             return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -185,6 +191,8 @@ def _missing_option(error: Any) -> ConfigError:
     wanted = str(error.missing_cfg_file or "")
     group, _, option = wanted.rpartition("/")
     options = [str(o) for o in error.options or []]
+    if not wanted:
+        return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
     if not group:
         return ConfigError(f"no config named {wanted}{did_you_mean(wanted, options)}")
     best = nearest(option, options)
@@ -213,6 +221,8 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
     keys = list(schema_keys(schema))
     if key.startswith("hydra."):
         return _unknown_setting(key)
+    if key in keys:
+        return ConfigError(f"{key}: not among this command's defaults; write +{key}=OPTION to add one.")
     best = nearest(key, keys)
     if best is None:  # the right name in the wrong place
         best = next((known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]), None)
@@ -227,7 +237,7 @@ def _unknown_setting(key: str) -> ConfigError:
     from hydra.conf import HydraConf
 
     parent, _, name = key.rpartition(".")
-    best = nearest(name, HydraConf.__dataclass_fields__) if parent == "hydra" else None
+    best = nearest(name, {*HydraConf.__dataclass_fields__} - {name}) if parent == "hydra" else None
     hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
     return ConfigError(f"{key}: no such key; {hint}")
 

@@ -156,6 +156,10 @@ def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]
     check_target(node, "optimizer", "optimizer", "params")
     if "lr" in node:
         raise ConfigError("optimizer.lr: the rate is set by learning_rate.peak.")
+    import torch
+
+    # Values that no signature tells, such as betas=[1], are refused now and not after the weights are loaded.
+    build(node, "optimizer", "optimizer", params=[torch.nn.Parameter(torch.zeros(1, 1))], lr=rate)
     return lambda parameters: build(node, "optimizer", "optimizer", params=parameters, lr=rate)
 
 

@@ -275,6 +275,10 @@ class QuantizationConfig:
         require(self.cache_gib >= 0, f"quantization.cache_gib={self.cache_gib}: 0 or more.")
 
 
+MOST_RANK = 65_536
+"""A run's file that asks for more would take all memory."""
+
+
 @dataclass
 class LoraConfig:
     enabled: bool = True
@@ -293,6 +297,7 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.r >= 1, f"lora.r={self.r}: an integer of 1 or more (lora=none trains all weights).")
+        require(self.r <= MOST_RANK, f"lora.r={self.r}: {MOST_RANK:,} or less; no layer is so wide.")
         require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: at least 0 and below 1.")
         require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: above 0, or null for 2 r.")
         require(

@@ -83,6 +83,9 @@ class Paused(Interrupted):
         self.exit_code = 0
 
 
+IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+
+
 def nearest(word: str, options: Iterable[str]) -> str | None:
     """The option most like `word`, or None when nothing is close."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
@@ -103,6 +106,8 @@ def as_user_error(error: BaseException) -> BaseException:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         where = f" while writing {error.filename}" if error.filename else ""
         return DiskError(f"{error.strerror}{where}: free some space or set output_dir to another disk.")
+    if isinstance(error, OSError) and error.filename and error.errno in IN_THE_WAY:
+        return DiskError(f"{error.filename}: {error.strerror}; move what is in the way, or choose another place.")
     return error
 
 

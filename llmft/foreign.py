@@ -92,11 +92,19 @@ def check_config_directories(arguments: Sequence[str]) -> None:
     environment, or builds objects), and set nothing of Hydra's own that runs or writes something.
     """
     for directory in _added_directories(arguments):
-        for path in sorted(directory.rglob("*.yaml")) if directory.is_dir() else ():
+        for path in sorted(directory.rglob("*")) if directory.is_dir() else ():
+            if path.is_symlink() and path.is_dir():
+                raise ConfigError(f"{path}: a link to a directory, which is not looked into; copy what it holds.")
+            if path.suffix != ".yaml":
+                continue
             content = read_yaml(path)
+            if not isinstance(content, dict | None):
+                raise ConfigError(f"{path}: a config holds keys and values, not a {type(content).__name__}.")
             for key, text in _texts(content):
                 if "${" in _REFERENCE.sub("", _ESCAPED.sub("", text)):
                     raise ConfigError(f"{path}: {key}={text}: a file may refer to another key as in ${{a.b}}; {ASK}")
+                if key.startswith("defaults") and re.search(r"(^|[\s/}])\.", text):
+                    raise ConfigError(f"{path}: {key}={text}: a name is wanted, not a path out of the directory.")
             _check_hydra(path, path.relative_to(directory), content)
 
 
@@ -206,7 +214,12 @@ def _is_implementation(value: Any) -> bool:
 def check_inside(node: Any, key: str) -> None:
     """Refuses a `_target_` node of a stored config that would write to, or send to, a place of the file's choosing."""
     for name, text in _texts(node, key):
-        if "://" in text or text.startswith(("/", "~")) or ".." in Path(text).parts:
+        if (
+            re.search(r"(settings|executable|host|ur[il])(\.|$)", name)
+            or "://" in text
+            or text.startswith(("/", "~"))
+            or ".." in Path(text).parts
+        ):
             raise ConfigError(f"{name}={text}: a run's file does not choose where this writes or sends to; train anew.")
 
 

@@ -70,15 +70,21 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     given = parser.parse_intermixed_args(list(arguments))
     if given.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
-    if given.multirun and not multirun:
+    if given.package is not None and given.cfg is None:
+        raise ConfigError("--package: the part of the config that --cfg shows; write --cfg job with it.")
+    several = given.multirun or "hydra.mode=MULTIRUN" in given.overrides
+    if several and not multirun:
         raise ConfigError("-m: only a training has several jobs; this command takes one config.")
+    for argument in (f"--config-name={given.config_name or ''}", *given.overrides):
+        key, _, value = argument.partition("=")
+        if chooses(key.lstrip("+~"), schema) and value[:1] != "{" and re.search(r"(^|[\[,'\"/\s])\.\.?(/|$)", value):
+            raise ConfigError(f"{argument}: a name is wanted, not a path; --config-dir=DIR adds a directory of yours.")
     waiting, options = list(given.overrides), []
     for argument in arguments:
         if waiting and argument == waiting[0]:
             waiting.pop(0)
         else:
             options.append(argument)
-    several = given.multirun or "hydra.mode=MULTIRUN" in given.overrides
     overrides = [as_override(argument, schema, several=several) for argument in given.overrides]
     # A file of sweeps/ may say otherwise.
     return [*options, *overrides, *([] if multirun else ["hydra.mode=RUN"])]
@@ -100,6 +106,11 @@ def is_group(key: str, schema: type) -> bool:
     """Whether a key chooses one of a group's files."""
     kind = kinds_of(schema).get(key.lstrip("+"), "")
     return "." not in key and (kind.endswith("Config") or kind.startswith("dict[") or key == "hydra")
+
+
+def chooses(key: str, schema: type) -> bool:
+    """Whether a key or option names a file of the config, ours or one that `--config-dir` adds."""
+    return is_group(key, schema) or ("." not in key and key not in kinds_of(schema))
 
 
 def as_override(argument: str, schema: type, *, several: bool = False) -> str:

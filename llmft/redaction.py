@@ -138,13 +138,14 @@ def _is_secret(key: str) -> bool:
 
 
 def _secrets() -> list[str]:
-    """Values of the environment's variables that are called secrets; PWD and whatever else names a path is none."""
+    """Values of the environment's variables that are called secrets; where something lies is none."""
     return [
         value
         for name, value in os.environ.items()
         if (_is_secret(name) or _IN_ENVIRONMENT.search(name))
+        and name not in ("PWD", "OLDPWD")
+        and not (value.startswith("/") and os.path.exists(value))
         and (len(value) >= SHORTEST or (len(value) >= 8 and not value.isalpha() and not value.isdigit()))
-        and not (name in ("PWD", "OLDPWD") or (os.path.isabs(value) and os.path.exists(value)))
     ]
 
 

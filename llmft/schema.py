@@ -26,10 +26,10 @@ def from_plain(plain: Any, schema: type) -> Any:
     """
     if not isinstance(plain, dict):
         raise ConfigError(f"a config was expected, not {type(plain).__name__}.")
-    node = OmegaConf.create(_literal(plain))
-    assert isinstance(node, DictConfig)
-    _refuse_extra_keys(node, schema, "")
     try:
+        node = OmegaConf.create(_literal(plain))
+        assert isinstance(node, DictConfig)
+        _refuse_extra_keys(node, schema, "")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
@@ -124,11 +124,22 @@ def to_config(composed: DictConfig, schema: type) -> Any:
     return made
 
 
+_WANTED = {
+    r"^(Cannot merge DictConfig with ListConfig|Cannot assign \w+ to Dict.*)": "a dictionary is wanted, {name: value}",
+    r"^(Cannot merge ListConfig with DictConfig|.*is not a ListConfig, list or tuple)": "a list is wanted, [a,b]",
+    r"^field '(.*)' is not Optional": r"\1 cannot be null",
+    r"^Invalid type assigned: .* is not a subclass of .*": "this holds keys of its own; set one of them",
+}
+"""What OmegaConf says of a value's kind, and the same for people."""
+
+
 def explained(error: OmegaConfBaseException, schema: type) -> str:
     """What is wrong with which key, in a sentence."""
     told, key = str(error).splitlines()[0].rstrip("."), error.full_key
     if isinstance(error, GrammarParseError) or told.startswith("GrammarParseError"):
         told = "${ begins an interpolation, such as ${seed}, and this is none; write \\${ for the characters themselves"
+    for pattern, wanted in _WANTED.items():
+        told = re.sub(pattern, wanted, told)
     told = re.sub(r"^\w+ raised while resolving interpolation: \"?(.*?)\"?$", r"\1", told)
     if variable := re.fullmatch(r"Environment variable '(.+)' not found", told):
         told = f"no environment variable {variable[1]}; set it, or write a default: ${{oc.env:{variable[1]},…}}"

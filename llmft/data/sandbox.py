@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
@@ -77,6 +79,13 @@ def render_bounded(template: jinja2.Template, values: dict[str, Any], characters
     return "".join(parts)
 
 
+def match_bounded(pattern: str, texts: Iterable[str]) -> None:
+    """Matches a regular expression; raises ValueError or re.error for one that takes too long, or is none."""
+    with _Bounds("the expression", "the names of one model"):
+        for text in texts:
+            re.fullmatch(pattern, text)
+
+
 class _TooLong(BaseException):
     """Past every `except Exception` in a filter."""
 
@@ -91,6 +100,9 @@ class _Bounds:
 
     What ends a template leaves as one ValueError.
     """
+
+    def __init__(self, what: str = "the template", over: str = "one conversation") -> None:
+        self.what, self.over = what, over
 
     def __enter__(self) -> None:
         self.timed = threading.current_thread() is threading.main_thread()
@@ -110,11 +122,11 @@ class _Bounds:
         if self.limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, self.limits)
         if isinstance(error, _TooLong):
-            raise ValueError(f"the template takes more than {SECONDS:g} s for one conversation") from None
+            raise ValueError(f"{self.what} takes more than {SECONDS:g} s for {self.over}") from None
         if isinstance(error, (MemoryError, OverflowError)):
-            raise ValueError("the template takes too much memory") from None
+            raise ValueError(f"{self.what} takes too much memory") from None
         if isinstance(error, RecursionError):
-            raise ValueError("the template calls itself without end") from None
+            raise ValueError(f"{self.what} calls itself without end") from None
 
 
 def _address_space() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from llmft import __version__
 from llmft.config import Kernels, LoraConfig
+from llmft.data.sandbox import match_bounded
 from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families
 from llmft.model.heads import head_names
@@ -31,6 +33,11 @@ def attach(
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            match_bounded(targets, (name for name, _ in base.named_modules()))
+        except (re.error, ValueError) as error:
+            raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
     mixture = targets == "all-linear" and families.is_mixture(base)
     if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
         targets = families.dense_layers(base)
@@ -102,7 +109,12 @@ def load_adapter(model: Any, directory: Path) -> None:
     strange = sorted(own.keys() ^ state.keys())
     if strange:
         raise ConfigError(f"{path}: not the weights of this run's adapter ({strange[0]}).")
-    peft.set_peft_model_state_dict(model, state)
+    try:
+        peft.set_peft_model_state_dict(model, state)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: its weights do not fit this run's config ({str(error).splitlines()[-1].strip()})"
+        ) from None
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

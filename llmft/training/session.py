@@ -100,6 +100,7 @@ def check_parts(config: TrainConfig) -> Parts:
 
 def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
     """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
+    check_target(node, key, "callback")
     monitor, metrics = node.get("monitor"), validation_metrics(task)
     if isinstance(monitor, str) and monitor.startswith("val/"):
         if monitor not in metrics:

@@ -22,7 +22,16 @@ from llmft.build import ALLOWED_TARGETS, KINDS, build, check_target, find
 from llmft.config import PromptConfig, TrainConfig
 from llmft.data.prompt import PromptFormat
 from llmft.errors import ConfigError
-from llmft.foreign import check_adapter, check_config_directories, check_model, read_json, read_yaml, stored_config
+from llmft.foreign import (
+    check_adapter,
+    check_config_directories,
+    check_inside,
+    check_model,
+    read_json,
+    read_yaml,
+    stored_config,
+)
+from llmft.overrides import hydra_arguments
 from llmft.prepare import prepare
 from llmft.redaction import redact
 from llmft.runs import open_run, slug, write_config
@@ -306,6 +315,34 @@ class TestForeignFiles:
                 check_config_directories(arguments)
         assert time.monotonic() - began < 2
 
+    @pytest.mark.parametrize(
+        ("files", "sentence"),
+        [
+            ({"experiment/e.yaml": "defaults:\n  - ../../elsewhere/e\n"}, "not a path out of the directory"),
+            ({"experiment/e.yaml": "defaults:\n  - optional /x/../../y: z\n"}, "not a path out of the directory"),
+            ({"experiment/e.yaml": "- a list\n"}, "keys and values, not a list"),
+            ({"hydra": "notes", "notes/launcher/e.yaml": "_target_: os.system\n"}, "a link to a directory"),
+        ],
+    )
+    def test_a_config_directory_leads_nowhere_else(self, tmp_path: Path, files: dict[str, str], sentence: str) -> None:
+        for name, content in files.items():
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            if name.endswith(".yaml"):
+                (tmp_path / name).write_text(content)
+            else:
+                (tmp_path / name).symlink_to(content)
+        with pytest.raises(ConfigError, match=sentence):
+            check_config_directories(["--config-dir", str(tmp_path)])
+
+    @pytest.mark.parametrize(
+        "argument", ["model=../x", "+experiment=../../x", "hydra/launcher=[../x]", "~model=..", "--config-name=../x"]
+    )
+    def test_an_option_on_the_command_line_leads_nowhere_else(self, argument: str) -> None:
+        with pytest.raises(ConfigError, match="a name is wanted, not a path"):
+            hydra_arguments([argument], TrainConfig, multirun=True)
+        kept = ["notes=../x", "output_dir=../x", "model={path: ../x}", "data.files=../x"]
+        assert len(hydra_arguments(kept, TrainConfig, multirun=True)) == 4
+
     def test_the_command_refuses_it_too(self, tmp_path: Path) -> None:
         (tmp_path / "c").mkdir()
         (tmp_path / "c" / "bomb.yaml").write_text("a: &a 1\nb: [" + ",".join(["*a"] * 100) + "]\n")
@@ -334,6 +371,26 @@ class TestForeignFiles:
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"config\.yaml"):
             stored_config(path, TrainConfig)
+
+    @pytest.mark.parametrize("value", ["2020-01-01", "!!set {a}", "!!binary AAAA"])
+    def test_yaml_values_that_are_no_plain_data_are_one_sentence(self, tmp_path: Path, value: str) -> None:
+        path = tmp_path / "config.yaml"
+        path.write_text(f"notes: {value}\n")
+        with pytest.raises(ConfigError, match="notes"):
+            stored_config(path, TrainConfig)
+
+    @pytest.mark.parametrize("pattern", ["(.*)*\\1(.*)*\\1x", "(a|a)*b", "("])
+    def test_an_expression_for_modules_ends_in_time_or_is_refused(
+        self, pattern: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(sandbox, "SECONDS", 0.3)
+        with pytest.raises((ValueError, re.error)):
+            sandbox.match_bounded(pattern, ["a" * 60])
+
+    @pytest.mark.parametrize("name", ["settings", "base_url", "tracking_uri", "host"])
+    def test_a_runs_file_does_not_choose_a_server(self, name: str) -> None:
+        with pytest.raises(ConfigError, match="does not choose where"):
+            check_inside({"x": {"_target_": "lightning.pytorch.loggers.WandbLogger", name: "evil.org"}}, "loggers")
 
     def test_a_file_without_an_end_is_not_read_to_it(self) -> None:
         with pytest.raises(ConfigError, match="not a plain file"):
@@ -611,12 +668,12 @@ class TestW5Secrets:
         monkeypatch.setenv(name, "hunter2x9")
         assert redact(["at hunter2x9/here", {"a": "HUNTER2X9"}]) == ["at ***/here", {"a": "***"}]
 
-    @pytest.mark.parametrize("name", ["PWD", "OLDPWD", "INIT_PWD", "SSH_KEY"])
+    @pytest.mark.parametrize("name", ["PWD", "OLDPWD", "GOOGLE_APPLICATION_CREDENTIALS", "SSH_KEY"])
     def test_w5_a_path_in_the_environment_is_no_secret(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
         monkeypatch.setenv(name, str(tmp_path))
-        assert redact(f"{tmp_path}/rows.csv") == f"{tmp_path}/rows.csv"
+        assert redact(f"data.files={tmp_path}/rows.csv") == f"data.files={tmp_path}/rows.csv"
 
     @pytest.mark.parametrize(
         "text",
