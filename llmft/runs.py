@@ -328,7 +328,7 @@ def free_run(config: TrainConfig, key: str) -> Run:
         raise ConfigError(
             f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
         )
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK) and not run.done:  # what is done can be read
         code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
     return run

@@ -346,6 +346,7 @@ class TestCompletion:
         assert done.stdout.split() == replies
 
     @pytest.mark.skipif(shutil.which("zsh") is None, reason="zsh is not installed here")
+    @pytest.mark.slow
     def test_zsh_completes(self, tmp_path: Path) -> None:
         setup = 'autoload -Uz compinit; compinit -u -D; PS1=READY; llmft() { print "GOT:$*:" }\n'
         (tmp_path / ".zshrc").write_text(setup + SCRIPTS["zsh"].replace("PYTHON", sys.executable))

@@ -22,4 +22,6 @@ def skeleton(auto_class: str, config: Any, **arguments: Any) -> Any:
     from transformers.initialization import no_init_weights
 
     with torch.device("meta"), no_init_weights():
-        return auto_model(auto_class).from_config(config, **arguments)
+        model = auto_model(auto_class).from_config(config, **arguments)
+    model.tie_weights()  # which is left out with the initial values
+    return model

@@ -564,21 +564,21 @@ def test_null_in_a_list_of_a_sweeps_file_is_null_and_no_word() -> None:
     from hydra_plugins.llmft_sweeping import combinations, parsed  # type: ignore[import-not-found]
 
     found = combinations(parsed(None, {"prompt.system": [None, "Be brief"], "name": None}, []))
-    assert [job[0] for job in found] == ["prompt.system=null", "prompt.system=Be\\ brief"]
+    assert [job[0] for job in found] == ["prompt.system=null", "prompt.system='Be brief'"]
     assert all(job[1] == "name=null" for job in found)
     told = combinations(parsed(None, {"prompt.system": ["Be brief, please", "don't, ever", "[a,b]"]}, []))
     assert [job[0] for job in told] == [
         "prompt.system='Be brief, please'",
         "prompt.system='don\\'t, ever'",
-        "prompt.system=[a,b]",
+        "prompt.system='[a,b]'",
     ]
 
 
 def test_a_place_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "taken").write_text("a file")
     refused = llmft("-m", *SMALL, "seed=0,1", "output_dir=taken", cwd=tmp_path)
-    assert refused.returncode == 74, refused.stderr
-    assert "output_dir=taken" in refused.stderr
+    assert refused.returncode == 2, refused.stderr
+    assert "output_dir=taken: there is a file in the way" in refused.stderr
     assert "Traceback" not in refused.stderr
 
 

@@ -108,6 +108,11 @@ def _as_given(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
+def draw_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
+    """Which elements of `x` stay."""
+    return torch.rand(x.shape, device=x.device) >= dropout
+
+
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -124,7 +129,7 @@ class _LoraLinear(torch.autograd.Function):
         y = x @ weight if layer.bias is None else torch.addmm(layer.bias.to(x.dtype), x, weight)
         saved, dropped, mask = [x] if recipe is None else [*recipe.of], x, None
         if dropout:
-            mask = torch.rand(x.shape, device=x.device) >= dropout
+            mask = draw_mask(x, dropout)
             dropped = x * mask * (1 / (1 - dropout))
         narrow = dropped @ a.to(x.dtype).t()
         y.addmm_(narrow, b.to(x.dtype).t(), alpha=scale)

@@ -159,7 +159,7 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
 
     if dropout:  # the same places dropped, whatever draws them
         fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
-        monkeypatch.setattr(lora_kernel, "_mask", lambda own, share: fixed(own.shape))
+        monkeypatch.setattr(lora_kernel, "draw_mask", lambda x, dropout: fixed(x.shape))
         own_dropout = lambda self, x: x * fixed(x.shape[1:] if x.ndim == 3 else x.shape) / 0.7  # noqa: E731
         monkeypatch.setattr(torch.nn.Dropout, "forward", own_dropout)
     loss, gradients = run()
