@@ -178,6 +178,7 @@ def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monk
     assert verb._points(config, subjects[0]) == [(128, 32), (128, 128)], "beyond the context of 256 nothing is measured"
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) -> None:
     arguments = ["quantizations=[none]", "input_tokens=[16]", "output_tokens=[4]", "repeats=2", "batch_size=4"]
     done = subprocess.run(

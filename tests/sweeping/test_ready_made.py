@@ -93,6 +93,7 @@ def test_the_command_line_of_an_agent_logs_into_the_run_that_the_agent_made(tmp_
     assert any("val/loss_nats" in record for record in second["history"])
 
 
+@pytest.mark.slow
 def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads_them(tmp_path: Path) -> None:
     arguments = [
         *SMALL,

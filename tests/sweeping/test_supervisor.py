@@ -130,6 +130,7 @@ def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those
     assert {name: modified(root)[name] for name in before} == before, "a finished run was touched"
 
 
+@pytest.mark.slow
 def test_s3_a_sweep_killed_again_and_again_runs_each_trial_once_and_leaves_no_process(tmp_path: Path) -> None:
     arguments = ["seed=0,1,2,3,4", "trainer.max_steps=12", "trainer.checkpoint_every=1"]
     root = tmp_path / "outputs"
@@ -167,6 +168,7 @@ def same_files(one: Path, other: Path) -> None:
         assert (one / name).read_bytes() == (other / name).read_bytes(), f"{one.name}/{name}"
 
 
+@pytest.mark.slow
 def test_s4_two_sweeps_at_once_share_their_trials(tmp_path: Path) -> None:
     one = start(tmp_path, "seed=0,1,2,3", "trainer.max_steps=30")
     two = start(tmp_path, "seed=3,2,1,0,4", "trainer.max_steps=30")
@@ -242,6 +244,7 @@ def test_s6_eight_starts_in_one_second_make_as_many_runs_as_there_are_configs(
     assert len(list((tmp_path / "runs").iterdir())) == expected
 
 
+@pytest.mark.slow
 def test_s8_a_sweep_ends_early_when_all_trials_die_of_one_mistake(tmp_path: Path) -> None:
     done = sweep(tmp_path, "seed=0,1,2,3,4,5,6", sabotage=",".join(f"{n}:raise" for n in range(7)))
     assert done.returncode == 5

@@ -48,6 +48,7 @@ class TestU5NoTerminal:
         assert found[-1][0] == 1000
         assert all(line.count("\n") == 1 and len(line) < 120 for _, line in found)
 
+    @pytest.mark.slow
     def test_u5_a_whole_run_into_a_pipe_is_short(self, tmp_path: Path) -> None:
         small = [override for override in SMALL if override not in ("progress=false", "trainer.max_steps=4")]
         done = run([*small, "trainer.max_steps=200", "trainer.validate_every=100", f"output_dir={tmp_path}"], tmp_path)

@@ -184,7 +184,9 @@ class TestR3Signals:
         return whole_run(tmp_path_factory.mktemp("threes"), *self.OVERRIDES, "trainer.micro_batch=3", base=SMALL)
 
     @pytest.mark.parametrize(("signum", "code"), KINDS, ids=[kind.name for kind, _ in KINDS])
-    @pytest.mark.parametrize("micro", [1, 2, 3])
+    @pytest.mark.parametrize(
+        "micro", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+    )
     def test_r3_a_signal_at_any_micro_batch_is_met_at_the_step_boundary(
         self,
         small: Callable[..., Any],
@@ -343,6 +345,7 @@ class TestR3Wishes:
         train(small("force=true"), quiet=True)
         assert status(run_directory(tmp_path))["status"] == "done"
 
+    @pytest.mark.slow
     def test_r3_max_time_saves_and_ends_with_exit_code_0(self, uninterrupted: Path, tmp_path: Path) -> None:
         """Again and again, each start with a second, until it is done."""
         codes = []
