@@ -36,6 +36,8 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 _WIDTHS = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 64}
 MEASURED = ["llama", "mistral", "qwen2", "gemma", "gpt2", "phi3"]
+CORE = ("mistral", "gpt2")
+"""Families that every run of the tests takes; the others are slow."""
 SHAPES = [(1, 128), (4, 96)]
 
 
@@ -59,6 +61,11 @@ class Training(SimpleNamespace):
         """What cross-entropy itself saves: fp32 log-probabilities."""
         labelled = 0 if self.batch.targets is not None else int((self.batch.labels != -100).sum())
         return labelled * VOCAB_SIZE * 4
+
+
+def core_first(architectures: list[str], *more: str) -> list[Any]:
+    """Parameters of a test: those outside CORE are slow."""
+    return [pytest.param(name, *more, marks=() if name in CORE else pytest.mark.slow) for name in architectures]
 
 
 def training(
@@ -178,14 +185,14 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize(("rows", "tokens"), SHAPES)
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
-@pytest.mark.parametrize("architecture", MEASURED)
+@pytest.mark.parametrize("architecture", core_first(MEASURED))
 def test_activations_are_what_autograd_saves(architecture: str, quantization: str, rows: int, tokens: int) -> None:
     run = training(architecture, f"quantization={quantization}", rows=rows, tokens=tokens)
     assert run.estimate.activations == run.estimate.activations_kept
     assert saved_bytes(run) == pytest.approx(run.estimate.activations, rel=0.005)
 
 
-@pytest.mark.parametrize("architecture", sorted(set(FIRST) - set(MEASURED)))
+@pytest.mark.parametrize("architecture", core_first(sorted(set(FIRST) - set(MEASURED))))
 def test_activations_of_every_other_architecture_too(architecture: str) -> None:
     run = training(architecture, "quantization=none")
     if architecture == "mixtral":  # on shapes alone, transformers takes another grouped product in fp32
@@ -225,7 +232,7 @@ def test_activations_follow_precision_adapter_and_window(overrides: list[str], o
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("architecture", MEASURED)
+@pytest.mark.parametrize("architecture", core_first(MEASURED))
 def test_the_real_peak_of_a_step_lies_at_or_a_little_above_the_estimate(architecture: str, checkpointing: bool) -> None:
     run = training(architecture, "quantization=nf4", rows=4, tokens=160, checkpointing=checkpointing)
     with LiveBytes(resident(run.model)) as bytes_:
@@ -237,7 +244,7 @@ def test_the_real_peak_of_a_step_lies_at_or_a_little_above_the_estimate(architec
 
 @pytest.mark.parametrize(
     ("architecture", "quantization"),
-    [(architecture, "nf4") for architecture in sorted(FIRST)]
+    core_first(sorted(FIRST), "nf4")
     + [(a, q) for a in ("mistral", "gpt2", "mixtral") for q in ("fp4 quantization.double_quant=false", "int8", "none")],
 )
 def test_the_base_takes_the_bytes_of_its_tensors(architecture: str, quantization: str) -> None:
@@ -247,7 +254,7 @@ def test_the_base_takes_the_bytes_of_its_tensors(architecture: str, quantization
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit", "sgd"])
-@pytest.mark.parametrize("architecture", ["mistral", "gpt2", "deberta-v2", "mixtral"])
+@pytest.mark.parametrize("architecture", core_first(["mistral", "gpt2", "deberta-v2", "mixtral"]))
 def test_adapter_gradients_and_optimizer_are_exact(architecture: str, optimizer: str) -> None:
     run = training(architecture, f"optimizer={optimizer}", "lora.r=16")
     trained = [p for p in run.model.parameters() if p.requires_grad]
