@@ -28,6 +28,8 @@ FILES = {
 RUNNABLE = {name: file for name, file in FILES.items() if not file["requires_remote_code"] and not file["unsupported"]}
 # One file per architecture takes the whole way; the others differ from it in ids and prompts.
 FIRST = {file["architecture"]: name for name, file in reversed(RUNNABLE.items())}
+CORE = ("mistral", "llama", "gpt2", "gemma3_text", "mixtral", "falcon", "deberta-v2")
+EACH = [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in sorted(FIRST)]
 
 
 def classifies(file: dict[str, Any]) -> bool:
@@ -79,7 +81,7 @@ def logits(model: Any, file: dict[str, Any]) -> torch.Tensor:
     return found if classifies(file) else found[batch().attention_mask.bool()]
 
 
-@pytest.mark.parametrize("architecture", sorted(FIRST))
+@pytest.mark.parametrize("architecture", EACH)
 def test_a_twin_is_quantised_trained_saved_and_loaded_with_equal_logits(architecture: str, tmp_path: Path) -> None:
     name = FIRST[architecture]
     file = FILES[name]
@@ -109,7 +111,7 @@ def test_a_twin_is_quantised_trained_saved_and_loaded_with_equal_logits(architec
     assert torch.equal(logits(loaded, file), trained)
 
 
-@pytest.mark.parametrize("architecture", sorted(FIRST))
+@pytest.mark.parametrize("architecture", EACH)
 def test_all_weights_but_embeddings_head_and_norms_are_4_bit_both_ways(architecture: str, tmp_path: Path) -> None:
     name = FIRST[architecture]
     file = FILES[name]

@@ -79,14 +79,14 @@ def test_r1_twenty_kills_at_random_moments_end_in_bit_identical_weights(uninterr
 
 @pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_r1_twenty_kills_on_every_number_format(quantization: str, optimizer: str, tmp_path: Path) -> None:
     overrides = [f"quantization={quantization}", f"optimizer={optimizer}"]
     whole = whole_run(tmp_path / "whole", *overrides)
     kill_again_and_again(tmp_path / "killed", 20, whole, *overrides)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("adamw_8bit", marks=pytest.mark.slow)])
 def test_r2_resumed_from_every_step_all_later_checkpoints_are_the_same(
     small: Callable[..., Any], tmp_path: Path, optimizer: str
 ) -> None:
