@@ -185,8 +185,3 @@ def visible_gpus() -> list[str]:
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
     return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
-
-
-def accelerators() -> bool:
-    """Whether there may be a device of any maker whose driver does not outlive a fork."""
-    return bool(visible_gpus()) or Path("/dev/kfd").exists() or any(Path("/dev/dri").glob("renderD*"))

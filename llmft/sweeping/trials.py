@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config import TrainConfig
-from llmft.data.messages import text_of
 from llmft.environment import sensible_threads
 from llmft.errors import ConfigError, DataError, UserError
 from llmft.files import read_plain, write_atomically
@@ -37,7 +36,6 @@ class Trial:
         arguments: its whole command line after `python -m llmft`.
         status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
         cause: what ended a trial that failed: error, exit, signal, time, silence.
-        row_characters: mean length of its training rows.
         num_labels: classes of its data, which a base with a head is loaded for.
         weight_bytes: of its model's files; None where there are none.
     """
@@ -54,7 +52,6 @@ class Trial:
     value: float | None = None
     seconds: float | None = None
     log: Path | None = None
-    row_characters: float = 0.0
     num_labels: int = 0
     weight_bytes: int | None = None
 
@@ -123,7 +120,7 @@ class Planner:
     def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
         self.compose = compose
         self.explain = explain
-        self._known: dict[str, tuple[str, Located, float, int, int | None]] = {}
+        self._known: dict[str, tuple[str, Located, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
@@ -154,12 +151,9 @@ class Planner:
                 prepared = prepare(config, open_directory=False)
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
-            rows = prepared.conversations["train"]
-            characters = sum(len(text_of(message)) for row in rows for message in row.messages)
-            mean = characters / max(1, len(rows))
             size = weight_bytes(prepared.located)
-            self._known[key] = (prepared.data_fingerprint, prepared.located, mean, len(prepared.labels), size)
-        fingerprint, located, characters_a_row, num_labels, size = self._known[key]
+            self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
+        fingerprint, located, num_labels, size = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in own]
         arguments = [*_options(), *overrides, *_single(overrides)]
@@ -170,7 +164,6 @@ class Planner:
             config,
             run.key,
             run,
-            row_characters=characters_a_row,
             num_labels=num_labels,
             weight_bytes=size,
         )
