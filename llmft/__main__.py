@@ -21,7 +21,7 @@ def main() -> None:
             runpy.run_module(f"llmft.{word}", run_name="__main__", alter_sys=True)
             return
     elif word and "=" not in word and word[0] not in "-+~":
-        from llmft.errors import ConfigError, did_you_mean, report
+        from llmft.core.errors import ConfigError, did_you_mean, report
 
         sys.exit(report(ConfigError(f"{word}: no such command, and no key=value{did_you_mean(word, COMMANDS)}")))
     from llmft.train import main

@@ -15,11 +15,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from llmft.app import explain, make_known, run_verb
-from llmft.config import Form, ModelInit, TrainConfig, seconds_of
-from llmft.config_verbs import BenchConfig
-from llmft.errors import ConfigError
-from llmft.schema import to_config, to_plain
+from llmft.config.commands import BenchConfig
+from llmft.config.convert import to_config, to_plain
+from llmft.config.hydra_app import explain, make_known, run_verb
+from llmft.config.sections import Form, ModelInit, TrainConfig, seconds_of
+from llmft.core.errors import ConfigError
 
 GROUPS = ("model", "prompt", "lora", "optimizer")
 """Groups that are those of a training, with all their values."""
@@ -52,12 +52,12 @@ def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[
 
     Raises ConfigError before anything is loaded where a model, a format or a length cannot be.
     """
-    from llmft.benching.answers import Answered, Wish
-    from llmft.benching.measure import Case
-    from llmft.benching.report import write_answers
-    from llmft.benching.run import run_case
-    from llmft.console import Screen
-    from llmft.libraries import load_libraries
+    from llmft.benchmarks.answers import Answered, Wish
+    from llmft.benchmarks.measure import Case
+    from llmft.benchmarks.report import write_answers
+    from llmft.benchmarks.run import run_case
+    from llmft.core.console import Screen
+    from llmft.core.imports import load_libraries
 
     load_libraries(training=False)
     subjects = _subjects(config, arguments or [])
@@ -139,7 +139,7 @@ def _training(overrides: list[str]) -> TrainConfig:
 
 def _subject(config: TrainConfig) -> Subject:
     """With the weights that are here, or with random ones of the model's shape."""
-    from llmft.model.hub import Located, locate
+    from llmft.data.hub import Located, locate
     from llmft.model.load import model_config
 
     weights = "own" if config.model.init is ModelInit.pretrained else "random"

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmft.app import run_verb
-from llmft.config_verbs import BlendConfig
-from llmft.errors import ConfigError, did_you_mean
-from llmft.schema import to_config
+from llmft.config.commands import BlendConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.core.errors import ConfigError, did_you_mean
 
 
 def main() -> None:
@@ -25,14 +25,21 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
 
     Raises ConfigError or DataError naming the member that does not fit the others.
     """
-    from llmft import blending, scores
-    from llmft.console import Screen
-    from llmft.inference.submission import template_of, write_fitting
-    from llmft.members import joined, member_directory, open_members, shared_names, stack, write_member
-    from llmft.monitor import mode_of
-    from llmft.predictions import open_member
-    from llmft.prior import against_prior
-    from llmft.runs import usable
+    from llmft.core.console import Screen
+    from llmft.evaluation import blending, scores
+    from llmft.evaluation.prediction_sets import (
+        joined,
+        member_directory,
+        open_members,
+        shared_names,
+        stack,
+        write_member,
+    )
+    from llmft.evaluation.submission import template_of, write_fitting
+    from llmft.metrics.monitor import mode_of
+    from llmft.metrics.prior import against_prior
+    from llmft.runs.directory import usable
+    from llmft.runs.predictions import open_member
 
     screen, template = Screen(quiet=quiet), template_of(config)
 
@@ -105,7 +112,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
 
 def _metric(wanted: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
     """The metric that is asked for, by its name or dotted path, or the first that fits."""
-    from llmft.build import metric_functions
+    from llmft.config.instantiate import metric_functions
 
     if wanted is None:
         return next(iter(metrics.items()))

@@ -11,9 +11,9 @@ import os
 import sys
 from typing import Any
 
-from llmft.app import config_of_command, run_verb
-from llmft.config import TrainConfig
-from llmft.errors import ConfigError, did_you_mean
+from llmft.config.hydra_app import config_of_command, run_verb
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError, did_you_mean
 
 FORMATS = ("text", "json")
 
@@ -38,12 +38,12 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
         raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
-    from llmft.libraries import load_libraries, quiet_warnings
-    from llmft.prepare import prepare
+    from llmft.core.imports import load_libraries, quiet_warnings
+    from llmft.training.prepare import prepare
 
     prepared = prepare(config, open_directory=False)
     load_libraries()
-    from llmft.checking import examine, show, warn
+    from llmft.checks.preflight import examine, show, warn
     from llmft.data.quality import stop_on_errors
     from llmft.training.readiness import check_room
 

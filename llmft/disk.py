@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 
-from llmft.app import run_verb
-from llmft.config import DiskConfig, Form
-from llmft.schema import to_config
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.sections import DiskConfig, Form
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
 
 def disk(config: DiskConfig) -> dict[str, object]:
     """Prints what lies where, deletes what `config.clean` names unless it is a dry run, and returns the report."""
-    from llmft.housekeeping import delete, find, show
+    from llmft.checks.disk import delete, find, show
 
     report = find(config)
     if not config.dry_run:

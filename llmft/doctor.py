@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import json
 
-from llmft.app import run_verb
-from llmft.config import DoctorConfig, Form
-from llmft.errors import ConfigError
-from llmft.schema import to_config
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.sections import DoctorConfig, Form
+from llmft.core.errors import ConfigError
 
 
 def main() -> None:
@@ -23,7 +23,7 @@ def doctor(config: DoctorConfig) -> list[dict[str, str]]:
 
     Raises ConfigError when one of them is bad enough to stop a training.
     """
-    from llmft.health import examine, show
+    from llmft.checks.machine import examine, show
 
     verdicts = examine(config)
     if config.format is Form.json:

@@ -11,9 +11,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from llmft.app import run_verb
-from llmft.config_verbs import EvaluateConfig
-from llmft.schema import to_config
+from llmft.config.commands import EvaluateConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
 
 MOST_CLASSES = 12
 """Of a confusion matrix on the screen; evaluation.json holds it whole."""
@@ -29,10 +29,10 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises ConfigError or DataError for files, columns or rows that do not fit each other.
     """
-    from llmft import scores
-    from llmft.files import write_atomically
-    from llmft.prior import against_prior
-    from llmft.references import open_predictions, with_references
+    from llmft.core.files import write_atomically
+    from llmft.evaluation import scores
+    from llmft.evaluation.references import open_predictions, with_references
+    from llmft.metrics.prior import against_prior
 
     predictions, beside = open_predictions(config.predictions)
     predictions, columns = with_references(predictions, config)
@@ -87,7 +87,7 @@ def _show(report: dict[str, Any], path: Path) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from llmft.prior import chance_sentence, is_better
+    from llmft.metrics.prior import chance_sentence, is_better
 
     console = Console(highlight=False)
     if not console.is_terminal:

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft.app import run_verb
-from llmft.config_verbs import FoldsConfig
-from llmft.errors import ConfigError, DataError
-from llmft.schema import to_config
+from llmft.config.commands import FoldsConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from llmft.config import TrainConfig
-    from llmft.inference.submission import Template
-    from llmft.runs import Run
+    from llmft.config.sections import TrainConfig
+    from llmft.evaluation.submission import Template
+    from llmft.runs.directory import Run
 
 
 def main() -> None:
@@ -33,8 +33,8 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
 
     Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
     """
-    from llmft.console import Screen
-    from llmft.inference.submission import template_of
+    from llmft.core.console import Screen
+    from llmft.evaluation.submission import template_of
 
     screen = Screen(quiet=quiet)
     template = template_of(config)
@@ -63,10 +63,10 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
 
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     """Finished runs with folds, those together that differ in nothing else."""
-    from llmft.config import TrainOn
-    from llmft.predictions import names_in
-    from llmft.runs import finished_run, usable
-    from llmft.schema import canonical, numbers_of
+    from llmft.config.convert import canonical, numbers_of
+    from llmft.config.sections import TrainOn
+    from llmft.runs.directory import finished_run, usable
+    from llmft.runs.predictions import names_in
 
     def of_fold(directory: Path) -> tuple[Run, TrainConfig, list[str]]:
         run, trained = finished_run(directory)
@@ -91,12 +91,12 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
 def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template | None) -> Path:
     import numpy as np
 
-    from llmft.config_verbs import Method
-    from llmft.inference.submission import write_fitting
-    from llmft.members import Recipe, file_order, member_directory, shared_names, write_member
-    from llmft.predictions import Predictions, open_member
-    from llmft.prior import against_prior
-    from llmft.scores import metrics_for, score
+    from llmft.config.commands import Method
+    from llmft.evaluation.prediction_sets import Recipe, file_order, member_directory, shared_names, write_member
+    from llmft.evaluation.scores import metrics_for, score
+    from llmft.evaluation.submission import write_fitting
+    from llmft.metrics.prior import against_prior
+    from llmft.runs.predictions import Predictions, open_member
 
     parts = [open_member(run.directory, "val") for run, _ in runs]
     _check_once(runs, parts)
@@ -156,7 +156,7 @@ def _check_once(runs: list[Any], parts: list[Any]) -> None:
 def _chained(parts: list[Any]) -> Any:
     import numpy as np
 
-    from llmft.predictions import Predictions
+    from llmft.runs.predictions import Predictions
 
     first = parts[0]
     return Predictions(

@@ -15,9 +15,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmft.app import run_verb
-from llmft.config_verbs import PredictConfig
-from llmft.schema import to_config
+from llmft.config.commands import PredictConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
 
 
 def main() -> None:
@@ -57,10 +57,10 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
 
     Raises ConfigError or DataError for runs, files or templates that cannot be used.
     """
-    from llmft.console import Screen
-    from llmft.inference.asked import ask
-    from llmft.inference.submission import template_of, write_submission
-    from llmft.runs import usable
+    from llmft.core.console import Screen
+    from llmft.evaluation.jobs import ask
+    from llmft.evaluation.submission import template_of, write_submission
+    from llmft.runs.directory import usable
 
     screen = Screen(quiet=quiet)
     template = template_of(config)
@@ -105,7 +105,7 @@ def _joined(question: Any, config: PredictConfig, screen: Any, answered: dict[Pa
 
 
 def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
-    from llmft.predictions import Predictions
+    from llmft.runs.predictions import Predictions
 
     finished = None if config.force else question.finished()
     if finished is not None:
@@ -115,14 +115,14 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
     question.directory.mkdir(parents=True, exist_ok=True)
     with question.locked():
         if question.baseline:
-            from llmft.baseline import Baseline
+            from llmft.training.baseline import Baseline
 
             values = Baseline.load(question.run.model).predict(question.conversations)
         else:
-            from llmft.libraries import load_libraries, quiet_warnings
+            from llmft.core.imports import load_libraries, quiet_warnings
 
             load_libraries()
-            from llmft.inference.predictor import run_parts
+            from llmft.evaluation.predictor import run_parts
 
             with quiet_warnings():
                 values, columns = run_parts(question, config, screen)

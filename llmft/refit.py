@@ -12,12 +12,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from llmft.app import run_verb
-from llmft.config import Export, TrainConfig, TrainOn
-from llmft.config_verbs import RefitConfig
-from llmft.errors import ConfigError
-from llmft.foreign import stored_config
-from llmft.schema import to_config
+from llmft.config.commands import RefitConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.sections import Export, TrainConfig, TrainOn
+from llmft.config.untrusted import stored_config
+from llmft.core.errors import ConfigError
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
 
     Raises ConfigError where the runs are not validated ones of one config.
     """
-    from llmft.console import Screen
+    from llmft.core.console import Screen
     from llmft.train import train
 
     train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet)
@@ -40,9 +40,9 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
     """The config of the run on all rows; `warn` is told of what a glob met and cannot be used."""
-    from llmft.foreign import check_inside
-    from llmft.runs import finished_run, usable
-    from llmft.schema import canonical, numbers_of
+    from llmft.config.convert import canonical, numbers_of
+    from llmft.config.untrusted import check_inside
+    from llmft.runs.directory import finished_run, usable
 
     def validated(directory: Path) -> tuple[Any, TrainConfig]:
         stored = (
@@ -92,7 +92,7 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
 
 
 def _rank(run: tuple[Any, TrainConfig]) -> float:
-    from llmft.monitor import mode_of, named_metric
+    from llmft.metrics.monitor import mode_of, named_metric
 
     trainer = run[1].trainer
     value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)

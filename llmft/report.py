@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.app import run_verb
-from llmft.config import Mode, Texts
-from llmft.errors import ConfigError
-from llmft.schema import to_config
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.sections import Mode, Texts
+from llmft.core.errors import ConfigError
 
 
 @dataclass
@@ -44,14 +44,14 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
 
     `scores` are "RUN=0.736". Raises ConfigError where nothing is found, DataError for a faulty csv.
     """
-    from llmft.console import Screen
+    from llmft.core.console import Screen
 
     screen = Screen()
     if config.numbers is not None:
         return _report_numbers(config, screen)
-    from llmft.reporting.finding import find
-    from llmft.reporting.leaderboard import read_scores, to_score
-    from llmft.reporting.write import write_report
+    from llmft.reports.finding import find
+    from llmft.reports.leaderboard import read_scores, to_score
+    from llmft.reports.write import write_report
 
     found = find(config.runs, config.sweep, Path(config.output_dir))
     given = read_scores(Path(config.lb)) if config.lb is not None else {}
@@ -76,8 +76,8 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
 def _report_numbers(config: ReportConfig, screen: Any) -> Any:
     from rich.markup import escape
 
-    from llmft.reporting.numbers import judge_numbers, read_numbers
-    from llmft.reporting.verdicts import sentence
+    from llmft.reports.numbers import judge_numbers, read_numbers
+    from llmft.reports.verdicts import sentence
 
     assert config.numbers is not None
     judged = judge_numbers(read_numbers(Path(config.numbers)), metric=config.metric, mode=config.mode)

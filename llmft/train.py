@@ -14,11 +14,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.sweeping.worker import watch_of_environment
+from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
+from llmft.sweeps.worker import watch_of_environment
 
 if TYPE_CHECKING:
-    from llmft.config import TrainConfig
+    from llmft.config.sections import TrainConfig
     from llmft.training.watch import Watch
 
 
@@ -32,16 +32,16 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
-    from llmft.app import run_verb
-    from llmft.config import TrainConfig
+    from llmft.config.hydra_app import run_verb
+    from llmft.config.sections import TrainConfig
 
     run_verb("train", TrainConfig, _train_composed, multirun=True)
 
 
 def _train_composed(composed: Any) -> float | None:
-    from llmft.app import config_of_command
-    from llmft.config import TrainConfig
-    from llmft.environment import die_with_parent
+    from llmft.config.hydra_app import config_of_command
+    from llmft.config.sections import TrainConfig
+    from llmft.core.machine import die_with_parent
 
     config = config_of_command(composed, TrainConfig)
     overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
@@ -66,11 +66,11 @@ def train(
     """
     from rich.markup import escape
 
-    from llmft.app import command_line
-    from llmft.build import trust
-    from llmft.console import Screen
-    from llmft.environment import die_with_parent
-    from llmft.prepare import prepare, process_rank
+    from llmft.config.hydra_app import command_line
+    from llmft.config.instantiate import trust
+    from llmft.core.console import Screen
+    from llmft.core.machine import die_with_parent
+    from llmft.training.prepare import prepare, process_rank
 
     trust(config.trusted_packages)
     rank = process_rank(config)
@@ -116,7 +116,7 @@ def train(
 def _tell_done(run: Any, config: TrainConfig, screen: Any) -> float | None:
     from rich.markup import escape
 
-    from llmft.config import TrainOn
+    from llmft.config.sections import TrainOn
 
     status = run.status()
 
@@ -143,7 +143,7 @@ def _record_failure(run: Any, error: BaseException) -> None:
 
 def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
-    from llmft.libraries import load_libraries, quiet_warnings
+    from llmft.core.imports import load_libraries, quiet_warnings
 
     if prepared.config.model.architecture != "tfidf":
         load_libraries()
@@ -175,7 +175,7 @@ def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
 def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
     session: Any
     if prepared.config.model.architecture == "tfidf":
-        from llmft.baseline import BaselineSession
+        from llmft.training.baseline import BaselineSession
 
         session = BaselineSession(prepared, screen)
     else:

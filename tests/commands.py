@@ -60,7 +60,7 @@ class Commands:
 
 def main() -> None:
     """The process: an order a line, an exit code a line."""
-    from llmft.libraries import load_libraries
+    from llmft.core.imports import load_libraries
 
     load_libraries()
     for line in sys.stdin:

@@ -56,10 +56,10 @@ def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: typ
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from llmft.app import make_known
-    from llmft.config import TrainConfig
-    from llmft.overrides import as_override, config_directory
-    from llmft.schema import to_config
+    from llmft.config.convert import to_config
+    from llmft.config.hydra_app import make_known
+    from llmft.config.overrides import as_override, config_directory
+    from llmft.config.sections import TrainConfig
 
     kind = kind or TrainConfig
     make_known(verb, kind)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from llmft.errors import ConfigError
+from llmft.core.errors import ConfigError
 from llmft.train import train
 from tests.conftest import ROOT, compose, run_directory
 from tests.model.twins import TWINS

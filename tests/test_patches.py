@@ -17,13 +17,11 @@ KERNELS = "model/kernels/"
 ALLOWED = {
     ("model/families.py", "modeling_falcon.FalconLinear"): "a mend: transformers does not quantise this subclass",
     ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting of torch",
-    ("benching/measure.py", "torch.utils.deterministic.fill_uninitialized_memory"): "the same",
-    ("model/hub.py", "constants.HF_HUB_OFFLINE"): "until what loads takes local_files_only=",
-    ("network.py", "constants.HF_HUB_OFFLINE"): "the same",
+    ("benchmarks/measure.py", "torch.utils.deterministic.fill_uninitialized_memory"): "the same",
+    ("data/hub.py", "constants.HF_HUB_OFFLINE"): "until what loads takes local_files_only=",
+    ("core/network.py", "constants.HF_HUB_OFFLINE"): "the same",
     ("model/restore.py", "mock"): "until cached bases are saved and loaded by transformers",
     ("model/memory.py", "mock"): "until activations are told by a formula",
-    ("training/lanes.py", "body.forward"): "until trials are no longer stacked",
-    ("model/stacked.py", "made.forward"): "until trials are no longer stacked",
 }
 
 
@@ -106,7 +104,7 @@ def test_filters_of_warnings_are_changed_in_a_context_alone() -> None:
 def test_a_training_leaves_the_functions_and_classes_of_others_as_they_were(tmp_path: Path) -> None:
     body = f"""
 import sys, types, warnings
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 load_libraries()
 import transformers.models.llama.modeling_llama, llmft.training.session
 def state():

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmft.errors import ConfigError
+from llmft.core.errors import ConfigError
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 from tests.trust.helpers import LONGER, adapter_bytes, records, start, wait_for_step
@@ -45,9 +45,9 @@ def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[
 def test_the_run_directorys_config_composes_the_same_run_again(small: Callable[..., Any], tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    from llmft.config import TrainConfig
-    from llmft.monitor import with_mode
-    from llmft.schema import canonical, numbers_of, to_config
+    from llmft.config.convert import canonical, numbers_of, to_config
+    from llmft.config.sections import TrainConfig
+    from llmft.metrics.monitor import with_mode
 
     config = small()
     train(config, quiet=True)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
     MEDIA,
     TOOLS,
@@ -25,7 +26,6 @@ from llmft.data.messages import (
 from llmft.data.naming import cell_text, names_in, no_column, pieces, root_of, stable_text
 from llmft.data.sources import Problems, Row, named_columns
 from llmft.data.targets import Target, Targets
-from llmft.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, slots=True)

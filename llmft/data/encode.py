@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config import DataConfig, Truncation, Turns
+from llmft.config.convert import canonical, numbers_of
+from llmft.config.sections import DataConfig, Truncation, Turns
+from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples, cache_directory, load_examples, save_examples
 from llmft.data.prompt import PromptFormat, Rendered
 from llmft.data.sources import Problems
-from llmft.errors import DataError
-from llmft.schema import canonical, numbers_of
 
 CACHE_VERSION = 3
 BATCH_ROWS = 4096

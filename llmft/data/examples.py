@@ -11,9 +11,9 @@ from typing import Any, overload
 
 import numpy as np
 
-from llmft.arrow import number_column, numbers
+from llmft.core.arrow import number_column, numbers
+from llmft.core.files import staged_file
 from llmft.data.columns import Conversation
-from llmft.files import staged_file
 
 IGNORE = -100
 

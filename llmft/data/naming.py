@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 from typing import Any
 
-from llmft.errors import did_you_mean
+from llmft.core.errors import did_you_mean
 
 _STEP = re.compile(r"\[(-?\d+)\]|\.?([^.\[\]]+)")
 

@@ -27,10 +27,10 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 
-from llmft.config import PromptConfig, SystemRole
+from llmft.config.sections import PromptConfig, SystemRole
+from llmft.core.errors import ConfigError
 from llmft.data.messages import Message
 from llmft.data.sandbox import compile_bounded, make_environment, render_bounded
-from llmft.errors import ConfigError
 
 # Marks around answers while a template renders. Drawn anew in every process, so that no text can contain them.
 _OPEN = f"\ue000{secrets.randbits(64):020}\ue001"

@@ -12,14 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config import DataConfig, Head, Problem
+from llmft.config.convert import canonical
+from llmft.config.sections import DataConfig, Head, Problem
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import text_of
 from llmft.data.sources import Problems, Row, named_columns, read_files, with_nested
 from llmft.data.targets import Target
-from llmft.errors import ConfigError, DataError
-from llmft.predictions import TEXT, Predictions
-from llmft.schema import canonical
+from llmft.runs.predictions import TEXT, Predictions
 
 
 @dataclass

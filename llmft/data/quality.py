@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config import TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig, TrainOn
+from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Ends
 from llmft.data.examples import Examples
 from llmft.data.messages import text_of
 from llmft.data.overlap import Overlap
-from llmft.errors import DataError
 
 PERCENTILES = (50, 90, 99, 100)
 MIN_ENDS = 0.99

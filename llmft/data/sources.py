@@ -27,11 +27,11 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from llmft.build import find
-from llmft.config import BadRow, Columns, DataConfig
+from llmft.config.convert import canonical
+from llmft.config.instantiate import find
+from llmft.config.sections import BadRow, Columns, DataConfig
+from llmft.core.errors import ConfigError, DataError, nearest
 from llmft.data.naming import NotFinite, Unreadable, below, is_nested, names_in
-from llmft.errors import ConfigError, DataError, nearest
-from llmft.schema import canonical
 
 SPLITS = ("train", "validation", "test")
 COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
@@ -184,7 +184,7 @@ def _from_generator(data: DataConfig) -> Loaded:
 
 
 def _from_hub(data: DataConfig) -> Loaded:
-    from llmft.model.hub import online_or_cached
+    from llmft.data.hub import online_or_cached
 
     if data.hub and Path(data.hub).exists():
         raise ConfigError(f"data.hub={data.hub}: that is a path; set data.files to the files in it.")

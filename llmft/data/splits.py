@@ -6,10 +6,10 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 
-from llmft.config import DataConfig, Sampling, TrainOn
+from llmft.config.sections import DataConfig, Sampling, TrainOn
+from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import stable_text
 from llmft.data.sources import Loaded, Row
-from llmft.errors import ConfigError, DataError, did_you_mean
 
 
 def _rank(content: str, seed: int) -> bytes:

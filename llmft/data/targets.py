@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmft.config import DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import DataConfig, Head, Problem, TaskConfig
+from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import cell_text, no_column
 from llmft.data.sources import Row
-from llmft.errors import ConfigError, DataError, did_you_mean
 
 Target = int | float | tuple[int, ...]
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from llmft.errors import ConfigError
+from llmft.core.errors import ConfigError
 from llmft.metrics import higher_is_better
 
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
@@ -90,7 +90,7 @@ def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
     """Loads nothing; raises ConfigError where `sharpened_cosine` would miss sentence-transformers or its `encoder`."""
     import importlib.util
 
-    from llmft.model.hub import _cached_ids, ask_hub
+    from llmft.data.hub import _cached_ids, ask_hub
 
     key = "metric_options.sharpened_cosine.encoder"
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -115,7 +115,7 @@ def _encoder(name: str) -> Any:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.") from None
-    from llmft.model.hub import online_or_cached
+    from llmft.data.hub import online_or_cached
 
     if Path(name).expanduser().is_dir():
         try:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from llmft import __version__
-from llmft.config import Kernels, LoraConfig
+from llmft.config.sections import Kernels, LoraConfig
+from llmft.core.errors import ConfigError, did_you_mean
 from llmft.data.sandbox import match_bounded
-from llmft.errors import ConfigError, did_you_mean
 from llmft.model import families
 from llmft.model.heads import head_names
 from llmft.model.kernels import lora as lora_kernel

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmft.core.files import check_space, format_bytes, held, mappable, sync_directory, write_atomically
 from llmft.data.examples import cache_directory
-from llmft.files import check_space, format_bytes, held, mappable, sync_directory, write_atomically
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class BaseCache:
 
     def read(self, device: torch.device) -> Iterator[tuple[str, torch.Tensor]]:
         """All tensors by name, on `device`; raises Damaged for what is not what was written."""
-        from llmft.environment import usable_cores
+        from llmft.core.machine import usable_cores
         from llmft.model.experts import slices_of
 
         file = self.directory / WEIGHTS

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llmft.config import Checkpointing
-from llmft.errors import ConfigError
+from llmft.config.sections import Checkpointing
+from llmft.core.errors import ConfigError
 
 
 def set_checkpointing(base: Any, level: Checkpointing) -> None:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from llmft.config import ModelConfig
-from llmft.errors import ConfigError
+from llmft.config.sections import ModelConfig
+from llmft.core.errors import ConfigError
 
 NOT_ADAPTED = r".*\.(router|gate|experts)(\..*)?"
 """Modules of a mixture of experts that "all linear layers" leaves alone: the router, because which expert sees a token

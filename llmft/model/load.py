@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from llmft.config import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
-from llmft.environment import versions
-from llmft.errors import ConfigError, did_you_mean
-from llmft.foreign import check_model, check_values
+from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.sections import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.untrusted import check_model, check_values
+from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.machine import versions
+from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
 from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
 from llmft.model.experts import QUANTIZER, fused_shapes, register, slices
-from llmft.model.hub import PACKAGED, Located, locate
 from llmft.model.quantization import (
     agreed,
     bitsandbytes_config,
@@ -31,7 +32,6 @@ from llmft.model.quantization import (
 )
 from llmft.model.restore import Restorer, has_plain_tensors, packed_state
 from llmft.model.skeleton import auto_model, skeleton
-from llmft.schema import canonical, numbers_of, to_plain
 
 
 @dataclass

@@ -31,7 +31,7 @@ from unittest import mock
 import torch
 from torch.nn.utils import parametrize
 
-from llmft.config import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
+from llmft.config.sections import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
 from llmft.model import adapters, families, kernels
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time

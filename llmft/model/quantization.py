@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from llmft.config import QuantizationConfig, QuantizationFormat
-from llmft.errors import ConfigError
+from llmft.config.sections import QuantizationConfig, QuantizationFormat
+from llmft.core.errors import ConfigError
 from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
 
 

@@ -14,11 +14,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmft.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
-from llmft.config import Mode, OnSaveError
+from llmft.config.sections import Mode, OnSaveError
+from llmft.core.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.data.batch import StepBatch
-from llmft.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
-from llmft.runs import Run, append_line, write_row_losses
+from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
+from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 from llmft.training.out_of_memory import is_out_of_memory, let_go
 from llmft.training.stopping import SAVE, SIGNAL, Wishes, described

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmft.core.files import write_atomically
+from llmft.core.redaction import redact
 from llmft.data.examples import Encoded
-from llmft.files import write_atomically
-from llmft.redaction import redact
-from llmft.runs import Run
+from llmft.runs.directory import Run
 
 MOST_IN_A_ROW = 5
 """Steps skipped one after the other before the run stops: the weights no longer learn."""

@@ -18,13 +18,13 @@ import lightning as L
 import numpy as np
 import torch
 
+from llmft.core.errors import DivergedError
+from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.data.batch import MicroBatch, StepBatch
 from llmft.data.encode import Ends
-from llmft.environment import RETURN_EVERY_STEPS, return_freed_memory
-from llmft.errors import DivergedError
-from llmft.inference.generate import generate
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
+from llmft.model.generate import generate
 from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
 from llmft.training.objectives.base import Objective, RowLosses

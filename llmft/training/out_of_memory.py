@@ -10,9 +10,9 @@ import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.config import Checkpointing, TrainConfig
-from llmft.errors import ConfigError
-from llmft.training.fitting import Fit
+from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.core.errors import ConfigError
+from llmft.training.micro_batching import Fit
 
 if TYPE_CHECKING:
     import torch

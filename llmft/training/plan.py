@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmft.config import Precision, TrainConfig
+from llmft.config.sections import Precision, TrainConfig
 from llmft.data.encode import Lengths
 
 

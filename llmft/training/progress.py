@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from llmft.console import Screen, StepProgress
+from llmft.core.console import Screen, StepProgress
 from llmft.training.callbacks import Recorder
 from llmft.training.finetuner import FineTuner
 

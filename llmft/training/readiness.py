@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from llmft.build import build
-from llmft.config import ModelInit, OnSaveError, Precision, QuantizationFormat, TrainConfig
+from llmft.config.instantiate import build
+from llmft.config.sections import ModelInit, OnSaveError, Precision, QuantizationFormat, TrainConfig
+from llmft.core.errors import ConfigError, DiskError
+from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
-from llmft.errors import ConfigError, DiskError
-from llmft.files import check_space
 from llmft.model import adapters, families
 from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.skeleton import skeleton
-from llmft.prepare import Prepared
-from llmft.training.fitting import architecture_of
-from llmft.training.rows import Inspection, Rows, inspect_rows, read_rows
+from llmft.training.micro_batching import architecture_of
+from llmft.training.prepare import Prepared
 from llmft.training.scoring import make_objective
+from llmft.training.tokenized_data import Inspection, Rows, inspect_rows, read_rows
 
 if TYPE_CHECKING:
     import lightning as L

@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config import TrainOn
+from llmft.config.sections import TrainOn
+from llmft.core.files import write_atomically
+from llmft.core.redaction import redact
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
-from llmft.files import write_atomically
-from llmft.predictions import FOLDER, PREFIX, Predictions, names_in, open_member, read_table
-from llmft.prepare import Prepared
-from llmft.prior import against_prior
-from llmft.redaction import redact
-from llmft.runs import Run, append_line, source_facts, write_config
-from llmft.training.rows import Rows
+from llmft.metrics.prior import against_prior
+from llmft.runs.directory import Run, append_line, source_facts, write_config
+from llmft.runs.predictions import FOLDER, PREFIX, Predictions, names_in, open_member, read_table
+from llmft.training.prepare import Prepared
+from llmft.training.tokenized_data import Rows
 
 
 def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], environment: dict[str, Any]) -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from llmft.build import reads_text
-from llmft.config import TaskConfig, TrainConfig
+from llmft.config.instantiate import reads_text
+from llmft.config.sections import TaskConfig, TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.examples import Encoded
 from llmft.training.finetuner import Generation, Sample
-from llmft.training.rows import Rows
+from llmft.training.tokenized_data import Rows
 
 
 def make_generation(

@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from llmft.build import check_arguments, find, reads_text
-from llmft.config import Head, TaskConfig
+from llmft.config.instantiate import check_arguments, find, reads_text
+from llmft.config.sections import Head, TaskConfig
+from llmft.core.errors import ConfigError
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
 from llmft.data.targets import Targets
-from llmft.errors import ConfigError
 from llmft.training.finetuner import Scoring
 from llmft.training.objectives.base import Objective
 

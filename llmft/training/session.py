@@ -13,10 +13,9 @@ from typing import Any
 import lightning as L
 import torch
 
-from llmft.app import command_line
-from llmft.build import build, check_target, find, metric_functions, optimizer_factory
-from llmft.checkpoint import load_checkpoint, newest_sound, path_of, verify
-from llmft.config import (
+from llmft.config.hydra_app import command_line
+from llmft.config.instantiate import build, check_target, find, metric_functions, optimizer_factory
+from llmft.config.sections import (
     Checkpointing,
     Export,
     Head,
@@ -27,11 +26,12 @@ from llmft.config import (
     TrainOn,
     seconds_of,
 )
-from llmft.console import Screen
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean
+from llmft.core.machine import describe, sensible_threads
 from llmft.data.datamodule import DataModule
 from llmft.data.examples import Examples
-from llmft.environment import describe, sensible_threads
-from llmft.errors import ConfigError, Interrupted, UserError, did_you_mean
+from llmft.metrics.monitor import mode_of, validation_metrics, with_mode
 from llmft.model import adapters
 from llmft.model.checkpointing import Offloaded, set_checkpointing
 from llmft.model.compiling import compile_layers
@@ -45,16 +45,15 @@ from llmft.model.load import (
 from llmft.model.memory import optimizer_bytes
 from llmft.model.quantization import held_as, weight_counts
 from llmft.model.sharding import is_sharded
-from llmft.monitor import mode_of, validation_metrics, with_mode
-from llmft.prepare import Prepared, process_rank
+from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
-from llmft.training.fitting import architecture_of, choose_fit
-from llmft.training.guests import check_callbacks, failed_callback
+from llmft.training.micro_batching import architecture_of, choose_fit
 from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import last_names, plan_facts
+from llmft.training.prepare import Prepared, process_rank
 from llmft.training.progress import ShowProgress
 from llmft.training.readiness import check_dora, check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
@@ -63,6 +62,7 @@ from llmft.training.schedule import make_schedule
 from llmft.training.scoring import check_objective, make_scoring
 from llmft.training.stopping import Signals, Wishes
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
+from llmft.training.user_callbacks import check_callbacks, failed_callback
 from llmft.training.watch import Watch, Watched
 
 

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from llmft.runs import Run
+from llmft.runs.directory import Run
 
 SAVE = 1
 TIME_UP = 2

@@ -23,13 +23,13 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
-from llmft.build import build
-from llmft.config import LoggerConfig, TrainConfig, WandbConfig
-from llmft.console import Screen
-from llmft.network import NoAnswer, ask, host_of, in_thread
-from llmft.redaction import redact
-from llmft.runs import Run, run_name
-from llmft.schema import to_plain
+from llmft.config.convert import to_plain
+from llmft.config.instantiate import build
+from llmft.config.sections import LoggerConfig, TrainConfig, WandbConfig
+from llmft.core.console import Screen
+from llmft.core.network import NoAnswer, ask, host_of, in_thread
+from llmft.core.redaction import redact
+from llmft.runs.directory import Run, run_name
 
 LOOK_S = 2.5
 """How long the server may take to answer that it is there."""
@@ -218,7 +218,7 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
 
 def check_loggers(config: LoggerConfig) -> None:
     """Refuses a logger that cannot be built, before any weights load."""
-    from llmft.build import check_target
+    from llmft.config.instantiate import check_target
 
     for name, node in config.loggers.items():
         check_target(node, f"logger.loggers.{name}", "logger")

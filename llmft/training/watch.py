@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import lightning as L
 from lightning.pytorch.callbacks import Callback
 
-from llmft.errors import Stopped
+from llmft.core.errors import Stopped
 from llmft.training.finetuner import FineTuner
 
 STEP_EVERY_S = 0.25

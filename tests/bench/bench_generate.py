@@ -19,11 +19,11 @@ from unittest import mock
 
 import torch
 
-from llmft.config import ModelConfig, ModelInit, QuantizationConfig
+from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig
+from llmft.core.machine import versions
 from llmft.data.encode import Ends
-from llmft.environment import versions
-from llmft.inference.generate import generate
-from llmft.model.hub import Located
+from llmft.data.hub import Located
+from llmft.model.generate import generate
 from llmft.model.load import load_base
 
 SHAPE = {
@@ -59,7 +59,7 @@ def main() -> None:
     found: dict[bool, list[list[int]]] = {}
     for number in range(rounds + 1):
         for kept in (False, True):
-            patch = mock.patch("llmft.inference.generate.dequantized", nothing_kept)
+            patch = mock.patch("llmft.model.generate.dequantized", nothing_kept)
             with contextlib.nullcontext() if kept else patch:
                 began = time.perf_counter()
                 found[kept] = generate(base, prompts, pad_id=0, ends=Ends([]), max_new_tokens=new_tokens)

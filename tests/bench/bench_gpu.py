@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -130,7 +130,7 @@ class Setting:
     """
 
     def __init__(self, model: str, form: str, device: torch.device) -> None:
-        from llmft.config import LoraConfig, QuantizationConfig, QuantizationFormat
+        from llmft.config.sections import LoraConfig, QuantizationConfig, QuantizationFormat
         from llmft.model.quantization import keep_packing, quantize_in_place
 
         self.device = device

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llmft.config import LoraConfig, ModelConfig, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import LoraConfig, ModelConfig, QuantizationConfig, QuantizationFormat
+from llmft.core.imports import load_libraries, quiet_warnings
 from llmft.data.batch import MicroBatch
-from llmft.libraries import load_libraries, quiet_warnings
+from llmft.data.hub import locate
 from llmft.model import adapters
-from llmft.model.hub import locate
 from llmft.model.kernels import lora, packing
 from llmft.model.load import load_base, load_tokenizer
 from llmft.training.objectives.language_modeling import LanguageModeling

@@ -19,17 +19,17 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmft.environment import versions
+from llmft.core.machine import versions
 from tests.conftest import ROOT
 
 LOAD = """
 import json, sys, time
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 
 load_libraries(training=False)
 import torch, transformers.models.llama.modeling_llama
-from llmft.config import ModelConfig, QuantizationConfig, QuantizationFormat
-from llmft.model.hub import locate
+from llmft.config.sections import ModelConfig, QuantizationConfig, QuantizationFormat
+from llmft.data.hub import locate
 from llmft.model.load import load_base
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 

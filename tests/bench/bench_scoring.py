@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 
+from llmft.core.machine import versions
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
-from llmft.environment import versions
 from llmft.training.objectives import prompt_cache
 from llmft.training.objectives.choice import WordScores
 

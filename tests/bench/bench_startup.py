@@ -25,7 +25,7 @@ from pathlib import Path
 
 import psutil
 
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 from tests.bench.bench_step import BARE, HF, PARITY, TRL
 from tests.bench.bench_sweep import environment
 from tests.bench.systems import Runner, System, compile_package, machine

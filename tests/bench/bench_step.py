@@ -24,7 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 from tests.bench.systems import Runner, System, machine, versions
 from tests.bench.work import BATCH_SIZE, Work, make_work
 

@@ -26,7 +26,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 from tests.bench.bench_step import BARE, HF, LLMFT, PARITY, TRL, best_of
 from tests.bench.systems import HERE, System, compile_package, machine, versions
 from tests.bench.work import BATCH_SIZE, Work, dump

@@ -19,12 +19,12 @@ from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
-from llmft.config import BadRow, Columns, DataConfig
+from llmft.config.sections import BadRow, Columns, DataConfig
+from llmft.core.machine import versions
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import Problems, load_rows
-from llmft.environment import versions
 from tests.conftest import ROOT, SHARED
 
 FILES = [str(SHARED / "instruction" / name) for name in ("llamafactory_alpaca_en_demo.json", "code_alpaca_2k.json")]

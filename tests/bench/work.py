@@ -191,9 +191,9 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
 
     from llmft.data.batch import rows_of_step
     from llmft.model.adapters import attach, trainable_state
-    from llmft.prepare import prepare
     from llmft.training.finetuner import stream
-    from llmft.training.rows import read_rows
+    from llmft.training.prepare import prepare
+    from llmft.training.tokenized_data import read_rows
 
     config = compose(*overrides)
     prepared = prepare(config, open_directory=False)

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmft.config import BadRow, Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import BadRow, Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import Problems, Row
-from llmft.errors import ConfigError, DataError
 
 
 def convert(columns: Columns, **values: object) -> list[dict[str, str]]:

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from llmft.config import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.config.sections import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import Problems, Row
-from llmft.errors import ConfigError, DataError
 from tests.conftest import ROOT
 
 LONG = " ".join(f"word{n}" for n in range(60))

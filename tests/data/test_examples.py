@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config import DataConfig
+from llmft.config.sections import DataConfig
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples, cache_directory, load_examples, save_examples

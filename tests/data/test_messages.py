@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config import Columns
+from llmft.config.sections import Columns
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import text_of
 from llmft.data.sources import Row

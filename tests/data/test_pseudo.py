@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import weight_of
 from llmft.data.examples import Encoded
 from llmft.data.pseudo import content_of
-from llmft.errors import ConfigError, DataError
-from llmft.predictions import Predictions
-from llmft.prepare import Prepared, prepare
+from llmft.runs.predictions import Predictions
+from llmft.training.prepare import Prepared, prepare
 from tests.conftest import compose
 
 QUESTIONS, ANSWERS = 20, 2

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from llmft.config import DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.config.sections import DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.core.errors import ConfigError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import Problems
-from llmft.errors import ConfigError
 from tests.conftest import ROOT
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "prompt").glob("*.yaml") if path.stem != "native")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llmft.config import BadRow, Columns, DataConfig, Files
+from llmft.config.sections import BadRow, Columns, DataConfig, Files
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.naming import NotFinite
 from llmft.data.sources import Problems, load_rows, read, read_files
-from llmft.errors import ConfigError, DataError
 
 
 def rows(path: Path, policy: BadRow = BadRow.error) -> tuple[list[dict], list[str], Problems]:

@@ -5,10 +5,10 @@ import random
 
 import pytest
 
-from llmft.config import DataConfig, TrainOn
+from llmft.config.sections import DataConfig, TrainOn
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.sources import Loaded, Row
 from llmft.data.splits import hold_out, make_splits, sample
-from llmft.errors import ConfigError, DataError
 
 
 def make(count: int) -> list[Row]:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import Problems, Row, load_rows, read
 from llmft.data.targets import LETTERS, Targets, class_weights
-from llmft.errors import ConfigError, DataError
-from llmft.prepare import prepare
-from llmft.training.rows import row_findings
+from llmft.training.prepare import prepare
+from llmft.training.tokenized_data import row_findings
 from tests.conftest import compose
 
 

@@ -108,7 +108,7 @@ def test_equal_texts_are_perfect_and_different_ones_are_not() -> None:
 
 @pytest.mark.slow
 def test_sharpened_cosine_is_the_cube_of_the_cosine_of_the_encoders_vectors(tmp_path: Path) -> None:
-    from llmft.errors import ConfigError
+    from llmft.core.errors import ConfigError
     from tests.test_experiments import tiny_encoder
 
     folder = str(tiny_encoder(tmp_path))

@@ -14,13 +14,13 @@ import filelock
 import pytest
 import torch
 
-from llmft import files
-from llmft.config import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
-from llmft.config import QuantizationFormat as Form
+from llmft.config.sections import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
+from llmft.config.sections import QuantizationFormat as Form
+from llmft.core import files
+from llmft.data.hub import Located, locate
 from llmft.disk import disk
 from llmft.model import adapters
 from llmft.model.basecache import FACTS, LEAST_WEIGHTS, WEIGHTS, bases_directory, entries
-from llmft.model.hub import Located, locate
 from llmft.model.load import load_base
 from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
@@ -364,6 +364,6 @@ def test_disk_lists_cached_bases_and_clears_them(
 
 
 def test_the_cache_is_no_part_of_a_runs_key() -> None:
-    from llmft.schema import numbers_of
+    from llmft.config.convert import numbers_of
 
     assert numbers_of(QuantizationConfig(cache=False, cache_gib=1.0)) == numbers_of(QuantizationConfig())

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config import Checkpointing
-from llmft.errors import ConfigError
+from llmft.config.sections import Checkpointing
+from llmft.core.errors import ConfigError
 from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, set_checkpointing
 from tests.model.test_memory import LiveBytes, Training, resident, training
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmft.config import LoraConfig, ModelConfig, QuantizationConfig
-from llmft.config import QuantizationFormat as Form
-from llmft.errors import ConfigError
+from llmft.config.sections import LoraConfig, ModelConfig, QuantizationConfig
+from llmft.config.sections import QuantizationFormat as Form
+from llmft.core.errors import ConfigError
+from llmft.data.hub import locate
 from llmft.model import adapters
 from llmft.model.experts import PIECE_WEIGHTS, fused_shapes, quantize_4bit, slices
-from llmft.model.hub import locate
 from llmft.model.load import load_base
 from llmft.model.quantization import quantize_in_place, weight_counts
 from llmft.training.objectives.language_modeling import LanguageModeling

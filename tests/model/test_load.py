@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmft.config import ModelConfig, ModelInit
-from llmft.errors import ConfigError
-from llmft.model.hub import fingerprint, locate
+from llmft.config.sections import ModelConfig, ModelInit
+from llmft.core.errors import ConfigError
+from llmft.data.hub import fingerprint, locate
 from llmft.train import train
 from tests.conftest import ROOT
 

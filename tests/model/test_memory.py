@@ -11,12 +11,12 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from llmft.build import optimizer_factory
-from llmft.config import Checkpointing, TrainConfig
+from llmft.config.instantiate import optimizer_factory
+from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.core.files import format_bytes
 from llmft.data.batch import MicroBatch
-from llmft.files import format_bytes
+from llmft.data.hub import Located
 from llmft.model import adapters
-from llmft.model.hub import Located
 from llmft.model.load import load_base, model_config
 from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.training.objectives.classification import Classification

@@ -13,8 +13,8 @@ from transformers.integrations.bitsandbytes import replace_with_bnb_linear
 from transformers.models.falcon import modeling_falcon
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 
+from llmft.data.hub import Located
 from llmft.model.experts import fused_shapes
-from llmft.model.hub import Located
 from llmft.model.load import model_config
 from llmft.model.quantization import keep_packing
 from llmft.model.skeleton import skeleton

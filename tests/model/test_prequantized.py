@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config import ModelConfig, QuantizationConfig
-from llmft.config import QuantizationFormat as Form
-from llmft.errors import ConfigError
-from llmft.model.hub import locate
+from llmft.config.sections import ModelConfig, QuantizationConfig
+from llmft.config.sections import QuantizationFormat as Form
+from llmft.core.errors import ConfigError
+from llmft.data.hub import locate
 from llmft.model.load import load_base, load_tokenizer
 from llmft.model.quantization import agreed, held_as, weight_counts
 from llmft.train import train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from llmft.model.hub import Located
+from llmft.data.hub import Located
 from llmft.model.load import model_config
 from llmft.model.skeleton import auto_model, skeleton
 from tests.model.test_twins import FILES, FIRST, classifies, twin

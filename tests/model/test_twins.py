@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from llmft.config import LoraConfig, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import LoraConfig, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.data.batch import MicroBatch
+from llmft.data.hub import Located, locate
 from llmft.model import adapters
-from llmft.model.hub import Located, locate
 from llmft.model.load import drop_base, load_base
 from llmft.model.quantization import weight_counts
 from llmft.training.objectives.classification import Classification

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
-from llmft.errors import Paused
+from llmft.core.errors import Paused
 from llmft.train import train
 from tests.conftest import run_directory
 from tests.trust.helpers import status

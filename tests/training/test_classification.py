@@ -14,14 +14,14 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from llmft.config import LoraConfig, Problem
+from llmft.config.sections import LoraConfig, Problem
 from llmft.data.batch import MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Encoded
 from llmft.data.targets import Targets
 from llmft.model import adapters
 from llmft.model.heads import FullPrecisionLinear, linear_scores, renew_head
-from llmft.predictions import Predictions
+from llmft.runs.predictions import Predictions
 from llmft.train import train
 from llmft.training.objectives.choice import WordScores, forks
 from llmft.training.objectives.classification import Classification
@@ -161,8 +161,8 @@ def test_several_classes_are_a_mean_of_binary_losses_and_numbers_half_a_squared_
 
 def test_an_encoders_pooler_and_classifier_stay_unquantised_are_trained_and_saved(tmp_path: Path) -> None:
     """Also where no file of ours names them: a directory of somebody's model."""
-    from llmft.config import ModelConfig, ModelInit, QuantizationConfig
-    from llmft.model.hub import Located
+    from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig
+    from llmft.data.hub import Located
     from llmft.model.load import load_base
     from tests.model.twins import TWINS
 

@@ -132,7 +132,7 @@ def test_streams_of_one_seed_differ_by_place_and_repeat() -> None:
 
 
 def test_r12_a_loss_that_is_not_a_number_stops_before_the_optimizer_step(small: Callable[..., Any]) -> None:
-    from llmft.errors import DivergedError
+    from llmft.core.errors import DivergedError
     from llmft.train import train
 
     with pytest.raises(DivergedError, match=r"gradient norm|loss") as error:

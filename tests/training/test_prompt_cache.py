@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config import LoraConfig
+from llmft.config.sections import LoraConfig
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
+from llmft.data.hub import Located
 from llmft.model import adapters
-from llmft.model.hub import Located
 from llmft.training.objectives import prompt_cache
 from llmft.training.objectives.choice import WordScores
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin

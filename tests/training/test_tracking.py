@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llmft.config import WandbConfig
-from llmft.console import Screen
-from llmft.errors import ConfigError
+from llmft.config.sections import WandbConfig
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError
 from llmft.train import train
 from llmft.training.tracking import SafeWandbLogger, flatten, open_wandb, wandb_mode
 from tests.conftest import SMALL, compose, run_directory

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from llmft.checkpoint import path_of, steps_on_disk
-from llmft.errors import report
+from llmft.core.errors import report
+from llmft.runs.checkpoint import path_of, steps_on_disk
 from llmft.train import train
 from tests.conftest import SMALL, compose, run_directory
 

@@ -1,6 +1,6 @@
 """Makes the checkpoint of the present format that later versions must load: `python -m tests.trust.make_fixture`.
 
-Run it once per format (`llmft.checkpoint.FORMAT`) and commit what it writes below tests/trust/fixtures/.
+Run it once per format (`llmft.runs.checkpoint.FORMAT`) and commit what it writes below tests/trust/fixtures/.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmft.checkpoint import FORMAT, load_checkpoint, path_of
+from llmft.runs.checkpoint import FORMAT, load_checkpoint, path_of
 from llmft.train import train
 from tests.conftest import SMALL, compose, run_directory
 

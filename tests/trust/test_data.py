@@ -12,17 +12,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config import Columns, DataConfig, Truncation
+from llmft.config.sections import Columns, DataConfig, Truncation
+from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import Problems
-from llmft.errors import ConfigError, DataError
-from llmft.prepare import prepare
 from llmft.train import train
-from llmft.training.rows import inspect_rows, read_rows
+from llmft.training.prepare import prepare
+from llmft.training.tokenized_data import inspect_rows, read_rows
 from tests.conftest import ROOT, SMALL, compose, run_directory
 from tests.trust.helpers import records
 

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from llmft import checkpoint
-from llmft.checkpoint import Checkpoint, newest_sound, path_of, save_checkpoint, steps_on_disk, verify
-from llmft.errors import DiskError
-from llmft.files import write_atomically
+from llmft.core.errors import DiskError
+from llmft.core.files import write_atomically
+from llmft.runs import checkpoint
+from llmft.runs.checkpoint import Checkpoint, newest_sound, path_of, save_checkpoint, steps_on_disk, verify
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 from tests.trust.helpers import LONGER, fork, newest_step, records, same_run, start, whole_run
@@ -284,7 +284,7 @@ class TestR14Orphans:
 
         def child() -> None:
             if os.fork() == 0:
-                from llmft.environment import die_with_parent
+                from llmft.core.machine import die_with_parent
 
                 die_with_parent()
                 told.write_text(str(os.getpid()))

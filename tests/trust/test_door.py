@@ -1,4 +1,4 @@
-"""U5 and U6 of the acceptance suite; U1 to U4 are in tests/test_app.py."""
+"""U5 and U6 of the acceptance suite; U1 to U4 are in tests/config/test_hydra_app.py."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from llmft import console
-from llmft.console import Screen, StepProgress
+from llmft.core import console
+from llmft.core.console import Screen, StepProgress
 from tests.conftest import ROOT, SMALL, run_directory
 
 

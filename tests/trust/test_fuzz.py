@@ -17,11 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
-from llmft.config import BadRow
+from llmft.config.overrides import config_directory
+from llmft.config.sections import BadRow
+from llmft.core.errors import DataError, UserError, report
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import Problems, Row, read
-from llmft.errors import DataError, UserError, report
-from llmft.overrides import config_directory
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(
@@ -187,8 +187,8 @@ class TestFuzzPrompts:
     ).map("=".join)
 )
 def test_fuzz_a_command_line_gives_a_config_or_one_sentence(capsys: Any, argument: str) -> None:
-    from llmft.app import explain
-    from llmft.config import TrainConfig
+    from llmft.config.hydra_app import explain
+    from llmft.config.sections import TrainConfig
     from tests.conftest import compose
 
     try:

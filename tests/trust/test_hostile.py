@@ -13,22 +13,22 @@ from typing import Any
 import pytest
 import yaml
 
-import llmft.build as builder
-from llmft.build import build, check_target, trust
-from llmft.config import TaskConfig, TrainConfig
-from llmft.config_verbs import PredictConfig, PredictData, RefitConfig
-from llmft.errors import ConfigError, DataError, UserError
-from llmft.foreign import check_config_directories, check_inside, check_model, stored_config
-from llmft.model.hub import fingerprint
-from llmft.prepare import prepare
-from llmft.runs import Run, finished_run, open_run, write_config
-from llmft.schema import to_plain
+import llmft.config.instantiate as builder
+from llmft.config.commands import PredictConfig, PredictData, RefitConfig
+from llmft.config.convert import to_plain
+from llmft.config.instantiate import build, check_target, trust
+from llmft.config.sections import TaskConfig, TrainConfig
+from llmft.config.untrusted import check_config_directories, check_inside, check_model, stored_config
+from llmft.core.errors import ConfigError, DataError, UserError
+from llmft.data.hub import fingerprint
+from llmft.runs.directory import Run, finished_run, open_run, write_config
 from llmft.train import train
+from llmft.training.prepare import prepare
 from llmft.training.scoring import check_objective
 from llmft.training.session import check_parts
 from tests.conftest import SMALL, compose, llmft, run_directory
 
-TINY = Path(builder.__file__).parent / "assets" / "tiny"
+TINY = Path(builder.__file__).parents[1] / "assets" / "tiny"
 TOUCH = "{_target_: pathlib.Path.touch, self: {_target_: pathlib.Path, _args_: [ran]}}"
 QUESTIONS = [
     "${oc.create:{_target_: builtins.open, file: ran, mode: w}}",
@@ -440,7 +440,7 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
 def test_an_objective_goes_with_its_task_and_options_or_is_refused(
     mine: str, task: dict[str, Any], sentence: str | None
 ) -> None:
-    from llmft.config import Head
+    from llmft.config.sections import Head
 
     trust([mine])
     values = {k: v.format(mine=mine) if isinstance(v, str) else v for k, v in task.items()}
@@ -457,7 +457,7 @@ def test_an_objective_goes_with_its_task_and_options_or_is_refused(
 
 
 def test_options_that_are_not_set_leave_the_key_of_a_run_as_it_was(tmp_path: Path) -> None:
-    from llmft.runs import run_key
+    from llmft.runs.directory import run_key
 
     plain, more = compose(*SMALL), compose(*SMALL, "task.objective_options={a: 1}")
     assert run_key(plain, "d", "m") != run_key(more, "d", "m")

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from llmft.config import ModelConfig
-from llmft.errors import ConfigError
-from llmft.model.hub import locate
+from llmft.config.sections import ModelConfig
+from llmft.core.errors import ConfigError
+from llmft.data.hub import locate
 from llmft.train import train
 from tests.conftest import SMALL, compose, run_directory
 from tests.trust.helpers import adapter_bytes, fork, records, whole_run
@@ -245,7 +245,7 @@ class TestW7Hub:
     ) -> None:
         from huggingface_hub import constants
 
-        import llmft.model.hub as hub
+        import llmft.data.hub as hub
 
         monkeypatch.setattr(hub, "_offline", lambda: False)
         with socket.socket() as hole:

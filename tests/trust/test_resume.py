@@ -23,9 +23,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmft.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
-from llmft.config import Checkpointing
-from llmft.errors import ConfigError, DivergedError, Interrupted, Paused
+from llmft.config.sections import Checkpointing
+from llmft.core.errors import ConfigError, DivergedError, Interrupted, Paused
+from llmft.runs.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
 from llmft.train import train
 from llmft.training import stopping
 from llmft.training.callbacks import Checkpointer
@@ -423,11 +423,11 @@ class TestR8OlderCheckpoints:
         assert [r["step"] for r in records(directory) if "train/loss_nats" in r][-1] == STEP + 2
 
     def test_r8_a_checkpoint_of_a_newer_llmft_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        import llmft.checkpoint
+        import llmft.runs.checkpoint
 
         made = Checkpoint(1, {"a": torch.zeros(2)}, {}, {})
         with monkeypatch.context() as patch:
-            patch.setattr(llmft.checkpoint, "FORMAT", 2)
+            patch.setattr(llmft.runs.checkpoint, "FORMAT", 2)
             path = save_checkpoint(tmp_path, made)
         with pytest.raises(ConfigError, match="written by a newer llmft"):
             load_checkpoint(path)

@@ -18,11 +18,11 @@ import yaml
 from omegaconf import OmegaConf
 
 import llmft.data.sandbox as sandbox
-from llmft.build import ALLOWED_TARGETS, KINDS, build, check_target, find
-from llmft.config import PromptConfig, TrainConfig
-from llmft.data.prompt import PromptFormat
-from llmft.errors import ConfigError
-from llmft.foreign import (
+from llmft.config.convert import from_plain, to_plain
+from llmft.config.instantiate import ALLOWED_TARGETS, KINDS, build, check_target, find
+from llmft.config.overrides import hydra_arguments
+from llmft.config.sections import PromptConfig, TrainConfig
+from llmft.config.untrusted import (
     check_adapter,
     check_config_directories,
     check_inside,
@@ -31,12 +31,12 @@ from llmft.foreign import (
     read_yaml,
     stored_config,
 )
-from llmft.overrides import hydra_arguments
-from llmft.prepare import prepare
-from llmft.redaction import redact
-from llmft.runs import open_run, slug, write_config
-from llmft.schema import from_plain, to_plain
+from llmft.core.errors import ConfigError
+from llmft.core.redaction import redact
+from llmft.data.prompt import PromptFormat
+from llmft.runs.directory import open_run, slug, write_config
 from llmft.train import train
+from llmft.training.prepare import prepare
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 
 PACKAGE = ROOT / "llmft"
@@ -585,7 +585,7 @@ class TestW5Secrets:
     def test_w5_a_secret_in_an_error_is_masked_too(
         self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from llmft.errors import report
+        from llmft.core.errors import report
 
         monkeypatch.setenv("HF_TOKEN", "planted-in-the-environment")
         report(ConfigError("x=planted-in-the-environment"))
@@ -731,7 +731,7 @@ def test_the_floors_of_the_packages_close_the_known_holes() -> None:
     from packaging.requirements import Requirement
     from packaging.version import Version
 
-    from llmft.health import MALICIOUS, requirements
+    from llmft.checks.machine import MALICIOUS, requirements
 
     wanted = {r.name: r.specifier for r in map(Requirement, requirements())}
     for name, version in MALICIOUS:
@@ -769,8 +769,8 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
 
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
     """`python -m llmft.disk` opens what others wrote."""
-    from llmft.config import Cleaning, DiskConfig
-    from llmft.housekeeping import find as look
+    from llmft.checks.disk import find as look
+    from llmft.config.sections import Cleaning, DiskConfig
 
     directory = tmp_path / "runs" / "evil-0123456789"
     (directory / "checkpoints").mkdir(parents=True)

@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from llmft import health
-from llmft.checkpoint import steps_on_disk
-from llmft.config import Cleaning, DiskConfig, DoctorConfig, Form, Keep
+from llmft.checks import machine
+from llmft.checks.disk import size_of
+from llmft.config.sections import Cleaning, DiskConfig, DoctorConfig, Form, Keep
+from llmft.core.errors import ConfigError
 from llmft.disk import disk
 from llmft.doctor import doctor
-from llmft.errors import ConfigError
-from llmft.housekeeping import size_of
-from llmft.runs import Run
+from llmft.runs.checkpoint import steps_on_disk
+from llmft.runs.directory import Run
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 
@@ -28,7 +28,7 @@ class TestDoctor:
     """Verdicts and what to do, not a list of versions."""
 
     def test_every_part_of_this_machine_has_a_verdict(self, tmp_path: Path) -> None:
-        verdicts = health.examine(DoctorConfig(str(tmp_path), network=False))
+        verdicts = machine.examine(DoctorConfig(str(tmp_path), network=False))
         assert {v.part for v in verdicts} >= {
             "packages",
             "device",
@@ -58,7 +58,7 @@ class TestDoctor:
     def test_a_gpu_without_kernels_is_noticed(
         self, capability: tuple[int, int], built_for: list[str], level: str
     ) -> None:
-        verdict = health.gpu_verdict("card", capability, built_for)
+        verdict = machine.gpu_verdict("card", capability, built_for)
         assert verdict.level == level
         assert bool(verdict.fix) == (level == "bad")
 
@@ -67,7 +67,7 @@ class TestDoctor:
 
         original = bitsandbytes.matmul_4bit
         monkeypatch.setattr(bitsandbytes, "matmul_4bit", lambda *a, **k: original(*a, **k) * 1.1)
-        (verdict,) = health.four_bit()
+        (verdict,) = machine.four_bit()
         assert verdict.level == "bad"
         assert "differs from the dequantised one by 1.0e-01" in verdict.found
 
@@ -94,15 +94,15 @@ class TestDoctor:
             return version
 
         monkeypatch.setattr(importlib.metadata, "version", asked)
-        found = [v for v in health.packages() if told in v.found]
+        found = [v for v in machine.packages() if told in v.found]
         assert [v.level for v in found] == [level]
 
     def test_a_library_that_fails_is_a_verdict_and_no_crash(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def broken() -> Any:
             raise RuntimeError("libcuda.so.1: cannot open shared object file")
 
-        monkeypatch.setattr(health, "four_bit", broken)
-        verdicts = health.examine(DoctorConfig(network=False))
+        monkeypatch.setattr(machine, "four_bit", broken)
+        verdicts = machine.examine(DoctorConfig(network=False))
         assert next(v for v in verdicts if v.part == "4-bit").level == "bad"
 
     def test_what_would_stop_a_training_is_exit_code_2(self, tmp_path: Path, capsys: Any) -> None:
@@ -115,9 +115,9 @@ class TestDoctor:
     def test_no_token_is_shown(self, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
         monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
         monkeypatch.setenv("WANDB_API_KEY", "y" * 40)
-        found = {v.part: v for v in health.accounts()}
+        found = {v.part: v for v in machine.accounts()}
         assert {v.level for v in found.values()} == {"good"}
-        health.show(list(found.values()))
+        machine.show(list(found.values()))
         assert "xxx" not in (out := capsys.readouterr().out)
         assert "yyy" not in out
 

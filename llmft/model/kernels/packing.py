@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from llmft.errors import ConfigError
+from llmft.core.errors import ConfigError
 from llmft.model.families import base_of
 
 NAME = "llmft_packed"

@@ -1,7 +1,7 @@
 """llmft's sweepers and launcher as Hydra knows them: `hydra/sweeper=grid` or `optuna`, `hydra/launcher=local`.
 
-Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path; `llmft.app` puts this
-folder there. Nothing here is imported by anything else.
+Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it lies on the path;
+`llmft.config.hydra_app` puts this folder there. Nothing here is imported by anything else.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 from hydra.plugins.sweeper import Sweeper
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-import llmft.app
-from llmft.app import command_line, config_of_command, explain
-from llmft.config import SearchConfig, TrainConfig
-from llmft.errors import ConfigError, UserError, as_user_error
-from llmft.overrides import as_override, is_text, quoted, shipped_directory
-from llmft.schema import to_plain
+import llmft.config.hydra_app
+from llmft.config.convert import to_plain
+from llmft.config.hydra_app import command_line, config_of_command, explain
+from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
+from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.core.errors import ConfigError, UserError, as_user_error
 
 if TYPE_CHECKING:
-    from llmft.sweeping.trials import Planner
+    from llmft.sweeps.trials import Planner
 
 store = ConfigStore.instance()
 for group, option, node in (
@@ -45,7 +45,7 @@ class ReadySweeps(SearchPathPlugin):
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra."""
-        if llmft.app.has_ready_sweeps:
+        if llmft.config.hydra_app.has_ready_sweeps:
             search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
 
 
@@ -62,7 +62,7 @@ class LocalLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs one batch of another sweeper's; a value for each job, None for one that has none."""
-        from llmft.sweeping.sweep import run_grid
+        from llmft.sweeps.sweep import run_grid
 
         fixed = fixed_overrides(self.config)
         planner = make_planner(self.loader, self.config)
@@ -83,7 +83,7 @@ class OwnSweeper(Sweeper):
     """
 
     def __init__(self, **settings: Any) -> None:
-        from llmft.sweeping.settings import search_settings
+        from llmft.sweeps.settings import search_settings
 
         plain: Any = OmegaConf.to_container(OmegaConf.create(settings))
         self.settings = search_settings(plain)
@@ -110,7 +110,7 @@ class OwnSweeper(Sweeper):
             raise RuntimeError(f"the sweep broke off: {error}") from error
 
     def _sweep(self, arguments: list[str]) -> Any:
-        from llmft.sweeping.sweep import run_elsewhere, run_grid
+        from llmft.sweeps.sweep import run_elsewhere, run_grid
 
         here = isinstance(self.launcher, LocalLauncher)
         overrides = parsed(self.loader, self.settings.params or {}, arguments)
@@ -127,7 +127,7 @@ class OwnSweeper(Sweeper):
                 f"hydra/launcher={name}: a search hears from its trials while they run, which only "
                 "hydra/launcher=local lets it; leave the launcher out, or use a grid."
             )
-        from llmft.sweeping.search import run_search
+        from llmft.sweeps.search import run_search
 
         return run_search(planner, self.settings, overrides, fixed, command_line())
 
@@ -180,7 +180,7 @@ def fixed_overrides(config: Any) -> list[str]:
 
 def make_planner(loader: Any, master: Any) -> Planner:
     """A planner that composes with Hydra."""
-    from llmft.sweeping.trials import Planner
+    from llmft.sweeps.trials import Planner
 
     def compose(overrides: Sequence[str]) -> TrainConfig:
         composed = loader.load_sweep_config(master, list(overrides))

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.sources import Problems
-from llmft.errors import ConfigError
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
 

@@ -14,7 +14,7 @@ from common import Gate, read_work
 # As `python -m llmft` sets them.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 work = read_work()
-from llmft.libraries import load_libraries
+from llmft.core.imports import load_libraries
 
 load_libraries()
 import llmft.training.watch

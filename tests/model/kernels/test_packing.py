@@ -8,11 +8,11 @@ import pytest
 import torch
 import transformers
 
-from llmft.config import LoraConfig
+from llmft.config.sections import LoraConfig
+from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch
-from llmft.errors import ConfigError
+from llmft.data.hub import Located
 from llmft.model import adapters, heads, kernels
-from llmft.model.hub import Located
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.kernels import packing
 from llmft.training.objectives import language_modeling
@@ -111,7 +111,7 @@ def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
 
 def test_a_model_made_flat_still_generates_with_padding_on_the_left() -> None:
     from llmft.data.encode import Ends
-    from llmft.inference.generate import generate
+    from llmft.model.generate import generate
 
     model = base("llama")
     prompts = [[5, 6, 7, 8, 9, 10], [11, 12], [13, 14, 15, 16]]

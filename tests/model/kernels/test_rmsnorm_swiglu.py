@@ -12,9 +12,9 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from llmft.config import Kernels, LoraConfig
+from llmft.config.sections import Kernels, LoraConfig
+from llmft.data.hub import Located
 from llmft.model import adapters
-from llmft.model.hub import Located
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.kernels import packing, rmsnorm_swiglu
 from llmft.model.kernels.packing import uses_packing

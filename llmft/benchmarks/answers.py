@@ -1,0 +1,118 @@
+"""From measured speeds to what people work out by hand: tokens of an answer within given hours, hours of a training."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmft.benchmarks.measure import Measured
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the speeds are asked for.
+
+    Attributes:
+        samples, hours: rows to answer, and the time there is.
+        rows, epochs: of a training.
+        batch_size: rows of an optimizer step; `inference_rows` are answered at once.
+    """
+
+    samples: int
+    hours: float
+    rows: int
+    epochs: float
+    batch_size: int
+    inference_rows: int
+
+    @property
+    def batches(self) -> int:
+        """Of the rows to answer."""
+        return math.ceil(self.samples / self.inference_rows)
+
+
+def inference_hours(found: Measured, wish: Wish, outputs: int) -> float:
+    """Hours for answers of `outputs` tokens each, as long as a token takes as long as it did."""
+    return wish.batches * (found.prompt_s + (outputs - 1) * found.token_s) / 3600
+
+
+def most_outputs(found: Measured, wish: Wish, context_tokens: int | None) -> tuple[int, bool]:
+    """The most tokens of an answer within the hours, and whether it is the model's context that ends them."""
+    each = 3600 * wish.hours / wish.batches
+    within = 0 if each < found.prompt_s else 1 + math.floor((each - found.prompt_s) / found.token_s)
+    room = math.inf if context_tokens is None else context_tokens - found.input_tokens
+    return int(min(within, room)), within > room
+
+
+def training_hours(found: Measured, wish: Wish) -> float:
+    """Hours for the rows and epochs, validations not counted."""
+    return wish.epochs * math.ceil(wish.rows / wish.batch_size) * found.step_s / 3600
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A measured point with what follows from it."""
+
+    model: str
+    quantization: str
+    weights: str
+    device: str
+    precision: str
+    context_tokens: int | None
+    measured: Measured
+
+    def to_row(self, wish: Wish) -> dict[str, Any]:
+        """For tables of programs; empty where nothing was measured."""
+        found = self.measured
+        row: dict[str, Any] = {
+            "model": self.model,
+            "quantization": self.quantization,
+            "weights": self.weights,
+            "device": self.device,
+            "precision": self.precision,
+            "input_tokens": found.input_tokens,
+            "output_tokens": found.output_tokens,
+            "error": found.error or "",
+        }
+        if found.error is not None:
+            return row
+        most, ends = most_outputs(found, wish, self.context_tokens)
+        return row | {
+            "train_tokens_per_s": round(found.train_tokens_per_s, 1),
+            "prompt_tokens_per_s": round(found.prompt_tokens_per_s, 1),
+            "generated_tokens_per_s": round(found.generated_tokens_per_s, 1),
+            "step_s": found.step_s,
+            "prompt_s": found.prompt_s,
+            "token_s": found.token_s,
+            "peak_gib": round(found.peak_bytes / 2**30, 3),
+            "max_output_tokens": most,
+            "ended_by": "context" if ends else "time",
+            "inference_hours": inference_hours(found, wish, found.output_tokens),
+            "training_hours": training_hours(found, wish),
+            "at_once": found.at_once,
+            "repeats": found.repeats,
+            **{f"spread_{name}": round(value, 4) for name, value in found.spread.items()},
+        }
+
+
+def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """`rows` with the columns of all of them."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    target = io.StringIO()
+    writer = csv.DictWriter(target, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    return target.getvalue()
+
+
+def hours(value: float) -> str:
+    """A duration as people say it."""
+    if value >= 10:
+        return f"{value:,.0f} h"
+    if value >= 1:
+        return f"{value:.1f} h"
+    return f"{60 * value:.1f} min" if value >= 1 / 60 else f"{3600 * value:.1f} s"

@@ -1,0 +1,360 @@
+"""The report of `python -m llmft.check`: gathered as plain data, then shown."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from llmft.config.convert import to_plain
+from llmft.config.sections import Checkpointing, TrainConfig, Truncation
+from llmft.core.files import format_bytes
+from llmft.data.encode import Encoder
+from llmft.data.examples import IGNORE, Examples
+from llmft.data.prompt import PromptFormat
+from llmft.data.quality import Finding, label_balance, split_facts
+from llmft.data.sources import Problems
+from llmft.model.load import TORCH_DTYPES
+from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
+from llmft.model.skeleton import skeleton
+from llmft.training.micro_batching import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
+from llmft.training.objectives.choice import cost
+from llmft.training.prepare import Prepared
+from llmft.training.readiness import Ready, make_ready
+from llmft.training.session import check_parts
+from llmft.training.tokenized_data import Rows
+
+SHOWN_ROWS = 2
+PROBE = [
+    {"role": "user", "content": "Question one?"},
+    {"role": "assistant", "content": "Answer one."},
+    {"role": "user", "content": "Question two?"},
+]
+
+
+def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
+    """The report as JSON-ready data, and its findings.
+
+    Raises ConfigError or DataError where the rows cannot even be tokenised.
+    """
+    config = prepared.config
+    started = time.monotonic()
+    ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
+    rows, inspection = ready.rows, ready.inspection
+    found = [*inspection.findings, *_template_findings(rows)]
+    slow = cost(ready.objective) if ready.objective is not None else None
+    if slow is not None:
+        found.append(Finding("warning", "task.head", slow))
+    needs = _needs(prepared, ready)
+    found += _need_findings(needs)
+    report = {
+        "model": {"name": config.model.label, "path": str(prepared.located.directory or "random")},
+        "prompt": {
+            "name": config.prompt.name,
+            "pad_token": rows.tokenizer.pad_token,
+            "end_tokens": rows.tokenizer.convert_ids_to_tokens(rows.ends.ids),
+            "end_marker": {"text": rows.ends.text, "tokens": rows.ends.num_tokens} if rows.ends.text else None,
+        },
+        "columns": prepared.usage,
+        "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
+        "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
+        "limits": _limits(prepared, rows),
+        "labels": label_balance(prepared.conversations["train"], prepared.labels),
+        "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
+        "left_out": prepared.problems.reasons(),
+        "message_keys": {
+            "read": dict(prepared.message_keys.read),
+            "unused": dict(prepared.message_keys.unused),
+        },
+        "steps": {
+            "total": rows.total_steps,
+            "batch_rows": config.trainer.batch_size,
+            "tokens": int(rows.total_steps * config.trainer.batch_size * rows.splits["train"].lengths.mean()),
+            "validate_every": rows.validate_every,
+        },
+        "needs": needs,
+        "rows": [_pieces(rows, row) for row in range(min(SHOWN_ROWS, len(rows.splits["train"])))],
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    return to_plain(report), found
+
+
+def warn(message: str) -> None:
+    """Beside the report, which a program may read."""
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _pieces(rows: Rows, row: int) -> list[dict[str, Any]]:
+    """One training row as runs of text that are learned or not."""
+    example = rows.splits["train"][row]
+    learned = np.asarray(example.labels) != IGNORE
+    cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(learned)]
+    ids = [int(token) for token in example.input_ids]
+    return [{"text": rows.tokenizer.decode(ids[a:b]), "learned": bool(learned[a])} for a, b in pairwise(cuts)]
+
+
+def _template_findings(rows: Rows) -> list[Finding]:
+    """Whether the chosen format writes what the tokenizer's own chat template writes."""
+    own = getattr(rows.tokenizer, "chat_template", None)
+    if not isinstance(own, str) or rows.prompt.config.name == "native":
+        return []
+    special = {"bos_token": rows.tokenizer.bos_token, "eos_token": rows.tokenizer.eos_token}
+    try:
+        native = PromptFormat(replace(rows.prompt.config, name="native", template=own, system=None), strict=False)
+        theirs = native.render(PROBE, **special, add_generation_prompt=True).text
+        ours = rows.prompt.render(PROBE, **special, add_generation_prompt=True).text
+    except ValueError as error:
+        return [Finding("warning", "prompt", f"the tokenizer's own chat template cannot be compared ({error})")]
+    if ours.strip() == theirs.strip():
+        return []
+    message = (
+        f"prompt={rows.prompt.config.name} is not the format that the tokenizer carries: it writes {ours!r} where the "
+        f"tokenizer's own template writes {theirs!r}; a model tuned with that one does better with prompt=native or "
+        "the format of its name"
+    )
+    return [Finding("warning", "prompt", message)]
+
+
+def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
+    """What each length limit costs, and the limits that would cut one row in a hundred."""
+    data = replace(
+        prepared.config.data,
+        max_tokens=2**31 - 1,
+        max_prompt_tokens=None,
+        max_answer_tokens=None,
+        min_prompt_tokens=0,
+        min_answer_tokens=0,
+        truncation=Truncation.drop,
+    )
+    encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
+    whole = encoder.encode("train", prepared.conversations["train"], Problems(prepared.config.data.on_bad_row))
+    facts = split_facts(whole, rows.tokenizer, rows.ends)
+    used = rows.encoder.lengths["train"]
+    return {
+        "max_tokens": prepared.config.data.max_tokens,
+        "truncation": prepared.config.data.truncation.value,
+        "rows_cut": used.rows_cut,
+        "rows_dropped": used.rows_dropped,
+        "dropped_by": used.dropped_by,
+        "answer_share_dropped": used.answer_share_dropped,
+        "uncut": {"all": facts.all_tokens, "prompt": facts.prompt_tokens, "answer": facts.answer_tokens},
+        "histogram": facts.histogram,
+        "cuts_one_percent": facts.all_tokens.get(99),
+    }
+
+
+def _needs(prepared: Prepared, ready: Ready) -> dict[str, Any]:
+    """Memory, time and disk."""
+    config, rows, device, precision = prepared.config, ready.rows, ready.device, ready.precision
+    examples = rows.splits["train"]
+    dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
+    architecture = architecture_of(prepared, len(rows.tokenizer))
+    fit = choose_fit(config, examples, lambda: architecture, device, dtype)
+    estimate = fit.estimate or _largest(config, examples, architecture, device, dtype, fit)
+    weights = int(sum(estimate.base_by_dtype.values()))
+    saved = estimate.adapter + estimate.optimizer
+    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
+    return {
+        "device": str(device),
+        "precision": precision.value,
+        "memory": {**asdict(estimate), "total": estimate.total},
+        "device_memory": device_memory(device),
+        "micro_batch": {**fit.to_plain(), "told": str(fit)},
+        "base": weights,
+        "disk": saved * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
+        "disk_free": free,
+        "seconds_at_least": _seconds(
+            prepared, examples, rows.total_steps, architecture, device, dtype, fit.checkpointing
+        ),
+    }
+
+
+def _largest(
+    config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype, fit: Fit
+) -> MemoryEstimate:
+    """The estimate where the choice needed none; raises what the model's code raises on shapes alone."""
+    rows = StepRows.of(examples.lengths, examples.labelled_tokens, config.trainer.batch_size)
+    positions, labels = rows.largest(fit.limit)
+    longest = rows.longest
+    estimate = estimate_memory(
+        config, architecture, rows=1, tokens=longest, labelled_tokens=longest, dtype=dtype, device_type=device.type
+    )
+    return estimate.at(positions, labels, fit.checkpointing, offloaded=config.trainer.offload_activations)
+
+
+def _existing(path: Path) -> Path:
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def _seconds(
+    prepared: Prepared,
+    examples: Examples,
+    steps: int,
+    architecture: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    level: Checkpointing,
+) -> float:
+    """Matrix products of the training at the speed of one large product here: a floor, small models take longer.
+
+    4 operations per weight and token with a LoRA (forward and the gradient of the activations), 6 without, and one
+    forward more where whole layers are computed again.
+    """
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    (a @ a).sum().item()
+    began = time.monotonic()
+    rounds = 3
+    for _ in range(rounds):
+        product = a @ a
+    product.sum().item()
+    speed = 2 * size**3 * rounds / (time.monotonic() - began)
+    config = prepared.config
+    passes = (4 if config.lora.enabled else 6) + (2 if level is Checkpointing.full else 0)
+    tokens = steps * config.trainer.batch_size * float(examples.lengths.mean())
+    return passes * _matrix_weights(str(config.task.auto_class), architecture) * tokens / speed
+
+
+def _matrix_weights(auto_class: str, architecture: Any) -> int:
+    """Weights that every token is multiplied with; of the experts all, so that a mixture is overestimated."""
+    empty = skeleton(auto_class, architecture)
+    tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
+    return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
+
+
+def _ways_out(needs: dict[str, Any]) -> str:
+    """What makes a training smaller, as far as it is not done."""
+    chosen = needs["micro_batch"]
+    tries = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
+    tries += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
+    return " or ".join([*tries, "lower data.max_tokens", "choose a smaller model"])
+
+
+def _need_findings(needs: dict[str, Any]) -> list[Finding]:
+    found = []
+    total, available = needs["memory"]["total"], needs["device_memory"]
+    if available is not None and total > (1 - MEMORY_MARGIN) * available:
+        message = (
+            f"about {format_bytes(total)} are needed, up to a fifth more with what the estimate leaves out, and "
+            f"{needs['device']} has {format_bytes(available)}: {_ways_out(needs)}"
+        )
+        found.append(Finding("warning", "trainer.micro_batch", message))
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- showing
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report on one screen."""
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 110
+    console.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
+    before, behind = ("", "") if console.color_system else ("«", "»")  # where no colour tells it
+    for number, pieces in enumerate(report["rows"], start=1):
+        learned = f"[black on green]{before}learned{behind}[/black on green]"
+        console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
+        text = Text()
+        for piece in pieces:
+            shown = piece["text"] if len(piece["text"]) < 700 else f"{piece['text'][:350]} … {piece['text'][-330:]}"
+            if piece["learned"]:
+                text.append(f"{before}{shown}{behind}", style="black on green")
+            else:
+                text.append(shown, style="dim")
+        console.print(text)
+    console.print(_split_table(report["splits"]))
+    pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
+    marker = report["prompt"]["end_marker"]
+    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
+    console.print(
+        f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
+    )
+    if report["message_keys"]["read"]:
+        read, unused = (", ".join(sorted(report["message_keys"][kind])) or "none" for kind in ("read", "unused"))
+        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
+    _show_lengths(console, report["limits"])
+    _show_columns(console, report["columns"])
+    if report["labels"]:
+        total = sum(report["labels"].values())
+        shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
+        console.print(f"[bold]answers[/bold]  {shares}")
+    needs, memory, steps = report["needs"], report["needs"]["memory"], report["steps"]
+    console.print(
+        f"[bold]steps[/bold]  {steps['total']:,} of {steps['batch_rows']} rows, {steps['tokens']:,} tokens, "
+        f"validation every {steps['validate_every']}; computing takes {needs['seconds_at_least']:,.0f} s at least "
+        f"on {needs['device']}"
+    )
+    parts = ", ".join(
+        f"{name} {format_bytes(memory[name])}"
+        for name in ("base", "adapter", "gradients", "optimizer", "activations", "logits")
+    )
+    available = needs["device_memory"]
+    fits = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
+    console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{fits}: {parts}")
+    console.print(f"[bold]at once[/bold] {escape(needs['micro_batch']['told'])}")
+    console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
+    _show_findings(console, report["findings"])
+
+
+def _show_columns(console: Console, usage: dict[str, Any]) -> None:
+    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
+    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+        read += f"; {kind}: {', '.join(names)}" if names else ""
+    console.print(f"[bold]columns[/bold] read: {escape(read)}")
+
+
+def _split_table(splits: dict[str, Any]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD)
+    learned = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a new head learns no token
+    trained = ("end token trained", "no trained token") if learned else ()
+    for name in ("split", "rows", "begin tokens a row", *trained, "longest"):
+        table.add_column(name, justify="left" if name == "split" else "right")
+    for split, facts in splits.items():
+        begins = ", ".join(f"{n}" for n in facts["begin_tokens"]) or "-"
+        longest = str(facts["all_tokens"].get("100", "-"))
+        rows = facts["rows"]
+        ends = (f"{facts['ends_trained']:,}", str(facts["untrained"])) if learned else ()
+        table.add_row(split, f"{rows:,}", begins, *ends, longest)
+    return table
+
+
+def _show_lengths(console: Console, limits: dict[str, Any]) -> None:
+    most = max((count for *_, count in limits["histogram"]), default=1)
+    title = (
+        f"tokens of the training rows before the limits; data.max_tokens={limits['max_tokens']} cuts "
+        f"{limits['rows_cut']} and drops {limits['rows_dropped']} "
+        f"({limits['answer_share_dropped']:.1%} of all answer tokens); "
+        f"{limits['cuts_one_percent']} would touch 1%"
+    )
+    console.print(title)
+    table = Table(box=None, show_header=False)
+    for start, stop, count in limits["histogram"]:
+        over = "red" if start > limits["max_tokens"] else "cyan"
+        table.add_row(f"{start}-{stop}", f"{count:,}", f"[{over}]{'█' * round(40 * count / most)}[/{over}]")
+    for name, values in limits["uncut"].items():
+        table.add_row(name, "", "  ".join(f"{p}%: {value}" for p, value in values.items()))
+    console.print(table)
+
+
+def _show_findings(console: Console, found: Sequence[dict[str, str]]) -> None:
+    console.print()
+    for finding in found:
+        colour = "red" if finding["level"] == "error" else "yellow"
+        message = finding["message"]
+        console.print(f"[{colour}]{finding['level']}[/{colour}] {escape(finding['key'])}: {escape(message)}")
+    if not found:
+        console.print("[green]nothing to complain about[/green]")

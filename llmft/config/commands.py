@@ -1,0 +1,230 @@
+"""The dataclasses of the verbs that take run directories (predict, evaluate, folds, blend, refit), and of bench."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from llmft.config.sections import (
+    Checkpointing,
+    LoggerConfig,
+    LoraConfig,
+    ModelConfig,
+    Precision,
+    PromptConfig,
+    QuantizationFormat,
+    Texts,
+    checkpointing_of,
+    require,
+    rows_or_tokens,
+    seconds_of,
+)
+from llmft.config.sections import Form as Answer
+
+
+class Form(Enum):
+    """What predict, folds and blend write besides the predictions."""
+
+    predictions = "predictions"
+    submission = "submission"
+
+
+class Method(Enum):
+    """How members become one prediction."""
+
+    mean = "mean"
+    geometric = "geometric"
+    rank = "rank"
+    hill_climbing = "hill_climbing"
+    convex = "convex"
+
+
+def as_list(value: Any) -> list[str]:
+    """One name, or a list of them."""
+    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
+
+
+@dataclass(kw_only=True)
+class Trusting:
+    """What commands take that may have to run code of the user's own, which a run's config names."""
+
+    trusted_packages: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class SubmissionConfig:
+    """What predict, folds and blend take alike: the form of a competition's csv."""
+
+    format: Form = Form.predictions
+    template: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wanted = self.format is Form.submission
+        require(
+            not wanted or self.template is not None,
+            "format=submission needs template=FILE, the competition's sample submission.",
+        )
+        for key in ("template", "columns"):
+            require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
+
+
+@dataclass
+class PredictData:
+    """The rows to predict; columns are those of the run."""
+
+    files: Texts = None
+    id: str | None = None
+    csv_columns: list[str] | None = None
+
+
+@dataclass
+class PredictConfig(SubmissionConfig, Trusting):
+    """What `python -m llmft.predict` takes."""
+
+    run: Texts = MISSING
+    prompts: Any = None
+    data: PredictData = field(default_factory=PredictData)
+    name: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int | None = None
+    accelerator: str = "auto"
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.batch_size >= 1, f"batch_size={self.batch_size}: 1 or more.")
+        require(
+            (self.data.files is None) != (self.prompts is None),
+            'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
+        )
+        require(self.prompts is None or self.format is Form.predictions, "format=submission needs data.files=FILE.")
+        for key in ("max_new_tokens", "threads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
+        require(
+            self.name not in ("val", "test"),
+            f"name={self.name}: a run's own held-out rows are called so; choose another.",
+        )
+
+
+@dataclass
+class EvaluateConfig(Trusting):
+    """What `python -m llmft.evaluate` takes."""
+
+    predictions: str = MISSING
+    references: Texts = None
+    target: str | None = None
+    id: str | None = None
+    slice: list[str] = field(default_factory=list)
+    metrics: list[str] = field(default_factory=list)
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    bootstrap: int = 1000
+    confidence: float = 0.95
+    seed: int = 0
+    format: str = "text"
+
+    def __post_init__(self) -> None:
+        require(self.bootstrap >= 0, f"bootstrap={self.bootstrap}: resamples, 0 for none.")
+        require(0 < self.confidence < 1, f"confidence={self.confidence}: above 0 and below 1.")
+        require(self.format in ("text", "json"), f"format={self.format}: text or json.")
+
+
+@dataclass
+class FoldsConfig(SubmissionConfig, Trusting):
+    """What `python -m llmft.folds` takes."""
+
+    runs: Texts = None
+    output_dir: str = "outputs"
+    name: str | None = None
+    metrics: list[str] = field(default_factory=list)
+
+
+@dataclass
+class BlendConfig(SubmissionConfig, Trusting):
+    """What `python -m llmft.blend` takes."""
+
+    runs: Texts = MISSING
+    method: Method = Method.mean
+    predictions: str = "val"
+    metric: str | None = None
+    steps: int = 100
+    num_folds: int = 5
+    seed: int = 0
+    output_dir: str = "outputs"
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.steps >= 1, f"steps={self.steps}: 1 or more rounds of hill climbing.")
+        require(self.num_folds >= 2, f"num_folds={self.num_folds}: 2 or more.")
+
+
+@dataclass
+class RefitConfig(Trusting):
+    """What `python -m llmft.refit` takes."""
+
+    runs: Texts = MISSING
+    output_dir: str | None = None
+    progress: bool = True
+    logger: LoggerConfig | None = None
+
+
+@dataclass
+class BenchConfig:
+    """What `python -m llmft.bench` takes."""
+
+    model: ModelConfig = MISSING
+    prompt: PromptConfig = MISSING
+    lora: LoraConfig = MISSING
+    optimizer: dict[str, Any] = MISSING
+    models: list[str] = field(default_factory=list)
+    quantizations: list[QuantizationFormat] = field(default_factory=list)
+    input_tokens: list[int] = field(default_factory=list)
+    output_tokens: list[int] = field(default_factory=list)
+    samples: int = 1000
+    hours: float = 9.0
+    rows: int = 1000
+    epochs: float = 3.0
+    batch_size: int = 16
+    inference_rows: int = 16
+    micro_batch: Any = "auto"
+    gradient_checkpointing: Any = Checkpointing.auto
+    precision: Precision = Precision.auto
+    accelerator: str = "auto"
+    threads: int | None = None
+    repeats: int = 3
+    max_time: str = "5m"
+    output_dir: str = "outputs"
+    name: str | None = None
+    format: Answer = Answer.text
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for key in ("samples", "rows", "batch_size", "inference_rows", "repeats"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
+        for key in ("hours", "epochs"):
+            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: above 0.")
+        for key, least in (("input_tokens", 1), ("output_tokens", 2)):
+            values = getattr(self, key)
+            require(
+                len(values) > 0 and min(values) >= least,
+                f"{key}={values}: a list of lengths in tokens, {least} or more each.",
+            )
+        require(len(self.quantizations) > 0, "quantizations=[]: one at least, such as [nf4,none].")
+        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
+        require(seconds_of(self.max_time, "max_time") > 0, f"max_time={self.max_time}: above 0.")
+        rows_or_tokens(self.micro_batch)
+        self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
+        require(
+            self.lora.enabled or self.quantizations == [QuantizationFormat.none],
+            "lora=none trains all weights, which quantised ones cannot be: set quantizations=[none].",
+        )
+        require(
+            not self.models or self.model.path is None or self.model.path.startswith("package:"),
+            "models names options of the group model, and model.path one directory: choose one of them.",
+        )

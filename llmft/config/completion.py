@@ -1,0 +1,120 @@
+"""Tab completion of commands, groups' options and keys: `llmft completion bash`, or zsh, prints a script.
+
+In ~/.bashrc: eval "$(python -m llmft completion bash)". It completes `llmft …` and `python -m llmft …`. The script asks
+this module for each word; `query LINE` prints what may stand at the end of a command line, one to a line.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import shlex
+import sys
+from collections.abc import Sequence
+
+from llmft.__main__ import COMMANDS
+from llmft.core.errors import ConfigError, did_you_mean, exit_with
+
+SCRIPTS = {
+    "bash": r"""
+_llmft() {
+    local line=${COMP_LINE:-} word=${COMP_WORDS[COMP_CWORD]}
+    if [[ $line ]]; then line=${line:0:${COMP_POINT:-${#line}}}
+    else line=${COMP_WORDS[*]:0:COMP_CWORD+1}; line=${line// =/=}; line=${line//= /=}; fi
+    mapfile -t COMPREPLY < <(PYTHON -m llmft.config.completion query "$line" 2>/dev/null)
+    # Bash takes "model=mi" for three words, and replaces the last one.
+    if [[ ${line##* } == *=* && $word != ?*=* ]]; then COMPREPLY=("${COMPREPLY[@]#*=}"); fi
+    if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[=.] ]]; then compopt -o nospace 2>/dev/null; fi
+}
+_llmft_python() {
+    if [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == llmft* && $COMP_CWORD -gt 2 ]]; then _llmft
+    elif [[ $_llmft_other ]]; then $_llmft_other "$@"; fi
+}
+if [[ $(complete -p python 2>/dev/null) =~ -F\ ([^ ]+) && ${BASH_REMATCH[1]} != _llmft_python ]]; then
+    _llmft_other=${BASH_REMATCH[1]}
+fi
+complete -o bashdefault -o default -F _llmft llmft
+complete -o bashdefault -o default -F _llmft_python python python3
+""",
+    "zsh": r"""
+_llmft() {
+    local -a replies
+    replies=(${(f)"$(PYTHON -m llmft.config.completion query "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
+    if (( ! $#replies )); then compset -P '*='; _files; return; fi
+    compadd -Q -S '' -- ${(M)replies:#*[=.]}
+    compadd -Q -- ${replies:#*[=.]}
+}
+_llmft_python() {
+    if [[ $words[2] == -m && $words[3] == llmft* && $CURRENT -gt 3 ]]; then _llmft; else _python "$@"; fi
+}
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz _python
+compdef _llmft llmft
+compdef _llmft_python python python3
+""",
+}
+
+
+def main() -> None:
+    """The command."""
+    exit_with(lambda: complete(sys.argv[1:]))
+
+
+def complete(arguments: Sequence[str]) -> None:
+    """Prints a shell's script, or what may stand at the end of a line; raises ConfigError for anything else."""
+    shell = next(iter(arguments), "")
+    if shell == "query" and len(arguments) == 2:
+        print("\n".join(candidates(arguments[1])))
+    elif shell in SCRIPTS and len(arguments) == 1:
+        print(SCRIPTS[shell].strip().replace("PYTHON", shlex.quote(sys.executable)))
+    elif shell in ("-h", "--help"):
+        print(__doc__)
+    else:
+        hint = did_you_mean(shell, SCRIPTS) if shell else ""
+        raise ConfigError(f"completion: write `llmft completion bash` or `llmft completion zsh`{hint}")
+
+
+def candidates(line: str) -> list[str]:
+    """What the word at the end of a command line may be."""
+    found = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
+    if found is None:
+        return []
+    *words, last = re.split(r"\s+", f"{found[1] or ''} {found[2]}".lstrip())
+    options = list(COMMANDS) if not words and found[1] is None else []
+    command = words.pop(0) if words and words[0] in COMMANDS else "train"
+    if command == "completion":
+        options = list(SCRIPTS)
+    elif last.startswith("-"):
+        from hydra._internal.utils import get_args_parser
+
+        options = [name for name in get_args_parser()._option_string_actions if name.startswith("--")]
+    else:
+        options += _overrides("train" if command == "check" else command, words, last)
+    return [option for option in options if option.startswith(last) and not re.search(r"\s", option)]
+
+
+def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
+    """Keys and options of groups, as Hydra completes them beside what stands there already."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.plugins.completion_plugin import DefaultCompletionPlugin
+
+    from llmft.config.hydra_app import make_known
+    from llmft.config.overrides import config_directory
+
+    home = "llmft.config.sections" if command == "train" else f"llmft.{command}"
+    make_known(command, getattr(importlib.import_module(home), f"{command.capitalize()}Config"))
+    beside = [word for word in words if re.fullmatch(r"-m|--multirun|[+~]*[\w./]+=[\w./,-]*", word)]
+    for other in (beside, []):  # a mistake in one word should not silence the next
+        try:
+            with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+                plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
+                if options := plugin._query(config_name=command, line=" ".join([*other, last])):
+                    return options
+        except Exception:  # whatever is wrong with the line is said when it is run
+            continue
+    return []
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,251 @@
+"""What the verbs share: composing a config with Hydra, and answering a mistake in one sentence."""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from llmft.config.convert import explained, schema_keys, to_config
+from llmft.config.instantiate import trust
+from llmft.config.overrides import chooses, config_directory, hydra_arguments
+from llmft.config.sections import SearchConfig
+from llmft.config.untrusted import check_config_directories
+from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
+from llmft.core.redaction import redact
+
+has_ready_sweeps = False
+"""Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
+
+
+def make_known(name: str, schema: type) -> None:
+    """Tells Hydra of the schema of conf/<name>.yaml, and of our plugins; before anything is composed."""
+    global has_ready_sweeps
+    has_ready_sweeps = name == "train"
+    plugins = str(Path(__file__).resolve().parents[1] / "plugins")
+    if plugins not in sys.path:
+        sys.path.append(plugins)  # Hydra finds what lies in a folder hydra_plugins on the path
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name=f"{name}_schema", node=schema)
+
+
+def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bool = False) -> None:
+    """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and the command line, then calls `job`.
+
+    Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that fits
+    what happened.
+    """
+
+    # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch. Files are closed by
+    # then, not left to that.
+    atexit.register(gc.freeze)
+
+    def body() -> None:
+        make_known(name, schema)
+        import hydra
+
+        sys.argv[1:] = hydra_arguments(sys.argv[1:], schema, multirun=multirun)
+        check_config_directories(sys.argv[1:])
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
+
+        failures: list[Exception] = []
+        here = os.getpid()
+
+        def task(config: Any) -> Any:
+            # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
+            try:
+                trust_said(config.trusted_packages if "trusted_packages" in config else ())
+                return job(config)
+            except Interrupted as error:
+                raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
+            except Exception as error:
+                if os.getpid() != here:  # in a process of another launcher, which must see it fail
+                    raise RuntimeError(str(error)) from None
+                failures.append(error)
+                return None
+
+        task.__module__ = "__main__"
+        app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
+        try:
+            with warnings.catch_warnings():
+                # A directory that is not there.
+                warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
+                app()
+        except UserError:
+            raise
+        except SystemExit as end:
+            if end.code != 1 or "--cfg" not in (option[:5] for option in sys.argv[1:]):
+                raise
+            raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
+        except Exception as error:
+            told = explain(error, schema)
+            if told is None:
+                raise
+            raise told from error
+        if failures:
+            raise failures[0]
+
+    exit_with(body)
+
+
+def config_of_command(composed: Any, schema: type) -> Any:
+    """What `to_config` makes of a composed command line.
+
+    Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
+    """
+    config = to_config(composed, schema)
+    if config.model.trust_remote_code and "true" not in _said("model.trust_remote_code"):
+        raise ConfigError(
+            "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
+            "command line if you have read the code."
+        )
+    trust_said(config.trusted_packages)
+    return config
+
+
+def trust_said(packages: Sequence[str]) -> None:
+    """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
+    for package in filter(None, packages):
+        if str(package).lower() not in _said("trusted_packages"):
+            raise ConfigError(
+                f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
+                "command line if you have read the code."
+            )
+    trust(packages)
+
+
+def _said(key: str) -> list[str]:
+    """The words that the command line itself sets `key` to."""
+    values = [value for name, _, value in (a.partition("=") for a in sys.argv[1:]) if name.lstrip("+") == key]
+    return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
+
+
+def explain(error: BaseException, schema: type) -> ConfigError | None:
+    """A mistake in keys, values or options of the command line as one sentence; None for any other error."""
+    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, MissingConfigException):
+        return _missing_option(error)
+    if isinstance(error, OverrideParseException):
+        return ConfigError(
+            f"'{error.override}' is no override: write key=value, and quote values with spaces or commas."
+        )
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    for link in chain:
+        if isinstance(link, UserError):
+            return link if isinstance(link, ConfigError) else ConfigError(str(link))
+    if isinstance(error, UserWarning):
+        path = re.search(r"path=(.*) is not available", str(error))
+        return ConfigError(f"hydra.searchpath: {path[1] if path else error} is no directory.")
+    if isinstance(error, OSError):
+        where = f" ({error.filename})" if error.filename else ""
+        return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
+    if isinstance(error, RecursionError):
+        return ConfigError("files of the config name each other in their defaults lists without end; break the circle.")
+    if "Config group override must be a string" in str(error) or _full_key(chain) == "_dummy_":
+        named = (a for a in sys.argv[1:] if chooses(a.partition("=")[0].lstrip("+"), schema))
+        given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
+        if given is not None:
+            return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
+    if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
+    if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
+        return ConfigError("the command line cannot be read: an override is key=value, as in lora.r=4.")
+    if not isinstance(error, (HydraException, OmegaConfBaseException)):
+        return None
+    text = "\n".join(str(link) for link in chain)
+    key = _full_key(chain) or _override_key(str(error))
+    if "Ambiguous value" in text:
+        given = next((a for a in sys.argv[1:] if "," in a), "")
+        return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
+    if "is not in struct" in text or "Key not found" in text or "not in '" in text:
+        return _unknown_key(key, schema)
+    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
+        return _unknown_key(_override_key(str(error)) or key, schema)
+    for link in chain:
+        if isinstance(link, OmegaConfBaseException):
+            return ConfigError(explained(link, schema))
+    return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+
+
+def _raised_in_hydra(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
+
+
+def _missing_option(error: Any) -> ConfigError:
+    wanted = str(error.missing_cfg_file or "")
+    group, _, option = wanted.rpartition("/")
+    options = [str(o) for o in error.options or []]
+    if not wanted:
+        return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+    if not group:
+        return ConfigError(f"no config named {wanted}{did_you_mean(wanted, options)}")
+    best = nearest(option, options)
+    rest = [o for o in options if o != best]
+    shown = ", ".join(rest[:40]) + (", …" if len(rest) > 40 else "")
+    hint = f"did you mean {group}={best}? (others: {shown})" if best else f"choose from {', '.join(options)}"
+    return ConfigError(f"{group}={option}: no such option; {hint}")
+
+
+def _full_key(chain: list[BaseException]) -> str | None:
+    for link in chain:
+        key = getattr(link, "full_key", None)
+        if key:
+            return str(key)
+    return None
+
+
+def _override_key(text: str) -> str | None:
+    found = re.search(r"Could not override '([^']+)'", text)
+    return found[1] if found else None
+
+
+def _unknown_key(key: str | None, schema: type) -> ConfigError:
+    if key is None:
+        return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
+    keys = list(schema_keys(schema))
+    if key.startswith("hydra."):
+        return _unknown_setting(key)
+    if key in keys:
+        return ConfigError(f"{key}: not among this command's defaults; write +{key}=OPTION to add one.")
+    best = nearest(key, keys)
+    if best is None:  # the right name in the wrong place
+        best = next((known for known in keys if known.rpartition(".")[2] == key.rpartition(".")[2]), None)
+    hint = f"; did you mean {best}?" if best else "; `--cfg job` prints all keys."
+    return ConfigError(f"{key}: no such key{hint}")
+
+
+def _unknown_setting(key: str) -> ConfigError:
+    if key.startswith("hydra.sweeper."):
+        options = [f"hydra.sweeper.{name}" for name in SearchConfig.__dataclass_fields__]
+        return ConfigError(f"{key}: no such key{did_you_mean(key, options)}")
+    from hydra.conf import HydraConf
+
+    parent, _, name = key.rpartition(".")
+    best = nearest(name, {*HydraConf.__dataclass_fields__} - {name}) if parent == "hydra" else None
+    hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
+    return ConfigError(f"{key}: no such key; {hint}")
+
+
+def command_line() -> str:
+    """This process's command, as a person would type it again; a secret in it is masked."""
+    import shlex
+
+    # force=true would start again where the command is meant to go on.
+    arguments = [argument.removeprefix("++") for argument in sys.argv[1:] if not argument.startswith("force=")]
+    return shlex.join(["python", "-m", "llmft", *redact(arguments)])

@@ -1,0 +1,192 @@
+"""Config to objects: the only place where a dotted path of a config becomes code.
+
+What a config names must be defined in a package that the key allows, and be of the kind that the key wants: opening
+somebody's run directory must not execute what its config names. Arguments are plain data, in which nothing is resolved
+and nothing else is built; they are bound to the signature before any weights load, because a misspelt one would fail
+only when the object is called.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+from llmft.core.errors import ConfigError, did_you_mean
+
+KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
+    "optimizer": (("torch.optim.", "bitsandbytes.optim."), "an optimizer", "torch.optim.Optimizer"),
+    "callback": (("lightning.pytorch.callbacks.",), "a callback", "lightning.pytorch.callbacks.Callback"),
+    "logger": (("lightning.pytorch.loggers.",), "a logger", "lightning.pytorch.loggers.Logger"),
+    "strategy": (("lightning.pytorch.strategies.",), "a strategy", "lightning.pytorch.strategies.Strategy"),
+    "objective": (("llmft.training.objectives.",), "a class with a method losses(model, batch)", None),
+    "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
+    "source": (("llmft.data.",), "a function of (split, num_rows, seed)", None),
+}
+"""What a key may name: packages, the kind in words, and the class that it must be derived from."""
+ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
+HYDRAS_WORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
+_trusted: set[str] = set()
+
+
+def trust(packages: Iterable[str]) -> None:
+    """Lets dotted paths lead into `packages` until this process ends; only what a person wrote may come here."""
+    for package in packages:
+        if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", package):
+            raise ConfigError(f"trusted_packages: {package!r} is not the name of a package.")
+        _trusted.add(package)
+
+
+def _in_packages(path: str, prefixes: Iterable[str]) -> bool:
+    return f"{path}.".startswith(tuple(prefixes))
+
+
+def find(path: str, key: str, kind: str) -> Any:
+    """The class or function at a dotted `path`: defined in a package that `kind` allows or the command line trusts.
+
+    `key` names the config value in errors.
+    """
+    prefixes, words, base = KINDS[kind]
+    allowed = (*prefixes, *(f"{package}." for package in sorted(_trusted)))
+    module_name, _, name = path.rpartition(".")
+    if not module_name or not _in_packages(module_name, allowed):
+        top = path.partition(".")[0]
+        own = top.isidentifier() and top not in ("torch", "lightning", "bitsandbytes", "llmft")
+        raise ConfigError(
+            f"{key}={path}: only {', '.join(prefix + '*' for prefix in prefixes)} may be named in a config"
+            + (f"; code of yours takes trusted_packages=[{top}] on the command line." if own else ".")
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"{key}={path}: {error}.") from None
+    if not hasattr(module, name):
+        options = [option for option in vars(module) if not option.startswith("_")]
+        raise ConfigError(f"{key}={path}: {module_name} has no {name}{did_you_mean(name, options)[:200]}")
+    target = getattr(module, name)
+    # A module also holds what it imports: `llmft.training.x.os` must not lead out of the allowed packages.
+    if not callable(target) or not _in_packages(str(getattr(target, "__module__", "")), allowed):
+        raise ConfigError(f"{key}={path}: not a class or function of that package.")
+    if base is not None:
+        base_module, _, base_name = base.rpartition(".")
+        fits = inspect.isclass(target) and issubclass(target, getattr(importlib.import_module(base_module), base_name))
+    elif kind == "objective":
+        fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
+    elif kind == "source":
+        fits = inspect.isfunction(target) and list(inspect.signature(target).parameters) == [
+            "split",
+            "num_rows",
+            "seed",
+        ]
+    else:
+        fits = inspect.isfunction(target) and _takes_two(target)
+    if not fits:
+        raise ConfigError(f"{key}={path}: {words} was expected.")
+    return target
+
+
+def _takes_two(function: Any) -> bool:
+    try:
+        inspect.signature(function).bind(None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def check_target(node: dict[str, Any], key: str, kind: str, *given: str) -> tuple[Any, dict[str, Any]]:
+    """What `node` names, and its arguments, which with those `given` in code fit it.
+
+    Raises ConfigError naming the argument.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise ConfigError(f"{key}: has no _target_, so nothing says what to build.")
+    target = find(str(node["_target_"]), f"{key}._target_", kind)
+    arguments = {name: value for name, value in node.items() if name != "_target_"}
+    _check_plain(arguments, key)
+    check_arguments(target, str(node["_target_"]), arguments, key, *given)
+    return target, arguments
+
+
+def check_arguments(target: Any, path: str, arguments: dict[str, Any], key: str, *given: str) -> None:
+    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take."""
+    try:
+        signature = inspect.signature(target)
+    except (ValueError, TypeError):
+        return
+    parameters = signature.parameters
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name in arguments:
+        if name not in parameters and not takes_all:
+            raise ConfigError(f"{key}.{name}: {path} takes no such argument{did_you_mean(name, parameters)}")
+    try:
+        signature.bind_partial(*[None] * len(given), **arguments)
+    except TypeError as error:
+        raise ConfigError(f"{key}: {path}: {error}.") from None
+
+
+def _check_plain(value: Any, key: str) -> None:
+    """Refuses what Hydra or OmegaConf would build or resolve, at any depth."""
+    if isinstance(value, dict):
+        for name, item in value.items():
+            if name in HYDRAS_WORDS or "${" in str(name):
+                raise ConfigError(f"{key}.{name}: arguments are plain data, of which nothing is built; leave it out.")
+            _check_plain(item, f"{key}.{name}")
+    elif isinstance(value, (list, tuple)):
+        for number, item in enumerate(value):
+            _check_plain(item, f"{key}[{number}]")
+    elif isinstance(value, str) and "${" in value:
+        raise ConfigError(f"{key}={value}: nothing is resolved in an argument; write the value itself.")
+
+
+def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
+    """Builds a `_target_` node."""
+    target, arguments = check_target(node, key, kind)
+    try:
+        return target(**arguments, **extra)
+    except Exception as error:
+        cause = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}: {node['_target_']} cannot be built ({cause}).") from None
+
+
+def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]:
+    """A function from parameters to an optimizer; `rate` is its first learning rate."""
+    check_target(node, "optimizer", "optimizer", "params")
+    if "lr" in node:
+        raise ConfigError("optimizer.lr: the rate is set by learning_rate.peak.")
+    import torch
+
+    # Values that no signature tells, such as betas=[1], are refused now and not after the weights are loaded.
+    build(node, "optimizer", "optimizer", params=[torch.nn.Parameter(torch.zeros(1, 1))], lr=rate)
+    return lambda parameters: build(node, "optimizer", "optimizer", params=parameters, lr=rate)
+
+
+def metric_functions(paths: list[str], options: dict[str, Any] | None = None) -> dict[str, Callable[..., float]]:
+    """Metric functions (references, predictions) -> float by their last name, with the arguments that `options` gives.
+
+    Raises ConfigError for a metric that does not exist, an option for none, or an argument that it does not take.
+    """
+    metrics: dict[str, Callable[..., float]] = {}
+    for path in paths:
+        name = path.rpartition(".")[2]
+        if name in metrics:
+            raise ConfigError(f"task.metrics: two metrics are called {name}; keep one, or give one another name.")
+        metrics[name] = find(path, "task.metrics", "metric")
+    for name, arguments in (options or {}).items():
+        if name not in metrics:
+            raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, metrics)}")
+        takes = list(inspect.signature(metrics[name]).parameters)[2:]
+        for argument in arguments:
+            if argument not in takes:
+                raise ConfigError(
+                    f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, takes)}"
+                )
+        metrics[name] = partial(metrics[name], **arguments)
+    return metrics
+
+
+def reads_text(path: str) -> bool:
+    """Whether a metric compares texts; the others compare targets with probabilities or numbers."""
+    return path.startswith("llmft.metrics.text.")

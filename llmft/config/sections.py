@@ -1,0 +1,806 @@
+"""Every dataclass that YAML is checked against.
+
+What our own code reads is typed here, so that a typo or a wrong type fails at composition. What others wrote
+(optimizer, callbacks, loggers) are `_target_` nodes, checked by `llmft.config.instantiate` before any weights load.
+Ranges and contradictions are refused in `__post_init__`, in one sentence that names the key.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+from llmft.core.errors import ConfigError, did_you_mean
+
+Texts = Any
+"""One text, such as a path or glob, or a list of them; the command line takes it as it is, unlike other `Any`."""
+
+
+def aside(default: Any = MISSING, *, factory: Any = None) -> Any:
+    """A field that cannot change a run's numbers, and so has no part in its key."""
+    metadata = {"aside": True}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def require(condition: bool, message: str) -> None:
+    """Raises ConfigError(message) unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+def seconds_of(duration: str, key: str) -> float:
+    """Seconds of a duration such as "11h30m", "90m", "45s" or "1d12h"; a bare number means seconds.
+
+    Raises ConfigError naming `key`.
+    """
+    parts = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", str(duration).strip())
+    if parts is None or not any(parts.groups()):
+        raise ConfigError(f"{key}={duration}: a duration such as 11h30m, 90m or 45s.")
+    days, hours, minutes, seconds = (float(part or 0) for part in parts.groups())
+    return days * 86400 + hours * 3600 + minutes * 60 + seconds
+
+
+class Kernels(Enum):
+    """Whether pieces of transformers and PEFT are replaced by ones that take less time or memory."""
+
+    auto = "auto"
+    none = "none"
+
+
+class ModelInit(Enum):
+    """Where the weights come from."""
+
+    pretrained = "pretrained"
+    random = "random"
+
+
+class SystemRole(Enum):
+    """What a prompt format does with a system prompt."""
+
+    native = "native"
+    merge = "merge"
+    refuse = "refuse"
+
+
+class QuantizationFormat(Enum):
+    """Number format of the frozen base's linear layers; `checkpoint` is the one that its files are in."""
+
+    nf4 = "nf4"
+    fp4 = "fp4"
+    int8 = "int8"
+    none = "none"
+    checkpoint = "checkpoint"
+
+
+class Head(Enum):
+    """What turns a model into a classifier: new weights on its last state, or its own words for the classes."""
+
+    linear = "linear"
+    tokens = "tokens"
+
+
+class Problem(Enum):
+    """What a row's target is: one class, any number of classes, or a number."""
+
+    single_label = "single_label"
+    multi_label = "multi_label"
+    regression = "regression"
+
+
+class Schedule(Enum):
+    """How the learning rate goes from its peak to its floor."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Precision(Enum):
+    """Number format of the computation; `auto` takes the best that the device computes natively."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Truncation(Enum):
+    """What happens to a row that is longer than data.max_tokens; answers are never cut."""
+
+    cut_prompt_left = "cut_prompt_left"
+    cut_prompt_middle = "cut_prompt_middle"
+    cut_prompt_right = "cut_prompt_right"
+    drop = "drop"
+    error = "error"
+
+
+class Turns(Enum):
+    """Which answers of a conversation carry loss."""
+
+    all = "all"
+    last = "last"
+
+
+class Transform(Enum):
+    """What is done to conversations before they are rendered."""
+
+    none = "none"
+    context_distillation = "context_distillation"
+    ghost_attention = "ghost_attention"
+
+
+class TrainOn(Enum):
+    """The training rows, or all that are not held out for test: then no validation number means anything."""
+
+    train = "train"
+    all = "all"
+
+
+class Sampling(Enum):
+    """How data.limit chooses rows."""
+
+    random = "random"
+    diverse = "diverse"
+
+
+class BadRow(Enum):
+    """What happens to a row that cannot be used."""
+
+    error = "error"
+    skip = "skip"
+
+
+class OnNan(Enum):
+    """What happens to a step whose loss or gradient is not a finite number."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+class OnSaveError(Enum):
+    """What happens when a checkpoint cannot be written."""
+
+    stop = "stop"
+    warn = "warn"
+
+
+class Checkpointing(Enum):
+    """What a backward finds of its forward: everything, or layers' inputs; `auto` takes the first of them that fits."""
+
+    auto = "auto"
+    none = "none"
+    full = "full"
+
+
+class Mode(Enum):
+    """Which direction of the monitored metric is better; `auto` is what the metric itself declares."""
+
+    auto = "auto"
+    min = "min"
+    max = "max"
+
+    @property
+    def sign(self) -> float:
+        """What a value is multiplied with, so that less is better."""
+        assert self is not Mode.auto, "llmft.metrics.monitor.with_mode comes first"
+        return 1.0 if self is Mode.min else -1.0
+
+
+class Export(Enum):
+    """Which weights the run hands over."""
+
+    best = "best"
+    last = "last"
+
+
+@dataclass
+class ModelConfig:
+    name: str = aside()
+    id: str = MISSING
+    revision: str = "main"
+    path: str | None = None
+    init: ModelInit = ModelInit.pretrained
+    architecture: str = MISSING
+    config: dict[str, Any] = field(default_factory=dict)
+    overrides: dict[str, Any] = field(default_factory=dict)
+    load_overrides: dict[str, Any] = field(default_factory=dict)
+    train_tokenizer_vocab: int | None = None
+    train_tokenizer_extra: list[str] = field(default_factory=list)
+    trust_remote_code: bool = False
+    requires_remote_code: bool = False
+    unsupported: str | None = None
+    skip_modules: list[str] = field(default_factory=list)
+    attn_implementation: str | None = None
+    kernels: Kernels = aside(Kernels.auto)
+    learning_rate: float = aside(2e-4)
+    precision: Precision = aside(Precision.auto)
+    license: str = aside("unknown")
+    gated: bool = aside(False)
+    context_tokens: int | None = aside(None)
+
+    @property
+    def label(self) -> str:
+        """What people call the model: the directory's name where one is given, else the option's."""
+        if self.path is None or self.path.startswith("package:"):
+            return self.name
+        return self.path.rstrip("/").rpartition("/")[2] or self.name
+
+    def __post_init__(self) -> None:
+        require(self.path is not None or self.id != "local", "model=local needs model.path=DIR, a model directory.")
+        require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
+        require(
+            not self.overrides or self.init is ModelInit.random,
+            "model.overrides reshapes a model, which its pretrained weights would not fit: "
+            "set model.init=random or leave it out.",
+        )
+        require(
+            self.train_tokenizer_vocab is None or self.init is ModelInit.random,
+            "model.train_tokenizer_vocab makes a new vocabulary, which pretrained weights would not fit: "
+            "set model.init=random or leave it out.",
+        )
+        require(
+            self.train_tokenizer_vocab is None or self.train_tokenizer_vocab >= 260,
+            f"model.train_tokenizer_vocab={self.train_tokenizer_vocab}: 260 at least (256 bytes and 3 special tokens).",
+        )
+        if self.requires_remote_code and not self.trust_remote_code and self.init is ModelInit.pretrained:
+            raise ConfigError(
+                f"model={self.name} only runs with code from its repository: read that code, then set "
+                "model.trust_remote_code=true and model.revision to the commit you read."
+            )
+        if self.trust_remote_code:
+            pinned = len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
+            require(
+                self.path is not None or pinned,
+                f"model.trust_remote_code=true needs model.revision as a 40-digit commit, not '{self.revision}': "
+                "otherwise the code may change under you.",
+            )
+
+
+@dataclass
+class QuantizationConfig:
+    format: QuantizationFormat = QuantizationFormat.nf4
+    double_quant: bool = True
+    cache: bool = aside(True)
+    cache_gib: float = aside(50.0)
+
+    def __post_init__(self) -> None:
+        require(self.cache_gib >= 0, f"quantization.cache_gib={self.cache_gib}: 0 or more.")
+
+
+MOST_RANK = 65_536
+"""A run's file that asks for more would take all memory."""
+
+
+@dataclass
+class LoraConfig:
+    enabled: bool = True
+    r: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: Texts = "all-linear"
+    rslora: bool = False
+    dora: bool = False
+    modules_to_save: list[str] = field(default_factory=list)
+
+    @property
+    def scaling_alpha(self) -> float:
+        """LoRA's alpha; unset, it is 2 r, so that one learning rate carries over between ranks."""
+        return 2.0 * self.r if self.alpha is None else self.alpha
+
+    def __post_init__(self) -> None:
+        require(self.r >= 1, f"lora.r={self.r}: an integer of 1 or more (lora=none trains all weights).")
+        require(self.r <= MOST_RANK, f"lora.r={self.r}: {MOST_RANK:,} or less; no layer is so wide.")
+        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: at least 0 and below 1.")
+        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: above 0, or null for 2 r.")
+        require(
+            isinstance(self.targets, str) or (isinstance(self.targets, list) and len(self.targets) > 0),
+            "lora.targets: 'all-linear', a regular expression, or a list of module names.",
+        )
+
+
+@dataclass
+class LearningRateConfig:
+    peak: float = MISSING
+    warmup_fraction: float = 0.03
+    warmup_steps: int | None = None
+    schedule: Schedule = Schedule.cosine
+    floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(0 < self.peak < float("inf"), f"learning_rate.peak={self.peak}: above 0, and finite.")
+        require(0 <= self.warmup_fraction <= 1, f"learning_rate.warmup_fraction={self.warmup_fraction}: 0 to 1.")
+        require(
+            self.warmup_steps is None or self.warmup_steps >= 0,
+            f"learning_rate.warmup_steps={self.warmup_steps}: 0 or more, or null for warmup_fraction.",
+        )
+        require(0 <= self.floor <= 1, f"learning_rate.floor={self.floor}: a share of the peak, 0 to 1.")
+
+
+@dataclass
+class PromptConfig:
+    name: str = aside()
+    template: str | None = None
+    system_role: SystemRole = SystemRole.merge
+    system: str | None = None
+    instruction: str | None = None
+    joiner: str = "\n\n"
+    stop: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.system and self.system_role is SystemRole.refuse:
+            raise ConfigError(
+                f"prompt.system is set but the format {self.name} has no place for one: "
+                "use prompt.instruction, or prompt.system_role=merge."
+            )
+
+
+@dataclass
+class Files:
+    """One path, glob or list of them per split."""
+
+    train: Texts = None
+    validation: Texts = None
+    test: Texts = None
+
+
+@dataclass
+class Columns:
+    """Which column, or template such as "{question} {context}", fills which part of an example."""
+
+    prompt: str | None = None
+    input: str | None = None
+    response: str | None = None
+    system: str | None = None
+    messages: str | None = None
+    text: str | None = None
+    target: str | None = None
+    id: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+
+@dataclass
+class DataConfig:
+    name: str = aside()
+    source: str | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    files: Texts = aside(None)
+    split_files: Files = aside(factory=Files)
+    hub: str | None = None
+    hub_config: str | None = None
+    hub_revision: str = "main"
+    hub_splits: Files = field(default_factory=Files)
+    csv_columns: list[str] = field(default_factory=list)
+    columns: Columns = field(default_factory=Columns)
+    optional_columns: list[str] = aside(factory=list)
+    labels: list[str] = field(default_factory=list)
+    target_columns: list[str] = field(default_factory=list)
+    target_separator: str = ","
+    pseudo: str | None = aside(None)
+    pseudo_rows: Texts = aside(None)
+    pseudo_floor: float = 0.0
+    pseudo_cap: int | None = None
+    pseudo_weight: float = 1.0
+    validation_fraction: float = 0.1
+    test_fraction: float = 0.0
+    fold: int | None = None
+    num_folds: int = 5
+    stratify: str | None = None
+    group: str | None = None
+    train_on: TrainOn = TrainOn.train
+    split_seed: int = 0
+    limit: int | None = None
+    sample: Sampling = Sampling.random
+    train_turns: Turns = Turns.all
+    transform: Transform = Transform.none
+    max_tokens: int = 1024
+    max_prompt_tokens: int | None = None
+    max_answer_tokens: int | None = None
+    min_prompt_tokens: int = 0
+    min_answer_tokens: int = 0
+    truncation: Truncation = Truncation.cut_prompt_left
+    epochs: float = aside(3.0)
+    on_bad_row: BadRow = BadRow.error
+    max_bad_fraction: float = 0.05
+    max_overlap_fraction: float = 0.5
+    max_dropped_fraction: float = aside(0.01)
+    cache: bool = aside(True)
+
+    def __post_init__(self) -> None:
+        local = bool(self.files or self.split_files.train)
+        require(
+            local or bool(self.source or self.hub),
+            f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).",
+        )
+        require(not (local and self.source), f"data={self.name} makes its own rows: data.files has no place there.")
+        require(
+            not (self.files and self.split_files.train),
+            "data.files and data.split_files.train are both set: keep one.",
+        )
+        for key in ("validation_fraction", "test_fraction", "max_bad_fraction"):
+            value = getattr(self, key)
+            require(0 <= value < 1, f"data.{key}={value}: at least 0 and below 1.")
+        require(0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: 0 to 1.")
+        require(0 <= self.max_overlap_fraction <= 1, f"data.max_overlap_fraction={self.max_overlap_fraction}: 0 to 1.")
+        require(self.num_folds >= 2, f"data.num_folds={self.num_folds}: 2 or more.")
+        require(
+            self.fold is None or 0 <= self.fold < self.num_folds,
+            f"data.fold={self.fold}: 0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null.",
+        )
+        for key in ("max_prompt_tokens", "max_answer_tokens"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
+        for key in ("min_prompt_tokens", "min_answer_tokens"):
+            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: 0 or more.")
+        require(0 <= self.pseudo_floor <= 1, f"data.pseudo_floor={self.pseudo_floor}: a probability, 0 to 1.")
+        require(self.pseudo_weight > 0, f"data.pseudo_weight={self.pseudo_weight}: above 0; 1 counts as a row does.")
+        require(
+            self.pseudo_cap is None or self.pseudo_cap >= 1,
+            f"data.pseudo_cap={self.pseudo_cap}: 1 or more rows a class, or null.",
+        )
+        require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
+        require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
+        for split, count in self.rows.items():
+            require(
+                split in ("train", "validation", "test") and count >= 0,
+                f"data.rows.{split}={count}: train, validation or test, each 0 or more.",
+            )
+
+
+CLASSIFICATION = "llmft.training.objectives.classification.Classification"
+
+
+@dataclass
+class TaskConfig:
+    name: str = aside()
+    head: Head | None = None
+    problem: Problem = Problem.single_label
+    words: Any = "labels"
+    class_weights: Any = None
+    label_smoothing: float = 0.0
+    text_loss: float = 0.0
+    objective: str | None = None
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    auto_class: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    generate_rows: int = 128
+    max_new_tokens: int = 128
+    show_rows: int = aside(8)
+
+    def __post_init__(self) -> None:
+        if self.head is not None:
+            self.objective = self.objective or CLASSIFICATION
+            model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+            require(
+                self.auto_class in (None, model),
+                f"task.auto_class={self.auto_class}: task.head={self.head.value} sits on a {model}; leave it out.",
+            )
+            self.auto_class = model
+        require(self.objective is not None, f"task={self.name} has no task.objective.")
+        self.auto_class = self.auto_class or "causal_lm"
+        options = ("causal_lm", "sequence_classification")
+        require(
+            self.auto_class in options,
+            f"task.auto_class={self.auto_class}: no such kind of model{did_you_mean(self.auto_class, options)}",
+        )
+        for key in ("generate_rows", "show_rows"):
+            require(getattr(self, key) >= 0, f"task.{key}={getattr(self, key)}: 0 or more.")
+        require(self.max_new_tokens >= 1, f"task.max_new_tokens={self.max_new_tokens}: 1 or more.")
+        require(0 <= self.label_smoothing < 1, f"task.label_smoothing={self.label_smoothing}: at least 0 and below 1.")
+        require(
+            self.text_loss == 0 or (self.text_loss > 0 and self.head is Head.tokens),
+            f"task.text_loss={self.text_loss}: 0 or more, and for task.head=tokens alone.",
+        )
+        single = self.problem is Problem.single_label
+        require(
+            single or self.head is not Head.tokens,
+            f"task.head=tokens chooses one class: task.problem={self.problem.value} needs task.head=linear.",
+        )
+        require(
+            self.class_weights is None or single,
+            f"task.class_weights: task.problem={self.problem.value} has no classes to weigh against each other.",
+        )
+        require(
+            self.label_smoothing == 0 or self.problem is not Problem.regression,
+            "task.label_smoothing: a regression has no labels to smooth.",
+        )
+        require(
+            self.class_weights is None or self.class_weights == "balanced" or isinstance(self.class_weights, dict),
+            f"task.class_weights={self.class_weights}: balanced, a dictionary of weights by class, or null.",
+        )
+        require(
+            self.words in ("labels", "letters") or isinstance(self.words, dict),
+            f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.",
+        )
+
+
+def rows_or_tokens(micro_batch: Any) -> tuple[int | None, int | None]:
+    """trainer.micro_batch as (rows, tokens), of which one is a number; both None for auto."""
+    found = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
+    require(
+        micro_batch == "auto" or found is not None,
+        f"trainer.micro_batch={micro_batch}: a number of rows, a number of tokens (4096tokens), or auto.",
+    )
+    if found is None:
+        return None, None
+    number = int(found[1])
+    return (None, number) if found[2] else (number, None)
+
+
+def checkpointing_of(value: Any) -> Checkpointing:
+    """trainer.gradient_checkpointing as it is written anywhere; true and false mean full and none."""
+    if isinstance(value, Checkpointing):
+        return value
+    if isinstance(value, bool):
+        return Checkpointing.full if value else Checkpointing.none
+    if value == "selective":  # as runs of llmft 0.1 say
+        warnings.warn("trainer.gradient_checkpointing=selective is gone; full is taken.", FutureWarning, stacklevel=2)
+        return Checkpointing.full
+    names = [level.value for level in Checkpointing]
+    require(
+        value in names,
+        f"trainer.gradient_checkpointing={value}: auto, none or full{did_you_mean(str(value), names)}",
+    )
+    return Checkpointing(value)
+
+
+@dataclass
+class TrainerConfig:
+    batch_size: int = 16
+    epochs: float = 3.0
+    max_steps: int | None = None
+    validate_every: float = 0.25
+    gradient_clip: float | None = 1.0
+    monitor: str = "val/loss_nats"
+    mode: Mode = Mode.auto
+    patience: int | None = None
+    export: Export = Export.best
+    precision: Precision = Precision.auto
+    callbacks: dict[str, Any] = field(default_factory=dict)
+    # The rest changes time and memory, not the numbers.
+    micro_batch: Any = aside("auto")
+    gradient_checkpointing: Any = aside(Checkpointing.auto)
+    offload_activations: bool = aside(False)
+    compile: bool = aside(False)
+    validation_batch_size: int = aside(64)
+    checkpoint_every: int | None = aside(None)
+    keep_checkpoints: int = aside(2)
+    accelerator: str = aside("auto")
+    devices: Any = aside(1)
+    num_nodes: int = aside(1)
+    strategy: Any = aside("auto")
+    threads: int | None = aside(None)
+    deterministic: bool = aside(True)
+    # And these only what happens when something goes wrong: a run that ends well is the same with any of them.
+    max_time: str | None = aside(None)
+    on_nan: OnNan = aside(OnNan.stop)
+    on_save_error: OnSaveError = aside(OnSaveError.stop)
+
+    def __post_init__(self) -> None:
+        if self.max_time is not None:
+            limit = seconds_of(self.max_time, "trainer.max_time")
+            require(limit > 0, f"trainer.max_time={self.max_time}: above 0, or null for no limit.")
+        for key in ("batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
+            require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: 1 or more.")
+        rows_or_tokens(self.micro_batch)
+        self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
+        for key in ("max_steps", "checkpoint_every", "patience", "threads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"trainer.{key}={value}: 1 or more, or null.")
+        several = isinstance(self.devices, list) and len(self.devices) > 0
+        number = isinstance(self.devices, int) and not isinstance(self.devices, bool) and self.devices >= 1
+        require(
+            several or number or self.devices == "auto",
+            f"trainer.devices={self.devices}: 1 or more, a list of device numbers, or auto.",
+        )
+        require(self.epochs > 0, f"trainer.epochs={self.epochs}: above 0.")
+        require(
+            self.validate_every > 0,
+            f"trainer.validate_every={self.validate_every}: a share of the run (0.25) or a number of steps (100).",
+        )
+        require(
+            self.gradient_clip is None or self.gradient_clip > 0,
+            f"trainer.gradient_clip={self.gradient_clip}: above 0, or null for none.",
+        )
+
+
+@dataclass
+class WandbConfig:
+    """Settings of the Weights & Biases run; `enabled` is what `logger=wandb` sets."""
+
+    enabled: bool = False
+    project: str = "llmft"
+    entity: str | None = None
+    group: str | None = None
+    job_type: str = "train"
+    start_timeout_s: float = 4.0
+    finish_timeout_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        for key in ("project", "entity"):
+            name = getattr(self, key)
+            fits = name is None or (0 < len(name) <= 128 and not set(name) & set("/\\#?%:"))
+            require(
+                fits, f"logger.wandb.{key}={name}: W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
+            )
+        for key in ("start_timeout_s", "finish_timeout_s"):
+            seconds = getattr(self, key)
+            require(0 < seconds < math.inf, f"logger.wandb.{key}={seconds}: a number of seconds above 0.")
+
+
+@dataclass
+class LoggerConfig:
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    loggers: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class SweepConfig:
+    """How the trials of a multirun run and what is asked of them; no part of any run's key."""
+
+    name: str | None = None
+    question: str | None = None
+    workers: Any = "auto"
+    time_limit: str | None = None
+    silence_limit: str | None = "1h"
+    stop_after_same_error: int | None = 3
+    twin_of: str | None = None
+    twin_noise: float | None = None
+    report: bool = True
+
+    def __post_init__(self) -> None:
+        number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
+        require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
+        for key in ("time_limit", "silence_limit"):
+            value = getattr(self, key)
+            if value is not None:
+                seconds_of(value, f"sweep.{key}")
+        require(
+            self.stop_after_same_error is None or self.stop_after_same_error >= 2,
+            f"sweep.stop_after_same_error={self.stop_after_same_error}: 2 or more, or null.",
+        )
+        require(
+            self.twin_noise is None or self.twin_noise > 0,
+            f"sweep.twin_noise={self.twin_noise}: above 0, in units of trainer.monitor, or null.",
+        )
+
+
+class Form(Enum):
+    """How a command answers: for people or for programs."""
+
+    text = "text"
+    json = "json"
+
+
+class Keep(Enum):
+    """Which checkpoints of a finished run stay."""
+
+    best = "best"
+    last = "last"
+
+
+class Cleaning(Enum):
+    """What `python -m llmft.disk` may delete."""
+
+    checkpoints = "checkpoints"
+    leftovers = "leftovers"
+    tokens = "tokens"
+    bases = "bases"
+    wandb = "wandb"
+
+
+@dataclass
+class DoctorConfig:
+    """What `python -m llmft.doctor` takes."""
+
+    output_dir: str = "outputs"
+    network: bool = True
+    format: Form = Form.text
+
+
+@dataclass
+class DiskConfig:
+    """What `python -m llmft.disk` takes."""
+
+    output_dir: str = "outputs"
+    clean: list[Cleaning] = field(default_factory=list)
+    keep: list[Keep] = field(default_factory=lambda: [Keep.best, Keep.last])
+    dry_run: bool = True
+    format: Form = Form.text
+
+
+@dataclass
+class SearchConfig:
+    """What a multirun takes below hydra.sweeper; errors name keys without that prefix.
+
+    Attributes:
+        sampler: what suggests the configurations; None: no search, all combinations.
+        n_trials: configurations to try in all; None: 20, or all of a grid's.
+        seed: of the search itself.
+        seeds: a configuration is trained with each of these; its value is the mean.
+        startup_trials: so many at random before TPE or GP have something to learn from.
+        pruner_startup_trials: nothing is pruned by the median before so many are complete.
+        min_validations: a trial is not pruned before its validation of this number (the one before training is 0).
+        max_validations: a whole run's validations, for Hyperband; None: as many as the longest complete one had.
+        reduction_factor: one in so many goes on at each rung of successive halving.
+        params: ranges, key by key; the command line goes before them.
+        conditions: parameters that exist only under a condition on others.
+    """
+
+    sampler: str | None = None
+    pruner: str = "none"
+    n_trials: int | None = None
+    seed: int = 0
+    seeds: list[int] | None = None
+    startup_trials: int = 10
+    pruner_startup_trials: int = 5
+    min_validations: int = 1
+    max_validations: int | None = None
+    reduction_factor: int = 3
+    params: dict[str, Any] | None = None
+    conditions: dict[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        samplers = ("tpe", "random", "grid", "brute", "gp")
+        pruners = ("none", "median", "successive_halving", "hyperband")
+        for key, known in (("sampler", samplers), ("pruner", pruners)):
+            value = getattr(self, key)
+            require(value is None or value in known, f"{key}={value}: no such {key}{did_you_mean(str(value), known)}")
+        for key, least in (("n_trials", 1), ("startup_trials", 1), ("min_validations", 1), ("reduction_factor", 2)):
+            value = getattr(self, key)
+            require(value is None or value >= least, f"{key}={value}: {least} or more.")
+        require(self.seed >= 0, f"seed={self.seed}: 0 or more.")
+        require(self.pruner_startup_trials >= 0, f"pruner_startup_trials={self.pruner_startup_trials}: 0 or more.")
+        longest = self.max_validations
+        require(
+            longest is None or longest >= self.min_validations,
+            f"max_validations={longest}: min_validations={self.min_validations} or more, or null.",
+        )
+        several = self.seeds
+        require(
+            several is None or (len(several) > 0 and len(set(several)) == len(several)),
+            f"seeds={several}: different numbers, as in [0,1,2], or null.",
+        )
+
+
+@dataclass
+class TrainConfig:
+    """What `python -m llmft` takes."""
+
+    model: ModelConfig = MISSING
+    quantization: QuantizationConfig = MISSING
+    lora: LoraConfig = MISSING
+    learning_rate: LearningRateConfig = MISSING
+    optimizer: dict[str, Any] = MISSING
+    prompt: PromptConfig = MISSING
+    data: DataConfig = MISSING
+    task: TaskConfig = MISSING
+    trainer: TrainerConfig = MISSING
+    logger: LoggerConfig = aside()
+    sweep: SweepConfig = aside()
+    trusted_packages: list[str] = aside(factory=list)
+    seed: int = 0
+    force: bool = aside(False)
+    progress: bool = aside(True)
+    output_dir: str = aside("outputs")
+    name: str | None = aside(None)
+    tags: list[str] = aside(factory=list)
+    notes: str | None = aside(None)
+
+    def __post_init__(self) -> None:
+        quantized = self.quantization.format is not QuantizationFormat.none
+        if quantized and not self.lora.enabled:
+            raise ConfigError(
+                f"quantization.format={self.quantization.format.value} with lora=none leaves nothing to train: "
+                "use quantization=none for full fine-tuning, or a LoRA."
+            )
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")

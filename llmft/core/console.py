@@ -1,0 +1,219 @@
+"""What a person sees: the plan, a progress bar, warnings, tables. All of it also goes to the run's log."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from llmft.core.errors import UserError
+from llmft.core.redaction import redact
+
+HEARTBEAT_S = 30.0
+
+
+class RedactingFile(io.TextIOBase):
+    """A text file that masks secrets, also those in tables."""
+
+    def __init__(self, file: TextIO) -> None:
+        self._file = file
+
+    def write(self, text: str) -> int:
+        """Writes `text` as others may read it."""
+        self._file.write(redact(text))
+        return len(text)
+
+    def flush(self) -> None:
+        """To the disk."""
+        self._file.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        self._file.close()
+
+
+class Screen:
+    """Prints to the terminal and, once a run is open, to its log file."""
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.terminal = Console(quiet=quiet, highlight=False)
+        if not self.terminal.is_terminal:
+            self.terminal.width = 110
+        self._file: RedactingFile | None = None
+        self._log: Console | None = None
+
+    def open_log(self, path: Path) -> None:
+        """Copies what follows to `path`, behind what is there."""
+        self.close_log()
+        self._file = RedactingFile(path.open("a", encoding="utf-8"))
+        self._log = Console(file=cast(TextIO, self._file), width=100, highlight=False, no_color=True)
+        self._log.print(time.strftime("--- %Y-%m-%d %H:%M:%S"))
+
+    def close_log(self) -> None:
+        """Ends the copy."""
+        if self._file is not None:
+            self._file.close()
+        self._file = self._log = None
+
+    def print(self, *things: Any) -> None:
+        """Prints strings (rich markup) and rich objects, each on its own line."""
+        for thing in map(redact, things):
+            self.terminal.print(thing, soft_wrap=isinstance(thing, str))
+            if self._log is not None and self._file is not None:
+                self._log.print(thing, soft_wrap=isinstance(thing, str))
+                self._file.flush()
+
+    def log_error(self, error: BaseException) -> None:
+        """What ended the run, in its log alone: a sentence for the user's errors, else the traceback."""
+        if self._file is None:
+            return
+        told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        with contextlib.suppress(OSError):  # a full disk has its own way to be told
+            self._file.write(f"{redact(told).rstrip()}\n")
+            self._file.flush()
+
+    def warn(self, message: str) -> None:
+        """One warning line."""
+        self.print(f"[yellow]warning:[/yellow] {escape(message)}")
+
+    def plan(self, facts: Mapping[str, str]) -> None:
+        """A short table of what is about to happen."""
+        table = Table.grid(padding=(0, 2))
+        for name, value in facts.items():
+            table.add_row(f"[bold]{name}[/bold]", escape(redact(value)))
+        self.print(Panel(table, title="llmft", title_align="left", border_style="cyan", expand=False))
+
+    def samples(self, samples: Sequence[Mapping[str, Any]], count: int, step: int) -> None:
+        """Generations beside their references."""
+        if not samples or count == 0:
+            return
+        table = Table(title=f"generations after step {step}", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
+        table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
+        table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
+        for sample in map(redact, samples[:count]):  # before it is cut to what the screen holds
+            same = sample["reference"].strip() == sample["generated"].strip()
+            colour = "green" if same else "red"
+            table.add_row(
+                escape(_one_line(sample["prompt"])[-60:]),
+                escape(_one_line(sample["reference"])),
+                f"[{colour}]{escape(_one_line(sample['generated']))}[/{colour}]",
+            )
+        self.print(table)
+
+    def summary(
+        self,
+        before: Mapping[str, float | None],
+        after: Mapping[str, float | None],
+        facts: Mapping[str, str],
+        chance: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        blank: bool = False,
+    ) -> None:
+        """Metrics before and after training, where the run lies, and what `chance` alone gives by split.
+
+        `blank`: those of validation mean nothing.
+        """
+        if blank:
+            after = {name: value for name, value in after.items() if not name.startswith("val/")}
+            self.print("Validation metrics are not reported, because those rows are trained on.")
+        table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("metric")
+        table.add_column("before", justify="right")
+        table.add_column("after", justify="right", style="bold")
+        if chance:
+            table.add_column("prior", justify="right")
+        for name, value in after.items():
+            was, (split, _, last) = before.get(name), name.partition("/")
+            own = (chance or {}).get(split, {})
+            prior = own.get("prior_loss") if last == "loss_nats" else own.get("metrics", {}).get(last)
+            cells = ["" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}"]
+            table.add_row(name, *cells, *(["" if prior is None else f"{prior:.4f}"] if chance else []))
+        if after:
+            self.print(table)
+        self.chance(chance or {})
+        for name, text in facts.items():
+            self.print(f"[bold]{name}[/bold]  {escape(text)}")
+
+    def chance(self, found: Mapping[str, Mapping[str, Any]]) -> None:
+        """Whether predictions are better than the prior of the training rows, by split."""
+        from llmft.metrics.prior import chance_sentence, is_better
+
+        for split, own in found.items():
+            colour = "green" if is_better(own) else "red"
+            self.print(f"[{colour}]{split}[/{colour}]  {escape(chance_sentence(own))}")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+class StepProgress:
+    """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever comes later."""
+
+    def __init__(self, screen: Screen, total: int, *, enabled: bool = True) -> None:
+        self.screen = screen
+        self.total = total
+        self.enabled = enabled
+        self.started = time.monotonic()
+        self.first: int | None = None
+        self._said_at = self.started
+        self._said_step = 0
+        self._bar: Progress | None = None
+        self._task: Any = None
+
+    def start(self, step: int) -> None:
+        """Shows the bar at `step`."""
+        self.first = self._said_step = step
+        self.started = self._said_at = time.monotonic()
+        if self.enabled and self.screen.terminal.is_terminal:
+            self._bar = Progress(
+                TextColumn("[cyan]training[/cyan]"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("loss {task.fields[loss]}"),
+                TextColumn("{task.fields[speed]} tokens/s"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+                console=self.screen.terminal,
+                transient=True,
+            )
+            self._task = self._bar.add_task("training", total=self.total, completed=step, loss="-", speed="-")
+            self._bar.start()
+
+    def update(self, step: int, loss: float, tokens_per_s: float) -> None:
+        """Shows a step."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
+            return
+        now = time.monotonic()
+        late = now - self._said_at >= HEARTBEAT_S or step == self.total
+        if self.enabled and late and (step - self._said_step) * 20 >= self.total:
+            self._said_at, self._said_step = now, step
+            pace = (now - self.started) / max(1, step - (self.first or 0))
+            left = pace * (self.total - step)
+            self.screen.print(
+                f"step {step}/{self.total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left:.0f} s left"
+            )
+
+    def note(self, line: str) -> None:
+        """A line above the bar."""
+        self.screen.print(line)
+
+    def stop(self) -> None:
+        """Takes the bar away."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None

@@ -1,0 +1,236 @@
+"""Where a model's files are: a local directory, the package, the Hub's cache, or the Hub itself.
+
+Nothing here waits long: what is cached is used without asking anybody, and what is not is asked for once, with a
+time limit of a few seconds, before the libraries' own retries (48 s for a missing model) can begin.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmft.config.sections import ModelConfig, ModelInit
+from llmft.config.untrusted import check_model
+from llmft.core.errors import ConfigError, nearest
+from llmft.core.network import NoAnswer, ask, unless_stalled
+
+T = TypeVar("T")
+PACKAGED = "package:"
+PROBE_TIMEOUT_S = 4.0
+MOST_HEADER_BYTES = 100 * 2**20
+"""Of a safetensors file; the library itself refuses a longer one."""
+PICKLED = (
+    "there are no safetensors weights, and pickled ones are not loaded; convert them with transformers' "
+    "save_pretrained in an environment you trust, then set model.path=DIR."
+)
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
+
+
+@dataclass(frozen=True)
+class Located:
+    """A model's directory, and what identifies its content; no directory for a random model without files."""
+
+    directory: Path | None
+    fingerprint: str
+
+
+def locate(model: ModelConfig) -> Located:
+    """Finds the files of `model`, downloading them from the Hub only where they are not cached.
+
+    Raises ConfigError in one sentence, within seconds, when they cannot be had.
+    """
+    if model.path is not None:
+        return _local(model.path, weights=model.init is ModelInit.pretrained)
+    if model.init is ModelInit.random:
+        return Located(None, "random")
+    directory = _cached(model.id, model.revision)
+    if directory is None:
+        directory = _download(model)
+    check_model(directory)
+    return Located(directory, directory.name)
+
+
+def _local(path: str, *, weights: bool) -> Located:
+    if path.startswith(PACKAGED):
+        directory = Path(__file__).parent.parent / "assets" / path.removeprefix(PACKAGED)
+    else:
+        directory = Path(path).expanduser()
+    if not (directory / "config.json").is_file():
+        raise ConfigError(
+            f"model.path={path}: no Hugging Face model directory there "
+            f"({'no config.json in it' if directory.is_dir() else 'no such directory'})."
+        )
+    check_model(directory)
+    if weights and not has_weights(directory):
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
+        raise ConfigError(
+            f"model.path={path}: " + (PICKLED if pickled else "its safetensors weights are missing or not whole.")
+        )
+    return Located(directory, fingerprint(directory))
+
+
+def fingerprint(directory: Path) -> str:
+    """A digest of a model directory: names, sizes, whole small files, and a piece of every tensor of large ones.
+
+    A 7B takes a fraction of a second; two models that differ in a tensor differ in its middle, if they were trained.
+    """
+    digest = hashlib.sha256()
+    edge = 2**20
+    for path in sorted(directory.iterdir()):
+        if not path.is_file() or path.suffix not in {".json", ".safetensors", ".model", ".txt", ".jinja", ".py"}:
+            continue
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            if size <= 64 * edge:
+                digest.update(file.read())
+                continue
+            head = file.read(edge)
+            digest.update(head)
+            for place in _middles(head, file, size):
+                file.seek(place)
+                digest.update(file.read(4096))
+            file.seek(-edge, os.SEEK_END)
+            digest.update(file.read(edge))
+    return digest.hexdigest()
+
+
+def _middles(head: bytes, file: Any, size: int) -> list[int]:
+    """The middle of every tensor of a safetensors file; of equal parts of any other file."""
+    length = int.from_bytes(head[:8], "little")
+    try:
+        file.seek(8)
+        entries = json.loads(file.read(length)) if length < min(size, MOST_HEADER_BYTES) else {}
+        offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
+        return sorted(8 + length + (start + end) // 2 for start, end in offsets)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return [size * part // 256 for part in range(256)]
+
+
+def _cached(repo: str, revision: str) -> Path | None:
+    """The snapshot of `repo` in the cache, if its weights are whole."""
+    import huggingface_hub
+
+    try:
+        directory = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):  # LocalEntryNotFoundError and an ill-formed id
+        return None
+    return directory if (directory / "config.json").is_file() and has_weights(directory) else None
+
+
+def weight_bytes(located: Located) -> int | None:
+    """Of the weights' files; None for a model without any."""
+    files = [] if located.directory is None else list(located.directory.glob("*.safetensors"))
+    return sum(path.stat().st_size for path in files) or None
+
+
+def has_weights(directory: Path) -> bool:
+    """Whether all safetensors files that the directory's index names are there."""
+    if (directory / "model.safetensors").is_file():
+        return True
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        return False
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except (ValueError, KeyError):
+        return False
+    return all((directory / name).is_file() for name in names)
+
+
+def _cache_directory() -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
+def _cached_ids(kind: str) -> list[str]:
+    folder = _cache_directory()
+    prefix = f"{kind}s--"
+    if not folder.is_dir():
+        return []
+    return [p.name.removeprefix(prefix).replace("--", "/") for p in folder.iterdir() if p.name.startswith(prefix)]
+
+
+def _offline() -> bool:
+    return any(
+        os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
+    """Asks the Hub once whether `repo` can be read; raises ConfigError saying why it cannot."""
+    from huggingface_hub import constants, get_token
+
+    cached = _cached_ids(kind)
+    near = nearest(repo, cached)
+    where = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {near})" if near else "")
+    if _offline():
+        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {where}; unset it or {advice}.")
+    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}?expand=gated"  # without the list of all its files
+    token = get_token()
+    try:
+        status, content = ask(url, PROBE_TIMEOUT_S, headers={"Authorization": f"Bearer {token}"} if token else {})
+        facts = json.loads(content) if status == 200 else {}
+        if not isinstance(facts, dict):
+            raise ValueError
+    except NoAnswer as error:
+        raise ConfigError(f"{key}: {constants.ENDPOINT} cannot be reached ({error}) and {where}; {advice}.") from None
+    except ValueError:
+        raise ConfigError(f"{key}: {constants.ENDPOINT} gives no Hub's answer and {where}; {advice}.") from None
+    if status != 200:
+        reasons = dict.fromkeys((401, 403), "it does not exist, or is gated and needs `hf auth login` and its licence")
+        reason = {**reasons, 404: "no such repository"}.get(status, f"it answered {status}")
+        raise ConfigError(f"{key}: {constants.ENDPOINT} refused ({reason}); or {advice}.")
+    if facts.get("gated") and token is None:
+        raise ConfigError(
+            f"{key}: the {kind} is gated: accept its licence at {constants.ENDPOINT}/{repo}, "
+            f"log in with `hf auth login`, or {advice}."
+        )
+
+
+def _download(model: ModelConfig) -> Path:
+    import huggingface_hub
+
+    key = f"model.id={model.id}"
+    advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
+    ask_hub(key, model.id, "model", advice)
+    patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
+    try:
+        download = partial(huggingface_hub.snapshot_download, model.id, revision=model.revision)
+        directory = Path(unless_stalled(lambda: download(allow_patterns=patterns), _cache_directory()))
+    except Exception as error:
+        raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
+    if not has_weights(directory):
+        raise ConfigError(f"{key}: {PICKLED}")
+    return directory
+
+
+def online_or_cached(key: str, repo: str, kind: str, load: Callable[[], T]) -> T:
+    """What `load` makes with a Hub library: offline when `repo` is cached, else after asking the Hub once.
+
+    Any failure leaves as one ConfigError.
+    """
+    from huggingface_hub import constants
+
+    before = constants.HF_HUB_OFFLINE
+    cached = repo in _cached_ids(kind)
+    if not cached:
+        ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
+    constants.HF_HUB_OFFLINE = cached or before
+    try:
+        return load() if cached else unless_stalled(load, Path(constants.HF_HOME))
+    except ConfigError:
+        raise
+    except Exception as error:
+        before = before or isinstance(error, NoAnswer)  # what was left behind must not go on asking
+        raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
+    finally:
+        constants.HF_HUB_OFFLINE = before

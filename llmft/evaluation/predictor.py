@@ -1,0 +1,249 @@
+"""A finished run's model, loaded as it was trained, and its predictions part by part."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmft.config.commands import PredictConfig
+from llmft.config.sections import Head, ModelInit, Precision, QuantizationConfig, QuantizationFormat, Truncation
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError
+from llmft.core.files import staged_file
+from llmft.core.machine import sensible_threads
+from llmft.data.batch import Limit, MicroBatch, collate
+from llmft.data.columns import Conversation
+from llmft.data.encode import Encoder
+from llmft.data.examples import IGNORE, Encoded
+from llmft.data.hub import Located, locate
+from llmft.data.prompt import prompt_format
+from llmft.data.sources import Problems
+from llmft.evaluation.jobs import Asked
+from llmft.model import adapters, families
+from llmft.model.generate import generate
+from llmft.model.heads import renew_head
+from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
+from llmft.model.quantization import weight_counts
+from llmft.runs.predictions import read_table
+from llmft.training.finetuner import stream
+from llmft.training.objectives.language_modeling import LanguageModeling
+from llmft.training.samples import decoder
+from llmft.training.scoring import make_objective
+from llmft.training.tokenized_data import with_options
+
+BATCHES_A_PART = 4
+"""Batches between two writings: what a kill costs."""
+
+
+class Predictor:
+    """A run's model and tokenizer; the base stays in the process for the next run that has the same."""
+
+    def __init__(self, asked: Asked, options: PredictConfig) -> None:
+        self.asked, self.config, self.options = asked, asked.config, options
+        self.device = pick_device(options.accelerator)
+        self.precision = pick_precision(self.config.trainer.precision, self.device)
+        self.located = locate(self.config.model)
+        self._check_base()
+        trained = asked.run.adapter if self.config.lora.enabled else asked.run.model
+        self.tokenizer = load_tokenizer(self.config.model, Located(trained, ""))
+        prompt = prompt_format(with_options(self.config.prompt, asked.target_model), self.tokenizer)
+        data = self.config.data
+        # No row is left out: one that training would have dropped is cut.
+        self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
+        cuts = data.truncation in (Truncation.drop, Truncation.error)
+        data = replace(
+            data,
+            max_tokens=min(data.max_tokens, self.context_tokens or data.max_tokens) if learned else data.max_tokens,
+            truncation=Truncation.cut_prompt_left if cuts else data.truncation,
+            max_answer_tokens=None,
+            min_prompt_tokens=0,
+            min_answer_tokens=0,
+        )
+        self.encoder = Encoder(self.tokenizer, prompt, data)
+        self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
+        if self.config.task.head is not None and not hasattr(self.objective, "predict"):
+            raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
+        self.model = self._load(trained)
+
+    def _check_base(self) -> None:
+        record = self.asked.run.fact("model", "fingerprint")
+        if self.config.lora.enabled and record != self.located.fingerprint:
+            raise ConfigError(
+                f"{self.asked.run.directory}: the base model found for model={self.config.model.label} is not the one "
+                "that this run was trained on."
+            )
+
+    def _load(self, trained: Path) -> Any:
+        config, head = self.config, self.config.task.head is Head.linear
+        model, located, quantization = config.model, self.located, config.quantization
+        if not config.lora.enabled:
+            model = replace(
+                model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None
+            )
+            located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
+        base = load_base(
+            model,
+            located,
+            quantization,
+            auto_class=str(config.task.auto_class),
+            num_labels=len(self.asked.labels),
+            dtype=TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32,
+            device=self.device,
+            seed=config.seed,
+            vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
+            keep=adapters.reusable(config.lora),
+        )
+        counts = weight_counts(base)
+        weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
+        torch.set_num_threads(self.options.threads or sensible_threads(weights))
+        base.config.pad_token_id = self.tokenizer.pad_token_id
+        if head:
+            renew_head(base, stream(config.seed, "head") if config.lora.enabled else None)
+        if not config.lora.enabled:
+            return base.eval()
+        attached = adapters.attach(
+            base,
+            config.lora,
+            auto_class=str(config.task.auto_class),
+            seed=stream(config.seed, "lora"),
+            name=str(located.directory) if config.model.path is not None else config.model.id,
+            kernels=config.model.kernels,
+        )
+        adapters.load_adapter(attached, trained)
+        return attached.eval()
+
+    def close(self) -> None:
+        """Gives the base back as it was."""
+        if adapters.reusable(self.config.lora):
+            adapters.detach(self.model)
+        self.model = None
+
+    # ------------------------------------------------------------------------------------------------- predicting
+
+    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+        """Every row, cut where it is too long; of generation the prompt alone."""
+        if self.config.task.head is None:
+            prompts = [self.encoder.prompt_ids(row) for row in conversations]
+            return [Encoded(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
+        fitting = self.encoder.encode("predict", conversations, Problems())
+        made = {int(place): fitting[number] for number, place in enumerate(fitting.rows)}
+        for place, row in enumerate(conversations):
+            if place not in made:
+                ids, marks = self.encoder.forced(row)
+                made[place] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
+        return [made[place] for place in range(len(conversations))]
+
+    @torch.no_grad()
+    def predict(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
+        """Columns for a batch of rows: a list of values per row, or the text with its log-probability."""
+        with self._autocast():
+            if self.config.task.head is None:
+                return self._generate(examples)
+            batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
+            objective: Any = self.objective
+            return {"values": objective.predict(self.model, batch).cpu().tolist()}
+
+    @contextlib.contextmanager
+    def _autocast(self) -> Iterator[None]:
+        """The precision that validation computed in."""
+        mixed = self.precision is not Precision.fp32
+        with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
+            yield
+
+    def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
+        """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
+        outputs = generate(
+            self.model,
+            [list(example.input_ids) for example in examples],
+            pad_id=self.tokenizer.pad_token_id,
+            ends=self.encoder.ends,
+            max_new_tokens=self.options.max_new_tokens or self.config.task.max_new_tokens,
+            batch_size=len(examples),
+            context_tokens=self.context_tokens,
+        )
+        decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
+        return {
+            "generated": [decode(output) for output in outputs],
+            "logprob": self._logprobs(examples, outputs),
+            "tokens": [len(output) for output in outputs],
+        }
+
+    def _logprobs(self, examples: Sequence[Encoded], outputs: Sequence[list[int]]) -> list[float]:
+        written = [place for place, output in enumerate(outputs) if output]
+        found = [0.0] * len(outputs)
+        if not written:
+            return found
+        rows = [
+            Encoded(
+                [*examples[place].input_ids, *outputs[place]],
+                [*[IGNORE] * len(examples[place].input_ids), *outputs[place]],
+                examples[place].conversation,
+            )
+            for place in written
+        ]
+        batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
+        losses = LanguageModeling().losses(self.model, batch)
+        for place, nll in zip(written, losses.nll.double().cpu(), strict=True):
+            found[place] = -float(nll)
+        return found
+
+
+def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
+    """Values (rows, classes) and further columns, in the rows' order; parts that are there are not made again."""
+    folder = asked.open_parts(f"{options.batch_size} x {BATCHES_A_PART}")
+    predictor = Predictor(asked, options)
+    try:
+        examples = predictor.encode(asked.conversations)
+        if asked.target_model is None:
+            asked.references = [
+                predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
+                for row in asked.conversations
+            ]
+        lengths = [len(example.input_ids) for example in examples]
+        batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
+        parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]
+        there = sum((folder / _part(number)).is_file() for number in range(len(parts)))
+        if there:
+            screen.print(f"{there} of {len(parts)} parts are there already.")
+        for number, part in enumerate(parts):
+            path = folder / _part(number)
+            if not path.is_file():
+                _write_part(path, part, [predictor.predict([examples[row] for row in batch]) for batch in part])
+    finally:
+        predictor.close()
+    return _joined(folder, len(parts), len(examples), len(asked.labels))
+
+
+def _part(number: int) -> str:
+    return f"part-{number:06d}.parquet"
+
+
+def _write_part(path: Path, batches: list[list[int]], answers: list[dict[str, list[Any]]]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {"row": [row for batch in batches for row in batch]}
+    for name in answers[0]:
+        columns[name] = [value for answer in answers for value in answer[name]]
+    with staged_file(path) as file:
+        pq.write_table(pa.table(columns), file)
+
+
+def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
+    """All parts in the rows' order; every row is there once, or an assertion says so."""
+    columns: dict[str, list[Any]] = {}
+    for number in range(parts):
+        for name, values in read_table(folder / _part(number)).items():
+            columns.setdefault(name, []).extend(values)
+    order = np.argsort(columns.pop("row"), kind="stable")
+    assert len(order) == rows
+    sorted_columns = {name: [values[place] for place in order] for name, values in columns.items()}
+    if "values" in sorted_columns:
+        return np.asarray(sorted_columns.pop("values"), dtype=np.float64), sorted_columns
+    return np.zeros((rows, 0)), sorted_columns

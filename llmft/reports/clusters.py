@@ -1,0 +1,72 @@
+"""Validation rows in two dimensions by the words of their prompts: which kinds of rows a model gets wrong."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+
+from llmft.core.redaction import redact
+from llmft.reports.figures import Point, scatter
+from llmft.reports.study import Study
+from llmft.reports.svg import SERIES, clip
+
+FEWEST, MOST = 8, 400
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The figure and what to know of it."""
+
+    svg: Markup
+    note: str
+
+
+def text_clusters(study: Study) -> Clusters | None:
+    """The best configuration's sampled validation rows; None where there are too few, or no words to tell them apart.
+
+    TF-IDF of words and pairs of words, without those in nearly all rows, then the two strongest directions (singular
+    value decomposition). Rows with few distinct references are coloured by them; wrong ones are crosses.
+    """
+    samples = next((s for c in study.configurations for run in c.runs if len(s := run.samples()) >= FEWEST), None)
+    if samples is None:
+        return None
+    samples = [s for s in samples if isinstance(s.get("prompt"), str)][:MOST]
+    places = _places([s["prompt"] for s in samples])
+    if places is None:
+        return None
+    classes = Counter(str(s.get("reference", "")).strip() for s in samples)
+    known = [name for name, _ in classes.most_common()] if len(classes) <= SERIES else []
+    points = [_point(sample, place, known) for sample, place in zip(samples, places, strict=True)]
+    wrong = sum(point.wrong for point in points)
+    colours = " Colours are references." if known else ""
+    note = f"{len(points)} rows of the best configuration, {wrong} wrong (crosses); hover for the text.{colours}"
+    title = "Validation rows by their words"
+    return Clusters(scatter(points, title, "TF-IDF, two dimensions", "", labels=False, names=known), note)
+
+
+def _places(texts: list[str]) -> Any:
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    try:
+        words = TfidfVectorizer(ngram_range=(1, 2), max_df=0.95, sublinear_tf=True, max_features=20_000)
+        table = words.fit_transform(texts)
+    except ValueError:  # no word tells rows apart
+        return None
+    if min(table.shape) < 3:
+        return None
+    found = TruncatedSVD(2, random_state=0).fit_transform(table)
+    return found if np.ptp(found, axis=0).min() > 0 else None
+
+
+def _point(sample: dict[str, Any], place: Any, known: list[str]) -> Point:
+    reference, told = str(sample.get("reference", "")).strip(), str(sample.get("generated", "")).strip()
+    wrong = reference != told
+    style = f"s{known.index(reference)}" if known else "s1" if wrong else "s0"
+    words = clip(str(sample["prompt"])[-240:], 240)
+    tip = redact(f"{sample.get('where', '')}: {words} | reference: {clip(reference, 80)} | told: {clip(told, 80)}")
+    return Point(float(place[0]), float(place[1]), tip, style, wrong)

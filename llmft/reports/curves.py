@@ -1,0 +1,213 @@
+"""Over- and underfitting in words, from a run's train and validation curves.
+
+Changes are compared with their noise: where the row losses of two validations are kept, the standard error of their
+paired difference; else the scatter of the validation curve around a straight line through its neighbours. A change
+counts from two standard errors on. The training loss is a mean over the steps between two validations.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+
+from llmft.metrics.prior import chance_sentence, is_better
+from llmft.reports.noise import RowLosses
+from llmft.reports.records import ROW_METRICS, RunRecord
+
+LOSS, TRAIN = "val/loss_nats", "train/loss_nats"
+ERRORS = 2.0
+"""Standard errors from which on a change is one."""
+LATE_SHARE = 0.02
+"""Share of the whole improvement that the last stretch must bring for the training to count as too short."""
+LITTLE = 0.1
+"""Share of the loss before training; a run that took off less has hardly learned."""
+
+
+class Fit(Enum):
+    """What a run's curves say."""
+
+    fine = "fine"
+    chance = "no better than chance"
+    overfitting = "overfitting"
+    underfitting = "underfitting"
+    short = "train longer"
+    diverged = "diverged"
+    unknown = "no curves"
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a run's curves say, and from which step on where that is a question."""
+
+    fit: Fit
+    step: int | None = None
+    detail: str = ""
+
+    def __str__(self) -> str:
+        since = f" since step {self.step}" if self.fit is Fit.overfitting else ""
+        return f"{self.fit.value}{since}"
+
+
+def diagnose(run: RunRecord) -> Diagnosis:
+    """What `run`'s curves say; of one that is at chance, or worse, that before all else."""
+    found, told = _of_curves(run), _at_chance(run)
+    return (
+        found if told is None or found.fit is Fit.diverged else Diagnosis(Fit.chance, detail=f"{told}; {found.detail}")
+    )
+
+
+def _at_chance(run: RunRecord) -> str | None:
+    """Why `run` has learned nothing of its rows: by its record, or an older one by equal chances for all classes."""
+    if run.chance:
+        return None if is_better(run.chance) else chance_sentence(run.chance)
+    loss, data = run.value(LOSS), run.environment.get("data")
+    if loss is None or run.config.get("task.head") is None:
+        return None
+    labels = data.get("labels") if isinstance(data, dict) and isinstance(data.get("labels"), list) else None
+    of_problem = {"multi_label": math.log(2), "regression": 0.5}
+    prior = of_problem.get(str(run.config.get("task.problem")), math.log(max(len(labels), 1)) if labels else 0.0)
+    if loss < prior * (1 - LITTLE / 10):
+        return None
+    return f"loss {loss:.4f} where equal chances for all classes have {prior:.4f}" if prior else None
+
+
+def _of_curves(run: RunRecord) -> Diagnosis:
+    if run.status == "diverged":
+        return Diagnosis(Fit.diverged, detail=run.error or "the loss was no number any more")
+    validation, train = run.curve(LOSS), run.curve(TRAIN)
+    if run.config.get("data.train_on") == "all":
+        return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
+    if any(LOSS in r and r[LOSS] is None for r in run.metrics):
+        step = next(r["step"] for r in run.metrics if LOSS in r and r[LOSS] is None)
+        return Diagnosis(Fit.diverged, step, f"the validation loss of step {step} is not finite")
+    if len(validation) < 2:
+        return Diagnosis(Fit.unknown, detail="fewer than two validations")
+    first, (last_step, last) = validation[0], validation[-1]
+    best_step, best = min(validation, key=lambda point: point[1])
+    if best_step == first[0] and last > 1.5 * first[1] and _clear(run, validation, last_step, first[0]):
+        return Diagnosis(Fit.diverged, best_step, f"the validation loss rose from {first[1]:.4f} to {last:.4f}")
+    if _clear(run, validation, last_step, best_step):
+        rise = f"the validation loss rose from {best:.4f} at step {best_step} to {last:.4f} at step {last_step}"
+        if _falls(train, validation, best_step):
+            return Diagnosis(Fit.overfitting, best_step, f"{rise} while the training loss fell")
+        return Diagnosis(Fit.overfitting, best_step, f"{rise}; the training loss did not fall with it")
+    if len(validation) >= 3:
+        before_step, before = validation[-2]
+        gained, whole = before - last, first[1] - last
+        if gained > LATE_SHARE * whole > 0 and _clear(run, validation, before_step, last_step):
+            return Diagnosis(
+                Fit.short,
+                last_step,
+                f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate",
+            )
+    if first[0] == 0 and first[1] - best < LITTLE * first[1]:
+        return Diagnosis(
+            Fit.underfitting,
+            detail=f"training and validation stay high ({first[1]:.4f} to {best:.4f}) and flat: a higher rate or rank",
+        )
+    return Diagnosis(Fit.fine, detail=f"the validation loss ends level at {last:.4f}")
+
+
+def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: int) -> bool:
+    """Whether the validation loss at step `high` is above that at step `low` by more than noise."""
+    if high == low:
+        return False
+    values = dict(curve)
+    split = ROW_METRICS[LOSS]
+    first, second = run.row_losses(split, high), run.row_losses(split, low)
+    rows = paired_error(first, second) if first is not None and second is not None else None
+    error = rows if rows is not None else _scatter(curve)
+    return values[high] - values[low] > ERRORS * error
+
+
+def paired_error(first: RowLosses, second: RowLosses) -> float | None:
+    """The standard error of the difference of two validations on the same rows; None where the rows differ."""
+    if not np.array_equal(first.rows, second.rows) or len(first.rows) < 2:
+        return None
+    found = first.influences() - second.influences()
+    return float(found.std(ddof=1) / math.sqrt(len(found)))
+
+
+def _scatter(curve: Sequence[tuple[int, float]]) -> float:
+    """The standard deviation of a validation around the line through its neighbours, from second differences.
+
+    The median, so that the steep beginning does not count; a hundredth of the last value where there are too few.
+    """
+    values = np.array([value for _, value in curve])
+    floor = abs(float(values[-1])) / 100
+    if len(values) < 5:
+        return floor
+    bends = np.abs(values[:-2] - 2 * values[1:-1] + values[2:])
+    return max(float(np.median(bends)) / 0.6745 / math.sqrt(6), floor / 10)
+
+
+def _falls(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], best_step: int) -> bool:
+    """Whether the training loss after `best_step` lies below that of the stretch before it."""
+    stops = [step for step, _ in validation]
+    before = max((step for step in stops if step < best_step), default=-1)
+    earlier = [value for step, value in train if before < step <= best_step]
+    later = [value for step, value in train if step > best_step]
+    return bool(earlier) and bool(later) and float(np.mean(later)) < float(np.mean(earlier))
+
+
+def summed_up(found: Sequence[Diagnosis]) -> str:
+    """What a set of runs' curves say together: "2 of 6 runs overfit (since steps 40 to 60), …"."""
+    if not found:
+        return ""
+    words = {
+        Fit.overfitting: "overfit",
+        Fit.underfitting: "underfit",
+        Fit.short: "would gain from longer training",
+        Fit.diverged: "diverged",
+        Fit.fine: "end level",
+        Fit.chance: "are no better than chance",
+        Fit.unknown: "have no curves",
+    }
+    count = Counter(diagnosis.fit for diagnosis in found)
+    parts = []
+    for fit in (Fit.diverged, Fit.chance, Fit.overfitting, Fit.underfitting, Fit.short, Fit.fine, Fit.unknown):
+        if not count[fit]:
+            continue
+        since = sorted(d.step for d in found if d.fit is Fit.overfitting and d.step is not None)
+        span = "" if fit is not Fit.overfitting or not since else f" (since step {since[0]}"
+        if span:
+            span += f" to {since[-1]})" if since[-1] != since[0] else ")"
+        parts.append(f"{count[fit]} of {len(found)} {words[fit]}{span}")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Band:
+    """A curve over several runs: steps, mean, and the standard deviation between runs (0 where there is one)."""
+
+    steps: list[int]
+    mean: list[float]
+    spread: list[float]
+
+
+def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) -> Band | None:
+    """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
+    curves = [_thinned(curve, most_points) for curve in curves if curve]
+    if not curves:
+        return None
+    common = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
+    if not common:
+        curves, common = curves[:1], [step for step, _ in curves[0]]
+    table = np.array([[dict(curve)[step] for step in common] for curve in curves])
+    spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(common))
+    return Band(common, table.mean(axis=0).tolist(), spread.tolist())
+
+
+def _thinned(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
+    stride = math.ceil(len(curve) / most)
+    if stride <= 1:
+        return list(curve)
+    return [
+        (curve[min(at + stride, len(curve)) - 1][0], float(np.mean([value for _, value in curve[at : at + stride]])))
+        for at in range(0, len(curve), stride)
+    ]

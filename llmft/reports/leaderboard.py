@@ -1,0 +1,76 @@
+"""Scores from elsewhere, such as a competition's leaderboard, beside the local validation."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from llmft.core.errors import DataError, did_you_mean
+from llmft.reports.records import RunRecord
+from llmft.reports.study import Study
+
+RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboard", "public_score")
+
+
+def read_scores(path: Path) -> dict[str, float]:
+    """Scores by run from a csv with a column `run` (directory's name or key) and a column `score`.
+
+    Raises DataError naming the line.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            lines = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"lb={path}: {error}") from None
+    head = list(lines[0]) if lines else []
+    run = next((c for c in head if c and c.strip().lower() in RUN_COLUMNS), None)
+    score = next((c for c in head if c and c.strip().lower() in SCORE_COLUMNS), None)
+    if run is None or score is None:
+        raise DataError(f"{path}:1: a column `run` and a column `score` are needed, not {', '.join(map(str, head))}.")
+    found = {}
+    for place, line in enumerate(lines, 2):
+        found[str(line[run]).strip()] = to_score(str(line[score]), f"{path}:{place}")
+    return found
+
+
+def to_score(text: str, where: str) -> float:
+    """`text` as a finite number. Raises DataError naming `where`."""
+    import math
+
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{where}: '{text}' is no score.")
+    return value
+
+
+def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRecord, float]]:
+    """The runs with a local value that `scores` name: by directory, key, or a part that only one run has.
+
+    Raises DataError for a name that no run or more than one has.
+    """
+    runs = [run for c in study.configurations for run in c.runs]
+    found = []
+    for name, score in scores.items():
+        exact = [run for run in runs if name in (run.name, run.key, str(run.directory))]
+        hits = exact or [run for run in runs if name in run.name]
+        if not hits:
+            raise DataError(f"lb.{name}: no such run with a local score{did_you_mean(name, [r.name for r in runs])}")
+        if len(hits) > 1:
+            raise DataError(f"lb.{name}: fits {len(hits)} runs, {', '.join(r.name for r in hits[:3])}: say more of it.")
+        found.append((hits[0], score))
+    return found
+
+
+def rank_correlation(local: Sequence[float], board: Sequence[float]) -> str:
+    """Spearman's rank correlation in words."""
+    from scipy.stats import spearmanr
+
+    if len(set(local)) < 2 or len(set(board)) < 2:
+        return f"{len(local)} runs; no rank correlation, since one side is constant."
+    rho = float(spearmanr(local, board).statistic)
+    few = " Too few runs to trust it." if len(local) < 5 else ""
+    return f"Rank correlation (Spearman) {rho:.2f} over {len(local)} runs.{few}"

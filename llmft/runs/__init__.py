@@ -1,0 +1,1 @@
+"""A run's directory: its key, lock, status, checkpoints and predictions."""

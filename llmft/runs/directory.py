@@ -1,0 +1,492 @@
+"""A run directory: its key, file names, lock, status; create, open, list.
+
+A run's directory is named by its config, so the same config always means the same directory and the same numbers.
+The key is a hash of all that can change a run's numbers, and of nothing else.
+"""
+
+from __future__ import annotations
+
+import errno
+import glob
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import filelock
+
+from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.sections import TrainConfig, TrainOn
+from llmft.config.untrusted import check_plain_files, read_json, stored_config
+from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
+from llmft.core.files import read_plain, staged_file, write_atomically
+from llmft.core.redaction import redact
+
+T = TypeVar("T")
+SCHEMA_VERSION = 1
+MAX_NAME = 80
+"""Longest directory name, in characters; what is cut off is in the key."""
+
+
+def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) -> str:
+    """Ten hex digits of a hash over the config's numbers and the content of data and model.
+
+    Where files lie does not count, what is in them does: a moved data file or model gives the same run.
+    """
+    numbers = numbers_of(config)
+    # The fingerprints stand for these.
+    for name in ("id", "revision", "path"):
+        numbers["model"].pop(name)
+    for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
+        numbers["data"].pop(name)
+    if not numbers["task"]["objective_options"]:  # a key that older runs lack
+        numbers["task"].pop("objective_options")
+    content = canonical([SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint])
+    return hashlib.sha256(content.encode()).hexdigest()[:10]
+
+
+def slug(text: str) -> str:
+    """`text` in lower case with only letters, digits, dot, dash and underscore: safe as a file name anywhere."""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-.") or "run"
+
+
+def run_name(config: TrainConfig) -> str:
+    """What a person calls the run: its model, data and the values that experiments vary."""
+    if config.name:
+        return slug(redact(config.name))[:MAX_NAME]
+    seed = f"seed{config.seed}"
+    if config.model.architecture == "tfidf":
+        parts = [config.model.label, config.data.name]
+        return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
+    method = f"r{config.lora.r}" if config.lora.enabled else "full"
+    rate = f"{config.learning_rate.peak:g}"
+    parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
+    if config.task.head is not None:
+        parts.append(config.task.head.value)
+    return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
+
+
+def _rows(config: TrainConfig) -> list[str]:
+    """What a name says of the rows that are trained on."""
+    if config.data.train_on is TrainOn.all:
+        return ["all"]
+    return [] if config.data.fold is None else [f"fold{config.data.fold}"]
+
+
+@dataclass
+class Run:
+    """One run directory, and the names of what lies in it."""
+
+    directory: Path
+    key: str
+    _lock: filelock.BaseFileLock | None = field(default=None, repr=False)
+
+    @property
+    def config_file(self) -> Path:
+        """The resolved config."""
+        return self.directory / "config.yaml"
+
+    @property
+    def status_file(self) -> Path:
+        """Status, command and result."""
+        return self.directory / "run.json"
+
+    @property
+    def environment_file(self) -> Path:
+        """Versions, device, git state, fingerprints."""
+        return self.directory / "environment.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """All numbers that the config determines, one JSON object per line."""
+        return self.directory / "metrics.jsonl"
+
+    @property
+    def timing_file(self) -> Path:
+        """Speed and memory, which differ from machine to machine."""
+        return self.directory / "timing.jsonl"
+
+    @property
+    def samples_file(self) -> Path:
+        """Generations beside the references, per validation."""
+        return self.directory / "samples.jsonl"
+
+    @property
+    def rejected_file(self) -> Path:
+        """Rows that could not be used, with the reason."""
+        return self.directory / "rejected.jsonl"
+
+    @property
+    def row_losses(self) -> Path:
+        """The loss of every validation row, a file per validation: what a comparison of runs row by row needs."""
+        return self.directory / "row_losses"
+
+    def row_losses_file(self, split: str, step: int) -> Path:
+        """The losses of `split`'s rows after `step`."""
+        return self.row_losses / f"{split}-{step:08d}.parquet"
+
+    @property
+    def targets_file(self) -> Path:
+        """The classes in their order, and what else a head needs to be read."""
+        return self.directory / "targets.json"
+
+    @property
+    def log_file(self) -> Path:
+        """What was printed."""
+        return self.directory / "log.txt"
+
+    @property
+    def save_file(self) -> Path:
+        """`touch` it, and the run saves a checkpoint at the next step."""
+        return self.directory / "SAVE"
+
+    @property
+    def stop_file(self) -> Path:
+        """`touch` it, and the run saves at the next step and ends."""
+        return self.directory / "STOP"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state to go on from."""
+        return self.directory / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter, as PEFT's directory."""
+        return self.directory / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, where all weights were trained."""
+        return self.directory / "model"
+
+    def status(self) -> dict[str, Any]:
+        """The content of run.json, empty for a run that was never started or whose file is damaged."""
+        try:
+            found = json.loads(read_plain(self.status_file))
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def environment(self) -> dict[str, Any]:
+        """The content of environment.json. Raises ConfigError where it cannot be read."""
+        try:
+            found = json.loads(self.environment_file.read_text())
+            return {name: dict(found[name]) for name in ("data", "model")}
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
+            ) from None
+
+    def update(self, **values: Any) -> None:
+        """Adds `values` to run.json."""
+        content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
+        write_atomically(self.status_file, content.encode())
+
+    def fact(self, group: str, name: str) -> Any:
+        """One value of environment.json; ConfigError where that is missing or damaged."""
+        values = read_json(self.environment_file).get(group)
+        if not isinstance(values, dict) or name not in values:
+            raise ConfigError(f"{self.environment_file}: damaged, it has no {group}.{name}; train the run again.")
+        return values[name]
+
+    def finish(self, result: dict[str, Any]) -> None:
+        """Marks the run as done, with what it found and the digests of what it hands over."""
+        self.update(
+            handed_over=self.digests(),
+            status="done",
+            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
+            error=None,
+            result=result,
+        )
+
+    @property
+    def done(self) -> bool:
+        """Whether the run finished, and what it hands over is there, to the byte."""
+        status = self.status()
+        return status.get("status") == "done" and status.get("handed_over") == self.digests()
+
+    def digests(self) -> dict[str, str]:
+        """sha256 of the weights that the run hands over, by file."""
+        files = sorted(p for folder in (self.adapter, self.model) for p in folder.glob("*.safetensors") if p.is_file())
+        found = {}
+        for path in files:
+            with path.open("rb") as file:
+                found[str(path.relative_to(self.directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+        return found
+
+    def lock(self) -> None:
+        """Takes the run for this process until `unlock` or the process's end, however it ends.
+
+        Raises RunBusy naming the process that holds it.
+        """
+        self._lock = filelock.FileLock(self.directory / ".lock")
+        try:
+            self._lock.acquire(timeout=1)  # a moment's grace: `busy` asks by taking it
+        except filelock.Timeout:
+            self._lock = None
+            owner = self.status().get("owner", {})
+            raise RunBusy(
+                f"{self.directory}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is training this run "
+                f"(since {owner.get('since', '?')}): wait for it, or change the config."
+            ) from None
+        except OSError as error:
+            self._lock = None
+            raise unwritable(str(self.directory), error) from None
+        try:
+            self._sign()
+        except OSError:
+            self.unlock()
+            raise
+
+    def _sign(self) -> None:
+        """Says who holds the lock."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.update(owner={"pid": os.getpid(), "host": socket.gethostname(), "since": since})
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process is training it."""
+        if not (self.directory / ".lock").exists():
+            return False
+        lock = filelock.FileLock(self.directory / ".lock")
+        try:
+            with lock.acquire(timeout=0):
+                return False
+        except filelock.Timeout:
+            return True
+
+    def unlock(self) -> None:
+        """Lets other processes have the run."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def forget_wishes(self) -> None:
+        """Takes away what was asked: it is done, or was asked of an earlier process."""
+        for path in (self.save_file, self.stop_file):
+            path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Empties the run's directory, for `force=true`; the lock stays, and whose it is."""
+        for path in self.directory.iterdir():
+            if path.name == ".lock":
+                continue
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        self._sign()
+
+    def keep_until(self, step: int) -> None:
+        """Drops records after `step`, and of a test: all that will be made again."""
+        for path in self.row_losses.glob("*.parquet"):
+            split, _, at = path.stem.rpartition("-")
+            if split == "test" or not at.isdigit() or int(at) > step:
+                path.unlink()
+        for path in (self.metrics_file, self.timing_file, self.samples_file):
+            if not path.is_file():
+                continue
+            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_kept(line, step)]
+            write_atomically(path, b"".join(kept))
+
+
+def _is_kept(line: bytes, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        tested = record.get("split") == "test" or any(key.startswith("test/") for key in record)
+        return record["step"] <= step and not tested
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # a line that a kill cut off
+
+
+def existing_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or would be; nothing is made."""
+    root = Path(config.output_dir) / "runs"
+    known = sorted(root.glob(f"*-{key}"))
+    return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
+
+
+def free_run(config: TrainConfig, key: str) -> Run:
+    """The run of `key`, where it is or could be made; nothing is made.
+
+    Raises ConfigError for something else in its place, DiskError where nothing can be written.
+    """
+    run = existing_run(config, key)
+    there = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.")
+    if there == run.directory and any(there.iterdir()) and not _is_run(there):
+        raise ConfigError(
+            f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+        )
+    if not os.access(there, os.W_OK | os.X_OK) and not run.done:  # what is done can be read
+        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
+    return run
+
+
+def open_run(config: TrainConfig, key: str) -> Run:
+    """The run directory of `key` under config.output_dir/runs, made if need be.
+
+    A renamed or tagged config keeps its key: a directory that ends in the key is that run, whatever its name.
+
+    Raises ConfigError when the directory holds something that is not a run of llmft.
+    """
+    run = free_run(config, key)
+    try:
+        run.directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(f"output_dir={config.output_dir}", error) from None
+    check_plain_files(run.directory)
+    return run
+
+
+def unwritable(where: str, error: OSError) -> DiskError:
+    """A directory that cannot be written, as the user should see it."""
+    return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
+
+
+def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
+    """A run that is done, with the config it was trained with.
+
+    Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
+    """
+    run = Run(directory, "")
+    check_plain_files(directory)
+    status = run.status()
+    if not status:
+        raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
+    if status.get("kind"):
+        raise ConfigError(f"{directory}: joined {status['kind']} and no run; name a run directory of outputs/runs.")
+    if status.get("status") != "done":
+        raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
+    if not run.done:
+        raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+    if "key" not in status:
+        raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
+    return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
+
+
+def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
+    """What `open_one` makes of each directory named; one that it refuses is left out with a warning if a glob met it.
+
+    Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
+    """
+    opened, refused = [], []
+    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if _is_glob(str(name))]
+    met = {path for name in globbed for path in directories(name, key)}
+    for directory in directories(named, key):
+        try:
+            opened.append(open_one(directory))
+        except (ConfigError, DataError) as error:
+            if directory not in met:
+                raise
+            refused.append(error)
+    if refused and not opened:
+        raise refused[0]
+    for reason in refused:
+        warn(f"left out: {reason}")
+    return opened
+
+
+def _is_glob(text: str) -> bool:
+    """Whether it is a pattern, and not a directory whose name looks like one."""
+    return glob.has_magic(text) and not Path(text).expanduser().exists()
+
+
+def directories(named: Any, key: str) -> list[Path]:
+    """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
+    found: list[Path] = []
+    for name in named if isinstance(named, (list, tuple)) else [named]:
+        text = str(Path(str(name)).expanduser())
+        matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
+        several = [Path(match) for match in matches if Path(match).is_dir()]
+        if not several:
+            path = Path(text)
+            near = nearest(path.name, _names(path.parent))
+            hint = f"; did you mean {path.parent / near}?" if near else "."
+            raise ConfigError(f"{key}={name}: no such directory{hint}")
+        found += [path for path in several if path not in found]
+    return found
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
+
+
+def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:
+    """What predictions say of the run they come from."""
+    return {
+        "run": str(run.directory),
+        "key": run.key,
+        "rows_fingerprint": rows_fingerprint,
+        "fold": config.data.fold,
+        "num_folds": config.data.num_folds if config.data.fold is not None else None,
+        "train_on": config.data.train_on.value,
+        "prior": list(prior),
+    }
+
+
+def write_config(run: Run, config: TrainConfig) -> None:
+    """Writes the resolved config as YAML."""
+    from omegaconf import OmegaConf
+
+    write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
+
+
+def write_row_losses(
+    path: Path,
+    rows: Sequence[tuple[int, float, float]],
+    describe: Callable[[int], str],
+    labels: Sequence[str] = (),
+    outputs: Any = None,
+) -> None:
+    """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
+
+    With `outputs`, (rows, classes), there is a column p_LABEL for each class.
+    """
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from llmft.core.arrow import number_column, text_column
+
+    columns = {
+        "row": text_column([describe(row) for row, _, _ in rows]),
+        "loss_nats": number_column(np.array([loss for _, loss, _ in rows], np.float64)),
+        "tokens": number_column(np.array([tokens for _, _, tokens in rows], np.int32)),
+    }
+    if outputs is not None:
+        columns |= {
+            f"p_{label}": number_column(outputs[:, place].astype(np.float64)) for place, label in enumerate(labels)
+        }
+    with staged_file(path) as file:
+        pq.write_table(pa.table(columns), file, compression="zstd")
+
+
+def append_line(path: Path, record: dict[str, Any]) -> None:
+    """Appends one JSON line, mending a line that a kill cut off before it."""
+    with path.open("ab+") as file:
+        end = file.seek(0, os.SEEK_END)
+        if end:
+            file.seek(end - 1)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        plain = {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in record.items()
+        }
+        file.write((json.dumps(redact(plain), ensure_ascii=False) + "\n").encode())

@@ -1,0 +1,219 @@
+"""Predictions on the disk: of a run, of joined folds, of a blend; all alike, so that each can be made of the others.
+
+A directory with `predictions.parquet`, the same as `predictions.csv`, and `predictions.json`: the order of the classes,
+where the predictions come from, and a digest. It lies in the `predictions` folder of whatever made it, under the name
+of the rows it is for: `val` for validation rows (or all rows out of fold), `test` for held-out ones, else the file's.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft.config.convert import canonical
+from llmft.config.sections import Problem
+from llmft.core.errors import DataError, did_you_mean
+from llmft.core.files import read_plain, staged_file, write_atomically
+
+TEXT = "text"
+PREFIX = "p_"
+FOLDER = "predictions"
+
+
+@dataclass
+class Predictions:
+    """One prediction per row.
+
+    Attributes:
+        ids: what each row is called; all different.
+        labels: the classes in the order of `values`' columns.
+        values: (rows, classes) probabilities; (rows, 1) numbers of a regression; (rows, 0) for generated text.
+        problem: a value of `Problem`, or "text".
+        targets: the true class's name, the classes with | between them, or a number; None where it is not known.
+        columns: what else is known of the rows, such as group, fold, generated, logprob.
+        facts: where the predictions come from.
+    """
+
+    ids: list[str]
+    labels: list[str]
+    values: np.ndarray
+    problem: str = Problem.single_label.value
+    targets: list[Any] = field(default_factory=list)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.targets = list(self.targets) or [None] * len(self.ids)
+        assert len(self.ids) == len(self.values) == len(self.targets)
+
+    @property
+    def known(self) -> bool:
+        """Whether the true target of every row is known."""
+        return len(self.targets) > 0 and all(target is not None for target in self.targets)
+
+    @property
+    def predicted(self) -> list[Any]:
+        """The likeliest class, the classes of at least one half, the number, or the text."""
+        if self.problem == TEXT:
+            return self.columns["generated"]
+        if self.problem == Problem.regression.value:
+            return [float(value) for value in self.values[:, 0]]
+        if self.problem == Problem.multi_label.value:
+            return ["|".join(np.asarray(self.labels)[row >= 0.5]) for row in self.values]
+        return [self.labels[place] for place in self.values.argmax(axis=1)]
+
+    def references(self) -> np.ndarray:
+        """The targets as metrics take them: class indices, (rows, classes) of 0 and 1, or numbers.
+
+        Raises DataError for a target that is none of the classes.
+        """
+        if self.problem == Problem.regression.value:
+            return np.asarray(self.targets, dtype=np.float64)
+        if self.problem == Problem.multi_label.value:
+            own = [set(str(target).split("|")) - {""} for target in self.targets]
+            self._check_labels({name for names in own for name in names})
+            return np.asarray([[label in names for label in self.labels] for names in own], dtype=np.int64)
+        self._check_labels({str(target) for target in self.targets})
+        place = {label: number for number, label in enumerate(self.labels)}
+        return np.asarray([place[str(target)] for target in self.targets], dtype=np.int64)
+
+    def _check_labels(self, found: set[str]) -> None:
+        for name in sorted(found - set(self.labels)):
+            raise DataError(f"the target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
+
+    def at(self, rows: Sequence[int]) -> Predictions:
+        """The rows at these places, in this order."""
+        return Predictions(
+            [self.ids[row] for row in rows],
+            self.labels,
+            self.values[list(rows)],
+            self.problem,
+            [self.targets[row] for row in rows],
+            {name: [column[row] for row in rows] for name, column in self.columns.items()},
+            self.facts,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 over ids, classes and values."""
+        digest = hashlib.sha256(canonical([self.ids, self.labels, self.problem]).encode())
+        digest.update(np.ascontiguousarray(self.values, dtype=np.float64).tobytes())
+        if self.problem == TEXT:
+            digest.update(canonical(self.columns["generated"]).encode())
+        return digest.hexdigest()
+
+    def table(self) -> dict[str, list[Any]]:
+        """All columns as they are written."""
+        made: dict[str, list[Any]] = {"id": self.ids}
+        if any(target is not None for target in self.targets):
+            made["target"] = self.targets
+        if self.problem != TEXT:
+            made["predicted"] = self.predicted
+        if self.problem != Problem.regression.value:
+            for place, label in enumerate(self.labels):
+                made[f"{PREFIX}{label}"] = self.values[:, place].tolist()
+        return {**made, **{name: column for name, column in self.columns.items() if name not in made}}
+
+    def save(self, directory: Path) -> Path:
+        """Writes the three files, each whole or not at all, the small one last; returns `directory`.
+
+        Raises DataError when two rows have one id.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        twice = [name for name, count in Counter(self.ids).items() if count > 1]
+        if twice:
+            raise DataError(f"two rows are called '{twice[0]}': set data.columns.id to a column that tells rows apart.")
+        columns = self.table()
+        with staged_file(directory / "predictions.parquet") as file:
+            pq.write_table(pa.table(columns), file, compression="zstd")
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows(zip(*columns.values(), strict=True))
+        write_atomically(directory / "predictions.csv", text.getvalue().encode())
+        facts = {
+            "problem": self.problem,
+            "labels": self.labels,
+            "rows": len(self.ids),
+            "fingerprint": self.fingerprint,
+            **self.facts,
+        }
+        write_atomically(directory / "predictions.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        return directory
+
+    @classmethod
+    def load(cls, directory: Path) -> Predictions:
+        """Reads what `save` wrote; raises DataError where files are missing, damaged, or not of one writing."""
+        try:
+            facts = json.loads(read_plain(directory / "predictions.json"))
+            labels, problem = list(facts["labels"]), str(facts["problem"])
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(f"{directory}: no predictions there ({error}).") from None
+        made = from_table(read_table(directory / "predictions.parquet"), labels, problem)
+        kept = {"problem", "labels", "rows", "fingerprint"}
+        made.facts = {key: value for key, value in facts.items() if key not in kept}
+        if made.fingerprint != facts.get("fingerprint"):
+            raise DataError(
+                f"{directory}: predictions.parquet is not what predictions.json describes; make them again."
+            )
+        return made
+
+
+def read_table(path: Path) -> dict[str, list[Any]]:
+    """The columns of a parquet file; raises DataError where it cannot be read."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        raise DataError(f"{path}: no such file.")
+    try:
+        with pq.ParquetFile(path) as file:  # its own `read_table` would import pandas
+            return file.read().to_pydict()
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
+
+
+def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:
+    """Predictions from the columns of `Predictions.table`."""
+    rows = len(table["id"])
+    if problem == Problem.regression.value:
+        values = np.asarray(table["predicted"], dtype=np.float64).reshape(rows, 1)
+    else:
+        names = [f"{PREFIX}{label}" for label in labels]
+        missing = [name for name in names if name not in table]
+        if missing:
+            raise DataError(f"the predictions have no column {missing[0]}.")
+        values = np.asarray([table[name] for name in names], dtype=np.float64).reshape(len(names), rows).T.copy()
+    known = {"id", "target", "predicted", *(f"{PREFIX}{label}" for label in labels)}
+    extra = {name: column for name, column in table.items() if name not in known}
+    return Predictions(
+        [str(name) for name in table["id"]], list(labels), values, problem, table.get("target") or [], extra
+    )
+
+
+def names_in(member: Path) -> list[str]:
+    """The names of all predictions of a run directory, joined folds or a blend."""
+    return sorted(path.parent.name for path in (member / FOLDER).glob("*/predictions.json"))
+
+
+def open_member(member: Path, name: str) -> Predictions:
+    """The predictions called `name` of a run directory, joined folds or a blend.
+
+    Raises DataError naming what there is instead.
+    """
+    there = names_in(member)
+    if name not in there:
+        what = f"it has {', '.join(there)}" if there else "it has none; a run of a task with a head writes them"
+        raise DataError(f"{member}: no predictions called {name}{did_you_mean(name, there) if there else ''} ({what}).")
+    return Predictions.load(member / FOLDER / name)

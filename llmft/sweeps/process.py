@@ -1,0 +1,167 @@
+"""The supervisor's side of its workers: start, orders, events, end."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import llmft
+from llmft.config.convert import to_plain
+from llmft.core.machine import usable_cores, visible_gpus
+from llmft.sweeps.trials import Trial
+from llmft.sweeps.worker import EVENTS_VARIABLE
+
+
+@dataclass
+class WorkerProcess:
+    """A worker, or a process that trains one distributed trial.
+
+    Attributes:
+        orders: its standard input; None for a process of one trial.
+        log: where what the process prints is found.
+        trial: what it is training.
+        leaving: it ends by itself after a trial that may have left its libraries in any state.
+        stopping: why it was asked to stop.
+    """
+
+    process: subprocess.Popen[bytes]
+    orders: IO[bytes] | None
+    events_fd: int
+    log: Path
+    trial: Trial | None = None
+    since: float = field(default_factory=time.monotonic)
+    last_sign: float = field(default_factory=time.monotonic)
+    ready: bool = False
+    leaving: bool = False
+    leaving_since: float = 0.0
+    stopping: str | None = None
+    stopping_since: float = 0.0
+    _buffer: bytes = b""
+
+    @classmethod
+    def start(cls, log: Path, share: Share, trial: Trial | None = None) -> WorkerProcess:
+        """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
+        reading, writing = os.pipe()
+        package = str(Path(llmft.__file__).resolve().parent.parent)
+        python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        env = {**os.environ, "PYTHONPATH": python_path, **share.environment}
+        arguments = ["llmft.sweeps.worker", str(writing), *map(str, share.cores or ())]
+        if trial is not None:
+            env[EVENTS_VARIABLE] = str(writing)
+            arguments = ["llmft", *trial.arguments]
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as output:
+            process = subprocess.Popen(
+                [sys.executable, "-m", *arguments],
+                stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=[writing],
+                env=env,
+                start_new_session=True,  # Ctrl-C reaches the supervisor alone, and a kill reaches all children
+            )
+        os.close(writing)
+        os.set_blocking(reading, False)
+        return cls(process, process.stdin, reading, log, trial, ready=trial is not None)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it waits for a trial."""
+        return self.ready and self.trial is None and self.stopping is None and not self.leaving
+
+    def order(self, **content: Any) -> None:
+        """Sends an order; a process that just died is noticed by its end."""
+        assert self.orders is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.orders.write(json.dumps(content).encode() + b"\n")
+            self.orders.flush()
+
+    def train(self, trial: Trial) -> None:
+        """Orders a trial."""
+        self.trial = trial
+        self.since = self.last_sign = time.monotonic()
+        order = {"number": trial.number, "config": to_plain(trial.config)}
+        self.order(do="train", **order, arguments=trial.arguments, overrides=trial.overrides)
+
+    def events(self) -> list[dict[str, Any]]:
+        """What it told since the last call."""
+        while True:
+            try:
+                read = os.read(self.events_fd, 65536)
+            except BlockingIOError:
+                break
+            if not read:
+                break
+            self._buffer += read
+        *lines, self._buffer = self._buffer.split(b"\n")
+        if lines:
+            self.last_sign = time.monotonic()
+        return [json.loads(line) for line in lines]
+
+    def stop(self, why: str) -> None:
+        """Asks it to save and leave."""
+        if self.stopping is None:
+            self.stopping, self.stopping_since = why, time.monotonic()
+            self.signal(signal.SIGTERM)
+
+    def signal(self, signum: int) -> None:
+        """Sends a signal to the process; SIGKILL also to all that it started."""
+        with contextlib.suppress(ProcessLookupError):
+            if signum == signal.SIGKILL:
+                os.killpg(self.process.pid, signum)
+            else:
+                self.process.send_signal(signum)
+
+    def close(self) -> None:
+        """Lets an idle worker leave, and clears up after one that has left."""
+        if self.orders is not None:
+            with contextlib.suppress(OSError):
+                self.orders.close()
+        if self.process.poll() is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
+        if self.events_fd >= 0:
+            os.close(self.events_fd)
+            self.events_fd = -1
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a worker may use of the machine.
+
+    Attributes:
+        environment: variables that are set before it begins.
+        cores: None for all.
+    """
+
+    environment: dict[str, str] = field(default_factory=dict)
+    cores: list[int] | None = None
+
+
+def shares_of_machine(workers: int) -> list[Share]:
+    """What each of several workers may use: a fair share of the GPUs where there are any, else of the cores."""
+    if workers == 1:
+        return [Share()]
+    gpus = visible_gpus()
+    if gpus:
+        shares = [gpus[place::workers] or [gpus[place % len(gpus)]] for place in range(workers)]
+        return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
+    return [Share(cores=cores[place::workers] or [cores[place % len(cores)]]) for place in range(workers)]
+
+
+def how_it_died(code: int) -> tuple[str, str]:
+    """(error, cause) of a worker that left without a word."""
+    if code >= 0:
+        return f"the process left with exit code {code} and no result", "exit"
+    name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
+    hint = " (out of memory?)" if code == -signal.SIGKILL else ""
+    return f"the process was killed by {name}{hint}", "signal"

@@ -1,0 +1,180 @@
+"""A search from its plan to its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+from rich.markup import escape
+
+from llmft.config.convert import canonical, to_plain
+from llmft.config.sections import SearchConfig
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, RunBusy, UserError
+from llmft.core.files import held
+from llmft.sweeps.candidates import Candidate, wanted_trials
+from llmft.sweeps.conditions import Value
+from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.space import Space, make_space
+from llmft.sweeps.study import Study, import_optuna
+from llmft.sweeps.suggestions import Search
+from llmft.sweeps.supervisor import Supervisor
+from llmft.sweeps.sweep import finish
+from llmft.sweeps.trials import Planner, Sweep, Trial, open_sweep, refuse
+from llmft.sweeps.twin import twin_rule
+
+STUDY = "study.db"
+"""Optuna's study in the sweep's directory; `optuna-dashboard sqlite:///PATH` opens it."""
+
+
+def run_search(
+    planner: Planner, settings: SearchConfig, overrides: Sequence[Any], fixed: Sequence[str], command: str
+) -> Sweep:
+    """Checks the whole space, goes on with the study where there is one, trains what it suggests, reports.
+
+    `overrides` are Hydra's parsed ones, ranges and all; `fixed` is what the command line says for all trials alike.
+
+    Raises ConfigError or DataError, before any trial starts, for a range of which an end or a choice cannot run;
+    TrialsFailed at the end when some failed; Interrupted when a signal ended it.
+    """
+    import_optuna()
+    space = make_space(overrides, settings.conditions or {})
+    if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
+        raise ConfigError("seed: varied and in hydra.sweeper.seeds too; leave one out.")
+    wanted_trials(settings, space)
+    maker = TrialMaker(planner, space, settings)
+    probes = maker.probes()
+    if len({(probe.config.trainer.monitor, probe.config.trainer.mode) for probe in probes}) > 1:
+        raise ConfigError("trainer.monitor: varied, but it is what a search compares its trials by; keep it fixed.")
+    sweep = open_search(probes, space, settings, fixed, command)
+    maker.sweep = sweep
+    screen = Screen()
+    with only_one(sweep):
+        study_file = sweep.directory / STUDY
+        if sweep.config.force:
+            study_file.unlink(missing_ok=True)
+        study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
+        search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
+        tell_plan(search, sweep, space, settings, screen)
+        missing = not search.over()
+        try:
+            if missing:
+                supervisor.run(search, check=probes, at_most=search.workers)
+            try:
+                finish(sweep, screen, supervisor.stopped_because, anew=missing)
+            finally:
+                tell_best(search, sweep, screen)
+        except BaseException:
+            sweep.write()
+            raise
+    return sweep
+
+
+def _begin(
+    study: Study,
+    settings: SearchConfig,
+    sweep: Sweep,
+    maker: TrialMaker,
+    screen: Screen,
+    probes: list[Trial],
+) -> tuple[Search, Supervisor]:
+    config = sweep.config
+    progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
+    supervisor = Supervisor(sweep, progress)
+    search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
+    search.workers = supervisor.count_workers(probes, search.wanted * search.num_seeds)
+    search.recall()
+    progress.total = max(search.wanted, search.asked) * search.num_seeds
+    return search, supervisor
+
+
+class TrialMaker:
+    """Composes the trials of a search."""
+
+    def __init__(self, planner: Planner, space: Space, settings: SearchConfig) -> None:
+        self.planner = planner
+        self.space = space
+        self.seeds = settings.seeds
+        self.sweep: Sweep | None = None
+
+    def trial(self, number: int, chosen: dict[str, Value], seed: int | None) -> Trial:
+        """The trial of one point of the space and one seed."""
+        own = self.space.overrides(chosen) + ([f"seed={seed}"] if seed is not None else [])
+        fixed = [override for override in self.space.fixed if seed is None or not override.startswith("seed=")]
+        trial = self.planner.trial(number, [*fixed, *own], own)
+        if self.sweep is not None and trial.config.logger.wandb.group is None:
+            trial.config.logger.wandb.group = self.sweep.name
+        return trial
+
+    def probes(self) -> list[Trial]:
+        """Trials that take every choice and both ends of each range; raises UserError naming all that cannot run."""
+        trials: list[Trial] = []
+        wrong: list[tuple[Sequence[str], UserError]] = []
+        points = self.space.probes()
+        for number, point in enumerate(points):
+            try:
+                trials.append(self.trial(number, point, self.seeds[0] if self.seeds else None))
+            except UserError as error:
+                wrong.append((self.space.overrides(point), error))
+        refuse(wrong, len(points))
+        return trials
+
+
+def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed: Sequence[str], command: str) -> Sweep:
+    """The sweep of a search: the same question in the same words, on the same data and model, gets the same one.
+
+    How many trials are wanted is no part of the question, so that a larger number goes on with what is there.
+    """
+    swept = {parameter.key: [parameter.text] for parameter in space.parameters}
+    keys = {*swept, "seed"} if settings.seeds else set(swept)
+    same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in keys]
+    asked = to_plain(replace(settings, n_trials=None, params=None))
+    # The key of a run stands for all values that it shares with the others, and for the content of data and model.
+    identity = [*same, f"search={canonical(asked)}", f"run={probes[0].key}"]
+    sweep = open_sweep(probes, swept, identity, command)
+    sweep.sample, sweep.trials = probes[0], []
+    return sweep
+
+
+def only_one(sweep: Sweep) -> AbstractContextManager[None]:
+    """Keeps a second process from the same study; raises RunBusy there."""
+    busy = RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.")
+    return held(sweep.directory / ".lock", busy, timeout_s=1)
+
+
+def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
+    """What is about to happen."""
+    question = sweep.config.sweep.question
+    facts = {"question": question} if question else {}
+    facts["search"] = f"{settings.sampler}, {search.wanted} configurations" + (
+        f" x seeds {','.join(map(str, settings.seeds))}" if settings.seeds else ""
+    )
+    facts["space"] = "  ".join(f"{parameter.key}={parameter.text}" for parameter in space.parameters)
+    if settings.conditions:
+        facts["conditions"] = "  ".join(f"{key} if {text}" for key, text in settings.conditions.items())
+    if settings.pruner != "none":
+        facts["pruning"] = settings.pruner
+    known = search.asked
+    if known:
+        facts["known"] = f"{known} configurations from before"
+    facts["sweep"] = str(sweep.directory)
+    screen.plan(facts)
+    if settings.pruner != "none" and sweep.sample is not None and sweep.sample.distributed:
+        screen.warn("trials of several devices are not pruned: their processes take no orders.")
+
+
+def tell_best(search: Search, sweep: Sweep, screen: Screen) -> None:
+    """The best configuration and the command that trains it."""
+    best: Candidate | None = search.best()
+    if best is None:
+        return
+    monitor = sweep.config.trainer.monitor
+    over = f", mean of {search.num_seeds} seeds" if search.num_seeds > 1 else ""
+    shown = " ".join(search.study.space.overrides(best.chosen))
+    told = f"best of {len(search.candidates)} configurations: {monitor} {best.value:.4f}{over}"
+    screen.print(
+        f"{told}  [bold]{escape(shown)}[/bold]",
+        f"  {escape(best.first.command)}",
+    )

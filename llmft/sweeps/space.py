@@ -1,0 +1,268 @@
+"""The space of a search: what may vary, in which range, and under which condition."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmft.core.errors import ConfigError, did_you_mean
+from llmft.sweeps.conditions import Clause, Value, number_of, parse_condition
+
+MOST_COMBINATIONS = 10_000
+"""A grid of more is a mistake: no one trains so many models."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A key that varies: over `choices`, or from `low` to `high`, both included.
+
+    Attributes:
+        spelled: the key as an override spells it, with its `+` if it has one.
+        text: the range as it was written.
+        step: the distance of the values; None for all numbers between the bounds.
+        log: the search takes equal ratios for equal distances.
+    """
+
+    spelled: str
+    text: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    step: float | None = None
+    integer: bool = False
+    log: bool = False
+    condition: tuple[Clause, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """The dotted key."""
+        return self.spelled.lstrip("+")
+
+    def override(self, value: Value) -> str:
+        """The override that sets it; a continuous number is given with six digits."""
+        shown = f"{value:.6g}" if isinstance(value, float) else str(value)
+        return f"{self.spelled}={shown}"
+
+    def values(self) -> list[Value] | None:
+        """All values in order, None where there are infinitely many."""
+        if self.choices:
+            return list(self.choices)
+        if self.step is None:
+            return None
+        count = round((self.high - self.low) / self.step) + 1
+        found = [self.low + place * self.step for place in range(count)]
+        return [round(value) for value in found] if self.integer else list(found)
+
+    def probes(self) -> list[Value]:
+        """The values to try before a search begins: every choice, or both ends."""
+        ends: list[Value] = [self.low, self.high] if not self.integer else [round(self.low), round(self.high)]
+        return list(self.choices) or ends
+
+    def suggest(self, trial: Any) -> Value:
+        """A value for one of Optuna's trials."""
+        if self.choices:
+            return trial.suggest_categorical(self.key, self.choices)
+        if self.integer:
+            step = round(self.step or 1)
+            return trial.suggest_int(self.key, round(self.low), round(self.high), log=self.log, step=step)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.log, step=self.step)
+
+    def distribution(self) -> Any:
+        """As Optuna has it."""
+        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+        if self.choices:
+            return CategoricalDistribution(self.choices)
+        if self.integer:
+            return IntDistribution(round(self.low), round(self.high), log=self.log, step=round(self.step or 1))
+        return FloatDistribution(self.low, self.high, log=self.log, step=self.step)
+
+
+@dataclass
+class Space:
+    """All that varies, a parameter after those that its condition speaks of, and the overrides that all share."""
+
+    parameters: list[Parameter]
+    fixed: list[str] = field(default_factory=list)
+
+    @property
+    def known(self) -> dict[str, Value]:
+        """The values that the fixed overrides give."""
+        return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.fixed)}
+
+    def overrides(self, chosen: Mapping[str, Value]) -> list[str]:
+        """The overrides of a point, without the fixed ones."""
+        return [parameter.override(chosen[parameter.key]) for parameter in self.parameters if parameter.key in chosen]
+
+    def active(self, parameter: Parameter, chosen: Mapping[str, Value]) -> bool:
+        """Whether `parameter` exists beside what was chosen so far."""
+        found = {**self.known, **chosen}
+        return all(clause.key in found and clause.holds(found[clause.key]) for clause in parameter.condition)
+
+    def probes(self) -> list[dict[str, Value]]:
+        """Points that together take every choice and both ends of every range.
+
+        Raises ConfigError for a parameter whose condition nothing meets.
+        """
+        points: list[dict[str, Value]] = []
+        for parameter in self.parameters:
+            for value in parameter.probes():
+                point = self._point({**self._condition_met(parameter), parameter.key: value})
+                if point not in points:
+                    points.append(point)
+        return points
+
+    def _point(self, wanted: Mapping[str, Value]) -> dict[str, Value]:
+        point: dict[str, Value] = {}
+        for parameter in self.parameters:
+            if self.active(parameter, point):
+                point[parameter.key] = wanted.get(parameter.key, parameter.probes()[0])
+        return point
+
+    def _condition_met(self, parameter: Parameter) -> dict[str, Value]:
+        """Values of others under which `parameter` exists."""
+        met: dict[str, Value] = {}
+        for key in {clause.key: None for clause in parameter.condition}:
+            clauses = [clause for clause in parameter.condition if clause.key == key]
+            parent = next((p for p in self.parameters if p.key == key), None)
+            offered = [self.known[key]] if parent is None else [*parent.probes(), *(parent.values() or [])]
+            offered += [] if parent is None or parent.choices else _inside(parent, clauses)
+            value = next((v for v in offered if all(clause.holds(v) for clause in clauses)), None)
+            if value is None:
+                raise ConfigError(
+                    f"hydra.sweeper.conditions: {parameter.key} never exists, since no value of {key} meets its "
+                    "condition; change the condition or the range."
+                )
+            if parent is not None:
+                met = {**met, **self._condition_met(parent), key: value}
+        return met
+
+    def combinations(self) -> Iterator[dict[str, Value]]:
+        """Every point of the grid; the last parameter varies fastest.
+
+        Raises ConfigError for a range of infinitely many values.
+        """
+        for parameter in self.parameters:
+            if parameter.values() is None:
+                raise ConfigError(
+                    f"{parameter.key}={parameter.text}: a grid needs values; give choices or a range, or take "
+                    "hydra.sweeper.sampler=tpe."
+                )
+        return self._from(0, {})
+
+    def _from(self, place: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
+        if place == len(self.parameters):
+            yield chosen
+            return
+        parameter = self.parameters[place]
+        if not self.active(parameter, chosen):
+            yield from self._from(place + 1, chosen)
+            return
+        for value in parameter.values() or []:
+            yield from self._from(place + 1, {**chosen, parameter.key: value})
+
+
+def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space:
+    """The space of Hydra's parsed overrides, of which later ones replace earlier ones of the same key.
+
+    Raises ConfigError for a range or condition that makes no sense.
+    """
+    parameters: dict[str, Parameter] = {}
+    fixed: dict[str, str] = {}
+    for override in overrides:
+        spelled = override.get_key_element()
+        key = spelled.lstrip("+")
+        parameters.pop(key, None)
+        fixed.pop(key, None)
+        if override.is_sweep_override():
+            parameters[key] = parameter_of(override)
+        else:
+            fixed[key] = f"{spelled}={override.get_value_element_as_str()}"
+    for key, text in conditions.items():
+        if key not in parameters:
+            if key in fixed:
+                continue  # given on the command line for all
+            raise ConfigError(f"hydra.sweeper.conditions: {key} is not varied{did_you_mean(key, parameters)}")
+        clauses = parse_condition(key, str(text))
+        for clause in clauses:
+            if clause.key not in parameters and clause.key not in fixed:
+                others = [name for name in (*parameters, *fixed) if name != key]
+                raise ConfigError(
+                    f"hydra.sweeper.conditions: {key} depends on {clause.key}, which has no value here"
+                    f"{did_you_mean(clause.key, others)}"
+                )
+        parameters[key] = replace(parameters[key], condition=clauses)
+    if not parameters:
+        raise ConfigError(
+            "this search has nothing to vary: give a range, as in learning_rate.peak=interval(1e-4,1e-2)."
+        )
+    space = Space(_parents_first(parameters), list(fixed.values()))
+    space.probes()
+    return space
+
+
+def parameter_of(override: Any) -> Parameter:
+    """The parameter of one parsed override: a,b,c, choice(…), range(…), interval(…) or tag(log, …)."""
+    spelled, written = override.get_key_element(), override.input_line.partition("=")[2]
+    found = override.value()
+    key, tags = spelled.lstrip("+"), set(getattr(found, "tags", ()))
+    unknown = sorted(tags - {"log"})
+    if unknown:
+        raise ConfigError(f"{key}={written}: the tag {unknown[0]} means nothing here; the only one is log.")
+    log = "log" in tags
+    if override.is_choice_sweep():
+        if log:
+            raise ConfigError(f"{key}={written}: log is for a range or an interval.")
+        values = tuple(dict.fromkeys(override.sweep_string_iterator()))
+        if not values:
+            raise ConfigError(f"{key}={written}: no value is meant.")
+        return Parameter(spelled, written, choices=values)
+    if override.is_range_sweep():
+        return _range(spelled, written, found, log)
+    low, high = found.start, found.end
+    integer = isinstance(low, int) and isinstance(high, int)
+    if not low < high:
+        raise ConfigError(f"{key}={written}: the first number must be below the second.")
+    if log and low <= 0:
+        raise ConfigError(f"{key}={written}: a log range begins above 0.")
+    step = 1.0 if integer else None
+    return Parameter(spelled, written, low=low, high=high, step=step, integer=integer, log=log)
+
+
+def _range(spelled: str, written: str, found: Any, log: bool) -> Parameter:
+    values = list(found.range())
+    key = spelled.lstrip("+")
+    if not values:
+        raise ConfigError(f"{key}={written}: no number lies in this range.")
+    if log and (found.step != 1 or min(values) <= 0):
+        raise ConfigError(f"{key}={written}: a log range has step 1 and begins above 0; interval(…) takes any numbers.")
+    low, high = min(values), max(values)
+    integer = all(isinstance(value, int) for value in values)
+    return Parameter(
+        spelled, written, low=low, high=high, step=abs(float(found.step)), integer=integer, log=log and low < high
+    )
+
+
+def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
+    ordered: list[Parameter] = []
+    waiting = list(parameters.values())
+    while waiting:
+        placed = {parameter.key for parameter in ordered}
+        free = [p for p in waiting if all(c.key in placed or c.key not in parameters for c in p.condition)]
+        if not free:
+            raise ConfigError(
+                f"hydra.sweeper.conditions: {' and '.join(p.key for p in waiting)} depend on each other in a circle."
+            )
+        ordered += free
+        waiting = [parameter for parameter in waiting if parameter not in free]
+    return ordered
+
+
+def _inside(parent: Parameter, clauses: Sequence[Clause]) -> list[Value]:
+    """Numbers that a continuous parent's clauses name or border on, inside its range."""
+    named = [number for clause in clauses for text in clause.values if (number := number_of(text)) is not None]
+    ends = sorted({parent.low, parent.high, *(n for n in named if parent.low <= n <= parent.high)})
+    between = [(a + b) / 2 for a, b in itertools.pairwise(ends)]
+    return [*ends, *between]

@@ -1,0 +1,195 @@
+"""Optuna's study of a search, kept in a file that survives a kill.
+
+The search thinks in memory and writes each change to SQLite in one transaction: a suggestion is in the file with all
+its values or not at all. Optuna's journal file was tried instead: killed while it writes, it leaves a lock for which
+the next start waits 30 s, and a cut-off line on which that ends in a JSONDecodeError. Optuna's own heartbeat against
+dead trials works inside `study.optimize` only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmft.config.sections import SearchConfig
+from llmft.core.errors import ConfigError
+from llmft.sweeps.conditions import Value
+from llmft.sweeps.space import Space
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+NAME = "search"
+"""Of the study in the file; Hyperband derives a trial's bracket from it."""
+
+
+def import_optuna() -> Any:
+    """Optuna without its chatter; raises ConfigError where it is not installed."""
+    try:
+        import optuna
+    except ImportError:
+        raise ConfigError('hydra.sweeper.sampler needs Optuna: pip install "llmft[search]".') from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    logging.getLogger("alembic").setLevel(logging.ERROR)
+    return optuna
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Some samplers and pruners are "experimental" to Optuna, which says so each time one is made."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=import_optuna().exceptions.ExperimentalWarning)
+        yield
+
+
+class Study:
+    """The trials of a search: asked, judged after validations, told.
+
+    A sampler is made anew for each question, seeded by the number of the trial: what it suggests depends on the
+    trials before it alone, so that a search that goes on suggests what it would have suggested uninterrupted.
+    """
+
+    def __init__(self, file: Path, settings: SearchConfig, space: Space, direction: str) -> None:
+        optuna = import_optuna()
+        self.settings = settings
+        self.space = space
+        self.distributions = {parameter.key: parameter.distribution() for parameter in space.parameters}
+        try:
+            kept = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+            self._file = optuna.create_study(storage=kept, study_name=NAME, direction=direction, load_if_exists=True)
+            before = self._file.get_trials()
+        except Exception as error:
+            if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
+                raise
+            raise ConfigError(
+                f"{file}: not a study that can be read ({str(error).splitlines()[0]}); move it away and the search "
+                "begins anew, without training again what is done."
+            ) from None
+        memory = optuna.storages.InMemoryStorage()
+        self._mind = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
+        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, kept)]
+        for trial in before:
+            trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
+            self._mind.add_trial(trial)
+
+    @property
+    def trials(self) -> list[FrozenTrial]:
+        """All of them, by number."""
+        return self._mind.get_trials(deepcopy=False)
+
+    def ask(self, attributes: Mapping[str, Any]) -> tuple[int, dict[str, Value]]:
+        """(number, values) of a new trial."""
+        number = len(self.trials)
+        self._mind.sampler = make_sampler(self.settings, self.space, number)
+        self._mind.pruner = make_pruner(self.settings)
+        asked = self._mind.ask()
+        assert asked.number == number
+        chosen: dict[str, Value] = {}
+        for parameter in self.space.parameters:
+            if self.space.active(parameter, chosen):
+                chosen[parameter.key] = parameter.suggest(asked)
+        for name, value in attributes.items():
+            asked.set_user_attr(name, value)
+        self._file.add_trial(self.trials[number])
+        return number, chosen
+
+    def put(self, values: Mapping[str, Value], attributes: Mapping[str, Any]) -> int:
+        """Adds a trial of given values; returns its number."""
+        optuna = import_optuna()
+        trial = optuna.trial.create_trial(
+            state=optuna.trial.TrialState.RUNNING,
+            params=dict(values),
+            distributions={key: self.distributions[key] for key in values},
+            user_attrs=dict(attributes),
+        )
+        for study in (self._file, self._mind):
+            study.add_trial(trial)
+        return len(self.trials) - 1
+
+    def judge(self, number: int, curve: Mapping[int, float], step: int) -> bool:
+        """Notes the validations of `curve` up to `step`, and says whether the trial should end there.
+
+        The unit of the pruners is the validation, counted from 1. What was judged once stays judged.
+        """
+        steps = [known for known in sorted(curve) if known <= step]
+        for place, known in enumerate(steps, start=1):
+            if place not in self.trials[number].intermediate_values:
+                for storage, identity in self._stored(number):
+                    storage.set_trial_intermediate_value(identity, place, curve[known])
+        if self.settings.pruner == "none":
+            return False
+        judged = self.trials[number].user_attrs.get("judged", {"step": -1, "ends": False})
+        if step <= judged["step"]:
+            return bool(judged["ends"] and step == judged["step"])
+        ends = bool(make_pruner(self.settings).prune(self._mind, self.trials[number]))
+        rungs = {k: v for k, v in self.trials[number].system_attrs.items() if k.startswith("completed_rung_")}
+        # The verdict and the pruner's own notes in one transaction: half of them would change later verdicts.
+        self._note(number, {"judged": {"step": step, "ends": ends, "rungs": rungs}})
+        return ends
+
+    def tell(self, number: int, state: str, value: float | None, attributes: Mapping[str, Any]) -> None:
+        """Ends a trial: COMPLETE with a value, PRUNED or FAIL without."""
+        optuna = import_optuna()
+        self._note(number, attributes)
+        for storage, identity in self._stored(number):
+            storage.set_trial_state_values(identity, optuna.trial.TrialState[state], None if value is None else [value])
+
+    def _note(self, number: int, attributes: Mapping[str, Any]) -> None:
+        for storage, identity in self._stored(number):
+            for name, value in attributes.items():
+                storage.set_trial_user_attr(identity, name, value)
+
+    def _stored(self, number: int) -> list[tuple[Any, int]]:
+        """(storage, its name of the trial) in memory and in the file."""
+        return [(s, s.get_trial_id_from_study_id_trial_number(study, number)) for s, study in self._storages]
+
+
+@_without_advice()
+def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
+    """The sampler that suggests trial `number`."""
+    samplers = import_optuna().samplers
+    digest = hashlib.sha256(f"{settings.seed}/{number}".encode()).digest()
+    seed = int.from_bytes(digest[:4], "big")
+    if settings.sampler == "random":
+        return samplers.RandomSampler(seed=seed)
+    if settings.sampler == "brute":
+        return samplers.BruteForceSampler(seed=seed)
+    if settings.sampler == "gp":
+        # Two trainings of one configuration give the same value; several seeds are averaged, not noise to the model.
+        return samplers.GPSampler(
+            seed=seed,
+            n_startup_trials=settings.startup_trials,
+            deterministic_objective=True,
+            independent_sampler=samplers.RandomSampler(seed=seed),
+            warn_independent_sampling=False,
+        )
+    conditional = any(parameter.condition for parameter in space.parameters)
+    return samplers.TPESampler(
+        seed=seed,
+        n_startup_trials=settings.startup_trials,
+        multivariate=True,
+        group=conditional,
+    )
+
+
+@_without_advice()
+def make_pruner(settings: SearchConfig) -> Any:
+    """The pruner; it too is made anew for each question and remembers nothing but the study."""
+    pruners = import_optuna().pruners
+    first = settings.min_validations
+    if settings.pruner == "median":
+        return pruners.MedianPruner(n_startup_trials=settings.pruner_startup_trials, n_warmup_steps=first)
+    if settings.pruner == "successive_halving":
+        return pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=settings.reduction_factor)
+    if settings.pruner == "hyperband":
+        return pruners.HyperbandPruner(
+            min_resource=first,
+            max_resource=settings.max_validations or "auto",
+            reduction_factor=settings.reduction_factor,
+        )
+    return pruners.NopPruner()

@@ -1,0 +1,271 @@
+"""Where the trials of a search come from: suggested by Optuna, judged after validations, told when they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from llmft.config.sections import SearchConfig
+from llmft.sweeps.candidates import Candidate, wanted_trials
+from llmft.sweeps.conditions import Value
+from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.study import Study
+from llmft.sweeps.supervisor import Held
+from llmft.sweeps.trials import Sweep, Trial
+
+
+class Search:
+    """The supervisor's source of trials.
+
+    A pruner judges the run of the first seed; the other seeds are trained once it is done, and not at all when it is
+    pruned. A trial that a kill left under way keeps its number and is handed out again; one that failed is tried
+    again, once each time the search is started.
+    """
+
+    def __init__(
+        self,
+        study: Study,
+        settings: SearchConfig,
+        sweep: Sweep,
+        progress: SweepProgress,
+        make_trial: Callable[[int, dict[str, Value], int | None], Trial],
+        twin: Callable[[Trial, int, dict[str, float]], tuple[str, str] | None],
+        workers: int = 1,
+    ) -> None:
+        self.study = study
+        self.settings = settings
+        self.sweep = sweep
+        self.progress = progress
+        self.make_trial = make_trial
+        self.twin = twin
+        self.workers = workers
+        self.candidates: list[Candidate] = []
+        self.repeated = 0
+        self.wanted, self.points = wanted_trials(settings, study.space)
+        self._of: dict[int, Candidate] = {}
+        self._held = Held()
+
+    # ------------------------------------------------------------------------------------------------ before
+
+    def recall(self) -> None:
+        """Takes up what the study's file knows: results, trials that a kill left under way, failures to try again."""
+        known = self.study.trials
+        superseded = {trial.user_attrs.get("again") for trial in known}
+        for trial in known:
+            if trial.number in superseded or "repeats" in trial.user_attrs:
+                continue
+            place, state = trial.user_attrs["place"], trial.state.name
+            number = trial.number
+            if state == "FAIL":
+                number = self.study.put(trial.params, {"place": place, "again": trial.number})
+            candidate = self._candidate(number, place, dict(trial.params))
+            if state in ("COMPLETE", "PRUNED"):
+                self._restore(candidate, trial.user_attrs["outcome"])
+            else:
+                candidate.waiting = list(candidate.trials)
+                self._repeat(candidate)
+        repeated = sum("repeats" in trial.user_attrs for trial in known)
+        self.repeated += repeated
+        self.progress.ready += repeated * self.num_seeds
+        self._record()
+
+    def _restore(self, candidate: Candidate, outcome: list[dict[str, Any]]) -> None:
+        for trial, found in zip(candidate.trials, outcome, strict=False):
+            trial.mark(found["status"], found["error"])
+            trial.value, trial.seconds = found["value"], found["seconds"]
+        candidate.read_curve()
+        self._drop(candidate, [trial for trial in candidate.trials if trial.status == "pending"])
+        self.progress.ready += sum(trial.status != "pending" for trial in candidate.trials)
+
+    # ------------------------------------------------------------------------------------------------ the source
+
+    @property
+    def num_seeds(self) -> int:
+        """Trials per configuration."""
+        return len(self.settings.seeds) if self.settings.seeds else 1
+
+    @property
+    def asked(self) -> int:
+        """Configurations asked for, not counting second tries."""
+        return sum("again" not in trial.user_attrs for trial in self.study.trials)
+
+    def next(self) -> Trial | None:
+        """A trial of a configuration under way, else of a new one."""
+        while (trial := self._free()) is None:
+            # No more than can be trained: a suggestion is the better, the more results it knows. With one worker it
+            # knows all, also where the last trial is still held by a process that a kill left behind.
+            under_way = sum(bool(candidate.waiting or candidate.under_way) for candidate in self.candidates)
+            if self.asked >= self.wanted or under_way >= self.workers:
+                return None
+            self._ask()
+        return trial
+
+    def over(self) -> bool:
+        """Whether all configurations were asked for and all of their trials handed out."""
+        return self.asked >= self.wanted and not any(candidate.waiting for candidate in self.candidates)
+
+    def ended(self, trial: Trial) -> None:
+        """Tells the study, once all trials of the configuration have ended."""
+        candidate = self._of[trial.number]
+        if trial in candidate.waiting:  # it was done before, or its curve so far was judged
+            candidate.waiting.remove(trial)
+        if trial in candidate.under_way:
+            candidate.under_way.remove(trial)
+        if trial.status in ("busy", "pending"):  # another process has it, or it is to run again by itself
+            candidate.waiting.insert(0, trial)
+            if trial.status == "busy":
+                self._held.add(trial)
+            return
+        if trial.status == "failed" and trial.run.status().get("status") == "diverged":
+            trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure
+        if trial is candidate.first and trial.status == "done":
+            self._note_curve(candidate)
+        if trial.status != "done":
+            self._drop(candidate, candidate.waiting)
+        if not candidate.waiting and not candidate.under_way:
+            self._tell(candidate)
+        self._record()
+
+    def decide(self, trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        """Whether the pruner or the twin rule ends the trial after this validation."""
+        candidate = self._of[trial.number]
+        value = metrics.get(trial.config.trainer.monitor)
+        if trial is candidate.first and step > 0 and value is not None:
+            candidate.curve[step] = value
+            reason = self._judge(candidate, step)
+            if reason is not None:
+                return "pruned", reason
+        return self.twin(trial, step, metrics)
+
+    # ------------------------------------------------------------------------------------------------ its parts
+
+    def _free(self) -> Trial | None:
+        """The first trial that may start now."""
+        for candidate in self.candidates:
+            for trial in list(candidate.waiting):
+                judged_first = self.settings.pruner != "none" and trial is not candidate.first
+                if judged_first and candidate.first.status != "done":
+                    break
+                if self._held.has(trial):
+                    continue
+                trial.status = "pending"
+                if trial is candidate.first and not trial.run.done and not trial.config.force:
+                    self._judge_earlier(candidate)
+                candidate.waiting.remove(trial)
+                candidate.under_way.append(trial)
+                return trial
+        return None
+
+    def _ask(self) -> None:
+        """One more configuration; one that was tried before gets the value that is known."""
+        place = self.asked
+        if self.points is not None:
+            chosen = self.points[place]
+            number = self.study.put(chosen, {"place": place})
+        else:
+            number, chosen = self.study.ask({"place": place})
+        candidate = self._candidate(number, place, chosen)
+        candidate.waiting = list(candidate.trials)
+        self._repeat(candidate)
+
+    def _repeat(self, candidate: Candidate) -> None:
+        """Gives a configuration that was tried before the value that is known."""
+        settled = [other for other in self.candidates if other is not candidate and self._settled(other)]
+        twin = next((other for other in settled if other.keys == candidate.keys), None)
+        if twin is None:
+            return
+        self._drop(candidate, candidate.trials)
+        self.candidates.remove(candidate)
+        for step in sorted(twin.curve):
+            candidate.curve[step] = twin.curve[step]
+            self.study.judge(candidate.number, candidate.curve, step)
+        state = "COMPLETE" if twin.value is not None else "PRUNED"
+        self.study.tell(candidate.number, state, twin.value, {"repeats": twin.number})
+        self.repeated += 1
+        self.progress.say(f"configuration {candidate.place + 1} repeats {twin.place + 1}: its value is known")
+
+    def _settled(self, candidate: Candidate) -> bool:
+        return self.study.trials[candidate.number].state.name in ("COMPLETE", "PRUNED")
+
+    def _candidate(self, number: int, place: int, chosen: dict[str, Value]) -> Candidate:
+        seeds: list[int | None] = [None]
+        if self.settings.seeds:
+            seeds = [*self.settings.seeds]
+        first = place * len(seeds)
+        trials = [self.make_trial(first + shift, chosen, seed) for shift, seed in enumerate(seeds)]
+        candidate = Candidate(number, place, chosen, trials)
+        self.candidates.append(candidate)
+        self.sweep.trials.extend(trials)
+        self._of.update({trial.number: candidate for trial in trials})
+        return candidate
+
+    def _drop(self, candidate: Candidate, trials: list[Trial]) -> None:
+        """Trials that will not be run."""
+        for trial in list(trials):
+            self.sweep.trials.remove(trial)
+            self.progress.ready += 1
+        candidate.waiting = []
+
+    def _judge_earlier(self, candidate: Candidate) -> None:
+        """Judges the validations that an unfinished run already has.
+
+        The last of them is judged when the run goes on, since only its process knows whether it ends there anyway.
+        """
+        candidate.read_curve()
+        for step in sorted(candidate.curve)[:-1]:
+            reason = self._judge(candidate, step)
+            if reason is not None:
+                candidate.first.run.update(status="pruned", error=reason)
+                candidate.first.mark("pruned", reason)
+                return
+
+    def _judge(self, candidate: Candidate, step: int) -> str | None:
+        if not self.study.judge(candidate.number, candidate.curve, step):
+            return None
+        monitor = candidate.first.config.trainer.monitor
+        pruner = self.settings.pruner
+        return f"pruned by {pruner} after step {step}, {monitor} {candidate.curve[step]:.4f}"
+
+    def _note_curve(self, candidate: Candidate) -> None:
+        """Lets later verdicts know the whole curve of a run that is done, whoever trained it."""
+        candidate.read_curve()
+        for step in sorted(candidate.curve):
+            self.study.judge(candidate.number, candidate.curve, step)
+
+    def _tell(self, candidate: Candidate) -> None:
+        ran = [trial for trial in candidate.trials if trial in self.sweep.trials]
+        if any(trial.status == "interrupted" for trial in ran):
+            return  # it goes on when the search does
+        outcome = [
+            {"status": t.status, "value": t.value, "error": t.error, "seconds": t.seconds, "run": t.run.directory.name}
+            for t in ran
+        ]
+        value = candidate.value
+        state = "COMPLETE" if value is not None else "FAIL"
+        if not any(trial.status == "failed" for trial in ran) and any(trial.status != "done" for trial in ran):
+            state = "PRUNED"
+        self.study.tell(candidate.number, state, value, {"outcome": outcome})
+
+    def _record(self) -> None:
+        """What the sweep's record says of the search."""
+        settings, best = self.settings, self.best()
+        keys = [parameter.key for parameter in self.study.space.parameters] + ["seed"] * bool(settings.seeds)
+        given = [override.partition("=") for trial in self.sweep.trials for override in trial.overrides]
+        self.sweep.swept = {key: list(dict.fromkeys(v for k, _, v in given if k == key)) for key in keys}
+        self.sweep.facts["search"] = {
+            "sampler": settings.sampler,
+            "pruner": settings.pruner,
+            "seed": settings.seed,
+            "seeds": settings.seeds,
+            "n_trials": self.wanted,
+            "repeated": self.repeated,
+            "space": {parameter.key: parameter.text for parameter in self.study.space.parameters},
+            "conditions": settings.conditions or {},
+            "best": None if best is None else {"trial": best.first.number, "value": best.value},
+        }
+
+    def best(self) -> Candidate | None:
+        """The configuration with the best mean so far."""
+        complete = [candidate for candidate in self.candidates if candidate.value is not None]
+        sign = self.sweep.config.trainer.mode.sign
+        return min(complete, key=lambda candidate: sign * (candidate.value or 0.0), default=None)

@@ -1,0 +1,410 @@
+"""Runs trials in worker processes, so that whatever ends one of them costs that one alone."""
+
+from __future__ import annotations
+
+import re
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from llmft.config.convert import to_plain
+from llmft.config.sections import seconds_of
+from llmft.core.errors import ConfigError, Interrupted
+from llmft.core.machine import allotted_cores, available_memory, visible_gpus
+from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.trials import FINISHED, Sweep, Trial, refuse, value_of
+
+START_S = 600.0
+"""How long a worker may take to import its libraries, which a cold network disk makes slow."""
+GRACE_S = 60.0
+"""How long a worker that is asked to stop may take to save."""
+LEAVE_S = 20.0
+"""How long a worker that leaves by itself may take."""
+WORKER_BYTES = 2 * 2**30
+"""Memory that is left for each of several workers: their libraries take a quarter of it."""
+BUSY_AGAIN_S = 3.0
+"""How long a trial that another process is training waits before it is looked at again."""
+
+
+class Source(Protocol):
+    """Where trials come from: a list that is known beforehand, or a search."""
+
+    def next(self) -> Trial | None:
+        """A trial to run now; None while there is none."""
+
+    def over(self) -> bool:
+        """Whether no trial will come any more, once those under way have ended."""
+
+    def ended(self, trial: Trial) -> None:
+        """A trial has ended, however it did."""
+
+    def decide(self, trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        """After a validation: (status, reason) to end the trial here."""
+
+
+class Held:
+    """Trials that another process is training, each looked at again after `BUSY_AGAIN_S`."""
+
+    def __init__(self) -> None:
+        self._not_before: dict[int, float] = {}
+
+    def has(self, trial: Trial) -> bool:
+        """Whether another process has the trial, or had it a moment ago."""
+        if self._not_before.get(trial.number, 0.0) > time.monotonic():
+            return True
+        if trial.run.busy:
+            trial.status = "busy"
+            self.add(trial)
+            return True
+        return False
+
+    def add(self, trial: Trial) -> None:
+        """Lets a trial that turned out to be held wait."""
+        self._not_before[trial.number] = time.monotonic() + BUSY_AGAIN_S
+
+
+class Listed:
+    """The trials of a grid, those of one base after each other; one that another process holds comes again later."""
+
+    def __init__(
+        self,
+        trials: list[Trial],
+        decide: Callable[..., tuple[str, str] | None] = lambda *_: None,
+    ) -> None:
+        bases = list(dict.fromkeys(trial.base for trial in trials))
+        self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
+        self.decide = decide
+        self._held = Held()
+
+    def next(self) -> Trial | None:
+        """The next that is free."""
+        for trial in self.waiting:
+            if not self._held.has(trial):
+                self.waiting.remove(trial)
+                return trial
+        return None
+
+    def over(self) -> bool:
+        """Whether all have been handed out."""
+        return not self.waiting
+
+    def ended(self, trial: Trial) -> None:
+        """Takes back one that another process snatched away, or that is to run again by itself."""
+        if trial.status == "pending":
+            self.waiting.append(trial)
+        elif trial.status == "busy":
+            self.waiting.append(trial)
+            self._held.add(trial)
+
+
+class Supervisor:
+    """Hands trials to workers and watches them.
+
+    Attributes:
+        stopped_because: why the sweep ended before its end; None for one that went through.
+    """
+
+    def __init__(self, sweep: Sweep, progress: SweepProgress) -> None:
+        self.sweep = sweep
+        self.settings = sweep.config.sweep
+        self.progress = progress
+        self.stopped_because: str | None = None
+        self.signalled = 0
+        self._processes: list[WorkerProcess] = []
+        self._same_error: tuple[str, int] = ("", 0)
+        self._told_busy: set[int] = set()
+        limits = (self.settings.time_limit, self.settings.silence_limit)
+        self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
+
+    # ------------------------------------------------------------------------------------------------ the loop
+
+    def run(self, source: Source, *, check: list[Trial], at_most: int | None = None) -> None:
+        """Runs what `source` gives, after a worker has found all of `check` fit to run, with `at_most` workers.
+
+        Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
+        """
+        count = (
+            self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
+        )
+        shares = shares_of_machine(count)
+        if count > 1 and self.settings.workers == "auto":
+            self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
+        before = self._take_signals()
+        self.progress.start()
+        try:
+            for slot, share in enumerate(shares):
+                self._start(slot, share)
+            self._check(check)
+            while not self._over(source):
+                self._hand_out(source, shares)
+                self._listen(source)
+                self._mind_limits(source)
+        finally:
+            for process in self._processes:
+                process.close()
+            self._wait_for_leavers()
+            self.progress.stop()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            self.sweep.write()
+        if self.signalled:
+            raise Interrupted("interrupted; the same command goes on with what is missing.", self.signalled)
+
+    def _over(self, source: Source) -> bool:
+        busy = any(process.trial for process in self._processes)
+        return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
+
+    def count_workers(self, trials: list[Trial], at_most: int, *, grid: bool = False) -> int:
+        """How many processes there is use for.
+
+        What a search suggests depends on their number, so that it is only a grid that takes what cores there are.
+        """
+        wanted = self.settings.workers
+        count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
+        if count > 1 and any(trial.distributed for trial in trials):
+            self.progress.say("trials of several devices run one at a time.")
+            return 1
+        return max(1, min(count, at_most))
+
+    def _side_by_side(self, trials: list[Trial]) -> int:
+        """Workers on a machine without GPUs: one for each core where trials use no more, as memory allows."""
+        if not all(trial.single_threaded for trial in trials):
+            return 1
+        memory, cores = available_memory(), allotted_cores()
+        return cores if memory is None else max(1, min(cores, memory // WORKER_BYTES))
+
+    def _check(self, trials: list[Trial]) -> None:
+        """Lets a worker build the parts of every trial that need no weights."""
+        worker = self._processes[0]
+        # What hangs here hangs in its trial too, where it costs that one alone.
+        limit = max(START_S, self._limits[1] or 0.0)
+        while not worker.ready and worker.process.poll() is None and not self.signalled:
+            self._wait([worker])
+            self._take_in(worker)
+            if time.monotonic() - worker.since > limit:
+                worker.signal(signal.SIGKILL)
+        asked = time.monotonic()
+        worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
+        while worker.process.poll() is None and not self.signalled:
+            self._wait([worker])
+            if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:
+                worker.signal(signal.SIGKILL)
+            for event in worker.events():
+                if event["event"] == "checked":
+                    by_number = {trial.number: trial for trial in trials}
+                    wrong = event["wrong"].items()
+                    refuse([(by_number[int(n)].overrides, ConfigError(m)) for n, (m, _) in wrong], len(trials))
+                    return
+
+    # ------------------------------------------------------------------------------------------------ its parts
+
+    def _start(self, slot: int, share: Share, trial: Trial | None = None) -> WorkerProcess:
+        log = self.sweep.directory / f"worker-{slot}.log"
+        started = WorkerProcess.start(log, share, trial)
+        if slot < len(self._processes):
+            self._processes[slot] = started
+        else:
+            self._processes.append(started)
+        return started
+
+    def _hand_out(self, source: Source, shares: list[Share]) -> None:
+        """Gives every free worker a trial."""
+        for slot, share in enumerate(shares):
+            worker = self._processes[slot] if slot < len(self._processes) else None
+            if not self._free(slot) or self.signalled or self.stopped_because is not None:
+                continue
+            trial = self._next(source)
+            if trial is None:
+                continue
+            trial.status, trial.log = "running", trial.run.log_file
+            self.progress.begins(trial)
+            self.sweep.write()
+            if trial.distributed:
+                if worker is not None:
+                    worker.close()
+                    worker.process.wait()
+                self._start(slot, share, trial)
+            elif worker is None or worker.process.poll() is not None:
+                if worker is not None:
+                    worker.close()
+                self._start(slot, share).trial = trial  # ordered when it is ready
+            else:
+                worker.train(trial)
+
+    def _free(self, slot: int) -> bool:
+        """Whether a worker's place has nothing to do."""
+        worker = self._processes[slot] if slot < len(self._processes) else None
+        return worker is None or worker.process.poll() is not None or worker.idle
+
+    def _next(self, source: Source) -> Trial | None:
+        """The next trial that is not finished already."""
+        while (trial := source.next()) is not None:
+            if not trial.finished_before():
+                return trial
+            self.progress.found(trial)
+            source.ended(trial)
+        for busy in self.sweep.trials:
+            if busy.status == "busy" and busy.number not in self._told_busy:
+                self._told_busy.add(busy.number)
+                self.progress.waits(busy)
+        return None
+
+    def _wait(self, processes: list[WorkerProcess]) -> None:
+        handles = [process.events_fd for process in processes if process.process.poll() is None]
+        if handles:
+            select.select(handles, [], [], 0.25)
+            # A pipe whose writer just left stays readable until the process is reaped.
+            time.sleep(0.002)
+        else:
+            time.sleep(0.05)
+
+    def _listen(self, source: Source) -> None:
+        self._wait(self._processes)
+        for worker in self._processes:
+            for event in worker.events():
+                self._hear(worker, event, source)
+            code = worker.process.poll()
+            if code is not None and worker.trial is not None:
+                for event in worker.events():  # its last words
+                    self._hear(worker, event, source)
+                if worker.trial is not None:
+                    self._died(worker, worker.trial, code, source)
+
+    def _take_in(self, worker: WorkerProcess) -> None:
+        for event in worker.events():
+            worker.ready = worker.ready or event["event"] == "ready"
+
+    def _hear(self, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
+        kind = event["event"]
+        if kind == "ready":
+            worker.ready = True
+            if worker.trial is not None:
+                worker.train(worker.trial)
+            return
+        trial = worker.trial
+        if trial is None:
+            return
+        if kind == "step":
+            self.progress.step(trial, event)
+        elif kind == "validation":
+            self.progress.validation(trial, event)
+            if event["asks"]:
+                worker.order(do="answer", stop=source.decide(trial, event["step"], event["metrics"]))
+        elif kind == "end":
+            trial.value = event["value"]
+            trial.mark(event["status"], event["error"], event["cause"])
+            if event["status"] == "interrupted" and worker.stopping not in (None, "signal"):
+                self._overdue(worker, trial)
+            worker.leaving, worker.leaving_since = worker.leaving or not event["sound"], time.monotonic()
+            if worker.stopping is not None:
+                # It ended its trial before it heard: what stays would wait for orders that never come.
+                worker.leaving = True
+                worker.signal(signal.SIGKILL)
+            if trial.log is None or not trial.log.exists():
+                trial.log = worker.log
+            self._ended(worker, trial, source)
+
+    def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source) -> None:
+        """A process left in the middle of its trial, or a distributed trial's ended."""
+        status = trial.run.status()
+        if trial.distributed and code == 0 and trial.run.done:
+            trial.status = "done"
+            trial.value = value_of(status, trial.config.trainer.monitor)
+        elif worker.stopping == "signal":
+            trial.mark("interrupted", "the sweep was interrupted")
+        elif worker.stopping is not None:
+            self._overdue(worker, trial)
+        elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
+            trial.mark("failed", status["error"], "error")
+        else:
+            trial.mark("failed", *how_it_died(code))
+        if trial.log is None or not trial.log.exists():
+            trial.log = worker.log
+        if trial.status == "failed":
+            self._note(trial)
+        self._ended(worker, trial, source)
+
+    def _overdue(self, worker: WorkerProcess, trial: Trial) -> None:
+        why = str(worker.stopping)
+        trial.mark("failed", why, "time" if "sweep.time_limit" in why else "silence")
+
+    def _note(self, trial: Trial) -> None:
+        """Writes into the run's own record what its process could not."""
+        if trial.run.directory.is_dir() and not trial.run.busy:
+            trial.run.update(status="failed", error=trial.error)
+
+    def _ended(self, worker: WorkerProcess, trial: Trial, source: Source) -> None:
+        worker.trial = None
+        trial.seconds = round(time.monotonic() - worker.since, 1)
+        self.progress.ended(trial)
+        self._count_errors(trial)
+        source.ended(trial)
+        self.sweep.write()
+
+    def _count_errors(self, trial: Trial) -> None:
+        if trial.status != "failed" or self.settings.stop_after_same_error is None:
+            return
+        if any(other.status in FINISHED for other in self.sweep.trials):  # now or in an earlier sweep
+            return
+        # The same mistake names other numbers and directories in every trial.
+        form = re.sub(r"[0-9a-f]{10}|\d+(\.\d+)?(e-?\d+)?", "#", str(trial.error))
+        known, count = self._same_error
+        self._same_error = (form, count + 1 if form == known else 1)
+        if self._same_error[1] >= self.settings.stop_after_same_error:
+            self.stopped_because = (
+                f"{self._same_error[1]} trials in a row failed alike and none succeeded, so the rest was not started "
+                "(sweep.stop_after_same_error)"
+            )
+
+    def _mind_limits(self, source: Source) -> None:
+        """Ends what takes too long, and all there is after a signal."""
+        now = time.monotonic()
+        longest, silence = self._limits
+        for worker in self._processes:
+            if worker.process.poll() is not None:
+                continue
+            if worker.trial is None:
+                if worker.leaving and now - worker.leaving_since > LEAVE_S:
+                    worker.signal(signal.SIGKILL)  # a library's thread keeps it
+                continue
+            if self.signalled:
+                worker.stop("signal")
+            elif longest is not None and now - worker.since > longest:
+                worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
+            elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
+                worker.stop(f"gave no sign of life for sweep.silence_limit={self.settings.silence_limit}")
+            grace = min(GRACE_S, *(limit for limit in self._limits if limit is not None), GRACE_S)
+            if worker.stopping is not None and now - worker.stopping_since > grace:
+                worker.signal(signal.SIGKILL)
+
+    # ------------------------------------------------------------------------------------------------ signals, end
+
+    def _take_signals(self) -> dict[int, Any]:
+        if threading.current_thread() is not threading.main_thread():
+            return {}
+        kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        # What the caller ignores stays ignored: `nohup` asks to outlive its terminal.
+        heard = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
+        return {signum: signal.signal(signum, self._on_signal) for signum in heard}
+
+    def _on_signal(self, signum: int, frame: Any) -> None:
+        if self.signalled:  # a second one: at once
+            for process in self._processes:
+                process.signal(signal.SIGKILL)
+            return
+        self.signalled = signum
+        self.progress.say("stopping: the trials under way save first (a second signal stops at once).")
+
+    def _wait_for_leavers(self) -> None:
+        """Idle workers leave when their orders end; what does not is killed."""
+        deadline = time.monotonic() + GRACE_S
+        for worker in self._processes:
+            while worker.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.02)
+            if worker.process.poll() is None:
+                worker.signal(signal.SIGKILL)
+                worker.process.wait()

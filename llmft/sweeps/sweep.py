@@ -1,0 +1,155 @@
+"""A grid from its plan to its answer."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, TrialsFailed
+from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.supervisor import Listed, Supervisor
+from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
+from llmft.sweeps.twin import twin_rule
+
+
+def run_grid(
+    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, *, first: int = 0
+) -> Sweep:
+    """Plans all trials, runs those that are missing under a supervisor, writes the report.
+
+    Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
+    when some failed; Interrupted when a signal ended it.
+    """
+    sweep = make_sweep(planner, jobs, fixed, command, first)
+    screen = Screen()
+    progress = SweepProgress(
+        screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
+    )
+    decide = twin_rule(sweep.config)
+    tell_plan(sweep, screen)
+    supervisor = Supervisor(sweep, progress)
+    missing = [trial for trial in sweep.trials if not trial.finished_before()]
+    try:
+        if missing:
+            if sweep.config.sweep.report:
+                threading.Thread(target=_import_report, daemon=True).start()
+            supervisor.run(Listed(sweep.trials, decide), check=missing)
+        finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
+    except BaseException:
+        sweep.write()
+        raise
+    return sweep
+
+
+def _import_report() -> None:
+    """What the report needs, while the workers train and this process only waits for them."""
+    import pyarrow.parquet  # noqa: F401
+    import scipy.special
+    import scipy.stats  # noqa: F401
+
+    import llmft.sweeps.answer  # noqa: F401
+    from llmft.reports.page import template
+
+    template()
+
+
+def run_elsewhere(
+    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, launcher: Any
+) -> Sweep:
+    """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
+    sweep = make_sweep(planner, jobs, fixed, command, 0)
+    screen = Screen()
+    tell_plan(sweep, screen)
+    missing = [place for place, trial in enumerate(sweep.trials) if not trial.finished_before()]
+    if missing:
+        sweep.write()
+        launcher.launch([jobs[place] for place in missing], initial_job_idx=0)
+    for place in missing:
+        trial = sweep.trials[place]
+        if not trial.finished_before():
+            status = trial.run.status()
+            told = status.get("status")
+            kind = told if told in ("interrupted", "pruned", "twin") else "failed"
+            trial.mark(kind, status.get("error") or "no result was left", "error")
+            trial.log = trial.run.log_file
+    finish(sweep, screen, None, anew=bool(missing))
+    return sweep
+
+
+def make_sweep(
+    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, first: int
+) -> Sweep:
+    """The planned trials and their directory."""
+    if not jobs:
+        raise ConfigError("this sweep has no combination: give a key several values, as in seed=0,1,2.")
+    trials = planner.plan(jobs, first=first)
+    apart = varying(jobs)
+    swept: dict[str, list[str]] = {}
+    for job in jobs:
+        for override in job:
+            key, _, value = override.partition("=")
+            if key in apart and value not in swept.setdefault(key.lstrip("+"), []):
+                swept[key.lstrip("+")].append(value)
+    same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in swept]
+    sweep = open_sweep(trials, swept, same, command)
+    for trial in trials:
+        if trial.config.logger.wandb.group is None:
+            trial.config.logger.wandb.group = sweep.name
+    return sweep
+
+
+def tell_plan(sweep: Sweep, screen: Screen) -> None:
+    """What is about to happen."""
+    question = sweep.config.sweep.question
+    keys = "  ".join(f"{key}={','.join(values)}" for key, values in sweep.swept.items())
+    facts = {"question": question} if question else {}
+    facts |= {"trials": f"{len(sweep.trials)}: {keys}" if keys else str(len(sweep.trials))}
+    facts |= {"sweep": str(sweep.directory)}
+    screen.plan(facts)
+
+
+def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: bool = True) -> None:
+    """Writes the record and the report, shows what failed; raises TrialsFailed when something did."""
+    sweep.finished = time.strftime("%Y-%m-%d %H:%M:%S")
+    sweep.write()
+    failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
+    if failed:
+        show_failures(failed, screen)
+    if sweep.config.sweep.report:
+        from llmft.sweeps.answer import give_answer
+
+        give_answer(sweep, screen, anew=anew)
+    if not failed and stopped_because is None:
+        return
+    if not failed:
+        raise TrialsFailed(f"ended early: {stopped_because}; the same command goes on.")
+    because = f": {stopped_because}" if stopped_because else ""
+    not_run = sum(trial.status == "pending" for trial in failed)
+    parts = [f"{len(failed) - not_run} of {len(sweep.trials)} trials failed"]
+    parts += [f"{not_run} not run"] if not_run else []
+    raise TrialsFailed(f"{', '.join(parts)}{because}; the same command runs only those again.")
+
+
+def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
+    """What failed, why, and the command that runs just that one."""
+    table = Table(title="trials without a result", title_justify="left", box=box.SIMPLE_HEAD)
+    for name in ("trial", "status", "why"):
+        table.add_column(name, overflow="fold")
+    for trial in failed:
+        table.add_row(escape(trial.label), trial.status, escape(trial.error or ""))
+    screen.print(table)
+    for trial in failed[:20]:
+        if trial.log is not None and trial.log.exists():
+            screen.print(f"[bold]{escape(trial.label)}[/bold]  its log: {escape(str(trial.log))}; alone:")
+        else:
+            screen.print(f"[bold]{escape(trial.label)}[/bold]  alone:")
+        screen.print(f"  {escape(trial.command)}")
+    if len(failed) > 20:
+        screen.print(f"  … and {len(failed) - 20} more, in sweep.json")

@@ -1,0 +1,309 @@
+"""The trials of a sweep, planned before the first starts, and the record of them in the sweep's directory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmft.config.convert import aside_keys, canonical, to_plain
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError, DataError, UserError
+from llmft.core.files import read_plain, write_atomically
+from llmft.core.machine import sensible_threads
+from llmft.core.redaction import redact
+from llmft.data.hub import Located, weight_bytes
+from llmft.metrics.monitor import with_mode
+from llmft.runs.directory import Run, existing_run, run_key, slug, unwritable
+from llmft.training.prepare import prepare
+
+FINISHED = ("done", "twin", "pruned")
+"""Statuses of a trial that has nothing left to do in its sweep."""
+
+
+@dataclass
+class Trial:
+    """One combination of a sweep: its config, and the run that it is.
+
+    Attributes:
+        overrides: what sets it apart from the sweep's other trials.
+        arguments: its whole command line after `python -m llmft`.
+        status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
+        cause: what ended a trial that failed: error, exit, signal, time, silence.
+        num_labels: classes of its data, which a base with a head is loaded for.
+        weight_bytes: of its model's files; None where there are none.
+    """
+
+    number: int
+    overrides: list[str]
+    arguments: list[str]
+    config: TrainConfig
+    key: str
+    run: Run
+    status: str = "pending"
+    error: str | None = None
+    cause: str | None = None
+    value: float | None = None
+    seconds: float | None = None
+    log: Path | None = None
+    num_labels: int = 0
+    weight_bytes: int | None = None
+
+    @property
+    def command(self) -> str:
+        """The line that runs just this trial."""
+        arguments = [argument.removeprefix("++") for argument in self.arguments]
+        return shlex.join(["python", "-m", "llmft", *redact(arguments)])
+
+    @property
+    def label(self) -> str:
+        """What a person calls it."""
+        return " ".join(self.overrides) or self.run.directory.name
+
+    @property
+    def base(self) -> str:
+        """Equal for trials that share a loaded, quantised base."""
+        config = self.config
+        labels = self.num_labels if config.task.auto_class == "sequence_classification" else 0
+        return canonical(
+            to_plain([config.model, config.quantization, config.trainer.precision, config.task.auto_class, labels])
+        )
+
+    @property
+    def single_threaded(self) -> bool:
+        """Whether it computes on one thread of the CPU, wherever it runs."""
+        trainer = self.config.trainer
+        if trainer.accelerator not in ("auto", "cpu"):
+            return False
+        if trainer.threads is not None or self.weight_bytes is None:
+            return trainer.threads == 1
+        # Two bytes a weight is the least for files of weights: a small model is rather missed than a large one taken.
+        return sensible_threads(self.weight_bytes // 2) == 1
+
+    @property
+    def distributed(self) -> bool:
+        """Whether it takes several processes itself."""
+        trainer = self.config.trainer
+        return trainer.devices != 1 or trainer.num_nodes != 1
+
+    def finished_before(self) -> bool:
+        """Whether an earlier sweep or run left nothing to do; then status and value say what it found."""
+        if self.config.force:
+            return False
+        status = self.run.status()
+        if self.run.done:
+            self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
+            self.seconds = status.get("result", {}).get("seconds")
+        elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
+            self.status, self.error = "twin", status.get("error")
+        return self.status in FINISHED
+
+    def mark(self, status: str, error: str | None, cause: str | None = None) -> None:
+        """Sets how it ended."""
+        self.status, self.error, self.cause = status, error, cause
+
+
+def value_of(status: dict[str, Any], monitor: str) -> float | None:
+    """The monitored metric that a run's status tells of; None for a run without a result."""
+    return status.get("result", {}).get("after", {}).get(monitor)
+
+
+class Planner:
+    """Composes combinations to trials; reads each data set and finds each model once."""
+
+    def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
+        self.compose = compose
+        self.explain = explain
+        self._known: dict[str, tuple[str, Located, int, int | None]] = {}
+
+    def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
+        """One trial for each list of overrides, all of them checked.
+
+        Raises ConfigError (or DataError) naming every combination that cannot run.
+        """
+        trials: list[Trial] = []
+        wrong: list[tuple[Sequence[str], UserError]] = []
+        apart = varying(jobs)
+        for place, overrides in enumerate(jobs):
+            own = [override for override in overrides if override.partition("=")[0] in apart]
+            try:
+                trials.append(self.trial(first + place, overrides, own))
+            except UserError as error:
+                wrong.append((own, error))
+        refuse(wrong, len(jobs))
+        return trials
+
+    def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
+        """The trial of one combination; raises UserError for one that cannot run."""
+        try:
+            config = with_mode(self.compose(overrides))
+        except Exception as error:
+            raise self.explain(error) from None
+        key = canonical(to_plain([config.data, config.model, config.task]))
+        if key not in self._known:
+            try:
+                prepared = prepare(config, open_directory=False)
+            except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
+                raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
+            size = weight_bytes(prepared.located)
+            self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
+        fingerprint, located, num_labels, size = self._known[key]
+        run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
+        shown = [override.lstrip("+") for override in own]
+        arguments = [*_options(), *overrides, *_single(overrides)]
+        return Trial(
+            number,
+            shown,
+            arguments,
+            config,
+            run.key,
+            run,
+            num_labels=num_labels,
+            weight_bytes=size,
+        )
+
+
+def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:
+    """Raises one error for all the combinations of a sweep that cannot run; nothing when there are none."""
+    if not wrong:
+        return
+    kind = type(wrong[0][1])
+    by_message: dict[str, list[str]] = {}
+    for overrides, error in wrong:
+        by_message.setdefault(str(error), []).append(" ".join(overrides) or "every combination")
+    lines = [f"  {told[0]}{f' and {len(told) - 1} more' if told[1:] else ''}: {m}" for m, told in by_message.items()]
+    more = [f"  and {len(lines) - 10} other mistakes"] if len(lines) > 10 else []
+    text = f"{len(wrong)} of {count} combinations cannot run, so none was started:"
+    raise kind("\n".join([text, *lines[:10], *more]))
+
+
+def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
+    """The keys that do not have one and the same value in all jobs."""
+    values: dict[str, set[str]] = {}
+    for overrides in jobs:
+        for override in overrides:
+            key, _, value = override.partition("=")
+            values.setdefault(key, set()).add(value)
+    everywhere = {key for key in values if all(any(o.startswith(f"{key}=") for o in job) for job in jobs)}
+    return {key for key, found in values.items() if len(found) > 1 or key not in everywhere}
+
+
+def _options() -> list[str]:
+    """This command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
+    kept = [a for a in sys.argv[1:] if a.startswith("-") or "=" not in a]
+    return [a for a in kept if a not in ("-m", "--multirun")]
+
+
+def _single(overrides: Sequence[str]) -> list[str]:
+    """What keeps a file of `sweeps/` from making a sweep of the one trial again."""
+    return ["hydra.mode=RUN"] if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides) else []
+
+
+@dataclass
+class Sweep:
+    """A sweep's directory and record."""
+
+    directory: Path
+    identity: str
+    trials: list[Trial]
+    swept: dict[str, list[str]]
+    command: str
+    created: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
+    finished: str | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    sample: Trial | None = None
+
+    @property
+    def name(self) -> str:
+        """What a person calls it, and its group in Weights & Biases."""
+        return self.directory.name
+
+    @property
+    def config(self) -> TrainConfig:
+        """The settings that all trials share are read from the first, or before there is one from a sample."""
+        return (self.sample or self.trials[0]).config
+
+    @property
+    def record_file(self) -> Path:
+        """What ran, and how it ended."""
+        return self.directory / "sweep.json"
+
+    def write(self) -> None:
+        """Writes the record."""
+        config = self.config
+        record = {
+            "name": self.name,
+            "identity": self.identity,
+            "question": config.sweep.question,
+            "notes": config.notes,
+            "command": self.command,
+            "created": self.created,
+            "finished": self.finished,
+            "output_dir": config.output_dir,
+            "monitor": config.trainer.monitor,
+            "mode": config.trainer.mode.value,
+            "swept": self.swept,
+            **self.facts,
+            "trials": [self._trial_record(trial) for trial in self.trials],
+        }
+        write_atomically(self.record_file, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+
+    def _trial_record(self, trial: Trial) -> dict[str, Any]:
+        return {
+            "number": trial.number,
+            "overrides": trial.overrides,
+            "key": trial.key,
+            "run": str(trial.run.directory.relative_to(trial.config.output_dir)),
+            "status": "interrupted" if trial.status == "running" else trial.status,
+            "error": trial.error,
+            "cause": trial.cause,
+            "value": trial.value,
+            "seconds": trial.seconds,
+            "command": trial.command,
+            "log": str(trial.log) if trial.log else None,
+        }
+
+
+def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence[str], command: str) -> Sweep:
+    """The directory of the sweep that asks for these trials; the same command always gets the same one.
+
+    Raises ConfigError when sweep.name stands for another sweep already.
+    """
+    config = trials[0].config
+    identity = identity_of(swept, fixed)
+    root = Path(config.output_dir) / "sweeps"
+    if config.sweep.name:
+        directory = root / slug(redact(config.sweep.name))[:80]
+    else:
+        directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
+    sweep = Sweep(directory, identity, trials, swept, command)
+    try:
+        known = json.loads(read_plain(sweep.record_file))
+    except (OSError, ValueError):
+        known = {}
+    if known and known.get("identity") != identity:
+        raise ConfigError(
+            f"{directory} holds another sweep ({' x '.join(known.get('swept', {})) or 'no varied keys'}, "
+            f"{len(known.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
+            f"{len(trials)} trials): set another sweep.name."
+        )
+    sweep.created = known.get("created", sweep.created)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise unwritable(f"output_dir={config.output_dir}", error) from None
+    return sweep
+
+
+def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
+    """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
+    no_part = tuple(f"{key}{end}" for key in (*aside_keys(TrainConfig), "hydra.") for end in (".", "="))
+    kept = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
+    content = canonical([{key: sorted(values) for key, values in swept.items()}, kept])
+    return hashlib.sha256(content.encode()).hexdigest()[:8]

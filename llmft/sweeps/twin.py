@@ -1,0 +1,68 @@
+"""Ends a trial that does as a reference run does, validation after validation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError
+from llmft.core.files import read_plain
+from llmft.runs.directory import Run
+from llmft.sweeps.trials import Trial
+
+ALIKE_VALIDATIONS = 3
+"""So many validations in a row within the noise make a twin: fewer and an early crossing of two curves would."""
+
+
+def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], tuple[str, str] | None]:
+    """The rule of sweep.twin_of: (status, reason) once a trial's curve has stayed within noise of that run's.
+
+    Raises ConfigError where that is no run with validations.
+    """
+    if config.sweep.twin_of is None:
+        return lambda trial, step, metrics: None
+    directory = Path(config.sweep.twin_of)
+    monitor = config.trainer.monitor
+    curve = validations(directory, monitor)
+    if not curve:
+        raise ConfigError(f"sweep.twin_of={directory}: not a run with validations of {monitor}.")
+    bound = config.sweep.twin_noise
+    if bound is None:
+        raise ConfigError(
+            "sweep.twin_of needs sweep.twin_noise: how far apart two runs may be and still count as the same, "
+            f"in {monitor}; twice the spread between seeds is a good choice."
+        )
+    alike: dict[int, int] = {}
+
+    def decide(trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        value = metrics.get(monitor)
+        if step == 0 or value is None or step not in curve or trial.run.directory == directory:
+            return None
+        alike[trial.number] = alike.get(trial.number, 0) + 1 if abs(value - curve[step]) <= bound else 0
+        if alike[trial.number] < ALIKE_VALIDATIONS:
+            return None
+        return "twin", (
+            f"a twin of {directory.name}: {monitor} {value:.4f} against {curve[step]:.4f} at step {step}, within "
+            f"{bound:g} for {ALIKE_VALIDATIONS} validations in a row"
+        )
+
+    return decide
+
+
+def validations(directory: Path, monitor: str) -> dict[int, float]:
+    """The monitored metric of a run by step, without that before training."""
+    try:
+        lines = read_plain(Run(directory, "").metrics_file).splitlines()
+    except OSError:
+        return {}
+    found: dict[int, float] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # a line that a kill cut off
+        if record["step"] > 0 and record.get(monitor) is not None:
+            found[record["step"]] = record[monitor]
+    return found

@@ -1,0 +1,168 @@
+"""A process that trains one trial after another on one base: `python -m llmft.sweeps.worker EVENTS_FD [CORE…]`.
+
+Orders come as JSON lines on the standard input, from the supervisor, which has checked what they hold; events leave as
+JSON lines by the given file descriptor. When the supervisor is gone, the input ends: the worker saves the run under
+way and leaves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from typing import IO, Any
+
+EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
+"""Where a training that is a process of its own tells its events."""
+LAST_WORDS_S = 60.0
+"""How long a worker whose supervisor is gone may take to save."""
+
+
+class Teller:
+    """Tells a supervisor what happens, and asks it after validations."""
+
+    def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
+        self.events = events
+        self.orders = orders
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """One event; a supervisor that is gone hears nothing, and the end of the orders says so."""
+        with contextlib.suppress(BrokenPipeError, ValueError):
+            self.events.write(json.dumps({"event": event, **facts}) + "\n")
+            self.events.flush()
+
+    def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
+        """See Watch."""
+        self.tell("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
+
+    def alive(self) -> None:
+        """See Watch."""
+        self.tell("alive")
+
+    def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
+        """See Watch; waits for the supervisor's answer where there is a way for one."""
+        self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
+        if self.orders is None:
+            return None
+        answer = self.orders.get()
+        if answer is None:  # the supervisor is gone: SIGTERM is on its way
+            self.orders.put(None)
+            return None
+        return tuple(answer["stop"]) if answer["stop"] is not None else None
+
+
+def watch_of_environment() -> Teller | None:
+    """The supervisor that started this very process for one trial, if one did."""
+    handle = os.environ.pop(EVENTS_VARIABLE, None)  # not for the processes that this one starts
+    return Teller(os.fdopen(int(handle), "w"), None) if handle is not None else None
+
+
+def main() -> None:
+    """The process."""
+    if cores := [int(core) for core in sys.argv[2:]]:
+        take_cores(cores)
+    from llmft.core.imports import load_libraries
+
+    load_libraries()
+    import llmft.training.session  # noqa: F401
+
+    work(int(sys.argv[1]))
+
+
+def take_cores(cores: list[int]) -> None:
+    """This thread, and those that it starts, computes on these cores only, where the system can be told."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)
+
+
+def work(events: int) -> None:
+    """Does what it is ordered to by the standard input, and tells it by the file descriptor `events`."""
+    faulthandler.enable()
+    orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
+    teller = Teller(os.fdopen(events, "w"), orders)
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    teller.tell("ready")
+    while (order := orders.get()) is not None:
+        if order["do"] == "check":
+            teller.tell("checked", wrong=_check(order["configs"]))
+        else:
+            outcome = _train(order, teller)
+            teller.tell("end", **outcome)
+            if not outcome["sound"]:
+                sys.exit(1)  # a library may be left in any state: a new process takes the next trial
+
+
+def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
+    with open(0, closefd=False) as given:
+        for line in given:
+            orders.put(json.loads(line))
+    orders.put(None)
+    # Between trials the end of the orders ends the process; a run under way saves first.
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(LAST_WORDS_S)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
+    """(message, exit code) for every config of which some part cannot be built."""
+    from llmft.config.convert import restored
+    from llmft.config.instantiate import trust
+    from llmft.config.sections import TrainConfig
+    from llmft.core.errors import UserError
+    from llmft.training.session import check_parts
+
+    wrong: dict[str, tuple[str, int]] = {}
+    for number, plain in configs.items():
+        try:
+            config = restored(plain, TrainConfig)
+            trust(config.trusted_packages)
+            check_parts(config)
+        except UserError as error:
+            wrong[number] = (str(error), error.exit_code)
+    return wrong
+
+
+def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
+    """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
+    from llmft.config.convert import restored
+    from llmft.config.sections import TrainConfig
+    from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
+    from llmft.train import train
+
+    sys.argv[1:] = order["arguments"]
+    print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
+    ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
+    try:
+        config: TrainConfig = restored(order["config"], TrainConfig)
+        value = train(config, watch=teller, overrides=order["overrides"])
+        return {**ended, "status": "done", "value": value}
+    except RunBusy as error:
+        return {**ended, "status": "busy", "error": str(error)}
+    except Stopped as error:
+        return {**ended, "status": error.status, "error": str(error)}
+    except (Interrupted, KeyboardInterrupt) as error:
+        return {**ended, "status": "interrupted", "error": str(error) or "interrupted", "sound": False}
+    except SystemExit as error:
+        told = f"sys.exit({error.code}) before there was a result"
+        return {**ended, "status": "failed", "error": told, "cause": "exit", "sound": False}
+    except BaseException as raised:
+        traceback.print_exception(raised)
+        known = as_user_error(raised)
+        told = str(known).splitlines()[0] if str(known) else type(known).__name__
+        user = isinstance(known, UserError)
+        text = told if user else f"{type(known).__name__}: {told}"
+        return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+
+
+if __name__ == "__main__":
+    main()

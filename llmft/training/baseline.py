@@ -1,0 +1,251 @@
+"""`model=tfidf`: counts of words and a linear model (scikit-learn), what a fine-tuned model has to beat.
+
+A run of it has the directory, record and predictions of any other run, so the two are compared and blended alike.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llmft.config.instantiate import metric_functions, reads_text
+from llmft.config.sections import CLASSIFICATION, Problem, TrainConfig, TrainOn
+from llmft.config.untrusted import read_json
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.files import staged_file, write_atomically
+from llmft.core.machine import describe
+from llmft.data.columns import Conversation
+from llmft.data.messages import text_of as message_text
+from llmft.data.targets import Targets
+from llmft.metrics.prior import row_losses
+from llmft.runs.directory import append_line, write_config, write_row_losses
+from llmft.runs.predictions import FOLDER
+from llmft.training.prepare import Prepared
+from llmft.training.record import chance_of, data_facts, predictions_of
+from llmft.training.tokenized_data import row_findings
+
+OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
+"""Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
+
+
+class Baseline:
+    """TF-IDF (sublinear, unit rows) and a logistic regression; ridge regression for numbers.
+
+    Attributes:
+        vocabulary: the column of each word.
+        idf: (words,) inverse document frequencies.
+        weights, bias: (classes, words) and (classes,) of the linear model.
+    """
+
+    def __init__(
+        self, targets: Targets, ngrams: int, vocabulary: dict[str, int], idf: Any, weights: Any, bias: Any
+    ) -> None:
+        self.targets = targets
+        self.ngrams = ngrams
+        self.vocabulary = vocabulary
+        self.idf = np.asarray(idf, dtype=np.float64)
+        self.weights = np.asarray(weights, dtype=np.float64)
+        self.bias = np.asarray(bias, dtype=np.float64)
+
+    @classmethod
+    def fit(cls, rows: Sequence[Conversation], targets: Targets, options: dict[str, Any], seed: int) -> Baseline:
+        """Learns `rows`, each with its weight. Raises ConfigError for options that do not exist or fit."""
+        for name in options:
+            if name not in OPTIONS:
+                raise ConfigError(f"model.config.{name}: no such option of tfidf{did_you_mean(name, OPTIONS)}")
+        chosen = {**OPTIONS, **options}
+        vectorizer = _vectorizer(int(chosen["ngrams"]), min_df=min(int(chosen["min_rows"]), max(1, len(rows) // 2)))
+        vectorizer.max_features = int(chosen["max_words"])
+        try:
+            features = vectorizer.fit_transform([text_of(row) for row in rows])
+        except ValueError as error:
+            raise ConfigError(f"model=tfidf: no words to learn from ({error}).") from None
+        weights, bias = _linear(features, rows, targets, float(chosen["c"]), seed)
+        vocabulary = {word: int(place) for word, place in vectorizer.vocabulary_.items()}
+        return cls(targets, int(chosen["ngrams"]), vocabulary, vectorizer.idf_, weights, bias)
+
+    def predict(self, rows: Sequence[Conversation]) -> np.ndarray:
+        """(rows, classes) probabilities, or (rows, 1) numbers."""
+        vectorizer = _vectorizer(self.ngrams, vocabulary=self.vocabulary)
+        vectorizer.idf_ = self.idf
+        scores = vectorizer.transform([text_of(row) for row in rows]) @ self.weights.T + self.bias
+        if self.targets.problem is Problem.regression:
+            return scores * self.targets.scale + self.targets.mean
+        if self.targets.problem is Problem.multi_label:
+            return 1 / (1 + np.exp(-scores))
+        scores -= scores.max(axis=1, keepdims=True)
+        return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
+
+    def save(self, directory: Path) -> None:
+        """Writes the words as JSON and the numbers as safetensors: nothing that runs code when it is opened."""
+        from safetensors.numpy import save
+
+        words = {"targets": self.targets.to_plain(), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
+        write_atomically(directory / "tfidf.json", json.dumps(words, ensure_ascii=False).encode())
+        with staged_file(directory / "model.safetensors") as file:
+            file.write(save({"idf": self.idf, "weights": self.weights, "bias": self.bias}))
+
+    @classmethod
+    def load(cls, directory: Path) -> Baseline:
+        """Reads what `save` wrote; raises ConfigError where it is missing or damaged."""
+        from safetensors.numpy import load_file
+
+        try:
+            words = read_json(directory / "tfidf.json", 512 * 2**20)
+            numbers = load_file(directory / "model.safetensors")
+            return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
+        except Exception as error:
+            raise ConfigError(f"{directory}: no baseline can be read there ({error}).") from None
+
+
+def text_of(row: Conversation) -> str:
+    """All that a row says, without a class's word behind it."""
+    messages = row.messages[:-1] if row.learns_text and row.messages[-1]["role"] == "assistant" else row.messages
+    return "\n".join(map(message_text, messages))
+
+
+def _vectorizer(ngrams: int, **more: Any) -> Any:
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    # Words and marks alike: how a text is punctuated says much about who wrote it.
+    return TfidfVectorizer(
+        sublinear_tf=True, ngram_range=(1, ngrams), lowercase=False, token_pattern=r"\w+|[^\w\s]|\n", **more
+    )
+
+
+def _linear(
+    features: Any, rows: Sequence[Conversation], targets: Targets, c: float, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(classes, words) weights and (classes,) biases; a class without rows gets what makes it unlikely."""
+    from sklearn.linear_model import LogisticRegression, Ridge
+    from threadpoolctl import threadpool_limits
+
+    counts_for = np.asarray([row.weight for row in rows])
+    own = np.asarray([row.target for row in rows])
+    with threadpool_limits(1):  # sums in another order would give other last digits on a machine with more cores
+        if targets.problem is Problem.regression:
+            fitted = Ridge(alpha=1 / c).fit(features, (own - targets.mean) / targets.scale, sample_weight=counts_for)
+            return fitted.coef_.reshape(1, -1), np.asarray(fitted.intercept_).reshape(1)
+        several = targets.problem is Problem.multi_label
+        columns = own.T if several else [own]
+        weights = np.zeros((len(targets.labels), features.shape[1]))
+        bias = np.full(len(targets.labels), np.log(0.5 / (len(rows) + 1)))
+        for number, column in enumerate(columns):
+            there = np.unique(column)
+            if len(there) < 2:
+                if several:
+                    bias[number] = np.log((len(rows) + 0.5) / 0.5) * (1 if there[0] else -1)
+                    continue
+                raise ConfigError("model=tfidf: the training rows have one class alone.")
+            fitted = LogisticRegression(C=c, max_iter=1000, random_state=seed % 2**32)
+            fitted.fit(features, column, sample_weight=counts_for)
+            if several:
+                weights[number], bias[number] = fitted.coef_[0], fitted.intercept_[0]
+            elif len(there) == 2:  # scikit-learn gives one row, of the second class against the first
+                weights[there[1]], bias[there[1]], bias[there[0]] = fitted.coef_[0], fitted.intercept_[0], 0.0
+            else:
+                weights[there], bias[there] = fitted.coef_, fitted.intercept_
+    return weights, bias
+
+
+class BaselineSession:
+    """One training of the baseline, with the record of any other run."""
+
+    def __init__(self, prepared: Prepared, screen: Screen) -> None:
+        self.prepared, self.screen = prepared, screen
+
+    def run(self) -> float | None:
+        """Fits, predicts the held-out rows, finishes the run directory; returns the monitored metric."""
+        prepared, config, run = self.prepared, self.prepared.config, self.prepared.run
+        targets = _check(config, prepared.targets)
+        began = time.monotonic()
+        self._record()
+        rows = prepared.conversations
+        self.screen.plan(
+            {
+                "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
+                "data": f"{config.data.name}: " + ", ".join(f"{len(own):,} {split}" for split, own in rows.items()),
+                "run": str(run.directory),
+            }
+        )
+        for finding in row_findings(prepared):
+            self.screen.warn(f"{finding.key}: {finding.message}.")
+        model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
+        model.save(run.model)
+        after = self._evaluate(model, targets)
+        append_line(run.metrics_file, {"step": 1, **after})
+        seconds = time.monotonic() - began
+        append_line(run.timing_file, {"step": 1, "val/elapsed_s": seconds})
+        # As metrics.jsonl has them: what is not finite is blank.
+        after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
+        result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
+        chance = chance_of(prepared, _metrics(config))
+        run.finish({**result, "chance": chance} if chance else result)
+        facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+        self.screen.summary({}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
+        return after.get(config.trainer.monitor)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def _record(self) -> None:
+        import torch
+
+        run, prepared = self.prepared.run, self.prepared
+        for path in (run.metrics_file, run.timing_file):
+            path.unlink(missing_ok=True)
+        write_config(run, prepared.config)
+        record = {
+            **describe(torch.device("cpu")),
+            "precision": "fp64",
+            "data": data_facts(prepared),
+            "model": {"fingerprint": prepared.located.fingerprint},
+        }
+        write_atomically(run.environment_file, json.dumps(record, indent=1).encode())
+        assert prepared.targets is not None
+        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
+
+    def _evaluate(self, model: Baseline, targets: Targets) -> dict[str, Any]:
+        """Metrics of validation and test, whose predictions and row losses are written."""
+        config, run = self.prepared.config, self.prepared.run
+        metrics = _metrics(config)
+        found: dict[str, Any] = {}
+        for split, name in (("validation", "val"), ("test", "test")):
+            rows = self.prepared.conversations.get(split) or []
+            if not rows:
+                continue
+            values = model.predict(rows)
+            references = np.asarray([row.target for row in rows])
+            losses = row_losses(values, references, targets.problem, targets.scale)
+            found[f"{name}/loss_nats"] = float(np.mean(losses))
+            found |= {f"{name}/{metric}": metrics[metric](references, values) for metric in metrics}
+            if name == "val" and config.data.train_on is TrainOn.all:
+                found = dict.fromkeys(found)
+                continue
+            table = [(row, float(loss), 1.0) for row, loss in enumerate(losses)]
+            path = run.row_losses_file(name, 1)
+            write_row_losses(path, table, [row.where for row in rows].__getitem__, targets.labels, values)
+            predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
+        return found
+
+
+def _check(config: TrainConfig, targets: Targets | None) -> Targets:
+    """Raises ConfigError for what a baseline cannot do."""
+    if targets is None:
+        raise ConfigError("model=tfidf writes no text: set task=classification, multi_label or regression.")
+    if config.task.objective != CLASSIFICATION or config.task.objective_options:
+        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
+    return targets
+
+
+def _metrics(config: TrainConfig) -> dict[str, Any]:
+    """Those that score predictions."""
+    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
+    metrics = metric_functions(config.task.metrics, config.task.metric_options)
+    return {name: metric for name, metric in metrics.items() if name not in text}

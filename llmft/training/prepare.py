@@ -1,0 +1,148 @@
+"""What a run needs before torch is imported: rows, the model's files, the run directory.
+
+`python -m llmft` answers a mistake, or finds a finished run, from here in about a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from llmft.config.sections import Problem, TrainConfig, TrainOn
+from llmft.core.errors import DataError
+from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.hub import Located, locate
+from llmft.data.messages import Keys
+from llmft.data.pseudo import PseudoLabels, add_pseudo
+from llmft.data.sources import Loaded, Problems, Row, load_rows
+from llmft.data.splits import make_splits
+from llmft.data.targets import Targets, class_weights
+from llmft.data.transforms import apply
+from llmft.metrics.monitor import with_mode
+from llmft.metrics.prior import prior_of
+from llmft.runs.directory import Run, free_run, open_run, run_key
+
+
+@dataclass
+class Prepared:
+    """Conversations of each split, the model's files, and the run they belong to."""
+
+    config: TrainConfig
+    conversations: dict[str, list[Conversation]]
+    labels: list[str]
+    located: Located
+    data_fingerprint: str
+    run: Run
+    problems: Problems = field(default_factory=Problems)
+    targets: Targets | None = None
+    rows_fingerprint: str = ""
+    """Of the files alone, without pseudo-labels: the same in all folds."""
+    pseudo: PseudoLabels = field(default_factory=PseudoLabels)
+    id_column: str | None = None
+    num_rows: dict[str, int] = field(default_factory=dict)
+    """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
+    usage: dict[str, Any] = field(default_factory=dict)
+    """Which columns are read and which are not, as `ColumnMap.usage` says."""
+    message_keys: Keys = field(default_factory=Keys)
+    started: float = field(default_factory=time.monotonic)
+
+
+def process_rank(config: TrainConfig) -> int:
+    """This process's place among those of a distributed run, before torch.distributed knows it."""
+    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
+        return 0  # several such runs may have been started side by side
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+        value = os.environ.get(name)
+        if value is not None and value.isdigit():
+            return int(value)
+    return 0
+
+
+def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
+    """Reads and checks the rows, finds the model, and opens the run directory (or only names it).
+
+    Raises:
+        ConfigError: for what the config names and is not there.
+        DataError: for rows that cannot be used.
+    """
+    config = with_mode(config)
+    problems = Problems(config.data.on_bad_row)
+    loaded = load_rows(config.data, problems)
+    rows = make_splits(loaded, config.data)
+    # The classes are those of all rows, so that every fold has the same in the same order.
+    known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
+    columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
+    conversations = {
+        split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
+        for split, part in rows.items()
+    }
+    total = sum(map(len, rows.values()))
+    check_rejected(problems, total, config)
+    if not conversations["train"]:
+        raise DataError(f"data={config.data.name}: no training row can be used.")
+    if not conversations["validation"]:
+        raise DataError(
+            f"data={config.data.name} has no validation rows: raise data.validation_fraction or name a file in "
+            "data.split_files.validation."
+        )
+    held = [row for split in ("validation", "test") for row in conversations[split]]
+    pseudo = add_pseudo(config.data, columns, conversations["train"], held)
+    conversations["train"] = _weighted([*conversations["train"], *pseudo.conversations], config, columns.targets)
+    if config.data.train_on is TrainOn.all:  # these rows are trained on: a few show that the model still works
+        conversations["validation"] = conversations["validation"][: config.trainer.validation_batch_size]
+    fingerprint = loaded.fingerprint
+    if pseudo.fingerprint:
+        fingerprint = hashlib.sha256(f"{loaded.fingerprint}+{pseudo.fingerprint}".encode()).hexdigest()
+    located = locate(config.model)
+    key = run_key(config, fingerprint, located.fingerprint)
+    run = open_run(config, key) if open_directory else free_run(config, key)
+    return Prepared(
+        config,
+        conversations,
+        columns.labels,
+        located,
+        fingerprint,
+        run,
+        problems,
+        columns.targets,
+        loaded.fingerprint,
+        pseudo,
+        columns.id,
+        {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+        columns.usage([row for part in loaded.splits.values() for row in part]),
+        columns.keys,
+    )
+
+
+def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
+    """Rows that were held out of the given ones for test."""
+    return 0 if "test" in loaded.splits else len(rows["test"])
+
+
+def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
+    """The training rows with task.class_weights; `targets` notes their prior, and a regression's mean and spread."""
+    if targets is None:
+        return train
+    targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])
+    if targets.problem is Problem.regression:
+        import numpy as np
+
+        values = np.asarray([row.target for row in train], dtype=np.float64)
+        targets.mean, targets.scale = float(values.mean()), float(values.std()) or 1.0
+    if config.task.class_weights is None:
+        return train
+    weights = class_weights(config.task.class_weights, targets.labels, [row.target for row in train])
+    return [replace(row, weight=row.weight * weights[int(row.target)]) for row in train]  # type: ignore[arg-type]
+
+
+def check_rejected(problems: Problems, total: int, config: TrainConfig) -> None:
+    """Raises DataError when more rows were left out than data.max_bad_fraction allows."""
+    if len(problems.rejected) > config.data.max_bad_fraction * total:
+        reasons = "; ".join(f"{count} x {reason}" for reason, count in problems.reasons().items())
+        raise DataError(
+            f"data={config.data.name}: {len(problems.rejected)} of {total} rows cannot be used ({reasons[:300]}), more "
+            f"than data.max_bad_fraction={config.data.max_bad_fraction}; the first is {problems.rejected[0]['where']}."
+        )

@@ -1,0 +1,196 @@
+"""Prepared conversations to token ids, and the number of steps they make: all about the data, before weights load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmft.config.convert import canonical, to_plain
+from llmft.config.sections import Problem, PromptConfig, Truncation
+from llmft.core.errors import ConfigError
+from llmft.data.batch import steps_per_epoch
+from llmft.data.encode import Encoder, Ends
+from llmft.data.examples import Examples
+from llmft.data.messages import text_of
+from llmft.data.overlap import Overlap, find_overlaps
+from llmft.data.prompt import PromptFormat, prompt_format
+from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
+from llmft.data.targets import Targets
+from llmft.model.families import positions
+from llmft.model.load import load_tokenizer, model_config, train_tokenizer
+from llmft.model.quantization import agreed
+from llmft.training.prepare import Prepared, check_rejected
+
+
+@dataclass
+class Rows:
+    """Tokenised splits and what made them."""
+
+    tokenizer: Any
+    prompt: PromptFormat
+    encoder: Encoder
+    splits: dict[str, Examples]
+    ends: Ends
+    total_steps: int
+    validate_every: int
+    context_tokens: int | None
+    learned_positions: bool
+
+
+@dataclass
+class Inspection:
+    """What the rows say about themselves, and what of it should stop a training."""
+
+    facts: dict[str, SplitFacts]
+    overlaps: list[Overlap]
+    findings: list[Finding]
+
+
+def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
+    """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
+    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
+    kept = {split: part for split, part in prepared.conversations.items() if part}
+    overlaps = find_overlaps(kept, near=near)
+    found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    found = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows), *found]
+    return Inspection(facts, overlaps, found)
+
+
+def row_findings(prepared: Prepared) -> list[Finding]:
+    """What is to be told of the rows before they are tokenised."""
+    return [*_unlearned(prepared), *_pseudo(prepared)]
+
+
+def _unlearned(prepared: Prepared) -> list[Finding]:
+    """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
+    targets = prepared.targets
+    if targets is None or targets.problem is Problem.regression:
+        return []
+    counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
+    lacking = [label for label in targets.labels if not counts["train"].get(label)]
+    if not lacking:
+        return []
+    held = {label: sum(counts[split].get(label, 0) for split in counts) for label in lacking}
+    named = ", ".join(f"{label} ({held[label]} held out)" for label in lacking[:20]) + (
+        ", …" if len(lacking) > 20 else ""
+    )
+    message = f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
+    return [Finding("warning", "data.columns.target", message)]
+
+
+def _pseudo(prepared: Prepared) -> list[Finding]:
+    """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
+    fold = prepared.config.data.fold
+    others = [
+        source
+        for source in prepared.pseudo.sources
+        if source.get("rows_fingerprint") == prepared.rows_fingerprint
+        and (source.get("fold") != fold or source.get("train_on") == "all")
+    ]
+    if not others or not prepared.pseudo.used:
+        return []
+    message = (
+        f"{len(others)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
+        "validation is a little too good: take the labels of this fold's own model"
+    )
+    return [Finding("warning", "data.pseudo", message)]
+
+
+def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
+    """`prompt` with the classes written for {options} in its instruction: "A: first class", one to a line."""
+    if not prompt.instruction or "{options}" not in prompt.instruction:
+        return prompt
+    if targets is None:
+        raise ConfigError("prompt.instruction: {options} are a task's classes, and this task has none.")
+    words = targets.words or targets.labels
+    listed = [label if word == label else f"{word}: {label}" for word, label in zip(words, targets.labels, strict=True)]
+    return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
+
+
+def _unread(prepared: Prepared) -> list[Finding]:
+    """The keys of messages that nothing reads, once."""
+    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
+    message = f"these keys of messages are not used (messages that have them): {unused}"
+    return [Finding("warning", "data.columns.messages", message)] if unused else []
+
+
+def _serving(rows: Rows) -> list[Finding]:
+    """Where the text or the tokens of a row are not at once those that serving has."""
+    found: list[str] = []
+    for split, lengths in rows.encoder.lengths.items():
+        if lengths.rows_joined:
+            found.append(
+                f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
+                "with what follows: they are tokenised apart, as serving does"
+            )
+        if lengths.rows_split:
+            found.append(
+                f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
+                "look otherwise once later turns follow"
+            )
+        if lengths.rows_unlike:
+            found.append(
+                f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
+                "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
+            )
+    if rows.ends.text and rows.splits["train"].labelled.any():
+        found.append(
+            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
+            "server must be told it as a stop string"
+        )
+    return [Finding("warning", "prompt", message) for message in found]
+
+
+def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
+    """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
+    data, limits = prepared.config.data, rows.encoder.lengths["train"]
+    lost = sum(
+        count for key, count in limits.dropped_by.items() if key in ("data.max_tokens", "data.max_prompt_tokens")
+    )
+    total = limits.rows + limits.rows_dropped
+    share = lost / max(1, total)
+    if data.truncation is Truncation.drop or share <= data.max_dropped_fraction:
+        return []
+    message = (
+        f"{lost} of {total} train rows ({share:.1%}) do not fit into data.max_tokens={data.max_tokens} with their "
+        "answers and would be left out: raise it, or set data.max_dropped_fraction to accept that"
+    )
+    return [Finding("error", "data.max_tokens", message)]
+
+
+def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
+    """Loads (or trains) the tokenizer and encodes every split.
+
+    Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
+    """
+    config, conversations = prepared.config, prepared.conversations
+    architecture = model_config(config.model, prepared.located)
+    agreed(config.quantization, architecture, f"model={config.model.label}")
+    if config.model.train_tokenizer_vocab is not None:
+        texts = [text_of(message) for c in conversations["train"] for message in c.messages]
+        texts += config.model.train_tokenizer_extra
+        tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
+    else:
+        tokenizer = load_tokenizer(config.model, prepared.located)
+    prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
+    # All that decides on the text of a row besides the configuration of data and prompt.
+    targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
+    fingerprint = canonical([prepared.data_fingerprint, targets, to_plain(config.task.head)])
+    encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
+    splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
+    check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
+    trainer = config.trainer
+    per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
+    total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
+    every = trainer.validate_every
+    return Rows(
+        tokenizer,
+        prompt,
+        encoder,
+        splits,
+        encoder.ends,
+        total,
+        max(1, round(every * total if every < 1 else every)),
+        *positions(architecture),
+    )

@@ -1,0 +1,210 @@
+"""What follows from measured speeds, and that what cannot be measured costs only itself."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmft import bench as verb
+from llmft.benchmarks import measure, run
+from llmft.benchmarks.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
+from llmft.benchmarks.figure import lines, page
+from llmft.benchmarks.measure import Case, Measured
+from llmft.benchmarks.report import cells, write_answers
+from llmft.benchmarks.run import run_case
+from llmft.config.commands import BenchConfig
+from llmft.config.convert import to_plain
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError
+from tests.conftest import ROOT, compose
+
+WISH = Wish(samples=1300, hours=9.0, rows=1000, epochs=3.0, batch_size=16, inference_rows=16)
+SPREAD = {"train": 0.01, "prompt": 0.02, "generate": 0.03}
+
+
+def measured(inputs: int, outputs: int, **changes: Any) -> Measured:
+    made = Measured(inputs, outputs, 8000.0, 0.5, 20000.0, 2.0, 40.0, 0.4, 2**30, "2,048 tokens", SPREAD, 3)
+    return replace(made, **changes)
+
+
+def answered(inputs: int, outputs: int, quantization: str = "nf4", **changes: Any) -> Answered:
+    return Answered("tiny", quantization, "own", "CPU, 1 threads", "fp32", 4096, measured(inputs, outputs, **changes))
+
+
+def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
+    """1,300 samples, 16 at once, are 82 batches of 395 s: 2 for the prompts, the rest at 0.4 s a token."""
+    found = measured(128, 32)
+    most, by_context = most_outputs(found, WISH, None)
+    assert most == 1 + int((9 * 3600 / 82 - 2.0) / 0.4) == 983
+    assert not by_context
+    assert inference_hours(found, WISH, most) <= 9.0 < inference_hours(found, WISH, most + 1)
+    assert most_outputs(found, WISH, 512) == (384, True)
+    assert most_outputs(found, replace(WISH, hours=0.01), None) == (0, False)
+    assert training_hours(found, WISH) == pytest.approx(3 * 63 * 0.5 / 3600)
+
+
+def test_durations_are_shown_as_people_say_them() -> None:
+    assert [hours(value) for value in (1200.0, 2.5, 0.5, 0.001)] == ["1,200 h", "2.5 h", "30.0 min", "3.6 s"]
+
+
+def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
+    rows = [answered(128, 32), answered(128, 64), answered(512, 32), answered(512, 64, "none", error="does not fit")]
+    told = write_answers(rows, WISH, tmp_path, "Tiny/one", Screen(quiet=True))
+    directory = tmp_path / "tiny-one"
+    assert json.loads((directory / "bench.json").read_text())["rows"] == json.loads(json.dumps(told))
+    table = list(csv.DictReader(io.StringIO((directory / "bench.csv").read_text())))
+    assert [line["max_output_tokens"] for line in table] == ["983", "983", "983", ""]
+    assert table[3]["error"] == "does not fit"
+    html = (directory / "bench.html").read_text()
+    for cell in [cell for own in rows for cell in cells(own, WISH)]:
+        assert cell in html
+    assert "http" not in html.replace("http-equiv", "")
+    assert html.count("<svg") == 1, "nothing was measured of the other"
+    assert "128 tokens in, 32 out" in html
+
+
+def test_the_figure_has_a_line_per_length_of_the_question_and_only_what_was_measured() -> None:
+    found = lines([answered(512, 32), answered(128, 64), answered(128, 32)], WISH)
+    assert {inputs: [outputs for outputs, _ in line] for inputs, line in found.items()} == {128: [32, 64], 512: [32]}
+    assert page([answered(8, 8, error="no time left")], WISH, "x").count("<svg") == 0
+
+
+def test_a_name_from_outside_is_text_in_the_page() -> None:
+    bad = replace(answered(8, 8), model="<script>alert(1)</script>")
+    assert "<script>alert" not in page([bad], WISH, "<script>alert(2)</script>")
+
+
+def test_csv_has_the_columns_of_all_rows() -> None:
+    assert to_csv([{"a": 1}, {"b": 2}]).splitlines() == ["a,b", "1,", ",2"]
+
+
+# ------------------------------------------------------------------------------------------------------ the processes
+
+
+class Answers:
+    """Stands for the measuring process: each call of `_ask` ends as it is told to."""
+
+    def __init__(self, *ends: tuple[int | None, str, list[int]]) -> None:
+        self.ends = list(ends)
+        self.asked: list[list[tuple[int, int]]] = []
+
+    def __call__(self, case: Case, tell: Any, about: Any) -> tuple[int | None, str, dict[int, dict[str, Any]]]:
+        self.asked.append(case.points)
+        begun, ended, done = self.ends.pop(0)
+        told = {place: {"measured": vars(measured(*case.points[place]))} for place in done}
+        return begun, ended, told  # type: ignore[return-value]
+
+
+CASE = Case({}, [(1, 2), (3, 4), (5, 6)], 60.0, 1, 1)
+
+
+def test_a_point_that_takes_the_process_along_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    ask = Answers((1, "killed", [0]), (0, "done", [0]))
+    monkeypatch.setattr(run, "_ask", ask)
+    found, _ = run_case(CASE, lambda told: None)
+    assert [own.error for own in found] == [None, "does not fit", None]
+    assert ask.asked == [CASE.points, [(5, 6)]]
+
+
+def test_what_was_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ask", Answers((1, "late", [0])))
+    found, _ = run_case(CASE, lambda told: None)
+    assert [own.error for own in found] == [None, "no time left", "no time left"]
+
+
+def test_a_base_that_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_ask", Answers((None, "killed", [])))
+    found, _ = run_case(CASE, lambda told: None)
+    assert {own.error for own in found} == {"does not fit"}
+
+
+# ------------------------------------------------------------------------------------------------------------ the verb
+
+
+def bench_config(*overrides: str) -> BenchConfig:
+    made: BenchConfig = compose(*overrides, verb="bench", kind=BenchConfig)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("samples=0", "samples=0: 1 or more"),
+        ("hours=-1", "hours=-1.0: above 0"),
+        ("input_tokens=[]", r"input_tokens=\[\]: a list of lengths"),
+        ("output_tokens=[1]", r"output_tokens=\[1\]: a list of lengths in tokens, 2 or more"),
+        ("quantizations=[]", "quantizations=.*one at least"),
+        ("max_time=soon", "max_time=soon: a duration"),
+        ("lora=none", "quantised ones cannot be: set quantizations"),
+        ("micro_batch=x", "micro_batch=x"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_in_one_sentence(override: str, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        bench_config(override)
+
+
+def test_a_case_for_every_model_and_quantisation_with_the_weights_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    import hydra
+
+    from llmft.config.overrides import config_directory
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = bench_config("models=[tiny,mistral]", "lora.r=4", "batch_size=8", "gradient_checkpointing=full")
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        subjects = verb._subjects(config, ["models=[tiny,mistral]", "lora.r=4", "batch_size=8"])
+        with pytest.raises(ConfigError, match="model=mistrall: no such option; did you mean model=mistral"):
+            verb._subjects(replace(config, models=["mistrall"]), [])
+        with pytest.raises(ConfigError, match="counts words"):
+            verb._subjects(replace(config, models=["tfidf"]), [])
+    labels = [(subject.label, subject.weights) for subject in subjects]
+    assert labels == [
+        ("tiny nf4", "own"),
+        ("tiny none", "own"),
+        ("mistral nf4", "random"),
+        ("mistral none", "random"),
+    ]
+    trainer = to_plain(subjects[3].config)["trainer"]
+    assert (subjects[3].config.lora.r, trainer["batch_size"], trainer["gradient_checkpointing"]) == (4, 8, "full")
+    assert verb._points(config, subjects[0]) == [(128, 32), (128, 128)], "beyond the context of 256 nothing is measured"
+
+
+@pytest.mark.slow
+def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) -> None:
+    arguments = ["quantizations=[none]", "input_tokens=[16]", "output_tokens=[4]", "repeats=2", "batch_size=4"]
+    done = subprocess.run(
+        [sys.executable, "-m", "llmft.bench", *arguments, f"output_dir={tmp_path}", "format=json", "inference_rows=2"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert row["error"] == ""
+    assert row["weights"] == "own"
+    assert row["train_tokens_per_s"] == pytest.approx(4 * 20 / row["step_s"], rel=1e-3)
+    assert row["prompt_tokens_per_s"] == pytest.approx(2 * 16 / row["prompt_s"], rel=1e-3)
+    assert row["generated_tokens_per_s"] == pytest.approx(2 / row["token_s"], rel=1e-3)
+    assert (row["max_output_tokens"], row["ended_by"]) == (240, "context")
+    assert {path.name for path in (tmp_path / "bench" / "tiny").iterdir()} == {"bench.csv", "bench.html", "bench.json"}
+
+
+def test_a_base_without_room_is_told_as_points_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    def bench(case: Case) -> None:
+        raise ConfigError("model=x cannot be loaded") from RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(measure, "Bench", bench)
+    told: list[dict[str, Any]] = []
+    measure._measure(CASE, lambda kind, **values: told.append({"kind": kind, **values}))
+    assert told == [{"kind": "point", "number": number, "error": "does not fit"} for number in range(3)]

@@ -1,0 +1,60 @@
+"""Loading torch and its kin: nothing of theirs is changed, and nothing of the process but what is said."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def run(body: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", body], cwd=ROOT, env={**os.environ}, capture_output=True, text=True, timeout=300
+    )
+
+
+def test_libraries_are_their_own_and_the_filters_of_warnings_and_the_collector_stay() -> None:
+    body = """
+import gc, sys, warnings
+before = list(warnings.filters)
+from llmft.core.imports import load_libraries
+load_libraries()
+print(gc.isenabled(), gc.get_freeze_count())
+print([f for f in warnings.filters if f[0] == "ignore" and f not in before and f[1] in (Warning, UserWarning)])
+import scipy.optimize, torch, transformers
+print(type(sys.modules["torch._dynamo"]).__name__, torch.compile.__module__, transformers.utils.is_scipy_available())
+"""
+    done = run(body)
+    assert done.stdout.splitlines() == ["True 0", "[]", "module torch True"], done.stdout + done.stderr
+
+
+def test_inside_the_context_these_libraries_are_quiet_and_everybody_else_is_heard() -> None:
+    body = """
+import warnings
+from llmft.core.imports import quiet_warnings
+def warn(module, category=UserWarning):
+    warnings.warn_explicit("heard " + module, category, "file.py", 1, module=module, registry={})
+with quiet_warnings():
+    warn("transformers.generation.utils"); warn("torchmetrics"); warn("mylib"); warn("torch", RuntimeWarning)
+warn("transformers")
+"""
+    done = run(body)
+    heard = [line.rpartition(" ")[2] for line in done.stderr.splitlines() if "heard" in line]
+    assert heard == ["torchmetrics", "mylib", "torch", "transformers"], done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=1"]])
+def test_a_command_that_trains_nothing_loads_no_torch(arguments: list[str]) -> None:
+    body = f"""
+import atexit, os, sys
+atexit.register(lambda: print("libraries", [n for n in ("torch", "transformers", "lightning") if n in sys.modules]))
+import llmft.train
+sys.argv = ["llmft", *{arguments!r}]
+llmft.train.main()
+"""
+    done = run(body)
+    assert "libraries []" in done.stdout, done.stdout[-300:] + done.stderr

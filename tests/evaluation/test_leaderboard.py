@@ -1,0 +1,540 @@
+"""predict, evaluate, folds, blend, refit: from runs to one submission, by way of directories of predictions."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from llmft.blend import blend
+from llmft.config.commands import (
+    BlendConfig,
+    EvaluateConfig,
+    FoldsConfig,
+    Form,
+    Method,
+    PredictConfig,
+    PredictData,
+    RefitConfig,
+)
+from llmft.config.overrides import yes_or_no
+from llmft.core.errors import ConfigError, DataError
+from llmft.data.synthetic import writers
+from llmft.evaluate import evaluate
+from llmft.evaluation.blending import combine, convex, hill_climb
+from llmft.folds import folds
+from llmft.metrics.classification import logloss
+from llmft.predict import predict, texts_of
+from llmft.refit import refit_config
+from llmft.runs.directory import Run
+from llmft.runs.predictions import Predictions
+from llmft.train import train
+from tests.conftest import compose, run_directory
+
+LABELS = ["a", "b", "c"]
+
+
+def member(root: Path, name: str, noise: float, *, seed: int = 0, rows: int = 300, **other: Any) -> Path:
+    """A directory with predictions of `rows` rows, and of a test file, that are right but for `noise`."""
+    truth = np.random.default_rng(99).integers(3, size=rows)
+    rng = np.random.default_rng(seed)
+    values = np.exp(2 * np.eye(3)[truth] + noise * rng.normal(size=(rows, 3)))
+    values /= values.sum(axis=1, keepdims=True)
+    ids = [f"r{n}" for n in range(rows)]
+    group = {"group": [f"g{n // 3}" for n in range(rows)]}
+    made = {"labels": LABELS, "targets": [LABELS[k] for k in truth], "columns": group, **other}
+    Predictions(ids, values=values, **made).save(root / name / "predictions" / "val")
+    Predictions(["t0", "t1"], made["labels"], values[:2]).save(root / name / "predictions" / "test")
+    return root / name
+
+
+def test_predictions_survive_the_way_to_the_disk_and_damage_is_found(tmp_path: Path) -> None:
+    folder = member(tmp_path, "a", 1.0) / "predictions" / "val"
+    made = Predictions.load(folder)
+    assert made.ids[:2] == ["r0", "r1"]
+    assert made.columns["group"][3] == "g1"
+    with (folder / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(rows[5][f"p_{label}"]) for label in LABELS] == made.values[5].tolist()
+    assert rows[5]["predicted"] == made.predicted[5]
+    member(tmp_path, "b", 2.0)
+    (folder / "predictions.parquet").write_bytes(
+        (tmp_path / "b" / "predictions" / "val" / "predictions.parquet").read_bytes()
+    )
+    with pytest.raises(DataError, match=r"not what predictions\.json describes"):
+        Predictions.load(folder)
+    with pytest.raises(DataError, match="two rows are called 'x'"):
+        Predictions(["x", "x"], LABELS, np.ones((2, 3)) / 3).save(tmp_path / "c")
+
+
+# ------------------------------------------------------------------------------------------------------------- blend
+
+
+def test_means_are_what_they_are_called() -> None:
+    values = np.asarray([[[0.8, 0.2]], [[0.2, 0.8]], [[0.5, 0.5]]])
+    half = np.full(3, 1 / 3)
+    assert combine(values, half, Method.mean, "single_label")[0] == pytest.approx([0.5, 0.5])
+    assert combine(values[:1], np.ones(1), Method.geometric, "single_label")[0] == pytest.approx([0.8, 0.2])
+    two = combine(values[[0, 2]], np.full(2, 0.5), Method.geometric, "single_label")[0]
+    assert two == pytest.approx(np.sqrt([0.4, 0.1]) / np.sqrt([0.4, 0.1]).sum())
+    ranks = combine(np.asarray([[[0.9, 0.1], [0.6, 0.4]]]), np.ones(1), Method.rank, "single_label")
+    assert ranks[0] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_optimised_weights_are_the_best_of_a_grid_and_the_climb_comes_near(tmp_path: Path) -> None:
+    folders = [member(tmp_path, f"m{noise}", noise, seed=noise) for noise in (1, 2)]
+    both = [Predictions.load(folder / "predictions" / "val") for folder in folders]
+    values, references = np.stack([own.values for own in both]), both[0].references()
+    grid = [(logloss(references, w * values[0] + (1 - w) * values[1]), w) for w in np.linspace(0, 1, 201)]
+    found = convex(values, references, "single_label")
+    assert found.sum() == pytest.approx(1)
+    assert found[0] == pytest.approx(min(grid)[1], abs=0.01)
+    climbed = hill_climb(values, lambda mixed: logloss(references, mixed), 200)
+    assert logloss(references, np.tensordot(climbed, values, axes=1)) == pytest.approx(min(grid)[0], abs=1e-3)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_a_blend_has_predictions_like_a_runs_and_can_be_blended(tmp_path: Path, method: Method) -> None:
+    names = [str(member(tmp_path, name, n, seed=n)) for n, name in enumerate(("a", "b"), start=1)]
+    first = blend(BlendConfig(runs=names, method=method, output_dir=str(tmp_path)), quiet=True)
+    assert Predictions.load(first / "predictions" / "test").ids == ["t0", "t1"]
+    again = blend(BlendConfig(runs=[str(first), names[0]], method=method, output_dir=str(tmp_path)), quiet=True)
+    made = Predictions.load(again / "predictions" / "val")
+    assert made.values.sum(axis=1) == pytest.approx(np.ones(300))
+    record = json.loads((first / "blend.json").read_text())
+    assert record["correlation"][0][0] == pytest.approx(1)
+    alone = {own["directory"]: own for own in record["members"]}
+    assert alone[names[0]]["score_without"] == pytest.approx(alone[names[1]]["score"], abs=0.5)
+
+
+@pytest.mark.slow
+def test_the_told_score_is_of_rows_that_chose_no_weights(tmp_path: Path) -> None:
+    """Twelve members of noise: chosen weights look good on the rows that chose them, and only there."""
+    rng = np.random.default_rng(0)
+    truth = [LABELS[k] for k in rng.integers(3, size=60)]
+    names = []
+    for n in range(12):
+        values = rng.dirichlet(np.ones(3), size=60)
+        made = Predictions([f"r{k}" for k in range(60)], LABELS, values, targets=truth)
+        names.append(str(made.save(tmp_path / f"m{n}" / "predictions" / "val").parent.parent))
+    found = blend(BlendConfig(runs=names, method=Method.hill_climbing, output_dir=str(tmp_path)), quiet=True)
+    record = json.loads((found / "blend.json").read_text())
+    assert record["score_in_sample"] < record["score"] - 0.02
+    own = Predictions.load(found / "predictions" / "val")
+    assert logloss(own.references(), own.values) == pytest.approx(record["score"], abs=1e-12)
+
+
+def test_members_that_do_not_fit_are_refused_by_name(tmp_path: Path) -> None:
+    good = str(member(tmp_path, "good", 1.0))
+    for name, other, message in (
+        ("order", {"labels": ["b", "a", "c"]}, "same order"),
+        ("short", {"rows": 299}, r"1 rows of good are missing \(r299 first\)"),
+        ("targets", {"targets": ["a"] * 300}, "the row r0 has the target 'a'"),
+    ):
+        bad = member(tmp_path, name, 1.0, **other)  # type: ignore[arg-type]
+        with pytest.raises(DataError, match=message) as error:
+            blend(BlendConfig(runs=[good, str(bad)], output_dir=str(tmp_path)), quiet=True)
+        assert f"/{name}:" in str(error.value)
+    with pytest.raises(DataError, match="no predictions called vall; did you mean val"):
+        blend(BlendConfig(runs=[good, good.replace("good", "order")], predictions="vall"), quiet=True)
+    with pytest.raises(ConfigError, match="two members"):
+        blend(BlendConfig(runs=[good]), quiet=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluate
+
+
+def test_intervals_hold_the_value_and_narrow_with_more_rows(tmp_path: Path) -> None:
+    widths = []
+    for rows in (60, 600):
+        path = member(tmp_path, f"m{rows}", 1.0, rows=rows) / "predictions" / "val"
+        found = evaluate(EvaluateConfig(predictions=str(path), bootstrap=100, slice=["target"]), quiet=True)
+        low, high = found["metrics"]["logloss"]["interval"]
+        assert low < found["metrics"]["logloss"]["value"] < high
+        widths.append(high - low)
+        assert sum(own["rows"] for own in found["classes"].values()) == rows
+        assert sum(own["rows"] for own in found["slices"]["target"].values()) == rows
+    assert widths[1] < widths[0] / 2
+    assert json.loads((path / "evaluation.json").read_text()) == found
+
+
+def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> None:
+    path = member(tmp_path, "a", 1.0, rows=30) / "predictions" / "val"
+    made = Predictions.load(path)
+    kinds = ["even", "odd"] * 15
+    rows = [",".join(row) for row in zip(made.ids, made.targets, kinds, strict=True)]
+    (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows[::-1]]))
+    own = EvaluateConfig(predictions=str(path), bootstrap=0)
+    given = EvaluateConfig(
+        predictions=str(path), references=str(tmp_path / "truth.csv"), target="label", slice=["kind"], bootstrap=0
+    )
+    assert evaluate(own, quiet=True)["metrics"] == (found := evaluate(given, quiet=True))["metrics"]
+    assert set(found["slices"]["kind"]) == {"even", "odd"}
+    (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows[1:]]))
+    with pytest.raises(DataError, match=r"1 predicted rows are not there \(r0 first\)"):
+        evaluate(given, quiet=True)
+    (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows]))
+    with pytest.raises(
+        ConfigError, match=r"no predictions\.json there; name .*a/predictions/test, .*a/predictions/val"
+    ):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a")), quiet=True)
+    with pytest.raises(ConfigError, match=r"2 match, and one is evaluated: .*/test, say"):
+        evaluate(EvaluateConfig(predictions=str(tmp_path / "a" / "predictions" / "*")), quiet=True)
+    with pytest.raises(ConfigError, match=r"target=labl.*did you mean label"):
+        evaluate(replace(given, target="labl"), quiet=True)
+
+
+def test_a_key_that_names_a_file_or_its_columns_is_used_or_refused(tmp_path: Path) -> None:
+    path = member(tmp_path, "a", 1.0, rows=30) / "predictions" / "val"
+    for key in ("target", "id"):
+        with pytest.raises(ConfigError, match=f"{key}=x goes with references=FILE"):
+            evaluate(EvaluateConfig(predictions=str(path), **{key: "x"}), quiet=True)
+    for values in ({"template": "sample.csv"}, {"columns": {"a": "A"}}):
+        with pytest.raises(ConfigError, match="only format=submission has one"):
+            question(tmp_path, "a.csv", **values)
+
+
+# ------------------------------------------------------------------------------------------------- runs of the baseline
+
+
+def table(path: Path, count: int, *, known: bool = True) -> str:
+    with path.open("w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["id", "text", "writer"][: 3 if known else 2])
+        for number, row in enumerate(writers("train" if known else "test", count, 0)):
+            rows.writerow([number, row["text"], row["writer"]][: 3 if known else 2])
+    return str(path)
+
+
+@pytest.fixture
+def baseline(tmp_path: Path) -> Callable[..., Any]:
+    """Composes a baseline run on written rows."""
+    files = table(tmp_path / "train.csv", 120)
+
+    def make(*overrides: str) -> Any:
+        own = ["model=tfidf", "task=classification", "data=classification", "data.columns.target=writer"]
+        small = ["data.num_folds=3", "logger=none", f"data.files={files}", f"output_dir={tmp_path}"]
+        return compose(*own, *small, *overrides)
+
+    return make
+
+
+def question(run: Path | list[str], files: str, **more: Any) -> PredictConfig:
+    return PredictConfig(run=str(run) if isinstance(run, Path) else run, data=PredictData(files), **more)
+
+
+@pytest.mark.slow
+def test_folds_are_joined_once_refitted_and_submitted(baseline: Callable[..., Any], tmp_path: Path) -> None:
+    for fold in (0, 1):
+        train(baseline(f"data.fold={fold}"), quiet=True)
+    with pytest.raises(
+        ConfigError, match=r"fold 2 of its 3 \(0 to 2\) is not done; run the same command with -m data\.fold=2"
+    ):
+        folds(FoldsConfig(runs=str(tmp_path / "runs" / "*"), output_dir=str(tmp_path)), quiet=True)
+    train(baseline("data.fold=2"), quiet=True)
+    runs = sorted(str(path) for path in (tmp_path / "runs").iterdir())
+    files = table(tmp_path / "test.csv", 20, known=False)
+    predict(question(runs, files, name="hidden"), quiet=True)
+    (joined,) = folds(FoldsConfig(output_dir=str(tmp_path)), quiet=True)
+    made = Predictions.load(joined / "predictions" / "val")
+    assert made.ids == [str(n) for n in range(120)], "each row once, in the file's order"
+    each = [Predictions.load(Path(run) / "predictions" / "hidden").values for run in runs]
+    assert Predictions.load(joined / "predictions" / "hidden").values == pytest.approx(np.mean(each, axis=0))
+    record = json.loads((joined / "folds.json").read_text())
+    assert record["score"]["logloss"] == pytest.approx(logloss(made.references(), made.values))
+    assert record["spread"]["logloss"] == pytest.approx(np.std([own["logloss"] for own in record["folds"]], ddof=1))
+    twice = Path(runs[0]) / "predictions" / "val"
+    own = Predictions.load(twice)
+    own.ids[0] = Predictions.load(Path(runs[1]) / "predictions" / "val").ids[0]
+    own.save(twice)
+    with pytest.raises(DataError, match="1 rows are in two folds"):
+        folds(FoldsConfig(output_dir=str(tmp_path)), quiet=True)
+    again = refit_config(RefitConfig(runs=runs))
+    assert train(again, quiet=True) is None
+    (whole,) = (tmp_path / "runs").glob("*-all-*")
+    after = json.loads((whole / "run.json").read_text())["result"]["after"]
+    assert set(after.values()) == {None}
+    check_submission(whole, files, tmp_path)
+
+
+def check_submission(run: Path, files: str, tmp_path: Path) -> None:
+    sample = tmp_path / "sample_submission.csv"
+    names = ["Zoe", "Ann", "Ben", "Eve", "Max", "Sue", "Tom"]
+    header = ["id", *(f"writer_{name}" for name in names)]
+
+    def ask(rows: list[int], columns: list[str]) -> list[Path]:
+        lines = [",".join([str(n), *["0"] * (len(columns) - 1)]) for n in rows]
+        sample.write_text("\n".join([",".join(columns), *lines]))
+        return predict(question(run, files, format=Form.submission, template=str(sample)), quiet=True)
+
+    (folder,) = ask(list(range(20))[::-1], header)
+    made = Predictions.load(folder)
+    with (folder / "submission.csv").open() as file:
+        written = list(csv.reader(file))
+    assert written[0] == header
+    assert [row[0] for row in written[1:]] == [str(n) for n in range(20)][::-1]
+    assert [float(cell) for cell in written[1][1:]] == [made.values[19][made.labels.index(name)] for name in names]
+    with pytest.raises(DataError, match="1 predicted rows are not in it"):
+        ask(list(range(19)), header)
+    with pytest.raises(DataError, match="1 of its rows are not predicted"):
+        ask(list(range(21)), header)
+    with pytest.raises(ConfigError, match="the class Zoe has no column"):
+        ask(list(range(20)), ["id", *header[2:]])
+    with pytest.raises(ConfigError, match="fills the column writer_Bob"):
+        ask(list(range(20)), [*header[:-1], "writer_Bob"])
+
+
+def test_the_baselines_loss_is_of_what_it_writes(baseline: Callable[..., Any], tmp_path: Path) -> None:
+    found = train(baseline(), quiet=True)
+    made = Predictions.load(run_directory(tmp_path) / "predictions" / "val")
+    assert found == pytest.approx(logloss(made.references(), made.values), abs=1e-9)
+    (again,) = predict(question(run_directory(tmp_path), table(tmp_path / "train.csv", 120)), quiet=True)
+    both = Predictions.load(again)
+    rows = [both.ids.index(name) for name in made.ids]
+    assert both.values[rows] == pytest.approx(made.values, abs=1e-12)
+    assert train(baseline(), quiet=True) == found, "the finished run is found"
+    with pytest.raises(ConfigError, match="writes no text"):
+        train(baseline("task=language_modeling"), quiet=True)
+
+
+def trained_folds(baseline: Callable[..., Any], tmp_path: Path) -> list[str]:
+    """Run directories of all three folds."""
+    for fold in range(3):
+        train(baseline(f"data.fold={fold}"), quiet=True)
+    return sorted(str(path) for path in (tmp_path / "runs").iterdir())
+
+
+def template(tmp_path: Path, rows: int) -> str:
+    names = ["Ann", "Ben", "Eve", "Max", "Sue", "Tom", "Zoe"]
+    lines = [",".join([str(n), *["0"] * 7]) for n in range(rows)]
+    (tmp_path / "sample.csv").write_text("\n".join([",".join(["id", *names]), *lines]))
+    return str(tmp_path / "sample.csv")
+
+
+def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
+    baseline: Callable[..., Any], tmp_path: Path
+) -> None:
+    runs = trained_folds(baseline, tmp_path)
+    files = table(tmp_path / "test.csv", 20, known=False)
+    given: dict[str, Any] = {"format": Form.submission, "template": template(tmp_path, 20)}
+    (joined,) = folds(FoldsConfig(runs=f"{tmp_path}/runs/*", output_dir=str(tmp_path)), quiet=True)
+    with pytest.raises(DataError, match=r"python -m llmft\.predict run=.* data\.files=FILE"):
+        folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
+    blended = blend(BlendConfig(runs=[str(joined), str(copy_of(joined))], output_dir=str(tmp_path)), quiet=True)
+    (own, theirs) = predict(question([str(joined), str(blended)], files, **given), quiet=True)
+    each = [Predictions.load(Path(run) / "predictions" / own.name).values for run in runs]
+    assert Predictions.load(own).values == pytest.approx(np.mean(each, axis=0))
+    assert Predictions.load(theirs).values == pytest.approx(np.mean(each, axis=0)), "two equal members"
+    one = (own / "submission.csv").read_text()
+    for path in (own, theirs):
+        (path / "submission.csv").unlink()
+    folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
+    assert (own / "submission.csv").read_text() == one, "joining what is predicted gives the same"
+    blend(BlendConfig(runs=[str(joined), str(copy_of(joined))], output_dir=str(tmp_path), **given), quiet=True)
+    assert (theirs / "submission.csv").is_file()
+    shutil.rmtree(runs[0])
+    with pytest.raises(ConfigError, match=r"its member .*fold0.* is not there"):
+        predict(question([str(blended)], files), quiet=True)
+
+
+def copy_of(joined: Path) -> Path:
+    target = joined.with_name("copy")
+    if not target.exists():
+        shutil.copytree(joined, target)
+    else:
+        shutil.copytree(joined / "predictions", target / "predictions", dirs_exist_ok=True)
+    return target
+
+
+def test_a_glob_leaves_out_what_cannot_be_used_and_a_name_is_refused(
+    baseline: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained_folds(baseline, tmp_path)
+    every, files = f"{tmp_path}/runs/*", table(tmp_path / "test.csv", 5, known=False)
+    whole = refit_config(RefitConfig(runs=every))
+    train(whole, quiet=True)
+    (refitted,) = (tmp_path / "runs").glob("*-all-*")
+    Run(refitted, "").update(status="interrupted")  # as a kill leaves it
+    (tmp_path / "runs" / "foreign").mkdir()
+    left_out: list[str] = []
+    assert refit_config(RefitConfig(runs=every), left_out.append) == whole, "the same command goes on"
+    assert len(left_out) == 2
+    assert len(predict(question([every], files))) == 3
+    folds(FoldsConfig(runs=every, output_dir=str(tmp_path)))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert printed.count("left out:") == 4
+    assert "this run is interrupted, not done" in printed
+    for command in (
+        lambda: refit_config(RefitConfig(runs=str(refitted))),
+        lambda: predict(question([str(refitted)], files), quiet=True),
+        lambda: folds(FoldsConfig(runs=[str(refitted)], output_dir=str(tmp_path)), quiet=True),
+    ):
+        with pytest.raises(ConfigError, match="-all-"):
+            command()
+
+
+def test_blank_numbers_are_not_told_as_numbers_that_are_not_finite(
+    baseline: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for _ in range(2):  # trained, then found
+        train(baseline("data.train_on=all"))
+        printed = capsys.readouterr().out
+        assert "not finite" not in printed
+        assert "Validation metrics are not reported, because those rows are trained on." in printed
+
+
+@pytest.mark.parametrize("answer", ["logger=false", "logger=none", "logger=null", "logger=csv", "logger=true"])
+def test_refit_takes_its_logger_as_training_does_and_as_yes_or_no(
+    baseline: Callable[..., Any], tmp_path: Path, answer: str
+) -> None:
+    train(baseline("logger=tensorboard"), quiet=True)
+    own = compose(*yes_or_no([f"runs={tmp_path}/runs/*", answer]), verb="refit", kind=RefitConfig)
+    wanted = {"logger=csv": ["csv"], "logger=true": ["tensorboard"]}.get(answer, [])
+    assert list(refit_config(own).logger.loggers) == wanted
+
+
+@pytest.mark.parametrize(
+    ("given", "texts"),
+    [
+        ("[\"It's so, isn't it?\"]", ["It's so, isn't it?"]),
+        ("[It's so, isn't it?]", ["It's so, isn't it?"]),  # as bash hands it over
+        ("[Hello, world,What now?]", ["Hello, world", "What now?"]),
+        ("['a, b','c']", ["a, b", "c"]),
+        ("Who wrote ${oc.env:HOME} (this) text?", ["Who wrote ${oc.env:HOME} (this) text?"]),
+        ("[]", []),
+    ],
+)
+def test_prompts_are_what_the_shell_hands_over(given: str, texts: list[str]) -> None:
+    assert texts_of(given) == texts
+
+
+def test_prompts_and_files_of_the_prompt_alone_are_predicted_alike(
+    baseline: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(baseline("data.columns.text=null", "data.columns.prompt='{text}!'"), quiet=True)
+    run = run_directory(tmp_path)
+    texts = ["The fox lost a shoe.", "It's late, again!"]
+    (own,) = predict(PredictConfig(run=str(run), prompts=texts))
+    printed = capsys.readouterr().out
+    made = Predictions.load(own)
+    assert "each is taken as the whole of '{text}!'" in " ".join(printed.split())
+    assert all(text in printed for text in texts)
+    assert printed.count("%") == 2 * len(made.labels)
+    (tmp_path / "lines.txt").write_text("\n".join(texts))
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps({"id": n, "prompt": t}) + "\n" for n, t in enumerate(texts))
+    )
+    (tmp_path / "rows.csv").write_text("question\n" + "\n".join(f'"{text}"' for text in texts))
+    for name in ("rows.jsonl", "rows.csv"):
+        (folder,) = predict(question(run, str(tmp_path / name)))
+        assert Predictions.load(folder).values == pytest.approx(made.values)
+        assert "is taken as the whole prompt" in " ".join(capsys.readouterr().out.split())
+    (folder,) = predict(question(run, str(tmp_path / "lines.txt")), quiet=True)  # `text` is the training's own column
+    assert Predictions.load(folder).ids == ["lines.txt:1", "lines.txt:2"]
+    with pytest.raises(ConfigError, match=r"prompts: no text"):
+        predict(PredictConfig(run=str(run), prompts=[]))
+    with pytest.raises(ConfigError, match="one of the two"):
+        PredictConfig(run=str(run), prompts=texts, data=PredictData("x.csv"))
+
+
+def test_rows_are_named_by_the_samples_id_column(baseline: Callable[..., Any], tmp_path: Path) -> None:
+    train(baseline(), quiet=True)
+    (tmp_path / "test.csv").write_text("row_id,text\n7,The fox.\n9,A shoe.\n")
+    sample = Path(template(tmp_path, 0))
+    sample.write_text(sample.read_text().replace("id,", "row_id,", 1) + "\n9,0,0,0,0,0,0,0\n7,0,0,0,0,0,0,0\n")
+    given: dict[str, Any] = {"format": Form.submission, "template": str(sample)}
+    (folder,) = predict(question(run_directory(tmp_path), str(tmp_path / "test.csv"), **given), quiet=True)
+    assert Predictions.load(folder).ids == ["7", "9"]
+    named = PredictConfig(run=str(run_directory(tmp_path)), data=PredictData(str(tmp_path / "test.csv"), id="rowid"))
+    with pytest.raises(DataError, match=r"data\.id=rowid: .*test\.csv:2 has none; did you mean row_id"):
+        predict(named, quiet=True)
+
+
+# ---------------------------------------------------------------------------------------------- predict with a model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["linear", "tokens"])
+def test_an_opened_run_predicts_what_it_validated(
+    small: Callable[..., Any], tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Head and adapter go to the disk and back; a kill half-way costs a part; a run with another base is refused."""
+    files = table(tmp_path / "train.csv", 60)
+    own = ["task=classification", f"task.head={head}", "task.generate_rows=0", "data=classification"]
+    own += ["data.columns.target=writer", f"data.files={files}", "data.rows={}"]
+    train(small(*own), quiet=True)
+    run = run_directory(tmp_path)
+    validated = Predictions.load(run / "predictions" / "val")
+
+    from llmft.evaluation import predictor
+
+    write, calls = predictor._write_part, []
+
+    def killed(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        write(*arguments)
+
+    monkeypatch.setattr(predictor, "_write_part", killed)
+    with pytest.raises(KeyboardInterrupt):
+        predict(question(run, files, batch_size=4), quiet=True)
+    (folder,) = predict(question(run, files, batch_size=4), quiet=True)
+    assert len(calls) == 3 + 2, "of four parts two were there"
+    made = Predictions.load(folder)
+    assert made.ids == [str(n) for n in range(60)]
+    rows = [made.ids.index(name) for name in validated.ids]
+    assert made.values[rows] == pytest.approx(validated.values, abs=1e-6)
+    assert not (folder / "parts").exists()
+    before = made.fingerprint
+    assert Predictions.load(predict(question(run, files, batch_size=4), quiet=True)[0]).fingerprint == before
+    assert len(calls) == 5, "what is done is not done again"
+    record = json.loads((run / "environment.json").read_text())
+    record["model"]["fingerprint"] = "another"
+    (run / "environment.json").write_text(json.dumps(record))
+    with pytest.raises(ConfigError, match="not the one that this run was trained on"):
+        predict(question(run, files, batch_size=4, force=True), quiet=True)
+
+
+@pytest.mark.slow
+def test_generations_come_with_their_log_probability(small: Callable[..., Any], tmp_path: Path) -> None:
+    train(small("trainer.max_steps=40", "trainer.validate_every=40"), quiet=True)
+    run = run_directory(tmp_path)
+    path = tmp_path / "q.csv"
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([["text"], *([row["text"]] for row in writers("validation", 12, 0))])
+    (folder,) = predict(question(run, str(path)), quiet=True)
+    made = Predictions.load(folder)
+    samples = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    for sample in [own for own in samples if own["step"] == 40]:
+        row = int(sample["where"].rpartition(":")[2]) - 1
+        assert made.columns["generated"][row] == sample["generated"]
+    assert all(value <= 0 for value in made.columns["logprob"])
+
+
+@pytest.mark.slow
+def test_a_chat_models_prompt_is_a_turn_of_its_user_wherever_it_comes_from(
+    small: Callable[..., Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": f"Q {n}?"}, {"role": "assistant", "content": "A."}]}
+        for n in range(40)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train(small("data=messages", f"data.files={tmp_path}/rows.jsonl", "data.rows={}"), quiet=True)
+    run, asked = run_directory(tmp_path), "What is it?"
+    (own,) = predict(PredictConfig(run=str(run), prompts=asked))
+    text = Predictions.load(own).columns["generated"]
+    assert asked in (printed := capsys.readouterr().out)
+    assert text[0] in printed
+    for name, row in (("m", {"messages": [{"role": "user", "content": asked}]}), ("p", {"prompt": asked})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row))
+        (folder,) = predict(question(run, str(tmp_path / f"{name}.jsonl")), quiet=True)
+        assert Predictions.load(folder).columns["generated"] == text

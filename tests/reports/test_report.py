@@ -1,0 +1,335 @@
+"""A report tells what runs say, whatever state they are in, and nothing that they hold becomes markup or leaks."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmft.core.errors import ConfigError, DataError
+from llmft.report import ReportConfig, report
+from llmft.reports.classes import metric_tables
+from llmft.reports.curves import Fit, diagnose
+from llmft.reports.finding import find
+from llmft.reports.importance import importance
+from llmft.reports.records import read_run
+from llmft.reports.study import make_study
+from llmft.reports.verdicts import sentence
+from llmft.reports.write import write_report
+from tests.conftest import ROOT
+from tests.reports.runs import make_run, make_sweep, trial
+
+SAMPLES = [
+    {"where": f"rows.jsonl:{i}", "prompt": f"Tell me of {animal} number {i}", "reference": animal, "generated": told}
+    for i, (animal, told) in enumerate([("cats", "cats"), ("dogs", "cats"), ("cows", "cows")] * 4)
+]
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """r of 4 and 8 with three seeds each: 4 is better."""
+    for r, value in ((4, 1.0), (8, 1.2)):
+        for seed, luck in enumerate((0.0, 0.004, -0.005)):
+            make_run(tmp_path, value + luck * (1 + r / 10), lora__r=r, seed=seed, samples=SAMPLES)
+    return tmp_path
+
+
+def runs_of(root: Path) -> list[Path]:
+    return sorted((root / "runs").iterdir())
+
+
+def test_s10_a_grid_gets_mean_spread_and_number_of_seeds_and_seeds_are_no_key(grid: Path) -> None:
+    made = write_report(runs_of(grid), grid / "out")
+    assert made.study.keys == ["lora.r"]
+    assert [line.name for line in made.board] == ["r=4", "r=8"]
+    values = [1.0, 1.0056, 0.993]
+    assert made.board[0].mean == pytest.approx(np.mean(values))
+    assert made.board[0].spread == pytest.approx(np.std(values, ddof=1))
+    assert made.board[0].replications == "3 seeds"
+    assert made.board[0].tokens == 8000
+    shares = importance(made.study)
+    assert shares is not None
+    assert list(shares.keys) == ["lora.r"]
+    assert shares.keys["lora.r"] + shares.noise == pytest.approx(1)
+    assert made.verdicts.answer == "r=4 is better than r=8."
+
+
+def test_page_tables_and_csv_tell_the_same(grid: Path) -> None:
+    made = write_report(runs_of(grid), grid / "out")
+    page, table = made.html.read_text(), (grid / "out" / "report.md").read_text()
+    for text in (page, table):
+        assert "r=4 is better than r=8." in text
+        assert "0.9995" in text
+    lines = list(csv.DictReader(io.StringIO((grid / "out" / "results.csv").read_text())))
+    assert len(lines) == 6
+    assert {line["lora.r"] for line in lines} == {"4", "8"}
+    assert all(line["command"] for line in lines)
+    (verdict,) = csv.DictReader(io.StringIO((grid / "out" / "verdicts.csv").read_text()))
+    assert (verdict["first"], verdict["second"], verdict["verdict"]) == ("r=4", "r=8", "better")
+    assert len(page) < 1_000_000
+
+
+def test_keys_that_cannot_change_numbers_are_not_shown_and_a_named_group_hides_its_own(tmp_path: Path) -> None:
+    for name, template in (("plain", "a"), ("chat", "b")):
+        for seed in (0, 1):
+            make_run(
+                tmp_path,
+                1.0 + len(name) / 100 + seed / 1000,
+                prompt__name=name,
+                prompt__template=template,
+                trainer__micro_batch=4 * (seed + 1),
+                tags=[name],
+                seed=seed,
+            )
+    study = make_study(runs_of(tmp_path))
+    assert study.keys == ["prompt"]
+    assert study.follows == {"prompt.template": "prompt"}
+    assert [c.name for c in study.configurations] == ["prompt=chat", "prompt=plain"]
+
+
+def test_folds_are_replications(tmp_path: Path) -> None:
+    for r in (4, 8):
+        for fold in range(3):
+            make_run(tmp_path, 1.0 + r / 100 + fold / 10, lora__r=r, data__fold=fold, data__num_folds=3)
+    made = write_report(runs_of(tmp_path), tmp_path / "out")
+    assert made.board[0].replications == "1 seed x 3 folds"
+    assert made.study.keys == ["lora.r"]
+    assert made.study.configurations[0].sample("val/loss_nats").training_overlap == pytest.approx(0.5)
+
+
+def test_folds_rows_are_counted_once_each_and_alike_in_every_sentence(tmp_path: Path) -> None:
+    for r in (4, 8):
+        for fold in range(2):
+            make_run(tmp_path, 1.0 + r / 1e4 + fold / 10, lora__r=r, data__fold=fold, first_row=60 * fold)
+    verdicts = write_report(runs_of(tmp_path), tmp_path / "out").verdicts
+    assert "losses of 120 validation rows" in verdicts.basis
+    assert "120 validation rows (paired)" in str([sentence(found) for _, found in verdicts.all])
+
+
+def test_a_log_loss_that_is_the_loss_but_for_rounding_is_shown_once(tmp_path: Path) -> None:
+    for seed, value in enumerate((1.03, 1.3)):
+        loss = {"val/logloss": np.nextafter(value, 2), "val/accuracy": 0.5}
+        make_run(tmp_path, value, seed=seed, metrics=loss)
+    (table,) = metric_tables(write_report(runs_of(tmp_path), tmp_path / "out").study)
+    assert table.head == ["configuration", "loss_nats", "exact_match", "accuracy"]
+
+
+def test_whatever_lies_in_run_directories_a_report_is_written(tmp_path: Path) -> None:
+    good = make_run(tmp_path, 1.0, seed=0)
+    make_run(tmp_path, 1.0, seed=1, status="failed")
+    make_run(tmp_path, 1.0, seed=2, status="running")
+    for seed, damage in enumerate(["run.json", "config.yaml", "metrics.jsonl", "environment.json", "samples.jsonl"], 3):
+        broken = make_run(tmp_path, 1.0 + seed / 100, seed=seed)
+        (broken / damage).write_bytes(b'{"half": "\xff\n[1, 2]\n3')
+    for seed, path in enumerate(["row_losses/val-00000080.parquet", "timing.jsonl"], 8):
+        broken = make_run(tmp_path, 1.0 + seed / 100, seed=seed)
+        (broken / path).write_bytes(b"PAR1 no parquet")
+    odd = make_run(tmp_path, 1.0, seed=10)
+    (odd / "config.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\nc: [*b, *b]\n")
+    (make_run(tmp_path, 1.0, seed=11) / "run.json").write_text(
+        '{"status": "done", "result": {"after": [1], "step": "x"}}'
+    )
+    other = make_run(tmp_path, 1.0, seed=12)
+    (other / "run.json").write_text('{"status": "done", "result": {"after": {"val/reward": 3.5}, "step": 80}}')
+    (tmp_path / "runs" / "empty").mkdir()
+    made = write_report(runs_of(tmp_path), tmp_path / "out")
+    statuses = {failure.status for failure in made.study.failures}
+    assert {"failed", "running", "not started"} <= statuses
+    assert any(good.name in name for line in made.board for name, *_ in line.commands)
+    page = made.html.read_text()
+    assert "out of luck" in page
+    assert "aliases are not read" in page
+    assert "val/reward 3.500" in page
+    empty = write_report([], tmp_path / "none")
+    assert "No run finished" in empty.verdicts.answer
+
+
+def test_a_sweep_of_failures_only_says_why_and_how_to_run_each(tmp_path: Path) -> None:
+    run = make_run(tmp_path, 1.0, status="failed", seed=0)
+    trials = [
+        trial(tmp_path, run, 0, status="failed", error="out of memory"),
+        {
+            "number": 1,
+            "run": "runs/never",
+            "status": "pending",
+            "overrides": ["lora.r=8"],
+            "command": "python -m llmft x=1",
+        },
+        {"number": 2},
+    ]
+    made = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
+    assert [f.cause for f in made.study.failures[:1]] == ["out of memory"]
+    assert len(made.study.failures) == 3
+    page = made.html.read_text()
+    assert "python -m llmft trial=0" in page
+    assert "Is r=4 better than r=8?" in page
+
+
+def test_pruned_and_twin_trials_are_named_but_not_ranked(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path, 1.0 + s / 100, seed=s) for s in range(3)]
+    trials = [
+        trial(tmp_path, r, i, status=s) for i, (r, s) in enumerate(zip(runs, ("done", "pruned", "twin"), strict=True))
+    ]
+    made = write_report([], tmp_path / "out", sweep=make_sweep(tmp_path, trials))
+    assert [line.num_runs for line in made.board] == [1]
+    assert len(made.study.stopped) == 2
+    assert not made.study.failures
+
+
+def test_text_of_runs_is_escaped_and_secrets_are_masked_everywhere(tmp_path: Path) -> None:
+    secret = "hf_" + "a1B2" * 6
+    evil = f"<script>alert(1)</script><img src=x onerror=alert(2)> {secret} '\"]]>&"
+    samples = [{**s, "prompt": evil, "generated": evil, "reference": evil, "where": evil} for s in SAMPLES]
+    runs = []
+    for seed, template in enumerate([evil, "plain"]):
+        run = make_run(tmp_path, 1.0, seed=0, prompt__template=template, samples=samples)
+        record = json.loads((run / "run.json").read_text())
+        (run / "run.json").write_text(json.dumps({**record, "command": evil}))
+        runs.append(trial(tmp_path, run, seed, command=evil))
+    failed = make_run(tmp_path, 1.0, status="failed", seed=5)
+    (failed / "run.json").write_text(json.dumps({"status": "failed", "error": evil, "command": evil}))
+    runs.append(trial(tmp_path, failed, 2, status="failed", error=evil, overrides=[evil]))
+    sweep = make_sweep(tmp_path, runs, question=evil, notes=evil, command=evil)
+    made = write_report([], sweep / "report", sweep=sweep, logbook=tmp_path / "LOGBOOK.md")
+    page = made.html.read_text()
+    assert page.count("<script>") == 1
+    assert "<img" not in page
+    for path in [*sweep.rglob("*.*"), tmp_path / "LOGBOOK.md"]:
+        if path.is_file() and path.name != "sweep.json":
+            assert secret not in path.read_text(), path
+    assert "<script" not in (tmp_path / "LOGBOOK.md").read_text()
+
+
+def test_the_logbook_has_one_entry_per_sweep_newest_first_and_is_made_anew(grid: Path) -> None:
+    logbook = grid / "LOGBOOK.md"
+    trials = [trial(grid, run, i) for i, run in enumerate(runs_of(grid))]
+    old = make_sweep(grid, trials, "old-1", question="Old?", created="2026-01-01 00:00:00")
+    new = make_sweep(grid, trials, "new-2", question="New?", created="2026-02-01 00:00:00")
+    for sweep in (new, old, new, old):
+        write_report([], sweep / "report", sweep=sweep, logbook=logbook)
+    text = logbook.read_text()
+    assert text.count("**Question.**") == 2
+    assert text.index("New?") < text.index("Old?")
+    order = [
+        text.index(part)
+        for part in ("**Question.** New?", "**Setup.** lora.r: 4, 8.", "**Result.**", "**Verdict.** r=4 is")
+    ]
+    assert order == sorted(order)
+    logbook.write_text("lost")
+    threads = [
+        threading.Thread(target=write_report, args=([], s / "report"), kwargs={"sweep": s, "logbook": logbook})
+        for s in (old, new)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert logbook.read_text() == text
+
+
+def test_curves_are_put_in_words(tmp_path: Path) -> None:
+    def fit(**how: object) -> Fit:
+        return diagnose(read_run(make_run(tmp_path / str(len(list(tmp_path.iterdir()))), **how))).fit  # type: ignore[arg-type]
+
+    assert fit() is Fit.fine
+    rising = {"curve": lambda s: abs(s - 40) / 50 - 0.8, "train": lambda s: 3 - s / 40}
+    assert fit(value=2.0, **rising) is Fit.overfitting
+    assert fit(curve=lambda s: 1.0 - s / 80) is Fit.short
+    assert fit(value=5.0, curve=lambda s: 0.0) is Fit.underfitting
+    assert fit(status="diverged") is Fit.diverged
+    assert fit(value=9.0, curve=lambda s: -8.0 + s / 10) is Fit.diverged
+    assert fit(data__train_on="all") is Fit.unknown, "blank on purpose is not diverged"
+    overfitted = diagnose(read_run(make_run(tmp_path / "again", 2.0, rows=False, **rising)))  # type: ignore[arg-type]
+    assert str(overfitted) == "overfitting since step 40"
+
+
+def test_importance_of_a_grid_is_the_textbooks_analysis_of_variance(tmp_path: Path) -> None:
+    for r, high in ((4, 0.0), (8, 0.3)):
+        for rate, low in ((1e-3, 0.0), (1e-2, 0.1)):
+            make_run(tmp_path, 1.0 + high + low, lora__r=r, learning_rate__peak=rate)
+    found = importance(make_study(runs_of(tmp_path)))
+    assert found is not None
+    assert found.exact
+    assert found.keys == pytest.approx({"lora.r": 0.9, "learning_rate.peak": 0.1})
+    assert max(found.pairs.values()) == pytest.approx(0, abs=1e-9)
+
+
+def test_importance_of_a_search_with_gaps_finds_the_key_that_matters(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for i in range(24):
+        r, rate = int(rng.choice([1, 2, 4, 8, 16])), float(rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2]))
+        root = tmp_path / str(i)
+        make_run(root, 1.0 + 0.1 * np.log2(r), lora__r=r, learning_rate__peak=rate, seed=i, rows=False)
+    found = importance(make_study(list(tmp_path.glob("*/runs/*"))))
+    assert found is not None
+    assert not found.exact
+    assert found.keys["lora.r"] > 0.9
+
+
+def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) -> None:
+    runs = runs_of(grid)
+    scores = {run.name: 0.5 + i / 10 for i, run in enumerate(runs[:4])}
+    page = write_report(runs, grid / "out", leaderboard_scores=scores).html.read_text()
+    assert "Rank correlation (Spearman)" in page
+    assert "Local validation against leaderboard" in page
+    with pytest.raises(DataError, match=r"lb\.zzz: no such run"):
+        write_report(runs, grid / "out", leaderboard_scores={"zzz": 1.0})
+    table = grid / "lb.csv"
+    table.write_text(f"run,score\n{runs[0].name},0.7\n{runs[1].name},zero\n")
+    with pytest.raises(DataError, match=r"lb\.csv:3: 'zero' is no score"):
+        report(ReportConfig(runs=[str(grid)], lb=str(table), out=str(grid / "out")))
+
+
+def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
+    runs = runs_of(grid)
+    assert find([str(grid / "runs" / "4-*")], None, grid).runs == [run for run in runs if run.name.startswith("4-")]
+    assert find(str(grid), None, grid).runs == runs
+    assert find(None, None, grid).runs == runs
+    sweep = make_sweep(grid, [trial(grid, runs[0])])
+    found = find(None, None, grid)
+    assert (found.sweep, found.directory, found.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
+    assert find(None, sweep.name, grid).sweep == sweep
+    assert find([str(sweep)], None, grid).sweep == sweep
+    for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
+        with pytest.raises(ConfigError):
+            find(wrong.get("runs"), wrong.get("sweep"), grid)  # type: ignore[arg-type]
+
+
+def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    make_sweep(grid, [trial(grid, run, i) for i, run in enumerate(runs_of(grid))])
+    moved = tmp_path_factory.mktemp("moved") / "outputs"
+    shutil.move(grid, moved)
+    assert len(make_study([], find(None, None, moved).sweep).configurations) == 2
+
+
+def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
+    body = "import sys; from llmft.report import main; sys.argv[1:] = {!r}"
+    body += "\ntry: main()\nfinally: print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", body.format([f"output_dir={grid}"])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("False\n")
+    assert "r=4 is better than r=8" in done.stdout
+    assert (grid / "report" / "report.html").is_file()
+    nothing = subprocess.run(
+        [sys.executable, "-m", "llmft.report", f"output_dir={grid / 'no'}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert nothing.returncode == 2
+    assert nothing.stderr.count("\n") == 1
