@@ -1,7 +1,7 @@
 """Seconds of an optimizer step: llmft against a bare PyTorch loop with PEFT, transformers' Trainer, TRL and others.
 
     python -m tests.bench.bench_step [--work short_answers|alpaca|stories] [--rounds 5] [--steps 2] [--quick] [--parity]
-        [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [lora.r=16 …]
+        [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [--model DIR] [lora.r=16 …]
 
 All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
 the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--threads", help="peers' threads likewise; 0: as torch chooses (0,1)")
     parser.add_argument("--shape", help="of the model for short answers, as '{\"hidden_size\": 512}'")
     parser.add_argument("--prompts", default="600,200,1024", help="tokens of theirs: median, shortest, longest")
+    parser.add_argument("--model", type=Path, help="directory of a real model for alpaca and short_answers")
     parser.add_argument("more", nargs="*", help="what llmft's config says besides, as lora.r=16; peers follow")
     parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
     asked = parser.parse_args()
@@ -203,6 +204,7 @@ def main() -> None:
             steps=WARM_UP + rounds * asked.steps,
             shape=json.loads(asked.shape or "{}"),
             prompts=tuple(map(int, asked.prompts.split(","))),
+            model=asked.model,
             more=asked.more,
         )
         micros = [int(n) for n in (asked.micro or ("4" if asked.quick else "1,4,16")).split(",")]

@@ -1,10 +1,9 @@
 """Wall and CPU seconds of a sweep of 8 short trials: one command of llmft against 8 processes of peers.
 
-    python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--quick]
+    python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--model DIR] [--quick]
 
-The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows. Each takes the
-same tokens in
-the same order from the same adapter in all systems, and its losses are compared step by step. llmft's side is the
+The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows; with --model a
+real one on rows of Alpaca. Each takes the same tokens in the same order from the same adapter in all systems, and its losses are compared step by step. llmft's side is the
 whole command with what it always does: planning, a validation before and after each trial (on few rows, without
 generation), checkpoints, records, the report. Peers train and do nothing else.
 """
@@ -30,20 +29,23 @@ from llmft.core.imports import load_libraries
 from tests.bench.bench_step import BARE, HF, LLMFT, PARITY, TRL, best_of
 from tests.bench.systems import HERE, System, compile_package, machine, versions
 from tests.bench.work import BATCH_SIZE, Work, dump
-from tests.conftest import ROOT
+from tests.conftest import ROOT, SHARED
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RANKS = (4, 8)
 Losses = dict[tuple[float, int], list[float]]
 
 
-def overrides(steps: int, quantization: str) -> list[str]:
+def overrides(steps: int, quantization: str, model: Path | None) -> list[str]:
     """What all trials share."""
+    alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
+    embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
+    real = ["model=local", f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}"]
     return [
+        *(embedded if model is None else [*real, "data.validation_fraction=0.016", "data.max_tokens=1024"]),
         f"quantization={quantization}",
         "logger=none",
         "progress=false",
-        "data.rows={train: 320, validation: 16, test: 0}",
         "task.generate_rows=0",
         "task.metrics=[]",
         "learning_rate=constant",
@@ -138,6 +140,7 @@ def main() -> None:
     parser.add_argument("--base", choices=("nf4", "none"), default="nf4", help="none: fp32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="bare,hf,trl", help="names of peers with a comma between them")
+    parser.add_argument("--model", type=Path, help="directory of a real model, trained on rows of Alpaca")
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
     asked = parser.parse_args()
     compile_package()
@@ -152,7 +155,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        shared = overrides(asked.steps, asked.base)
+        shared = overrides(asked.steps, asked.base, asked.model)
         works = {rank: dump(folder, [*shared, f"lora.r={rank}"], asked.steps, f"adapter-{rank}") for rank in RANKS}
         (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
         chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]

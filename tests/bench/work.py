@@ -110,6 +110,7 @@ def make_work(
     small_rows: bool = False,
     shape: dict[str, Any] | None = None,
     prompts: tuple[int, int, int] = (600, 200, 1024),
+    model: Path | None = None,
     more: Sequence[str] = (),
 ) -> Work:
     """Work of one kind, in an empty directory.
@@ -118,23 +119,48 @@ def make_work(
     of instructions, all answer tokens learned, on the same; `stories`: shorter rows on stories260K of context 512.
     `small_rows` shortens the rows, for comparing losses over many steps. `shape`, which changes the small model, and
     `prompts` (median, shortest, longest) are for short answers, `more` is set in llmft's config, and peers follow.
+    `model` is the directory of a real one for `alpaca` and `short_answers`: its own tokenizer and chat template, and
+    short answers to prompts of real text that fill 512 tokens.
     """
     directory.mkdir(parents=True, exist_ok=True)
     rows = steps * BATCH_SIZE + 1
     file = directory / "rows.jsonl"
+    if model is not None:
+        return _real(kind, model, directory, steps, seed, more)
     if kind == "short_answers":
         changed = {**SMALL, **(shape or {})}
-        model = small_model(directory / "model", changed)
+        base = small_model(directory / "model", changed)
         bounds, answer = ((12, 8, 24), (4, 8)) if small_rows else (prompts, (4, 32))
         synthetic_rows(file, rows, bounds, answer=answer, vocabulary=changed["vocab_size"])
     elif kind == "stories":
-        model = SHARED / "models" / "stories260K"
+        base = SHARED / "models" / "stories260K"
         _letters(file, rows, 200, 60, 400)
     elif kind == "alpaca":
         return _alpaca(directory, steps, seed, more)
     else:
         raise ValueError(f"no work of this kind: {kind}")
-    overrides = [f"model.path={model}", "prompt=plain", "data=prompt_response", f"data.files={file}", *more]
+    overrides = [f"model.path={base}", "prompt=plain", "data=prompt_response", f"data.files={file}", *more]
+    return _finish(directory, overrides, steps, seed)
+
+
+def _real(kind: str, model: Path, directory: Path, steps: int, seed: int, more: Sequence[str]) -> Work:
+    """Rows of Alpaca for a real model, as they are or as prompts of 512 tokens with an answer of a few words."""
+    alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
+    overrides = [f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}", *more]
+    if kind == "short_answers":
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        rows = json.loads(alpaca.read_text())
+        draw = random.Random(0)
+        lines = []
+        for _ in range(steps * BATCH_SIZE + 1):
+            texts = " ".join(row["output"] for row in draw.sample(rows, 20))
+            prompt = tokenizer.decode(tokenizer(texts, truncation=True, max_length=440)["input_ids"])
+            answer = " ".join(draw.choice(rows)["instruction"].split()[:8])
+            lines.append(json.dumps({"prompt": prompt, "response": answer}) + "\n")
+        (directory / "rows.jsonl").write_text("".join(lines))
+        overrides[2:4] = ["data=prompt_response", f"data.files={directory / 'rows.jsonl'}"]
     return _finish(directory, overrides, steps, seed)
 
 

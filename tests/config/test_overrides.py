@@ -20,8 +20,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from llmft.__main__ import COMMANDS
+from llmft.completion import SCRIPTS, candidates
 from llmft.config.commands import PredictConfig
-from llmft.config.completion import SCRIPTS, candidates
 from llmft.config.hydra_app import command_line
 from llmft.config.overrides import as_override, hydra_arguments, kinds_of, quoted, unquoted
 from llmft.config.sections import TrainConfig

@@ -285,7 +285,7 @@ def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_p
     reused = []
     for trial in trials:
         run = tmp_path / "outputs" / trial["run"]
-        reused.append(json.loads((run / "machine.json").read_text())["reused"]["base"])
+        reused.append(json.loads((run / "environment.json").read_text())["reused"]["base"])
     assert reused.count(False) == 2, "one base per quantisation, although that is the innermost key"
     for trial in (trials[3], trials[10], trials[15]):
         train(compose(*SMALL, *arguments, *trial["overrides"], f"output_dir={tmp_path}/alone"), quiet=True)

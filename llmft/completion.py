@@ -21,7 +21,7 @@ _llmft() {
     local line=${COMP_LINE:-} word=${COMP_WORDS[COMP_CWORD]}
     if [[ $line ]]; then line=${line:0:${COMP_POINT:-${#line}}}
     else line=${COMP_WORDS[*]:0:COMP_CWORD+1}; line=${line// =/=}; line=${line//= /=}; fi
-    mapfile -t COMPREPLY < <(PYTHON -m llmft.config.completion query "$line" 2>/dev/null)
+    mapfile -t COMPREPLY < <(PYTHON -m llmft.completion query "$line" 2>/dev/null)
     # Bash takes "model=mi" for three words, and replaces the last one.
     if [[ ${line##* } == *=* && $word != ?*=* ]]; then COMPREPLY=("${COMPREPLY[@]#*=}"); fi
     if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[=.] ]]; then compopt -o nospace 2>/dev/null; fi
@@ -39,7 +39,7 @@ complete -o bashdefault -o default -F _llmft_python python python3
     "zsh": r"""
 _llmft() {
     local -a replies
-    replies=(${(f)"$(PYTHON -m llmft.config.completion query "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
+    replies=(${(f)"$(PYTHON -m llmft.completion query "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
     if (( ! $#replies )); then compset -P '*='; _files; return; fi
     compadd -Q -S '' -- ${(M)replies:#*[=.]}
     compadd -Q -- ${replies:#*[=.]}
