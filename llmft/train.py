@@ -15,11 +15,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.sweeps.worker import watch_of_environment
+from llmft.sweeps.worker import reporter_of_environment
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
-    from llmft.training.watch import Watch
+    from llmft.training.trial_reporter import TrialReporter
 
 
 def main() -> None:
@@ -45,22 +45,22 @@ def _train_composed(composed: Any) -> float | None:
 
     config = config_of_command(composed, TrainConfig)
     overrides = [argument.lstrip("+") for argument in sys.argv[1:] if "=" in argument]
-    watch = watch_of_environment()
-    if watch is not None:
+    reporter = reporter_of_environment()
+    if reporter is not None:
         die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and lets its devices go
-    return train(config, watch=watch, overrides=overrides)
+    return train(config, reporter=reporter, overrides=overrides)
 
 
 def train(
     config: TrainConfig,
     *,
     quiet: bool = False,
-    watch: Watch | None = None,
+    reporter: TrialReporter | None = None,
     overrides: Sequence[str] = (),
 ) -> float | None:
     """Trains what `config` says, or finds that it is done; returns the monitored metric.
 
-    `watch` is told of steps and validations and may end the run after one; `overrides` is what the user wrote.
+    `reporter` is told of steps and validations and may end the run after one; `overrides` is what the user wrote.
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
@@ -89,7 +89,7 @@ def train(
             return _tell_done(run, config, screen)
         if config.force and run.status():
             run.clear()
-        run.forget_wishes()
+        run.clear_requests()
         run.update(
             status="running",
             key=run.key,
@@ -103,7 +103,7 @@ def train(
             where = config.model.path or f"{config.model.id} at {config.model.revision}"
             screen.print(f"[bold red]This run executes the Python code of {escape(where)}.[/bold red]")
         try:
-            return _train(prepared, screen, watch)
+            return _train(prepared, screen, reporter)
         except BaseException as error:
             screen.log_error(error)
             _record_failure(run, error)
@@ -141,7 +141,7 @@ def _record_failure(run: Any, error: BaseException) -> None:
         run.update(status=kind, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
 
 
-def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+def _train(prepared: Any, screen: Any, reporter: TrialReporter | None) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.core.imports import load_libraries, quiet_warnings
 
@@ -153,7 +153,7 @@ def _train(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
         rejected = list(prepared.problems.rejected)
         try:
             with quiet_warnings():
-                return _train_once(prepared, screen, watch)
+                return _train_once(prepared, screen, reporter)
         except OutOfMemory as error:
             smaller = _smaller(prepared, error, screen)
         # Here the error is gone, and with it the frames that held its tensors.
@@ -172,7 +172,7 @@ def _smaller(prepared: Any, error: Any, screen: Any) -> Any:
     return replace(prepared, config=config)
 
 
-def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None:
+def _train_once(prepared: Any, screen: Any, reporter: TrialReporter | None) -> float | None:
     session: Any
     if prepared.config.model.architecture == "tfidf":
         from llmft.training.baseline import BaselineSession
@@ -181,7 +181,7 @@ def _train_once(prepared: Any, screen: Any, watch: Watch | None) -> float | None
     else:
         from llmft.training.session import Session
 
-        session = Session(prepared, screen, watch)
+        session = Session(prepared, screen, reporter)
     try:
         return session.run()
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 from llmft.config.convert import explained, schema_keys, to_config
 from llmft.config.instantiate import trust
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
+from llmft.config.renamed import RENAMED
 from llmft.config.sections import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
@@ -219,6 +220,8 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = list(schema_keys(schema))
+    if key in RENAMED:
+        return ConfigError(f"{key} is now called {RENAMED[key]}.")
     if key.startswith("hydra."):
         return _unknown_setting(key)
     if key in keys:

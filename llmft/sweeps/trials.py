@@ -100,7 +100,7 @@ class Trial:
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
             self.seconds = status.get("result", {}).get("seconds")
-        elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
+        elif status.get("status") == "twin" and self.config.sweep.early_stop_if_same_as is not None:
             self.status, self.error = "twin", status.get("error")
         return self.status in FINISHED
 

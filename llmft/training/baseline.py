@@ -26,7 +26,7 @@ from llmft.data.targets import Targets
 from llmft.metrics.prior import row_losses
 from llmft.runs.directory import append_line, write_config, write_row_losses
 from llmft.runs.predictions import FOLDER
-from llmft.training.prepare import Prepared
+from llmft.training.prepare import RunInputs
 from llmft.training.record import chance_of, data_facts, predictions_of
 from llmft.training.tokenized_data import row_findings
 
@@ -157,7 +157,7 @@ def _linear(
 class BaselineSession:
     """One training of the baseline, with the record of any other run."""
 
-    def __init__(self, prepared: Prepared, screen: Screen) -> None:
+    def __init__(self, prepared: RunInputs, screen: Screen) -> None:
         self.prepared, self.screen = prepared, screen
 
     def run(self) -> float | None:

@@ -21,7 +21,7 @@ from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_d
 from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 from llmft.training.out_of_memory import is_out_of_memory, let_go
-from llmft.training.stopping import SAVE, SIGNAL, Wishes, described
+from llmft.training.stopping import SAVE, SIGNAL, StopRequests, described
 
 OTHER_MACHINE = 1e-3
 """Relative difference of a loss that one machine does not make, and another in bf16 may."""
@@ -142,7 +142,7 @@ class Checkpointer(Callback):
         patience: int | None,
         total_steps: int,
         stops: Collection[int],
-        wishes: Wishes,
+        requests: StopRequests,
         state: dict[str, Any] | None = None,
         fit: dict[str, Any] | None = None,
         seconds: Callable[[], float] = lambda: 0.0,
@@ -158,7 +158,7 @@ class Checkpointer(Callback):
         self.patience = patience
         self.total_steps = total_steps
         self.stops = set(stops)
-        self.wishes = wishes
+        self.requests = requests
         self.fit = fit
         self.seconds = seconds
         self.command = command
@@ -198,15 +198,15 @@ class Checkpointer(Callback):
         loss = math.nan if data is None else module.probe(data.first_row(module.step))
         return loss if math.isfinite(loss) else None
 
-    # Wishes from outside are only noted; they are met at the end of the step or batch under way.
+    # Requests from outside are only noted; they are acted on at the end of the step or batch under way.
 
     def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the validation before training."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the training; puts the loss scale back under fp16."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
@@ -230,7 +230,7 @@ class Checkpointer(Callback):
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the test."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
@@ -243,7 +243,7 @@ class Checkpointer(Callback):
             trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
         if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
-        self._meet(asked, trainer, module)
+        self._act_on(asked, trainer, module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -254,21 +254,21 @@ class Checkpointer(Callback):
         if asked > SAVE:
             if module.step > 0:
                 self.save(trainer, module)
-            self._meet(asked, trainer, module)
+            self._act_on(asked, trainer, module)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Leaves the test, which a resumed run takes again from its beginning."""
         assert isinstance(module, FineTuner)
-        self._meet(self._agree(trainer, module), trainer, module)
+        self._act_on(self._agree(trainer, module), trainer, module)
 
-    def _meet(self, asked: int, trainer: L.Trainer, module: FineTuner) -> None:
-        """Ends the run where that is asked; a wish to save was met by the caller."""
+    def _act_on(self, asked: int, trainer: L.Trainer, module: FineTuner) -> None:
+        """Ends the run where that is asked; a request to save was met by the caller."""
         if not asked:
             return
         if trainer.is_global_zero:
-            self.wishes.run.forget_wishes()
+            self.requests.run.clear_requests()
         if asked == SAVE:
             if trainer.is_global_zero and self.saved == module.step:
                 self.tell(f"saved after step {module.step}, as the file SAVE asked")
@@ -286,8 +286,8 @@ class Checkpointer(Callback):
         raise Interrupted(told, asked - SIGNAL) if asked >= SIGNAL else Paused(told)
 
     def _agree(self, trainer: L.Trainer, module: L.LightningModule) -> int:
-        """The strongest wish of any process, so that all of them stop at the same step; 0 for none."""
-        mine = self.wishes.strongest()
+        """The strongest request of any process, so that all of them stop at the same step; 0 for none."""
+        mine = self.requests.strongest()
         if trainer.world_size == 1:
             return mine
         asked = torch.tensor(mine, device=module.device)
@@ -312,7 +312,7 @@ class Checkpointer(Callback):
                 self.stopped_early = True
                 trainer.should_stop = True
         self.save(trainer, module)
-        self._meet(self._agree(trainer, module), trainer, module)
+        self._act_on(self._agree(trainer, module), trainer, module)
 
     def _monitored(self, validation: Validation) -> float:
         try:

@@ -20,9 +20,9 @@ from llmft.model import adapters, families
 from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.skeleton import skeleton
 from llmft.training.micro_batching import architecture_of
-from llmft.training.prepare import Prepared
+from llmft.training.prepare import RunInputs
 from llmft.training.scoring import make_objective
-from llmft.training.tokenized_data import Inspection, Rows, inspect_rows, read_rows
+from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
 
 if TYPE_CHECKING:
     import lightning as L
@@ -38,13 +38,13 @@ class Ready:
 
     device: torch.device
     precision: Precision
-    rows: Rows
+    rows: TokenizedData
     inspection: Inspection
     objective: Any = None
 
 
 def make_ready(
-    prepared: Prepared, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
+    prepared: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
 ) -> Ready:
     """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
 
@@ -125,7 +125,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
         raise ConfigError(f"trainer: {first_line(error)}") from None
 
 
-def _check_model(prepared: Prepared, rows: Rows) -> None:
+def _check_model(prepared: RunInputs, rows: TokenizedData) -> None:
     """What a model's files and its shapes alone tell."""
     config = prepared.config
     architecture = architecture_of(prepared, len(rows.tokenizer))
@@ -143,7 +143,7 @@ def _check_model(prepared: Prepared, rows: Rows) -> None:
         adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
 
 
-def check_vocabulary(config: TrainConfig, rows: Rows, size: int | None) -> None:
+def check_vocabulary(config: TrainConfig, rows: TokenizedData, size: int | None) -> None:
     """Raises ConfigError where the tokenizer makes tokens that an embedding of `size` rows does not have."""
     highest = max(int(examples.ids.max(initial=0)) for examples in rows.splits.values())
     if size is not None and highest >= size:

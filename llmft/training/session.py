@@ -53,17 +53,17 @@ from llmft.training.micro_batching import architecture_of, choose_fit
 from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import last_names, plan_facts
-from llmft.training.prepare import Prepared, process_rank
+from llmft.training.prepare import RunInputs, process_rank
 from llmft.training.progress import ShowProgress
 from llmft.training.readiness import check_dora, check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.scoring import check_objective, make_scoring
-from llmft.training.stopping import Signals, Wishes
+from llmft.training.stopping import Signals, StopRequests
 from llmft.training.tracking import SafeWandbLogger, check_loggers, make_loggers
+from llmft.training.trial_reporter import ReportTrial, TrialReporter
 from llmft.training.user_callbacks import check_callbacks, failed_callback
-from llmft.training.watch import Watch, Watched
 
 
 @dataclass
@@ -115,9 +115,9 @@ def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
 class Session:
     """Builds all parts of a run, in the order in which a mistake is cheapest, and runs it."""
 
-    def __init__(self, prepared: Prepared, screen: Screen, watch: Watch | None = None) -> None:
+    def __init__(self, prepared: RunInputs, screen: Screen, reporter: TrialReporter | None = None) -> None:
         self.prepared = prepared
-        self.watch = watch
+        self.reporter = reporter
         self.config: TrainConfig = prepared.config
         self.screen = screen
         self.run_directory = prepared.run
@@ -182,9 +182,9 @@ class Session:
         )
         first_validates = checkpoint is None or self.checkpointer.pending
         callbacks: list[Any] = [recorder, self.checkpointer, progress]
-        if self.watch is not None:
+        if self.reporter is not None:
             resumed_at = None if checkpoint is None else validated_at(self.run_directory, checkpoint.step)
-            callbacks.append(Watched(self.watch, self.total_steps, lambda: recorder.tokens_per_s, resumed_at))
+            callbacks.append(ReportTrial(self.reporter, self.total_steps, lambda: recorder.tokens_per_s, resumed_at))
         trainer = self._trainer(callbacks, first_validates)
         self._fit(trainer)
         return self._finish(trainer, recorder)
@@ -325,7 +325,7 @@ class Session:
             patience=None if self.config.data.train_on is TrainOn.all else trainer.patience,
             total_steps=self.total_steps,
             stops=self.data.stops,
-            wishes=self._wishes(),
+            requests=self._requests(),
             state=state,
             fit=self.fit.to_plain(),
             seconds=lambda: recorder.seconds,
@@ -334,10 +334,10 @@ class Session:
             tell=self.screen.print,
         )
 
-    def _wishes(self) -> Wishes:
+    def _requests(self) -> StopRequests:
         limit = self.config.trainer.max_time
         deadline = None if limit is None else self.prepared.started + seconds_of(limit, "trainer.max_time")
-        return Wishes(self.signals, self.run_directory, deadline)
+        return StopRequests(self.signals, self.run_directory, deadline)
 
     def _trainer(self, callbacks: list[Any], first_validates: bool) -> L.Trainer:
         made = lightning_trainer(
