@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.commands import FoldsConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from llmft.runs.directory import Run
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("folds", FoldsConfig, lambda composed: folds(to_config(composed, FoldsConfig)))
+    run_verb("folds", FoldsConfig, lambda composed, _: folds(to_config(composed, FoldsConfig)), argv)
 
 
 def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
@@ -188,9 +189,11 @@ def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
         table.add_row(name, *("" if number is None else f"{number:.4f}" for number in numbers))
     screen.print(table)
     if chance:
-        screen.chance({"out of fold": chance})
+        from llmft.metrics.show import show_chance
+
+        show_chance(screen, {"out of fold": chance})
     screen.print(f"[bold]folds[/bold]  {directory}")
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

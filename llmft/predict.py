@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,20 @@ from typing import Any
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import Invocation, arguments_of_process, taken
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A prompt may hold any character, so no grammar of Hydra's sees it.
-    given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompts=")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompts=")]
-    sys.argv += ["prompts=[]"] if given else []
+    given, argv = taken(argv, "prompts=")
 
-    def job(composed: Any) -> None:
+    def job(composed: Any, invocation: Invocation) -> None:
         config = to_config(composed, PredictConfig)
         predict(replace(config, prompts=texts_of(given[-1])) if given else config)
 
-    run_verb("predict", PredictConfig, job)
+    run_verb("predict", PredictConfig, job, [*argv, "prompts=[]"] if given else argv)
 
 
 def texts_of(given: str) -> list[str]:
@@ -158,4 +157,4 @@ def _show(screen: Any, predictions: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

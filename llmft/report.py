@@ -5,13 +5,14 @@ By default of the newest sweep of `output_dir`, or else of all its runs. `lb.RUN
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process, taken
 from llmft.config.sections import Mode, Texts
 from llmft.core.errors import ConfigError
 
@@ -31,12 +32,11 @@ class ReportConfig:
     clusters: bool = True
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
-    scores = [argument.removeprefix("lb.") for argument in sys.argv[1:] if argument.startswith("lb.")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("lb.")]
-    run_verb("report", ReportConfig, lambda composed: report(to_config(composed, ReportConfig), scores))
+    scores, argv = taken(argv, "lb.")
+    run_verb("report", ReportConfig, lambda composed, _: report(to_config(composed, ReportConfig), scores), argv)
 
 
 def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
@@ -90,4 +90,4 @@ def _report_numbers(config: ReportConfig, screen: Any) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -32,9 +32,9 @@ from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.model.skeleton import skeleton
 from llmft.training.micro_batching import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
 from llmft.training.objectives.choice import cost
+from llmft.training.parts import check_parts
 from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Ready, make_ready
-from llmft.training.session import check_parts
 from llmft.training.tokenized_data import TokenizedData
 
 SHOWN_ROWS = 2

@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from llmft.__main__ import COMMANDS
+from llmft.config.invocation import COMMANDS, arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean, exit_with
 
 SCRIPTS = {
@@ -55,9 +55,9 @@ compdef _llmft_python python python3
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    exit_with(lambda: complete(sys.argv[1:]))
+    exit_with(lambda: complete(argv))
 
 
 def complete(arguments: Sequence[str]) -> None:
@@ -117,4 +117,4 @@ def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from llmft.config.commands import PredictConfig
-from llmft.config.sections import Head, ModelInit, Precision, QuantizationConfig, QuantizationFormat, Truncation
+from llmft.config.sections import Precision, Truncation
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import staged_file
-from llmft.core.machine import sensible_threads
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
@@ -25,13 +24,11 @@ from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
 from llmft.evaluation.jobs import Asked
-from llmft.model import adapters, families
+from llmft.model import families
+from llmft.model.assemble import assemble
 from llmft.model.generate import generate
-from llmft.model.heads import renew_head
-from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
-from llmft.model.quantization import weight_counts
+from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.runs.predictions import read_table
-from llmft.training.finetuner import stream
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
@@ -69,7 +66,18 @@ class Predictor:
         self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
         if self.config.task.head is not None and not hasattr(self.objective, "predict"):
             raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
-        self.model = self._load(trained)
+        self.assembled = assemble(
+            self.config,
+            self.located,
+            device=self.device,
+            precision=self.precision,
+            num_labels=len(asked.labels),
+            vocabulary=len(self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            threads=options.threads,
+            trained=trained,
+        )
+        self.model = self.assembled.model
 
     def _check_base(self) -> None:
         record = self.asked.run.fact("model", "fingerprint")
@@ -79,49 +87,9 @@ class Predictor:
                 "that this run was trained on."
             )
 
-    def _load(self, trained: Path) -> Any:
-        config, head = self.config, self.config.task.head is Head.linear
-        model, located, quantization = config.model, self.located, config.quantization
-        if not config.lora.enabled:
-            model = replace(
-                model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None
-            )
-            located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
-        base = load_base(
-            model,
-            located,
-            quantization,
-            auto_class=str(config.task.auto_class),
-            num_labels=len(self.asked.labels),
-            dtype=TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32,
-            device=self.device,
-            seed=config.seed,
-            vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora),
-        )
-        counts = weight_counts(base)
-        weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
-        torch.set_num_threads(self.options.threads or sensible_threads(weights))
-        base.config.pad_token_id = self.tokenizer.pad_token_id
-        if head:
-            renew_head(base, stream(config.seed, "head") if config.lora.enabled else None)
-        if not config.lora.enabled:
-            return base.eval()
-        attached = adapters.attach(
-            base,
-            config.lora,
-            auto_class=str(config.task.auto_class),
-            seed=stream(config.seed, "lora"),
-            name=str(located.directory) if config.model.path is not None else config.model.id,
-            kernels=config.model.kernels,
-        )
-        adapters.load_adapter(attached, trained)
-        return attached.eval()
-
     def close(self) -> None:
         """Gives the base back as it was."""
-        if adapters.reusable(self.config.lora):
-            adapters.detach(self.model)
+        self.assembled.release()
         self.model = None
 
     # ------------------------------------------------------------------------------------------------- predicting

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import aside_keys, canonical, to_plain
+from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
 from llmft.core.files import read_plain, write_atomically
@@ -117,9 +117,15 @@ def value_of(status: dict[str, Any], monitor: str) -> float | None:
 class Planner:
     """Composes combinations to trials; reads each data set and finds each model once."""
 
-    def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
+    def __init__(
+        self,
+        compose: Callable[[Sequence[str]], TrainConfig],
+        explain: Callable[[Exception], Exception],
+        invocation: Invocation,
+    ) -> None:
         self.compose = compose
         self.explain = explain
+        self.invocation = invocation
         self._known: dict[str, tuple[str, Located, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
@@ -156,7 +162,7 @@ class Planner:
         fingerprint, located, num_labels, size = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in own]
-        arguments = [*_options(), *overrides, *_single(overrides)]
+        arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
         return Trial(
             number,
             shown,
@@ -194,9 +200,9 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
     return {key for key, found in values.items() if len(found) > 1 or key not in everywhere}
 
 
-def _options() -> list[str]:
-    """This command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
-    kept = [a for a in sys.argv[1:] if a.startswith("-") or "=" not in a]
+def _options(argv: Sequence[str]) -> list[str]:
+    """A command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
+    kept = [a for a in argv if a.startswith("-") or "=" not in a]
     return [a for a in kept if a not in ("-m", "--multirun")]
 
 

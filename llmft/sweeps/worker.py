@@ -17,7 +17,10 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import IO, Any
+
+from llmft.config.invocation import Invocation, arguments_of_process
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
 """Where a training that is a process of its own tells its events."""
@@ -64,16 +67,17 @@ def reporter_of_environment() -> PipeReporter | None:
     return PipeReporter(os.fdopen(int(handle), "w"), None) if handle is not None else None
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The process."""
-    if cores := [int(core) for core in sys.argv[2:]]:
+    events, *cores = map(int, argv)
+    if cores:
         take_cores(cores)
     from llmft.core.imports import load_libraries
 
     load_libraries()
     import llmft.training.session  # noqa: F401
 
-    work(int(sys.argv[1]))
+    work(events)
 
 
 def take_cores(cores: list[int]) -> None:
@@ -116,7 +120,7 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     from llmft.config.instantiate import trust
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import UserError
-    from llmft.training.session import check_parts
+    from llmft.training.parts import check_parts
 
     wrong: dict[str, tuple[str, int]] = {}
     for number, plain in configs.items():
@@ -134,14 +138,14 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     from llmft.config.convert import restored
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
-    from llmft.train import train
+    from llmft.training.run import train
 
-    sys.argv[1:] = order["arguments"]
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
     ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
     try:
         config: TrainConfig = restored(order["config"], TrainConfig)
-        value = train(config, reporter=reporter, overrides=order["overrides"])
+        invocation = Invocation.of(order["arguments"], overrides=order["overrides"])
+        value = train(config, reporter=reporter, invocation=invocation)
         return {**ended, "status": "done", "value": value}
     except RunBusy as error:
         return {**ended, "status": "busy", "error": str(error)}
@@ -165,4 +169,4 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -24,6 +24,7 @@ from llmft.data.columns import Conversation
 from llmft.data.messages import text_of as message_text
 from llmft.data.targets import Targets
 from llmft.metrics.prior import row_losses
+from llmft.metrics.show import show_summary
 from llmft.runs.directory import append_line, write_config, write_row_losses
 from llmft.runs.predictions import FOLDER
 from llmft.training.prepare import RunInputs
@@ -188,11 +189,8 @@ class BaselineSession:
         chance = chance_of(prepared, _metrics(config))
         run.finish({**result, "chance": chance} if chance else result)
         facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-        self.screen.summary({}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
+        show_summary(self.screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _record(self) -> None:
         import torch

@@ -17,9 +17,11 @@ from llmft.core.errors import ConfigError, DiskError
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
+from llmft.model.assemble import check_dora
 from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.skeleton import skeleton
 from llmft.training.micro_batching import architecture_of
+from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
@@ -27,7 +29,6 @@ from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_row
 if TYPE_CHECKING:
     import lightning as L
 
-    from llmft.training.session import Parts
 
 LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
 
@@ -83,14 +84,6 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
         if trainer.devices > count:
             raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {count} GPUs.")
     return device, precision
-
-
-def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:
-    """Raises ConfigError for a pair of adapter and base that PEFT computes wrongly on a CPU."""
-    if device.type == "cpu" and int8 and config.lora.dora:
-        raise ConfigError(
-            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
-        )
 
 
 def lightning_trainer(config: TrainConfig, device: torch.device, precision: Precision, **more: Any) -> L.Trainer:

@@ -216,6 +216,22 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
     return loggers
 
 
+def finish_loggers(loggers: Sequence[Logger], kind: type[BaseException] | None, *_: Any) -> None:
+    """Ends the loggers of a run that ended by an error of `kind`, or well."""
+    for logger in loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.finish(0 if kind is None else 1)
+        else:
+            logger.finalize("success" if kind is None else "failed")
+
+
+def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
+    """Sets the summary of a W&B run, if there is one."""
+    for logger in loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.summarise(values)
+
+
 def check_loggers(config: LoggerConfig) -> None:
     """Refuses a logger that cannot be built, before any weights load."""
     from llmft.config.instantiate import check_target
@@ -245,7 +261,7 @@ def _wandb_id(run: Run) -> str:
 
 def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
     """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
-    if not os.environ.get("WANDB_SWEEP_ID") or not config.logger.wandb.enabled:
+    if not config.logger.wandb.enabled:
         return
     logger = _start_wandb(config, config.logger.wandb, run, {}, screen)
     if logger is not None:

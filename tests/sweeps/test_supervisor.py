@@ -36,8 +36,8 @@ from tests.conftest import ROOT, SMALL, compose, llmft
 SABOTAGE = """
 import ctypes, os, sys, time
 if os.environ.get("SABOTAGE"):
-    import llmft.train
-    original = llmft.train.train
+    import llmft.training.run
+    original = llmft.training.run.train
     def train(config, **arguments):
         deed = dict(pair.split(":") for pair in os.environ["SABOTAGE"].split(",")).get(str(config.seed))
         if deed == "raise":
@@ -51,7 +51,7 @@ if os.environ.get("SABOTAGE"):
         if deed == "hang":
             time.sleep(1000)
         return original(config, **arguments)
-    llmft.train.train = train
+    llmft.training.run.train = train
 """
 """Started with every Python process: what no config can name, since targets are allow-listed."""
 
@@ -518,8 +518,8 @@ def test_combinations_that_cannot_run_are_named_together() -> None:
 LATE = """
 import os, time
 if os.environ.get("LATE"):
-    import llmft.train
-    original = llmft.train.train
+    import llmft.training.run
+    original = llmft.training.run.train
     def train(config, **arguments):
         import signal
         if config.seed == 0:
@@ -530,7 +530,7 @@ if os.environ.get("LATE"):
             time.sleep(8)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return found
-    llmft.train.train = train
+    llmft.training.run.train = train
 """
 
 
