@@ -67,7 +67,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     asked = usable(config.run, "run", lambda directory: ask(directory, config, ids), screen.warn)
     for note in dict.fromkeys(note for question in asked for note in question.notes):
         screen.warn(note)
-    made: list[Path] = []
+    directories: list[Path] = []
     answered: dict[Path, Any] = {}
     try:
         for question in asked:
@@ -77,13 +77,13 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
             if template is not None:
                 path = question.directory / "submission.csv"
                 write_submission(predictions, template, config.columns, path, screen)
-            made.append(question.directory)
+            directories.append(question.directory)
     finally:
         if any(not question.baseline for question in asked):
             from llmft.model.load import drop_base
 
             drop_base()
-    return made
+    return directories
 
 
 def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
@@ -97,10 +97,10 @@ def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Pa
 def _joined(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
     for part in question.parts:
         _answer(part, config, screen, answered)
-    made = question.recipe.combined(question.directory.name)
-    made.save(question.directory)
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
-    return made
+    predictions = question.recipe.combined(question.directory.name)
+    predictions.save(question.directory)
+    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+    return predictions
 
 
 def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
@@ -125,7 +125,7 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
 
             with quiet_warnings():
                 values, columns = run_parts(question, config, screen)
-        made = Predictions(
+        predictions = Predictions(
             question.ids,
             question.labels,
             values,
@@ -134,10 +134,10 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
             {"where": [row.where for row in question.conversations], **question.columns, **columns},
             question.facts(),
         )
-        made.save(question.directory)
+        predictions.save(question.directory)
         question.clear_parts()
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
-    return made
+    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+    return predictions
 
 
 def _show(screen: Any, predictions: Any) -> None:

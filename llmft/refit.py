@@ -54,13 +54,13 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         return finished_run(directory)
 
     runs = usable(config.runs, "runs", validated, warn)
-    own = []
+    setups = []
     for _, trained in runs:
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
         numbers.pop("seed")
-        own.append(canonical(numbers))
-    different = next((place for place, numbers in enumerate(own) if numbers != own[0]), None)
+        setups.append(canonical(numbers))
+    different = next((index for index, numbers in enumerate(setups) if numbers != setups[0]), None)
     if different is not None:
         raise ConfigError(
             f"{runs[different][0].directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "

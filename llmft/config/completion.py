@@ -76,11 +76,11 @@ def complete(arguments: Sequence[str]) -> None:
 
 def candidates(line: str) -> list[str]:
     """What the word at the end of a command line may be."""
-    found = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
-    if found is None:
+    match = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
+    if match is None:
         return []
-    *words, last = re.split(r"\s+", f"{found[1] or ''} {found[2]}".lstrip())
-    options = list(COMMANDS) if not words and found[1] is None else []
+    *words, last = re.split(r"\s+", f"{match[1] or ''} {match[2]}".lstrip())
+    options = list(COMMANDS) if not words and match[1] is None else []
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if command == "completion":
         options = list(SCRIPTS)

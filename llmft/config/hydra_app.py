@@ -99,10 +99,10 @@ def run_verb(
                 raise
             raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
         except Exception as error:
-            told = explain(error, schema, arguments)
-            if told is None:
+            sentence = explain(error, schema, arguments)
+            if sentence is None:
                 raise
-            raise told from error
+            raise sentence from error
         if failures:
             raise failures[0]
 
@@ -219,8 +219,8 @@ def _full_key(chain: list[BaseException]) -> str | None:
 
 
 def _override_key(text: str) -> str | None:
-    found = re.search(r"Could not override '([^']+)'", text)
-    return found[1] if found else None
+    match = re.search(r"Could not override '([^']+)'", text)
+    return match[1] if match else None
 
 
 def _unknown_key(key: str | None, schema: type) -> ConfigError:

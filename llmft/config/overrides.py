@@ -51,7 +51,7 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     """
     from hydra._internal.utils import get_args_parser
 
-    arguments = with_new_names(yes_or_no(arguments), lambda told: print(f"warning: {told}", file=sys.stderr))
+    arguments = with_new_names(yes_or_no(arguments), lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
     for argument in arguments:
         shown = argument.encode(errors="backslashreplace").decode()
         if shown != argument:

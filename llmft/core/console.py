@@ -78,9 +78,9 @@ class Screen:
         """What ended the run, in its log alone: a sentence for the user's errors, else the traceback."""
         if self._file is None:
             return
-        told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # a full disk has its own way to be told
-            self._file.write(f"{redact(told).rstrip()}\n")
+            self._file.write(f"{redact(text).rstrip()}\n")
             self._file.flush()
 
     def warn(self, message: str) -> None:

@@ -100,12 +100,12 @@ class Predictor:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
             return [Encoded(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
         fitting = self.encoder.encode("predict", conversations, Problems())
-        made = {int(place): fitting[number] for number, place in enumerate(fitting.rows)}
-        for place, row in enumerate(conversations):
-            if place not in made:
+        encoded = {int(index): fitting[number] for number, index in enumerate(fitting.rows)}
+        for index, row in enumerate(conversations):
+            if index not in encoded:
                 ids, marks = self.encoder.forced(row)
-                made[place] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
-        return [made[place] for place in range(len(conversations))]
+                encoded[index] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
+        return [encoded[index] for index in range(len(conversations))]
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
@@ -143,23 +143,23 @@ class Predictor:
         }
 
     def _logprobs(self, examples: Sequence[Encoded], outputs: Sequence[list[int]]) -> list[float]:
-        written = [place for place, output in enumerate(outputs) if output]
-        found = [0.0] * len(outputs)
+        written = [index for index, output in enumerate(outputs) if output]
+        logprobs = [0.0] * len(outputs)
         if not written:
-            return found
+            return logprobs
         rows = [
             Encoded(
-                [*examples[place].input_ids, *outputs[place]],
-                [*[IGNORE] * len(examples[place].input_ids), *outputs[place]],
-                examples[place].conversation,
+                [*examples[index].input_ids, *outputs[index]],
+                [*[IGNORE] * len(examples[index].input_ids), *outputs[index]],
+                examples[index].conversation,
             )
-            for place in written
+            for index in written
         ]
         batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
         losses = LanguageModeling().losses(self.model, batch)
-        for place, nll in zip(written, losses.nll.double().cpu(), strict=True):
-            found[place] = -float(nll)
-        return found
+        for index, nll in zip(written, losses.nll.double().cpu(), strict=True):
+            logprobs[index] = -float(nll)
+        return logprobs
 
 
 def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
@@ -211,7 +211,7 @@ def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarr
             columns.setdefault(name, []).extend(values)
     order = np.argsort(columns.pop("row"), kind="stable")
     assert len(order) == rows
-    sorted_columns = {name: [values[place] for place in order] for name, values in columns.items()}
+    sorted_columns = {name: [values[index] for index in order] for name, values in columns.items()}
     if "values" in sorted_columns:
         return np.asarray(sorted_columns.pop("values"), dtype=np.float64), sorted_columns
     return np.zeros((rows, 0)), sorted_columns

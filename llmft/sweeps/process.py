@@ -152,10 +152,10 @@ def shares_of_machine(workers: int) -> list[Share]:
         return [Share()]
     gpus = visible_gpus()
     if gpus:
-        shares = [gpus[place::workers] or [gpus[place % len(gpus)]] for place in range(workers)]
+        shares = [gpus[slot::workers] or [gpus[slot % len(gpus)]] for slot in range(workers)]
         return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
-    return [Share(cores=cores[place::workers] or [cores[place % len(cores)]]) for place in range(workers)]
+    return [Share(cores=cores[slot::workers] or [cores[slot % len(cores)]]) for slot in range(workers)]
 
 
 def how_it_died(code: int) -> tuple[str, str]:

@@ -136,16 +136,16 @@ class Planner:
         trials: list[Trial] = []
         wrong: list[tuple[Sequence[str], UserError]] = []
         apart = varying(jobs)
-        for place, overrides in enumerate(jobs):
-            own = [override for override in overrides if override.partition("=")[0] in apart]
+        for index, overrides in enumerate(jobs):
+            varied = [override for override in overrides if override.partition("=")[0] in apart]
             try:
-                trials.append(self.trial(first + place, overrides, own))
+                trials.append(self.trial(first + index, overrides, varied))
             except UserError as error:
-                wrong.append((own, error))
+                wrong.append((varied, error))
         refuse(wrong, len(jobs))
         return trials
 
-    def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
+    def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
         try:
             config = with_mode(self.compose(overrides))
@@ -161,7 +161,7 @@ class Planner:
             self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
         fingerprint, located, num_labels, size = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
-        shown = [override.lstrip("+") for override in own]
+        shown = [override.lstrip("+") for override in varied]
         arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
         return Trial(
             number,
@@ -183,7 +183,9 @@ def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None
     by_message: dict[str, list[str]] = {}
     for overrides, error in wrong:
         by_message.setdefault(str(error), []).append(" ".join(overrides) or "every combination")
-    lines = [f"  {told[0]}{f' and {len(told) - 1} more' if told[1:] else ''}: {m}" for m, told in by_message.items()]
+    lines = [
+        f"  {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {m}" for m, labels in by_message.items()
+    ]
     more = [f"  and {len(lines) - 10} other mistakes"] if len(lines) > 10 else []
     text = f"{len(wrong)} of {count} combinations cannot run, so none was started:"
     raise kind("\n".join([text, *lines[:10], *more]))
@@ -197,7 +199,7 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
             key, _, value = override.partition("=")
             values.setdefault(key, set()).add(value)
     everywhere = {key for key in values if all(any(o.startswith(f"{key}=") for o in job) for job in jobs)}
-    return {key for key, found in values.items() if len(found) > 1 or key not in everywhere}
+    return {key for key, texts in values.items() if len(texts) > 1 or key not in everywhere}
 
 
 def _options(argv: Sequence[str]) -> list[str]:

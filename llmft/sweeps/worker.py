@@ -154,14 +154,14 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     except (Interrupted, KeyboardInterrupt) as error:
         return {**ended, "status": "interrupted", "error": str(error) or "interrupted", "sound": False}
     except SystemExit as error:
-        told = f"sys.exit({error.code}) before there was a result"
-        return {**ended, "status": "failed", "error": told, "cause": "exit", "sound": False}
+        message = f"sys.exit({error.code}) before there was a result"
+        return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
         known = as_user_error(raised)
-        told = str(known).splitlines()[0] if str(known) else type(known).__name__
+        message = str(known).splitlines()[0] if str(known) else type(known).__name__
         user = isinstance(known, UserError)
-        text = told if user else f"{type(known).__name__}: {told}"
+        text = message if user else f"{type(known).__name__}: {message}"
         return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
     finally:
         sys.stdout.flush()

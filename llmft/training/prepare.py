@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
     columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
     conversations = {
-        split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
+        split: [apply(config.data.transform, conversation) for conversation in columns.conversations(part, problems)]
         for split, part in rows.items()
     }
     total = sum(map(len, rows.values()))

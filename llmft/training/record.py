@@ -113,7 +113,7 @@ def predictions_of(
 
 def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
-    found: dict[str, dict[str, Any]] = {}
+    chances: dict[str, dict[str, Any]] = {}
     targets = prepared.targets
     trained_on = ("val",) if prepared.config.data.train_on is TrainOn.all else ()
     for split in ("val", "test"):
@@ -121,8 +121,8 @@ def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict
             continue
         chance = against_prior(open_member(prepared.run.directory, split), metrics, targets.scale)
         if chance is not None:
-            found[split] = chance.to_plain()
-    return found
+            chances[split] = chance.to_plain()
+    return chances
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

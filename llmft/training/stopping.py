@@ -79,13 +79,13 @@ class StopRequests:
         if self.signals.received:
             return SIGNAL + self.signals.received
         now = time.monotonic()
-        found = TIME_UP if self.deadline is not None and now >= self.deadline else 0
+        strongest = TIME_UP if self.deadline is not None and now >= self.deadline else 0
         if now - self._looked >= LOOK_S:
             self._looked = now
             for request, path in ((SAVE, self.run.save_file), (STOP, self.run.stop_file)):
                 if path.exists():
-                    found = max(found, request)
-        return found
+                    strongest = max(strongest, request)
+        return strongest
 
 
 def described(request: int, seconds: Callable[[], float]) -> str:

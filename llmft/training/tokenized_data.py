@@ -52,9 +52,15 @@ def inspect_rows(prepared: RunInputs, rows: TokenizedData, *, near: bool) -> Ins
     facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
-    found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows), *found]
-    return Inspection(facts, overlaps, found)
+    all_findings = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    all_findings = [
+        *_dropped(prepared, rows),
+        *row_findings(prepared),
+        *_unread(prepared),
+        *_serving(rows),
+        *all_findings,
+    ]
+    return Inspection(facts, overlaps, all_findings)
 
 
 def row_findings(prepared: RunInputs) -> list[Finding]:
@@ -117,29 +123,29 @@ def _unread(prepared: RunInputs) -> list[Finding]:
 
 def _serving(rows: TokenizedData) -> list[Finding]:
     """Where the text or the tokens of a row are not at once those that serving has."""
-    found: list[str] = []
+    messages: list[str] = []
     for split, lengths in rows.encoder.lengths.items():
         if lengths.rows_joined:
-            found.append(
+            messages.append(
                 f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
                 "with what follows: they are tokenised apart, as serving does"
             )
         if lengths.rows_split:
-            found.append(
+            messages.append(
                 f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
                 "look otherwise once later turns follow"
             )
         if lengths.rows_unlike:
-            found.append(
+            messages.append(
                 f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
                 "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
             )
     if rows.ends.text and rows.splits["train"].labelled.any():
-        found.append(
+        messages.append(
             f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
             "server must be told it as a stop string"
         )
-    return [Finding("warning", "prompt", message) for message in found]
+    return [Finding("warning", "prompt", message) for message in messages]
 
 
 def _dropped(prepared: RunInputs, rows: TokenizedData) -> list[Finding]:

@@ -206,9 +206,9 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
     """The loggers that the config names; W&B first."""
     loggers: list[Logger] = []
     if config.logger.wandb.enabled:
-        made = _start_wandb(config, config.logger.wandb, run, environment, screen)
-        if made is not None:
-            loggers.append(made)
+        logger = _start_wandb(config, config.logger.wandb, run, environment, screen)
+        if logger is not None:
+            loggers.append(logger)
     loggers.extend(
         build(node, f"logger.loggers.{name}", "logger", **_directory(node, run))
         for name, node in config.logger.loggers.items()
