@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-COMMANDS = (
-    *("train", "check", "predict", "evaluate", "folds", "blend", "refit"),
-    *("report", "bench", "doctor", "disk", "completion"),
-)
+from llmft.config.invocation import COMMANDS, arguments_of_process
 
 
 def main() -> None:
-    """`llmft check …` is `python -m llmft.check …`, also for processes that Lightning starts by it."""
-    word = next(iter(sys.argv[1:]), "")
-    if word in COMMANDS:
-        del sys.argv[1]
-        if word != "train":
-            import runpy
-
-            runpy.run_module(f"llmft.{word}", run_name="__main__", alter_sys=True)
-            return
-    elif word and "=" not in word and word[0] not in "-+~":
+    """`llmft check …` is `python -m llmft.check …`."""
+    command, *arguments = arguments_of_process() or [""]
+    if command in COMMANDS:
+        module = "llmft.config.completion" if command == "completion" else f"llmft.{command}"
+    elif command and "=" not in command and command[0] not in "-+~":
         from llmft.core.errors import ConfigError, did_you_mean, report
 
-        sys.exit(report(ConfigError(f"{word}: no such command, and no key=value{did_you_mean(word, COMMANDS)}")))
-    from llmft.train import main
-
-    main()
+        sys.exit(report(ConfigError(f"{command}: no such command, and no key=value{did_you_mean(command, COMMANDS)}")))
+    else:
+        module, arguments = "llmft.train", arguments_of_process()
+    importlib.import_module(module).main(arguments)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_config, to_plain
 from llmft.config.hydra_app import explain, make_known, run_verb
+from llmft.config.invocation import Invocation, arguments_of_process
 from llmft.config.sections import Form, ModelInit, TrainConfig, seconds_of
 from llmft.core.errors import ConfigError
 
@@ -25,10 +26,14 @@ GROUPS = ("model", "prompt", "lora", "optimizer")
 """Groups that are those of a training, with all their values."""
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-    run_verb("bench", BenchConfig, lambda composed: bench(to_config(composed, BenchConfig), sys.argv[1:]))
+
+    def job(composed: Any, invocation: Invocation) -> None:
+        bench(to_config(composed, BenchConfig), invocation.argv)
+
+    run_verb("bench", BenchConfig, job, argv)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Subject:
         return f"{self.config.model.label} {self.config.quantization.format.value}"
 
 
-def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[str, Any]]:
+def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Measures what `config` asks for, prints and writes the answers, and returns them as plain rows.
 
     `arguments` are those of the command line, of which the training's groups are taken.
@@ -60,7 +65,7 @@ def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[
     from llmft.core.imports import load_libraries
 
     load_libraries(training=False)
-    subjects = _subjects(config, arguments or [])
+    subjects = _subjects(config, arguments)
     points = [_points(config, subject) for subject in subjects]
     if not any(points):
         raise ConfigError(
@@ -96,7 +101,7 @@ def bench(config: BenchConfig, arguments: list[str] | None = None) -> list[dict[
     return rows
 
 
-def _subjects(config: BenchConfig, arguments: list[str]) -> list[Subject]:
+def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     """A training's config for every model and quantisation, in this order."""
     given = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     own = [
@@ -128,7 +133,7 @@ def _training(overrides: list[str]) -> TrainConfig:
     except ConfigError:
         raise
     except Exception as error:
-        told = explain(error, TrainConfig)
+        told = explain(error, TrainConfig, overrides)
         if told is None:
             raise
         raise told from error
@@ -200,4 +205,4 @@ class _Bar:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

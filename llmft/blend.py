@@ -6,18 +6,20 @@ has predictions like a run's, so a blend can be blended.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import BlendConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("blend", BlendConfig, lambda composed: blend(to_config(composed, BlendConfig)))
+    run_verb("blend", BlendConfig, lambda composed, _: blend(to_config(composed, BlendConfig)), argv)
 
 
 def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
@@ -188,8 +190,10 @@ def _show(screen: Any, directory: Path, record: dict[str, Any], sign: float) -> 
         f"[bold]blend[/bold]  {directory}",
     )
     if record["chance"]:
-        screen.chance({record["method"]: record["chance"]})
+        from llmft.metrics.show import show_chance
+
+        show_chance(screen, {record["method"]: record["chance"]})
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

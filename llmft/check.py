@@ -8,25 +8,27 @@ from __future__ import annotations
 
 import json
 import os
-import sys
+from collections.abc import Sequence
 from typing import Any
 
 from llmft.config.hydra_app import config_of_command, run_verb
+from llmft.config.invocation import Invocation, arguments_of_process, taken
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, did_you_mean
 
 FORMATS = ("text", "json")
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # `format=` belongs to this verb; all other arguments are those of training.
-    chosen = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("format=")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("format=")]
-    run_verb(
-        "train", TrainConfig, lambda composed: check(config_of_command(composed, TrainConfig), (chosen or ["text"])[-1])
-    )
+    forms, argv = taken(argv, "format=")
+
+    def job(composed: Any, invocation: Invocation) -> None:
+        check(config_of_command(composed, TrainConfig, invocation), (forms or ["text"])[-1])
+
+    run_verb("train", TrainConfig, job, argv, verb="check")
 
 
 def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
@@ -60,4 +62,4 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

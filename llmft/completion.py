@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from llmft.__main__ import COMMANDS
+from llmft.config.invocation import COMMANDS, arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean, exit_with
 
 SCRIPTS = {
@@ -55,9 +55,9 @@ compdef _llmft_python python python3
 }
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    exit_with(lambda: complete(sys.argv[1:]))
+    exit_with(lambda: complete(argv))
 
 
 def complete(arguments: Sequence[str]) -> None:
@@ -76,11 +76,11 @@ def complete(arguments: Sequence[str]) -> None:
 
 def candidates(line: str) -> list[str]:
     """What the word at the end of a command line may be."""
-    found = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
-    if found is None:
+    match = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
+    if match is None:
         return []
-    *words, last = re.split(r"\s+", f"{found[1] or ''} {found[2]}".lstrip())
-    options = list(COMMANDS) if not words and found[1] is None else []
+    *words, last = re.split(r"\s+", f"{match[1] or ''} {match[2]}".lstrip())
+    options = list(COMMANDS) if not words and match[1] is None else []
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if command == "completion":
         options = list(SCRIPTS)
@@ -117,4 +117,4 @@ def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

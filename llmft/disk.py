@@ -7,15 +7,17 @@ not uploaded, models of the Hub's cache (other programs use them too).
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.config.sections import DiskConfig, Form
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("disk", DiskConfig, lambda composed: disk(to_config(composed, DiskConfig)))
+    run_verb("disk", DiskConfig, lambda composed, _: disk(to_config(composed, DiskConfig)), argv)
 
 
 def disk(config: DiskConfig) -> dict[str, object]:
@@ -34,4 +36,4 @@ def disk(config: DiskConfig) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -6,16 +6,18 @@ Exit code 0 when nothing does, 2 when something must be mended first.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.config.sections import DoctorConfig, Form
 from llmft.core.errors import ConfigError
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("doctor", DoctorConfig, lambda composed: doctor(to_config(composed, DoctorConfig)))
+    run_verb("doctor", DoctorConfig, lambda composed, _: doctor(to_config(composed, DoctorConfig)), argv)
 
 
 def doctor(config: DoctorConfig) -> list[dict[str, str]]:
@@ -37,4 +39,4 @@ def doctor(config: DoctorConfig) -> list[dict[str, str]]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

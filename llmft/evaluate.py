@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import EvaluateConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 
 MOST_CLASSES = 12
 """Of a confusion matrix on the screen; evaluation.json holds it whole."""
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("evaluate", EvaluateConfig, lambda composed: evaluate(to_config(composed, EvaluateConfig)))
+    run_verb("evaluate", EvaluateConfig, lambda composed, _: evaluate(to_config(composed, EvaluateConfig)), argv)
 
 
 def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -133,4 +135,4 @@ def _show(report: dict[str, Any], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

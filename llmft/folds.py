@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import glob
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.commands import FoldsConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -23,9 +24,9 @@ if TYPE_CHECKING:
     from llmft.runs.directory import Run
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("folds", FoldsConfig, lambda composed: folds(to_config(composed, FoldsConfig)))
+    run_verb("folds", FoldsConfig, lambda composed, _: folds(to_config(composed, FoldsConfig)), argv)
 
 
 def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
@@ -42,7 +43,7 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     root = Path(config.output_dir) / "runs"
     if not asked and not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no runs there; name them with runs=[…].")
-    made = []
+    directories = []
     for runs in _sets(
         config.runs if asked else f"{glob.escape(str(root))}/*", screen.warn if asked else lambda _: None
     ):
@@ -55,10 +56,10 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
                 raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
             screen.warn(f"{text}.")
             continue
-        made.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
-    if not made:
+        directories.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
+    if not directories:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
-    return made
+    return directories
 
 
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
@@ -83,8 +84,8 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     for run, trained, record in usable(named, "runs", of_fold, warn):
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
-        own = [numbers, *record, trained.data.pseudo]
-        sets[canonical(own)].append((run, trained))
+        setup = [numbers, *record, trained.data.pseudo]
+        sets[canonical(setup)].append((run, trained))
     return list(sets.values())
 
 
@@ -109,7 +110,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
             predictions[name] = Recipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
     metrics = metrics_for(whole, config.metrics)
     total, each = score(whole, metrics), [score(part, metrics) for part in parts]
-    spread = {name: float(np.std([own[name] for own in each], ddof=1)) for name in total}
+    spread = {name: float(np.std([scores[name] for scores in each], ddof=1)) for name in total}
     chance = against_prior(whole, metrics)
     trained = runs[0][1]
     default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
@@ -124,7 +125,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
         "folds": each,
         "spread": spread,
         "chance": chance.to_plain() if chance is not None else None,
-        "predictions": {name: len(own.ids) for name, own in predictions.items()},
+        "predictions": {name: len(split.ids) for name, split in predictions.items()},
     }
     write_member(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
     _show(screen, directory, record)
@@ -184,13 +185,15 @@ def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
     for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread", "prior"):
         table.add_column(title, justify="right")
     for name, value in record["score"].items():
-        numbers = [value, *(own[name] for own in each), spread[name], chance["metrics"][name] if chance else None]
+        numbers = [value, *(scores[name] for scores in each), spread[name], chance["metrics"][name] if chance else None]
         table.add_row(name, *("" if number is None else f"{number:.4f}" for number in numbers))
     screen.print(table)
     if chance:
-        screen.chance({"out of fold": chance})
+        from llmft.metrics.show import show_chance
+
+        show_chance(screen, {"out of fold": chance})
     screen.print(f"[bold]folds[/bold]  {directory}")
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,21 +18,20 @@ from typing import Any
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import Invocation, arguments_of_process, taken
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A prompt may hold any character, so no grammar of Hydra's sees it.
-    given = [argument.partition("=")[2] for argument in sys.argv[1:] if argument.startswith("prompts=")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("prompts=")]
-    sys.argv += ["prompts=[]"] if given else []
+    given, argv = taken(argv, "prompts=")
 
-    def job(composed: Any) -> None:
+    def job(composed: Any, invocation: Invocation) -> None:
         config = to_config(composed, PredictConfig)
         predict(replace(config, prompts=texts_of(given[-1])) if given else config)
 
-    run_verb("predict", PredictConfig, job)
+    run_verb("predict", PredictConfig, job, [*argv, "prompts=[]"] if given else argv)
 
 
 def texts_of(given: str) -> list[str]:
@@ -68,7 +67,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     asked = usable(config.run, "run", lambda directory: ask(directory, config, ids), screen.warn)
     for note in dict.fromkeys(note for question in asked for note in question.notes):
         screen.warn(note)
-    made: list[Path] = []
+    directories: list[Path] = []
     answered: dict[Path, Any] = {}
     try:
         for question in asked:
@@ -78,13 +77,13 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
             if template is not None:
                 path = question.directory / "submission.csv"
                 write_submission(predictions, template, config.columns, path, screen)
-            made.append(question.directory)
+            directories.append(question.directory)
     finally:
         if any(not question.baseline for question in asked):
             from llmft.model.load import drop_base
 
             drop_base()
-    return made
+    return directories
 
 
 def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
@@ -98,10 +97,10 @@ def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Pa
 def _joined(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
     for part in question.parts:
         _answer(part, config, screen, answered)
-    made = question.recipe.combined(question.directory.name)
-    made.save(question.directory)
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
-    return made
+    predictions = question.recipe.combined(question.directory.name)
+    predictions.save(question.directory)
+    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+    return predictions
 
 
 def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
@@ -126,7 +125,7 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
 
             with quiet_warnings():
                 values, columns = run_parts(question, config, screen)
-        made = Predictions(
+        predictions = Predictions(
             question.ids,
             question.labels,
             values,
@@ -135,10 +134,10 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
             {"where": [row.where for row in question.conversations], **question.columns, **columns},
             question.facts(),
         )
-        made.save(question.directory)
+        predictions.save(question.directory)
         question.clear_parts()
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(made.ids):,} rows)")
-    return made
+    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+    return predictions
 
 
 def _show(screen: Any, predictions: Any) -> None:
@@ -158,4 +157,4 @@ def _show(screen: Any, predictions: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -7,7 +7,7 @@ out it sees each row a little less often, and does not train longer. Its validat
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,17 @@ from typing import Any
 from llmft.config.commands import RefitConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 from llmft.config.sections import Export, TrainConfig, TrainOn
 from llmft.config.untrusted import stored_config
 from llmft.core.errors import ConfigError
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    run_verb("refit", RefitConfig, lambda composed: refit(to_config(composed, RefitConfig)))
+    run_verb("refit", RefitConfig, lambda composed, _: refit(to_config(composed, RefitConfig)), argv)
 
 
 def refit(config: RefitConfig, *, quiet: bool = False) -> None:
@@ -33,7 +34,7 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
     Raises ConfigError where the runs are not validated ones of one config.
     """
     from llmft.core.console import Screen
-    from llmft.train import train
+    from llmft.training.run import train
 
     train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet)
 
@@ -53,13 +54,13 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         return finished_run(directory)
 
     runs = usable(config.runs, "runs", validated, warn)
-    own = []
+    setups = []
     for _, trained in runs:
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
         numbers.pop("seed")
-        own.append(canonical(numbers))
-    different = next((place for place, numbers in enumerate(own) if numbers != own[0]), None)
+        setups.append(canonical(numbers))
+    different = next((index for index, numbers in enumerate(setups) if numbers != setups[0]), None)
     if different is not None:
         raise ConfigError(
             f"{runs[different][0].directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
@@ -111,4 +112,4 @@ def _steps(run: Any) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -5,13 +5,14 @@ By default of the newest sweep of `output_dir`, or else of all its runs. `lb.RUN
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process, taken
 from llmft.config.sections import Mode, Texts
 from llmft.core.errors import ConfigError
 
@@ -31,12 +32,11 @@ class ReportConfig:
     clusters: bool = True
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
-    scores = [argument.removeprefix("lb.") for argument in sys.argv[1:] if argument.startswith("lb.")]
-    sys.argv[1:] = [argument for argument in sys.argv[1:] if not argument.startswith("lb.")]
-    run_verb("report", ReportConfig, lambda composed: report(to_config(composed, ReportConfig), scores))
+    scores, argv = taken(argv, "lb.")
+    run_verb("report", ReportConfig, lambda composed, _: report(to_config(composed, ReportConfig), scores), argv)
 
 
 def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
@@ -53,24 +53,24 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
     from llmft.reports.leaderboard import read_scores, to_score
     from llmft.reports.write import write_report
 
-    found = find(config.runs, config.sweep, Path(config.output_dir))
+    selection = find(config.runs, config.sweep, Path(config.output_dir))
     given = read_scores(Path(config.lb)) if config.lb is not None else {}
     for score in scores or []:
         name, equals, value = score.rpartition("=")
         if not equals:
             raise ConfigError(f"lb.{score}: write lb.RUN=SCORE.")
         given[name] = to_score(value, f"lb.{name}")
-    made = write_report(
-        found.runs,
-        Path(config.out) if config.out is not None else found.directory,
-        sweep=found.sweep,
-        logbook=found.logbook,
+    page = write_report(
+        selection.runs,
+        Path(config.out) if config.out is not None else selection.directory,
+        sweep=selection.sweep,
+        logbook=selection.logbook,
         leaderboard_scores=given,
         clusters=config.clusters,
         mode=config.mode,
     )
-    made.console(screen)
-    return made
+    page.console(screen)
+    return page
 
 
 def _report_numbers(config: ReportConfig, screen: Any) -> Any:
@@ -83,11 +83,11 @@ def _report_numbers(config: ReportConfig, screen: Any) -> Any:
     judged = judge_numbers(read_numbers(Path(config.numbers)), metric=config.metric, mode=config.mode)
     for name, verdicts in judged.items():
         screen.print(f"[bold]{escape(name or 'answer')}[/bold]  {escape(verdicts.answer)}")
-        for _, found in verdicts.all:
-            screen.print(f"  {escape(sentence(found))}")
+        for _, verdict in verdicts.all:
+            screen.print(f"  {escape(sentence(verdict))}")
         screen.print(f"  {escape(verdicts.basis)}")
     return judged
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

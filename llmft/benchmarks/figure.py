@@ -15,11 +15,11 @@ from llmft.reports.svg import SERIES, WIDTH, Scale, figure, short, tag, text, ti
 TOP, BOTTOM = 34, 236
 
 
-def page(answered: Sequence[Answered], wish: Wish, name: str) -> str:
-    """An HTML page that asks nobody for anything."""
+def page(
+    answered: Sequence[Answered], wish: Wish, name: str, rows: Sequence[Sequence[str]], remarks: Sequence[str]
+) -> str:
+    """An HTML page that asks nobody for anything: figures, a table of `rows`, and `remarks`."""
     import jinja2
-
-    from llmft.benchmarks.report import cells, remarks
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent.parent / "reports"),
@@ -32,9 +32,8 @@ def page(answered: Sequence[Answered], wish: Wish, name: str) -> str:
     cases = [(title, list(own)) for title, own in groupby(measured, key=lambda own: f"{own.model} {own.quantization}")]
     heights = [value for _, own in cases for line in lines(own, wish).values() for _, value in line]
     figures = [(title, times(own, wish, title, [*heights, wish.hours])) for title, own in cases]
-    rows = [cells(own, wish) for own in answered]
     return environment.get_template("bench.html.jinja").render(
-        name=name, wish=wish, figures=figures, rows=rows, remarks=remarks(answered)
+        name=name, wish=wish, figures=figures, rows=rows, remarks=remarks
     )
 
 

@@ -28,7 +28,7 @@ def write_answers(answered: Sequence[Answered], wish: Wish, root: Path, name: st
     content = {
         "bench.json": json.dumps({"asked": vars(wish), "rows": rows}, indent=1, ensure_ascii=False),
         "bench.csv": to_csv(rows),
-        "bench.html": page(answered, wish, name),
+        "bench.html": page(answered, wish, name, [cells(own, wish) for own in answered], remarks(answered)),
     }
     try:
         for file, text in content.items():

@@ -32,10 +32,10 @@ from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.model.skeleton import skeleton
 from llmft.training.micro_batching import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
 from llmft.training.objectives.choice import cost
-from llmft.training.prepare import Prepared
+from llmft.training.parts import check_parts
+from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Ready, make_ready
-from llmft.training.session import check_parts
-from llmft.training.tokenized_data import Rows
+from llmft.training.tokenized_data import TokenizedData
 
 SHOWN_ROWS = 2
 PROBE = [
@@ -45,7 +45,7 @@ PROBE = [
 ]
 
 
-def examine(prepared: Prepared) -> tuple[dict[str, Any], list[Finding]]:
+def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     """The report as JSON-ready data, and its findings.
 
     Raises ConfigError or DataError where the rows cannot even be tokenised.
@@ -97,7 +97,7 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _pieces(rows: Rows, row: int) -> list[dict[str, Any]]:
+def _pieces(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
     """One training row as runs of text that are learned or not."""
     example = rows.splits["train"][row]
     learned = np.asarray(example.labels) != IGNORE
@@ -106,7 +106,7 @@ def _pieces(rows: Rows, row: int) -> list[dict[str, Any]]:
     return [{"text": rows.tokenizer.decode(ids[a:b]), "learned": bool(learned[a])} for a, b in pairwise(cuts)]
 
 
-def _template_findings(rows: Rows) -> list[Finding]:
+def _template_findings(rows: TokenizedData) -> list[Finding]:
     """Whether the chosen format writes what the tokenizer's own chat template writes."""
     own = getattr(rows.tokenizer, "chat_template", None)
     if not isinstance(own, str) or rows.prompt.config.name == "native":
@@ -128,7 +128,7 @@ def _template_findings(rows: Rows) -> list[Finding]:
     return [Finding("warning", "prompt", message)]
 
 
-def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
+def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
     """What each length limit costs, and the limits that would cut one row in a hundred."""
     data = replace(
         prepared.config.data,
@@ -156,7 +156,7 @@ def _limits(prepared: Prepared, rows: Rows) -> dict[str, Any]:
     }
 
 
-def _needs(prepared: Prepared, ready: Ready) -> dict[str, Any]:
+def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     """Memory, time and disk."""
     config, rows, device, precision = prepared.config, ready.rows, ready.device, ready.precision
     examples = rows.splits["train"]
@@ -200,7 +200,7 @@ def _existing(path: Path) -> Path:
 
 
 def _seconds(
-    prepared: Prepared,
+    prepared: RunInputs,
     examples: Examples,
     steps: int,
     architecture: Any,

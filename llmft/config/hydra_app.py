@@ -14,11 +14,12 @@ from typing import Any
 
 from llmft.config.convert import explained, schema_keys, to_config
 from llmft.config.instantiate import trust
+from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
+from llmft.config.renamed import RENAMED
 from llmft.config.sections import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
-from llmft.core.redaction import redact
 
 has_ready_sweeps = False
 """Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
@@ -36,9 +37,18 @@ def make_known(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bool = False) -> None:
-    """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and the command line, then calls `job`.
+def run_verb(
+    name: str,
+    schema: type,
+    job: Callable[[Any, Invocation], Any],
+    argv: Sequence[str],
+    *,
+    verb: str | None = None,
+    multirun: bool = False,
+) -> None:
+    """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and `argv`, then calls `job`.
 
+    `job` gets the composed config and the command's invocation; `verb` is the command's name where that is another.
     Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that fits
     what happened.
     """
@@ -51,8 +61,9 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         make_known(name, schema)
         import hydra
 
-        sys.argv[1:] = hydra_arguments(sys.argv[1:], schema, multirun=multirun)
-        check_config_directories(sys.argv[1:])
+        arguments = hydra_arguments(argv, schema, multirun=multirun)
+        check_config_directories(arguments)
+        invocation = Invocation.of(arguments, verb or name)
         os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
 
         failures: list[Exception] = []
@@ -61,8 +72,10 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
         def task(config: Any) -> Any:
             # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
             try:
-                trust_said(config.trusted_packages if "trusted_packages" in config else ())
-                return job(config)
+                if os.getpid() == here:
+                    restore()
+                trust_said(config.trusted_packages if "trusted_packages" in config else (), invocation)
+                return job(config, invocation)
             except Interrupted as error:
                 raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
             except Exception as error:
@@ -72,48 +85,49 @@ def run_verb(name: str, schema: type, job: Callable[[Any], Any], *, multirun: bo
                 return None
 
         task.__module__ = "__main__"
+        task.invocation = invocation  # type: ignore[attr-defined]
         app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), arguments_for_hydra(arguments) as restore:
                 # A directory that is not there.
                 warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
                 app()
         except UserError:
             raise
         except SystemExit as end:
-            if end.code != 1 or "--cfg" not in (option[:5] for option in sys.argv[1:]):
+            if end.code != 1 or "--cfg" not in (option[:5] for option in arguments):
                 raise
             raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
         except Exception as error:
-            told = explain(error, schema)
-            if told is None:
+            sentence = explain(error, schema, arguments)
+            if sentence is None:
                 raise
-            raise told from error
+            raise sentence from error
         if failures:
             raise failures[0]
 
     exit_with(body)
 
 
-def config_of_command(composed: Any, schema: type) -> Any:
+def config_of_command(composed: Any, schema: type, invocation: Invocation) -> Any:
     """What `to_config` makes of a composed command line.
 
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
     config = to_config(composed, schema)
-    if config.model.trust_remote_code and "true" not in _said("model.trust_remote_code"):
+    if config.model.trust_remote_code and "true" not in invocation.words("model.trust_remote_code"):
         raise ConfigError(
             "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
             "command line if you have read the code."
         )
-    trust_said(config.trusted_packages)
+    trust_said(config.trusted_packages, invocation)
     return config
 
 
-def trust_said(packages: Sequence[str]) -> None:
+def trust_said(packages: Sequence[str], invocation: Invocation) -> None:
     """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
     for package in filter(None, packages):
-        if str(package).lower() not in _said("trusted_packages"):
+        if str(package).lower() not in invocation.words("trusted_packages"):
             raise ConfigError(
                 f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
                 "command line if you have read the code."
@@ -121,14 +135,8 @@ def trust_said(packages: Sequence[str]) -> None:
     trust(packages)
 
 
-def _said(key: str) -> list[str]:
-    """The words that the command line itself sets `key` to."""
-    values = [value for name, _, value in (a.partition("=") for a in sys.argv[1:]) if name.lstrip("+") == key]
-    return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
-
-
-def explain(error: BaseException, schema: type) -> ConfigError | None:
-    """A mistake in keys, values or options of the command line as one sentence; None for any other error."""
+def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
+    """A mistake in keys, values or options of the command line `argv` as one sentence; None for any other error."""
     from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
@@ -155,7 +163,7 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     if isinstance(error, RecursionError):
         return ConfigError("files of the config name each other in their defaults lists without end; break the circle.")
     if "Config group override must be a string" in str(error) or _full_key(chain) == "_dummy_":
-        named = (a for a in sys.argv[1:] if chooses(a.partition("=")[0].lstrip("+"), schema))
+        named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
         given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
         if given is not None:
             return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
@@ -168,7 +176,7 @@ def explain(error: BaseException, schema: type) -> ConfigError | None:
     text = "\n".join(str(link) for link in chain)
     key = _full_key(chain) or _override_key(str(error))
     if "Ambiguous value" in text:
-        given = next((a for a in sys.argv[1:] if "," in a), "")
+        given = next((a for a in argv if "," in a), "")
         return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:
         return _unknown_key(key, schema)
@@ -211,14 +219,16 @@ def _full_key(chain: list[BaseException]) -> str | None:
 
 
 def _override_key(text: str) -> str | None:
-    found = re.search(r"Could not override '([^']+)'", text)
-    return found[1] if found else None
+    match = re.search(r"Could not override '([^']+)'", text)
+    return match[1] if match else None
 
 
 def _unknown_key(key: str | None, schema: type) -> ConfigError:
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = list(schema_keys(schema))
+    if key in RENAMED:
+        return ConfigError(f"{key} is now called {RENAMED[key]}.")
     if key.startswith("hydra."):
         return _unknown_setting(key)
     if key in keys:
@@ -240,12 +250,3 @@ def _unknown_setting(key: str) -> ConfigError:
     best = nearest(name, {*HydraConf.__dataclass_fields__} - {name}) if parent == "hydra" else None
     hint = f"did you mean hydra.{best}?" if best else "`--cfg hydra` prints all keys."
     return ConfigError(f"{key}: no such key; {hint}")
-
-
-def command_line() -> str:
-    """This process's command, as a person would type it again; a secret in it is masked."""
-    import shlex
-
-    # force=true would start again where the command is meant to go on.
-    arguments = [argument.removeprefix("++") for argument in sys.argv[1:] if not argument.startswith("force=")]
-    return shlex.join(["python", "-m", "llmft", *redact(arguments)])

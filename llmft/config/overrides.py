@@ -15,11 +15,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from llmft.config.convert import schema_fields
+from llmft.config.renamed import with_new_names
 from llmft.config.sections import SearchConfig, TrainConfig
 from llmft.core.errors import ConfigError, nearest
 from llmft.core.redaction import redact
@@ -49,7 +51,7 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     """
     from hydra._internal.utils import get_args_parser
 
-    arguments = yes_or_no(arguments)
+    arguments = with_new_names(yes_or_no(arguments), lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
     for argument in arguments:
         shown = argument.encode(errors="backslashreplace").decode()
         if shown != argument:

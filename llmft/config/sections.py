@@ -386,8 +386,8 @@ class DataConfig:
     target_separator: str = ","
     pseudo: str | None = aside(None)
     pseudo_rows: Texts = aside(None)
-    pseudo_floor: float = 0.0
-    pseudo_cap: int | None = None
+    pseudo_min_confidence: float = 0.0
+    pseudo_max_per_class: int | None = None
     pseudo_weight: float = 1.0
     validation_fraction: float = 0.1
     test_fraction: float = 0.0
@@ -440,11 +440,14 @@ class DataConfig:
             require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
         for key in ("min_prompt_tokens", "min_answer_tokens"):
             require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: 0 or more.")
-        require(0 <= self.pseudo_floor <= 1, f"data.pseudo_floor={self.pseudo_floor}: a probability, 0 to 1.")
+        require(
+            0 <= self.pseudo_min_confidence <= 1,
+            f"data.pseudo_min_confidence={self.pseudo_min_confidence}: a probability, 0 to 1.",
+        )
         require(self.pseudo_weight > 0, f"data.pseudo_weight={self.pseudo_weight}: above 0; 1 counts as a row does.")
         require(
-            self.pseudo_cap is None or self.pseudo_cap >= 1,
-            f"data.pseudo_cap={self.pseudo_cap}: 1 or more rows a class, or null.",
+            self.pseudo_max_per_class is None or self.pseudo_max_per_class >= 1,
+            f"data.pseudo_max_per_class={self.pseudo_max_per_class}: 1 or more rows a class, or null.",
         )
         require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
         require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
@@ -651,16 +654,16 @@ class SweepConfig:
     question: str | None = None
     workers: Any = "auto"
     time_limit: str | None = None
-    silence_limit: str | None = "1h"
+    heartbeat_timeout: str | None = "1h"
     stop_after_same_error: int | None = 3
-    twin_of: str | None = None
-    twin_noise: float | None = None
+    early_stop_if_same_as: str | None = None
+    early_stop_noise: float | None = None
     report: bool = True
 
     def __post_init__(self) -> None:
         number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
         require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
-        for key in ("time_limit", "silence_limit"):
+        for key in ("time_limit", "heartbeat_timeout"):
             value = getattr(self, key)
             if value is not None:
                 seconds_of(value, f"sweep.{key}")
@@ -669,8 +672,8 @@ class SweepConfig:
             f"sweep.stop_after_same_error={self.stop_after_same_error}: 2 or more, or null.",
         )
         require(
-            self.twin_noise is None or self.twin_noise > 0,
-            f"sweep.twin_noise={self.twin_noise}: above 0, in units of trainer.monitor, or null.",
+            self.early_stop_noise is None or self.early_stop_noise > 0,
+            f"sweep.early_stop_noise={self.early_stop_noise}: above 0, in units of trainer.monitor, or null.",
         )
 
 

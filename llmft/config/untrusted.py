@@ -14,6 +14,7 @@ from typing import Any
 
 from llmft.config.convert import from_plain
 from llmft.config.instantiate import HYDRAS_WORDS
+from llmft.config.renamed import RENAMED, move
 from llmft.core.errors import ConfigError
 from llmft.core.files import read_plain
 
@@ -187,7 +188,7 @@ def stored_config(path: Path, schema: type) -> Any:
     if isinstance(sweep := plain.get("sweep"), dict):
         plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in GONE}}
     try:
-        return from_plain(plain, schema)
+        return from_plain(move(plain, RENAMED), schema)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -78,9 +78,9 @@ class Screen:
         """What ended the run, in its log alone: a sentence for the user's errors, else the traceback."""
         if self._file is None:
             return
-        told = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
+        text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # a full disk has its own way to be told
-            self._file.write(f"{redact(told).rstrip()}\n")
+            self._file.write(f"{redact(text).rstrip()}\n")
             self._file.flush()
 
     def warn(self, message: str) -> None:
@@ -111,48 +111,6 @@ class Screen:
                 f"[{colour}]{escape(_one_line(sample['generated']))}[/{colour}]",
             )
         self.print(table)
-
-    def summary(
-        self,
-        before: Mapping[str, float | None],
-        after: Mapping[str, float | None],
-        facts: Mapping[str, str],
-        chance: Mapping[str, Mapping[str, Any]] | None = None,
-        *,
-        blank: bool = False,
-    ) -> None:
-        """Metrics before and after training, where the run lies, and what `chance` alone gives by split.
-
-        `blank`: those of validation mean nothing.
-        """
-        if blank:
-            after = {name: value for name, value in after.items() if not name.startswith("val/")}
-            self.print("Validation metrics are not reported, because those rows are trained on.")
-        table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
-        table.add_column("metric")
-        table.add_column("before", justify="right")
-        table.add_column("after", justify="right", style="bold")
-        if chance:
-            table.add_column("prior", justify="right")
-        for name, value in after.items():
-            was, (split, _, last) = before.get(name), name.partition("/")
-            own = (chance or {}).get(split, {})
-            prior = own.get("prior_loss") if last == "loss_nats" else own.get("metrics", {}).get(last)
-            cells = ["" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}"]
-            table.add_row(name, *cells, *(["" if prior is None else f"{prior:.4f}"] if chance else []))
-        if after:
-            self.print(table)
-        self.chance(chance or {})
-        for name, text in facts.items():
-            self.print(f"[bold]{name}[/bold]  {escape(text)}")
-
-    def chance(self, found: Mapping[str, Mapping[str, Any]]) -> None:
-        """Whether predictions are better than the prior of the training rows, by split."""
-        from llmft.metrics.prior import chance_sentence, is_better
-
-        for split, own in found.items():
-            colour = "green" if is_better(own) else "red"
-            self.print(f"[{colour}]{split}[/{colour}]  {escape(chance_sentence(own))}")
 
 
 def _one_line(text: str) -> str:

@@ -30,8 +30,8 @@ class PseudoLabels:
         offered, used: rows in the file, and rows taken.
         held_out: rows left out because their content or group is in validation or test.
         repeated: rows left out because their content is trained on already.
-        unsure: rows left out by data.pseudo_floor.
-        over_cap: rows left out by data.pseudo_cap.
+        unsure: rows left out by data.pseudo_min_confidence.
+        over_cap: rows left out by data.pseudo_max_per_class.
         classes: rows taken, by class.
         fingerprint: of the rows taken, their targets and their weight; empty without data.pseudo.
     """
@@ -87,7 +87,7 @@ def add_pseudo(
             made.held_out += 1
         elif content in trained:
             made.repeated += 1
-        elif sure < data.pseudo_floor:
+        elif sure < data.pseudo_min_confidence:
             made.unsure += 1
         else:
             trained.add(content)
@@ -95,7 +95,7 @@ def add_pseudo(
     kept: list[tuple[int, Conversation]] = []
     capped = columns.targets.problem is not Problem.regression
     for rows in by_class.values():
-        cap = data.pseudo_cap if capped and data.pseudo_cap is not None else len(rows)
+        cap = data.pseudo_max_per_class if capped and data.pseudo_max_per_class is not None else len(rows)
         rows.sort(key=lambda row: row[:2])
         made.over_cap += len(rows[cap:])
         kept += [(place, row) for _, place, row in rows[:cap]]

@@ -12,11 +12,10 @@ import numpy as np
 import torch
 
 from llmft.config.commands import PredictConfig
-from llmft.config.sections import Head, ModelInit, Precision, QuantizationConfig, QuantizationFormat, Truncation
+from llmft.config.sections import Precision, Truncation
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import staged_file
-from llmft.core.machine import sensible_threads
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
@@ -25,13 +24,11 @@ from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import Problems
 from llmft.evaluation.jobs import Asked
-from llmft.model import adapters, families
+from llmft.model import families
+from llmft.model.assemble import assemble
 from llmft.model.generate import generate
-from llmft.model.heads import renew_head
-from llmft.model.load import TORCH_DTYPES, load_base, load_tokenizer, model_config, pick_device, pick_precision
-from llmft.model.quantization import weight_counts
+from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.runs.predictions import read_table
-from llmft.training.finetuner import stream
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
@@ -69,7 +66,18 @@ class Predictor:
         self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
         if self.config.task.head is not None and not hasattr(self.objective, "predict"):
             raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
-        self.model = self._load(trained)
+        self.assembled = assemble(
+            self.config,
+            self.located,
+            device=self.device,
+            precision=self.precision,
+            num_labels=len(asked.labels),
+            vocabulary=len(self.tokenizer),
+            pad_id=self.tokenizer.pad_token_id,
+            threads=options.threads,
+            trained=trained,
+        )
+        self.model = self.assembled.model
 
     def _check_base(self) -> None:
         record = self.asked.run.fact("model", "fingerprint")
@@ -79,49 +87,9 @@ class Predictor:
                 "that this run was trained on."
             )
 
-    def _load(self, trained: Path) -> Any:
-        config, head = self.config, self.config.task.head is Head.linear
-        model, located, quantization = config.model, self.located, config.quantization
-        if not config.lora.enabled:
-            model = replace(
-                model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None
-            )
-            located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
-        base = load_base(
-            model,
-            located,
-            quantization,
-            auto_class=str(config.task.auto_class),
-            num_labels=len(self.asked.labels),
-            dtype=TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32,
-            device=self.device,
-            seed=config.seed,
-            vocab_size=len(self.tokenizer) if config.model.train_tokenizer_vocab else None,
-            keep=adapters.reusable(config.lora),
-        )
-        counts = weight_counts(base)
-        weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
-        torch.set_num_threads(self.options.threads or sensible_threads(weights))
-        base.config.pad_token_id = self.tokenizer.pad_token_id
-        if head:
-            renew_head(base, stream(config.seed, "head") if config.lora.enabled else None)
-        if not config.lora.enabled:
-            return base.eval()
-        attached = adapters.attach(
-            base,
-            config.lora,
-            auto_class=str(config.task.auto_class),
-            seed=stream(config.seed, "lora"),
-            name=str(located.directory) if config.model.path is not None else config.model.id,
-            kernels=config.model.kernels,
-        )
-        adapters.load_adapter(attached, trained)
-        return attached.eval()
-
     def close(self) -> None:
         """Gives the base back as it was."""
-        if adapters.reusable(self.config.lora):
-            adapters.detach(self.model)
+        self.assembled.release()
         self.model = None
 
     # ------------------------------------------------------------------------------------------------- predicting
@@ -132,12 +100,12 @@ class Predictor:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
             return [Encoded(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
         fitting = self.encoder.encode("predict", conversations, Problems())
-        made = {int(place): fitting[number] for number, place in enumerate(fitting.rows)}
-        for place, row in enumerate(conversations):
-            if place not in made:
+        encoded = {int(index): fitting[number] for number, index in enumerate(fitting.rows)}
+        for index, row in enumerate(conversations):
+            if index not in encoded:
                 ids, marks = self.encoder.forced(row)
-                made[place] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
-        return [made[place] for place in range(len(conversations))]
+                encoded[index] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
+        return [encoded[index] for index in range(len(conversations))]
 
     @torch.no_grad()
     def predict(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
@@ -175,23 +143,23 @@ class Predictor:
         }
 
     def _logprobs(self, examples: Sequence[Encoded], outputs: Sequence[list[int]]) -> list[float]:
-        written = [place for place, output in enumerate(outputs) if output]
-        found = [0.0] * len(outputs)
+        written = [index for index, output in enumerate(outputs) if output]
+        logprobs = [0.0] * len(outputs)
         if not written:
-            return found
+            return logprobs
         rows = [
             Encoded(
-                [*examples[place].input_ids, *outputs[place]],
-                [*[IGNORE] * len(examples[place].input_ids), *outputs[place]],
-                examples[place].conversation,
+                [*examples[index].input_ids, *outputs[index]],
+                [*[IGNORE] * len(examples[index].input_ids), *outputs[index]],
+                examples[index].conversation,
             )
-            for place in written
+            for index in written
         ]
         batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
         losses = LanguageModeling().losses(self.model, batch)
-        for place, nll in zip(written, losses.nll.double().cpu(), strict=True):
-            found[place] = -float(nll)
-        return found
+        for index, nll in zip(written, losses.nll.double().cpu(), strict=True):
+            logprobs[index] = -float(nll)
+        return logprobs
 
 
 def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
@@ -243,7 +211,7 @@ def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarr
             columns.setdefault(name, []).extend(values)
     order = np.argsort(columns.pop("row"), kind="stable")
     assert len(order) == rows
-    sorted_columns = {name: [values[place] for place in order] for name, values in columns.items()}
+    sorted_columns = {name: [values[index] for index in order] for name, values in columns.items()}
     if "values" in sorted_columns:
         return np.asarray(sorted_columns.pop("values"), dtype=np.float64), sorted_columns
     return np.zeros((rows, 0)), sorted_columns

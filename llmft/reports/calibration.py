@@ -52,12 +52,12 @@ schedule of 0 and 0.2 were correlated by 0.85 at rank 6 and 0.2 at rank 8, diffe
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from llmft.config.invocation import arguments_of_process
 from llmft.reports.comparing import Verdict
 from llmft.reports.noise import Replicate, RowLosses, Sample
 from llmft.reports.verdicts import judge_samples
@@ -199,4 +199,4 @@ def _with_difference(sweeps: int, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(arguments_of_process())

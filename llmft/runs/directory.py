@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 import filelock
 
 from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.renamed import RENAMED, move
 from llmft.config.sections import TrainConfig, TrainOn
 from llmft.config.untrusted import check_plain_files, read_json, stored_config
 from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
@@ -41,7 +42,8 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
 
     Where files lie does not count, what is in them does: a moved data file or model gives the same run.
     """
-    numbers = numbers_of(config)
+    # A run keeps its key where a key of the config gets another name.
+    numbers = move(numbers_of(config), {new: old for old, new in RENAMED.items()})
     # The fingerprints stand for these.
     for name in ("id", "revision", "path"):
         numbers["model"].pop(name)
@@ -270,7 +272,7 @@ class Run:
             self._lock.release()
             self._lock = None
 
-    def forget_wishes(self) -> None:
+    def clear_requests(self) -> None:
         """Takes away what was asked: it is done, or was asked of an earlier process."""
         for path in (self.save_file, self.stop_file):
             path.unlink(missing_ok=True)

@@ -28,7 +28,7 @@ class WorkerProcess:
         orders: its standard input; None for a process of one trial.
         log: where what the process prints is found.
         trial: what it is training.
-        leaving: it ends by itself after a trial that may have left its libraries in any state.
+        exiting: it ends by itself after a trial that may have left its libraries in any state.
         stopping: why it was asked to stop.
     """
 
@@ -40,8 +40,8 @@ class WorkerProcess:
     since: float = field(default_factory=time.monotonic)
     last_sign: float = field(default_factory=time.monotonic)
     ready: bool = False
-    leaving: bool = False
-    leaving_since: float = 0.0
+    exiting: bool = False
+    exiting_since: float = 0.0
     stopping: str | None = None
     stopping_since: float = 0.0
     _buffer: bytes = b""
@@ -75,7 +75,7 @@ class WorkerProcess:
     @property
     def idle(self) -> bool:
         """Whether it waits for a trial."""
-        return self.ready and self.trial is None and self.stopping is None and not self.leaving
+        return self.ready and self.trial is None and self.stopping is None and not self.exiting
 
     def order(self, **content: Any) -> None:
         """Sends an order; a process that just died is noticed by its end."""
@@ -152,10 +152,10 @@ def shares_of_machine(workers: int) -> list[Share]:
         return [Share()]
     gpus = visible_gpus()
     if gpus:
-        shares = [gpus[place::workers] or [gpus[place % len(gpus)]] for place in range(workers)]
+        shares = [gpus[slot::workers] or [gpus[slot % len(gpus)]] for slot in range(workers)]
         return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
-    return [Share(cores=cores[place::workers] or [cores[place % len(cores)]]) for place in range(workers)]
+    return [Share(cores=cores[slot::workers] or [cores[slot % len(cores)]]) for slot in range(workers)]
 
 
 def how_it_died(code: int) -> tuple[str, str]:

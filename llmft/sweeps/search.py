@@ -29,9 +29,7 @@ STUDY = "study.db"
 """Optuna's study in the sweep's directory; `optuna-dashboard sqlite:///PATH` opens it."""
 
 
-def run_search(
-    planner: Planner, settings: SearchConfig, overrides: Sequence[Any], fixed: Sequence[str], command: str
-) -> Sweep:
+def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any], fixed: Sequence[str]) -> Sweep:
     """Checks the whole space, goes on with the study where there is one, trains what it suggests, reports.
 
     `overrides` are Hydra's parsed ones, ranges and all; `fixed` is what the command line says for all trials alike.
@@ -48,7 +46,7 @@ def run_search(
     probes = maker.probes()
     if len({(probe.config.trainer.monitor, probe.config.trainer.mode) for probe in probes}) > 1:
         raise ConfigError("trainer.monitor: varied, but it is what a search compares its trials by; keep it fixed.")
-    sweep = open_search(probes, space, settings, fixed, command)
+    sweep = open_search(probes, space, settings, fixed, planner.invocation.command)
     maker.sweep = sweep
     screen = Screen()
     with only_one(sweep):

@@ -10,7 +10,7 @@ from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
 from llmft.sweeps.study import Study
-from llmft.sweeps.supervisor import Held
+from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Sweep, Trial
 
 
@@ -43,7 +43,7 @@ class Search:
         self.repeated = 0
         self.wanted, self.points = wanted_trials(settings, study.space)
         self._of: dict[int, Candidate] = {}
-        self._held = Held()
+        self._busy = BusyTrials()
 
     # ------------------------------------------------------------------------------------------------ before
 
@@ -114,7 +114,7 @@ class Search:
         if trial.status in ("busy", "pending"):  # another process has it, or it is to run again by itself
             candidate.waiting.insert(0, trial)
             if trial.status == "busy":
-                self._held.add(trial)
+                self._busy.add(trial)
             return
         if trial.status == "failed" and trial.run.status().get("status") == "diverged":
             trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure
@@ -146,7 +146,7 @@ class Search:
                 judged_first = self.settings.pruner != "none" and trial is not candidate.first
                 if judged_first and candidate.first.status != "done":
                     break
-                if self._held.has(trial):
+                if self._busy.has(trial):
                     continue
                 trial.status = "pending"
                 if trial is candidate.first and not trial.run.done and not trial.config.force:

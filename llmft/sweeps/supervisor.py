@@ -22,7 +22,7 @@ START_S = 600.0
 """How long a worker may take to import its libraries, which a cold network disk makes slow."""
 GRACE_S = 60.0
 """How long a worker that is asked to stop may take to save."""
-LEAVE_S = 20.0
+EXIT_S = 20.0
 """How long a worker that leaves by itself may take."""
 WORKER_BYTES = 2 * 2**30
 """Memory that is left for each of several workers: their libraries take a quarter of it."""
@@ -46,7 +46,7 @@ class Source(Protocol):
         """After a validation: (status, reason) to end the trial here."""
 
 
-class Held:
+class BusyTrials:
     """Trials that another process is training, each looked at again after `BUSY_AGAIN_S`."""
 
     def __init__(self) -> None:
@@ -78,12 +78,12 @@ class Listed:
         bases = list(dict.fromkeys(trial.base for trial in trials))
         self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
         self.decide = decide
-        self._held = Held()
+        self._busy = BusyTrials()
 
     def next(self) -> Trial | None:
         """The next that is free."""
         for trial in self.waiting:
-            if not self._held.has(trial):
+            if not self._busy.has(trial):
                 self.waiting.remove(trial)
                 return trial
         return None
@@ -98,7 +98,7 @@ class Listed:
             self.waiting.append(trial)
         elif trial.status == "busy":
             self.waiting.append(trial)
-            self._held.add(trial)
+            self._busy.add(trial)
 
 
 class Supervisor:
@@ -113,11 +113,11 @@ class Supervisor:
         self.settings = sweep.config.sweep
         self.progress = progress
         self.stopped_because: str | None = None
-        self.signalled = 0
+        self.pending_signal = 0
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
-        limits = (self.settings.time_limit, self.settings.silence_limit)
+        limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -141,22 +141,22 @@ class Supervisor:
             self._check(check)
             while not self._over(source):
                 self._hand_out(source, shares)
-                self._listen(source)
-                self._mind_limits(source)
+                self._read_events(source)
+                self._enforce_timeouts(source)
         finally:
             for process in self._processes:
                 process.close()
-            self._wait_for_leavers()
+            self._wait_for_exits()
             self.progress.stop()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
             self.sweep.write()
-        if self.signalled:
-            raise Interrupted("interrupted; the same command goes on with what is missing.", self.signalled)
+        if self.pending_signal:
+            raise Interrupted("interrupted; the same command goes on with what is missing.", self.pending_signal)
 
     def _over(self, source: Source) -> bool:
         busy = any(process.trial for process in self._processes)
-        return not busy and (source.over() or self.stopped_because is not None or self.signalled > 0)
+        return not busy and (source.over() or self.stopped_because is not None or self.pending_signal > 0)
 
     def count_workers(self, trials: list[Trial], at_most: int, *, grid: bool = False) -> int:
         """How many processes there is use for.
@@ -182,14 +182,14 @@ class Supervisor:
         worker = self._processes[0]
         # What hangs here hangs in its trial too, where it costs that one alone.
         limit = max(START_S, self._limits[1] or 0.0)
-        while not worker.ready and worker.process.poll() is None and not self.signalled:
+        while not worker.ready and worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
-            self._take_in(worker)
+            self._await_ready(worker)
             if time.monotonic() - worker.since > limit:
                 worker.signal(signal.SIGKILL)
         asked = time.monotonic()
         worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
-        while worker.process.poll() is None and not self.signalled:
+        while worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
             if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:
                 worker.signal(signal.SIGKILL)
@@ -215,7 +215,7 @@ class Supervisor:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
             worker = self._processes[slot] if slot < len(self._processes) else None
-            if not self._free(slot) or self.signalled or self.stopped_because is not None:
+            if not self._free(slot) or self.pending_signal or self.stopped_because is not None:
                 continue
             trial = self._next(source)
             if trial is None:
@@ -262,23 +262,23 @@ class Supervisor:
         else:
             time.sleep(0.05)
 
-    def _listen(self, source: Source) -> None:
+    def _read_events(self, source: Source) -> None:
         self._wait(self._processes)
         for worker in self._processes:
             for event in worker.events():
-                self._hear(worker, event, source)
+                self._handle_event(worker, event, source)
             code = worker.process.poll()
             if code is not None and worker.trial is not None:
-                for event in worker.events():  # its last words
-                    self._hear(worker, event, source)
+                for event in worker.events():  # sent before it exited
+                    self._handle_event(worker, event, source)
                 if worker.trial is not None:
                     self._died(worker, worker.trial, code, source)
 
-    def _take_in(self, worker: WorkerProcess) -> None:
+    def _await_ready(self, worker: WorkerProcess) -> None:
         for event in worker.events():
             worker.ready = worker.ready or event["event"] == "ready"
 
-    def _hear(self, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
+    def _handle_event(self, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
         kind = event["event"]
         if kind == "ready":
             worker.ready = True
@@ -299,10 +299,10 @@ class Supervisor:
             trial.mark(event["status"], event["error"], event["cause"])
             if event["status"] == "interrupted" and worker.stopping not in (None, "signal"):
                 self._overdue(worker, trial)
-            worker.leaving, worker.leaving_since = worker.leaving or not event["sound"], time.monotonic()
+            worker.exiting, worker.exiting_since = worker.exiting or not event["sound"], time.monotonic()
             if worker.stopping is not None:
                 # It ended its trial before it heard: what stays would wait for orders that never come.
-                worker.leaving = True
+                worker.exiting = True
                 worker.signal(signal.SIGKILL)
             if trial.log is None or not trial.log.exists():
                 trial.log = worker.log
@@ -360,7 +360,7 @@ class Supervisor:
                 "(sweep.stop_after_same_error)"
             )
 
-    def _mind_limits(self, source: Source) -> None:
+    def _enforce_timeouts(self, source: Source) -> None:
         """Ends what takes too long, and all there is after a signal."""
         now = time.monotonic()
         longest, silence = self._limits
@@ -368,15 +368,15 @@ class Supervisor:
             if worker.process.poll() is not None:
                 continue
             if worker.trial is None:
-                if worker.leaving and now - worker.leaving_since > LEAVE_S:
+                if worker.exiting and now - worker.exiting_since > EXIT_S:
                     worker.signal(signal.SIGKILL)  # a library's thread keeps it
                 continue
-            if self.signalled:
+            if self.pending_signal:
                 worker.stop("signal")
             elif longest is not None and now - worker.since > longest:
                 worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
             elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
-                worker.stop(f"gave no sign of life for sweep.silence_limit={self.settings.silence_limit}")
+                worker.stop(f"gave no sign of life for sweep.heartbeat_timeout={self.settings.heartbeat_timeout}")
             grace = min(GRACE_S, *(limit for limit in self._limits if limit is not None), GRACE_S)
             if worker.stopping is not None and now - worker.stopping_since > grace:
                 worker.signal(signal.SIGKILL)
@@ -392,14 +392,14 @@ class Supervisor:
         return {signum: signal.signal(signum, self._on_signal) for signum in heard}
 
     def _on_signal(self, signum: int, frame: Any) -> None:
-        if self.signalled:  # a second one: at once
+        if self.pending_signal:  # a second one: at once
             for process in self._processes:
                 process.signal(signal.SIGKILL)
             return
-        self.signalled = signum
+        self.pending_signal = signum
         self.progress.say("stopping: the trials under way save first (a second signal stops at once).")
 
-    def _wait_for_leavers(self) -> None:
+    def _wait_for_exits(self) -> None:
         """Idle workers leave when their orders end; what does not is killed."""
         deadline = time.monotonic() + GRACE_S
         for worker in self._processes:

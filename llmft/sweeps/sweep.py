@@ -19,15 +19,13 @@ from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, var
 from llmft.sweeps.twin import twin_rule
 
 
-def run_grid(
-    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, *, first: int = 0
-) -> Sweep:
+def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], *, first: int = 0) -> Sweep:
     """Plans all trials, runs those that are missing under a supervisor, writes the report.
 
     Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
     when some failed; Interrupted when a signal ended it.
     """
-    sweep = make_sweep(planner, jobs, fixed, command, first)
+    sweep = make_sweep(planner, jobs, fixed, first)
     screen = Screen()
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
@@ -60,11 +58,9 @@ def _import_report() -> None:
     template()
 
 
-def run_elsewhere(
-    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, launcher: Any
-) -> Sweep:
+def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
     """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
-    sweep = make_sweep(planner, jobs, fixed, command, 0)
+    sweep = make_sweep(planner, jobs, fixed, 0)
     screen = Screen()
     tell_plan(sweep, screen)
     missing = [place for place, trial in enumerate(sweep.trials) if not trial.finished_before()]
@@ -83,9 +79,7 @@ def run_elsewhere(
     return sweep
 
 
-def make_sweep(
-    planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], command: str, first: int
-) -> Sweep:
+def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], first: int) -> Sweep:
     """The planned trials and their directory."""
     if not jobs:
         raise ConfigError("this sweep has no combination: give a key several values, as in seed=0,1,2.")
@@ -98,7 +92,7 @@ def make_sweep(
             if key in apart and value not in swept.setdefault(key.lstrip("+"), []):
                 swept[key.lstrip("+")].append(value)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in swept]
-    sweep = open_sweep(trials, swept, same, command)
+    sweep = open_sweep(trials, swept, same, planner.invocation.command)
     for trial in trials:
         if trial.config.logger.wandb.group is None:
             trial.config.logger.wandb.group = sweep.name

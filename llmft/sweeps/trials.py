@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import aside_keys, canonical, to_plain
+from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
 from llmft.core.files import read_plain, write_atomically
@@ -100,7 +100,7 @@ class Trial:
         if self.run.done:
             self.status, self.value = "done", value_of(status, self.config.trainer.monitor)
             self.seconds = status.get("result", {}).get("seconds")
-        elif status.get("status") == "twin" and self.config.sweep.twin_of is not None:
+        elif status.get("status") == "twin" and self.config.sweep.early_stop_if_same_as is not None:
             self.status, self.error = "twin", status.get("error")
         return self.status in FINISHED
 
@@ -117,9 +117,15 @@ def value_of(status: dict[str, Any], monitor: str) -> float | None:
 class Planner:
     """Composes combinations to trials; reads each data set and finds each model once."""
 
-    def __init__(self, compose: Callable[[Sequence[str]], TrainConfig], explain: Callable[[Exception], Exception]):
+    def __init__(
+        self,
+        compose: Callable[[Sequence[str]], TrainConfig],
+        explain: Callable[[Exception], Exception],
+        invocation: Invocation,
+    ) -> None:
         self.compose = compose
         self.explain = explain
+        self.invocation = invocation
         self._known: dict[str, tuple[str, Located, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
@@ -130,16 +136,16 @@ class Planner:
         trials: list[Trial] = []
         wrong: list[tuple[Sequence[str], UserError]] = []
         apart = varying(jobs)
-        for place, overrides in enumerate(jobs):
-            own = [override for override in overrides if override.partition("=")[0] in apart]
+        for index, overrides in enumerate(jobs):
+            varied = [override for override in overrides if override.partition("=")[0] in apart]
             try:
-                trials.append(self.trial(first + place, overrides, own))
+                trials.append(self.trial(first + index, overrides, varied))
             except UserError as error:
-                wrong.append((own, error))
+                wrong.append((varied, error))
         refuse(wrong, len(jobs))
         return trials
 
-    def trial(self, number: int, overrides: Sequence[str], own: Sequence[str]) -> Trial:
+    def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
         try:
             config = with_mode(self.compose(overrides))
@@ -155,8 +161,8 @@ class Planner:
             self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
         fingerprint, located, num_labels, size = self._known[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
-        shown = [override.lstrip("+") for override in own]
-        arguments = [*_options(), *overrides, *_single(overrides)]
+        shown = [override.lstrip("+") for override in varied]
+        arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
         return Trial(
             number,
             shown,
@@ -177,7 +183,9 @@ def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None
     by_message: dict[str, list[str]] = {}
     for overrides, error in wrong:
         by_message.setdefault(str(error), []).append(" ".join(overrides) or "every combination")
-    lines = [f"  {told[0]}{f' and {len(told) - 1} more' if told[1:] else ''}: {m}" for m, told in by_message.items()]
+    lines = [
+        f"  {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {m}" for m, labels in by_message.items()
+    ]
     more = [f"  and {len(lines) - 10} other mistakes"] if len(lines) > 10 else []
     text = f"{len(wrong)} of {count} combinations cannot run, so none was started:"
     raise kind("\n".join([text, *lines[:10], *more]))
@@ -191,12 +199,12 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
             key, _, value = override.partition("=")
             values.setdefault(key, set()).add(value)
     everywhere = {key for key in values if all(any(o.startswith(f"{key}=") for o in job) for job in jobs)}
-    return {key for key, found in values.items() if len(found) > 1 or key not in everywhere}
+    return {key for key, texts in values.items() if len(texts) > 1 or key not in everywhere}
 
 
-def _options() -> list[str]:
-    """This command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
-    kept = [a for a in sys.argv[1:] if a.startswith("-") or "=" not in a]
+def _options(argv: Sequence[str]) -> list[str]:
+    """A command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
+    kept = [a for a in argv if a.startswith("-") or "=" not in a]
     return [a for a in kept if a not in ("-m", "--multirun")]
 
 

@@ -17,22 +17,22 @@ ALIKE_VALIDATIONS = 3
 
 
 def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], tuple[str, str] | None]:
-    """The rule of sweep.twin_of: (status, reason) once a trial's curve has stayed within noise of that run's.
+    """The rule of sweep.early_stop_if_same_as: (status, reason) once a trial's curve stayed within noise of that run's.
 
     Raises ConfigError where that is no run with validations.
     """
-    if config.sweep.twin_of is None:
+    if config.sweep.early_stop_if_same_as is None:
         return lambda trial, step, metrics: None
-    directory = Path(config.sweep.twin_of)
+    directory = Path(config.sweep.early_stop_if_same_as)
     monitor = config.trainer.monitor
     curve = validations(directory, monitor)
     if not curve:
-        raise ConfigError(f"sweep.twin_of={directory}: not a run with validations of {monitor}.")
-    bound = config.sweep.twin_noise
+        raise ConfigError(f"sweep.early_stop_if_same_as={directory}: not a run with validations of {monitor}.")
+    bound = config.sweep.early_stop_noise
     if bound is None:
         raise ConfigError(
-            "sweep.twin_of needs sweep.twin_noise: how far apart two runs may be and still count as the same, "
-            f"in {monitor}; twice the spread between seeds is a good choice."
+            "sweep.early_stop_if_same_as needs sweep.early_stop_noise: how far apart two runs may be and still count "
+            f"as the same, in {monitor}; twice the spread between seeds is a good choice."
         )
     alike: dict[int, int] = {}
 

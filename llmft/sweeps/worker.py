@@ -17,15 +17,18 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Sequence
 from typing import IO, Any
+
+from llmft.config.invocation import Invocation, arguments_of_process
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
 """Where a training that is a process of its own tells its events."""
-LAST_WORDS_S = 60.0
+SAVE_S = 60.0
 """How long a worker whose supervisor is gone may take to save."""
 
 
-class Teller:
+class PipeReporter:
     """Tells a supervisor what happens, and asks it after validations."""
 
     def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
@@ -39,15 +42,15 @@ class Teller:
             self.events.flush()
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
-        """See Watch."""
+        """See TrialReporter."""
         self.tell("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
 
     def alive(self) -> None:
-        """See Watch."""
+        """See TrialReporter."""
         self.tell("alive")
 
     def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
-        """See Watch; waits for the supervisor's answer where there is a way for one."""
+        """See TrialReporter; waits for the supervisor's answer where there is a way for one."""
         self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
         if self.orders is None:
             return None
@@ -58,22 +61,23 @@ class Teller:
         return tuple(answer["stop"]) if answer["stop"] is not None else None
 
 
-def watch_of_environment() -> Teller | None:
+def reporter_of_environment() -> PipeReporter | None:
     """The supervisor that started this very process for one trial, if one did."""
     handle = os.environ.pop(EVENTS_VARIABLE, None)  # not for the processes that this one starts
-    return Teller(os.fdopen(int(handle), "w"), None) if handle is not None else None
+    return PipeReporter(os.fdopen(int(handle), "w"), None) if handle is not None else None
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The process."""
-    if cores := [int(core) for core in sys.argv[2:]]:
+    events, *cores = map(int, argv)
+    if cores:
         take_cores(cores)
     from llmft.core.imports import load_libraries
 
     load_libraries()
     import llmft.training.session  # noqa: F401
 
-    work(int(sys.argv[1]))
+    work(events)
 
 
 def take_cores(cores: list[int]) -> None:
@@ -86,15 +90,15 @@ def work(events: int) -> None:
     """Does what it is ordered to by the standard input, and tells it by the file descriptor `events`."""
     faulthandler.enable()
     orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
-    teller = Teller(os.fdopen(events, "w"), orders)
+    reporter = PipeReporter(os.fdopen(events, "w"), orders)
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    teller.tell("ready")
+    reporter.tell("ready")
     while (order := orders.get()) is not None:
         if order["do"] == "check":
-            teller.tell("checked", wrong=_check(order["configs"]))
+            reporter.tell("checked", wrong=_check(order["configs"]))
         else:
-            outcome = _train(order, teller)
-            teller.tell("end", **outcome)
+            outcome = _train(order, reporter)
+            reporter.tell("end", **outcome)
             if not outcome["sound"]:
                 sys.exit(1)  # a library may be left in any state: a new process takes the next trial
 
@@ -106,7 +110,7 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
     orders.put(None)
     # Between trials the end of the orders ends the process; a run under way saves first.
     os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(LAST_WORDS_S)
+    time.sleep(SAVE_S)
     os._exit(128 + signal.SIGTERM)
 
 
@@ -116,7 +120,7 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     from llmft.config.instantiate import trust
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import UserError
-    from llmft.training.session import check_parts
+    from llmft.training.parts import check_parts
 
     wrong: dict[str, tuple[str, int]] = {}
     for number, plain in configs.items():
@@ -129,19 +133,19 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     return wrong
 
 
-def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
+def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
     from llmft.config.convert import restored
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
-    from llmft.train import train
+    from llmft.training.run import train
 
-    sys.argv[1:] = order["arguments"]
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
     ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
     try:
         config: TrainConfig = restored(order["config"], TrainConfig)
-        value = train(config, watch=teller, overrides=order["overrides"])
+        invocation = Invocation.of(order["arguments"], overrides=order["overrides"])
+        value = train(config, reporter=reporter, invocation=invocation)
         return {**ended, "status": "done", "value": value}
     except RunBusy as error:
         return {**ended, "status": "busy", "error": str(error)}
@@ -150,14 +154,14 @@ def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
     except (Interrupted, KeyboardInterrupt) as error:
         return {**ended, "status": "interrupted", "error": str(error) or "interrupted", "sound": False}
     except SystemExit as error:
-        told = f"sys.exit({error.code}) before there was a result"
-        return {**ended, "status": "failed", "error": told, "cause": "exit", "sound": False}
+        message = f"sys.exit({error.code}) before there was a result"
+        return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
         known = as_user_error(raised)
-        told = str(known).splitlines()[0] if str(known) else type(known).__name__
+        message = str(known).splitlines()[0] if str(known) else type(known).__name__
         user = isinstance(known, UserError)
-        text = told if user else f"{type(known).__name__}: {told}"
+        text = message if user else f"{type(known).__name__}: {message}"
         return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
     finally:
         sys.stdout.flush()
@@ -165,4 +169,4 @@ def _train(order: dict[str, Any], teller: Teller) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

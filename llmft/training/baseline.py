@@ -24,9 +24,10 @@ from llmft.data.columns import Conversation
 from llmft.data.messages import text_of as message_text
 from llmft.data.targets import Targets
 from llmft.metrics.prior import row_losses
+from llmft.metrics.show import show_summary
 from llmft.runs.directory import append_line, write_config, write_row_losses
 from llmft.runs.predictions import FOLDER
-from llmft.training.prepare import Prepared
+from llmft.training.prepare import RunInputs
 from llmft.training.record import chance_of, data_facts, predictions_of
 from llmft.training.tokenized_data import row_findings
 
@@ -67,7 +68,7 @@ class Baseline:
         except ValueError as error:
             raise ConfigError(f"model=tfidf: no words to learn from ({error}).") from None
         weights, bias = _linear(features, rows, targets, float(chosen["c"]), seed)
-        vocabulary = {word: int(place) for word, place in vectorizer.vocabulary_.items()}
+        vocabulary = {word: int(index) for word, index in vectorizer.vocabulary_.items()}
         return cls(targets, int(chosen["ngrams"]), vocabulary, vectorizer.idf_, weights, bias)
 
     def predict(self, rows: Sequence[Conversation]) -> np.ndarray:
@@ -127,13 +128,13 @@ def _linear(
     from threadpoolctl import threadpool_limits
 
     counts_for = np.asarray([row.weight for row in rows])
-    own = np.asarray([row.target for row in rows])
+    values = np.asarray([row.target for row in rows])
     with threadpool_limits(1):  # sums in another order would give other last digits on a machine with more cores
         if targets.problem is Problem.regression:
-            fitted = Ridge(alpha=1 / c).fit(features, (own - targets.mean) / targets.scale, sample_weight=counts_for)
+            fitted = Ridge(alpha=1 / c).fit(features, (values - targets.mean) / targets.scale, sample_weight=counts_for)
             return fitted.coef_.reshape(1, -1), np.asarray(fitted.intercept_).reshape(1)
         several = targets.problem is Problem.multi_label
-        columns = own.T if several else [own]
+        columns = values.T if several else [values]
         weights = np.zeros((len(targets.labels), features.shape[1]))
         bias = np.full(len(targets.labels), np.log(0.5 / (len(rows) + 1)))
         for number, column in enumerate(columns):
@@ -157,7 +158,7 @@ def _linear(
 class BaselineSession:
     """One training of the baseline, with the record of any other run."""
 
-    def __init__(self, prepared: Prepared, screen: Screen) -> None:
+    def __init__(self, prepared: RunInputs, screen: Screen) -> None:
         self.prepared, self.screen = prepared, screen
 
     def run(self) -> float | None:
@@ -170,7 +171,7 @@ class BaselineSession:
         self.screen.plan(
             {
                 "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
-                "data": f"{config.data.name}: " + ", ".join(f"{len(own):,} {split}" for split, own in rows.items()),
+                "data": f"{config.data.name}: " + ", ".join(f"{len(part):,} {split}" for split, part in rows.items()),
                 "run": str(run.directory),
             }
         )
@@ -188,11 +189,8 @@ class BaselineSession:
         chance = chance_of(prepared, _metrics(config))
         run.finish({**result, "chance": chance} if chance else result)
         facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-        self.screen.summary({}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
+        show_summary(self.screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
-
-    def close(self) -> None:
-        """Nothing is held."""
 
     def _record(self) -> None:
         import torch
@@ -215,7 +213,7 @@ class BaselineSession:
         """Metrics of validation and test, whose predictions and row losses are written."""
         config, run = self.prepared.config, self.prepared.run
         metrics = _metrics(config)
-        found: dict[str, Any] = {}
+        after: dict[str, Any] = {}
         for split, name in (("validation", "val"), ("test", "test")):
             rows = self.prepared.conversations.get(split) or []
             if not rows:
@@ -223,16 +221,16 @@ class BaselineSession:
             values = model.predict(rows)
             references = np.asarray([row.target for row in rows])
             losses = row_losses(values, references, targets.problem, targets.scale)
-            found[f"{name}/loss_nats"] = float(np.mean(losses))
-            found |= {f"{name}/{metric}": metrics[metric](references, values) for metric in metrics}
+            after[f"{name}/loss_nats"] = float(np.mean(losses))
+            after |= {f"{name}/{metric}": metrics[metric](references, values) for metric in metrics}
             if name == "val" and config.data.train_on is TrainOn.all:
-                found = dict.fromkeys(found)
+                after = dict.fromkeys(after)
                 continue
             table = [(row, float(loss), 1.0) for row, loss in enumerate(losses)]
             path = run.row_losses_file(name, 1)
             write_row_losses(path, table, [row.where for row in rows].__getitem__, targets.labels, values)
             predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
-        return found
+        return after
 
 
 def _check(config: TrainConfig, targets: Targets | None) -> Targets:

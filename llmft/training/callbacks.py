@@ -21,7 +21,7 @@ from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_d
 from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 from llmft.training.out_of_memory import is_out_of_memory, let_go
-from llmft.training.stopping import SAVE, SIGNAL, Wishes, described
+from llmft.training.stopping import SAVE, SIGNAL, StopRequests, described
 
 OTHER_MACHINE = 1e-3
 """Relative difference of a loss that one machine does not make, and another in bf16 may."""
@@ -97,20 +97,20 @@ class Recorder(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Records a validation and its samples."""
         assert isinstance(module, FineTuner)
-        found = module.validation
-        assert found is not None
-        self._write(trainer, found.step, found.metrics, {f"{found.split}/elapsed_s": self.seconds})
+        validation = module.validation
+        assert validation is not None
+        self._write(trainer, validation.step, validation.metrics, {f"{validation.split}/elapsed_s": self.seconds})
         if trainer.is_global_zero:
-            if found.rows:
-                describe = self.describe.get(found.split, str)
-                path = self.run.row_losses_file(found.split, found.step)
-                write_row_losses(path, found.rows, describe, self.labels, found.outputs)
-            for sample in found.samples:
-                append_line(self.run.samples_file, {"step": found.step, "split": found.split, **sample})
+            if validation.rows:
+                describe = self.describe.get(validation.split, str)
+                path = self.run.row_losses_file(validation.split, validation.step)
+                write_row_losses(path, validation.rows, describe, self.labels, validation.outputs)
+            for sample in validation.samples:
+                append_line(self.run.samples_file, {"step": validation.step, "split": validation.split, **sample})
             for logger in trainer.loggers:
                 log_samples = getattr(logger, "log_samples", None)
-                if log_samples is not None and found.samples:
-                    log_samples(found.step, found.samples)
+                if log_samples is not None and validation.samples:
+                    log_samples(validation.step, validation.samples)
 
     def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # type: ignore[override]
         """Records a test likewise."""
@@ -142,7 +142,7 @@ class Checkpointer(Callback):
         patience: int | None,
         total_steps: int,
         stops: Collection[int],
-        wishes: Wishes,
+        requests: StopRequests,
         state: dict[str, Any] | None = None,
         fit: dict[str, Any] | None = None,
         seconds: Callable[[], float] = lambda: 0.0,
@@ -158,7 +158,7 @@ class Checkpointer(Callback):
         self.patience = patience
         self.total_steps = total_steps
         self.stops = set(stops)
-        self.wishes = wishes
+        self.requests = requests
         self.fit = fit
         self.seconds = seconds
         self.command = command
@@ -198,15 +198,15 @@ class Checkpointer(Callback):
         loss = math.nan if data is None else module.probe(data.first_row(module.step))
         return loss if math.isfinite(loss) else None
 
-    # Wishes from outside are only noted; they are met at the end of the step or batch under way.
+    # Requests from outside are only noted; they are acted on at the end of the step or batch under way.
 
     def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the validation before training."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the training; puts the loss scale back under fp16."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
@@ -214,62 +214,62 @@ class Checkpointer(Callback):
         assert isinstance(module, FineTuner)
         self._check_next_loss(self._next_loss(trainer, module) if self.next_loss is not None else None, module.step)
 
-    def _check_next_loss(self, found: float | None, step: int) -> None:
+    def _check_next_loss(self, loss: float | None, step: int) -> None:
         """Raises DivergedError when the run that goes on is not the one that was saved."""
         saved, self.next_loss = self.next_loss, None
-        if saved is None or found is None:
+        if saved is None or loss is None:
             return
-        difference = abs(found - saved) / max(abs(saved), 0.1)
-        told = f"after step {step} the next row's loss was {saved:.6f} when it was saved and is {found:.6f} now"
+        difference = abs(loss - saved) / max(abs(saved), 0.1)
+        message = f"after step {step} the next row's loss was {saved:.6f} when it was saved and is {loss:.6f} now"
         if difference > OTHER_RUN:
             raise DivergedError(
-                f"{told}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
+                f"{message}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
             )
         if difference > OTHER_MACHINE:
-            self.tell(f"warning: {told}; another device or version computes otherwise")
+            self.tell(f"warning: {message}; another device or version computes otherwise")
 
     def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Takes the signals for the test."""
-        self.wishes.signals.take()
+        self.requests.signals.take()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
     ) -> None:
         """Saves when it is time, or when somebody asks."""
         assert isinstance(module, FineTuner)
-        asked = self._agree(trainer, module)
+        request = self._agree(trainer, module)
         self.pending = module.step in self.stops
         if module.step >= self.total_steps:
             trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
-        if asked or (self.every is not None and module.step % self.every == 0 and not self.pending):
+        if request or (self.every is not None and module.step % self.every == 0 and not self.pending):
             self.save(trainer, module)
-        self._meet(asked, trainer, module)
+        self._act_on(request, trainer, module)
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Leaves a validation that is to stop; the step before it is saved and waits for its validation."""
         assert isinstance(module, FineTuner)
-        asked = self._agree(trainer, module)
-        if asked > SAVE:
+        request = self._agree(trainer, module)
+        if request > SAVE:
             if module.step > 0:
                 self.save(trainer, module)
-            self._meet(asked, trainer, module)
+            self._act_on(request, trainer, module)
 
     def on_test_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Leaves the test, which a resumed run takes again from its beginning."""
         assert isinstance(module, FineTuner)
-        self._meet(self._agree(trainer, module), trainer, module)
+        self._act_on(self._agree(trainer, module), trainer, module)
 
-    def _meet(self, asked: int, trainer: L.Trainer, module: FineTuner) -> None:
-        """Ends the run where that is asked; a wish to save was met by the caller."""
-        if not asked:
+    def _act_on(self, request: int, trainer: L.Trainer, module: FineTuner) -> None:
+        """Ends the run where that is asked; a request to save was met by the caller."""
+        if not request:
             return
         if trainer.is_global_zero:
-            self.wishes.run.forget_wishes()
-        if asked == SAVE:
+            self.requests.run.clear_requests()
+        if request == SAVE:
             if trainer.is_global_zero and self.saved == module.step:
                 self.tell(f"saved after step {module.step}, as the file SAVE asked")
             return
@@ -281,18 +281,18 @@ class Checkpointer(Callback):
             where = f"stopped after step {module.step}, not saved; " + (
                 f"the newest checkpoint is of step {newest[-1]}" if newest else "there is no checkpoint"
             )
-        told = f"{described(asked, self.seconds)}: {where}; the same command goes on from there"
-        told += f": {self.command}" if self.command else "."
-        raise Interrupted(told, asked - SIGNAL) if asked >= SIGNAL else Paused(told)
+        message = f"{described(request, self.seconds)}: {where}; the same command goes on from there"
+        message += f": {self.command}" if self.command else "."
+        raise Interrupted(message, request - SIGNAL) if request >= SIGNAL else Paused(message)
 
     def _agree(self, trainer: L.Trainer, module: L.LightningModule) -> int:
-        """The strongest wish of any process, so that all of them stop at the same step; 0 for none."""
-        mine = self.wishes.strongest()
+        """The strongest request of any process, so that all of them stop at the same step; 0 for none."""
+        mine = self.requests.strongest()
         if trainer.world_size == 1:
             return mine
-        asked = torch.tensor(mine, device=module.device)
-        torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-        return int(asked)
+        request = torch.tensor(mine, device=module.device)
+        torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
+        return int(request)
 
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Compares with the best, and saves; not before training, where there is nothing to save yet."""
@@ -312,7 +312,7 @@ class Checkpointer(Callback):
                 self.stopped_early = True
                 trainer.should_stop = True
         self.save(trainer, module)
-        self._meet(self._agree(trainer, module), trainer, module)
+        self._act_on(self._agree(trainer, module), trainer, module)
 
     def _monitored(self, validation: Validation) -> float:
         try:
@@ -349,11 +349,11 @@ class Checkpointer(Callback):
         try:
             save_checkpoint(self.directory, checkpoint)
         except OSError as error:
-            told = self._not_saved(module.step, error)
+            message = self._not_saved(module.step, error)
             if self.on_save_error is OnSaveError.warn:
-                self.tell(f"warning: {told}; training goes on (trainer.on_save_error=warn).")
+                self.tell(f"warning: {message}; training goes on (trainer.on_save_error=warn).")
                 return
-            raise DiskError(f"{told}: free some space and run the same command.") from error
+            raise DiskError(f"{message}: free some space and run the same command.") from error
         self.saved = module.step
         if not rescue:
             prune(self.directory, self.keep, {self.best_step} if self.best_step is not None else set())

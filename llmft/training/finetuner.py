@@ -7,7 +7,6 @@ all micro-batches and devices, and no stop, save or validation can fall inside a
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +19,7 @@ import torch
 
 from llmft.core.errors import DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
+from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
 from llmft.data.encode import Ends
 from llmft.metrics.loss import loss_nats, perplexity
@@ -79,12 +79,6 @@ class Generation:
     max_new_tokens: int
     batch_size: int
     context_tokens: int | None = None
-
-
-def stream(seed: int, *place: int | str) -> int:
-    """A seed for one place of a run (step, process, …), as a function of the run's seed and nothing else."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *place))).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
 
 
 def seed_device(device: torch.device, seed: int) -> None:

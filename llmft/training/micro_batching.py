@@ -21,7 +21,7 @@ from llmft.data.examples import Examples
 from llmft.model.families import is_mixture
 from llmft.model.load import model_config
 from llmft.model.memory import FP32_BYTES, LOGIT_BYTES, MemoryEstimate, device_memory, estimate_memory
-from llmft.training.prepare import Prepared
+from llmft.training.prepare import RunInputs
 
 MEMORY_MARGIN = 0.2
 """Share of the device's memory to keep free: what the estimate leaves out, see `llmft.model.memory`."""
@@ -165,7 +165,7 @@ def choose_fit(
     return Fit(chosen, used, why if needed.total <= available else f"{why}: may not fit", needed)
 
 
-def architecture_of(prepared: Prepared, vocabulary: int) -> Any:
+def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
     """transformers' config of the model that a run builds; `vocabulary` is that of its tokenizer."""
     config = prepared.config
     found = model_config(config.model, prepared.located)

@@ -1,38 +1,63 @@
-"""What is about to happen, in five lines."""
+"""What is about to happen: for the screen, and for the run's record."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Any
 
-from llmft.config.sections import Precision, TrainConfig
-from llmft.data.encode import Lengths
+from llmft.config.sections import TrainConfig
+from llmft.core.console import Screen
+from llmft.model.assemble import Assembled
+from llmft.model.quantization import held_as, weight_counts
+from llmft.training.micro_batching import Fit
+from llmft.training.objectives.choice import cost
+from llmft.training.prepare import RunInputs
+from llmft.training.readiness import Ready
 
 
-def plan_facts(
-    config: TrainConfig,
-    counts: dict[str, int],
-    lengths: dict[str, Lengths],
-    precision: Precision,
-    total_steps: int,
-    validate_every: int,
-    quantization: str,
-    targets: Sequence[str],
-) -> dict[str, str]:
-    """Lines of the plan: model, what is trained, data, steps. `counts` are `weight_counts` of the model.
+def show_plan(
+    screen: Screen, inputs: RunInputs, ready: Ready, assembled: Assembled, plan: Fit, resumed_at: int | None
+) -> None:
+    """Prints model, data and steps, and what is doubtful about them. `resumed_at`: the step of the checkpoint."""
+    config, run, lengths = inputs.config, inputs.run, ready.rows.encoder.lengths
+    facts = plan_facts(config, ready, assembled)
+    facts["at once"] = str(plan)
+    facts["run"] = str(run.directory)
+    if resumed_at is not None:
+        facts["resumed"] = f"after step {resumed_at}"
+    screen.plan(facts)
+    limits = lengths["train"]
+    if limits.rows_cut or limits.rows_dropped:
+        reasons = "".join(f", {count} by {key}" for key, count in limits.dropped_by.items())
+        screen.warn(
+            f"length limits: {limits.rows_cut} training rows were cut in their prompt and {limits.rows_dropped} "
+            f"left out{reasons}, {limits.answer_share_dropped:.1%} of all answer tokens; "
+            "`python -m llmft.check` shows more."
+        )
+    slow = cost(ready.objective)
+    if slow is not None:
+        screen.warn(f"task.head=tokens: {slow}.")
+    for finding in ready.inspection.findings:
+        screen.warn(f"{finding.key}: {finding.message}.")
+    if inputs.problems.rejected:
+        screen.warn(f"{len(inputs.problems.rejected)} rows left out, see {run.rejected_file}.")
 
-    `quantization` and `targets` are the format and the modules with a LoRA that the model has, whatever was asked for.
-    """
-    train = lengths["train"]
-    rate = config.learning_rate
+
+def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[str, str]:
+    """Lines of the plan: model, what is trained, data, steps; of the model what it is, whatever was asked for."""
+    counts, lengths = weight_counts(assembled.model), ready.rows.encoder.lengths
+    train, rate, total_steps = lengths["train"], config.learning_rate, ready.rows.total_steps
     epochs = total_steps * config.trainer.batch_size / max(1, train.rows)
     rows = ", ".join(f"{part.rows:,} {split}" for split, part in lengths.items())
     return {
-        "model": f"{config.model.label}: {_weights(quantization, counts)}, computing in {precision.value}",
-        "trained": f"{counts['trainable']:,} weights ({_method(config, targets)})",
+        "model": f"{config.model.label}: {_weights(held_as(assembled.base), counts)}, computing in "
+        f"{ready.precision.value}",
+        "trained": f"{counts['trainable']:,} weights ({_method(config, lora_modules(assembled.model))})",
         "data": f"{config.data.name}: {rows} rows; {train.tokens / max(1, train.rows):.0f} tokens a row, "
         f"{train.labelled_tokens / max(1, train.tokens):.1%} of them learned; prompt format {config.prompt.name}",
         "steps": f"{total_steps:,} of {config.trainer.batch_size} rows ({epochs:.1f} epochs), "
-        f"validation every {validate_every}, rate {rate.peak:g} {rate.schedule.value}, seed {config.seed}",
+        f"validation every {ready.rows.validate_every}, rate {rate.peak:g} {rate.schedule.value}, seed {config.seed}",
     }
 
 
@@ -52,6 +77,30 @@ def _method(config: TrainConfig, targets: Sequence[str]) -> str:
     return f"{kind} r={lora.r} alpha={lora.scaling_alpha:g} on {len(targets)} modules: {', '.join(last_names(targets))}"
 
 
-def last_names(targets: Sequence[str]) -> list[str]:
+def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: Fit) -> dict[str, Any]:
+    """What the model is and does, read from it and not from what was asked for."""
+    objective, template = type(ready.objective), str(ready.rows.prompt.config.template)
+    modules = lora_modules(assembled.model)
+    return {
+        "quantization": held_as(assembled.base),
+        "weights": weight_counts(assembled.model),
+        "attention": getattr(assembled.base.config, "_attn_implementation", None),
+        "gradient_checkpointing": plan.checkpointing.value,
+        "objective": f"{objective.__module__}.{objective.__qualname__}",
+        "prompt": {
+            "name": config.prompt.name,
+            "of_the_tokenizer": not config.prompt.template,
+            "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
+        },
+        "lora_modules": {"count": len(modules), "names": last_names(modules)},
+    }
+
+
+def lora_modules(model: Any) -> list[str]:
+    """The modules that have a LoRA."""
+    return sorted(getattr(model, "targeted_module_names", []))
+
+
+def last_names(modules: Sequence[str]) -> list[str]:
     """The last names of modules, each once, in order."""
-    return sorted({name.rpartition(".")[2] for name in targets})
+    return sorted({name.rpartition(".")[2] for name in modules})

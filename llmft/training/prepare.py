@@ -27,7 +27,7 @@ from llmft.runs.directory import Run, free_run, open_run, run_key
 
 
 @dataclass
-class Prepared:
+class RunInputs:
     """Conversations of each split, the model's files, and the run they belong to."""
 
     config: TrainConfig
@@ -61,7 +61,7 @@ def process_rank(config: TrainConfig) -> int:
     return 0
 
 
-def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
+def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     """Reads and checks the rows, finds the model, and opens the run directory (or only names it).
 
     Raises:
@@ -76,7 +76,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
     columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
     conversations = {
-        split: [apply(config.data.transform, made) for made in columns.conversations(part, problems)]
+        split: [apply(config.data.transform, conversation) for conversation in columns.conversations(part, problems)]
         for split, part in rows.items()
     }
     total = sum(map(len, rows.values()))
@@ -99,7 +99,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> Prepared:
     located = locate(config.model)
     key = run_key(config, fingerprint, located.fingerprint)
     run = open_run(config, key) if open_directory else free_run(config, key)
-    return Prepared(
+    return RunInputs(
         config,
         conversations,
         columns.labels,

@@ -39,15 +39,15 @@ class ShowProgress(Callback):
     def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Says what the validation found."""
         assert isinstance(module, FineTuner)
-        found = module.validation
-        if not trainer.is_global_zero or found is None:
+        validation = module.validation
+        if not trainer.is_global_zero or validation is None:
             return
-        numbers = "  ".join(f"{name} {value:.4f}" for name, value in found.metrics.items())
-        if module.trained_on_validation and found.split == "val":
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in validation.metrics.items())
+        if module.trained_on_validation and validation.split == "val":
             numbers = "trained on all rows, so no validation tells anything"
-        self.bar.note(f"step {found.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
-        if found.step == 0 or found.step == self.total_steps:
-            self.screen.samples(found.samples, self.show_rows, found.step)
+        self.bar.note(f"step {validation.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
+        if validation.step == 0 or validation.step == self.total_steps:
+            self.screen.samples(validation.samples, self.show_rows, validation.step)
 
     def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         """Takes the bar away."""

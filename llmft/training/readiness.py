@@ -17,17 +17,18 @@ from llmft.core.errors import ConfigError, DiskError
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
+from llmft.model.assemble import check_dora
 from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.skeleton import skeleton
 from llmft.training.micro_batching import architecture_of
-from llmft.training.prepare import Prepared
+from llmft.training.parts import Parts
+from llmft.training.prepare import RunInputs
 from llmft.training.scoring import make_objective
-from llmft.training.tokenized_data import Inspection, Rows, inspect_rows, read_rows
+from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
 
 if TYPE_CHECKING:
     import lightning as L
 
-    from llmft.training.session import Parts
 
 LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed", Precision.fp32: "32-true"}
 
@@ -38,13 +39,13 @@ class Ready:
 
     device: torch.device
     precision: Precision
-    rows: Rows
+    rows: TokenizedData
     inspection: Inspection
     objective: Any = None
 
 
 def make_ready(
-    prepared: Prepared, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
+    prepared: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
 ) -> Ready:
     """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
 
@@ -85,14 +86,6 @@ def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     return device, precision
 
 
-def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:
-    """Raises ConfigError for a pair of adapter and base that PEFT computes wrongly on a CPU."""
-    if device.type == "cpu" and int8 and config.lora.dora:
-        raise ConfigError(
-            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
-        )
-
-
 def lightning_trainer(config: TrainConfig, device: torch.device, precision: Precision, **more: Any) -> L.Trainer:
     """Lightning's Trainer for `config`. Raises ConfigError for devices, strategies and callbacks that it refuses."""
     import lightning as L
@@ -125,7 +118,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
         raise ConfigError(f"trainer: {first_line(error)}") from None
 
 
-def _check_model(prepared: Prepared, rows: Rows) -> None:
+def _check_model(prepared: RunInputs, rows: TokenizedData) -> None:
     """What a model's files and its shapes alone tell."""
     config = prepared.config
     architecture = architecture_of(prepared, len(rows.tokenizer))
@@ -143,7 +136,7 @@ def _check_model(prepared: Prepared, rows: Rows) -> None:
         adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
 
 
-def check_vocabulary(config: TrainConfig, rows: Rows, size: int | None) -> None:
+def check_vocabulary(config: TrainConfig, rows: TokenizedData, size: int | None) -> None:
     """Raises ConfigError where the tokenizer makes tokens that an embedding of `size` rows does not have."""
     highest = max(int(examples.ids.max(initial=0)) for examples in rows.splits.values())
     if size is not None and highest >= size:

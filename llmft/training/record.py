@@ -18,11 +18,13 @@ from llmft.data.overlap import Overlap
 from llmft.metrics.prior import against_prior
 from llmft.runs.directory import Run, append_line, source_facts, write_config
 from llmft.runs.predictions import FOLDER, PREFIX, Predictions, names_in, open_member, read_table
-from llmft.training.prepare import Prepared
-from llmft.training.tokenized_data import Rows
+from llmft.training.prepare import RunInputs
+from llmft.training.tokenized_data import TokenizedData
 
 
-def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], environment: dict[str, Any]) -> None:
+def write_records(
+    prepared: RunInputs, rows: TokenizedData, overlaps: Sequence[Overlap], environment: dict[str, Any]
+) -> None:
     """Writes the config, the environment with what the limits cost, and the rejected rows."""
     run = prepared.run
     write_config(run, prepared.config)
@@ -45,13 +47,13 @@ def write_records(prepared: Prepared, rows: Rows, overlaps: Sequence[Overlap], e
             append_line(run.rejected_file, redact(entry))
 
 
-def _remote_code(prepared: Prepared) -> str | None:
+def _remote_code(prepared: RunInputs) -> str | None:
     """Whose code ran with the training, if anybody's: a pinned revision or a directory."""
     model = prepared.config.model
     return (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
 
 
-def data_facts(prepared: Prepared) -> dict[str, Any]:
+def data_facts(prepared: RunInputs) -> dict[str, Any]:
     """Where the rows come from and what was left out."""
     return {
         "fingerprint": prepared.data_fingerprint,
@@ -63,7 +65,7 @@ def data_facts(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: int) -> None:
+def write_predictions(prepared: RunInputs, splits: Mapping[str, Examples], step: int) -> None:
     """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
 
     They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
@@ -82,7 +84,7 @@ def write_predictions(prepared: Prepared, splits: Mapping[str, Examples], step: 
 
 
 def predictions_of(
-    prepared: Prepared,
+    prepared: RunInputs,
     rows: Sequence[Conversation],
     split: str,
     values: np.ndarray,
@@ -109,9 +111,9 @@ def predictions_of(
     return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)
 
 
-def chance_of(prepared: Prepared, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
-    found: dict[str, dict[str, Any]] = {}
+    chances: dict[str, dict[str, Any]] = {}
     targets = prepared.targets
     trained_on = ("val",) if prepared.config.data.train_on is TrainOn.all else ()
     for split in ("val", "test"):
@@ -119,8 +121,8 @@ def chance_of(prepared: Prepared, metrics: Mapping[str, Any]) -> dict[str, dict[
             continue
         chance = against_prior(open_member(prepared.run.directory, split), metrics, targets.scale)
         if chance is not None:
-            found[split] = chance.to_plain()
-    return found
+            chances[split] = chance.to_plain()
+    return chances
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

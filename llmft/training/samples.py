@@ -12,11 +12,11 @@ from llmft.config.sections import TaskConfig, TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.examples import Encoded
 from llmft.training.finetuner import Generation, Sample
-from llmft.training.tokenized_data import Rows
+from llmft.training.tokenized_data import TokenizedData
 
 
 def make_generation(
-    config: TrainConfig, rows: Rows, metrics: dict[str, Callable[..., float]], split: str
+    config: TrainConfig, rows: TokenizedData, metrics: dict[str, Callable[..., float]], split: str
 ) -> Generation | None:
     """The generation of `split`, or None where there is nothing to generate.
 
@@ -59,7 +59,7 @@ def _has_prompt(conversation: Conversation) -> bool:
     return roles[-1] == "assistant" and "user" in roles
 
 
-def _sample(rows: Rows, example: Encoded) -> Sample:
+def _sample(rows: TokenizedData, example: Encoded) -> Sample:
     conversation = example.conversation
     return Sample(
         prompt_ids=rows.encoder.prompt_ids(conversation),

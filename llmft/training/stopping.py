@@ -1,4 +1,4 @@
-"""Wishes to save or to stop: signals, files in the run directory, the clock.
+"""Requests to save or to stop: signals, files in the run directory, the clock.
 
 All are only noted, and met at the end of the optimizer step or batch under way, by all processes at the same one.
 """
@@ -17,12 +17,12 @@ SAVE = 1
 TIME_UP = 2
 STOP = 3
 SIGNAL = 16
-"""Wishes in the order in which they outdo each other; a signal is SIGNAL + its number."""
+"""Requests, weakest first; a signal is SIGNAL + its number."""
 
 LOOK_S = 0.5
 """How often the run directory is looked at: on a mounted drive a look takes milliseconds."""
 SAME_S = 0.5
-"""`timeout` and service managers send a signal to the process and again to its group: that is one wish."""
+"""`timeout` and service managers send a signal to the process and again to its group: that is one request."""
 
 
 class Signals:
@@ -62,7 +62,7 @@ class Signals:
             self.received, self._at = signum, now
 
 
-class Wishes:
+class StopRequests:
     """What is asked of a training from outside: signals, the files SAVE and STOP in the run directory, a `deadline`.
 
     `deadline` is a time of `time.monotonic`.
@@ -75,21 +75,21 @@ class Wishes:
         self._looked = 0.0
 
     def strongest(self) -> int:
-        """The wish that outdoes the others, 0 for none."""
+        """The strongest request, 0 for none."""
         if self.signals.received:
             return SIGNAL + self.signals.received
         now = time.monotonic()
-        found = TIME_UP if self.deadline is not None and now >= self.deadline else 0
+        strongest = TIME_UP if self.deadline is not None and now >= self.deadline else 0
         if now - self._looked >= LOOK_S:
             self._looked = now
-            for wish, path in ((SAVE, self.run.save_file), (STOP, self.run.stop_file)):
+            for request, path in ((SAVE, self.run.save_file), (STOP, self.run.stop_file)):
                 if path.exists():
-                    found = max(found, wish)
-        return found
+                    strongest = max(strongest, request)
+        return strongest
 
 
-def described(wish: int, seconds: Callable[[], float]) -> str:
-    """A wish to stop in words."""
-    if wish >= SIGNAL:
-        return signal.Signals(wish - SIGNAL).name
-    return "asked by the file STOP" if wish == STOP else f"trainer.max_time is over ({seconds():.0f} s)"
+def described(request: int, seconds: Callable[[], float]) -> str:
+    """A request to stop in words."""
+    if request >= SIGNAL:
+        return signal.Signals(request - SIGNAL).name
+    return "asked by the file STOP" if request == STOP else f"trainer.max_time is over ({seconds():.0f} s)"

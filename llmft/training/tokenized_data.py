@@ -20,11 +20,11 @@ from llmft.data.targets import Targets
 from llmft.model.families import positions
 from llmft.model.load import load_tokenizer, model_config, train_tokenizer
 from llmft.model.quantization import agreed
-from llmft.training.prepare import Prepared, check_rejected
+from llmft.training.prepare import RunInputs, check_rejected
 
 
 @dataclass
-class Rows:
+class TokenizedData:
     """Tokenised splits and what made them."""
 
     tokenizer: Any
@@ -47,22 +47,28 @@ class Inspection:
     findings: list[Finding]
 
 
-def inspect_rows(prepared: Prepared, rows: Rows, *, near: bool) -> Inspection:
+def inspect_rows(prepared: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
     facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
     kept = {split: part for split, part in prepared.conversations.items() if part}
     overlaps = find_overlaps(kept, near=near)
-    found = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    found = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows), *found]
-    return Inspection(facts, overlaps, found)
+    all_findings = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    all_findings = [
+        *_dropped(prepared, rows),
+        *row_findings(prepared),
+        *_unread(prepared),
+        *_serving(rows),
+        *all_findings,
+    ]
+    return Inspection(facts, overlaps, all_findings)
 
 
-def row_findings(prepared: Prepared) -> list[Finding]:
+def row_findings(prepared: RunInputs) -> list[Finding]:
     """What is to be told of the rows before they are tokenised."""
     return [*_unlearned(prepared), *_pseudo(prepared)]
 
 
-def _unlearned(prepared: Prepared) -> list[Finding]:
+def _unlearned(prepared: RunInputs) -> list[Finding]:
     """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
     targets = prepared.targets
     if targets is None or targets.problem is Problem.regression:
@@ -79,7 +85,7 @@ def _unlearned(prepared: Prepared) -> list[Finding]:
     return [Finding("warning", "data.columns.target", message)]
 
 
-def _pseudo(prepared: Prepared) -> list[Finding]:
+def _pseudo(prepared: RunInputs) -> list[Finding]:
     """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
     others = [
@@ -108,41 +114,41 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
 
 
-def _unread(prepared: Prepared) -> list[Finding]:
+def _unread(prepared: RunInputs) -> list[Finding]:
     """The keys of messages that nothing reads, once."""
     unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
     message = f"these keys of messages are not used (messages that have them): {unused}"
     return [Finding("warning", "data.columns.messages", message)] if unused else []
 
 
-def _serving(rows: Rows) -> list[Finding]:
+def _serving(rows: TokenizedData) -> list[Finding]:
     """Where the text or the tokens of a row are not at once those that serving has."""
-    found: list[str] = []
+    messages: list[str] = []
     for split, lengths in rows.encoder.lengths.items():
         if lengths.rows_joined:
-            found.append(
+            messages.append(
                 f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
                 "with what follows: they are tokenised apart, as serving does"
             )
         if lengths.rows_split:
-            found.append(
+            messages.append(
                 f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
                 "look otherwise once later turns follow"
             )
         if lengths.rows_unlike:
-            found.append(
+            messages.append(
                 f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
                 "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
             )
     if rows.ends.text and rows.splits["train"].labelled.any():
-        found.append(
+        messages.append(
             f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
             "server must be told it as a stop string"
         )
-    return [Finding("warning", "prompt", message) for message in found]
+    return [Finding("warning", "prompt", message) for message in messages]
 
 
-def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
+def _dropped(prepared: RunInputs, rows: TokenizedData) -> list[Finding]:
     """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
     data, limits = prepared.config.data, rows.encoder.lengths["train"]
     lost = sum(
@@ -159,7 +165,7 @@ def _dropped(prepared: Prepared, rows: Rows) -> list[Finding]:
     return [Finding("error", "data.max_tokens", message)]
 
 
-def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
+def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
     """Loads (or trains) the tokenizer and encodes every split.
 
     Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
@@ -184,7 +190,7 @@ def read_rows(prepared: Prepared, warn: Callable[[str], None]) -> Rows:
     per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
     total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
     every = trainer.validate_every
-    return Rows(
+    return TokenizedData(
         tokenizer,
         prompt,
         encoder,

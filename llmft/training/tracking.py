@@ -206,14 +206,30 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
     """The loggers that the config names; W&B first."""
     loggers: list[Logger] = []
     if config.logger.wandb.enabled:
-        made = _start_wandb(config, config.logger.wandb, run, environment, screen)
-        if made is not None:
-            loggers.append(made)
+        logger = _start_wandb(config, config.logger.wandb, run, environment, screen)
+        if logger is not None:
+            loggers.append(logger)
     loggers.extend(
         build(node, f"logger.loggers.{name}", "logger", **_directory(node, run))
         for name, node in config.logger.loggers.items()
     )
     return loggers
+
+
+def finish_loggers(loggers: Sequence[Logger], kind: type[BaseException] | None, *_: Any) -> None:
+    """Ends the loggers of a run that ended by an error of `kind`, or well."""
+    for logger in loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.finish(0 if kind is None else 1)
+        else:
+            logger.finalize("success" if kind is None else "failed")
+
+
+def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
+    """Sets the summary of a W&B run, if there is one."""
+    for logger in loggers:
+        if isinstance(logger, SafeWandbLogger):
+            logger.summarise(values)
 
 
 def check_loggers(config: LoggerConfig) -> None:
@@ -245,7 +261,7 @@ def _wandb_id(run: Run) -> str:
 
 def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
     """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
-    if not os.environ.get("WANDB_SWEEP_ID") or not config.logger.wandb.enabled:
+    if not config.logger.wandb.enabled:
         return
     logger = _start_wandb(config, config.logger.wandb, run, {}, screen)
     if logger is not None:

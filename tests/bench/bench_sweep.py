@@ -3,9 +3,10 @@
     python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--model DIR] [--quick]
 
 The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows; with --model a
-real one on rows of Alpaca. Each takes the same tokens in the same order from the same adapter in all systems, and its losses are compared step by step. llmft's side is the
-whole command with what it always does: planning, a validation before and after each trial (on few rows, without
-generation), checkpoints, records, the report. Peers train and do nothing else.
+real one on rows of Alpaca. Each takes the same tokens in the same order from the same adapter in all systems, and its
+losses are compared step by step. llmft's side is the whole command with what it always does: planning, a validation
+before and after each trial (on few rows, without generation), checkpoints, records, the report. Peers train and do
+nothing else.
 """
 
 from __future__ import annotations

@@ -215,9 +215,9 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
+    from llmft.core.seeds import stream
     from llmft.data.batch import rows_of_step
     from llmft.model.adapters import attach, trainable_state
-    from llmft.training.finetuner import stream
     from llmft.training.prepare import prepare
     from llmft.training.tokenized_data import read_rows
 

@@ -248,7 +248,7 @@ def test_what_training_refuses_before_its_weights_check_refuses_in_the_same_word
     def loaded(*_: Any, **__: Any) -> None:
         raise AssertionError("the weights were loaded")
 
-    monkeypatch.setattr("llmft.training.session.load_base", loaded)
+    monkeypatch.setattr("llmft.model.assemble.load_base", loaded)
     told = []
     for command in (check_command, lambda config: train(config, quiet=True)):
         with pytest.raises(UserError, match=message) as error:

@@ -83,12 +83,11 @@ import contextlib, io, json, sys
 from llmft.train import main
 answers = []
 for arguments in json.load(sys.stdin):
-    sys.argv[1:] = [*arguments, "logger=none", "progress=false"]
     told = io.StringIO()
     code = None
     with contextlib.redirect_stderr(told), contextlib.redirect_stdout(io.StringIO()):
         try:
-            main()
+            main([*arguments, "logger=none", "progress=false"])
         except SystemExit as left:
             code = left.code
     answers.append([code, told.getvalue()])

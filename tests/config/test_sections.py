@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -135,10 +136,18 @@ def test_plain_values_are_json_ready() -> None:
     }
 
 
-def test_every_value_of_a_group_is_explained() -> None:
-    for group in ("quantization", "lora", "learning_rate", "optimizer", "task", "trainer", "logger", "data"):
-        for path in (CONF / group).glob("*.yaml"):
-            assert path.read_text().startswith("#"), f"{path.relative_to(ROOT)} does not say what it is for"
+def test_every_value_that_a_user_may_set_stands_below_a_comment_in_its_paragraph() -> None:
+    unexplained = []
+    for path in sorted(CONF.rglob("*.yaml")):
+        explained, inside = False, ""
+        for line in path.read_text().splitlines():
+            key = re.match(r"(\s*)([a-z]\w*):", line)
+            if key is not None and not key[1]:
+                inside = key[2]
+            explained = bool(line.strip()) and (explained or "#" in line)
+            if key is not None and not explained and inside not in ("hydra", "defaults") and not line.endswith(":"):
+                unexplained.append(f"{path.relative_to(CONF)}: {key[2]}")
+    assert not unexplained
 
 
 def test_configs_lie_beside_the_package() -> None:

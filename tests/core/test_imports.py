@@ -54,7 +54,7 @@ import atexit, os, sys
 atexit.register(lambda: print("libraries", [n for n in ("torch", "transformers", "lightning") if n in sys.modules]))
 import llmft.train
 sys.argv = ["llmft", *{arguments!r}]
-llmft.train.main()
+llmft.train.main(sys.argv[1:])
 """
     done = run(body)
     assert "libraries []" in done.stdout, done.stdout[-300:] + done.stderr

@@ -15,7 +15,7 @@ from llmft.data.batch import weight_of
 from llmft.data.examples import Encoded
 from llmft.data.pseudo import content_of
 from llmft.runs.predictions import Predictions
-from llmft.training.prepare import Prepared, prepare
+from llmft.training.prepare import RunInputs, prepare
 from tests.conftest import compose
 
 QUESTIONS, ANSWERS = 20, 2
@@ -44,7 +44,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def prepared(files: Path, *overrides: str) -> Prepared:
+def prepared(files: Path, *overrides: str) -> RunInputs:
     own = ["task=classification", "model=tfidf", "data=predict_llm", f"data.files={files}/train.csv"]
     config = compose(*own, f"data.pseudo={files}/predicted", f"output_dir={files}", *overrides)
     return prepare(config, open_directory=False)
@@ -58,7 +58,7 @@ def test_no_pseudo_row_shares_content_or_group_with_a_held_out_row(files: Path, 
         check_apart(prepare(of_fold, open_directory=False))
 
 
-def check_apart(made: Prepared) -> None:
+def check_apart(made: RunInputs) -> None:
     held = made.conversations["validation"]
     pseudo = made.pseudo.conversations
     assert not {content_of(row) for row in held} & {content_of(row) for row in pseudo}
@@ -75,11 +75,11 @@ def check_apart(made: Prepared) -> None:
 
 def test_the_floor_keeps_sure_rows_and_the_cap_the_surest_of_each_class(files: Path) -> None:
     everything = prepared(files)
-    sure = prepared(files, "data.pseudo_floor=0.8")
+    sure = prepared(files, "data.pseudo_min_confidence=0.8")
     assert 0 < sure.pseudo.used < everything.pseudo.used
     values = dict(zip(*(lambda p: (p.ids, p.values.max(axis=1)))(Predictions.load(files / "predicted")), strict=True))
     assert all(values[row.id.removeprefix("pseudo:")] >= 0.8 for row in sure.pseudo.conversations)
-    capped = prepared(files, "data.pseudo_cap=3")
+    capped = prepared(files, "data.pseudo_max_per_class=3")
     assert capped.pseudo.classes == {"a": 3, "b": 3}
     for target in (0, 1):
         own = sorted((values[r.id[7:]] for r in everything.pseudo.conversations if r.target == target), reverse=True)
@@ -92,7 +92,9 @@ def test_the_weight_is_the_rows_share_of_the_loss_and_all_of_it_is_in_the_key(fi
     weights = {row.id.startswith("pseudo:"): row.weight for row in made.conversations["train"]}
     assert weights == {False: 1.0, True: 0.25}
     assert weight_of(Encoded([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
-    keys = {prepared(files, *more).run.key for more in ([], ["data.pseudo_weight=0.25"], ["data.pseudo_floor=0.9"])}
+    keys = {
+        prepared(files, *more).run.key for more in ([], ["data.pseudo_weight=0.25"], ["data.pseudo_min_confidence=0.9"])
+    }
     assert len(keys) == 3
     assert prepared(files, "data.pseudo=null").run.key not in keys
 
@@ -112,7 +114,7 @@ def test_a_file_of_rows_with_targets_is_taken_too(files: Path) -> None:
     rows += [[f"More {n}", f"text {n}", "ab"[n % 2], 0.5 + n / 20] for n in range(10)]
     with (files / "more.csv").open("w", newline="") as file:
         csv.writer(file).writerows(rows)
-    made = prepared(files, f"data.pseudo={files}/more.csv", "data.pseudo_floor=0.75")
+    made = prepared(files, f"data.pseudo={files}/more.csv", "data.pseudo_min_confidence=0.75")
     assert made.pseudo.used == 5
 
 

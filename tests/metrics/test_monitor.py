@@ -142,7 +142,7 @@ def test_auto_leaves_the_key_of_a_run_as_it_was() -> None:
 
 
 def test_lightnings_early_stopping_gets_the_metrics_direction() -> None:
-    from llmft.training.session import check_parts
+    from llmft.training.parts import check_parts
 
     stop = "+trainer.callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/exact_match}"
     assert check_parts(compose(stop)).callbacks["stop"].mode == "max"

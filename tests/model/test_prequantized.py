@@ -85,7 +85,7 @@ def test_a_quantised_checkpoint_trains_as_the_same_quantisation_of_its_original(
 def test_another_quantisation_than_that_of_the_files_is_refused_before_weights_load(
     stored: dict[str, Path], tmp_path: Path, form: str | None, asked: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("llmft.training.session.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("llmft.model.assemble.load_base", lambda *_, **__: pytest.fail("weights were loaded"))
     of = [] if form is None else ["model=local", f"model.path={stored[form]}"]
     with pytest.raises(ConfigError, match=rf"quantization={asked}: .*(are {form}.* already|are not quantised)"):
         train(compose(*SMALL, *of, f"quantization={asked}", f"output_dir={tmp_path}"), quiet=True)

@@ -311,8 +311,8 @@ def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory:
 
 
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
-    body = "import sys; from llmft.report import main; sys.argv[1:] = {!r}"
-    body += "\ntry: main()\nfinally: print('torch' in sys.modules)"
+    body = "import sys; from llmft.report import main; arguments = {!r}"
+    body += "\ntry: main(arguments)\nfinally: print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", body.format([f"output_dir={grid}"])],
         cwd=ROOT,

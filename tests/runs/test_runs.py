@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from llmft.core.errors import ConfigError
 from llmft.runs.directory import MAX_NAME, append_line, open_run, run_key, run_name, slug
-from tests.conftest import compose
+from tests.conftest import ROOT, compose
 
 
 def key(*overrides: str, data: str = "data", model: str = "model") -> str:
@@ -25,9 +28,25 @@ def test_the_key_follows_the_content_of_data_and_model_not_their_place() -> None
     assert key(model="other weights") != key()
 
 
-def test_the_key_is_the_same_in_every_process_and_version_of_this_test() -> None:
-    assert len(key()) == 10
-    assert key() == key("lora.r=8", "seed=0")
+KEYS = {
+    "": "49236b387a",
+    "lora.r=8 seed=0": "49236b387a",
+    "model=mistral data=alpaca data.files=a.csv": "98ce860a47",
+    "task=classification data=predict_llm data.files=a.csv data.fold=2 lora.r=4": "744bf767f4",
+    "data.pseudo_min_confidence=0.9": "adf523f5ca",
+}
+"""Keys of runs that people have on their disks, by the command line. A new key of the config must not change them."""
+
+
+def test_a_config_has_the_key_that_it_had_in_earlier_releases_and_other_processes() -> None:
+    code = (
+        "import json, sys; from tests.runs.test_runs import key\n"
+        "print(json.dumps({line: key(*line.split()) for line in json.loads(sys.argv[1])}))"
+    )
+    for hash_seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+        told = subprocess.check_output([sys.executable, "-c", code, json.dumps([*KEYS])], cwd=ROOT, env=environment)
+        assert json.loads(told) == KEYS
 
 
 def test_a_name_cannot_leave_the_output_directory() -> None:

@@ -36,8 +36,8 @@ from tests.conftest import ROOT, SMALL, compose, llmft
 SABOTAGE = """
 import ctypes, os, sys, time
 if os.environ.get("SABOTAGE"):
-    import llmft.train
-    original = llmft.train.train
+    import llmft.training.run
+    original = llmft.training.run.train
     def train(config, **arguments):
         deed = dict(pair.split(":") for pair in os.environ["SABOTAGE"].split(",")).get(str(config.seed))
         if deed == "raise":
@@ -51,7 +51,7 @@ if os.environ.get("SABOTAGE"):
         if deed == "hang":
             time.sleep(1000)
         return original(config, **arguments)
-    llmft.train.train = train
+    llmft.training.run.train = train
 """
 """Started with every Python process: what no config can name, since targets are allow-listed."""
 
@@ -107,11 +107,17 @@ def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those
 ) -> None:
     seeds = "seed=0,1,2,3,4,5,6,7,8,9"
     ways = "2:raise,3:exit,4:kill,5:hang,7:crash"
-    first = sweep(tmp_path, seeds, "sweep.silence_limit=8s", sabotage=ways)
+    first = sweep(tmp_path, seeds, "sweep.heartbeat_timeout=8s", sabotage=ways)
     root = tmp_path / "outputs"
     assert first.returncode == 5, first.stderr
     assert "5 of 10 trials failed" in first.stderr
-    expected = {2: "RuntimeError: boom in seed 2", 3: "sys.exit(0)", 4: "SIGKILL", 5: "silence_limit=8s", 7: "SIGSEGV"}
+    expected = {
+        2: "RuntimeError: boom in seed 2",
+        3: "sys.exit(0)",
+        4: "SIGKILL",
+        5: "heartbeat_timeout=8s",
+        7: "SIGSEGV",
+    }
     for number, trial in enumerate(record(root)["trials"]):
         assert trial["status"] == ("failed" if number in expected else "done")
         if number in expected:
@@ -337,11 +343,11 @@ def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: P
     train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
     (reference,) = (tmp_path / "outputs/runs").iterdir()
     # The same weights by another name of the run: a rate that differs in its last digit.
-    twins = [*arguments, f"sweep.twin_of={reference}", "learning_rate.peak=0.0020000001,0.02"]
+    twins = [*arguments, f"sweep.early_stop_if_same_as={reference}", "learning_rate.peak=0.0020000001,0.02"]
     unsaid = sweep(tmp_path, *twins)
     assert unsaid.returncode == 2
-    assert "sweep.twin_of needs sweep.twin_noise" in unsaid.stderr
-    twins.append("sweep.twin_noise=0.001")
+    assert "sweep.early_stop_if_same_as needs sweep.early_stop_noise" in unsaid.stderr
+    twins.append("sweep.early_stop_noise=0.001")
     done = sweep(tmp_path, *twins)
     assert done.returncode == 0, done.stderr
     assert statuses(tmp_path / "outputs") == ["twin", "done"]
@@ -512,8 +518,8 @@ def test_combinations_that_cannot_run_are_named_together() -> None:
 LATE = """
 import os, time
 if os.environ.get("LATE"):
-    import llmft.train
-    original = llmft.train.train
+    import llmft.training.run
+    original = llmft.training.run.train
     def train(config, **arguments):
         import signal
         if config.seed == 0:
@@ -524,7 +530,7 @@ if os.environ.get("LATE"):
             time.sleep(8)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         return found
-    llmft.train.train = train
+    llmft.training.run.train = train
 """
 
 

@@ -11,11 +11,12 @@ import torch.nn.functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from llmft.core.seeds import stream
 from llmft.data.batch import StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Encoded
 from llmft.model.families import selects_positions
-from llmft.training.finetuner import parameter_groups, stream
+from llmft.training.finetuner import parameter_groups
 from llmft.training.objectives.language_modeling import LanguageModeling
 
 CONFIG = LlamaConfig(

@@ -23,9 +23,9 @@ from llmft.core.errors import ConfigError, DataError, UserError
 from llmft.data.hub import fingerprint
 from llmft.runs.directory import Run, finished_run, open_run, write_config
 from llmft.train import train
+from llmft.training.parts import check_parts
 from llmft.training.prepare import prepare
 from llmft.training.scoring import check_objective
-from llmft.training.session import check_parts
 from tests.conftest import SMALL, compose, llmft, run_directory
 
 TINY = Path(builder.__file__).parents[1] / "assets" / "tiny"

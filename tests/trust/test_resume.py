@@ -30,7 +30,7 @@ from llmft.train import train
 from llmft.training import stopping
 from llmft.training.callbacks import Checkpointer
 from llmft.training.finetuner import FineTuner
-from llmft.training.session import Session
+from llmft.training.micro_batching import Fit, choose_fit
 from tests.conftest import ROOT, SMALL, compose, run_directory
 from tests.trust.helpers import (
     LONGER,
@@ -577,16 +577,15 @@ class TestR10OutOfMemory:
     def test_r10_at_one_row_layers_are_computed_again(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        original = Session._module
-
-        def module(session: Session) -> Any:
-            if session.fit.checkpointing is not Checkpointing.full:
+        def fit(*arguments: Any, **keywords: Any) -> Fit:
+            chosen = choose_fit(*arguments, **keywords)
+            if chosen.checkpointing is not Checkpointing.full:
                 self.limit(monkeypatch, 0, "cuda")
             else:
                 monkeypatch.undo()
-            return original(session)
+            return chosen
 
-        monkeypatch.setattr(Session, "_module", module)
+        monkeypatch.setattr("llmft.training.session.choose_fit", fit)
         train(small("trainer.micro_batch=1", "trainer.max_steps=1", "trainer.validate_every=1"), quiet=True)
         (note,) = status(run_directory(tmp_path))["out_of_memory"]
         assert (note["key"], note["from"], note["to"]) == ("trainer.gradient_checkpointing", "none", "full")
@@ -594,12 +593,12 @@ class TestR10OutOfMemory:
     def test_r10_a_base_that_does_not_fit_is_not_tried_again(
         self, small: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        import llmft.training.session
+        import llmft.model.assemble
 
         def load(*arguments: Any, **keywords: Any) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
-        monkeypatch.setattr(llmft.training.session, "load_base", load)
+        monkeypatch.setattr(llmft.model.assemble, "load_base", load)
         with pytest.raises(ConfigError, match=r"out of memory in loading .* try .*quantization=nf4"):
             train(small("quantization=none"), quiet=True)
 

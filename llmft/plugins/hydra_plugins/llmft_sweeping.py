@@ -23,7 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 import llmft.config.hydra_app
 from llmft.config.convert import to_plain
-from llmft.config.hydra_app import command_line, config_of_command, explain
+from llmft.config.hydra_app import config_of_command, explain
+from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
 from llmft.config.sections import SearchConfig, TrainConfig
 from llmft.core.errors import ConfigError, UserError, as_user_error
@@ -55,18 +56,20 @@ class LocalLauncher(Launcher):
     def __init__(self) -> None:
         self.config: Any = None
         self.loader: Any = None
+        self.invocation = NO_COMMAND
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Called by Hydra."""
         self.config, self.loader = config, hydra_context.config_loader
+        self.invocation = task_function.invocation
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs one batch of another sweeper's; a value for each job, None for one that has none."""
         from llmft.sweeps.sweep import run_grid
 
         fixed = fixed_overrides(self.config)
-        planner = make_planner(self.loader, self.config)
-        trials = run_grid(planner, job_overrides, fixed, command_line(), first=initial_job_idx).trials
+        planner = make_planner(self.loader, self.config, self.invocation)
+        trials = run_grid(planner, job_overrides, fixed, first=initial_job_idx).trials
         returns = []
         for trial in trials[-len(job_overrides) :]:
             made = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
@@ -90,10 +93,12 @@ class OwnSweeper(Sweeper):
         self.config: Any = None
         self.launcher: Any = None
         self.loader: Any = None
+        self.invocation = NO_COMMAND
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
         """Called by Hydra."""
         self.config, self.loader = config, hydra_context.config_loader
+        self.invocation = task_function.invocation
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -114,13 +119,13 @@ class OwnSweeper(Sweeper):
 
         here = isinstance(self.launcher, LocalLauncher)
         overrides = parsed(self.loader, self.settings.params or {}, arguments)
-        planner = make_planner(self.loader, self.config)
+        planner = make_planner(self.loader, self.config, self.invocation)
         fixed = fixed_overrides(self.config)
         if self.settings.sampler is None:
             jobs = combinations(overrides)
             if here:
-                return run_grid(planner, jobs, fixed, command_line())
-            return run_elsewhere(planner, jobs, fixed, command_line(), self.launcher)
+                return run_grid(planner, jobs, fixed)
+            return run_elsewhere(planner, jobs, fixed, self.launcher)
         if not here:
             name = self.config.hydra.runtime.choices.get("hydra/launcher")
             raise ConfigError(
@@ -129,7 +134,7 @@ class OwnSweeper(Sweeper):
             )
         from llmft.sweeps.search import run_search
 
-        return run_search(planner, self.settings, overrides, fixed, command_line())
+        return run_search(planner, self.settings, overrides, fixed)
 
 
 def combinations(overrides: Sequence[Any]) -> list[list[str]]:
@@ -178,7 +183,7 @@ def fixed_overrides(config: Any) -> list[str]:
     return [str(override) for override in told]
 
 
-def make_planner(loader: Any, master: Any) -> Planner:
+def make_planner(loader: Any, master: Any, invocation: Invocation) -> Planner:
     """A planner that composes with Hydra."""
     from llmft.sweeps.trials import Planner
 
@@ -187,11 +192,11 @@ def make_planner(loader: Any, master: Any) -> Planner:
         HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a config
         with open_dict(composed):
             del composed["hydra"]
-        return config_of_command(composed, TrainConfig)
+        return config_of_command(composed, TrainConfig, invocation)
 
     def told(error: Exception) -> Exception:
         if isinstance(error, UserError):
             return error
-        return explain(error, TrainConfig) or error
+        return explain(error, TrainConfig, invocation.argv) or error
 
-    return Planner(compose, told)
+    return Planner(compose, told, invocation)

@@ -1,4 +1,4 @@
-"""llmft by its public path: `train` of a config, with all of its records; a Watch asks for leave after each step."""
+"""llmft by its public path: `train` of a config, with all of its records; its reporter waits for leave to step."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ work = read_work()
 from llmft.core.imports import load_libraries
 
 load_libraries()
-import llmft.training.watch
+import llmft.training.trial_reporter
 from llmft.train import train
 from tests.conftest import compose
 
 
 class Told:
-    """A Watch that takes a step when the gate opens."""
+    """A TrialReporter that takes a step when the gate opens."""
 
     def __init__(self) -> None:
         self.gate = Gate()
@@ -41,5 +41,5 @@ class Told:
             self.gate.begin()
 
 
-llmft.training.watch.STEP_EVERY_S = 0.0  # every step is told, not four a second
-train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, watch=Told())
+llmft.training.trial_reporter.STEP_EVERY_S = 0.0  # every step is told, not four a second
+train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, reporter=Told())

@@ -15,7 +15,7 @@ STEP_EVERY_S = 0.25
 """Steps are told at most so often: a fast model makes hundreds a second."""
 
 
-class Watch(Protocol):
+class TrialReporter(Protocol):
     """Someone outside the run."""
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
@@ -28,11 +28,13 @@ class Watch(Protocol):
         """A validation is done and its checkpoint written; returns (status, reason) to end the run here."""
 
 
-class Watched(Callback):
-    """Tells a Watch. Of a distributed run the first process has one, and it is never told to stop."""
+class ReportTrial(Callback):
+    """Tells a TrialReporter. Of a distributed run the first process has one, and it is never told to stop."""
 
-    def __init__(self, watch: Watch, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None) -> None:
-        self.watch = watch
+    def __init__(
+        self, reporter: TrialReporter, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None
+    ) -> None:
+        self.reporter = reporter
         self.resumed_at = resumed_at
         self.total_steps = total_steps
         self.speed = speed
@@ -57,14 +59,14 @@ class Watched(Callback):
         """Tells the step."""
         assert isinstance(module, FineTuner)
         if self._due() or module.step == self.total_steps:
-            self.watch.step(module.step, self.total_steps, module.train_metrics["train/loss_nats"], self.speed())
+            self.reporter.step(module.step, self.total_steps, module.train_metrics["train/loss_nats"], self.speed())
 
     def on_validation_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
     ) -> None:
         """Tells that it goes on."""
         if self._due():
-            self.watch.alive()
+            self.reporter.alive()
 
     def on_test_batch_end(
         self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
@@ -79,7 +81,7 @@ class Watched(Callback):
         self._ask(module, module.validation.metrics)
 
     def _ask(self, module: FineTuner, metrics: dict[str, float]) -> None:
-        answer = self.watch.validation(module.step, self.total_steps, metrics)
+        answer = self.reporter.validation(module.step, self.total_steps, metrics)
         if answer is not None and 0 < module.step < self.total_steps:
             status, reason = answer
             raise Stopped(reason, status)

@@ -1,0 +1,82 @@
+"""How a process was called. Only this module touches `sys.argv`; everything else is handed an `Invocation`."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmft.core.redaction import redact
+
+COMMANDS = (
+    *("train", "check", "predict", "evaluate", "folds", "blend", "refit"),
+    *("report", "bench", "doctor", "disk", "completion"),
+)
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """What a user asked for.
+
+    Attributes:
+        argv: the arguments behind the name of the command.
+        overrides: those that set a key, or of a sweep's trial those that set it apart from the others.
+        command: the line that does it again, as a person would type it; a secret in it is masked.
+    """
+
+    argv: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()
+    command: str = ""
+
+    @classmethod
+    def of(cls, argv: Sequence[str], verb: str = "train", overrides: Sequence[str] | None = None) -> Invocation:
+        """Of a command `verb` with `argv`."""
+        import shlex
+
+        if overrides is None:
+            overrides = [argument.lstrip("+") for argument in argv if "=" in argument]
+        # force=true would start again where the command is meant to go on.
+        typed = [argument.removeprefix("++") for argument in argv if not argument.startswith("force=")]
+        module = "llmft" if verb == "train" else f"llmft.{verb}"
+        return cls(tuple(argv), tuple(overrides), shlex.join(["python", "-m", module, *redact(typed)]))
+
+    def words(self, key: str) -> list[str]:
+        """The words that the command line itself, and no file, sets `key` to, in lower case."""
+        values = [value for name, _, value in (a.partition("=") for a in self.argv) if name.lstrip("+") == key]
+        return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
+
+
+NO_COMMAND = Invocation()
+"""Of a program that calls llmft as a library."""
+
+
+def arguments_of_process() -> list[str]:
+    """This process's arguments."""
+    return sys.argv[1:]
+
+
+def taken(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+    """What stands behind `prefix` in the arguments that begin with it, and the other arguments."""
+    values = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
+    return values, [argument for argument in argv if not argument.startswith(prefix)]
+
+
+@contextlib.contextmanager
+def arguments_for_hydra(argv: Sequence[str]) -> Iterator[Any]:
+    """`hydra.main` reads `sys.argv` and takes no argument in its place: there it finds `argv`.
+
+    What is yielded puts the process's own back, with which Lightning starts the other processes of a run.
+    """
+    before = sys.argv
+
+    def restore() -> None:
+        sys.argv = before
+
+    sys.argv = [before[0], *argv]
+    try:
+        yield restore
+    finally:
+        restore()

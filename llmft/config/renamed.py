@@ -1,0 +1,37 @@
+"""Keys that have another name than in an earlier release: the old name works for one release more, and is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+RENAMED = {
+    "data.pseudo_floor": "data.pseudo_min_confidence",
+    "data.pseudo_cap": "data.pseudo_max_per_class",
+    "sweep.silence_limit": "sweep.heartbeat_timeout",
+    "sweep.twin_of": "sweep.early_stop_if_same_as",
+    "sweep.twin_noise": "sweep.early_stop_noise",
+}
+
+
+def with_new_names(arguments: Sequence[str], warn: Callable[[str], None]) -> list[str]:
+    """A command line's `arguments` with today's names; `warn` is told of each old one."""
+    renamed = []
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        new = RENAMED.get(key.lstrip("+~"))
+        if new is not None:
+            warn(f"{key.lstrip('+~')} is now called {new}; the old name ends with the next release.")
+            key = key.replace(key.lstrip("+~"), new)
+        renamed.append(f"{key}{equals}{value}")
+    return renamed
+
+
+def move(plain: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A config as plain data in which the dotted keys of `names` have the name beside them, if they are there."""
+    moved = {group: dict(values) if isinstance(values, dict) else values for group, values in plain.items()}
+    for name, other in names.items():
+        (group, key), new = name.split("."), other.rpartition(".")[2]
+        if isinstance(moved.get(group), dict) and key in moved[group]:
+            moved[group][new] = moved[group].pop(key)
+    return moved

@@ -1,0 +1,58 @@
+"""Metrics on the screen: a run's before and after, and whether its predictions are better than chance."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.markup import escape
+from rich.table import Table
+
+from llmft.core.console import Screen
+from llmft.metrics.prior import chance_sentence, is_better
+
+
+def show_summary(
+    screen: Screen,
+    before: Mapping[str, float | None],
+    after: Mapping[str, float | None],
+    facts: Mapping[str, str],
+    chance: Mapping[str, Mapping[str, Any]] | None = None,
+    *,
+    blank: bool = False,
+) -> None:
+    """Metrics before and after training, where the run lies, and what `chance` alone gives by split.
+
+    `blank`: those of validation mean nothing.
+    """
+    chance = chance or {}
+    if blank:
+        after = {name: value for name, value in after.items() if not name.startswith("val/")}
+        screen.print("Validation metrics are not reported, because those rows are trained on.")
+    table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("metric")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right", style="bold")
+    if chance:
+        table.add_column("prior", justify="right")
+    for name, value in after.items():
+        was, (split, _, metric) = before.get(name), name.partition("/")
+        row = ["" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}"]
+        if chance:
+            of_split = chance.get(split, {})
+            prior = of_split.get("prior_loss") if metric == "loss_nats" else of_split.get("metrics", {}).get(metric)
+            row.append("" if prior is None else f"{prior:.4f}")
+        table.add_row(name, *row)
+    if after:
+        screen.print(table)
+    show_chance(screen, chance)
+    for name, text in facts.items():
+        screen.print(f"[bold]{name}[/bold]  {escape(text)}")
+
+
+def show_chance(screen: Screen, chance: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether predictions are better than the prior of the training rows, by split."""
+    for split, values in chance.items():
+        colour = "green" if is_better(values) else "red"
+        screen.print(f"[{colour}]{split}[/{colour}]  {escape(chance_sentence(values))}")

@@ -1,0 +1,131 @@
+"""Base, head and adapter put together, with threads for them: for training, for prediction and for measuring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft.config.sections import (
+    Checkpointing,
+    Head,
+    ModelInit,
+    Precision,
+    QuantizationConfig,
+    QuantizationFormat,
+    TrainConfig,
+)
+from llmft.core.errors import ConfigError
+from llmft.core.machine import sensible_threads
+from llmft.core.seeds import stream
+from llmft.data.hub import Located, locate
+from llmft.model import adapters
+from llmft.model.checkpointing import set_checkpointing
+from llmft.model.heads import renew_head
+from llmft.model.load import TORCH_DTYPES, drop_base, kept_base, load_base
+from llmft.model.quantization import weight_counts
+from llmft.model.sharding import is_sharded
+
+
+@dataclass
+class Assembled:
+    """A loaded model.
+
+    Attributes:
+        base: what was loaded.
+        model: what is trained or predicts: `base` with an adapter, or itself.
+        reused: whether this process had the base already.
+        keep: whether the base stays for the next run of this process.
+    """
+
+    base: Any
+    model: Any
+    reused: bool
+    keep: bool
+
+    def release(self) -> None:
+        """Gives the base back as it was loaded, or drops it."""
+        if self.keep and not is_sharded(self.model):
+            adapters.detach(self.model)
+        else:
+            drop_base()
+        self.base = self.model = None
+
+
+def assemble(
+    config: TrainConfig,
+    located: Located,
+    *,
+    device: torch.device,
+    precision: Precision,
+    num_labels: int = 0,
+    vocabulary: int | None = None,
+    pad_id: int | None = None,
+    threads: int | None = None,
+    keep: bool = True,
+    trained: Path | None = None,
+    warn: Callable[[str], None] = print,
+) -> Assembled:
+    """The model of `config` on `device`: quantised base, head, adapter.
+
+    `trained` is a finished run's adapter or model, whose weights are taken; without it the adapter (or, without LoRA,
+    everything) is new and trainable. `vocabulary` is the tokenizer's size, of a model that is made to fit it.
+
+    Raises ConfigError for files, targets or weights that do not fit the config.
+    """
+    auto_class, lora = str(config.task.auto_class), config.lora
+    model, quantization = config.model, config.quantization
+    if trained is not None and not lora.enabled:
+        model = replace(model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None)
+        located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
+    keep = keep and adapters.reusable(lora)
+    before = kept_base()
+    base = load_base(
+        model,
+        located,
+        quantization,
+        auto_class=auto_class,
+        num_labels=num_labels,
+        dtype=TORCH_DTYPES[precision] if lora.enabled else torch.float32,
+        device=device,
+        seed=config.seed,
+        vocab_size=vocabulary if config.model.train_tokenizer_vocab else None,
+        keep=keep,
+        warn=warn,
+    )
+    if config.task.head is Head.linear:
+        stored = trained is not None and not lora.enabled
+        renew_head(base, None if stored else stream(config.seed, "head"))
+    counts = weight_counts(base)
+    check_dora(config, device, int8=counts["8-bit"] > 0)
+    trainer = config.trainer
+    processes = trainer.devices if device.type == "cpu" and trained is None and isinstance(trainer.devices, int) else 1
+    weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
+    torch.set_num_threads(threads or sensible_threads(weights, processes))
+    if pad_id is not None:
+        base.config.pad_token_id = pad_id
+    set_checkpointing(base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
+    attached = base.requires_grad_(trained is None and not lora.enabled)
+    if lora.enabled:
+        attached = adapters.attach(
+            base,
+            lora,
+            auto_class=auto_class,
+            seed=stream(config.seed, "lora"),
+            name=str(located.directory) if config.model.path is not None else config.model.id,
+            kernels=config.model.kernels,
+        )
+        if trained is not None:
+            adapters.load_adapter(attached, trained)
+    return Assembled(base, attached if trained is None else attached.eval(), base is before, keep)
+
+
+def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:
+    """Raises ConfigError for a pair of adapter and base that PEFT computes wrongly on a CPU."""
+    if device.type == "cpu" and int8 and config.lora.dora:
+        raise ConfigError(
+            "lora.dora=true: PEFT loses an 8-bit base's scales on a CPU; take quantization=nf4, or ordinary LoRA."
+        )

@@ -1,0 +1,146 @@
+"""A config trained to a finished run directory: what a notebook, a command and a sweep's worker call.
+
+torch is imported only after rows and config are found good: a mistake, or a finished run, is told in about a second.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from llmft.config.invocation import NO_COMMAND, Invocation
+from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
+
+if TYPE_CHECKING:
+    from llmft.config.sections import TrainConfig
+    from llmft.core.console import Screen
+    from llmft.runs.directory import Run
+    from llmft.training.prepare import RunInputs
+    from llmft.training.trial_reporter import TrialReporter
+
+
+def train(
+    config: TrainConfig,
+    *,
+    quiet: bool = False,
+    reporter: TrialReporter | None = None,
+    invocation: Invocation = NO_COMMAND,
+) -> float | None:
+    """Trains what `config` says, or finds that it is done; returns the monitored metric.
+
+    `reporter` is told of steps and validations and may end the run after one; `invocation` is kept in the run's
+    record: the command that goes on with it, and what the user set.
+
+    Raises UserError for what the user can mend; everything else is a defect.
+    """
+    from rich.markup import escape
+
+    from llmft.config.instantiate import trust
+    from llmft.core.console import Screen
+    from llmft.core.machine import die_with_parent
+    from llmft.training.prepare import prepare, process_rank
+
+    trust(config.trusted_packages)
+    rank = process_rank(config)
+    screen = Screen(quiet=quiet or rank > 0)
+    inputs = prepare(config)
+    run = inputs.run
+    if rank > 0:
+        die_with_parent()
+        # Every process decides alike: a finished run needs nobody.
+        return None if run.done and not config.force else _train(inputs, screen, None, invocation)
+    if run.done and not config.force:
+        return _report_done(run, config, screen)
+    run.lock()
+    try:
+        if run.done and not config.force:
+            return _report_done(run, config, screen)
+        if config.force and run.status():
+            run.clear()
+        run.clear_requests()
+        run.update(
+            status="running",
+            key=run.key,
+            command=invocation.command,
+            overrides=list(invocation.overrides),
+            notes=config.notes,
+            tags=config.tags,
+        )
+        screen.open_log(run.log_file)
+        if config.model.trust_remote_code:
+            origin = config.model.path or f"{config.model.id} at {config.model.revision}"
+            screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
+        try:
+            return _train(inputs, screen, reporter, invocation)
+        except BaseException as error:
+            screen.log_error(error)
+            _record_failure(run, error)
+            raise
+    finally:
+        screen.close_log()
+        run.unlock()
+
+
+def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
+    from rich.markup import escape
+
+    from llmft.config.sections import TrainOn
+    from llmft.metrics.show import show_summary
+
+    result = run.status().get("result", {})
+    if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's waits for the numbers
+        from llmft.training.tracking import tell_agent
+
+        tell_agent(config, run, screen)
+    screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
+    blank = config.data.train_on is TrainOn.all
+    show_summary(screen, result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
+    return result.get("after", {}).get(config.trainer.monitor)
+
+
+def _record_failure(run: Run, error: BaseException) -> None:
+    stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
+    line = str(error).splitlines()[0] if str(error) else type(error).__name__
+    status = "interrupted" if stopped else "diverged" if isinstance(error, DivergedError) else "failed"
+    status = error.status if isinstance(error, Stopped) else status
+    # The disk that failed the run may not take the note either; the error itself is on its way out.
+    with contextlib.suppress(OSError):
+        run.update(status=status, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
+
+
+def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:
+    """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
+    from llmft.core.imports import load_libraries, quiet_warnings
+
+    if inputs.config.model.architecture == "tfidf":
+        from llmft.training.baseline import BaselineSession
+
+        with quiet_warnings():
+            return BaselineSession(inputs, screen).run()
+    load_libraries()
+    from llmft.training.out_of_memory import OutOfMemory, free_memory
+    from llmft.training.session import run_session
+
+    while True:
+        rejected = list(inputs.problems.rejected)
+        try:
+            with quiet_warnings():
+                return run_session(inputs, screen, reporter, invocation.command)
+        except OutOfMemory as error:
+            smaller = _smaller(inputs, error, screen)
+        # Here the error is gone, and with it the frames that held its tensors.
+        free_memory()
+        inputs = replace(smaller, problems=replace(inputs.problems, rejected=rejected))
+
+
+def _smaller(inputs: RunInputs, error: Any, screen: Screen) -> RunInputs:
+    from llmft.training.out_of_memory import smaller
+
+    config, note = smaller(inputs.config, error)
+    screen.warn(
+        f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."
+    )
+    inputs.run.update(out_of_memory=[*inputs.run.status().get("out_of_memory", []), note])
+    return replace(inputs, config=config)
