@@ -263,7 +263,7 @@ class TestCommands:
         template = yaml.safe_load((ROOT / "conf" / "train.yaml").read_text())["hydra"]["help"]["template"]
         assert set(re.findall(r"^  ([a-z]+) {3,}\S", template, re.M)) == set(COMMANDS)
         modules = {p.stem for p in (ROOT / "llmft").glob("*.py") if "\ndef main(argv" in p.read_text()}
-        assert modules == set(COMMANDS) - {"completion"}
+        assert modules == set(COMMANDS)
         assert set(candidates("llmft ")) >= set(COMMANDS)
 
     def test_a_commands_name_is_the_same_as_its_module(self, tmp_path: Path) -> None:
