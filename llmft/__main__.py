@@ -12,7 +12,7 @@ def main() -> None:
     """`llmft check …` is `python -m llmft.check …`."""
     command, *arguments = arguments_of_process() or [""]
     if command in COMMANDS:
-        module = "llmft.config.completion" if command == "completion" else f"llmft.{command}"
+        module = f"llmft.{command}"
     elif command and "=" not in command and command[0] not in "-+~":
         from llmft.core.errors import ConfigError, did_you_mean, report
 
