@@ -15,7 +15,7 @@ from functools import lru_cache
 import numpy as np
 import torch
 
-from llmft.data.examples import IGNORE, Encoded, Examples
+from llmft.data.examples import IGNORE, Example, Examples
 
 
 @dataclass
@@ -66,7 +66,7 @@ class StepBatch:
         return StepBatch(self.step, [micro.to(device) for micro in self.micro_batches], self.weight)
 
 
-def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> MicroBatch:
+def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:
     """Pads `examples` on the right to the longest; padding is masked and never a label."""
     width = max(len(example.input_ids) for example in examples)
     shape = (len(examples), width)
@@ -84,20 +84,20 @@ def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> Mi
     return MicroBatch(input_ids, mask, labels, weights, classes, list(rows))
 
 
-def filler(example: Encoded, pad_id: int) -> MicroBatch:
+def zero_weight_batch(example: Example, pad_id: int) -> MicroBatch:
     """A batch that counts for nothing: every process must take as many as the others, or one waits for ever."""
     batch = collate([example], [], pad_id)
     batch.weights.zero_()
     return batch
 
 
-def weight_of(example: Encoded) -> float:
+def weight_of(example: Example) -> float:
     """What one example adds to the loss's denominator: its labelled tokens, or 1 for a target; times its weight."""
     own = example.conversation
     return own.weight * (1.0 if own.target is not None else float(example.labelled_tokens))
 
 
-def weights_and_lengths(examples: Sequence[Encoded]) -> tuple[list[float], list[int]]:
+def weights_and_lengths(examples: Sequence[Example]) -> tuple[list[float], list[int]]:
     """`weight_of` and number of tokens of every example; at once where they are held in columns."""
     if isinstance(examples, Examples) and len(examples) and examples[0].conversation.target is None:
         weights = np.asarray([examples.conversations[row].weight for row in examples.rows])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config.sections import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import Columns, DataConfig, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
     MEDIA,
@@ -24,7 +24,7 @@ from llmft.data.messages import (
     without_null,
 )
 from llmft.data.naming import cell_text, names_in, no_column, pieces, root_of, stable_text
-from llmft.data.sources import Problems, Row, named_columns
+from llmft.data.sources import BadRows, Row, named_columns
 from llmft.data.targets import Target, Targets
 
 
@@ -183,7 +183,7 @@ class ColumnMap:
         text = self._fill(template, row)
         return text if text.strip() else None
 
-    def conversations(self, rows: list[Row], problems: Problems) -> list[Conversation]:
+    def conversations(self, rows: list[Row], problems: BadRows) -> list[Conversation]:
         """All rows that can be used; the others go to `problems`."""
         made = []
         for row in rows:
@@ -355,8 +355,8 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
 
 def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
     """Raises ConfigError for keys about classes where there are none, and for a class that is named twice."""
-    several = task.head is not None and task.problem is Problem.multi_label
-    if data.labels and (task.head is None or task.problem is Problem.regression):
+    several = task.head is not None and task.problem is TaskType.multi_label
+    if data.labels and (task.head is None or task.problem is TaskType.regression):
         raise ConfigError(f"data.labels={data.labels}: task={task.name} has no classes; set it to [].")
     if data.target_separator != DataConfig.target_separator and (not several or data.target_columns):
         raise ConfigError(

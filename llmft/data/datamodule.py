@@ -13,12 +13,12 @@ from llmft.data.batch import (
     MicroBatch,
     StepBatch,
     collate,
-    filler,
     rows_of_step,
     steps_per_epoch,
     weights_and_lengths,
+    zero_weight_batch,
 )
-from llmft.data.examples import Encoded
+from llmft.data.examples import Example
 
 
 class _Items(Dataset):
@@ -46,7 +46,7 @@ class DataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        splits: Mapping[str, Sequence[Encoded]],
+        splits: Mapping[str, Sequence[Example]],
         *,
         pad_id: int,
         seed: int,
@@ -84,7 +84,7 @@ class DataModule(L.LightningDataModule):
         rank, _ = self._share()
         micro_batches = [self._batch("train", group) for group in shares[rank]]
         while len(micro_batches) < max(map(len, shares)):
-            micro_batches.append(filler(examples[rows[0]], self.pad_id))
+            micro_batches.append(zero_weight_batch(examples[rows[0]], self.pad_id))
         return StepBatch(step, micro_batches, sum(self._weights["train"][row] for row in rows))
 
     def groups_of_step(self, step: int) -> list[list[list[int]]]:

@@ -23,7 +23,7 @@ from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples, cache_directory, load_examples, save_examples
 from llmft.data.prompt import PromptFormat, Rendered
-from llmft.data.sources import Problems
+from llmft.data.sources import BadRows
 
 CACHE_VERSION = 3
 BATCH_ROWS = 4096
@@ -187,7 +187,7 @@ class Encoder:
 
     # ----------------------------------------------------------------------------------------------------- encoding
 
-    def encode(self, split: str, conversations: Sequence[Conversation], problems: Problems) -> Examples:
+    def encode(self, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples:
         """All conversations of a split that fit, in order; what did not fit is counted in `lengths`.
 
         Raises DataError when nothing is left.
@@ -229,9 +229,7 @@ class Encoder:
         )
         return hashlib.sha256(content.encode()).hexdigest()[:24]
 
-    def _load(
-        self, path: Any, split: str, conversations: Sequence[Conversation], problems: Problems
-    ) -> Examples | None:
+    def _load(self, path: Any, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples | None:
         try:
             examples, facts = load_examples(path, conversations)
             self.lengths[split] = Lengths(**facts["lengths"])
@@ -243,7 +241,7 @@ class Encoder:
         self.cached.add(split)
         return examples
 
-    def _encode(self, split: str, conversations: Sequence[Conversation], problems: Problems) -> Examples:
+    def _encode(self, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples:
         lengths = self.lengths[split] = Lengths()
         ids: list[Sequence[int]] = []
         labelled: list[np.ndarray] = []
@@ -362,11 +360,11 @@ class Encoder:
 
     def forced(self, conversation: Conversation) -> tuple[list[int], np.ndarray]:
         """Ids and marks of a row that the limits' own rule cannot shorten: its beginning is cut off, not the answer."""
-        ids, marks = self.tokens(conversation, Problems())
+        ids, marks = self.tokens(conversation, BadRows())
         excess = max(0, len(ids) - self.data.max_tokens)
         return list(ids[excess:]), marks[excess:]
 
-    def tokens(self, conversation: Conversation, problems: Problems) -> tuple[Sequence[int], np.ndarray]:
+    def tokens(self, conversation: Conversation, problems: BadRows) -> tuple[Sequence[int], np.ndarray]:
         """Ids and marks (1 where the token is learned) of one conversation that no limit touches."""
         try:
             (*_, last) = self._tokenized(self._parts(conversation), Lengths())[-1]
@@ -388,7 +386,7 @@ class Encoder:
         return list(backend.encode_batch(list(texts), add_special_tokens=False))
 
     def _example(
-        self, part: Part, lengths: Lengths, problems: Problems, limited: bool = True
+        self, part: Part, lengths: Lengths, problems: BadRows, limited: bool = True
     ) -> tuple[Sequence[int], np.ndarray] | None:
         """Ids and marks of one sequence, or None for one that is left out."""
         conversation, ids = part.conversation, part.tokens.ids

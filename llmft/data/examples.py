@@ -19,7 +19,7 @@ IGNORE = -100
 
 
 @dataclass(slots=True)
-class Encoded:
+class Example:
     """One example: token ids, labels (`IGNORE` where nothing is learned) and the conversation it comes from."""
 
     input_ids: Sequence[int]
@@ -37,7 +37,7 @@ class Encoded:
         return int(np.count_nonzero(np.asarray(self.labels)[1:] != IGNORE))
 
 
-class Examples(Sequence[Encoded]):
+class Examples(Sequence[Example]):
     """The examples of one split.
 
     Attributes:
@@ -76,10 +76,10 @@ class Examples(Sequence[Encoded]):
         return len(self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
             return [self[place] for place in range(*index.indices(len(self)))]
         if index < 0:
@@ -89,9 +89,9 @@ class Examples(Sequence[Encoded]):
         part = slice(self.starts[index], self.starts[index + 1])
         ids = self.ids[part]
         labels = np.where(self.labelled[part] != 0, ids, IGNORE)
-        return Encoded(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
+        return Example(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     @property

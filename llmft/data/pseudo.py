@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import canonical
-from llmft.config.sections import DataConfig, Head, Problem
+from llmft.config.sections import DataConfig, Head, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import text_of
-from llmft.data.sources import Problems, Row, named_columns, read_files, with_nested
+from llmft.data.sources import BadRows, Row, named_columns, read_files, with_nested
 from llmft.data.targets import Target
 from llmft.runs.predictions import TEXT, Predictions
 
@@ -93,7 +93,7 @@ def add_pseudo(
             trained.add(content)
             by_class[str(columns.targets.name(row.target))].append((-sure, place, row))
     kept: list[tuple[int, Conversation]] = []
-    capped = columns.targets.problem is not Problem.regression
+    capped = columns.targets.problem is not TaskType.regression
     for rows in by_class.values():
         cap = data.pseudo_max_per_class if capped and data.pseudo_max_per_class is not None else len(rows)
         rows.sort(key=lambda row: row[:2])
@@ -119,7 +119,7 @@ def _offered(data: DataConfig, columns: ColumnMap) -> tuple[list[tuple[Conversat
     if data.pseudo_rows:
         raise ConfigError(f"data.pseudo_rows goes with a directory of predictions; {data.pseudo} has its own rows.")
     rows = _read(data.pseudo, "data.pseudo", data)
-    problems = Problems()
+    problems = BadRows()
     sure = [_confidence(row) for row in rows]
     named = columns.id if all(columns.id in row.values for row in rows) else None
     return list(zip(replace(columns, id=named).conversations(rows, problems), sure, strict=True)), []
@@ -133,7 +133,7 @@ def _predicted(
     assert targets is not None
     if predictions.problem == TEXT or predictions.problem != targets.problem.value:
         raise ConfigError(f"data.pseudo={folder}: predictions of {predictions.problem}, not {targets.problem.value}.")
-    if predictions.labels != targets.labels and targets.problem is not Problem.regression:
+    if predictions.labels != targets.labels and targets.problem is not TaskType.regression:
         raise ConfigError(
             f"data.pseudo={folder}: its classes are {', '.join(predictions.labels[:8])}, this run's "
             f"{', '.join(targets.labels[:8])}; they must be the same in the same order."
@@ -143,7 +143,7 @@ def _predicted(
         raise ConfigError(f"data.pseudo={folder} does not say which files it is for: set data.pseudo_rows to them.")
     rows = _read(files, "data.pseudo_rows", data)
     opened = replace(columns, lenient=True, id=predictions.facts.get("id_column"))
-    conversations = opened.conversations(rows, Problems())
+    conversations = opened.conversations(rows, BadRows())
     asked = {row.id: row for row in conversations}
     if len(asked) < len(conversations):
         raise DataError(f"data.pseudo_rows={files}: two rows have one id in '{opened.id}'.")
@@ -164,11 +164,11 @@ def _predicted(
     return made, list(predictions.facts.get("sources", []))
 
 
-def _guess(values: np.ndarray, problem: Problem) -> tuple[Target, float]:
+def _guess(values: np.ndarray, problem: TaskType) -> tuple[Target, float]:
     """The target that a prediction takes for true, and its probability (of several classes, the least sure one's)."""
-    if problem is Problem.regression:
+    if problem is TaskType.regression:
         return float(values[0]), 1.0
-    if problem is Problem.multi_label:
+    if problem is TaskType.multi_label:
         return tuple(int(value >= 0.5) for value in values), float(np.maximum(values, 1 - values).min())
     place = int(values.argmax())
     return place, float(values[place])
@@ -186,5 +186,5 @@ def _confidence(row: Row) -> float:
 
 
 def _read(named: Any, key: str, data: DataConfig) -> list[Row]:
-    rows = read_files(named, key, Problems(), data.csv_columns).rows
+    rows = read_files(named, key, BadRows(), data.csv_columns).rows
     return with_nested(rows, chain.from_iterable(named_columns(data).values()))

@@ -58,7 +58,7 @@ class Row:
 
 
 @dataclass
-class Problems:
+class BadRows:
     """Rows that cannot be used: the first one stops the run, or all are counted by reason and kept for the record."""
 
     policy: BadRow = BadRow.error
@@ -89,7 +89,7 @@ class Loaded:
     fingerprint: str
 
 
-def load_rows(data: DataConfig, problems: Problems) -> Loaded:
+def load_rows(data: DataConfig, problems: BadRows) -> Loaded:
     """Reads what `data` names.
 
     Raises:
@@ -213,7 +213,7 @@ def _from_hub(data: DataConfig) -> Loaded:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _from_files(data: DataConfig, problems: Problems) -> Loaded:
+def _from_files(data: DataConfig, problems: BadRows) -> Loaded:
     given = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
     if data.files:
         given["train"] = ("data.files", data.files)
@@ -266,7 +266,7 @@ class Read:
     digests: list[str]
 
 
-def read_files(named: Any, key: str, problems: Problems, csv_columns: Sequence[str] = ()) -> Read:
+def read_files(named: Any, key: str, problems: BadRows, csv_columns: Sequence[str] = ()) -> Read:
     """The rows of all files that `key` names; every row has an id of its own.
 
     A row is called by its file's name and its line; where two files have one name, by the path below the folder that
@@ -355,7 +355,7 @@ def _dataset_rows(dataset: Any, where: str) -> tuple[list[Row], dict[str, list[s
     return list(_table_rows(dataset.with_format("arrow")[:], where, classes)), classes
 
 
-def read(path: Path, content: bytes, problems: Problems, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
+def read(path: Path, content: bytes, problems: BadRows, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of one file, its format told by its ending (a compressed one is opened first).
 
     `csv_columns` are the names of the columns of a csv or tsv file that has no header line.
@@ -395,7 +395,7 @@ def _not_utf8(error: UnicodeDecodeError, content: bytes) -> str:
     return f"not UTF-8 (byte 0x{content[error.start]:02x} at column {column})"
 
 
-def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str, str, bool]]:
+def _lines(path: Path, content: bytes, problems: BadRows) -> Iterator[tuple[str, str, bool]]:
     """Non-empty decoded lines as (where, text, is the last line and has no newline)."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, raw in enumerate(lines, start=1):
@@ -445,7 +445,7 @@ def _not_json(error: Exception) -> str:
     return getattr(error, "msg", str(error).partition("; use sys.")[0])
 
 
-def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+def _read_json_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[Row]:
     for where, line, cut in _lines(path, content, problems):
         try:
             values = _DECODER.decode(line)
@@ -459,12 +459,12 @@ def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator
         yield from _checked(values, where, problems, ARRAY)
 
 
-def _read_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+def _read_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[Row]:
     for where, line, _ in _lines(path, content, problems):
         yield Row({"text": line}, where)
 
 
-def _checked(values: Any, where: str, problems: Problems, advice: str = "") -> Iterator[Row]:
+def _checked(values: Any, where: str, problems: BadRows, advice: str = "") -> Iterator[Row]:
     if isinstance(values, dict):
         yield Row(values, where)
     else:
@@ -472,7 +472,7 @@ def _checked(values: Any, where: str, problems: Problems, advice: str = "") -> I
         problems.add(where, f"a JSON object was expected, not {type(values).__name__}", values, advice)
 
 
-def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
+def _read_json(path: Path, text: str, problems: BadRows) -> Iterator[Row]:
     """An array of objects, each with the line it starts on."""
     position, line, counted, line_start, last_line = 0, 1, 0, 0, 0
 
@@ -520,7 +520,7 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         yield from _checked(values, where, problems)
 
 
-def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: list[str]) -> Iterator[Row]:
+def _read_csv(path: Path, text: str, problems: BadRows, delimiter: str, names: list[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:

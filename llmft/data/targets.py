@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmft.config.sections import DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import DataConfig, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import cell_text, no_column
 from llmft.data.sources import Row
@@ -37,7 +37,7 @@ class Targets:
         prior: what is predicted without reading a row: the classes' shares among the training rows, or their mean.
     """
 
-    problem: Problem = Problem.single_label
+    problem: TaskType = TaskType.single_label
     labels: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     mean: float = 0.0
@@ -50,11 +50,11 @@ class Targets:
 
         Raises ConfigError where no column holds them or there are fewer than two.
         """
-        if data.target_columns and task.problem is not Problem.multi_label:
+        if data.target_columns and task.problem is not TaskType.multi_label:
             raise ConfigError(f"data.target_columns is for task=multi_label, not task.problem={task.problem.value}.")
         if column is None and not data.target_columns:
             raise ConfigError(f"task={task.name} needs targets: set data.columns.target to their column.")
-        if task.problem is Problem.regression:
+        if task.problem is TaskType.regression:
             return cls(task.problem, [column or "target"])
         made = cls(task.problem, list(data.labels) or list(data.target_columns))
         failed = ""
@@ -66,7 +66,7 @@ class Targets:
                 except ValueError as error:  # told, with its line, when the row itself is read
                     failed = failed or f"; {row.where}: {error}"
             made.labels = label_order(found)
-        least = 1 if task.problem is Problem.multi_label else 2
+        least = 1 if task.problem is TaskType.multi_label else 2
         if len(made.labels) < least:
             where = "data.labels" if data.labels else f"data.columns.target={column}"
             raise DataError(f"{where}: {len(made.labels)} class, {least} at least are needed{failed}.")
@@ -79,10 +79,10 @@ class Targets:
             return [name for name in data.target_columns if _is_one(row, name)]
         assert column is not None
         value = row.values.get(column)
-        if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
+        if self.problem is TaskType.multi_label and isinstance(value, (list, tuple)):
             return [cell_text(name, column) for name in value]
         text = fill(column, row)
-        if self.problem is Problem.single_label:
+        if self.problem is TaskType.single_label:
             if not text.strip():
                 raise ValueError(f"the target '{column}' is empty")
             return [text]
@@ -90,7 +90,7 @@ class Targets:
 
     def read(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> Target:
         """The target of `row`: a class's index, a 0 or 1 for each class, or a number. Raises ValueError."""
-        if self.problem is Problem.regression:
+        if self.problem is TaskType.regression:
             assert column is not None
             text = fill(column, row)
             try:
@@ -104,13 +104,13 @@ class Targets:
         for name in names:
             if name not in self.labels:
                 raise ValueError(f"target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
-        if self.problem is Problem.multi_label:
+        if self.problem is TaskType.multi_label:
             return tuple(int(label in names) for label in self.labels)
         return self.labels.index(names[0])
 
     def name(self, target: Target | None) -> Any:
         """A target as predictions write it: the class, the classes with | between them, or the number."""
-        if target is None or self.problem is Problem.regression:
+        if target is None or self.problem is TaskType.regression:
             return target
         if isinstance(target, tuple):
             return "|".join(label for label, own in zip(self.labels, target, strict=True) if own)
@@ -130,7 +130,7 @@ class Targets:
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Targets:
         """What `to_plain` wrote."""
-        return cls(**{**plain, "problem": Problem(plain["problem"])})
+        return cls(**{**plain, "problem": TaskType(plain["problem"])})
 
 
 def _is_one(row: Row, name: str) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llmft.config.commands import Method
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.core.errors import ConfigError
 from llmft.evaluation.scores import Metric
 from llmft.metrics.monitor import mode_of
@@ -19,7 +19,7 @@ Weights = np.ndarray
 
 def check_method(method: Method, problem: str) -> None:
     """Raises ConfigError for a mean that numbers do not have."""
-    if problem == Problem.regression.value and method in (Method.geometric, Method.rank):
+    if problem == TaskType.regression.value and method in (Method.geometric, Method.rank):
         raise ConfigError(f"method={method.value} is for probabilities; numbers take mean, hill_climbing or convex.")
 
 
@@ -30,13 +30,13 @@ def combine(values: np.ndarray, weights: Weights, method: Method, problem: str) 
     if method is Method.rank:
         values = _ranks(values)
     mixed = np.tensordot(weights, values, axes=1)
-    single = problem == Problem.single_label.value
+    single = problem == TaskType.single_label.value
     return mixed / mixed.sum(axis=1, keepdims=True) if single else mixed
 
 
 def _geometric(values: np.ndarray, weights: Weights, problem: str) -> np.ndarray:
     logs = np.tensordot(weights, np.log(np.clip(values, SMALLEST, 1)), axes=1)
-    if problem == Problem.multi_label.value:  # of two answers for each class
+    if problem == TaskType.multi_label.value:  # of two answers for each class
         others = np.tensordot(weights, np.log(np.clip(1 - values, SMALLEST, 1)), axes=1)
         return 1 / (1 + np.exp(others - logs))
     odds = np.exp(logs - logs.max(axis=1, keepdims=True))
@@ -90,14 +90,14 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
     from scipy.optimize import minimize
 
     count = len(values)
-    if problem == Problem.single_label.value:
+    if problem == TaskType.single_label.value:
         chance = np.clip(values[:, np.arange(values.shape[1]), references], SMALLEST, 1)
 
         def loss(weights: Weights) -> tuple[float, np.ndarray]:
             mixed = weights @ chance
             return float(-np.log(mixed).mean()), -(chance / mixed).mean(axis=1)
 
-    elif problem == Problem.multi_label.value:
+    elif problem == TaskType.multi_label.value:
         own = np.clip(np.where(references[None] == 1, values, 1 - values), SMALLEST, 1)
 
         def loss(weights: Weights) -> tuple[float, np.ndarray]:

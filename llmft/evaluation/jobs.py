@@ -18,9 +18,9 @@ from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import held, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.naming import names_in
-from llmft.data.sources import Problems, Row, check_csv_columns, named_columns, read_files, with_nested
+from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
-from llmft.evaluation.prediction_sets import Recipe
+from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import Run, finished_run, slug, source_facts
 from llmft.runs.predictions import FOLDER, TEXT, Predictions
 
@@ -29,7 +29,7 @@ PROMPT = "prompt"
 
 
 @dataclass
-class Asked:
+class PredictionJob:
     """The rows for one run."""
 
     run: Run
@@ -136,12 +136,12 @@ class Asked:
 
 
 @dataclass
-class Joint:
+class EnsembleJob:
     """The rows for joined folds or a blend: for each of its members, and how their answers become one."""
 
     directory: Path
-    recipe: Recipe
-    parts: list[Asked | Joint]
+    recipe: EnsembleRecipe
+    parts: list[PredictionJob | EnsembleJob]
 
     @property
     def baseline(self) -> bool:
@@ -154,23 +154,25 @@ class Joint:
         return [note for part in self.parts for note in part.notes]
 
 
-def ask(directory: Path, config: PredictConfig, ids: str | None = None, above: tuple[Path, ...] = ()) -> Asked | Joint:
+def ask(
+    directory: Path, config: PredictConfig, ids: str | None = None, above: tuple[Path, ...] = ()
+) -> PredictionJob | EnsembleJob:
     """Reads the files as the run in `directory`, or the members of joined folds or a blend, read their own.
 
     `ids` is the column that names the rows, where they have it. Raises ConfigError or DataError for a directory, files,
     columns or rows that cannot be used.
     """
-    recipe = Recipe.of(directory)
+    recipe = EnsembleRecipe.of(directory)
     if recipe is None:
         return _ask(*finished_run(directory), config, ids)
     if directory in above:
         raise ConfigError(f"{directory}: a member of itself; make the blend again.")
     parts = [ask(member, config, ids, (*above, directory)) for member in recipe.members]
-    return Joint(directory / FOLDER / parts[0].directory.name, recipe, parts)
+    return EnsembleJob(directory / FOLDER / parts[0].directory.name, recipe, parts)
 
 
-def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> Asked:
-    targets, notes, problems = _targets(run, trained), [], Problems()
+def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> PredictionJob:
+    targets, notes, problems = _targets(run, trained), [], BadRows()
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
     if config.prompts is not None:
@@ -195,7 +197,9 @@ def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None)
     plan = hashlib.sha256(canonical([run.key, run.digests(), whole, options]).encode()).hexdigest()
     directory = run.directory / FOLDER / slug(name)
     fingerprint = run.fact("data", "rows_fingerprint")
-    return Asked(run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan, notes)
+    return PredictionJob(
+        run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan, notes
+    )
 
 
 def _typed(prompts: Any) -> tuple[list[Row], list[str], str, str]:
@@ -207,7 +211,7 @@ def _typed(prompts: Any) -> tuple[list[Row], list[str], str, str]:
     return rows, [], hashlib.sha256(canonical(texts).encode()).hexdigest(), "prompts"
 
 
-def _read(config: PredictConfig, names: list[str], problems: Problems) -> tuple[list[Row], list[str], str, str]:
+def _read(config: PredictConfig, names: list[str], problems: BadRows) -> tuple[list[Row], list[str], str, str]:
     """The rows of the files, the files, a digest of them, and the first one's name."""
     read, digest = read_files(config.data.files, "data.files", problems, names), hashlib.sha256()
     check_csv_columns(config.data.csv_columns or [], read.paths)

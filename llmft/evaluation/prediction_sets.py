@@ -15,20 +15,20 @@ import numpy as np
 
 from llmft.config.commands import Method
 from llmft.config.convert import canonical
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError
 from llmft.core.files import write_atomically
 from llmft.evaluation.blending import combine
 from llmft.runs.directory import slug
-from llmft.runs.predictions import FOLDER, TEXT, Predictions, names_in, open_member
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, names_in
 
 MOST_RECORD_BYTES = 2**24
 """Of folds.json and blend.json."""
 
 
 @dataclass
-class Member:
+class PredictionSet:
     """A directory with predictions, and the ones that are looked at."""
 
     directory: Path
@@ -40,12 +40,12 @@ class Member:
         return self.directory.name
 
 
-def open_members(directories: Sequence[Path], name: str) -> list[Member]:
+def open_prediction_sets(directories: Sequence[Path], name: str) -> list[PredictionSet]:
     """The predictions called `name` of each directory, their rows in the first one's order.
 
     Raises DataError naming the member whose problem, classes, rows or targets are not those of the first.
     """
-    members = [Member(directory, open_member(directory, name)) for directory in directories]
+    members = [PredictionSet(directory, load_predictions(directory, name)) for directory in directories]
     first = members[0]
     if first.predictions.problem == TEXT:
         raise ConfigError(f"{first.directory}: generated texts cannot be averaged.")
@@ -54,7 +54,7 @@ def open_members(directories: Sequence[Path], name: str) -> list[Member]:
         own, theirs = member.predictions, first.predictions
         if own.problem != theirs.problem:
             raise DataError(f"{member.directory}: predicts {own.problem}, and {first.name} {theirs.problem}.")
-        if own.labels != theirs.labels and own.problem != Problem.regression.value:
+        if own.labels != theirs.labels and own.problem != TaskType.regression.value:
             raise DataError(
                 f"{member.directory}: its classes are {_short(own.labels)}, those of {first.name} "
                 f"{_short(theirs.labels)}; they must be the same in the same order (data.labels)."
@@ -85,7 +85,7 @@ def _short(labels: Sequence[str]) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class EnsembleRecipe:
     """What joined folds or a blend are made of: directories, and how their predictions become one."""
 
     members: list[Path]
@@ -93,7 +93,7 @@ class Recipe:
     method: Method
 
     @classmethod
-    def of(cls, directory: Path) -> Recipe | None:
+    def of(cls, directory: Path) -> EnsembleRecipe | None:
         """That of a directory of `llmft.folds` or `llmft.blend`; None for any other directory.
 
         Raises ConfigError where the record is damaged or a member has gone.
@@ -114,7 +114,7 @@ class Recipe:
 
     def combined(self, name: str) -> Predictions:
         """The members' predictions called `name` as one."""
-        members = open_members(self.members, name)
+        members = open_prediction_sets(self.members, name)
         problem = members[0].predictions.problem
         return joined(members, combine(stack(members), np.asarray(self.weights), self.method, problem))
 
@@ -133,12 +133,12 @@ def shared_names(directories: Sequence[Path]) -> list[str]:
     return sorted(common - {"val"})
 
 
-def stack(members: Sequence[Member]) -> np.ndarray:
+def stack(members: Sequence[PredictionSet]) -> np.ndarray:
     """(members, rows, classes)."""
     return np.stack([member.predictions.values for member in members])
 
 
-def joined(members: Sequence[Member], values: np.ndarray, **columns: list[Any]) -> Predictions:
+def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list[Any]) -> Predictions:
     """Predictions of the members' rows with new values, which remember every member's own sources."""
     first = members[0].predictions
     told = zip(*(member.predictions.targets for member in members), strict=True)
@@ -157,13 +157,13 @@ def joined(members: Sequence[Member], values: np.ndarray, **columns: list[Any]) 
     return Predictions(first.ids, first.labels, values, first.problem, targets, {**kept, **columns}, facts)
 
 
-def member_directory(root: Path, name: str | None, default: str, content: Any) -> Path:
+def ensemble_directory(root: Path, name: str | None, default: str, content: Any) -> Path:
     """Where something made of `content` lies: named by it, so that the same always lies in the same place."""
     key = hashlib.sha256(canonical(content).encode()).hexdigest()[:10]
     return root / f"{slug(name or default)[:80]}-{key}"
 
 
-def write_member(
+def write_ensemble(
     directory: Path, kind: str, predictions: dict[str, Predictions], record: dict[str, Any], after: dict[str, float]
 ) -> None:
     """Writes predictions by name, then `<kind>.json` and a run.json with the scores."""

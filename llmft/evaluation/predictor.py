@@ -19,11 +19,11 @@ from llmft.core.files import staged_file
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Example
 from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
-from llmft.data.sources import Problems
-from llmft.evaluation.jobs import Asked
+from llmft.data.sources import BadRows
+from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
 from llmft.model.assemble import assemble
 from llmft.model.generate import generate
@@ -41,7 +41,7 @@ BATCHES_A_PART = 4
 class Predictor:
     """A run's model and tokenizer; the base stays in the process for the next run that has the same."""
 
-    def __init__(self, asked: Asked, options: PredictConfig) -> None:
+    def __init__(self, asked: PredictionJob, options: PredictConfig) -> None:
         self.asked, self.config, self.options = asked, asked.config, options
         self.device = pick_device(options.accelerator)
         self.precision = pick_precision(self.config.trainer.precision, self.device)
@@ -94,21 +94,21 @@ class Predictor:
 
     # ------------------------------------------------------------------------------------------------- predicting
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
+    def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
         """Every row, cut where it is too long; of generation the prompt alone."""
         if self.config.task.head is None:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
-            return [Encoded(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
-        fitting = self.encoder.encode("predict", conversations, Problems())
+            return [Example(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
+        fitting = self.encoder.encode("predict", conversations, BadRows())
         encoded = {int(index): fitting[number] for number, index in enumerate(fitting.rows)}
         for index, row in enumerate(conversations):
             if index not in encoded:
                 ids, marks = self.encoder.forced(row)
-                encoded[index] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
+                encoded[index] = Example(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
         return [encoded[index] for index in range(len(conversations))]
 
     @torch.no_grad()
-    def predict(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
+    def predict(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Columns for a batch of rows: a list of values per row, or the text with its log-probability."""
         with self._autocast():
             if self.config.task.head is None:
@@ -124,7 +124,7 @@ class Predictor:
         with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
             yield
 
-    def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
+    def _generate(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
         outputs = generate(
             self.model,
@@ -142,13 +142,13 @@ class Predictor:
             "tokens": [len(output) for output in outputs],
         }
 
-    def _logprobs(self, examples: Sequence[Encoded], outputs: Sequence[list[int]]) -> list[float]:
+    def _logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
         written = [index for index, output in enumerate(outputs) if output]
         logprobs = [0.0] * len(outputs)
         if not written:
             return logprobs
         rows = [
-            Encoded(
+            Example(
                 [*examples[index].input_ids, *outputs[index]],
                 [*[IGNORE] * len(examples[index].input_ids), *outputs[index]],
                 examples[index].conversation,
@@ -162,7 +162,7 @@ class Predictor:
         return logprobs
 
 
-def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
+def run_parts(asked: PredictionJob, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
     """Values (rows, classes) and further columns, in the rows' order; parts that are there are not made again."""
     folder = asked.open_parts(f"{options.batch_size} x {BATCHES_A_PART}")
     predictor = Predictor(asked, options)

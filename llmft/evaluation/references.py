@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import EvaluateConfig
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.data.sources import Problems, Row, read_files, with_nested
+from llmft.data.sources import BadRows, Row, read_files, with_nested
 from llmft.runs.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
 
@@ -40,7 +40,7 @@ def open_predictions(named: str) -> tuple[Predictions, Path]:
 
 
 def _rows(named: Any, key: str, names: Sequence[str] = ()) -> list[Row]:
-    rows = with_nested(read_files(named, key, Problems()).rows, names)
+    rows = with_nested(read_files(named, key, BadRows()).rows, names)
     if not rows:
         raise DataError(f"{key}={named}: no rows.")
     return rows
@@ -57,7 +57,7 @@ def _anybodys(rows: list[Row], named: str) -> Predictions:
     labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     try:
         if labels:
-            return from_table(table, labels, Problem.single_label.value)
+            return from_table(table, labels, TaskType.single_label.value)
         if "generated" not in table:
             if "predicted" not in table:
                 raise ConfigError(
@@ -135,7 +135,7 @@ def _target(row: Row, column: str, problem: str) -> Any:
     value = row.values.get(column)
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise DataError(f"{row.where}: its '{column}' is empty, or no finite number.")
-    if problem == Problem.regression.value:
+    if problem == TaskType.regression.value:
         try:
             number = float(value)
             if np.isfinite(number):
@@ -143,7 +143,7 @@ def _target(row: Row, column: str, problem: str) -> Any:
             raise ValueError
         except (TypeError, ValueError):
             raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
-    if problem == Problem.multi_label.value:
+    if problem == TaskType.multi_label.value:
         names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
         return "|".join(str(name).strip() for name in names if str(name).strip())
     return str(value)

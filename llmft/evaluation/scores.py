@@ -8,18 +8,18 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import metric_functions
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.runs.predictions import TEXT, Predictions
 
 Metric = Callable[[Any, Any], float]
 _CLASSES = "llmft.metrics.classification."
 DEFAULTS = {
-    Problem.single_label.value: [
+    TaskType.single_label.value: [
         f"{_CLASSES}{name}" for name in ("logloss", "accuracy", "macro_f1", "auc", "calibration_error")
     ],
-    Problem.multi_label.value: [f"llmft.metrics.multilabel.{n}" for n in ("logloss", "accuracy", "macro_f1", "auc")],
-    Problem.regression.value: [f"llmft.metrics.regression.{n}" for n in ("rmse", "mae", "pearson", "spearman")],
+    TaskType.multi_label.value: [f"llmft.metrics.multilabel.{n}" for n in ("logloss", "accuracy", "macro_f1", "auc")],
+    TaskType.regression.value: [f"llmft.metrics.regression.{n}" for n in ("rmse", "mae", "pearson", "spearman")],
     TEXT: [f"llmft.metrics.text.{name}" for name in ("exact_match", "token_f1", "bleu", "rouge_l")],
 }
 MOST_SLICES = 100
@@ -85,12 +85,12 @@ def _units(predictions: Predictions) -> list[np.ndarray]:
 
 def per_class(predictions: Predictions) -> dict[str, dict[str, float]]:
     """Rows, precision, recall and F1 of each class; empty where there are none."""
-    if predictions.problem not in (Problem.single_label.value, Problem.multi_label.value):
+    if predictions.problem not in (TaskType.single_label.value, TaskType.multi_label.value):
         return {}
     from sklearn.metrics import precision_recall_fscore_support
 
     references, values = pair(predictions)
-    single = predictions.problem == Problem.single_label.value
+    single = predictions.problem == TaskType.single_label.value
     guesses = values.argmax(axis=1) if single else (values >= 0.5).astype(int)
     labels = np.arange(len(predictions.labels))
     numbers = precision_recall_fscore_support(references, guesses, labels=labels, zero_division=0.0)
@@ -119,7 +119,7 @@ def per_slice(
 
 def confusion(predictions: Predictions) -> list[list[int]]:
     """Rows by true class and likeliest class; empty for other problems."""
-    if predictions.problem != Problem.single_label.value:
+    if predictions.problem != TaskType.single_label.value:
         return []
     from llmft.metrics.classification import confusion as matrix
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from rich.markup import escape
 
-from llmft.config.commands import Form, SubmissionConfig
-from llmft.config.sections import Problem
+from llmft.config.commands import PredictionFormat, SubmissionConfig
+from llmft.config.sections import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import write_atomically
@@ -41,7 +41,9 @@ class Template:
 
 def template_of(config: SubmissionConfig) -> Template | None:
     """The sample that a command line names with format=submission; read before anything is computed."""
-    return read_template(Path(str(config.template)).expanduser()) if config.format is Form.submission else None
+    return (
+        read_template(Path(str(config.template)).expanduser()) if config.format is PredictionFormat.submission else None
+    )
 
 
 def read_template(path: Path) -> Template:
@@ -126,7 +128,7 @@ def _columns(predictions: Predictions, template: Template, given: dict[str, str]
     """What goes into each column behind the id, and a few words that say what it is."""
     wanted = template.columns[1:]
     values: dict[str, list[object]] = {}
-    if predictions.problem not in (TEXT, Problem.regression.value):
+    if predictions.problem not in (TEXT, TaskType.regression.value):
         for number, label in enumerate(predictions.labels):
             values[label] = predictions.values[:, number].tolist()
     for label, column in given.items():
@@ -164,12 +166,12 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     column, labels = template.columns[1], predictions.labels
     if predictions.problem == TEXT:
         return [list(predictions.predicted)], f"{column}: the text generated"
-    if predictions.problem == Problem.regression.value:
+    if predictions.problem == TaskType.regression.value:
         return [list(predictions.predicted)], f"{column}: the number predicted"
     cells = [cell.strip() for cell in template.cells]
     several = [cell for cell in cells if cell and cell not in labels]
     separator = next((mark for mark in (" ", ",", "|", ";") if several and _lists(several, labels, mark)), None)
-    if predictions.problem == Problem.multi_label.value:
+    if predictions.problem == TaskType.multi_label.value:
         mark = separator or "|"
         rows = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
         return [[mark.join(own) for own in rows]], f"{column}: the classes of one half or more, with '{mark}' between"

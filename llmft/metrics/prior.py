@@ -14,27 +14,27 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.runs.predictions import TEXT, Predictions
 
 LEAST = 1e-15
 
 
-def prior_of(problem: Problem, num_labels: int, targets: Sequence[Any]) -> list[float]:
+def prior_of(problem: TaskType, num_labels: int, targets: Sequence[Any]) -> list[float]:
     """Each class's share of `targets`, or their mean; a class that none of them has counts as if one had it."""
-    if problem is Problem.single_label:
+    if problem is TaskType.single_label:
         counts = Counter(targets)
         seen = [max(1, counts[place]) for place in range(num_labels)]
         return [count / sum(seen) for count in seen]
     return np.asarray(targets, dtype=np.float64).reshape(len(targets), -1).mean(axis=0).tolist()
 
 
-def row_losses(values: np.ndarray, references: np.ndarray, problem: Problem, scale: float = 1.0) -> np.ndarray:
+def row_losses(values: np.ndarray, references: np.ndarray, problem: TaskType, scale: float = 1.0) -> np.ndarray:
     """(rows,) the loss of each row, as the objective `Classification` defines it."""
-    if problem is Problem.regression:
+    if problem is TaskType.regression:
         return 0.5 * ((values[:, 0] - references) / scale) ** 2
     safe = np.clip(values, LEAST, 1 - LEAST)
-    if problem is Problem.multi_label:
+    if problem is TaskType.multi_label:
         return -(references * np.log(safe) + (1 - references) * np.log1p(-safe)).mean(axis=1)
     return -np.log(safe[np.arange(len(safe)), references])
 
@@ -97,7 +97,7 @@ def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: f
     """`predictions` beside the prior on the same rows; None for texts. `scale` is a regression's unit of loss."""
     if predictions.problem == TEXT or not predictions.known:
         return None
-    problem, references = Problem(predictions.problem), predictions.references()
+    problem, references = TaskType(predictions.problem), predictions.references()
     constant, trained = _values(predictions, problem, references)
     own, theirs = (row_losses(v, references, problem, scale) for v in (predictions.values, constant))
     low, high = _interval(theirs - own, predictions.columns.get("group"))
@@ -110,7 +110,7 @@ def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: f
     return Chance(found, float(own.mean()), float(theirs.mean()), low, high, len(own), trained)
 
 
-def _values(predictions: Predictions, problem: Problem, references: np.ndarray) -> tuple[np.ndarray, bool]:
+def _values(predictions: Predictions, problem: TaskType, references: np.ndarray) -> tuple[np.ndarray, bool]:
     """((rows, classes) of the prior, whether the training rows' is known): of each row's own fold, else the mean."""
     sources = predictions.facts.get("sources") or []
     priors = [(source.get("fold"), source.get("prior")) for source in sources]

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import canonical
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.core.errors import DataError, did_you_mean
 from llmft.core.files import read_plain, staged_file, write_atomically
 
@@ -37,7 +37,7 @@ class Predictions:
         ids: what each row is called; all different.
         labels: the classes in the order of `values`' columns.
         values: (rows, classes) probabilities; (rows, 1) numbers of a regression; (rows, 0) for generated text.
-        problem: a value of `Problem`, or "text".
+        problem: a value of `TaskType`, or "text".
         targets: the true class's name, the classes with | between them, or a number; None where it is not known.
         columns: what else is known of the rows, such as group, fold, generated, logprob.
         facts: where the predictions come from.
@@ -46,7 +46,7 @@ class Predictions:
     ids: list[str]
     labels: list[str]
     values: np.ndarray
-    problem: str = Problem.single_label.value
+    problem: str = TaskType.single_label.value
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Predictions:
         """The likeliest class, the classes of at least one half, the number, or the text."""
         if self.problem == TEXT:
             return self.columns["generated"]
-        if self.problem == Problem.regression.value:
+        if self.problem == TaskType.regression.value:
             return [float(value) for value in self.values[:, 0]]
-        if self.problem == Problem.multi_label.value:
+        if self.problem == TaskType.multi_label.value:
             return ["|".join(np.asarray(self.labels)[row >= 0.5]) for row in self.values]
         return [self.labels[place] for place in self.values.argmax(axis=1)]
 
@@ -76,9 +76,9 @@ class Predictions:
 
         Raises DataError for a target that is none of the classes.
         """
-        if self.problem == Problem.regression.value:
+        if self.problem == TaskType.regression.value:
             return np.asarray(self.targets, dtype=np.float64)
-        if self.problem == Problem.multi_label.value:
+        if self.problem == TaskType.multi_label.value:
             own = [set(str(target).split("|")) - {""} for target in self.targets]
             self._check_labels({name for names in own for name in names})
             return np.asarray([[label in names for label in self.labels] for names in own], dtype=np.int64)
@@ -118,7 +118,7 @@ class Predictions:
             made["target"] = self.targets
         if self.problem != TEXT:
             made["predicted"] = self.predicted
-        if self.problem != Problem.regression.value:
+        if self.problem != TaskType.regression.value:
             for place, label in enumerate(self.labels):
                 made[f"{PREFIX}{label}"] = self.values[:, place].tolist()
         return {**made, **{name: column for name, column in self.columns.items() if name not in made}}
@@ -187,7 +187,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:
     """Predictions from the columns of `Predictions.table`."""
     rows = len(table["id"])
-    if problem == Problem.regression.value:
+    if problem == TaskType.regression.value:
         values = np.asarray(table["predicted"], dtype=np.float64).reshape(rows, 1)
     else:
         names = [f"{PREFIX}{label}" for label in labels]
@@ -207,7 +207,7 @@ def names_in(member: Path) -> list[str]:
     return sorted(path.parent.name for path in (member / FOLDER).glob("*/predictions.json"))
 
 
-def open_member(member: Path, name: str) -> Predictions:
+def load_predictions(member: Path, name: str) -> Predictions:
     """The predictions called `name` of a run directory, joined folds or a blend.
 
     Raises DataError naming what there is instead.

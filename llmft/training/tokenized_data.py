@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import Problem, PromptConfig, Truncation
+from llmft.config.sections import PromptConfig, TaskType, Truncation
 from llmft.core.errors import ConfigError
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, Ends
@@ -71,7 +71,7 @@ def row_findings(prepared: RunInputs) -> list[Finding]:
 def _unlearned(prepared: RunInputs) -> list[Finding]:
     """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
     targets = prepared.targets
-    if targets is None or targets.problem is Problem.regression:
+    if targets is None or targets.problem is TaskType.regression:
         return []
     counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
     lacking = [label for label in targets.labels if not counts["train"].get(label)]

@@ -13,7 +13,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples, cache_directory, load_examples, save_examples
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import Problems
+from llmft.data.sources import BadRows
 from tests.conftest import ROOT
 
 
@@ -77,7 +77,7 @@ def encode(
     prompt = PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{values.pop('prompt', 'alpaca_short')}.yaml")
     fingerprint = values.pop("fingerprint", "rows")
     encoder = Encoder(tokenizer, prompt, DataConfig(name="d", files="f", **values), fingerprint, warnings.append)
-    return encoder.encode("train", chats(), Problems()), encoder, warnings
+    return encoder.encode("train", chats(), BadRows()), encoder, warnings
 
 
 def same(a: Examples, b: Examples) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import weight_of
-from llmft.data.examples import Encoded
+from llmft.data.examples import Example
 from llmft.data.pseudo import content_of
 from llmft.runs.predictions import Predictions
 from llmft.training.prepare import RunInputs, prepare
@@ -91,7 +91,7 @@ def test_the_weight_is_the_rows_share_of_the_loss_and_all_of_it_is_in_the_key(fi
     made = prepared(files, "data.pseudo_weight=0.25")
     weights = {row.id.startswith("pseudo:"): row.weight for row in made.conversations["train"]}
     assert weights == {False: 1.0, True: 0.25}
-    assert weight_of(Encoded([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
+    assert weight_of(Example([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
     keys = {
         prepared(files, *more).run.key for more in ([], ["data.pseudo_weight=0.25"], ["data.pseudo_min_confidence=0.9"])
     }

@@ -18,10 +18,10 @@ from llmft.config.commands import (
     BlendConfig,
     EvaluateConfig,
     FoldsConfig,
-    Form,
     Method,
     PredictConfig,
     PredictData,
+    PredictionFormat,
     RefitConfig,
 )
 from llmft.config.overrides import yes_or_no
@@ -272,7 +272,7 @@ def check_submission(run: Path, files: str, tmp_path: Path) -> None:
     def ask(rows: list[int], columns: list[str]) -> list[Path]:
         lines = [",".join([str(n), *["0"] * (len(columns) - 1)]) for n in rows]
         sample.write_text("\n".join([",".join(columns), *lines]))
-        return predict(question(run, files, format=Form.submission, template=str(sample)), quiet=True)
+        return predict(question(run, files, format=PredictionFormat.submission, template=str(sample)), quiet=True)
 
     (folder,) = ask(list(range(20))[::-1], header)
     made = Predictions.load(folder)
@@ -323,7 +323,7 @@ def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
 ) -> None:
     runs = trained_folds(baseline, tmp_path)
     files = table(tmp_path / "test.csv", 20, known=False)
-    given: dict[str, Any] = {"format": Form.submission, "template": template(tmp_path, 20)}
+    given: dict[str, Any] = {"format": PredictionFormat.submission, "template": template(tmp_path, 20)}
     (joined,) = folds(FoldsConfig(runs=f"{tmp_path}/runs/*", output_dir=str(tmp_path)), quiet=True)
     with pytest.raises(DataError, match=r"python -m llmft\.predict run=.* data\.files=FILE"):
         folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
@@ -449,7 +449,7 @@ def test_rows_are_named_by_the_samples_id_column(baseline: Callable[..., Any], t
     (tmp_path / "test.csv").write_text("row_id,text\n7,The fox.\n9,A shoe.\n")
     sample = Path(template(tmp_path, 0))
     sample.write_text(sample.read_text().replace("id,", "row_id,", 1) + "\n9,0,0,0,0,0,0,0\n7,0,0,0,0,0,0,0\n")
-    given: dict[str, Any] = {"format": Form.submission, "template": str(sample)}
+    given: dict[str, Any] = {"format": PredictionFormat.submission, "template": str(sample)}
     (folder,) = predict(question(run_directory(tmp_path), str(tmp_path / "test.csv"), **given), quiet=True)
     assert Predictions.load(folder).ids == ["7", "9"]
     named = PredictConfig(run=str(run_directory(tmp_path)), data=PredictData(str(tmp_path / "test.csv"), id="rowid"))

@@ -19,7 +19,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import Problems
+from llmft.data.sources import BadRows
 from llmft.train import train
 from llmft.training.prepare import prepare
 from llmft.training.tokenized_data import inspect_rows, read_rows
@@ -181,7 +181,7 @@ def chat(question: str, answer: str) -> Conversation:
 
 def encode(tokenizer: Any, rows: list[Conversation], **data: Any) -> tuple[Any, Encoder]:
     made = Encoder(tokenizer, format_of("alpaca_short"), DataConfig(name="d", files="f", **data))
-    return made.encode("train", rows, Problems()), made
+    return made.encode("train", rows, BadRows()), made
 
 
 def learned(tokenizer: Any, example: Any) -> str:
@@ -313,7 +313,7 @@ class TestD12ToD14SpecialTokens:
             config = replace(format_of(name).config)
             made = Encoder(each, prompt_format(config, each), DataConfig(name="d", files="f"))
             text = made.render(rows[0]).text
-            for example in made.encode("train", rows, Problems()):
+            for example in made.encode("train", rows, BadRows()):
                 ids = list(example.input_ids)
                 assert ids.count(each.bos_token_id) == (1 if each is adding else text.count("<s>"))
                 assert ids.count(each.eos_token_id) == text.count("</s>")
@@ -344,7 +344,7 @@ MESSAGES = [
 def picture(tokenizer: Any, name: str) -> str:
     """The ids of a conversation, each with its text, those that are learned marked."""
     made = Encoder(tokenizer, prompt_format(format_of(name).config, tokenizer), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [Conversation(MESSAGES, "f:1")], Problems())
+    (example,) = made.encode("train", [Conversation(MESSAGES, "f:1")], BadRows())
     out = [made.render(Conversation(MESSAGES, "f:1")).text, "-" * 40]
     for token, label in zip(example.input_ids, example.labels, strict=True):
         assert label in (IGNORE, token)
