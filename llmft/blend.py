@@ -37,13 +37,13 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
         stack,
         write_ensemble,
     )
-    from llmft.evaluation.submission import template_of, write_fitting
+    from llmft.evaluation.submission import load_template, write_fitting
     from llmft.metrics.monitor import mode_of
     from llmft.metrics.prior import against_prior
     from llmft.runs.directory import usable
     from llmft.runs.predictions import load_predictions
 
-    screen, template = Screen(quiet=quiet), template_of(config)
+    screen, template = Screen(quiet=quiet), load_template(config)
 
     def with_predictions(directory: Path) -> Path:
         if load_predictions(directory, config.predictions).problem == "text":
@@ -59,7 +59,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     metrics = scores.metrics_for(first, [])
     metric = _metric(config.metric, metrics)
     mode = mode_of(metric[1], metric[0], key=None)
-    values, references = stack(members), scores.pair(joined(members, first.values))[0]
+    values, references = stack(members), scores.references_and_predictions(joined(members, first.values))[0]
     parts = _parts(members, config)
 
     def honest(rows: Any) -> Any:

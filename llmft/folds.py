@@ -35,10 +35,10 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
     """
     from llmft.core.console import Screen
-    from llmft.evaluation.submission import template_of
+    from llmft.evaluation.submission import load_template
 
     screen = Screen(quiet=quiet)
-    template = template_of(config)
+    template = load_template(config)
     asked = config.runs is not None
     root = Path(config.output_dir) / "runs"
     if not asked and not root.is_dir():

@@ -21,7 +21,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.files import staged_file, write_atomically
 from llmft.core.machine import describe
 from llmft.data.columns import Conversation
-from llmft.data.messages import text_of as message_text
+from llmft.data.messages import message_text
 from llmft.data.targets import Targets
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary

@@ -14,7 +14,7 @@ from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import BadRows, Row
-from tests.conftest import ROOT
+from tests.conftest import ROOT, prompt_config
 
 LONG = " ".join(f"word{n}" for n in range(60))
 
@@ -27,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def format_of(name: str) -> PromptFormat:
-    return PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml")
+    return PromptFormat(prompt_config(name))
 
 
 def chat(question: str = "Who?", answer: str = "Ann") -> Conversation:
@@ -92,7 +92,7 @@ def test_an_answer_is_never_cut(tokenizer: Any) -> None:
 
 
 def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"f:1: \d+ tokens, \d+ of them prompt, more than data\.max_tokens=80"):
+    with pytest.raises(DataError, match=r"f:1: \d+ tokens, \d+ of them prompt, exceed data\.max_tokens=80"):
         encoder(tokenizer, max_tokens=80, truncation=Truncation.error).encode("train", [chat(LONG)], BadRows())
     with pytest.raises(
         DataError, match=r"none of the 1 train rows is left after the length limits \(1 by data.max_tokens\)"
@@ -177,7 +177,7 @@ def test_a_tokenizer_without_a_template_and_a_template_of_ours_without_marks_are
     with pytest.raises(ConfigError, match="marks no answer"):
         PromptFormat(PromptConfig(name="p", template=CHATML))
     monkeypatch.setattr(Vendor, "chat_template", None)
-    with pytest.raises(ConfigError, match="brings no chat template"):
+    with pytest.raises(ConfigError, match="has no chat template"):
         prompt_format(PromptConfig(name="native"), Vendor())
 
 

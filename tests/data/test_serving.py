@@ -14,7 +14,7 @@ from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import BadRows
-from tests.conftest import ROOT
+from tests.conftest import ROOT, prompt_config
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "prompt").glob("*.yaml") if path.stem != "native")
 STARTS = ("Ann", '"Ann"', ">Ann", "(Ann)", "\n\nAnn", "    Ann", "/usr", "é", "1")
@@ -41,7 +41,7 @@ def tiny() -> Any:
 
 
 def of_yaml(name: str, tokenizer: Any, **data: Any) -> Encoder:
-    config = PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml").config
+    config = prompt_config(name)
     return Encoder(tokenizer, prompt_format(config, tokenizer), DataConfig(name="d", files="f", **data))
 
 

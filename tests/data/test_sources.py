@@ -52,7 +52,7 @@ BROKEN = {
     "cut.jsonl": (b'{"a": "1"}\n{"a": "2', "cut.jsonl:2: not JSON"),
     "middle.jsonl": (b'{"a": "1"}\n{"a": \n{"a": "3"}\n', "middle.jsonl:2: not JSON"),
     "list.jsonl": (b'{"a": "1"}\n[1, 2]\n', "list.jsonl:2: a JSON object was expected, not list"),
-    "twice.jsonl": (b'{"a": "1"}\n{"a": "2", "a": "3"}\n', "twice.jsonl:2: not JSON (the key 'a' stands twice)"),
+    "twice.jsonl": (b'{"a": "1"}\n{"a": "2", "a": "3"}\n', "twice.jsonl:2: not JSON (the key 'a' appears twice)"),
     "half.jsonl": (b'{"a": "1"}\n{"a": "\\ud83d"}\n', "half.jsonl:2: not JSON (half a character"),
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv:3: 3 cells where the header has 2"),
 }
@@ -87,8 +87,8 @@ def test_a_broken_row_is_skipped_and_counted_on_request(tmp_path: Path, name: st
         ("f.csv", b"a,b,a\n1,2,3\n", "f.csv:1: the header names the column 'a' twice"),
         ("g.csv", b'a,b\n1,"2\n', "g.csv:2: not CSV"),
         ("h.json", b'[{"a": 1} {"a": 2}]', "a comma is missing"),
-        ("i.json", b'[{"a": 1}] x', "text behind the end of the array"),
-        ("j.json", b'[,{"a": 1}]', "a comma is too many"),
+        ("i.json", b'[{"a": 1}] x', "text after the end of the array"),
+        ("j.json", b'[,{"a": 1}]', "one comma too many"),
         ("d.jsonl.gz", b"not gzip", "cannot be decompressed"),
         ("e.parquet", b"PAR1", "not a parquet file"),
     ],
@@ -248,14 +248,14 @@ def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
     [
         (
             {"source": "llmft.data.synthetic.writers", "split_files": Files(validation="x")},
-            "split_files.validation=x goes",
+            "split_files.validation=x needs",
         ),
-        ({"hub": "a/b", "split_files": Files(test="x")}, "split_files.test=x goes with data.files"),
-        ({"hub": "a/b", "csv_columns": ["a"]}, "csv_columns.* goes with data.files"),
-        ({"hub": "a/b", "rows": {"train": 3}}, "rows.* goes with data.source"),
-        ({"files": "x.csv", "hub_splits": Files(validation="v")}, "hub_splits.validation=v goes with data.hub"),
-        ({"files": "x.csv", "hub_config": "c"}, "hub_config=c goes with data.hub"),
-        ({"files": "x.csv", "pseudo_rows": "y.csv"}, "pseudo_rows=y.csv goes with data.pseudo"),
+        ({"hub": "a/b", "split_files": Files(test="x")}, "split_files.test=x needs data.files"),
+        ({"hub": "a/b", "csv_columns": ["a"]}, "csv_columns.* needs data.files"),
+        ({"hub": "a/b", "rows": {"train": 3}}, "rows.* needs data.source"),
+        ({"files": "x.csv", "hub_splits": Files(validation="v")}, "hub_splits.validation=v needs data.hub"),
+        ({"files": "x.csv", "hub_config": "c"}, "hub_config=c needs data.hub"),
+        ({"files": "x.csv", "pseudo_rows": "y.csv"}, "pseudo_rows=y.csv needs data.pseudo"),
         ({"source": "llmft.data.synthetic.writers", "hub": "a/b"}, "data.source and data.hub are both set"),
     ],
 )
@@ -368,7 +368,7 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
     ):
         load_rows(config(files=str(tmp_path / "d"), split_files=Files(test=str(tmp_path / "d" / "test"))), BadRows())
     datasets.DatasetDict({"train": labelled(), "dev": labelled()}).save_to_disk(tmp_path / "e")
-    with pytest.raises(ConfigError, match=r"splits train, dev; say which is which: data\.split_files\.train=.*e/train"):
+    with pytest.raises(ConfigError, match=r"splits train, dev; name each one: data\.split_files\.train=.*e/train"):
         load_rows(config(files=str(tmp_path / "e")), BadRows())
     given = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
     assert set(load_rows(config(split_files=given), BadRows()).splits) == {"train", "validation"}
@@ -377,7 +377,7 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
             load_rows(config(**values), BadRows())
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.csv").write_text("a\n1\n")
-    with pytest.raises(ConfigError, match=r"a directory, a file was expected; name what is in it: .*f/\*\.csv"):
+    with pytest.raises(ConfigError, match=r"a directory, a file was expected; name the files in it: .*f/\*\.csv"):
         load_rows(config(files=str(tmp_path / "f")), BadRows())
 
 
@@ -436,9 +436,9 @@ def test_names_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", "q;r\na, b;c\n", "';' stands between the columns, where ',' should"),
-        ("a.csv", "q\tr\na\tc\n", r"'\\t' stands between the columns"),
-        ("a.tsv", "q,r\na,c\n", "',' stands between the columns"),
+        ("a.csv", "q;r\na, b;c\n", "';' separates the columns, ',' was expected"),
+        ("a.csv", "q\tr\na\tc\n", r"'\\t' separates the columns"),
+        ("a.tsv", "q,r\na,c\n", "',' separates the columns"),
         ("a.jsonl", '[{"q": 1}]\n', "an array of objects belongs in a .json file"),
         ("a.jsonl", '[\n{"q": 1}\n]\n', "an array of objects belongs in a .json file"),
         ("a.json", '{"data": [{"q": 1}]}', "an array within an object in a file of its own"),

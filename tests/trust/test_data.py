@@ -60,7 +60,7 @@ class TestD1ToD7Rows:
         "d4_an_object": (b'{"prompt": {"a": 1}, "response": "a"}', r"train\.jsonl:50: .*prompt.*dict"),
         "d5_empty_answer": (b'{"prompt": "q", "response": ""}', r"train\.jsonl:50: the answer is empty"),
         "d5_white_answer": (b'{"prompt": "q", "response": " \\n "}', r"train\.jsonl:50: the answer is empty"),
-        "d7_key_twice": (b'{"prompt": "q", "response": "a", "response": "b"}', r"train\.jsonl:50: .*stands twice"),
+        "d7_key_twice": (b'{"prompt": "q", "response": "a", "response": "b"}', r"train\.jsonl:50: .*appears twice"),
         "d7_array": (b'["q", "a"]', r"train\.jsonl:50: a JSON object was expected, not list"),
         "d7_half_a_character": (b'{"prompt": "q", "response": "\\ud83d"}', r"train\.jsonl:50: .*lone surrogate"),
     }
@@ -325,7 +325,7 @@ def test_d16_the_same_row_on_both_sides_is_counted_and_too_many_are_refused(tmp_
     where += [f"output_dir={tmp_path}/out", "data=prompt_response"]
     (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines(100)))
     small = [override for override in SMALL if not override.startswith("data.rows")]
-    with pytest.raises(DataError, match=r"10 validation rows \(100%\) also stand in train"):
+    with pytest.raises(DataError, match=r"10 validation rows \(100%\) are also in train"):
         train(compose(*small, *where), quiet=True)
     prepared = prepare(compose(*small, *where, "data.max_overlap_fraction=1"))
     (overlap,) = [o for o in inspect_rows(prepared, read_rows(prepared, print), near=False).overlaps if o.exact]
