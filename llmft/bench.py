@@ -19,7 +19,7 @@ from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_config, to_plain
 from llmft.config.hydra_app import explain, make_known, run_verb
 from llmft.config.invocation import Invocation, arguments_of_process
-from llmft.config.sections import Form, ModelInit, TrainConfig, seconds_of
+from llmft.config.sections import ModelInit, OutputFormat, TrainConfig, seconds_of
 from llmft.core.errors import ConfigError
 
 GROUPS = ("model", "prompt", "lora", "optimizer")
@@ -74,8 +74,8 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
         )
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
     answered = []
-    screen = Screen(quiet=config.format is Form.json)
-    with _Bar(config.progress and config.format is Form.text, sum(map(len, points))) as bar:
+    screen = Screen(quiet=config.format is OutputFormat.json)
+    with _Bar(config.progress and config.format is OutputFormat.text, sum(map(len, points))) as bar:
         for place, (subject, own) in enumerate(zip(subjects, points, strict=True)):
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
             case = Case(to_plain(subject.config), own, share, config.repeats, config.inference_rows)
@@ -96,7 +96,7 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
     wish = Wish(config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows)
     name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
     rows = write_answers(answered, wish, Path(config.output_dir) / "bench", name, screen)
-    if config.format is Form.json:
+    if config.format is OutputFormat.json:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
 

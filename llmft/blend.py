@@ -30,36 +30,36 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     from llmft.core.console import Screen
     from llmft.evaluation import blending, scores
     from llmft.evaluation.prediction_sets import (
+        ensemble_directory,
         joined,
-        member_directory,
-        open_members,
+        open_prediction_sets,
         shared_names,
         stack,
-        write_member,
+        write_ensemble,
     )
-    from llmft.evaluation.submission import template_of, write_fitting
+    from llmft.evaluation.submission import load_template, write_fitting
     from llmft.metrics.monitor import mode_of
     from llmft.metrics.prior import against_prior
     from llmft.runs.directory import usable
-    from llmft.runs.predictions import open_member
+    from llmft.runs.predictions import load_predictions
 
-    screen, template = Screen(quiet=quiet), template_of(config)
+    screen, template = Screen(quiet=quiet), load_template(config)
 
     def with_predictions(directory: Path) -> Path:
-        if open_member(directory, config.predictions).problem == "text":
+        if load_predictions(directory, config.predictions).problem == "text":
             raise ConfigError(f"{directory}: generated texts cannot be averaged.")
         return directory
 
     found = usable(config.runs, "runs", with_predictions, screen.warn)
     if len(found) < 2:
         raise ConfigError(f"runs={config.runs}: a blend needs two members at least.")
-    members = open_members(found, config.predictions)
+    members = open_prediction_sets(found, config.predictions)
     first = members[0].predictions
     blending.check_method(config.method, first.problem)
     metrics = scores.metrics_for(first, [])
     metric = _metric(config.metric, metrics)
     mode = mode_of(metric[1], metric[0], key=None)
-    values, references = stack(members), scores.pair(joined(members, first.values))[0]
+    values, references = stack(members), scores.references_and_predictions(joined(members, first.values))[0]
     parts = _parts(members, config)
 
     def honest(rows: Any) -> Any:
@@ -72,7 +72,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     made = {config.predictions: joined(members, honest(values))}
     for name in shared_names(found):
         if name != config.predictions:
-            others = open_members(found, name)
+            others = open_prediction_sets(found, name)
             made[name] = joined(others, blending.combine(stack(others), weights, config.method, first.problem))
     score = measure(made[config.predictions].values)
     all_metrics = scores.score(made[config.predictions], metrics)
@@ -101,11 +101,11 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
         config.method.value, metric[0], config.steps, config.num_folds, config.seed, config.predictions,
         [member.predictions.fingerprint for member in members],
     ]  # fmt: skip
-    directory = member_directory(
+    directory = ensemble_directory(
         Path(config.output_dir) / "blends", config.name, f"{config.method.value}-of-{len(members)}", content
     )
     after = {f"val/{name}": value for name, value in all_metrics.items()}
-    write_member(directory, "blend", made, record, after)
+    write_ensemble(directory, "blend", made, record, after)
     _show(screen, directory, record, mode.sign)
     if template is not None:
         write_fitting(made, template, config.columns, directory, screen)

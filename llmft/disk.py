@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
-from llmft.config.sections import DiskConfig, Form
+from llmft.config.sections import DiskConfig, OutputFormat
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +28,7 @@ def disk(config: DiskConfig) -> dict[str, object]:
     if not config.dry_run:
         delete(report)
     plain = report.plain()
-    if config.format is Form.json:
+    if config.format is OutputFormat.json:
         print(json.dumps(plain, indent=1, ensure_ascii=False))
     else:
         show(report, config)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
-from llmft.config.sections import DoctorConfig, Form
+from llmft.config.sections import DoctorConfig, OutputFormat
 from llmft.core.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def doctor(config: DoctorConfig) -> list[dict[str, str]]:
     from llmft.checks.machine import examine, show
 
     verdicts = examine(config)
-    if config.format is Form.json:
+    if config.format is OutputFormat.json:
         print(json.dumps([vars(verdict) for verdict in verdicts], indent=1, ensure_ascii=False))
     else:
         show(verdicts)

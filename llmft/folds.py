@@ -35,10 +35,10 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
     """
     from llmft.core.console import Screen
-    from llmft.evaluation.submission import template_of
+    from llmft.evaluation.submission import load_template
 
     screen = Screen(quiet=quiet)
-    template = template_of(config)
+    template = load_template(config)
     asked = config.runs is not None
     root = Path(config.output_dir) / "runs"
     if not asked and not root.is_dir():
@@ -93,28 +93,34 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
     import numpy as np
 
     from llmft.config.commands import Method
-    from llmft.evaluation.prediction_sets import Recipe, file_order, member_directory, shared_names, write_member
+    from llmft.evaluation.prediction_sets import (
+        EnsembleRecipe,
+        ensemble_directory,
+        file_order,
+        shared_names,
+        write_ensemble,
+    )
     from llmft.evaluation.scores import metrics_for, score
     from llmft.evaluation.submission import write_fitting
     from llmft.metrics.prior import against_prior
-    from llmft.runs.predictions import Predictions, open_member
+    from llmft.runs.predictions import Predictions, load_predictions
 
-    parts = [open_member(run.directory, "val") for run, _ in runs]
+    parts = [load_predictions(run.directory, "val") for run, _ in runs]
     _check_once(runs, parts)
     whole = _chained(parts)
     whole = whole.at(file_order(whole))
     predictions: dict[str, Predictions] = {"val": whole}
     directories = [run.directory for run, _ in runs]
     for name in shared_names(directories):
-        if open_member(directories[0], name).problem != "text":
-            predictions[name] = Recipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
+        if load_predictions(directories[0], name).problem != "text":
+            predictions[name] = EnsembleRecipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
     metrics = metrics_for(whole, config.metrics)
     total, each = score(whole, metrics), [score(part, metrics) for part in parts]
     spread = {name: float(np.std([scores[name] for scores in each], ddof=1)) for name in total}
     chance = against_prior(whole, metrics)
     trained = runs[0][1]
     default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
-    directory = member_directory(
+    directory = ensemble_directory(
         Path(config.output_dir) / "folds", config.name, default, [[run.key for run, _ in runs], sorted(metrics)]
     )
     record = {
@@ -127,7 +133,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
         "chance": chance.to_plain() if chance is not None else None,
         "predictions": {name: len(split.ids) for name, split in predictions.items()},
     }
-    write_member(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
+    write_ensemble(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
     _show(screen, directory, record)
     if template is not None:
         write_fitting(predictions, template, config.columns, directory, screen)

@@ -57,14 +57,14 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     Raises ConfigError or DataError for runs, files or templates that cannot be used.
     """
     from llmft.core.console import Screen
-    from llmft.evaluation.jobs import ask
-    from llmft.evaluation.submission import template_of, write_submission
+    from llmft.evaluation.jobs import plan_predictions
+    from llmft.evaluation.submission import load_template, write_submission
     from llmft.runs.directory import usable
 
     screen = Screen(quiet=quiet)
-    template = template_of(config)
+    template = load_template(config)
     ids = template.columns[0] if template is not None else None
-    asked = usable(config.run, "run", lambda directory: ask(directory, config, ids), screen.warn)
+    asked = usable(config.run, "run", lambda directory: plan_predictions(directory, config, ids), screen.warn)
     for note in dict.fromkeys(note for question in asked for note in question.notes):
         screen.warn(note)
     directories: list[Path] = []

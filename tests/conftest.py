@@ -80,6 +80,16 @@ def small(tmp_path: Path) -> Callable[..., Any]:
     return make
 
 
+def prompt_config(name: str) -> Any:
+    """The config of one file of conf/prompt, with its defaults."""
+    from omegaconf import OmegaConf
+
+    from llmft.config.sections import PromptConfig
+
+    option = OmegaConf.load(ROOT / "conf" / "prompt" / f"{name}.yaml")
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PromptConfig), option))
+
+
 def run_directory(root: Path) -> Path:
     """The one run directory below `root`."""
     (found,) = (root / "runs").iterdir()

@@ -51,7 +51,7 @@ class Cached:
 
 
 @dataclass
-class Doomed:
+class Deletable:
     """A file or folder that may go, and why."""
 
     path: Path
@@ -61,13 +61,13 @@ class Doomed:
 
 
 @dataclass
-class Report:
+class DiskReport:
     """All that was found."""
 
     free: int
     runs: list[RunFacts]
     cached: list[Cached]
-    doomed: list[Doomed]
+    doomed: list[Deletable]
 
     def plain(self) -> dict[str, Any]:
         """As JSON-ready data."""
@@ -97,7 +97,7 @@ def size_of(path: Path) -> int:
     return total
 
 
-def find(config: DiskConfig) -> Report:
+def find(config: DiskConfig) -> DiskReport:
     """Looks at the runs below config.output_dir and at the caches; changes nothing.
 
     Raises ConfigError when there is no such directory.
@@ -106,7 +106,7 @@ def find(config: DiskConfig) -> Report:
     if not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no such directory; name the one that your runs are in.")
     runs: list[RunFacts] = []
-    doomed: list[Doomed] = []
+    doomed: list[Deletable] = []
     for directory in sorted((root / "runs").iterdir()) if (root / "runs").is_dir() else ():
         run = Run(directory, directory.name.rpartition("-")[2])
         if directory.is_symlink() or not run.status_file.is_file():
@@ -126,7 +126,7 @@ def find(config: DiskConfig) -> Report:
         doomed += _all_of(basecache.bases_directory(), "*", "quantised again by the next run")
     if Cleaning.wandb in config.clean:
         doomed += _all_of(_wandb_cache(), "*", "downloaded again when needed")
-    return Report(shutil.disk_usage(root).free, runs, cached, doomed)
+    return DiskReport(shutil.disk_usage(root).free, runs, cached, doomed)
 
 
 def _facts(run: Run) -> RunFacts:
@@ -148,7 +148,7 @@ def _facts(run: Run) -> RunFacts:
     return RunFacts(run.directory.name, state, size_of(run.directory), size_of(run.checkpoints), model, data, uploaded)
 
 
-def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Doomed]:
+def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
     result = run.status().get("result")
     named = {Keep.best: "step", Keep.last: "steps"}
     if not isinstance(result, dict) or not all(name in result for name in named.values()):
@@ -158,11 +158,11 @@ def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Doomed]:
     for path in sorted(run.checkpoints.glob("step-*")):
         step = _STEP.fullmatch(path.name)
         if step and int(step[1]) not in kept:
-            found.append(Doomed(path, size_of(path), "steps of a finished run"))
+            found.append(Deletable(path, size_of(path), "steps of a finished run"))
     return found
 
 
-def _leftovers(run: Run) -> list[Doomed]:
+def _leftovers(run: Run) -> list[Deletable]:
     """What kills and damage left: half-written files, checkpoints set aside."""
     patterns = {
         "checkpoints/*.bad": "a damaged checkpoint that was set aside",
@@ -172,14 +172,14 @@ def _leftovers(run: Run) -> list[Doomed]:
         ".model.*": "an export that a kill left half written",
     }
     return [
-        Doomed(path, size_of(path), reason)
+        Deletable(path, size_of(path), reason)
         for pattern, reason in patterns.items()
         for path in sorted(run.directory.glob(pattern))
     ]
 
 
-def _all_of(folder: Path, pattern: str, reason: str) -> list[Doomed]:
-    return [Doomed(path, size_of(path), reason) for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
+def _all_of(folder: Path, pattern: str, reason: str) -> list[Deletable]:
+    return [Deletable(path, size_of(path), reason) for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
 
 
 def hub_cache() -> Path:
@@ -218,7 +218,7 @@ def _others() -> list[Cached]:
     return [entry for entry in made if entry.size > 0]
 
 
-def delete(report: Report) -> None:
+def delete(report: DiskReport) -> None:
     """Deletes what may go; a run that somebody started to train meanwhile keeps its files."""
     for entry in report.doomed:
         owner = next((p for p in entry.path.parents if (p / "run.json").is_file()), None)
@@ -232,7 +232,7 @@ def delete(report: Report) -> None:
         entry.gone = True
 
 
-def show(report: Report, config: DiskConfig) -> None:
+def show(report: DiskReport, config: DiskConfig) -> None:
     """Prints the report on a page."""
     console = Console(highlight=False)
     if not console.is_terminal:
@@ -278,14 +278,14 @@ def _cache_table(cached: list[Cached]) -> Table:
     return table
 
 
-def _show_doomed(console: Console, doomed: list[Doomed], config: DiskConfig) -> None:
+def _show_doomed(console: Console, doomed: list[Deletable], config: DiskConfig) -> None:
     if not config.clean:
         console.print(
             "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,bases,wandb] shows what may go; "
             "dry_run=false deletes."
         )
         return
-    together: dict[tuple[str, Path, str], list[Doomed]] = {}
+    together: dict[tuple[str, Path, str], list[Deletable]] = {}
     for entry in doomed:
         mark = "deleted" if entry.gone else "would go" if config.dry_run else "kept"
         together.setdefault((mark, entry.path.parent, entry.reason), []).append(entry)

@@ -32,7 +32,7 @@ NETWORK_TIMEOUT_S = 3.0
 
 
 @dataclass
-class Verdict:
+class CheckResult:
     """What was found of one part: "good", "warning" or "bad"; `fix` says what to do about the latter two."""
 
     part: str
@@ -41,9 +41,9 @@ class Verdict:
     fix: str = ""
 
 
-def examine(config: DoctorConfig) -> list[Verdict]:
+def examine(config: DoctorConfig) -> list[CheckResult]:
     """All verdicts; a part whose examination itself fails is bad, with the error as what was found."""
-    parts: list[tuple[str, Callable[[], Iterator[Verdict]]]] = [
+    parts: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
         ("packages", packages),
         ("device", device),
         ("precision", precision),
@@ -56,13 +56,13 @@ def examine(config: DoctorConfig) -> list[Verdict]:
     ]
     if config.network:
         parts.append(("network", network))
-    verdicts: list[Verdict] = []
+    verdicts: list[CheckResult] = []
     for part, examination in parts:
         try:
             verdicts += examination()
         except Exception as error:  # a broken library is exactly what is looked for
             told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            verdicts.append(Verdict(part, "bad", told, "install llmft again in a fresh environment"))
+            verdicts.append(CheckResult(part, "bad", told, "install llmft again in a fresh environment"))
     return verdicts
 
 
@@ -78,7 +78,7 @@ def requirements() -> list[str]:
         return list(tomllib.loads(path.read_text())["project"]["dependencies"])
 
 
-def packages() -> Iterator[Verdict]:
+def packages() -> Iterator[CheckResult]:
     """Installed versions against the tested ranges, and releases that were malware."""
     from packaging.requirements import Requirement
 
@@ -89,23 +89,23 @@ def packages() -> Iterator[Verdict]:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
             missing += 1
-            yield Verdict("packages", "bad", f"{wanted.name} is missing", f"pip install '{text}'")
+            yield CheckResult("packages", "bad", f"{wanted.name} is missing", f"pip install '{text}'")
             continue
         if (wanted.name, version) in MALICIOUS:
             fix = f"pip install '{text}', and change every password and token that this machine knows"
-            yield Verdict("packages", "bad", f"{wanted.name} {version} was malware", fix)
+            yield CheckResult("packages", "bad", f"{wanted.name} {version} was malware", fix)
         elif not wanted.specifier.contains(version, prereleases=True):
             wrong.append(f"{wanted.name} {version} (tested: {wanted.specifier})")
     if wrong:
-        yield Verdict("packages", "warning", ", ".join(wrong), "pip install -U llmft, in an environment of its own")
+        yield CheckResult("packages", "warning", ", ".join(wrong), "pip install -U llmft, in an environment of its own")
     elif not missing:
-        yield Verdict("packages", "good", f"{len(requirements())} packages in their tested ranges")
+        yield CheckResult("packages", "good", f"{len(requirements())} packages in their tested ranges")
 
 
 # ------------------------------------------------------------------------------------------------------------ device
 
 
-def device() -> Iterator[Verdict]:
+def device() -> Iterator[CheckResult]:
     """Whether there is a GPU, and whether this torch has kernels for it."""
     import torch
 
@@ -113,9 +113,9 @@ def device() -> Iterator[Verdict]:
         if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
             cause = "torch was built without CUDA" if torch.version.cuda is None else "its driver does not answer torch"
             fix = "pip install torch from the index that https://pytorch.org names for your driver"
-            yield Verdict("device", "bad", f"an NVIDIA GPU is here, but {cause}", fix)
+            yield CheckResult("device", "bad", f"an NVIDIA GPU is here, but {cause}", fix)
         else:
-            yield Verdict(
+            yield CheckResult(
                 "device", "warning", f"no GPU; {usable_cores()} cores", "fine for small models; 7B takes a GPU"
             )
         return
@@ -125,7 +125,7 @@ def device() -> Iterator[Verdict]:
         )
 
 
-def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) -> Verdict:
+def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) -> CheckResult:
     """Whether a torch that was built for the architectures `built_for` (sm_90, compute_90, …) runs on a GPU."""
     major, minor = capability
     # A binary runs on later minor versions of its major one; PTX (compute_…) is compiled for any later one.
@@ -134,8 +134,8 @@ def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) ->
     )
     ptx = any(arch.startswith("compute_") and _number(arch) <= 10 * major + minor for arch in built_for)
     if binary or ptx:
-        return Verdict("device", "good", f"{name} (sm_{major}{minor})")
-    return Verdict(
+        return CheckResult("device", "good", f"{name} (sm_{major}{minor})")
+    return CheckResult(
         "device",
         "bad",
         f"{name} is sm_{major}{minor}, and this torch has kernels for {', '.join(built_for)} only",
@@ -148,7 +148,7 @@ def _number(arch: str) -> int:
     return int(digits or 0)
 
 
-def precision() -> Iterator[Verdict]:
+def precision() -> Iterator[CheckResult]:
     """What trainer.precision=auto will take."""
     from llmft.model.load import pick_device, pick_precision
 
@@ -159,17 +159,17 @@ def precision() -> Iterator[Verdict]:
         Precision.fp16: "this GPU has no bf16 units; losses are scaled",
         Precision.fp32: "no bf16 units here; slower, and twice the memory",
     }[chosen]
-    yield Verdict("precision", "good", f"trainer.precision=auto is {chosen.value} ({why})")
+    yield CheckResult("precision", "good", f"trainer.precision=auto is {chosen.value} ({why})")
 
 
-def four_bit() -> Iterator[Verdict]:
+def four_bit() -> Iterator[CheckResult]:
     """A 4-bit matrix product against the product with the dequantised weights."""
     error, tolerance, where = four_bit_error()
     if error <= tolerance:
-        yield Verdict("4-bit", "good", f"NF4 product on {where} agrees with the dequantised one to {error:.1e}")
+        yield CheckResult("4-bit", "good", f"NF4 product on {where} agrees with the dequantised one to {error:.1e}")
     else:
         told = f"NF4 product on {where} differs from the dequantised one by {error:.1e} (at most {tolerance:g})"
-        yield Verdict("4-bit", "bad", told, "pip install -U bitsandbytes; until then quantization=none or int8")
+        yield CheckResult("4-bit", "bad", told, "pip install -U bitsandbytes; until then quantization=none or int8")
 
 
 def four_bit_error() -> tuple[float, float, str]:
@@ -191,7 +191,7 @@ def four_bit_error() -> tuple[float, float, str]:
     return float((product - expected).norm() / expected.norm()), tolerance, f"{where} in {str(dtype)[6:]}"
 
 
-def memory() -> Iterator[Verdict]:
+def memory() -> Iterator[CheckResult]:
     """Memory of the device, and of this machine where a base passes through it."""
     from llmft.model.load import pick_device
     from llmft.model.memory import device_memory
@@ -203,13 +203,13 @@ def memory() -> Iterator[Verdict]:
     limit = group.read_text().strip() if group.is_file() else "max"
     if where.type == "cpu" and total is not None and limit.isdigit() and int(limit) < total:
         told = f"{format_bytes(int(limit))} in this container, of {told}"
-    yield Verdict("memory", "good", told)
+    yield CheckResult("memory", "good", told)
 
 
 # -------------------------------------------------------------------------------------------------------------- disk
 
 
-def output(directory: Path) -> Iterator[Verdict]:
+def output(directory: Path) -> Iterator[CheckResult]:
     """Whether a run can be written there: room, renaming, locks."""
     import filelock
 
@@ -222,30 +222,30 @@ def output(directory: Path) -> Iterator[Verdict]:
             with filelock.FileLock(Path(probe) / "lock").acquire(timeout=0):
                 pass
     except (OSError, NotImplementedError) as error:
-        yield Verdict("output_dir", "bad", f"{place}: cannot be written ({error})", other)
+        yield CheckResult("output_dir", "bad", f"{place}: cannot be written ({error})", other)
         return
     told = f"{format_bytes(free)} free on the disk of {directory}"
     if free < TINY_BYTES:
-        yield Verdict("output_dir", "bad", told, f"`python -m llmft.disk` says what may go, or {other}")
+        yield CheckResult("output_dir", "bad", told, f"`python -m llmft.disk` says what may go, or {other}")
     elif free < LITTLE_BYTES:
-        yield Verdict("output_dir", "warning", told, f"`python -m llmft.disk` says what may go, or {other}")
+        yield CheckResult("output_dir", "warning", told, f"`python -m llmft.disk` says what may go, or {other}")
     else:
-        yield Verdict("output_dir", "good", told)
+        yield CheckResult("output_dir", "good", told)
 
 
-def temporary() -> Iterator[Verdict]:
+def temporary() -> Iterator[CheckResult]:
     """$TMPDIR: runs do not stage there, but W&B and some libraries do."""
     place = Path(tempfile.gettempdir())
     free = shutil.disk_usage(place).free
     told = f"{format_bytes(free)} free in {place}"
     if free < TINY_BYTES:
         fix = "export TMPDIR=DIR on a disk with room (runs are written without it, but W&B's tables are not)"
-        yield Verdict("TMPDIR", "warning", told, fix)
+        yield CheckResult("TMPDIR", "warning", told, fix)
     else:
-        yield Verdict("TMPDIR", "good", told)
+        yield CheckResult("TMPDIR", "good", told)
 
 
-def caches() -> Iterator[Verdict]:
+def caches() -> Iterator[CheckResult]:
     """What the Hub's cache takes, and whether its disk has room for a model."""
     from llmft.checks.disk import hub_cache, size_of
 
@@ -255,33 +255,33 @@ def caches() -> Iterator[Verdict]:
     told = f"the Hub's cache {folder} takes {format_bytes(size_of(folder) if folder.is_dir() else 0)}"
     told += f", {format_bytes(free)} are free there"
     if free < LITTLE_BYTES:
-        yield Verdict("caches", "warning", told, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
+        yield CheckResult("caches", "warning", told, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
     else:
-        yield Verdict("caches", "good", told)
+        yield CheckResult("caches", "good", told)
 
 
 # ---------------------------------------------------------------------------------------------------------- accounts
 
 
-def accounts() -> Iterator[Verdict]:
+def accounts() -> Iterator[CheckResult]:
     """Whether there are tokens, which are not shown."""
     from huggingface_hub import get_token
 
     from llmft.training.tracking import has_key, wandb_url
 
     if get_token():
-        yield Verdict("Hub", "good", "a token is there")
+        yield CheckResult("Hub", "good", "a token is there")
     else:
-        yield Verdict(
+        yield CheckResult(
             "Hub", "warning", "no token", "`hf auth login`, for models with a licence to accept (Llama, Gemma)"
         )
     if has_key(host_of(wandb_url())):
-        yield Verdict("W&B", "good", "an API key is there")
+        yield CheckResult("W&B", "good", "an API key is there")
     else:
-        yield Verdict("W&B", "warning", "no API key: runs are logged offline", "`wandb login`, or logger=none")
+        yield CheckResult("W&B", "warning", "no API key: runs are logged offline", "`wandb login`, or logger=none")
 
 
-def network() -> Iterator[Verdict]:
+def network() -> Iterator[CheckResult]:
     """Whether the Hub and W&B answer."""
     from llmft.training.tracking import look_at_wandb, wandb_url
 
@@ -292,9 +292,9 @@ def network() -> Iterator[Verdict]:
     ):
         cause = look(url, NETWORK_TIMEOUT_S)
         if cause is None:
-            yield Verdict(part, "good", f"{url} answers")
+            yield CheckResult(part, "good", f"{url} answers")
         else:
-            yield Verdict(part, "warning", cause, f"without it, {without}")
+            yield CheckResult(part, "warning", cause, f"without it, {without}")
 
 
 def _look(url: str, seconds: float) -> str | None:
@@ -315,7 +315,7 @@ def _look(url: str, seconds: float) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
-def show(verdicts: list[Verdict]) -> None:
+def show(verdicts: list[CheckResult]) -> None:
     """Prints a line for each verdict, and what to do under those that are not good."""
     console = Console(highlight=False)
     if not console.is_terminal:

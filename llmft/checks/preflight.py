@@ -26,7 +26,7 @@ from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
-from llmft.data.sources import Problems
+from llmft.data.sources import BadRows
 from llmft.model.load import TORCH_DTYPES
 from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
 from llmft.model.skeleton import skeleton
@@ -140,7 +140,7 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
         truncation=Truncation.drop,
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
-    whole = encoder.encode("train", prepared.conversations["train"], Problems(prepared.config.data.on_bad_row))
+    whole = encoder.encode("train", prepared.conversations["train"], BadRows(prepared.config.data.on_bad_row))
     facts = split_facts(whole, rows.tokenizer, rows.ends)
     used = rows.encoder.lengths["train"]
     return {

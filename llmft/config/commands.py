@@ -13,6 +13,7 @@ from llmft.config.sections import (
     LoggerConfig,
     LoraConfig,
     ModelConfig,
+    OutputFormat,
     Precision,
     PromptConfig,
     QuantizationFormat,
@@ -22,10 +23,9 @@ from llmft.config.sections import (
     rows_or_tokens,
     seconds_of,
 )
-from llmft.config.sections import Form as Answer
 
 
-class Form(Enum):
+class PredictionFormat(Enum):
     """What predict, folds and blend write besides the predictions."""
 
     predictions = "predictions"
@@ -58,12 +58,12 @@ class Trusting:
 class SubmissionConfig:
     """What predict, folds and blend take alike: the form of a competition's csv."""
 
-    format: Form = Form.predictions
+    format: PredictionFormat = PredictionFormat.predictions
     template: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = self.format is Form.submission
+        wanted = self.format is PredictionFormat.submission
         require(
             not wanted or self.template is not None,
             "format=submission needs template=FILE, the competition's sample submission.",
@@ -102,7 +102,10 @@ class PredictConfig(SubmissionConfig, Trusting):
             (self.data.files is None) != (self.prompts is None),
             'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
         )
-        require(self.prompts is None or self.format is Form.predictions, "format=submission needs data.files=FILE.")
+        require(
+            self.prompts is None or self.format is PredictionFormat.predictions,
+            "format=submission needs data.files=FILE.",
+        )
         for key in ("max_new_tokens", "threads"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
@@ -201,7 +204,7 @@ class BenchConfig:
     max_time: str = "5m"
     output_dir: str = "outputs"
     name: str | None = None
-    format: Answer = Answer.text
+    format: OutputFormat = OutputFormat.text
     progress: bool = True
 
     def __post_init__(self) -> None:

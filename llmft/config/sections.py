@@ -22,9 +22,9 @@ Texts = Any
 """One text, such as a path or glob, or a list of them; the command line takes it as it is, unlike other `Any`."""
 
 
-def aside(default: Any = MISSING, *, factory: Any = None) -> Any:
+def not_in_key(default: Any = MISSING, *, factory: Any = None) -> Any:
     """A field that cannot change a run's numbers, and so has no part in its key."""
-    metadata = {"aside": True}
+    metadata = {"not_in_key": True}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -87,7 +87,7 @@ class Head(Enum):
     tokens = "tokens"
 
 
-class Problem(Enum):
+class TaskType(Enum):
     """What a row's target is: one class, any number of classes, or a number."""
 
     single_label = "single_label"
@@ -203,7 +203,7 @@ class Export(Enum):
 
 @dataclass
 class ModelConfig:
-    name: str = aside()
+    name: str = not_in_key()
     id: str = MISSING
     revision: str = "main"
     path: str | None = None
@@ -219,12 +219,12 @@ class ModelConfig:
     unsupported: str | None = None
     skip_modules: list[str] = field(default_factory=list)
     attn_implementation: str | None = None
-    kernels: Kernels = aside(Kernels.auto)
-    learning_rate: float = aside(2e-4)
-    precision: Precision = aside(Precision.auto)
-    license: str = aside("unknown")
-    gated: bool = aside(False)
-    context_tokens: int | None = aside(None)
+    kernels: Kernels = not_in_key(Kernels.auto)
+    learning_rate: float = not_in_key(2e-4)
+    precision: Precision = not_in_key(Precision.auto)
+    license: str = not_in_key("unknown")
+    gated: bool = not_in_key(False)
+    context_tokens: int | None = not_in_key(None)
 
     @property
     def label(self) -> str:
@@ -268,8 +268,8 @@ class ModelConfig:
 class QuantizationConfig:
     format: QuantizationFormat = QuantizationFormat.nf4
     double_quant: bool = True
-    cache: bool = aside(True)
-    cache_gib: float = aside(50.0)
+    cache: bool = not_in_key(True)
+    cache_gib: float = not_in_key(50.0)
 
     def __post_init__(self) -> None:
         require(self.cache_gib >= 0, f"quantization.cache_gib={self.cache_gib}: 0 or more.")
@@ -326,7 +326,7 @@ class LearningRateConfig:
 
 @dataclass
 class PromptConfig:
-    name: str = aside()
+    name: str = not_in_key()
     template: str | None = None
     system_role: SystemRole = SystemRole.merge
     system: str | None = None
@@ -369,23 +369,23 @@ class Columns:
 
 @dataclass
 class DataConfig:
-    name: str = aside()
+    name: str = not_in_key()
     source: str | None = None
     rows: dict[str, int] = field(default_factory=dict)
-    files: Texts = aside(None)
-    split_files: Files = aside(factory=Files)
+    files: Texts = not_in_key(None)
+    split_files: Files = not_in_key(factory=Files)
     hub: str | None = None
     hub_config: str | None = None
     hub_revision: str = "main"
     hub_splits: Files = field(default_factory=Files)
     csv_columns: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=Columns)
-    optional_columns: list[str] = aside(factory=list)
+    optional_columns: list[str] = not_in_key(factory=list)
     labels: list[str] = field(default_factory=list)
     target_columns: list[str] = field(default_factory=list)
     target_separator: str = ","
-    pseudo: str | None = aside(None)
-    pseudo_rows: Texts = aside(None)
+    pseudo: str | None = not_in_key(None)
+    pseudo_rows: Texts = not_in_key(None)
     pseudo_min_confidence: float = 0.0
     pseudo_max_per_class: int | None = None
     pseudo_weight: float = 1.0
@@ -407,12 +407,12 @@ class DataConfig:
     min_prompt_tokens: int = 0
     min_answer_tokens: int = 0
     truncation: Truncation = Truncation.cut_prompt_left
-    epochs: float = aside(3.0)
+    epochs: float = not_in_key(3.0)
     on_bad_row: BadRow = BadRow.error
     max_bad_fraction: float = 0.05
     max_overlap_fraction: float = 0.5
-    max_dropped_fraction: float = aside(0.01)
-    cache: bool = aside(True)
+    max_dropped_fraction: float = not_in_key(0.01)
+    cache: bool = not_in_key(True)
 
     def __post_init__(self) -> None:
         local = bool(self.files or self.split_files.train)
@@ -463,9 +463,9 @@ CLASSIFICATION = "llmft.training.objectives.classification.Classification"
 
 @dataclass
 class TaskConfig:
-    name: str = aside()
+    name: str = not_in_key()
     head: Head | None = None
-    problem: Problem = Problem.single_label
+    problem: TaskType = TaskType.single_label
     words: Any = "labels"
     class_weights: Any = None
     label_smoothing: float = 0.0
@@ -477,7 +477,7 @@ class TaskConfig:
     metric_options: dict[str, Any] = field(default_factory=dict)
     generate_rows: int = 128
     max_new_tokens: int = 128
-    show_rows: int = aside(8)
+    show_rows: int = not_in_key(8)
 
     def __post_init__(self) -> None:
         if self.head is not None:
@@ -503,7 +503,7 @@ class TaskConfig:
             self.text_loss == 0 or (self.text_loss > 0 and self.head is Head.tokens),
             f"task.text_loss={self.text_loss}: 0 or more, and for task.head=tokens alone.",
         )
-        single = self.problem is Problem.single_label
+        single = self.problem is TaskType.single_label
         require(
             single or self.head is not Head.tokens,
             f"task.head=tokens chooses one class: task.problem={self.problem.value} needs task.head=linear.",
@@ -513,7 +513,7 @@ class TaskConfig:
             f"task.class_weights: task.problem={self.problem.value} has no classes to weigh against each other.",
         )
         require(
-            self.label_smoothing == 0 or self.problem is not Problem.regression,
+            self.label_smoothing == 0 or self.problem is not TaskType.regression,
             "task.label_smoothing: a regression has no labels to smooth.",
         )
         require(
@@ -570,23 +570,23 @@ class TrainerConfig:
     precision: Precision = Precision.auto
     callbacks: dict[str, Any] = field(default_factory=dict)
     # The rest changes time and memory, not the numbers.
-    micro_batch: Any = aside("auto")
-    gradient_checkpointing: Any = aside(Checkpointing.auto)
-    offload_activations: bool = aside(False)
-    compile: bool = aside(False)
-    validation_batch_size: int = aside(64)
-    checkpoint_every: int | None = aside(None)
-    keep_checkpoints: int = aside(2)
-    accelerator: str = aside("auto")
-    devices: Any = aside(1)
-    num_nodes: int = aside(1)
-    strategy: Any = aside("auto")
-    threads: int | None = aside(None)
-    deterministic: bool = aside(True)
+    micro_batch: Any = not_in_key("auto")
+    gradient_checkpointing: Any = not_in_key(Checkpointing.auto)
+    offload_activations: bool = not_in_key(False)
+    compile: bool = not_in_key(False)
+    validation_batch_size: int = not_in_key(64)
+    checkpoint_every: int | None = not_in_key(None)
+    keep_checkpoints: int = not_in_key(2)
+    accelerator: str = not_in_key("auto")
+    devices: Any = not_in_key(1)
+    num_nodes: int = not_in_key(1)
+    strategy: Any = not_in_key("auto")
+    threads: int | None = not_in_key(None)
+    deterministic: bool = not_in_key(True)
     # And these only what happens when something goes wrong: a run that ends well is the same with any of them.
-    max_time: str | None = aside(None)
-    on_nan: OnNan = aside(OnNan.stop)
-    on_save_error: OnSaveError = aside(OnSaveError.stop)
+    max_time: str | None = not_in_key(None)
+    on_nan: OnNan = not_in_key(OnNan.stop)
+    on_save_error: OnSaveError = not_in_key(OnSaveError.stop)
 
     def __post_init__(self) -> None:
         if self.max_time is not None:
@@ -677,7 +677,7 @@ class SweepConfig:
         )
 
 
-class Form(Enum):
+class OutputFormat(Enum):
     """How a command answers: for people or for programs."""
 
     text = "text"
@@ -707,7 +707,7 @@ class DoctorConfig:
 
     output_dir: str = "outputs"
     network: bool = True
-    format: Form = Form.text
+    format: OutputFormat = OutputFormat.text
 
 
 @dataclass
@@ -718,7 +718,7 @@ class DiskConfig:
     clean: list[Cleaning] = field(default_factory=list)
     keep: list[Keep] = field(default_factory=lambda: [Keep.best, Keep.last])
     dry_run: bool = True
-    format: Form = Form.text
+    format: OutputFormat = OutputFormat.text
 
 
 @dataclass
@@ -788,16 +788,16 @@ class TrainConfig:
     data: DataConfig = MISSING
     task: TaskConfig = MISSING
     trainer: TrainerConfig = MISSING
-    logger: LoggerConfig = aside()
-    sweep: SweepConfig = aside()
-    trusted_packages: list[str] = aside(factory=list)
+    logger: LoggerConfig = not_in_key()
+    sweep: SweepConfig = not_in_key()
+    trusted_packages: list[str] = not_in_key(factory=list)
     seed: int = 0
-    force: bool = aside(False)
-    progress: bool = aside(True)
-    output_dir: str = aside("outputs")
-    name: str | None = aside(None)
-    tags: list[str] = aside(factory=list)
-    notes: str | None = aside(None)
+    force: bool = not_in_key(False)
+    progress: bool = not_in_key(True)
+    output_dir: str = not_in_key("outputs")
+    name: str | None = not_in_key(None)
+    tags: list[str] = not_in_key(factory=list)
+    notes: str | None = not_in_key(None)
 
     def __post_init__(self) -> None:
         quantized = self.quantization.format is not QuantizationFormat.none

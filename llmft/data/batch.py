@@ -1,21 +1,21 @@
-"""Examples to padded tensors, and the order in which they are seen.
+"""Padded batches, and the order of the training rows.
 
-One item of the training loader is one effective batch, that is, one optimizer step. So a step is never half done
-when a run stops, and the micro-batch is a matter of memory alone. The order is a function of (seed, epoch), and a
-run's position is its number of steps: no generator or library counter has to be saved.
+One item of the training loader is one effective batch, that is, one optimizer step. So a run never stops inside a
+step, and the micro-batch size affects memory only. The order is a function of (seed, epoch). A run's position is its
+number of steps, so no generator state has to be saved.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 import torch
 
-from llmft.data.examples import IGNORE, Encoded, Examples
+from llmft.data.examples import IGNORE, Example, Examples
 
 
 @dataclass
@@ -24,8 +24,8 @@ class MicroBatch:
 
     Attributes:
         input_ids, attention_mask, labels: (rows, seq_len), padded on the right.
-        weights: (rows,) what each row counts for; 0 for a row that only fills a process's share.
-        targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None where rows have none.
+        weights: (rows,) weight of each row in the loss; 0 for a row that only fills up a rank's batch.
+        targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None for rows without target.
         rows: index of each row in its split.
     """
 
@@ -38,24 +38,18 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
-        return MicroBatch(
-            self.input_ids.to(device),
-            self.attention_mask.to(device),
-            self.labels.to(device),
-            self.weights.to(device),
-            None if self.targets is None else self.targets.to(device),
-            self.rows,
-        )
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **moved)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, padding left out."""
+        """Number of tokens without padding."""
         return int(self.attention_mask.sum())
 
 
 @dataclass
 class StepBatch:
-    """All that one optimizer step takes on one device; `weight` counts what the loss is divided by, everywhere."""
+    """The micro-batches of one optimizer step on one device; `weight` is the loss's denominator over all devices."""
 
     step: int
     micro_batches: list[MicroBatch]
@@ -66,39 +60,39 @@ class StepBatch:
         return StepBatch(self.step, [micro.to(device) for micro in self.micro_batches], self.weight)
 
 
-def collate(examples: Sequence[Encoded], rows: Sequence[int], pad_id: int) -> MicroBatch:
-    """Pads `examples` on the right to the longest; padding is masked and never a label."""
-    width = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), width)
+def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:
+    """Pads `examples` on the right to the longest one; padding is masked and never a label."""
+    seq_len = max(len(example.input_ids) for example in examples)
+    shape = (len(examples), seq_len)
     input_ids = torch.full(shape, pad_id, dtype=torch.long)
     labels = torch.full(shape, IGNORE, dtype=torch.long)
     mask = torch.zeros(shape, dtype=torch.long)
-    for place, example in enumerate(examples):
+    for index, example in enumerate(examples):
         length = len(example.input_ids)
-        input_ids[place, :length] = torch.as_tensor(example.input_ids)
-        labels[place, :length] = torch.as_tensor(example.labels)
-        mask[place, :length] = 1
+        input_ids[index, :length] = torch.as_tensor(example.input_ids)
+        labels[index, :length] = torch.as_tensor(example.labels)
+        mask[index, :length] = 1
     targets = [example.conversation.target for example in examples]
-    classes = torch.tensor(targets) if all(target is not None for target in targets) else None
+    stacked = torch.tensor(targets) if all(target is not None for target in targets) else None
     weights = torch.tensor([example.conversation.weight for example in examples])
-    return MicroBatch(input_ids, mask, labels, weights, classes, list(rows))
+    return MicroBatch(input_ids, mask, labels, weights, stacked, list(rows))
 
 
-def filler(example: Encoded, pad_id: int) -> MicroBatch:
-    """A batch that counts for nothing: every process must take as many as the others, or one waits for ever."""
+def zero_weight_batch(example: Example, pad_id: int) -> MicroBatch:
+    """Zero-weight batch that keeps all ranks at the same number of micro-batches."""
     batch = collate([example], [], pad_id)
     batch.weights.zero_()
     return batch
 
 
-def weight_of(example: Encoded) -> float:
-    """What one example adds to the loss's denominator: its labelled tokens, or 1 for a target; times its weight."""
-    own = example.conversation
-    return own.weight * (1.0 if own.target is not None else float(example.labelled_tokens))
+def weight_of(example: Example) -> float:
+    """What one example adds to the loss's denominator: weight x labelled tokens, or weight with a target."""
+    conversation = example.conversation
+    return conversation.weight * (1.0 if conversation.target is not None else float(example.labelled_tokens))
 
 
-def weights_and_lengths(examples: Sequence[Encoded]) -> tuple[list[float], list[int]]:
-    """`weight_of` and number of tokens of every example; at once where they are held in columns."""
+def weights_and_lengths(examples: Sequence[Example]) -> tuple[list[float], list[int]]:
+    """`weight_of` and the number of tokens of every example; vectorised for `Examples`."""
     if isinstance(examples, Examples) and len(examples) and examples[0].conversation.target is None:
         weights = np.asarray([examples.conversations[row].weight for row in examples.rows])
         return (examples.labelled_tokens * weights).tolist(), examples.lengths.tolist()
@@ -111,11 +105,11 @@ def steps_per_epoch(num_rows: int, batch_size: int) -> int:
 
 
 def rows_of_step(step: int, num_rows: int, batch_size: int, seed: int) -> list[int]:
-    """The rows of optimizer step `step` (from 0): a seeded shuffle of each epoch, cut into batches."""
+    """Row indices of optimizer step `step` (from 0): each epoch is a seeded shuffle, cut into batches."""
     per_epoch = steps_per_epoch(num_rows, batch_size)
-    epoch, place = divmod(step, per_epoch)
+    epoch, step_in_epoch = divmod(step, per_epoch)
     order = _order(num_rows, seed, epoch)
-    return [int(row) for row in order[place * batch_size : (place + 1) * batch_size]]
+    return [int(row) for row in order[step_in_epoch * batch_size : (step_in_epoch + 1) * batch_size]]
 
 
 @lru_cache(maxsize=4)
@@ -124,35 +118,32 @@ def _order(num_rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 PADDED = 1.25
-"""A group's rows times its longest row are at most so many times its tokens' limit, for models that compute padding."""
+"""Upper bound of (rows x longest row) / token limit of a group, for models that compute padding."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What is computed at once: at most so many rows, and so many tokens; None is no limit.
-
-    A row that is longer than the limit goes alone.
-    """
+    """Largest batch in rows and in tokens; None is no limit. A row above the token limit is a batch of its own."""
 
     rows: int | None = None
     tokens: int | None = None
 
     def groups(self, lengths: Sequence[int], rows: Sequence[int]) -> list[list[int]]:
-        """`rows` in groups of like length, longest first, so that little is padded."""
-        found: list[list[int]] = []
-        width = total = 0
+        """`rows` in batches of similar length, longest first, which keeps padding small."""
+        groups: list[list[int]] = []
+        longest = total = 0
         for row in sorted(rows, key=lambda row: (-lengths[row], row)):
-            if not found or not self._holds(len(found[-1]) + 1, total + lengths[row], width):
-                found.append([])
-                width, total = lengths[row], 0
-            found[-1].append(row)
+            if not groups or not self._fits(len(groups[-1]) + 1, total + lengths[row], longest):
+                groups.append([])
+                longest, total = lengths[row], 0
+            groups[-1].append(row)
             total += lengths[row]
-        return found
+        return groups
 
     def __str__(self) -> str:
         return f"{self.tokens}tokens" if self.rows is None else str(self.rows)
 
-    def _holds(self, rows: int, tokens: int, width: int) -> bool:
+    def _fits(self, rows: int, tokens: int, longest: int) -> bool:
         if self.rows is not None and rows > self.rows:
             return False
-        return self.tokens is None or (tokens <= self.tokens and rows * width <= PADDED * self.tokens)
+        return self.tokens is None or (tokens <= self.tokens and rows * longest <= PADDED * self.tokens)

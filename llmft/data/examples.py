@@ -1,4 +1,4 @@
-"""Tokenised rows in columns: small in memory, and memory-mapped from the disk when they were made before."""
+"""Tokenised rows in columns, compact in memory and memory-mapped from a cache file where there is one."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ IGNORE = -100
 
 
 @dataclass(slots=True)
-class Encoded:
-    """One example: token ids, labels (`IGNORE` where nothing is learned) and the conversation it comes from."""
+class Example:
+    """One example: token ids, labels (`IGNORE` where there is no loss) and the conversation it comes from."""
 
     input_ids: Sequence[int]
     labels: Sequence[int]
@@ -33,17 +33,17 @@ class Encoded:
 
     @property
     def labelled_tokens(self) -> int:
-        """Tokens that carry loss; the first token of a row cannot, since nothing predicts it."""
+        """Number of tokens with a loss; the first token has none, since nothing predicts it."""
         return int(np.count_nonzero(np.asarray(self.labels)[1:] != IGNORE))
 
 
-class Examples(Sequence[Encoded]):
+class Examples(Sequence[Example]):
     """The examples of one split.
 
     Attributes:
-        ids: (tokens,) int32, all rows one after the other.
-        labelled: (tokens,) uint8, 1 where the token is learned.
-        starts: (rows + 1,) where each row begins.
+        ids: (tokens,) int32, the token ids of all rows, concatenated.
+        labelled: (tokens,) uint8, 1 for a token that is learned.
+        starts: (rows + 1,) offset of each row in `ids`.
         rows: (rows,) index of each example's conversation.
     """
 
@@ -65,43 +65,43 @@ class Examples(Sequence[Encoded]):
     def of(
         cls, ids: Sequence[Sequence[int]], labelled: Sequence[np.ndarray], rows: Sequence[int], conversations: Any
     ) -> Examples:
-        """From one sequence of ids, and one of marks, per row."""
+        """Concatenates one sequence of ids and one of 0/1 marks per row."""
         starts = np.zeros(len(ids) + 1, np.int64)
         np.cumsum([len(row) for row in ids], out=starts[1:])
-        flat = np.fromiter((token for row in ids for token in row), np.int32, int(starts[-1]))
+        token_ids = np.fromiter((token for row in ids for token in row), np.int32, int(starts[-1]))
         marks = np.concatenate(labelled) if len(labelled) else np.zeros(0, np.uint8)
-        return cls(flat, marks.astype(np.uint8), starts, np.asarray(rows, np.int32), conversations)
+        return cls(token_ids, marks.astype(np.uint8), starts, np.asarray(rows, np.int32), conversations)
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @overload
-    def __getitem__(self, index: int) -> Encoded: ...
+    def __getitem__(self, index: int) -> Example: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Encoded]: ...
-    def __getitem__(self, index: int | slice) -> Encoded | list[Encoded]:
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
         if isinstance(index, slice):
-            return [self[place] for place in range(*index.indices(len(self)))]
+            return [self[row] for row in range(*index.indices(len(self)))]
         if index < 0:
             index += len(self)
         if not 0 <= index < len(self):
             raise IndexError(index)
-        part = slice(self.starts[index], self.starts[index + 1])
-        ids = self.ids[part]
-        labels = np.where(self.labelled[part] != 0, ids, IGNORE)
-        return Encoded(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
+        tokens = slice(self.starts[index], self.starts[index + 1])
+        ids = self.ids[tokens]
+        labels = np.where(self.labelled[tokens] != 0, ids, IGNORE)
+        return Example(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Encoded]:
+    def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     @property
     def lengths(self) -> np.ndarray:
-        """(rows,) tokens of each row."""
+        """(rows,) number of tokens of each row."""
         return np.diff(self.starts)
 
     @property
     def labelled_tokens(self) -> np.ndarray:
-        """(rows,) tokens of each row that carry loss."""
+        """(rows,) number of tokens with a loss of each row."""
         total = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
         first = np.zeros(len(self), np.int64)
         filled = self.lengths > 0
@@ -110,13 +110,13 @@ class Examples(Sequence[Encoded]):
 
 
 def cache_directory() -> Path:
-    """Where `datasets` caches, told as it tells, without importing it."""
+    """llmft's folder in the cache of `datasets`, found by the same environment variables without importing it."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
 
 
 def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None:
-    """Writes an Arrow stream, the form of the `datasets` cache, which `datasets.Dataset.from_file` opens too."""
+    """Writes an Arrow stream, which `datasets.Dataset.from_file` can open too."""
     import pyarrow as pa
 
     def column(values: np.ndarray) -> pa.Array:
@@ -130,7 +130,7 @@ def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None
 
 
 def load_examples(path: Path, conversations: Sequence[Conversation]) -> tuple[Examples, dict[str, Any]]:
-    """Maps a file of `save_examples` into memory; raises ValueError when it is damaged."""
+    """Memory-maps a file of `save_examples`. Raises ValueError when it is damaged."""
     import pyarrow as pa
 
     try:
@@ -139,9 +139,9 @@ def load_examples(path: Path, conversations: Sequence[Conversation]) -> tuple[Ex
         columns = [table.column(name).combine_chunks() for name in ("input_ids", "labelled", "row")]
         ids, labelled, row = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in columns)
         rows, starts = numbers(row), numbers(ids.offsets)
-        made = Examples(numbers(ids.values), numbers(labelled.values), starts, rows, conversations)
-        if len(rows) and (int(rows.max()) >= len(conversations) or len(made.ids) != starts[-1]):
+        examples = Examples(numbers(ids.values), numbers(labelled.values), starts, rows, conversations)
+        if len(rows) and (int(rows.max()) >= len(conversations) or len(examples.ids) != starts[-1]):
             raise ValueError("rows are missing")
-        return made, facts
+        return examples, facts
     except (OSError, KeyError, TypeError, IndexError, pa.ArrowException, ValueError) as error:
         raise ValueError(f"{path}: {error}") from None

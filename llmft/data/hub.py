@@ -1,7 +1,7 @@
-"""Where a model's files are: a local directory, the package, the Hub's cache, or the Hub itself.
+"""Finds a model's files: in a local directory, the package, the Hub's cache, or on the Hub.
 
-Nothing here waits long: what is cached is used without asking anybody, and what is not is asked for once, with a
-time limit of a few seconds, before the libraries' own retries (48 s for a missing model) can begin.
+Cached files are used without a request. For others the Hub is asked once, with a timeout of a few seconds, before the
+libraries' own retries (48 s for a missing model) can begin.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from llmft.core.network import NoAnswer, ask, unless_stalled
 T = TypeVar("T")
 PACKAGED = "package:"
 PROBE_TIMEOUT_S = 4.0
-MOST_HEADER_BYTES = 100 * 2**20
-"""Of a safetensors file; the library itself refuses a longer one."""
+MAX_HEADER_BYTES = 100 * 2**20
+"""Longest header of a safetensors file; the library refuses a longer one."""
 PICKLED = (
-    "there are no safetensors weights, and pickled ones are not loaded; convert them with transformers' "
+    "there are no safetensors weights, and pickled weights are not loaded; convert them with transformers' "
     "save_pretrained in an environment you trust, then set model.path=DIR."
 )
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
@@ -34,16 +34,16 @@ MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokeni
 
 @dataclass(frozen=True)
 class Located:
-    """A model's directory, and what identifies its content; no directory for a random model without files."""
+    """A model's directory (None for a random model without files) and a fingerprint of its content."""
 
     directory: Path | None
     fingerprint: str
 
 
 def locate(model: ModelConfig) -> Located:
-    """Finds the files of `model`, downloading them from the Hub only where they are not cached.
+    """Finds the files of `model`; downloads them from the Hub only if they are not cached.
 
-    Raises ConfigError in one sentence, within seconds, when they cannot be had.
+    Raises ConfigError within seconds when they are not available.
     """
     if model.path is not None:
         return _local(model.path, weights=model.init is ModelInit.pretrained)
@@ -70,43 +70,43 @@ def _local(path: str, *, weights: bool) -> Located:
     if weights and not has_weights(directory):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
         raise ConfigError(
-            f"model.path={path}: " + (PICKLED if pickled else "its safetensors weights are missing or not whole.")
+            f"model.path={path}: " + (PICKLED if pickled else "its safetensors weights are missing or incomplete.")
         )
     return Located(directory, fingerprint(directory))
 
 
 def fingerprint(directory: Path) -> str:
-    """A digest of a model directory: names, sizes, whole small files, and a piece of every tensor of large ones.
+    """A digest of a model directory: names, sizes, small files, and a sample of every tensor of large files.
 
-    A 7B takes a fraction of a second; two models that differ in a tensor differ in its middle, if they were trained.
+    A 7B model takes a fraction of a second. Trained models that differ in a tensor differ in its middle.
     """
     digest = hashlib.sha256()
-    edge = 2**20
+    mib = 2**20
     for path in sorted(directory.iterdir()):
         if not path.is_file() or path.suffix not in {".json", ".safetensors", ".model", ".txt", ".jinja", ".py"}:
             continue
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}:".encode())
         with path.open("rb") as file:
-            if size <= 64 * edge:
+            if size <= 64 * mib:
                 digest.update(file.read())
                 continue
-            head = file.read(edge)
+            head = file.read(mib)
             digest.update(head)
-            for place in _middles(head, file, size):
-                file.seek(place)
+            for offset in _sample_offsets(head, file, size):
+                file.seek(offset)
                 digest.update(file.read(4096))
-            file.seek(-edge, os.SEEK_END)
-            digest.update(file.read(edge))
+            file.seek(-mib, os.SEEK_END)
+            digest.update(file.read(mib))
     return digest.hexdigest()
 
 
-def _middles(head: bytes, file: Any, size: int) -> list[int]:
-    """The middle of every tensor of a safetensors file; of equal parts of any other file."""
+def _sample_offsets(head: bytes, file: Any, size: int) -> list[int]:
+    """The middle of every tensor of a safetensors file; 256 evenly spaced offsets of any other file."""
     length = int.from_bytes(head[:8], "little")
     try:
         file.seek(8)
-        entries = json.loads(file.read(length)) if length < min(size, MOST_HEADER_BYTES) else {}
+        entries = json.loads(file.read(length)) if length < min(size, MAX_HEADER_BYTES) else {}
         offsets = [entry["data_offsets"] for name, entry in entries.items() if name != "__metadata__"]
         return sorted(8 + length + (start + end) // 2 for start, end in offsets)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -114,24 +114,24 @@ def _middles(head: bytes, file: Any, size: int) -> list[int]:
 
 
 def _cached(repo: str, revision: str) -> Path | None:
-    """The snapshot of `repo` in the cache, if its weights are whole."""
+    """The snapshot of `repo` in the cache, if its weights are complete."""
     import huggingface_hub
 
     try:
         directory = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # LocalEntryNotFoundError and an ill-formed id
+    except (OSError, ValueError):  # LocalEntryNotFoundError, or a malformed id
         return None
     return directory if (directory / "config.json").is_file() and has_weights(directory) else None
 
 
 def weight_bytes(located: Located) -> int | None:
-    """Of the weights' files; None for a model without any."""
+    """Size of the weight files; None for a model without any."""
     files = [] if located.directory is None else list(located.directory.glob("*.safetensors"))
     return sum(path.stat().st_size for path in files) or None
 
 
 def has_weights(directory: Path) -> bool:
-    """Whether all safetensors files that the directory's index names are there."""
+    """Whether all safetensors files of the directory's index exist."""
     if (directory / "model.safetensors").is_file():
         return True
     index = directory / "model.safetensors.index.json"
@@ -150,7 +150,7 @@ def _cache_directory() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def _cached_ids(kind: str) -> list[str]:
+def cached_ids(kind: str) -> list[str]:
     folder = _cache_directory()
     prefix = f"{kind}s--"
     if not folder.is_dir():
@@ -166,15 +166,15 @@ def _offline() -> bool:
 
 
 def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
-    """Asks the Hub once whether `repo` can be read; raises ConfigError saying why it cannot."""
+    """Asks the Hub once whether `repo` can be read. Raises ConfigError that says why it cannot."""
     from huggingface_hub import constants, get_token
 
-    cached = _cached_ids(kind)
-    near = nearest(repo, cached)
-    where = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {near})" if near else "")
+    cached = cached_ids(kind)
+    similar = nearest(repo, cached)
+    not_cached = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {similar})" if similar else "")
     if _offline():
-        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {where}; unset it or {advice}.")
-    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}?expand=gated"  # without the list of all its files
+        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {not_cached}; unset it or {advice}.")
+    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}?expand=gated"  # without the list of files
     token = get_token()
     try:
         status, content = ask(url, PROBE_TIMEOUT_S, headers={"Authorization": f"Bearer {token}"} if token else {})
@@ -182,9 +182,11 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
         if not isinstance(facts, dict):
             raise ValueError
     except NoAnswer as error:
-        raise ConfigError(f"{key}: {constants.ENDPOINT} cannot be reached ({error}) and {where}; {advice}.") from None
+        raise ConfigError(
+            f"{key}: {constants.ENDPOINT} cannot be reached ({error}) and {not_cached}; {advice}."
+        ) from None
     except ValueError:
-        raise ConfigError(f"{key}: {constants.ENDPOINT} gives no Hub's answer and {where}; {advice}.") from None
+        raise ConfigError(f"{key}: {constants.ENDPOINT} gives no Hub's answer and {not_cached}; {advice}.") from None
     if status != 200:
         reasons = dict.fromkeys((401, 403), "it does not exist, or is gated and needs `hf auth login` and its licence")
         reason = {**reasons, 404: "no such repository"}.get(status, f"it answered {status}")
@@ -214,23 +216,23 @@ def _download(model: ModelConfig) -> Path:
 
 
 def online_or_cached(key: str, repo: str, kind: str, load: Callable[[], T]) -> T:
-    """What `load` makes with a Hub library: offline when `repo` is cached, else after asking the Hub once.
+    """The result of `load`, a call of a Hub library: offline when `repo` is cached, else after asking the Hub once.
 
-    Any failure leaves as one ConfigError.
+    Raises ConfigError for any failure.
     """
     from huggingface_hub import constants
 
-    before = constants.HF_HUB_OFFLINE
-    cached = repo in _cached_ids(kind)
+    was_offline = constants.HF_HUB_OFFLINE
+    cached = repo in cached_ids(kind)
     if not cached:
         ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
-    constants.HF_HUB_OFFLINE = cached or before
+    constants.HF_HUB_OFFLINE = cached or was_offline
     try:
         return load() if cached else unless_stalled(load, Path(constants.HF_HOME))
     except ConfigError:
         raise
     except Exception as error:
-        before = before or isinstance(error, NoAnswer)  # what was left behind must not go on asking
+        was_offline = was_offline or isinstance(error, NoAnswer)  # an abandoned download must not go on asking
         raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
     finally:
-        constants.HF_HUB_OFFLINE = before
+        constants.HF_HUB_OFFLINE = was_offline

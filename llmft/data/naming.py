@@ -1,4 +1,4 @@
-"""Names of columns: alone, in templates such as "{question} {context}", and below others (`instances[0].output`)."""
+"""Column names, templates such as "{question} {context}", and nested names such as `instances[0].output`."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _STEP = re.compile(r"\[(-?\d+)\]|\.?([^.\[\]]+)")
 
 
 class NotFinite(str):
-    """A cell of a text file that says inf or nan, or overflows, where the other rows have numbers."""
+    """A cell that holds inf, nan or an overflow in a column of numbers of a text file."""
 
     __slots__ = ()
 
 
 class Unreadable:
-    """A value that Python has no type for, or that is damaged; it matters only where somebody asks for it."""
+    """A value that Python cannot represent, or that is damaged; it is an error only where it is used."""
 
     def __init__(self, kind: Any) -> None:
         self.kind = str(kind)
@@ -33,7 +33,7 @@ class Unreadable:
 
 
 def pieces(template: str) -> list[tuple[str, str | None]]:
-    """A template as texts, each with the name of the column behind it; a name without braces stands for itself.
+    """A template as pairs of a text and the column after it; a template without braces is a column's name.
 
     Raises ValueError for braces that do not close.
     """
@@ -41,19 +41,19 @@ def pieces(template: str) -> list[tuple[str, str | None]]:
         return [("", template)]
     parts = []
     for text, name, spec, conversion in string.Formatter().parse(template):
-        if name is not None:  # nothing is formatted: what Python would take for a format belongs to the name
+        if name is not None:  # what Python takes for a format is part of the name
             name += (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
         parts.append((text, name))
     return parts
 
 
 def names_in(template: str | None) -> list[str]:
-    """The columns that a template reads; none where it is null."""
+    """The columns that a template reads; none for null."""
     return [name for _, name in pieces(template) if name is not None] if template else []
 
 
-def below(values: dict[str, Any], name: str) -> Any:
-    """What lies under a nested name. Raises KeyError or IndexError where nothing does."""
+def nested_value(values: dict[str, Any], name: str) -> Any:
+    """The value of a nested name. Raises KeyError or IndexError where there is none."""
     value: Any = values
     position = 0
     while position < len(name):
@@ -64,50 +64,50 @@ def below(values: dict[str, Any], name: str) -> Any:
             value = value[int(step[1])]
         elif step[2] and isinstance(value, dict):
             value = value[step[2]]
-        else:  # a letter of a text is no part of it
+        else:  # indexing a text is refused
             raise KeyError(name)
         position = step.end()
     return value
 
 
 def is_nested(name: str) -> bool:
-    """Whether a name may mean something below a column."""
+    """Whether a name may be nested."""
     return "." in name or "[" in name
 
 
-def root_of(name: str) -> str:
-    """The column above a nested name."""
+def root_column(name: str) -> str:
+    """The column that a nested name begins with."""
     return re.split(r"[.\[]", name, maxsplit=1)[0]
 
 
-def no_column(name: str, values: dict[str, Any], used: set[str] = frozenset()) -> str:  # type: ignore[assignment]
-    """'no column X; did you mean Y?', where Y is none of `used`."""
-    options = set(_paths(values)) if is_nested(name) else set(values)
-    return f"no column '{name}'{did_you_mean(name, options - used)}"
+def missing_column(name: str, values: dict[str, Any], taken: set[str] = frozenset()) -> str:  # type: ignore[assignment]
+    """'no column X; did you mean Y?', where Y is not in `taken`."""
+    options = set(_all_names(values)) if is_nested(name) else set(values)
+    return f"no column '{name}'{did_you_mean(name, options - taken)}"
 
 
-def _paths(values: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
-    """The names of all that lies in a row, of lists that of the first element."""
-    inner: list[tuple[str, Any]] = []
+def _all_names(values: Any, prefix: str = "", depth: int = 0) -> Iterator[str]:
+    """The nested names of all values in a row; of a list those of its first element."""
+    children: list[tuple[str, Any]] = []
     if isinstance(values, dict):
-        inner = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items()]
+        children = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in values.items()]
     elif isinstance(values, list) and values:
-        inner = [(f"{prefix}[0]", values[0])]
-    for name, value in inner[:100]:
+        children = [(f"{prefix}[0]", values[0])]
+    for name, value in children[:100]:
         yield name
         if depth < 4:
-            yield from _paths(value, name, depth + 1)
+            yield from _all_names(value, name, depth + 1)
 
 
 def cell_text(value: Any, name: str) -> str:
-    """A cell as text: numbers as Python writes them, dates as ISO 8601 does.
+    """A cell as text: numbers as Python writes them, dates in ISO 8601.
 
-    Raises ValueError for what is no text, such as bytes, objects, and numbers that are not finite.
+    Raises ValueError for bytes, objects and numbers that are not finite.
     """
     if isinstance(value, NotFinite) or (isinstance(value, (float, Decimal)) and not math.isfinite(value)):
         empty = isinstance(value, float) and math.isnan(value)
         raise ValueError(
-            f"column '{name}' {'is empty (not a number)' if empty else f'holds {value}, no finite number'}"
+            f"column '{name}' {'is empty (not a number)' if empty else f'holds {value}, which is not a finite number'}"
         )
     if isinstance(value, (str, int, float)):
         return str(value)
@@ -121,5 +121,5 @@ def cell_text(value: Any, name: str) -> str:
 
 
 def stable_text(value: Any) -> str:
-    """What a row or a cell holds as one text, the same on every machine: JSON, and text for what JSON lacks."""
+    """A row or a cell as canonical JSON, with `str` for types that JSON lacks."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=str)

@@ -1,6 +1,6 @@
-"""What tokenised rows say about themselves: the mistakes that cost a training and show only after it.
+"""Checks of tokenised rows: mistakes that waste a training and show only after it.
 
-A doubled begin token, an end token that is never trained, answers cut off by a limit, rows on both sides of a split.
+For example a doubled begin token, an end token that is never trained, or rows on both sides of a split.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Ends
 from llmft.data.examples import Examples
-from llmft.data.messages import text_of
+from llmft.data.messages import message_text
 from llmft.data.overlap import Overlap
 
 PERCENTILES = (50, 90, 99, 100)
 MIN_ENDS = 0.99
-"""Share of rows whose answer must close with an end token; without it a model learns not to stop."""
+"""Least share of rows whose answer must end in an end token; without one a model does not learn to stop."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """Something to know before training: an `error` stops it, a `warning` is shown."""
+    """A problem found before training: an `error` stops it, a `warning` is shown."""
 
     level: str
     key: str
@@ -39,11 +39,11 @@ class SplitFacts:
     """Counts over one split.
 
     Attributes:
-        begin_tokens: number of rows by how many begin tokens they hold.
-        doubled_begin: rows in which two begin tokens stand side by side.
+        begin_tokens: number of rows by their number of begin tokens.
+        doubled_begin: rows with two begin tokens side by side.
         ends_trained: rows whose last learned token is an end token.
         untrained: rows without a learned token.
-        special_in_text: rows whose own text spells a special token, which the tokenizer then makes.
+        special_in_text: rows whose text spells a special token, which the tokenizer then produces.
         prompt_tokens, answer_tokens, all_tokens: percentiles 50, 90, 99 and 100 of the rows' lengths.
         histogram: (from, to, rows) of the rows' lengths.
     """
@@ -61,7 +61,7 @@ class SplitFacts:
 
 
 def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
-    """Looks at every token of a split once."""
+    """Counts over all tokens of a split."""
     facts = SplitFacts(len(examples))
     if not len(examples):
         return facts
@@ -72,26 +72,26 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
         counts = is_begin[starts[1:]] - is_begin[starts[:-1]]
         facts.begin_tokens = {int(n): int(rows) for n, rows in zip(*np.unique(counts, return_counts=True), strict=True)}
         pairs = np.flatnonzero((ids[1:] == begin) & (ids[:-1] == begin)) + 1
-        inside = pairs[~np.isin(pairs, starts)]
-        facts.doubled_begin = len(np.unique(np.searchsorted(starts, inside, side="right")))
+        within_rows = pairs[~np.isin(pairs, starts)]
+        facts.doubled_begin = len(np.unique(np.searchsorted(starts, within_rows, side="right")))
     learned = np.concatenate([[0], np.cumsum(examples.labelled, dtype=np.int64)])
     answers = learned[starts[1:]] - learned[starts[:-1]]
     facts.untrained = int((answers == 0).sum())
-    places = np.flatnonzero(examples.labelled)
-    stops = learned[starts[1:]][answers > 0]
-    closed = np.isin(ids[places[stops - 1]], ends.ids)
+    learned_positions = np.flatnonzero(examples.labelled)
+    answer_ends = learned[starts[1:]][answers > 0]
+    ends_well = np.isin(ids[learned_positions[answer_ends - 1]], ends.ids)
     if ends.text:
-        tail = len(ends.text.encode()) + 1
-        tails = (ids[places[max(0, stop - tail) : stop]].tolist() for stop in stops)
-        closed |= np.fromiter(map(ends.reached, tails), bool, len(stops))
-    facts.ends_trained = int(closed.sum())
+        tail_tokens = len(ends.text.encode()) + 1
+        tails = (ids[learned_positions[max(0, end - tail_tokens) : end]].tolist() for end in answer_ends)
+        ends_well |= np.fromiter(map(ends.reached, tails), bool, len(answer_ends))
+    facts.ends_trained = int(ends_well.sum())
     facts.prompt_tokens = _percentiles(lengths - answers)
     facts.answer_tokens = _percentiles(answers)
     facts.all_tokens = _percentiles(lengths)
     facts.histogram = _histogram(lengths)
     special = [token for token in (*tokenizer.all_special_tokens, ends.text) if len(token) > 2]
     facts.special_in_text = sum(
-        any(token in text_of(message) for message in examples.conversations[row].messages for token in special)
+        any(token in message_text(message) for message in examples.conversations[row].messages for token in special)
         for row in examples.rows
     )
     return facts
@@ -107,20 +107,22 @@ def _histogram(lengths: np.ndarray, bins: int = 8) -> list[tuple[int, int, int]]
     return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
 
 
-def label_balance(conversations: Sequence[Conversation], labels: Sequence[str], most: int = 20) -> dict[str, int]:
-    """Rows by class, or by answer where there are few different ones; empty where answers are free text."""
+def label_balance(
+    conversations: Sequence[Conversation], labels: Sequence[str], max_answers: int = 20
+) -> dict[str, int]:
+    """Rows by class, or by answer where there are few different ones; empty for free text and numbers."""
     if not conversations:
         return {}
     if conversations[0].target is not None:
         if isinstance(conversations[0].target, float):
             return {}
-        own: Counter[int] = Counter()
+        counts: Counter[int] = Counter()
         for row in conversations:
-            many = isinstance(row.target, tuple)
-            own.update([n for n, is_one in enumerate(row.target) if is_one] if many else [row.target])  # type: ignore
-        return {labels[number]: own[number] for number in sorted(own)}
-    answers = Counter(text_of(c.messages[-1]).strip() for c in conversations)
-    return dict(answers.most_common()) if len(answers) <= most else {}
+            is_multi_label = isinstance(row.target, tuple)
+            counts.update([n for n, is_one in enumerate(row.target) if is_one] if is_multi_label else [row.target])  # type: ignore
+        return {labels[number]: counts[number] for number in sorted(counts)}
+    answers = Counter(message_text(c.messages[-1]).strip() for c in conversations)
+    return dict(answers.most_common()) if len(answers) <= max_answers else {}
 
 
 def findings(
@@ -130,19 +132,19 @@ def findings(
     context_tokens: int | None = None,
     learned_positions: bool = False,
 ) -> list[Finding]:
-    """Errors first, then warnings.
+    """All findings, errors first.
 
-    `context_tokens` is how many positions the model knows; with `learned_positions` it fails on any other.
+    `context_tokens` is the model's number of positions; with `learned_positions` the model fails beyond it.
     """
-    found: list[Finding] = []
+    result: list[Finding] = []
 
     def add(level: str, key: str, message: str) -> None:
-        found.append(Finding(level, key, message))
+        result.append(Finding(level, key, message))
 
     classifies = config.task.head is not None or config.task.auto_class == "sequence_classification"
     for split, fact in facts.items():
         if fact.doubled_begin:
-            add("error", "prompt", f"{fact.doubled_begin} {split} rows hold two begin tokens side by side")
+            add("error", "prompt", f"{fact.doubled_begin} {split} rows have two begin tokens side by side")
         if fact.untrained and not classifies:
             add("error", "data", f"{fact.untrained} {split} rows have no token to learn")
         if not classifies and fact.rows and fact.ends_trained < MIN_ENDS * fact.rows:
@@ -164,36 +166,42 @@ def findings(
         )
     train = facts.get("train")
     if train is not None and train.begin_tokens.get(0):
-        add("warning", "prompt", f"{train.begin_tokens[0]} train rows have no begin token, which this tokenizer knows")
+        add(
+            "warning",
+            "prompt",
+            f"{train.begin_tokens[0]} train rows have no begin token, although the tokenizer has one",
+        )
     for overlap in overlaps:
         if config.data.train_on is TrainOn.all and (overlap.first, overlap.second) == ("train", "validation"):
             continue
         rows = facts[overlap.second].rows
-        same = overlap.first == overlap.second
-        if overlap.exact and same:
+        within_split = overlap.first == overlap.second
+        if overlap.exact and within_split:
             add("warning", "data", f"{overlap.exact} {overlap.first} rows are copies of others")
         elif overlap.exact:
             share = overlap.exact / max(1, rows)
             level = "error" if share > config.data.max_overlap_fraction else "warning"
-            where = " = ".join(overlap.examples[0]) if overlap.examples else ""
+            example = " = ".join(overlap.examples[0]) if overlap.examples else ""
             add(
                 level,
                 "data.max_overlap_fraction",
-                f"{overlap.exact} {overlap.second} rows ({share:.0%}) also stand in {overlap.first} ({where}), so its "
+                f"{overlap.exact} {overlap.second} rows ({share:.0%}) are also in {overlap.first} ({example}), so its "
                 "numbers are too good",
             )
-        if overlap.near and not same:
-            add("warning", "data", f"{overlap.near} {overlap.second} rows nearly stand in {overlap.first}")
-        elif overlap.exact_prompts > overlap.exact and not same and not classifies:
-            more = overlap.exact_prompts - overlap.exact
-            add("warning", "data.group", f"{more} {overlap.second} rows share their question with {overlap.first} rows")
+        if overlap.near and not within_split:
+            add("warning", "data", f"{overlap.near} {overlap.second} rows are near-duplicates of {overlap.first} rows")
+        elif overlap.exact_prompts > overlap.exact and not within_split and not classifies:
+            count = overlap.exact_prompts - overlap.exact
+            add(
+                "warning", "data.group", f"{count} {overlap.second} rows share their question with {overlap.first} rows"
+            )
     if config.data.train_on is TrainOn.all:
-        add("warning", "data.train_on", "validation rows are trained on too: validation numbers mean nothing")
-    return sorted(found, key=lambda finding: finding.level != "error")
+        add("warning", "data.train_on", "validation rows are trained on too, so validation numbers mean nothing")
+    return sorted(result, key=lambda finding: finding.level != "error")
 
 
-def stop_on_errors(found: Sequence[Finding]) -> None:
+def stop_on_errors(findings: Sequence[Finding]) -> None:
     """Raises DataError with the first error."""
-    for finding in found:
+    for finding in findings:
         if finding.level == "error":
             raise DataError(f"{finding.key}: {finding.message}. `python -m llmft.check` shows more.")

@@ -1,8 +1,8 @@
-"""Where templates run: Jinja's immutable sandbox, with bounds on time, memory and output.
+"""Jinja's immutable sandbox for templates, with limits on time, memory and output.
 
-The sandbox keeps a template from files, attributes and mutation, but lets it compute for ever (3e7 rounds of two
-nested loops take five seconds) and write gigabytes. Templates come with models that strangers made, so: a rendering
-is ended by a timer, large allocations fail, and what is written is counted while it is written.
+The sandbox keeps a template from files, attributes and mutation. It does not keep it from computing for ever or writing
+gigabytes. Templates come with models from strangers. So a timer ends a rendering, large allocations fail, and the
+output is counted while it is written.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ import jinja2.ext
 import jinja2.sandbox
 
 SECONDS = 5.0
-"""For one conversation; a real one takes well under a millisecond. Only in the main thread, where timers work."""
+"""Time limit for one conversation, which takes well under a millisecond. Timers work in the main thread only."""
 MEMORY_BYTES = 2**30
-"""What a rendering may add to the process's address space (on Linux)."""
-MOST_CHARACTERS = 100_000
+"""Memory that a rendering may add to the process's address space (Linux only)."""
+MAX_CHARACTERS = 100_000
 TIMES_INPUT = 20
-"""The text may have MOST_CHARACTERS, and TIMES_INPUT characters for each that goes in."""
+"""The text may have MAX_CHARACTERS, plus TIMES_INPUT characters for each input character."""
 
 
 class Missing(jinja2.Undefined):
-    """A name that a vendor's template may ask for (`if tools`) but not write: it would write nothing, silently."""
+    """An undefined name that a vendor's template may test (`if tools`) but not write: it would write nothing."""
 
     __str__ = __iter__ = __len__ = jinja2.Undefined._fail_with_undefined_error  # type: ignore[assignment]
 
 
 def make_environment(extensions: list[Any], *, strict: bool) -> jinja2.sandbox.ImmutableSandboxedEnvironment:
-    """The environment of transformers' chat templates; `strict` refuses even to ask for what is not there."""
+    """The environment of transformers' chat templates; `strict` refuses even to test an undefined name."""
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True,
         lstrip_blocks=True,
@@ -60,49 +60,46 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 
 def compile_bounded(environment: jinja2.Environment, source: str) -> jinja2.Template:
-    """The template of `source`; raises ValueError when that alone is too much, since Jinja computes constants here."""
+    """Compiles `source`. Raises ValueError at the limits, since Jinja computes constants when it compiles."""
     with _Bounds():
         return environment.from_string(source)
 
 
 def render_bounded(template: jinja2.Template, values: dict[str, Any], characters_in: int) -> str:
-    """The text of `template`; raises ValueError when it takes too long, too much memory, or writes too much."""
-    most = MOST_CHARACTERS + TIMES_INPUT * characters_in
+    """Renders `template`. Raises ValueError when it takes too long or too much memory, or writes too much."""
+    limit = MAX_CHARACTERS + TIMES_INPUT * characters_in
     parts: list[str] = []
     written = 0
     with _Bounds():
         for part in template.generate(**values):
             written += len(part)
-            if written > most:
-                raise ValueError(f"the template writes more than {most:,} characters")
+            if written > limit:
+                raise ValueError(f"the template writes more than {limit:,} characters")
             parts.append(part)
     return "".join(parts)
 
 
 def match_bounded(pattern: str, texts: Iterable[str]) -> None:
-    """Matches a regular expression; raises ValueError or re.error for one that takes too long, or is none."""
+    """Matches a regular expression. Raises ValueError when that takes too long, re.error for an invalid one."""
     with _Bounds("the expression", "the names of one model"):
         for text in texts:
             re.fullmatch(pattern, text)
 
 
 class _TooLong(BaseException):
-    """Past every `except Exception` in a filter."""
+    """Not an Exception, so that no `except Exception` in a filter catches it."""
 
 
-def _ring(signum: int, frame: Any) -> None:
-    if frame.f_code is not _Bounds.__exit__.__code__:  # where it has ended already, if late: a large text was freed
+def _on_alarm(signum: int, frame: Any) -> None:
+    if frame.f_code is not _Bounds.__exit__.__code__:  # a late alarm: the rendering has already ended
         raise _TooLong
 
 
 class _Bounds:
-    """Bounds time and memory while it is entered; 20 microseconds, so that a million rows cost 20 s.
+    """Limits time and memory inside a `with` block; a violation becomes a ValueError. Costs 20 microseconds."""
 
-    What ends a template leaves as one ValueError.
-    """
-
-    def __init__(self, what: str = "the template", over: str = "one conversation") -> None:
-        self.what, self.over = what, over
+    def __init__(self, subject: str = "the template", unit: str = "one conversation") -> None:
+        self.subject, self.unit = subject, unit
 
     def __enter__(self) -> None:
         self.timed = threading.current_thread() is threading.main_thread()
@@ -112,7 +109,7 @@ class _Bounds:
             limit = _address_space() + MEMORY_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit if soft < 0 else min(limit, soft), hard))
         if self.timed:
-            self.before = signal.signal(signal.SIGALRM, _ring)
+            self.before = signal.signal(signal.SIGALRM, _on_alarm)
             signal.setitimer(signal.ITIMER_REAL, SECONDS)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
@@ -122,15 +119,15 @@ class _Bounds:
         if self.limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, self.limits)
         if isinstance(error, _TooLong):
-            raise ValueError(f"{self.what} takes more than {SECONDS:g} s for {self.over}") from None
+            raise ValueError(f"{self.subject} takes more than {SECONDS:g} s for {self.unit}") from None
         if isinstance(error, (MemoryError, OverflowError)):
-            raise ValueError(f"{self.what} takes too much memory") from None
+            raise ValueError(f"{self.subject} takes too much memory") from None
         if isinstance(error, RecursionError):
-            raise ValueError(f"{self.what} calls itself without end") from None
+            raise ValueError(f"{self.subject} calls itself without end") from None
 
 
 def _address_space() -> int:
-    """Bytes of this process's address space."""
+    """Size of this process's address space in bytes."""
     handle = os.open("/proc/self/statm", os.O_RDONLY)
     try:
         return int(os.read(handle, 64).split()[0]) * resource.getpagesize()

@@ -1,4 +1,4 @@
-"""Rows chosen to be unlike each other, and rows dealt to folds; both independent of the rows' order."""
+"""Diverse samples of rows, and rows assigned to folds; both independent of the rows' order."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _COMPONENTS = 100
 
 
 def diverse(texts: Sequence[str], count: int, seed: int) -> list[int]:
-    """Indices, in rising order, of `count` different rows that are spread over the data.
+    """Sorted indices of `count` different rows that are spread over the data.
 
-    Texts become TF-IDF vectors, k-means finds as many clusters as rows are asked for (at most 1,000), and each
-    cluster gives the row nearest its centre; what is then missing is taken in turn from the clusters. Copies of a text
-    are taken only when the different texts run out. The texts chosen depend on their set and on `seed`, not on
-    their order. `count` at or above the number of rows returns all.
+    Texts become TF-IDF vectors. k-means finds `count` clusters (at most 1,000), and each cluster gives the row nearest
+    its centre; further rows are taken from the clusters in turn. Copies of a text are taken only when there are no
+    other texts left. The choice depends on the set of texts and on `seed`, not on their order. All rows are returned if
+    there are at most `count`.
     """
     if count >= len(texts):
         return list(range(len(texts)))
@@ -30,53 +30,53 @@ def diverse(texts: Sequence[str], count: int, seed: int) -> list[int]:
     copies: dict[str, list[int]] = defaultdict(list)
     for index, text in enumerate(texts):
         copies[" ".join(text.split())].append(index)
-    different = sorted(copies, key=lambda text: _rank(seed, text))
-    if len(different) > count:
-        return sorted(copies[different[place]][0] for place in _spread(different, count, seed))
+    unique = sorted(copies, key=lambda text: _rank(seed, text))
+    if len(unique) > count:
+        return sorted(copies[unique[position]][0] for position in _spread(unique, count, seed))
     # Round by round: every text once, then second copies, and so on.
-    rounds = chain.from_iterable(zip_longest(*(copies[text] for text in different)))
+    rounds = chain.from_iterable(zip_longest(*(copies[text] for text in unique)))
     return sorted([index for index in rounds if index is not None][:count])
 
 
 def _spread(texts: list[str], count: int, seed: int) -> list[int]:
-    """Places of `count` of the different `texts`, of which there are more than `count`."""
+    """Indices of `count` of the unique `texts`, which are more than `count`."""
     import numpy as np
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
-    with threadpool_limits(1):  # sums in another order would choose other rows on a machine with more cores
+    with threadpool_limits(1):  # more threads would sum in another order and choose other rows
         points = _vectors(texts, seed)
         centres = _far_apart(points, min(count, _MOST_CLUSTERS))
-        # No idle centre is moved (reassignment), so that small clusters keep theirs.
-        means = MiniBatchKMeans(len(centres), init=centres, n_init=1, reassignment_ratio=0, random_state=seed % 2**32)
-        cluster_of = means.fit_predict(points)
-    distance = np.linalg.norm(points - means.cluster_centers_[cluster_of], axis=1)
+        # Without reassignment, small clusters keep their centres.
+        kmeans = MiniBatchKMeans(len(centres), init=centres, n_init=1, reassignment_ratio=0, random_state=seed % 2**32)
+        cluster_of = kmeans.fit_predict(points)
+    distance = np.linalg.norm(points - kmeans.cluster_centers_[cluster_of], axis=1)
     clusters: dict[int, list[int]] = defaultdict(list)
-    for place, cluster in enumerate(cluster_of.tolist()):  # the places are in random order, by hash
-        clusters[cluster].append(place)
-    for members in clusters.values():
-        members.insert(0, members.pop(int(np.argmin(distance[members]))))
+    for index, cluster in enumerate(cluster_of.tolist()):  # texts are in random order, by hash
+        clusters[cluster].append(index)
+    for cluster_rows in clusters.values():
+        cluster_rows.insert(0, cluster_rows.pop(int(np.argmin(distance[cluster_rows]))))
     rounds = chain.from_iterable(zip_longest(*clusters.values()))
-    return [place for place in rounds if place is not None][:count]
+    return [index for index in rounds if index is not None][:count]
 
 
 def _far_apart(points: Any, count: int) -> Any:
-    """The first of `points`, then always the one farthest from those taken (Gonzalez 1985).
+    """The first of `points`, then always the one farthest from those chosen (Gonzalez 1985).
 
-    k-means++ draws by squared distance summed over a cluster, and so never reaches a small one beside a large one.
+    k-means++ draws by squared distance summed over a cluster, so it misses a small cluster beside a large one.
     """
     import numpy as np
 
-    taken = [0]
+    chosen = [0]
     distance = np.full(len(points), np.inf)
-    while len(taken) < count:
-        distance = np.minimum(distance, 1 - points @ points[taken[-1]])  # of unit vectors, half the squared distance
-        taken.append(int(np.argmax(distance)))
-    return points[taken]
+    while len(chosen) < count:
+        distance = np.minimum(distance, 1 - points @ points[chosen[-1]])  # half the squared distance of unit vectors
+        chosen.append(int(np.argmax(distance)))
+    return points[chosen]
 
 
 def _vectors(texts: list[str], seed: int) -> Any:
-    """Unit vectors (rows, at most 100) of `texts`: TF-IDF, projected to its main directions where it has more."""
+    """(rows, at most 100) unit vectors of `texts`: TF-IDF, reduced by SVD where it has more dimensions."""
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.preprocessing import normalize
@@ -97,17 +97,17 @@ def assign_folds(
 ) -> list[int]:
     """The fold, from 0, of each row.
 
-    Rows with the same key or the same group are in one fold. Without groups and copies each fold has its share of
-    every target and of all rows to within one row; with them, the largest units are dealt first, each to the fold that
-    has least of its targets (the greedy of scikit-learn's StratifiedGroupKFold, which does not promise independence of
-    the rows' order). A row's fold depends on the set of rows and on `seed`, not on their order.
+    Rows with the same key or the same group are in one fold. Without groups and copies, each fold has its share of
+    every target and of all rows, to within one row. With them, the largest units are assigned first, each to the fold
+    with the fewest of its targets (as in scikit-learn's StratifiedGroupKFold, which depends on the rows' order). A
+    row's fold depends on the set of rows and on `seed`, not on their order.
 
     Args:
         keys: the content of each row, in a canonical form.
-        num_folds: how many folds, at least 2; none is empty.
-        seed: decides which of the rows that are as good go where.
+        num_folds: number of folds, at least 2; none is empty.
+        seed: breaks ties.
         targets: class of each row, to be spread evenly.
-        groups: what must not be torn apart, for each row.
+        groups: group of each row, to be kept in one fold.
 
     Raises:
         ValueError: fewer than 2 folds, or more folds than different groups or rows.
@@ -123,41 +123,45 @@ def assign_folds(
         raise ValueError(f"{num_folds} folds need at least {num_folds} different {kind}, but there are {len(units)}.")
 
     ranks = [_rank(seed, key) for key in keys]
-    dealt = []
+    order = []
     for rows in units:
-        of_target = sorted(Counter(targets[row] for row in rows).items())
-        # Units of one size and target follow each other, so that they are dealt in turn.
-        dealt.append((-len(rows), _rank(seed, repr(of_target)), min(ranks[row] for row in rows), of_target, rows))
-    dealt.sort(key=lambda unit: unit[:3])
+        target_counts = sorted(Counter(targets[row] for row in rows).items())
+        # Units of the same size and targets are neighbours, so that they go to the folds in turn.
+        order.append(
+            (-len(rows), _rank(seed, repr(target_counts)), min(ranks[row] for row in rows), target_counts, rows)
+        )
+    order.sort(key=lambda unit: unit[:3])
 
     total = Counter(targets)
     sizes = [0] * num_folds
-    held: list[Counter[str]] = [Counter() for _ in range(num_folds)]
+    fold_targets: list[Counter[str]] = [Counter() for _ in range(num_folds)]
     fold_of = [0] * len(keys)
-    for *_, of_target, rows in dealt:
-        costs = [sum(count * have[target] / total[target] for target, count in of_target) for have in held]
+    for *_, target_counts, rows in order:
+        costs = [
+            sum(count * counts[target] / total[target] for target, count in target_counts) for counts in fold_targets
+        ]
         fold = min(range(num_folds), key=lambda fold: (costs[fold], sizes[fold]))
         sizes[fold] += len(rows)
-        held[fold].update(dict(of_target))
+        fold_targets[fold].update(dict(target_counts))
         for row in rows:
             fold_of[row] = fold
     return fold_of
 
 
 def _units(keys: Sequence[str], groups: Sequence[str] | None) -> list[list[int]]:
-    """Rows that must stay together: those joined, also in several steps, by a key or a group."""
-    leader: dict[tuple[str, str], tuple[str, str]] = {}
+    """Rows that must stay together: the connected components by key and group."""
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
 
-    def lead(name: tuple[str, str]) -> tuple[str, str]:
-        while leader.setdefault(name, name) != name:
-            name = leader[name]
-        return name
+    def find(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
 
     for key, group in zip(keys, groups or (), strict=False):
-        leader[lead(("key", key))] = lead(("group", group))
+        parent[find(("key", key))] = find(("group", group))
     units: dict[tuple[str, str], list[int]] = defaultdict(list)
     for row, key in enumerate(keys):
-        units[lead(("key", key))].append(row)
+        units[find(("key", key))].append(row)
     return list(units.values())
 
 

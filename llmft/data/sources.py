@@ -1,8 +1,8 @@
-"""Files, Hub datasets and generators to rows, with the faulty line named.
+"""Files, Hub datasets and generators to rows.
 
-Files are read by our own small readers, because a row that is wrong must be named by file and line, and because
-a file is known by its content: `datasets` fills a missing column with None, turns a column with one wrong value
-into another type, and returned old rows for an edited file of the same size and time.
+Files are read by small readers of our own, for two reasons: an error names the file and the line, and a file is
+identified by its content. `datasets` fills a missing column with None, changes the type of a column with one wrong
+value, and returned old rows for an edited file of the same size and time.
 """
 
 from __future__ import annotations
@@ -31,21 +31,21 @@ from llmft.config.convert import canonical
 from llmft.config.instantiate import find
 from llmft.config.sections import BadRow, Columns, DataConfig
 from llmft.core.errors import ConfigError, DataError, nearest
-from llmft.data.naming import NotFinite, Unreadable, below, is_nested, names_in
+from llmft.data.naming import NotFinite, Unreadable, is_nested, names_in, nested_value
 
 SPLITS = ("train", "validation", "test")
-COMPRESSED = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-MOST_KEPT = 4000
-"""Characters of a rejected row that are kept."""
-MOST_NESTED = 100
-"""Levels of lists and objects in a row: Python's own readers and writers give up at some hundreds."""
-ARRAY = "; an array of objects belongs in a .json file"
+DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
+MAX_REJECTED_CHARACTERS = 4000
+"""Longest record of a rejected row."""
+MAX_NESTING = 100
+"""Deepest nesting of lists and objects in a row; Python's own JSON reader fails at some hundreds."""
+ARRAY_HINT = "; an array of objects belongs in a .json file"
 FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its columns, where it stands (`file:line`), and the file's name where another file has it too."""
+    """One row: its columns, its place (`file:line`), and a name where two files have the same name."""
 
     values: dict[str, Any]
     where: str
@@ -53,54 +53,58 @@ class Row:
 
     @property
     def id(self) -> str:
-        """What the row is called: where it stands, without the folders, which differ from machine to machine."""
+        """The row's id: file name and line, without the folders, which differ between machines."""
         return self.name or self.where.rpartition("/")[2]
 
 
 @dataclass
-class Problems:
-    """Rows that cannot be used: the first one stops the run, or all are counted by reason and kept for the record."""
+class BadRows:
+    """Rows that cannot be used. Under on_bad_row=error the first one raises; under skip they are recorded."""
 
     policy: BadRow = BadRow.error
     rejected: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, where: str, reason: str, row: Any, advice: str = "") -> None:
-        """Records a bad row with its content, as far as it could be read; raises DataError under on_bad_row=error."""
+        """Records a bad row and its content; raises DataError under on_bad_row=error."""
         if self.policy is BadRow.error:
             raise DataError(f"{where}: {reason}{advice} (data.on_bad_row=skip leaves such rows out).")
         self.rejected.append({"where": where, "reason": reason, "row": shortened(row)})
 
     def reasons(self) -> dict[str, int]:
-        """How many rows were left out, by reason."""
+        """Number of rows left out, by reason."""
         return dict(Counter(entry["reason"] for entry in self.rejected))
 
 
 def shortened(row: Any) -> Any:
-    """A row as JSON holds it; as the beginning of its text where it is very long."""
+    """A row as plain JSON data; only the beginning of its text where that is very long."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-    return f"{text[:MOST_KEPT]} …" if len(text) > MOST_KEPT else json.loads(json.dumps(row, default=str))
+    return (
+        f"{text[:MAX_REJECTED_CHARACTERS]} …"
+        if len(text) > MAX_REJECTED_CHARACTERS
+        else json.loads(json.dumps(row, default=str))
+    )
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The rows of each split that was given, and a fingerprint of all content they come from."""
+    """The rows of each given split, and a fingerprint of the content they were read from."""
 
     splits: dict[str, list[Row]]
     fingerprint: str
 
 
-def load_rows(data: DataConfig, problems: Problems) -> Loaded:
-    """Reads what `data` names.
+def load_rows(data: DataConfig, problems: BadRows) -> Loaded:
+    """Reads the rows that `data` names.
 
     Raises:
-        ConfigError: a file, generator or dataset that does not exist, or one that would not be used.
-        DataError: a row that cannot be read, or no rows at all.
+        ConfigError: a file, generator or dataset is missing, or would not be used.
+        DataError: a row cannot be read, or there are no training rows.
     """
     names = list(chain.from_iterable(named_columns(data).values()))
     _refuse_unused(data)
     if data.source:
         loaded = _from_generator(data)
-    elif data.files or data.split_files.train:  # a local copy comes before the Hub
+    elif data.files or data.split_files.train:  # local files take precedence over the Hub
         loaded = _from_files(data, problems)
     else:
         loaded = _from_hub(data)
@@ -108,25 +112,25 @@ def load_rows(data: DataConfig, problems: Problems) -> Loaded:
         if problems.rejected:
             first = problems.rejected[0]
             raise DataError(f"data={data.name}: no training row can be read; {first['where']}: {first['reason']}.")
-        raise DataError(f"data={data.name} has no training rows: {_named(data)} is empty.")
+        raise DataError(f"data={data.name} has no training rows: {_described(data)} is empty.")
     return replace(loaded, splits={split: with_nested(rows, names) for split, rows in loaded.splits.items()})
 
 
 def named_columns(data: DataConfig) -> dict[str, list[str]]:
     """The columns that each key of `data` names. Raises ConfigError for a template that cannot be read."""
-    made: dict[str, list[str]] = {}
+    columns: dict[str, list[str]] = {}
     for entry in fields(Columns):
         key, template = f"data.columns.{entry.name}", getattr(data.columns, entry.name)
         try:
-            made[key] = names_in(template)
+            columns[key] = names_in(template)
         except ValueError as error:
-            raise ConfigError(f"{key}={template}: {error}; a brace of the text itself is written twice.") from None
-    made["data.target_columns"] = list(data.target_columns)
-    return made | {f"data.{key}": [name] for key in ("stratify", "group") if (name := getattr(data, key))}
+            raise ConfigError(f"{key}={template}: {error}; write a literal brace twice.") from None
+    columns["data.target_columns"] = list(data.target_columns)
+    return columns | {f"data.{key}": [name] for key in ("stratify", "group") if (name := getattr(data, key))}
 
 
 def with_nested(rows: list[Row], names: Iterable[str]) -> list[Row]:
-    """`rows` with a column for each nested name, such as `instances[0].output`, that they have."""
+    """`rows` with one column for each nested name, such as `instances[0].output`, that they have."""
     nested = [name for name in dict.fromkeys(names) if is_nested(name)]
     return [replace(row, values={**row.values, **_nested(row, nested)}) for row in rows] if nested else rows
 
@@ -135,12 +139,12 @@ def _nested(row: Row, names: list[str]) -> dict[str, Any]:
     values = {}
     for name in names:
         with contextlib.suppress(KeyError, IndexError):
-            values[name] = row.values[name] if name in row.values else below(row.values, name)
+            values[name] = row.values[name] if name in row.values else nested_value(row.values, name)
     return values
 
 
 def _refuse_unused(data: DataConfig) -> None:
-    """Raises ConfigError for a key that names rows which would not be read."""
+    """Raises ConfigError for a key whose rows would not be read."""
     local = bool(data.files or data.split_files.train)
     wants: dict[str, dict[str, Any]] = {
         "data.files": {f"split_files.{split}": not local and getattr(data.split_files, split) for split in SPLITS},
@@ -153,12 +157,12 @@ def _refuse_unused(data: DataConfig) -> None:
     for needed, keys in wants.items():
         for key, value in keys.items():
             if value:
-                raise ConfigError(f"data.{key}={value} goes with {needed}, which is not set.")
+                raise ConfigError(f"data.{key}={value} needs {needed}, which is not set.")
     if data.source and data.hub:
         raise ConfigError("data.source and data.hub are both set: keep one.")
 
 
-def _named(data: DataConfig) -> str:
+def _described(data: DataConfig) -> str:
     return str(data.source or data.files or data.split_files.train or data.hub)
 
 
@@ -194,18 +198,18 @@ def _from_hub(data: DataConfig) -> Loaded:
 
         return datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
 
-    found = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
-    wanted = {split: getattr(data.hub_splits, split) for split in SPLITS}
-    wanted["train"] = wanted["train"] or "train"
+    dataset = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
+    split_names = {split: getattr(data.hub_splits, split) for split in SPLITS}
+    split_names["train"] = split_names["train"] or "train"
     splits: dict[str, list[Row]] = {}
     digest = hashlib.sha256(f"{data.hub}@{data.hub_revision}/{data.hub_config}".encode())
-    for split, name in wanted.items():
+    for split, name in split_names.items():
         if name is None:
             continue
-        if name not in found:
-            raise ConfigError(f"data.hub_splits.{split}={name}: {data.hub} has {', '.join(found)}.")
-        splits[split], classes = _dataset_rows(found[name], f"{data.hub}/{name}:")
-        digest.update(str(getattr(found[name], "_fingerprint", name)).encode())
+        if name not in dataset:
+            raise ConfigError(f"data.hub_splits.{split}={name}: {data.hub} has {', '.join(dataset)}.")
+        splits[split], classes = _dataset_rows(dataset[name], f"{data.hub}/{name}:")
+        digest.update(str(getattr(dataset[name], "_fingerprint", name)).encode())
         digest.update(canonical(classes).encode() if classes else b"")
     return Loaded(splits, digest.hexdigest())
 
@@ -213,35 +217,39 @@ def _from_hub(data: DataConfig) -> Loaded:
 # --------------------------------------------------------------------------------------------------------- files
 
 
-def _from_files(data: DataConfig, problems: Problems) -> Loaded:
-    given = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
+def _from_files(data: DataConfig, problems: BadRows) -> Loaded:
+    files_of = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
     if data.files:
-        given["train"] = ("data.files", data.files)
+        files_of["train"] = ("data.files", data.files)
         for split, path in _splits_of_directory(data.files).items():
-            if split != "train" and given[split][1]:
-                raise ConfigError(f"{given[split][0]} is set, and data.files={data.files} has {split} rows: keep one.")
-            given[split] = ("data.files", str(path))
-    read = {split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in given.items() if named}
-    paths = [path for part in read.values() for path in part.paths]
+            if split != "train" and files_of[split][1]:
+                raise ConfigError(
+                    f"{files_of[split][0]} is set, and data.files={data.files} has {split} rows: keep one."
+                )
+            files_of[split] = ("data.files", str(path))
+    files_read = {
+        split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in files_of.items() if named
+    }
+    paths = [path for files in files_read.values() for path in files.paths]
     check_csv_columns(data.csv_columns, paths)
-    digests = {split: part.digests for split, part in read.items()}
-    for split, part in read.items():
-        if not part.rows and split != "train" and not problems.rejected:
-            raise DataError(f"{given[split][0]}={given[split][1]}: no rows.")
-    rows = {split: part.rows for split, part in read.items()}
+    digests = {split: files.digests for split, files in files_read.items()}
+    for split, files in files_read.items():
+        if not files.rows and split != "train" and not problems.rejected:
+            raise DataError(f"{files_of[split][0]}={files_of[split][1]}: no rows.")
+    rows = {split: files.rows for split, files in files_read.items()}
     return Loaded(rows, hashlib.sha256(canonical(digests).encode()).hexdigest())
 
 
-def _splits_of_directory(named: Any) -> dict[str, Path]:
-    """The splits of a directory that `DatasetDict.save_to_disk` wrote; none of anything else."""
-    path = Path(str(named)).expanduser()
-    there = _directory_splits(path)
-    if there and ("train" not in there or not set(there) <= set(SPLITS)):
+def _splits_of_directory(files: Any) -> dict[str, Path]:
+    """The splits of a directory of `DatasetDict.save_to_disk`; none for any other path."""
+    path = Path(str(files)).expanduser()
+    splits = _directory_splits(path)
+    if splits and ("train" not in splits or not set(splits) <= set(SPLITS)):
         raise ConfigError(
-            f"data.files={named}: a directory of the splits {', '.join(there)}; say which is which: "
-            f"data.split_files.train={path / there[0]}, data.split_files.validation=…"
+            f"data.files={files}: a directory with the splits {', '.join(splits)}; name each one: "
+            f"data.split_files.train={path / splits[0]}, data.split_files.validation=…"
         )
-    return {split: path / split for split in there}
+    return {split: path / split for split in splits}
 
 
 def _directory_splits(path: Path) -> list[str]:
@@ -252,41 +260,41 @@ def _directory_splits(path: Path) -> list[str]:
 
 
 def check_csv_columns(names: Sequence[str], paths: Sequence[Path]) -> None:
-    """Raises ConfigError where data.csv_columns is set and no file is one whose columns it could name."""
+    """Raises ConfigError where data.csv_columns is set and no file is a csv or tsv file."""
     if names and not any({".csv", ".tsv"} & {suffix.lower() for suffix in path.suffixes} for path in paths):
-        raise ConfigError(f"data.csv_columns is for csv and tsv files, and {paths[0]} is none: leave it out.")
+        raise ConfigError(f"data.csv_columns is for csv and tsv files, and {paths[0]} is neither: leave it out.")
 
 
 @dataclass(frozen=True)
-class Read:
-    """The rows of a list of files, and the files with a digest of each one's content."""
+class FilesRead:
+    """The rows of several files, the files, and digests of their content."""
 
     rows: list[Row]
     paths: list[Path]
     digests: list[str]
 
 
-def read_files(named: Any, key: str, problems: Problems, csv_columns: Sequence[str] = ()) -> Read:
-    """The rows of all files that `key` names; every row has an id of its own.
+def read_files(files: Any, key: str, problems: BadRows, csv_columns: Sequence[str] = ()) -> FilesRead:
+    """The rows of the files that `key` names, each with its own id.
 
-    A row is called by its file's name and its line; where two files have one name, by the path below the folder that
-    holds all of them.
+    The id is the file's name and the line. Where two files have the same name, it begins with the path below their
+    common folder.
 
     Raises ConfigError for a file that is missing or named twice, DataError for one that cannot be read.
     """
-    paths = expand(named, key)
-    whole = [Path(os.path.abspath(path)) for path in paths]
-    twice = [path for path, count in Counter(whole).items() if count > 1]
-    if twice:
-        raise ConfigError(f"{key}: {twice[0]} is named twice; its rows would count twice.")
+    paths = expand(files, key)
+    absolute_paths = [Path(os.path.abspath(path)) for path in paths]
+    repeated = [path for path, count in Counter(absolute_paths).items() if count > 1]
+    if repeated:
+        raise ConfigError(f"{key}: {repeated[0]} is named twice, so its rows would count twice.")
     root = None
-    if len({path.name for path in whole}) < len(whole):
-        root = os.path.commonpath([path.parent for path in whole])
+    if len({path.name for path in absolute_paths}) < len(absolute_paths):
+        root = os.path.commonpath([path.parent for path in absolute_paths])
     rows: list[Row] = []
     digests: list[str] = []
-    for path, absolute in zip(paths, whole, strict=True):
+    for path, absolute in zip(paths, absolute_paths, strict=True):
         if path.is_dir():
-            part, classes = _read_arrow_directory(path)
+            file_rows, classes = _read_arrow_directory(path)
             digests.extend(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.glob("*.arrow")))
         else:
             try:
@@ -294,51 +302,51 @@ def read_files(named: Any, key: str, problems: Problems, csv_columns: Sequence[s
             except OSError as error:
                 raise ConfigError(f"{key}={path}: {error.strerror}.") from None
             digests.append(hashlib.sha256(content).hexdigest())
-            part, classes = list(read(path, content, problems, csv_columns)), _parquet_classes(path, content)
-        if classes:  # the rows hold the names, which are not part of the content in every file
+            file_rows, classes = list(read(path, content, problems, csv_columns)), _parquet_classes(path, content)
+        if classes:  # the names may not be part of the file's content
             digests.append(hashlib.sha256(canonical(classes).encode()).hexdigest())
         if root is not None:
             name = absolute.relative_to(root).as_posix()
-            part = [replace(row, name=name + row.where[len(str(path)) :]) for row in part]
-        rows.extend(part)
-    return Read(rows, paths, digests)
+            file_rows = [replace(row, name=name + row.where[len(str(path)) :]) for row in file_rows]
+        rows.extend(file_rows)
+    return FilesRead(rows, paths, digests)
 
 
-def expand(named: Any, key: str) -> list[Path]:
-    """Paths and globs as a sorted list of existing files; ConfigError names the one that is missing."""
+def expand(files: Any, key: str) -> list[Path]:
+    """Paths and globs as a list of existing files. Raises ConfigError for one that is missing."""
     paths: list[Path] = []
-    for name in named if isinstance(named, (list, tuple)) else [named]:
+    for name in files if isinstance(files, (list, tuple)) else [files]:
         name = str(Path(str(name)).expanduser())
         matches = (
             sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) and not os.path.exists(name) else [name]
         )
-        files = [Path(match) for match in matches if isfile(match) or isfile(f"{match}/state.json")]
-        if not files:
+        existing = [Path(match) for match in matches if isfile(match) or isfile(f"{match}/state.json")]
+        if not existing:
             raise ConfigError(f"{key}={name}: {_missing(Path(name))}")
-        paths.extend(files)
+        paths.extend(existing)
     return paths
 
 
 def _missing(path: Path) -> str:
-    """Why there is nothing to read under a name."""
+    """Why a path cannot be read as a file."""
     if os.path.isdir(path):
         splits = _directory_splits(path)
         names = [path / split for split in splits] or [
             path / f"*{ending}" for ending in FORMATS if any(path.glob(f"*{ending}"))
         ]
-        which = f"; name what is in it: {', '.join(map(str, names))}" if names else ""
-        return f"a directory{' of several splits' if splits else ''}, a file was expected{which}."
-    if os.path.exists(path):  # unlike Path's own, it takes a name that is too long for one that is not there
+        hint = f"; name the files in it: {', '.join(map(str, names))}" if names else ""
+        return f"a directory{' of several splits' if splits else ''}, a file was expected{hint}."
+    if os.path.exists(path):  # unlike Path.exists, False for a name that is too long
         return "no regular file."
     folder = path.parent
     if not os.path.isdir(folder):
         return f"no such file ({folder} is no directory)."
-    best = nearest(path.name, [p.name for p in folder.iterdir() if p.is_file()][:200])
-    return f"no such file{f'; did you mean {folder / best}?' if best else '.'}"
+    near = nearest(path.name, [p.name for p in folder.iterdir() if p.is_file()][:200])
+    return f"no such file{f'; did you mean {folder / near}?' if near else '.'}"
 
 
 def _read_arrow_directory(path: Path) -> tuple[list[Row], dict[str, list[str]]]:
-    """The rows of a directory that `datasets` wrote with save_to_disk, and the names of its classes."""
+    """The rows and class names of a directory of `Dataset.save_to_disk`."""
     import datasets
 
     try:
@@ -350,20 +358,20 @@ def _read_arrow_directory(path: Path) -> tuple[list[Row], dict[str, list[str]]]:
 
 
 def _dataset_rows(dataset: Any, where: str) -> tuple[list[Row], dict[str, list[str]]]:
-    """The rows as they are stored, images and sounds not decoded, and the names of the classes."""
+    """The rows as they are stored, without decoding images or audio, and the class names by column."""
     classes = _class_names(dataset.features.to_dict())
     return list(_table_rows(dataset.with_format("arrow")[:], where, classes)), classes
 
 
-def read(path: Path, content: bytes, problems: Problems, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
-    """The rows of one file, its format told by its ending (a compressed one is opened first).
+def read(path: Path, content: bytes, problems: BadRows, csv_columns: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of one file. Its ending names the format; compressed files are decompressed first.
 
-    `csv_columns` are the names of the columns of a csv or tsv file that has no header line.
+    `csv_columns` are the column names of a csv or tsv file without a header line.
     """
     endings = [suffix.lower() for suffix in path.suffixes]
-    if endings and endings[-1] in COMPRESSED:
+    if endings and endings[-1] in DECOMPRESS:
         try:
-            content = COMPRESSED[endings[-1]](content)
+            content = DECOMPRESS[endings[-1]](content)
         except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
             raise DataError(f"{path}: cannot be decompressed ({error}).") from None
         endings.pop()
@@ -395,8 +403,8 @@ def _not_utf8(error: UnicodeDecodeError, content: bytes) -> str:
     return f"not UTF-8 (byte 0x{content[error.start]:02x} at column {column})"
 
 
-def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str, str, bool]]:
-    """Non-empty decoded lines as (where, text, is the last line and has no newline)."""
+def _lines(path: Path, content: bytes, problems: BadRows) -> Iterator[tuple[str, str, bool]]:
+    """Non-empty lines as (where, text, whether it is the last line and has no newline)."""
     lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     for number, raw in enumerate(lines, start=1):
         if not raw.strip():
@@ -408,25 +416,25 @@ def _lines(path: Path, content: bytes, problems: Problems) -> Iterator[tuple[str
             problems.add(where, _not_utf8(error, raw), raw.decode("utf-8", "replace"))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON; a key that stands twice hides a value."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        twice = next(key for place, (key, _) in enumerate(pairs) if key in dict(pairs[:place]))
-        raise ValueError(f"the key '{twice}' stands twice")
-    return made
+def _object_without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a duplicate key, which would hide a value."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        repeated = next(key for index, (key, _) in enumerate(pairs) if key in dict(pairs[:index]))
+        raise ValueError(f"the key '{repeated}' appears twice")
+    return values
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_unique)
+_DECODER = json.JSONDecoder(object_pairs_hook=_object_without_duplicates)
 
 
 def _check_values(text: str, values: Any) -> None:
-    """Refuses half a character (a lone surrogate), which JSON can spell and no tokenizer can read, and deep nesting."""
-    if text.count("[") + text.count("{") > MOST_NESTED:
-        level = [values]
-        for _ in range(MOST_NESTED):
-            level = [inner for value in level if isinstance(value, (dict, list)) for inner in _inner(value)]
-        if level:
+    """Raises ValueError for a lone surrogate, which no tokenizer can read, and RecursionError for deep nesting."""
+    if text.count("[") + text.count("{") > MAX_NESTING:
+        nested = [values]
+        for _ in range(MAX_NESTING):
+            nested = [child for value in nested if isinstance(value, (dict, list)) for child in _children(value)]
+        if nested:
             raise RecursionError
     if "\\ud" in text or "\\uD" in text:
         try:
@@ -435,36 +443,36 @@ def _check_values(text: str, values: Any) -> None:
             raise ValueError("half a character, a lone surrogate such as \\ud83d") from None
 
 
-def _inner(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
+def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return value.values() if isinstance(value, dict) else value
 
 
 def _not_json(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return f"nested more than {MOST_NESTED} levels deep"
+        return f"nested more than {MAX_NESTING} levels deep"
     return getattr(error, "msg", str(error).partition("; use sys.")[0])
 
 
-def _read_json_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
-    for where, line, cut in _lines(path, content, problems):
+def _read_json_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[Row]:
+    for where, line, is_cut_off in _lines(path, content, problems):
         try:
             values = _DECODER.decode(line)
             _check_values(line, values)
         except (ValueError, RecursionError) as error:
-            place = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
-            reason = f"not JSON ({_not_json(error)}{place})"
-            advice = "; the last line has no newline: cut off?" if cut else ""
-            problems.add(where, reason, line, ARRAY if line.lstrip().startswith("[") else advice)
+            column = f" at column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+            reason = f"not JSON ({_not_json(error)}{column})"
+            advice = "; the last line has no newline: cut off?" if is_cut_off else ""
+            problems.add(where, reason, line, ARRAY_HINT if line.lstrip().startswith("[") else advice)
             continue
-        yield from _checked(values, where, problems, ARRAY)
+        yield from _object_row(values, where, problems, ARRAY_HINT)
 
 
-def _read_lines(path: Path, content: bytes, problems: Problems) -> Iterator[Row]:
+def _read_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[Row]:
     for where, line, _ in _lines(path, content, problems):
         yield Row({"text": line}, where)
 
 
-def _checked(values: Any, where: str, problems: Problems, advice: str = "") -> Iterator[Row]:
+def _object_row(values: Any, where: str, problems: BadRows, advice: str = "") -> Iterator[Row]:
     if isinstance(values, dict):
         yield Row(values, where)
     else:
@@ -472,9 +480,9 @@ def _checked(values: Any, where: str, problems: Problems, advice: str = "") -> I
         problems.add(where, f"a JSON object was expected, not {type(values).__name__}", values, advice)
 
 
-def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
-    """An array of objects, each with the line it starts on."""
-    position, line, counted, line_start, last_line = 0, 1, 0, 0, 0
+def _read_json(path: Path, text: str, problems: BadRows) -> Iterator[Row]:
+    """The objects of a JSON array, each with the line it starts on."""
+    position, line, counted_to, line_start, last_line = 0, 1, 0, 0, 0
 
     def skip(characters: str) -> None:
         nonlocal position
@@ -495,54 +503,54 @@ def _read_json(path: Path, text: str, problems: Problems) -> Iterator[Row]:
         if comma and not first:
             position += 1
             skip(" \t\r\n")
-        line += text.count("\n", counted, position)
-        line_start = max(line_start, text.rfind("\n", counted, position) + 1)
-        counted = position
+        line += text.count("\n", counted_to, position)
+        line_start = max(line_start, text.rfind("\n", counted_to, position) + 1)
+        counted_to = position
         if text[position : position + 1] == "]" and not comma:
             if text[position + 1 :].strip():
-                raise DataError(f"{path}:{line}: text behind the end of the array.")
+                raise DataError(f"{path}:{line}: text after the end of the array.")
             return
         if comma == first:
-            raise DataError(f"{path}:{line}: not JSON (a comma is {'too many' if first else 'missing'}).")
+            raise DataError(f"{path}:{line}: not JSON ({'one comma too many' if first else 'a comma is missing'}).")
         first = False
-        # The second row on a line is told by its column too.
+        # A second row on the same line gets its column too.
         where = f"{path}:{line}" if line > last_line else f"{path}:{line}:{position - line_start + 1}"
         last_line = line
         try:
-            begin = position
-            values, position = _DECODER.raw_decode(text, begin)
-            _check_values(text[begin:position], values)
+            start = position
+            values, position = _DECODER.raw_decode(text, start)
+            _check_values(text[start:position], values)
         except (ValueError, RecursionError) as error:
             number = getattr(error, "lineno", line)
             raise DataError(
                 f"{path}:{number}: not JSON ({_not_json(error)}); the array is broken from here on."
             ) from None
-        yield from _checked(values, where, problems)
+        yield from _object_row(values, where, problems)
 
 
-def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: list[str]) -> Iterator[Row]:
+def _read_csv(path: Path, text: str, problems: BadRows, delimiter: str, names: list[str]) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         header: list[str] | None = names or next(reader, None)
         if header is None:
             return
-        other = next((mark for mark in ";\t|," if mark != delimiter and mark in "".join(header)), None)
-        if other and len(header) == 1 and not names:
-            raise DataError(f"{path}:1: {other!r} stands between the columns, where {delimiter!r} should: save it so.")
-        twice = [name for name, count in Counter(header).items() if count > 1]
-        if twice:
+        wrong_delimiter = next((mark for mark in ";\t|," if mark != delimiter and mark in "".join(header)), None)
+        if wrong_delimiter and len(header) == 1 and not names:
+            raise DataError(f"{path}:1: {wrong_delimiter!r} separates the columns, {delimiter!r} was expected.")
+        repeated = [name for name, count in Counter(header).items() if count > 1]
+        if repeated:
             where = "data.csv_columns" if names else f"{path}:1: the header"
-            raise DataError(f"{where} names the column '{twice[0]}' twice; rename one.")
-        begin = reader.line_num + 1
+            raise DataError(f"{where} names the column '{repeated[0]}' twice; rename one.")
+        first_line = reader.line_num + 1
         rows: list[Row] = []
         for cells in reader:
-            where, begin = f"{path}:{begin}", reader.line_num + 1
+            where, first_line = f"{path}:{first_line}", reader.line_num + 1
             if not cells:
                 continue
             if len(cells) != len(header):
-                what = "data.csv_columns" if names else "the header"
-                problems.add(where, f"{len(cells)} cells where {what} has {len(header)}", cells)
+                header_name = "data.csv_columns" if names else "the header"
+                problems.add(where, f"{len(cells)} cells where {header_name} has {len(header)}", cells)
                 continue
             rows.append(Row(dict(zip(header, cells, strict=True)), where))
     except csv.Error as error:
@@ -553,17 +561,17 @@ def _read_csv(path: Path, text: str, problems: Problems, delimiter: str, names: 
 
 
 def _mark_not_finite(rows: list[Row], name: str) -> None:
-    """Marks the cells of a column of numbers that are not finite: there `inf` is no word."""
-    finite, others = False, []
+    """Marks cells such as `inf` in a column of numbers, where they are not words."""
+    has_numbers, not_finite = False, []
     for row in rows:
         try:
             if math.isfinite(float(row.values[name] or "nan")):
-                finite = True
+                has_numbers = True
             elif row.values[name]:
-                others.append(row)
+                not_finite.append(row)
         except ValueError:
             return
-    for row in others if finite else ():
+    for row in not_finite if has_numbers else ():
         row.values[name] = NotFinite(row.values[name])
 
 
@@ -574,14 +582,14 @@ def _read_parquet(path: Path, content: bytes) -> Iterator[Row]:
     try:
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content), page_checksum_verification=True)
         table = file.read()
-    except Exception as error:  # of whatever kind, and it has many: the file is damaged
+    except Exception as error:  # pyarrow raises many kinds of errors for a damaged file
         reason = str(error).partition("\n")[0]
         raise DataError(f"{path}: not a parquet file, or a damaged one ({reason}).") from None
     return _table_rows(table, f"{path}:row ", _parquet_classes(path, content))
 
 
 def _parquet_classes(path: Path, content: bytes) -> dict[str, list[str]]:
-    """The names of the classes that `datasets` wrote into a parquet file's metadata."""
+    """The class names that `datasets` wrote into a parquet file's metadata, by column."""
     if path.suffix.lower() != ".parquet":
         return {}
     import pyarrow.parquet
@@ -594,21 +602,21 @@ def _parquet_classes(path: Path, content: bytes) -> dict[str, list[str]]:
 
 
 def _class_names(features: dict[str, Any]) -> dict[str, list[str]]:
-    """The classes, in their order, of each column that `datasets` calls a ClassLabel or a list of them."""
-    made = {}
+    """The ordered class names of each column of type ClassLabel or list of ClassLabel."""
+    classes = {}
     for name, feature in features.items():
         inner = feature[0] if isinstance(feature, list) and feature else feature
         inner = inner.get("feature", inner) if isinstance(inner, dict) else inner
         if isinstance(inner, dict) and inner.get("_type") == "ClassLabel":
-            made[name] = [str(label) for label in inner["names"]]
-    return made
+            classes[name] = [str(label) for label in inner["names"]]
+    return classes
 
 
 def _table_rows(table: Any, where: str, classes: dict[str, list[str]]) -> Iterator[Row]:
-    """The rows of an Arrow table; numbers of `classes` become their names."""
-    twice = [name for name, count in Counter(table.column_names).items() if count > 1]
-    if twice:
-        raise DataError(f"{where.rpartition(':')[0]}: two columns are called '{twice[0]}'; rename one.")
+    """The rows of an Arrow table; numbers in the columns of `classes` become class names."""
+    repeated = [name for name, count in Counter(table.column_names).items() if count > 1]
+    if repeated:
+        raise DataError(f"{where.rpartition(':')[0]}: two columns are called '{repeated[0]}'; rename one.")
     columns = []
     for name, column in zip(table.column_names, table.columns, strict=True):
         values = _column_values(column)
@@ -627,18 +635,18 @@ def _named_class(value: Any, names: list[str]) -> Any:
 def _column_values(column: Any) -> list[Any]:
     import pyarrow as pa
 
-    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # for which Python has no type
+    if pa.types.is_timestamp(column.type) and column.type.unit == "ns":  # Python has no nanoseconds
         for kind in (pa.timestamp("us", column.type.tz), pa.string()):
             with contextlib.suppress(pa.ArrowException):
                 column = column.cast(kind)
                 break
     try:
         return list(column.to_pylist())
-    except Exception:  # a time in the year 20000, text that is no UTF-8: some values have no Python form
-        return [_value(cell) for cell in column]
+    except Exception:  # some values have no Python form: a time in the year 20000, text that is not UTF-8
+        return [_cell_value(cell) for cell in column]
 
 
-def _value(cell: Any) -> Any:
+def _cell_value(cell: Any) -> Any:
     try:
         return cell.as_py()
     except Exception:

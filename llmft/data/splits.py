@@ -1,4 +1,4 @@
-"""Which rows are trained on, validated on and tested on: seeded, and independent of the rows' order."""
+"""Training, validation and test rows: seeded, and independent of the rows' order."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _content(row: Row) -> str:
 
 
 def _column(rows: list[Row], name: str, key: str) -> list[str]:
-    """A column's values as text; ConfigError names `key` when a row lacks it."""
+    """A column's values as text. Raises ConfigError naming `key` for a row without the column."""
     for row in rows:
         if name not in row.values:
             raise ConfigError(f"{key}={name}: {row.where} has no such column{did_you_mean(name, row.values)}")
@@ -33,56 +33,58 @@ def hold_out(
 ) -> tuple[list[Row], list[Row]]:
     """Splits `rows` into (kept, held out).
 
-    A row's side depends on its content (or its group's name) and `seed` alone, so that neither the file's order nor
-    the training seed moves it, and copies of one row, or all rows of a group, stay on one side. With `stratify`, each
-    class gives its share of the rows that are held out, by largest remainder, and keeps one row at least. At least
-    one row (group) is held out when `fraction` is above 0.
+    A row's side depends only on its content (or its group's name) and `seed`, not on the file's order or the training
+    seed. Copies of a row, and all rows of a group, stay on one side. With `stratify`, each class gives its share of the
+    held-out rows, by largest remainder, and keeps at least one row. At least one row or group is held out when
+    `fraction` is above 0.
     """
     if fraction <= 0 or not rows:
         return rows, []
     units = _column(rows, group, "data.group") if group else [_content(row) for row in rows]
     classes = _column(rows, stratify, "data.stratify") if stratify else [""] * len(rows)
-    members: dict[str, Counter[str]] = defaultdict(Counter)  # of each class, the rows in each unit
-    within: dict[str, Counter[str]] = defaultdict(Counter)  # of each unit, the rows of each class
+    rows_of_class: dict[str, Counter[str]] = defaultdict(Counter)  # class -> unit -> number of rows
+    rows_of_unit: dict[str, Counter[str]] = defaultdict(Counter)  # unit -> class -> number of rows
     for unit, label in zip(units, classes, strict=True):
-        members[label][unit] += 1
-        within[unit][label] += 1
-    left = Counter(classes)
-    shares = _shares(left, fraction, seed) if stratify else {"": max(1, round(len(rows) * fraction))}
-    held: set[str] = set()
-    for label in sorted(members):
-        taken = sum(count for unit, count in members[label].items() if unit in held)
-        for unit in sorted(members[label], key=lambda unit: _rank(unit, seed)):
-            if taken >= shares[label]:
+        rows_of_class[label][unit] += 1
+        rows_of_unit[unit][label] += 1
+    remaining = Counter(classes)
+    targets = _rows_per_class(remaining, fraction, seed) if stratify else {"": max(1, round(len(rows) * fraction))}
+    held_out: set[str] = set()
+    for label in sorted(rows_of_class):
+        num_held_out = sum(count for unit, count in rows_of_class[label].items() if unit in held_out)
+        for unit in sorted(rows_of_class[label], key=lambda unit: _rank(unit, seed)):
+            if num_held_out >= targets[label]:
                 break
-            if unit in held or (stratify and any(left[name] <= count for name, count in within[unit].items())):
-                continue  # the last rows of a class stay
-            held.add(unit)
-            taken += members[label][unit]
-            left.subtract(within[unit])
-    kept = [row for row, unit in zip(rows, units, strict=True) if unit not in held]
-    return kept, [row for row, unit in zip(rows, units, strict=True) if unit in held]
+            if unit in held_out or (
+                stratify and any(remaining[name] <= count for name, count in rows_of_unit[unit].items())
+            ):
+                continue  # a class keeps its last rows
+            held_out.add(unit)
+            num_held_out += rows_of_class[label][unit]
+            remaining.subtract(rows_of_unit[unit])
+    kept = [row for row, unit in zip(rows, units, strict=True) if unit not in held_out]
+    return kept, [row for row, unit in zip(rows, units, strict=True) if unit in held_out]
 
 
-def _shares(sizes: Counter[str], fraction: float, seed: int) -> dict[str, int]:
-    """How many rows of each class are held out: `fraction` of all rows, by largest remainder, never a whole class.
+def _rows_per_class(sizes: Counter[str], fraction: float, seed: int) -> dict[str, int]:
+    """Number of rows of each class to hold out: `fraction` of all rows, by largest remainder, never a whole class.
 
-    Each class's own rounded share is taken where all have one and their sum is within a twentieth.
+    The simple rounding of each class is used where it is above 0 for all and the sum is within 5%.
     """
-    wanted = max(1, round(sizes.total() * fraction))
-    shares = {label: round(size * fraction) for label, size in sizes.items()}
-    if all(0 < shares[label] < sizes[label] for label in sizes) and abs(sum(shares.values()) - wanted) <= wanted / 20:
-        return shares
-    shares = {label: math.floor(size * fraction) for label, size in sizes.items()}
+    total = max(1, round(sizes.total() * fraction))
+    counts = {label: round(size * fraction) for label, size in sizes.items()}
+    if all(0 < counts[label] < sizes[label] for label in sizes) and abs(sum(counts.values()) - total) <= total / 20:
+        return counts
+    counts = {label: math.floor(size * fraction) for label, size in sizes.items()}
 
-    for label in sorted(sizes, key=lambda label: (shares[label] - sizes[label] * fraction, _rank(label, seed))):
-        if sum(shares.values()) < wanted and shares[label] + 1 < sizes[label]:
-            shares[label] += 1
-    return shares
+    for label in sorted(sizes, key=lambda label: (counts[label] - sizes[label] * fraction, _rank(label, seed))):
+        if sum(counts.values()) < total and counts[label] + 1 < sizes[label]:
+            counts[label] += 1
+    return counts
 
 
 def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
-    """A seeded random sample of `count` rows, in their order; never simply the first."""
+    """A seeded random sample of `count` rows, in their order."""
     if count is None or count >= len(rows):
         return rows
     ranks = sorted(range(len(rows)), key=lambda index: _rank(_content(rows[index]), seed))
@@ -104,10 +106,10 @@ def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
 
 
 def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
-    """Train, validation and test rows: as given, held out of the training rows, or a fold of them.
+    """Train, validation and test rows: given ones, or held out of the training rows, or a fold of them.
 
-    Raises DataError when nothing is left to train on, ConfigError for a fold or a share beside given rows, and for a
-    column that a row lacks.
+    Raises DataError when no training rows are left. Raises ConfigError for a fold or fraction beside given rows, or for
+    a column that a row lacks.
     """
     train = loaded.splits["train"]
     _refuse_unused(loaded, data)
@@ -123,7 +125,7 @@ def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
         if data.stratify and data.validation_fraction and not validation:
             raise DataError(
                 f"data.stratify={data.stratify}: no {f'group of data.group={data.group}' if data.group else 'row'} can "
-                "be held out, since each class would lose its only training rows; set data.stratify=null, or name a "
+                "be held out, because each class would lose its only training rows; set data.stratify=null, or name a "
                 "file in data.split_files.validation."
             )
     if data.train_on is TrainOn.all:
@@ -131,25 +133,28 @@ def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
     train = _limited(train, data)
     if not train:
         values = {stable_text(row.values[data.group]) for row in loaded.splits["train"]} if data.group else set()
-        why = f" (data.group={data.group} is the same in all)" if len(values) == 1 else ""
+        reason = f" (data.group={data.group} is the same in all)" if len(values) == 1 else ""
         raise DataError(
             f"data={data.name}: all {len(loaded.splits['train'])} rows were held out, none is left to train on"
-            f"{why}; lower data.validation_fraction or data.test_fraction."
+            f"{reason}; lower data.validation_fraction or data.test_fraction."
         )
     return {"train": train, "validation": validation, "test": test}
 
 
 def _refuse_unused(loaded: Loaded, data: DataConfig) -> None:
-    given = set(loaded.splits)
-    if data.fold is not None and "validation" in given:
-        raise ConfigError("data.fold is set but validation rows are given too: keep one.")
-    by_file = {"validation": "validation" in given or data.fold is not None, "test": "test" in given}
-    for split, decided in by_file.items():
+    given_splits = set(loaded.splits)
+    if data.fold is not None and "validation" in given_splits:
+        raise ConfigError("data.fold is set and validation rows are given too: keep one.")
+    decided_elsewhere = {
+        "validation": "validation" in given_splits or data.fold is not None,
+        "test": "test" in given_splits,
+    }
+    for split, is_decided in decided_elsewhere.items():
         key = f"{split}_fraction"
-        share, default = getattr(data, key), DataConfig.__dataclass_fields__[key].default
-        if decided and share not in (0, default):
-            what = "data.fold" if split == "validation" and split not in given else f"the given {split} rows"
-            raise ConfigError(f"data.{key}={share} would not be used beside {what}: set it to 0.")
+        fraction, default = getattr(data, key), DataConfig.__dataclass_fields__[key].default
+        if is_decided and fraction not in (0, default):
+            source = "data.fold" if split == "validation" and split not in given_splits else f"the given {split} rows"
+            raise ConfigError(f"data.{key}={fraction} would not be used beside {source}: set it to 0.")
     for key in ("stratify", "group"):
         if getattr(data, key):
             _column(loaded.splits["train"], getattr(data, key), f"data.{key}")

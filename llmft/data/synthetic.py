@@ -1,7 +1,7 @@
-"""Rule-made English: seven writers to tell apart, and stories to train a tiny base model on.
+"""Synthetic English: a task of seven writers to tell apart, and stories to pretrain a tiny base model.
 
-Everybody here writes short sentences about animals, and everybody has four habits: a word that opens
-each sentence, a word of degree, a word that joins two deeds, and a mark that ends each sentence.
+All texts are short sentences about animals. Every writer has four habits: a word that opens each sentence, a
+word of degree, a word that joins two deeds, and a mark that ends each sentence.
 
 **The task** (:func:`writers`). Seven writers each have one value of every habit (:data:`WRITERS`), and
 any two writers share exactly one of their four values. In one text of ten the writer slips: one of the
@@ -15,8 +15,8 @@ story has more than two of its four values in common with any of the seven write
 wrote it. The writers' names are among the names of the characters, so the model knows the answers as
 words, but not whom they stand for.
 
-Every draw goes through ``random.Random.random``, whose sequence Python promises to keep for a given
-seed, so the same call gives the same rows everywhere.
+Every draw goes through ``random.Random.random``, whose sequence Python guarantees for a given seed. So the
+same call gives the same rows everywhere.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A row's target: one class, several, or a number; and the order of the classes."""
+"""Targets of a task with a head: one class, several classes, or a number."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmft.config.sections import DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import DataConfig, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.data.naming import cell_text, no_column
+from llmft.data.naming import cell_text, missing_column
 from llmft.data.sources import Row
 
 Target = int | float | tuple[int, ...]
@@ -21,23 +21,24 @@ Fill = Callable[[str, Row], str]
 
 
 def label_order(labels: set[str]) -> list[str]:
-    """Sorted; by value where all are integers, so that 10 comes behind 9."""
+    """Sorted labels; by value where all are integers, so that 10 follows 9."""
     numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
     return sorted(labels, key=lambda label: (int(label), label)) if numbers else sorted(labels)
 
 
 @dataclass
 class Targets:
-    """What is predicted.
+    """The targets of a task.
 
     Attributes:
         labels: the classes, in the order of all probabilities; one name for a regression.
-        words: what `task.head=tokens` writes for each class.
-        mean, scale: of a regression's targets over the training rows; the head learns (target - mean) / scale.
-        prior: what is predicted without reading a row: the classes' shares among the training rows, or their mean.
+        words: the word that `task.head=tokens` writes for each class.
+        mean, scale: mean and standard deviation of a regression's training targets; the head learns
+            (target - mean) / scale.
+        prior: the prediction without reading a row: the classes' shares among the training rows, or the mean target.
     """
 
-    problem: Problem = Problem.single_label
+    problem: TaskType = TaskType.single_label
     labels: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     mean: float = 0.0
@@ -46,43 +47,43 @@ class Targets:
 
     @classmethod
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], column: str | None, fill: Fill) -> Targets:
-        """The targets of `data`; classes that data.labels leaves out are those of `rows`, sorted.
+        """The targets of `data`. Without data.labels, the classes are the sorted targets of `rows`.
 
-        Raises ConfigError where no column holds them or there are fewer than two.
+        Raises ConfigError where no column holds targets, DataError where there are too few classes.
         """
-        if data.target_columns and task.problem is not Problem.multi_label:
+        if data.target_columns and task.problem is not TaskType.multi_label:
             raise ConfigError(f"data.target_columns is for task=multi_label, not task.problem={task.problem.value}.")
         if column is None and not data.target_columns:
             raise ConfigError(f"task={task.name} needs targets: set data.columns.target to their column.")
-        if task.problem is Problem.regression:
+        if task.problem is TaskType.regression:
             return cls(task.problem, [column or "target"])
-        made = cls(task.problem, list(data.labels) or list(data.target_columns))
-        failed = ""
-        if not made.labels:
-            found: set[str] = set()
+        targets = cls(task.problem, list(data.labels) or list(data.target_columns))
+        first_error = ""
+        if not targets.labels:
+            names: set[str] = set()
             for row in rows:
                 try:
-                    found.update(made.names(row, data, column, fill))
-                except ValueError as error:  # told, with its line, when the row itself is read
-                    failed = failed or f"; {row.where}: {error}"
-            made.labels = label_order(found)
-        least = 1 if task.problem is Problem.multi_label else 2
-        if len(made.labels) < least:
-            where = "data.labels" if data.labels else f"data.columns.target={column}"
-            raise DataError(f"{where}: {len(made.labels)} class, {least} at least are needed{failed}.")
-        made.words = _words(task, made.labels) if task.head is Head.tokens else []
-        return made
+                    names.update(targets.names(row, data, column, fill))
+                except ValueError as error:  # reported with its line when the row itself is read
+                    first_error = first_error or f"; {row.where}: {error}"
+            targets.labels = label_order(names)
+        minimum = 1 if task.problem is TaskType.multi_label else 2
+        if len(targets.labels) < minimum:
+            key = "data.labels" if data.labels else f"data.columns.target={column}"
+            raise DataError(f"{key}: {len(targets.labels)} classes, at least {minimum} are needed{first_error}.")
+        targets.words = _words(task, targets.labels) if task.head is Head.tokens else []
+        return targets
 
     def names(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> list[str]:
-        """The classes of `row`. Raises ValueError for a value that is none."""
+        """The classes of `row`. Raises ValueError for an invalid value."""
         if data.target_columns:
             return [name for name in data.target_columns if _is_one(row, name)]
         assert column is not None
         value = row.values.get(column)
-        if self.problem is Problem.multi_label and isinstance(value, (list, tuple)):
+        if self.problem is TaskType.multi_label and isinstance(value, (list, tuple)):
             return [cell_text(name, column) for name in value]
         text = fill(column, row)
-        if self.problem is Problem.single_label:
+        if self.problem is TaskType.single_label:
             if not text.strip():
                 raise ValueError(f"the target '{column}' is empty")
             return [text]
@@ -90,13 +91,13 @@ class Targets:
 
     def read(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> Target:
         """The target of `row`: a class's index, a 0 or 1 for each class, or a number. Raises ValueError."""
-        if self.problem is Problem.regression:
+        if self.problem is TaskType.regression:
             assert column is not None
             text = fill(column, row)
             try:
                 number = float(text)
             except ValueError:
-                raise ValueError(f"the target '{text}' is no number") from None
+                raise ValueError(f"the target '{text}' is not a number") from None
             if not math.isfinite(number):
                 raise ValueError(f"the target '{text}' is not finite")
             return number
@@ -104,38 +105,31 @@ class Targets:
         for name in names:
             if name not in self.labels:
                 raise ValueError(f"target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
-        if self.problem is Problem.multi_label:
+        if self.problem is TaskType.multi_label:
             return tuple(int(label in names) for label in self.labels)
         return self.labels.index(names[0])
 
     def name(self, target: Target | None) -> Any:
-        """A target as predictions write it: the class, the classes with | between them, or the number."""
-        if target is None or self.problem is Problem.regression:
+        """A target as predictions write it: the class, the classes joined by |, or the number."""
+        if target is None or self.problem is TaskType.regression:
             return target
         if isinstance(target, tuple):
-            return "|".join(label for label, own in zip(self.labels, target, strict=True) if own)
+            return "|".join(label for label, is_one in zip(self.labels, target, strict=True) if is_one)
         return self.labels[int(target)]
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return {
-            "problem": self.problem.value,
-            "labels": self.labels,
-            "words": self.words,
-            "mean": self.mean,
-            "scale": self.scale,
-            "prior": self.prior,
-        }
+        """As JSON data."""
+        return {**asdict(self), "problem": self.problem.value}
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any]) -> Targets:
-        """What `to_plain` wrote."""
-        return cls(**{**plain, "problem": Problem(plain["problem"])})
+        """The inverse of `to_plain`."""
+        return cls(**{**plain, "problem": TaskType(plain["problem"])})
 
 
 def _is_one(row: Row, name: str) -> bool:
     if name not in row.values:
-        raise ValueError(no_column(name, row.values))
+        raise ValueError(missing_column(name, row.values))
     value = row.values[name]
     if str(value).strip().lower() in ("1", "1.0", "true"):
         return True
@@ -145,43 +139,45 @@ def _is_one(row: Row, name: str) -> bool:
 
 
 def _words(task: TaskConfig, labels: list[str]) -> list[str]:
-    """The word of each class, all different. Raises ConfigError."""
+    """The word of each class. Raises ConfigError unless all are different."""
     if task.words == "letters":
         if len(labels) > len(LETTERS):
             raise ConfigError(
-                f"task.words=letters: {len(labels)} classes, there are {len(LETTERS)} letters and digits."
+                f"task.words=letters: {len(labels)} classes, but there are only {len(LETTERS)} letters and digits."
             )
         return list(LETTERS[: len(labels)])
     words = labels
     if isinstance(task.words, dict):
-        given = {str(label): str(word) for label, word in task.words.items()}
+        word_of = {str(label): str(word) for label, word in task.words.items()}
         for label in labels:
-            if label not in given:
-                raise ConfigError(f"task.words: no word for the class {label}{did_you_mean(label, given)}")
-        words = [given[label] for label in labels]
-    twice = [word for word, count in Counter(word.strip() for word in words).items() if count > 1 or not word]
-    if twice:
-        raise ConfigError(f"task.words: two classes have the word '{twice[0]}', or it is empty: give each its own.")
+            if label not in word_of:
+                raise ConfigError(f"task.words: no word for the class {label}{did_you_mean(label, word_of)}")
+        words = [word_of[label] for label in labels]
+    repeated = [word for word, count in Counter(word.strip() for word in words).items() if count > 1 or not word]
+    if repeated:
+        raise ConfigError(
+            f"task.words: two classes have the word '{repeated[0]}', or it is empty: give each class its own word."
+        )
     return words
 
 
-def class_weights(given: Any, labels: Sequence[str], targets: Sequence[Target | None]) -> list[float]:
-    """The weight of each class: as given (1 where it is not), or by `balanced`, rows / (classes x rows of the class).
+def class_weights(weights_given: Any, labels: Sequence[str], targets: Sequence[Target | None]) -> list[float]:
+    """The weight of each class: the given one (default 1), or for `balanced` rows / (classes x rows of the class).
 
     `balanced` is scikit-learn's rule; a class without training rows has weight 1.
 
-    Raises ConfigError for a class that is not there or a weight that is not above 0.
+    Raises ConfigError for an unknown class or a weight that is not above 0.
     """
-    if given is None:
+    if weights_given is None:
         return [1.0] * len(labels)
-    if given == "balanced":
+    if weights_given == "balanced":
         counts = Counter(targets)
-        present = sum(1 for place in range(len(labels)) if counts[place])
-        return [len(targets) / (present * counts[place]) if counts[place] else 1.0 for place in range(len(labels))]
-    weights = {str(label): float(weight) for label, weight in given.items()}
+        present = sum(1 for index in range(len(labels)) if counts[index])
+        return [len(targets) / (present * counts[index]) if counts[index] else 1.0 for index in range(len(labels))]
+    weights = {str(label): float(weight) for label, weight in weights_given.items()}
     for label, weight in weights.items():
         if label not in labels:
             raise ConfigError(f"task.class_weights.{label}: no such class{did_you_mean(label, labels)}")
         if not weight > 0:
-            raise ConfigError(f"task.class_weights.{label}={weight}: above 0.")
+            raise ConfigError(f"task.class_weights.{label}={weight}: must be above 0.")
     return [weights.get(label, 1.0) for label in labels]

@@ -1,4 +1,4 @@
-"""Which rows a run is asked to predict, and where the answers go: all that needs no weights."""
+"""Prediction jobs: which rows a run predicts and where the answers go. Needs no weights."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import held, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.naming import names_in
-from llmft.data.sources import Problems, Row, check_csv_columns, named_columns, read_files, with_nested
+from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
-from llmft.evaluation.prediction_sets import Recipe
+from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import Run, finished_run, slug, source_facts
 from llmft.runs.predictions import FOLDER, TEXT, Predictions
 
@@ -29,8 +29,8 @@ PROMPT = "prompt"
 
 
 @dataclass
-class Asked:
-    """The rows for one run."""
+class PredictionJob:
+    """The rows that one run predicts."""
 
     run: Run
     config: TrainConfig
@@ -43,9 +43,9 @@ class Asked:
     rows_fingerprint: str
     plan: str
     notes: list[str] = field(default_factory=list)
-    """What should be told before predicting."""
+    """Messages to print before predicting."""
     references: list[Any] | None = None
-    """The answers that the files have as the format writes them, once a tokenizer is there."""
+    """The known answers as the prompt format writes them; set once the tokenizer is loaded."""
     recipe: None = None
 
     @property
@@ -55,12 +55,12 @@ class Asked:
 
     @property
     def prompts(self) -> bool:
-        """Whether the rows are prompts of the command line."""
+        """Whether the rows are prompts from the command line."""
         return not self.files
 
     @property
     def ids(self) -> list[str]:
-        """What the rows are called, in the order of the files."""
+        """The rows' ids, in the order of the files."""
         return [row.id for row in self.conversations]
 
     @property
@@ -70,30 +70,32 @@ class Asked:
 
     @property
     def problem(self) -> str:
-        """What is predicted, as predictions say it."""
+        """The kind of task, as predictions record it."""
         return self.target_model.problem.value if self.target_model is not None else TEXT
 
     @property
     def targets(self) -> list[Any]:
-        """The true targets or answers where the files have them."""
+        """The true targets or answers; None for rows without one."""
         if self.target_model is not None:
             return [self.target_model.name(row.target) for row in self.conversations]
         if self.references is not None:
             return self.references
-        spoken = [row.messages[-1] for row in self.conversations]
-        return [turn["content"] if turn["role"] == "assistant" else None for turn in spoken]
+        last_messages = [row.messages[-1] for row in self.conversations]
+        return [message["content"] if message["role"] == "assistant" else None for message in last_messages]
 
     @property
     def columns(self) -> dict[str, list[Any]]:
-        """What else is known of the rows."""
+        """Further columns of the rows: group and prompt."""
         groups = [row.group for row in self.conversations]
-        asked = {"group": groups} if any(group is not None for group in groups) else {}
+        group_column = {"group": groups} if any(group is not None for group in groups) else {}
         return (
-            {**asked, "prompt": [row.messages[0]["content"] for row in self.conversations]} if self.prompts else asked
+            {**group_column, "prompt": [row.messages[0]["content"] for row in self.conversations]}
+            if self.prompts
+            else group_column
         )
 
     def facts(self) -> dict[str, Any]:
-        """What the predictions say of themselves."""
+        """The record of where the predictions come from."""
         prior = self.target_model.prior if self.target_model is not None else []
         return {
             "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
@@ -104,22 +106,22 @@ class Asked:
         }
 
     def finished(self) -> Predictions | None:
-        """The predictions that are there already, of the same weights and rows."""
+        """The existing predictions of the same weights and rows; None where there are none."""
         try:
-            found = Predictions.load(self.directory)
+            predictions = Predictions.load(self.directory)
         except DataError:
             return None
-        return found if found.facts.get("plan") == self.plan else None
+        return predictions if predictions.facts.get("plan") == self.plan else None
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Takes the directory for this process; ConfigError where another one has it."""
+        """Locks the directory. Raises ConfigError where another process holds it."""
         busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
         return held(self.directory / ".lock", busy)
 
-    # Parts: finished pieces of the work, so that a kill costs one of them.
+    # A kill costs only the part that was being computed.
 
     def open_parts(self, size: str) -> Path:
-        """The folder of finished parts; emptied where they are of other work, weights, rows or sizes."""
+        """The folder of finished parts; emptied where they belong to other weights, rows or sizes."""
         folder = self.directory / "parts"
         plan = canonical([self.plan, size])
         with contextlib.suppress(OSError):
@@ -131,17 +133,17 @@ class Asked:
         return folder
 
     def clear_parts(self) -> None:
-        """Drops the parts once the whole is written."""
+        """Deletes the parts after the predictions are written."""
         shutil.rmtree(self.directory / "parts", ignore_errors=True)
 
 
 @dataclass
-class Joint:
-    """The rows for joined folds or a blend: for each of its members, and how their answers become one."""
+class EnsembleJob:
+    """The jobs of the members of joined folds or a blend, and how their predictions are combined."""
 
     directory: Path
-    recipe: Recipe
-    parts: list[Asked | Joint]
+    recipe: EnsembleRecipe
+    parts: list[PredictionJob | EnsembleJob]
 
     @property
     def baseline(self) -> bool:
@@ -150,56 +152,60 @@ class Joint:
 
     @property
     def notes(self) -> list[str]:
-        """What should be told before predicting."""
+        """Messages to print before predicting."""
         return [note for part in self.parts for note in part.notes]
 
 
-def ask(directory: Path, config: PredictConfig, ids: str | None = None, above: tuple[Path, ...] = ()) -> Asked | Joint:
-    """Reads the files as the run in `directory`, or the members of joined folds or a blend, read their own.
+def plan_predictions(
+    directory: Path, config: PredictConfig, ids: str | None = None, above: tuple[Path, ...] = ()
+) -> PredictionJob | EnsembleJob:
+    """The job for the run in `directory`, or for the members of joined folds or a blend.
 
-    `ids` is the column that names the rows, where they have it. Raises ConfigError or DataError for a directory, files,
-    columns or rows that cannot be used.
+    `ids` is the preferred id column. Raises ConfigError or DataError for a directory, files, columns or rows that
+    cannot be used.
     """
-    recipe = Recipe.of(directory)
+    recipe = EnsembleRecipe.of(directory)
     if recipe is None:
-        return _ask(*finished_run(directory), config, ids)
+        return _plan_run(*finished_run(directory), config, ids)
     if directory in above:
         raise ConfigError(f"{directory}: a member of itself; make the blend again.")
-    parts = [ask(member, config, ids, (*above, directory)) for member in recipe.members]
-    return Joint(directory / FOLDER / parts[0].directory.name, recipe, parts)
+    parts = [plan_predictions(member, config, ids, (*above, directory)) for member in recipe.members]
+    return EnsembleJob(directory / FOLDER / parts[0].directory.name, recipe, parts)
 
 
-def _ask(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> Asked:
-    targets, notes, problems = _targets(run, trained), [], Problems()
+def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> PredictionJob:
+    targets, notes, problems = _targets(run, trained), [], BadRows()
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
     if config.prompts is not None:
-        rows, files, whole, name = _typed(config.prompts)
+        rows, files, digest, name = _from_prompts(config.prompts)
         data = replace(data, columns=Columns(prompt=PROMPT), group=None)
-        wanted = trained.data.columns.prompt or ""
-        if "{" in wanted:
-            notes.append(f"prompts: each is taken as the whole of {wanted!r}, which made the prompts of the training.")
+        trained_prompt = trained.data.columns.prompt or ""
+        if "{" in trained_prompt:
+            notes.append(f"prompts: each is used as the whole prompt ({trained_prompt!r} in the training).")
     else:
-        rows, files, whole, name = _read(config, names, problems)
+        rows, files, digest, name = _from_files(config, names, problems)
         rows = with_nested(rows, chain.from_iterable(named_columns(data).values()))
-        data = replace(data, columns=_prompt_alone(data.columns, rows[0], notes))
-        if trained.task.head is None and data.columns.text and not data.columns.response:  # to be gone on with
+        data = replace(data, columns=_prompt_column(data.columns, rows[0], notes))
+        if trained.task.head is None and data.columns.text and not data.columns.response:  # a text to continue
             data = replace(data, columns=Columns(prompt=data.columns.text, id=data.columns.id))
     columns = ColumnMap.of(data, rows, trained.task, targets=targets, lenient=True)
     columns.id = _id_column(config, [ids, data.columns.id], rows, columns.id, notes)
     conversations = columns.conversations(rows, problems)
     if len({row.id for row in conversations}) < len(conversations):
         raise DataError(f"data.files: two rows have one id in '{columns.id}'; every row needs its own.")
-    name = config.name or f"{slug(name)}-{whole[:8]}"
+    name = config.name or f"{slug(name)}-{digest[:8]}"
     options = [config.batch_size, config.max_new_tokens, names, [str(row.id) for row in conversations]]
-    plan = hashlib.sha256(canonical([run.key, run.digests(), whole, options]).encode()).hexdigest()
+    plan = hashlib.sha256(canonical([run.key, run.digests(), digest, options]).encode()).hexdigest()
     directory = run.directory / FOLDER / slug(name)
     fingerprint = run.fact("data", "rows_fingerprint")
-    return Asked(run, trained, directory, conversations, files, whole, columns.id, targets, fingerprint, plan, notes)
+    return PredictionJob(
+        run, trained, directory, conversations, files, digest, columns.id, targets, fingerprint, plan, notes
+    )
 
 
-def _typed(prompts: Any) -> tuple[list[Row], list[str], str, str]:
-    """Prompts of the command line as rows, no files, their digest, and what they are called."""
+def _from_prompts(prompts: Any) -> tuple[list[Row], list[str], str, str]:
+    """Prompts from the command line as (rows, no files, digest, name)."""
     texts = [str(text) for text in (prompts if isinstance(prompts, (list, tuple)) else [prompts])]
     if not texts or not all(text.strip() for text in texts):
         raise ConfigError('prompts: no text, or an empty one; write prompts=["…"].')
@@ -207,49 +213,51 @@ def _typed(prompts: Any) -> tuple[list[Row], list[str], str, str]:
     return rows, [], hashlib.sha256(canonical(texts).encode()).hexdigest(), "prompts"
 
 
-def _read(config: PredictConfig, names: list[str], problems: Problems) -> tuple[list[Row], list[str], str, str]:
-    """The rows of the files, the files, a digest of them, and the first one's name."""
-    read, digest = read_files(config.data.files, "data.files", problems, names), hashlib.sha256()
-    check_csv_columns(config.data.csv_columns or [], read.paths)
-    for content in read.digests:
+def _from_files(config: PredictConfig, names: list[str], problems: BadRows) -> tuple[list[Row], list[str], str, str]:
+    """(rows, files, digest, name of the first file)."""
+    files_read, digest = read_files(config.data.files, "data.files", problems, names), hashlib.sha256()
+    check_csv_columns(config.data.csv_columns or [], files_read.paths)
+    for content in files_read.digests:
         digest.update(bytes.fromhex(content))
-    if not read.rows:
+    if not files_read.rows:
         raise DataError(f"data.files={config.data.files}: no rows to predict.")
-    files = [str(path.absolute()) for path in read.paths]
-    return read.rows, files, digest.hexdigest(), read.paths[0].name.partition(".")[0]
+    files = [str(path.absolute()) for path in files_read.paths]
+    return files_read.rows, files, digest.hexdigest(), files_read.paths[0].name.partition(".")[0]
 
 
-def _prompt_alone(columns: Columns, first: Row, notes: list[str]) -> Columns:
-    """`columns`, or where a file has none of those that a prompt is made of, its column `prompt` or its only one."""
-    made_of = columns.messages or columns.text or columns.prompt or ""
-    if any(name in first.values for name in names_in(made_of)):
+def _prompt_column(columns: Columns, first: Row, notes: list[str]) -> Columns:
+    """`columns`; for a file without the prompt's columns, its column `prompt` or its only column as the prompt."""
+    trained_prompt = columns.messages or columns.text or columns.prompt or ""
+    if any(name in first.values for name in names_in(trained_prompt)):
         return columns
-    others = [name for name in first.values if name not in ("id", columns.id)]
-    if PROMPT not in others and len(others) != 1:
-        return columns  # what is missing is told by name
-    column = PROMPT if PROMPT in others else others[0]
-    notes.append(f"data.files: the column '{column}' is taken as the whole prompt ({made_of!r} in the training).")
+    candidates = [name for name in first.values if name not in ("id", columns.id)]
+    if PROMPT not in candidates and len(candidates) != 1:
+        return columns  # the missing column is reported later
+    column = PROMPT if PROMPT in candidates else candidates[0]
+    notes.append(f"data.files: the column '{column}' is used as the whole prompt ({trained_prompt!r} in the training).")
     return Columns(prompt=column, id=columns.id)
 
 
 def _id_column(
-    config: PredictConfig, wanted: list[str | None], rows: list[Row], usual: str | None, notes: list[str]
+    config: PredictConfig, preferred: list[str | None], rows: list[Row], fallback: str | None, notes: list[str]
 ) -> str | None:
-    """The column that names the rows: as the command line says, or the first of `wanted` or `usual` that all have."""
-    given = config.data.id
-    if given is not None:
-        lacking = next((row for row in rows if row.values.get(given) is None), None)
-        if lacking is not None:
-            raise DataError(f"data.id={given}: {lacking.where} has none{did_you_mean(given, lacking.values)}")
-        return given
-    for name in (*wanted, usual):
+    """The column of the rows' ids: data.id, or the first of `preferred` and `fallback` that all rows have."""
+    chosen = config.data.id
+    if chosen is not None:
+        row_without_id = next((row for row in rows if row.values.get(chosen) is None), None)
+        if row_without_id is not None:
+            raise DataError(
+                f"data.id={chosen}: {row_without_id.where} has none{did_you_mean(chosen, row_without_id.values)}"
+            )
+        return chosen
+    for name in (*preferred, fallback):
         if name is not None and all(row.values.get(name) is not None for row in rows):
             return name
-    missing = next((name for name in (*wanted, "id") if name in rows[0].values or name == wanted[-1]), None)
+    missing = next((name for name in (*preferred, "id") if name in rows[0].values or name == preferred[-1]), None)
     if missing is not None and config.prompts is None:
         notes.append(
-            f"data.files: not every row has an id of its own in '{missing}', so the rows are called by file and line "
-            "(data.id=COLUMN names them)."
+            f"data.files: not every row has an id in '{missing}', so file and line are used as ids "
+            "(data.id=COLUMN names another column)."
         )
     return None
 

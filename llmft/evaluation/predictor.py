@@ -1,4 +1,4 @@
-"""A finished run's model, loaded as it was trained, and its predictions part by part."""
+"""Predictions of a finished run's model, written part by part."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from llmft.core.files import staged_file
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Example
 from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
-from llmft.data.sources import Problems
-from llmft.evaluation.jobs import Asked
+from llmft.data.sources import BadRows
+from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
 from llmft.model.assemble import assemble
 from llmft.model.generate import generate
@@ -34,24 +34,24 @@ from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import with_options
 
-BATCHES_A_PART = 4
-"""Batches between two writings: what a kill costs."""
+BATCHES_PER_PART = 4
+"""Batches in a part, which is what a kill costs at most."""
 
 
 class Predictor:
-    """A run's model and tokenizer; the base stays in the process for the next run that has the same."""
+    """A run's model and tokenizer. The base stays in the process for the next run with the same base."""
 
-    def __init__(self, asked: Asked, options: PredictConfig) -> None:
-        self.asked, self.config, self.options = asked, asked.config, options
+    def __init__(self, job: PredictionJob, options: PredictConfig) -> None:
+        self.job, self.config, self.options = job, job.config, options
         self.device = pick_device(options.accelerator)
         self.precision = pick_precision(self.config.trainer.precision, self.device)
         self.located = locate(self.config.model)
         self._check_base()
-        trained = asked.run.adapter if self.config.lora.enabled else asked.run.model
+        trained = job.run.adapter if self.config.lora.enabled else job.run.model
         self.tokenizer = load_tokenizer(self.config.model, Located(trained, ""))
-        prompt = prompt_format(with_options(self.config.prompt, asked.target_model), self.tokenizer)
+        prompt = prompt_format(with_options(self.config.prompt, job.target_model), self.tokenizer)
         data = self.config.data
-        # No row is left out: one that training would have dropped is cut.
+        # Every row is predicted: one that training would have dropped is cut.
         self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
         data = replace(
@@ -63,15 +63,15 @@ class Predictor:
             min_answer_tokens=0,
         )
         self.encoder = Encoder(self.tokenizer, prompt, data)
-        self.objective = make_objective(self.config.task, asked.target_model, self.encoder, {})
+        self.objective = make_objective(self.config.task, job.target_model, self.encoder, {})
         if self.config.task.head is not None and not hasattr(self.objective, "predict"):
-            raise ConfigError(f"task.objective={self.config.task.objective} has no predict(model, batch) to ask.")
+            raise ConfigError(f"task.objective={self.config.task.objective} has no method predict(model, batch).")
         self.assembled = assemble(
             self.config,
             self.located,
             device=self.device,
             precision=self.precision,
-            num_labels=len(asked.labels),
+            num_labels=len(job.labels),
             vocabulary=len(self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
             threads=options.threads,
@@ -80,36 +80,36 @@ class Predictor:
         self.model = self.assembled.model
 
     def _check_base(self) -> None:
-        record = self.asked.run.fact("model", "fingerprint")
+        record = self.job.run.fact("model", "fingerprint")
         if self.config.lora.enabled and record != self.located.fingerprint:
             raise ConfigError(
-                f"{self.asked.run.directory}: the base model found for model={self.config.model.label} is not the one "
+                f"{self.job.run.directory}: the base model found for model={self.config.model.label} is not the one "
                 "that this run was trained on."
             )
 
     def close(self) -> None:
-        """Gives the base back as it was."""
+        """Removes the adapter from the base."""
         self.assembled.release()
         self.model = None
 
     # ------------------------------------------------------------------------------------------------- predicting
 
-    def encode(self, conversations: Sequence[Conversation]) -> list[Encoded]:
-        """Every row, cut where it is too long; of generation the prompt alone."""
+    def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
+        """Every row as an example, cut where it is too long; for generation its prompt."""
         if self.config.task.head is None:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
-            return [Encoded(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
-        fitting = self.encoder.encode("predict", conversations, Problems())
+            return [Example(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
+        fitting = self.encoder.encode("predict", conversations, BadRows())
         encoded = {int(index): fitting[number] for number, index in enumerate(fitting.rows)}
         for index, row in enumerate(conversations):
             if index not in encoded:
-                ids, marks = self.encoder.forced(row)
-                encoded[index] = Encoded(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
+                ids, marks = self.encoder.truncated(row)
+                encoded[index] = Example(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
         return [encoded[index] for index in range(len(conversations))]
 
     @torch.no_grad()
-    def predict(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
-        """Columns for a batch of rows: a list of values per row, or the text with its log-probability."""
+    def predict(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
+        """Columns for a batch of rows: `values` (a list per row), or `generated`, `logprob` and `tokens`."""
         with self._autocast():
             if self.config.task.head is None:
                 return self._generate(examples)
@@ -119,13 +119,13 @@ class Predictor:
 
     @contextlib.contextmanager
     def _autocast(self) -> Iterator[None]:
-        """The precision that validation computed in."""
+        """Computes in the precision of the run's validation."""
         mixed = self.precision is not Precision.fp32
         with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
             yield
 
-    def _generate(self, examples: Sequence[Encoded]) -> dict[str, list[Any]]:
-        """Text, the natural logarithm of its probability, and its tokens; an end token is not counted."""
+    def _generate(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
+        """Text, its log-probability in nats, and its number of tokens, without the end token."""
         outputs = generate(
             self.model,
             [list(example.input_ids) for example in examples],
@@ -142,13 +142,13 @@ class Predictor:
             "tokens": [len(output) for output in outputs],
         }
 
-    def _logprobs(self, examples: Sequence[Encoded], outputs: Sequence[list[int]]) -> list[float]:
+    def _logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
         written = [index for index, output in enumerate(outputs) if output]
         logprobs = [0.0] * len(outputs)
         if not written:
             return logprobs
         rows = [
-            Encoded(
+            Example(
                 [*examples[index].input_ids, *outputs[index]],
                 [*[IGNORE] * len(examples[index].input_ids), *outputs[index]],
                 examples[index].conversation,
@@ -162,33 +162,33 @@ class Predictor:
         return logprobs
 
 
-def run_parts(asked: Asked, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
-    """Values (rows, classes) and further columns, in the rows' order; parts that are there are not made again."""
-    folder = asked.open_parts(f"{options.batch_size} x {BATCHES_A_PART}")
-    predictor = Predictor(asked, options)
+def run_parts(job: PredictionJob, options: PredictConfig, screen: Screen) -> tuple[np.ndarray, dict[str, list[Any]]]:
+    """(rows, classes) values and further columns, in the rows' order. Finished parts are not computed again."""
+    folder = job.open_parts(f"{options.batch_size} x {BATCHES_PER_PART}")
+    predictor = Predictor(job, options)
     try:
-        examples = predictor.encode(asked.conversations)
-        if asked.target_model is None:
-            asked.references = [
+        examples = predictor.encode(job.conversations)
+        if job.target_model is None:
+            job.references = [
                 predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
-                for row in asked.conversations
+                for row in job.conversations
             ]
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
-        parts = [batches[start : start + BATCHES_A_PART] for start in range(0, len(batches), BATCHES_A_PART)]
-        there = sum((folder / _part(number)).is_file() for number in range(len(parts)))
+        parts = [batches[start : start + BATCHES_PER_PART] for start in range(0, len(batches), BATCHES_PER_PART)]
+        there = sum((folder / _part_name(number)).is_file() for number in range(len(parts)))
         if there:
-            screen.print(f"{there} of {len(parts)} parts are there already.")
+            screen.print(f"{there} of {len(parts)} parts are done already.")
         for number, part in enumerate(parts):
-            path = folder / _part(number)
+            path = folder / _part_name(number)
             if not path.is_file():
                 _write_part(path, part, [predictor.predict([examples[row] for row in batch]) for batch in part])
     finally:
         predictor.close()
-    return _joined(folder, len(parts), len(examples), len(asked.labels))
+    return _joined(folder, len(parts), len(examples), len(job.labels))
 
 
-def _part(number: int) -> str:
+def _part_name(number: int) -> str:
     return f"part-{number:06d}.parquet"
 
 
@@ -204,10 +204,10 @@ def _write_part(path: Path, batches: list[list[int]], answers: list[dict[str, li
 
 
 def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
-    """All parts in the rows' order; every row is there once, or an assertion says so."""
+    """All parts in the rows' order."""
     columns: dict[str, list[Any]] = {}
     for number in range(parts):
-        for name, values in read_table(folder / _part(number)).items():
+        for name, values in read_table(folder / _part_name(number)).items():
             columns.setdefault(name, []).extend(values)
     order = np.argsort(columns.pop("row"), kind="stable")
     assert len(order) == rows

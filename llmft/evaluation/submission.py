@@ -1,6 +1,6 @@
-"""A competition's csv from its sample: the same columns and rows in the same order.
+"""A competition's csv from its sample submission: the same columns, and the same rows in the same order.
 
-`predict`, `folds` and `blend` all write it here: `format=submission template=sample_submission.csv`.
+`predict`, `folds` and `blend` write it with `format=submission template=sample_submission.csv`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 from rich.markup import escape
 
-from llmft.config.commands import Form, SubmissionConfig
-from llmft.config.sections import Problem
+from llmft.config.commands import PredictionFormat, SubmissionConfig
+from llmft.config.sections import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import write_atomically
@@ -29,8 +29,8 @@ class Template:
 
     Attributes:
         columns: its header; the first column holds the row ids.
-        ids: of the rows.
-        cells: what the second column holds in the sample, which says what belongs there.
+        ids: the rows' ids.
+        cells: the sample's second column, which shows what belongs there.
     """
 
     path: Path
@@ -39,13 +39,15 @@ class Template:
     cells: list[str]
 
 
-def template_of(config: SubmissionConfig) -> Template | None:
-    """The sample that a command line names with format=submission; read before anything is computed."""
-    return read_template(Path(str(config.template)).expanduser()) if config.format is Form.submission else None
+def load_template(config: SubmissionConfig) -> Template | None:
+    """The sample submission of format=submission, read before anything is computed; None for other formats."""
+    return (
+        read_template(Path(str(config.template)).expanduser()) if config.format is PredictionFormat.submission else None
+    )
 
 
 def read_template(path: Path) -> Template:
-    """Reads a sample submission; raises ConfigError where it is missing or is none."""
+    """Reads a sample submission. Raises ConfigError where it is missing or invalid."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             rows = [row for row in csv.reader(file) if row]
@@ -55,22 +57,22 @@ def read_template(path: Path) -> Template:
         raise ConfigError(f"template={path}: a header with an id and a column to fill, and rows, were expected.")
     wrong = next((number for number, row in enumerate(rows, 1) if len(row) != len(rows[0])), None)
     if wrong is not None:
-        raise ConfigError(f"template={path}: row {wrong} has not as many cells as the header.")
+        raise ConfigError(f"template={path}: row {wrong} and the header differ in their number of cells.")
     ids = [row[0] for row in rows[1:]]
     if len(set(ids)) < len(ids):
-        raise ConfigError(f"template={path}: it names a row twice.")
+        raise ConfigError(f"template={path}: a row id appears twice.")
     return Template(path, rows[0], ids, [row[1] for row in rows[1:]])
 
 
 def write_fitting(
-    predictions: Mapping[str, Predictions], template: Template, given: dict[str, str], member: Path, screen: Screen
+    predictions: Mapping[str, Predictions], template: Template, column_of: dict[str, str], member: Path, screen: Screen
 ) -> Path:
-    """Writes the submission of those of the directory `member`'s predictions, by name, that are of `template`'s rows.
+    """Writes a submission from those predictions of the directory `member` that have `template`'s rows.
 
-    Raises DataError where none is, with what is missing from the only ones there are.
+    Raises DataError where none has them.
     """
-    wanted = set(template.ids)
-    names = [name for name, made in predictions.items() if set(made.ids) == wanted]
+    template_ids = set(template.ids)
+    names = [name for name, made in predictions.items() if set(made.ids) == template_ids]
     if len({predictions[name].fingerprint for name in names}) > 1:
         raise ConfigError(
             f"{member}: {', '.join(names)} are different predictions of the rows of template={template.path}; delete "
@@ -80,132 +82,136 @@ def write_fitting(
     name = names[-1] if names else others[0] if len(others) == 1 else None
     if name is None:
         raise DataError(
-            f"{member}: none of its predictions ({', '.join(predictions)}) are of the {len(wanted):,} rows of "
+            f"{member}: none of its predictions ({', '.join(predictions)}) are of the {len(template_ids):,} rows of "
             f"template={template.path}; make them: python -m llmft.predict run={member} data.files=FILE "
             f"format=submission template={template.path}"
         )
-    return write_submission(predictions[name], template, given, member / FOLDER / name / "submission.csv", screen)
+    return write_submission(predictions[name], template, column_of, member / FOLDER / name / "submission.csv", screen)
 
 
 def write_submission(
-    predictions: Predictions, template: Template, given: dict[str, str], path: Path, screen: Screen
+    predictions: Predictions, template: Template, column_of: dict[str, str], path: Path, screen: Screen
 ) -> Path:
-    """Writes `predictions` in the form of `template`, and says where and how.
+    """Writes `predictions` in the form of `template`, and prints where and how.
 
-    Raises DataError where rows are missing or too many or a prediction is no number, ConfigError where a column cannot
-    be filled.
+    Raises DataError for missing or extra rows and for predictions that are not finite, ConfigError for a column that
+    cannot be filled.
     """
-    place = {name: number for number, name in enumerate(predictions.ids)}
-    missing = [name for name in template.ids if name not in place]
+    index_of = {name: number for number, name in enumerate(predictions.ids)}
+    missing = [name for name in template.ids if name not in index_of]
     if missing:
-        strange = next((name for name in predictions.ids if name not in set(template.ids)), None)
-        hint = f"; predicted rows are called as {strange}" if strange is not None else ""
+        extra = next((name for name in predictions.ids if name not in set(template.ids)), None)
+        hint = f"; predicted rows have ids such as {extra}" if extra is not None else ""
         raise DataError(
             f"template={template.path}: {len(missing)} of its rows are not predicted ({missing[0]} first){hint}."
         )
-    strange_rows = sorted(set(predictions.ids) - set(template.ids))
-    if strange_rows:
+    extra_rows = sorted(set(predictions.ids) - set(template.ids))
+    if extra_rows:
         raise DataError(
-            f"template={template.path}: {len(strange_rows)} predicted rows are not in it ({strange_rows[0]} first)."
+            f"template={template.path}: {len(extra_rows)} predicted rows are not in it ({extra_rows[0]} first)."
         )
     if not np.isfinite(predictions.values).all():
         row = predictions.ids[int(np.argmin(np.isfinite(predictions.values).all(axis=1)))]
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")
-    filled, what = _columns(predictions, template, given)
+    columns, description = _columns(predictions, template, column_of)
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(template.columns)
     for name in template.ids:
-        writer.writerow([name, *(column[place[name]] for column in filled)])
+        writer.writerow([name, *(column[index_of[name]] for column in columns)])
     write_atomically(path, text.getvalue().encode())
-    screen.print(f"[bold]submission[/bold]  {escape(str(path))} ({len(template.ids):,} rows; {escape(what)})")
+    screen.print(f"[bold]submission[/bold]  {escape(str(path))} ({len(template.ids):,} rows; {escape(description)})")
     return path
 
 
-def _columns(predictions: Predictions, template: Template, given: dict[str, str]) -> tuple[list[list[object]], str]:
-    """What goes into each column behind the id, and a few words that say what it is."""
-    wanted = template.columns[1:]
+def _columns(predictions: Predictions, template: Template, column_of: dict[str, str]) -> tuple[list[list[object]], str]:
+    """The values of each column after the id, and a short description of them."""
+    to_fill = template.columns[1:]
     values: dict[str, list[object]] = {}
-    if predictions.problem not in (TEXT, Problem.regression.value):
+    if predictions.problem not in (TEXT, TaskType.regression.value):
         for number, label in enumerate(predictions.labels):
             values[label] = predictions.values[:, number].tolist()
-    for label, column in given.items():
+    for label, column in column_of.items():
         if label not in values:
             raise ConfigError(f"columns.{label}: no such class{did_you_mean(label, values)}")
-        if column not in wanted:
+        if column not in to_fill:
             raise ConfigError(
-                f"columns.{label}={column}: the template has no such column{did_you_mean(column, wanted)}"
+                f"columns.{label}={column}: the template has no such column{did_you_mean(column, to_fill)}"
             )
-    label_of = {column: label for label, column in given.items()}
-    if len(wanted) == 1 and not given:
-        named = _named(wanted[0], list(values))
-        if named is None:
+    label_of = {column: label for label, column in column_of.items()}
+    if len(to_fill) == 1 and not column_of:
+        label_by_name = _label_of_column(to_fill[0], list(values))
+        if label_by_name is None:
             return _one_column(predictions, template)
     used: list[str] = []
-    for column in wanted:
-        own: str | None = label_of.get(column) or _named(column, list(values))
-        if own is None or own in used:
+    for column in to_fill:
+        chosen: str | None = label_of.get(column) or _label_of_column(column, list(values))
+        if chosen is None or chosen in used:
             raise ConfigError(
-                f"template={template.path}: no class of its own fills the column {column}; say which with "
+                f"template={template.path}: no class matches the column {column}; name one with "
                 f"columns.CLASS={column} (classes: {', '.join(list(values)[:20]) or 'none'})."
             )
-        used.append(own)
-    left = [label for label in values if label not in used]
-    if left and not given and len(wanted) > 1:
-        raise ConfigError(f"template={template.path}: the class {left[0]} has no column in it.")
+        used.append(chosen)
+    unused = [label for label in values if label not in used]
+    if unused and not column_of and len(to_fill) > 1:
+        raise ConfigError(f"template={template.path}: the class {unused[0]} has no column in it.")
     return [values[label] for label in used], f"probabilities of {len(used)} of {len(values)} classes"
 
 
 def _one_column(predictions: Predictions, template: Template) -> tuple[list[list[object]], str]:
-    """One column that is called like no class: the sample's own cells say what belongs there.
+    """The values of a single column whose name is not a class: the sample's cells show what belongs there.
 
-    Numbers, text; a class; the likeliest classes, as many as the sample has; or, of two classes, a probability.
+    That is a text or number, the likeliest class, a list of the likeliest classes, or the probability of a yes.
     """
     column, labels = template.columns[1], predictions.labels
     if predictions.problem == TEXT:
         return [list(predictions.predicted)], f"{column}: the text generated"
-    if predictions.problem == Problem.regression.value:
+    if predictions.problem == TaskType.regression.value:
         return [list(predictions.predicted)], f"{column}: the number predicted"
     cells = [cell.strip() for cell in template.cells]
-    several = [cell for cell in cells if cell and cell not in labels]
-    separator = next((mark for mark in (" ", ",", "|", ";") if several and _lists(several, labels, mark)), None)
-    if predictions.problem == Problem.multi_label.value:
+    not_a_class = [cell for cell in cells if cell and cell not in labels]
+    separator = next(
+        (mark for mark in (" ", ",", "|", ";") if not_a_class and _are_lists_of_labels(not_a_class, labels, mark)), None
+    )
+    if predictions.problem == TaskType.multi_label.value:
         mark = separator or "|"
         rows = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
-        return [[mark.join(own) for own in rows]], f"{column}: the classes of one half or more, with '{mark}' between"
+        return [
+            [mark.join(labels_of_row) for labels_of_row in rows]
+        ], f"{column}: the classes with a probability of at least one half, with '{mark}' between"
     if separator is not None:
-        most = max(len(_parts(cell, separator)) for cell in several)
-        order = np.argsort(-predictions.values, axis=1, kind="stable")[:, :most]
-        ranked: list[object] = [separator.join(labels[place] for place in row) for row in order]
-        return [ranked], f"{column}: the {most} likeliest classes, best first"
-    if several and all(map(_is_number, several)):
-        # Probabilities, or classes under other names: neither is to be guessed, but for two that say yes and no.
+        num_classes = max(len(_split_cell(cell, separator)) for cell in not_a_class)
+        order = np.argsort(-predictions.values, axis=1, kind="stable")[:, :num_classes]
+        ranked: list[object] = [separator.join(labels[index] for index in row) for row in order]
+        return [ranked], f"{column}: the {num_classes} likeliest classes, best first"
+    if not_a_class and all(map(_is_number, not_a_class)):
+        # Probabilities, or classes under other names: that is not guessed, except for two classes that mean yes and no.
         if [label.lower() for label in labels] not in (["0", "1"], ["false", "true"], ["no", "yes"]):
             raise ConfigError(
-                f"template={template.path}: the column {column} holds numbers such as {several[0]}, and the classes "
-                f"are {', '.join(labels[:20])}; say whose probability belongs there with columns.CLASS={column}."
+                f"template={template.path}: the column {column} holds numbers such as {not_a_class[0]}, and the "
+                f"classes are {', '.join(labels[:20])}; name the class of these probabilities: columns.CLASS={column}."
             )
         return [predictions.values[:, 1].tolist()], f"{column}: the probability of the class {labels[1]}"
-    other = f"; columns.{labels[-1]}={column} writes that class's probability" if len(labels) == 2 else ""
-    return [list(predictions.predicted)], f"{column}: the likeliest class{other}"
+    hint = f"; columns.{labels[-1]}={column} writes that class's probability" if len(labels) == 2 else ""
+    return [list(predictions.predicted)], f"{column}: the likeliest class{hint}"
 
 
-def _parts(cell: str, separator: str) -> list[str]:
+def _split_cell(cell: str, separator: str) -> list[str]:
     return [part.strip() for part in cell.split(separator) if part.strip()]
 
 
-def _lists(cells: list[str], labels: list[str], separator: str) -> bool:
-    """Whether every cell is several classes with `separator` between them."""
-    return all(len(parts := _parts(cell, separator)) > 1 and set(parts) <= set(labels) for cell in cells)
+def _are_lists_of_labels(cells: list[str], labels: list[str], separator: str) -> bool:
+    """Whether every cell is a list of several classes, joined by `separator`."""
+    return all(len(parts := _split_cell(cell, separator)) > 1 and set(parts) <= set(labels) for cell in cells)
 
 
 def _is_number(text: str) -> bool:
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) is not None
 
 
-def _named(column: str, labels: list[str]) -> str | None:
-    """The class that a column's name is, or ends in behind an underscore, as target_3 does."""
+def _label_of_column(column: str, labels: list[str]) -> str | None:
+    """The class that a column is named after, alone or as in target_3 after an underscore."""
     if column in labels:
         return column
-    ending = [label for label in labels if column.endswith(f"_{label}")]
-    return max(ending, key=len) if ending else None
+    suffixes = [label for label in labels if column.endswith(f"_{label}")]
+    return max(suffixes, key=len) if suffixes else None

@@ -1,4 +1,4 @@
-"""Pure functions: references and predictions to a number. Each says beside its definition which direction is better."""
+"""Metrics: pure functions of references and predictions, each declared as higher or lower is better."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ Metric = TypeVar("Metric", bound=Callable[..., Any])
 
 
 def higher_is_better(metric: Metric) -> Metric:
-    """Marks a metric of which more is better, by the attribute that the classes of torchmetrics have."""
+    """Declares that a higher value is better, with the attribute that torchmetrics uses."""
     metric.higher_is_better = True  # type: ignore[attr-defined]
     return metric
 
 
 def lower_is_better(metric: Metric) -> Metric:
-    """Marks a metric of which less is better."""
+    """Declares that a lower value is better."""
     metric.higher_is_better = False  # type: ignore[attr-defined]
     return metric

@@ -1,4 +1,4 @@
-"""Metrics that every objective has: of its own row losses, not of predictions."""
+"""Metrics of row losses, which every objective has."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from llmft.metrics import lower_is_better
 
 @lower_is_better
 def loss_nats(losses: Sequence[float], counts: Sequence[float]) -> float:
-    """Nats per labelled token, of row losses and the labelled tokens of each row."""
+    """Nats per labelled token, from row losses and each row's labelled tokens."""
     return math.fsum(losses) / math.fsum(counts)
 
 
 @lower_is_better
 def perplexity(loss: float) -> float:
-    """Of a loss in nats per token; large ones are bounded, so that it stays a number."""
+    """exp of a loss in nats per token, with the loss bounded by 700 so that it stays finite."""
     return math.exp(min(loss, 700.0))

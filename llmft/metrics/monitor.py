@@ -1,4 +1,4 @@
-"""Which metrics a validation has, and which direction of each is better: declared beside the metric, read here."""
+"""The metrics of a validation, and the direction in which each one is better."""
 
 from __future__ import annotations
 
@@ -17,36 +17,34 @@ from llmft.metrics.loss import loss_nats, perplexity
 
 
 def declared(metric: Any) -> bool | None:
-    """Whether more of `metric` (a function, class, instance, or a partial of one) is better; None where it says not."""
+    """Whether a higher `metric` (function, class, instance or partial) is better; None where it is not declared."""
     while isinstance(metric, partial) and "higher_is_better" not in vars(metric):
         metric = metric.func
-    said = getattr(metric, "higher_is_better", None)
-    return said if isinstance(said, bool) else None
+    direction = getattr(metric, "higher_is_better", None)
+    return direction if isinstance(direction, bool) else None
 
 
-def mode_of(metric: Any, name: str, asked: Mode = Mode.auto, *, key: str | None = "trainer.mode") -> Mode:
-    """min or max: the direction that `metric` declares, or the one that is asked for where it declares none.
+def mode_of(metric: Any, name: str, requested: Mode = Mode.auto, *, key: str | None = "trainer.mode") -> Mode:
+    """The direction that `metric` declares, or else the requested one.
 
-    Raises ConfigError where the two contradict each other, or nobody says. `key` is where one may ask, if anywhere.
+    Raises ConfigError where they contradict each other, or where there is none. `key` is the config key of the request.
     """
-    said = declared(metric)
-    if said is None and asked is Mode.auto:
+    direction = declared(metric)
+    if direction is None and requested is Mode.auto:
         raise ConfigError(
-            f"{key or 'metric'}: nothing says whether more or less of {name} is better: put @higher_is_better or "
-            "@lower_is_better (of llmft.metrics) above the metric's definition"
+            f"{key or 'metric'}: {name} does not declare whether higher or lower is better: put @higher_is_better or "
+            "@lower_is_better (of llmft.metrics) above its definition"
             + (f", or set {key}=max or {key}=min." if key else ".")
         )
-    mode = asked if said is None else Mode.max if said else Mode.min
-    if asked not in (Mode.auto, mode):
-        raise ConfigError(
-            f"{key}={asked.value}: {'more' if said else 'less'} of {name} is better, as that metric declares; leave "
-            f"{key} out, or set it to {mode.value}."
-        )
+    mode = requested if direction is None else Mode.max if direction else Mode.min
+    if requested not in (Mode.auto, mode):
+        better = "higher" if direction else "lower"
+        raise ConfigError(f"{key}={requested.value}: {name} declares that {better} is better; set {key}={mode.value}.")
     return mode
 
 
 def validation_metrics(task: TaskConfig) -> dict[str, Callable[..., float]]:
-    """Every metric of a validation by its name, such as val/accuracy; without those that read what is not generated."""
+    """The metrics of a validation by name, such as val/accuracy; without text metrics where nothing is generated."""
     generates = task.generate_rows > 0 and task.auto_class == "causal_lm"
     named = {path.rpartition(".")[2]: path for path in task.metrics}
     metrics: dict[str, Callable[..., float]] = {"loss_nats": loss_nats}
@@ -59,15 +57,15 @@ def validation_metrics(task: TaskConfig) -> dict[str, Callable[..., float]]:
 
 
 def with_mode(config: TrainConfig) -> TrainConfig:
-    """`config` with the direction of its monitored metric in place of trainer.mode=auto.
+    """`config` with trainer.mode=auto replaced by the direction of trainer.monitor.
 
-    Raises ConfigError for a metric that no validation has, or whose direction is contradicted or not said.
+    Raises ConfigError for a metric that the validation does not have, or whose direction is unknown or contradicted.
     """
     monitor, metrics = config.trainer.monitor, validation_metrics(config.task)
     if monitor not in metrics:
         if monitor.removeprefix("val/") in {path.rpartition(".")[2] for path in config.task.metrics}:
             raise ConfigError(
-                f"trainer.monitor={monitor}: it is scored on generations, and there are none "
+                f"trainer.monitor={monitor}: it scores generations, and there are none "
                 f"(task.generate_rows={config.task.generate_rows}, task.auto_class={config.task.auto_class})."
             )
         raise ConfigError(f"trainer.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
@@ -76,7 +74,7 @@ def with_mode(config: TrainConfig) -> TrainConfig:
 
 
 def named_metric(name: str, paths: Sequence[str] = ()) -> Any:
-    """The metric of a name such as val/accuracy: one of `paths`, a dotted path, or llmft's own; None for another."""
+    """The metric called val/accuracy, say: from `paths`, a dotted path, or llmft.metrics; None if unknown."""
     last = name.rpartition("/")[2]
     try:
         if "." in last:
@@ -84,6 +82,8 @@ def named_metric(name: str, paths: Sequence[str] = ()) -> Any:
         return find(next(path for path in paths if path.rpartition(".")[2] == last), "task.metrics", "metric")
     except (StopIteration, ConfigError):
         pass
-    modules = [importlib.import_module(f"llmft.metrics.{m.name}") for m in pkgutil.iter_modules(llmft.metrics.__path__)]
-    same = [metric for module in modules if (metric := getattr(module, last, None)) is not None]
-    return same[0] if len({declared(metric) for metric in same}) == 1 else None
+    modules = [
+        importlib.import_module(f"llmft.metrics.{info.name}") for info in pkgutil.iter_modules(llmft.metrics.__path__)
+    ]
+    candidates = [metric for module in modules if (metric := getattr(module, last, None)) is not None]
+    return candidates[0] if len({declared(metric) for metric in candidates}) == 1 else None

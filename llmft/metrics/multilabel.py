@@ -1,4 +1,4 @@
-"""Metrics of several classes per row: ((rows, classes) of 0 and 1, (rows, classes) probabilities) to a number."""
+"""Metrics for several classes per row, of ((rows, classes) of 0 and 1, (rows, classes) probabilities)."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from llmft.metrics.classification import area_under_roc
 
 @lower_is_better
 def logloss(targets: Any, probabilities: Any) -> float:
-    """Mean over rows and classes of the binary negative log-likelihood in nats, clipped to [1e-15, 1 - 1e-15]."""
-    own = np.asarray(targets, dtype=np.float64)
+    """Mean binary negative log-likelihood over rows and classes in nats, clipped to [1e-15, 1 - 1e-15]."""
+    truth = np.asarray(targets, dtype=np.float64)
     clipped = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-15, 1 - 1e-15)
-    return float(-(own * np.log(clipped) + (1 - own) * np.log1p(-clipped)).mean())
+    return float(-(truth * np.log(clipped) + (1 - truth) * np.log1p(-clipped)).mean())
 
 
 @higher_is_better
 def accuracy(targets: Any, probabilities: Any) -> float:
-    """Share of rows in which every class is right at a threshold of one half."""
+    """Share of rows in which every class is right, at a threshold of 0.5."""
     return float(((np.asarray(probabilities) >= 0.5) == (np.asarray(targets) == 1)).all(axis=1).mean())
 
 
 @higher_is_better
 def macro_f1(targets: Any, probabilities: Any) -> float:
-    """Mean of the classes' F1 at a threshold of one half; 0 for a class that is neither true nor predicted."""
+    """Mean F1 of the classes at a threshold of 0.5; 0 for a class that is neither true nor predicted."""
     from sklearn.metrics import f1_score
 
     predicted = (np.asarray(probabilities) >= 0.5).astype(int)
@@ -35,8 +35,8 @@ def macro_f1(targets: Any, probabilities: Any) -> float:
 
 @higher_is_better
 def auc(targets: Any, probabilities: Any) -> float:
-    """Area under the ROC curve, mean over the classes that some rows have and some have not; else not a number."""
-    own, probabilities = np.asarray(targets) == 1, np.asarray(probabilities)
-    areas = [area_under_roc(own[:, place], probabilities[:, place]) for place in range(own.shape[1])]
-    found = [area for area in areas if area is not None]
-    return float(np.mean(found)) if found else float("nan")
+    """Area under the ROC curve, mean over the classes that some but not all rows have; NaN without any."""
+    truth, probabilities = np.asarray(targets) == 1, np.asarray(probabilities)
+    areas = [area_under_roc(truth[:, index], probabilities[:, index]) for index in range(truth.shape[1])]
+    defined = [area for area in areas if area is not None]
+    return float(np.mean(defined)) if defined else float("nan")

@@ -1,4 +1,4 @@
-"""Metrics of generated text against reference text: (references, predictions) to a number."""
+"""Metrics for generated text, of (references, predictions)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
 
 @higher_is_better
 def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Share of predictions that equal their reference, white space at both ends left out; 0 to 1."""
+    """Share of predictions that equal their reference up to white space at both ends, 0 to 1."""
     _check(references, predictions)
     hits = sum(r.strip() == p.strip() for r, p in zip(references, predictions, strict=True))
     return hits / len(references)
@@ -31,17 +31,20 @@ def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 @higher_is_better
 def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Mean over the rows of the F1 of the words in common, words as white space parts them, in lower case; 0 to 1.
+    """Mean F1 of the common words of a row, lower-cased and split at white space, 0 to 1.
 
-    SQuAD's rule (arXiv:1606.05250) without its leaving out of English articles and of punctuation. Two empty texts
-    are alike.
+    This is SQuAD's F1 (arXiv:1606.05250) with articles and punctuation kept. Two empty texts count as equal.
     """
     _check(references, predictions)
     total = 0.0
     for reference, prediction in zip(references, predictions, strict=True):
-        own, found = reference.lower().split(), prediction.lower().split()
-        common = sum((Counter(own) & Counter(found)).values())
-        total += 1.0 if not own and not found else 2 * common / (len(own) + len(found))
+        reference_words, predicted_words = reference.lower().split(), prediction.lower().split()
+        common = sum((Counter(reference_words) & Counter(predicted_words)).values())
+        total += (
+            1.0
+            if not reference_words and not predicted_words
+            else 2 * common / (len(reference_words) + len(predicted_words))
+        )
     return total / len(references)
 
 
@@ -56,7 +59,7 @@ def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 @higher_is_better
 def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """Mean over the rows of ROUGE-L's F-measure by rouge-score, without stemming; 0 to 1."""
+    """Mean ROUGE-L F-measure of the rows by rouge-score, without stemming, 0 to 1."""
     from rouge_score import rouge_scorer
 
     _check(references, predictions)
@@ -69,10 +72,10 @@ def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
 def sharpened_cosine(
     references: Sequence[str], predictions: Sequence[str], encoder: str = SENTENCE_ENCODER, exponent: float = 3.0
 ) -> float:
-    """Mean over the rows of the cosine of the texts' sentence embeddings, to the power of `exponent`.
+    """Mean of the cosine similarity of the texts' sentence embeddings, raised to `exponent`.
 
-    What the LLM prompt recovery competition scored by. `encoder` is a directory of sentence-transformers, or an id in
-    the Hub's cache or on the Hub.
+    This is the score of the LLM prompt recovery competition. `encoder` is a directory of sentence-transformers, or an
+    id in the Hub's cache or on the Hub.
 
     Raises ConfigError where sentence-transformers or the encoder is missing.
     """
@@ -81,16 +84,21 @@ def sharpened_cosine(
     _check(references, predictions)
     model = _encoder(encoder)
     options = {"normalize_embeddings": True, "show_progress_bar": False, "batch_size": 64}
-    own, found = model.encode(list(references), **options), model.encode(list(predictions), **options)
-    cosine = np.clip((np.asarray(own, np.float64) * np.asarray(found, np.float64)).sum(axis=1), -1.0, 1.0)
+    reference_vectors, predicted_vectors = (
+        model.encode(list(references), **options),
+        model.encode(list(predictions), **options),
+    )
+    cosine = np.clip(
+        (np.asarray(reference_vectors, np.float64) * np.asarray(predicted_vectors, np.float64)).sum(axis=1), -1.0, 1.0
+    )
     return float(np.mean(np.sign(cosine) * np.abs(cosine) ** exponent))
 
 
 def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
-    """Loads nothing; raises ConfigError where `sharpened_cosine` would miss sentence-transformers or its `encoder`."""
+    """Raises ConfigError where `sharpened_cosine` would lack sentence-transformers or its `encoder`. Loads nothing."""
     import importlib.util
 
-    from llmft.data.hub import _cached_ids, ask_hub
+    from llmft.data.hub import ask_hub, cached_ids
 
     key = "metric_options.sharpened_cosine.encoder"
     if importlib.util.find_spec("sentence_transformers") is None:
@@ -99,7 +107,7 @@ def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
     if directory.is_dir():
         if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
             raise ConfigError(f"task.{key}={encoder}: no sentence-transformers model (it has no modules.json).")
-    elif encoder not in _cached_ids("model"):
+    elif encoder not in cached_ids("model"):
         advice = f"set task.{key}=DIR (of evaluate: {key}=DIR) to a local encoder, or HF_ENDPOINT to a mirror"
         ask_hub(f"task.{key}={encoder}", encoder, "model", advice)
 

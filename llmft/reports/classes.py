@@ -97,7 +97,7 @@ def confusion(study: Study) -> tuple[list[str], list[list[int]], int] | None:
 
 
 def _predictions(run: RunRecord) -> Any:
-    from llmft.config.sections import Problem
+    from llmft.config.sections import TaskType
     from llmft.runs.predictions import Predictions
 
     folder = run.directory / "predictions" / "val"
@@ -106,7 +106,7 @@ def _predictions(run: RunRecord) -> Any:
         if not all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files):
             return None
         found = Predictions.load(folder)
-        return found if found.problem == Problem.single_label.value and found.known and found.labels else None
+        return found if found.problem == TaskType.single_label.value and found.known and found.labels else None
     except Exception as error:  # a run directory may hold anything
         run.faults.append(f"predictions/val: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
         return None

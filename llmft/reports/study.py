@@ -264,7 +264,7 @@ def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunR
 
 
 @functools.cache
-def aside_keys() -> frozenset[str]:
+def fields_not_in_key() -> frozenset[str]:
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
     from llmft.config.convert import dataclass_of
     from llmft.config.sections import TrainConfig
@@ -274,7 +274,7 @@ def aside_keys() -> frozenset[str]:
     def walk(schema: type, prefix: str) -> None:
         for entry in dataclasses.fields(schema):
             kind = dataclass_of(entry.type, schema)
-            if entry.metadata.get("aside"):
+            if entry.metadata.get("not_in_key"):
                 found.add(f"{prefix}{entry.name}")
             elif kind is not None:
                 walk(kind, f"{prefix}{entry.name}.")
@@ -285,7 +285,7 @@ def aside_keys() -> frozenset[str]:
 
 def _is_aside(key: str) -> bool:
     parts = key.split(".")
-    return any(".".join(parts[:end]) in aside_keys() for end in range(1, len(parts) + 1))
+    return any(".".join(parts[:end]) in fields_not_in_key() for end in range(1, len(parts) + 1))
 
 
 def _identity(run: RunRecord) -> dict[str, str]:

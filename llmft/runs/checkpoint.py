@@ -1,9 +1,8 @@
 """Atomic, verified checkpoints of the trained weights and the training state, never of the frozen base.
 
-A checkpoint is one safetensors file with the trained tensors, the optimizer's tensors and, in its header, the
-plain state (step, best value, …): no pickle. It is written beside its target, flushed to the disk, read back
-against its digest, and only then renamed; the previous checkpoint stays until the new one is verified. A copy that
-is damaged later is found by the digest beside it, set aside as `.bad`, and the one before it is used.
+A checkpoint is one safetensors file with the trained tensors and the optimizer's tensors. Its header holds the plain
+state (step, best value, …). It is written beside its target, flushed to the disk, and then renamed. A file that is
+damaged later does not match its digest: it is renamed `.bad`, and the checkpoint before it is used.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ from llmft.core.errors import ConfigError
 from llmft.core.files import check_space, read_plain, write_atomically
 
 FORMAT = 1
-"""Written into every checkpoint; a later one may be read only by a later llmft."""
+"""Format version in every checkpoint; a newer one needs a newer llmft."""
 _NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
 @dataclass
 class Checkpoint:
-    """What is saved: `weights` by parameter name, the `optimizer`'s state by parameter name, plain `state`."""
+    """`weights` by parameter name, the `optimizer`'s state by parameter name, and plain `state`."""
 
     step: int
     weights: dict[str, torch.Tensor]
@@ -40,12 +39,12 @@ class Checkpoint:
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """The file of the checkpoint taken after `step` optimizer steps."""
+    """The file of the checkpoint after `step` optimizer steps."""
     return directory / f"step-{step:08d}.safetensors"
 
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
-    """Writes `checkpoint` and its digest; returns the file. Raises OSError when the disk refuses."""
+    """Writes `checkpoint` and its digest; returns the file. Raises OSError when it cannot be written."""
     tensors: dict[str, torch.Tensor] = {}
     plain: dict[str, Any] = {}
     for name, weight in checkpoint.weights.items():
@@ -64,7 +63,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     path = path_of(directory, checkpoint.step)
     check_space(directory, len(content))
     digest = hashlib.sha256(content).hexdigest()
-    # The digest first: a file without one counts as damaged, a digest without its file counts for nothing.
+    # The digest comes first: a file without a digest counts as damaged, a digest without a file is ignored.
     write_atomically(_digest_path(path), digest.encode())
     write_atomically(path, content)
     return path
@@ -83,14 +82,14 @@ def _digest_path(path: Path) -> Path:
 
 
 def steps_on_disk(directory: Path) -> list[int]:
-    """The steps that have a checkpoint file, oldest first, sound or not."""
+    """The steps with a checkpoint file, oldest first, damaged ones included."""
     if not directory.is_dir():
         return []
-    return sorted(int(found[1]) for path in directory.iterdir() if (found := _NAME.fullmatch(path.name)))
+    return sorted(int(match[1]) for path in directory.iterdir() if (match := _NAME.fullmatch(path.name)))
 
 
 def verify(path: Path) -> str | None:
-    """None for a sound checkpoint, else what is wrong with it."""
+    """None for an undamaged checkpoint, else what is wrong with it."""
     try:
         expected = read_plain(_digest_path(path), 1024).decode()
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no plain file"
@@ -100,31 +99,31 @@ def verify(path: Path) -> str | None:
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
-    """Reads a checkpoint that `verify` found sound.
+    """Reads a checkpoint that `verify` found undamaged.
 
-    Raises ValueError when it is none of ours, ConfigError when a newer llmft wrote it.
+    Raises ValueError for another kind of file, ConfigError when a newer llmft wrote it.
     """
     weights: dict[str, torch.Tensor] = {}
     optimizer: dict[str, dict[str, Any]] = {}
     try:
         with safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["llmft"])
-            for name in file.keys():  # noqa: SIM118 (safe_open is no dict)
+            for name in file.keys():  # noqa: SIM118 (safe_open is not a dict)
                 kind, _, rest = name.partition("/")
                 if kind == "weights":
                     weights[rest] = file.get_tensor(name)
                 else:
-                    _put(optimizer, rest, file.get_tensor(name))
+                    _set_nested(optimizer, rest, file.get_tensor(name))
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: not a checkpoint of llmft ({error})") from None
     if header.get("format", 1) > FORMAT:
         raise ConfigError(f"{path}: written by a newer llmft (format {header['format']}): install that, or force=true.")
     for name, value in header["optimizer"].items():
-        _put(optimizer, name, value)
+        _set_nested(optimizer, name, value)
     return Checkpoint(header["step"], weights, optimizer, header["state"])
 
 
-def _put(optimizer: dict[str, dict[str, Any]], name: str, value: Any) -> None:
+def _set_nested(optimizer: dict[str, dict[str, Any]], name: str, value: Any) -> None:
     parameter, *keys = name.split("/")
     node = optimizer.setdefault(parameter, {})
     for key in keys[:-1]:
@@ -133,27 +132,27 @@ def _put(optimizer: dict[str, dict[str, Any]], name: str, value: Any) -> None:
 
 
 def newest_sound(directory: Path, warn: Any, *, mend: bool = True) -> Checkpoint | None:
-    """The newest checkpoint whose digest holds; damaged ones are told to `warn` and, with `mend`, renamed `.bad`."""
+    """The newest undamaged checkpoint; with `mend`, damaged ones are renamed `.bad` and reported to `warn`."""
     for leftover in directory.glob(".*.tmp") if mend and directory.is_dir() else ():
         leftover.unlink(missing_ok=True)
     for step in reversed(steps_on_disk(directory)):
         path = path_of(directory, step)
-        wrong = verify(path)
-        if wrong is None:
+        damage = verify(path)
+        if damage is None:
             return load_checkpoint(path)
         if not mend:
             continue
         os.replace(path, path.with_suffix(".bad"))
-        before = [other for other in steps_on_disk(directory) if other < step]
+        older = [other for other in steps_on_disk(directory) if other < step]
         warn(
-            f"the checkpoint of step {step} is damaged ({wrong}), set aside as {path.stem}.bad; "
-            + (f"using step {before[-1]}." if before else "starting again.")
+            f"the checkpoint of step {step} is damaged ({damage}), set aside as {path.stem}.bad; "
+            + (f"using step {older[-1]}." if older else "starting again.")
         )
     return None
 
 
 def prune(directory: Path, keep: int, always: set[int]) -> None:
-    """Deletes all checkpoints but the newest `keep` and the steps in `always`."""
+    """Deletes all checkpoints except the newest `keep` and the steps in `always`."""
     steps = steps_on_disk(directory)
     for step in steps[: max(0, len(steps) - keep)]:
         if step not in always:

@@ -1,7 +1,7 @@
 """A run directory: its key, file names, lock, status; create, open, list.
 
 A run's directory is named by its config, so the same config always means the same directory and the same numbers.
-The key is a hash of all that can change a run's numbers, and of nothing else.
+The key is a hash of everything that can change a run's numbers, and of nothing else.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ from llmft.core.redaction import redact
 T = TypeVar("T")
 SCHEMA_VERSION = 1
 MAX_NAME = 80
-"""Longest directory name, in characters; what is cut off is in the key."""
+"""Longest directory name without the key, in characters."""
 
 
 def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) -> str:
     """Ten hex digits of a hash over the config's numbers and the content of data and model.
 
-    Where files lie does not count, what is in them does: a moved data file or model gives the same run.
+    The location of files does not count, their content does: a moved data file or model gives the same run.
     """
     # A run keeps its key where a key of the config gets another name.
     numbers = move(numbers_of(config), {new: old for old, new in RENAMED.items()})
@@ -61,7 +61,7 @@ def slug(text: str) -> str:
 
 
 def run_name(config: TrainConfig) -> str:
-    """What a person calls the run: its model, data and the values that experiments vary."""
+    """The readable part of the directory's name: model, data and the values that experiments vary."""
     if config.name:
         return slug(redact(config.name))[:MAX_NAME]
     seed = f"seed{config.seed}"
@@ -77,7 +77,7 @@ def run_name(config: TrainConfig) -> str:
 
 
 def _rows(config: TrainConfig) -> list[str]:
-    """What a name says of the rows that are trained on."""
+    """The part of a run's name about its training rows."""
     if config.data.train_on is TrainOn.all:
         return ["all"]
     return [] if config.data.fold is None else [f"fold{config.data.fold}"]
@@ -85,7 +85,7 @@ def _rows(config: TrainConfig) -> list[str]:
 
 @dataclass
 class Run:
-    """One run directory, and the names of what lies in it."""
+    """One run directory, and the paths of its files."""
 
     directory: Path
     key: str
@@ -128,7 +128,7 @@ class Run:
 
     @property
     def row_losses(self) -> Path:
-        """The loss of every validation row, a file per validation: what a comparison of runs row by row needs."""
+        """The losses of every validation row, one file per validation, to compare runs row by row."""
         return self.directory / "row_losses"
 
     def row_losses_file(self, split: str, step: int) -> Path:
@@ -137,12 +137,12 @@ class Run:
 
     @property
     def targets_file(self) -> Path:
-        """The classes in their order, and what else a head needs to be read."""
+        """The classes in their order, and the scale of a regression."""
         return self.directory / "targets.json"
 
     @property
     def log_file(self) -> Path:
-        """What was printed."""
+        """The printed output."""
         return self.directory / "log.txt"
 
     @property
@@ -157,12 +157,12 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Training state to go on from."""
+        """Training state to resume from."""
         return self.directory / "checkpoints"
 
     @property
     def adapter(self) -> Path:
-        """The trained adapter, as PEFT's directory."""
+        """The trained adapter, in PEFT's format."""
         return self.directory / "adapter"
 
     @property
@@ -171,18 +171,18 @@ class Run:
         return self.directory / "model"
 
     def status(self) -> dict[str, Any]:
-        """The content of run.json, empty for a run that was never started or whose file is damaged."""
+        """The content of run.json; empty for a run that was never started, or whose file is damaged."""
         try:
-            found = json.loads(read_plain(self.status_file))
+            status = json.loads(read_plain(self.status_file))
         except (OSError, ValueError, RecursionError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return status if isinstance(status, dict) else {}
 
     def environment(self) -> dict[str, Any]:
         """The content of environment.json. Raises ConfigError where it cannot be read."""
         try:
-            found = json.loads(self.environment_file.read_text())
-            return {name: dict(found[name]) for name in ("data", "model")}
+            environment = json.loads(self.environment_file.read_text())
+            return {name: dict(environment[name]) for name in ("data", "model")}
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
@@ -194,14 +194,14 @@ class Run:
         write_atomically(self.status_file, content.encode())
 
     def fact(self, group: str, name: str) -> Any:
-        """One value of environment.json; ConfigError where that is missing or damaged."""
+        """One value of environment.json. Raises ConfigError where it is missing."""
         values = read_json(self.environment_file).get(group)
         if not isinstance(values, dict) or name not in values:
             raise ConfigError(f"{self.environment_file}: damaged, it has no {group}.{name}; train the run again.")
         return values[name]
 
     def finish(self, result: dict[str, Any]) -> None:
-        """Marks the run as done, with what it found and the digests of what it hands over."""
+        """Marks the run as done, with its result and the digests of its exported weights."""
         self.update(
             handed_over=self.digests(),
             status="done",
@@ -212,27 +212,27 @@ class Run:
 
     @property
     def done(self) -> bool:
-        """Whether the run finished, and what it hands over is there, to the byte."""
+        """Whether the run finished and its exported weights are unchanged."""
         status = self.status()
         return status.get("status") == "done" and status.get("handed_over") == self.digests()
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the weights that the run hands over, by file."""
+        """sha256 of the exported weights, by file."""
         files = sorted(p for folder in (self.adapter, self.model) for p in folder.glob("*.safetensors") if p.is_file())
-        found = {}
+        digests = {}
         for path in files:
             with path.open("rb") as file:
-                found[str(path.relative_to(self.directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+                digests[str(path.relative_to(self.directory))] = hashlib.file_digest(file, "sha256").hexdigest()
+        return digests
 
     def lock(self) -> None:
-        """Takes the run for this process until `unlock` or the process's end, however it ends.
+        """Locks the run for this process until `unlock` or the end of the process.
 
-        Raises RunBusy naming the process that holds it.
+        Raises RunBusy naming the process that holds the lock.
         """
         self._lock = filelock.FileLock(self.directory / ".lock")
         try:
-            self._lock.acquire(timeout=1)  # a moment's grace: `busy` asks by taking it
+            self._lock.acquire(timeout=1)  # `busy` holds the lock for a moment
         except filelock.Timeout:
             self._lock = None
             owner = self.status().get("owner", {})
@@ -250,13 +250,13 @@ class Run:
             raise
 
     def _sign(self) -> None:
-        """Says who holds the lock."""
+        """Records this process as the owner of the lock."""
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         self.update(owner={"pid": os.getpid(), "host": socket.gethostname(), "since": since})
 
     @property
     def busy(self) -> bool:
-        """Whether another process is training it."""
+        """Whether another process is training the run."""
         if not (self.directory / ".lock").exists():
             return False
         lock = filelock.FileLock(self.directory / ".lock")
@@ -267,7 +267,7 @@ class Run:
             return True
 
     def unlock(self) -> None:
-        """Lets other processes have the run."""
+        """Releases the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -278,7 +278,7 @@ class Run:
             path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Empties the run's directory, for `force=true`; the lock stays, and whose it is."""
+        """Empties the run's directory for `force=true`; the lock and its owner stay."""
         for path in self.directory.iterdir():
             if path.name == ".lock":
                 continue
@@ -289,10 +289,10 @@ class Run:
         self._sign()
 
     def keep_until(self, step: int) -> None:
-        """Drops records after `step`, and of a test: all that will be made again."""
+        """Drops records after `step` and of the test split, which will be written again."""
         for path in self.row_losses.glob("*.parquet"):
-            split, _, at = path.stem.rpartition("-")
-            if split == "test" or not at.isdigit() or int(at) > step:
+            split, _, step_of_file = path.stem.rpartition("-")
+            if split == "test" or not step_of_file.isdigit() or int(step_of_file) > step:
                 path.unlink()
         for path in (self.metrics_file, self.timing_file, self.samples_file):
             if not path.is_file():
@@ -311,35 +311,35 @@ def _is_kept(line: bytes, step: int) -> bool:
 
 
 def existing_run(config: TrainConfig, key: str) -> Run:
-    """The run of `key`, where it is or would be; nothing is made."""
+    """The run of `key`, whether or not it exists; creates nothing."""
     root = Path(config.output_dir) / "runs"
-    known = sorted(root.glob(f"*-{key}"))
-    return Run(known[0] if known else root / f"{run_name(config)}-{key}", key)
+    existing = sorted(root.glob(f"*-{key}"))
+    return Run(existing[0] if existing else root / f"{run_name(config)}-{key}", key)
 
 
 def free_run(config: TrainConfig, key: str) -> Run:
-    """The run of `key`, where it is or could be made; nothing is made.
+    """The run of `key`, if its directory exists or can be made; creates nothing.
 
-    Raises ConfigError for something else in its place, DiskError where nothing can be written.
+    Raises ConfigError where something else is in its place, DiskError where nothing can be written.
     """
     run = existing_run(config, key)
-    there = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another.")
-    if there == run.directory and any(there.iterdir()) and not _is_run(there):
+    existing_path = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    if not existing_path.is_dir():
+        raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another place.")
+    if existing_path == run.directory and any(existing_path.iterdir()) and not _is_run(existing_path):
         raise ConfigError(
-            f"{there}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+            f"{existing_path}: not empty, and not a run of llmft: move it away or set output_dir to another place."
         )
-    if not os.access(there, os.W_OK | os.X_OK) and not run.done:  # what is done can be read
-        code = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+    if not os.access(existing_path, os.W_OK | os.X_OK) and not run.done:  # a finished run needs no writing
+        code = errno.EROFS if os.statvfs(existing_path).f_flag & os.ST_RDONLY else errno.EACCES
         raise unwritable(f"output_dir={config.output_dir}", OSError(code, os.strerror(code)))
     return run
 
 
 def open_run(config: TrainConfig, key: str) -> Run:
-    """The run directory of `key` under config.output_dir/runs, made if need be.
+    """The run directory of `key` under config.output_dir/runs, created if it is missing.
 
-    A renamed or tagged config keeps its key: a directory that ends in the key is that run, whatever its name.
+    A directory that ends in the key is that run, whatever its name.
 
     Raises ConfigError when the directory holds something that is not a run of llmft.
     """
@@ -353,26 +353,26 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
 
 def unwritable(where: str, error: OSError) -> DiskError:
-    """A directory that cannot be written, as the user should see it."""
+    """The error for a directory that cannot be written."""
     return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
 
 
 def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
-    """A run that is done, with the config it was trained with.
+    """A finished run, and the config it was trained with.
 
-    Raises ConfigError where there is none, it is not done, or its weights are not those that it handed over.
+    Raises ConfigError where there is no run, it is not finished, or its exported weights have changed.
     """
     run = Run(directory, "")
     check_plain_files(directory)
     status = run.status()
     if not status:
-        raise ConfigError(f"{directory}: no run directory, which has a run.json in it.")
+        raise ConfigError(f"{directory}: not a run directory, since it has no run.json.")
     if status.get("kind"):
-        raise ConfigError(f"{directory}: joined {status['kind']} and no run; name a run directory of outputs/runs.")
+        raise ConfigError(f"{directory}: joined {status['kind']}, not a run; name a run directory of outputs/runs.")
     if status.get("status") != "done":
         raise ConfigError(f"{directory}: this run is {status.get('status')}, not done; train it to its end first.")
     if not run.done:
-        raise ConfigError(f"{directory}: its weights are not those it handed over; train it again with force=true.")
+        raise ConfigError(f"{directory}: its weights have changed since it finished; train it again with force=true.")
     if "key" not in status:
         raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
     return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
@@ -382,19 +382,19 @@ def _names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()] if folder.is_dir() else []
 
 
-def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
-    """What `open_one` makes of each directory named; one that it refuses is left out with a warning if a glob met it.
+def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
+    """`open_one` of each directory. One that it refuses is left out with a warning if it was named by a glob.
 
-    Raises its ConfigError or DataError for a directory named outright, and where nothing else is left.
+    Raises its ConfigError or DataError for a directory named without a glob, and where no directory is left.
     """
     opened, refused = [], []
-    globbed = [name for name in (named if isinstance(named, (list, tuple)) else [named]) if _is_glob(str(name))]
-    met = {path for name in globbed for path in directories(name, key)}
-    for directory in directories(named, key):
+    globs = [name for name in (paths if isinstance(paths, (list, tuple)) else [paths]) if _is_glob(str(name))]
+    from_globs = {path for name in globs for path in directories(name, key)}
+    for directory in directories(paths, key):
         try:
             opened.append(open_one(directory))
         except (ConfigError, DataError) as error:
-            if directory not in met:
+            if directory not in from_globs:
                 raise
             refused.append(error)
     if refused and not opened:
@@ -405,24 +405,24 @@ def usable(named: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[
 
 
 def _is_glob(text: str) -> bool:
-    """Whether it is a pattern, and not a directory whose name looks like one."""
+    """Whether `text` is a pattern, and not an existing path."""
     return glob.has_magic(text) and not Path(text).expanduser().exists()
 
 
-def directories(named: Any, key: str) -> list[Path]:
-    """Paths and globs as a list of directories, each once; ConfigError names the one that is missing."""
-    found: list[Path] = []
-    for name in named if isinstance(named, (list, tuple)) else [named]:
+def directories(paths: Any, key: str) -> list[Path]:
+    """Paths and globs as a list of unique directories. Raises ConfigError for one that is missing."""
+    result: list[Path] = []
+    for name in paths if isinstance(paths, (list, tuple)) else [paths]:
         text = str(Path(str(name)).expanduser())
         matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
-        several = [Path(match) for match in matches if Path(match).is_dir()]
-        if not several:
+        matching_directories = [Path(match) for match in matches if Path(match).is_dir()]
+        if not matching_directories:
             path = Path(text)
-            near = nearest(path.name, _names(path.parent))
-            hint = f"; did you mean {path.parent / near}?" if near else "."
+            similar = nearest(path.name, _names(path.parent))
+            hint = f"; did you mean {path.parent / similar}?" if similar else "."
             raise ConfigError(f"{key}={name}: no such directory{hint}")
-        found += [path for path in several if path not in found]
-    return found
+        result += [path for path in matching_directories if path not in result]
+    return result
 
 
 def _is_run(directory: Path) -> bool:
@@ -430,7 +430,7 @@ def _is_run(directory: Path) -> bool:
 
 
 def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:
-    """What predictions say of the run they come from."""
+    """The record of a run in its predictions."""
     return {
         "run": str(run.directory),
         "key": run.key,
@@ -473,14 +473,14 @@ def write_row_losses(
     }
     if outputs is not None:
         columns |= {
-            f"p_{label}": number_column(outputs[:, place].astype(np.float64)) for place, label in enumerate(labels)
+            f"p_{label}": number_column(outputs[:, index].astype(np.float64)) for index, label in enumerate(labels)
         }
     with staged_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
-    """Appends one JSON line, mending a line that a kill cut off before it."""
+    """Appends one JSON line, after completing a line that a kill cut off."""
     with path.open("ab+") as file:
         end = file.seek(0, os.SEEK_END)
         if end:

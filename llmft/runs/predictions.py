@@ -1,8 +1,8 @@
-"""Predictions on the disk: of a run, of joined folds, of a blend; all alike, so that each can be made of the others.
+"""Predictions on the disk, in one form for runs, joined folds and blends.
 
-A directory with `predictions.parquet`, the same as `predictions.csv`, and `predictions.json`: the order of the classes,
-where the predictions come from, and a digest. It lies in the `predictions` folder of whatever made it, under the name
-of the rows it is for: `val` for validation rows (or all rows out of fold), `test` for held-out ones, else the file's.
+A directory holds `predictions.parquet`, the same as `predictions.csv`, and `predictions.json` with the order of the
+classes, the sources and a digest. It is in the `predictions` folder of its run, folds or blend, and is named after its
+rows: `val` for validation rows (or all rows out of fold), `test` for held-out rows, else the file's name.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import io
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from llmft.config.convert import canonical
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.core.errors import DataError, did_you_mean
 from llmft.core.files import read_plain, staged_file, write_atomically
 
@@ -34,19 +34,19 @@ class Predictions:
     """One prediction per row.
 
     Attributes:
-        ids: what each row is called; all different.
-        labels: the classes in the order of `values`' columns.
+        ids: the rows' ids, all different.
+        labels: the classes, in the order of the columns of `values`.
         values: (rows, classes) probabilities; (rows, 1) numbers of a regression; (rows, 0) for generated text.
-        problem: a value of `Problem`, or "text".
-        targets: the true class's name, the classes with | between them, or a number; None where it is not known.
-        columns: what else is known of the rows, such as group, fold, generated, logprob.
-        facts: where the predictions come from.
+        problem: a value of `TaskType`, or "text".
+        targets: the true class, the true classes joined by |, or a number; None where it is unknown.
+        columns: further columns, such as group, fold, generated, logprob.
+        facts: the record of where the predictions come from.
     """
 
     ids: list[str]
     labels: list[str]
     values: np.ndarray
-    problem: str = Problem.single_label.value
+    problem: str = TaskType.single_label.value
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -62,44 +62,42 @@ class Predictions:
 
     @property
     def predicted(self) -> list[Any]:
-        """The likeliest class, the classes of at least one half, the number, or the text."""
+        """The likeliest class, the classes with at least 0.5, the number, or the text."""
         if self.problem == TEXT:
             return self.columns["generated"]
-        if self.problem == Problem.regression.value:
+        if self.problem == TaskType.regression.value:
             return [float(value) for value in self.values[:, 0]]
-        if self.problem == Problem.multi_label.value:
+        if self.problem == TaskType.multi_label.value:
             return ["|".join(np.asarray(self.labels)[row >= 0.5]) for row in self.values]
-        return [self.labels[place] for place in self.values.argmax(axis=1)]
+        return [self.labels[index] for index in self.values.argmax(axis=1)]
 
     def references(self) -> np.ndarray:
-        """The targets as metrics take them: class indices, (rows, classes) of 0 and 1, or numbers.
+        """The targets as class indices, (rows, classes) of 0 and 1, or numbers.
 
-        Raises DataError for a target that is none of the classes.
+        Raises DataError for a target that is not a class.
         """
-        if self.problem == Problem.regression.value:
+        if self.problem == TaskType.regression.value:
             return np.asarray(self.targets, dtype=np.float64)
-        if self.problem == Problem.multi_label.value:
-            own = [set(str(target).split("|")) - {""} for target in self.targets]
-            self._check_labels({name for names in own for name in names})
-            return np.asarray([[label in names for label in self.labels] for names in own], dtype=np.int64)
+        if self.problem == TaskType.multi_label.value:
+            names_of_row = [set(str(target).split("|")) - {""} for target in self.targets]
+            self._check_labels({name for names in names_of_row for name in names})
+            return np.asarray([[label in names for label in self.labels] for names in names_of_row], dtype=np.int64)
         self._check_labels({str(target) for target in self.targets})
-        place = {label: number for number, label in enumerate(self.labels)}
-        return np.asarray([place[str(target)] for target in self.targets], dtype=np.int64)
+        index_of = {label: number for number, label in enumerate(self.labels)}
+        return np.asarray([index_of[str(target)] for target in self.targets], dtype=np.int64)
 
-    def _check_labels(self, found: set[str]) -> None:
-        for name in sorted(found - set(self.labels)):
+    def _check_labels(self, names: set[str]) -> None:
+        for name in sorted(names - set(self.labels)):
             raise DataError(f"the target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
 
     def at(self, rows: Sequence[int]) -> Predictions:
-        """The rows at these places, in this order."""
-        return Predictions(
-            [self.ids[row] for row in rows],
-            self.labels,
-            self.values[list(rows)],
-            self.problem,
-            [self.targets[row] for row in rows],
-            {name: [column[row] for row in rows] for name, column in self.columns.items()},
-            self.facts,
+        """The predictions of these rows, in this order."""
+        return replace(
+            self,
+            ids=[self.ids[row] for row in rows],
+            values=self.values[list(rows)],
+            targets=[self.targets[row] for row in rows],
+            columns={name: [column[row] for row in rows] for name, column in self.columns.items()},
         )
 
     @property
@@ -113,27 +111,27 @@ class Predictions:
 
     def table(self) -> dict[str, list[Any]]:
         """All columns as they are written."""
-        made: dict[str, list[Any]] = {"id": self.ids}
+        table: dict[str, list[Any]] = {"id": self.ids}
         if any(target is not None for target in self.targets):
-            made["target"] = self.targets
+            table["target"] = self.targets
         if self.problem != TEXT:
-            made["predicted"] = self.predicted
-        if self.problem != Problem.regression.value:
-            for place, label in enumerate(self.labels):
-                made[f"{PREFIX}{label}"] = self.values[:, place].tolist()
-        return {**made, **{name: column for name, column in self.columns.items() if name not in made}}
+            table["predicted"] = self.predicted
+        if self.problem != TaskType.regression.value:
+            for index, label in enumerate(self.labels):
+                table[f"{PREFIX}{label}"] = self.values[:, index].tolist()
+        return {**table, **{name: column for name, column in self.columns.items() if name not in table}}
 
     def save(self, directory: Path) -> Path:
-        """Writes the three files, each whole or not at all, the small one last; returns `directory`.
+        """Writes the three files atomically, predictions.json last; returns `directory`.
 
-        Raises DataError when two rows have one id.
+        Raises DataError when two rows have the same id.
         """
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        twice = [name for name, count in Counter(self.ids).items() if count > 1]
-        if twice:
-            raise DataError(f"two rows are called '{twice[0]}': set data.columns.id to a column that tells rows apart.")
+        repeated = [name for name, count in Counter(self.ids).items() if count > 1]
+        if repeated:
+            raise DataError(f"two rows have the id '{repeated[0]}': set data.columns.id to a column of unique values.")
         columns = self.table()
         with staged_file(directory / "predictions.parquet") as file:
             pq.write_table(pa.table(columns), file, compression="zstd")
@@ -154,24 +152,24 @@ class Predictions:
 
     @classmethod
     def load(cls, directory: Path) -> Predictions:
-        """Reads what `save` wrote; raises DataError where files are missing, damaged, or not of one writing."""
+        """Reads what `save` wrote. Raises DataError for files that are missing, damaged or mixed up."""
         try:
             facts = json.loads(read_plain(directory / "predictions.json"))
             labels, problem = list(facts["labels"]), str(facts["problem"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
-        made = from_table(read_table(directory / "predictions.parquet"), labels, problem)
-        kept = {"problem", "labels", "rows", "fingerprint"}
-        made.facts = {key: value for key, value in facts.items() if key not in kept}
-        if made.fingerprint != facts.get("fingerprint"):
+        predictions = from_table(read_table(directory / "predictions.parquet"), labels, problem)
+        own_keys = {"problem", "labels", "rows", "fingerprint"}
+        predictions.facts = {key: value for key, value in facts.items() if key not in own_keys}
+        if predictions.fingerprint != facts.get("fingerprint"):
             raise DataError(
-                f"{directory}: predictions.parquet is not what predictions.json describes; make them again."
+                f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
             )
-        return made
+        return predictions
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a parquet file; raises DataError where it cannot be read."""
+    """The columns of a parquet file. Raises DataError where it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -187,7 +185,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:
     """Predictions from the columns of `Predictions.table`."""
     rows = len(table["id"])
-    if problem == Problem.regression.value:
+    if problem == TaskType.regression.value:
         values = np.asarray(table["predicted"], dtype=np.float64).reshape(rows, 1)
     else:
         names = [f"{PREFIX}{label}" for label in labels]
@@ -202,18 +200,20 @@ def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str)
     )
 
 
-def names_in(member: Path) -> list[str]:
+def names_in(directory: Path) -> list[str]:
     """The names of all predictions of a run directory, joined folds or a blend."""
-    return sorted(path.parent.name for path in (member / FOLDER).glob("*/predictions.json"))
+    return sorted(path.parent.name for path in (directory / FOLDER).glob("*/predictions.json"))
 
 
-def open_member(member: Path, name: str) -> Predictions:
+def load_predictions(directory: Path, name: str) -> Predictions:
     """The predictions called `name` of a run directory, joined folds or a blend.
 
-    Raises DataError naming what there is instead.
+    Raises DataError naming those that exist.
     """
-    there = names_in(member)
-    if name not in there:
-        what = f"it has {', '.join(there)}" if there else "it has none; a run of a task with a head writes them"
-        raise DataError(f"{member}: no predictions called {name}{did_you_mean(name, there) if there else ''} ({what}).")
-    return Predictions.load(member / FOLDER / name)
+    existing = names_in(directory)
+    if name not in existing:
+        hint = f"it has {', '.join(existing)}" if existing else "it has none; a run of a task with a head writes them"
+        raise DataError(
+            f"{directory}: no predictions called {name}{did_you_mean(name, existing) if existing else ''} ({hint})."
+        )
+    return Predictions.load(directory / FOLDER / name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import aside_keys, canonical, to_plain
+from llmft.config.convert import canonical, fields_not_in_key, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
@@ -311,7 +311,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
-    no_part = tuple(f"{key}{end}" for key in (*aside_keys(TrainConfig), "hydra.") for end in (".", "="))
+    no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
     kept = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
     content = canonical([{key: sorted(values) for key, values in swept.items()}, kept])
     return hashlib.sha256(content.encode()).hexdigest()[:8]

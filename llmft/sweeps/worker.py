@@ -116,7 +116,7 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
 
 def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     """(message, exit code) for every config of which some part cannot be built."""
-    from llmft.config.convert import restored
+    from llmft.config.convert import from_json
     from llmft.config.instantiate import trust
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import UserError
@@ -125,7 +125,7 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
     wrong: dict[str, tuple[str, int]] = {}
     for number, plain in configs.items():
         try:
-            config = restored(plain, TrainConfig)
+            config = from_json(plain, TrainConfig)
             trust(config.trusted_packages)
             check_parts(config)
         except UserError as error:
@@ -135,7 +135,7 @@ def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
 
 def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
-    from llmft.config.convert import restored
+    from llmft.config.convert import from_json
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
     from llmft.training.run import train
@@ -143,7 +143,7 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
     ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
     try:
-        config: TrainConfig = restored(order["config"], TrainConfig)
+        config: TrainConfig = from_json(order["config"], TrainConfig)
         invocation = Invocation.of(order["arguments"], overrides=order["overrides"])
         value = train(config, reporter=reporter, invocation=invocation)
         return {**ended, "status": "done", "value": value}

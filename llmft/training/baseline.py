@@ -14,14 +14,14 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import metric_functions, reads_text
-from llmft.config.sections import CLASSIFICATION, Problem, TrainConfig, TrainOn
+from llmft.config.sections import CLASSIFICATION, TaskType, TrainConfig, TrainOn
 from llmft.config.untrusted import read_json
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.files import staged_file, write_atomically
 from llmft.core.machine import describe
 from llmft.data.columns import Conversation
-from llmft.data.messages import text_of as message_text
+from llmft.data.messages import message_text
 from llmft.data.targets import Targets
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
@@ -76,9 +76,9 @@ class Baseline:
         vectorizer = _vectorizer(self.ngrams, vocabulary=self.vocabulary)
         vectorizer.idf_ = self.idf
         scores = vectorizer.transform([text_of(row) for row in rows]) @ self.weights.T + self.bias
-        if self.targets.problem is Problem.regression:
+        if self.targets.problem is TaskType.regression:
             return scores * self.targets.scale + self.targets.mean
-        if self.targets.problem is Problem.multi_label:
+        if self.targets.problem is TaskType.multi_label:
             return 1 / (1 + np.exp(-scores))
         scores -= scores.max(axis=1, keepdims=True)
         return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
@@ -130,10 +130,10 @@ def _linear(
     counts_for = np.asarray([row.weight for row in rows])
     values = np.asarray([row.target for row in rows])
     with threadpool_limits(1):  # sums in another order would give other last digits on a machine with more cores
-        if targets.problem is Problem.regression:
+        if targets.problem is TaskType.regression:
             fitted = Ridge(alpha=1 / c).fit(features, (values - targets.mean) / targets.scale, sample_weight=counts_for)
             return fitted.coef_.reshape(1, -1), np.asarray(fitted.intercept_).reshape(1)
-        several = targets.problem is Problem.multi_label
+        several = targets.problem is TaskType.multi_label
         columns = values.T if several else [values]
         weights = np.zeros((len(targets.labels), features.shape[1]))
         bias = np.full(len(targets.labels), np.log(0.5 / (len(rows) + 1)))

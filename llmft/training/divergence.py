@@ -11,7 +11,7 @@ from typing import Any
 
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
-from llmft.data.examples import Encoded
+from llmft.data.examples import Example
 from llmft.runs.directory import Run
 
 MOST_IN_A_ROW = 5
@@ -60,7 +60,7 @@ def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
     return in_a_row or len(skipped) > max(MOST_IN_A_ROW, MOST_SHARE * total_steps)
 
 
-def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Encoded], tokenizer: Any) -> Path:
+def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Example], tokenizer: Any) -> Path:
     """Writes the rows of `bad` with their place, loss and text to the run directory; returns the file."""
     rows = []
     for row, loss in bad.rows:

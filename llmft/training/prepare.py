@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmft.config.sections import Problem, TrainConfig, TrainOn
+from llmft.config.sections import TaskType, TrainConfig, TrainOn
 from llmft.core.errors import DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.hub import Located, locate
 from llmft.data.messages import Keys
 from llmft.data.pseudo import PseudoLabels, add_pseudo
-from llmft.data.sources import Loaded, Problems, Row, load_rows
+from llmft.data.sources import BadRows, Loaded, Row, load_rows
 from llmft.data.splits import make_splits
 from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
@@ -36,7 +36,7 @@ class RunInputs:
     located: Located
     data_fingerprint: str
     run: Run
-    problems: Problems = field(default_factory=Problems)
+    problems: BadRows = field(default_factory=BadRows)
     targets: Targets | None = None
     rows_fingerprint: str = ""
     """Of the files alone, without pseudo-labels: the same in all folds."""
@@ -69,7 +69,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
         DataError: for rows that cannot be used.
     """
     config = with_mode(config)
-    problems = Problems(config.data.on_bad_row)
+    problems = BadRows(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
     rows = make_splits(loaded, config.data)
     # The classes are those of all rows, so that every fold has the same in the same order.
@@ -127,7 +127,7 @@ def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets |
     if targets is None:
         return train
     targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])
-    if targets.problem is Problem.regression:
+    if targets.problem is TaskType.regression:
         import numpy as np
 
         values = np.asarray([row.target for row in train], dtype=np.float64)
@@ -138,7 +138,7 @@ def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets |
     return [replace(row, weight=row.weight * weights[int(row.target)]) for row in train]  # type: ignore[arg-type]
 
 
-def check_rejected(problems: Problems, total: int, config: TrainConfig) -> None:
+def check_rejected(problems: BadRows, total: int, config: TrainConfig) -> None:
     """Raises DataError when more rows were left out than data.max_bad_fraction allows."""
     if len(problems.rejected) > config.data.max_bad_fraction * total:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in problems.reasons().items())

@@ -17,7 +17,7 @@ from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.metrics.prior import against_prior
 from llmft.runs.directory import Run, append_line, source_facts, write_config
-from llmft.runs.predictions import FOLDER, PREFIX, Predictions, names_in, open_member, read_table
+from llmft.runs.predictions import FOLDER, PREFIX, Predictions, load_predictions, names_in, read_table
 from llmft.training.prepare import RunInputs
 from llmft.training.tokenized_data import TokenizedData
 
@@ -119,7 +119,7 @@ def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict
     for split in ("val", "test"):
         if targets is None or split in trained_on or split not in names_in(prepared.run.directory):
             continue
-        chance = against_prior(open_member(prepared.run.directory, split), metrics, targets.scale)
+        chance = against_prior(load_predictions(prepared.run.directory, split), metrics, targets.scale)
         if chance is not None:
             chances[split] = chance.to_plain()
     return chances

@@ -10,7 +10,7 @@ import numpy as np
 from llmft.config.instantiate import reads_text
 from llmft.config.sections import TaskConfig, TrainConfig
 from llmft.data.columns import Conversation
-from llmft.data.examples import Encoded
+from llmft.data.examples import Example
 from llmft.training.finetuner import Generation, Sample
 from llmft.training.tokenized_data import TokenizedData
 
@@ -22,7 +22,7 @@ def make_generation(
 
     The rows are a sample that depends on data.split_seed, so that runs of other seeds show the same ones.
     """
-    examples: Sequence[Encoded] = rows.splits.get(split, [])
+    examples: Sequence[Example] = rows.splits.get(split, [])
     wanted = min(config.task.generate_rows, len(examples))
     if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
         return None
@@ -59,7 +59,7 @@ def _has_prompt(conversation: Conversation) -> bool:
     return roles[-1] == "assistant" and "user" in roles
 
 
-def _sample(rows: TokenizedData, example: Encoded) -> Sample:
+def _sample(rows: TokenizedData, example: Example) -> Sample:
     conversation = example.conversation
     return Sample(
         prompt_ids=rows.encoder.prompt_ids(conversation),

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import Problem, PromptConfig, Truncation
+from llmft.config.sections import PromptConfig, TaskType, Truncation
 from llmft.core.errors import ConfigError
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import Examples
-from llmft.data.messages import text_of
+from llmft.data.messages import message_text
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
@@ -71,7 +71,7 @@ def row_findings(prepared: RunInputs) -> list[Finding]:
 def _unlearned(prepared: RunInputs) -> list[Finding]:
     """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
     targets = prepared.targets
-    if targets is None or targets.problem is Problem.regression:
+    if targets is None or targets.problem is TaskType.regression:
         return []
     counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
     lacking = [label for label in targets.labels if not counts["train"].get(label)]
@@ -174,7 +174,7 @@ def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData
     architecture = model_config(config.model, prepared.located)
     agreed(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
-        texts = [text_of(message) for c in conversations["train"] for message in c.messages]
+        texts = [message_text(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:

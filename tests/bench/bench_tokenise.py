@@ -24,7 +24,7 @@ from llmft.core.machine import versions
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import Problems, load_rows
+from llmft.data.sources import BadRows, load_rows
 from tests.conftest import ROOT, SHARED
 
 FILES = [str(SHARED / "instruction" / name) for name in ("llamafactory_alpaca_en_demo.json", "code_alpaca_2k.json")]
@@ -39,7 +39,7 @@ def seconds(action: Callable[[], Any]) -> float:
 def ours(tokenizer: Any) -> tuple[list[Conversation], Encoder, int]:
     columns = Columns(prompt="instruction", input="input", response="output")
     data = DataConfig(name="alpaca", files=FILES, columns=columns, max_tokens=4096, cache=False)
-    problems = Problems(BadRow.skip)
+    problems = BadRows(BadRow.skip)
     rows = load_rows(data, problems).splits["train"]
     conversations = ColumnMap(columns).conversations(rows, problems)
     encoder = Encoder(tokenizer, PromptFormat.from_yaml(ROOT / "conf" / "prompt" / "alpaca.yaml"), data)

@@ -116,10 +116,10 @@ def test_rows_on_both_sides_of_a_split_are_counted_and_too_many_stop(tmp_path: P
     most = write(tmp_path / "most.jsonl", questions(31)[20:])
     arguments = ["data=prompt_response", f"data.split_files.train={train}"]
     found = report(*arguments, f"data.split_files.validation={some}", cwd=tmp_path)
-    assert any("2 validation rows (17%) also stand in train" in f["message"] for f in found["findings"])
+    assert any("2 validation rows (17%) are also in train" in f["message"] for f in found["findings"])
     done = check(*arguments, f"data.split_files.validation={most}", cwd=tmp_path)
     assert done.returncode == 4
-    assert "10 validation rows (91%) also stand in train" in done.stderr
+    assert "10 validation rows (91%) are also in train" in done.stderr
 
 
 def test_a_group_on_both_sides_is_noticed_and_data_group_mends_it(tmp_path: Path) -> None:

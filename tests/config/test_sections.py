@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config.convert import canonical, from_plain, numbers_of, open_keys, restored, schema_keys, to_plain
+from llmft.config.convert import canonical, from_json, from_plain, numbers_of, open_keys, schema_keys, to_plain
 from llmft.config.sections import (
     Checkpointing,
     LoraConfig,
@@ -176,4 +176,4 @@ def test_a_config_survives_the_way_to_plain_values_and_back(overrides: list[str]
     config = compose(*overrides)
     plain = json.loads(json.dumps(to_plain(config)))
     assert from_plain(plain, TrainConfig) == config
-    assert restored(plain, TrainConfig) == config
+    assert from_json(plain, TrainConfig) == config

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from llmft.data.batch import PADDED, Limit, collate, rows_of_step, steps_per_epoch
 from llmft.data.columns import Conversation
 from llmft.data.datamodule import DataModule
-from llmft.data.examples import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Example
 
 
-def example(length: int, labelled: int = 2) -> Encoded:
+def example(length: int, labelled: int = 2) -> Example:
     ids = list(range(3, 3 + length))
     labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
-    return Encoded(ids, labels, Conversation([], "f:1"))
+    return Example(ids, labels, Conversation([], "f:1"))
 
 
 def test_padding_is_masked_and_never_a_label() -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import BadRow, Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import BadRow, Columns, DataConfig, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
-from llmft.data.sources import Problems, Row
+from llmft.data.sources import BadRows, Row
 
 
 def convert(columns: Columns, **values: object) -> list[dict[str, str]]:
@@ -80,7 +80,7 @@ def test_bad_messages_say_why(turns: object, reason: str) -> None:
 
 
 def test_bad_rows_go_to_the_problems_with_their_place() -> None:
-    problems = Problems(BadRow.skip)
+    problems = BadRows(BadRow.skip)
     rows = [Row({"q": "Q", "r": "A"}, "f:1"), Row({"q": "Q", "r": ""}, "f:2")]
     assert len(ColumnMap(Columns(prompt="q", response="r")).conversations(rows, problems)) == 1
     assert problems.rejected == [{"where": "f:2", "reason": "the answer is empty", "row": {"q": "Q", "r": ""}}]
@@ -261,7 +261,7 @@ def test_a_column_that_some_rows_lack_makes_those_rows_bad_and_no_others() -> No
     data = DataConfig(name="d", files="f", columns=Columns(prompt="q", input="i", system="s", response="r"))
     for first, second in ((full, bare), (bare, full)):
         rows = [Row(first, "f:1"), Row(second, "f:2")]
-        problems = Problems(BadRow.skip)
+        problems = BadRows(BadRow.skip)
         assert len(ColumnMap.of(data, rows).conversations(rows, problems)) == 1
         assert problems.rejected[0]["where"] == ("f:2" if second is bare else "f:1")
         assert "no column 'i'" in problems.rejected[0]["reason"]
@@ -297,7 +297,7 @@ def test_a_value_is_plain_text_or_refused(value: object, text: str | None) -> No
     if text is not None:
         assert convert(columns, q=value, r=value)[0]["content"] == text
         return
-    with pytest.raises(ValueError, match=r"text was expected|no finite number"):
+    with pytest.raises(ValueError, match=r"text was expected|not a finite number"):
         convert(columns, q=value, r="A")
 
 
@@ -329,11 +329,11 @@ def test_a_row_may_lack_an_optional_column_that_others_have() -> None:
     full, bare = Row({"q": "Q", "i": "I", "c": "C", "r": "A"}, "f:1"), Row({"q": "Q", "c": "C", "r": "A"}, "f:2")
     columns = Columns(prompt="q", input="i", response="r")
     data = DataConfig(name="d", files="f", columns=columns, optional_columns=["i"])
-    asked = [made.messages[0] for made in ColumnMap.of(data, [full, bare]).conversations([full, bare], Problems())]
+    asked = [made.messages[0] for made in ColumnMap.of(data, [full, bare]).conversations([full, bare], BadRows())]
     assert asked == [{"role": "user", "content": "Q", "input": "I"}, {"role": "user", "content": "Q"}]
     data.columns.input = "{i} {c}"  # of a template that has another column nothing is left out
     with pytest.raises(DataError, match=r"f:2: no column 'i'.*data\.optional_columns=\[i\]"):
-        ColumnMap.of(data, [full, bare]).conversations([full, bare], Problems())
+        ColumnMap.of(data, [full, bare]).conversations([full, bare], BadRows())
     with pytest.raises(DataError, match=r"data\.columns\.input: no column 'i'"):
         ColumnMap.of(data, [bare])
 
@@ -351,7 +351,7 @@ def test_a_row_may_lack_an_optional_column_that_others_have() -> None:
 )
 def test_a_key_about_classes_is_used_or_refused(task: str, keys: dict[str, Any], sentence: str) -> None:
     head = None if task == "language_modeling" else Head.linear
-    problem = Problem(task) if head else Problem.single_label
+    problem = TaskType(task) if head else TaskType.single_label
     config = TaskConfig(name=task, head=head, problem=problem, objective=None if head else "x")
     columns = Columns(text="t", target=None if "target_columns" in keys else "y")
     with pytest.raises(ConfigError, match=sentence):

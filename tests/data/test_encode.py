@@ -13,8 +13,8 @@ from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import Problems, Row
-from tests.conftest import ROOT
+from llmft.data.sources import BadRows, Row
+from tests.conftest import ROOT, prompt_config
 
 LONG = " ".join(f"word{n}" for n in range(60))
 
@@ -27,7 +27,7 @@ def tokenizer() -> Any:
 
 
 def format_of(name: str) -> PromptFormat:
-    return PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml")
+    return PromptFormat(prompt_config(name))
 
 
 def chat(question: str = "Who?", answer: str = "Ann") -> Conversation:
@@ -44,7 +44,7 @@ def trained(tokenizer: Any, example: Any) -> str:
 
 @pytest.mark.parametrize("prompt", ["alpaca_short", "alpaca", "llama2", "mistral"])
 def test_the_answer_and_its_end_token_are_trained_and_nothing_else(tokenizer: Any, prompt: str) -> None:
-    (example,) = encoder(tokenizer, prompt).encode("train", [chat()], Problems())
+    (example,) = encoder(tokenizer, prompt).encode("train", [chat()], BadRows())
     assert trained(tokenizer, example).replace(" ", "") == "Ann</s>"
     assert example.labels[-1] == tokenizer.eos_token_id
     assert list(example.input_ids).count(tokenizer.bos_token_id) == 1
@@ -53,14 +53,14 @@ def test_the_answer_and_its_end_token_are_trained_and_nothing_else(tokenizer: An
 
 def test_every_answer_of_a_conversation_is_trained(tokenizer: Any) -> None:
     turns = [*chat("Q1", "Ann").messages, *chat("Q2", "Zoe").messages]
-    (example,) = encoder(tokenizer).encode("train", [Conversation(turns, "f:1")], Problems())
+    (example,) = encoder(tokenizer).encode("train", [Conversation(turns, "f:1")], BadRows())
     assert trained(tokenizer, example) == "Ann</s>Zoe</s>"
 
 
 def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: Any) -> None:
     for prompt in ("alpaca_short", "alpaca"):
         made = encoder(tokenizer, prompt)
-        (example,) = made.encode("train", [chat()], Problems())
+        (example,) = made.encode("train", [chat()], BadRows())
         ids = made.prompt_ids(chat())
         assert list(example.input_ids[: len(ids)]) == ids
         assert example.labels[len(ids)] != IGNORE
@@ -71,7 +71,7 @@ def test_the_generation_prompt_is_the_beginning_of_the_training_row(tokenizer: A
 )
 def test_a_long_row_is_cut_in_its_question_and_keeps_headers_and_answer(tokenizer: Any, policy: Truncation) -> None:
     made = encoder(tokenizer, max_tokens=80, truncation=policy)
-    (example,) = made.encode("train", [chat(LONG)], Problems())
+    (example,) = made.encode("train", [chat(LONG)], BadRows())
     text = tokenizer.decode(example.input_ids)
     assert len(example.input_ids) == 80
     assert text.startswith("<s>### Instruction:\n")
@@ -85,19 +85,19 @@ def test_a_long_row_is_cut_in_its_question_and_keeps_headers_and_answer(tokenize
 
 def test_an_answer_is_never_cut(tokenizer: Any) -> None:
     made = encoder(tokenizer, max_tokens=80)
-    examples = made.encode("train", [chat("Q", LONG), chat()], Problems())
+    examples = made.encode("train", [chat("Q", LONG), chat()], BadRows())
     assert len(examples) == 1
     assert made.lengths["train"].rows_dropped == 1
     assert made.lengths["train"].answer_tokens_dropped > 80
 
 
 def test_truncation_error_and_nothing_left_are_errors(tokenizer: Any) -> None:
-    with pytest.raises(DataError, match=r"f:1: \d+ tokens, \d+ of them prompt, more than data\.max_tokens=80"):
-        encoder(tokenizer, max_tokens=80, truncation=Truncation.error).encode("train", [chat(LONG)], Problems())
+    with pytest.raises(DataError, match=r"f:1: \d+ tokens, \d+ of them prompt, exceed data\.max_tokens=80"):
+        encoder(tokenizer, max_tokens=80, truncation=Truncation.error).encode("train", [chat(LONG)], BadRows())
     with pytest.raises(
         DataError, match=r"none of the 1 train rows is left after the length limits \(1 by data.max_tokens\)"
     ):
-        encoder(tokenizer, max_tokens=80, truncation=Truncation.drop).encode("train", [chat(LONG)], Problems())
+        encoder(tokenizer, max_tokens=80, truncation=Truncation.drop).encode("train", [chat(LONG)], BadRows())
 
 
 def test_answers_end_with_the_token_that_the_format_trains(tokenizer: Any) -> None:
@@ -123,7 +123,7 @@ def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(share
     config = OmegaConf.to_object(node)
     assert isinstance(config, PromptConfig)
     made = Encoder(llama, prompt_format(config, llama), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [chat()], Problems())
+    (example,) = made.encode("train", [chat()], BadRows())
     assert list(example.input_ids).count(llama.bos_token_id) == 1
     assert example.input_ids[0] == llama.bos_token_id
     gpt2 = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "gpt2")
@@ -177,7 +177,7 @@ def test_a_tokenizer_without_a_template_and_a_template_of_ours_without_marks_are
     with pytest.raises(ConfigError, match="marks no answer"):
         PromptFormat(PromptConfig(name="p", template=CHATML))
     monkeypatch.setattr(Vendor, "chat_template", None)
-    with pytest.raises(ConfigError, match="brings no chat template"):
+    with pytest.raises(ConfigError, match="has no chat template"):
         prompt_format(PromptConfig(name="native"), Vendor())
 
 
@@ -214,8 +214,8 @@ def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shar
 
     raw = json.loads((shared_data / "instruction" / "llamafactory_alpaca_en_demo.json").read_text())
     columns = ColumnMap(Columns(prompt="instruction", input="input", response="output"))
-    conversations = columns.conversations([Row(values, f"f:{n}") for n, values in enumerate(raw)], Problems())
-    examples = encoder(tokenizer, "alpaca", max_tokens=2048).encode("train", conversations, Problems())
+    conversations = columns.conversations([Row(values, f"f:{n}") for n, values in enumerate(raw)], BadRows())
+    examples = encoder(tokenizer, "alpaca", max_tokens=2048).encode("train", conversations, BadRows())
     assert len(examples) > 700
     for example in examples:
         assert example.labels[-1] == tokenizer.eos_token_id
@@ -227,10 +227,10 @@ def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shar
 def test_limits_on_prompt_and_answer_are_in_tokens_and_counted_by_name(tokenizer: Any) -> None:
     rows = [chat(), chat(LONG), chat("Q", LONG)]
     made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20, truncation=Truncation.drop)
-    assert [example.conversation for example in made.encode("train", rows, Problems())] == rows[:1]
+    assert [example.conversation for example in made.encode("train", rows, BadRows())] == rows[:1]
     assert made.lengths["train"].dropped_by == {"data.max_prompt_tokens": 1, "data.max_answer_tokens": 1}
     made = encoder(tokenizer, max_prompt_tokens=40, max_answer_tokens=20)
-    examples = made.encode("train", rows, Problems())
+    examples = made.encode("train", rows, BadRows())
     assert len(examples) == 2
     assert len(examples[1].input_ids) - (examples[1].labelled_tokens) == 40
     assert len(made.prompt_ids(chat(LONG))) == 40
@@ -239,19 +239,19 @@ def test_limits_on_prompt_and_answer_are_in_tokens_and_counted_by_name(tokenizer
 def test_rows_may_be_chosen_by_their_number_of_tokens(tokenizer: Any) -> None:
     rows = [chat(), chat(LONG), chat("Q", LONG)]
     made = encoder(tokenizer, min_prompt_tokens=100)
-    assert [e.conversation for e in made.encode("train", rows, Problems())] == rows[1:2]
+    assert [e.conversation for e in made.encode("train", rows, BadRows())] == rows[1:2]
     made = encoder(tokenizer, min_answer_tokens=100)
-    assert [e.conversation for e in made.encode("train", rows, Problems())] == rows[2:]
+    assert [e.conversation for e in made.encode("train", rows, BadRows())] == rows[2:]
     assert made.lengths["train"].dropped_by == {"data.min_answer_tokens": 2}
 
 
 def test_loss_on_the_last_answer_only(tokenizer: Any) -> None:
     turns = [*chat("Q1", "Ann").messages, *chat("Q2", "Zoe").messages]
     conversation = Conversation(turns, "f:1")
-    (example,) = encoder(tokenizer, train_turns=Turns.last).encode("train", [conversation], Problems())
+    (example,) = encoder(tokenizer, train_turns=Turns.last).encode("train", [conversation], BadRows())
     assert trained(tokenizer, example) == "Zoe</s>"
     masked = Conversation(turns, "f:1", trained_from=1)
-    (example,) = encoder(tokenizer).encode("train", [masked], Problems())
+    (example,) = encoder(tokenizer).encode("train", [masked], BadRows())
     assert trained(tokenizer, example) == "Zoe</s>"
 
 
@@ -262,7 +262,7 @@ def test_llama_2_and_mistral_ids_are_those_of_the_vendors_published_format(share
     llama = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "llama2")
     turns = [*chat("Who are you?", "I am Ann.").messages, *chat("Why?", "No idea.").messages]
     made = Encoder(llama, format_of("llama2"), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [Conversation(turns, "f:1")], Problems())
+    (example,) = made.encode("train", [Conversation(turns, "f:1")], BadRows())
     wanted: list[int] = []
     for question, answer in (("Who are you?", "I am Ann."), ("Why?", "No idea.")):
         text = f"[INST] {question} [/INST] {answer} "
@@ -272,7 +272,7 @@ def test_llama_2_and_mistral_ids_are_those_of_the_vendors_published_format(share
 
     mistral = AutoTokenizer.from_pretrained(shared_data / "tokenizers" / "mistral_v3")
     made = Encoder(mistral, format_of("mistral_v3"), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [chat("Who are you?", "I am Ann.")], Problems())
+    (example,) = made.encode("train", [chat("Who are you?", "I am Ann.")], BadRows())
     tokens = mistral.convert_ids_to_tokens(list(example.input_ids))
     assert tokens[:2] == ["<s>", "[INST]"]
     assert tokens.count("[/INST]") == 1
@@ -295,7 +295,7 @@ def test_rows_without_answers_are_looked_at_under_a_marker_of_several_tokens(tok
     made = encoder(tokenizer, "chatml")
     assert made.ends.text
     rows = [Conversation([{"role": "user", "content": "Q"}], "f:1", target=0, marked=False)]
-    assert split_facts(made.encode("train", rows, Problems()), tokenizer, made.ends).untrained == 1
+    assert split_facts(made.encode("train", rows, BadRows()), tokenizer, made.ends).untrained == 1
 
 
 def test_an_end_marker_of_several_tokens_in_a_rows_own_text_is_told(tokenizer: Any) -> None:
@@ -303,4 +303,4 @@ def test_an_end_marker_of_several_tokens_in_a_rows_own_text_is_told(tokenizer: A
 
     made = encoder(tokenizer, "chatml")
     rows = [chat(answer="Ann"), chat(answer=f"A{made.marker}nn")]
-    assert split_facts(made.encode("train", rows, Problems()), tokenizer, made.ends).special_in_text == 1
+    assert split_facts(made.encode("train", rows, BadRows()), tokenizer, made.ends).special_in_text == 1

@@ -13,8 +13,8 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples, cache_directory, load_examples, save_examples
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import Problems
-from tests.conftest import ROOT
+from llmft.data.sources import BadRows
+from tests.conftest import ROOT, prompt_config
 
 
 def chats(count: int = 5) -> list[Conversation]:
@@ -74,10 +74,10 @@ def encode(
 ) -> tuple[Examples, Encoder, list]:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(root))
     warnings: list[str] = []
-    prompt = PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{values.pop('prompt', 'alpaca_short')}.yaml")
+    prompt = PromptFormat(prompt_config(values.pop("prompt", "alpaca_short")))
     fingerprint = values.pop("fingerprint", "rows")
     encoder = Encoder(tokenizer, prompt, DataConfig(name="d", files="f", **values), fingerprint, warnings.append)
-    return encoder.encode("train", chats(), Problems()), encoder, warnings
+    return encoder.encode("train", chats(), BadRows()), encoder, warnings
 
 
 def same(a: Examples, b: Examples) -> bool:

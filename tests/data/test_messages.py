@@ -9,7 +9,7 @@ import pytest
 
 from llmft.config.sections import Columns
 from llmft.data.columns import ColumnMap, Conversation
-from llmft.data.messages import text_of
+from llmft.data.messages import message_text
 from llmft.data.sources import Row
 
 USER = {"role": "user", "content": "Q"}
@@ -62,7 +62,7 @@ def test_reasoning_is_kept_apart_from_the_text(key: str) -> None:
     assert read(USER, said(**{key: "why"})).messages[-1] == thoughtful
     parts = [{"type": "reasoning", "value": "why"}, {"type": "text", "text": "A"}]
     assert read(USER, said(content=parts)).messages[-1] == thoughtful
-    assert text_of(thoughtful) == "A\nwhy"
+    assert message_text(thoughtful) == "A\nwhy"
 
 
 @pytest.mark.parametrize("key", ["weight", "loss_weight", "train", "loss"])
@@ -89,8 +89,11 @@ def test_answers_with_weight_0_are_marked_and_others_are_as_they_were(key: str) 
         (said(refusal="No."), "has 'refusal'"),
         (said(reasoning="a", thinking="b"), "'reasoning' and 'thinking', which differ"),
         (said(value="B"), "'content' and 'value', which differ"),
-        (said(tool_calls=[{"type": "function"}]), "a call of a tool without a name"),
-        (said(tool_calls=[{"function": {"name": "f", "arguments": "town=Rome"}}]), "arguments that are no JSON object"),
+        (said(tool_calls=[{"type": "function"}]), "a tool call without a name"),
+        (
+            said(tool_calls=[{"function": {"name": "f", "arguments": "town=Rome"}}]),
+            "arguments that are not a JSON object",
+        ),
         ({"role": "tool", "content": "sunny"}, "tool follows user"),
     ],
 )
@@ -102,7 +105,7 @@ def test_what_cannot_be_used_is_refused_by_name(message: dict[str, Any], reason:
 def test_a_row_beside_whose_messages_there_are_pictures_is_refused() -> None:
     with pytest.raises(ValueError, match="this is a text trainer"):
         read(USER, said(), images=["x.png"])
-    with pytest.raises(ValueError, match="holds no list of tools"):
+    with pytest.raises(ValueError, match="is not a list of tools"):
         read(USER, said(), tools=["hammer"])
     with pytest.raises(ValueError, match="only answers of the assistant are learned"):
         read({**USER, "weight": 1}, said())

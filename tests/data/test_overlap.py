@@ -148,7 +148,7 @@ def test_near_duplicates_are_those_of_brute_force(seed: int, threshold: float) -
 
 
 def test_of_a_large_split_a_sample_is_looked_at_the_same_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmft.data.overlap._MOST_ROWS", 50)
+    monkeypatch.setattr("llmft.data.overlap.MAX_ROWS", 50)
     texts = [" ".join(f"w{(number * 31 + place) % 997}" for place in range(30)) for number in range(200)]
     splits = {
         "train": [row(text, where=f"a:{number}") for number, text in enumerate(texts)],
@@ -167,7 +167,7 @@ def test_near_duplicates_are_found_among_many_rows_of_one_template(monkeypatch: 
     def text() -> str:
         return f"{LONG} {' '.join(f'w{rng.randrange(10**6)}' for _ in range(60))}"
 
-    monkeypatch.setattr("llmft.data.overlap._MOST_IN_BUCKET", 10)
+    monkeypatch.setattr("llmft.data.overlap.MAX_IN_BUCKET", 10)
     originals = [text() for _ in range(600)]
     leaked = [row(f"{original} more") for original in originals[-100:]]
     found = find_overlaps({"train": [row(one) for one in originals], "validation": leaked})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmft.data.prompt import PromptFormat
+from tests.conftest import prompt_config
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = ROOT / "conf" / "prompt"
@@ -72,7 +73,7 @@ SPACE_BEFORE_ANSWER = {"falcon", "llama2", "mistral", "mistral_v3", "openchat", 
 
 
 def prompt(name: str) -> PromptFormat:
-    return PromptFormat.from_yaml(PROMPTS / f"{name}.yaml")
+    return PromptFormat(prompt_config(name))
 
 
 def shared(name: str):

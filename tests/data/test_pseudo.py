@@ -12,8 +12,8 @@ import pytest
 
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import weight_of
-from llmft.data.examples import Encoded
-from llmft.data.pseudo import content_of
+from llmft.data.examples import Example
+from llmft.data.pseudo import prompt_content
 from llmft.runs.predictions import Predictions
 from llmft.training.prepare import RunInputs, prepare
 from tests.conftest import compose
@@ -61,11 +61,11 @@ def test_no_pseudo_row_shares_content_or_group_with_a_held_out_row(files: Path, 
 def check_apart(made: RunInputs) -> None:
     held = made.conversations["validation"]
     pseudo = made.pseudo.conversations
-    assert not {content_of(row) for row in held} & {content_of(row) for row in pseudo}
+    assert not {prompt_content(row) for row in held} & {prompt_content(row) for row in pseudo}
     assert not {row.group for row in held} & {row.group for row in pseudo}
     # Of each held-out question: the row itself and the one with a new answer.
     assert made.pseudo.held_out == 2 * len({row.group for row in held})
-    contents = [content_of(row) for row in made.conversations["train"]]
+    contents = [prompt_content(row) for row in made.conversations["train"]]
     assert len(set(contents)) == len(contents)
     assert made.pseudo.offered == 4 * QUESTIONS
     counts = made.pseudo
@@ -91,7 +91,7 @@ def test_the_weight_is_the_rows_share_of_the_loss_and_all_of_it_is_in_the_key(fi
     made = prepared(files, "data.pseudo_weight=0.25")
     weights = {row.id.startswith("pseudo:"): row.weight for row in made.conversations["train"]}
     assert weights == {False: 1.0, True: 0.25}
-    assert weight_of(Encoded([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
+    assert weight_of(Example([1, 2], [-100, -100], made.pseudo.conversations[0])) == 0.25
     keys = {
         prepared(files, *more).run.key for more in ([], ["data.pseudo_weight=0.25"], ["data.pseudo_min_confidence=0.9"])
     }
@@ -121,7 +121,7 @@ def test_a_file_of_rows_with_targets_is_taken_too(files: Path) -> None:
 def test_a_confidence_that_is_no_probability_and_rows_that_are_not_asked_for_are_refused(files: Path) -> None:
     for wrong in ("nan", "inf", "97"):
         (files / "p.csv").write_text(f"id,Question,Response,target,confidence\n1,Q,R,a,0.9\n2,Q2,R,a,{wrong}\n")
-        with pytest.raises(DataError, match=rf"p\.csv:3: its confidence '{wrong}' is no probability"):
+        with pytest.raises(DataError, match=rf"p\.csv:3: its confidence '{wrong}' is not a probability"):
             prepared(files, f"data.pseudo={files}/p.csv")
-    with pytest.raises(ConfigError, match=r"data\.pseudo_rows goes with a directory of predictions"):
+    with pytest.raises(ConfigError, match=r"data\.pseudo_rows is for a directory of predictions"):
         prepared(files, f"data.pseudo={files}/p.csv", f"data.pseudo_rows={files}/test.csv")

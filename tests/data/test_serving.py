@@ -13,8 +13,8 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import Problems
-from tests.conftest import ROOT
+from llmft.data.sources import BadRows
+from tests.conftest import ROOT, prompt_config
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "prompt").glob("*.yaml") if path.stem != "native")
 STARTS = ("Ann", '"Ann"', ">Ann", "(Ann)", "\n\nAnn", "    Ann", "/usr", "é", "1")
@@ -41,7 +41,7 @@ def tiny() -> Any:
 
 
 def of_yaml(name: str, tokenizer: Any, **data: Any) -> Encoder:
-    config = PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml").config
+    config = prompt_config(name)
     return Encoder(tokenizer, prompt_format(config, tokenizer), DataConfig(name="d", files="f", **data))
 
 
@@ -54,7 +54,7 @@ def native(template: str, tokenizer: Any, **data: Any) -> Encoder:
 def answers(encoder: Encoder, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
     """The ids before each learned answer, and its own."""
     made = []
-    for example in encoder.encode("train", [conversation], Problems()):
+    for example in encoder.encode("train", [conversation], BadRows()):
         labels = [int(label) for label in example.labels]
         ids = [int(token) for token in example.input_ids]
         starts = [n for n in range(1, len(labels)) if labels[n] != IGNORE and labels[n - 1] == IGNORE]
@@ -188,7 +188,7 @@ def test_what_a_template_leaves_out_of_earlier_turns_is_learned_where_it_is_writ
     empty = "<think>\n\n</think>\n\n"
     last = texts(native(QWEN3, tiny, train_turns=Turns.last), user("Q1"), answer("A1"), user("Q2"), answer("A2"))
     assert last == [f"{empty}A2<|im_end|>"]
-    problems = Problems()
+    problems = BadRows()
     encoder = native(QWEN3, tiny)
     encoder.encode("train", [Conversation([user("Q1"), answer("A"), user("Q2"), answer("B")], "f:1")], problems)
     assert encoder.lengths["train"].rows_split == 1
@@ -261,16 +261,16 @@ def test_a_limit_cuts_the_users_own_text_wherever_it_also_stands(tiny: Any) -> N
     question = " ".join(f"word{n}" for n in range(40))
     system = {"role": "system", "content": f"Rules: {question} End of rules."}
     row = Conversation([system, user(question), answer("A")], "f:1")
-    (whole,) = of_yaml("chatml", tiny).encode("train", [row], Problems())
+    (whole,) = of_yaml("chatml", tiny).encode("train", [row], BadRows())
     limit = len(whole.input_ids) - 20
     encoder = of_yaml("chatml", tiny, max_tokens=limit, truncation=Truncation.cut_prompt_left)
-    (example,) = encoder.encode("train", [row], Problems())
+    (example,) = encoder.encode("train", [row], BadRows())
     text = tiny.decode(example.input_ids)
     assert f"Rules: {question} End of rules." in text
     assert len(example.input_ids) == limit
     long = Conversation([{**user("Shorten."), "input": question}, answer("A")], "f:1")
     encoder = of_yaml("alpaca", tiny, max_tokens=200)
-    (example,) = encoder.encode("train", [long], Problems())
+    (example,) = encoder.encode("train", [long], BadRows())
     assert "Shorten." in tiny.decode(example.input_ids)
     assert len(encoder.prompt_ids(long)) <= 200
 

@@ -13,11 +13,11 @@ import pytest
 from llmft.config.sections import BadRow, Columns, DataConfig, Files
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.naming import NotFinite
-from llmft.data.sources import Problems, load_rows, read, read_files
+from llmft.data.sources import BadRows, load_rows, read, read_files
 
 
-def rows(path: Path, policy: BadRow = BadRow.error) -> tuple[list[dict], list[str], Problems]:
-    problems = Problems(policy)
+def rows(path: Path, policy: BadRow = BadRow.error) -> tuple[list[dict], list[str], BadRows]:
+    problems = BadRows(policy)
     found = list(read(path, path.read_bytes(), problems))
     return [row.values for row in found], [row.where.rpartition("/")[2] for row in found], problems
 
@@ -52,7 +52,7 @@ BROKEN = {
     "cut.jsonl": (b'{"a": "1"}\n{"a": "2', "cut.jsonl:2: not JSON"),
     "middle.jsonl": (b'{"a": "1"}\n{"a": \n{"a": "3"}\n', "middle.jsonl:2: not JSON"),
     "list.jsonl": (b'{"a": "1"}\n[1, 2]\n', "list.jsonl:2: a JSON object was expected, not list"),
-    "twice.jsonl": (b'{"a": "1"}\n{"a": "2", "a": "3"}\n', "twice.jsonl:2: not JSON (the key 'a' stands twice)"),
+    "twice.jsonl": (b'{"a": "1"}\n{"a": "2", "a": "3"}\n', "twice.jsonl:2: not JSON (the key 'a' appears twice)"),
     "half.jsonl": (b'{"a": "1"}\n{"a": "\\ud83d"}\n', "half.jsonl:2: not JSON (half a character"),
     "cells.csv": (b"a,b\n1,2\n1,2,3\n", "cells.csv:3: 3 cells where the header has 2"),
 }
@@ -87,8 +87,8 @@ def test_a_broken_row_is_skipped_and_counted_on_request(tmp_path: Path, name: st
         ("f.csv", b"a,b,a\n1,2,3\n", "f.csv:1: the header names the column 'a' twice"),
         ("g.csv", b'a,b\n1,"2\n', "g.csv:2: not CSV"),
         ("h.json", b'[{"a": 1} {"a": 2}]', "a comma is missing"),
-        ("i.json", b'[{"a": 1}] x', "text behind the end of the array"),
-        ("j.json", b'[,{"a": 1}]', "a comma is too many"),
+        ("i.json", b'[{"a": 1}] x', "text after the end of the array"),
+        ("j.json", b'[,{"a": 1}]', "one comma too many"),
         ("d.jsonl.gz", b"not gzip", "cannot be decompressed"),
         ("e.parquet", b"PAR1", "not a parquet file"),
     ],
@@ -114,41 +114,41 @@ def test_the_fingerprint_is_of_the_content_alone(tmp_path: Path) -> None:
 
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": "1"}\n')
-    before = load_rows(config(files=str(path)), Problems())
+    before = load_rows(config(files=str(path)), BadRows())
     stamp = path.stat()
     path.write_text('{"a": "2"}\n')
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    after = load_rows(config(files=str(path)), Problems())
+    after = load_rows(config(files=str(path)), BadRows())
     assert after.splits["train"][0].values == {"a": "2"}
     assert before.fingerprint != after.fingerprint
     (tmp_path / "b.jsonl").write_text('{"a": "2"}\n')
-    assert load_rows(config(files=str(tmp_path / "b.jsonl")), Problems()).fingerprint == after.fingerprint
+    assert load_rows(config(files=str(tmp_path / "b.jsonl")), BadRows()).fingerprint == after.fingerprint
 
 
 def test_globs_lists_and_given_splits(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"t": name}) + "\n")
-    found = load_rows(config(files=str(tmp_path / "*.jsonl")), Problems())
+    found = load_rows(config(files=str(tmp_path / "*.jsonl")), BadRows())
     assert [row.values["t"] for row in found.splits["train"]] == ["a", "b", "c"]
     given = Files(train=[str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")], validation=str(tmp_path / "c.jsonl"))
-    found = load_rows(config(split_files=given), Problems())
+    found = load_rows(config(split_files=given), BadRows())
     assert {split: len(part) for split, part in found.splits.items()} == {"train": 2, "validation": 1}
 
 
 def test_a_missing_or_empty_file_says_so(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text("")
     with pytest.raises(ConfigError, match=r"no such file; did you mean .*train\.jsonl"):
-        load_rows(config(files=str(tmp_path / "trian.jsonl")), Problems())
+        load_rows(config(files=str(tmp_path / "trian.jsonl")), BadRows())
     with pytest.raises(DataError, match="no training rows"):
-        load_rows(config(files=str(tmp_path / "train.jsonl")), Problems())
+        load_rows(config(files=str(tmp_path / "train.jsonl")), BadRows())
     (tmp_path / "a.xlsx").write_text("x")
     with pytest.raises(ConfigError, match="known endings"):
-        load_rows(config(files=str(tmp_path / "a.xlsx")), Problems())
+        load_rows(config(files=str(tmp_path / "a.xlsx")), BadRows())
 
 
 def test_a_source_must_be_one_of_ours() -> None:
     with pytest.raises(ConfigError, match=r"only llmft\.data"):
-        load_rows(config(source="os.listdir", rows={"train": 1}), Problems())
+        load_rows(config(source="os.listdir", rows={"train": 1}), BadRows())
 
 
 def test_real_files_are_read(shared_data: Path) -> None:
@@ -174,7 +174,7 @@ def test_compressed_files_and_directories_of_datasets_are_read(tmp_path: Path) -
     (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(content))
     datasets.Dataset.from_list(wanted).save_to_disk(tmp_path / "arrow")
     for name in ("a.jsonl.bz2", "a.jsonl.xz", "arrow"):
-        found = load_rows(config(files=str(tmp_path / name)), Problems())
+        found = load_rows(config(files=str(tmp_path / name)), BadRows())
         assert [row.values for row in found.splits["train"]] == wanted, name
 
 
@@ -189,13 +189,13 @@ def test_a_very_long_line_is_read_or_named(tmp_path: Path) -> None:
 
 def test_a_local_file_comes_before_the_hub(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"t": "a"}\n')
-    found = load_rows(config(hub="some/dataset", files=str(tmp_path / "a.jsonl")), Problems())
+    found = load_rows(config(hub="some/dataset", files=str(tmp_path / "a.jsonl")), BadRows())
     assert len(found.splits["train"]) == 1
 
 
 def test_a_hub_dataset_that_is_not_cached_says_so_at_once_offline() -> None:
     with pytest.raises(ConfigError, match=r"data\.hub=tatsu-lab/alpaca: .*data\.files=FILE"):
-        load_rows(config(hub="tatsu-lab/alpaca"), Problems())
+        load_rows(config(hub="tatsu-lab/alpaca"), BadRows())
 
 
 def wheres(path: Path) -> list[str]:
@@ -215,19 +215,19 @@ def test_rows_of_files_with_one_name_have_names_that_no_machine_changes(tmp_path
             path.parent.mkdir(parents=True)
             path.write_text(f"t\n{folder}\n")
             paths.append(str(path))
-        found = read_files(paths, "data.files", Problems()).rows
+        found = read_files(paths, "data.files", BadRows()).rows
         assert [row.id for row in found] == ["one/train.csv:2", "two/three/train.csv:2"]
         assert [row.where for row in found] == [f"{path}:2" for path in paths]
-    assert [row.id for row in read_files(paths[:1], "data.files", Problems()).rows] == ["train.csv:2"]
+    assert [row.id for row in read_files(paths[:1], "data.files", BadRows()).rows] == ["train.csv:2"]
     with pytest.raises(ConfigError, match=r"data\.files: .*train\.csv is named twice"):
-        read_files([paths[0], str(Path(paths[0]).parent / ".." / "one" / "*.csv")], "data.files", Problems())
+        read_files([paths[0], str(Path(paths[0]).parent / ".." / "one" / "*.csv")], "data.files", BadRows())
 
 
 def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
     for name in "abc":
         (tmp_path / f"{name}.jsonl").write_text(json.dumps({"t": name}) + "\n")
     a, b, c = (str(tmp_path / f"{name}.jsonl") for name in "abc")
-    found = load_rows(config(files=a, split_files=Files(validation=b, test=c)), Problems())
+    found = load_rows(config(files=a, split_files=Files(validation=b, test=c)), BadRows())
     assert {split: [row.values["t"] for row in part] for split, part in found.splits.items()} == {
         "train": ["a"],
         "validation": ["b"],
@@ -235,10 +235,10 @@ def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
     }
     for split in ("validation", "test"):
         with pytest.raises(ConfigError, match=rf"data\.split_files\.{split}=.*no such file; did you mean"):
-            load_rows(config(files=a, split_files=Files(**{split: f"{b}x"})), Problems())
+            load_rows(config(files=a, split_files=Files(**{split: f"{b}x"})), BadRows())
         (tmp_path / "empty.jsonl").write_text("")
         with pytest.raises(DataError, match=rf"data\.split_files\.{split}=.*no rows"):
-            load_rows(config(files=a, split_files=Files(**{split: str(tmp_path / "empty.jsonl")})), Problems())
+            load_rows(config(files=a, split_files=Files(**{split: str(tmp_path / "empty.jsonl")})), BadRows())
     with pytest.raises(ConfigError, match="both set"):
         config(files=a, split_files=Files(train=b))
 
@@ -248,26 +248,26 @@ def test_files_are_the_training_rows_beside_split_files(tmp_path: Path) -> None:
     [
         (
             {"source": "llmft.data.synthetic.writers", "split_files": Files(validation="x")},
-            "split_files.validation=x goes",
+            "split_files.validation=x needs",
         ),
-        ({"hub": "a/b", "split_files": Files(test="x")}, "split_files.test=x goes with data.files"),
-        ({"hub": "a/b", "csv_columns": ["a"]}, "csv_columns.* goes with data.files"),
-        ({"hub": "a/b", "rows": {"train": 3}}, "rows.* goes with data.source"),
-        ({"files": "x.csv", "hub_splits": Files(validation="v")}, "hub_splits.validation=v goes with data.hub"),
-        ({"files": "x.csv", "hub_config": "c"}, "hub_config=c goes with data.hub"),
-        ({"files": "x.csv", "pseudo_rows": "y.csv"}, "pseudo_rows=y.csv goes with data.pseudo"),
+        ({"hub": "a/b", "split_files": Files(test="x")}, "split_files.test=x needs data.files"),
+        ({"hub": "a/b", "csv_columns": ["a"]}, "csv_columns.* needs data.files"),
+        ({"hub": "a/b", "rows": {"train": 3}}, "rows.* needs data.source"),
+        ({"files": "x.csv", "hub_splits": Files(validation="v")}, "hub_splits.validation=v needs data.hub"),
+        ({"files": "x.csv", "hub_config": "c"}, "hub_config=c needs data.hub"),
+        ({"files": "x.csv", "pseudo_rows": "y.csv"}, "pseudo_rows=y.csv needs data.pseudo"),
         ({"source": "llmft.data.synthetic.writers", "hub": "a/b"}, "data.source and data.hub are both set"),
     ],
 )
 def test_a_key_that_names_rows_is_read_or_refused(values: dict, sentence: str) -> None:
     with pytest.raises(ConfigError, match=sentence):
-        load_rows(config(**values), Problems())
+        load_rows(config(**values), BadRows())
 
 
 def test_names_of_csv_columns_beside_other_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"a": "1"}\n')
     with pytest.raises(ConfigError, match=r"data\.csv_columns is for csv and tsv files"):
-        load_rows(config(files=str(tmp_path / "a.jsonl"), csv_columns=["a"]), Problems())
+        load_rows(config(files=str(tmp_path / "a.jsonl"), csv_columns=["a"]), BadRows())
 
 
 def table(path: Path, **columns: Any) -> Path:
@@ -302,7 +302,7 @@ def test_values_of_any_arrow_type_are_read(tmp_path: Path) -> None:
     assert "timestamp" in str(first["far"])
     assert second["exact"] == "1970-01-01 00:00:00.000000002"
     assert "timestamp" in str(first["mars"])
-    found = load_rows(config(files=str(path)), Problems()).splits["train"]
+    found = load_rows(config(files=str(path)), BadRows()).splits["train"]
     assert [row.id for row in found] == ["a.parquet:row 1", "a.parquet:row 2"]
 
 
@@ -352,7 +352,7 @@ def test_the_names_of_classes_are_kept(tmp_path: Path) -> None:
     labelled().to_parquet(tmp_path / "a.parquet")
     labelled().save_to_disk(tmp_path / "arrow")
     for name in ("a.parquet", "arrow"):
-        found = load_rows(config(files=str(tmp_path / name)), Problems()).splits["train"]
+        found = load_rows(config(files=str(tmp_path / name)), BadRows()).splits["train"]
         assert [row.values["y"] for row in found] == ["pos", "neg", None], name
         assert [row.values["ys"] for row in found] == [["a", "b"], [], ["b"]], name
 
@@ -361,31 +361,31 @@ def test_a_directory_of_several_splits_is_read_as_they_are_called(tmp_path: Path
     import datasets
 
     datasets.DatasetDict({"train": labelled(), "test": labelled()}).save_to_disk(tmp_path / "d")
-    found = load_rows(config(files=str(tmp_path / "d")), Problems())
+    found = load_rows(config(files=str(tmp_path / "d")), BadRows())
     assert {split: len(part) for split, part in found.splits.items()} == {"train": 3, "test": 3}
     with pytest.raises(
         ConfigError, match=r"data\.split_files\.test is set, and data\.files=.*d has test rows: keep one"
     ):
-        load_rows(config(files=str(tmp_path / "d"), split_files=Files(test=str(tmp_path / "d" / "test"))), Problems())
+        load_rows(config(files=str(tmp_path / "d"), split_files=Files(test=str(tmp_path / "d" / "test"))), BadRows())
     datasets.DatasetDict({"train": labelled(), "dev": labelled()}).save_to_disk(tmp_path / "e")
-    with pytest.raises(ConfigError, match=r"splits train, dev; say which is which: data\.split_files\.train=.*e/train"):
-        load_rows(config(files=str(tmp_path / "e")), Problems())
+    with pytest.raises(ConfigError, match=r"splits train, dev; name each one: data\.split_files\.train=.*e/train"):
+        load_rows(config(files=str(tmp_path / "e")), BadRows())
     given = Files(train=str(tmp_path / "e" / "train"), validation=str(tmp_path / "e" / "dev"))
-    assert set(load_rows(config(split_files=given), Problems()).splits) == {"train", "validation"}
+    assert set(load_rows(config(split_files=given), BadRows()).splits) == {"train", "validation"}
     for values in ({"files": [str(tmp_path / "e")]}, {"split_files": Files(train=str(tmp_path / "d"))}):
         with pytest.raises(ConfigError, match=r"a directory of several splits.*[ed]/train"):
-            load_rows(config(**values), Problems())
+            load_rows(config(**values), BadRows())
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / "a.csv").write_text("a\n1\n")
-    with pytest.raises(ConfigError, match=r"a directory, a file was expected; name what is in it: .*f/\*\.csv"):
-        load_rows(config(files=str(tmp_path / "f")), Problems())
+    with pytest.raises(ConfigError, match=r"a directory, a file was expected; name the files in it: .*f/\*\.csv"):
+        load_rows(config(files=str(tmp_path / "f")), BadRows())
 
 
 def test_names_below_columns_are_columns(tmp_path: Path) -> None:
     values = {"a.b": "flat", "a": {"b": "deep", "c": [{"d": "listed"}]}}
     (tmp_path / "a.jsonl").write_text(json.dumps(values) + '\n{"a": {"c": []}}\n')
     columns = Columns(prompt="{a.b} {a.c[0].d}", response="a.c[-1].d", system="a.b[0]")
-    first, second = load_rows(config(files=str(tmp_path / "a.jsonl"), columns=columns), Problems()).splits["train"]
+    first, second = load_rows(config(files=str(tmp_path / "a.jsonl"), columns=columns), BadRows()).splits["train"]
     assert first.values == {**values, "a.c[0].d": "listed", "a.c[-1].d": "listed"}
     assert second.values == {"a": {"c": []}}
 
@@ -420,7 +420,7 @@ ODD = {
 def test_odd_files_are_refused_in_one_sentence(tmp_path: Path, name: str, policy: BadRow) -> None:
     (tmp_path / name).write_bytes(ODD[name])
     with pytest.raises(DataError, match=name.replace(".", r"\.")) as error:
-        load_rows(config(files=str(tmp_path / name)), Problems(policy))
+        load_rows(config(files=str(tmp_path / name)), BadRows(policy))
     assert len(str(error.value)) < 500
 
 
@@ -430,15 +430,15 @@ def test_names_that_are_no_files_are_refused(tmp_path: Path, name: str) -> None:
 
     os.mkfifo(tmp_path / "pipe.csv")
     with pytest.raises(ConfigError, match=r"data\.files="):
-        load_rows(config(files=[str(tmp_path / name)]), Problems())
+        load_rows(config(files=[str(tmp_path / name)]), BadRows())
 
 
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        ("a.csv", "q;r\na, b;c\n", "';' stands between the columns, where ',' should"),
-        ("a.csv", "q\tr\na\tc\n", r"'\\t' stands between the columns"),
-        ("a.tsv", "q,r\na,c\n", "',' stands between the columns"),
+        ("a.csv", "q;r\na, b;c\n", "';' separates the columns, ',' was expected"),
+        ("a.csv", "q\tr\na\tc\n", r"'\\t' separates the columns"),
+        ("a.tsv", "q,r\na,c\n", "',' separates the columns"),
         ("a.jsonl", '[{"q": 1}]\n', "an array of objects belongs in a .json file"),
         ("a.jsonl", '[\n{"q": 1}\n]\n', "an array of objects belongs in a .json file"),
         ("a.json", '{"data": [{"q": 1}]}', "an array within an object in a file of its own"),

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import Columns, DataConfig, Head, Problem, TaskConfig
+from llmft.config.sections import Columns, DataConfig, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
-from llmft.data.sources import Problems, Row, load_rows, read
+from llmft.data.sources import BadRows, Row, load_rows, read
 from llmft.data.targets import LETTERS, Targets, class_weights
 from llmft.training.prepare import prepare
 from llmft.training.tokenized_data import row_findings
@@ -73,19 +73,19 @@ def test_a_csv_without_a_header_line_is_read_with_given_names(tmp_path: Path) ->
     path = tmp_path / "a.csv"
     path.write_text('a cat,"pet, small"\na cow,farm\n')
     config = DataConfig(name="d", files=str(path), csv_columns=["text", "kind"])
-    rows = load_rows(config, Problems()).splits["train"]
+    rows = load_rows(config, BadRows()).splits["train"]
     assert [row.values for row in rows] == [{"text": "a cat", "kind": "pet, small"}, {"text": "a cow", "kind": "farm"}]
     assert rows[0].where == f"{path}:1"
     with pytest.raises(DataError, match=r"2 cells where data\.csv_columns has 1"):
-        list(read(path, path.read_bytes(), Problems(), ["text"]))
+        list(read(path, path.read_bytes(), BadRows(), ["text"]))
     data = DataConfig(name="d", files="f", columns=Columns(text="text", target="kind"))
-    unnamed = list(read(path, path.read_bytes(), Problems()))
+    unnamed = list(read(path, path.read_bytes(), BadRows()))
     with pytest.raises(DataError, match=r"data\.csv_columns"):
         ColumnMap.of(data, unnamed, task())
 
 
 def test_several_classes_come_as_a_list_as_text_or_as_columns() -> None:
-    several = task(problem=Problem.multi_label)
+    several = task(problem=TaskType.multi_label)
     made = column_map([["b", "a"], [], "c", "a, b"], head=several)
     assert made.labels == ["a", "b", "c"]
     assert made.conversation(Row({"t": "x", "y": ["b", "a"]}, "f:1")).target == (1, 1, 0)
@@ -100,10 +100,10 @@ def test_several_classes_come_as_a_list_as_text_or_as_columns() -> None:
 
 
 def test_numbers_are_read_and_what_is_none_is_named() -> None:
-    made = column_map(["1.5", "2"], head=task(problem=Problem.regression))
+    made = column_map(["1.5", "2"], head=task(problem=TaskType.regression))
     assert made.conversation(Row({"t": "x", "y": "2.5"}, "f:1")).target == 2.5
     for wrong in ("many", "nan", "inf"):
-        with pytest.raises(ValueError, match=r"no number|not finite"):
+        with pytest.raises(ValueError, match=r"not a number|not finite"):
             made.conversation(Row({"t": "x", "y": wrong}, "f:1"))
 
 
@@ -134,7 +134,7 @@ def test_balanced_weights_are_scikit_learns() -> None:
 
 
 def test_targets_survive_the_way_to_the_disk_and_back() -> None:
-    made = Targets(Problem.multi_label, ["a", "b"], [], 1.5, 2.0)
+    made = Targets(TaskType.multi_label, ["a", "b"], [], 1.5, 2.0)
     assert Targets.from_plain(made.to_plain()) == made
 
 
@@ -184,23 +184,25 @@ def test_classes_without_a_training_row_are_told_whatever_took_the_rows(tmp_path
 def test_a_target_that_is_no_finite_number_is_refused_by_row(tmp_path: Path, value: str) -> None:
     lines = [f'{{"t": "text {n}", "y": {n}}}' for n in range(9)] + [f'{{"t": "x", "y": {value}}}']
     (tmp_path / "a.jsonl").write_text("\n".join(lines) + "\n")
-    rows = list(read(tmp_path / "a.jsonl", (tmp_path / "a.jsonl").read_bytes(), Problems()))
-    for head, kind in ((Head.linear, Problem.regression), (Head.linear, Problem.single_label)):
+    rows = list(read(tmp_path / "a.jsonl", (tmp_path / "a.jsonl").read_bytes(), BadRows()))
+    for head, kind in ((Head.linear, TaskType.regression), (Head.linear, TaskType.single_label)):
         config = DataConfig(name="d", files="f", columns=Columns(text="t", target="y"))
         made = ColumnMap.of(config, rows, task(head=head, problem=kind))
-        with pytest.raises(DataError, match=r"a\.jsonl:10: column 'y' (holds -?inf, no finite number|is empty)"):
-            made.conversations(rows, Problems())
+        with pytest.raises(
+            DataError, match=r"a\.jsonl:10: column 'y' (holds -?inf, which is not a finite number|is empty)"
+        ):
+            made.conversations(rows, BadRows())
         assert not {"inf", "-inf", "nan"} & set(made.labels)
 
 
 def test_a_list_of_classes_holds_classes_alone() -> None:
     for wrong in (None, float("nan"), {"a": 1}):
-        made = column_map([["a"], ["b"], ["a", wrong]], head=task(problem=Problem.multi_label))
+        made = column_map([["a"], ["b"], ["a", wrong]], head=task(problem=TaskType.multi_label))
         assert made.labels == ["a", "b"]
         with pytest.raises(ValueError, match="column 'y'"):
             made.conversation(Row({"t": "x", "y": ["a", wrong]}, "f:1"))
 
 
 def test_too_few_classes_are_said_with_the_row_that_has_none() -> None:
-    with pytest.raises(DataError, match=r"1 class, 2 at least are needed; .*column 'y' is empty \(null\)"):
+    with pytest.raises(DataError, match=r"1 classes, at least 2 are needed; .*column 'y' is empty \(null\)"):
         column_map(["a", None])

@@ -18,10 +18,10 @@ from llmft.config.commands import (
     BlendConfig,
     EvaluateConfig,
     FoldsConfig,
-    Form,
     Method,
     PredictConfig,
     PredictData,
+    PredictionFormat,
     RefitConfig,
 )
 from llmft.config.overrides import yes_or_no
@@ -68,9 +68,9 @@ def test_predictions_survive_the_way_to_the_disk_and_damage_is_found(tmp_path: P
     (folder / "predictions.parquet").write_bytes(
         (tmp_path / "b" / "predictions" / "val" / "predictions.parquet").read_bytes()
     )
-    with pytest.raises(DataError, match=r"not what predictions\.json describes"):
+    with pytest.raises(DataError, match=r"do not belong together"):
         Predictions.load(folder)
-    with pytest.raises(DataError, match="two rows are called 'x'"):
+    with pytest.raises(DataError, match="two rows have the id 'x'"):
         Predictions(["x", "x"], LABELS, np.ones((2, 3)) / 3).save(tmp_path / "c")
 
 
@@ -178,14 +178,14 @@ def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> Non
     assert evaluate(own, quiet=True)["metrics"] == (found := evaluate(given, quiet=True))["metrics"]
     assert set(found["slices"]["kind"]) == {"even", "odd"}
     (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows[1:]]))
-    with pytest.raises(DataError, match=r"1 predicted rows are not there \(r0 first\)"):
+    with pytest.raises(DataError, match=r"1 predicted rows are missing \(r0 first\)"):
         evaluate(given, quiet=True)
     (tmp_path / "truth.csv").write_text("\n".join(["id,label,kind", *rows]))
     with pytest.raises(
         ConfigError, match=r"no predictions\.json there; name .*a/predictions/test, .*a/predictions/val"
     ):
         evaluate(EvaluateConfig(predictions=str(tmp_path / "a")), quiet=True)
-    with pytest.raises(ConfigError, match=r"2 match, and one is evaluated: .*/test, say"):
+    with pytest.raises(ConfigError, match=r"2 match; name one, such as .*/test"):
         evaluate(EvaluateConfig(predictions=str(tmp_path / "a" / "predictions" / "*")), quiet=True)
     with pytest.raises(ConfigError, match=r"target=labl.*did you mean label"):
         evaluate(replace(given, target="labl"), quiet=True)
@@ -194,7 +194,7 @@ def test_references_are_joined_by_id_whatever_their_order(tmp_path: Path) -> Non
 def test_a_key_that_names_a_file_or_its_columns_is_used_or_refused(tmp_path: Path) -> None:
     path = member(tmp_path, "a", 1.0, rows=30) / "predictions" / "val"
     for key in ("target", "id"):
-        with pytest.raises(ConfigError, match=f"{key}=x goes with references=FILE"):
+        with pytest.raises(ConfigError, match=f"{key}=x needs references=FILE"):
             evaluate(EvaluateConfig(predictions=str(path), **{key: "x"}), quiet=True)
     for values in ({"template": "sample.csv"}, {"columns": {"a": "A"}}):
         with pytest.raises(ConfigError, match="only format=submission has one"):
@@ -272,7 +272,7 @@ def check_submission(run: Path, files: str, tmp_path: Path) -> None:
     def ask(rows: list[int], columns: list[str]) -> list[Path]:
         lines = [",".join([str(n), *["0"] * (len(columns) - 1)]) for n in rows]
         sample.write_text("\n".join([",".join(columns), *lines]))
-        return predict(question(run, files, format=Form.submission, template=str(sample)), quiet=True)
+        return predict(question(run, files, format=PredictionFormat.submission, template=str(sample)), quiet=True)
 
     (folder,) = ask(list(range(20))[::-1], header)
     made = Predictions.load(folder)
@@ -323,7 +323,7 @@ def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
 ) -> None:
     runs = trained_folds(baseline, tmp_path)
     files = table(tmp_path / "test.csv", 20, known=False)
-    given: dict[str, Any] = {"format": Form.submission, "template": template(tmp_path, 20)}
+    given: dict[str, Any] = {"format": PredictionFormat.submission, "template": template(tmp_path, 20)}
     (joined,) = folds(FoldsConfig(runs=f"{tmp_path}/runs/*", output_dir=str(tmp_path)), quiet=True)
     with pytest.raises(DataError, match=r"python -m llmft\.predict run=.* data\.files=FILE"):
         folds(FoldsConfig(runs=runs, output_dir=str(tmp_path), **given), quiet=True)
@@ -340,7 +340,7 @@ def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
     blend(BlendConfig(runs=[str(joined), str(copy_of(joined))], output_dir=str(tmp_path), **given), quiet=True)
     assert (theirs / "submission.csv").is_file()
     shutil.rmtree(runs[0])
-    with pytest.raises(ConfigError, match=r"its member .*fold0.* is not there"):
+    with pytest.raises(ConfigError, match=r"its member .*fold0.* is missing"):
         predict(question([str(blended)], files), quiet=True)
 
 
@@ -424,7 +424,7 @@ def test_prompts_and_files_of_the_prompt_alone_are_predicted_alike(
     (own,) = predict(PredictConfig(run=str(run), prompts=texts))
     printed = capsys.readouterr().out
     made = Predictions.load(own)
-    assert "each is taken as the whole of '{text}!'" in " ".join(printed.split())
+    assert "each is used as the whole prompt ('{text}!' in the training)" in " ".join(printed.split())
     assert all(text in printed for text in texts)
     assert printed.count("%") == 2 * len(made.labels)
     (tmp_path / "lines.txt").write_text("\n".join(texts))
@@ -435,7 +435,7 @@ def test_prompts_and_files_of_the_prompt_alone_are_predicted_alike(
     for name in ("rows.jsonl", "rows.csv"):
         (folder,) = predict(question(run, str(tmp_path / name)))
         assert Predictions.load(folder).values == pytest.approx(made.values)
-        assert "is taken as the whole prompt" in " ".join(capsys.readouterr().out.split())
+        assert "is used as the whole prompt" in " ".join(capsys.readouterr().out.split())
     (folder,) = predict(question(run, str(tmp_path / "lines.txt")), quiet=True)  # `text` is the training's own column
     assert Predictions.load(folder).ids == ["lines.txt:1", "lines.txt:2"]
     with pytest.raises(ConfigError, match=r"prompts: no text"):
@@ -449,7 +449,7 @@ def test_rows_are_named_by_the_samples_id_column(baseline: Callable[..., Any], t
     (tmp_path / "test.csv").write_text("row_id,text\n7,The fox.\n9,A shoe.\n")
     sample = Path(template(tmp_path, 0))
     sample.write_text(sample.read_text().replace("id,", "row_id,", 1) + "\n9,0,0,0,0,0,0,0\n7,0,0,0,0,0,0,0\n")
-    given: dict[str, Any] = {"format": Form.submission, "template": str(sample)}
+    given: dict[str, Any] = {"format": PredictionFormat.submission, "template": str(sample)}
     (folder,) = predict(question(run_directory(tmp_path), str(tmp_path / "test.csv"), **given), quiet=True)
     assert Predictions.load(folder).ids == ["7", "9"]
     named = PredictConfig(run=str(run_directory(tmp_path)), data=PredictData(str(tmp_path / "test.csv"), id="rowid"))

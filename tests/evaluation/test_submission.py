@@ -69,7 +69,7 @@ def test_several_classes_numbers_and_texts_have_their_own_form(tmp_path: Path) -
     [
         (["x"], VALUES[:1], r"1 of its rows are not predicted \(y first\)"),
         (["x", "y", "z"], np.ones((3, 3)), r"1 predicted rows are not in it \(z first\)"),
-        (["test.csv:2", "test.csv:3"], VALUES, r"\(x first\); predicted rows are called as test\.csv:2"),
+        (["test.csv:2", "test.csv:3"], VALUES, r"\(x first\); predicted rows have ids such as test\.csv:2"),
         (["x", "y"], np.asarray([[0.1, 0.9, 0], [np.nan, 0.5, 0.5]]), "of the row y is not finite"),
     ],
 )

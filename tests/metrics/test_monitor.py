@@ -105,13 +105,16 @@ def test_the_monitored_metric_decides_on_the_direction(overrides: list[str], mod
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["trainer.mode=max"], "trainer.mode=max: less of val/loss_nats is better"),
+        (["trainer.mode=max"], "trainer.mode=max: val/loss_nats declares that lower is better"),
         (
             ["trainer.monitor=val/exact_match", "trainer.mode=min"],
-            "trainer.mode=min: more of val/exact_match is better",
+            "trainer.mode=min: val/exact_match declares that higher is better",
         ),
-        (["trainer.monitor=val/exact_match", "task.generate_rows=0"], "scored on generations, and there are none"),
-        (["trainer.monitor=val/undeclared", "task.metrics=[llmft.metrics.mine.undeclared]"], "nothing says whether"),
+        (["trainer.monitor=val/exact_match", "task.generate_rows=0"], "scores generations, and there are none"),
+        (
+            ["trainer.monitor=val/undeclared", "task.metrics=[llmft.metrics.mine.undeclared]"],
+            "does not declare whether",
+        ),
         (
             ["task.metrics=[llmft.metrics.classification.auc,llmft.metrics.multilabel.auc]"],
             "two metrics are called auc",
@@ -131,7 +134,7 @@ def test_a_metric_of_ones_own_says_its_direction_beside_it_or_on_the_command_lin
     assert with_mode(compose(*own, "trainer.mode=max")).trainer.mode is Mode.max
     mine.undeclared.higher_is_better = True
     assert with_mode(compose(*own, "+task.metric_options.undeclared.weight=2")).trainer.mode is Mode.max
-    with pytest.raises(ConfigError, match="more of val/undeclared is better"):
+    with pytest.raises(ConfigError, match="val/undeclared declares that higher is better"):
         with_mode(compose(*own, "trainer.mode=min"))
 
 
@@ -147,7 +150,7 @@ def test_lightnings_early_stopping_gets_the_metrics_direction() -> None:
     stop = "+trainer.callbacks.stop={_target_: lightning.pytorch.callbacks.EarlyStopping, monitor: val/exact_match}"
     assert check_parts(compose(stop)).callbacks["stop"].mode == "max"
     assert check_parts(compose(stop.replace("exact_match", "loss_nats"))).callbacks["stop"].mode == "min"
-    with pytest.raises(ConfigError, match=r"trainer\.callbacks\.stop\.mode=min: more of val/exact_match"):
+    with pytest.raises(ConfigError, match=r"trainer\.callbacks\.stop\.mode=min: val/exact_match declares"):
         check_parts(compose(stop.replace("}", ", mode: min}")))
     with pytest.raises(ConfigError, match=r"stop\.monitor=val/exact_mach: no such metric; did you mean"):
         check_parts(compose(stop.replace("exact_match", "exact_mach")))
@@ -216,7 +219,7 @@ def test_a_blend_climbs_in_the_direction_of_its_metric_and_refuses_one_without(
     for metric in ("accuracy", "auc", "logloss", "llmft.metrics.classification.quadratic_kappa"):
         good, bad = weights(metric)
         assert good > bad, metric
-    with pytest.raises(ConfigError, match="nothing says whether more or less of undeclared is better"):
+    with pytest.raises(ConfigError, match="undeclared does not declare whether higher or lower is better"):
         weights("llmft.metrics.mine.undeclared")
 
 
@@ -242,7 +245,7 @@ def test_a_report_on_a_metric_of_unknown_direction_asks_for_it(tmp_path: Path) -
         make_run(tmp_path, 1.0, trainer__monitor="val/odd", lora__r=r, trainer__mode="auto", task__metrics=["gone.odd"])
         for r in (4, 8)
     ]
-    with pytest.raises(ConfigError, match="mode: nothing says whether more or less of val/odd is better"):
+    with pytest.raises(ConfigError, match="mode: val/odd does not declare whether higher or lower is better"):
         make_study(runs)
     assert make_study(runs, mode=Mode.min).lower_is_better
     assert not make_study(runs, mode=Mode.max).lower_is_better
@@ -254,7 +257,9 @@ def test_a_refit_does_not_take_the_steps_of_the_worst_validation(tmp_path: Path)
     run = make_run(tmp_path, trainer__monitor="val/exact_match", trainer__mode="min")
     status = json.loads((run / "run.json").read_text())
     (run / "run.json").write_text(json.dumps({**status, "handed_over": {}}))
-    with pytest.raises(ConfigError, match=r"config\.yaml: trainer\.mode=min: more of val/exact_match is better"):
+    with pytest.raises(
+        ConfigError, match=r"config\.yaml: trainer\.mode=min: val/exact_match declares that higher is better"
+    ):
         refit_config(RefitConfig(runs=str(run)))
 
 

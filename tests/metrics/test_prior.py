@@ -12,7 +12,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import log_loss
 
 from llmft.config.commands import EvaluateConfig, FoldsConfig
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.evaluate import evaluate
 from llmft.folds import folds
 from llmft.metrics import classification, regression
@@ -38,7 +38,7 @@ def test_the_prior_is_scikit_learns_dummy_of_the_training_rows() -> None:
     rng = np.random.default_rng(0)
     train_rows, held = rng.choice(3, 90, p=[0.6, 0.3, 0.1]), rng.choice(3, 40, p=[0.2, 0.3, 0.5])
     dummy = DummyClassifier(strategy="prior").fit(np.zeros((90, 1)), train_rows)
-    prior = prior_of(Problem.single_label, 3, train_rows.tolist())
+    prior = prior_of(TaskType.single_label, 3, train_rows.tolist())
     assert prior == pytest.approx(dummy.class_prior_)
     found = against_prior(predictions(np.full((40, 3), 1 / 3), ["abc"[k] for k in held], prior), METRICS)
     assert found is not None
@@ -51,16 +51,16 @@ def test_the_prior_is_scikit_learns_dummy_of_the_training_rows() -> None:
 
 def test_the_prior_of_numbers_is_their_mean_and_of_several_classes_each_share() -> None:
     dummy = DummyRegressor().fit(np.zeros((4, 1)), [1.0, 2.0, 3.0, 10.0])
-    assert prior_of(Problem.regression, 1, [1.0, 2.0, 3.0, 10.0]) == pytest.approx(dummy.predict([[0.0]]))
-    assert prior_of(Problem.multi_label, 2, [(1, 0), (1, 1), (0, 0), (0, 0)]) == [0.5, 0.25]
-    assert prior_of(Problem.single_label, 3, [0, 0, 0, 1]) == pytest.approx([0.6, 0.2, 0.2])  # c was never seen
+    assert prior_of(TaskType.regression, 1, [1.0, 2.0, 3.0, 10.0]) == pytest.approx(dummy.predict([[0.0]]))
+    assert prior_of(TaskType.multi_label, 2, [(1, 0), (1, 1), (0, 0), (0, 0)]) == [0.5, 0.25]
+    assert prior_of(TaskType.single_label, 3, [0, 0, 0, 1]) == pytest.approx([0.6, 0.2, 0.2])  # c was never seen
     made = Predictions(["x", "y"], ["t"], np.asarray([[4.0], [5.0]]), "regression", [4.0, 6.0])
     made.facts = {"sources": [{"fold": None, "prior": [4.0]}]}
     found = against_prior(made, {"rmse": regression.rmse, "pearson": regression.pearson})
     assert found is not None
     assert found.metrics["rmse"] == pytest.approx(np.sqrt(2))
     assert found.to_plain()["metrics"]["pearson"] is None
-    assert row_losses(np.asarray([[4.0]]), np.asarray([6.0]), Problem.regression, 2.0) == pytest.approx([0.5])
+    assert row_losses(np.asarray([[4.0]]), np.asarray([6.0]), TaskType.regression, 2.0) == pytest.approx([0.5])
 
 
 @pytest.mark.parametrize(("strength", "words"), [(3.0, "better than chance"), (0.0, "NOT better"), (-3.0, "WORSE")])

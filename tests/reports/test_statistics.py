@@ -168,7 +168,7 @@ def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refuse
     assert best("rmse") == best("loss_nats") == best("llmft.metrics.multilabel.logloss") == "low"
     for metric, how, message in (
         ("", {}, "the numbers: nothing says what the values measure: set metric=accuracy"),
-        ("mine", {}, "mode: nothing says whether more or less of mine is better"),
+        ("mine", {}, "mode: mine does not declare whether higher or lower is better"),
         ("accuracy", {"mode": Mode.min}, "mode=min: more of accuracy is better"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):

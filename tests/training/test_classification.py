@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from llmft.config.sections import LoraConfig, Problem
+from llmft.config.sections import LoraConfig, TaskType
 from llmft.data.batch import MicroBatch, collate
 from llmft.data.columns import Conversation
-from llmft.data.examples import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Example
 from llmft.data.targets import Targets
 from llmft.model import adapters
 from llmft.model.heads import FullPrecisionLinear, linear_scores, renew_head
@@ -39,7 +39,7 @@ def batch_of(rows: list[list[int]], answers: int = 0) -> MicroBatch:
     made = []
     for number, ids in enumerate(rows):
         labels = [IGNORE] * (len(ids) - answers) + ids[len(ids) - answers :]
-        made.append(Encoded(ids, labels, Conversation([], f"f:{number}", number % 5)))
+        made.append(Example(ids, labels, Conversation([], f"f:{number}", number % 5)))
     return collate(made, range(len(rows)), EOS)
 
 
@@ -148,11 +148,11 @@ def test_losses_are_those_of_torch_with_smoothing_in_training_alone() -> None:
 def test_several_classes_are_a_mean_of_binary_losses_and_numbers_half_a_squared_error() -> None:
     values, batch = torch.randn(4, 5), batch_of(random_rows())
     batch.targets = torch.tensor(np.eye(5)[:4] + np.eye(5)[1:5]).long()
-    found = Classification(Targets(Problem.multi_label, list("abcde")), scores_of(values)).evaluate(None, batch)
+    found = Classification(Targets(TaskType.multi_label, list("abcde")), scores_of(values)).evaluate(None, batch)
     wanted = F.binary_cross_entropy(values.double().sigmoid(), batch.targets.double(), reduction="none").mean(dim=1)
     torch.testing.assert_close(found.nll, wanted)
     batch.targets = torch.tensor([10.0, 14.0, 6.0, 10.0])
-    numbers = Classification(Targets(Problem.regression, ["y"], mean=10.0, scale=4.0), scores_of(torch.zeros(4, 1)))
+    numbers = Classification(Targets(TaskType.regression, ["y"], mean=10.0, scale=4.0), scores_of(torch.zeros(4, 1)))
     found = numbers.evaluate(None, batch)
     assert found.nll.tolist() == pytest.approx([0, 0.5, 0.5, 0])
     assert found.outputs is not None

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from llmft.core.seeds import stream
 from llmft.data.batch import StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
-from llmft.data.examples import IGNORE, Encoded
+from llmft.data.examples import IGNORE, Example
 from llmft.model.families import selects_positions
 from llmft.training.finetuner import parameter_groups
 from llmft.training.objectives.language_modeling import LanguageModeling
@@ -24,13 +24,13 @@ CONFIG = LlamaConfig(
 )
 
 
-def examples() -> list[Encoded]:
+def examples() -> list[Example]:
     generator = torch.Generator().manual_seed(0)
     made = []
     for length, labelled in [(12, 1), (5, 4), (9, 3), (7, 6), (12, 2), (4, 1)]:
         ids = torch.randint(3, 64, (length,), generator=generator).tolist()
         labels = [IGNORE] * (length - labelled) + ids[length - labelled :]
-        made.append(Encoded(ids, labels, Conversation([], "f:1")))
+        made.append(Example(ids, labels, Conversation([], "f:1")))
     return made
 
 

@@ -19,7 +19,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import Problems
+from llmft.data.sources import BadRows
 from llmft.train import train
 from llmft.training.prepare import prepare
 from llmft.training.tokenized_data import inspect_rows, read_rows
@@ -60,7 +60,7 @@ class TestD1ToD7Rows:
         "d4_an_object": (b'{"prompt": {"a": 1}, "response": "a"}', r"train\.jsonl:50: .*prompt.*dict"),
         "d5_empty_answer": (b'{"prompt": "q", "response": ""}', r"train\.jsonl:50: the answer is empty"),
         "d5_white_answer": (b'{"prompt": "q", "response": " \\n "}', r"train\.jsonl:50: the answer is empty"),
-        "d7_key_twice": (b'{"prompt": "q", "response": "a", "response": "b"}', r"train\.jsonl:50: .*stands twice"),
+        "d7_key_twice": (b'{"prompt": "q", "response": "a", "response": "b"}', r"train\.jsonl:50: .*appears twice"),
         "d7_array": (b'["q", "a"]', r"train\.jsonl:50: a JSON object was expected, not list"),
         "d7_half_a_character": (b'{"prompt": "q", "response": "\\ud83d"}', r"train\.jsonl:50: .*lone surrogate"),
     }
@@ -181,7 +181,7 @@ def chat(question: str, answer: str) -> Conversation:
 
 def encode(tokenizer: Any, rows: list[Conversation], **data: Any) -> tuple[Any, Encoder]:
     made = Encoder(tokenizer, format_of("alpaca_short"), DataConfig(name="d", files="f", **data))
-    return made.encode("train", rows, Problems()), made
+    return made.encode("train", rows, BadRows()), made
 
 
 def learned(tokenizer: Any, example: Any) -> str:
@@ -313,7 +313,7 @@ class TestD12ToD14SpecialTokens:
             config = replace(format_of(name).config)
             made = Encoder(each, prompt_format(config, each), DataConfig(name="d", files="f"))
             text = made.render(rows[0]).text
-            for example in made.encode("train", rows, Problems()):
+            for example in made.encode("train", rows, BadRows()):
                 ids = list(example.input_ids)
                 assert ids.count(each.bos_token_id) == (1 if each is adding else text.count("<s>"))
                 assert ids.count(each.eos_token_id) == text.count("</s>")
@@ -325,7 +325,7 @@ def test_d16_the_same_row_on_both_sides_is_counted_and_too_many_are_refused(tmp_
     where += [f"output_dir={tmp_path}/out", "data=prompt_response"]
     (tmp_path / "train.jsonl").write_bytes(b"\n".join(lines(100)))
     small = [override for override in SMALL if not override.startswith("data.rows")]
-    with pytest.raises(DataError, match=r"10 validation rows \(100%\) also stand in train"):
+    with pytest.raises(DataError, match=r"10 validation rows \(100%\) are also in train"):
         train(compose(*small, *where), quiet=True)
     prepared = prepare(compose(*small, *where, "data.max_overlap_fraction=1"))
     (overlap,) = [o for o in inspect_rows(prepared, read_rows(prepared, print), near=False).overlaps if o.exact]
@@ -344,7 +344,7 @@ MESSAGES = [
 def picture(tokenizer: Any, name: str) -> str:
     """The ids of a conversation, each with its text, those that are learned marked."""
     made = Encoder(tokenizer, prompt_format(format_of(name).config, tokenizer), DataConfig(name="d", files="f"))
-    (example,) = made.encode("train", [Conversation(MESSAGES, "f:1")], Problems())
+    (example,) = made.encode("train", [Conversation(MESSAGES, "f:1")], BadRows())
     out = [made.render(Conversation(MESSAGES, "f:1")).text, "-" * 40]
     for token, label in zip(example.input_ids, example.labels, strict=True):
         assert label in (IGNORE, token)

@@ -21,7 +21,7 @@ from llmft.config.overrides import config_directory
 from llmft.config.sections import BadRow
 from llmft.core.errors import DataError, UserError, report
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import Problems, Row, read
+from llmft.data.sources import BadRows, Row, read
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(
@@ -52,7 +52,7 @@ def check_rows(name: str, content: bytes) -> int:
     and the same ones that a strict reading gets to before the first bad one.
     """
     path = Path(name)
-    skipped = Problems(BadRow.skip)
+    skipped = BadRows(BadRow.skip)
     kept: list[Row] = []
     try:
         for row in read(path, content, skipped):
@@ -69,7 +69,7 @@ def check_rows(name: str, content: bytes) -> int:
         json.dumps(entry, ensure_ascii=False)
     strict: list[Row] = []
     try:
-        for row in read(path, content, Problems(BadRow.error)):
+        for row in read(path, content, BadRows(BadRow.error)):
             strict.append(row)
     except DataError as error:
         assert str(error).startswith(name)

@@ -37,7 +37,7 @@ from llmft.data.prompt import PromptFormat
 from llmft.runs.directory import open_run, slug, write_config
 from llmft.train import train
 from llmft.training.prepare import prepare
-from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
+from tests.conftest import ROOT, SMALL, compose, llmft, prompt_config, run_directory
 
 PACKAGE = ROOT / "llmft"
 TINY = PACKAGE / "assets" / "tiny"
@@ -520,7 +520,7 @@ class TestTemplates:
         assert signal.getitimer(signal.ITIMER_REAL)[0] == 0
 
     def test_a_long_conversation_is_no_offence(self) -> None:
-        prompt = PromptFormat.from_yaml(ROOT / "conf" / "prompt" / "chatml.yaml")
+        prompt = PromptFormat(prompt_config("chatml"))
         long = "x" * 10_000_000
         made = prompt.render([{"role": "user", "content": long}, {"role": "assistant", "content": "a"}])
         assert long in made.text

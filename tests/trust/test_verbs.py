@@ -14,7 +14,7 @@ import pytest
 
 from llmft.checks import machine
 from llmft.checks.disk import size_of
-from llmft.config.sections import Cleaning, DiskConfig, DoctorConfig, Form, Keep
+from llmft.config.sections import Cleaning, DiskConfig, DoctorConfig, Keep, OutputFormat
 from llmft.core.errors import ConfigError
 from llmft.disk import disk
 from llmft.doctor import doctor
@@ -108,7 +108,7 @@ class TestDoctor:
     def test_what_would_stop_a_training_is_exit_code_2(self, tmp_path: Path, capsys: Any) -> None:
         (tmp_path / "file").write_text("")
         with pytest.raises(ConfigError, match="output_dir") as error:
-            doctor(DoctorConfig(str(tmp_path / "file" / "x"), network=False, format=Form.json))
+            doctor(DoctorConfig(str(tmp_path / "file" / "x"), network=False, format=OutputFormat.json))
         assert error.value.exit_code == 2
         assert {"part", "level", "found", "fix"} == set(json.loads(capsys.readouterr().out)[0])
 
@@ -147,7 +147,7 @@ class TestDisk:
         return tmp_path
 
     def look(self, root: Path, **values: Any) -> Any:
-        return disk(DiskConfig(str(root), format=Form.json, **values))
+        return disk(DiskConfig(str(root), format=OutputFormat.json, **values))
 
     def test_sizes_are_those_of_du(self, root: Path) -> None:
         directory = run_directory(root)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmft.config.sections import Problem
+from llmft.config.sections import TaskType
 from llmft.data.batch import MicroBatch
 from llmft.data.targets import Targets
 from llmft.model.heads import linear_scores
@@ -63,17 +63,17 @@ class Classification:
 
     def outputs(self, scores: torch.Tensor) -> torch.Tensor:
         """What `scores` mean to people."""
-        if self.targets.problem is Problem.regression:
+        if self.targets.problem is TaskType.regression:
             return scores * self.targets.scale + self.targets.mean
-        if self.targets.problem is Problem.multi_label:
+        if self.targets.problem is TaskType.multi_label:
             return scores.sigmoid()
         return scores.softmax(dim=-1)
 
     def _nll(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
-        if self.targets.problem is Problem.regression:
+        if self.targets.problem is TaskType.regression:
             wanted = (targets.to(scores.dtype) - self.targets.mean) / self.targets.scale
             return 0.5 * (scores[:, 0] - wanted) ** 2
-        if self.targets.problem is Problem.multi_label:
+        if self.targets.problem is TaskType.multi_label:
             wanted = targets.to(scores.dtype) * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").mean(dim=-1)
         return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
