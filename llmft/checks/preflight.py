@@ -29,7 +29,7 @@ from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import Problems
 from llmft.model.load import TORCH_DTYPES
 from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
 from llmft.training.micro_batching import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
 from llmft.training.objectives.choice import cost
 from llmft.training.prepare import Prepared
@@ -230,7 +230,7 @@ def _seconds(
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
     """Weights that every token is multiplied with; of the experts all, so that a mixture is overestimated."""
-    empty = skeleton(auto_class, architecture)
+    empty = meta_model(auto_class, architecture)
     tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 

@@ -38,7 +38,7 @@ from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.kernels import packing
 from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
 
 FP32_BYTES = 4
 BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
@@ -201,7 +201,7 @@ def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
     # Kernels that only a GPU has keep what PyTorch's own keep: queries, keys, values and output, no scores.
     arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
     dtype = dtype if config.lora.enabled else torch.float32
-    base = skeleton(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
+    base = meta_model(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
     if config.model.kernels is Kernels.auto:
         kernels.install(base)
     return base

@@ -18,7 +18,7 @@ from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
 from llmft.model.load import first_line, pick_device, pick_precision
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
 from llmft.training.micro_batching import architecture_of
 from llmft.training.prepare import Prepared
 from llmft.training.scoring import make_objective
@@ -137,7 +137,7 @@ def _check_model(prepared: Prepared, rows: Rows) -> None:
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
         families.prepare(architecture.model_type)
         try:
-            base = skeleton(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
+            base = meta_model(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
         except Exception:  # code of others may want values; loading will tell
             return
         adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
