@@ -49,7 +49,7 @@ from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner, stream
-from llmft.training.micro_batching import architecture_of, choose_fit
+from llmft.training.micro_batching import architecture_of, plan_micro_batches
 from llmft.training.objectives.choice import cost
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.plan import last_names, plan_facts
@@ -257,13 +257,12 @@ class Session:
         """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says."""
         config = self.config
         dtype = TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32
-        self.fit = choose_fit(
+        self.fit = plan_micro_batches(
             config,
             self.splits["train"],
             lambda: architecture_of(self.prepared, len(self.tokenizer)),
             self.device,
             dtype,
-            model=self.model,
             before=before,
         )
         set_checkpointing(self.base, self.fit.checkpointing)

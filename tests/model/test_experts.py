@@ -123,16 +123,14 @@ def test_experts_are_4_bit_while_they_are_read_as_they_are_afterwards_and_train(
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
 def test_check_foretells_the_bytes_of_a_mixture_from_files(family: str, tmp_path: Path) -> None:
     from llmft.model.load import model_config
-    from llmft.model.memory import estimate_memory
+    from llmft.model.memory import StepMemory
     from tests.conftest import compose
 
     model = saved(family, tmp_path)
     config = compose("model=tiny", "data=alpaca", "data.files=none", "logger=none")
     config.model = model
-    told = estimate_memory(
-        config, model_config(model, locate(model)), rows=1, tokens=8, labelled_tokens=2, dtype=torch.float32
-    )
-    assert told.base == pytest.approx(held_bytes(load(model)), rel=0.01)
+    memory = StepMemory(config, model_config(model, locate(model)), torch.float32, "cpu")
+    assert memory.base == pytest.approx(held_bytes(load(model)), rel=0.01)
 
 
 def change(directory: Path, what: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
