@@ -20,8 +20,6 @@ ALLOWED = {
     ("benchmarks/measure.py", "torch.utils.deterministic.fill_uninitialized_memory"): "the same",
     ("data/hub.py", "constants.HF_HUB_OFFLINE"): "until what loads takes local_files_only=",
     ("core/network.py", "constants.HF_HUB_OFFLINE"): "the same",
-    ("model/restore.py", "mock"): "until cached bases are saved and loaded by transformers",
-    ("model/memory.py", "mock"): "until activations are told by a formula",
 }
 
 

@@ -213,13 +213,13 @@ class Bench:
 
         from llmft.data.batch import collate
         from llmft.model.checkpointing import Offloaded, set_checkpointing
-        from llmft.training.micro_batching import Fit, choose_fit
+        from llmft.training.micro_batching import MicroBatchPlan, plan_micro_batches
         from llmft.training.objectives.language_modeling import LanguageModeling
 
         config, rows = self.config, self.config.trainer.batch_size
         offloads = config.trainer.offload_activations and self.device.type == "cuda"
         objective = LanguageModeling()
-        fits: list[Fit] = []
+        fits: list[MicroBatchPlan] = []
         tokens: list[int] = []
         left: list[float] = []
         self.model.train()
@@ -229,7 +229,7 @@ class Bench:
             examples = _rows(rows, found, self.vocabulary, self.context_tokens, seed=len(tokens))
             if not fits:
                 arguments = (self.device, self.dtype)
-                fits.append(choose_fit(config, examples, lambda: self.architecture, *arguments, model=self.model))
+                fits.append(plan_micro_batches(config, examples, lambda: self.architecture, *arguments))
                 set_checkpointing(self.base, fits[0].checkpointing)
             lengths = examples.lengths.tolist()
             groups = fits[0].limit.groups(lengths, range(rows))[:MOST_MICRO_BATCHES]

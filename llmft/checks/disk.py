@@ -21,7 +21,7 @@ from llmft.config.untrusted import read_yaml
 from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes
 from llmft.data.examples import cache_directory
-from llmft.model import basecache
+from llmft.model import quantized_cache
 from llmft.runs.directory import Run
 
 _STEP = re.compile(r"step-(\d{8})\.(safetensors|sha256)")
@@ -123,7 +123,7 @@ def find(config: DiskConfig) -> DiskReport:
     if Cleaning.tokens in config.clean:
         doomed += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
     if Cleaning.bases in config.clean:
-        doomed += _all_of(basecache.bases_directory(), "*", "quantised again by the next run")
+        doomed += _all_of(quantized_cache.bases_directory(), "*", "quantised again by the next run")
     if Cleaning.wandb in config.clean:
         doomed += _all_of(_wandb_cache(), "*", "downloaded again when needed")
     return DiskReport(shutil.disk_usage(root).free, runs, cached, doomed)
@@ -210,9 +210,9 @@ def _others() -> list[Cached]:
     tokens = cache_directory()
     bases = [
         Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
-        for path, facts in basecache.entries()
+        for path, facts in quantized_cache.entries()
     ]
-    made = [*bases, Cached("tokenised rows", str(tokens), size_of(tokens) - size_of(basecache.bases_directory()))]
+    made = [*bases, Cached("tokenised rows", str(tokens), size_of(tokens) - size_of(quantized_cache.bases_directory()))]
     made.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
     made.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))
     return [entry for entry in made if entry.size > 0]

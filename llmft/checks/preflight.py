@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmft.config.convert import to_plain
-from llmft.config.sections import Checkpointing, TrainConfig, Truncation
+from llmft.config.sections import Checkpointing, Truncation
 from llmft.core.files import format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
@@ -28,9 +28,9 @@ from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import BadRows
 from llmft.model.load import TORCH_DTYPES
-from llmft.model.memory import MemoryEstimate, device_memory, estimate_memory
-from llmft.model.skeleton import skeleton
-from llmft.training.micro_batching import MEMORY_MARGIN, Fit, StepRows, architecture_of, choose_fit
+from llmft.model.memory import device_memory
+from llmft.model.meta import meta_model
+from llmft.training.micro_batching import MEMORY_MARGIN, architecture_of, estimator, plan_micro_batches
 from llmft.training.objectives.choice import cost
 from llmft.training.parts import check_parts
 from llmft.training.prepare import RunInputs
@@ -162,9 +162,10 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     examples = rows.splits["train"]
     dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
     architecture = architecture_of(prepared, len(rows.tokenizer))
-    fit = choose_fit(config, examples, lambda: architecture, device, dtype)
-    estimate = fit.estimate or _largest(config, examples, architecture, device, dtype, fit)
-    weights = int(sum(estimate.base_by_dtype.values()))
+    fit = plan_micro_batches(config, examples, lambda: architecture, device, dtype)
+    estimate = fit.estimate
+    if estimate is None:
+        estimate = estimator(config, examples, architecture, device, dtype)(fit.limit, fit.checkpointing)
     saved = estimate.adapter + estimate.optimizer
     free = shutil.disk_usage(_existing(Path(config.output_dir))).free
     return {
@@ -173,26 +174,13 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         "memory": {**asdict(estimate), "total": estimate.total},
         "device_memory": device_memory(device),
         "micro_batch": {**fit.to_plain(), "told": str(fit)},
-        "base": weights,
+        "base": estimate.base,
         "disk": saved * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
         "disk_free": free,
         "seconds_at_least": _seconds(
             prepared, examples, rows.total_steps, architecture, device, dtype, fit.checkpointing
         ),
     }
-
-
-def _largest(
-    config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype, fit: Fit
-) -> MemoryEstimate:
-    """The estimate where the choice needed none; raises what the model's code raises on shapes alone."""
-    rows = StepRows.of(examples.lengths, examples.labelled_tokens, config.trainer.batch_size)
-    positions, labels = rows.largest(fit.limit)
-    longest = rows.longest
-    estimate = estimate_memory(
-        config, architecture, rows=1, tokens=longest, labelled_tokens=longest, dtype=dtype, device_type=device.type
-    )
-    return estimate.at(positions, labels, fit.checkpointing, offloaded=config.trainer.offload_activations)
 
 
 def _existing(path: Path) -> Path:
@@ -230,7 +218,7 @@ def _seconds(
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
     """Weights that every token is multiplied with; of the experts all, so that a mixture is overestimated."""
-    empty = skeleton(auto_class, architecture)
+    empty = meta_model(auto_class, architecture)
     tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
@@ -248,7 +236,7 @@ def _need_findings(needs: dict[str, Any]) -> list[Finding]:
     total, available = needs["memory"]["total"], needs["device_memory"]
     if available is not None and total > (1 - MEMORY_MARGIN) * available:
         message = (
-            f"about {format_bytes(total)} are needed, up to a fifth more with what the estimate leaves out, and "
+            f"about {format_bytes(total)} are needed, some 15% more or less, and "
             f"{needs['device']} has {format_bytes(available)}: {_ways_out(needs)}"
         )
         found.append(Finding("warning", "trainer.micro_batch", message))
@@ -300,12 +288,12 @@ def show(report: dict[str, Any]) -> None:
     )
     parts = ", ".join(
         f"{name} {format_bytes(memory[name])}"
-        for name in ("base", "adapter", "gradients", "optimizer", "activations", "logits")
+        for name in ("base", "adapter", "gradients", "optimizer", "activations", "workspace", "libraries")
     )
     available = needs["device_memory"]
     fits = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
     console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{fits}: {parts}")
-    console.print(f"[bold]at once[/bold] {escape(needs['micro_batch']['told'])}")
+    console.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
 

@@ -101,29 +101,6 @@ RECORDS_BYTES = 2**20
 """Left free beside a large file, for the small ones that come with it."""
 
 
-LOCAL_FILE_SYSTEMS = b"bcachefs btrfs ext2 ext3 ext4 f2fs jfs overlay tmpfs xfs zfs".split()
-
-
-def mappable(path: Path) -> bool:
-    """Whether nobody else can change a file's content or take it away, so that it may be mapped into memory.
-
-    A file that is deleted here stays until the last process lets it go; one that is deleted on a server kills those
-    that still read it. What is not known to be on a local disk counts as not local.
-    """
-    try:
-        with path.open("rb") as file:
-            facts = os.fstat(file.fileno())
-            told = Path(f"/proc/self/fdinfo/{file.fileno()}").read_bytes()
-        mounts = Path("/proc/self/mountinfo").read_bytes()
-    except OSError:
-        return False
-    if facts.st_uid != os.geteuid() or facts.st_mode & 0o022:
-        return False
-    number = told.partition(b"mnt_id:")[2].split()[:1]
-    lines = [line for line in mounts.split(b"\n") if line.split()[:1] == number]
-    return len(lines) == 1 and lines[0].partition(b" - ")[2].partition(b" ")[0] in LOCAL_FILE_SYSTEMS
-
-
 def check_space(directory: Path, needed: int) -> None:
     """Raises OSError naming both numbers when fewer than `needed` bytes are free on the disk of `directory`.
 

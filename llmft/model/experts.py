@@ -7,10 +7,7 @@ made: so no more than one layer's experts are ever held in full precision.
 
 from __future__ import annotations
 
-import json
-import math
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,20 +16,6 @@ PIECE_WEIGHTS = 2**20
 """Quantised at once on a CPU, where bitsandbytes makes five fp32 copies of what it is given."""
 BLOCK = 64
 SCALE_BLOCK = 256
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 
 
 def fused_shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
@@ -82,13 +65,18 @@ def put_fused(model: torch.nn.Module, name: str, packed: torch.Tensor, parts: di
     replace_parameter_4bit_prequantized(module, attribute, dict(parts), packed.device)
 
 
-QUANTIZER = "llmft_4bit"
+QUANTIZER, DESERIALIZER = "llmft_4bit", "llmft_4bit_stored"
+STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__{}")
+"""What bitsandbytes saves beside a 4-bit weight; the last has the format's name."""
 
 
 @cache
 def register() -> None:
-    """Registers transformers' 4-bit quantizer, for stacked experts too, as `QUANTIZER`."""
-    from transformers.core_model_loading import ConversionOps
+    """Registers transformers' 4-bit quantizer for stacked experts too, as `QUANTIZER`.
+
+    `DESERIALIZER` is the same for files that are quantised already.
+    """
+    from transformers.core_model_loading import ConversionOps, WeightConverter
     from transformers.quantizers import register_quantizer
     from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
     from transformers.utils.quantization_config import QuantizationMethod
@@ -96,23 +84,39 @@ def register() -> None:
     class Quantize(ConversionOps):
         """One weight or stack, when it has been read."""
 
-        def __init__(self, quantizer: Any, linear: Any) -> None:
-            self.quantizer, self.linear = quantizer, linear
+        def __init__(self, hf_quantizer: Any, linear: Any) -> None:
+            self.hf_quantizer, self.linear = hf_quantizer, linear
 
         def convert(  # type: ignore[override]
             self, input_dict: dict[str, Any], **kwargs: Any
         ) -> dict[str, Any]:
-            found: dict[str, Any] = {}
+            converted: dict[str, Any] = {}
             for name in list(input_dict):
                 value = input_dict.pop(name)
                 value = value[0] if isinstance(value, list) else value
-                if name in self.quantizer.shapes:
-                    found[name] = self.quantizer.pack(name, value)
-                elif self.quantizer.param_needs_quantization(kwargs["model"], name):
-                    found.update(self.linear.convert({name: value}, **kwargs))
+                if name in self.hf_quantizer.shapes:
+                    converted[name] = self.hf_quantizer.pack(name, value)
+                elif self.hf_quantizer.param_needs_quantization(kwargs["model"], name):
+                    converted.update(self.linear.convert({name: value}, **kwargs))
                 else:
-                    found[name] = value
-            return found
+                    converted[name] = value
+            return converted
+
+    class Deserialize(ConversionOps):
+        """A stack that was quantised before, with its scales."""
+
+        def __init__(self, hf_quantizer: Any) -> None:
+            self.hf_quantizer = hf_quantizer
+
+        def convert(  # type: ignore[override]
+            self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any
+        ) -> dict[str, Any]:
+            attribute = full_layer_name.rpartition(".")[2]
+            tensors = {name: value[0] if isinstance(value, list) else value for name, value in input_dict.items()}
+            packed = tensors.pop(attribute)
+            parts = {name.removeprefix(f"{attribute}."): value for name, value in tensors.items()}
+            self.hf_quantizer.parts[full_layer_name] = parts
+            return {attribute: packed}
 
     @register_quantizer(QUANTIZER)
     class ExpertsQuantizer(Bnb4BitHfQuantizer):
@@ -130,6 +134,16 @@ def register() -> None:
         def get_quantize_ops(self) -> Any:
             return Quantize(self, super().get_quantize_ops())
 
+        def get_weight_conversions(self) -> Any:
+            if not self.pre_quantized:
+                return super().get_weight_conversions()
+            state = [part.format(self.quantization_config.bnb_4bit_quant_type) for part in STATE]
+            stacks = {name.rpartition(".")[2] for name in self.shapes}
+            return [
+                WeightConverter([name, *(f"{name}.{part}" for part in state)], name, [Deserialize(self)])
+                for name in sorted(stacks)
+            ] + super().get_weight_conversions()
+
         def pack(self, name: str, value: torch.Tensor) -> torch.Tensor:
             """`value` in 4 bits; its scales are kept for the end of loading."""
             if value.shape != self.shapes[name]:
@@ -146,59 +160,12 @@ def register() -> None:
             self.quantization_config.quant_method = model.quantization_method = QuantizationMethod.BITS_AND_BYTES
             return super()._process_model_after_weight_loading(model, **kwargs)
 
+    @register_quantizer(DESERIALIZER)
+    class ExpertsDeserializer(ExpertsQuantizer):
+        """Of files that are quantised already, whatever their config says."""
 
-class Slice:
-    """A tensor of a safetensors file that is read when it is asked for, into memory that is free again afterwards.
+        def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+            super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
 
-    A mapped file would stay in the process's memory, page by page, until the last tensor is read.
-    """
-
-    def __init__(self, path: Path, dtype: str, shape: list[int], place: int) -> None:
-        self.path, self.dtype, self.shape, self.place = path, DTYPES[dtype], shape, place
-
-    @property
-    def count(self) -> int:
-        """Elements of the tensor."""
-        return math.prod(self.shape)
-
-    @property
-    def nbytes(self) -> int:
-        """Of the tensor."""
-        return self.count * self.dtype.itemsize
-
-    def __getitem__(self, everything: Any) -> torch.Tensor:
-        assert everything is Ellipsis
-        made = torch.empty(self.shape, dtype=self.dtype)
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.place)
-            wanted = memoryview(made.view(-1).view(torch.uint8).numpy().data)
-            while wanted:
-                got = file.readinto(wanted)
-                if not got:
-                    raise OSError(f"{self.path} ends too early")
-                wanted = wanted[got:]
-        return made
-
-
-def slices(directory: Path) -> dict[str, Slice]:
-    """All tensors of a model directory's safetensors files by name, unread."""
-    names = {"model.safetensors"}
-    if not (directory / "model.safetensors").is_file():
-        names = set(json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values())
-    return {key: tensor for name in sorted(names) for key, tensor in slices_of(directory / name).items()}
-
-
-def slices_of(path: Path) -> dict[str, Slice]:
-    """All tensors of a safetensors file by name, unread; raises the library's error where its header is broken."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt"):
-        pass
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    return {
-        name: Slice(path, entry["dtype"], entry["shape"], 8 + length + entry["data_offsets"][0])
-        for name, entry in header.items()
-        if name != "__metadata__"
-    }
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self  # transformers copies its conversions, and so the quantizer, for every tensor

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import json
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,8 +20,8 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.machine import versions
 from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
-from llmft.model.basecache import LEAST_WEIGHTS, BaseCache, Damaged
-from llmft.model.experts import QUANTIZER, fused_shapes, register, slices
+from llmft.model.experts import DESERIALIZER, QUANTIZER, fused_shapes, register
+from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
     agreed,
     bitsandbytes_config,
@@ -30,8 +31,7 @@ from llmft.model.quantization import (
     unquantized_modules,
     weight_counts,
 )
-from llmft.model.restore import Restorer, has_plain_tensors, packed_state
-from llmft.model.skeleton import auto_model, skeleton
+from llmft.model.quantized_cache import LEAST_WEIGHTS, QuantizedCache
 
 
 @dataclass
@@ -299,74 +299,84 @@ def _random(wanted: _Wanted) -> Any:
 
 def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
-    from transformers import GenerationConfig
+    assert wanted.located.directory is not None
+    cache = _cache(wanted, warn)
+    entry = None if cache is None else cache.find()
+    if cache is not None and entry is not None:
+        try:
+            base, _ = _read(wanted, entry, _stored_config(entry))
+            base.config.name_or_path = base.name_or_path = str(wanted.located.directory)
+            return base
+        except (ConfigError, OSError, ValueError, KeyError) as error:
+            cache.drop(first_line(error))
+    base, missing = _read(wanted, wanted.located.directory, _quantization(wanted))
+    counts = weight_counts(base)
+    if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS:
+        cache.write(base, missing)
+    return base
 
+
+def _read(wanted: _Wanted, directory: Path, quantization: Any) -> tuple[Any, set[str]]:
+    """The model of a directory's files, and the names of weights that are new because the files have none."""
     config = wanted.config()
     stored = stored_quantization(config)
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
         stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
         config.quantization_config = stored
-    factory: Any = auto_model(wanted.auto_class)
-    directory = wanted.located.directory
-    assert directory is not None
-
-    def load(
-        skip: list[str], *around: contextlib.AbstractContextManager[None], weights: dict[str, Any] | None = None
-    ) -> tuple[Any, Any]:
-        """From the directory, or from its `weights`, stacked experts among them."""
-        quantization = bitsandbytes_config(wanted.quantization, wanted.dtype, skip)
-        if weights is not None:
-            register()
-            quantization.quant_method = QUANTIZER
-        with contextlib.ExitStack() as stack:
-            for context in (*around, wanted.seeded()):  # a new classification head is random
-                stack.enter_context(context)
-            base, found = factory.from_pretrained(
-                directory if weights is None else None,
-                state_dict=weights,
-                config=config,
-                dtype=wanted.dtype,
-                quantization_config=None if stored else quantization,
-                device_map={"": wanted.device},
-                local_files_only=True,
-                use_safetensors=True,
-                trust_remote_code=wanted.model.trust_remote_code,
-                output_loading_info=True,
-                **_attention(wanted.model),
-            )
-        _refuse_missing(base, directory, found, wanted.auto_class)
-        if weights is not None and (directory / "generation_config.json").is_file():
-            base.generation_config = GenerationConfig.from_pretrained(directory)
-        return base, found
-
-    cache = _base_cache(wanted, warn)
-    if cache is not None and cache.found():
-        try:
-            restorer = Restorer(cache.read(wanted.device))
-            base, _ = load(cache.skipped(), restorer.reading())
-            restorer.finish(base)
-            return base
-        except (Damaged, ConfigError) as error:
-            cache.drop(first_line(error))
-    empty = skeleton(wanted.auto_class, config, dtype=wanted.dtype)
-    skip = unquantized_modules(empty, wanted.full_precision)
-    four_bit = wanted.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    fused = four_bit and not stored and bool(fused_shapes(empty))
-    if fused:
-        factory = type(empty)  # transformers' factory takes weights from a directory alone
-        base, found = load(skip, weights=slices(directory))
-    else:
-        base, found = load(skip)
-    counts = weight_counts(base)
-    if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS and not has_plain_tensors(base):
-        cache.write(packed_state(base, found["missing_keys"]), skip)
-    return base
+    elif isinstance(quantization, dict):
+        config.quantization_config, quantization = quantization, None
+    with wanted.seeded():  # a new classification head is random
+        base, info = auto_model(wanted.auto_class).from_pretrained(
+            directory,
+            config=config,
+            dtype=wanted.dtype,
+            quantization_config=None if stored else quantization,
+            device_map={"": wanted.device},
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=wanted.model.trust_remote_code,
+            output_loading_info=True,
+            **_attention(wanted.model),
+        )
+    _refuse_missing(base, directory, info, wanted.auto_class)
+    return base, set(info["missing_keys"])
 
 
-def _base_cache(wanted: _Wanted, warn: Callable[[str], None]) -> BaseCache | None:
-    """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted."""
+def _quantization(wanted: _Wanted) -> Any:
+    """How transformers quantises the files that it reads; None where they stay as they are."""
+    config = wanted.config()
+    if stored_quantization(config) or wanted.quantization.format is QuantizationFormat.none:
+        return None
+    empty = meta_model(wanted.auto_class, config, dtype=wanted.dtype)
+    quantization = bitsandbytes_config(
+        wanted.quantization, wanted.dtype, unquantized_modules(empty, wanted.full_precision)
+    )
+    if wanted.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
+        register()
+        quantization.quant_method = QUANTIZER
+    return quantization
+
+
+def _stored_config(entry: Path) -> Any:
+    """How transformers reads a cached base: what the config says where it is 8-bit, else with stacked experts too."""
+    from transformers import BitsAndBytesConfig
+
+    stored = json.loads((entry / "config.json").read_text())["quantization_config"]
+    if stored.get("load_in_8bit"):
+        return stored
+    register()
+    quantization = BitsAndBytesConfig.from_dict(stored)
+    quantization.quant_method = DESERIALIZER
+    return quantization
+
+
+def _cache(wanted: _Wanted, warn: Callable[[str], None]) -> QuantizedCache | None:
+    """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted.
+
+    Code of a repository is not run from there: its models are quantised every time.
+    """
     model, quantization = wanted.model, wanted.quantization
-    if quantization.format is QuantizationFormat.none or not quantization.cache:
+    if quantization.format is QuantizationFormat.none or not quantization.cache or model.trust_remote_code:
         return None
     installed = versions()
     identity = canonical(
@@ -382,7 +392,7 @@ def _base_cache(wanted: _Wanted, warn: Callable[[str], None]) -> BaseCache | Non
         ]
     )
     label = f"{model.label} {quantization.format.value} {str(wanted.dtype).removeprefix('torch.')}"
-    return BaseCache(identity, label, int(quantization.cache_gib * 2**30), warn)
+    return QuantizedCache(identity, label, int(quantization.cache_gib * 2**30), warn)
 
 
 def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> None:

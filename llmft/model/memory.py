@@ -1,19 +1,8 @@
-"""What a training takes in memory, told from transformers' config alone, before any weights load.
+"""What a training step takes in memory, by a formula over the shapes of a model without weights.
 
-Weights, gradients and optimizer states are counted on a model without storage (torch's "meta" device), to which the
-rules of `load_base` and `adapters.attach` are applied. Activations are counted too, not modelled: the model's own
-forward runs on shapes alone (FakeTensorMode), and what autograd saves in it is added up. So every family, DoRA,
-dropout and full fine-tuning come out of the code that will run. A 7B takes two seconds and no memory.
-
-Against what autograd saves in a real forward of a twin of every family, in fp32, bf16 and 4-bit, the error is below
-0.1% (tests/model/test_memory.py; 4-bit experts in fp32 up to 20% high). Against the peak of all live tensors over
-forward and backward, temporaries included, activations + gradients + logits are 0 to 15% low without checkpointing and
-0 to 30% low with it, where one layer's backward weighs more: leave a fifth free. Not counted: those temporaries (one
-dequantised weight among them), the device's context and
-kernels (0.5 to 1 GiB on CUDA), fragmentation, validation and generation. CUDA's attention may be another: where the
-CPU's stores scores (dropout in attention, as GPT-2 has; Falcon), the estimate is too high there. CUDA's autocast
-computes LayerNorm in fp32, the CPU's does not: GPT-2, OPT, Phi-2, Falcon, MPT and DeBERTa in bf16 take somewhat more
-there.
+For each token a layer keeps the inputs of its norms and of its trained linear layers, and the outputs of the linear
+layers that do not end in the residual stream; kernels keep less. At the peak there is more for a while: logits and
+their gradient, or what the backward of one layer makes. `tests/model/test_memory.py` says how near measured peaks are.
 """
 
 from __future__ import annotations
@@ -23,232 +12,222 @@ import math
 import os
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
-from torch.nn.utils import parametrize
 
-from llmft.config.sections import Checkpointing, Kernels, QuantizationFormat, TrainConfig, checkpointing_of
+from llmft.config.sections import Checkpointing, Kernels, QuantizationConfig, QuantizationFormat, TrainConfig
 from llmft.model import adapters, families, kernels
 from llmft.model.experts import fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
-from llmft.model.kernels import packing
-from llmft.model.quantization import agreed, bitsandbytes_config, unquantized_modules
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
+from llmft.model.quantization import agreed, unquantized_modules
 
 FP32_BYTES = 4
-BLOCK_4BIT = 64  # weights that share a scale (QLoRA, arXiv:2305.14314)
-BLOCK_SCALES = 256  # 4-bit scales that share a scale when they are quantised too
-BLOCK_8BIT_STATE = 256  # optimizer states that share a scale (bitsandbytes.optim)
-MIN_8BIT_STATE = 4096  # smaller tensors keep fp32 states (bitsandbytes.optim)
 STATES = {"SGD": 1, "Lion": 1, "RMSprop": 1, "Adagrad": 1, "LARS": 1, "Muon": 1, "AdEMAMix": 3}  # else 2, as Adam's
-LOGIT_BYTES = 8  # per logit: itself and its log-probability in fp32, which becomes the gradient
-
-
-_ACTIVATIONS = {
-    Checkpointing.auto: "activations_kept",
-    Checkpointing.none: "activations_kept",
-    Checkpointing.full: "activations_checkpointed",
-}
+LIBRARIES_BYTES = {"cpu": 600 * 2**20, "cuda": 800 * 2**20}
+"""Of the process without a model: what is imported, and on a GPU its context and kernels."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """All in bytes, of one device that holds everything.
+    """All in bytes, of one device.
 
     Attributes:
         base: frozen weights as held: 4-bit or 8-bit with their scales, the rest in the dtype computed in.
-        base_by_dtype: the same by "4-bit", "8-bit", "scales" and torch's names.
         adapter: trained weights; without LoRA all weights, in fp32.
-        gradients: one per trained weight.
-        optimizer: its states after the first step.
-        activations: what one micro-batch keeps for its backward, as configured; under auto, all of it.
-        activations_kept: the same without gradient checkpointing.
-        activations_checkpointed: with the full one: every layer's input, and the largest layer.
-        activations_offloaded: on the device while the rest waits in the CPU's memory: the largest layer.
-        logits: the head's output, the loss and their gradients at the labelled positions.
-        logits_per_label: the part of it that grows with the labelled positions, for one of them.
-        labels_at_a_time: so many positions have logits at once; None for all.
-        tokens: positions that were estimated, and `labelled_tokens` of them.
+        gradients, optimizer: one per trained weight; its states after the first step.
+        activations: what a micro-batch keeps from its forward for its backward.
+        workspace: the logits with their gradient, or what one layer's backward makes, whichever is more.
+        libraries: the process without a model.
     """
 
     base: int
-    base_by_dtype: dict[str, int]
     adapter: int
     gradients: int
     optimizer: int
     activations: int
-    activations_kept: int
-    activations_checkpointed: int
-    activations_offloaded: int
-    logits: int
-    logits_per_label: int
-    labels_at_a_time: int | None
-    tokens: int
-    labelled_tokens: int
-
-    def at(
-        self, tokens: int, labelled_tokens: int, level: Checkpointing, *, offloaded: bool = False, share: int = 1
-    ) -> MemoryEstimate:
-        """The same for a micro-batch of so many positions, to which activations are proportional, at `level`.
-
-        `share` is the number of devices that weights and optimizer are divided among.
-        """
-        grown = tokens / self.tokens
-        scaled = {name: math.ceil(getattr(self, name) * grown) for name in _ACTIVATIONS.values()}
-        everywhere = self.logits - self._at_a_time(self.labelled_tokens) * self.logits_per_label
-        held = {name: getattr(self, name) // share for name in ("base", "adapter", "gradients", "optimizer")}
-        scaled["activations_offloaded"] = math.ceil(self.activations_offloaded * grown)
-        kept = scaled[_ACTIVATIONS[level]]
-        return replace(
-            self,
-            **held,
-            **scaled,
-            activations=min(kept, scaled["activations_offloaded"]) if offloaded else kept,
-            logits=math.ceil(everywhere * grown) + self._at_a_time(labelled_tokens) * self.logits_per_label,
-            tokens=tokens,
-            labelled_tokens=labelled_tokens,
-        )
-
-    def _at_a_time(self, labelled_tokens: int) -> int:
-        return labelled_tokens if self.labels_at_a_time is None else min(labelled_tokens, self.labels_at_a_time)
+    workspace: int
+    libraries: int
 
     @property
     def total(self) -> int:
-        """Sum of what is held at once, when the backward of a micro-batch begins."""
-        return self.base + self.adapter + self.gradients + self.optimizer + self.activations + self.logits
+        """The peak."""
+        return sum(vars(self).values())
 
 
-def estimate_memory(
-    config: TrainConfig,
-    hf_config: Any,
-    *,
-    rows: int,
-    tokens: int,
-    labelled_tokens: int,
-    dtype: torch.dtype,
-    device_type: str = "cuda",
-) -> MemoryEstimate:
-    """Memory of a training by `config` of the model that transformers' `hf_config` describes.
+class StepMemory:
+    """The memory of a training by `config` of the model that transformers' `hf_config` describes.
 
-    Args:
-        rows, tokens: shape of a micro-batch, padding included.
-        labelled_tokens: positions with a label in it, where alone logits are computed.
-        dtype: what is computed in; trained weights are fp32 throughout.
-        device_type: "cuda" or "cpu", where PEFT casts the inputs of quantised layers under autocast.
-
-    Raises whatever the model's forward raises when it needs values, not shapes (some code from repositories).
+    Raises whatever the model's code raises when it is built without weights.
     """
-    config = replace(config, quantization=agreed(config.quantization, hf_config, f"model={config.model.label}"))
-    frozen = _base_bytes(_skeleton(config, hf_config, dtype), config, dtype) if config.lora.enabled else {}
-    base = _skeleton(config, hf_config, dtype)
-    if config.lora.enabled:
-        base.requires_grad_(False)
-        if config.quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4):
-            for name in fused_shapes(base):
-                path, _, attribute = name.rpartition(".")
-                parametrize.register_parametrization(base.get_submodule(path), attribute, _Dequantized(), unsafe=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = adapters.attach(
-                base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="", kernels=config.model.kernels
-            )
-        if config.quantization.format is QuantizationFormat.int8:
-            lora_kernel.uninstall(model)  # PEFT's own forward of an 8-bit layer; here it stands as a dense one
-    else:
-        model = base.requires_grad_(True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    weights = sum(parameter.nbytes for parameter in trained)
-    model_class: type = type(base)
-    selects = families.selects_positions(model_class)
-    keep = max(1, math.ceil(labelled_tokens / rows)) if selects else None
-    if config.quantization.format is not QuantizationFormat.none and device_type == "cuda":
-        for module in model.modules():
-            module.cast_input_dtype_enabled = False  # PEFT's quantised layers cast nothing there
-    found = _activations(model, config, rows=rows, tokens=tokens, keep=keep, dtype=dtype)
-    level = checkpointing_of(config.trainer.gradient_checkpointing)
-    per_label = _vocabulary(base) * LOGIT_BYTES
-    in_parts = config.lora.enabled and selects
-    parts = positions_at_a_time(_vocabulary(base), device_type) if in_parts else None
-    return MemoryEstimate(
-        base=sum(frozen.values()),
-        base_by_dtype=frozen,
-        adapter=weights,
-        gradients=weights,
-        optimizer=optimizer_bytes(config.optimizer, [parameter.numel() for parameter in trained]),
-        activations=found[_ACTIVATIONS[level]],
-        **found,
-        logits=(0 if selects else rows * tokens * _vocabulary(base) * dtype.itemsize)
-        + min(labelled_tokens, parts or labelled_tokens) * per_label,
-        logits_per_label=per_label,
-        labels_at_a_time=parts,
-        tokens=rows * tokens,
-        labelled_tokens=labelled_tokens,
+
+    def __init__(self, config: TrainConfig, hf_config: Any, dtype: torch.dtype, device_type: str) -> None:
+        """`dtype` is what is computed in; trained weights are fp32. `device_type` is "cuda" or "cpu"."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        hf_config, auto_class, lora = copy.deepcopy(hf_config), str(config.task.auto_class), config.lora
+        hf_config.pad_token_id = getattr(hf_config, "pad_token_id", None) or 0
+        families.prepare(hf_config.model_type)
+        base = meta_model(auto_class, hf_config, dtype=dtype if lora.enabled else torch.float32)
+        quantization = agreed(config.quantization, hf_config, f"model={config.model.label}")
+        self.base, dequantized = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0)
+        stacks = sum(math.prod(shape) for shape in fused_shapes(base).values()) if dequantized else 0
+        base.requires_grad_(not lora.enabled)
+        if config.model.kernels is Kernels.auto:
+            kernels.install(base)
+        model = base
+        if lora.enabled:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                options: dict[str, Any] = {"auto_class": auto_class, "seed": 0, "name": ""}
+                model = adapters.attach(base, lora, kernels=config.model.kernels, **options)
+        trained = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+        self.adapter, self.optimizer = FP32_BYTES * sum(trained), optimizer_bytes(config.optimizer, trained)
+        self.libraries = LIBRARIES_BYTES[device_type]
+
+        text, self.itemsize = hf_config.get_text_config(), dtype.itemsize
+        if quantization.format is QuantizationFormat.int8:
+            lora_kernel.uninstall(model)
+        modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+        layers = [_kept_values(layer, text, dtype) for layer in modules]
+        self.hidden, self.num_layers = text.hidden_size, len(layers)
+        self.widest = max(max(_widths(m) or (0,)) for layer in modules for m in layer.modules())
+        self.kept, self.largest = sum(layers), max(layers)
+        self.scores = text.num_attention_heads * _scores(base, text)
+        # What every layer keeps of its weights: 4-bit experts dequantised, or autocast's copies of trained weights.
+        copies = stacks + (sum(trained) if not lora.enabled and dtype is not torch.float32 else 0)
+        self.copies = copies * self.itemsize // len(layers)
+        self.dequantized = dequantized * self.itemsize
+        model_class: type = type(base)
+        head, selects = base.get_output_embeddings(), families.selects_positions(model_class)
+        self.vocabulary = 0 if head is None else int(head.weight.shape[0])
+        self.chunk = positions_at_a_time(self.vocabulary, device_type) if selects and lora.enabled else None
+        self.logits_everywhere = 0 if selects else self.vocabulary * self.itemsize
+
+    def at(
+        self, tokens: int, longest: int, labelled: int, level: Checkpointing, *, offloaded: bool = False, share: int = 1
+    ) -> MemoryEstimate:
+        """Of a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
+
+        `share` is the number of devices that weights and optimizer are divided among.
+        """
+        scores = self.scores * longest
+        inputs = self.num_layers * self.hidden * tokens * self.itemsize
+        layer = (self.largest + scores) * tokens * self.itemsize + self.copies
+        outside = (2 * self.hidden * self.itemsize + self.logits_everywhere) * tokens
+        whole = (self.kept + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
+        backward = (2 * self.hidden + self.widest) * tokens * self.itemsize + self.dequantized
+        # Two numbers in fp32 for each logit: itself and its log-probability, which becomes the gradient.
+        logits = 2 * FP32_BYTES * self.vocabulary * min(labelled, self.chunk or labelled)
+        again = level is Checkpointing.full
+        return MemoryEstimate(
+            base=self.base // share,
+            adapter=self.adapter // share,
+            gradients=self.adapter // share,
+            optimizer=self.optimizer // share,
+            activations=outside + (0 if offloaded else inputs if again else whole),
+            workspace=max(logits, backward + (layer if again or offloaded else 0)),
+            libraries=self.libraries,
+        )
+
+
+def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float:
+    """Values in `dtype` that autograd keeps for each token that goes through `layer`."""
+    kept, wide = 0.0, FP32_BYTES / dtype.itemsize
+    inputs: dict[tuple[str, int], int] = {}
+    blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    parts = {"base_layer", "lora_A", "lora_B", "lora_dropout"}
+    modules = {name: module for name, module in layer.named_modules() if not parts & set(name.split("."))}
+    for name, module in modules.items():
+        parent, kind = name.rpartition(".")[0], type(module).__name__
+        weight: Any = getattr(module, "weight", None)
+        kernel, widths = "forward" in vars(module), _widths(module)
+        if widths is not None:
+            blocks[parent].append(widths)
+            if hasattr(module, "lora_A"):
+                kept += module.r["default"] + (widths[1] if module.lora_variant else 0)
+                if getattr(module.lora_dropout["default"], "p", 0.0):
+                    kept += widths[0] / dtype.itemsize if kernel else 2 * widths[0]
+            if hasattr(module, "lora_A") or weight.requires_grad:
+                shared = kernel or dtype is torch.float32  # PEFT casts each one's input
+                inputs[parent if shared else name, widths[0]] = widths[0]
+        elif isinstance(weight, torch.nn.Parameter) and weight.numel() >= text.hidden_size:
+            kernel = kernel and not weight.requires_grad
+            rms = "RMS" in kind and not kernel
+            kept += weight.numel() * (wide if rms else 1) * (2 if rms and weight.requires_grad else 1)
+        elif isinstance(module, torch.nn.Dropout) and module.p:
+            kept += text.hidden_size
+        elif kind.endswith("Experts"):  # gate, up and their product, of each chosen one
+            inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
+            kept += 3 * inner * text.num_experts_per_tok
+        elif "NewGELU" in kind:
+            kept += 3 * 4 * text.hidden_size
+    for parent, linear in blocks.items():
+        *others, (inner, last) = linear
+        first = sum(out for _, out in others)
+        kept += first + (last if last != text.hidden_size else 0)
+        attention = "att" in parent
+        if not attention and first == 2 * inner:  # gated
+            network = modules[parent]
+            kernel = "forward" in vars(network) and "SiLU" in type(network.act_fn).__name__
+            kept += 0 if kernel else inner
+            if kernel and "forward" in vars(network.down_proj):
+                inputs.pop((parent, inner), None)  # made again
+        elif attention and len(others) == 1 and not hasattr(text, "n_embd"):
+            kept += first * 2 / 3  # queries and keys leave the fused product by a rotation
+    return kept + sum(inputs.values())
+
+
+def _widths(module: Any) -> tuple[int, int] | None:
+    """(in, out) of a linear layer."""
+    if hasattr(module, "in_features"):
+        return module.in_features, module.out_features
+    return (module.weight.shape[0], module.nf) if hasattr(module, "nf") else None
+
+
+def _scores(base: Any, text: Any) -> float:
+    """How often a layer keeps its attention scores; never where a fused kernel computes them."""
+    dropout = any(
+        getattr(text, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
     )
+    return 3.0 if dropout else 1.0 if base.config._attn_implementation == "eager" else 0.0
 
 
-def _skeleton(config: TrainConfig, hf_config: Any, dtype: torch.dtype) -> Any:
-    """The model on the meta device, as `load_base` would build it."""
-    hf_config = copy.deepcopy(hf_config)
-    if getattr(hf_config, "pad_token_id", None) is None:
-        hf_config.pad_token_id = 0
-    families.prepare(hf_config.model_type)
-    attention = config.model.attn_implementation
-    # Kernels that only a GPU has keep what PyTorch's own keep: queries, keys, values and output, no scores.
-    arguments = {} if attention is None else {"attn_implementation": "sdpa" if "flash" in attention else attention}
-    dtype = dtype if config.lora.enabled else torch.float32
-    base = skeleton(str(config.task.auto_class), hf_config, dtype=dtype, **arguments)
-    if config.model.kernels is Kernels.auto:
-        kernels.install(base)
-    return base
+def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[str]) -> tuple[int, int]:
+    """Bytes of the frozen weights as they are held, and the largest weight that is dequantised."""
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.quantizers_utils import should_convert_module
 
-
-def _base_bytes(base: Any, config: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Bytes of the frozen weights by how they are held; takes `base` apart."""
-    parameters = dict(base.named_parameters())
-    quantized = _quantize_shapes(base, config, dtype)
-    found: dict[str, int] = defaultdict(int)
-    for name, parameter in parameters.items():
+    form = quantization.format
+    quantized: dict[str, int] = {}
+    if form in (QuantizationFormat.nf4, QuantizationFormat.fp4, QuantizationFormat.int8):
+        skip = unquantized_modules(base, skip_modules)
+        for name, module in base.named_modules():
+            if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skip):
+                quantized[f"{name}.weight"] = module.weight.shape[isinstance(module, Conv1D)]
+        if form is not QuantizationFormat.int8:  # bitsandbytes has no 8-bit experts
+            quantized |= dict.fromkeys(fused_shapes(base), 1)
+    total = 0
+    for name, parameter in base.named_parameters():
         if name not in quantized:
-            found[str(parameter.dtype).removeprefix("torch.")] += parameter.nbytes
-        elif config.quantization.format is QuantizationFormat.int8:
-            found["8-bit"] += parameter.numel()
-            found["scales"] += FP32_BYTES * quantized[name]
+            total += parameter.nbytes
+        elif form is QuantizationFormat.int8:
+            total += parameter.numel() + FP32_BYTES * quantized[name]
         else:
-            found["4-bit"] += math.ceil(parameter.numel() / 2)
-            found["scales"] += _scale_bytes(parameter.numel(), config.quantization.double_quant)
-    return dict(found)
-
-
-def _quantize_shapes(base: Any, config: TrainConfig, dtype: torch.dtype) -> dict[str, int]:
-    """Replaces what is quantised, by transformers' own rule; returns the weights' names and their output widths."""
-    import bitsandbytes as bnb
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
-
-    skip = unquantized_modules(base, config.model.skip_modules)
-    quantization = bitsandbytes_config(config.quantization, dtype, skip)
-    if quantization is None:
-        return {}
-    names: dict[str, int] = {}
-    if config.quantization.format is not QuantizationFormat.int8:  # bitsandbytes has no 8-bit experts
-        names = dict.fromkeys(fused_shapes(base), 1)
-    replace_with_bnb_linear(base, modules_to_not_convert=skip, quantization_config=quantization)
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)
-    modules = {name: module for name, module in base.named_modules() if isinstance(module, kinds)}
-    return names | {f"{name}.weight": module.out_features for name, module in modules.items()}
+            total += math.ceil(parameter.numel() / 2) + _scale_bytes(parameter.numel(), quantization.double_quant)
+    sizes = [p.numel() for name, p in base.named_parameters() if name in quantized]
+    return total, max(sizes, default=0)
 
 
 def _scale_bytes(weights: int, double_quant: bool) -> int:
-    """Bytes of bitsandbytes' QuantState of one 4-bit tensor: scales, the 16 values of the format, an offset."""
-    blocks = math.ceil(weights / BLOCK_4BIT)
-    values = 16 * FP32_BYTES
-    if not double_quant:
-        return blocks * FP32_BYTES + values
-    return blocks + math.ceil(blocks / BLOCK_SCALES) * FP32_BYTES + FP32_BYTES + values
+    """Of bitsandbytes' QuantState of one tensor: a scale for 64 weights (arXiv:2305.14314) and the format's values."""
+    blocks, values = math.ceil(weights / 64), 16 * FP32_BYTES
+    return values + (
+        blocks + math.ceil(blocks / 256) * FP32_BYTES + FP32_BYTES if double_quant else blocks * FP32_BYTES
+    )
 
 
 def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:
@@ -262,127 +241,10 @@ def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:
         states = 0
     if not name.endswith("8bit"):
         return states * FP32_BYTES * sum(sizes)
-    small = sum(size for size in sizes if size < MIN_8BIT_STATE)
-    scales = sum(math.ceil(size / BLOCK_8BIT_STATE) for size in sizes if size >= MIN_8BIT_STATE)
-    return states * (FP32_BYTES * small + sum(sizes) - small + FP32_BYTES * scales)
-
-
-def _vocabulary(base: Any) -> int:
-    """Logits of a position; a classifier's few are none."""
-    head = base.get_output_embeddings()
-    return 0 if head is None else int(head.weight.shape[0])
-
-
-class _Dequantized(torch.nn.Module):
-    """Stands for 4-bit experts: the forward makes another tensor of them, which autograd keeps for the backward."""
-
-    @torch.no_grad()
-    def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.clone()
-
-
-class _SavedBytes:
-    """What autograd saves in a forward, by layer; each storage once, parameters left out."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        self.known = {_storage(parameter): parameter for parameter in model.parameters()}
-        self.layer: int | None = None
-        self.inputs: dict[int, torch.Tensor] = {}
-        self.saved: dict[int, tuple[torch.Tensor, int | None]] = {}
-        layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        for number, module in enumerate(layers):
-            module.register_forward_pre_hook(partial(self._enter, number), with_kwargs=True)
-            module.register_forward_hook(self._leave)
-
-    def _enter(self, number: int, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.layer = number
-        hidden = args[0] if args else kwargs["hidden_states"]
-        self.inputs[_storage(hidden)] = hidden
-
-    def _leave(self, module: Any, args: Any, output: Any) -> None:
-        self.layer = None
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        """For `saved_tensors_hooks`."""
-        if _storage(tensor) not in self.known:
-            self.saved.setdefault(_storage(tensor), (tensor, self.layer))
-        return tensor
-
-    def totals(self) -> dict[str, int]:
-        """Bytes on each way of keeping them, by the names of MemoryEstimate."""
-        by_layer = defaultdict[int | None, int](int)
-        for key, (tensor, layer) in self.saved.items():
-            by_layer[layer] += 0 if key in self.inputs else _bytes(tensor)
-        inputs = sum(map(_bytes, self.inputs.values()))
-        outside = by_layer.pop(None, 0)
-        largest = max(by_layer.values(), default=0)
-        return {
-            "activations_kept": sum(_bytes(tensor) for tensor, _ in self.saved.values()),
-            "activations_checkpointed": inputs + outside + largest,
-            "activations_offloaded": outside + largest,
-        }
-
-
-def _bytes(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().nbytes()
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
-def _activations(
-    model: Any, config: TrainConfig, *, rows: int, tokens: int, keep: int | None, dtype: torch.dtype
-) -> dict[str, int]:
-    """Bytes that one forward of `model` keeps, whose weights become shapes without values."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    bf16 = dtype is torch.bfloat16 and config.lora.enabled  # the weights' own dtype
-    with FakeTensorMode(), torch.random.fork_rng(devices=[]):
-        _give_storage(model)
-        saved = _SavedBytes(model)
-        model.train()
-        ids = torch.zeros(rows, tokens, dtype=torch.long)
-        arguments: dict[str, Any] = {"attention_mask": torch.ones_like(ids)}
-        if config.task.auto_class == "causal_lm":
-            arguments = {"use_cache": False} | ({} if keep is None else {"logits_to_keep": keep})
-        if packing.uses_packing(model):
-            ids = ids.view(1, -1)
-            arguments = {
-                "position_ids": ids,
-                "attention_mask": torch.zeros(1, 1, 1, 1),
-                "use_cache": False,
-                "llmft_blocks": packing.Blocks(((rows, tokens),)),
-            } | ({} if keep is None else {"logits_to_keep": torch.zeros(keep * rows, dtype=torch.long)})
-        with (
-            torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
-            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
-            # Both ask for values, which are none here: are rows packed (never), are experts' weights aligned.
-            mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None, create=True),
-            mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=bf16, create=True),
-        ):
-            output = model(input_ids=ids, **arguments)
-        del output
-    return saved.totals()
-
-
-def _give_storage(model: torch.nn.Module) -> None:
-    """Replaces meta tensors, shared ones once, by the CPU's fake ones: meta's attention would store scores."""
-    fakes: dict[int, torch.Tensor] = {}
-    for module in model.modules():
-        tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-        for table in tables:
-            for name, tensor in table.items():
-                if tensor is None:
-                    continue
-                if id(tensor) not in fakes:
-                    fake: torch.Tensor = torch.empty(tensor.shape, dtype=tensor.dtype)
-                    if isinstance(tensor, torch.nn.Parameter):
-                        fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                    fakes[id(tensor)] = fake
-                table[name] = fakes[id(tensor)]
+    # bitsandbytes.optim: smaller tensors keep fp32 states, and 256 states share a scale.
+    return states * sum(
+        FP32_BYTES * size if size < 4096 else size + FP32_BYTES * math.ceil(size / 256) for size in sizes
+    )
 
 
 def device_memory(device: torch.device) -> int | None:

@@ -18,28 +18,26 @@ from llmft.config.sections import Checkpointing, TrainConfig, checkpointing_of, 
 from llmft.core.files import format_bytes
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples
-from llmft.model.families import is_mixture
 from llmft.model.load import model_config
-from llmft.model.memory import FP32_BYTES, LOGIT_BYTES, MemoryEstimate, device_memory, estimate_memory
+from llmft.model.memory import MemoryEstimate, StepMemory, device_memory
 from llmft.training.prepare import RunInputs
 
 MEMORY_MARGIN = 0.2
-"""Share of the device's memory to keep free: what the estimate leaves out, see `llmft.model.memory`."""
+"""Share of the device's memory to keep free: the estimate is right to some 15%, and memory fragments."""
 MOST_TOKENS = {"cuda": 16_384, "cpu": 1_024}
 """Tokens at once beyond which nothing is gained. A GPU reads its weights once for all of them: of a 7B in 4-bit that is
 some 2% of the time at 16 thousand (arithmetic, not measured). A CPU's caches hold fewer: 1,024 tokens take a fifth less
 memory than 2,048, and a step on rows of 200 to 1,024 tokens 1.24 s against 1.12 s for a Llama of 256 units, 12.4 s
 against 13.4 s for one of 1,024 units (two cores); 512 gain nothing more."""
 ENOUGH_TOKENS = 2_048
-"""So many tokens at once are preferred to computing layers again; fewer leave a GPU idle."""
-UNTOLD_TOKENS = 2_048
-"""At once where the memory cannot be told, with layers computed again."""
+"""So many tokens at once are preferred to gradient checkpointing; fewer leave a GPU idle. Also the micro-batch where
+the memory cannot be told, with gradient checkpointing."""
 STEP = 256
 LEVELS = (Checkpointing.none, Checkpointing.full)
 
 
 @dataclass(frozen=True)
-class Fit:
+class MicroBatchPlan:
     """What a micro-batch may hold, what is kept of its forward, and why.
 
     Attributes:
@@ -62,8 +60,8 @@ class Fit:
     def __str__(self) -> str:
         limit = self.limit
         size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
-        again = "layers computed again" if self.checkpointing is Checkpointing.full else "nothing computed again"
-        return f"{size}, {again} ({self.why})"
+        level = "full" if self.checkpointing is Checkpointing.full else "no"
+        return f"micro-batch up to {size}, {level} gradient checkpointing ({self.why})"
 
 
 @dataclass(frozen=True)
@@ -90,8 +88,8 @@ class StepRows:
         most = int(np.sort(labelled)[::-1][:rows].sum())
         return cls(len(top), int(top[0]), int(top.sum()), most, float((labelled / lengths).max()))
 
-    def largest(self, limit: Limit) -> tuple[int, int]:
-        """(positions with padding, labels) of the largest micro-batch within `limit`."""
+    def largest(self, limit: Limit) -> tuple[int, int, int]:
+        """(positions with padding, longest row, labels) of the largest micro-batch within `limit`."""
         rows = min(self.rows, limit.rows or self.rows)
         positions, labels = rows * self.longest, float(self.labelled)
         if limit.rows is not None:
@@ -100,69 +98,66 @@ class StepRows:
             most = max(limit.tokens, self.longest)
             positions = min(positions, max(self.longest, math.floor(PADDED * limit.tokens)))
             labels = min(labels, self.density * most)
-        return positions, math.ceil(labels)
+        return positions, self.longest, math.ceil(labels)
 
 
-def choose_fit(
+def estimator(
+    config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype
+) -> Callable[[Limit, Checkpointing], MemoryEstimate]:
+    """Tells the peak memory of the largest micro-batch that `examples` can give within a limit."""
+    rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
+    memory = StepMemory(config, architecture, dtype, device.type)
+    share = _processes(config) if divides_weights(config) else 1
+    offloaded = config.trainer.offload_activations and device.type == "cuda"
+    return lambda limit, level: memory.at(*rows.largest(limit), level, offloaded=offloaded, share=share)
+
+
+def plan_micro_batches(
     config: TrainConfig,
     examples: Examples,
     architecture: Callable[[], Any],
     device: torch.device,
     dtype: torch.dtype,
     *,
-    model: Any = None,
     before: dict[str, Any] | None = None,
-) -> Fit:
+) -> MicroBatchPlan:
     """How a step of `config` on `examples` is cut.
 
     Args:
         architecture: makes transformers' config of the model.
-        model: the loaded one, where there is one: where a crude bound of its needs fits, nothing is estimated.
         before: what a checkpoint says was chosen; it stands for whatever the config leaves to us.
     """
     trainer = config.trainer
-    level = trainer.gradient_checkpointing
-    limit = Limit(*rows_or_tokens(trainer.micro_batch))
+    level, limit = trainer.gradient_checkpointing, Limit(*rows_or_tokens(trainer.micro_batch))
     given = limit != Limit()
     if before is not None:
         limit = limit if given else Limit(before["rows"], before["tokens"])
         level = checkpointing_of(before["checkpointing"]) if level is Checkpointing.auto else level
-        return Fit(limit, level, "as before")
+        return MicroBatchPlan(limit, level, "as before")
     if given and level is not Checkpointing.auto:
-        return Fit(limit, level, "as configured")
+        return MicroBatchPlan(limit, level, "as configured")
     total = _memory(config, device)
-    cap = MOST_TOKENS.get(device.type, UNTOLD_TOKENS)
-    if total is None:
-        return _untold(limit, level, cap, f"the memory of {device} cannot be told")
-    rows = StepRows.of(examples.lengths, examples.labelled_tokens, math.ceil(trainer.batch_size / _processes(config)))
-    available = int((1 - MEMORY_MARGIN) * total)
-    levels = LEVELS if level is Checkpointing.auto else (level,)
-    largest = rows.largest(limit if given else Limit(tokens=cap))
-    if model is not None and (bound := crude_bytes(model, rows, *largest)) is not None and bound <= available:
-        return Fit(limit if given else Limit(tokens=cap), levels[0], f"below {format_bytes(bound)}")
+    cap = MOST_TOKENS.get(device.type, ENOUGH_TOKENS)
     try:
-        estimate = estimate_memory(
-            config,
-            architecture(),
-            rows=1,
-            tokens=rows.longest,
-            labelled_tokens=max(1, min(rows.labelled, rows.longest)),
-            dtype=dtype,
-            device_type=device.type,
-        )
+        if total is None:
+            raise NotImplementedError(f"of {device}")
+        estimate = estimator(config, examples, architecture(), device, dtype)
     except Exception as error:  # code of others, which may ask for anything; what it said is shown
         reason = f"the memory cannot be told: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        return _untold(limit, level, min(cap, UNTOLD_TOKENS), reason)
-
-    share = _processes(config) if divides_weights(config) else 1
-
-    def at(limit: Limit, level: Checkpointing) -> MemoryEstimate:
-        return estimate.at(*rows.largest(limit), level, offloaded=trainer.offload_activations, share=share)
-
-    chosen, used = _smallest_level(limit, levels, rows, cap, lambda *way: at(*way).total <= available)
-    needed = at(chosen, used)
-    why = f"about {format_bytes(needed.total)} of {format_bytes(total)}"
-    return Fit(chosen, used, why if needed.total <= available else f"{why}: may not fit", needed)
+        limit = limit if given else Limit(tokens=min(cap, ENOUGH_TOKENS))
+        return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
+    available = (1 - MEMORY_MARGIN) * total
+    levels = LEVELS if level is Checkpointing.auto else (level,)
+    enough = min(ENOUGH_TOKENS, cap, int(np.sort(examples.lengths)[::-1][: _process_rows(config)].sum()))
+    sizes = [limit] if given else [Limit(tokens=tokens) for tokens in range(cap, 0, -STEP)]
+    for level in levels:
+        fitting = [size for size in sizes if estimate(size, level).total <= available]
+        if fitting and (given or (fitting[0].tokens or 0) >= enough):
+            break
+    chosen = fitting[0] if fitting else sizes[-1]
+    needed = estimate(chosen, level)
+    why = f"estimated peak {format_bytes(needed.total)} of {format_bytes(total)}"
+    return MicroBatchPlan(chosen, level, why if fitting else f"{why}: may not fit", needed)
 
 
 def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
@@ -174,40 +169,6 @@ def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
     if config.task.auto_class == "sequence_classification":
         found.num_labels = len(prepared.labels)
     return found
-
-
-def _smallest_level(
-    limit: Limit,
-    levels: tuple[Checkpointing, ...],
-    rows: StepRows,
-    cap: int,
-    fits: Callable[[Limit, Checkpointing], bool],
-) -> tuple[Limit, Checkpointing]:
-    """The first level with room for `limit`, or for enough tokens; else the last, with what it has room for."""
-    if limit != Limit():
-        return limit, next((level for level in levels if fits(limit, level)), levels[-1])
-    enough = min(ENOUGH_TOKENS, cap, rows.tokens)
-    for level in levels:
-        tokens = _most_tokens(cap, lambda tokens, level=level: fits(Limit(tokens=tokens), level))  # type: ignore[misc]
-        if tokens >= enough or level is levels[-1]:
-            return Limit(tokens=tokens), level
-    raise AssertionError("no level to choose from")
-
-
-def _most_tokens(cap: int, fits: Callable[[int], bool]) -> int:
-    """The largest multiple of STEP up to `cap` that fits, STEP where none does."""
-    if fits(cap):
-        return cap
-    low, high = 1, math.ceil(cap / STEP)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle * STEP) else (low, middle)
-    return low * STEP
-
-
-def _untold(limit: Limit, level: Checkpointing, tokens: int, why: str) -> Fit:
-    limit = Limit(tokens=tokens) if limit == Limit() else limit
-    return Fit(limit, Checkpointing.full if level is Checkpointing.auto else level, why)
 
 
 def divides_weights(config: TrainConfig) -> bool:
@@ -223,6 +184,11 @@ def _processes(config: TrainConfig) -> int:
     return own * config.trainer.num_nodes
 
 
+def _process_rows(config: TrainConfig) -> int:
+    """A process's share of a batch."""
+    return math.ceil(config.trainer.batch_size / _processes(config))
+
+
 def _memory(config: TrainConfig, device: torch.device) -> int | None:
     """Total bytes for one process: of the smallest GPU, so that all processes decide alike; its share of a CPU's."""
     if device.type == "cuda":
@@ -230,25 +196,3 @@ def _memory(config: TrainConfig, device: torch.device) -> int | None:
         return min(found)
     total = device_memory(device)
     return None if total is None else total // max(1, _processes(config) // config.trainer.num_nodes)
-
-
-def crude_bytes(model: Any, rows: StepRows, positions: int, labels: int) -> int | None:
-    """More than a training of the loaded `model` takes without checkpointing, told at once; None where it cannot be.
-
-    Four numbers in fp32 for each input and output of a linear layer, and for each attention score, cover every family
-    that `llmft.model.memory` was tried on; of a mixture of experts it says nothing.
-    """
-    if is_mixture(model):
-        return None
-    widths = 0
-    for module in model.modules():
-        widths += getattr(module, "in_features", 0) or getattr(module, "nx", 0)
-        widths += getattr(module, "out_features", 0) or getattr(module, "nf", 0)
-    own = model.config
-    scores = own.num_hidden_layers * own.num_attention_heads * rows.longest
-    weights = sum(parameter.nbytes for parameter in model.parameters())
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    words = getattr(own, "vocab_size", 0)
-    activations = 4 * FP32_BYTES * (widths + scores) * positions
-    logits = words * (LOGIT_BYTES * labels + FP32_BYTES * positions)
-    return int(weights + 4 * FP32_BYTES * trained + activations + logits)

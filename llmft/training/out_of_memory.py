@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.config.sections import Checkpointing, TrainConfig
 from llmft.core.errors import ConfigError
-from llmft.training.micro_batching import Fit
+from llmft.training.micro_batching import MicroBatchPlan
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class Held:
 
     rows: int
     tokens: int
-    fit: Fit
+    fit: MicroBatchPlan
 
 
 class OutOfMemory(Exception):

@@ -10,14 +10,14 @@ from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.model.assemble import Assembled
 from llmft.model.quantization import held_as, weight_counts
-from llmft.training.micro_batching import Fit
+from llmft.training.micro_batching import MicroBatchPlan
 from llmft.training.objectives.choice import cost
 from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Ready
 
 
 def show_plan(
-    screen: Screen, inputs: RunInputs, ready: Ready, assembled: Assembled, plan: Fit, resumed_at: int | None
+    screen: Screen, inputs: RunInputs, ready: Ready, assembled: Assembled, plan: MicroBatchPlan, resumed_at: int | None
 ) -> None:
     """Prints model, data and steps, and what is doubtful about them. `resumed_at`: the step of the checkpoint."""
     config, run, lengths = inputs.config, inputs.run, ready.rows.encoder.lengths
@@ -77,7 +77,7 @@ def _method(config: TrainConfig, targets: Sequence[str]) -> str:
     return f"{kind} r={lora.r} alpha={lora.scaling_alpha:g} on {len(targets)} modules: {', '.join(last_names(targets))}"
 
 
-def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: Fit) -> dict[str, Any]:
+def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: MicroBatchPlan) -> dict[str, Any]:
     """What the model is and does, read from it and not from what was asked for."""
     objective, template = type(ready.objective), str(ready.rows.prompt.config.template)
     modules = lora_modules(assembled.model)

@@ -19,7 +19,7 @@ from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
 from llmft.model.assemble import check_dora
 from llmft.model.load import first_line, pick_device, pick_precision
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
 from llmft.training.micro_batching import architecture_of
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
@@ -130,7 +130,7 @@ def _check_model(prepared: RunInputs, rows: TokenizedData) -> None:
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
         families.prepare(architecture.model_type)
         try:
-            base = skeleton(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
+            base = meta_model(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
         except Exception:  # code of others may want values; loading will tell
             return
         adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")

