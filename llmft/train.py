@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmft.config.invocation import Invocation, arguments_of_process
+from llmft.core.machine import set_allocator
 from llmft.training.run import train
 
 __all__ = ["main", "train"]
@@ -22,6 +23,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_allocator()
     # The W&B service of a program around this one writes below that one's directory, and ends with it.
     os.environ.pop("WANDB_SERVICE", None)
     # A character that the terminal cannot show must not end a training.

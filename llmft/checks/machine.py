@@ -115,14 +115,17 @@ def device() -> Iterator[CheckResult]:
             fix = "pip install torch from the index that https://pytorch.org names for your driver"
             yield CheckResult("device", "bad", f"an NVIDIA GPU is here, but {cause}", fix)
         else:
-            yield CheckResult(
-                "device", "warning", f"no GPU; {usable_cores()} cores", "fine for small models; 7B takes a GPU"
-            )
+            message = f"no GPU; {usable_cores()} cores"
+            if torch.backends.mps.is_available():
+                message += "; Apple's GPU is not used"
+            yield CheckResult("device", "warning", message, "fine for small models; 7B takes a GPU of NVIDIA's")
         return
     for number in range(torch.cuda.device_count()):
-        yield gpu_verdict(
-            torch.cuda.get_device_name(number), torch.cuda.get_device_capability(number), torch.cuda.get_arch_list()
-        )
+        name = torch.cuda.get_device_name(number)
+        if torch.version.hip is not None:  # whose architectures have names of their own
+            yield CheckResult("device", "good", f"{name} (ROCm {torch.version.hip}, on which llmft has not been tried)")
+            continue
+        yield gpu_verdict(name, torch.cuda.get_device_capability(number), torch.cuda.get_arch_list())
 
 
 def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) -> CheckResult:

@@ -38,6 +38,8 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 def _drop_leftovers(path: Path) -> None:
+    if os.name == "nt":  # os.kill would end the process that it is to look at
+        return
     for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         pid = left.name.removesuffix(".tmp").rpartition(".")[2]
         if not pid.isdigit() or int(pid) in (0, os.getpid()):
@@ -51,7 +53,9 @@ def _drop_leftovers(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flushes the names in a directory to the disk."""
+    """Flushes the names in a directory to the disk; Windows opens no directory, and has no need to."""
+    if os.name == "nt":
+        return
     directory = os.open(path, os.O_RDONLY)
     try:
         os.fsync(directory)
@@ -81,7 +85,8 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
     A pipe, socket or device that lies in a file's place is refused and never waited for.
     """
     # A pipe that nobody writes to would keep a plain open waiting.
-    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, os.O_RDONLY | flags)
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", str(path))

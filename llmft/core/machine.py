@@ -120,13 +120,16 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent(signum: int = signal.SIGKILL) -> None:
+def die_with_parent(signum: int | None = None) -> None:
     """Sends this process `signum` when the one that started it ends, however it does (Linux; elsewhere nothing).
+
+    Without `signum` it is killed.
 
     A process of a distributed run whose launcher was killed would otherwise wait for it, for ever.
     """
     if not sys.platform.startswith("linux"):
         return
+    signum = signal.SIGKILL if signum is None else signum
     parent = os.getppid()
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
     libc = ctypes.CDLL(None, use_errno=True)
@@ -184,4 +187,24 @@ def visible_gpus() -> list[str]:
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
-    return [str(place) for place, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]
+    count = len(list(Path("/dev").glob("nvidia[0-9]*"))) or _amd_gpus()
+    if not count and (sys.platform == "win32" or Path("/dev/dxg").exists()):  # Windows and its Linux have no such files
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+            count = sum(line.startswith("GPU ") for line in asked.stdout.splitlines())
+    return [str(place) for place in range(count)]
+
+
+def _amd_gpus() -> int:
+    """AMD's GPUs as their driver counts them; its nodes without an id are processors."""
+    nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
+    return sum(node.read_text().strip() not in ("", "0") for node in nodes)
+
+
+def set_allocator() -> None:
+    """Lets CUDA's memory grow in place, since micro-batches of other lengths would leave it in fragments.
+
+    Before CUDA begins; whoever has set the variable keeps it. Windows, and Linux inside it, do not have it.
+    """
+    if sys.platform == "linux" and not Path("/dev/dxg").exists() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

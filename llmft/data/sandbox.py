@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import resource
 import signal
 import sys
 import threading
@@ -18,12 +17,18 @@ from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
+try:
+    import resource
+except ModuleNotFoundError:  # Windows, which has no such limits
+    resource = None  # type: ignore[assignment]
+
 import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
 SECONDS = 5.0
-"""Time limit for one conversation, which takes well under a millisecond. Timers work in the main thread only."""
+"""Time limit for one conversation, which takes well under a millisecond. Timers work in the main
+thread only, and not on Windows."""
 MEMORY_BYTES = 2**30
 """Memory that a rendering may add to the process's address space (Linux only)."""
 MAX_CHARACTERS = 100_000
@@ -102,7 +107,7 @@ class _Bounds:
         self.subject, self.unit = subject, unit
 
     def __enter__(self) -> None:
-        self.timed = threading.current_thread() is threading.main_thread()
+        self.timed = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
         self.limits: tuple[int, int] | None = None
         if sys.platform.startswith("linux"):
             self.limits = soft, hard = resource.getrlimit(resource.RLIMIT_AS)

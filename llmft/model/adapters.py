@@ -69,6 +69,9 @@ def attach(
         except ValueError as error:
             raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
     model.peft_config["default"].base_model_name_or_path = name
+    for parameter in model.parameters():  # PEFT leaves whole modules in 16 bits, in which small steps are lost
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     if kernels is Kernels.auto:
         lora_kernel.install(model)
     return model

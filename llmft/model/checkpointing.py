@@ -5,9 +5,11 @@ Neither changes a number: what is computed again is computed by the same operati
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmft.config.sections import Checkpointing
 from llmft.core.errors import ConfigError
@@ -37,17 +39,25 @@ class Offloaded(torch.autograd.graph.saved_tensors_hooks):
     """Keeps what autograd saves in the CPU's memory until the backward; weights stay where they are.
 
     PyTorch's own `save_on_cpu` takes frozen weights along, in every micro-batch. The copies run in the order of the
-    device's stream, out of and into pinned memory, so that the CPU does not wait for them.
+    device's stream, out of and into pinned memory, so that the CPU does not wait for them. What several operations
+    save alike, as the projections of one input do, is kept once.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        copies: dict[Any, tuple[StorageWeakRef, weakref.ref[torch.Tensor]]] = {}
 
         def pack(tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
             storage = tensor.untyped_storage()
             if storage.data_ptr() in weights or tensor.nbytes < LEAST_OFFLOADED:
                 return tensor.device, tensor
+            alive = StorageWeakRef(storage)  # as long as it is held, no other storage takes its number
+            view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+            key = (alive.cdata, *view, tensor._version)
+            if key in copies and not copies[key][0].expired() and (held := copies[key][1]()) is not None:
+                return tensor.device, held
             held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[key] = alive, weakref.ref(held)
             return tensor.device, held.copy_(tensor, non_blocking=tensor.is_cuda)
 
         def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from llmft.model.families import body_of, layers_of
+from llmft.model.families import base_of, body_of, layers_of
 from llmft.model.kernels import lora
+from llmft.model.kernels.packing import takes_varlen, uses_packing
 
 FIRST_TOKENS = 16
 
@@ -23,6 +24,11 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "indu
     The first layer is tried before: where it cannot be compiled, none is, and `warn` is told. A layer stays compiled:
     the base is for this run alone.
     """
+    base = base_of(model)
+    if base.device.type == "cuda" and uses_packing(base) and not takes_varlen(base):
+        # Where rows end is a constant of the graph: one for each number of blocks, and after eight none.
+        warn("trainer.compile: this GPU attends block by block, which does not compile; computed as without it.")
+        return 0
     layers = layers_of(model)
     replaced = lora.uninstall(model)
     try:

@@ -46,10 +46,10 @@ class _Kept:
 _kept = _Kept()
 
 
-def pick_device(accelerator: str, local_rank: int = 0) -> torch.device:
-    """The device this process computes on."""
+def pick_device(accelerator: str, local_rank: int = 0, devices: Any = "auto") -> torch.device:
+    """The device this process computes on; `devices` as trainer.devices: a list names the GPUs by number."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", local_rank)
+        return torch.device("cuda", devices[local_rank] if isinstance(devices, list) else local_rank)
     if accelerator in ("gpu", "cuda"):
         raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device found; use trainer=cpu.")
     if accelerator not in ("auto", "cpu"):
@@ -291,9 +291,36 @@ def drop_base() -> None:
 
 def _random(wanted: _Wanted) -> Any:
     config = wanted.config()
+    quantized = wanted.quantization.format is not QuantizationFormat.none
+    if quantized and _size(empty := _skeleton(wanted, config)) > PIECEMEAL_WEIGHTS:
+        return _random_piecemeal(wanted, empty)
     with wanted.seeded(), torch.device(wanted.device):
         base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **_attention(wanted.model))
     quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device)
+    return base
+
+
+PIECEMEAL_WEIGHTS = 10**9
+"""A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
+
+
+def _skeleton(wanted: _Wanted, config: Any) -> Any:
+    return skeleton(wanted.auto_class, config, dtype=wanted.dtype, **_attention(wanted.model))
+
+
+def _size(model: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _random_piecemeal(wanted: _Wanted, base: Any) -> Any:
+    def fill(module: torch.nn.Module) -> None:
+        if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
+            module.to_empty(device=wanted.device, recurse=False)
+            base._init_weights(module)
+
+    with wanted.seeded():
+        quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device, fill)
+    base.tie_weights()
     return base
 
 

@@ -9,6 +9,7 @@ them both ways.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -92,9 +93,17 @@ def unquantized_modules(model: torch.nn.Module, skip: list[str]) -> list[str]:
 
 
 def quantize_in_place(
-    model: torch.nn.Module, quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str], device: torch.device
+    model: torch.nn.Module,
+    quantization: QuantizationConfig,
+    dtype: torch.dtype,
+    skip: list[str],
+    device: torch.device,
+    fill: Callable[[torch.nn.Module], None] = lambda module: None,
 ) -> None:
-    """Quantises the linear layers and fused experts of a loaded model, one by one, and moves it to `device`."""
+    """Quantises the linear layers and fused experts of a model, one by one, and moves it to `device`.
+
+    `fill` makes a module's own tensors just before they are needed, where the model has none yet.
+    """
     import bitsandbytes as bnb
     from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
@@ -110,6 +119,7 @@ def quantize_in_place(
         new = model.get_submodule(name)
         if new is old:
             continue
+        fill(old)
         value = old.weight.data.T.contiguous() if isinstance(old, Conv1D) else old.weight.data
         arguments = dict(new.weight.__dict__)
         arguments.pop("SCB", None)
@@ -122,9 +132,12 @@ def quantize_in_place(
         old.weight.data = torch.empty(0)
     if quantization.format is not QuantizationFormat.int8:
         for name in fused_shapes(model):
+            fill(model.get_submodule(name.rpartition(".")[0]))
             weight = model.get_parameter(name).data.to(device)
             packed, state = quantize_4bit(weight, quantization.format.value, quantization.double_quant)
             put_fused(model, name, packed, state.as_dict(packed=True))
+    for module in model.modules():
+        fill(module)
     model.to(device)
     model.config.quantization_config = config  # type: ignore[union-attr]
     flag = "is_loaded_in_8bit" if quantization.format is QuantizationFormat.int8 else "is_loaded_in_4bit"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import select
 import signal
@@ -127,6 +128,10 @@ class Supervisor:
 
         Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
         """
+        if os.name == "nt":
+            raise ConfigError(
+                "-m: Windows has no signals to stop a trial with; run sweeps in WSL2, single runs anywhere."
+            )
         count = (
             self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
         )

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-import resource
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+try:
+    import resource
+except ModuleNotFoundError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 import lightning as L
 import torch
@@ -30,9 +34,11 @@ OTHER_RUN = 0.05
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Highest memory use so far: of the allocator on CUDA, of the process on a CPU."""
+    """Highest memory use: of the allocator on CUDA since this run began, of the process on a CPU; NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if resource is None:
+        return math.nan
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return used / (2**30 if sys.platform == "darwin" else 2**20)
 

@@ -8,8 +8,8 @@ all micro-batches and devices, and no stop, save or validation can fall inside a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -92,6 +92,31 @@ def seed_device(device: torch.device, seed: int) -> None:
         torch.manual_seed(seed)
 
 
+@contextmanager
+def deterministic_only(strict: bool) -> Iterator[None]:
+    """Inside, an operation without a deterministic form raises RuntimeError, where `strict`.
+
+    A warning alone would not do: fused attention takes its deterministic backward only where the other is forbidden.
+    """
+    if not strict:
+        yield
+        return
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def restore_pages(optimizer: Any) -> None:
+    """Moves the states that a paged optimizer of bitsandbytes has loaded into pages, which loading itself does not."""
+    for parameter, state in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in state:
+                pages = optimizer.get_state_buffer(parameter, dtype=state[name].dtype)
+                state[name] = pages.copy_(state[name])
+
+
 def _moved(optimizer: Any) -> list[torch.nn.Parameter]:
     """The parameters that have a gradient."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
@@ -142,11 +167,15 @@ class FineTuner(L.LightningModule):
         skip_up_to: int | None = None,
         keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
         tells_steps: bool = False,
+        strict: bool = False,
+        tell_not_deterministic: Callable[[str], None] = lambda operation: None,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
         `keeping` surrounds each forward of the training: where what it saves for the backward is held.
         `tells_steps` hands each step's numbers to Lightning, for callbacks that a user adds.
+        `strict` lets no operation of a step be nondeterministic, unless there is no other: then the rest of the run
+        takes it, and `tell_not_deterministic` hears what it was.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -165,6 +194,8 @@ class FineTuner(L.LightningModule):
         self.skip_up_to = skip_up_to
         self.keeping = keeping
         self.tells_steps = tells_steps
+        self.strict = strict
+        self.tell_not_deterministic = tell_not_deterministic
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -205,21 +236,17 @@ class FineTuner(L.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         rate = self._set_rate(optimizer, batch.step)
-        # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
-        seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
-        # FSDP averages the gradients of the processes; elsewhere they are summed below.
+        try:
+            with deterministic_only(self.strict):
+                total, row_losses = self._accumulate(batch)
+        except RuntimeError as error:
+            if not self.strict or "deterministic" not in str(error):
+                raise
+            self.strict = False
+            self.tell_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            optimizer.zero_grad(set_to_none=True)
+            total, row_losses = self._accumulate(batch)
         sharded = is_sharded(self.model)
-        scale = self.trainer.world_size if sharded else 1
-        total = torch.zeros((), device=self.device)
-        row_losses: list[tuple[list[int], torch.Tensor]] = []
-        with self._no_gradient_sync():
-            for micro in batch.micro_batches:
-                with self.keeping():
-                    losses = self.objective.losses(self.model, micro)
-                loss = (losses.nll * micro.weights).sum() / batch.weight
-                self.manual_backward(loss * scale)
-                total += loss.detach()
-                row_losses.append((micro.rows, losses.nll.detach()))
         self._sum_over_processes([total] if sharded else [total, *_gradients(optimizer)])
         value = float(total)
         try:
@@ -246,6 +273,24 @@ class FineTuner(L.LightningModule):
             self._set_rate(optimizer, self.step)  # as a scheduler would have
         return {"loss": total}
 
+    def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]]]:
+        """Adds up the gradients of `batch`; its loss, and (rows, losses of these rows) of each micro-batch."""
+        # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
+        seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
+        # FSDP averages the gradients of the processes; elsewhere they are summed afterwards.
+        scale = self.trainer.world_size if is_sharded(self.model) else 1
+        total = torch.zeros((), device=self.device)
+        row_losses: list[tuple[list[int], torch.Tensor]] = []
+        with self._no_gradient_sync():
+            for micro in batch.micro_batches:
+                with self.keeping():
+                    losses = self.objective.losses(self.model, micro)
+                loss = (losses.nll * micro.weights).sum() / batch.weight
+                self.manual_backward(loss * scale)
+                total += loss.detach()
+                row_losses.append((micro.rows, losses.nll.detach()))
+        return total, row_losses
+
     def _set_rate(self, optimizer: Any, step: int) -> float:
         rate = self.learning_rate(step)
         for group in optimizer.param_groups:
@@ -257,11 +302,10 @@ class FineTuner(L.LightningModule):
         norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
         self._grad_norm = float(whole(norm))
         if not math.isfinite(self._grad_norm):
-            scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
             self._unscaled += 1
-            if scaled and self._unscaled < MOST_UNSCALED:
+            if self._scales and self._unscaled < MOST_UNSCALED:
                 return  # fp16: the scaler skips this step and lowers its scale
-            raise NotFinite("gradient norm", self._grad_norm, final=scaled)
+            raise NotFinite("gradient norm", self._grad_norm, final=self._scales)
         self._unscaled = 0
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(_moved(optimizer), self.gradient_clip, norm)
@@ -280,11 +324,21 @@ class FineTuner(L.LightningModule):
         suspects = [self.describe_row(row) for row in bad.suspects]
         shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
         before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
+        advice = "Lower learning_rate.peak, look at these rows, or set trainer.on_nan=skip."
+        if self._scales:
+            advice = (
+                "fp16 ends at 65,504, which models made for bf16 (Gemma, Qwen, Phi) exceed on any rows: set "
+                f"trainer.precision=fp32, or take a GPU that computes bf16 (Ampere or later). Else: {advice}"
+            )
         raise DivergedError(
             f"training diverged: {reason} at step {step} (rows {shown}{f'; see {kept}' if kept else ''}){before}. The "
-            "weights before it are in the newest checkpoint. Lower learning_rate.peak, look at these rows, or set "
-            "trainer.on_nan=skip."
+            f"weights before it are in the newest checkpoint. {advice}"
         )
+
+    @property
+    def _scales(self) -> bool:
+        """Whether losses are scaled, as fp16 needs it."""
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _no_gradient_sync(self) -> Any:
         block = getattr(self.trainer.strategy, "block_backward_sync", None)
@@ -452,3 +506,5 @@ class FineTuner(L.LightningModule):
             if name in state
         }
         optimizer.load_state_dict(current)
+        if getattr(optimizer, "is_paged", False):
+            restore_pages(optimizer)

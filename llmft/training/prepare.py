@@ -50,11 +50,19 @@ class RunInputs:
     started: float = field(default_factory=time.monotonic)
 
 
+def several(config: TrainConfig) -> bool:
+    """Whether the run may be distributed; several of one device may have been started side by side."""
+    return bool(config.trainer.devices != 1) or config.trainer.num_nodes > 1
+
+
 def process_rank(config: TrainConfig) -> int:
-    """This process's place among those of a distributed run, before torch.distributed knows it."""
-    if config.trainer.devices == 1 and config.trainer.num_nodes == 1:
-        return 0  # several such runs may have been started side by side
-    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK"):
+    """This process's place among those of a distributed run, before torch.distributed knows it.
+
+    Without a launcher that numbers all of them, the first of every other machine counts as none of the first.
+    """
+    if not several(config):
+        return 0
+    for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
         value = os.environ.get(name)
         if value is not None and value.isdigit():
             return int(value)

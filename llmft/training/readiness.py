@@ -22,7 +22,7 @@ from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.meta import meta_model
 from llmft.training.micro_batching import architecture_of
 from llmft.training.parts import Parts
-from llmft.training.prepare import RunInputs
+from llmft.training.prepare import RunInputs, several
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
 
@@ -55,6 +55,8 @@ def make_ready(
     config = prepared.config
     device, precision = choose_device(config)
     trainer = config.trainer
+    if device.type == "cpu" and trainer.accelerator == "auto" and torch.backends.mps.is_available():
+        warn("trainer.accelerator=auto is the CPU here: llmft does not use Apple's GPU.")
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
         lightning_trainer(
             config, device, precision, callbacks=[*parts.callbacks.values()], logger=False, val_check_interval=1
@@ -73,15 +75,19 @@ def make_ready(
 def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     """Where a training computes and in what. Raises ConfigError for what the machine does not have."""
     trainer = config.trainer
-    device = pick_device(trainer.accelerator, int(os.environ.get("LOCAL_RANK", 0)))
+    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if several(config) else 0
+    if isinstance(trainer.devices, list) and local_rank >= len(trainer.devices):
+        raise ConfigError(f"trainer.devices={trainer.devices}: {local_rank + 1} processes were started for them.")
+    device = pick_device(trainer.accelerator, local_rank, trainer.devices)
     precision = pick_precision(trainer.precision, device)
     check_dora(config, device, int8=config.quantization.format is QuantizationFormat.int8)
     cores = os.cpu_count() or 1
     if device.type == "cpu" and isinstance(trainer.devices, int) and trainer.devices > cores:
         raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {cores} cores.")
-    if device.type == "cuda" and isinstance(trainer.devices, int):
+    if device.type == "cuda" and trainer.devices != "auto":
         count = torch.cuda.device_count()
-        if trainer.devices > count:
+        needed = max(trainer.devices) + 1 if isinstance(trainer.devices, list) else trainer.devices
+        if needed > count:
             raise ConfigError(f"trainer.devices={trainer.devices}: this machine has {count} GPUs.")
     return device, precision
 

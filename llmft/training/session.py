@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from llmft.config.sections import Export, OnNan, TrainOn, seconds_of
+from llmft.config.sections import Export, OnNan, Precision, TrainOn, seconds_of
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, Interrupted, UserError
 from llmft.core.machine import describe
@@ -65,7 +65,8 @@ def build(
     parts = check_parts(config)
     ready = make_ready(inputs, parts, screen.warn)
     rows = ready.rows
-    torch.set_float32_matmul_precision("high")
+    if ready.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(ready.device)
     # Deterministic mode would also write NaN over all memory that is handed out, 8% of a step on a CPU.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     assembled = _assemble(inputs, ready, screen.warn)
@@ -194,7 +195,9 @@ def _plan_memory(
     )
     set_checkpointing(assembled.base, plan.checkpointing)
     if config.trainer.compile:
-        compile_layers(assembled.model, warn)
+        enabled = ready.precision is not Precision.fp32
+        with torch.autocast(ready.device.type, TORCH_DTYPES[ready.precision], enabled):
+            compile_layers(assembled.model, warn)
     return plan
 
 
@@ -210,6 +213,14 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
         if skips:
             warn(f"{bad.reason} at step {bad.step}, which is skipped; its rows are in {path}.")
         return str(path)
+
+    def note_not_deterministic(operation: str) -> None:
+        if warn is not None:
+            inputs.run.update(not_deterministic=operation)
+            warn(
+                f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated run "
+                "may differ in the last bits."
+            )
 
     # The CPU's activations are in its memory already.
     offloads = config.trainer.offload_activations and ready.device.type == "cuda"
@@ -228,6 +239,8 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
         skip_up_to=rows.total_steps if skips else None,
         keeping=partial(Offloaded, model) if offloads else nullcontext,
         tells_steps=bool(config.trainer.callbacks),
+        strict=config.trainer.deterministic,
+        tell_not_deterministic=note_not_deterministic,
     )
 
 

@@ -28,7 +28,9 @@ SAME_S = 0.5
 class Signals:
     """Notes a signal until a step boundary; a second one ends the process at once."""
 
-    KINDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+    KINDS = tuple(  # Windows has but the first two
+        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
+    )
 
     def __init__(self) -> None:
         self.received = 0

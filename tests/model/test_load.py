@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmft.config.sections import ModelConfig, ModelInit
+from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.core.errors import ConfigError
-from llmft.data.hub import fingerprint, locate
+from llmft.data.hub import Located, fingerprint, locate
+from llmft.model import load
 from llmft.train import train
 from tests.conftest import ROOT
 
@@ -97,3 +98,40 @@ def test_w7_an_uncached_hub_model_says_what_to_do_without_network() -> None:
     model = ModelConfig(name="m", id="mistralai/Mistral-7B-Instruct-v0.1", architecture="mistral")
     with pytest.raises(ConfigError, match=r"model\.path=DIR"):
         locate(model)
+
+
+def test_a_list_of_devices_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert load.pick_device("auto", 0, [1]) == torch.device("cuda", 1)
+    assert load.pick_device("gpu", 1, [2, 3]) == torch.device("cuda", 3)
+    assert load.pick_device("gpu", 1, 2) == torch.device("cuda", 1)
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])
+def test_a_large_random_model_is_quantised_while_it_is_made(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.model.test_memory import LiveBytes
+    from tests.model.test_twins import FIRST, twin
+
+    def peak_and_logits() -> tuple[int, torch.Tensor]:
+        with LiveBytes([]) as bytes_:
+            base = load.load_base(
+                twin(FIRST[architecture], num_hidden_layers=6),
+                Located(None, "random"),
+                QuantizationConfig(QuantizationFormat.nf4),
+                auto_class="causal_lm",
+                num_labels=0,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                seed=1,
+                keep=False,
+            )
+        assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
+        return bytes_.peak, base(input_ids=torch.arange(8)[None]).logits
+
+    whole, wanted = peak_and_logits()
+    monkeypatch.setattr(load, "PIECEMEAL_WEIGHTS", 0)
+    piecemeal, found = peak_and_logits()
+    assert piecemeal < 0.6 * whole
+    assert found.isfinite().all()
+    assert 0.5 < found.std() / wanted.std() < 2, "drawn from the same distribution"
+    assert torch.equal(found, peak_and_logits()[1]), "and from the seed alone"

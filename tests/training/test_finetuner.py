@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -12,12 +14,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from llmft.core.seeds import stream
-from llmft.data.batch import StepBatch, collate, weight_of
+from llmft.data.batch import MicroBatch, StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
 from llmft.model.families import selects_positions
-from llmft.training.finetuner import parameter_groups
+from llmft.training.finetuner import parameter_groups, restore_pages
+from llmft.training.objectives.base import RowLosses
 from llmft.training.objectives.language_modeling import LanguageModeling
+from llmft.training.run import train
+from tests.conftest import run_directory
 
 CONFIG = LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
@@ -146,3 +151,51 @@ def test_a_step_batch_moves_as_a_whole() -> None:
     batch = StepBatch(0, [collate(examples(), range(6), 0)], 1.0)
     moved = batch.to(torch.device("meta"))
     assert moved.micro_batches[0].input_ids.device.type == "meta"
+
+
+class Unsure(LanguageModeling):
+    """Has no deterministic form, as some operations on CUDA; notes where that was forbidden."""
+
+    forbidden: ClassVar[list[bool]] = []
+
+    def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
+        strict = (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        if torch.is_grad_enabled():
+            self.forbidden.append(strict)
+        if strict:
+            raise RuntimeError("unsure_cuda does not have a deterministic implementation, but you set …")
+        return super().losses(model, batch)
+
+
+def test_a_step_forbids_what_is_not_deterministic_unless_there_is_nothing_else(
+    small: Callable[..., Any], tmp_path: Path
+) -> None:
+    Unsure.forbidden.clear()
+    train(small("task.objective=tests.training.test_finetuner.Unsure", "trusted_packages=[tests]"), quiet=True)
+    status = json.loads((run_directory(tmp_path) / "run.json").read_text())
+    assert status["status"] == "done"
+    assert status["not_deterministic"] == "unsure_cuda"
+    assert Unsure.forbidden[0] is True
+    assert not any(Unsure.forbidden[1:])
+
+
+def test_states_of_a_paged_optimizer_go_back_into_pages() -> None:
+    from bitsandbytes.optim import PagedAdamW32bit
+
+    class OnGpu(PagedAdamW32bit):
+        def get_state_buffer(self, p: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            pages.append(torch.zeros_like(p, dtype=dtype))
+            return pages[-1]
+
+    pages: list[torch.Tensor] = []
+    weight = torch.nn.Parameter(torch.ones(8))
+    before, after = OnGpu([weight]), OnGpu([weight])
+    weight.grad = torch.arange(8.0)
+    before.step()
+    after.load_state_dict(before.state_dict())
+    restore_pages(after)
+    for name in ("state1", "state2"):
+        assert any(after.state[weight][name] is page for page in pages)
+        assert torch.equal(after.state[weight][name], before.state[weight][name])

@@ -16,7 +16,7 @@ import inspect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -161,28 +161,30 @@ def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
 
 
 def takes_varlen(model: Any) -> bool:
-    """Whether torch's variable-length attention computes this model: CUDA from Ampere on, 16-bit, heads up to 256."""
+    """Whether torch's variable-length attention computes this model: CUDA from Ampere on, 16-bit, heads up to 256.
+
+    Not on AMD's GPUs, where it has not been tried: blocks do there.
+    """
     device = model.device
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.version.hip is not None:
         return False
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else model.dtype
-    if dtype not in (torch.bfloat16, torch.float16) or not _knows_windows():
+    if dtype not in (torch.bfloat16, torch.float16) or not {"window_size", "scale"} <= _varlen_parameters():
         return False
     config = model.config.get_text_config()
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     fits = head_dim <= MOST_VARLEN_HEAD_DIM and head_dim % 8 == 0 and not dropout
-    return fits and torch.cuda.get_device_capability(device)[0] >= 8
+    return fits and _has_flash(device)
 
 
-@lru_cache(maxsize=1)
-def _knows_windows() -> bool:
-    """Whether this torch has variable-length attention with windows and grouped queries, as its first forms had not."""
+def _varlen_parameters() -> frozenset[str]:
+    """What this torch's variable-length attention takes; the first forms knew neither windows nor grouped queries."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
-        return False
-    return {"window_size", "enable_gqa", "scale"} <= set(inspect.signature(varlen_attn).parameters)
+        return frozenset()
+    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def packed_attention(
@@ -203,6 +205,8 @@ def packed_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if llmft_blocks is None:
+        if query.shape[2] > 1 and attention_mask is None:
+            module, key, value = _repeated(module, query, key, value)
         if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
             raise ConfigError(
                 f"model.attn_implementation: {type(module).__name__} is not told where rows end; set it to eager."
@@ -212,12 +216,34 @@ def packed_attention(
     if llmft_blocks.seqlens is not None:
         return _varlen(query, key, value, scaling, window, llmft_blocks), None
     outputs = []
+    module, key, value = _repeated(module, query, key, value)
     parts = [_by_block(part, llmft_blocks.shapes) for part in (query, key, value)]
     for (_, width), queries, keys, values in zip(llmft_blocks.shapes, *parts, strict=True):
         mask = None if window is None or width <= window else _band(width, window, query.device)
         output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
         outputs.append(output.flatten(0, 1))
     return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+
+
+def _repeated(
+    module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[Any, torch.Tensor, torch.Tensor]:
+    """What transformers' "sdpa" takes, keys and values repeated for each query where CUDA would else keep all scores.
+
+    Only flash attention knows grouped queries, and it needs 16 bits and Ampere. On a T4 or V100, and in fp32, torch
+    would fall back to plain products with the scores in fp32: 176 MiB a layer for a row of 1,024 tokens in place of
+    20 (transformers issue 48633).
+    """
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or query.device.type != "cuda" or (_has_flash(query.device) and query.dtype is not torch.float32):
+        return module, key, value
+    alone = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # a module without groups
+    return alone, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+
+
+def _has_flash(device: torch.device) -> bool:
+    """Whether the GPU is an Ampere or later, or AMD's."""
+    return torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _by_block(part: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
@@ -247,6 +273,12 @@ def _varlen(
     from torch.nn.attention.varlen import varlen_attn
 
     assert blocks.seqlens is not None
+    grouped: dict[str, Any] = {}
+    if (groups := query.shape[1] // key.shape[1]) > 1:
+        if "enable_gqa" in _varlen_parameters():
+            grouped["enable_gqa"] = True
+        else:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
     found = varlen_attn(
         query[0].transpose(0, 1).to(value.dtype),
@@ -258,7 +290,7 @@ def _varlen(
         blocks.longest,
         scale=scaling,
         window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query.shape[1] != key.shape[1],
+        **grouped,
     )
     assert isinstance(found, torch.Tensor)
     return found[None]

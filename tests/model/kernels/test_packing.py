@@ -217,11 +217,20 @@ def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
 
 
 def reference_varlen(
-    query: Any, key: Any, value: Any, of_queries: Any, of_keys: Any, most_q: int, most_k: int, **how: Any
+    query: Any,
+    key: Any,
+    value: Any,
+    of_queries: Any,
+    of_keys: Any,
+    most_q: int,
+    most_k: int,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
 ) -> Any:
     """What torch documents of its CUDA kernel, sequence by sequence: the last query is at the last key's place."""
     assert of_queries.dtype == of_keys.dtype == torch.int32
-    left, right = how["window_size"]
+    left, right = window_size
     assert right == 0
     found = []
     for row in range(len(of_queries) - 1):
@@ -233,19 +242,35 @@ def reference_varlen(
         seen = (distance >= 0) & (distance <= (left if left >= 0 else keys))
         parts = (query[places[0]], key[places[1]], value[places[1]])
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
-        options = {"attn_mask": seen, "scale": how["scale"], "enable_gqa": how["enable_gqa"]}
+        options = {"attn_mask": seen, "scale": scale, "enable_gqa": enable_gqa}
         found.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
     return torch.cat(found)
 
 
-@pytest.mark.parametrize(("architecture", "window"), [("llama", None), ("mistral", 16), ("gemma3_text", 16)])
+def without_groups(
+    query: Any, key: Any, value: Any, of_q: Any, of_k: Any, q: int, k: int, scale: Any = None, window_size: Any = None
+) -> Any:
+    """The same before torch 2.12: every query has a key and a value of its own."""
+    assert query.shape[1] == key.shape[1]
+    return reference_varlen(query, key, value, of_q, of_k, q, k, scale, window_size)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "window", "kernel"),
+    [
+        ("llama", None, reference_varlen),
+        ("llama", None, without_groups),
+        ("mistral", 16, reference_varlen),
+        ("gemma3_text", 16, reference_varlen),
+    ],
+)
 def test_the_variable_length_kernel_is_told_where_rows_end(
-    architecture: str, window: int | None, monkeypatch: pytest.MonkeyPatch
+    architecture: str, window: int | None, kernel: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen", reason="torch has it from 2.10 on")
 
     model, ids = base(architecture, **({} if window is None else {"sliding_window": window})), rows()
-    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
     monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: True)
     check_as_each_alone(model, ids, everywhere(ids))
 

@@ -1,0 +1,234 @@
+"""Steps of trainings on a CUDA device that is not there: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
+
+Tensors without storage go through the product's model, kernels, loss, backward, clipping and optimizer: devices and
+dtypes come out as on a GPU, numbers do not. A CASE is architecture/precision/change. One JSON line per case says what
+was seen: operations over two devices, where the host would wait for the GPU, and how attention was computed.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import importlib.util
+import json
+import os
+import sys
+import traceback
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+LENGTHS = [61, 40, 38, 23, 22, 21, 7]
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero", "equal")
+
+
+def load_device(library: str) -> None:
+    """Before torch, which asks once and for all what devices there are."""
+    spec = importlib.util.find_spec("torch")
+    assert spec is not None
+    assert spec.origin is not None
+    for name in ("libc10.so", "libtorch_cpu.so"):
+        ctypes.CDLL(os.path.join(os.path.dirname(spec.origin), "lib", name), mode=ctypes.RTLD_GLOBAL)
+    ctypes.CDLL(library)
+
+
+def be_a_gpu(capability: tuple[int, int]) -> None:
+    """Answers for torch.cuda what a GPU of this capability would."""
+    import torch
+
+    torch.cuda.is_available = lambda: True
+    torch.cuda.is_bf16_supported = lambda *a, **k: True
+    torch.cuda.get_device_capability = lambda device=None: capability
+    torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+
+
+def watch() -> Any:
+    """A mode that notes what a GPU would not like."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    class Watch(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixed: list[str] = []
+            self.waits: collections.Counter[str] = collections.Counter()
+            self.varlen = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            name = str(func).removeprefix("aten.")
+            self.varlen += "varlen" in name
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            on_device = any(t.device.type == "cuda" for t in tensors)
+            self.waits[name] += on_device and any(name.startswith(wait) for wait in WAITS)
+            if len({t.device.type for t in tensors if t.ndim > 0}) > 1 and "copy" not in name:
+                self.mixed.append(name)
+            return func(*args, **(kwargs or {}))
+
+    return Watch()
+
+
+def note_attention() -> Any:
+    """A mode that notes which kernel of torch's attention a GPU would have for each call."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Attention(TorchFunctionMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernels: collections.Counter[str] = collections.Counter()
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            kwargs = kwargs or {}
+            if func is torch.nn.functional.scaled_dot_product_attention:
+                grouped, masked = bool(kwargs.get("enable_gqa")), kwargs.get("attn_mask") is not None
+                ampere = torch.cuda.get_device_capability()[0] >= 8
+                flash = ampere and not masked and args[0].dtype in (torch.float16, torch.bfloat16)
+                self.kernels["flash" if flash else "math" if grouped else "efficient"] += 1
+            return func(*args, **kwargs)
+
+    return Attention()
+
+
+def moved(model: Any) -> None:
+    """Gives every tensor of `model` a twin without storage on the device; call inside the fake mode."""
+    import torch
+
+    known: dict[int, tuple[Any, Any]] = {}
+
+    def twin(tensor: Any) -> Any:
+        if not isinstance(tensor, torch.Tensor):
+            return tensor
+        if id(tensor) not in known:
+            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            if isinstance(tensor, torch.nn.Parameter):
+                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                state = getattr(tensor, "quant_state", None)
+                if state is not None:
+                    move_state(state)
+                    made.quant_state, made.bnb_quantized = state, True
+            known[id(tensor)] = tensor, made
+        return known[id(tensor)][1]
+
+    def move_state(state: Any) -> None:
+        for part in filter(None, (state, getattr(state, "state2", None))):
+            for name, value in list(vars(part).items()):
+                setattr(part, name, twin(value) if isinstance(value, torch.Tensor) else value)
+
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in list(table.items()):
+                table[name] = twin(tensor)
+        state = getattr(module, "quant_state", None)
+        if state is not None and not hasattr(getattr(module, "weight", None), "quant_state"):
+            move_state(state)
+
+
+def on_device(tensor: Any) -> Any:
+    """A tensor like it, on the device and without storage; None for none."""
+    import torch
+
+    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+
+def step(case: str) -> dict[str, Any]:
+    """What one step of `case` shows."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from llmft.config.sections import Checkpointing, LoraConfig, QuantizationConfig, QuantizationFormat
+    from llmft.data.hub import Located
+    from llmft.model import adapters
+    from llmft.model.checkpointing import set_checkpointing
+    from llmft.model.families import selects_positions
+    from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
+    from llmft.model.load import load_base
+    from llmft.training.objectives.language_modeling import _nll
+    from tests.model.test_twins import FIRST, twin
+
+    architecture, precision, change = case.split("/")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
+    torch.cuda.is_available = lambda: False
+    base = load_base(
+        twin(FIRST[architecture]),
+        Located(None, "random"),
+        QuantizationConfig(QuantizationFormat.none if change == "none" else QuantizationFormat.nf4),
+        auto_class="causal_lm",
+        num_labels=3,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        seed=1,
+        keep=False,
+    )
+    lora = LoraConfig(
+        r=4,
+        dropout=0.1 if change == "dropout" else 0.0,
+        modules_to_save=["lm_head", "embed_tokens"] if change == "whole" else [],
+    )
+    model = adapters.attach(base, lora, auto_class="causal_lm", seed=3, name="x").train()
+    set_checkpointing(base, Checkpointing.full if change == "full" else Checkpointing.none)
+    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    be_a_gpu((7, 5) if precision == "fp16" else (8, 0))
+    with torch.autocast("cuda", dtype=dtype, enabled=precision != "fp32"):
+        varlen = takes_varlen(SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=base.config))
+    packed = pack(ids, LENGTHS, varlen=varlen)  # what it computes is needed as numbers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        moved(model)
+        seen, attention = watch(), note_attention()
+        with seen, attention:
+            with torch.autocast("cuda", dtype=dtype, enabled=precision != "fp32", cache_enabled=False):
+                arguments: dict[str, Any] = {"input_ids": on_device(ids), "use_cache": False}
+                if uses_packing(base):
+                    blocks = replace(packed.blocks, seqlens=on_device(packed.blocks.seqlens))
+                    tensors = {name: on_device(getattr(packed, name)) for name in ("input_ids", "position_ids")}
+                    arguments = replace(packed, **tensors, blocks=blocks).arguments
+                keep = torch.arange(16, device="cuda")
+                if selects_positions(type(base)):
+                    logits = model(**arguments, logits_to_keep=keep).logits[0]
+                else:
+                    logits = model(**arguments).logits.flatten(0, 1)[:16]
+                loss = _nll(logits.float(), keep).sum()
+            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False)
+            scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            gradients = [p.grad for p in model.parameters() if p.requires_grad and p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            torch.nn.utils.clip_grads_with_norm_([p for p in model.parameters() if p.requires_grad], 1.0, norm)
+            optimizer.step()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return {
+        "packed": uses_packing(base),
+        "varlen": varlen,
+        "mixed": seen.mixed,
+        "waits": {name: count for name, count in seen.waits.items() if count},
+        "attention": {**attention.kernels, "varlen": seen.varlen},
+        "trained": sorted({str(p.dtype) for p in trained}),
+        "without_gradient": sum(p.grad is None for p in trained),
+        "devices": sorted({str(g.device) for g in gradients}),
+        "logits": str(logits.dtype),
+    }
+
+
+def main() -> None:
+    library, *cases = sys.argv[1:]
+    load_device(library)
+    import warnings
+
+    warnings.simplefilter("ignore")
+    from llmft.core.imports import load_libraries
+
+    load_libraries(training=False)
+    for case in cases:
+        try:
+            found = step(case)
+        except Exception as error:
+            found = {
+                "error": f"{type(error).__name__}: {error}"[:500],
+                "trace": traceback.format_tb(error.__traceback__)[-6:],
+            }
+        print(json.dumps({"case": case, **found}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
