@@ -292,7 +292,7 @@ def drop_base() -> None:
 def _random(wanted: _Wanted) -> Any:
     config = wanted.config()
     quantized = wanted.quantization.format is not QuantizationFormat.none
-    if quantized and _size(empty := _skeleton(wanted, config)) > PIECEMEAL_WEIGHTS:
+    if quantized and _size(empty := _empty(wanted, config)) > PIECEMEAL_WEIGHTS:
         return _random_piecemeal(wanted, empty)
     with wanted.seeded(), torch.device(wanted.device):
         base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **_attention(wanted.model))
@@ -304,8 +304,8 @@ PIECEMEAL_WEIGHTS = 10**9
 """A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
 
 
-def _skeleton(wanted: _Wanted, config: Any) -> Any:
-    return skeleton(wanted.auto_class, config, dtype=wanted.dtype, **_attention(wanted.model))
+def _empty(wanted: _Wanted, config: Any) -> Any:
+    return meta_model(wanted.auto_class, config, dtype=wanted.dtype, **_attention(wanted.model))
 
 
 def _size(model: torch.nn.Module) -> int:
