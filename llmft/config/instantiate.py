@@ -24,9 +24,10 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "strategy": (("lightning.pytorch.strategies.",), "a strategy", "lightning.pytorch.strategies.Strategy"),
     "objective": (("llmft.training.objectives.",), "a class with a method losses(model, batch)", None),
     "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
-    "source": (("llmft.data.",), "a function of (split, num_rows, seed)", None),
+    "source": (("llmft.data.",), "a function of (split, num_rows, seed, …)", None),
 }
 """What a key may name: packages, the kind in words, and the class that it must be derived from."""
+SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
 ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
 HYDRAS_WORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
 _trusted: set[str] = set()
@@ -76,11 +77,7 @@ def find(path: str, key: str, kind: str) -> Any:
     elif kind == "objective":
         fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
     elif kind == "source":
-        fits = inspect.isfunction(target) and list(inspect.signature(target).parameters) == [
-            "split",
-            "num_rows",
-            "seed",
-        ]
+        fits = inspect.isfunction(target) and [*inspect.signature(target).parameters][:3] == [*SOURCE_ARGUMENTS]
     else:
         fits = inspect.isfunction(target) and _takes_two(target)
     if not fits:
@@ -110,8 +107,13 @@ def check_target(node: dict[str, Any], key: str, kind: str, *given: str) -> tupl
     return target, arguments
 
 
-def check_arguments(target: Any, path: str, arguments: dict[str, Any], key: str, *given: str) -> None:
-    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take."""
+def check_arguments(
+    target: Any, path: str, arguments: dict[str, Any], key: str, *given: str, complete: bool = False
+) -> None:
+    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take.
+
+    With `complete`, also for one that is missing: those and the `given` ones are all that there will be.
+    """
     try:
         signature = inspect.signature(target)
     except (ValueError, TypeError):
@@ -122,7 +124,7 @@ def check_arguments(target: Any, path: str, arguments: dict[str, Any], key: str,
         if name not in parameters and not takes_all:
             raise ConfigError(f"{key}.{name}: {path} takes no such argument{did_you_mean(name, parameters)}")
     try:
-        signature.bind_partial(*[None] * len(given), **arguments)
+        (signature.bind if complete else signature.bind_partial)(*[None] * len(given), **arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {path}: {error}.") from None
 

@@ -371,6 +371,7 @@ class Columns:
 class DataConfig:
     name: str = not_in_key()
     source: str | None = None
+    source_options: dict[str, Any] = not_in_key(factory=dict)
     rows: dict[str, int] = field(default_factory=dict)
     files: Texts = not_in_key(None)
     split_files: Files = not_in_key(factory=Files)

@@ -28,9 +28,9 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import canonical
-from llmft.config.instantiate import find
+from llmft.config.instantiate import SOURCE_ARGUMENTS, check_arguments, find
 from llmft.config.sections import BadRow, Columns, DataConfig
-from llmft.core.errors import ConfigError, DataError, nearest
+from llmft.core.errors import ConfigError, DataError, UserError, nearest
 from llmft.data.naming import NotFinite, Unreadable, is_nested, names_in, nested_value
 
 SPLITS = ("train", "validation", "test")
@@ -148,7 +148,7 @@ def _refuse_unused(data: DataConfig) -> None:
     local = bool(data.files or data.split_files.train)
     wants: dict[str, dict[str, Any]] = {
         "data.files": {f"split_files.{split}": not local and getattr(data.split_files, split) for split in SPLITS},
-        "data.source": {"rows": not data.source and data.rows},
+        "data.source": {key: not data.source and getattr(data, key) for key in ("rows", "source_options")},
         "data.hub": {f"hub_splits.{split}": not data.hub and getattr(data.hub_splits, split) for split in SPLITS},
         "data.pseudo": {"pseudo_rows": not data.pseudo and data.pseudo_rows},
     }
@@ -171,16 +171,23 @@ def _described(data: DataConfig) -> str:
 
 def _from_generator(data: DataConfig) -> Loaded:
     assert data.source is not None
-    generate = find(data.source, "data.source", "source")
-    splits = {
-        split: [
-            Row(values, f"{data.name}:{split}:{number}")
-            for number, values in enumerate(generate(split, data.rows[split], data.split_seed), start=1)
-        ]
-        for split in SPLITS
-        if data.rows.get(split)
-    }
-    content = canonical({split: [row.values for row in rows] for split, rows in splits.items()})
+    generate, options = find(data.source, "data.source", "source"), data.source_options
+    check_arguments(generate, data.source, options, "data.source_options", *SOURCE_ARGUMENTS, complete=True)
+    wanted = data.rows or {"train": None}
+    try:
+        splits = {
+            split: [
+                Row(dict(values), f"{data.name}:{split}:{number}")
+                for number, values in enumerate(generate(split, wanted[split], data.split_seed, **options), start=1)
+            ]
+            for split in SPLITS
+            if wanted.get(split) != 0 and split in wanted
+        }
+        content = canonical({split: [row.values for row in rows] for split, rows in splits.items()})
+    except UserError:
+        raise
+    except Exception as error:
+        raise DataError(f"data.source={data.source}: {type(error).__name__}: {error}") from error
     return Loaded(splits, hashlib.sha256(content.encode()).hexdigest())
 
 
