@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from llmft.config.renamed import RENAMED, move
 from llmft.core.arrow import numbers
 from llmft.core.redaction import redact
 from llmft.reports.noise import RowLosses
@@ -175,7 +176,7 @@ def read_run(directory: Path) -> RunRecord:
     run.result = status["result"] if isinstance(status.get("result"), dict) else {}
     if not isinstance(run.result.get("after"), dict):
         run.result = {**run.result, "after": {}}
-    run.config = flatten(redact(_yaml(directory / "config.yaml", run.faults)))
+    run.config = flatten(redact(move(_yaml(directory / "config.yaml", run.faults), RENAMED)))
     run.environment = _object(directory / "environment.json", run.faults)
     run.metrics = [r for r in _lines(directory / "metrics.jsonl", run.faults) if _is_step(r.get("step"))]
     run.timing = _lines(directory / "timing.jsonl", run.faults)

@@ -25,6 +25,7 @@ from llmft.config.commands import (
     RefitConfig,
 )
 from llmft.config.overrides import yes_or_no
+from llmft.config.renamed import RENAMED
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.synthetic import writers
 from llmft.evaluate import evaluate
@@ -33,6 +34,7 @@ from llmft.folds import folds
 from llmft.metrics.classification import logloss
 from llmft.predict import predict, texts_of
 from llmft.refit import refit_config
+from llmft.reports.records import read_run
 from llmft.runs.directory import Run
 from llmft.runs.predictions import Predictions
 from llmft.train import train
@@ -311,6 +313,15 @@ def trained_folds(baseline: Callable[..., Any], tmp_path: Path) -> list[str]:
     return sorted(str(path) for path in (tmp_path / "runs").iterdir())
 
 
+def with_old_names(run: Path) -> None:
+    """Writes a run's config with the names that its keys had in the last release."""
+    text = (run / "config.yaml").read_text()
+    for old, new in RENAMED.items():
+        assert f"  {new.rpartition('.')[2]}:" in text
+        text = text.replace(f"  {new.rpartition('.')[2]}:", f"  {old.rpartition('.')[2]}:")
+    (run / "config.yaml").write_text(text)
+
+
 def template(tmp_path: Path, rows: int) -> str:
     names = ["Ann", "Ben", "Eve", "Max", "Sue", "Tom", "Zoe"]
     lines = [",".join([str(n), *["0"] * 7]) for n in range(rows)]
@@ -322,6 +333,9 @@ def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
     baseline: Callable[..., Any], tmp_path: Path
 ) -> None:
     runs = trained_folds(baseline, tmp_path)
+    with_old_names(Path(runs[2]))
+    first, last = (read_run(Path(run)).config for run in (runs[0], runs[2]))
+    assert {key for key in first | last if first.get(key) != last.get(key)} == {"data.fold"}
     files = table(tmp_path / "test.csv", 20, known=False)
     given: dict[str, Any] = {"format": PredictionFormat.submission, "template": template(tmp_path, 20)}
     (joined,) = folds(FoldsConfig(runs=f"{tmp_path}/runs/*", output_dir=str(tmp_path)), quiet=True)
