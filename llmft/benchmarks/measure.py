@@ -129,11 +129,9 @@ class Bench:
         from llmft.config.convert import from_plain
         from llmft.config.instantiate import optimizer_factory
         from llmft.config.sections import TrainConfig
-        from llmft.core.machine import sensible_threads
         from llmft.data.hub import locate
-        from llmft.model import adapters
-        from llmft.model.load import TORCH_DTYPES, load_base, model_config, pick_device, pick_precision
-        from llmft.model.quantization import weight_counts
+        from llmft.model.assemble import assemble
+        from llmft.model.load import TORCH_DTYPES, model_config, pick_device, pick_precision
         from llmft.training.finetuner import parameter_groups
 
         self.case = case
@@ -148,30 +146,15 @@ class Bench:
         torch.set_float32_matmul_precision("high")
         torch.use_deterministic_algorithms(config.trainer.deterministic, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        self.base = load_base(
-            config.model,
+        assembled = assemble(
+            config,
             located,
-            config.quantization,
-            auto_class="causal_lm",
-            num_labels=0,
-            dtype=self.dtype,
             device=self.device,
-            seed=0,
+            precision=self.precision,
+            threads=config.trainer.threads,
             keep=False,
         )
-        weights = sum(weight_counts(self.base).values())
-        torch.set_num_threads(config.trainer.threads or sensible_threads(weights))
-        if config.lora.enabled:
-            self.model = adapters.attach(
-                self.base,
-                config.lora,
-                auto_class="causal_lm",
-                seed=0,
-                name=config.model.id,
-                kernels=config.model.kernels,
-            )
-        else:
-            self.model = self.base.requires_grad_(True)
+        self.base, self.model = assembled.base, assembled.model
         # An answer ends where it is told to, so that every repeat is as long.
         self.base.generation_config.eos_token_id = None
         self.optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)(parameter_groups(self.model))

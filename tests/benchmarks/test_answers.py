@@ -19,7 +19,7 @@ from llmft.benchmarks import measure, run
 from llmft.benchmarks.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
 from llmft.benchmarks.figure import lines, page
 from llmft.benchmarks.measure import Case, Measured
-from llmft.benchmarks.report import cells, write_answers
+from llmft.benchmarks.report import cells, remarks, write_answers
 from llmft.benchmarks.run import run_case
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_plain
@@ -72,15 +72,19 @@ def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
     assert "128 tokens in, 32 out" in html
 
 
+def page_of(case: Answered, name: str) -> str:
+    return page([case], WISH, name, [cells(case, WISH)], remarks([case]))
+
+
 def test_the_figure_has_a_line_per_length_of_the_question_and_only_what_was_measured() -> None:
     found = lines([answered(512, 32), answered(128, 64), answered(128, 32)], WISH)
     assert {inputs: [outputs for outputs, _ in line] for inputs, line in found.items()} == {128: [32, 64], 512: [32]}
-    assert page([answered(8, 8, error="no time left")], WISH, "x").count("<svg") == 0
+    assert page_of(answered(8, 8, error="no time left"), "x").count("<svg") == 0
 
 
 def test_a_name_from_outside_is_text_in_the_page() -> None:
     bad = replace(answered(8, 8), model="<script>alert(1)</script>")
-    assert "<script>alert" not in page([bad], WISH, "<script>alert(2)</script>")
+    assert "<script>alert" not in page_of(bad, "<script>alert(2)</script>")
 
 
 def test_csv_has_the_columns_of_all_rows() -> None:
