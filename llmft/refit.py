@@ -15,7 +15,7 @@ from typing import Any
 from llmft.config.commands import RefitConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import arguments_of_process
+from llmft.config.invocation import NO_COMMAND, Invocation, arguments_of_process
 from llmft.config.sections import Export, TrainConfig, TrainOn
 from llmft.config.untrusted import stored_config
 from llmft.core.errors import ConfigError
@@ -25,10 +25,14 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    run_verb("refit", RefitConfig, lambda composed, _: refit(to_config(composed, RefitConfig)), argv)
+    run_verb("refit", RefitConfig, _refit_composed, argv)
 
 
-def refit(config: RefitConfig, *, quiet: bool = False) -> None:
+def _refit_composed(composed: Any, invocation: Invocation) -> None:
+    refit(to_config(composed, RefitConfig), invocation=invocation)
+
+
+def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = NO_COMMAND) -> None:
     """Trains the runs' config on all rows.
 
     Raises ConfigError where the runs are not validated ones of one config.
@@ -36,7 +40,7 @@ def refit(config: RefitConfig, *, quiet: bool = False) -> None:
     from llmft.core.console import Screen
     from llmft.training.run import train
 
-    train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet)
+    train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet, invocation=invocation)
 
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
