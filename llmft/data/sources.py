@@ -173,15 +173,14 @@ def _from_generator(data: DataConfig) -> Loaded:
     assert data.source is not None
     generate, options = find(data.source, "data.source", "source"), data.source_options
     check_arguments(generate, data.source, options, "data.source_options", *SOURCE_ARGUMENTS, complete=True)
-    wanted = data.rows or {"train": None}
+    wanted = {split: data.rows[split] for split in SPLITS if data.rows.get(split)} if data.rows else {"train": None}
     try:
         splits = {
             split: [
                 Row(dict(values), f"{data.name}:{split}:{number}")
-                for number, values in enumerate(generate(split, wanted[split], data.split_seed, **options), start=1)
+                for number, values in enumerate(generate(split, count, data.split_seed, **options), start=1)
             ]
-            for split in SPLITS
-            if wanted.get(split) != 0 and split in wanted
+            for split, count in wanted.items()
         }
         content = canonical({split: [row.values for row in rows] for split, rows in splits.items()})
     except UserError:

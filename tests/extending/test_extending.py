@@ -10,7 +10,7 @@ import pytest
 
 from llmft.config.instantiate import trust
 from llmft.core.errors import ConfigError, DataError, UserError
-from llmft.data.sources import Problems, load_rows
+from llmft.data.sources import BadRows, load_rows
 from tests.conftest import ROOT, compose, llmft, run_directory
 
 HERE = Path(__file__).resolve().parent
@@ -57,14 +57,14 @@ def test_a_row_source_that_cannot_be_used_is_refused_in_one_sentence(
     config = compose("data=prompt_response", "data.source=mylib.rows.diary", f"data.source_options={options}")
     monkeypatch.setattr("llmft.config.instantiate._trusted", set())
     with pytest.raises(ConfigError, match=r"trusted_packages=\[mylib\]"):
-        load_rows(config.data, Problems())
+        load_rows(config.data, BadRows())
     trust(["mylib"])
     with pytest.raises(error) as raised:
-        load_rows(config.data, Problems())
+        load_rows(config.data, BadRows())
     assert str(raised.value).startswith(sentence)
 
 
 def test_options_without_a_source_are_refused() -> None:
     config = compose("data=alpaca", "data.files=x.csv", "data.source_options={path: x}")
-    with pytest.raises(ConfigError, match=r"goes with data\.source, which is not set"):
-        load_rows(config.data, Problems())
+    with pytest.raises(ConfigError, match=r"needs data\.source, which is not set"):
+        load_rows(config.data, BadRows())
