@@ -55,13 +55,16 @@ def test_a_row_source_that_cannot_be_used_is_refused_in_one_sentence(
 ) -> None:
     monkeypatch.syspath_prepend(str(HERE))
     config = compose("data=prompt_response", "data.source=mylib.rows.diary", f"data.source_options={options}")
-    monkeypatch.setattr("llmft.config.instantiate._trusted", set())
-    with pytest.raises(ConfigError, match=r"trusted_packages=\[mylib\]"):
-        load_rows(config.data, BadRows())
     trust(["mylib"])
     with pytest.raises(error) as raised:
         load_rows(config.data, BadRows())
     assert str(raised.value).startswith(sentence)
+
+
+def test_code_of_ones_own_runs_only_where_the_command_line_names_its_package() -> None:
+    config = compose("data=prompt_response", "data.source=tests.extending.mylib.rows.diary")
+    with pytest.raises(ConfigError, match=r"trusted_packages=\[tests\]"):
+        load_rows(config.data, BadRows())
 
 
 def test_options_without_a_source_are_refused() -> None:
