@@ -43,6 +43,11 @@ SMALL = [
 ]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the tests of tests/gpu compute."""
+    parser.addoption("--device", choices=("cuda", "cpu"), default="cuda", help="of tests/gpu; cpu tries them out")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real data, or a skip that says it is missing."""

@@ -28,6 +28,7 @@ from llmft.model.generate import generate
 from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
 from llmft.training.objectives.base import Objective, RowLosses
+from llmft.training.processes import check_same_start
 
 
 @dataclass
@@ -223,6 +224,11 @@ class FineTuner(L.LightningModule):
             self._load_optimizer(optimizer, self._pending_optimizer)
             self._pending_optimizer = None
         return optimizer
+
+    def on_fit_start(self) -> None:
+        """Several processes go on from the same step, or none does."""
+        if self.trainer.world_size > 1:
+            check_same_start(self.step, self.device)
 
     def on_train_epoch_start(self) -> None:
         """Dropout on; Lightning leaves frozen modules in the mode it found them in."""

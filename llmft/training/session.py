@@ -21,7 +21,7 @@ from llmft.model import adapters
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.checkpointing import Offloaded, set_checkpointing
 from llmft.model.compiling import compile_layers
-from llmft.model.load import TORCH_DTYPES
+from llmft.model.load import TORCH_DTYPES, first_line
 from llmft.model.memory import optimizer_bytes
 from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, path_of, verify
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
@@ -32,6 +32,7 @@ from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.parts import Parts, check_parts
 from llmft.training.plan import show_plan, what_ran
 from llmft.training.prepare import RunInputs, process_rank
+from llmft.training.processes import is_lost_process
 from llmft.training.progress import ShowProgress
 from llmft.training.readiness import Ready, check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
@@ -300,6 +301,11 @@ class Session:
         except Exception as error:
             if (failure := failed_callback(error, self.parts.callbacks)) is not None:
                 raise failure from error
+            if self.trainer.world_size > 1 and is_lost_process(error):
+                raise UserError(
+                    f"another process of this run is gone ({first_line(error)}); the same command goes on from the "
+                    "newest checkpoint."
+                ) from error
             if not is_out_of_memory(error):
                 raise
             if self.trainer.world_size > 1:  # the other processes cannot follow

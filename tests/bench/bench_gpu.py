@@ -1,32 +1,42 @@
 """Tokens/s of a 7B model's training on one GPU, of llmft and of peers, against what the device's arithmetic allows.
 
-    python -m tests.bench.bench_gpu [--device cuda] [--base bf16,nf4] [--tokens 512,1024,…] [--quick]
-    python -m tests.bench.bench_gpu --device cpu --model tiny --quick      # the same on a tiny model, to try it out
+    python -m tests.bench.bench_gpu [--base nf4,bf16] [--tokens 8192] [--deadline 540] [--json FILE]
+    python -m tests.bench.bench_gpu --device cpu --model tiny          # the same on a tiny model, to try it out
 
-The model has Mistral-7B's shape and random weights, which are made on the device tensor by tensor. Micro-batches hold
-rows of 200 to 1024 tokens with answers of 4 to 32, as many as fit into so many tokens; a step is one micro-batch. llmft
-computes rows without padding, keeps activations where they fit, and logits at answers only; transformers' Trainer and
-TRL (where installed) pad and compute layers again, as they do at such sizes. The share of the roof is tokens/s times
-4P floating-point operations (6P where layers are computed again), P the weights of linear layers, over what a product
-of two large matrices reaches here. A row without the same losses as a plain PEFT forward's is not shown.
+The model has Mistral-7B's shape and random weights, made and quantised on the device. A step is one micro-batch of rows
+of 200 to 1024 tokens with answers of 4 to 32, and the adapter's B is away from zero, so that losses tell whether it is
+computed. llmft trains as a run does: its kernels, nothing that is not deterministic, no layer computed again unless
+that is said. transformers' Trainer and TRL (where installed) pad and compute layers again, as they do at such sizes.
+
+The share of the roof is tokens/s times 4P floating-point operations (6P where layers are computed again), P the weights
+of linear layers, over what a product of two large matrices reaches here. A row without the losses of a plain PEFT
+forward is not shown. Every line is printed at once; the first row of llmft stands before the peers' in case the
+deadline, in seconds from the start, comes first.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
+import json
+import os
 import platform
 import random
 import statistics
 import tempfile
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
 from llmft.core.imports import load_libraries
+from llmft.core.machine import set_allocator, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -52,27 +62,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 PARITY_MEDIAN, PARITY_MOST = 5e-3, 1e-1
 """In bf16, whose products round otherwise with every order of additions; see TRL's own measurements (pull 5575)."""
 WARM_UP = 3
+BEGAN = time.monotonic()
 Row = tuple[list[int], int]
 """Token ids, and how many of them, at the end, are learned."""
 
 
-def on_device(shape: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """A random Mistral whose weights never leave `device`."""
-    from transformers import AutoModelForCausalLM, MistralConfig
+class Step(NamedTuple):
+    """What was seen of one."""
 
-    config = MistralConfig(**shape)
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
-    draw = torch.Generator(device).manual_seed(0)
-    for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
-            made = torch.empty(parameter.shape, dtype=dtype, device=device)
-            # Norms are one-dimensional; random weights, not zeros: those are quicker to multiply.
-            made = made.fill_(1.0) if made.ndim == 1 else made.normal_(0.0, 0.02, generator=draw)
-            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
-    rotary = model.model.rotary_emb
-    model.model.rotary_emb = type(rotary)(config).to(device)  # its buffer is computed, not stored
-    return model.eval()
+    loss: float
+    seconds: float
+    tokens: int
+    labelled: int
 
 
 def rows_of(tokens: int, vocabulary: int, seed: int) -> list[Row]:
@@ -130,33 +131,56 @@ class Setting:
     """
 
     def __init__(self, model: str, form: str, device: torch.device) -> None:
-        from llmft.config.sections import LoraConfig, QuantizationConfig, QuantizationFormat
-        from llmft.model.quantization import keep_packing, quantize_in_place
+        from llmft.config.sections import Kernels, LoraConfig, ModelConfig, ModelInit, Precision
+        from llmft.config.sections import QuantizationConfig as Quantization
+        from llmft.config.sections import QuantizationFormat as Format
+        from llmft.data.hub import Located
+        from llmft.model.load import TORCH_DTYPES, load_base, pick_precision
+        from llmft.model.quantization import weight_counts
 
         self.device = device
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        self.dtype = TORCH_DTYPES[pick_precision(Precision.auto, device)] if device.type == "cuda" else torch.float32
         self.vocabulary = SHAPES[model]["vocab_size"]
         self.lora = LoraConfig(r=8)
-        self.base = on_device(SHAPES[model], device, self.dtype)
-        layers = self.base.model.layers
-        self.linear_weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, torch.nn.Linear))
-        if form == "nf4":
-            quantize_in_place(self.base, QuantizationConfig(QuantizationFormat.nf4), self.dtype, [], device)
-            keep_packing(self.base)
+        self.base = load_base(
+            ModelConfig(
+                name=model,
+                id=model,
+                init=ModelInit.random,
+                architecture="mistral",
+                config=SHAPES[model],
+                kernels=Kernels.none,
+            ),
+            Located(None, "random"),
+            Quantization(Format.nf4 if form == "nf4" else Format.none),
+            auto_class="causal_lm",
+            num_labels=0,
+            dtype=self.dtype,
+            device=device,
+            seed=0,
+            keep=False,
+        )
+        counts = weight_counts(self.base)
+        ends = sum(m.weight.numel() for m in (self.base.get_input_embeddings(), self.base.get_output_embeddings()))
+        self.linear_weights = counts["4-bit"] + counts["full"] - ends
 
     @contextmanager
     def adapted(self, *, plain: bool, recompute: bool) -> Iterator[Any]:
         """A model with an adapter around the base; `plain` as PEFT itself makes it."""
+        from llmft.config.sections import Kernels
         from llmft.model import kernels
         from llmft.model.adapters import attach
-        from llmft.model.kernels import lora as lora_kernel
 
         self.base.set_attn_implementation("sdpa")
         if not plain:
             kernels.install(self.base)
-        model = attach(self.base, self.lora, auto_class="causal_lm", seed=0, name="base")
-        if plain:
-            lora_kernel.uninstall(model)
+        how = Kernels.none if plain else Kernels.auto
+        model = attach(self.base, self.lora, auto_class="causal_lm", seed=0, name="base", kernels=how)
+        draw = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=draw) * 0.01)
         if recompute:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model.enable_input_require_grads()
@@ -165,76 +189,71 @@ class Setting:
         finally:
             self.base.gradient_checkpointing_disable()
             model.unload()
+            for module in self.base.modules():
+                vars(module).pop("forward", None)
 
     def autocast(self) -> Any:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32)
 
     def batch(self, tokens: int, step: int) -> list[Row]:
         return rows_of(tokens, self.vocabulary, 1000 * tokens + step)
 
 
-Seen = list[tuple[float, float, int, int]]
-"""Of each step: its loss, its seconds, its real and its supervised tokens."""
+def timed_steps(
+    setting: Setting, model: Any, tokens: int, steps: int, loss_of: Callable[[Any, Any], Any]
+) -> list[Step]:
+    """Steps of forward, backward, clipping and AdamW; `loss_of` gives the loss of a model on a padded batch."""
+    from llmft.training.finetuner import parameter_groups
+
+    optimizer = torch.optim.AdamW(parameter_groups(model), lr=1e-4, weight_decay=0.0)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    scaler = torch.amp.GradScaler(setting.device.type, enabled=setting.dtype is torch.float16)
+    seen: list[Step] = []
+    for step in range(steps):
+        rows = setting.batch(tokens, step)
+        synchronise(setting.device)
+        began = time.perf_counter()
+        with setting.autocast():
+            loss = loss_of(model, padded(rows, setting.device))
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        value = float(loss.detach())
+        synchronise(setting.device)
+        seconds = time.perf_counter() - began
+        seen.append(Step(value, seconds, sum(len(ids) for ids, _ in rows), sum(answer for _, answer in rows)))
+    return seen
 
 
-def optimizer_of(model: Any, device: torch.device) -> Any:
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=device.type == "cuda"), trained
-
-
-def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool) -> Seen:
-    """llmft's objective on its own forward."""
+def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, strict: bool = True) -> list[Step]:
+    """llmft's objective on its own forward; `strict` as trainer.deterministic."""
     from llmft.data.batch import MicroBatch
+    from llmft.training.finetuner import deterministic_only
     from llmft.training.objectives.language_modeling import LanguageModeling
 
-    seen: Seen = []
     objective = LanguageModeling()
-    with setting.adapted(plain=False, recompute=recompute) as model:
-        optimizer, trained = optimizer_of(model, setting.device)
-        for step in range(steps):
-            rows = setting.batch(tokens, step)
-            b = padded(rows, setting.device)
-            ones = torch.ones(len(rows), device=setting.device)
-            micro = MicroBatch(b["input_ids"], b["attention_mask"], b["labels"], ones, None, [])
-            synchronise(setting.device)
-            began = time.perf_counter()
-            with setting.autocast():
-                found = objective.losses(model, micro)
-                loss = found.nll.sum() / found.counts.sum()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            value = float(loss.detach())
-            synchronise(setting.device)
-            seconds = time.perf_counter() - began
-            seen.append((value, seconds, sum(len(ids) for ids, _ in rows), sum(answer for _, answer in rows)))
-    return seen
+
+    def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
+        ones = torch.ones(len(batch["labels"]), device=setting.device)
+        found = objective.losses(model, MicroBatch(**batch, weights=ones, targets=None, rows=[]))
+        return found.nll.sum() / found.counts.sum()
+
+    with setting.adapted(plain=False, recompute=recompute) as model, deterministic_only(strict):
+        found = timed_steps(setting, model, tokens, steps, loss_of)
+    torch.use_deterministic_algorithms(False)
+    return found
 
 
-def plain(setting: Setting, tokens: int, steps: int) -> Seen:
+def plain(setting: Setting, tokens: int, steps: int) -> list[Step]:
     """PEFT's own forward on padded rows, logits everywhere: what losses are compared with."""
-    seen: Seen = []
     with setting.adapted(plain=True, recompute=True) as model:
-        optimizer, trained = optimizer_of(model, setting.device)
-        for step in range(steps):
-            rows = setting.batch(tokens, step)
-            synchronise(setting.device)
-            began = time.perf_counter()
-            with setting.autocast():
-                loss = model(**padded(rows, setting.device), use_cache=False).loss
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            value = float(loss.detach())
-            synchronise(setting.device)
-            seconds = time.perf_counter() - began
-            seen.append((value, seconds, sum(len(ids) for ids, _ in rows), sum(answer for _, answer in rows)))
-    return seen
+        return timed_steps(setting, model, tokens, steps, lambda m, batch: m(**batch, use_cache=False).loss)
 
 
-def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool) -> Seen:
+def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> list[Step]:
     """transformers' Trainer, or TRL's SFTTrainer: a dataset item is a whole micro-batch."""
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -277,7 +296,8 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool) -> Seen:
             max_grad_norm=1.0,
             weight_decay=0.0,
             optim="adamw_torch_fused" if setting.device.type == "cuda" else "adamw_torch",
-            bf16=setting.device.type == "cuda",
+            bf16=setting.dtype is torch.bfloat16,
+            fp16=setting.dtype is torch.float16,
             use_cpu=setting.device.type == "cpu",
             gradient_checkpointing=True,
             gradient_checkpointing_kwargs={"use_reentrant": False},
@@ -300,7 +320,7 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool) -> Seen:
             given["data_collator"] = lambda items: padded([(row["ids"], row["answer"]) for row in items[0]["rows"]])
         InOrder(model=model, args=settings, train_dataset=data, **given).train()
     counts = [(sum(len(ids) for ids, _ in batch), sum(answer for _, answer in batch)) for batch in batches]
-    return [(float(loss), s, *count) for loss, s, count in zip(losses, times, counts, strict=True)]
+    return [Step(float(loss), s, *count) for loss, s, count in zip(losses, times, counts, strict=True)]
 
 
 def dummy_tokenizer() -> Any:
@@ -313,90 +333,138 @@ def dummy_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<s>")
 
 
-def memory(device: torch.device) -> float:
-    """Peak GiB of the device's allocator since the last reset; 0 on a CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
+class Report:
+    """Prints every row when it is there, and keeps it as a line of JSON."""
+
+    def __init__(self, path: Path | None, deadline: float) -> None:
+        self.path = path
+        self.deadline = deadline
+
+    def say(self, text: str, **record: Any) -> None:
+        """One line."""
+        print(f"[{time.monotonic() - BEGAN:5.0f} s] {text}", flush=True)
+        if self.path is not None:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"at_s": round(time.monotonic() - BEGAN, 1), **record}) + "\n")
+
+    def end_in_time(self) -> None:
+        """Ends the process at the deadline, wherever it is: every row that is there has been written."""
+
+        def end() -> None:
+            self.say("the deadline: what is missing was not measured", event="deadline")
+            os._exit(0)
+
+        timer = threading.Timer(max(1.0, self.deadline - (time.monotonic() - BEGAN)), end)
+        timer.daemon = True
+        timer.start()
 
 
-def measure(setting: Setting, action: Callable[[], Seen]) -> tuple[Seen, float] | str:
+def measure(device: torch.device, action: Callable[[], list[Step]]) -> tuple[list[Step], float] | str:
     """What `action` saw and its peak memory in GiB, or why there is nothing."""
     gc.collect()
-    if setting.device.type == "cuda":
+    if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     try:
-        return action(), memory(setting.device)
+        return action(), torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
     except torch.OutOfMemoryError:
         return "does not fit"
     except ImportError as error:
         return f"not installed ({error.name})"
 
 
-def line(name: str, seen: Seen, peak: float, reference: Seen, flops: float, roof: float) -> str:
-    """One row of the table, or why it is not one."""
-    timed = seen[WARM_UP:]
-    real = statistics.median(count / s for _, s, count, _ in timed)
-    supervised = statistics.median(count / s for _, s, _, count in timed)
-    differences = [abs(a[0] - b[0]) for a, b in zip(seen, reference, strict=True)]
-    middle, most = statistics.median(differences), max(differences)
+def row(
+    report: Report, name: str, seen: tuple[list[Step], float] | str, reference: list[Step], of_roof: float, **facts: Any
+) -> None:
+    """One system's row, or why it is not one; `of_roof` is what a token/s is of the roof."""
+    if isinstance(seen, str):
+        report.say(f"  {name:36} {seen}", system=name, missing=seen, **facts)
+        return
+    steps, peak = seen
+    timed = steps[WARM_UP:]
+    real = statistics.median(step.tokens / step.seconds for step in timed)
+    supervised = statistics.median(step.labelled / step.seconds for step in timed)
+    off = [abs(step.loss - other.loss) for step, other in zip(steps, reference, strict=False)]
+    middle, most = statistics.median(off), max(off)
+    record = {
+        "system": name,
+        "loss_off_median": middle,
+        "loss_off_most": most,
+        "losses": [s.loss for s in steps],
+        **facts,
+    }
     if middle > PARITY_MEDIAN or most > PARITY_MOST:
-        return f"  {name:34} not shown: losses differ by {middle:.1e} (median), {most:.1e} (most)"
-    share = f"{real * flops / roof:7.1%}   {middle:.0e} median, {most:.0e} most"
-    return f"  {name:34} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share}"
+        report.say(f"  {name:36} not shown: losses differ by {middle:.1e} (median), {most:.1e} (most)", **record)
+        return
+    share = real * of_roof
+    record |= {"tokens_per_s": real, "supervised_per_s": supervised, "peak_gib": peak, "share_of_roof": share}
+    told = f"  {name:36} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share:7.1%}   {middle:.0e}, {most:.0e}"
+    report.say(told, **record)
+
+
+def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int, roof: float) -> None:
+    """The table of one base and one size of micro-batch."""
+    facts = {"base": form, "micro_batch_tokens": tokens}
+    report.say(f"base in {form}, {tokens:,} tokens per micro-batch", event="table", **facts)
+    report.say(
+        f"  {'':36} {'real tok/s':>10} {'supervised/s':>12} {'peak GiB':>8} {'of roof':>7}   loss off", event="head"
+    )
+    keep, again = 4.0 * setting.linear_weights / roof, 6.0 * setting.linear_weights / roof
+    reference = measure(setting.device, lambda: plain(setting, tokens, WARM_UP + 1))
+    if isinstance(reference, str):
+        row(report, "plain PEFT, padded, recomputed", reference, [], again, **facts)
+        return
+    wanted = reference[0]
+    systems: dict[str, tuple[Callable[[], list[Step]], float]] = {
+        "llmft": (lambda: ours(setting, tokens, steps), keep),
+        "llmft again": (lambda: ours(setting, tokens, WARM_UP + 1), keep),
+        "HF Trainer, padded, recomputed": (lambda: trainer(setting, tokens, steps), again),
+        "llmft, recomputed": (lambda: ours(setting, tokens, steps, recompute=True), again),
+        "llmft, trainer.deterministic=false": (lambda: ours(setting, tokens, steps, strict=False), keep),
+        "TRL SFTTrainer, padded, recomputed": (lambda: trainer(setting, tokens, steps, trl=True), again),
+    }
+    row(report, "plain PEFT, padded, recomputed", reference, wanted, again, **facts)
+    losses: list[float] = []
+    for name, (action, of_roof) in systems.items():
+        seen = measure(setting.device, action)
+        if name == "llmft again" and not isinstance(seen, str) and losses:
+            same = all(step.loss == loss for step, loss in zip(seen[0], losses, strict=False))
+            report.say(f"  {name:36} the same losses to the bit: {same}", system=name, same_bits=same, **facts)
+            continue
+        if name == "llmft" and not isinstance(seen, str):
+            losses = [step.loss for step in seen[0]]
+        row(report, name, seen, wanted, of_roof, **facts)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--model", choices=sorted(SHAPES), default="mistral-7b")
-    parser.add_argument("--base", default="bf16,nf4")
-    parser.add_argument("--tokens", default="512,1024,2048,4096,8192,16384", help="of a micro-batch")
-    parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--quick", action="store_true", help="two sizes, 3 steps")
+    parser.add_argument("--base", default="nf4,bf16")
+    parser.add_argument("--tokens", default="8192", help="of a micro-batch; several with commas")
+    parser.add_argument("--steps", type=int, default=6, help="that are timed")
+    parser.add_argument("--deadline", type=float, default=540.0, help="seconds until the process ends, as far as it is")
+    parser.add_argument("--json", type=Path, help="a line for every row")
     asked = parser.parse_args()
+    report = Report(asked.json, asked.deadline)
+    report.end_in_time()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    set_allocator()
     load_libraries()
+    warnings.simplefilter("ignore")  # of peers that are called as they want to be
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device(asked.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    steps = WARM_UP + (3 if asked.quick else asked.steps)
-    sizes = [int(size) for size in asked.tokens.split(",")][: 2 if asked.quick else None]
-    roof = product_rate(device, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    print(f"{name}, torch {torch.__version__}, products of matrices at {roof / 1e12:.1f} TFLOP/s; {asked.model}")
     for form in asked.base.split(","):
         setting = Setting(asked.model, form, device)
-        for tokens in sizes:
-            compare(setting, form, tokens, steps, roof)
+        roof = product_rate(device, setting.dtype)
+        told = f"{name}, torch {torch.__version__}, matrix products at {roof / 1e12:.1f} TFLOP/s; {asked.model}"
+        report.say(told, device=name, roof_flops=roof, model=asked.model, versions=versions(), dtype=str(setting.dtype))
+        for tokens in map(int, asked.tokens.split(",")):
+            compare(report, setting, form, tokens, WARM_UP + asked.steps, roof)
         del setting
 
 
-def compare(setting: Setting, form: str, tokens: int, steps: int, roof: float) -> None:
-    """The table of one base and one size of micro-batch."""
-    print(f"base in {form}, {tokens:,} tokens per micro-batch")
-    print(f"  {'':34} {'real tok/s':>10} {'supervised/s':>12} {'peak GiB':>8} {'of roof':>7}   |loss - plain PEFT's|")
-    keep, again = 4.0 * setting.linear_weights, 6.0 * setting.linear_weights
-    reference = measure(setting, lambda: plain(setting, tokens, steps))
-    if isinstance(reference, str):
-        print(f"  plain PEFT, padded, recomputed     {reference}: no losses to compare with")
-        return
-    actions: dict[str, tuple[Callable[[], Seen], float]] = {
-        "HF Trainer, padded, recomputed": (lambda: trainer(setting, tokens, steps, trl=False), again),
-        "TRL SFTTrainer, padded, recomputed": (lambda: trainer(setting, tokens, steps, trl=True), again),
-        "llmft": (lambda: ours(setting, tokens, steps, recompute=False), keep),
-        "llmft, recomputed": (lambda: ours(setting, tokens, steps, recompute=True), again),
-    }
-    print(line("plain PEFT, padded, recomputed", *reference, reference[0], again, roof))
-    for name, (action, flops) in actions.items():
-        tell(name, measure(setting, action), reference, flops, roof)
-
-
-def tell(
-    name: str, found: tuple[Seen, float] | str, reference: tuple[Seen, float] | str, flops: float, roof: float
-) -> None:
-    """Prints a row, or why there is none."""
-    if isinstance(found, str) or isinstance(reference, str):
-        print(f"  {name:34} {found if isinstance(found, str) else reference}")
-    else:
-        print(line(name, *found, reference[0], flops, roof))
-
-
 if __name__ == "__main__":
-    main()
+    with contextlib.suppress(KeyboardInterrupt):
+        main()

@@ -43,9 +43,21 @@ def test_peers_read_the_rows_order_and_adapter_that_llmft_trains(tmp_path: Path)
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_runs_on_a_tiny_model() -> None:
-    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--quick"]
-    done = subprocess.run([*command, "--tokens", "512"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+def test_the_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--tokens", "512"]
+    options = ["--steps", "2", "--json", str(tmp_path / "rows.json")]
+    done = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("  llmft ") == 2
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    speeds = {(row["base"], row["system"]): row["tokens_per_s"] for row in rows if "tokens_per_s" in row}
+    assert {(base, system) for base in ("nf4", "bf16") for system in ("llmft", "llmft, recomputed")} <= speeds.keys()
+    assert all(row["same_bits"] for row in rows if "same_bits" in row)
     assert "not shown" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_gpu_benchmark_ends_at_its_deadline_with_what_it_has(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.bench.bench_gpu", "--device", "cpu", "--model", "tiny", "--deadline", "1"]
+    done = subprocess.run([*command, "--json", str(tmp_path / "rows.json")], cwd=ROOT, capture_output=True, timeout=100)
+    assert done.returncode == 0
+    assert json.loads((tmp_path / "rows.json").read_text().splitlines()[-1])["event"] == "deadline"

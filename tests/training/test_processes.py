@@ -1,0 +1,103 @@
+"""One model on several machines: two launchers on the loopback, as torchrun and SLURM start them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, SMALL, llmft, run_directory
+
+pytestmark = pytest.mark.slow
+NODES = [*SMALL, "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=2"]
+
+
+def free_port() -> int:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        return int(made.getsockname()[1])
+
+
+def command(launcher: str, node: int, port: int) -> tuple[list[str], dict[str, str]]:
+    """How `launcher` starts llmft on machine `node`, and what it puts into the environment."""
+    if launcher == "torchrun":
+        where = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1"]
+        return [sys.executable, "-m", "torch.distributed.run", *where, f"--master-port={port}", "-m", "llmft"], {}
+    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "1", "NNODES": "2", "LOCALID": "0", "JOB_ID": "1", "JOB_NAME": "llmft"}
+    slurm = {**tasks, "PROCID": str(node), "NODEID": str(node)}
+    environment = {f"SLURM_{name}": value for name, value in slurm.items()}
+    return [sys.executable, "-m", "llmft"], {**environment, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+class Machines:
+    """Two of them, each with its launcher."""
+
+    def __init__(self, launcher: str, *arguments: str, each: tuple[str, str] = ("", ""), cwd: Path) -> None:
+        port = free_port()
+        self.launchers = []
+        for node in range(2):
+            start, environment = command(launcher, node, port)
+            options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+            env = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+            own = [*start, *NODES, *arguments, *filter(None, [each[node]])]
+            self.launchers.append(subprocess.Popen(own, cwd=cwd, env=env, **options))
+
+    def end(self) -> list[tuple[int, str]]:
+        """(exit code, what it printed) of each."""
+        told = [launcher.communicate(timeout=300)[0] for launcher in self.launchers]
+        return [(launcher.returncode, text) for launcher, text in zip(self.launchers, told, strict=True)]
+
+
+def adapter(root: Path) -> bytes:
+    return (run_directory(root) / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
+def test_two_machines_train_what_two_devices_of_one_do(launcher: str, tmp_path: Path) -> None:
+    for code, told in Machines(launcher, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path).end():
+        assert code == 0, told
+    one = ["trainer.devices=2", "trainer.num_nodes=1", f"output_dir={tmp_path / 'devices'}"]
+    done = llmft(*NODES, *one, cwd=tmp_path, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert adapter(tmp_path / "nodes") == adapter(tmp_path / "devices")
+
+
+def test_a_machine_that_is_lost_ends_the_run_in_a_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    more = ["trainer.max_steps=60", "trainer.validate_every=30", "trainer.checkpoint_every=1", "task.generate_rows=0"]
+    machines = Machines("torchrun", *more, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path)
+    deadline = time.monotonic() + 240
+    while not list((tmp_path / "nodes").glob("runs/*/checkpoints/*.safetensors")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    for child in psutil.Process(machines.launchers[1].pid).children():
+        child.send_signal(signal.SIGKILL)
+    (code, told), (lost, _) = machines.end()
+    assert code != 0
+    assert lost != 0
+    assert "another process of this run is gone" in told
+    ended = Machines("torchrun", *more, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path).end()
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert "resumed" in ended[0][1]
+    for code, told in Machines("torchrun", *more, f"output_dir={tmp_path / 'whole'}", cwd=tmp_path).end():
+        assert code == 0, told
+    assert adapter(tmp_path / "nodes") == adapter(tmp_path / "whole")
+
+
+def test_machines_that_do_not_share_the_run_directory_are_refused(tmp_path: Path) -> None:
+    stops = ["trainer.max_steps=6", "trainer.checkpoint_every=1", f"output_dir={tmp_path / 'a'}"]
+    machines = Machines("slurm", *stops, "trainer.max_time=0.01s", cwd=tmp_path).end()
+    assert list((tmp_path / "a").glob("runs/*/checkpoints/*.safetensors")), machines
+    apart = (f"output_dir={tmp_path / 'a'}", f"output_dir={tmp_path / 'b'}")
+    for code, told in Machines(
+        "slurm", "trainer.max_steps=6", "trainer.checkpoint_every=1", each=apart, cwd=tmp_path
+    ).end():
+        assert code == 2, told
+        assert "set output_dir to a directory that all of them share" in told
