@@ -231,3 +231,58 @@ class BenchConfig:
             not self.models or self.model.path is None or self.model.path.startswith("package:"),
             "models names options of the group model, and model.path one directory: choose one of them.",
         )
+
+
+class MergeFormat(Enum):
+    """What merge writes: a directory of transformers, a GGUF file, or the adapter alone as GGUF."""
+
+    hf = "hf"
+    gguf = "gguf"
+    gguf_adapter = "gguf_adapter"
+
+
+class MergeBase(Enum):
+    """What an adapter is added to: the weights that it was trained on, or those before quantisation."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
+class Stored(Enum):
+    """The number format of a merged directory."""
+
+    auto = "auto"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass
+class MergeConfig(Trusting):
+    """What `python -m llmft.merge` takes."""
+
+    run: Texts = MISSING
+    to: str | None = None
+    format: MergeFormat = MergeFormat.hf
+    type: str = "f16"
+    dtype: Stored = Stored.auto
+    base: MergeBase = MergeBase.dequantized
+    converter: str | None = None
+    bound: float | None = None
+    accelerator: str = "auto"
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
+        require(self.bound is None or self.bound > 0, f"bound={self.bound}: nats per token, above 0, or null.")
+        require(
+            self.to != "lmstudio" or self.format is MergeFormat.gguf,
+            "to=lmstudio: LM Studio runs GGUF files; add format=gguf.",
+        )
+        self.type = self.type.lower()
+        for key, default in (("type", "f16"), ("converter", None)):
+            require(
+                self.format is not MergeFormat.hf or getattr(self, key) == default,
+                f"{key}={getattr(self, key)}: of GGUF files alone; add format=gguf, or leave it out.",
+            )

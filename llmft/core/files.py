@@ -37,6 +37,28 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """A directory beside `path` to fill; when the block ends well it takes `path`'s place, else nothing is left of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(path)
+    staged, old = (path.with_name(f".{path.name}.{os.getpid()}{end}.tmp") for end in ("", "0"))
+    staged.mkdir()
+    try:
+        yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            os.replace(path, old)
+        os.replace(staged, path)
+        sync_directory(path.parent)
+    finally:
+        for left in (staged, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
 def _drop_leftovers(path: Path) -> None:
     if os.name == "nt":  # os.kill would end the process that it is to look at
         return
@@ -47,7 +69,7 @@ def _drop_leftovers(path: Path) -> None:
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         except (OSError, OverflowError):
             continue  # somebody else's, and alive
 

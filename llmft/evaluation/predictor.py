@@ -110,7 +110,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Columns for a batch of rows: `values` (a list per row), or `generated`, `logprob` and `tokens`."""
-        with self._autocast():
+        with self.autocast():
             if self.config.task.head is None:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
@@ -118,7 +118,7 @@ class Predictor:
             return {"values": objective.predict(self.model, batch).cpu().tolist()}
 
     @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
         """Computes in the precision of the run's validation."""
         mixed = self.precision is not Precision.fp32
         with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):

@@ -1,0 +1,222 @@
+"""Runs to standalone models: a directory of transformers or a GGUF file, each compared with its run before it counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft import __version__
+from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
+from llmft.config.sections import Head, QuantizationConfig, QuantizationFormat
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, UserError
+from llmft.core.files import format_bytes, staged_directory
+from llmft.evaluation.jobs import Asked
+from llmft.evaluation.predictor import Predictor
+from llmft.export import card, proof, template, weights
+from llmft.export.targets import FACTS
+from llmft.model.families import base_of
+from llmft.model.load import TORCH_DTYPES, drop_base
+from llmft.model.skeleton import auto_model
+
+FP16_HEADROOM = 65504 / 2
+"""Numbers inside the model above it: computed in fp16, other texts would overflow."""
+DTYPES = {Stored.fp16: torch.float16, Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32}
+
+
+class NotProved(UserError):
+    """An exported model is not the run."""
+
+    exit_code = 1
+
+
+@dataclass
+class Prepared:
+    """A run whose merged weights are written and not proved yet, without its model."""
+
+    predictor: Predictor
+    questions: proof.Questions
+    answers: proof.Answers
+    facts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What people call the run."""
+        return self.predictor.asked.run.directory.name
+
+
+@contextmanager
+def merged(asked: Asked, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
+    """A directory of transformers that was proved; it takes the place `target` when the block ends well.
+
+    Raises NotProved above the bound.
+    """
+    with staged_directory(target) as staged:
+        prepared = write(asked, config, screen, staged)
+        drop_base()
+        _prove(prepared, config, screen, staged)
+        yield staged, prepared
+
+
+def write(asked: Asked, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
+    """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
+    run = asked.run.directory
+    screen.print(f"[bold]{run.name}[/bold]")
+    predictor = Predictor(asked, _options(asked, config))
+    try:
+        weights.check_mergeable(predictor.model, str(run))
+        questions = proof.Questions.of(predictor)
+        answers = proof.answers_of_run(predictor, questions)
+        source = predictor
+        if config.base is MergeBase.original:
+            source = _on_original(predictor, asked, config)
+        made = weights.plain(source.model, str(asked.config.task.auto_class))
+        _describe(made.config, predictor, asked)
+        stored = _write_weights(source.model, made, directory, config, answers, screen)
+        notes = _write_rest(predictor, source, directory, made)
+        for note in notes:
+            screen.warn(note)
+    finally:
+        predictor.close()
+    facts = {
+        "run": run.name,
+        "key": asked.run.key,
+        "weights": asked.run.digests(),
+        "base": config.base.value if asked.config.lora.enabled else None,
+        "base_model": asked.config.model.label,
+        "quantization": asked.config.quantization.format.value,
+        "dtype": str(stored).removeprefix("torch."),
+        "notes": notes,
+        "stop": [text for text in [predictor.encoder.ends.text, *asked.config.prompt.stop] if text],
+        "llmft": __version__,
+    }
+    return Prepared(predictor, questions, answers, facts)
+
+
+def _options(asked: Asked, config: MergeConfig) -> PredictConfig:
+    return PredictConfig(
+        run=str(asked.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
+    )
+
+
+def _on_original(predictor: Predictor, asked: Asked, config: MergeConfig) -> Predictor:
+    """The run's adapter on the base before quantisation."""
+    if not asked.config.lora.enabled:
+        raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
+    predictor.close()
+    drop_base()
+    whole = replace(asked.config, quantization=QuantizationConfig(QuantizationFormat.none))
+    return Predictor(replace(asked, config=whole), _options(asked, config))
+
+
+def _write_weights(
+    model: Any, made: weights.Plain, directory: Path, config: MergeConfig, answers: proof.Answers, screen: Screen
+) -> torch.dtype:
+    """Writes in fp16 where the range of weights and of what is computed allows, else in bf16; returns which."""
+    wanted = [DTYPES[config.dtype]] if config.dtype is not Stored.auto else [torch.float16, torch.bfloat16]
+    if config.dtype is Stored.auto and answers.largest > FP16_HEADROOM:
+        screen.print(f"bf16: numbers up to {answers.largest:,.0f} are computed inside, near the end of fp16's range")
+        wanted = [torch.bfloat16]
+    for dtype in wanted:
+        try:
+            weights.write(model, made, directory, dtype)
+            return dtype
+        except weights.Overflow as error:
+            for path in directory.glob("*.safetensors"):
+                path.unlink()
+            screen.print(f"{error} is beyond the range of {str(dtype).removeprefix('torch.')}")
+    raise ConfigError(f"dtype={config.dtype.value}: a weight is beyond its range; set dtype=bf16.")
+
+
+def _describe(config: Any, predictor: Predictor, asked: Asked) -> None:
+    """Puts classes, and the end and padding tokens, into transformers' config."""
+    if asked.config.task.head is Head.linear and asked.labels:
+        config.id2label = dict(enumerate(asked.labels))
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
+        config.problem_type = kinds.get(asked.problem, "regression")
+    ids = predictor.encoder.ends.ids
+    config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
+    config.pad_token_id = predictor.tokenizer.pad_token_id
+
+
+def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: weights.Plain) -> list[str]:
+    """Tokenizer, template and generation's defaults; returns what is to be told."""
+    tokenizer = copy.deepcopy(predictor.tokenizer)
+    ends, prompt = predictor.encoder.ends, predictor.encoder.prompt.config
+    tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
+    if predictor.config.task.head is None:
+        own = _prompts(predictor)
+        template.check_template(tokenizer, own, predictor.asked.run.directory)
+    tokenizer.save_pretrained(directory)
+    original = predictor.located.directory
+    if original is not None and (original / "tokenizer.model").is_file() and not predictor.config.model.train_tokenizer_vocab:
+        shutil.copyfile(original / "tokenizer.model", directory / "tokenizer.model")
+    if str(predictor.config.task.auto_class) == "causal_lm":
+        generation = copy.deepcopy(base_of(source.model).generation_config)
+        generation.eos_token_id = list(ends.ids) or None
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.save_pretrained(directory)
+    if ends.text:
+        notes.append(f"answers end in {ends.text!r}, several tokens: tell it to a server as a stop string")
+    return notes
+
+
+def _prompts(predictor: Predictor) -> list[tuple[list[dict[str, Any]], str]]:
+    """A conversation of two turns, and what the run's format makes of it."""
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    found = []
+    for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
+        special = {"bos_token": predictor.tokenizer.bos_token, "eos_token": predictor.tokenizer.eos_token}
+        try:
+            text = predictor.encoder.prompt.render(messages, add_generation_prompt=True, **special).text
+        except ValueError:
+            continue  # of one turn alone
+        found.append((messages, text))
+    return found
+
+
+def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A merged directory as any user of transformers loads it."""
+    return (
+        auto_model(auto_class)
+        .from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
+
+
+def _prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
+    """Loads what was written by plain transformers and compares it with the run."""
+    predictor = prepared.predictor
+    stored = getattr(torch, prepared.facts["dtype"])
+    computed = TORCH_DTYPES[predictor.precision] if predictor.device.type == "cpu" else stored
+    model = load_plain(directory, str(predictor.config.task.auto_class), computed, predictor.device)
+    found = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
+    del model
+    bound = config.bound or max(proof.BOUNDS[stored], proof.BOUNDS[computed], proof.BOUNDS[TORCH_DTYPES[predictor.precision]])
+    prepared.facts |= {"proof": {**asdict(found), "bound": bound, "rows": prepared.questions.source}}
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    screen.print(
+        f"  {prepared.facts['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
+        f"{prepared.questions.source}: {found}"
+    )
+    if config.base is MergeBase.original and config.bound is None:
+        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are what it costs.")
+    elif not found.holds(bound):
+        raise NotProved(
+            f"{predictor.asked.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
+            "nats; nothing was written."
+        )
+    if predictor.config.task.auto_class == "causal_lm":
+        card.write(directory, prepared.facts, predictor)
+    (directory / FACTS).write_text(json.dumps(prepared.facts, indent=1, ensure_ascii=False))
