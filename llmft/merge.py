@@ -41,7 +41,7 @@ def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
         target = target_of(one, config, several=len(asked) > 1)
         with quiet_warnings():
             if config.format is not MergeFormat.hf:
-                from llmft.export.gguf import export
+                from llmft.export.gguf_proof import export
 
                 export(one, config, screen, target)
             elif not config.force and is_current(target, one, config):
@@ -56,5 +56,3 @@ def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
 
 if __name__ == "__main__":
     main()
-
-

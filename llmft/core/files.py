@@ -38,25 +38,33 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
 
 
 @contextlib.contextmanager
-def staged_directory(path: Path) -> Iterator[Path]:
-    """A directory beside `path` to fill; when the block ends well it takes `path`'s place, else nothing is left of it."""
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` that is gone when the block ends, and what a killed process left of it too."""
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(path)
-    staged, old = (path.with_name(f".{path.name}.{os.getpid()}{end}.tmp") for end in ("", "0"))
-    staged.mkdir()
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.mkdir()
     try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill; it takes `path`'s place when the block ends well, else nothing is left of it."""
+    with scratch_directory(path) as scratch:
+        staged = scratch / path.name
+        staged.mkdir()
         yield staged
         for file in staged.rglob("*"):
             if file.is_file():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
         if path.exists():
-            os.replace(path, old)
+            os.replace(path, scratch / "old")
         os.replace(staged, path)
-        sync_directory(path.parent)
-    finally:
-        for left in (staged, old):
-            shutil.rmtree(left, ignore_errors=True)
+    sync_directory(path.parent)
 
 
 def _drop_leftovers(path: Path) -> None:

@@ -1,9 +1,11 @@
-"""Runs to standalone models: a directory of transformers or a GGUF file, each compared with its run before it counts."""
+"""Runs to standalone models: a directory of transformers, compared with its run before it counts."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +17,7 @@ import torch
 
 from llmft import __version__
 from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
-from llmft.config.sections import Head, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import Head, Precision, QuantizationConfig, QuantizationFormat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, UserError
 from llmft.core.files import format_bytes, staged_directory
@@ -24,7 +26,7 @@ from llmft.evaluation.predictor import Predictor
 from llmft.export import card, proof, template, weights
 from llmft.export.targets import FACTS
 from llmft.model.families import base_of
-from llmft.model.load import TORCH_DTYPES, drop_base
+from llmft.model.load import drop_base, pick_device, pick_precision
 from llmft.model.skeleton import auto_model
 
 FP16_HEADROOM = 65504 / 2
@@ -62,7 +64,7 @@ def merged(asked: Asked, config: MergeConfig, screen: Screen, target: Path) -> I
     with staged_directory(target) as staged:
         prepared = write(asked, config, screen, staged)
         drop_base()
-        _prove(prepared, config, screen, staged)
+        prove(prepared, config, screen, staged)
         yield staged, prepared
 
 
@@ -70,7 +72,7 @@ def write(asked: Asked, config: MergeConfig, screen: Screen, directory: Path) ->
     """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
     run = asked.run.directory
     screen.print(f"[bold]{run.name}[/bold]")
-    predictor = Predictor(asked, _options(asked, config))
+    predictor = Predictor(in_fp32(asked, config), options_of(asked, config))
     try:
         weights.check_mergeable(predictor.model, str(run))
         questions = proof.Questions.of(predictor)
@@ -101,7 +103,18 @@ def write(asked: Asked, config: MergeConfig, screen: Screen, directory: Path) ->
     return Prepared(predictor, questions, answers, facts)
 
 
-def _options(asked: Asked, config: MergeConfig) -> PredictConfig:
+def in_fp32(asked: Asked, config: MergeConfig) -> Asked:
+    """The run computed in fp32, so that rounding in bf16 is not taken for a difference of the merged model."""
+    trainer = asked.config.trainer
+    if pick_precision(trainer.precision, pick_device(config.accelerator)) is Precision.fp32:
+        return asked
+    quantization = replace(asked.config.quantization, cache=False)  # of numbers that trainings compute with
+    trainer = replace(trainer, precision=Precision.fp32)
+    return replace(asked, config=replace(asked.config, trainer=trainer, quantization=quantization))
+
+
+def options_of(asked: Asked, config: MergeConfig) -> PredictConfig:
+    """What opens a run's model as `predict` does."""
     return PredictConfig(
         run=str(asked.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
     )
@@ -113,8 +126,9 @@ def _on_original(predictor: Predictor, asked: Asked, config: MergeConfig) -> Pre
         raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
     predictor.close()
     drop_base()
+    asked = in_fp32(asked, config)
     whole = replace(asked.config, quantization=QuantizationConfig(QuantizationFormat.none))
-    return Predictor(replace(asked, config=whole), _options(asked, config))
+    return Predictor(replace(asked, config=whole), options_of(asked, config))
 
 
 def _write_weights(
@@ -158,7 +172,8 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: 
         template.check_template(tokenizer, own, predictor.asked.run.directory)
     tokenizer.save_pretrained(directory)
     original = predictor.located.directory
-    if original is not None and (original / "tokenizer.model").is_file() and not predictor.config.model.train_tokenizer_vocab:
+    trained = predictor.config.model.train_tokenizer_vocab
+    if original is not None and not trained and (original / "tokenizer.model").is_file():
         shutil.copyfile(original / "tokenizer.model", directory / "tokenizer.model")
     if str(predictor.config.task.auto_class) == "causal_lm":
         generation = copy.deepcopy(base_of(source.model).generation_config)
@@ -195,23 +210,31 @@ def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: tor
     )
 
 
-def _prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes finds room beside what is in memory now."""
+    if device.type == "cuda":
+        return size < 0.9 * torch.cuda.mem_get_info(device)[0]
+    free = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()) if os.name == "posix" else None
+    return free is None or size < 0.8 * 1024 * int(free[1])
+
+
+def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
     """Loads what was written by plain transformers and compares it with the run."""
     predictor = prepared.predictor
     stored = getattr(torch, prepared.facts["dtype"])
-    computed = TORCH_DTYPES[predictor.precision] if predictor.device.type == "cpu" else stored
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    computed = torch.float32 if _fits(size * 4 // stored.itemsize, predictor.device) else stored
     model = load_plain(directory, str(predictor.config.task.auto_class), computed, predictor.device)
     found = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
     del model
-    bound = config.bound or max(proof.BOUNDS[stored], proof.BOUNDS[computed], proof.BOUNDS[TORCH_DTYPES[predictor.precision]])
-    prepared.facts |= {"proof": {**asdict(found), "bound": bound, "rows": prepared.questions.source}}
-    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    bound = config.bound or proof.bound_of(stored, computed, predictor.config.quantization.format)
+    prepared.facts["proof"] = {**asdict(found), "bound": bound, "rows": prepared.questions.source}
     screen.print(
         f"  {prepared.facts['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
         f"{prepared.questions.source}: {found}"
     )
     if config.base is MergeBase.original and config.bound is None:
-        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are what it costs.")
+        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are its cost.")
     elif not found.holds(bound):
         raise NotProved(
             f"{predictor.asked.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "

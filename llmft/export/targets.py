@@ -46,8 +46,9 @@ def check_format(config: MergeConfig) -> None:
         raise ConfigError(f"type={config.type}: no such type{did_you_mean(config.type, (*WRITTEN, *QUANTIZED))}")
     if config.format is MergeFormat.gguf_adapter and config.type not in ("f32", "f16", "bf16"):
         raise ConfigError(f"type={config.type}: an adapter is small and stays exact; choose f16, bf16 or f32.")
-    if config.converter is not None and not (Path(config.converter).expanduser() / "convert_hf_to_gguf.py").is_file():
-        raise ConfigError(f"converter={config.converter}: no convert_hf_to_gguf.py there; name a checkout of llama.cpp.")
+    checkout = None if config.converter is None else Path(config.converter).expanduser()
+    if checkout is not None and not (checkout / "convert_hf_to_gguf.py").is_file():
+        raise ConfigError(f"converter={checkout}: no convert_hf_to_gguf.py there; name a checkout of llama.cpp.")
     if importlib.util.find_spec("gguf") is None and config.converter is None:
         raise ConfigError('format=gguf needs the package gguf: pip install "llmft[gguf]".')
 

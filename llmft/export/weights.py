@@ -97,7 +97,7 @@ def _adapted(layer: Any, weight: torch.Tensor) -> torch.Tensor:
     """W + s B A, and DoRA's magnitudes (arXiv 2402.09353, equation 5)."""
     for adapter in layer.active_adapters:
         delta = layer.get_delta_weight(adapter).float().to(weight.device)
-        magnitude = layer.lora_magnitude_vector[adapter] if adapter in layer.lora_magnitude_vector else None
+        magnitude = dict(layer.lora_magnitude_vector.items()).get(adapter)
         if magnitude is None:
             weight = weight + delta
             continue
