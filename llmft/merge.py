@@ -7,17 +7,19 @@ left, and the exit code is 1.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from llmft.config.commands import MergeConfig, MergeFormat
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run_verb("merge", MergeConfig, lambda composed: merge(to_config(composed, MergeConfig)))
+    run_verb("merge", MergeConfig, lambda composed, _: merge(to_config(composed, MergeConfig)), argv)
 
 
 def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
@@ -55,4 +57,4 @@ def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())

@@ -286,3 +286,61 @@ class MergeConfig(Trusting):
                 self.format is not MergeFormat.hf or getattr(self, key) == default,
                 f"{key}={getattr(self, key)}: of GGUF files alone; add format=gguf, or leave it out.",
             )
+
+
+@dataclass(kw_only=True)
+class Serving(Trusting):
+    """What chat and serve take alike."""
+
+    run: Texts = MISSING
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    accelerator: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("max_new_tokens", "threads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
+        require(0 <= self.temperature <= 10, f"temperature={self.temperature}: 0 (greedy) to 10.")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, and 1 at most.")
+
+
+@dataclass
+class ChatConfig(Serving):
+    """What `python -m llmft.chat` takes."""
+
+    message: str | None = None
+    system: str | None = None
+    save: str | None = None
+
+
+class ServedBy(Enum):
+    """What answers requests."""
+
+    llmft = "llmft"
+    vllm = "vllm"
+    llamacpp = "llamacpp"
+    transformers = "transformers"
+
+
+@dataclass
+class ServeConfig(Serving):
+    """What `python -m llmft.serve` takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: ServedBy = ServedBy.llmft
+    batch_size: int = 16
+    max_requests: int = 64
+    max_body_kib: int = 1024
+    timeout: str = "5m"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.port < 65536, f"port={self.port}: 0 (any free one) to 65535.")
+        for key in ("batch_size", "max_requests", "max_body_kib"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
+        require(seconds_of(self.timeout, "timeout") > 0, f"timeout={self.timeout}: above 0.")

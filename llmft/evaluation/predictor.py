@@ -25,7 +25,7 @@ from llmft.data.prompt import prompt_format
 from llmft.data.sources import BadRows
 from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
-from llmft.model.assemble import assemble
+from llmft.model.assemble import Assembled, assemble
 from llmft.model.generate import generate
 from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.runs.predictions import read_table
@@ -41,7 +41,8 @@ BATCHES_PER_PART = 4
 class Predictor:
     """A run's model and tokenizer. The base stays in the process for the next run with the same base."""
 
-    def __init__(self, job: PredictionJob, options: PredictConfig) -> None:
+    def __init__(self, job: PredictionJob, options: PredictConfig, loaded: Assembled | None = None) -> None:
+        """Loads the run's model, unless another run with the same base has `loaded` it."""
         self.job, self.config, self.options = job, job.config, options
         self.device = pick_device(options.accelerator)
         self.precision = pick_precision(self.config.trainer.precision, self.device)
@@ -66,7 +67,7 @@ class Predictor:
         self.objective = make_objective(self.config.task, job.target_model, self.encoder, {})
         if self.config.task.head is not None and not hasattr(self.objective, "predict"):
             raise ConfigError(f"task.objective={self.config.task.objective} has no method predict(model, batch).")
-        self.assembled = assemble(
+        self.assembled = loaded or assemble(
             self.config,
             self.located,
             device=self.device,
