@@ -91,6 +91,8 @@ def read(directory: Path, size: int) -> Vocabulary:
     if not model.get("byte_fallback"):
         raise ConfigError(f"{directory}: a tokenizer without bytes to fall back on, which llama.cpp has no form for.")
     scores = _scores(model["vocab"], merges, added, types)
+    if (directory / "tokenizer.model").is_file():
+        scores = _own_scores(directory / "tokenizer.model", scores)
     return Vocabulary("llama", "default", tokens, types, scores, space=_puts_space(found))
 
 
@@ -157,6 +159,15 @@ def _scores(vocab: dict[str, int], merges: list[list[str]], added: dict[int, Any
         else:
             scores.append(float(first - number if in_order else -rank.get(number, len(merges))))
     return scores
+
+
+def _own_scores(path: Path, scores: list[float]) -> list[float]:
+    """`scores` with those of SentencePiece's own file, as far as it goes."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(path))
+    own = [pieces.GetScore(number) for number in range(min(len(scores), pieces.GetPieceSize()))]
+    return [*own, *scores[len(own) :]]
 
 
 def _puts_space(found: dict[str, Any]) -> bool:
