@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -344,3 +345,43 @@ class ServeConfig(Serving):
         for key in ("batch_size", "max_requests", "max_body_kib"):
             require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
         require(seconds_of(self.timeout, "timeout") > 0, f"timeout={self.timeout}: above 0.")
+
+
+class Pushed(Enum):
+    """What push sends."""
+
+    adapter = "adapter"
+    merged = "merged"
+    gguf = "gguf"
+
+
+@dataclass
+class PushConfig(Trusting):
+    """What `python -m llmft.push` takes."""
+
+    run: str = MISSING
+    repo: str = MISSING
+    what: Pushed = Pushed.adapter
+    private: bool = True
+    send: bool = False
+
+
+@dataclass
+class BundleConfig(Trusting):
+    """What `python -m llmft.bundle` takes."""
+
+    run: str = MISSING
+    to: str = MISSING
+    wheels: bool = True
+    python: str | None = None
+    platform: list[str] = field(default_factory=list)
+    installed: list[str] = field(default_factory=list)
+    write: bool = True
+    accelerator: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.python is None or re.fullmatch(r"3\.\d+", self.python) is not None,
+            f"python={self.python}: a version such as 3.11, or null for this one's.",
+        )

@@ -36,9 +36,7 @@ def as_directory(path: Path) -> Path:
     directory = cache_directory() / "gguf" / digest.hexdigest()[:24]
     if not (directory / "config.json").is_file():
         if importlib.util.find_spec("gguf") is None:
-            raise ConfigError(
-                f'model.path={path}: reading a GGUF file needs the package gguf: pip install "llmft[gguf]".'
-            )
+            raise ConfigError(f'model.path={path}: GGUF files need the package gguf: pip install "llmft[gguf]".')
         with staged_directory(directory) as staged:
             _convert(path, staged)
     return directory

@@ -175,13 +175,17 @@ class Dialogue:
             made.add_row(*(escape(redact(answers[run.name])) for run in self.runs))
             return made
 
+        if not self.screen.terminal.is_terminal:
+            requests = self.ask(text, lambda run, piece: answers.update({run.name: answers[run.name] + piece}))
+            self.screen.print(table())
+            return requests
         shown = time.monotonic()
         with Live(table(), console=self.screen.terminal, auto_refresh=False, transient=False) as live:
 
             def show(run: OpenRun, piece: str) -> None:
                 nonlocal shown
                 answers[run.name] += piece
-                if self.screen.terminal.is_terminal and time.monotonic() - shown > 0.1:
+                if time.monotonic() - shown > 0.1:
                     shown = time.monotonic()
                     live.update(table(), refresh=True)
 
