@@ -132,6 +132,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def cache_directory() -> Path:
+    """llmft's folder in the cache of `datasets`, found by the same environment variables without importing it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
+
+
 RECORDS_BYTES = 2**20
 """Left free beside a large file, for the small ones that come with it."""
 

@@ -7,8 +7,7 @@ import importlib.util
 from pathlib import Path
 
 from llmft.core.errors import ConfigError
-from llmft.core.files import staged_directory
-from llmft.data.examples import cache_directory
+from llmft.core.files import cache_directory, staged_directory
 
 PIECES = 256
 PIECE_BYTES = 4096

@@ -20,7 +20,7 @@ import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from llmft.config.commands import BundleConfig, PredictConfig
+from llmft.config.commands import BundleConfig
 from llmft.config.overrides import shipped_directory
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, UserError
@@ -265,18 +265,7 @@ def _matches(config: BundleConfig) -> bool:
 
 def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) -> None:
     """Predicts with the bundle in an environment of its own, without an index, and as the run does here."""
-    from llmft.predict import predict
-
-    options = PredictConfig(
-        run=str(directory),
-        prompts=[PROMPT],
-        name="bundle-proof",
-        accelerator=config.accelerator,
-        threads=config.threads,
-    )
-    (path,) = predict(options, quiet=True)
-    expected = Predictions.load(path)
-    shutil.rmtree(path, ignore_errors=True)
+    expected = _expected(directory, config)
     with tempfile.TemporaryDirectory(prefix="llmft-bundle-") as name:
         folder = Path(name)
         python = sys.executable
@@ -284,8 +273,7 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
             venv.create(folder / "env", with_pip=True, system_site_packages=bool(config.installed))
             python = str(folder / "env" / "bin" / "python")
         environment = {"PATH": os.defpath, "HOME": name, "PYTHON": python, "PIP_NO_INDEX": "1"}
-        command = ["sh", str(bundle / "predict.sh"), str(folder / "out"), f"prompts=[{PROMPT!r}]", "name=proof"]
-        command += [f"accelerator={config.accelerator}", *([f"threads={config.threads}"] if config.threads else [])]
+        command = ["sh", str(bundle / "predict.sh"), str(folder / "out"), *_asked(config, "proof")]
         done = subprocess.run(command, env=environment, cwd=name, capture_output=True, text=True)
         if done.returncode:
             said = redact(done.stderr.strip().splitlines() or ["it said nothing"])
@@ -297,6 +285,24 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
             f"the bundle predicts {found.predicted}, and the run {expected.predicted}; nothing was written."
         )
     screen.print("  tried in an environment of its own, without an index: predicts as the run does")
+
+
+def _expected(directory: Path, config: BundleConfig) -> Predictions:
+    """What the run itself predicts here."""
+    name = "bundle-proof"
+    command = [sys.executable, "-m", "llmft.predict", f"run={directory}", *_asked(config, name)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ConfigError(f"run={directory}: it does not predict here: {(done.stderr.splitlines() or ['?'])[-1]}")
+    path = directory / "predictions" / name
+    found = Predictions.load(path)
+    shutil.rmtree(path)
+    return found
+
+
+def _asked(config: BundleConfig, name: str) -> list[str]:
+    threads = [f"threads={config.threads}"] if config.threads else []
+    return [f"prompts=[{PROMPT!r}]", f"name={name}", f"accelerator={config.accelerator}", *threads]
 
 
 def _near(one: Predictions, two: Predictions) -> bool:

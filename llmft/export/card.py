@@ -75,5 +75,5 @@ def write(directory: Path, facts: dict[str, Any], predictor: Predictor) -> None:
     what = "A fine-tuned language model, its adapter merged into the weights."
     own = {"weights in": facts["dtype"], "compared with the run": proof, "stop strings": stop}
     (directory / "README.md").write_text(
-        text(facts["run"], what, predictor.config, predictor.asked.run, own, "transformers"), encoding="utf-8"
+        text(facts["run"], what, predictor.config, predictor.job.run, own, "transformers"), encoding="utf-8"
     )

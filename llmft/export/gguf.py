@@ -17,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from llmft.core.errors import ConfigError
 from llmft.core.files import check_space
 from llmft.export import vocabulary
-from llmft.model.experts import Slice, slices
 
 SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 SOURCE = "llmft.source"
@@ -91,7 +91,7 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     names = tensor_names(config, family)
     writer = gguf.GGUFWriter(path, family.arch)
     planned = []
-    for name, shape, load in [*_extra(config, family), *_tensors(slices(directory), config)]:
+    for name, shape, load in [*_extra(config, family), *_tensors(pieces(directory), config)]:
         new = name if name.startswith("rope_") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ConfigError(f"{directory}: llama.cpp has no place for {name} in a {family.arch}.")
@@ -174,27 +174,51 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> Any:
     return stored
 
 
+@dataclass(frozen=True)
+class Piece:
+    """A tensor of a model directory that is read when it is asked for."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+
+    def load(self) -> torch.Tensor:
+        """The tensor; a file is mapped anew each time, so that what was read leaves the memory."""
+        with safe_open(self.path, framework="pt") as file:
+            return file.get_tensor(self.name)
+
+
+def pieces(directory: Path) -> dict[str, Piece]:
+    """All tensors of a model directory by name, unread."""
+    found = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            names = file.keys()
+            found |= {name: Piece(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
+    return found
+
+
 Loaded = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 
 
-def _tensors(found: dict[str, Slice], config: dict[str, Any]) -> Iterator[Loaded]:
+def _tensors(found: dict[str, Piece], config: dict[str, Any]) -> Iterator[Loaded]:
     """Name, shape and content of the tensors to write; the experts of a layer are stacked."""
-    stacked: dict[str, list[Slice]] = {}
+    stacked: dict[str, list[Piece]] = {}
     count = config.get("num_local_experts") or 0
     for name, piece in found.items():
         if name.endswith(SKIPPED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
         expert = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
         if expert is None:
-            shape = tuple(reversed(piece.shape)) if _turned_shape(name, config) else tuple(piece.shape)
-            yield name, shape, lambda piece=piece: piece[...]  # type: ignore[misc]
+            shape = tuple(reversed(piece.shape)) if _turned_shape(name, config) else piece.shape
+            yield name, shape, piece.load
             continue
         together = f"layers.{expert[1]}.feed_forward.experts.{expert[3]}.weight"
         parts = stacked.setdefault(together, [piece] * count)
         parts[int(expert[2])] = piece
     for name, parts in stacked.items():
         shape = (count, *parts[0].shape)
-        yield name, shape, lambda parts=parts: torch.stack([piece[...] for piece in parts])  # type: ignore[misc]
+        yield name, shape, lambda parts=parts: torch.stack([piece.load() for piece in parts])  # type: ignore[misc]
 
 
 def _turned_shape(name: str, config: dict[str, Any]) -> bool:
@@ -234,6 +258,9 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         "key_length": get("head_dim"),
         "value_length": get("head_dim"),
     }
+    scale = get("query_pre_attn_scalar")
+    if arch in ("gemma2", "gemma3") and scale not in (None, get("head_dim"), width // heads):
+        raise ConfigError(f"format=gguf: query_pre_attn_scalar={scale} is no size of a head, which llama.cpp assumes.")
     if arch in ("gemma", "gemma2"):
         if arch == "gemma2":
             found |= {

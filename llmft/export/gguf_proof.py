@@ -15,7 +15,7 @@ from llmft.config.sections import QuantizationFormat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes, scratch_directory
-from llmft.evaluation.jobs import Asked
+from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import gguf, merge
 from llmft.export.llamacpp import LlamaCpp, is_installed
@@ -30,7 +30,7 @@ BOUNDS = {"f32": 2e-2, "f16": 2e-2, "bf16": 2e-1, "q8_0": 2e-1}
 
 @dataclass(frozen=True)
 class Proof:
-    """What llama.cpp made of the questions that the run was asked."""
+    """What llama.cpp made of the questions that the run was job."""
 
     tokens_same: int
     texts_same: int
@@ -44,26 +44,26 @@ class Proof:
         )
 
 
-def export(asked: Asked, config: MergeConfig, screen: Screen, target: Path) -> None:
+def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
     """Writes a run as a GGUF file to `target`, and proves it.
 
     Raises NotProved where llama.cpp reads other tokens, or gives other probabilities than the type allows.
     """
-    if str(asked.config.task.auto_class) != "causal_lm":
+    if str(job.config.task.auto_class) != "causal_lm":
         raise ConfigError(
-            f"{asked.run.directory}: GGUF files hold language models, and this run has a head; leave out format."
+            f"{job.run.directory}: GGUF files hold language models, and this run has a head; leave out format."
         )
     if config.format is MergeFormat.gguf_adapter:
-        _export_adapter(asked, config, screen, target)
+        _export_adapter(job, config, screen, target)
         return
-    source = canonical([asked.run.digests(), config.base.value])
+    source = canonical([job.run.digests(), config.base.value])
     if not config.force and gguf.source_of(target) == source:
         screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
         return
     with scratch_directory(target) as scratch:
         directory, file = scratch / "model", scratch / target.name
         directory.mkdir()
-        prepared = merge.write(asked, config, screen, directory)
+        prepared = merge.write(job, config, screen, directory)
         drop_base()
         if not is_installed():
             screen.warn('not tried in llama.cpp: pip install "llmft[gguf]"; compared by transformers alone.')
@@ -102,13 +102,13 @@ def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig,
     bound = config.bound or BOUNDS.get(kind, float("inf"))
     if found.tokens_same < found.texts or found.largest_difference > bound:
         raise NotProved(
-            f"{prepared.predictor.asked.run.directory}: in llama.cpp the model is not the run: {found}, and the bound "
+            f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {found}, and the bound "
             f"is {bound:.0e}; nothing was written."
         )
 
 
 def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -> Proof:
-    """Asks llama.cpp what the run was asked."""
+    """Asks llama.cpp what the run was job."""
     predictor, questions, answers = prepared.predictor, prepared.questions, prepared.answers
     count = max((len(text) for text in answers.texts), default=0) + 1
     longest = max((len(ids) for ids in questions.prompts), default=1)
@@ -126,7 +126,7 @@ def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -
             if token != mine:
                 break
             same += 1
-            worst = max(worst, abs(probability - value))
+            worst = max(worst, abs((value if probability is None else probability) - value))
         texts += same == len(expected)
     return Proof(tokens, texts, len(questions.prompts), worst)
 
@@ -134,9 +134,9 @@ def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -
 # ---------------------------------------------------------------------------------------------------------- adapter
 
 
-def _export_adapter(asked: Asked, config: MergeConfig, screen: Screen, target: Path) -> None:
+def _export_adapter(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
     """Writes the LoRA alone, for the GGUF file of its original base, where nothing of it would be lost."""
-    lora, run = asked.config.lora, asked.run.directory
+    lora, run = job.config.lora, job.run.directory
     reasons = {
         "it trained all weights": not lora.enabled,
         "it has DoRA's magnitudes": lora.dora,
@@ -148,9 +148,9 @@ def _export_adapter(asked: Asked, config: MergeConfig, screen: Screen, target: P
                 f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot hold; use format=gguf."
             )
     with scratch_directory(target) as scratch:
-        predictor = Predictor(merge.in_fp32(asked, config), merge.options_of(asked, config))
+        predictor = Predictor(merge.in_fp32(job, config), merge.options_of(job, config))
         try:
-            factors, alpha = _factors(predictor.model, asked)
+            factors, alpha = _factors(predictor.model, job)
             base_of(predictor.model).config.save_pretrained(scratch)
         finally:
             predictor.close()
@@ -158,13 +158,13 @@ def _export_adapter(asked: Asked, config: MergeConfig, screen: Screen, target: P
         gguf.convert_adapter(factors, alpha, scratch, scratch / target.name, config.type)
         os.replace(scratch / target.name, target)
     screen.print(f"[bold]gguf adapter[/bold]  {target} ({format_bytes(target.stat().st_size)})")
-    if asked.config.quantization.format is not QuantizationFormat.none:
+    if job.config.quantization.format is not QuantizationFormat.none:
         screen.warn(
             "it was trained on a quantised base and will sit on another: the merged file, format=gguf, is exact."
         )
 
 
-def _factors(model: Any, asked: Asked) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
     """LoRA's (A, B) by weight, and the alpha with which llama.cpp scales them as PEFT does."""
     from peft.tuners.lora.layer import LoraLayer
 
@@ -180,4 +180,4 @@ def _factors(model: Any, asked: Asked) -> tuple[dict[str, tuple[torch.Tensor, to
             layer.lora_A[adapter].weight.detach().cpu(),
             layer.lora_B[adapter].weight.detach().cpu(),
         )
-    return made, scaling * asked.config.lora.r
+    return made, scaling * job.config.lora.r

@@ -37,18 +37,22 @@ class LlamaCpp:
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a prompt, in which special ones are written out."""
-        asked = {"content": text, "add_special": False, "parse_special": True}
-        return list(self._post("/tokenize", asked)["tokens"])
+        request = {"content": text, "add_special": False, "parse_special": True}
+        return list(self._post("/tokenize", request)["tokens"])
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
         """What the file's own chat template makes of `messages`."""
         return str(self._post("/apply-template", {"messages": messages})["prompt"])
 
-    def generate(self, ids: list[int], count: int) -> list[tuple[int, float]]:
-        """Greedy tokens behind `ids`, each with its log-probability; the end token is the last of them."""
-        asked = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "cache_prompt": False}
-        found = self.server.handle_completions(asked)["choices"][0]["logprobs"]["content"]
-        return [(int(one["id"]), float(one["logprob"])) for one in found]
+    def generate(self, ids: list[int], count: int) -> list[tuple[int, float | None]]:
+        """Greedy tokens behind `ids`, each with its log-probability, which parts of a character have none of."""
+        request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}
+        found = self._post("/completion", {**request, "cache_prompt": False})
+        told = [(int(one["id"]), float(one["logprob"])) for one in found["completion_probabilities"]]
+        made: list[tuple[int, float | None]] = []
+        for token in found["tokens"]:
+            made.append(told.pop(0) if told and told[0][0] == token else (int(token), None))
+        return made
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

@@ -21,13 +21,13 @@ from llmft.config.sections import Head, Precision, QuantizationConfig, Quantizat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, UserError
 from llmft.core.files import format_bytes, staged_directory
-from llmft.evaluation.jobs import Asked
+from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import card, proof, template, weights
 from llmft.export.targets import FACTS
 from llmft.model.families import base_of
 from llmft.model.load import drop_base, pick_device, pick_precision
-from llmft.model.skeleton import auto_model
+from llmft.model.meta import auto_model
 
 FP16_HEADROOM = 65504 / 2
 """Numbers inside the model above it: computed in fp16, other texts would overflow."""
@@ -52,36 +52,36 @@ class Prepared:
     @property
     def name(self) -> str:
         """What people call the run."""
-        return self.predictor.asked.run.directory.name
+        return self.predictor.job.run.directory.name
 
 
 @contextmanager
-def merged(asked: Asked, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
+def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
     """A directory of transformers that was proved; it takes the place `target` when the block ends well.
 
     Raises NotProved above the bound.
     """
     with staged_directory(target) as staged:
-        prepared = write(asked, config, screen, staged)
+        prepared = write(job, config, screen, staged)
         drop_base()
         prove(prepared, config, screen, staged)
         yield staged, prepared
 
 
-def write(asked: Asked, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
+def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
     """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
-    run = asked.run.directory
+    run = job.run.directory
     screen.print(f"[bold]{run.name}[/bold]")
-    predictor = Predictor(in_fp32(asked, config), options_of(asked, config))
+    predictor = Predictor(in_fp32(job, config), options_of(job, config))
     try:
         weights.check_mergeable(predictor.model, str(run))
         questions = proof.Questions.of(predictor)
         answers = proof.answers_of_run(predictor, questions)
         source = predictor
         if config.base is MergeBase.original:
-            source = _on_original(predictor, asked, config)
-        made = weights.plain(source.model, str(asked.config.task.auto_class))
-        _describe(made.config, predictor, asked)
+            source = _on_original(predictor, job, config)
+        made = weights.plain(source.model, str(job.config.task.auto_class))
+        _describe(made.config, predictor, job)
         stored = _write_weights(source.model, made, directory, config, answers, screen)
         notes = _write_rest(predictor, source, directory, made)
         for note in notes:
@@ -90,45 +90,45 @@ def write(asked: Asked, config: MergeConfig, screen: Screen, directory: Path) ->
         predictor.close()
     facts = {
         "run": run.name,
-        "key": asked.run.key,
-        "weights": asked.run.digests(),
-        "base": config.base.value if asked.config.lora.enabled else None,
-        "base_model": asked.config.model.label,
-        "quantization": asked.config.quantization.format.value,
+        "key": job.run.key,
+        "weights": job.run.digests(),
+        "base": config.base.value if job.config.lora.enabled else None,
+        "base_model": job.config.model.label,
+        "quantization": job.config.quantization.format.value,
         "dtype": str(stored).removeprefix("torch."),
         "notes": notes,
-        "stop": [text for text in [predictor.encoder.ends.text, *asked.config.prompt.stop] if text],
+        "stop": [text for text in [predictor.encoder.ends.text, *job.config.prompt.stop] if text],
         "llmft": __version__,
     }
     return Prepared(predictor, questions, answers, facts)
 
 
-def in_fp32(asked: Asked, config: MergeConfig) -> Asked:
+def in_fp32(job: PredictionJob, config: MergeConfig) -> PredictionJob:
     """The run computed in fp32, so that rounding in bf16 is not taken for a difference of the merged model."""
-    trainer = asked.config.trainer
+    trainer = job.config.trainer
     if pick_precision(trainer.precision, pick_device(config.accelerator)) is Precision.fp32:
-        return asked
-    quantization = replace(asked.config.quantization, cache=False)  # of numbers that trainings compute with
+        return job
+    quantization = replace(job.config.quantization, cache=False)  # of numbers that trainings compute with
     trainer = replace(trainer, precision=Precision.fp32)
-    return replace(asked, config=replace(asked.config, trainer=trainer, quantization=quantization))
+    return replace(job, config=replace(job.config, trainer=trainer, quantization=quantization))
 
 
-def options_of(asked: Asked, config: MergeConfig) -> PredictConfig:
+def options_of(job: PredictionJob, config: MergeConfig) -> PredictConfig:
     """What opens a run's model as `predict` does."""
     return PredictConfig(
-        run=str(asked.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
+        run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
     )
 
 
-def _on_original(predictor: Predictor, asked: Asked, config: MergeConfig) -> Predictor:
+def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) -> Predictor:
     """The run's adapter on the base before quantisation."""
-    if not asked.config.lora.enabled:
+    if not job.config.lora.enabled:
         raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
     predictor.close()
     drop_base()
-    asked = in_fp32(asked, config)
-    whole = replace(asked.config, quantization=QuantizationConfig(QuantizationFormat.none))
-    return Predictor(replace(asked, config=whole), options_of(asked, config))
+    job = in_fp32(job, config)
+    whole = replace(job.config, quantization=QuantizationConfig(QuantizationFormat.none))
+    return Predictor(replace(job, config=whole), options_of(job, config))
 
 
 def _write_weights(
@@ -150,13 +150,13 @@ def _write_weights(
     raise ConfigError(f"dtype={config.dtype.value}: a weight is beyond its range; set dtype=bf16.")
 
 
-def _describe(config: Any, predictor: Predictor, asked: Asked) -> None:
+def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
     """Puts classes, and the end and padding tokens, into transformers' config."""
-    if asked.config.task.head is Head.linear and asked.labels:
-        config.id2label = dict(enumerate(asked.labels))
+    if job.config.task.head is Head.linear and job.labels:
+        config.id2label = dict(enumerate(job.labels))
         config.label2id = {label: number for number, label in config.id2label.items()}
         kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
-        config.problem_type = kinds.get(asked.problem, "regression")
+        config.problem_type = kinds.get(job.problem, "regression")
     ids = predictor.encoder.ends.ids
     config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
     config.pad_token_id = predictor.tokenizer.pad_token_id
@@ -169,7 +169,7 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: 
     tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
     if predictor.config.task.head is None:
         own = _prompts(predictor)
-        template.check_template(tokenizer, own, predictor.asked.run.directory)
+        template.check_template(tokenizer, own, predictor.job.run.directory)
     tokenizer.save_pretrained(directory)
     original = predictor.located.directory
     trained = predictor.config.model.train_tokenizer_vocab
@@ -237,7 +237,7 @@ def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Pa
         screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are its cost.")
     elif not found.holds(bound):
         raise NotProved(
-            f"{predictor.asked.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
+            f"{predictor.job.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
             "nats; nothing was written."
         )
     if predictor.config.task.auto_class == "causal_lm":

@@ -13,8 +13,8 @@ from llmft.config.sections import Head, QuantizationFormat
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation
-from llmft.data.examples import IGNORE, Encoded
-from llmft.data.sources import Problems
+from llmft.data.examples import IGNORE, Example
+from llmft.data.sources import BadRows
 from llmft.evaluation.predictor import Predictor
 from llmft.model.generate import generate
 from llmft.model.heads import linear_scores
@@ -34,19 +34,19 @@ ROUNDED = 1e-2
 """The bound where one of the two is computed in 16 bits or with 8-bit activations, whose rounding costs 2e-3 itself."""
 LEAST_ARGMAX = 0.95
 QUESTIONS = ("Why is the sky blue?", "Write a short poem about rain.", "What is 17 + 25?", "Name three colours.")
-"""Asked where the training's rows are no longer there."""
+"""PredictionJob where the training's rows are no longer there."""
 
 
 @dataclass
 class Questions:
-    """What a run and its exported form are both asked.
+    """What a run and its exported form are both job.
 
     Attributes:
         rows: token ids, and which of them are compared; prompts: token ids to be gone on with.
     """
 
     conversations: list[Conversation]
-    rows: list[Encoded]
+    rows: list[Example]
     prompts: list[list[int]]
     source: str
 
@@ -64,10 +64,10 @@ class Questions:
             ]
         if predictor.config.task.head is not None:
             return cls(conversations, predictor.encode(conversations), [], source)
-        examples = predictor.encoder.encode("proof", conversations, Problems())
+        examples = predictor.encoder.encode("proof", conversations, BadRows())
         rows = [examples[place] for place in range(len(examples))]
-        asked = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]
-        return cls(conversations, rows, [predictor.encoder.prompt_ids(row) for row in asked], source)
+        spoken = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]
+        return cls(conversations, rows, [predictor.encoder.prompt_ids(row) for row in spoken], source)
 
 
 @dataclass
@@ -114,7 +114,7 @@ def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
                 made.outputs.append(_log_probabilities(model, row))
         made.texts = _texts(model, predictor, questions)
         for prompt, text in zip(questions.prompts, made.texts, strict=True):
-            whole = Encoded([*prompt, *text], [*[IGNORE] * len(prompt), *text], questions.conversations[0])
+            whole = Example([*prompt, *text], [*[IGNORE] * len(prompt), *text], questions.conversations[0])
             found = _log_probabilities(model, whole) if text else torch.zeros(0, 1)
             made.probabilities.append([float(found[place, token]) for place, token in enumerate(text)])
     return made
@@ -134,7 +134,7 @@ def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> 
     return made
 
 
-def _log_probabilities(model: Any, row: Encoded) -> torch.Tensor:
+def _log_probabilities(model: Any, row: Example) -> torch.Tensor:
     ids = torch.tensor([list(row.input_ids)], device=model.device)
     labels = torch.tensor(list(row.labels))[1:]
     places = torch.nonzero(labels != IGNORE).flatten() if bool((labels != IGNORE).any()) else torch.arange(len(labels))

@@ -9,7 +9,7 @@ from typing import Any
 
 from llmft.config.commands import MergeConfig, MergeFormat, PredictConfig, Stored
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.evaluation.jobs import Asked, Joint, ask
+from llmft.evaluation.jobs import EnsembleJob, PredictionJob, plan_predictions
 
 FACTS = "llmft.json"
 """What a merged directory says of itself."""
@@ -24,18 +24,18 @@ QUANTIZED = (
 DTYPE_NAMES = {Stored.fp16: "float16", Stored.bf16: "bfloat16", Stored.fp32: "float32"}
 
 
-def opened(directory: Path, config: Any) -> Asked:
+def opened(directory: Path, config: Any) -> PredictionJob:
     """A finished run's config, classes and weights as commands that export or serve want it.
 
     Raises ConfigError for what has no language model of its own.
     """
     options = PredictConfig(run=str(directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads)
-    asked = ask(directory, options)
-    if isinstance(asked, Joint):
+    job = plan_predictions(directory, options)
+    if isinstance(job, EnsembleJob):
         raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
-    if asked.baseline:
+    if job.baseline:
         raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
-    return asked
+    return job
 
 
 def check_format(config: MergeConfig) -> None:
@@ -53,24 +53,22 @@ def check_format(config: MergeConfig) -> None:
         raise ConfigError('format=gguf needs the package gguf: pip install "llmft[gguf]".')
 
 
-def is_current(directory: Path, asked: Asked, config: MergeConfig) -> bool:
+def is_current(directory: Path, job: PredictionJob, config: MergeConfig) -> bool:
     """Whether a merged directory is of these weights and options."""
     try:
         facts = json.loads((directory / FACTS).read_text())
     except (OSError, ValueError):
         return False
     wanted = None if config.dtype is Stored.auto else DTYPE_NAMES[config.dtype]
-    base = config.base.value if asked.config.lora.enabled else None
+    base = config.base.value if job.config.lora.enabled else None
     return (
-        facts.get("weights") == asked.run.digests()
-        and facts.get("base") == base
-        and wanted in (None, facts.get("dtype"))
+        facts.get("weights") == job.run.digests() and facts.get("base") == base and wanted in (None, facts.get("dtype"))
     )
 
 
-def target_of(asked: Asked, config: MergeConfig, several: bool) -> Path:
+def target_of(job: PredictionJob, config: MergeConfig, several: bool) -> Path:
     """Where the merged model of a run goes."""
-    run = asked.run.directory
+    run = job.run.directory
     if config.format is MergeFormat.hf:
         return run / "merged" if config.to is None else Path(config.to).expanduser() / (run.name if several else "")
     file_name = f"{run.name}-{config.type}.gguf"

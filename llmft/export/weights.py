@@ -15,13 +15,12 @@ import torch
 from llmft.core.errors import ConfigError
 from llmft.core.files import check_space
 from llmft.model import heads
-from llmft.model.experts import DTYPES
 from llmft.model.families import base_of
-from llmft.model.skeleton import skeleton
+from llmft.model.meta import meta_model
 
 SHARD_BYTES = 5 * 10**9
 """Largest file, as transformers writes them."""
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 class Overflow(Exception):
@@ -53,12 +52,12 @@ def plain(model: Any, auto_class: str) -> Plain:
     """The plain form of a run's `model`; its embeddings stay tied where training left them equal."""
     config = copy.deepcopy(base_of(model).config)
     vars(config).pop("quantization_config", None)
-    empty = skeleton(auto_class, config)
+    empty = meta_model(auto_class, config)
     tied = getattr(empty, "all_tied_weights_keys", None) or {}
     if any(not torch.equal(effective(model, empty, one), effective(model, empty, two)) for one, two in tied.items()):
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
-        empty, tied = skeleton(auto_class, config), {}
+        empty, tied = meta_model(auto_class, config), {}
     made = Plain(config, auto_class, empty)
     names = [name for name in empty.state_dict() if name not in tied]
     for group in _apart(empty, names):

@@ -198,7 +198,7 @@ class Dialogue:
         for run in self.runs:
             turns = self.said[run.name]
             if any(turn["role"] == "assistant" for turn in turns):
-                folder = run.predictor.asked.run.directory / "chats"
+                folder = run.predictor.job.run.directory / "chats"
                 folder.mkdir(exist_ok=True)
                 append_line(folder / f"{time.strftime('%Y-%m-%d')}.jsonl", {"messages": turns})
 

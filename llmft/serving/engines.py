@@ -12,12 +12,12 @@ from typing import Any
 from llmft.config.commands import MergeConfig, MergeFormat, ServeConfig, ServedBy
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.evaluation.jobs import Asked
+from llmft.evaluation.jobs import PredictionJob
 
 PROGRAMS = {ServedBy.vllm: "vllm", ServedBy.llamacpp: "llama-server", ServedBy.transformers: "transformers"}
 
 
-def hand_over(jobs: Sequence[Asked], config: ServeConfig, screen: Screen) -> None:
+def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, screen: Screen) -> None:
     """Merges a run for the engine that `config` names, and becomes its command; prints it where it is not installed.
 
     Raises ConfigError for several runs: each engine has one model.
@@ -34,19 +34,19 @@ def hand_over(jobs: Sequence[Asked], config: ServeConfig, screen: Screen) -> Non
     os.execv(program, command)
 
 
-def prepared(job: Asked, config: ServeConfig) -> Path:
+def prepared(job: PredictionJob, config: ServeConfig) -> Path:
     """The merged directory or GGUF file of a run, made where it is not there."""
+    from llmft.export.runs import export_runs
     from llmft.export.targets import target_of
-    from llmft.merge import merge
 
     gguf = config.engine is ServedBy.llamacpp
     wanted: dict[str, Any] = {"format": MergeFormat.gguf, "type": "q8_0"} if gguf else {}
     given = MergeConfig(run=str(job.run.directory), accelerator=config.accelerator, threads=config.threads, **wanted)
-    merge(given)
+    export_runs(given, Screen())
     return target_of(job, given, several=False)
 
 
-def command_of(job: Asked, model: Path, config: ServeConfig) -> list[str]:
+def command_of(job: PredictionJob, model: Path, config: ServeConfig) -> list[str]:
     """What starts the engine with `model`."""
     name, place = job.run.directory.name, ["--host", config.host, "--port", str(config.port)]
     program = PROGRAMS[config.engine]

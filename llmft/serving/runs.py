@@ -14,7 +14,7 @@ from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError
 from llmft.data.columns import Conversation
 from llmft.data.messages import Message
-from llmft.evaluation.jobs import Asked
+from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.training.samples import decoder
 
@@ -74,7 +74,7 @@ class OpenRun:
         return min(wanted, positions - len(ids))
 
 
-def open_runs(jobs: Sequence[Asked], config: Any) -> list[OpenRun]:
+def open_runs(jobs: Sequence[PredictionJob], config: Any) -> list[OpenRun]:
     """Loads the runs' models, the base of those that have the same one once.
 
     Raises ConfigError for runs that write no text, or two of one name.
@@ -99,7 +99,7 @@ def open_runs(jobs: Sequence[Asked], config: Any) -> list[OpenRun]:
     return opened
 
 
-def check_talks(jobs: Sequence[Asked]) -> None:
+def check_talks(jobs: Sequence[PredictionJob]) -> None:
     """Raises ConfigError for runs that write no text, or two that are called the same; before weights load."""
     names: dict[str, Path] = {}
     for job in jobs:
@@ -111,7 +111,7 @@ def check_talks(jobs: Sequence[Asked]) -> None:
         names[directory.name] = directory
 
 
-def _base_of(job: Asked) -> str | None:
+def _base_of(job: PredictionJob) -> str | None:
     """What runs that share a base have in common; None where a run has its own."""
     config = job.config
     if not config.lora.enabled:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from llmft.evaluation.jobs import Asked
+from llmft.evaluation.jobs import PredictionJob
 
 
-def open_all(jobs: Sequence[Asked], config: Any) -> list[Any]:
+def open_all(jobs: Sequence[PredictionJob], config: Any) -> list[Any]:
     """Loads the libraries and the runs; raises ConfigError for runs that cannot be talked to, before weights load."""
     from llmft.core.imports import load_libraries, quiet_warnings
 
