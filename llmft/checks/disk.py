@@ -19,8 +19,7 @@ from rich.table import Table
 from llmft.config.sections import Cleaning, DiskConfig, Keep
 from llmft.config.untrusted import read_yaml
 from llmft.core.errors import ConfigError
-from llmft.core.files import format_bytes
-from llmft.data.examples import cache_directory
+from llmft.core.files import cache_directory, format_bytes
 from llmft.model import quantized_cache
 from llmft.runs.directory import Run
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -230,4 +231,157 @@ class BenchConfig:
         require(
             not self.models or self.model.path is None or self.model.path.startswith("package:"),
             "models names options of the group model, and model.path one directory: choose one of them.",
+        )
+
+
+class MergeFormat(Enum):
+    """What merge writes: a directory of transformers, a GGUF file, or the adapter alone as GGUF."""
+
+    hf = "hf"
+    gguf = "gguf"
+    gguf_adapter = "gguf_adapter"
+
+
+class MergeBase(Enum):
+    """What an adapter is added to: the weights that it was trained on, or those before quantisation."""
+
+    dequantized = "dequantized"
+    original = "original"
+
+
+class Stored(Enum):
+    """The number format of a merged directory."""
+
+    auto = "auto"
+    fp16 = "fp16"
+    bf16 = "bf16"
+    fp32 = "fp32"
+
+
+@dataclass
+class MergeConfig(Trusting):
+    """What `python -m llmft.merge` takes."""
+
+    run: Texts = MISSING
+    to: str | None = None
+    format: MergeFormat = MergeFormat.hf
+    type: str = "f16"
+    dtype: Stored = Stored.auto
+    base: MergeBase = MergeBase.dequantized
+    converter: str | None = None
+    bound: float | None = None
+    accelerator: str = "auto"
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
+        require(self.bound is None or self.bound > 0, f"bound={self.bound}: nats per token, above 0, or null.")
+        require(
+            self.to != "lmstudio" or self.format is MergeFormat.gguf,
+            "to=lmstudio: LM Studio runs GGUF files; add format=gguf.",
+        )
+        self.type = self.type.lower()
+        for key, default in (("type", "f16"), ("converter", None)):
+            require(
+                self.format is not MergeFormat.hf or getattr(self, key) == default,
+                f"{key}={getattr(self, key)}: of GGUF files alone; add format=gguf, or leave it out.",
+            )
+
+
+@dataclass(kw_only=True)
+class Serving(Trusting):
+    """What chat and serve take alike."""
+
+    run: Texts = MISSING
+    max_new_tokens: int | None = None
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    accelerator: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("max_new_tokens", "threads"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
+        require(0 <= self.temperature <= 10, f"temperature={self.temperature}: 0 (greedy) to 10.")
+        require(0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, and 1 at most.")
+
+
+@dataclass
+class ChatConfig(Serving):
+    """What `python -m llmft.chat` takes."""
+
+    message: str | None = None
+    system: str | None = None
+    save: str | None = None
+
+
+class ServedBy(Enum):
+    """What answers requests."""
+
+    llmft = "llmft"
+    vllm = "vllm"
+    llamacpp = "llamacpp"
+    transformers = "transformers"
+
+
+@dataclass
+class ServeConfig(Serving):
+    """What `python -m llmft.serve` takes."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    engine: ServedBy = ServedBy.llmft
+    batch_size: int = 16
+    max_requests: int = 64
+    max_body_kib: int = 1024
+    timeout: str = "5m"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.port < 65536, f"port={self.port}: 0 (any free one) to 65535.")
+        for key in ("batch_size", "max_requests", "max_body_kib"):
+            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
+        require(seconds_of(self.timeout, "timeout") > 0, f"timeout={self.timeout}: above 0.")
+
+
+class Pushed(Enum):
+    """What push sends."""
+
+    adapter = "adapter"
+    merged = "merged"
+    gguf = "gguf"
+
+
+@dataclass
+class PushConfig(Trusting):
+    """What `python -m llmft.push` takes."""
+
+    run: str = MISSING
+    repo: str = MISSING
+    what: Pushed = Pushed.adapter
+    private: bool = True
+    send: bool = False
+
+
+@dataclass
+class BundleConfig(Trusting):
+    """What `python -m llmft.bundle` takes."""
+
+    run: str = MISSING
+    to: str = MISSING
+    wheels: bool = True
+    python: str | None = None
+    platform: list[str] = field(default_factory=list)
+    installed: list[str] = field(default_factory=list)
+    write: bool = True
+    accelerator: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.python is None or re.fullmatch(r"3\.\d+", self.python) is not None,
+            f"python={self.python}: a version such as 3.11, or null for this one's.",
         )

@@ -13,6 +13,7 @@ from llmft.core.redaction import redact
 
 COMMANDS = (
     *("train", "check", "predict", "evaluate", "folds", "blend", "refit"),
+    *("merge", "chat", "serve", "push", "bundle"),
     *("report", "bench", "doctor", "disk", "completion"),
 )
 
@@ -80,3 +81,13 @@ def arguments_for_hydra(argv: Sequence[str]) -> Iterator[Any]:
         yield restore
     finally:
         restore()
+
+
+def with_lists(argv: Sequence[str], prefix: str) -> list[str]:
+    """`argv` with `run=A,B` as the list `run=[A,B]`, for a command that has no sweeps."""
+    made = []
+    for argument in argv:
+        value = argument.removeprefix(prefix)
+        several = argument.startswith(prefix) and "," in value and value[:1] not in ("[", "'", '"')
+        made.append(f"{prefix}[{value}]" if several else argument)
+    return made

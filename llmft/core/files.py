@@ -37,6 +37,36 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
     sync_directory(path.parent)
 
 
+@contextlib.contextmanager
+def scratch_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` that is gone when the block ends, and what a killed process left of it too."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _drop_leftovers(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch.mkdir()
+    try:
+        yield scratch
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill; it takes `path`'s place when the block ends well, else nothing is left of it."""
+    with scratch_directory(path) as scratch:
+        staged = scratch / path.name
+        staged.mkdir()
+        yield staged
+        for file in staged.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        if path.exists():
+            os.replace(path, scratch / "old")
+        os.replace(staged, path)
+    sync_directory(path.parent)
+
+
 def _drop_leftovers(path: Path) -> None:
     if os.name == "nt":  # os.kill would end the process that it is to look at
         return
@@ -47,7 +77,7 @@ def _drop_leftovers(path: Path) -> None:
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            left.unlink(missing_ok=True)
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         except (OSError, OverflowError):
             continue  # somebody else's, and alive
 
@@ -100,6 +130,12 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Writes `content` to `path` by way of `staged_file`."""
     with staged_file(path) as file:
         file.write(content)
+
+
+def cache_directory() -> Path:
+    """llmft's folder in the cache of `datasets`, found by the same environment variables without importing it."""
+    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
+    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
 
 
 RECORDS_BYTES = 2**20

@@ -53,3 +53,10 @@ def quiet_warnings() -> Iterator[None]:
             for category in (UserWarning, FutureWarning, DeprecationWarning):
                 warnings.filterwarnings("ignore", category=category, module=rf"({'|'.join(NOISY)})(\.|$)")
         yield
+
+
+def missing(*names: str) -> list[str]:
+    """Of the packages `names`, those that are not installed."""
+    import importlib.util
+
+    return [name for name in names if importlib.util.find_spec(name) is None]

@@ -20,8 +20,9 @@ import numpy as np
 from llmft.config.convert import canonical, numbers_of
 from llmft.config.sections import DataConfig, Truncation, Turns
 from llmft.core.errors import DataError
+from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
-from llmft.data.examples import Examples, cache_directory, load_examples, save_examples
+from llmft.data.examples import Examples, load_examples, save_examples
 from llmft.data.prompt import PromptFormat, Rendered
 from llmft.data.sources import BadRows
 

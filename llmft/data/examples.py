@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -107,12 +106,6 @@ class Examples(Sequence[Example]):
         filled = self.lengths > 0
         first[filled] = self.labelled[self.starts[:-1][filled]]
         return total[self.starts[1:]] - total[self.starts[:-1]] - first
-
-
-def cache_directory() -> Path:
-    """llmft's folder in the cache of `datasets`, found by the same environment variables without importing it."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
 
 
 def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None:

@@ -61,6 +61,10 @@ def _local(path: str, *, weights: bool) -> Located:
         directory = Path(__file__).parent.parent / "assets" / path.removeprefix(PACKAGED)
     else:
         directory = Path(path).expanduser()
+        if directory.suffix == ".gguf":
+            from llmft.data.gguf_files import as_directory
+
+            directory = as_directory(directory)
     if not (directory / "config.json").is_file():
         raise ConfigError(
             f"model.path={path}: no Hugging Face model directory there "

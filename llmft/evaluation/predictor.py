@@ -25,7 +25,7 @@ from llmft.data.prompt import prompt_format
 from llmft.data.sources import BadRows
 from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
-from llmft.model.assemble import assemble
+from llmft.model.assemble import Assembled, assemble
 from llmft.model.generate import generate
 from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
 from llmft.runs.predictions import read_table
@@ -41,7 +41,8 @@ BATCHES_PER_PART = 4
 class Predictor:
     """A run's model and tokenizer. The base stays in the process for the next run with the same base."""
 
-    def __init__(self, job: PredictionJob, options: PredictConfig) -> None:
+    def __init__(self, job: PredictionJob, options: PredictConfig, loaded: Assembled | None = None) -> None:
+        """Loads the run's model, unless another run with the same base has `loaded` it."""
         self.job, self.config, self.options = job, job.config, options
         self.device = pick_device(options.accelerator)
         self.precision = pick_precision(self.config.trainer.precision, self.device)
@@ -66,7 +67,7 @@ class Predictor:
         self.objective = make_objective(self.config.task, job.target_model, self.encoder, {})
         if self.config.task.head is not None and not hasattr(self.objective, "predict"):
             raise ConfigError(f"task.objective={self.config.task.objective} has no method predict(model, batch).")
-        self.assembled = assemble(
+        self.assembled = loaded or assemble(
             self.config,
             self.located,
             device=self.device,
@@ -110,7 +111,7 @@ class Predictor:
     @torch.no_grad()
     def predict(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Columns for a batch of rows: `values` (a list per row), or `generated`, `logprob` and `tokens`."""
-        with self._autocast():
+        with self.autocast():
             if self.config.task.head is None:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
@@ -118,7 +119,7 @@ class Predictor:
             return {"values": objective.predict(self.model, batch).cpu().tolist()}
 
     @contextlib.contextmanager
-    def _autocast(self) -> Iterator[None]:
+    def autocast(self) -> Iterator[None]:
         """Computes in the precision of the run's validation."""
         mixed = self.precision is not Precision.fp32
         with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):

@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.core.files import check_space, format_bytes, held
-from llmft.data.examples import cache_directory
+from llmft.core.files import cache_directory, check_space, format_bytes, held
 
 CACHE_VERSION = 5
 FACTS = "entry.json"

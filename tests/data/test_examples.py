@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from llmft.config.sections import DataConfig
+from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Examples, cache_directory, load_examples, save_examples
+from llmft.data.examples import IGNORE, Examples, load_examples, save_examples
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import BadRows
 from tests.conftest import ROOT, prompt_config

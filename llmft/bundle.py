@@ -1,0 +1,30 @@
+"""run -> all that a machine without network needs to predict: `python -m llmft.bundle run=DIR to=DIR`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmft.config.commands import BundleConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    run_verb("bundle", BundleConfig, lambda composed, _: bundle(to_config(composed, BundleConfig)), argv)
+
+
+def bundle(config: BundleConfig) -> None:
+    """Says how large the bundle will be, writes it, and tries it where this machine can.
+
+    Raises ConfigError for a run or packages that cannot be bundled, NotProved where the bundle predicts otherwise.
+    """
+    from llmft.core.console import Screen
+    from llmft.export.bundle import make
+
+    make(config, Screen())
+
+
+if __name__ == "__main__":
+    main(arguments_of_process())

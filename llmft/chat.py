@@ -1,0 +1,65 @@
+"""run -> a conversation in the terminal: `python -m llmft.chat run=DIR`, or with several runs side by side.
+
+`message="…"` asks once and prints the text alone, for scripts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from llmft.config.commands import ChatConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import Invocation, arguments_of_process, taken, with_lists
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # A message may hold any character, so no grammar of Hydra's sees it.
+    message, argv = taken(with_lists(argv, "run="), "message=")
+    system, argv = taken(argv, "system=")
+
+    def job(composed: Any, invocation: Invocation) -> None:
+        given = {key: values[-1] for key, values in (("message", message), ("system", system)) if values}
+        chat(replace(to_config(composed, ChatConfig), **given))
+
+    run_verb("chat", ChatConfig, job, argv)
+
+
+def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
+    """Talks with the runs that `config` names until the input ends; with `message` returns and prints their answers.
+
+    Raises ConfigError for runs that cannot be talked to, DataError for a message that does not fit.
+    """
+    from llmft.core.console import Screen
+    from llmft.export.targets import opened
+    from llmft.runs.directory import usable
+    from llmft.serving.start import open_all
+
+    screen = Screen(quiet=quiet or config.message is not None)
+    jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    runs = open_all(jobs, config)
+    from llmft.serving.dialogue import Dialogue, as_json
+
+    dialogue = Dialogue(runs, config, screen)
+    try:
+        if config.message is None:
+            dialogue.talk()
+            return None
+        requests = dialogue.ask(config.message)
+        if not quiet:
+            print(requests[0].text if len(requests) == 1 else as_json(requests))
+        return {request.run.name: request.text for request in requests}
+    finally:
+        if config.save is not None:
+            dialogue.save(Path(config.save).expanduser())
+        dialogue.close()
+
+
+if __name__ == "__main__":
+    main(arguments_of_process())

@@ -1,0 +1,72 @@
+"""A GGUF file that a person has, as a model directory: read and dequantised by transformers, once."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from llmft.core.errors import ConfigError
+from llmft.core.files import cache_directory, staged_directory
+
+PIECES = 256
+PIECE_BYTES = 4096
+HEAD_BYTES = 2**22
+
+
+def as_directory(path: Path) -> Path:
+    """The model directory of a GGUF file, made where the cache does not hold it.
+
+    Raises ConfigError for a file that is none, or holds a model that transformers does not read.
+    """
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            digest = hashlib.sha256(f"1:{size}:".encode() + file.read(HEAD_BYTES))
+            for piece in range(PIECES):
+                file.seek(size * piece // PIECES)
+                digest.update(file.read(PIECE_BYTES))
+            file.seek(0)
+            magic = file.read(4)
+    except OSError as error:
+        raise ConfigError(f"model.path={path}: {error.strerror}.") from None
+    if magic != b"GGUF":
+        raise ConfigError(f"model.path={path}: not a GGUF file.")
+    directory = cache_directory() / "gguf" / digest.hexdigest()[:24]
+    if not (directory / "config.json").is_file():
+        if importlib.util.find_spec("gguf") is None:
+            raise ConfigError(f'model.path={path}: GGUF files need the package gguf: pip install "llmft[gguf]".')
+        with staged_directory(directory) as staged:
+            _convert(path, staged)
+    return directory
+
+
+def _convert(path: Path, directory: Path) -> None:
+    """Writes a GGUF file's model, dequantised to fp16 or where that overflows bf16, and its tokenizer."""
+    from llmft.core.imports import load_libraries, quiet_warnings
+
+    load_libraries(training=False)
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    with quiet_warnings():
+        try:
+            for dtype in (torch.float16, torch.bfloat16):
+                model = AutoModelForCausalLM.from_pretrained(
+                    path.parent,
+                    gguf_file=path.name,
+                    dtype=dtype,
+                    quantization_config=GgufConfig(dequantize=True),
+                    local_files_only=True,
+                )
+                if all(torch.isfinite(weight).all() for weight in model.state_dict().values()):
+                    break
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        except Exception as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"model.path={path}: transformers cannot read it ({said[:200]}).") from None
+        # Its weights are not quantised any more.
+        vars(model.config).pop("quantization_config", None)
+        model.hf_quantizer, model.is_quantized = None, False
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)

@@ -1,0 +1,1 @@
+"""What was trained, for other programs: a directory of transformers, a GGUF file, a bundle; each is proved."""

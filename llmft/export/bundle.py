@@ -1,0 +1,309 @@
+"""A directory that predicts without network: run, base, wheels, this package, and one script; it is tried."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform as machine
+import shutil
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import venv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from llmft.config.commands import BundleConfig
+from llmft.config.overrides import shipped_directory
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, UserError
+from llmft.core.files import check_space, format_bytes, staged_directory
+from llmft.core.redaction import redact
+from llmft.data.hub import MODEL_FILES, PACKAGED, fingerprint, locate
+from llmft.runs.directory import Run, directories, finished_run
+from llmft.runs.predictions import Predictions
+
+PLACE = "@BUNDLE@"
+PROMPT = "Is this a test?"
+SCRIPT = """\
+#!/bin/sh
+# Predicts without network: predict.sh OUT data.files=test.csv [what else `python -m llmft.predict` takes]
+# OUT is a folder to write to; predictions come to OUT/run/predictions. PYTHON names another interpreter than python3.
+set -eu
+here=$(cd "$(dirname "$0")" && pwd)
+out=$1; shift
+mkdir -p "$out"; out=$(cd "$out" && pwd)
+python=${PYTHON:-python3}
+if [ -d "$here/wheels" ] && [ ! -f "$out/packages/.ready" ]; then
+    rm -rf "$out/packages"
+    "$python" -m pip install --quiet --no-index --no-deps --target "$out/packages" "$here"/wheels/*.whl
+    touch "$out/packages/.ready"
+fi
+if [ ! -d "$out/run" ]; then
+    cp -R "$here/run" "$out/run"
+    chmod -R u+w "$out/run"
+    place=$(printf '%s' "$here" | sed 's/[&|\\\\]/\\\\&/g')
+    sed "s|@BUNDLE@|$place|" "$here/run/config.yaml" > "$out/run/config.yaml"
+fi
+export HF_HUB_OFFLINE=1 PYTHONPATH="$out/packages:$here/site${PYTHONPATH:+:$PYTHONPATH}"
+exec "$python" -m llmft.predict run="$out/run" "$@"
+"""
+
+
+class NotProved(UserError):
+    """A bundle does not predict what its run predicts."""
+
+    exit_code = 1
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A package to bundle."""
+
+    name: str
+    version: str
+    url: str
+    requires: tuple[str, ...]
+
+    @property
+    def ready(self) -> bool:
+        """Whether it is a wheel already, and not a source to build one from."""
+        return self.url.partition("#")[0].endswith(".whl")
+
+    @property
+    def size(self) -> int:
+        """Of the file, as its server says it; 0 where it does not."""
+        if self.url.startswith("file://"):
+            return Path(urllib.request.url2pathname(self.url.removeprefix("file://"))).stat().st_size
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url, method="HEAD"), timeout=30) as answer:
+                return int(answer.headers.get("Content-Length") or 0)
+        except OSError:
+            return 0
+
+
+def make(config: BundleConfig, screen: Screen) -> Path:
+    """Writes the bundle of a run; see `SCRIPT` for how it is used."""
+    (directory,) = directories(config.run, "run")
+    run, trained = finished_run(directory)
+    target = Path(config.to).expanduser()
+    if target.exists() and not (target / "bundle.json").is_file():
+        raise ConfigError(f"to={config.to}: there is something else already; name a new directory.")
+    base = None
+    if trained.lora.enabled and not str(trained.model.path or "").startswith(PACKAGED):
+        base = locate(trained.model).directory
+    wheels = _wheels(config) if config.wheels else []
+    parts = {
+        "run": _size(path for path in _run_files(run)),
+        "base": _size(_base_files(base)) if base is not None else 0,
+        "wheels": sum(wheel.size for wheel in wheels),
+    }
+    for name, size in parts.items():
+        screen.print(f"  {format_bytes(size):>10}  {name}{f' ({len(wheels)} packages)' if name == 'wheels' else ''}")
+    screen.print(f"[bold]{format_bytes(sum(parts.values()))}[/bold] in all")
+    if not config.write:
+        return target
+    check_space(target.parent if target.parent.exists() else Path(), sum(parts.values()))
+    with staged_directory(target) as staged:
+        _write(staged, run, base, wheels, config)
+        (staged / "bundle.json").write_text(json.dumps({"run": directory.name, "bytes": parts}, indent=1))
+        if _matches(config):
+            _try(staged, directory, config, screen)
+        else:
+            screen.warn(f"not tried: this machine is not python {config.python} on {', '.join(config.platform)}.")
+    screen.print(f"[bold]bundle[/bold]  {target}; there: sh predict.sh OUT data.files=test.csv")
+    return target
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths)
+
+
+def _run_files(run: Run) -> list[Path]:
+    files = [run.config_file, run.status_file, run.environment_file, run.targets_file]
+    files += [path for folder in (run.adapter, run.model) for path in folder.glob("*")]
+    return [path for path in files if path.is_file()]
+
+
+def _base_files(base: Path) -> list[Path]:
+    return sorted({path for pattern in MODEL_FILES for path in base.glob(pattern) if path.suffix != ".py"})
+
+
+def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], config: BundleConfig) -> None:
+    for path in _run_files(run):
+        copy = staged / "run" / path.relative_to(run.directory)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    if base is not None:
+        (staged / "base").mkdir()
+        for path in _base_files(base):
+            shutil.copyfile(path, staged / "base" / path.name)
+        _point_to(staged)
+    package = Path(__file__).resolve().parents[1]
+    site = staged / "site" / "llmft"
+    shutil.copytree(package, site, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("conf", "sweeps"):
+        if not (site / "assets" / name).is_dir():
+            shutil.copytree(shipped_directory(name), site / "assets" / name)
+    script = staged / "predict.sh"
+    script.write_text(SCRIPT)
+    script.chmod(0o755)
+    if wheels:
+        folder = str(staged / "wheels")
+        pins: dict[bool, list[str]] = {True: [], False: []}
+        for wheel in wheels:
+            pins[wheel.ready].append(f"{wheel.name}=={wheel.version}")
+        if pins[True]:
+            _pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, *_target(config), *pins[True])
+        if pins[False]:
+            _pip("wheel", "--no-deps", "--wheel-dir", folder, *pins[False])
+
+
+def _point_to(staged: Path) -> None:
+    """Lets the run's config name the bundle's base, and its record that base's fingerprint."""
+    path = staged / "run" / "config.yaml"
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    content["model"]["path"] = f"{PLACE}/base"
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path = staged / "run" / "environment.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["model"]["fingerprint"] = fingerprint(staged / "base")
+    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+# ----------------------------------------------------------------------------------------------------------- wheels
+
+
+def _target(config: BundleConfig) -> list[str]:
+    """pip's arguments for a target that is not this machine."""
+    found = [] if config.python is None else ["--python-version", config.python]
+    return found + [word for name in config.platform for word in ("--platform", name)]
+
+
+def _pip(*arguments: str) -> str:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
+        raise ConfigError(
+            f"wheels: pip failed ({redact(said[-1] if said else 'it said nothing')}); wheels=false leaves them out."
+        )
+    return done.stdout
+
+
+def _wheels(config: BundleConfig) -> list[Wheel]:
+    """What llmft needs on the target, in the versions of this environment, without what is `installed` there."""
+    import importlib.metadata
+
+    try:
+        needed = [Requirement(line) for line in importlib.metadata.requires("llmft") or []]
+    except importlib.metadata.PackageNotFoundError:
+        raise ConfigError(
+            "wheels: llmft itself is not installed here (pip install -e .), so what it needs is unknown."
+        ) from None
+    skip = {canonicalize_name(name) for name in config.installed}
+    pins = []
+    for requirement in needed:
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        if canonicalize_name(requirement.name) not in skip:
+            pins.append(f"{requirement.name}=={importlib.metadata.version(requirement.name).partition('+')[0]}")
+    found = _resolved(pins, [])
+    if _target(config):
+        sources = [wheel for wheel in found.values() if not wheel.ready]
+        names = {canonicalize_name(wheel.name) for wheel in sources}
+        others = [pin for pin in pins if canonicalize_name(Requirement(pin).name) not in names]
+        others += [line for wheel in sources for line in wheel.requires if "extra ==" not in line]
+        found = _resolved(others, ["--only-binary=:all:", *_target(config)]) | {
+            canonicalize_name(wheel.name): wheel for wheel in sources
+        }
+    return _reached(found, [canonicalize_name(Requirement(pin).name) for pin in pins], skip)
+
+
+def _resolved(pins: list[str], target: list[str]) -> dict[Any, Wheel]:
+    """All packages that `pins` need, by name, as pip would install them."""
+    with tempfile.TemporaryDirectory() as folder:
+        target = [*target, "--target", folder] if target else []
+        told = _pip("install", "--dry-run", "--ignore-installed", "--report", "-", *target, *pins)
+    found = {}
+    for entry in json.loads(told)["install"]:
+        facts = entry["metadata"]
+        requires = tuple(facts.get("requires_dist") or ())
+        wheel = Wheel(facts["name"], facts["version"], entry["download_info"]["url"], requires)
+        found[canonicalize_name(wheel.name)] = wheel
+    return found
+
+
+def _reached(found: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
+    """The packages that `roots` need, past those that are there already and what only they need."""
+    reached: dict[Any, Wheel] = {}
+    waiting = list(roots)
+    while waiting:
+        name = waiting.pop()
+        if name in reached or name in skip or name not in found:
+            continue
+        reached[name] = found[name]
+        waiting += [canonicalize_name(Requirement(line).name) for line in found[name].requires]
+    return [reached[name] for name in sorted(reached)]
+
+
+# ------------------------------------------------------------------------------------------------------------ proof
+
+
+def _matches(config: BundleConfig) -> bool:
+    here = f"{sys.version_info.major}.{sys.version_info.minor}"
+    fits = all(name.endswith(machine.machine()) and sys.platform.startswith("linux") for name in config.platform)
+    return config.python in (None, here) and fits
+
+
+def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) -> None:
+    """Predicts with the bundle in an environment of its own, without an index, and as the run does here."""
+    expected = _expected(directory, config)
+    with tempfile.TemporaryDirectory(prefix="llmft-bundle-") as name:
+        folder = Path(name)
+        python = sys.executable
+        if config.wheels:
+            venv.create(folder / "env", with_pip=True, system_site_packages=bool(config.installed))
+            python = str(folder / "env" / "bin" / "python")
+        environment = {"PATH": os.defpath, "HOME": name, "PYTHON": python, "PIP_NO_INDEX": "1"}
+        command = ["sh", str(bundle / "predict.sh"), str(folder / "out"), *_asked(config, "proof")]
+        done = subprocess.run(command, env=environment, cwd=name, capture_output=True, text=True)
+        if done.returncode:
+            said = redact(done.stderr.strip().splitlines() or ["it said nothing"])
+            raise NotProved(f"the bundle does not predict: {said[-1]}; nothing was written.")
+        found = Predictions.load(folder / "out" / "run" / "predictions" / "proof")
+    same = found.predicted == expected.predicted if expected.problem == "text" else _near(found, expected)
+    if not same:
+        raise NotProved(
+            f"the bundle predicts {found.predicted}, and the run {expected.predicted}; nothing was written."
+        )
+    screen.print("  tried in an environment of its own, without an index: predicts as the run does")
+
+
+def _expected(directory: Path, config: BundleConfig) -> Predictions:
+    """What the run itself predicts here."""
+    name = "bundle-proof"
+    command = [sys.executable, "-m", "llmft.predict", f"run={directory}", *_asked(config, name)]
+    done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ConfigError(f"run={directory}: it does not predict here: {(done.stderr.splitlines() or ['?'])[-1]}")
+    path = directory / "predictions" / name
+    found = Predictions.load(path)
+    shutil.rmtree(path)
+    return found
+
+
+def _asked(config: BundleConfig, name: str) -> list[str]:
+    threads = [f"threads={config.threads}"] if config.threads else []
+    return [f"prompts=[{PROMPT!r}]", f"name={name}", f"accelerator={config.accelerator}", *threads]
+
+
+def _near(one: Predictions, two: Predictions) -> bool:
+    return bool(abs(one.values - two.values).max() < 1e-3)

@@ -1,0 +1,183 @@
+"""A run to a GGUF file that llama.cpp was asked about: the run's tokens, and its texts with their probabilities."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft.config.commands import MergeConfig, MergeFormat
+from llmft.config.convert import canonical
+from llmft.config.sections import QuantizationFormat
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError
+from llmft.core.files import format_bytes, scratch_directory
+from llmft.evaluation.jobs import PredictionJob
+from llmft.evaluation.predictor import Predictor
+from llmft.export import gguf, merge
+from llmft.export.llamacpp import LlamaCpp, is_installed
+from llmft.export.merge import NotProved
+from llmft.export.targets import QUANTIZED
+from llmft.model.families import base_of
+from llmft.model.load import drop_base
+
+BOUNDS = {"f32": 2e-2, "f16": 2e-2, "bf16": 2e-1, "q8_0": 2e-1}
+"""Largest difference of a token's log-probability; smaller formats cost more, and what they cost is told."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What llama.cpp made of the questions that the run was job."""
+
+    tokens_same: int
+    texts_same: int
+    texts: int
+    largest_difference: float
+
+    def __str__(self) -> str:
+        return (
+            f"tokens of {self.tokens_same} of {self.texts} prompts the same, {self.texts_same} of {self.texts} greedy "
+            f"texts the same, log-probabilities within {self.largest_difference:.1e}"
+        )
+
+
+def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
+    """Writes a run as a GGUF file to `target`, and proves it.
+
+    Raises NotProved where llama.cpp reads other tokens, or gives other probabilities than the type allows.
+    """
+    if str(job.config.task.auto_class) != "causal_lm":
+        raise ConfigError(
+            f"{job.run.directory}: GGUF files hold language models, and this run has a head; leave out format."
+        )
+    if config.format is MergeFormat.gguf_adapter:
+        _export_adapter(job, config, screen, target)
+        return
+    source = canonical([job.run.digests(), config.base.value])
+    if not config.force and gguf.source_of(target) == source:
+        screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
+        return
+    with scratch_directory(target) as scratch:
+        directory, file = scratch / "model", scratch / target.name
+        directory.mkdir()
+        prepared = merge.write(job, config, screen, directory)
+        drop_base()
+        if not is_installed():
+            screen.warn('not tried in llama.cpp: pip install "llmft[gguf]"; compared by transformers alone.')
+            merge.prove(prepared, config, screen, directory)
+        kind = (
+            config.type if config.type not in QUANTIZED else "bf16" if prepared.facts["dtype"] == "bfloat16" else "f16"
+        )
+        if kind == "f16" and prepared.facts["dtype"] == "bfloat16":
+            screen.warn("type=f16: this model needs the range of bf16; type=bf16 is safer.")
+        if config.converter is not None:
+            gguf.convert_by(config.converter, directory, file, kind)
+        else:
+            gguf.convert(directory, file, kind, source)
+        command = None
+        if config.type in QUANTIZED:
+            whole = target.with_name(target.name.replace(config.type, kind))
+            command = gguf.quantize(file, scratch / "quantized", config.type)
+            if command is None:
+                os.replace(scratch / "quantized", file)
+            else:
+                screen.warn(
+                    f"type={config.type}: llama-quantize is not on the path; this makes it: "
+                    f"llama-quantize {whole} {target} {config.type.upper()}"
+                )
+                target = whole
+        if is_installed():
+            _prove(prepared, file, config.type if command is None else kind, config, screen)
+        os.replace(file, target)
+    screen.print(f"[bold]gguf[/bold]  {target} ({format_bytes(target.stat().st_size)})")
+
+
+def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig, screen: Screen) -> None:
+    found = compare(prepared, file)
+    prepared.predictor.model = None
+    screen.print(f"  {kind}; in llama.cpp, on {prepared.questions.source}: {found}")
+    bound = config.bound or BOUNDS.get(kind, float("inf"))
+    if found.tokens_same < found.texts or found.largest_difference > bound:
+        raise NotProved(
+            f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {found}, and the bound "
+            f"is {bound:.0e}; nothing was written."
+        )
+
+
+def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -> Proof:
+    """Asks llama.cpp what the run was job."""
+    predictor, questions, answers = prepared.predictor, prepared.questions, prepared.answers
+    count = max((len(text) for text in answers.texts), default=0) + 1
+    longest = max((len(ids) for ids in questions.prompts), default=1)
+    engine = LlamaCpp(file, max(256, longest + count + 8), adapter)
+    tokens = texts = 0
+    worst = 0.0
+    for number, ids in enumerate(questions.prompts):
+        text = predictor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        own = predictor.tokenizer(text, add_special_tokens=False).input_ids
+        tokens += engine.tokens(text) == own
+        found = engine.generate(ids, count)
+        expected = answers.texts[number]
+        same = 0
+        for (token, probability), mine, value in zip(found, expected, answers.probabilities[number], strict=False):
+            if token != mine:
+                break
+            same += 1
+            worst = max(worst, abs((value if probability is None else probability) - value))
+        texts += same == len(expected)
+    return Proof(tokens, texts, len(questions.prompts), worst)
+
+
+# ---------------------------------------------------------------------------------------------------------- adapter
+
+
+def _export_adapter(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
+    """Writes the LoRA alone, for the GGUF file of its original base, where nothing of it would be lost."""
+    lora, run = job.config.lora, job.run.directory
+    reasons = {
+        "it trained all weights": not lora.enabled,
+        "it has DoRA's magnitudes": lora.dora,
+        f"it trained {', '.join(lora.modules_to_save)} whole": bool(lora.modules_to_save),
+    }
+    for reason, true in reasons.items():
+        if true:
+            raise ConfigError(
+                f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot hold; use format=gguf."
+            )
+    with scratch_directory(target) as scratch:
+        predictor = Predictor(merge.in_fp32(job, config), merge.options_of(job, config))
+        try:
+            factors, alpha = _factors(predictor.model, job)
+            base_of(predictor.model).config.save_pretrained(scratch)
+        finally:
+            predictor.close()
+            drop_base()
+        gguf.convert_adapter(factors, alpha, scratch, scratch / target.name, config.type)
+        os.replace(scratch / target.name, target)
+    screen.print(f"[bold]gguf adapter[/bold]  {target} ({format_bytes(target.stat().st_size)})")
+    if job.config.quantization.format is not QuantizationFormat.none:
+        screen.warn(
+            "it was trained on a quantised base and will sit on another: the merged file, format=gguf, is exact."
+        )
+
+
+def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
+    """LoRA's (A, B) by weight, and the alpha with which llama.cpp scales them as PEFT does."""
+    from peft.tuners.lora.layer import LoraLayer
+
+    made, scaling = {}, 1.0
+    for name, layer in base_of(model).named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        if name in ("lm_head", "model.embed_tokens", "transformer.wte"):
+            raise ConfigError(f"format=gguf_adapter: a LoRA on {name} is not read by llama.cpp; use format=gguf.")
+        (adapter,) = layer.active_adapters
+        scaling = layer.scaling[adapter]
+        made[f"{name}.weight"] = (
+            layer.lora_A[adapter].weight.detach().cpu(),
+            layer.lora_B[adapter].weight.detach().cpu(),
+        )
+    return made, scaling * job.config.lora.r

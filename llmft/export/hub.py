@@ -1,0 +1,105 @@
+"""What of a run goes to the Hub: weights, tokenizer, a template that other programs read, and a page about it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from llmft.config.commands import PushConfig, Pushed
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError
+from llmft.core.redaction import redact
+from llmft.export import card
+from llmft.export.template import without_marks
+from llmft.runs.directory import Run, directories, finished_run
+
+TEMPLATE = "chat_template.jinja"
+
+
+@contextmanager
+def plan(config: PushConfig) -> Iterator[Path]:
+    """A folder with what is to be sent, of links where files are large; it is gone afterwards."""
+    (directory,) = directories(config.run, "run")
+    run, trained = finished_run(directory)
+    source = {Pushed.adapter: run.adapter, Pushed.merged: directory / "merged", Pushed.gguf: directory / "gguf"}[
+        config.what
+    ]
+    if config.what is Pushed.adapter and not trained.lora.enabled:
+        source = run.model
+    if not source.is_dir():
+        form = " format=gguf" if config.what is Pushed.gguf else ""
+        raise ConfigError(
+            f"what={config.what.value}: not there yet; first `python -m llmft.merge run={directory}{form}`."
+        )
+    with tempfile.TemporaryDirectory(prefix="llmft-push-") as name:
+        folder = Path(name)
+        for path in source.iterdir():
+            if path.is_file() and not path.name.startswith("."):
+                (folder / path.name).symlink_to(path.resolve())
+        if (folder / TEMPLATE).exists():
+            _replace(folder / TEMPLATE, without_marks((source / TEMPLATE).read_text(encoding="utf-8")))
+        if (folder / "adapter_config.json").exists():
+            _replace(folder / "adapter_config.json", _without_paths(source / "adapter_config.json", trained))
+        _replace(folder / "README.md", redact(_page(run, trained, config)))
+        yield folder
+
+
+def _replace(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def _without_paths(path: Path, config: TrainConfig) -> str:
+    """An adapter's config that names the base as others know it, and no directory of this machine."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["base_model_name_or_path"] = config.model.label if config.model.path is not None else config.model.id
+    return json.dumps(content, indent=2)
+
+
+def _page(run: Run, config: TrainConfig, push: PushConfig) -> str:
+    library = "peft" if push.what is Pushed.adapter and config.lora.enabled else "transformers"
+    what = {
+        Pushed.adapter: "A LoRA adapter." if config.lora.enabled else "A fine-tuned language model.",
+        Pushed.merged: "A fine-tuned language model, its adapter merged into the weights.",
+        Pushed.gguf: "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
+    }[push.what]
+    return card.text(push.repo.rpartition("/")[2], what, config, run, {}, library)
+
+
+def send(config: PushConfig, folder: Path) -> str:
+    """Uploads `folder`; returns its address.
+
+    Raises ConfigError in one sentence where the Hub cannot be reached, or refuses.
+    """
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        raise ConfigError(f"repo={config.repo}: HF_HUB_OFFLINE is set; unset it to send something.")
+    if huggingface_hub.get_token() is None:
+        raise ConfigError(f"repo={config.repo}: nobody is logged in; `hf auth login`, or HF_TOKEN in the environment.")
+    api = huggingface_hub.HfApi(library_name="llmft")
+    with tempfile.TemporaryDirectory(prefix="llmft-push-") as name:
+        for path in folder.iterdir():  # what is uploaded are files, not links
+            target = path.resolve()
+            try:
+                os.link(target, Path(name) / path.name)
+            except OSError:
+                shutil.copyfile(target, Path(name) / path.name)
+        try:
+            made = api.create_repo(config.repo, private=config.private, exist_ok=True)
+            if config.private and not api.repo_info(config.repo).private:
+                raise ConfigError(f"repo={config.repo}: it is there already, and public; private=false sends to it.")
+            api.upload_folder(repo_id=config.repo, folder_path=name, commit_message="llmft: a run")
+        except ConfigError:
+            raise
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            said = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} could not take it ({said[:200]}).") from None
+    return str(made)

@@ -1,0 +1,62 @@
+"""llama.cpp itself, by the package xllamacpp where it is installed: what it makes of a GGUF file's tokens and texts."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def is_installed() -> bool:
+    """Whether GGUF files can be tried here."""
+    return importlib.util.find_spec("xllamacpp") is not None
+
+
+class LlamaCpp:
+    """A GGUF file loaded by llama.cpp on the CPU, with keys and values in full precision."""
+
+    def __init__(self, path: Path, context_tokens: int, adapter: Path | None = None) -> None:
+        import xllamacpp
+
+        given = xllamacpp.CommonParams()
+        given.model.path = str(path)
+        given.n_ctx = context_tokens
+        given.n_parallel, given.n_gpu_layers, given.verbosity, given.warmup = 1, 0, -1, False
+        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = torch.get_num_threads()
+        given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        if adapter is not None:
+            lora = xllamacpp.CommonAdapterLoraInfo()
+            lora.path, lora.scale = str(adapter), 1.0
+            given.lora_adapters = [lora]
+        self.server = xllamacpp.Server(given)
+
+    def tokens(self, text: str) -> list[int]:
+        """The tokens of a prompt, in which special ones are written out."""
+        request = {"content": text, "add_special": False, "parse_special": True}
+        return list(self._post("/tokenize", request)["tokens"])
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str:
+        """What the file's own chat template makes of `messages`."""
+        return str(self._post("/apply-template", {"messages": messages})["prompt"])
+
+    def generate(self, ids: list[int], count: int) -> list[tuple[int, float | None]]:
+        """Greedy tokens behind `ids`, each with its log-probability, which parts of a character have none of."""
+        request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}
+        found = self._post("/completion", {**request, "cache_prompt": False})
+        told = [(int(one["id"]), float(one["logprob"])) for one in found["completion_probabilities"]]
+        made: list[tuple[int, float | None]] = []
+        for token in found["tokens"]:
+            made.append(told.pop(0) if told and told[0][0] == token else (int(token), None))
+        return made
+
+    def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            self.server.listening_address + path, json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return dict(json.load(answer))

@@ -1,0 +1,245 @@
+"""Runs to standalone models: a directory of transformers, compared with its run before it counts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft import __version__
+from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
+from llmft.config.sections import Head, Precision, QuantizationConfig, QuantizationFormat
+from llmft.core.console import Screen
+from llmft.core.errors import ConfigError, UserError
+from llmft.core.files import format_bytes, staged_directory
+from llmft.evaluation.jobs import PredictionJob
+from llmft.evaluation.predictor import Predictor
+from llmft.export import card, proof, template, weights
+from llmft.export.targets import FACTS
+from llmft.model.families import base_of
+from llmft.model.load import drop_base, pick_device, pick_precision
+from llmft.model.meta import auto_model
+
+FP16_HEADROOM = 65504 / 2
+"""Numbers inside the model above it: computed in fp16, other texts would overflow."""
+DTYPES = {Stored.fp16: torch.float16, Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32}
+
+
+class NotProved(UserError):
+    """An exported model is not the run."""
+
+    exit_code = 1
+
+
+@dataclass
+class Prepared:
+    """A run whose merged weights are written and not proved yet, without its model."""
+
+    predictor: Predictor
+    questions: proof.Questions
+    answers: proof.Answers
+    facts: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """What people call the run."""
+        return self.predictor.job.run.directory.name
+
+
+@contextmanager
+def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
+    """A directory of transformers that was proved; it takes the place `target` when the block ends well.
+
+    Raises NotProved above the bound.
+    """
+    with staged_directory(target) as staged:
+        prepared = write(job, config, screen, staged)
+        drop_base()
+        prove(prepared, config, screen, staged)
+        yield staged, prepared
+
+
+def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
+    """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
+    run = job.run.directory
+    screen.print(f"[bold]{run.name}[/bold]")
+    predictor = Predictor(in_fp32(job, config), options_of(job, config))
+    try:
+        weights.check_mergeable(predictor.model, str(run))
+        questions = proof.Questions.of(predictor)
+        answers = proof.answers_of_run(predictor, questions)
+        source = predictor
+        if config.base is MergeBase.original:
+            source = _on_original(predictor, job, config)
+        made = weights.plain(source.model, str(job.config.task.auto_class))
+        _describe(made.config, predictor, job)
+        stored = _write_weights(source.model, made, directory, config, answers, screen)
+        notes = _write_rest(predictor, source, directory, made)
+        for note in notes:
+            screen.warn(note)
+    finally:
+        predictor.close()
+    facts = {
+        "run": run.name,
+        "key": job.run.key,
+        "weights": job.run.digests(),
+        "base": config.base.value if job.config.lora.enabled else None,
+        "base_model": job.config.model.label,
+        "quantization": job.config.quantization.format.value,
+        "dtype": str(stored).removeprefix("torch."),
+        "notes": notes,
+        "stop": [text for text in [predictor.encoder.ends.text, *job.config.prompt.stop] if text],
+        "llmft": __version__,
+    }
+    return Prepared(predictor, questions, answers, facts)
+
+
+def in_fp32(job: PredictionJob, config: MergeConfig) -> PredictionJob:
+    """The run computed in fp32, so that rounding in bf16 is not taken for a difference of the merged model."""
+    trainer = job.config.trainer
+    if pick_precision(trainer.precision, pick_device(config.accelerator)) is Precision.fp32:
+        return job
+    quantization = replace(job.config.quantization, cache=False)  # of numbers that trainings compute with
+    trainer = replace(trainer, precision=Precision.fp32)
+    return replace(job, config=replace(job.config, trainer=trainer, quantization=quantization))
+
+
+def options_of(job: PredictionJob, config: MergeConfig) -> PredictConfig:
+    """What opens a run's model as `predict` does."""
+    return PredictConfig(
+        run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
+    )
+
+
+def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) -> Predictor:
+    """The run's adapter on the base before quantisation."""
+    if not job.config.lora.enabled:
+        raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
+    predictor.close()
+    drop_base()
+    job = in_fp32(job, config)
+    whole = replace(job.config, quantization=QuantizationConfig(QuantizationFormat.none))
+    return Predictor(replace(job, config=whole), options_of(job, config))
+
+
+def _write_weights(
+    model: Any, made: weights.Plain, directory: Path, config: MergeConfig, answers: proof.Answers, screen: Screen
+) -> torch.dtype:
+    """Writes in fp16 where the range of weights and of what is computed allows, else in bf16; returns which."""
+    wanted = [DTYPES[config.dtype]] if config.dtype is not Stored.auto else [torch.float16, torch.bfloat16]
+    if config.dtype is Stored.auto and answers.largest > FP16_HEADROOM:
+        screen.print(f"bf16: numbers up to {answers.largest:,.0f} are computed inside, near the end of fp16's range")
+        wanted = [torch.bfloat16]
+    for dtype in wanted:
+        try:
+            weights.write(model, made, directory, dtype)
+            return dtype
+        except weights.Overflow as error:
+            for path in directory.glob("*.safetensors"):
+                path.unlink()
+            screen.print(f"{error} is beyond the range of {str(dtype).removeprefix('torch.')}")
+    raise ConfigError(f"dtype={config.dtype.value}: a weight is beyond its range; set dtype=bf16.")
+
+
+def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
+    """Puts classes, and the end and padding tokens, into transformers' config."""
+    if job.config.task.head is Head.linear and job.labels:
+        config.id2label = dict(enumerate(job.labels))
+        config.label2id = {label: number for number, label in config.id2label.items()}
+        kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
+        config.problem_type = kinds.get(job.problem, "regression")
+    ids = predictor.encoder.ends.ids
+    config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
+    config.pad_token_id = predictor.tokenizer.pad_token_id
+
+
+def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: weights.Plain) -> list[str]:
+    """Tokenizer, template and generation's defaults; returns what is to be told."""
+    tokenizer = copy.deepcopy(predictor.tokenizer)
+    ends, prompt = predictor.encoder.ends, predictor.encoder.prompt.config
+    tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
+    if predictor.config.task.head is None:
+        own = _prompts(predictor)
+        template.check_template(tokenizer, own, predictor.job.run.directory)
+    tokenizer.save_pretrained(directory)
+    original = predictor.located.directory
+    trained = predictor.config.model.train_tokenizer_vocab
+    if original is not None and not trained and (original / "tokenizer.model").is_file():
+        shutil.copyfile(original / "tokenizer.model", directory / "tokenizer.model")
+    if str(predictor.config.task.auto_class) == "causal_lm":
+        generation = copy.deepcopy(base_of(source.model).generation_config)
+        generation.eos_token_id = list(ends.ids) or None
+        generation.pad_token_id = tokenizer.pad_token_id
+        generation.bos_token_id = tokenizer.bos_token_id
+        generation.save_pretrained(directory)
+    if ends.text:
+        notes.append(f"answers end in {ends.text!r}, several tokens: tell it to a server as a stop string")
+    return notes
+
+
+def _prompts(predictor: Predictor) -> list[tuple[list[dict[str, Any]], str]]:
+    """A conversation of two turns, and what the run's format makes of it."""
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    found = []
+    for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
+        special = {"bos_token": predictor.tokenizer.bos_token, "eos_token": predictor.tokenizer.eos_token}
+        try:
+            text = predictor.encoder.prompt.render(messages, add_generation_prompt=True, **special).text
+        except ValueError:
+            continue  # of one turn alone
+        found.append((messages, text))
+    return found
+
+
+def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """A merged directory as any user of transformers loads it."""
+    return (
+        auto_model(auto_class)
+        .from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
+        .to(device)
+        .eval()
+    )
+
+
+def _fits(size: int, device: torch.device) -> bool:
+    """Whether a model of so many bytes finds room beside what is in memory now."""
+    if device.type == "cuda":
+        return size < 0.9 * torch.cuda.mem_get_info(device)[0]
+    free = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()) if os.name == "posix" else None
+    return free is None or size < 0.8 * 1024 * int(free[1])
+
+
+def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
+    """Loads what was written by plain transformers and compares it with the run."""
+    predictor = prepared.predictor
+    stored = getattr(torch, prepared.facts["dtype"])
+    size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
+    computed = torch.float32 if _fits(size * 4 // stored.itemsize, predictor.device) else stored
+    model = load_plain(directory, str(predictor.config.task.auto_class), computed, predictor.device)
+    found = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
+    del model
+    bound = config.bound or proof.bound_of(stored, computed, predictor.config.quantization.format)
+    prepared.facts["proof"] = {**asdict(found), "bound": bound, "rows": prepared.questions.source}
+    screen.print(
+        f"  {prepared.facts['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
+        f"{prepared.questions.source}: {found}"
+    )
+    if config.base is MergeBase.original and config.bound is None:
+        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are its cost.")
+    elif not found.holds(bound):
+        raise NotProved(
+            f"{predictor.job.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
+            "nats; nothing was written."
+        )
+    if predictor.config.task.auto_class == "causal_lm":
+        card.write(directory, prepared.facts, predictor)
+    (directory / FACTS).write_text(json.dumps(prepared.facts, indent=1, ensure_ascii=False))

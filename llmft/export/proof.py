@@ -1,0 +1,196 @@
+"""A model's answers to a few of a run's validation rows, and how far another form of it is from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmft.config.sections import Head, QuantizationFormat
+from llmft.core.errors import ConfigError, DataError
+from llmft.data.batch import collate
+from llmft.data.columns import Conversation
+from llmft.data.examples import IGNORE, Example
+from llmft.data.sources import BadRows
+from llmft.evaluation.predictor import Predictor
+from llmft.model.generate import generate
+from llmft.model.heads import linear_scores
+from llmft.training.prepare import prepare
+
+ROWS = 8
+POSITIONS = 64
+"""Compared in each row, its last ones: a vocabulary of 256,000 takes a megabyte for each."""
+NEW_TOKENS = 64
+BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 3e-3}
+"""KL divergence in nats per token, by what is stored.
+
+Measured on trained 4-bit runs computed in fp32: 5e-7 stored in fp16, 3e-5 in bf16; 1.4e-2 and more for merges that
+requantise or take the original base.
+"""
+ROUNDED = 1e-2
+"""The bound where one of the two is computed in 16 bits or with 8-bit activations, whose rounding costs 2e-3 itself."""
+LEAST_ARGMAX = 0.95
+QUESTIONS = ("Why is the sky blue?", "Write a short poem about rain.", "What is 17 + 25?", "Name three colours.")
+"""PredictionJob where the training's rows are no longer there."""
+
+
+@dataclass
+class Questions:
+    """What a run and its exported form are both job.
+
+    Attributes:
+        rows: token ids, and which of them are compared; prompts: token ids to be gone on with.
+    """
+
+    conversations: list[Conversation]
+    rows: list[Example]
+    prompts: list[list[int]]
+    source: str
+
+    @classmethod
+    def of(cls, predictor: Predictor) -> Questions:
+        """The first validation rows of the run, read again; questions of our own where its files are gone."""
+        source = "validation rows"
+        try:
+            conversations = prepare(predictor.config, open_directory=False).conversations["validation"][:ROWS]
+        except (ConfigError, DataError, OSError):
+            source = "questions, since the rows of the training are not there"
+            conversations = [
+                Conversation([{"role": "user", "content": text}], where=f"question {number}", target=0)
+                for number, text in enumerate(QUESTIONS, 1)
+            ]
+        if predictor.config.task.head is not None:
+            return cls(conversations, predictor.encode(conversations), [], source)
+        examples = predictor.encoder.encode("proof", conversations, BadRows())
+        rows = [examples[place] for place in range(len(examples))]
+        spoken = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]
+        return cls(conversations, rows, [predictor.encoder.prompt_ids(row) for row in spoken], source)
+
+
+@dataclass
+class Answers:
+    """Log-probabilities (positions, vocabulary) or scores (1, classes) of each row, and texts for each prompt."""
+
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+    probabilities: list[list[float]] = field(default_factory=list)
+    """Log-probabilities of the tokens of `texts`."""
+    largest: float = 0.0
+    """The largest number that a layer put out: whether fp16 can hold it."""
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far an exported model is from its run."""
+
+    kl_nats: float
+    argmax: float
+    texts_same: int
+    texts: int
+    positions: int
+    largest_difference: float
+
+    def __str__(self) -> str:
+        texts = f", {self.texts_same} of {self.texts} greedy texts the same" if self.texts else ""
+        return f"KL {self.kl_nats:.1e} nats per token, {self.argmax:.2%} of {self.positions} argmaxes the same{texts}"
+
+    def holds(self, bound: float) -> bool:
+        """Whether it is near enough."""
+        return self.kl_nats <= bound and self.argmax >= LEAST_ARGMAX
+
+
+def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
+    """What the run itself says, computed as its validation was."""
+    model, made = predictor.model, Answers()
+    with torch.no_grad(), predictor.autocast(), _largest_output(model, made):
+        for row in questions.rows:
+            if predictor.config.task.head is Head.linear:
+                batch = collate([row], [0], predictor.tokenizer.pad_token_id).to(predictor.device)
+                made.outputs.append(linear_scores(model, batch).float().cpu())
+            else:
+                made.outputs.append(_log_probabilities(model, row))
+        made.texts = _texts(model, predictor, questions)
+        for prompt, text in zip(questions.prompts, made.texts, strict=True):
+            whole = Example([*prompt, *text], [*[IGNORE] * len(prompt), *text], questions.conversations[0])
+            found = _log_probabilities(model, whole) if text else torch.zeros(0, 1)
+            made.probabilities.append([float(found[place, token]) for place, token in enumerate(text)])
+    return made
+
+
+def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> Answers:
+    """What plain transformers says with an exported model."""
+    made = Answers()
+    with torch.no_grad():
+        for row in questions.rows:
+            if predictor.config.task.head is Head.linear:
+                ids = torch.tensor([list(row.input_ids)], device=model.device)
+                made.outputs.append(model(input_ids=ids).logits.float().cpu())
+            else:
+                made.outputs.append(_log_probabilities(model, row))
+        made.texts = _texts(model, predictor, questions)
+    return made
+
+
+def _log_probabilities(model: Any, row: Example) -> torch.Tensor:
+    ids = torch.tensor([list(row.input_ids)], device=model.device)
+    labels = torch.tensor(list(row.labels))[1:]
+    places = torch.nonzero(labels != IGNORE).flatten() if bool((labels != IGNORE).any()) else torch.arange(len(labels))
+    logits = model(input_ids=ids).logits[0, places[-POSITIONS:].to(model.device)]
+    return logits.float().log_softmax(-1).cpu()
+
+
+def _texts(model: Any, predictor: Predictor, questions: Questions) -> list[list[int]]:
+    """Greedy continuations, one prompt at a time, so that padding changes nothing."""
+    return generate(
+        model,
+        questions.prompts,
+        pad_id=predictor.tokenizer.pad_token_id,
+        ends=predictor.encoder.ends,
+        max_new_tokens=min(NEW_TOKENS, predictor.config.task.max_new_tokens),
+        batch_size=1,
+        context_tokens=predictor.context_tokens,
+    )
+
+
+@contextmanager
+def _largest_output(model: Any, made: Answers) -> Iterator[None]:
+    """Notes the largest number that any layer puts out."""
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
+            made.largest = max(made.largest, float(output.abs().max()))
+
+    handles = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, torch.nn.Module)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def compare(run: Answers, other: Answers) -> Proof:
+    """How far `other` is from `run`."""
+    pairs = list(zip(run.outputs, other.outputs, strict=True))
+    one = torch.cat([first for first, _ in pairs]).double().log_softmax(-1)
+    two = torch.cat([second for _, second in pairs]).double().log_softmax(-1)
+    difference = max((float((first - second).abs().max()) for first, second in pairs), default=0.0)
+    kl = float((one.exp() * (one - two)).sum(-1).mean())
+    if one.shape[1] == 1:  # a number, which is no distribution
+        kl = difference**2
+    return Proof(
+        kl_nats=max(0.0, kl),
+        argmax=float((one.argmax(-1) == two.argmax(-1)).double().mean()),
+        texts_same=sum(a == b for a, b in zip(run.texts, other.texts, strict=True)),
+        texts=len(run.texts),
+        positions=len(one),
+        largest_difference=difference,
+    )
+
+
+def bound_of(stored: torch.dtype, computed: torch.dtype, quantization: QuantizationFormat) -> float:
+    """The largest KL divergence that is rounding alone."""
+    rounds = computed is not torch.float32 or quantization is QuantizationFormat.int8
+    return ROUNDED if rounds else BOUNDS[stored]

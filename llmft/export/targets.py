@@ -1,0 +1,89 @@
+"""Which runs are exported, in which form and where to: all that is told before torch is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+from llmft.config.commands import MergeConfig, MergeFormat, PredictConfig, Stored
+from llmft.core.errors import ConfigError, did_you_mean
+from llmft.evaluation.jobs import EnsembleJob, PredictionJob, plan_predictions
+
+FACTS = "llmft.json"
+"""What a merged directory says of itself."""
+WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+"""Number formats that the package gguf writes."""
+QUANTIZED = (
+    *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
+    *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
+)
+"""Those that only llama.cpp's own llama-quantize writes."""
+
+DTYPE_NAMES = {Stored.fp16: "float16", Stored.bf16: "bfloat16", Stored.fp32: "float32"}
+
+
+def opened(directory: Path, config: Any) -> PredictionJob:
+    """A finished run's config, classes and weights as commands that export or serve want it.
+
+    Raises ConfigError for what has no language model of its own.
+    """
+    options = PredictConfig(run=str(directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads)
+    job = plan_predictions(directory, options)
+    if isinstance(job, EnsembleJob):
+        raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
+    if job.baseline:
+        raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
+    return job
+
+
+def check_format(config: MergeConfig) -> None:
+    """Raises ConfigError for a form that cannot be written here."""
+    if config.format is MergeFormat.hf:
+        return
+    if config.type not in (*WRITTEN, *QUANTIZED):
+        raise ConfigError(f"type={config.type}: no such type{did_you_mean(config.type, (*WRITTEN, *QUANTIZED))}")
+    if config.format is MergeFormat.gguf_adapter and config.type not in ("f32", "f16", "bf16"):
+        raise ConfigError(f"type={config.type}: an adapter is small and stays exact; choose f16, bf16 or f32.")
+    checkout = None if config.converter is None else Path(config.converter).expanduser()
+    if checkout is not None and not (checkout / "convert_hf_to_gguf.py").is_file():
+        raise ConfigError(f"converter={checkout}: no convert_hf_to_gguf.py there; name a checkout of llama.cpp.")
+    if importlib.util.find_spec("gguf") is None and config.converter is None:
+        raise ConfigError('format=gguf needs the package gguf: pip install "llmft[gguf]".')
+
+
+def is_current(directory: Path, job: PredictionJob, config: MergeConfig) -> bool:
+    """Whether a merged directory is of these weights and options."""
+    try:
+        facts = json.loads((directory / FACTS).read_text())
+    except (OSError, ValueError):
+        return False
+    wanted = None if config.dtype is Stored.auto else DTYPE_NAMES[config.dtype]
+    base = config.base.value if job.config.lora.enabled else None
+    return (
+        facts.get("weights") == job.run.digests() and facts.get("base") == base and wanted in (None, facts.get("dtype"))
+    )
+
+
+def target_of(job: PredictionJob, config: MergeConfig, several: bool) -> Path:
+    """Where the merged model of a run goes."""
+    run = job.run.directory
+    if config.format is MergeFormat.hf:
+        return run / "merged" if config.to is None else Path(config.to).expanduser() / (run.name if several else "")
+    file_name = f"{run.name}-{config.type}.gguf"
+    if config.format is MergeFormat.gguf_adapter:
+        file_name = f"{run.name}-lora-{config.type}.gguf"
+    if config.to == "lmstudio":
+        return lmstudio_folder() / "llmft" / run.name / file_name
+    if config.to is None:
+        return run / "gguf" / file_name
+    given = Path(config.to).expanduser()
+    return given if given.suffix == ".gguf" and not several else given / file_name
+
+
+def lmstudio_folder() -> Path:
+    """Where LM Studio looks for models."""
+    pointer = Path.home() / ".lmstudio-home-pointer"
+    home = Path(pointer.read_text().strip()) if pointer.is_file() else Path.home() / ".lmstudio"
+    return home / "models"

@@ -1,0 +1,112 @@
+"""A run's prompt format as one chat template that other programs take."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from llmft.config.sections import PromptConfig, SystemRole
+from llmft.core.errors import ConfigError
+
+_MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+PREPARE = """\
+{%- set prep = namespace(turns=[], system=SYSTEM, instruction=INSTRUCTION) -%}
+{%- if messages and messages[0]['role'] == 'system' -%}{%- set prep.system = '' -%}{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set prep.system = prep.system + JOINER + message['content'] if prep.system else message['content'] -%}
+{%- elif message['role'] == 'user' and (prep.system or prep.instruction) -%}
+{%- set text = prep.instruction + JOINER + message['content'] if prep.instruction else message['content'] -%}
+{%- set text = prep.system + JOINER + text if prep.system else text -%}
+{%- set prep.turns = prep.turns + [{'role': 'user', 'content': text}] -%}
+{%- set prep.system = '' -%}
+{%- set prep.instruction = '' -%}
+{%- else -%}
+{%- set prep.turns = prep.turns + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = prep.turns -%}
+"""
+"""What `PromptFormat.prepare` does to messages before the format's own template sees them."""
+
+NATIVE = """\
+{%- set prep = namespace(turns=[], instruction=INSTRUCTION) -%}
+{%- if SYSTEM and not (messages and messages[0]['role'] == 'system') -%}
+{%- set prep.turns = [{'role': 'system', 'content': SYSTEM}] -%}
+{%- endif -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'user' and prep.instruction -%}
+{%- set prep.turns = prep.turns + [{'role': 'user', 'content': prep.instruction + JOINER + message['content']}] -%}
+{%- set prep.instruction = '' -%}
+{%- else -%}
+{%- set prep.turns = prep.turns + [message] -%}
+{%- endif -%}
+{%- endfor -%}
+{%- set messages = prep.turns -%}
+"""
+"""The same where the format has a place of its own for a system prompt."""
+
+
+def without_marks(template: str) -> str:
+    """`template` without `{% generation %}`, which other engines do not know; its white space stays as it was.
+
+    A comment takes the tag's place, since it can trim white space on the same sides.
+    """
+    return _MARK.sub(r"{#\1 \2#}", template)
+
+
+def exported_template(prompt: PromptConfig, tokenizer: Any) -> tuple[str, list[str]]:
+    """The template of a run's format for other programs, and what is to be told of it.
+
+    It puts a system prompt and an instruction where the run's format does, and takes a system prompt in any format,
+    since programs send one of their own.
+    """
+    template, notes = without_marks(prompt.template or ""), []
+    role = prompt.system_role
+    if role is SystemRole.native and not _takes_system(template, tokenizer):
+        role = SystemRole.merge
+        notes.append("its template has no place for a system prompt, so one is put before the question")
+    elif role is SystemRole.refuse:
+        role = SystemRole.merge
+        notes.append(f"prompt={prompt.name} refuses a system prompt; the exported template puts it before the question")
+    if role is SystemRole.native and not prompt.system and not prompt.instruction:
+        return template, notes
+    values = {"SYSTEM": prompt.system or "", "INSTRUCTION": prompt.instruction or "", "JOINER": prompt.joiner}
+    before = NATIVE if role is SystemRole.native else PREPARE
+    for name, value in values.items():
+        before = before.replace(name, _quoted(value))
+    return before.strip().replace("\n", "") + template, notes
+
+
+def _takes_system(template: str, tokenizer: Any) -> bool:
+    words = {role: f"X{role}text" for role in ("system", "user")}
+    messages = [{"role": role, "content": text} for role, text in words.items()]
+    try:
+        text = tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False)
+    except Exception:
+        return False
+    return all(word in text for word in words.values())
+
+
+def _quoted(text: str) -> str:
+    """A text of Jinja."""
+    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+    return f"'{escaped}'"
+
+
+def check_template(tokenizer: Any, expected: list[tuple[list[dict[str, Any]], str]], run: Any) -> None:
+    """Raises ConfigError where the exported `tokenizer` writes a prompt otherwise than the run did.
+
+    `expected` are messages with the prompt that the run makes of them.
+    """
+    for messages, text in expected:
+        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
+        if any(turn.keys() - {"role", "content"} for turn in plain):
+            continue  # calls, thoughts and Alpaca's second text have forms of their own
+        made = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        if made != text:
+            raise ConfigError(
+                f"{run}: plain transformers writes {made[-80:]!r} where the run's format writes {text[-80:]!r}; "
+                "please report this template."
+            )

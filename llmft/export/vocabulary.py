@@ -1,0 +1,177 @@
+"""A tokenizer as llama.cpp reads it, from tokenizer.json alone.
+
+llama.cpp knows how a text is cut into words by a name, `tokenizer.ggml.pre`, for which its own converter asks a list of
+hashes of known tokenizers. Here the name follows from the regular expressions in tokenizer.json, so a tokenizer that
+somebody trained is as good as one on the list.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmft.core.errors import ConfigError
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*")
+_CASED_REST = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+GPT2, DIGITS = "GPT-2's words", "single digits"
+PRE = {
+    (GPT2,): "gpt-2",
+    (DIGITS, GPT2): "smollm",
+    (rf"{_WORDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{{1,3}}|{_REST}",): "dbrx",
+    (rf"{_WORDS}|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}|{_REST}",): "qwen2",
+    (
+        rf"{_WORDS}|[^\r\n\p{{L}}\p{{N}}]?[\p{{L}}\p{{M}}]+|\p{{N}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}]+[\r\n]*"
+        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    ): "qwen35",
+    (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_REST}",): "tekken",
+    (rf"{_CASED[0]}{_WORDS}?|{_CASED[1]}{_WORDS}?|\p{{N}}{{1,3}}|{_CASED_REST}",): "gpt-4o",
+}
+"""Names of llama.cpp (src/llama-vocab.cpp) by the steps that cut a text into words."""
+
+
+@dataclass
+class Vocabulary:
+    """What a GGUF file says of a tokenizer.
+
+    Attributes:
+        kind: "gpt2" for byte-level BPE, "llama" for SentencePiece's.
+        scores: of SentencePiece's pieces: what is joined first.
+        space: whether a space is put before a text; None where the kind has no such thing.
+    """
+
+    kind: str
+    pre: str
+    tokens: list[bytes]
+    types: list[int]
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    space: bool | None = None
+
+
+def read(directory: Path, size: int) -> Vocabulary:
+    """The tokenizer of a model directory with `size` embeddings.
+
+    Raises ConfigError for one that llama.cpp has no form for.
+    """
+    found = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    model = found["model"]
+    if model.get("type") != "BPE":
+        raise ConfigError(f"{directory}: a {model.get('type')} tokenizer, which format=gguf does not write.")
+    added = {entry["id"]: entry for entry in found.get("added_tokens", [])}
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(found.get("pre_tokenizer")))
+    pieces = {number: piece for piece, number in model["vocab"].items()}
+    pieces |= {number: entry["content"] for number, entry in added.items()}
+    if max(pieces) >= size:
+        raise ConfigError(f"{directory}: token {max(pieces)} has no embedding; the model has {size}.")
+    tokens, types = [], []
+    for number in range(size):
+        text = pieces.get(number, f"[PAD{number}]")
+        kind = NORMAL if number in pieces else UNUSED
+        if number in added:
+            kind = CONTROL if added[number]["special"] or _looks_special(text) else USER_DEFINED
+            text = text if kind == CONTROL else text.replace("▁", " ")
+        if not byte_level and text == model.get("unk_token"):
+            kind = UNKNOWN
+        elif not byte_level and number in pieces and re.fullmatch(r"<0x[0-9A-F]{2}>", text):
+            kind = BYTE
+        tokens.append(text.encode())
+        types.append(kind)
+    merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+    if byte_level:
+        joined = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
+        return Vocabulary("gpt2", _pre(found, directory), tokens, types, merges=joined)
+    if not model.get("byte_fallback"):
+        raise ConfigError(f"{directory}: a tokenizer without bytes to fall back on, which llama.cpp has no form for.")
+    scores = _scores(model["vocab"], merges, added, types)
+    if (directory / "tokenizer.model").is_file():
+        scores = _own_scores(directory / "tokenizer.model", scores)
+    return Vocabulary("llama", "default", tokens, types, scores, space=_puts_space(found))
+
+
+def _steps(node: Any) -> list[dict[str, Any]]:
+    """The steps of a pre-tokenizer or normalizer, which may be a sequence or none."""
+    if not node:
+        return []
+    inner = node.get("pretokenizers") or node.get("normalizers")
+    return [step for part in inner for step in _steps(part)] if inner else [node]
+
+
+def _pre(found: dict[str, Any], directory: Path) -> str:
+    """llama.cpp's name for how a byte-level tokenizer cuts a text into words."""
+    steps: list[str] = []
+    for step in _steps(found.get("pre_tokenizer")):
+        if step["type"] == "Split":
+            pattern = step["pattern"]
+            steps.append(pattern.get("Regex") or re.escape(pattern.get("String", "")))
+        elif step["type"] == "Digits" and step.get("individual_digits"):
+            steps.append(DIGITS)
+        elif step["type"] == "ByteLevel" and step.get("use_regex", True):
+            steps.append(GPT2)
+        elif step["type"] != "ByteLevel":
+            steps.append(step["type"])
+    name = PRE.get(tuple(steps))
+    if name is None:
+        raise ConfigError(
+            f"{directory}: its tokenizer cuts words by {' then '.join(steps) or 'nothing'}, for which llama.cpp has no "
+            "name here: set converter=DIR to a checkout of llama.cpp."
+        )
+    # The same words; Llama 3's name also says that whole words are looked up before any are joined.
+    return "llama-bpe" if name == "dbrx" and found["model"].get("ignore_merges") else name
+
+
+def _looks_special(text: str) -> bool:
+    """Whether an added token is a mark, though its tokenizer does not say so (llama.cpp's own rule)."""
+    marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
+    return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
+        text.startswith(one) and text.endswith(two) for one, two in marks
+    )
+
+
+def _scores(vocab: dict[str, int], merges: list[list[str]], added: dict[int, Any], types: list[int]) -> list[float]:
+    """SentencePiece's scores: the piece that is joined first has the highest.
+
+    They are minus the place in the vocabulary, as SentencePiece has them, where the merges come in that order.
+    """
+    rank: dict[int, int] = {}
+    for place, pair in enumerate(merges):
+        number = vocab.get("".join(pair))
+        if number is not None:
+            rank.setdefault(number, place)
+    joined = sorted(rank, key=lambda number: rank[number])
+    in_order = joined == sorted(joined)
+    first = joined[0] if joined else 0
+    scores = []
+    for number, kind in enumerate(types):
+        if number in added and kind not in (UNKNOWN, BYTE):
+            scores.append(-1000.0)
+        elif kind == UNUSED:
+            scores.append(-10000.0)
+        elif kind != NORMAL:
+            scores.append(0.0)
+        else:
+            scores.append(float(first - number if in_order else -rank.get(number, len(merges))))
+    return scores
+
+
+def _own_scores(path: Path, scores: list[float]) -> list[float]:
+    """`scores` with those of SentencePiece's own file, as far as it goes."""
+    from sentencepiece import SentencePieceProcessor
+
+    pieces = SentencePieceProcessor(model_file=str(path))
+    own = [pieces.GetScore(number) for number in range(min(len(scores), pieces.GetPieceSize()))]
+    return [*own, *scores[len(own) :]]
+
+
+def _puts_space(found: dict[str, Any]) -> bool:
+    """Whether a space is put before every text; "first" does so at the beginning of all, where a begin token stands."""
+    prepends = any(step["type"] == "Prepend" for step in _steps(found.get("normalizer")))
+    schemes = [s.get("prepend_scheme") for s in _steps(found.get("pre_tokenizer")) if s["type"] == "Metaspace"]
+    return prepends or "always" in schemes

@@ -1,0 +1,188 @@
+"""A run's weights as one plain model: dequantised base + LoRA, made and written tensor by tensor."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmft.core.errors import ConfigError
+from llmft.core.files import check_space
+from llmft.model import heads
+from llmft.model.families import base_of
+from llmft.model.meta import meta_model
+
+SHARD_BYTES = 5 * 10**9
+"""Largest file, as transformers writes them."""
+NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+class Overflow(Exception):
+    """A weight is beyond the range of the number format."""
+
+
+@dataclass
+class Plain:
+    """The model that is written: transformers' own classes, without adapter and quantisation.
+
+    Attributes:
+        config: transformers' config of it.
+        shapes: shape of every tensor of the files by name, and the parameters of the model that each is made of.
+    """
+
+    config: Any
+    auto_class: str
+    empty: Any
+    shapes: dict[str, torch.Size] = field(default_factory=dict)
+    sources: dict[str, list[str]] = field(default_factory=dict)
+
+    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
+        """The number format of a tensor: that of the model, but a head stays as exact as it was trained."""
+        head = self.auto_class == "sequence_classification" and name.startswith(heads.NAMES)
+        return torch.float32 if head else dtype
+
+
+def plain(model: Any, auto_class: str) -> Plain:
+    """The plain form of a run's `model`; its embeddings stay tied where training left them equal."""
+    config = copy.deepcopy(base_of(model).config)
+    vars(config).pop("quantization_config", None)
+    empty = meta_model(auto_class, config)
+    tied = getattr(empty, "all_tied_weights_keys", None) or {}
+    if any(not torch.equal(effective(model, empty, one), effective(model, empty, two)) for one, two in tied.items()):
+        for part in {id(part): part for part in (config, config.get_text_config())}.values():
+            part.tie_word_embeddings = False
+        empty, tied = meta_model(auto_class, config), {}
+    made = Plain(config, auto_class, empty)
+    names = [name for name in empty.state_dict() if name not in tied]
+    for group in _apart(empty, names):
+        for target, tensor in _as_stored(empty, {name: empty.state_dict()[name] for name in group}).items():
+            made.shapes[target] = tensor.shape
+            made.sources[target] = group
+    return made
+
+
+def effective(model: Any, empty: Any, name: str) -> torch.Tensor:
+    """The fp32 tensor that the run computes with in place of the parameter or buffer `name` of the plain model."""
+    from peft.tuners.lora.layer import LoraLayer
+    from peft.utils.integrations import dequantize_module_weight
+    from peft.utils.other import ModulesToSaveWrapper
+    from transformers.pytorch_utils import Conv1D
+
+    path, _, attribute = name.rpartition(".")
+    module: Any = base_of(model)
+    for part in filter(None, path.split(".")):
+        module = getattr(module, part)
+        if isinstance(module, ModulesToSaveWrapper):
+            module = module.modules_to_save[module.active_adapter]
+    layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    if attribute != "weight":
+        return getattr(layer, attribute).detach().float()
+    with torch.no_grad():
+        weight = dequantize_module_weight(layer).detach().float()
+        if isinstance(module, LoraLayer):
+            weight = _adapted(module, weight)
+        # bitsandbytes' layers have GPT-2's weights the other way round.
+        turned = isinstance(empty.get_submodule(path), Conv1D) and not isinstance(layer, Conv1D)
+        return weight.T if turned else weight
+
+
+def _adapted(layer: Any, weight: torch.Tensor) -> torch.Tensor:
+    """W + s B A, and DoRA's magnitudes (arXiv 2402.09353, equation 5)."""
+    for adapter in layer.active_adapters:
+        delta = layer.get_delta_weight(adapter).float().to(weight.device)
+        magnitude = dict(layer.lora_magnitude_vector.items()).get(adapter)
+        if magnitude is None:
+            weight = weight + delta
+            continue
+        turned = getattr(layer, "fan_in_fan_out", False)
+        norm = magnitude.get_weight_norm(weight, delta.T if turned else delta, scaling=1)
+        factor = (magnitude.weight / norm).view(-1, 1)
+        weight = (factor.T if turned else factor) * (weight + delta)
+    return weight
+
+
+def _as_stored(empty: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Tensors by the names that model directories have: transformers stacks experts only in memory."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return revert_weight_conversion(empty, dict(tensors))
+
+
+def _apart(empty: Any, names: list[str]) -> list[list[str]]:
+    """`names` in groups that can be stored without each other: mostly one each."""
+    state = empty.state_dict()
+    whole = _as_stored(empty, {name: state[name] for name in names})
+    alone = [set(_as_stored(empty, {name: state[name]})) for name in names]
+    return [[name] for name in names] if set().union(*alone) == whole.keys() else [names]
+
+
+def write(model: Any, made: Plain, directory: Path, dtype: torch.dtype) -> None:
+    """Writes the weights of a run's `model` as safetensors of at most `SHARD_BYTES`, and the config.
+
+    Raises Overflow for a weight beyond the range of `dtype`.
+    """
+    sizes = {name: math.prod(shape) * made.dtype_of(name, dtype).itemsize for name, shape in made.shapes.items()}
+    shards: list[list[str]] = [[]]
+    for name in made.shapes:  # tensors of one source follow each other
+        full = sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES
+        if full and shards[-1] and made.sources[name] is not made.sources[shards[-1][-1]]:
+            shards.append([])
+        shards[-1].append(name)
+    check_space(directory, total := sum(sizes.values()))
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(files) > 1 else ["model.safetensors"]
+    for file_name, names in zip(files, shards, strict=True):
+        with (directory / file_name).open("wb") as file:
+            file.write(_header(made, names, dtype))
+            for name, tensor in _tensors(model, made, names):
+                stored = tensor.to(made.dtype_of(name, dtype)).contiguous().cpu()
+                if not torch.isfinite(stored).all():
+                    raise Overflow(name)
+                file.write(stored.view(-1).view(torch.uint8).numpy().data)
+    if len(files) > 1:
+        placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+    made.config.dtype = dtype
+    made.config.architectures = [type(made.empty).__name__]
+    made.config.save_pretrained(directory)
+
+
+def _header(made: Plain, names: list[str], dtype: torch.dtype) -> bytes:
+    """The head of a safetensors file."""
+    place, entries = 0, {"__metadata__": {"format": "pt"}}
+    for name in names:
+        stored, shape = made.dtype_of(name, dtype), made.shapes[name]
+        end = place + math.prod(shape) * stored.itemsize
+        entries[name] = {"dtype": NAMES[stored], "shape": list(shape), "data_offsets": [place, end]}  # type: ignore[dict-item]
+        place = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _tensors(model: Any, made: Plain, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors `names` in their order; those of one source are made together and then forgotten."""
+    stored: dict[str, torch.Tensor] = {}
+    for name in names:
+        if name not in stored:
+            parts = {part: effective(model, made.empty, part) for part in made.sources[name]}
+            stored = _as_stored(made.empty, parts)
+        yield name, stored.pop(name)
+
+
+def check_mergeable(model: Any, label: str) -> None:
+    """Raises ConfigError for a base whose files have a number format that cannot be read back here."""
+    stored = getattr(base_of(model).config, "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    if stored is not None and "bitsandbytes" not in str(getattr(method, "value", method)):
+        raise ConfigError(
+            f"{label}: its base is stored as {getattr(method, 'value', method)}, whose weights cannot be added to; "
+            "serve the adapter on that base, or train on a base that is not quantised beforehand."
+        )

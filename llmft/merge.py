@@ -1,0 +1,37 @@
+"""run -> a model for other programs: `python -m llmft.merge run=DIR`, a directory of transformers or a GGUF file.
+
+It ends with a proof: what was written is loaded by other code and compared with the run. Above the bound nothing is
+left, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmft.config.commands import MergeConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    run_verb("merge", MergeConfig, lambda composed, _: merge(to_config(composed, MergeConfig)), argv)
+
+
+def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
+    """Writes each run that `config` names in the form it wants; returns where.
+
+    Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that is not its run.
+    """
+    from llmft.core.console import Screen
+    from llmft.export.runs import export_runs
+
+    return export_runs(config, Screen(quiet=quiet))
+
+
+if __name__ == "__main__":
+    main(arguments_of_process())

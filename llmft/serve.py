@@ -1,0 +1,103 @@
+"""runs -> OpenAI's API: `python -m llmft.serve run=DIR port=8000`; every run is a model of its name.
+
+Made for trying runs side by side. For many users an engine that is made for them is the right thing: `with=vllm`,
+`llamacpp` or `transformers` merges the run where it must, and runs that engine's command, or prints it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llmft.config.commands import ServeConfig, ServedBy
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process, taken, with_lists
+from llmft.core.errors import ConfigError
+
+KEY = "LLMFT_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    engine, argv = taken(with_lists(argv, "run="), "with=")
+    argv = [*argv, *(f"engine={name}" for name in engine)]
+    run_verb("serve", ServeConfig, lambda composed, _: serve(to_config(composed, ServeConfig)), argv)
+
+
+def serve(config: ServeConfig) -> None:
+    """Answers until a signal ends it.
+
+    Raises ConfigError for runs that cannot be served, a port that is taken, or packages that are missing.
+    """
+    from llmft.core.console import Screen
+    from llmft.core.imports import missing
+    from llmft.export.targets import opened
+    from llmft.runs.directory import usable
+
+    screen = Screen()
+    if config.engine is ServedBy.llmft and missing("starlette", "uvicorn"):
+        raise ConfigError('llmft.serve needs the packages starlette and uvicorn: pip install "llmft[serve]".')
+    jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    if config.engine is not ServedBy.llmft:
+        from llmft.serving.engines import hand_over
+
+        hand_over(jobs, config, screen)
+        return
+    _answer(jobs, config, screen)
+
+
+def _answer(jobs: Any, config: ServeConfig, screen: Any) -> None:
+    import socket
+
+    from llmft.serving.start import open_all
+
+    listening = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((config.host, config.port))  # before the weights load
+    except OSError as error:
+        raise ConfigError(
+            f"host={config.host} port={config.port}: {error.strerror}; choose another, or port=0."
+        ) from None
+    with listening:
+        runs = open_all(jobs, config)
+        import uvicorn
+
+        from llmft.serving.api import Api
+        from llmft.serving.engine import Engine
+
+        key = os.environ.get(KEY)
+        engine = Engine(runs, config.batch_size)
+        port = listening.getsockname()[1]
+        screen.print(f"[bold]serving[/bold]  http://{config.host}:{port}/v1", *(f"  model {run.name}" for run in runs))
+        screen.print(
+            f"key: {'as in ' + KEY if key else 'none is asked for; set ' + KEY + ' to ask for one'}; Ctrl-C ends"
+        )
+        if config.host not in LOOPBACK and not key:
+            screen.warn(f"host={config.host}: everybody who reaches this machine may ask; set {KEY}.")
+        settings = uvicorn.Config(
+            Api(engine, config, key).app,
+            log_level="warning",
+            lifespan="off",
+            timeout_keep_alive=30,
+            timeout_graceful_shutdown=5,
+            h11_max_incomplete_event_size=64 * 1024,
+            limit_concurrency=4 * config.max_requests + 16,
+            server_header=False,
+        )
+        try:
+            uvicorn.Server(settings).run(sockets=[listening])
+        except KeyboardInterrupt:
+            pass
+        finally:
+            engine.close()
+    print("stopped", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main(arguments_of_process())

@@ -1,0 +1,1 @@
+"""Runs that answer: one engine for the terminal and for the network."""

@@ -1,0 +1,342 @@
+"""OpenAI's API over runs: models, chat completions and completions, as a whole or streamed.
+
+Requests are bounded in size, number and time; a client that goes away ends its request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from llmft.config.commands import ServeConfig
+from llmft.config.sections import seconds_of
+from llmft.core.errors import did_you_mean
+from llmft.data.messages import Keys, read_messages
+from llmft.serving.engine import Engine, Request
+from llmft.serving.runs import OpenRun
+
+BODY_TIMEOUT_S = 30.0
+MOST_CHOICES = 8
+"""Values of `n`, and of prompts in one request."""
+IGNORED = (
+    "user",
+    "metadata",
+    "store",
+    "service_tier",
+    "safety_identifier",
+    "prompt_cache_key",
+    "stream_options",
+    "model",
+)
+"""Keys that change no text."""
+
+
+class Refused(Exception):
+    """A request that is not answered, and why."""
+
+    def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.param = status, param
+
+    def response(self) -> Response:
+        """As OpenAI's clients read it."""
+        kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+        error = {"message": str(self), "type": kind.get(self.status, "invalid_request_error"), "param": self.param}
+        headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
+        return JSONResponse({"error": {**error, "code": None}}, self.status, headers)
+
+
+@dataclass
+class Asked:
+    """A request of the API, understood."""
+
+    run: OpenRun
+    requests: list[Request]
+    pieces: asyncio.Queue[tuple[int, str | None]]
+    stream: bool
+    usage: bool
+    chat: bool
+
+    def cancel(self) -> None:
+        """Ends what is still being written."""
+        for request in self.requests:
+            request.cancelled = True
+
+
+class Api:
+    """The endpoints."""
+
+    def __init__(self, engine: Engine, config: ServeConfig, key: str | None = None) -> None:
+        self.engine, self.config, self.key = engine, config, key
+        self.started = int(time.time())
+        self.timeout_s = seconds_of(config.timeout, "timeout")
+        self.app = Starlette(
+            routes=[
+                Route("/health", self._guarded(self._health, open_to_all=True)),
+                Route("/v1/models", self._guarded(self._models)),
+                Route("/v1/models/{name:path}", self._guarded(self._model)),
+                Route("/v1/chat/completions", self._guarded(self._chat), methods=["POST"]),
+                Route("/v1/completions", self._guarded(self._complete), methods=["POST"]),
+            ]
+        )
+
+    def _guarded(self, endpoint: Callable[..., Any], *, open_to_all: bool = False) -> Callable[..., Any]:
+        async def answer(http: HttpRequest) -> Response:
+            try:
+                given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
+                if self.key and not open_to_all and not hmac.compare_digest(given, self.key.encode()):
+                    raise Refused("a valid key is wanted: Authorization: Bearer KEY", 401)
+                response: Response = await endpoint(http)
+                return response
+            except Refused as refused:
+                return refused.response()
+            except ClientDisconnect:
+                return Response(status_code=499)
+
+        return answer
+
+    async def _health(self, http: HttpRequest) -> Response:
+        return JSONResponse({"status": "ok", "requests": self.engine.load})
+
+    def _described(self, run: OpenRun) -> dict[str, Any]:
+        return {"id": run.name, "object": "model", "created": self.started, "owned_by": "llmft"}
+
+    async def _models(self, http: HttpRequest) -> Response:
+        return JSONResponse({"object": "list", "data": [self._described(run) for run in self.engine.runs.values()]})
+
+    async def _model(self, http: HttpRequest) -> Response:
+        return JSONResponse(self._described(self._run(http.path_params["name"])))
+
+    def _run(self, name: Any) -> OpenRun:
+        runs = self.engine.runs
+        if not isinstance(name, str) or name not in runs:
+            raise Refused(
+                f"model: no run called {str(name)[:200]!r}{did_you_mean(str(name)[:200], runs)}", 404, "model"
+            )
+        return runs[name]
+
+    async def _chat(self, http: HttpRequest) -> Response:
+        body = await self._body(http)
+        run = self._run(body.get("model"))
+        try:
+            messages = read_messages(body.get("messages"), "messages", Keys())
+            if not any(turn["role"] == "user" for turn in messages):
+                raise ValueError("no message of a user")
+            ids = await asyncio.to_thread(run.prompt, messages)
+        except ValueError as error:
+            raise Refused(f"messages: {error}", param="messages") from None
+        return await self._answer(http, self._understood(body, run, [ids], chat=True))
+
+    async def _complete(self, http: HttpRequest) -> Response:
+        body = await self._body(http)
+        run = self._run(body.get("model"))
+        prompt = body.get("prompt")
+        several = prompt if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) else [prompt]
+        if len(several) > MOST_CHOICES:
+            raise Refused(f"prompt: {len(several)} of them, {MOST_CHOICES} at most", param="prompt")
+        size = run.predictor.model.get_input_embeddings().weight.shape[0]
+        ids = []
+        for one in several:
+            if isinstance(one, str):
+                ids.append(await asyncio.to_thread(run.tokens, one))
+            elif isinstance(one, list) and all(type(token) is int and 0 <= token < size for token in one):
+                ids.append(one)
+            else:
+                raise Refused("prompt: a text, token ids, or a list of them is wanted", param="prompt")
+        return await self._answer(http, self._understood(body, run, ids, chat=False))
+
+    # --------------------------------------------------------------------------------------------------- requests
+
+    async def _body(self, http: HttpRequest) -> dict[str, Any]:
+        most = self.config.max_body_kib * 1024
+        content = bytearray()
+
+        async def read() -> None:
+            async for chunk in http.stream():
+                content.extend(chunk)
+                if len(content) > most:
+                    raise Refused(f"the request is larger than {most:,} bytes (max_body_kib)", 413)
+
+        try:
+            await asyncio.wait_for(read(), BODY_TIMEOUT_S)
+            body = json.loads(bytes(content))
+        except TimeoutError:
+            raise Refused("the request did not arrive in time", 408) from None
+        except (ValueError, RecursionError):
+            raise Refused("the request is not JSON") from None
+        if not isinstance(body, dict):
+            raise Refused("a JSON object is wanted")
+        return body
+
+    def _understood(self, body: dict[str, Any], run: OpenRun, prompts: list[list[int]], *, chat: bool) -> Asked:
+        """The engine's requests for a body; keys that would change the text and are not known are refused."""
+        own = {"messages"} if chat else {"prompt"}
+        known = own | {"max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "n"}
+        for key, value in body.items():
+            if key not in known and key not in IGNORED and value not in (None, False, 0, [], {}, "auto", "none"):
+                if (key == "best_of" and value == 1) or (key == "response_format" and value == {"type": "text"}):
+                    continue
+                raise Refused(f"{key}: not offered here", param=key)
+        config, loop = self.config, asyncio.get_running_loop()
+        wanted = self._number(body, "max_completion_tokens", 1, 2**20, int, None)
+        wanted = wanted or self._number(body, "max_tokens", 1, 2**20, int, config.max_new_tokens)
+        temperature = self._number(body, "temperature", 0, 10, float, config.temperature)
+        top_p = self._number(body, "top_p", 1e-6, 1, float, config.top_p)
+        seed = self._number(body, "seed", -(2**63), 2**63 - 1, int, config.seed)
+        choices = self._number(body, "n", 1, MOST_CHOICES, int, 1)
+        stop = body.get("stop") or []
+        stop = [stop] if isinstance(stop, str) else stop
+        if (
+            not isinstance(stop, list)
+            or len(stop) > 16
+            or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop)
+        ):
+            raise Refused("stop: up to 16 short texts are wanted", param="stop")
+        if self.engine.load + len(prompts) * choices > config.max_requests:
+            raise Refused("too many requests at a time; come again in a moment", 429)
+        pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
+        requests = []
+        for place, ids in enumerate(prompts):
+            try:
+                room = run.check_length(ids, wanted)
+            except ValueError as error:
+                raise Refused(str(error), param="messages" if chat else "prompt") from None
+            for number in range(choices):
+                index = place * choices + number
+
+                def listen(piece: str | None, index: int = index) -> None:
+                    with contextlib.suppress(RuntimeError):  # the loop is closed
+                        loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
+
+                requests.append(Request(run, ids, room, temperature, top_p, seed + number, stop, listen))
+        usage = isinstance(body.get("stream_options"), dict) and bool(body["stream_options"].get("include_usage"))
+        return Asked(run, requests, pieces, bool(body.get("stream")), usage, chat)
+
+    @staticmethod
+    def _number(body: dict[str, Any], key: str, least: float, most: float, kind: type, usual: Any) -> Any:
+        value = body.get(key)
+        if value is None:
+            return usual
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+            raise Refused(f"{key}: a number is wanted", param=key)
+        if not least <= value <= most:
+            raise Refused(f"{key}={value}: from {least} to {most}", param=key)
+        return kind(value)
+
+    # ---------------------------------------------------------------------------------------------------- answers
+
+    async def _answer(self, http: HttpRequest, asked: Asked) -> Response:
+        for request in asked.requests:
+            self.engine.submit(request)
+        if asked.stream:
+            return StreamingResponse(
+                self._events(asked), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            )
+        gone = asyncio.ensure_future(self._gone(http))
+        left = len(asked.requests)
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            while left:
+                piece = asyncio.ensure_future(asked.pieces.get())
+                wait = max(0.0, deadline - time.monotonic())
+                done, _ = await asyncio.wait({piece, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                if piece in done:
+                    left -= piece.result()[1] is None
+                    continue
+                piece.cancel()
+                asked.cancel()
+                if gone in done:
+                    raise ClientDisconnect()
+                deadline = time.monotonic() + 60.0  # what is written by then is sent when the next token is there
+        finally:
+            asked.cancel()
+            gone.cancel()
+        self._check_failed(asked)
+        kind = "chat.completion" if asked.chat else "text_completion"
+        choices = [
+            self._choice(asked, n, request.text, self._reason(request)) for n, request in enumerate(asked.requests)
+        ]
+        return JSONResponse({**self._head(asked, kind), "choices": choices, "usage": self._usage(asked)})
+
+    @staticmethod
+    async def _gone(http: HttpRequest) -> None:
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.25)
+
+    async def _events(self, asked: Asked) -> AsyncIterator[str]:
+        head = self._head(asked, "chat.completion.chunk" if asked.chat else "text_completion")
+
+        def event(choices: list[dict[str, Any]], **more: Any) -> str:
+            return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
+
+        left = len(asked.requests)
+        deadline = time.monotonic() + self.timeout_s
+        try:
+            if asked.chat:
+                for n in range(left):
+                    yield event([{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
+            while left:
+                try:
+                    n, piece = await asyncio.wait_for(asked.pieces.get(), max(0.1, deadline - time.monotonic()))
+                except TimeoutError:
+                    asked.cancel()
+                    deadline = time.monotonic() + 60.0
+                    continue
+                request = asked.requests[n]
+                if piece is None:
+                    left -= 1
+                    if request.error:
+                        yield f"data: {json.dumps({'error': {'message': request.error, 'type': 'server_error'}})}\n\n"
+                        continue
+                    yield event([self._choice(asked, n, "", self._reason(request), delta=True)])
+                else:
+                    yield event([self._choice(asked, n, piece, None, delta=True)])
+            if asked.usage:
+                yield event([], usage=self._usage(asked))
+            yield "data: [DONE]\n\n"
+        finally:
+            asked.cancel()  # also where the client went away
+
+    @staticmethod
+    def _check_failed(asked: Asked) -> None:
+        for request in asked.requests:
+            if request.error:
+                raise Refused(request.error, 500)
+
+    @staticmethod
+    def _reason(request: Request) -> str:
+        return "stop" if request.finish == "stop" else "length"
+
+    @staticmethod
+    def _choice(asked: Asked, index: int, text: str, finish: str | None, *, delta: bool = False) -> dict[str, Any]:
+        said: dict[str, Any] = {"text": text}
+        if asked.chat and delta:
+            said = {"delta": {"content": text} if text else {}}
+        elif asked.chat:
+            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        return {"index": index, **said, "finish_reason": finish, "logprobs": None}
+
+    @staticmethod
+    def _head(asked: Asked, kind: str) -> dict[str, Any]:
+        name = "chatcmpl" if asked.chat else "cmpl"
+        identity = f"{name}-{uuid.uuid4().hex}"
+        return {"id": identity, "object": kind, "created": int(time.time()), "model": asked.run.name}
+
+    @staticmethod
+    def _usage(asked: Asked) -> dict[str, int]:
+        prompt = sum(len(request.ids) for request in asked.requests)
+        written = sum(len(request.tokens) for request in asked.requests)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -1,0 +1,237 @@
+"""Answers token by token: requests of one run are computed together, and runs take turns.
+
+A request that comes while others are answered joins them at the next token: what they have written so far becomes part
+of their prompts, and all go on together. So nobody waits for a long answer of somebody else.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmft.serving.runs import OpenRun
+
+TURN_TOKENS = 16
+"""Written for one run before another run's requests get their turn."""
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt and how it is answered; the engine fills in the rest.
+
+    Attributes:
+        listen: is called in the engine's thread with each new piece of text, and at last with None.
+        text: what was written; `finish`: "stop" at an end, "length" at a limit, "cancelled", or "error".
+    """
+
+    run: OpenRun
+    ids: list[int]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: Sequence[str] = ()
+    listen: Callable[[str | None], None] = lambda piece: None
+    cancelled: bool = False
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    finish: str = ""
+    error: str = ""
+    first_token_s: float = 0.0
+    seconds: float = 0.0
+    started: float = field(default_factory=time.monotonic)
+
+    def __post_init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(self.seed)
+        self.stops = [*self.run.stop, *self.stop]
+        self.done = threading.Event()
+        self._told = 0
+
+    def accept(self, token: int) -> bool:
+        """Takes the next token; returns whether the answer ends with it."""
+        ends = self.run.predictor.encoder.ends
+        self.first_token_s = self.first_token_s or time.monotonic() - self.started
+        if self.cancelled:
+            return self._end("cancelled")
+        if token in ends.ids:
+            return self._end("stop")
+        self.tokens.append(token)
+        text = self.run.decode(ends.cut(self.tokens))
+        begin = min((place for place in map(text.find, self.stops) if place >= 0), default=-1)
+        if begin >= 0 or ends.reached(self.tokens):
+            self.text = text[:begin] if begin >= 0 else text
+            return self._end("stop")
+        self.text = text
+        if len(self.tokens) >= self.max_new_tokens:
+            return self._end("length")
+        self._tell(len(text) - self._held(text))
+        return False
+
+    def _held(self, text: str) -> int:
+        """How many characters at the end may still change: half a character, or the beginning of a stop string."""
+        if text.endswith("\ufffd"):
+            return len(text) - len(text.rstrip("\ufffd"))
+        longest = max(map(len, self.stops), default=0)
+        return max(
+            (n for n in range(1, min(longest, len(text)) + 1) if any(s.startswith(text[-n:]) for s in self.stops)),
+            default=0,
+        )
+
+    def _tell(self, upto: int) -> None:
+        if upto > self._told:
+            self.listen(self.text[self._told : upto])
+            self._told = upto
+
+    def _end(self, finish: str) -> bool:
+        self.finish = finish
+        self.seconds = time.monotonic() - self.started
+        self._tell(len(self.text))
+        self.listen(None)
+        self.done.set()
+        return True
+
+    def fail(self, error: str) -> None:
+        """Ends the request without an answer."""
+        self.error = error
+        if not self.done.is_set():
+            self._end("error")
+
+
+class Engine:
+    """The one thread that computes; requests come from any other."""
+
+    def __init__(self, runs: Sequence[OpenRun], batch_size: int = 16) -> None:
+        self.runs = {run.name: run for run in runs}
+        self.batch_size = batch_size
+        self._waiting: list[Request] = []
+        self._changed = threading.Condition()
+        self._closing = False
+        self._thread = threading.Thread(target=self._work, name="llmft-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def load(self) -> int:
+        """How many requests are not answered yet."""
+        return len(self._waiting)
+
+    def submit(self, request: Request) -> Request:
+        """Hands over a request, which is answered in its turn."""
+        with self._changed:
+            if self._closing:
+                request.fail("the server is closing")
+            else:
+                self._waiting.append(request)
+            self._changed.notify()
+        return request
+
+    def close(self) -> None:
+        """Ends all requests and the thread."""
+        with self._changed:
+            self._closing = True
+            for request in self._waiting:
+                request.cancelled = True
+            self._changed.notify()
+        self._thread.join(timeout=30)
+
+    def _work(self) -> None:
+        last: OpenRun | None = None
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._closing)
+                if self._closing and not self._waiting:
+                    return
+                last = self._next(last)
+                turn = [request for request in self._waiting if request.run is last][: self.batch_size]
+            try:
+                self._answer(last, turn)
+            except Exception as error:
+                for request in turn:
+                    request.fail(f"{type(error).__name__}: {error}")
+            with self._changed:
+                self._waiting = [request for request in self._waiting if not request.done.is_set()]
+
+    def _next(self, last: OpenRun | None) -> OpenRun:
+        """The run whose turn it is: the one behind `last`, of those that are asked."""
+        asked = list(dict.fromkeys(request.run for request in self._waiting))
+        return asked[(asked.index(last) + 1) % len(asked)] if last in asked else asked[0]
+
+    @torch.no_grad()
+    def _answer(self, run: OpenRun, requests: list[Request]) -> None:
+        """Lets a run write until all of `requests` are answered, or others should have a turn."""
+        for request in requests:
+            if request.cancelled:
+                request.accept(-1)
+        requests = [request for request in requests if not request.done.is_set()]
+        if not requests:
+            return
+        prompts = [[*request.ids, *request.tokens] for request in requests]
+        width, pad = max(map(len, prompts)), run.predictor.tokenizer.pad_token_id
+        ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        device = run.predictor.device
+        with run.active() as model:
+            model.generate(
+                input_ids=ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=max(request.max_new_tokens - len(request.tokens) for request in requests),
+                do_sample=False,
+                num_beams=1,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                eos_token_id=None,
+                pad_token_id=pad,
+                use_cache=True,
+                logits_processor=[_Sampling(requests)],
+                stopping_criteria=[_Turn(self, run, requests)],
+            )
+
+    def wanted_by_others(self, run: OpenRun, requests: list[Request], steps: int) -> bool:
+        """Whether those that compute should stop for a moment: for a request that can join, or another run's."""
+        waiting = [request for request in self._waiting if not request.done.is_set() and request not in requests]
+        joins = any(request.run is run for request in waiting) and len(requests) < self.batch_size
+        return joins or (steps >= TURN_TOKENS and bool(waiting))
+
+
+class _Turn:
+    """Hands each new token to its request; ends a generation whose requests are answered, or that others wait for."""
+
+    def __init__(self, engine: Engine, run: OpenRun, requests: list[Request]) -> None:
+        self.engine, self.run, self.requests = engine, run, requests
+        self.steps = 0
+        self.longest = max(len(request.ids) + len(request.tokens) for request in requests)
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.steps += 1
+        for request, token in zip(self.requests, input_ids[:, -1].tolist(), strict=True):
+            if not request.done.is_set():
+                request.accept(token)
+        left = [request for request in self.requests if not request.done.is_set()]
+        over = not left or self.engine.wanted_by_others(self.run, left, self.steps)
+        # Rows whose request is answered are computed on, but not beyond the model's last position.
+        over = over or self.longest + self.steps >= (self.run.predictor.context_tokens or 2**31)
+        return torch.full((len(self.requests),), over, dtype=torch.bool, device=input_ids.device)
+
+
+class _Sampling:
+    """Draws the next token of each request that has a temperature, from its own seed; the others' stay the best."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.requests = requests
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        for row, request in enumerate(self.requests):
+            if request.temperature <= 0 or request.done.is_set():
+                continue
+            p = torch.softmax(scores[row].float().cpu() / request.temperature, -1)
+            ordered, order = p.sort(descending=True)
+            ordered[ordered.cumsum(0) - ordered > request.top_p] = 0
+            token = order[torch.multinomial(ordered, 1, generator=request.generator)]
+            scores[row] = -torch.inf
+            scores[row, token] = 0
+        return scores

@@ -1,0 +1,126 @@
+"""Several runs opened side by side: those of one base share it, each with its own adapter, tokenizer and format."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmft.config.commands import PredictConfig
+from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.untrusted import check_adapter
+from llmft.core.errors import ConfigError
+from llmft.data.columns import Conversation
+from llmft.data.messages import Message
+from llmft.evaluation.jobs import PredictionJob
+from llmft.evaluation.predictor import Predictor
+from llmft.training.samples import decoder
+
+
+@dataclass(eq=False)
+class OpenRun:
+    """A run that can be talked to.
+
+    Attributes:
+        adapter: what PEFT calls its adapter on the shared base; None where all weights were trained.
+    """
+
+    name: str
+    predictor: Predictor
+    adapter: str | None
+
+    def __post_init__(self) -> None:
+        ends = self.predictor.encoder.ends
+        self.stop = [text for text in [*self.predictor.config.prompt.stop, ends.text] if text]
+        self.decode = decoder(self.predictor.tokenizer, [])
+
+    @property
+    def max_new_tokens(self) -> int:
+        """As many as the run's own validation wrote."""
+        return self.predictor.config.task.max_new_tokens
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[Any]:
+        """The model with this run's adapter, computing as `predict` does."""
+        model = self.predictor.model
+        if self.adapter is not None and model.active_adapters != [self.adapter]:
+            model.set_adapter(self.adapter, inference_mode=True)
+        with self.predictor.autocast():
+            yield model
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """The token ids of a conversation that waits for an answer, as the run's format writes it.
+
+        Raises ValueError for messages that the format cannot write.
+        """
+        text = self.predictor.encoder.render(Conversation(list(messages), "messages"), generation=True).text
+        return self.tokens(text)
+
+    def tokens(self, text: str) -> list[int]:
+        """The token ids of a text in which special tokens are written out."""
+        return list(self.predictor.tokenizer(text, add_special_tokens=False).input_ids)
+
+    def check_length(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
+        """How many tokens may follow a prompt; raises ValueError where it fills the model's positions."""
+        positions, wanted = self.predictor.context_tokens, max_new_tokens or self.max_new_tokens
+        if not ids:
+            raise ValueError("the prompt is empty")
+        if positions is None:
+            return wanted
+        if len(ids) >= positions:
+            raise ValueError(f"the conversation has {len(ids):,} tokens, and the model {positions:,} positions")
+        return min(wanted, positions - len(ids))
+
+
+def open_runs(jobs: Sequence[PredictionJob], config: Any) -> list[OpenRun]:
+    """Loads the runs' models, the base of those that have the same one once.
+
+    Raises ConfigError for runs that write no text, or two of one name.
+    """
+    opened: list[OpenRun] = []
+    first: dict[str, Predictor] = {}
+    for job in jobs:
+        options = PredictConfig(
+            run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
+        )
+        base = _base_of(job)
+        known = first.get(base) if base is not None else None
+        predictor = Predictor(job, options, known.assembled if known is not None else None)
+        adapter = "default" if job.config.lora.enabled else None
+        if known is not None:
+            adapter = f"run{len(opened)}"
+            check_adapter(job.run.adapter)
+            known.model.load_adapter(job.run.adapter, adapter, torch_device=str(known.device))
+        elif base is not None:
+            first[base] = predictor
+        opened.append(OpenRun(job.run.directory.name, predictor, adapter))
+    return opened
+
+
+def check_talks(jobs: Sequence[PredictionJob]) -> None:
+    """Raises ConfigError for runs that write no text, or two that are called the same; before weights load."""
+    names: dict[str, Path] = {}
+    for job in jobs:
+        directory = job.run.directory
+        if job.config.task.head is not None:
+            raise ConfigError(f"{directory}: this run answers with classes; ask it with llmft.predict.")
+        if directory.name in names:
+            raise ConfigError(f"{directory}: another run is called {directory.name} too ({names[directory.name]}).")
+        names[directory.name] = directory
+
+
+def _base_of(job: PredictionJob) -> str | None:
+    """What runs that share a base have in common; None where a run has its own."""
+    config = job.config
+    if not config.lora.enabled:
+        return None
+    kind = [
+        config.task.auto_class,
+        config.trainer.precision.value,
+        config.seed if config.model.init.value == "random" else 0,
+    ]
+    return canonical(
+        [to_plain(config.model), job.run.fact("model", "fingerprint"), numbers_of(config.quantization), kind]
+    )
