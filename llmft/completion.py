@@ -1,7 +1,7 @@
 """Tab completion of commands, groups' options and keys: `llmft completion bash`, or zsh, prints a script.
 
-In ~/.bashrc: eval "$(python -m llmft completion bash)". It completes `llmft …` and `python -m llmft …`. The script asks
-this module for each word; `query LINE` prints what may stand at the end of a command line, one to a line.
+In ~/.bashrc: eval "$(python -m llmft completion bash)". It completes `llmft …` and `python -m llmft …`. The script
+calls this module for each word: `query LINE` prints the possible last words of a command line, one per line.
 """
 
 from __future__ import annotations

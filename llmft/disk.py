@@ -22,9 +22,9 @@ def main(argv: Sequence[str]) -> None:
 
 def disk(config: DiskConfig) -> dict[str, object]:
     """Prints what lies where, deletes what `config.clean` names unless it is a dry run, and returns the report."""
-    from llmft.checks.disk import delete, find, show
+    from llmft.checks.disk import delete, scan, show
 
-    report = find(config)
+    report = scan(config)
     if not config.dry_run:
         delete(report)
     plain = report.plain()

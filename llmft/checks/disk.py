@@ -1,4 +1,4 @@
-"""Sizes of runs and caches, and what of them may be deleted; without torch."""
+"""Sizes of runs and caches, and what can be deleted. Does not import torch."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class RunFacts:
 
 @dataclass
 class Cached:
-    """One thing in a cache, and the runs that use it."""
+    """One entry of a cache, and the runs that use it."""
 
     kind: str
     name: str
@@ -51,7 +51,7 @@ class Cached:
 
 @dataclass
 class Deletable:
-    """A file or folder that may go, and why."""
+    """A file or folder that may be deleted, and why."""
 
     path: Path
     size: int
@@ -61,7 +61,7 @@ class Deletable:
 
 @dataclass
 class DiskReport:
-    """All that was found."""
+    """Free space, runs, caches and what can be deleted."""
 
     free: int
     runs: list[RunFacts]
@@ -69,43 +69,43 @@ class DiskReport:
     doomed: list[Deletable]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON-ready data."""
-        made = asdict(self)
-        for entry in made["doomed"]:
+        """As JSON data."""
+        plain = asdict(self)
+        for entry in plain["doomed"]:
             entry["path"] = str(entry["path"])
-        return made
+        return plain
 
 
 def size_of(path: Path) -> int:
-    """Bytes that `path` takes on the disk, files with several names once; links are not followed."""
+    """Bytes of `path` on the disk. Hard links count once; symbolic links are not followed."""
     seen: set[tuple[int, int]] = set()
     total = 0
     pending = [path]
     while pending:
-        place = pending.pop()
+        current = pending.pop()
         try:
-            status = place.lstat()
+            status = current.lstat()
             if (status.st_dev, status.st_ino) in seen:
                 continue
             seen.add((status.st_dev, status.st_ino))
             total += status.st_blocks * 512
-            if place.is_dir() and not place.is_symlink():
-                pending.extend(place.iterdir())
-        except OSError:  # it went while we looked
+            if current.is_dir() and not current.is_symlink():
+                pending.extend(current.iterdir())
+        except OSError:  # deleted meanwhile
             continue
     return total
 
 
-def find(config: DiskConfig) -> DiskReport:
-    """Looks at the runs below config.output_dir and at the caches; changes nothing.
+def scan(config: DiskConfig) -> DiskReport:
+    """The sizes of the runs below config.output_dir and of the caches; changes nothing.
 
-    Raises ConfigError when there is no such directory.
+    Raises ConfigError when the directory does not exist.
     """
     root = Path(config.output_dir)
     if not root.is_dir():
-        raise ConfigError(f"output_dir={config.output_dir}: no such directory; name the one that your runs are in.")
+        raise ConfigError(f"output_dir={config.output_dir}: no such directory; name the directory of your runs.")
     runs: list[RunFacts] = []
-    doomed: list[Deletable] = []
+    deletable: list[Deletable] = []
     for directory in sorted((root / "runs").iterdir()) if (root / "runs").is_dir() else ():
         run = Run(directory, directory.name.rpartition("-")[2])
         if directory.is_symlink() or not run.status_file.is_file():
@@ -115,17 +115,17 @@ def find(config: DiskConfig) -> DiskReport:
         if facts.state == "training":
             continue
         if Cleaning.leftovers in config.clean:
-            doomed += _leftovers(run)
+            deletable += _leftovers(run)
         if Cleaning.checkpoints in config.clean and facts.state == "done":
-            doomed += _old_checkpoints(run, config.keep)
-    cached = [*_hub(runs), *_others()]
+            deletable += _old_checkpoints(run, config.keep)
+    cached = [*_hub(runs), *_other_caches()]
     if Cleaning.tokens in config.clean:
-        doomed += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
+        deletable += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
     if Cleaning.bases in config.clean:
-        doomed += _all_of(quantized_cache.bases_directory(), "*", "quantised again by the next run")
+        deletable += _all_of(quantized_cache.bases_directory(), "*", "quantised again by the next run")
     if Cleaning.wandb in config.clean:
-        doomed += _all_of(_wandb_cache(), "*", "downloaded again when needed")
-    return DiskReport(shutil.disk_usage(root).free, runs, cached, doomed)
+        deletable += _all_of(_wandb_cache(), "*", "downloaded again when needed")
+    return DiskReport(shutil.disk_usage(root).free, runs, cached, deletable)
 
 
 def _facts(run: Run) -> RunFacts:
@@ -149,20 +149,20 @@ def _facts(run: Run) -> RunFacts:
 
 def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
     result = run.status().get("result")
-    named = {Keep.best: "step", Keep.last: "steps"}
-    if not isinstance(result, dict) or not all(name in result for name in named.values()):
-        return []  # a record that does not say which are which
-    kept = {result[named[which]] for which in keep}
-    found = []
+    key_of = {Keep.best: "step", Keep.last: "steps"}
+    if not isinstance(result, dict) or not all(name in result for name in key_of.values()):
+        return []  # an incomplete record
+    steps_to_keep = {result[key_of[which]] for which in keep}
+    deletable = []
     for path in sorted(run.checkpoints.glob("step-*")):
         step = _STEP.fullmatch(path.name)
-        if step and int(step[1]) not in kept:
-            found.append(Deletable(path, size_of(path), "steps of a finished run"))
-    return found
+        if step and int(step[1]) not in steps_to_keep:
+            deletable.append(Deletable(path, size_of(path), "steps of a finished run"))
+    return deletable
 
 
 def _leftovers(run: Run) -> list[Deletable]:
-    """What kills and damage left: half-written files, checkpoints set aside."""
+    """Leftovers of kills and damage: half-written files and damaged checkpoints."""
     patterns = {
         "checkpoints/*.bad": "a damaged checkpoint that was set aside",
         "checkpoints/.*.tmp": "a file that a kill left half written",
@@ -182,13 +182,13 @@ def _all_of(folder: Path, pattern: str, reason: str) -> list[Deletable]:
 
 
 def hub_cache() -> Path:
-    """Where huggingface_hub keeps what it downloads, told as it tells, without importing it."""
+    """The cache of huggingface_hub, found by the same environment variables without importing it."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
     return Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
 
 
 def _hub(runs: Iterable[RunFacts]) -> list[Cached]:
-    made = []
+    entries = []
     folder = hub_cache()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         kind, _, rest = path.name.partition("--")
@@ -196,8 +196,8 @@ def _hub(runs: Iterable[RunFacts]) -> list[Cached]:
             continue
         name = rest.replace("--", "/")
         users = [run.name for run in runs if name in ((run.model,) if kind == "models" else (run.data,))]
-        made.append(Cached(f"Hub {kind.rstrip('s')}", name, size_of(path), users))
-    return made
+        entries.append(Cached(f"Hub {kind.rstrip('s')}", name, size_of(path), users))
+    return entries
 
 
 def _wandb_cache() -> Path:
@@ -205,20 +205,21 @@ def _wandb_cache() -> Path:
     return Path(os.environ.get("WANDB_CACHE_DIR", default)).expanduser()
 
 
-def _others() -> list[Cached]:
+def _other_caches() -> list[Cached]:
     tokens = cache_directory()
     bases = [
         Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
         for path, facts in quantized_cache.entries()
     ]
-    made = [*bases, Cached("tokenised rows", str(tokens), size_of(tokens) - size_of(quantized_cache.bases_directory()))]
-    made.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
-    made.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))
-    return [entry for entry in made if entry.size > 0]
+    rows = size_of(tokens) - size_of(quantized_cache.bases_directory())
+    entries = [*bases, Cached("tokenised rows", str(tokens), rows)]
+    entries.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
+    entries.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))
+    return [entry for entry in entries if entry.size > 0]
 
 
 def delete(report: DiskReport) -> None:
-    """Deletes what may go; a run that somebody started to train meanwhile keeps its files."""
+    """Deletes the listed files, except those of a run that has started to train meanwhile."""
     for entry in report.doomed:
         owner = next((p for p in entry.path.parents if (p / "run.json").is_file()), None)
         if owner is not None and Run(owner, "").busy:
@@ -232,7 +233,7 @@ def delete(report: DiskReport) -> None:
 
 
 def show(report: DiskReport, config: DiskConfig) -> None:
-    """Prints the report on a page."""
+    """Prints the report."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120
@@ -248,10 +249,10 @@ def show(report: DiskReport, config: DiskConfig) -> None:
         unused = [entry.name for entry in report.cached if entry.kind.startswith("Hub") and not entry.used_by]
         if unused:
             console.print(
-                f"{len(unused)} repositories of the Hub's cache are used by no run here; other programs may use them. "
+                f"{len(unused)} repositories in the Hub's cache are used by no run here; other programs may use them. "
                 f"`hf cache rm` deletes one, such as [bold]{escape(unused[0])}[/bold]."
             )
-    _show_doomed(console, report.doomed, config)
+    _show_deletable(console, report.doomed, config)
 
 
 def _run_table(runs: list[RunFacts]) -> Table:
@@ -277,26 +278,26 @@ def _cache_table(cached: list[Cached]) -> Table:
     return table
 
 
-def _show_doomed(console: Console, doomed: list[Deletable], config: DiskConfig) -> None:
+def _show_deletable(console: Console, deletable: list[Deletable], config: DiskConfig) -> None:
     if not config.clean:
         console.print(
-            "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,bases,wandb] shows what may go; "
-            "dry_run=false deletes."
+            "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,bases,wandb] shows what can be deleted; "
+            "dry_run=false deletes it."
         )
         return
-    together: dict[tuple[str, Path, str], list[Deletable]] = {}
-    for entry in doomed:
+    groups: dict[tuple[str, Path, str], list[Deletable]] = {}
+    for entry in deletable:
         mark = "deleted" if entry.gone else "would go" if config.dry_run else "kept"
-        together.setdefault((mark, entry.path.parent, entry.reason), []).append(entry)
-    for (mark, folder, reason), entries in together.items():
+        groups.setdefault((mark, entry.path.parent, entry.reason), []).append(entry)
+    for (mark, folder, reason), entries in groups.items():
         size = format_bytes(sum(entry.size for entry in entries))
-        what = f"{len(entries)} files of " if len(entries) > 1 else ""
-        place = folder if len(entries) > 1 else entries[0].path
-        console.print(f"{mark}  {size:>10}  {what}{escape(str(place))}  [dim]({reason})[/dim]", soft_wrap=True)
-    size = format_bytes(sum(entry.size for entry in doomed if entry.gone or config.dry_run))
+        count = f"{len(entries)} files of " if len(entries) > 1 else ""
+        path = folder if len(entries) > 1 else entries[0].path
+        console.print(f"{mark}  {size:>10}  {count}{escape(str(path))}  [dim]({reason})[/dim]", soft_wrap=True)
+    size = format_bytes(sum(entry.size for entry in deletable if entry.gone or config.dry_run))
     if config.dry_run:
         console.print(
-            f"[bold]{size}[/bold] in {len(doomed)} files would be freed: the same command with dry_run=false."
+            f"[bold]{size}[/bold] in {len(deletable)} files would be freed; add dry_run=false to delete them."
         )
     else:
         console.print(f"[bold]{size}[/bold] freed.")

@@ -1,4 +1,4 @@
-"""Verdicts on a machine: not what is installed, but whether it will train, and what to do where it will not."""
+"""Checks of a machine: whether it can train, and how to fix it where it cannot."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.sections import DoctorConfig, Precision
-from llmft.core.files import format_bytes, write_atomically
+from llmft.core.files import existing_parent, format_bytes, write_atomically
 from llmft.core.machine import usable_cores
 from llmft.core.network import NoAnswer, ask, host_of
 
 MALICIOUS = {("lightning", "2.6.2"), ("lightning", "2.6.3")}
 """Released with code that stole credentials when imported (GHSA-w37p-236h-pfx3)."""
 LITTLE_BYTES = 10 * 2**30
-"""A base of 7B weights, its adapter and checkpoints take more."""
+"""A 7B base, its adapter and its checkpoints take more."""
 TINY_BYTES = 2**28
 NETWORK_TIMEOUT_S = 3.0
 
 
 @dataclass
 class CheckResult:
-    """What was found of one part: "good", "warning" or "bad"; `fix` says what to do about the latter two."""
+    """The result for one part: level "good", "warning" or "bad", and a `fix` for the latter two."""
 
     part: str
     level: str
@@ -42,7 +42,7 @@ class CheckResult:
 
 
 def examine(config: DoctorConfig) -> list[CheckResult]:
-    """All verdicts; a part whose examination itself fails is bad, with the error as what was found."""
+    """All results. A check that raises an error is a bad result."""
     parts: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
         ("packages", packages),
         ("device", device),
@@ -60,9 +60,9 @@ def examine(config: DoctorConfig) -> list[CheckResult]:
     for part, examination in parts:
         try:
             verdicts += examination()
-        except Exception as error:  # a broken library is exactly what is looked for
-            told = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            verdicts.append(CheckResult(part, "bad", told, "install llmft again in a fresh environment"))
+        except Exception as error:  # a broken library is what this command looks for
+            message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            verdicts.append(CheckResult(part, "bad", message, "install llmft again in a fresh environment"))
     return verdicts
 
 
@@ -70,7 +70,7 @@ def examine(config: DoctorConfig) -> list[CheckResult]:
 
 
 def requirements() -> list[str]:
-    """What llmft requires, from its metadata or, in a checkout that is not installed, from its pyproject.toml."""
+    """The requirements of llmft, from its metadata, or from pyproject.toml in a checkout that is not installed."""
     try:
         return [r for r in importlib.metadata.requires("llmft") or [] if "extra ==" not in r]
     except importlib.metadata.PackageNotFoundError:
@@ -79,7 +79,7 @@ def requirements() -> list[str]:
 
 
 def packages() -> Iterator[CheckResult]:
-    """Installed versions against the tested ranges, and releases that were malware."""
+    """Checks installed versions for the tested ranges and for known malware."""
     from packaging.requirements import Requirement
 
     wrong, missing = [], 0
@@ -92,7 +92,7 @@ def packages() -> Iterator[CheckResult]:
             yield CheckResult("packages", "bad", f"{wanted.name} is missing", f"pip install '{text}'")
             continue
         if (wanted.name, version) in MALICIOUS:
-            fix = f"pip install '{text}', and change every password and token that this machine knows"
+            fix = f"pip install '{text}', and change every password and token on this machine"
             yield CheckResult("packages", "bad", f"{wanted.name} {version} was malware", fix)
         elif not wanted.specifier.contains(version, prereleases=True):
             wrong.append(f"{wanted.name} {version} (tested: {wanted.specifier})")
@@ -106,14 +106,14 @@ def packages() -> Iterator[CheckResult]:
 
 
 def device() -> Iterator[CheckResult]:
-    """Whether there is a GPU, and whether this torch has kernels for it."""
+    """Checks for a GPU for which this torch has kernels."""
     import torch
 
     if not torch.cuda.is_available():
         if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
             cause = "torch was built without CUDA" if torch.version.cuda is None else "its driver does not answer torch"
             fix = "pip install torch from the index that https://pytorch.org names for your driver"
-            yield CheckResult("device", "bad", f"an NVIDIA GPU is here, but {cause}", fix)
+            yield CheckResult("device", "bad", f"there is an NVIDIA GPU, but {cause}", fix)
         else:
             message = f"no GPU; {usable_cores()} cores"
             if torch.backends.mps.is_available():
@@ -129,13 +129,14 @@ def device() -> Iterator[CheckResult]:
 
 
 def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) -> CheckResult:
-    """Whether a torch that was built for the architectures `built_for` (sm_90, compute_90, …) runs on a GPU."""
+    """Checks whether a torch built for the architectures `built_for` (sm_90, compute_90, …) runs on a GPU."""
     major, minor = capability
-    # A binary runs on later minor versions of its major one; PTX (compute_…) is compiled for any later one.
+    # A binary runs on later minor versions of its major version; PTX (compute_…) is compiled for any later version.
     binary = any(
-        arch.startswith("sm_") and _number(arch) // 10 == major and _number(arch) % 10 <= minor for arch in built_for
+        arch.startswith("sm_") and _version_of(arch) // 10 == major and _version_of(arch) % 10 <= minor
+        for arch in built_for
     )
-    ptx = any(arch.startswith("compute_") and _number(arch) <= 10 * major + minor for arch in built_for)
+    ptx = any(arch.startswith("compute_") and _version_of(arch) <= 10 * major + minor for arch in built_for)
     if binary or ptx:
         return CheckResult("device", "good", f"{name} (sm_{major}{minor})")
     return CheckResult(
@@ -146,162 +147,163 @@ def gpu_verdict(name: str, capability: tuple[int, int], built_for: list[str]) ->
     )
 
 
-def _number(arch: str) -> int:
-    digits = "".join(c for c in arch.rpartition("_")[2] if c.isdigit())
+def _version_of(arch: str) -> int:
+    digits = "".join(character for character in arch.rpartition("_")[2] if character.isdigit())
     return int(digits or 0)
 
 
 def precision() -> Iterator[CheckResult]:
-    """What trainer.precision=auto will take."""
+    """The precision that trainer.precision=auto takes."""
     from llmft.model.load import pick_device, pick_precision
 
-    where = pick_device("auto")
-    chosen = pick_precision(Precision.auto, where)
-    why = {
+    device = pick_device("auto")
+    chosen = pick_precision(Precision.auto, device)
+    reason = {
         Precision.bf16: "computed natively",
         Precision.fp16: "this GPU has no bf16 units; losses are scaled",
         Precision.fp32: "no bf16 units here; slower, and twice the memory",
     }[chosen]
-    yield CheckResult("precision", "good", f"trainer.precision=auto is {chosen.value} ({why})")
+    yield CheckResult("precision", "good", f"trainer.precision=auto is {chosen.value} ({reason})")
 
 
 def four_bit() -> Iterator[CheckResult]:
-    """A 4-bit matrix product against the product with the dequantised weights."""
-    error, tolerance, where = four_bit_error()
+    """Compares a 4-bit matrix product with that of the dequantised weights."""
+    error, tolerance, device = four_bit_error()
     if error <= tolerance:
-        yield CheckResult("4-bit", "good", f"NF4 product on {where} agrees with the dequantised one to {error:.1e}")
+        yield CheckResult("4-bit", "good", f"NF4 product on {device} agrees with the dequantised one to {error:.1e}")
     else:
-        told = f"NF4 product on {where} differs from the dequantised one by {error:.1e} (at most {tolerance:g})"
-        yield CheckResult("4-bit", "bad", told, "pip install -U bitsandbytes; until then quantization=none or int8")
+        message = f"NF4 product on {device} differs from the dequantised one by {error:.1e} (at most {tolerance:g})"
+        yield CheckResult("4-bit", "bad", message, "pip install -U bitsandbytes; until then quantization=none or int8")
 
 
 def four_bit_error() -> tuple[float, float, str]:
-    """(relative difference, what rounding explains, device) of an NF4 product and that of the dequantised weights."""
+    """(relative difference, tolerance, device) of an NF4 product and that of the dequantised weights."""
     import bitsandbytes
     import torch
 
     from llmft.model.load import TORCH_DTYPES, pick_device, pick_precision
 
-    where = pick_device("auto")
-    dtype = TORCH_DTYPES[pick_precision(Precision.auto, where)]
+    device = pick_device("auto")
+    dtype = TORCH_DTYPES[pick_precision(Precision.auto, device)]
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(256, 512, generator=generator).to(where, dtype)
-    rows = torch.randn(8, 512, generator=generator).to(where, dtype)
+    weight = torch.randn(256, 512, generator=generator).to(device, dtype)
+    rows = torch.randn(8, 512, generator=generator).to(device, dtype)
     packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     product = bitsandbytes.matmul_4bit(rows, packed.t(), quant_state=state).float()
     expected = rows.float() @ bitsandbytes.functional.dequantize_4bit(packed, state).float().t()
     tolerance = 1e-4 if dtype is torch.float32 else 2e-2
-    return float((product - expected).norm() / expected.norm()), tolerance, f"{where} in {str(dtype)[6:]}"
+    return float((product - expected).norm() / expected.norm()), tolerance, f"{device} in {str(dtype)[6:]}"
 
 
 def memory() -> Iterator[CheckResult]:
-    """Memory of the device, and of this machine where a base passes through it."""
+    """The memory of the device, or of this container."""
     from llmft.model.load import pick_device
     from llmft.model.memory import device_memory
 
-    where = pick_device("auto")
-    total = device_memory(where)
-    told = f"{format_bytes(total)} on {where}" if total is not None else "not to be told"
-    group = Path("/sys/fs/cgroup/memory.max")
-    limit = group.read_text().strip() if group.is_file() else "max"
-    if where.type == "cpu" and total is not None and limit.isdigit() and int(limit) < total:
-        told = f"{format_bytes(int(limit))} in this container, of {told}"
-    yield CheckResult("memory", "good", told)
+    device = pick_device("auto")
+    total = device_memory(device)
+    message = f"{format_bytes(total)} on {device}" if total is not None else "unknown"
+    limit_file = Path("/sys/fs/cgroup/memory.max")
+    limit = limit_file.read_text().strip() if limit_file.is_file() else "max"
+    if device.type == "cpu" and total is not None and limit.isdigit() and int(limit) < total:
+        message = f"{format_bytes(int(limit))} in this container, of {message}"
+    yield CheckResult("memory", "good", message)
 
 
 # -------------------------------------------------------------------------------------------------------------- disk
 
 
 def output(directory: Path) -> Iterator[CheckResult]:
-    """Whether a run can be written there: room, renaming, locks."""
+    """Checks free space, writing and locks in the output directory."""
     import filelock
 
-    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    other = "set output_dir to another disk"
+    existing = existing_parent(directory)
+    free = shutil.disk_usage(existing).free
+    fix = "set output_dir to another disk"
     try:
-        with tempfile.TemporaryDirectory(prefix=".llmft-doctor-", dir=place) as probe:
+        with tempfile.TemporaryDirectory(prefix=".llmft-doctor-", dir=existing) as probe:
             write_atomically(Path(probe) / "file", b"1")
             with filelock.FileLock(Path(probe) / "lock").acquire(timeout=0):
                 pass
     except (OSError, NotImplementedError) as error:
-        yield CheckResult("output_dir", "bad", f"{place}: cannot be written ({error})", other)
+        yield CheckResult("output_dir", "bad", f"{existing}: cannot be written ({error})", fix)
         return
-    told = f"{format_bytes(free)} free on the disk of {directory}"
+    message = f"{format_bytes(free)} free on the disk of {directory}"
     if free < TINY_BYTES:
-        yield CheckResult("output_dir", "bad", told, f"`python -m llmft.disk` says what may go, or {other}")
+        yield CheckResult("output_dir", "bad", message, f"`python -m llmft.disk` shows what can be deleted, or {fix}")
     elif free < LITTLE_BYTES:
-        yield CheckResult("output_dir", "warning", told, f"`python -m llmft.disk` says what may go, or {other}")
+        yield CheckResult(
+            "output_dir", "warning", message, f"`python -m llmft.disk` shows what can be deleted, or {fix}"
+        )
     else:
-        yield CheckResult("output_dir", "good", told)
+        yield CheckResult("output_dir", "good", message)
 
 
 def temporary() -> Iterator[CheckResult]:
-    """$TMPDIR: runs do not stage there, but W&B and some libraries do."""
-    place = Path(tempfile.gettempdir())
-    free = shutil.disk_usage(place).free
-    told = f"{format_bytes(free)} free in {place}"
+    """Checks $TMPDIR, which W&B and some libraries use."""
+    directory = Path(tempfile.gettempdir())
+    free = shutil.disk_usage(directory).free
+    message = f"{format_bytes(free)} free in {directory}"
     if free < TINY_BYTES:
-        fix = "export TMPDIR=DIR on a disk with room (runs are written without it, but W&B's tables are not)"
-        yield CheckResult("TMPDIR", "warning", told, fix)
+        fix = "export TMPDIR=DIR on a disk with space (runs do not need it, but W&B's tables do)"
+        yield CheckResult("TMPDIR", "warning", message, fix)
     else:
-        yield CheckResult("TMPDIR", "good", told)
+        yield CheckResult("TMPDIR", "good", message)
 
 
 def caches() -> Iterator[CheckResult]:
-    """What the Hub's cache takes, and whether its disk has room for a model."""
+    """Checks whether the disk of the Hub's cache has space for a model."""
     from llmft.checks.disk import hub_cache, size_of
 
     folder = hub_cache()
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
-    told = f"the Hub's cache {folder} takes {format_bytes(size_of(folder) if folder.is_dir() else 0)}"
-    told += f", {format_bytes(free)} are free there"
+    free = shutil.disk_usage(existing_parent(folder)).free
+    message = f"the Hub's cache {folder} takes {format_bytes(size_of(folder) if folder.is_dir() else 0)}"
+    message += f", {format_bytes(free)} are free there"
     if free < LITTLE_BYTES:
-        yield CheckResult("caches", "warning", told, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
+        yield CheckResult("caches", "warning", message, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
     else:
-        yield CheckResult("caches", "good", told)
+        yield CheckResult("caches", "good", message)
 
 
 # ---------------------------------------------------------------------------------------------------------- accounts
 
 
 def accounts() -> Iterator[CheckResult]:
-    """Whether there are tokens, which are not shown."""
+    """Checks for tokens of the Hub and W&B, without showing them."""
     from huggingface_hub import get_token
 
     from llmft.training.tracking import has_key, wandb_url
 
     if get_token():
-        yield CheckResult("Hub", "good", "a token is there")
+        yield CheckResult("Hub", "good", "a token is set")
     else:
         yield CheckResult(
             "Hub", "warning", "no token", "`hf auth login`, for models with a licence to accept (Llama, Gemma)"
         )
     if has_key(host_of(wandb_url())):
-        yield CheckResult("W&B", "good", "an API key is there")
+        yield CheckResult("W&B", "good", "an API key is set")
     else:
         yield CheckResult("W&B", "warning", "no API key: runs are logged offline", "`wandb login`, or logger=none")
 
 
 def network() -> Iterator[CheckResult]:
-    """Whether the Hub and W&B answer."""
+    """Checks whether the Hub and W&B answer."""
     from llmft.training.tracking import look_at_wandb, wandb_url
 
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    for part, url, look, without in (
-        ("Hub", hub, _look, "models must be cached, or model.path=DIR"),
+    for part, url, check, consequence in (
+        ("Hub", hub, _check_hub, "models must be cached, or model.path=DIR"),
         ("W&B", wandb_url(), look_at_wandb, "runs are logged offline"),
     ):
-        cause = look(url, NETWORK_TIMEOUT_S)
+        cause = check(url, NETWORK_TIMEOUT_S)
         if cause is None:
             yield CheckResult(part, "good", f"{url} answers")
         else:
-            yield CheckResult(part, "warning", cause, f"without it, {without}")
+            yield CheckResult(part, "warning", cause, f"without it, {consequence}")
 
 
-def _look(url: str, seconds: float) -> str | None:
-    """None where the Hub answers at `url`, else what is wrong."""
+def _check_hub(url: str, seconds: float) -> str | None:
+    """None if the Hub answers at `url`, else what is wrong."""
     try:
         status, content = ask(f"{url}/api/models?limit=1", seconds)
         if 300 <= status < 400 or status >= 500:
@@ -311,7 +313,7 @@ def _look(url: str, seconds: float) -> str | None:
     except NoAnswer as error:
         return f"{url} does not answer ({error})"
     except ValueError:
-        return f"{url} does not answer (what is there is not the Hub)"
+        return f"{url} does not answer (it is not a Hub)"
     return None
 
 
@@ -319,7 +321,7 @@ def _look(url: str, seconds: float) -> str | None:
 
 
 def show(verdicts: list[CheckResult]) -> None:
-    """Prints a line for each verdict, and what to do under those that are not good."""
+    """Prints a line per result, with its fix."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 120

@@ -1,4 +1,4 @@
-"""The report of `python -m llmft.check`: gathered as plain data, then shown."""
+"""The report of `python -m llmft.check`: collected as plain data, then printed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from llmft.config.convert import to_plain
 from llmft.config.sections import Checkpointing, Truncation
-from llmft.core.files import format_bytes
+from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.prompt import PromptFormat
@@ -54,12 +54,12 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     started = time.monotonic()
     ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
     rows, inspection = ready.rows, ready.inspection
-    found = [*inspection.findings, *_template_findings(rows)]
+    findings = [*inspection.findings, *_template_findings(rows)]
     slow = cost(ready.objective) if ready.objective is not None else None
     if slow is not None:
-        found.append(Finding("warning", "task.head", slow))
+        findings.append(Finding("warning", "task.head", slow))
     needs = _needs(prepared, ready)
-    found += _need_findings(needs)
+    findings += _memory_findings(needs)
     report = {
         "model": {"name": config.model.label, "path": str(prepared.located.directory or "random")},
         "prompt": {
@@ -69,7 +69,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
             "end_marker": {"text": rows.ends.text, "tokens": rows.ends.num_tokens} if rows.ends.text else None,
         },
         "columns": prepared.usage,
-        "findings": [asdict(finding) for finding in sorted(found, key=lambda f: f.level != "error")],
+        "findings": [asdict(finding) for finding in sorted(findings, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
         "labels": label_balance(prepared.conversations["train"], prepared.labels),
@@ -86,19 +86,19 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
             "validate_every": rows.validate_every,
         },
         "needs": needs,
-        "rows": [_pieces(rows, row) for row in range(min(SHOWN_ROWS, len(rows.splits["train"])))],
+        "rows": [_segments(rows, row) for row in range(min(SHOWN_ROWS, len(rows.splits["train"])))],
         "seconds": round(time.monotonic() - started, 2),
     }
-    return to_plain(report), found
+    return to_plain(report), findings
 
 
 def warn(message: str) -> None:
-    """Beside the report, which a program may read."""
+    """Prints to stderr, since a program may read the report."""
     print(f"warning: {message}", file=sys.stderr)
 
 
-def _pieces(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
-    """One training row as runs of text that are learned or not."""
+def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
+    """One training row as segments of text that are learned or not."""
     example = rows.splits["train"][row]
     learned = np.asarray(example.labels) != IGNORE
     cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(learned)]
@@ -107,29 +107,29 @@ def _pieces(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
 
 
 def _template_findings(rows: TokenizedData) -> list[Finding]:
-    """Whether the chosen format writes what the tokenizer's own chat template writes."""
-    own = getattr(rows.tokenizer, "chat_template", None)
-    if not isinstance(own, str) or rows.prompt.config.name == "native":
+    """A warning if the chosen format differs from the tokenizer's own chat template."""
+    template = getattr(rows.tokenizer, "chat_template", None)
+    if not isinstance(template, str) or rows.prompt.config.name == "native":
         return []
     special = {"bos_token": rows.tokenizer.bos_token, "eos_token": rows.tokenizer.eos_token}
     try:
-        native = PromptFormat(replace(rows.prompt.config, name="native", template=own, system=None), strict=False)
-        theirs = native.render(PROBE, **special, add_generation_prompt=True).text
-        ours = rows.prompt.render(PROBE, **special, add_generation_prompt=True).text
+        native = PromptFormat(replace(rows.prompt.config, name="native", template=template, system=None), strict=False)
+        native_text = native.render(PROBE, **special, add_generation_prompt=True).text
+        text = rows.prompt.render(PROBE, **special, add_generation_prompt=True).text
     except ValueError as error:
         return [Finding("warning", "prompt", f"the tokenizer's own chat template cannot be compared ({error})")]
-    if ours.strip() == theirs.strip():
+    if text.strip() == native_text.strip():
         return []
     message = (
-        f"prompt={rows.prompt.config.name} is not the format that the tokenizer carries: it writes {ours!r} where the "
-        f"tokenizer's own template writes {theirs!r}; a model tuned with that one does better with prompt=native or "
-        "the format of its name"
+        f"prompt={rows.prompt.config.name} differs from the tokenizer's chat template: it writes {text!r} where the "
+        f"template writes {native_text!r}; a model tuned with that one does better with prompt=native or the "
+        "format of its name"
     )
     return [Finding("warning", "prompt", message)]
 
 
 def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
-    """What each length limit costs, and the limits that would cut one row in a hundred."""
+    """The effect of the length limits, and the data.max_tokens that would cut 1% of the rows."""
     data = replace(
         prepared.config.data,
         max_tokens=2**31 - 1,
@@ -140,16 +140,16 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
         truncation=Truncation.drop,
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
-    whole = encoder.encode("train", prepared.conversations["train"], BadRows(prepared.config.data.on_bad_row))
-    facts = split_facts(whole, rows.tokenizer, rows.ends)
-    used = rows.encoder.lengths["train"]
+    unlimited = encoder.encode("train", prepared.conversations["train"], BadRows(prepared.config.data.on_bad_row))
+    facts = split_facts(unlimited, rows.tokenizer, rows.ends)
+    counts = rows.encoder.lengths["train"]
     return {
         "max_tokens": prepared.config.data.max_tokens,
         "truncation": prepared.config.data.truncation.value,
-        "rows_cut": used.rows_cut,
-        "rows_dropped": used.rows_dropped,
-        "dropped_by": used.dropped_by,
-        "answer_share_dropped": used.answer_share_dropped,
+        "rows_cut": counts.rows_cut,
+        "rows_dropped": counts.rows_dropped,
+        "dropped_by": counts.dropped_by,
+        "answer_share_dropped": counts.answer_share_dropped,
         "uncut": {"all": facts.all_tokens, "prompt": facts.prompt_tokens, "answer": facts.answer_tokens},
         "histogram": facts.histogram,
         "cuts_one_percent": facts.all_tokens.get(99),
@@ -167,7 +167,7 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     if estimate is None:
         estimate = estimator(config, examples, architecture, device, dtype)(fit.limit, fit.checkpointing)
     saved = estimate.adapter + estimate.optimizer
-    free = shutil.disk_usage(_existing(Path(config.output_dir))).free
+    free = shutil.disk_usage(existing_parent(Path(config.output_dir))).free
     return {
         "device": str(device),
         "precision": precision.value,
@@ -183,10 +183,6 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     }
 
 
-def _existing(path: Path) -> Path:
-    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
-
-
 def _seconds(
     prepared: RunInputs,
     examples: Examples,
@@ -196,20 +192,20 @@ def _seconds(
     dtype: torch.dtype,
     level: Checkpointing,
 ) -> float:
-    """Matrix products of the training at the speed of one large product here: a floor, small models take longer.
+    """Lower bound of the training's seconds: its matrix products at the speed of one large product on this device.
 
-    4 operations per weight and token with a LoRA (forward and the gradient of the activations), 6 without, and one
-    forward more where whole layers are computed again.
+    A weight takes 4 operations per token with LoRA (forward, and gradient of the activations), 6 without, plus 2 with
+    full checkpointing. Small models take longer.
     """
     size = 1024 if device.type == "cpu" else 8192
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    (a @ a).sum().item()
-    began = time.monotonic()
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    (matrix @ matrix).sum().item()
+    started = time.monotonic()
     rounds = 3
     for _ in range(rounds):
-        product = a @ a
+        product = matrix @ matrix
     product.sum().item()
-    speed = 2 * size**3 * rounds / (time.monotonic() - began)
+    speed = 2 * size**3 * rounds / (time.monotonic() - started)
     config = prepared.config
     passes = (4 if config.lora.enabled else 6) + (2 if level is Checkpointing.full else 0)
     tokens = steps * config.trainer.batch_size * float(examples.lengths.mean())
@@ -217,52 +213,54 @@ def _seconds(
 
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
-    """Weights that every token is multiplied with; of the experts all, so that a mixture is overestimated."""
+    """Number of weights that a token is multiplied with; all experts count, so a mixture is overestimated."""
     empty = meta_model(auto_class, architecture)
     tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
-def _ways_out(needs: dict[str, Any]) -> str:
-    """What makes a training smaller, as far as it is not done."""
+def _smaller_options(needs: dict[str, Any]) -> str:
+    """The remaining options that need less memory."""
     chosen = needs["micro_batch"]
     tries = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
     tries += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
     return " or ".join([*tries, "lower data.max_tokens", "choose a smaller model"])
 
 
-def _need_findings(needs: dict[str, Any]) -> list[Finding]:
-    found = []
+def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
+    findings = []
     total, available = needs["memory"]["total"], needs["device_memory"]
     if available is not None and total > (1 - MEMORY_MARGIN) * available:
         message = (
-            f"about {format_bytes(total)} are needed, some 15% more or less, and "
-            f"{needs['device']} has {format_bytes(available)}: {_ways_out(needs)}"
+            f"about {format_bytes(total)} are needed, give or take 15%, and "
+            f"{needs['device']} has {format_bytes(available)}: {_smaller_options(needs)}"
         )
-        found.append(Finding("warning", "trainer.micro_batch", message))
-    return found
+        findings.append(Finding("warning", "trainer.micro_batch", message))
+    return findings
 
 
 # -------------------------------------------------------------------------------------------------------------- showing
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints the report on one screen."""
+    """Prints the report."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
     console.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
-    before, behind = ("", "") if console.color_system else ("«", "»")  # where no colour tells it
-    for number, pieces in enumerate(report["rows"], start=1):
-        learned = f"[black on green]{before}learned{behind}[/black on green]"
+    opening, closing = ("", "") if console.color_system else ("«", "»")  # without colours
+    for number, segments in enumerate(report["rows"], start=1):
+        learned = f"[black on green]{opening}learned{closing}[/black on green]"
         console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
         text = Text()
-        for piece in pieces:
-            shown = piece["text"] if len(piece["text"]) < 700 else f"{piece['text'][:350]} … {piece['text'][-330:]}"
-            if piece["learned"]:
-                text.append(f"{before}{shown}{behind}", style="black on green")
+        for segment in segments:
+            text_shown = (
+                segment["text"] if len(segment["text"]) < 700 else f"{segment['text'][:350]} … {segment['text'][-330:]}"
+            )
+            if segment["learned"]:
+                text.append(f"{opening}{text_shown}{closing}", style="black on green")
             else:
-                text.append(shown, style="dim")
+                text.append(text_shown, style="dim")
         console.print(text)
     console.print(_split_table(report["splits"]))
     pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
@@ -307,7 +305,7 @@ def _show_columns(console: Console, usage: dict[str, Any]) -> None:
 
 def _split_table(splits: dict[str, Any]) -> Table:
     table = Table(box=box.SIMPLE_HEAD)
-    learned = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a new head learns no token
+    learned = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a linear head learns no token
     trained = ("end token trained", "no trained token") if learned else ()
     for name in ("split", "rows", "begin tokens a row", *trained, "longest"):
         table.add_column(name, justify="left" if name == "split" else "right")
@@ -321,28 +319,28 @@ def _split_table(splits: dict[str, Any]) -> Table:
 
 
 def _show_lengths(console: Console, limits: dict[str, Any]) -> None:
-    most = max((count for *_, count in limits["histogram"]), default=1)
+    largest = max((count for *_, count in limits["histogram"]), default=1)
     title = (
         f"tokens of the training rows before the limits; data.max_tokens={limits['max_tokens']} cuts "
         f"{limits['rows_cut']} and drops {limits['rows_dropped']} "
         f"({limits['answer_share_dropped']:.1%} of all answer tokens); "
-        f"{limits['cuts_one_percent']} would touch 1%"
+        f"data.max_tokens={limits['cuts_one_percent']} would cut only 1% of the rows"
     )
     console.print(title)
     table = Table(box=None, show_header=False)
     for start, stop, count in limits["histogram"]:
-        over = "red" if start > limits["max_tokens"] else "cyan"
-        table.add_row(f"{start}-{stop}", f"{count:,}", f"[{over}]{'█' * round(40 * count / most)}[/{over}]")
+        colour = "red" if start > limits["max_tokens"] else "cyan"
+        table.add_row(f"{start}-{stop}", f"{count:,}", f"[{colour}]{'█' * round(40 * count / largest)}[/{colour}]")
     for name, values in limits["uncut"].items():
         table.add_row(name, "", "  ".join(f"{p}%: {value}" for p, value in values.items()))
     console.print(table)
 
 
-def _show_findings(console: Console, found: Sequence[dict[str, str]]) -> None:
+def _show_findings(console: Console, findings: Sequence[dict[str, str]]) -> None:
     console.print()
-    for finding in found:
+    for finding in findings:
         colour = "red" if finding["level"] == "error" else "yellow"
         message = finding["message"]
         console.print(f"[{colour}]{finding['level']}[/{colour}] {escape(finding['key'])}: {escape(message)}")
-    if not found:
-        console.print("[green]nothing to complain about[/green]")
+    if not findings:
+        console.print("[green]no problems found[/green]")

@@ -1,4 +1,4 @@
-"""The dataclasses of the verbs that take run directories (predict, evaluate, folds, blend, refit), and of bench."""
+"""Config dataclasses of predict, evaluate, folds, blend, refit and bench."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class PredictionFormat(Enum):
 
 
 class Method(Enum):
-    """How members become one prediction."""
+    """How the members of a blend are combined."""
 
     mean = "mean"
     geometric = "geometric"
@@ -43,21 +43,16 @@ class Method(Enum):
     convex = "convex"
 
 
-def as_list(value: Any) -> list[str]:
-    """One name, or a list of them."""
-    return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
-
-
 @dataclass(kw_only=True)
 class Trusting:
-    """What commands take that may have to run code of the user's own, which a run's config names."""
+    """Options of commands that may run a user's own code, which a run's config names."""
 
     trusted_packages: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
 class SubmissionConfig:
-    """What predict, folds and blend take alike: the form of a competition's csv."""
+    """Options of predict, folds and blend for a competition's csv."""
 
     format: PredictionFormat = PredictionFormat.predictions
     template: str | None = None
@@ -75,7 +70,7 @@ class SubmissionConfig:
 
 @dataclass
 class PredictData:
-    """The rows to predict; columns are those of the run."""
+    """The rows to predict; they have the columns of the run."""
 
     files: Texts = None
     id: str | None = None
@@ -84,7 +79,7 @@ class PredictData:
 
 @dataclass
 class PredictConfig(SubmissionConfig, Trusting):
-    """What `python -m llmft.predict` takes."""
+    """Config of `python -m llmft.predict`."""
 
     run: Texts = MISSING
     prompts: Any = None
@@ -112,13 +107,13 @@ class PredictConfig(SubmissionConfig, Trusting):
             require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
         require(
             self.name not in ("val", "test"),
-            f"name={self.name}: a run's own held-out rows are called so; choose another.",
+            f"name={self.name}: the name of a run's own held-out rows; choose another.",
         )
 
 
 @dataclass
 class EvaluateConfig(Trusting):
-    """What `python -m llmft.evaluate` takes."""
+    """Config of `python -m llmft.evaluate`."""
 
     predictions: str = MISSING
     references: Texts = None
@@ -140,7 +135,7 @@ class EvaluateConfig(Trusting):
 
 @dataclass
 class FoldsConfig(SubmissionConfig, Trusting):
-    """What `python -m llmft.folds` takes."""
+    """Config of `python -m llmft.folds`."""
 
     runs: Texts = None
     output_dir: str = "outputs"
@@ -150,7 +145,7 @@ class FoldsConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class BlendConfig(SubmissionConfig, Trusting):
-    """What `python -m llmft.blend` takes."""
+    """Config of `python -m llmft.blend`."""
 
     runs: Texts = MISSING
     method: Method = Method.mean
@@ -170,7 +165,7 @@ class BlendConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class RefitConfig(Trusting):
-    """What `python -m llmft.refit` takes."""
+    """Config of `python -m llmft.refit`."""
 
     runs: Texts = MISSING
     output_dir: str | None = None
@@ -180,7 +175,7 @@ class RefitConfig(Trusting):
 
 @dataclass
 class BenchConfig:
-    """What `python -m llmft.bench` takes."""
+    """Config of `python -m llmft.bench`."""
 
     model: ModelConfig = MISSING
     prompt: PromptConfig = MISSING
@@ -226,11 +221,11 @@ class BenchConfig:
         self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
         require(
             self.lora.enabled or self.quantizations == [QuantizationFormat.none],
-            "lora=none trains all weights, which quantised ones cannot be: set quantizations=[none].",
+            "lora=none trains all weights, and quantised weights cannot be trained: set quantizations=[none].",
         )
         require(
             not self.models or self.model.path is None or self.model.path.startswith("package:"),
-            "models names options of the group model, and model.path one directory: choose one of them.",
+            "models names options of the group model, and model.path a directory: choose one of them.",
         )
 
 

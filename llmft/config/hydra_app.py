@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import explained, schema_keys, to_config
+from llmft.config.convert import explain_error, schema_keys, to_config
 from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
@@ -184,7 +184,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         return _unknown_key(_override_key(str(error)) or key, schema)
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
-            return ConfigError(explained(link, schema))
+            return ConfigError(explain_error(link, schema))
     return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
 
 

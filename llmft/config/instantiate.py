@@ -1,9 +1,8 @@
 """Config to objects: the only place where a dotted path of a config becomes code.
 
-What a config names must be defined in a package that the key allows, and be of the kind that the key wants: opening
-somebody's run directory must not execute what its config names. Arguments are plain data, in which nothing is resolved
-and nothing else is built; they are bound to the signature before any weights load, because a misspelt one would fail
-only when the object is called.
+A path must be defined in a package that the key allows, and be of the kind that the key expects. So opening somebody's
+run directory does not run code that its config names. Arguments are plain data: nothing is resolved or built in them.
+They are bound to the signature before any weights load, since a misspelt one would otherwise fail only in a call.
 """
 
 from __future__ import annotations
@@ -26,15 +25,15 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
     "source": (("llmft.data.",), "a function of (split, num_rows, seed, …)", None),
 }
-"""What a key may name: packages, the kind in words, and the class that it must be derived from."""
+"""By kind: the allowed packages, a description, and the base class."""
 SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
 ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
-HYDRAS_WORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
+HYDRA_KEYWORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
 _trusted: set[str] = set()
 
 
 def trust(packages: Iterable[str]) -> None:
-    """Lets dotted paths lead into `packages` until this process ends; only what a person wrote may come here."""
+    """Allows dotted paths into `packages` in this process. Only call it with what a user typed."""
     for package in packages:
         if not re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*", package):
             raise ConfigError(f"trusted_packages: {package!r} is not the name of a package.")
@@ -46,19 +45,28 @@ def _in_packages(path: str, prefixes: Iterable[str]) -> bool:
 
 
 def find(path: str, key: str, kind: str) -> Any:
-    """The class or function at a dotted `path`: defined in a package that `kind` allows or the command line trusts.
+    """The class or function at a dotted `path`, in a package that `kind` allows or the command line trusts.
 
-    `key` names the config value in errors.
+    `key` is the config key in errors.
     """
-    prefixes, words, base = KINDS[kind]
+    prefixes, description, base = KINDS[kind]
     allowed = (*prefixes, *(f"{package}." for package in sorted(_trusted)))
     module_name, _, name = path.rpartition(".")
     if not module_name or not _in_packages(module_name, allowed):
-        top = path.partition(".")[0]
-        own = top.isidentifier() and top not in ("torch", "lightning", "bitsandbytes", "llmft")
+        top_package = path.partition(".")[0]
+        is_users_package = top_package.isidentifier() and top_package not in (
+            "torch",
+            "lightning",
+            "bitsandbytes",
+            "llmft",
+        )
         raise ConfigError(
             f"{key}={path}: only {', '.join(prefix + '*' for prefix in prefixes)} may be named in a config"
-            + (f"; code of yours takes trusted_packages=[{top}] on the command line." if own else ".")
+            + (
+                f"; for your own code set trusted_packages=[{top_package}] on the command line."
+                if is_users_package
+                else "."
+            )
         )
     try:
         module = importlib.import_module(module_name)
@@ -68,7 +76,7 @@ def find(path: str, key: str, kind: str) -> Any:
         options = [option for option in vars(module) if not option.startswith("_")]
         raise ConfigError(f"{key}={path}: {module_name} has no {name}{did_you_mean(name, options)[:200]}")
     target = getattr(module, name)
-    # A module also holds what it imports: `llmft.training.x.os` must not lead out of the allowed packages.
+    # A module also contains its imports: `llmft.training.x.os` must be refused.
     if not callable(target) or not _in_packages(str(getattr(target, "__module__", "")), allowed):
         raise ConfigError(f"{key}={path}: not a class or function of that package.")
     if base is not None:
@@ -79,13 +87,13 @@ def find(path: str, key: str, kind: str) -> Any:
     elif kind == "source":
         fits = inspect.isfunction(target) and [*inspect.signature(target).parameters][:3] == [*SOURCE_ARGUMENTS]
     else:
-        fits = inspect.isfunction(target) and _takes_two(target)
+        fits = inspect.isfunction(target) and _takes_two_arguments(target)
     if not fits:
-        raise ConfigError(f"{key}={path}: {words} was expected.")
+        raise ConfigError(f"{key}={path}: {description} was expected.")
     return target
 
 
-def _takes_two(function: Any) -> bool:
+def _takes_two_arguments(function: Any) -> bool:
     try:
         inspect.signature(function).bind(None, None)
     except TypeError:
@@ -93,17 +101,17 @@ def _takes_two(function: Any) -> bool:
     return True
 
 
-def check_target(node: dict[str, Any], key: str, kind: str, *given: str) -> tuple[Any, dict[str, Any]]:
-    """What `node` names, and its arguments, which with those `given` in code fit it.
+def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) -> tuple[Any, dict[str, Any]]:
+    """The target of `node` and its arguments, checked together with the names of `positional` ones.
 
-    Raises ConfigError naming the argument.
+    Raises ConfigError naming an argument that does not fit.
     """
     if not isinstance(node, dict) or "_target_" not in node:
-        raise ConfigError(f"{key}: has no _target_, so nothing says what to build.")
+        raise ConfigError(f"{key}: has no _target_, so there is nothing to build.")
     target = find(str(node["_target_"]), f"{key}._target_", kind)
     arguments = {name: value for name, value in node.items() if name != "_target_"}
     _check_plain(arguments, key)
-    check_arguments(target, str(node["_target_"]), arguments, key, *given)
+    check_arguments(target, str(node["_target_"]), arguments, key, *positional)
     return target, arguments
 
 
@@ -119,9 +127,9 @@ def check_arguments(
     except (ValueError, TypeError):
         return
     parameters = signature.parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    has_kwargs = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name in arguments:
-        if name not in parameters and not takes_all:
+        if name not in parameters and not has_kwargs:
             raise ConfigError(f"{key}.{name}: {path} takes no such argument{did_you_mean(name, parameters)}")
     try:
         (signature.bind if complete else signature.bind_partial)(*[None] * len(given), **arguments)
@@ -130,11 +138,13 @@ def check_arguments(
 
 
 def _check_plain(value: Any, key: str) -> None:
-    """Refuses what Hydra or OmegaConf would build or resolve, at any depth."""
+    """Raises ConfigError for anything that Hydra or OmegaConf would build or resolve, at any depth."""
     if isinstance(value, dict):
         for name, item in value.items():
-            if name in HYDRAS_WORDS or "${" in str(name):
-                raise ConfigError(f"{key}.{name}: arguments are plain data, of which nothing is built; leave it out.")
+            if name in HYDRA_KEYWORDS or "${" in str(name):
+                raise ConfigError(
+                    f"{key}.{name}: arguments are plain data, and nothing is built from them; leave it out."
+                )
             _check_plain(item, f"{key}.{name}")
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):
@@ -144,7 +154,7 @@ def _check_plain(value: Any, key: str) -> None:
 
 
 def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
-    """Builds a `_target_` node."""
+    """Builds the object of a `_target_` node. Raises ConfigError where that fails."""
     target, arguments = check_target(node, key, kind)
     try:
         return target(**arguments, **extra)
@@ -154,21 +164,21 @@ def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
 
 
 def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]:
-    """A function from parameters to an optimizer; `rate` is its first learning rate."""
+    """A function from parameters to an optimizer with the initial learning rate `rate`."""
     check_target(node, "optimizer", "optimizer", "params")
     if "lr" in node:
-        raise ConfigError("optimizer.lr: the rate is set by learning_rate.peak.")
+        raise ConfigError("optimizer.lr: set learning_rate.peak instead.")
     import torch
 
-    # Values that no signature tells, such as betas=[1], are refused now and not after the weights are loaded.
+    # Wrong values such as betas=[1] are found here and not after the weights are loaded.
     build(node, "optimizer", "optimizer", params=[torch.nn.Parameter(torch.zeros(1, 1))], lr=rate)
     return lambda parameters: build(node, "optimizer", "optimizer", params=parameters, lr=rate)
 
 
 def metric_functions(paths: list[str], options: dict[str, Any] | None = None) -> dict[str, Callable[..., float]]:
-    """Metric functions (references, predictions) -> float by their last name, with the arguments that `options` gives.
+    """Metric functions (references, predictions) -> float by the last part of their path, with `options` as arguments.
 
-    Raises ConfigError for a metric that does not exist, an option for none, or an argument that it does not take.
+    Raises ConfigError for an unknown metric, options of a metric that is not listed, or an unknown argument.
     """
     metrics: dict[str, Callable[..., float]] = {}
     for path in paths:
@@ -179,16 +189,16 @@ def metric_functions(paths: list[str], options: dict[str, Any] | None = None) ->
     for name, arguments in (options or {}).items():
         if name not in metrics:
             raise ConfigError(f"task.metric_options.{name}: not among task.metrics{did_you_mean(name, metrics)}")
-        takes = list(inspect.signature(metrics[name]).parameters)[2:]
+        accepted = list(inspect.signature(metrics[name]).parameters)[2:]
         for argument in arguments:
-            if argument not in takes:
+            if argument not in accepted:
                 raise ConfigError(
-                    f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, takes)}"
+                    f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, accepted)}"
                 )
         metrics[name] = partial(metrics[name], **arguments)
     return metrics
 
 
 def reads_text(path: str) -> bool:
-    """Whether a metric compares texts; the others compare targets with probabilities or numbers."""
+    """Whether a metric compares texts; other metrics take targets and probabilities or numbers."""
     return path.startswith("llmft.metrics.text.")

@@ -1,8 +1,8 @@
-"""Every dataclass that YAML is checked against.
+"""The dataclasses that YAML is checked against.
 
-What our own code reads is typed here, so that a typo or a wrong type fails at composition. What others wrote
-(optimizer, callbacks, loggers) are `_target_` nodes, checked by `llmft.config.instantiate` before any weights load.
-Ranges and contradictions are refused in `__post_init__`, in one sentence that names the key.
+All values that llmft reads are typed here, so a typo or a wrong type fails at composition. Objects of libraries
+(optimizer, callbacks, loggers) are `_target_` nodes, which `llmft.config.instantiate` checks before any weights load.
+`__post_init__` refuses values out of range and contradictions, in one sentence that names the key.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from omegaconf import MISSING
 from llmft.core.errors import ConfigError, did_you_mean
 
 Texts = Any
-"""One text, such as a path or glob, or a list of them; the command line takes it as it is, unlike other `Any`."""
+"""One text, such as a path or glob, or a list of them. The command line is not parsed further, unlike other `Any`."""
 
 
 def not_in_key(default: Any = MISSING, *, factory: Any = None) -> Any:
-    """A field that cannot change a run's numbers, and so has no part in its key."""
+    """A field that cannot change a run's results and is not part of its key."""
     metadata = {"not_in_key": True}
     if factory is not None:
         return field(default_factory=factory, metadata=metadata)
@@ -49,7 +49,7 @@ def seconds_of(duration: str, key: str) -> float:
 
 
 class Kernels(Enum):
-    """Whether pieces of transformers and PEFT are replaced by ones that take less time or memory."""
+    """Whether parts of transformers and PEFT are replaced by faster or smaller ones."""
 
     auto = "auto"
     none = "none"
@@ -71,7 +71,7 @@ class SystemRole(Enum):
 
 
 class QuantizationFormat(Enum):
-    """Number format of the frozen base's linear layers; `checkpoint` is the one that its files are in."""
+    """Number format of the frozen base's linear layers; `checkpoint` is the format of its files."""
 
     nf4 = "nf4"
     fp4 = "fp4"
@@ -81,14 +81,14 @@ class QuantizationFormat(Enum):
 
 
 class Head(Enum):
-    """What turns a model into a classifier: new weights on its last state, or its own words for the classes."""
+    """How a model classifies: with new weights on its last state, or with its own words for the classes."""
 
     linear = "linear"
     tokens = "tokens"
 
 
 class TaskType(Enum):
-    """What a row's target is: one class, any number of classes, or a number."""
+    """The kind of target: one class, any number of classes, or a number."""
 
     single_label = "single_label"
     multi_label = "multi_label"
@@ -96,7 +96,7 @@ class TaskType(Enum):
 
 
 class Schedule(Enum):
-    """How the learning rate goes from its peak to its floor."""
+    """The course of the learning rate from its peak to its floor."""
 
     constant = "constant"
     linear = "linear"
@@ -104,7 +104,7 @@ class Schedule(Enum):
 
 
 class Precision(Enum):
-    """Number format of the computation; `auto` takes the best that the device computes natively."""
+    """Number format of the computation; `auto` is the best native format of the device."""
 
     auto = "auto"
     bf16 = "bf16"
@@ -113,7 +113,7 @@ class Precision(Enum):
 
 
 class Truncation(Enum):
-    """What happens to a row that is longer than data.max_tokens; answers are never cut."""
+    """How rows longer than data.max_tokens are handled; answers are never cut."""
 
     cut_prompt_left = "cut_prompt_left"
     cut_prompt_middle = "cut_prompt_middle"
@@ -123,14 +123,14 @@ class Truncation(Enum):
 
 
 class Turns(Enum):
-    """Which answers of a conversation carry loss."""
+    """The answers of a conversation that are learned."""
 
     all = "all"
     last = "last"
 
 
 class Transform(Enum):
-    """What is done to conversations before they are rendered."""
+    """Transform of conversations before rendering."""
 
     none = "none"
     context_distillation = "context_distillation"
@@ -138,7 +138,7 @@ class Transform(Enum):
 
 
 class TrainOn(Enum):
-    """The training rows, or all that are not held out for test: then no validation number means anything."""
+    """The rows to train on; with `all`, validation rows too, so validation numbers mean nothing."""
 
     train = "train"
     all = "all"
@@ -173,7 +173,7 @@ class OnSaveError(Enum):
 
 
 class Checkpointing(Enum):
-    """What a backward finds of its forward: everything, or layers' inputs; `auto` takes the first of them that fits."""
+    """Activation checkpointing: none, or full (only layers' inputs are kept); `auto` is none if it fits, else full."""
 
     auto = "auto"
     none = "none"
@@ -181,7 +181,7 @@ class Checkpointing(Enum):
 
 
 class Mode(Enum):
-    """Which direction of the monitored metric is better; `auto` is what the metric itself declares."""
+    """The better direction of the monitored metric; `auto` is the direction that the metric declares."""
 
     auto = "auto"
     min = "min"
@@ -189,13 +189,13 @@ class Mode(Enum):
 
     @property
     def sign(self) -> float:
-        """What a value is multiplied with, so that less is better."""
+        """1 or -1: a value times this is better when it is lower."""
         assert self is not Mode.auto, "llmft.metrics.monitor.with_mode comes first"
         return 1.0 if self is Mode.min else -1.0
 
 
 class Export(Enum):
-    """Which weights the run hands over."""
+    """The weights that a run exports."""
 
     best = "best"
     last = "last"
@@ -228,7 +228,7 @@ class ModelConfig:
 
     @property
     def label(self) -> str:
-        """What people call the model: the directory's name where one is given, else the option's."""
+        """The model's name: that of model.path where it is set, else that of the option."""
         if self.path is None or self.path.startswith("package:"):
             return self.name
         return self.path.rstrip("/").rpartition("/")[2] or self.name
@@ -276,7 +276,7 @@ class QuantizationConfig:
 
 
 MOST_RANK = 65_536
-"""A run's file that asks for more would take all memory."""
+"""Largest LoRA rank; a higher one in a stranger's config would take all memory."""
 
 
 @dataclass
@@ -353,7 +353,7 @@ class Files:
 
 @dataclass
 class Columns:
-    """Which column, or template such as "{question} {context}", fills which part of an example."""
+    """The column, or template such as "{question} {context}", of each part of an example."""
 
     prompt: str | None = None
     input: str | None = None
@@ -528,25 +528,25 @@ class TaskConfig:
 
 
 def rows_or_tokens(micro_batch: Any) -> tuple[int | None, int | None]:
-    """trainer.micro_batch as (rows, tokens), of which one is a number; both None for auto."""
-    found = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
+    """trainer.micro_batch as (rows, None) or (None, tokens); (None, None) for auto."""
+    match = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
     require(
-        micro_batch == "auto" or found is not None,
+        micro_batch == "auto" or match is not None,
         f"trainer.micro_batch={micro_batch}: a number of rows, a number of tokens (4096tokens), or auto.",
     )
-    if found is None:
+    if match is None:
         return None, None
-    number = int(found[1])
-    return (None, number) if found[2] else (number, None)
+    number = int(match[1])
+    return (None, number) if match[2] else (number, None)
 
 
 def checkpointing_of(value: Any) -> Checkpointing:
-    """trainer.gradient_checkpointing as it is written anywhere; true and false mean full and none."""
+    """A value of trainer.gradient_checkpointing; true and false mean full and none."""
     if isinstance(value, Checkpointing):
         return value
     if isinstance(value, bool):
         return Checkpointing.full if value else Checkpointing.none
-    if value == "selective":  # as runs of llmft 0.1 say
+    if value == "selective":  # in runs of llmft 0.1
         warnings.warn("trainer.gradient_checkpointing=selective is gone; full is taken.", FutureWarning, stacklevel=2)
         return Checkpointing.full
     names = [level.value for level in Checkpointing]
@@ -570,7 +570,7 @@ class TrainerConfig:
     export: Export = Export.best
     precision: Precision = Precision.auto
     callbacks: dict[str, Any] = field(default_factory=dict)
-    # The rest changes time and memory, not the numbers.
+    # The following change time and memory, not the results.
     micro_batch: Any = not_in_key("auto")
     gradient_checkpointing: Any = not_in_key(Checkpointing.auto)
     offload_activations: bool = not_in_key(False)
@@ -584,7 +584,7 @@ class TrainerConfig:
     strategy: Any = not_in_key("auto")
     threads: int | None = not_in_key(None)
     deterministic: bool = not_in_key(True)
-    # And these only what happens when something goes wrong: a run that ends well is the same with any of them.
+    # The following matter only when something goes wrong.
     max_time: str | None = not_in_key(None)
     on_nan: OnNan = not_in_key(OnNan.stop)
     on_save_error: OnSaveError = not_in_key(OnSaveError.stop)
@@ -619,7 +619,7 @@ class TrainerConfig:
 
 @dataclass
 class WandbConfig:
-    """Settings of the Weights & Biases run; `enabled` is what `logger=wandb` sets."""
+    """Settings of Weights & Biases; `logger=wandb` sets `enabled`."""
 
     enabled: bool = False
     project: str = "llmft"
@@ -679,21 +679,21 @@ class SweepConfig:
 
 
 class OutputFormat(Enum):
-    """How a command answers: for people or for programs."""
+    """The output of a command: text for people or JSON for programs."""
 
     text = "text"
     json = "json"
 
 
 class Keep(Enum):
-    """Which checkpoints of a finished run stay."""
+    """The checkpoints of a finished run to keep."""
 
     best = "best"
     last = "last"
 
 
 class Cleaning(Enum):
-    """What `python -m llmft.disk` may delete."""
+    """The kinds of files that `python -m llmft.disk` deletes."""
 
     checkpoints = "checkpoints"
     leftovers = "leftovers"
@@ -704,7 +704,7 @@ class Cleaning(Enum):
 
 @dataclass
 class DoctorConfig:
-    """What `python -m llmft.doctor` takes."""
+    """Config of `python -m llmft.doctor`."""
 
     output_dir: str = "outputs"
     network: bool = True
@@ -713,7 +713,7 @@ class DoctorConfig:
 
 @dataclass
 class DiskConfig:
-    """What `python -m llmft.disk` takes."""
+    """Config of `python -m llmft.disk`."""
 
     output_dir: str = "outputs"
     clean: list[Cleaning] = field(default_factory=list)
@@ -724,19 +724,19 @@ class DiskConfig:
 
 @dataclass
 class SearchConfig:
-    """What a multirun takes below hydra.sweeper; errors name keys without that prefix.
+    """Config of a multirun below hydra.sweeper; errors name keys without that prefix.
 
     Attributes:
-        sampler: what suggests the configurations; None: no search, all combinations.
-        n_trials: configurations to try in all; None: 20, or all of a grid's.
-        seed: of the search itself.
-        seeds: a configuration is trained with each of these; its value is the mean.
-        startup_trials: so many at random before TPE or GP have something to learn from.
-        pruner_startup_trials: nothing is pruned by the median before so many are complete.
-        min_validations: a trial is not pruned before its validation of this number (the one before training is 0).
-        max_validations: a whole run's validations, for Hyperband; None: as many as the longest complete one had.
-        reduction_factor: one in so many goes on at each rung of successive halving.
-        params: ranges, key by key; the command line goes before them.
+        sampler: the search algorithm; None: no search, all combinations.
+        n_trials: number of configurations; None: 20, or all of a grid.
+        seed: seed of the search.
+        seeds: seeds with which each configuration is trained; its value is their mean.
+        startup_trials: random configurations before TPE or GP begin.
+        pruner_startup_trials: complete trials before the median pruner begins.
+        min_validations: number of the first validation at which a trial may be pruned (0 is before training).
+        max_validations: validations of a whole run, for Hyperband; None: as many as the longest complete trial had.
+        reduction_factor: at each rung of successive halving, one trial in this many continues.
+        params: ranges by key; the command line takes precedence.
         conditions: parameters that exist only under a condition on others.
     """
 
@@ -778,7 +778,7 @@ class SearchConfig:
 
 @dataclass
 class TrainConfig:
-    """What `python -m llmft` takes."""
+    """Config of `python -m llmft`."""
 
     model: ModelConfig = MISSING
     quantization: QuantizationConfig = MISSING

@@ -1,6 +1,7 @@
-"""Files that others wrote: configs of run directories, YAML of other directories, models and adapters of strangers.
+"""Files from other people: configs of run directories, YAML of other directories, models and adapters.
 
-Reading them must run nothing, hang on nothing and lead nowhere else. What is refused is named in one sentence.
+Reading them runs no code, does not hang, and does not read or write outside their directory. Everything else is refused
+in one sentence.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import from_plain
-from llmft.config.instantiate import HYDRAS_WORDS
+from llmft.config.instantiate import HYDRA_KEYWORDS
 from llmft.config.renamed import RENAMED, move
 from llmft.core.errors import ConfigError
 from llmft.core.files import read_plain
 
 MIB = 2**20
-MOST_YAML_BYTES = MIB
-MOST_ALIASES = 50
-"""In one YAML file: 54 of them, nested, make ten million nodes, and OmegaConf copies each."""
-MOST_LAYERS = 2_000
-MOST_COUNTED = 1_000_000
-"""Largest number of anything that a model's config may ask for where a Python object is made for each."""
+MAX_YAML_BYTES = MIB
+MAX_ALIASES = 50
+"""Most aliases in one YAML file: 54 nested ones make ten million nodes, and OmegaConf copies each."""
+MAX_LAYERS = 2_000
+MAX_COUNT = 1_000_000
+"""Largest count in a model's config of anything that becomes a Python object each."""
 JSON_LIMITS = {
     "config.json": 4 * MIB,
     "generation_config.json": MIB,
@@ -38,7 +39,7 @@ JSON_LIMITS = {
 
 
 def read_bounded(path: Path, most: int) -> str:
-    """The text of a file of at most `most` bytes; raises ConfigError for a larger or unreadable one."""
+    """The text of a file of at most `most` bytes. Raises ConfigError for a larger or unreadable file."""
     try:
         return read_plain(path, most).decode("utf-8")
     except OSError as error:
@@ -48,24 +49,24 @@ def read_bounded(path: Path, most: int) -> str:
 
 
 def read_json(path: Path, most: int = 16 * MIB) -> dict[str, Any]:
-    """A JSON object of a file of at most `most` bytes; raises ConfigError for anything else."""
+    """The JSON object in a file of at most `most` bytes. Raises ConfigError for anything else."""
     try:
-        found = json.loads(read_bounded(path, most))
+        content = json.loads(read_bounded(path, most))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}).") from None
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: a JSON object was expected, not {type(found).__name__}.")
-    return found
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: a JSON object was expected, not {type(content).__name__}.")
+    return content
 
 
 # ------------------------------------------------------------------------------------------------------------- YAML
 
 
 def read_yaml(path: Path) -> Any:
-    """The plain content of a YAML file, bounded in size and aliases; raises ConfigError for what is refused."""
+    """The plain content of a YAML file of limited size and aliases. Raises ConfigError for any other file."""
     import yaml
 
-    text = read_bounded(path, MOST_YAML_BYTES)
+    text = read_bounded(path, MAX_YAML_BYTES)
     _check_aliases(path, text)
     try:
         return yaml.safe_load(text)
@@ -76,26 +77,26 @@ def read_yaml(path: Path) -> Any:
 def _check_aliases(path: Path, text: str) -> None:
     import yaml
 
-    if text.count("*") <= MOST_ALIASES:
+    if text.count("*") <= MAX_ALIASES:
         return
     try:
         aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader))
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from None
-    if aliases > MOST_ALIASES:
-        raise ConfigError(f"{path}: {aliases} aliases (*name), more than {MOST_ALIASES}; it is not read.")
+    if aliases > MAX_ALIASES:
+        raise ConfigError(f"{path}: {aliases} aliases (*name), more than {MAX_ALIASES}; it is not read.")
 
 
 def check_config_directories(arguments: Sequence[str]) -> None:
     """Checks the YAML files of the directories that a command line adds to Hydra's search path.
 
-    They may set values of ours, refer to other keys, and choose a search. They may ask no resolver (which reads the
-    environment, or builds objects), and set nothing of Hydra's own that runs or writes something.
+    They may set llmft's values, refer to other keys, and choose a search. They may not use resolvers, which read the
+    environment or build objects, nor Hydra's settings that run or write something.
     """
     for directory in _added_directories(arguments):
         for path in sorted(directory.rglob("*")) if directory.is_dir() else ():
             if path.is_symlink() and path.is_dir():
-                raise ConfigError(f"{path}: a link to a directory, which is not looked into; copy what it holds.")
+                raise ConfigError(f"{path}: a link to a directory, which is not followed; copy its files.")
             if path.suffix != ".yaml":
                 continue
             content = read_yaml(path)
@@ -103,7 +104,9 @@ def check_config_directories(arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{path}: a config holds keys and values, not a {type(content).__name__}.")
             for key, text in _texts(content):
                 if "${" in _REFERENCE.sub("", _ESCAPED.sub("", text)):
-                    raise ConfigError(f"{path}: {key}={text}: a file may refer to another key as in ${{a.b}}; {ASK}")
+                    raise ConfigError(
+                        f"{path}: {key}={text}: a file may refer to another key as in ${{a.b}}; {NO_RESOLVER}"
+                    )
                 if key.startswith("defaults") and re.search(r"(^|[\s/}])\.", text):
                     raise ConfigError(f"{path}: {key}={text}: a name is wanted, not a path out of the directory.")
             _check_hydra(path, path.relative_to(directory), content)
@@ -111,13 +114,13 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 
 _ESCAPED = re.compile(r"(?<!\\)\\\$\{")
 _REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
-ASK = "nothing is asked of the environment or built for it: write the value on the command line."
-HYDRAS = {"mode", "sweeper", "launcher"}
-"""What a file may set below hydra; the rest (callbacks, logging, job, searchpath) runs code or sets the environment."""
+NO_RESOLVER = "resolvers are refused in files: write the value on the command line."
+HYDRA_SETTINGS = {"mode", "sweeper", "launcher"}
+"""The settings of hydra that a file may set; others (callbacks, logging, job, searchpath) run code or set variables."""
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in plain data with its dotted key, the keys themselves among them."""
+    """Every text in plain data with its dotted key, keys included."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield key, str(name)
@@ -130,39 +133,45 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def _check_hydra(path: Path, inside: Path, content: Any) -> None:
-    """Refuses what would make Hydra itself build, log, write or set something for a file."""
-    parts = inside.parts
-    packages = re.findall(r"^\s*#\s*@package\s+(\S+)", read_bounded(path, MOST_YAML_BYTES), re.MULTILINE)
+    """Raises ConfigError for settings that make Hydra build, log, write or set something."""
+    path_parts = inside.parts
+    packages = re.findall(r"^\s*#\s*@package\s+(\S+)", read_bounded(path, MAX_YAML_BYTES), re.MULTILINE)
     defaults = content.get("defaults") if isinstance(content, dict) else None
     for entry in defaults if isinstance(defaults, list) else ():
         packages += [str(name).partition("@")[2] for name in (entry if isinstance(entry, dict) else [entry])]
     set_by = [package for package in packages if "hydra" in package or "$" in package]
-    set_by += [".".join(parts[:-1])] if parts[0] == "hydra" else []
+    set_by += [".".join(path_parts[:-1])] if path_parts[0] == "hydra" else []
     settings = content.get("hydra") if isinstance(content, dict) else None
     set_by += [f"hydra.{name}" for name in settings] if isinstance(settings, dict) else []
     for key in set_by:
-        if key.removeprefix("hydra.").partition(".")[0] not in HYDRAS:
-            raise ConfigError(f"{path}: {key}: a file may set {', '.join(sorted(HYDRAS))} of hydra alone.")
-    inner = settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
-    if set_by and any(text in HYDRAS_WORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(inner)):
-        raise ConfigError(f"{path}: {set_by[0]}: plain values alone; nothing is built for a file, nor set in hydra.")
+        if key.removeprefix("hydra.").partition(".")[0] not in HYDRA_SETTINGS:
+            raise ConfigError(f"{path}: {key}: of hydra, a file may set only {', '.join(sorted(HYDRA_SETTINGS))}.")
+    settings_to_check = (
+        settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
+    )
+    if set_by and any(
+        text in HYDRA_KEYWORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(settings_to_check)
+    ):
+        raise ConfigError(
+            f"{path}: {set_by[0]}: only plain values are allowed; a file builds nothing and sets nothing in hydra."
+        )
 
 
 def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
-    for place, argument in enumerate(arguments):
+    for index, argument in enumerate(arguments):
         name, equals, value = argument.partition("=")
-        # argparse completes --config-d; a --config-name in between does no harm.
+        # argparse accepts the prefix --config-d; taking a --config-name for a directory does no harm.
         if name in ("-cd", "-cp") or name.startswith("--c"):
-            yield Path(value if equals else next(iter(arguments[place + 1 :]), "."))
+            yield Path(value if equals else next(iter(arguments[index + 1 :]), "."))
         elif name.lstrip("+") == "hydra.searchpath":
             for part in value.strip("[] ").split(","):
                 yield Path(part.strip(" '\"").removeprefix("file://"))
 
 
 def stored_config(path: Path, schema: type) -> Any:
-    """The config that a run directory holds, as `schema`; nothing it names is built, and nobody is trusted by it.
+    """The config of a run directory as `schema`. Builds nothing, and ignores its trusted packages.
 
-    Raises ConfigError for one that is damaged, of another version, or asks to run a repository's code.
+    Raises ConfigError for one that is damaged, of another version, or that would run a repository's code.
     """
     plain = read_yaml(path)
     if not isinstance(plain, dict):
@@ -179,26 +188,28 @@ def stored_config(path: Path, schema: type) -> Any:
         if not key.startswith(TEXT_KEYS) or any(
             _is_resolver(name) for name in re.findall(r"\$\{\s*([\w.]+)\s*:", text)
         ):
-            raise ConfigError(f"{path}: {key}={text}: a run's config holds plain values; nothing is resolved in it.")
+            raise ConfigError(
+                f"{path}: {key}={text}: a run's config holds plain values, and nothing is resolved in it."
+            )
     implementation = model.get("attn_implementation") if isinstance(model, dict) else None
     if implementation is not None and not _is_implementation(implementation):
         raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
-    # Whom a file trusts counts for nothing: where code of such a package would run, the command line must say so.
+    # A file cannot grant trust; only the command line can.
     plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
     if isinstance(sweep := plain.get("sweep"), dict):
-        plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in GONE}}
+        plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in REMOVED_KEYS}}
     try:
         return from_plain(move(plain, RENAMED), schema)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 
 
-GONE = ("stack", "halving")
-"""Keys of `sweep` that runs of llmft 0.1 have in their config; no number depends on them."""
+REMOVED_KEYS = ("stack", "halving")
+"""Removed keys of `sweep` in runs of llmft 0.1; no result depends on them."""
 
 
 TEXT_KEYS = ("notes", "tags", "prompt.", "data.columns.", "data.labels", "task.words", "sweep.question")
-"""Keys of a stored config whose text is for people or a model, and may hold `${` as any text may."""
+"""Keys of a stored config that hold free text, in which `${` may occur."""
 
 
 def _is_resolver(name: str) -> bool:
@@ -208,12 +219,12 @@ def _is_resolver(name: str) -> bool:
 
 
 def _is_implementation(value: Any) -> bool:
-    """Whether `value` names an attention that transformers has, not a repository or several."""
+    """Whether `value` names an attention of transformers, not a repository."""
     return isinstance(value, str) and "/" not in value
 
 
 def check_inside(node: Any, key: str) -> None:
-    """Refuses a `_target_` node of a stored config that would write to, or send to, a place of the file's choosing."""
+    """Raises ConfigError for a `_target_` node of a stored config that chooses where it writes or sends to."""
     for name, text in _texts(node, key):
         if (
             re.search(r"(settings|executable|host|ur[il])(\.|$)", name)
@@ -225,16 +236,13 @@ def check_inside(node: Any, key: str) -> None:
 
 
 def check_plain_files(directory: Path) -> None:
-    """Refuses a directory of which reading would hang, or writing lead elsewhere: pipes, devices, links out of it.
-
-    W&B's folder, which nothing of ours reads, is left out.
-    """
+    """Raises ConfigError for a directory with pipes, devices, or links out of it. W&B's folder is not checked."""
     root = directory.resolve()
     for folder, folders, names in os.walk(directory):
         folders[:] = [name for name in folders if name != "wandb"]
         for path in (Path(folder) / name for name in [*folders, *names]):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
-                raise ConfigError(f"{path}: a link out of the directory; nothing is read or written through it.")
+                raise ConfigError(f"{path}: a link out of the directory, which is not followed.")
             if path.exists() and not (path.is_file() or path.is_dir()):
                 raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
 
@@ -243,8 +251,8 @@ def check_plain_files(directory: Path) -> None:
 
 
 def check_model(directory: Path) -> None:
-    """Refuses a model directory whose JSON files are made to hang or to lead elsewhere; weights are not read."""
-    for path in directory.iterdir():  # links are the Hub's way to keep files
+    """Raises ConfigError for a model directory with harmful JSON files; weights are not read."""
+    for path in directory.iterdir():  # the Hub's cache holds links
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
     for name, most in JSON_LIMITS.items():
@@ -259,35 +267,35 @@ def check_model(directory: Path) -> None:
             names = read_json(path, most).get("weight_map")
             for shard in names.values() if isinstance(names, dict) else ():
                 if not isinstance(shard, str) or Path(shard).name != shard:
-                    raise ConfigError(f"{path}: it names a file outside the directory: {shard!r}.")
+                    raise ConfigError(f"{path}: names a file outside the directory: {shard!r}.")
 
 
 def check_values(path: Path | str, config: dict[str, Any]) -> None:
-    """Refuses values of a model's config that take all memory, or that are code of others; `path` is for errors."""
+    """Raises ConfigError for values of a model's config that take too much memory or run code. `path` is for errors."""
     for key, value in config.items():
         if "implementation" in key and value is not None and not _is_implementation(value):
             raise ConfigError(f"{path}: {key}={value!r} would fetch and run code of others.")
         if isinstance(value, dict):
             check_values(path, value)
         elif isinstance(value, int):
-            layers = "layer" in key and not key.endswith(("_id", "_idx"))
-            most = MOST_LAYERS if layers and key.startswith(("n_", "num_")) else MOST_COUNTED
-            if key.startswith(("n_", "num_")) and value > most:
-                raise ConfigError(f"{path}: {key}={value} is more than {most:,}; it is not built.")
+            is_layer_count = "layer" in key and not key.endswith(("_id", "_idx"))
+            limit = MAX_LAYERS if is_layer_count and key.startswith(("n_", "num_")) else MAX_COUNT
+            if key.startswith(("n_", "num_")) and value > limit:
+                raise ConfigError(f"{path}: {key}={value} is more than {limit:,}; it is not built.")
 
 
 def check_adapter(directory: Path) -> dict[str, Any]:
-    """The content of a LoRA's adapter_config.json; refuses what would make PEFT import modules or unpickle weights."""
+    """A LoRA's adapter_config.json. Raises ConfigError for one that makes PEFT import modules or unpickle weights."""
     config = read_json(directory / "adapter_config.json", JSON_LIMITS["adapter_config.json"])
     for key in ("auto_mapping", "megatron_config", "layer_replication", "runtime_config"):
         value = config.get(key)
         if key == "runtime_config" and value == {"ephemeral_gpu_offload": False}:
             continue
         if value:
-            raise ConfigError(f"{directory}/adapter_config.json: {key} is not read (it names code, or memory).")
+            raise ConfigError(f"{directory}/adapter_config.json: {key} is refused (it names code, or takes memory).")
     if config.get("peft_type") != "LORA":
         raise ConfigError(
-            f"{directory}/adapter_config.json: peft_type={config.get('peft_type')!r}: LORA alone is read."
+            f"{directory}/adapter_config.json: peft_type={config.get('peft_type')!r}: only LORA is supported."
         )
     if not (directory / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{directory}: no adapter_model.safetensors, and pickled weights are not loaded.")

@@ -1,4 +1,4 @@
-"""Arrow columns of numbers and texts without pandas, which `pyarrow.array` imports to see whether it was given any."""
+"""Arrow columns of numbers and texts without importing pandas, as `pyarrow.array` does."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ if TYPE_CHECKING:
 
 
 def number_column(values: np.ndarray) -> pa.Array:
-    """A column of the array's own type, which is no bool; it shares its memory."""
+    """A column that shares memory with `values`, which are not bool."""
     import pyarrow as pa
 
-    assert values.dtype != np.bool_, "Arrow keeps eight of them in a byte"
+    assert values.dtype != np.bool_, "Arrow packs eight bools into a byte"
     values = np.ascontiguousarray(values)
     return pa.Array.from_buffers(pa.from_numpy_dtype(values.dtype), len(values), [None, pa.py_buffer(values)])
 
 
 def text_column(values: Sequence[str]) -> pa.Array:
-    """A column of strings, of less than 2 GiB in all."""
+    """A column of strings, less than 2 GiB in total."""
     import pyarrow as pa
 
     texts = [value.encode() for value in values]
@@ -30,13 +30,13 @@ def text_column(values: Sequence[str]) -> pa.Array:
 
 
 def numbers(column: pa.Array) -> np.ndarray:
-    """What a column of integers or floats without gaps holds, sharing its memory; ValueError for any other."""
+    """The values of a column of integers or floats, without a copy. Raises ValueError for other types and for nulls."""
     import pyarrow as pa
 
     kind = column.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind)) or column.null_count:
-        raise ValueError(f"a column of {kind} with {column.null_count} gaps, not of numbers")
+        raise ValueError(f"a column of {kind} with {column.null_count} nulls, not of numbers")
     if not len(column):
         return np.zeros(0, np.dtype(kind.to_pandas_dtype()))
-    found = np.frombuffer(column.buffers()[1], np.dtype(kind.to_pandas_dtype()))
-    return found[column.offset : column.offset + len(column)]
+    values = np.frombuffer(column.buffers()[1], np.dtype(kind.to_pandas_dtype()))
+    return values[column.offset : column.offset + len(column)]

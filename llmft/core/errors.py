@@ -1,8 +1,8 @@
-"""The one error for users, its exit codes, and nearest names.
+"""Errors for users, their exit codes, and nearest names.
 
-A user's mistake is one sentence: what happened, where (file:line or config key), what to do. The traceback is
-shown only with `LLMFT_TRACE=1`. Exit codes: 0 done or paused as asked, 1 unexpected, 2 configuration, 3 training
-diverged, 4 data, 5 some trials of a sweep failed, 74 disk, 128 + number for signals (130 SIGINT, 143 SIGTERM).
+A user's mistake is reported in one sentence: what happened, where (file:line or config key), and what to do. A
+traceback is shown only with `LLMFT_TRACE=1`. Exit codes: 0 done or paused as asked, 1 unexpected, 2 configuration,
+3 training diverged, 4 data, 5 some trials of a sweep failed, 74 disk, 128 + number of a signal (130 SIGINT).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from llmft.core.redaction import redact
 
 
 class UserError(Exception):
-    """Something that the user can mend; the message says where and how."""
+    """A mistake that the user can fix; the message says where and how."""
 
     exit_code = 1
 
 
 class ConfigError(UserError):
-    """A key, option or value of the configuration, or a model or file it names, is wrong."""
+    """A wrong key, option or value in the configuration, or a wrong model or file that it names."""
 
     exit_code = 2
 
 
 class RunBusy(ConfigError):
-    """Another process is training the run."""
+    """Another process is training this run."""
 
 
 class DivergedError(UserError):
@@ -58,7 +58,7 @@ class DiskError(UserError):
 
 
 class Stopped(UserError):
-    """A trial was ended on purpose after a validation; its state was saved."""
+    """A trial was stopped on purpose after a validation; its state was saved."""
 
     exit_code = 0
 
@@ -68,7 +68,7 @@ class Stopped(UserError):
 
 
 class Interrupted(UserError):
-    """A signal asked the run to stop; the state was saved at the last optimizer step."""
+    """A signal stopped the run; its state was saved at the last optimizer step."""
 
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
@@ -76,43 +76,43 @@ class Interrupted(UserError):
 
 
 class Paused(Interrupted):
-    """The clock or a file asked the run to stop, and it did as planned: no failure."""
+    """A time limit or a file stopped the run as planned, which is not a failure."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, 0)
         self.exit_code = 0
 
 
-IN_THE_WAY = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
+WRONG_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option most like `word`, or None when nothing is close."""
-    found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return found[0] if found else None
+    """The option most similar to `word`; None where nothing is close."""
+    matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
+    return matches[0] if matches else None
 
 
 def did_you_mean(word: str, options: Iterable[str]) -> str:
-    """'; did you mean X?' for the nearest option, else the list of all of them."""
+    """'; did you mean X?' for the nearest option, else a list of all options."""
     options = sorted(options)
-    best = nearest(word, options)
-    if best:
-        return f"; did you mean {best}?"
+    near = nearest(word, options)
+    if near:
+        return f"; did you mean {near}?"
     return f"; choose from {', '.join(options)}" if options else ""
 
 
 def as_user_error(error: BaseException) -> BaseException:
-    """Gives a full disk and its kin the name they have for users; other errors pass unchanged."""
+    """A DiskError for a full or unwritable disk; other errors unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
         where = f" while writing {error.filename}" if error.filename else ""
         return DiskError(f"{error.strerror}{where}: free some space or set output_dir to another disk.")
-    if isinstance(error, OSError) and error.filename and error.errno in IN_THE_WAY:
+    if isinstance(error, OSError) and error.filename and error.errno in WRONG_PLACE:
         return DiskError(f"{error.filename}: {error.strerror}; move what is in the way, or choose another place.")
     return error
 
 
 def report(error: BaseException) -> int:
-    """Prints `error` as the user should see it and returns the exit code."""
+    """Prints `error` for the user and returns the exit code."""
     error = as_user_error(error)
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command goes on from the newest checkpoint.", file=sys.stderr)
@@ -121,9 +121,9 @@ def report(error: BaseException) -> int:
     if isinstance(error, UserError):
         if trace:
             _print_trace(error)
-        # One line, also where it repeats an argument that had several; indented ones are meant as a list.
-        told = str(error) if "\n  " in str(error) else " ".join(str(error).splitlines())
-        print(redact(f"llmft: {told}"), file=sys.stderr)
+        # One line, even where it quotes an argument of several lines; indented lines are a list.
+        message = str(error) if "\n  " in str(error) else " ".join(str(error).splitlines())
+        print(redact(f"llmft: {message}"), file=sys.stderr)
         return error.exit_code
     _print_trace(error)
     print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)
@@ -135,7 +135,7 @@ def _print_trace(error: BaseException) -> None:
 
 
 def exit_with(function: Callable[[], object]) -> None:
-    """Runs `function` and leaves the process with the exit code that fits what happened."""
+    """Runs `function`; an error ends the process with its exit code."""
     try:
         function()
     except Exception as error:

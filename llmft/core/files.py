@@ -1,4 +1,4 @@
-"""Writing that a kill cannot spoil."""
+"""Atomic writes, locks, and bounded reads."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from typing import IO
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file beside `path` to write to; when the block ends well it is flushed to the disk and takes `path`'s place.
+    """A temporary file beside `path` that replaces it, flushed to the disk, when the block ends without an error.
 
-    So `path` is old or new, never half, and nothing is left behind when the block fails; what a killed process left
-    of the same file is taken away.
+    So `path` is never half written, and a failed block leaves nothing behind. Leftovers of killed processes go.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(path)
@@ -30,7 +29,7 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
             os.fsync(file.fileno())
         os.replace(staged, path)
     except OSError as error:
-        error.filename = error.filename or str(path)  # a failing write names none
+        error.filename = error.filename or str(path)  # a failed write has no file name
         raise
     finally:
         staged.unlink(missing_ok=True)
@@ -68,18 +67,18 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 
 def _drop_leftovers(path: Path) -> None:
-    if os.name == "nt":  # os.kill would end the process that it is to look at
+    if os.name == "nt":  # there, os.kill would end the process
         return
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = left.name.removesuffix(".tmp").rpartition(".")[2]
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
         if not pid.isdigit() or int(pid) in (0, os.getpid()):
             continue
         try:
             os.kill(int(pid), 0)
         except ProcessLookupError:
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         except (OSError, OverflowError):
-            continue  # somebody else's, and alive
+            continue  # of another user's process, which is alive
 
 
 def sync_directory(path: Path) -> None:
@@ -94,8 +93,8 @@ def sync_directory(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[None]:
-    """Takes the lock file `path` for this process; raises `busy` where another one keeps it for `timeout_s`."""
+def exclusive_lock(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[None]:
+    """Holds the lock file `path`; raises `busy` where another process holds it for `timeout_s`."""
     import filelock
 
     lock = filelock.FileLock(path)
@@ -110,11 +109,11 @@ def held(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[Non
 
 
 def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
-    """The content of a plain file of at most `most` bytes; raises OSError for any other.
+    """The content of a regular file of at most `most` bytes.
 
-    A pipe, socket or device that lies in a file's place is refused and never waited for.
+    Raises OSError for a larger file, and for a pipe, socket or device, without waiting for it.
     """
-    # A pipe that nobody writes to would keep a plain open waiting.
+    # Without O_NONBLOCK, opening a pipe without a writer would wait.
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
     handle = os.open(path, os.O_RDONLY | flags)
     with open(handle, "rb") as file:
@@ -122,12 +121,14 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
             raise OSError(errno.EINVAL, "not a plain file", str(path))
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(errno.EFBIG, f"larger than {most:,} bytes, which no such file is; it is not read", str(path))
+        raise OSError(
+            errno.EFBIG, f"larger than {most:,} bytes, which is too large for this file; it is not read", str(path)
+        )
     return content
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` by way of `staged_file`."""
+    """Writes `content` to `path` through `staged_file`."""
     with staged_file(path) as file:
         file.write(content)
 
@@ -139,23 +140,27 @@ def cache_directory() -> Path:
 
 
 RECORDS_BYTES = 2**20
-"""Left free beside a large file, for the small ones that come with it."""
+"""Space that stays free beside a large file, for the small files that come with it."""
+
+
+def existing_parent(path: Path) -> Path:
+    """`path`, or its nearest parent that exists."""
+    return next(parent for parent in (path.absolute(), *path.absolute().parents) if parent.exists())
 
 
 def check_space(directory: Path, needed: int) -> None:
-    """Raises OSError naming both numbers when fewer than `needed` bytes are free on the disk of `directory`.
+    """Raises OSError with both numbers when fewer than `needed` bytes are free on the disk of `directory`.
 
-    So a large file is refused before it fills the disk, and the small ones of the record still find room.
+    So a large file does not fill the disk, and small files of the record can still be written.
     """
-    place = next(p for p in (directory.absolute(), *directory.absolute().parents) if p.exists())
-    free = shutil.disk_usage(place).free
+    free = shutil.disk_usage(existing_parent(directory)).free
     if free < needed + RECORDS_BYTES:
         reason = f"{format_bytes(needed + RECORDS_BYTES)} needed, {format_bytes(free)} free"
         raise OSError(errno.ENOSPC, reason, str(directory))
 
 
 def format_bytes(n: int) -> str:
-    """`n` bytes in the unit that people read: "3.6 GiB"."""
+    """`n` bytes in a readable unit, such as "3.6 GiB"."""
     size = float(n)
     for unit in ("B", "KiB", "MiB"):
         if abs(size) < 1024:

@@ -1,4 +1,4 @@
-"""Imports torch, transformers, PEFT and Lightning: quietly, and without passes of the garbage collector."""
+"""Imports torch, transformers, PEFT and Lightning quietly, with the garbage collector paused."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ NOISY = ("lightning", "transformers", "peft", "bitsandbytes", "torch", "accelera
 
 
 def load_libraries(*, training: bool = True) -> None:
-    """Imports what a training or a prediction needs; without `training` all but Lightning.
+    """Imports the libraries of a training, or of a prediction (`training=False`: without Lightning).
 
-    A fifth of the time would be the collector's, which looks through objects that all stay. LLMFT_TRACE=1 leaves the
-    libraries their voice.
+    The garbage collector would take a fifth of the time. LLMFT_TRACE=1 shows the libraries' messages.
     """
     _quieten()
     collects = gc.isenabled()
@@ -31,7 +30,7 @@ def load_libraries(*, training: bool = True) -> None:
     finally:
         if collects:
             gc.enable()
-    _quieten()  # Lightning gives itself a voice when it is imported
+    _quieten()  # Lightning sets its own log level when it is imported
     if not os.environ.get("LLMFT_TRACE"):
         transformers.utils.logging.disable_progress_bar()
 
@@ -44,10 +43,7 @@ def _quieten() -> None:
 
 @contextmanager
 def quiet_warnings() -> Iterator[None]:
-    """Inside, advice of these libraries' own modules is not shown; the filters of the program around stay as they are.
-
-    Everybody else's warnings, and other kinds of theirs, are heard.
-    """
+    """Hides user, future and deprecation warnings of these libraries' modules inside the block. Others are shown."""
     with warnings.catch_warnings():
         if not os.environ.get("LLMFT_TRACE"):
             for category in (UserWarning, FutureWarning, DeprecationWarning):

@@ -1,4 +1,4 @@
-"""What a run ran on: versions, device, git state."""
+"""The machine: versions, git state, memory, cores and GPUs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import re
 import signal
 import subprocess
 import sys
@@ -15,43 +14,27 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "llmft",
-    "torch",
-    "lightning",
-    "transformers",
-    "tokenizers",
-    "peft",
-    "bitsandbytes",
-    "accelerate",
-    "datasets",
-    "hydra-core",
-    "omegaconf",
-    "safetensors",
-    "wandb",
-    "numpy",
-)
+    "llmft", "torch", "lightning", "transformers", "tokenizers", "peft", "bitsandbytes", "accelerate", "datasets",
+    "hydra-core", "omegaconf", "safetensors", "wandb", "numpy",
+)  # fmt: skip
 
 
 @lru_cache(maxsize=1)
 def versions() -> dict[str, str | None]:
-    """Installed versions of the packages that take part; None for one that is missing."""
-    import importlib.metadata  # 26 ms, for which a command's start would wait
+    """Installed versions of the packages that matter; None for a missing one."""
+    import importlib.metadata  # takes 26 ms
 
-    found: dict[str, str | None] = {"python": platform.python_version()}
+    installed: dict[str, str | None] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            # `importlib.metadata.version` would parse the package's whole description, 1 ms each.
-            told = re.match(
-                r"(?:.+\n)*?Version: *(.+)\n", importlib.metadata.distribution(name).read_text("METADATA") or ""
-            )
-            found[name] = told[1] if told else importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = None
-    return found
+            installed[name] = None
+    return installed
 
 
 def git_state(directory: Path) -> dict[str, Any]:
-    """Commit, and whether tracked files differ from it; empty where there is no git repository."""
+    """The commit, and whether tracked files differ from it; empty without a git repository."""
 
     def ask(*arguments: str) -> str:
         done = subprocess.run(
@@ -66,27 +49,27 @@ def git_state(directory: Path) -> dict[str, Any]:
 
 
 SMALL_MODEL_WEIGHTS = 3_000_000
-"""Below, a model is too small to share out among threads.
+"""Smaller models run on one thread.
 
-Two threads take a quarter more time than one for a step of 1M weights on rows of 40 tokens, the same as one at 4M; on
-rows of 600 they take 0.7 to 0.8 of it in both (two cores of an Intel Xeon, torch 2.13).
+For rows of 40 tokens, two threads take 1.25 times as long as one at 1M weights, and as long as one at 4M. For rows of
+600 tokens they take 0.7 to 0.8 of the time at both sizes (two cores of an Intel Xeon, torch 2.13).
 """
 
 
 def sensible_threads(num_weights: int, processes: int = 1) -> int:
-    """Threads for a model's computations on a CPU, where so many processes share the cores."""
+    """CPU threads for a model of this size, where `processes` share the cores."""
     return 1 if num_weights < SMALL_MODEL_WEIGHTS else max(1, usable_cores() // processes)
 
 
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""Where a container reads what it may use of its machine, which /proc describes as a whole."""
+"""Limits of a container; /proc describes the whole machine."""
 
 
 def available_memory() -> int | None:
-    """Bytes that new processes may take without swapping; None where it cannot be told."""
+    """Bytes that new processes can take without swapping; None where that is unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        machine = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
     for limit, used in (
@@ -94,38 +77,36 @@ def available_memory() -> int | None:
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
-            left = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text())
+            group_left = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text())
             stat = (CONTROL_GROUP / limit).with_name("memory.stat").read_text()
             cached = sum(int(line.split()[1]) for line in stat.splitlines() if line.startswith("inactive_file "))
-            machine = min(machine, max(0, left + cached))  # files that nobody reads give way
-    return machine
+            available = min(available, max(0, group_left + cached))  # cached files are dropped when memory is needed
+    return available
 
 
 def allotted_cores() -> int:
-    """Cores' worth of time that this process gets: fewer than it may run on where a container has a quota."""
+    """Number of cores that this process may use, with the quota of a container."""
     with contextlib.suppress(OSError, ValueError):
         quota, period = (CONTROL_GROUP / "cpu.max").read_text().split()
         return max(1, min(usable_cores(), round(int(quota) / int(period))))  # a quota of "max" is none
     with contextlib.suppress(OSError, ValueError):
-        allowed, each = (
+        quota_us, period_us = (
             int((CONTROL_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
         )
-        if allowed > 0:
-            return max(1, min(usable_cores(), round(allowed / each)))
+        if quota_us > 0:
+            return max(1, min(usable_cores(), round(quota_us / period_us)))
     return usable_cores()
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Number of cores that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def die_with_parent(signum: int | None = None) -> None:
-    """Sends this process `signum` when the one that started it ends, however it does (Linux; elsewhere nothing).
+    """Makes the kernel send this process `signum` (SIGKILL by default) when its parent ends (Linux only).
 
-    Without `signum` it is killed.
-
-    A process of a distributed run whose launcher was killed would otherwise wait for it, for ever.
+    A rank of a distributed run would otherwise wait for a killed launcher for ever.
     """
     if not sys.platform.startswith("linux"):
         return
@@ -135,7 +116,7 @@ def die_with_parent(signum: int | None = None) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(set_parent_death_signal, signum, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
-    if os.getppid() != parent:  # it ended just before
+    if os.getppid() != parent:  # the parent has just ended
         os.kill(os.getpid(), signum)
 
 
@@ -163,10 +144,10 @@ RETURN_EVERY_STEPS = 10
 
 
 def return_freed_memory() -> None:
-    """Gives back to the system what glibc keeps of tensors that were freed.
+    """Returns memory of freed tensors from glibc to the system, see malloc_trim(3).
 
-    It keeps them in fragments between what still lives: a step on rows of other lengths finds no room there, and a
-    training of a 135M model grew from 1.3 to 1.8 GiB in 38 steps, all of it free. See malloc_trim(3).
+    glibc keeps it in fragments that a step on rows of other lengths cannot use: a training of a 135M model grew from
+    1.3 to 1.8 GiB in 38 steps, all of it free memory.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
@@ -183,28 +164,28 @@ def _processor() -> str:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; found without CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return [name.strip() for name in named.split(",") if name.strip() and name.strip() != "-1"]
+    """The GPUs that this process may use, as in CUDA_VISIBLE_DEVICES, without initialising CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() and name.strip() != "-1"]
     count = len(list(Path("/dev").glob("nvidia[0-9]*"))) or _amd_gpus()
-    if not count and (sys.platform == "win32" or Path("/dev/dxg").exists()):  # Windows and its Linux have no such files
+    if not count and (sys.platform == "win32" or Path("/dev/dxg").exists()):  # Windows and WSL2 have no such files
         with contextlib.suppress(OSError, subprocess.SubprocessError):
-            asked = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
-            count = sum(line.startswith("GPU ") for line in asked.stdout.splitlines())
-    return [str(place) for place in range(count)]
+            listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
+            count = sum(line.startswith("GPU ") for line in listing.stdout.splitlines())
+    return [str(index) for index in range(count)]
 
 
 def _amd_gpus() -> int:
-    """AMD's GPUs as their driver counts them; its nodes without an id are processors."""
+    """The number of AMD's GPUs in the driver's topology; nodes without an id are processors."""
     nodes = Path("/sys/class/kfd/kfd/topology/nodes").glob("*/gpu_id")
     return sum(node.read_text().strip() not in ("", "0") for node in nodes)
 
 
 def set_allocator() -> None:
-    """Lets CUDA's memory grow in place, since micro-batches of other lengths would leave it in fragments.
+    """Lets CUDA's memory segments grow, since micro-batches of varying lengths would fragment it.
 
-    Before CUDA begins; whoever has set the variable keeps it. Windows, and Linux inside it, do not have it.
+    Call it before CUDA is initialised. A variable that is already set is kept. Windows and WSL2 do not support it.
     """
     if sys.platform == "linux" and not Path("/dev/dxg").exists() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

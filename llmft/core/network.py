@@ -1,4 +1,4 @@
-"""Waits for a network, each with a total deadline: a timeout of sockets alone starts anew with every byte."""
+"""Network requests with a total deadline; a socket's timeout would start anew with every byte."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ STALLED_S = 120.0
 
 
 class NoAnswer(Exception):
-    """Nothing that is an answer came in time; the message says what came instead."""
+    """No valid answer came in time; the message says what happened instead."""
 
 
 def in_thread(action: Callable[[], T]) -> Future[T]:
-    """Runs `action` in a daemon thread, which whoever waits for the result may leave behind."""
+    """Runs `action` in a daemon thread, which a caller may abandon."""
     future: Future[T] = Future()
 
     def work() -> None:
@@ -38,7 +38,7 @@ def in_thread(action: Callable[[], T]) -> Future[T]:
 
 
 def host_of(url: str) -> str:
-    """The host of an http address; nothing for what is none."""
+    """The host of an http(s) address; empty for any other text."""
     try:
         parts = urlparse(url)
         return (parts.hostname or "") if parts.scheme in ("http", "https") else ""
@@ -49,9 +49,9 @@ def host_of(url: str) -> str:
 def ask(
     url: str, seconds: float, *, headers: Mapping[str, str] | None = None, body: bytes | None = None
 ) -> tuple[int, bytes]:
-    """(status, content) of the answer at `url`, name look-up, redirects and content included in `seconds`.
+    """(status, content) from `url`, with `seconds` for name look-up, redirects and content together.
 
-    Raises NoAnswer. `headers` are not handed on to where a server redirects.
+    Raises NoAnswer. `headers` are not sent to the target of a redirect.
     """
     if not host_of(url):
         raise NoAnswer("not an http address")
@@ -77,7 +77,7 @@ def ask(
     try:
         return in_thread(answer).result(seconds)
     except TimeoutError:
-        raise NoAnswer(f"no whole answer within {seconds:g} s") from None
+        raise NoAnswer(f"no complete answer within {seconds:g} s") from None
     except http.client.IncompleteRead:
         raise NoAnswer("the connection was closed in the middle of the answer") from None
     except http.client.HTTPException as error:
@@ -89,19 +89,19 @@ def ask(
         raise NoAnswer(f"no answer within {seconds:g} s" if late else cause) from None
 
 
-def unless_stalled(action: Callable[[], T], folder: Path, seconds: float = STALLED_S) -> T:
-    """What `action` downloads into `folder`; raises NoAnswer when nothing more has come for `seconds`."""
-    future, size, since = in_thread(action), -1, time.monotonic()
+def fail_if_stalled(action: Callable[[], T], folder: Path, seconds: float = STALLED_S) -> T:
+    """The result of `action`, a download into `folder`. Raises NoAnswer when nothing has come for `seconds`."""
+    future, size, last_change = in_thread(action), -1, time.monotonic()
     while True:
         try:
             return future.result(min(5.0, seconds / 4))
         except TimeoutError:
-            if future.done():  # its own
+            if future.done():  # raised by the action itself
                 return future.result()
-        now = _bytes_below(folder)
-        if now != size:
-            size, since = now, time.monotonic()
-        elif time.monotonic() - since > seconds:
+        new_size = _bytes_below(folder)
+        if new_size != size:
+            size, last_change = new_size, time.monotonic()
+        elif time.monotonic() - last_change > seconds:
             _end_hub_requests()
             raise NoAnswer(f"nothing more came within {seconds:g} s")
 
@@ -118,7 +118,7 @@ def _bytes_below(folder: Path) -> int:
 
 
 def _end_hub_requests() -> None:
-    """Lets what was left behind fail at once: the interpreter would wait for the downloads' threads at its end."""
+    """Ends abandoned downloads, whose threads the interpreter would wait for at its end."""
     import huggingface_hub
     from huggingface_hub import constants
 

@@ -1,12 +1,11 @@
-"""One function before every sink: no secret reaches a config file, log, tracker or report.
+"""Masks secrets before anything is written to a config file, log, tracker or report.
 
-A secret is known by its form (`hf_…`, a signed URL, a private key), by the name that it is given (`api_key`), or
-because it is the value of a variable of the environment with such a name (`WANDB_API_KEY`), whatever it looks like. The
-forms are those of the public rules of gitleaks (config/gitleaks.toml) and detect-secrets (plugins/), as far as they
-are known by more than their entropy; the latter as a library takes a quarter of a second to import and a pass for each
-rule. A hash of hexadecimal digits alone is no secret: commits and fingerprints are what records are for.
+A secret is recognised by its form (`hf_…`, a signed URL, a private key), by its name (`api_key`), or as the value of
+an environment variable with such a name (`WANDB_API_KEY`). The forms are those of gitleaks (config/gitleaks.toml) and
+detect-secrets (plugins/) that are more specific than entropy. detect-secrets as a library takes a quarter of a second
+to import and one pass per rule. A hexadecimal hash alone is not a secret, since records hold commits and fingerprints.
 
-Parquet files (predictions, row losses) are not masked: they are the user's own rows, read back by later commands.
+Parquet files (predictions, row losses) are not masked: they hold the user's own rows, which later commands read.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from typing import Any
 
 MASK = "***"
 SHORTEST = 12
-"""Characters of the shortest value of the environment that is looked for; 8 where it has letters and digits."""
+"""Shortest value of an environment variable that is masked; 8 for one with letters and digits."""
 _RULES: tuple[tuple[tuple[str, ...], str], ...] = (
-    # What must stand in a text for the pattern to be tried, and the pattern; a group of it stays.
+    # Texts of which one must occur before the pattern is tried, and the pattern; its group is kept.
     (
         ("hf_", "api_org_", "sk-", "gh", "github_pat_", "wandb_v1_", "nvapi-", "gsk_", "r8_", "dop_v1_", "xapp-"),
         r"\b(?:(?:hf|api_org|r8|gsk|gh[pousr])_[A-Za-z0-9]{16,}"
@@ -60,19 +59,8 @@ _ASSIGNED = re.compile(
     r"((?<==[\"'])[^\"'\n]{4,}+(?=[\"'])|[^\s\"'&;,(){}\[\]<>]{4,}+)(?![(\[])"
 )
 _LAST_WORDS = (
-    "key",
-    "token",
-    "pass",
-    "word",
-    "passwd",
-    "pwd",
-    "phrase",
-    "secret",
-    "credential",
-    "credentials",
-    "pat",
-    "sas",
-)
+    "key", "token", "pass", "word", "passwd", "pwd", "phrase", "secret", "credential", "credentials", "pat", "sas",
+)  # fmt: skip
 _ASSIGNS = tuple(f"{word}{end}" for word in _LAST_WORDS for end in ("=", ":", '"', "'", " ="))
 _STRONG = r"pass(?:word|wd|phrase)|pwd|(?<=[._-])pass|secret"
 _KEYS = re.compile(
@@ -88,10 +76,7 @@ _HEX_KEY = re.compile(r"[0-9a-f]{32}|[0-9a-f]{40}", re.I)
 
 
 def redact(value: Any, key: str = "") -> Any:
-    """`value` with everything that looks like a secret masked.
-
-    `num_tokens`, `pad_token` and their like are no secrets.
-    """
+    """`value` with all secrets masked; names such as `num_tokens` and `pad_token` are not secret."""
     return _mask(value, key, _of_environment(tuple(sorted(_secrets()))))
 
 
@@ -121,14 +106,14 @@ def _keep_groups(match: re.Match[str]) -> str:
 
 
 def _mask_assigned(match: re.Match[str]) -> str:
-    """`name=value` with a name of a secret, and a value that is more than a word or a number."""
-    name, between, value = match.groups()
+    """Masks `name=value` where the name is that of a secret and the value is more than a word or a number."""
+    name, separator, value = match.groups()
     if not _is_secret(name) and not (name.isupper() and _IN_ENVIRONMENT.search(name)):
         return match[0]
     mixed = bool(re.search(r"\d", value) and re.search(r"[A-Za-z]", value))
-    told = ":" not in between or between[-1] in "\"'"
-    if (mixed and len(value) >= 8) or (told and (len(value) >= 20 or _PASSWORDS.search(name))):
-        return f"{name}{between}{MASK}"
+    is_assignment = ":" not in separator or separator[-1] in "\"'"
+    if (mixed and len(value) >= 8) or (is_assignment and (len(value) >= 20 or _PASSWORDS.search(name))):
+        return f"{name}{separator}{MASK}"
     return match[0]
 
 
@@ -138,7 +123,7 @@ def _is_secret(key: str) -> bool:
 
 
 def _secrets() -> list[str]:
-    """Values of the environment's variables that are called secrets; where something lies is none."""
+    """Values of environment variables named like secrets, without existing paths."""
     return [
         value
         for name, value in os.environ.items()
@@ -151,6 +136,6 @@ def _secrets() -> list[str]:
 
 @lru_cache(maxsize=8)
 def _of_environment(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    # The longest first, and in small letters too: a run's name is.
+    # The longest first, and in any case: a run's name is in lower case.
     parts = sorted(secrets, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, parts)), re.I) if parts else None

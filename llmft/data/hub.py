@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from llmft.config.sections import ModelConfig, ModelInit
 from llmft.config.untrusted import check_model
 from llmft.core.errors import ConfigError, nearest
-from llmft.core.network import NoAnswer, ask, unless_stalled
+from llmft.core.network import NoAnswer, ask, fail_if_stalled
 
 T = TypeVar("T")
 PACKAGED = "package:"
@@ -211,7 +211,7 @@ def _download(model: ModelConfig) -> Path:
     patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
     try:
         download = partial(huggingface_hub.snapshot_download, model.id, revision=model.revision)
-        directory = Path(unless_stalled(lambda: download(allow_patterns=patterns), _cache_directory()))
+        directory = Path(fail_if_stalled(lambda: download(allow_patterns=patterns), _cache_directory()))
     except Exception as error:
         raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
     if not has_weights(directory):
@@ -232,7 +232,7 @@ def online_or_cached(key: str, repo: str, kind: str, load: Callable[[], T]) -> T
         ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
     constants.HF_HUB_OFFLINE = cached or was_offline
     try:
-        return load() if cached else unless_stalled(load, Path(constants.HF_HOME))
+        return load() if cached else fail_if_stalled(load, Path(constants.HF_HOME))
     except ConfigError:
         raise
     except Exception as error:

@@ -30,7 +30,7 @@ def diverse(texts: Sequence[str], count: int, seed: int) -> list[int]:
     copies: dict[str, list[int]] = defaultdict(list)
     for index, text in enumerate(texts):
         copies[" ".join(text.split())].append(index)
-    unique = sorted(copies, key=lambda text: _rank(seed, text))
+    unique = sorted(copies, key=lambda text: rank(seed, text))
     if len(unique) > count:
         return sorted(copies[unique[position]][0] for position in _spread(unique, count, seed))
     # Round by round: every text once, then second copies, and so on.
@@ -122,13 +122,13 @@ def assign_folds(
         kind = "rows" if groups is None else "groups"
         raise ValueError(f"{num_folds} folds need at least {num_folds} different {kind}, but there are {len(units)}.")
 
-    ranks = [_rank(seed, key) for key in keys]
+    ranks = [rank(seed, key) for key in keys]
     order = []
     for rows in units:
         target_counts = sorted(Counter(targets[row] for row in rows).items())
         # Units of the same size and targets are neighbours, so that they go to the folds in turn.
         order.append(
-            (-len(rows), _rank(seed, repr(target_counts)), min(ranks[row] for row in rows), target_counts, rows)
+            (-len(rows), rank(seed, repr(target_counts)), min(ranks[row] for row in rows), target_counts, rows)
         )
     order.sort(key=lambda unit: unit[:3])
 
@@ -165,5 +165,6 @@ def _units(keys: Sequence[str], groups: Sequence[str] | None) -> list[list[int]]
     return list(units.values())
 
 
-def _rank(seed: int, text: str) -> bytes:
+def rank(seed: int, text: str) -> bytes:
+    """A sort key that is random by `seed` and depends on nothing but `text`."""
     return hashlib.sha256(f"{seed}\0{text}".encode("utf-8", "surrogatepass")).digest()

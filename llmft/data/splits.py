@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections import Counter, defaultdict
 
 from llmft.config.sections import DataConfig, Sampling, TrainOn
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import stable_text
+from llmft.data.select import assign_folds, diverse, rank
 from llmft.data.sources import Loaded, Row
-
-
-def _rank(content: str, seed: int) -> bytes:
-    return hashlib.sha256(f"{seed}\0{content}".encode()).digest()
 
 
 def _content(row: Row) -> str:
@@ -52,7 +48,7 @@ def hold_out(
     held_out: set[str] = set()
     for label in sorted(rows_of_class):
         num_held_out = sum(count for unit, count in rows_of_class[label].items() if unit in held_out)
-        for unit in sorted(rows_of_class[label], key=lambda unit: _rank(unit, seed)):
+        for unit in sorted(rows_of_class[label], key=lambda unit: rank(seed, unit)):
             if num_held_out >= targets[label]:
                 break
             if unit in held_out or (
@@ -77,7 +73,7 @@ def _rows_per_class(sizes: Counter[str], fraction: float, seed: int) -> dict[str
         return counts
     counts = {label: math.floor(size * fraction) for label, size in sizes.items()}
 
-    for label in sorted(sizes, key=lambda label: (counts[label] - sizes[label] * fraction, _rank(label, seed))):
+    for label in sorted(sizes, key=lambda label: (counts[label] - sizes[label] * fraction, rank(seed, label))):
         if sum(counts.values()) < total and counts[label] + 1 < sizes[label]:
             counts[label] += 1
     return counts
@@ -87,13 +83,11 @@ def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """A seeded random sample of `count` rows, in their order."""
     if count is None or count >= len(rows):
         return rows
-    ranks = sorted(range(len(rows)), key=lambda index: _rank(_content(rows[index]), seed))
+    ranks = sorted(range(len(rows)), key=lambda index: rank(seed, _content(rows[index])))
     return [rows[index] for index in sorted(ranks[:count])]
 
 
 def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
-    from llmft.data.select import assign_folds
-
     targets = _column(rows, data.stratify, "data.stratify") if data.stratify else None
     groups = _column(rows, data.group, "data.group") if data.group else None
     try:
@@ -163,7 +157,5 @@ def _refuse_unused(loaded: Loaded, data: DataConfig) -> None:
 def _limited(rows: list[Row], data: DataConfig) -> list[Row]:
     if data.limit is None or data.sample is Sampling.random:
         return sample(rows, data.limit, data.split_seed)
-    from llmft.data.select import diverse
-
     texts = [" ".join(str(value) for value in row.values.values()) for row in rows]
     return [rows[index] for index in diverse(texts, data.limit, data.split_seed)]

@@ -15,7 +15,7 @@ from llmft.config.convert import canonical
 from llmft.config.sections import Columns, TrainConfig
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.core.files import held, write_atomically
+from llmft.core.files import exclusive_lock, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.naming import names_in
 from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, read_files, with_nested
@@ -116,7 +116,7 @@ class PredictionJob:
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Locks the directory. Raises ConfigError where another process holds it."""
         busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
-        return held(self.directory / ".lock", busy)
+        return exclusive_lock(self.directory / ".lock", busy)
 
     # A kill costs only the part that was being computed.
 

@@ -72,7 +72,7 @@ def write_fitting(
     Raises DataError where none has them.
     """
     template_ids = set(template.ids)
-    names = [name for name, made in predictions.items() if set(made.ids) == template_ids]
+    names = [name for name, entry in predictions.items() if set(entry.ids) == template_ids]
     if len({predictions[name].fingerprint for name in names}) > 1:
         raise ConfigError(
             f"{member}: {', '.join(names)} are different predictions of the rows of template={template.path}; delete "

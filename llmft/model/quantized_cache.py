@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.core.files import cache_directory, check_space, format_bytes, held
+from llmft.core.files import cache_directory, check_space, exclusive_lock, format_bytes
 
 CACHE_VERSION = 5
 FACTS = "entry.json"
@@ -108,7 +108,7 @@ class QuantizedCache:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with held(folder / ".lock", Busy()):
+            with exclusive_lock(folder / ".lock", Busy()):
                 if not self.directory.exists():
                     self._make_room(size)
                     check_space(folder, size)

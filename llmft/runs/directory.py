@@ -28,7 +28,7 @@ from llmft.config.renamed import RENAMED, move
 from llmft.config.sections import TrainConfig, TrainOn
 from llmft.config.untrusted import check_plain_files, read_json, stored_config
 from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
-from llmft.core.files import read_plain, staged_file, write_atomically
+from llmft.core.files import existing_parent, read_plain, staged_file, write_atomically
 from llmft.core.redaction import redact
 
 T = TypeVar("T")
@@ -83,6 +83,16 @@ def _rows(config: TrainConfig) -> list[str]:
     return [] if config.data.fold is None else [f"fold{config.data.fold}"]
 
 
+class _Inside:
+    """A path in a run's directory."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, run: Run, owner: type) -> Path:
+        return run.directory / self.name
+
+
 @dataclass
 class Run:
     """One run directory, and the paths of its files."""
@@ -91,84 +101,25 @@ class Run:
     key: str
     _lock: filelock.BaseFileLock | None = field(default=None, repr=False)
 
-    @property
-    def config_file(self) -> Path:
-        """The resolved config."""
-        return self.directory / "config.yaml"
-
-    @property
-    def status_file(self) -> Path:
-        """Status, command and result."""
-        return self.directory / "run.json"
-
-    @property
-    def environment_file(self) -> Path:
-        """Versions, device, git state, fingerprints."""
-        return self.directory / "environment.json"
-
-    @property
-    def metrics_file(self) -> Path:
-        """All numbers that the config determines, one JSON object per line."""
-        return self.directory / "metrics.jsonl"
-
-    @property
-    def timing_file(self) -> Path:
-        """Speed and memory, which differ from machine to machine."""
-        return self.directory / "timing.jsonl"
-
-    @property
-    def samples_file(self) -> Path:
-        """Generations beside the references, per validation."""
-        return self.directory / "samples.jsonl"
-
-    @property
-    def rejected_file(self) -> Path:
-        """Rows that could not be used, with the reason."""
-        return self.directory / "rejected.jsonl"
-
-    @property
-    def row_losses(self) -> Path:
-        """The losses of every validation row, one file per validation, to compare runs row by row."""
-        return self.directory / "row_losses"
+    config_file = _Inside("config.yaml")  # the resolved config
+    status_file = _Inside("run.json")  # status, command and result
+    environment_file = _Inside("environment.json")  # versions, device, git state, fingerprints
+    metrics_file = _Inside("metrics.jsonl")  # all numbers that the config determines, one JSON object per line
+    timing_file = _Inside("timing.jsonl")  # speed and memory, which differ from machine to machine
+    samples_file = _Inside("samples.jsonl")  # generations beside the references, per validation
+    rejected_file = _Inside("rejected.jsonl")  # rows that could not be used, with the reason
+    row_losses = _Inside("row_losses")  # the loss of every validation row, one file per validation
+    targets_file = _Inside("targets.json")  # the classes in their order, and the scale of a regression
+    log_file = _Inside("log.txt")  # the printed output
+    save_file = _Inside("SAVE")  # `touch` it, and the run saves a checkpoint at the next step
+    stop_file = _Inside("STOP")  # `touch` it, and the run saves at the next step and ends
+    checkpoints = _Inside("checkpoints")  # training state to resume from
+    adapter = _Inside("adapter")  # the trained adapter, in PEFT's format
+    model = _Inside("model")  # the trained model, where all weights were trained
 
     def row_losses_file(self, split: str, step: int) -> Path:
         """The losses of `split`'s rows after `step`."""
         return self.row_losses / f"{split}-{step:08d}.parquet"
-
-    @property
-    def targets_file(self) -> Path:
-        """The classes in their order, and the scale of a regression."""
-        return self.directory / "targets.json"
-
-    @property
-    def log_file(self) -> Path:
-        """The printed output."""
-        return self.directory / "log.txt"
-
-    @property
-    def save_file(self) -> Path:
-        """`touch` it, and the run saves a checkpoint at the next step."""
-        return self.directory / "SAVE"
-
-    @property
-    def stop_file(self) -> Path:
-        """`touch` it, and the run saves at the next step and ends."""
-        return self.directory / "STOP"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training state to resume from."""
-        return self.directory / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        """The trained adapter, in PEFT's format."""
-        return self.directory / "adapter"
-
-    @property
-    def model(self) -> Path:
-        """The trained model, where all weights were trained."""
-        return self.directory / "model"
 
     def status(self) -> dict[str, Any]:
         """The content of run.json; empty for a run that was never started, or whose file is damaged."""
@@ -323,12 +274,12 @@ def free_run(config: TrainConfig, key: str) -> Run:
     Raises ConfigError where something else is in its place, DiskError where nothing can be written.
     """
     run = existing_run(config, key)
-    existing_path = next(path for path in (run.directory, *run.directory.absolute().parents) if path.exists())
+    existing_path = existing_parent(run.directory)
     if not existing_path.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another place.")
-    if existing_path == run.directory and any(existing_path.iterdir()) and not _is_run(existing_path):
+    if run.directory.exists() and any(run.directory.iterdir()) and not _is_run(run.directory):
         raise ConfigError(
-            f"{existing_path}: not empty, and not a run of llmft: move it away or set output_dir to another place."
+            f"{run.directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
         )
     if not os.access(existing_path, os.W_OK | os.X_OK) and not run.done:  # a finished run needs no writing
         code = errno.EROFS if os.statvfs(existing_path).f_flag & os.ST_RDONLY else errno.EACCES

@@ -13,7 +13,7 @@ from llmft.config.convert import canonical, to_plain
 from llmft.config.sections import SearchConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, RunBusy, UserError
-from llmft.core.files import held
+from llmft.core.files import exclusive_lock
 from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
@@ -139,7 +139,7 @@ def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed
 def only_one(sweep: Sweep) -> AbstractContextManager[None]:
     """Keeps a second process from the same study; raises RunBusy there."""
     busy = RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.")
-    return held(sweep.directory / ".lock", busy, timeout_s=1)
+    return exclusive_lock(sweep.directory / ".lock", busy, timeout_s=1)
 
 
 def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:

@@ -139,13 +139,13 @@ def test_plain_values_are_json_ready() -> None:
 def test_every_value_that_a_user_may_set_stands_below_a_comment_in_its_paragraph() -> None:
     unexplained = []
     for path in sorted(CONF.rglob("*.yaml")):
-        explained, inside = False, ""
+        explain_error, inside = False, ""
         for line in path.read_text().splitlines():
             key = re.match(r"(\s*)([a-z]\w*):", line)
             if key is not None and not key[1]:
                 inside = key[2]
-            explained = bool(line.strip()) and (explained or "#" in line)
-            if key is not None and not explained and inside not in ("hydra", "defaults") and not line.endswith(":"):
+            explain_error = bool(line.strip()) and (explain_error or "#" in line)
+            if key is not None and not explain_error and inside not in ("hydra", "defaults") and not line.endswith(":"):
                 unexplained.append(f"{path.relative_to(CONF)}: {key[2]}")
     assert not unexplained
 

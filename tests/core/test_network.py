@@ -11,7 +11,7 @@ import pytest
 
 from llmft.checks.machine import network
 from llmft.core.errors import ConfigError
-from llmft.core.network import NoAnswer, ask, unless_stalled
+from llmft.core.network import NoAnswer, ask, fail_if_stalled
 from llmft.data.hub import ask_hub
 from llmft.training.tracking import look_at_wandb
 from tests.servers import BAD, server
@@ -103,6 +103,6 @@ def test_a_download_ends_when_nothing_more_comes_and_not_before(tmp_path: Path) 
             time.sleep(0.2)
         return "whole"
 
-    assert unless_stalled(slow, tmp_path, 0.6) == "whole"
+    assert fail_if_stalled(slow, tmp_path, 0.6) == "whole"
     with pytest.raises(NoAnswer, match="nothing more came"):
-        unless_stalled(lambda: time.sleep(60), tmp_path, 0.4)
+        fail_if_stalled(lambda: time.sleep(60), tmp_path, 0.4)

@@ -769,7 +769,7 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
 
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
     """`python -m llmft.disk` opens what others wrote."""
-    from llmft.checks.disk import find as look
+    from llmft.checks.disk import scan as look
     from llmft.config.sections import Cleaning, DiskConfig
 
     directory = tmp_path / "runs" / "evil-0123456789"
