@@ -38,7 +38,7 @@ def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[
     assert len(environment["data"]["fingerprint"]) == 64
     samples = records(directory, "samples.jsonl")
     assert len([s for s in samples if s["step"] == 4 and s["split"] == "val"]) == 4
-    assert set(samples[0]) == {"step", "split", "where", "prompt", "reference", "generated"}
+    assert set(samples[0]) == {"step", "split", "where", "prompt", "reference", "generated", "scores"}
     assert "val/loss_nats" in (directory / "log.txt").read_text()
 
 

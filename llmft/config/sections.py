@@ -659,7 +659,15 @@ class SweepConfig:
     stop_after_same_error: int | None = 3
     early_stop_if_same_as: str | None = None
     early_stop_noise: float | None = None
+    looks: Any = None
+    seeds_until: int | None = None
+    smallest_difference: float | None = None
     report: bool = True
+
+    @property
+    def declared_looks(self) -> Any:
+        """How often the results are looked at; once, or five times where seeds are added, unless it is said."""
+        return self.looks if self.looks is not None else 5 if self.seeds_until else 1
 
     def __post_init__(self) -> None:
         number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
@@ -671,6 +679,16 @@ class SweepConfig:
         require(
             self.stop_after_same_error is None or self.stop_after_same_error >= 2,
             f"sweep.stop_after_same_error={self.stop_after_same_error}: 2 or more, or null.",
+        )
+        whole = isinstance(self.looks, int) and not isinstance(self.looks, bool) and self.looks >= 1
+        require(whole or self.looks in (None, "any"), f"sweep.looks={self.looks}: 1 or more, any, or null.")
+        require(
+            self.seeds_until is None or self.seeds_until >= 2,
+            f"sweep.seeds_until={self.seeds_until}: 2 or more, or null.",
+        )
+        require(
+            self.smallest_difference is None or self.smallest_difference > 0,
+            f"sweep.smallest_difference={self.smallest_difference}: above 0, in units of trainer.monitor, or null.",
         )
         require(
             self.early_stop_noise is None or self.early_stop_noise > 0,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 Metric = TypeVar("Metric", bound=Callable[..., Any])
@@ -18,3 +20,35 @@ def lower_is_better(metric: Metric) -> Metric:
     """Declares that a lower value is better."""
     metric.higher_is_better = False  # type: ignore[attr-defined]
     return metric
+
+
+def mean_over_rows(rows: Callable[..., Sequence[float]]) -> Callable[..., float]:
+    """Makes a metric of a function that gives each row's score: their mean.
+
+    The scores are kept with a validation, so that a verdict knows how much the metric owes to the choice of rows.
+    """
+
+    @functools.wraps(rows)
+    def metric(references: Any, predictions: Any, **options: Any) -> float:
+        return _mean(rows(references, predictions, **options))
+
+    metric.__annotations__ = {**rows.__annotations__, "return": "float"}
+    metric.row_scores = rows  # type: ignore[attr-defined]
+    return metric
+
+
+def score(metric: Callable[..., float], references: Any, predictions: Any) -> tuple[float, list[float] | None]:
+    """(value, each row's score) of a metric; None for one that is no mean over rows, such as an area under a curve."""
+    options: dict[str, Any] = {}
+    whole = metric
+    while isinstance(metric, functools.partial):
+        options, metric = {**metric.keywords, **options}, metric.func
+    rows = getattr(metric, "row_scores", None)
+    if rows is None:
+        return whole(references, predictions), None
+    scores = [float(value) for value in rows(references, predictions, **options)]
+    return _mean(scores), scores
+
+
+def _mean(scores: Sequence[float]) -> float:
+    return math.fsum(scores) / len(scores)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.metrics import higher_is_better, lower_is_better
+from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 
 
 @lower_is_better
@@ -19,9 +19,10 @@ def logloss(targets: Any, probabilities: Any) -> float:
 
 
 @higher_is_better
-def accuracy(targets: Any, probabilities: Any) -> float:
+@mean_over_rows
+def accuracy(targets: Any, probabilities: Any) -> Any:
     """Share of rows whose likeliest class is the true one, 0 to 1."""
-    return float((np.argmax(probabilities, axis=1) == np.asarray(targets)).mean())
+    return (np.argmax(probabilities, axis=1) == np.asarray(targets)).astype(float)
 
 
 @higher_is_better

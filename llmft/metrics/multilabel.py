@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.metrics import higher_is_better, lower_is_better
+from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 from llmft.metrics.classification import area_under_roc
 
 
@@ -19,9 +19,10 @@ def logloss(targets: Any, probabilities: Any) -> float:
 
 
 @higher_is_better
-def accuracy(targets: Any, probabilities: Any) -> float:
+@mean_over_rows
+def accuracy(targets: Any, probabilities: Any) -> Any:
     """Share of rows in which every class is right, at a threshold of 0.5."""
-    return float(((np.asarray(probabilities) >= 0.5) == (np.asarray(targets) == 1)).all(axis=1).mean())
+    return ((np.asarray(probabilities) >= 0.5) == (np.asarray(targets) == 1)).all(axis=1).astype(float)
 
 
 @higher_is_better

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.metrics import higher_is_better, lower_is_better
+from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 
 
 def _as_vectors(targets: Any, predictions: Any) -> tuple[np.ndarray, np.ndarray]:
@@ -21,10 +21,11 @@ def rmse(targets: Any, predictions: Any) -> float:
 
 
 @lower_is_better
-def mae(targets: Any, predictions: Any) -> float:
+@mean_over_rows
+def mae(targets: Any, predictions: Any) -> Any:
     """Mean absolute error, in the targets' unit."""
     truth, predicted = _as_vectors(targets, predictions)
-    return float(np.mean(np.abs(truth - predicted)))
+    return np.abs(truth - predicted)
 
 
 @higher_is_better

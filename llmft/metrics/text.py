@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.core.errors import ConfigError
-from llmft.metrics import higher_is_better
+from llmft.metrics import higher_is_better, mean_over_rows
 
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
 
@@ -22,30 +22,28 @@ def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
 
 
 @higher_is_better
-def exact_match(references: Sequence[str], predictions: Sequence[str]) -> float:
+@mean_over_rows
+def exact_match(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
     """Share of predictions that equal their reference up to white space at both ends, 0 to 1."""
     _check(references, predictions)
-    hits = sum(r.strip() == p.strip() for r, p in zip(references, predictions, strict=True))
-    return hits / len(references)
+    return [float(r.strip() == p.strip()) for r, p in zip(references, predictions, strict=True)]
 
 
 @higher_is_better
-def token_f1(references: Sequence[str], predictions: Sequence[str]) -> float:
+@mean_over_rows
+def token_f1(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
     """Mean F1 of the common words of a row, lower-cased and split at white space, 0 to 1.
 
     This is SQuAD's F1 (arXiv:1606.05250) with articles and punctuation kept. Two empty texts count as equal.
     """
     _check(references, predictions)
-    total = 0.0
+    scores = []
     for reference, prediction in zip(references, predictions, strict=True):
         reference_words, predicted_words = reference.lower().split(), prediction.lower().split()
         common = sum((Counter(reference_words) & Counter(predicted_words)).values())
-        total += (
-            1.0
-            if not reference_words and not predicted_words
-            else 2 * common / (len(reference_words) + len(predicted_words))
-        )
-    return total / len(references)
+        words = len(reference_words) + len(predicted_words)
+        scores.append(2 * common / words if words else 1.0)
+    return scores
 
 
 @higher_is_better
@@ -58,20 +56,21 @@ def bleu(references: Sequence[str], predictions: Sequence[str]) -> float:
 
 
 @higher_is_better
-def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> float:
+@mean_over_rows
+def rouge_l(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
     """Mean ROUGE-L F-measure of the rows by rouge-score, without stemming, 0 to 1."""
     from rouge_score import rouge_scorer
 
     _check(references, predictions)
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
-    scores = [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
-    return float(sum(scores) / len(scores))
+    return [scorer.score(r, p)["rougeL"].fmeasure for r, p in zip(references, predictions, strict=True)]
 
 
 @higher_is_better
+@mean_over_rows
 def sharpened_cosine(
     references: Sequence[str], predictions: Sequence[str], encoder: str = SENTENCE_ENCODER, exponent: float = 3.0
-) -> float:
+) -> list[float]:
     """Mean of the cosine similarity of the texts' sentence embeddings, raised to `exponent`.
 
     This is the score of the LLM prompt recovery competition. `encoder` is a directory of sentence-transformers, or an
@@ -91,7 +90,8 @@ def sharpened_cosine(
     cosine = np.clip(
         (np.asarray(reference_vectors, np.float64) * np.asarray(predicted_vectors, np.float64)).sum(axis=1), -1.0, 1.0
     )
-    return float(np.mean(np.sign(cosine) * np.abs(cosine) ** exponent))
+    scores: list[float] = (np.sign(cosine) * np.abs(cosine) ** exponent).tolist()
+    return scores
 
 
 def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:

@@ -1,201 +1,240 @@
 """How often the verdicts are wrong, and how often they find what is there: a simulation.
 
-    python -m llmft.reports.calibration [sweeps=400] [seed=0] [part=aa|ab]
+    python -m llmft.reports.calibration [sweeps=1000] [seed=0] [part=false|power|looks]
 
-prints the two tables below for `sweeps` simulated sweeps per line (a quarter of an hour for 500 on one core).
+prints the tables of sweeps/README.md. A simulated sweep has one better configuration or none. The noise of runs is
+Gaussian, Student's t with 3 degrees of freedom, skewed (log-normal) or has two modes; spreads are alike or differ
+threefold. What is measured is
 
-A simulated sweep looks like the logs': a loss near 1.03 nats, a standard deviation of 0.005 to 0.015 between seeds,
-200 or 2,000 validation rows of 60 tokens on average whose losses are skewed (log-normal) and mostly shared between
-the configurations. Row i of run s of configuration c has, per token,
-
-    base_i + taste_ci + luck_cs + wobble_csi
-
-`taste` (skewed, mean 0 over all rows that could have been drawn) makes configurations differ on the rows at hand
-without differing in truth; `luck` is the seed's, of which a share `shared` is common to all configurations that used
-the seed (data order, initial weights); `wobble` is what a seed does to single rows.
-
-**A/A**: no configuration is better in truth. Counted are sweeps in which any verdict calls anything better, over 2 to
-5 seeds, 2 to 12 configurations, equal spreads and spreads that differ threefold. The limit is 5%.
-
-**A/B**: one value of a key is better by two seed standard deviations, with 5 seeds. Counted are sweeps that say so.
-
-Figures of `sweeps=500 seed=2`. A/A: the worst of the six kinds of spread, rows and sharing, in brackets their mean:
-
-    values | 2 seeds      | 3 seeds      | 5 seeds
-         2 |  3.2% (1.7%) |  3.2% (2.1%) |  6.2% (4.0%)
-         3 |  1.8% (1.3%) |  2.8% (2.1%) |  3.6% (3.0%)
-     2 x 3 |  0.8% (0.5%) |  2.4% (1.1%) |  3.0% (2.3%)
-         6 |  2.6% (1.1%) |  3.2% (2.1%) |  4.4% (3.6%)
-        12 |  2.2% (1.1%) |  4.8% (2.4%) |  5.0% (3.3%)
-
-A/B, by the share of luck that is common to a seed:
-
-    values | 0.0    | 0.5    | 0.8
-         2 |  66.0% |  84.8% |  97.4%
-     2 x 2 |  80.6% |  82.4% |  97.8%
-     2 x 3 |  96.2% |  92.6% |  99.8%
-     2 x 6 |  99.2% | 100.0% | 100.0%
-
-and with nothing shared 87.8% for 2 x 3 values on 200 rows, 79.8% for two values with six seeds.
-
-From three configurations on no line is above 5%. The worst line of two values with five seeds reads 6.2% (standard
-error 1%; the six of them have a mean of 4.0%).
-
-Two values alone, five seeds each that share nothing, stay short of 80%. Without any noise of rows, Student's test at
-exactly 5%, the most powerful one, finds two standard deviations in 79.1% of the cases; the guards against unequal
-spreads and against the choice of rows cost the rest, and about a sixth seed makes up for it. Seeds that share half of
-their luck, or a second key in the sweep, put it above 80%. One key with 3, 6 or 12 values of which one is better by two
-standard deviations is called better than *every* other one in 45%, 12% and 2% (200 sweeps each, nothing shared): the
-best of many by chance lies ahead of its like by about as much. Over eight seeds of the embedded example, floors of the
-schedule of 0 and 0.2 were correlated by 0.85 at rank 6 and 0.2 at rank 8, different ranks by -0.6 to 0.4.
+- `plain`: a number per run, without rows;
+- `loss`: skewed losses of rows of about 60 tokens, most of it shared by all configurations. What configurations do to
+  single rows has mean 0 over all rows that could have been drawn, so that none is better in truth;
+- `accuracy`: rows that are right or wrong, likewise;
+- `groups`: such losses where 7 rows answer one question, and are right or wrong together;
+- `folds`: five-fold cross-validation of ridge regressions that see features of their own, equally good ones.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmft.config.invocation import arguments_of_process
-from llmft.reports.comparing import Verdict
-from llmft.reports.noise import Replicate, RowLosses, Sample
-from llmft.reports.verdicts import judge_samples
+from llmft.reports.statistics import Array, Looks, Replicate, RowScores, Sample, look_sizes
+from llmft.reports.verdicts import Verdicts, judge_samples
 
-LOSS = 1.03
-MEAN_TOKENS = 60.0
+LEVEL, SD = 1.0, 0.01
+FOLDS = 5
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A kind of sweep: `shape` values of each key, `seeds` runs of each configuration, `spreads` of the seeds' luck."""
+    """A kind of sweep; `effect` is how much better the first configuration is, in standard deviations between runs.
 
-    shape: tuple[int, ...]
+    With `until`, seeds are added to the configurations that may be the best, at each of the `looks`.
+    """
+
+    configurations: int
     seeds: int
-    num_rows: int = 2000
-    spreads: tuple[float, float] = (0.01, 0.01)
-    """The standard deviation of the first and of the last configuration, evenly spaced between."""
-    odd: bool = False
-    """Only the first configuration has the first spread, all others the last."""
+    measured: str = "plain"
+    noise: str = "gauss"
+    spreads: tuple[float, float] = (1.0, 1.0)
+    rows: int = 280
     shared: float = 0.0
     effect: float = 0.0
-    """How much better the first value of the first key is, in standard deviations of the seeds."""
-    taste: float = 0.05
-    wobble: float = 0.1
-
-    @property
-    def num_configurations(self) -> int:
-        """Configurations in the sweep."""
-        return int(np.prod(self.shape))
+    until: int = 0
+    looks: Looks = 1
 
     def __str__(self) -> str:
-        spread = (
-            f"{self.spreads[0]:g}" if self.spreads[0] == self.spreads[1] else f"{self.spreads[0]:g}-{self.spreads[1]:g}"
+        kind = self.measured if self.measured == "plain" else f"{self.measured}, {self.rows} rows"
+        spread = "alike" if self.spreads[0] == self.spreads[1] else "threefold"
+        return (
+            f"{self.configurations:>2} | {self.seeds:>2} | {kind:<19} | {self.noise:<9} | {spread:<9} | {self.shared}"
         )
-        kind = "one odd" if self.odd else "equal" if self.spreads[0] == self.spreads[1] else "graded"
-        grid = " x ".join(map(str, self.shape))
-        return f"{grid:>7} | {self.seeds} | {self.num_rows:>5} | {spread:>10} {kind:<7} | {self.shared:.1f}"
 
 
-def simulate(setting: Setting, rng: np.random.Generator) -> tuple[list[Sample], dict[str, dict[str, str]], list[str]]:
-    """One sweep: its samples, each configuration's values, and the keys."""
-    count, n, rows = setting.num_configurations, setting.seeds, setting.num_rows
-    spread = np.linspace(setting.spreads[0], setting.spreads[1], count)
-    if setting.odd:
-        spread = np.where(np.arange(count) == 0, setting.spreads[0], setting.spreads[1])
-    base = rng.lognormal(-0.125, 0.5, rows) * LOSS
-    tokens = np.maximum(rng.lognormal(np.log(MEAN_TOKENS) - 0.18, 0.6, rows).round(), 1)
-    taste = setting.taste * (rng.exponential(size=(count, rows)) - 1)
-    common = rng.normal(size=n)
-    own = rng.normal(size=(count, n))
-    luck = spread[:, None] * (np.sqrt(setting.shared) * common + np.sqrt(1 - setting.shared) * own)
-    settings = list(np.ndindex(*setting.shape))
-    better = np.array([place[0] == 0 for place in settings])
-    # The standard deviation between seeds, as one would see it: luck, and what is left of the wobble over all rows.
-    sd = float(np.hypot(np.mean(spread), setting.wobble * np.sqrt((tokens**2).sum()) / tokens.sum()))
-    names = np.array([f"rows:{i}" for i in range(rows)])
-    keys = [f"key{k}" for k in range(len(setting.shape))]
-    samples, values = [], {}
-    for c, place in enumerate(settings):
-        name = ", ".join(f"{key}={value}" for key, value in zip(keys, place, strict=True))
-        mean = base + taste[c] - better[c] * setting.effect * sd
+@dataclass(frozen=True)
+class Outcome:
+    """What a simulated sweep said."""
+
+    winner: str | None
+    among: list[str]
+    runs: int
+    covered: bool
+
+
+def luck(noise: str, rng: np.random.Generator, size: tuple[int, ...]) -> Array:
+    """Noise with mean 0 and variance 1."""
+    if noise == "t3":
+        return rng.standard_t(3, size=size) / math.sqrt(3)
+    if noise == "lognormal":
+        return (rng.lognormal(0.0, 0.5, size=size) - math.exp(0.125)) / math.sqrt(math.exp(0.25) * (math.exp(0.25) - 1))
+    if noise == "bimodal":
+        return (rng.choice([-1.0, 1.0], size=size) + 0.5 * rng.normal(size=size)) / math.sqrt(1.25)
+    return rng.normal(size=size)
+
+
+def simulate(setting: Setting, rng: np.random.Generator) -> list[Sample]:
+    """The samples of one sweep, with as many seeds as it may use."""
+    if setting.measured == "folds":
+        return _folds(setting, rng)
+    count, seeds, rows = setting.configurations, max(setting.seeds, setting.until), setting.rows
+    spread = rng.permutation(np.linspace(*setting.spreads, count))[:, None]
+    common, own = luck(setting.noise, rng, (seeds,)), luck(setting.noise, rng, (count, seeds))
+    run = spread * (math.sqrt(setting.shared) * common + math.sqrt(1 - setting.shared) * own)
+    run[0] -= setting.effect
+    if setting.measured == "plain":
+        return [_sample(c, [(LEVEL + SD * value, None) for value in run[c]]) for c in range(count)]
+    groups = rows // 7 if setting.measured == "groups" else rows
+    place = np.arange(rows) % groups
+    taste = rng.normal(size=(count, groups))[:, place] * 0.8 + rng.normal(size=(count, rows)) * 0.6
+    wobble = rng.normal(size=(count, seeds, rows))
+    base = rng.normal(size=groups)[place]
+    names = np.array([f"rows:{row}" for row in range(rows)])
+    found = []
+    for c in range(count):
+        scores = []
+        for s in range(seeds):
+            if setting.measured == "accuracy":
+                right = 0.8 + 1.5 * base + 0.5 * taste[c] + 0.4 * wobble[c, s] - 0.05 * run[c, s] > 0
+                scores.append(RowScores(names, right.astype(float), np.ones(rows)))
+                continue
+            tokens = 20.0 + 80.0 * (np.arange(rows) % 10) / 9
+            each = LEVEL * np.exp(0.5 * base) + 0.05 * taste[c] + 0.05 * wobble[c, s] + SD * run[c, s]
+            own_rows = RowScores(names, each * tokens, tokens)
+            scores.append(own_rows.by_group(place.astype(str).tolist()) if setting.measured == "groups" else own_rows)
+        found.append(_sample(c, [(score.metric, score) for score in scores]))
+    return found
+
+
+def _sample(c: int, runs: Sequence[tuple[float, RowScores | None]]) -> Sample:
+    return Sample(f"c{c}", tuple(Replicate(f"{s:03}", "", value, rows) for s, (value, rows) in enumerate(runs)))
+
+
+def _folds(setting: Setting, rng: np.random.Generator) -> list[Sample]:
+    """Ridge regressions on features of their own, by five-fold cross-validation; the first may have better ones."""
+    rows, each = setting.rows, 8
+    names = np.array([f"rows:{row}" for row in range(rows)])
+    features = rng.normal(size=(setting.configurations, rows, each))
+    strength = np.full(setting.configurations, 0.35)
+    strength[0] += setting.effect
+    target = np.einsum("crf,c->r", features, strength) / math.sqrt(each) * 2 + rng.normal(size=rows)
+    fold = rng.permutation(np.arange(rows) % FOLDS)
+    found = []
+    for c, x in enumerate(features):
         replicates = []
-        for s in range(n):
-            loss = (mean + luck[c, s] + setting.wobble * rng.normal(size=rows)) * tokens
-            found = RowLosses(names, loss, tokens)
-            replicates.append(Replicate(str(s), "", found.metric, found))
-        samples.append(Sample(name, tuple(replicates)))
-        values[name] = {key: str(value) for key, value in zip(keys, place, strict=True)}
-    return samples, values, keys
+        for k in range(FOLDS):
+            inside, outside = fold != k, fold == k
+            weights = np.linalg.solve(x[inside].T @ x[inside] + 5 * np.eye(each), x[inside].T @ target[inside])
+            squares = (target[outside] - x[outside] @ weights) ** 2
+            score = RowScores(names[outside], squares, np.ones(len(squares)))
+            replicates.append(Replicate("0", f"fold {k}", score.metric, score))
+        found.append(Sample(f"c{c}", tuple(replicates), 1 / (FOLDS - 1)))
+    return found
 
 
-def false_winner(setting: Setting, rng: np.random.Generator) -> bool:
-    """Whether a sweep without any difference gets a winner."""
-    found = judge_samples(*simulate(setting, rng))
-    return any(c.verdict in (Verdict.better, Verdict.worse) for _, c in found.all)
+def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
+    """Simulates a sweep and judges it, look by look where seeds are added."""
+    samples = simulate(setting, rng)
+    lower = setting.measured != "accuracy"
+    if not setting.until:
+        verdicts = judge_samples(samples, lower_is_better=lower, looks=setting.looks)
+        return _said(setting, verdicts, sum(len(s.replicates) for s in samples))
+    used = {s.name: setting.seeds for s in samples}
+    among = list(used)
+    for size in look_sizes(setting.seeds, setting.until, setting.looks):
+        used |= dict.fromkeys(among, size)
+        so_far = [replace(s, replicates=s.replicates[: used[s.name]]) for s in samples]
+        verdicts = judge_samples(so_far, lower_is_better=lower, looks=setting.looks)
+        among = verdicts.among
+        if verdicts.winner is not None:
+            break
+    return _said(setting, verdicts, sum(used.values()))
 
 
-def finds_it(setting: Setting, rng: np.random.Generator) -> bool:
-    """Whether the better value of the first key is called better than each other one."""
-    found = judge_samples(*simulate(setting, rng))
-    wanted = "key0=0"
-    family = next((f for f in found.families if f.key == "key0"), found.families[0])
-    others = [c for c in family.comparisons if c.verdict is Verdict.better]
-    return len(others) == len(family.comparisons) and all(c.first == wanted for c in others)
+def _said(setting: Setting, verdicts: Verdicts, runs: int) -> Outcome:
+    """Covered: whether the interval of the best over the first or second configuration holds the true difference."""
+    covered = True
+    for found in verdicts.families[0].comparisons:
+        if {found.first, found.second} == {"c0", "c1"} and found.low is not None and found.high is not None:
+            truth = setting.effect * SD * (1 if found.first == "c0" else -1)
+            covered = found.low <= truth <= found.high
+    return Outcome(verdicts.winner, verdicts.among, runs, covered)
 
 
-def settings_without_difference() -> Iterator[Setting]:
-    """Every kind of A/A sweep that is counted."""
-    for shape in ((2,), (3,), (2, 3), (6,), (12,)):
-        for seeds in (2, 3, 5):
-            for shared in (0.0, 0.5):
-                equal = Setting(shape, seeds, shared=shared)
-                yield equal
-                yield replace(equal, num_rows=200, spreads=(0.005, 0.015))
-                yield replace(equal, spreads=(0.015, 0.005), odd=True)
+def many(setting: Setting, sweeps: int, seed: int) -> list[Outcome]:
+    """The outcomes of `sweeps` sweeps."""
+    rng = np.random.default_rng([seed, *str(setting).encode()])
+    return [outcome(setting, rng) for _ in range(sweeps)]
 
 
-def settings_with_difference() -> Iterator[Setting]:
-    """Every kind of A/B sweep that is counted."""
-    for shape in ((2,), (2, 2), (2, 3), (2, 6)):
-        for shared in (0.0, 0.5, 0.8):
-            yield Setting(shape, 5, shared=shared, effect=2.0)
-    yield Setting((2, 3), 5, num_rows=200, effect=2.0)
-    yield Setting((2,), 6, effect=2.0)
+def false_winners(setting: Setting, sweeps: int, seed: int = 0) -> float:
+    """Share of sweeps with a winner that is none; where nothing is better, with any."""
+    return float(
+        np.mean([o.winner not in (None, "c0" if setting.effect else None) for o in many(setting, sweeps, seed)])
+    )
+
+
+def without_difference() -> Iterator[Setting]:
+    """Every kind of sweep in which nothing is better."""
+    for count in (2, 3, 6, 12):
+        for seeds in (2, 3, 5, 10):
+            for noise in ("gauss", "t3", "lognormal", "bimodal"):
+                yield Setting(count, seeds, noise=noise)
+            yield Setting(count, seeds, spreads=(0.5, 1.5))
+            yield Setting(count, seeds, shared=0.5)
+    for measured in ("loss", "accuracy", "groups"):
+        for count, seeds in ((2, 2), (2, 3), (2, 5), (6, 3), (6, 5)):
+            yield Setting(count, seeds, measured)
+    for count, rows in ((2, 200), (2, 1000), (6, 200)):
+        yield Setting(count, 1, "folds", rows=rows)
+
+
+def with_difference() -> Iterator[Setting]:
+    """Every kind of sweep in which one is better."""
+    for count in (2, 3, 6, 12):
+        for effect in (1.0, 2.0, 3.0):
+            yield Setting(count, 5, effect=effect)
+        yield Setting(count, 5, effect=2.0, shared=0.5)
+    for seeds in (3, 7, 10):
+        yield Setting(6, seeds, effect=2.0)
+    for count, rows in ((2, 200), (2, 1000), (6, 200)):
+        yield Setting(count, 1, "folds", rows=rows, effect=0.25)
+
+
+def with_looks() -> Iterator[Setting]:
+    """Sweeps that add seeds, and fixed grids beside them."""
+    for count in (2, 6):
+        for effect in (0.0, 1.0, 2.0, 3.0):
+            yield Setting(count, 2, until=10, looks=5, effect=effect)
+            yield Setting(count, 2, until=10, looks="any", effect=effect)
+            yield Setting(count, 5, effect=effect)
+            yield Setting(count, 10, effect=effect)
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Prints both tables."""
+    """Prints the tables."""
     given = dict(argument.partition("=")[::2] for argument in arguments)
-    sweeps, seed = int(given.get("sweeps", 400)), int(given.get("seed", 0))
-    part = given.get("part", "both")
-    if part not in ("both", "aa", "ab"):
-        raise SystemExit(f"part={part}: aa, ab or both.")
-    if part != "ab":
-        _without_difference(sweeps, seed)
-    if part != "aa":
-        _with_difference(sweeps, seed)
-
-
-HEAD = " values | n | rows  | seed sd            | shared"
-
-
-def _without_difference(sweeps: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    print(f"A/A, {sweeps} sweeps per line, seed {seed}: sweeps with a false winner\n{HEAD} | false")
-    counts = []
-    for setting in settings_without_difference():
-        counts.append(sum(false_winner(setting, rng) for _ in range(sweeps)))
-        print(f"{setting} | {counts[-1] / sweeps:6.1%}", flush=True)
-    print(f"all: {np.mean(counts) / sweeps:.1%}, worst line {max(counts) / sweeps:.1%}\n")
-
-
-def _with_difference(sweeps: int, seed: int) -> None:
-    rng = np.random.default_rng(seed)
-    print(f"A/B, two standard deviations, {sweeps} sweeps per line, seed {seed}: sweeps that find it\n{HEAD} | found")
-    for setting in settings_with_difference():
-        hits = sum(finds_it(setting, rng) for _ in range(sweeps))
-        print(f"{setting} | {hits / sweeps:6.1%}", flush=True)
+    sweeps, seed, part = int(given.get("sweeps", 1000)), int(given.get("seed", 0)), given.get("part", "")
+    for name, settings in (("false", without_difference), ("power", with_difference), ("looks", with_looks)):
+        if part not in ("", name):
+            continue
+        print(" k |  n | measured            | noise     | spreads   | shared | until/looks | effect"
+              " | false | found | in set | set size | covered | runs")  # fmt: skip
+        for setting in settings():
+            found = many(setting, sweeps, seed)
+            best = "c0" if setting.effect else None
+            wrong = np.mean([o.winner not in (None, best) for o in found])
+            right = np.mean([o.winner == "c0" for o in found]) if best else math.nan
+            inside, size = np.mean(["c0" in o.among for o in found]), np.mean([len(o.among) for o in found])
+            covered = np.mean([o.covered for o in found]) if setting.measured != "folds" else math.nan
+            runs = np.mean([o.runs for o in found])
+            looks = f"{setting.until}/{setting.looks}" if setting.until else ""
+            print(f"{setting}    | {looks:<11} | {setting.effect:<6} | {wrong:5.1%} | {right:5.0%} | {inside:6.1%} | "
+                  f"{size:8.1f} | {covered:7.1%} | {runs:.1f}", flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 
 from llmft.metrics.prior import is_better
-from llmft.reports.records import LARGEST_FILE, RunRecord
+from llmft.metrics.text import token_f1
+from llmft.reports.records import RunRecord, is_free_text
 from llmft.reports.study import Study
 from llmft.reports.verdicts import number
 
@@ -32,8 +33,10 @@ def metric_tables(study: Study) -> list[Table]:
     """All metrics by configuration with the prior's, then by fold; nothing where there is one metric and no prior."""
     runs = [run for c in study.configurations for run in c.runs]
     names = [name for name in dict.fromkeys(n for r in runs for n in r.result["after"]) if str(name).startswith("val/")]
-    values = {name: [run.value(name) for run in runs] for name in names}
-    names = [name for name in names if any(value is not None for value in values[name])]
+    if runs and is_free_text(runs[0].samples()):
+        names = ["val/token_f1" if name == "val/exact_match" else name for name in names]
+    values = {name: [_value(run, name) for run in runs] for name in dict.fromkeys(names)}
+    names = [name for name in values if any(value is not None for value in values[name])]
     # A loss that is the log-loss is shown once.
     loss = np.array(values.get("val/loss_nats", []), float)
     names = [n for n in names if n == "val/loss_nats" or not _same(np.array(values[n], float), loss)]
@@ -42,7 +45,7 @@ def metric_tables(study: Study) -> list[Table]:
     if len(names) < 2 and not known:
         return []
     head = ["configuration", *(name.removeprefix("val/") for name in names), *(["against chance"] if known else [])]
-    lines = [[c.name, *(_spread([run.value(n) for run in c.runs]) for n in names), *_against(c.runs, known)]
+    lines = [[c.name, *(_spread([_value(run, n) for run in c.runs]) for n in names), *_against(c.runs, known)]
              for c in study.configurations]  # fmt: skip
     if known:
         lines.append([PRIOR, *("" if prior is None else number(prior) for prior in priors), ""])
@@ -56,11 +59,20 @@ def metric_tables(study: Study) -> list[Table]:
         for c in folded:
             for part in dict.fromkeys(run.part for run in c.runs):
                 own = [run for run in c.runs if run.part == part]
-                means = [_mean([run.value(name) for run in own]) for name in names]
+                means = [_mean([_value(run, name) for run in own]) for name in names]
                 cells = ["" if mean is None else number(mean) for mean in means]
                 label = part.removesuffix(", split 0")
                 lines.append([f"{c.name}: {label}" if several else label, *cells, *_against(own, known)])
         found.append(Table("By fold", "", ["part", *head[1:]], lines))
+    return found
+
+
+def _value(run: RunRecord, name: str) -> float | None:
+    """A metric of the run; token F1 of its generations where it was not asked for."""
+    found = run.value(name)
+    if found is None and name == "val/token_f1" and (samples := run.samples()):
+        texts = [[str(sample.get(key) or "") for sample in samples] for key in ("reference", "generated")]
+        return token_f1(*texts)
     return found
 
 
@@ -98,18 +110,10 @@ def confusion(study: Study) -> tuple[list[str], list[list[int]], int] | None:
 
 def _predictions(run: RunRecord) -> Any:
     from llmft.config.sections import TaskType
-    from llmft.runs.predictions import Predictions
 
-    folder = run.directory / "predictions" / "val"
-    files = [folder / "predictions.json", folder / "predictions.parquet"]
-    try:
-        if not all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files):
-            return None
-        found = Predictions.load(folder)
-        return found if found.problem == TaskType.single_label.value and found.known and found.labels else None
-    except Exception as error:  # a run directory may hold anything
-        run.faults.append(f"predictions/val: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
-        return None
+    found = run.predictions()
+    single = found is not None and found.problem == TaskType.single_label.value
+    return found if single and found.known and found.labels else None
 
 
 def _prior(run: RunRecord, name: str) -> float | None:

@@ -16,8 +16,8 @@ from enum import Enum
 import numpy as np
 
 from llmft.metrics.prior import chance_sentence, is_better
-from llmft.reports.noise import RowLosses
-from llmft.reports.records import ROW_METRICS, RunRecord
+from llmft.reports.records import RunRecord
+from llmft.reports.statistics import RowScores
 
 LOSS, TRAIN = "val/loss_nats", "train/loss_nats"
 ERRORS = 2.0
@@ -118,14 +118,13 @@ def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: i
     if high == low:
         return False
     values = dict(curve)
-    split = ROW_METRICS[LOSS]
-    first, second = run.row_losses(split, high), run.row_losses(split, low)
+    first, second = run.row_losses(high), run.row_losses(low)
     rows = paired_error(first, second) if first is not None and second is not None else None
     error = rows if rows is not None else _scatter(curve)
     return values[high] - values[low] > ERRORS * error
 
 
-def paired_error(first: RowLosses, second: RowLosses) -> float | None:
+def paired_error(first: RowScores, second: RowScores) -> float | None:
     """The standard error of the difference of two validations on the same rows; None where the rows differ."""
     if not np.array_equal(first.rows, second.rows) or len(first.rows) < 2:
         return None

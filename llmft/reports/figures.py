@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from llmft.reports.comparing import Comparison, Verdict
 from llmft.reports.curves import Band, band
-from llmft.reports.importance import Importance, interaction
+from llmft.reports.importance import interaction
 from llmft.reports.study import Configuration, Study, short_names, sorted_values
 from llmft.reports.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
-from llmft.reports.verdicts import number
+from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
+from llmft.reports.verdicts import shown as told
 
 MOST_LINES = 24
 TOP, BOTTOM = 14, 236
 EARLY, CUT_FROM = 0.15, 3.0
 """Where the first so much of the steps spans more than so many times the rest, the rest is shown."""
-LOG_FROM = 20.0
-"""Curves whose values span more than so many times the smallest get a logarithmic axis."""
+LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
+"""Curves, and dots of runs, whose values span more than so many times the smallest get a logarithmic axis."""
 
 
 @dataclass(frozen=True)
@@ -113,45 +113,64 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
 
 
 def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Markup | None:
-    """The distance of the best to each other one with its interval; an interval that holds 0 tells nothing apart."""
+    """The lead of the best over each other one with its interval; one that holds 0 tells nothing apart."""
     shown = [c for c in comparisons if c.low is not None and c.high is not None][:MOST_LINES]
     if not shown:
         return None
-    ends = [0.0, *(v for c in shown for v in (_as_lead(c)[0], _as_lead(c)[2]))]
+    x = Scale([0.0, *(v for c in shown for v in (c.low, c.high) if v is not None)], 14, WIDTH - 14)
     height = 46.0 * len(shown) + 56
-    x = Scale(ends, 14, WIDTH - 14)
     parts = []
     for value in x.ticks():
         parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
-        parts.append(text(x(value), height - 26, short(value), "middle"))
-    parts.append(text(WIDTH / 2, height - 6, f"lead in {unit}, 95% interval", "middle", class_="faint"))
+        parts.append(text(x(value), height - 26, f"{value:.0%}" if shown[0].log else short(value), "middle"))
+    left = x(0.0) < WIDTH / 2
+    of = f"lead in {unit}" if not shown[0].log else f"how much lower {unit} is"
+    parts.append(text(WIDTH / 2, height - 6, f"{of}, 95% interval", "middle", class_="faint"))
     for place, c in enumerate(shown):
-        low, lead, high = _as_lead(c)
         at = 46.0 * place + 36
-        clear = c.verdict in (Verdict.better, Verdict.worse)
+        clear, words = c.verdict in (Verdict.better, Verdict.behind), clip(f"over {c.second}", 40)
         shape = tag(
             "g",
-            text(14, at - 12, clip(f"over {c.second}", 56), class_="halo"),
-            tag("line", x1=x(0.0), x2=x(0.0), y1=at - 8, y2=at + 10, class_="zero"),
-            tag("line", x1=x(low), x2=x(high), y1=at, y2=at, class_="interval"),
-            tag("circle", cx=x(lead), cy=at, r=5, class_="mark" if clear else "mark open"),
+            text(x(0.0) + (8 if left else -8), at - 12, words, "start" if left else "end", class_="halo"),
+            tag("line", x1=x(0.0), x2=x(0.0), y1=at - 24, y2=at + 22, class_="zero"),
+            tag("line", x1=x(c.low or 0.0), x2=x(c.high or 0.0), y1=at, y2=at, class_="interval"),
+            tag("circle", cx=x(c.lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )
-        tip = f"{c.first} over {c.second}: {number(lead)}, 95% interval {number(low)} to {number(high)}"
+        tip = f"{c.first} over {c.second}: {told(c, c.lead)}, {interval_of(c)}"
         parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
     return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
 
 
-def _as_lead(c: Comparison) -> tuple[float, float, float]:
-    assert c.low is not None
-    assert c.high is not None
-    lead = abs(c.estimate)
-    return lead - (c.high - c.low) / 2, lead, lead + (c.high - c.low) / 2
+def points(study: Study) -> Markup | None:
+    """A dot for every run and a bar for the mean, a line per configuration, the best on top."""
+    shown = study.configurations[:MOST_LINES]
+    if len(shown) < 2:
+        return None
+    values = [c.sample(study.monitor).values for c in shown]
+    every = [float(v) for own in values for v in own]
+    log = min(every) > 0 and max(every) / min(every) > DOTS_LOG_FROM
+    x = Scale(every, 14, WIDTH - 14, log=log)
+    height = 40.0 * len(shown) + 48
+    parts = []
+    for value in x.ticks():
+        parts.append(tag("line", x1=x(value), x2=x(value), y1=4, y2=height - 44, class_="grid"))
+        parts.append(text(x(value), height - 26, short(value), "middle"))
+    note = f"{study.monitor}{', logarithmic' if log else ''}"
+    parts.append(text(WIDTH / 2, height - 6, note, "middle", class_="faint"))
+    for place, (c, own) in enumerate(zip(shown, values, strict=True)):
+        at, mean = 40.0 * place + 32, float(own.mean())
+        dots = [tag("circle", cx=x(float(value)), cy=at, r=4, class_="dot") for value in own]
+        bar = tag("line", x1=x(mean), x2=x(mean), y1=at - 9, y2=at + 9, class_="line")
+        words = f"{c.name}: mean {number(mean)}; {', '.join(number(float(value)) for value in own)}"
+        shape = tag("g", text(14, at - 12, clip(c.name, 56), class_="halo"), *dots, bar)
+        parts.append(tipped(shape, words, class_=f"series s{place}" if place < SERIES else "series rest"))
+    return figure(height, "Every run", f"Every run of {len(shown)} configurations.", *parts)
 
 
 def parallel(study: Study) -> Markup | None:
     """A line per configuration through its value of each key to its metric; the better, the darker."""
     keys = study.keys
-    if not keys or len(study.configurations) < 2:
+    if len(keys) < 2 or len(study.configurations) < 2:
         return None
     names = short_names(keys)
     width = max(WIDTH, 124.0 * len(keys) + 150)
@@ -188,39 +207,26 @@ def _labels(level: Sequence[str], spots: dict[str, float]) -> list[tuple[str, fl
     return [(value, spots[value]) for value in level[::stride]]
 
 
-def importance_bars(found: Importance, undecided: Collection[str] = ()) -> Markup:
-    """Each key's share of the variance between configurations, the pairs', and the seeds'.
-
-    The bar of a key that no verdict tells from noise is hollow and says so, and so is a pair's that noise may give.
-    """
-    bars = [(key, share, "s0", key in undecided) for key, share in sorted(found.keys.items(), key=lambda i: -i[1])]
-    pairs = sorted(found.pairs.items(), key=lambda item: -item[1])[:4]
-    for pair, share in pairs:
-        if share >= 0.005:
-            bars.append((" with ".join(pair), share, "s2", found.ranges.get(pair, (0.0, 1.0))[0] < 0.005))
-    if found.exact and found.noise >= 0.0005:
-        bars.append(("noise between runs", found.noise, "rest", False))
-    ranges = {" with ".join(name) if isinstance(name, tuple) else name: ends for name, ends in found.ranges.items()}
+def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Markup:
+    """Each key's share of the variance; the bar of a key that no verdict tells from noise is hollow and says so."""
     parts, listed = [], []
-    for place, (name, share, style, hollow) in enumerate(bars):
-        at = 44.0 * place
-        span = f"{ranges[name][0]:.0%} to {ranges[name][1]:.0%}" if name in ranges else ""
-        told = "not distinguishable from noise" if hollow else f"{share:.1%}" + (f" ({span})" if span else "")
-        listed.append(f"{name} {told}")
+    for place, (name, share) in enumerate(shares.items()):
+        at, hollow = 44.0 * place, name in undecided
+        words = "not distinguishable from noise" if hollow else f"{share:.0%}"
+        listed.append(f"{name} {words}")
         shape = tag(
             "g",
             text(4, at + 15, clip(name, 30)),
-            text(WIDTH - 4, at + 15, told, "end", class_="faint"),
+            text(WIDTH - 4, at + 15, words, "end", class_="faint"),
             tag("rect", x=4, y=at + 21, width=WIDTH - 8, height=12, rx=3, class_="track"),
             tag(
                 "rect", x=4, y=at + 21, width=max((WIDTH - 8) * share, 1.5), height=12, rx=3,
                 class_="bar open" if hollow else "bar",
             ),
         )  # fmt: skip
-        tip = f"{name}: {share:.1%} of the variance here" + (f", {span} with the noise between runs" if span else "")
-        parts.append(tipped(shape, f"{tip}{'; not distinguishable from noise' * hollow}", class_=f"series {style}"))
+        parts.append(tipped(shape, f"{name}: {words}", class_="series s0"))
     note = f"Share of the variance: {'; '.join(listed)}."
-    return figure(44.0 * len(bars) + 4, "Importance of each key", note, *parts)
+    return figure(44.0 * len(shares) + 4, "Importance of each key", note, *parts)
 
 
 def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
@@ -255,7 +261,7 @@ def heat_map(study: Study, first: str, second: str) -> Markup:
     names = short_names(study.keys)
     known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
     left, top = 118.0, 44.0
-    width = min((WIDTH - left - 6) / len(columns), 120.0)
+    width = min((WIDTH - left - 6) / len(columns), 168.0)
     whole = max(WIDTH, left + len(columns) * max(width, 52.0) + 6)
     width, high = max(width, 52.0), 36.0
     parts = [

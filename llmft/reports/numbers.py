@@ -2,8 +2,9 @@
 
 A csv with the columns `configuration` and `value` (the mean over its runs), and, as far as known: `seeds` (runs
 behind the value; 1), `sd` (standard deviation between runs; one for all lines is enough), `sd_seeds` (on how many
-runs it was measured; empty: taken as known), `comparison` (lines with the same word are compared with one another),
-`metric` (what the value measures, such as accuracy, which says whether more or less of it is better).
+runs it was measured; empty: on the line's own, or taken as known where that is one), `comparison` (lines with the same
+word are compared with one another), `metric` (what the value measures, such as accuracy, which says whether more or
+less of it is better).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from llmft.config.sections import Mode
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.metrics.monitor import mode_of, named_metric
-from llmft.reports.noise import Noise, Replicate, Sample
+from llmft.reports.statistics import Replicate, Sample
 from llmft.reports.verdicts import Verdicts, judge_samples
 
 COLUMNS = ("configuration", "value", "seeds", "sd", "sd_seeds", "comparison", "metric")
@@ -55,15 +56,13 @@ def judge_numbers(
             raise DataError(f"{where}: two configurations are needed, there is {len(lines)}.")
         if len({line.name for line in lines}) < len(lines):
             raise DataError(f"{where}: a configuration stands twice; give its mean and the number of its runs (seeds).")
-        samples = [
-            Sample(line.name, tuple(Replicate(str(run), "", line.value) for run in range(line.seeds))) for line in lines
-        ]
         measured = {line.metric or metric or "" for line in lines}
         if len(measured) > 1:
             raise DataError(f"{where}: values of {' and '.join(sorted(measured))} cannot be compared with each other.")
         lower_is_better = _mode(measured.pop(), mode, where) is Mode.min
-        noise = _noise(samples, [line for line in lines if line.sd is not None] or published)
-        found[name] = judge_samples(samples, lower_is_better=lower_is_better, noise=noise)
+        spread = _spread([line for line in lines if line.sd is not None] or published)
+        samples = [_sample(line, spread) for line in lines]
+        found[name] = judge_samples(samples, lower_is_better=lower_is_better)
     return found
 
 
@@ -76,20 +75,32 @@ def _mode(metric: str, mode: Mode, where: str) -> Mode:
     return mode_of(named_metric(metric) if metric else None, metric or "the values", mode, key="mode")
 
 
-def _noise(samples: Sequence[Sample], lines: Sequence[Published]) -> Noise:
+def _degrees(line: Published) -> float:
+    """Of the line's spread; infinite for one that is taken as known."""
+    measured = line.sd_seeds or line.seeds
+    return measured - 1.0 if measured > 1 else math.inf
+
+
+def _spread(lines: Sequence[Published]) -> tuple[float, float] | None:
+    """(pooled standard deviation, degrees of freedom) of the lines that tell one; None where none does."""
     told = [line for line in lines if line.sd is not None]
     if not told:
-        return Noise({s.name: s for s in samples}, known=True)
-    degrees = [(line.sd_seeds or 0) - 1 for line in told]
-    if all(line.sd_seeds is not None for line in told):
-        weights = [max(df, 0) for df in degrees]
-        if not sum(weights):
-            return Noise({s.name: s for s in samples}, known=True)
-        variance = sum(w * (line.sd or 0) ** 2 for w, line in zip(weights, told, strict=True)) / sum(weights)
-        # The same spread said on every line was measured once.
-        once = len({(line.sd, line.sd_seeds) for line in told}) == 1
-        return Noise.told(samples, math.sqrt(variance), 1 + (weights[0] if once else sum(weights)))
-    return Noise.told(samples, math.sqrt(sum((line.sd or 0) ** 2 for line in told) / len(told)))
+        return None
+    degrees = [_degrees(line) for line in told]
+    weights = [1.0 if math.inf in degrees else df for df in degrees]
+    variance = sum(w * (line.sd or 0.0) ** 2 for w, line in zip(weights, told, strict=True)) / sum(weights)
+    # The same spread said on every line was measured once.
+    once = len({(line.sd, line.sd_seeds) for line in told}) == 1
+    return math.sqrt(variance), math.inf if math.inf in degrees else degrees[0] if once else sum(degrees)
+
+
+def _sample(line: Published, spread: tuple[float, float] | None) -> Sample:
+    stated = spread
+    if spread is not None:
+        # Two lines with one estimate between them have its degrees of freedom together.
+        stated = (line.sd, _degrees(line)) if line.sd and line.seeds > 1 else (spread[0], spread[1] / 2)
+    runs = tuple(Replicate(str(run), "", line.value) for run in range(line.seeds))
+    return Sample(line.name, runs, stated=stated)
 
 
 def read_numbers(path: Path) -> list[Published]:

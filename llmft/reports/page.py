@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from llmft.core.redaction import redact
+from llmft.metrics.text import token_f1
 from llmft.reports import figures, tables
 from llmft.reports.classes import confusion
 from llmft.reports.clusters import text_clusters
 from llmft.reports.curves import TRAIN
 from llmft.reports.importance import importance
 from llmft.reports.leaderboard import match_scores, rank_correlation
+from llmft.reports.records import is_free_text
 from llmft.reports.study import Study
 from llmft.reports.verdicts import finding, number, undecided
 
@@ -26,7 +29,10 @@ if TYPE_CHECKING:
 
 MOST_SAMPLES = 12
 MOST_COLUMNS = 4
+MOST_MAPS = 3
 MOST_CHARACTERS = 700
+SHORTEST_PREAMBLE = 12
+"""Characters that all prompts must have in common for these to be left out."""
 MOST_CLASSES = 20
 """Of a confusion that is drawn."""
 
@@ -55,8 +61,7 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
     values: dict[str, Any] = {
         "report": report,
         "study": study,
-        "head": tables.HEAD,
-        "rows": [tables.cells(line) for line in report.board],
+        "board": tables.board_table(report.board),
         "legend": figures.series_of(study)[: figures.MOST_LINES],
         "figures": _figures(report, scores, clusters),
         "metrics": report.metrics,
@@ -89,13 +94,16 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
         "clusters": [],
         "metrics": [],
     }
+    dots = figures.points(study)
+    if dots is not None:
+        groups["verdicts"].append(Drawn("Every run", "A dot is a run, the bar their mean.", dots))
     for family in report.verdicts.families:
         if family.key is not None and len(family.comparisons) < 2:
             continue  # one interval is said as well as drawn
         lead = family.comparisons[0].first
         svg = figures.differences(family.comparisons, f"Lead of {lead}", study.monitor)
         if svg is not None:
-            note = "Where the interval holds 0 (hollow mark), the difference may be noise."
+            note = "Where the mark is hollow, the difference may be noise."
             groups["verdicts"].append(Drawn(f"Lead of {lead}", note, svg))
     for metric in dict.fromkeys([study.monitor, "val/loss_nats", TRAIN]):
         drawn_curves = figures.curves(study, metric, metric)
@@ -107,23 +115,15 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
         note = "A line is a configuration; the stronger, the better. Better metrics are at the top."
         groups["keys"].append(Drawn("Parallel coordinates", note, paths))
     shares = importance(study)
-    if shares is not None:
-        how = (
-            "Functional analysis of variance over the complete grid; "
-            + (
-                "what the noise between runs alone would give is taken off."
-                if shares.ranges
-                else "the noise between runs is unknown."
-            )
-            if shares.exact
-            else "Functional analysis of variance of a random forest, since some combinations are missing."
-        )
-        how += " In brackets, what the noise leaves open." if shares.ranges else ""
+    if shares:
+        how = "Share of the variance that each key explains by itself in a random forest (Optuna's fANOVA)."
         bars = figures.importance_bars(shares, undecided(report.verdicts, study.keys))
         groups["keys"].append(Drawn("Importance", how, bars))
-    for first, second in _pairs(study, shares):
-        svg = figures.heat_map(study, first, second)
-        groups["keys"].append(Drawn("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg))
+    for first, second in list(itertools.combinations(shares or study.keys[:2], 2))[:MOST_MAPS]:
+        if len(study.configurations) > 2:
+            svg = figures.heat_map(study, first, second)
+            note = f"{study.monitor}: the stronger the colour, the better."
+            groups["keys"].append(Drawn("Interaction", note, svg))
     groups["scores"] = _scores(study, scores)
     classes = confusion(study)
     if classes is not None and len(classes[0]) <= MOST_CLASSES:
@@ -136,16 +136,6 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
     if drawn is not None:
         groups["clusters"].append(Drawn("Validation rows by their words", drawn.note, drawn.svg))
     return groups
-
-
-def _pairs(study: Study, shares: Any, most: int = 3) -> list[tuple[str, str]]:
-    """The pairs of keys whose interplay matters most."""
-    if len(study.keys) < 2 or len(study.configurations) < 3:
-        return []
-    if shares is None:
-        return [(study.keys[0], study.keys[1])]
-    ranked = sorted(shares.pairs, key=lambda pair: -shares.pairs[pair])
-    return ranked[:most]
 
 
 def _scores(study: Study, scores: Mapping[str, float]) -> list[Drawn]:
@@ -172,14 +162,32 @@ def side_by_side(study: Study) -> dict[str, Any] | None:
             break
     if not columns:
         return None
+    shown = list(columns[0][1].items())[:MOST_SAMPLES]
+    free = is_free_text([sample for _, sample in shown])
+    prompts = distinct([str(redact(str(sample.get("prompt") or ""))) for _, sample in shown])
     lines = []
-    for where, sample in list(columns[0][1].items())[:MOST_SAMPLES]:
-        told = [_shown(found.get(where, {}).get("generated")) for _, found in columns]
-        reference = _shown(sample.get("reference"))
-        right = [text.strip() == reference.strip() for text in told]
-        lines.append({"where": where, "prompt": _shown(sample.get("prompt")), "reference": reference,
-                      "told": list(zip(told, right, strict=True))})  # fmt: skip
-    return {"names": [name for name, _ in columns], "lines": lines}
+    for (where, sample), prompt in zip(shown, prompts, strict=True):
+        reference, told = _shown(sample.get("reference")), []
+        for _, found in columns:
+            text = _shown(found.get(where, {}).get("generated"))
+            told.append((text, text.strip() == reference.strip(), f"{token_f1([reference], [text]):.2f}"))
+        lines.append({"where": where, "prompt": _shown(prompt), "reference": reference, "told": told})
+    return {"names": [name for name, _ in columns], "lines": lines, "free": free}
+
+
+def distinct(prompts: Sequence[str]) -> list[str]:
+    """Prompts without what all of them begin and end with, cut between words."""
+
+    def shared(texts: Sequence[str]) -> int:
+        low, high = min(texts), max(texts)
+        unlike = (place for place, pair in enumerate(zip(low, high, strict=False)) if pair[0] != pair[1])
+        common = low[: next(unlike, 0)]
+        return max(common.rfind(" "), common.rfind("\n")) + 1
+
+    start = shared(prompts)
+    end = shared([prompt[start:][::-1] for prompt in prompts])
+    start, end = (length if length >= SHORTEST_PREAMBLE else 0 for length in (start, end))
+    return [f"{'… ' * (start > 0)}{p[start : len(p) - end].strip()}{' …' * (end > 0)}" for p in prompts]
 
 
 def _shown(value: Any) -> str:

@@ -17,13 +17,16 @@ from typing import Any
 from llmft.config.renamed import RENAMED, move
 from llmft.core.arrow import numbers
 from llmft.core.redaction import redact
-from llmft.reports.noise import RowLosses
+from llmft.reports.statistics import RowScores, jackknife
 
 LARGEST_FILE = 256 * 2**20
 LARGEST_CONFIG = 2 * 2**20
-ROW_METRICS = {"val/loss_nats": "val", "val/logloss": "val"}
-"""Metrics that may be sum(loss) / sum(tokens) of the rows that `row_losses/<split>-<step>.parquet` keeps; a run whose
-metric is another number (a clipped logloss) has no row losses for it."""
+LONGEST_ANSWER = 5
+"""Words of a reference that a generation may be expected to equal."""
+LOSSES = ("val/loss_nats", "val/logloss")
+"""Metrics that are sum(loss) / sum(tokens) of the rows that `row_losses/val-<step>.parquet` keeps."""
+TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu")
+"""Metrics of generations that need no model to be computed again."""
 
 
 @dataclass
@@ -125,37 +128,105 @@ class RunRecord:
         """Fingerprints of data and model."""
         return _inner(self.environment, "data", "fingerprint"), _inner(self.environment, "model", "fingerprint")
 
-    def row_losses(self, split: str, step: int) -> RowLosses | None:
-        """The rows' losses at a validation; None where they were not kept or cannot be read."""
-        path = self.directory / "row_losses" / f"{split}-{step:08d}.parquet"
+    def row_table(self, step: int) -> dict[str, Any]:
+        """The columns of the rows at a validation, arrays; nothing where they were not kept or cannot be read."""
+        path = self.directory / "row_losses" / f"val-{step:08d}.parquet"
         if not path.is_file():
-            return None
+            return {}
         import numpy as np
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         try:
             with pq.ParquetFile(path) as file:  # `read_table` would import pandas
-                table = file.read(columns=["row", "loss_nats", "tokens"])
-            loss, tokens = (numbers(table[name].combine_chunks()).astype(float) for name in ("loss_nats", "tokens"))
-            rows = np.array(table["row"].to_pylist(), dtype=str)
+                table = file.read()
+            columns = {name: table[name].combine_chunks() for name in table.column_names}
+            return {
+                name: np.array(column.to_pylist(), dtype=str) if name in ("row", "group") else numbers(column)
+                for name, column in columns.items()
+            }
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
             self.faults.append(f"{path.name}: {_line(error)}")
-            return None
-        if not len(loss) or not np.isfinite(loss).all() or tokens.sum() <= 0:
-            return None
-        return RowLosses(rows, loss, tokens)
+            return {}
 
-    def losses_of(self, metric: str) -> RowLosses | None:
-        """The row losses behind `metric` of the weights that the run hands over, where it is made of them."""
-        split = ROW_METRICS.get(metric)
-        if split is None or self.step is None:
+    def row_losses(self, step: int) -> RowScores | None:
+        """The rows' losses over their tokens at a validation; rows of one group are summed."""
+        return self._of_table(self.row_table(step), "loss_nats", "tokens")
+
+    def _of_table(self, table: dict[str, Any], total: str, weight: str | None = None) -> RowScores | None:
+        import numpy as np
+
+        if "row" not in table or total not in table or (weight and weight not in table) or not len(table["row"]):
             return None
-        found = self.row_losses(split, self.step)
+        totals = np.asarray(table[total], float)
+        weights = np.asarray(table[weight], float) if weight else np.ones(len(totals))
+        if not np.isfinite(totals).all() or not weights.sum() > 0:
+            return None
+        found = RowScores(table["row"], totals, weights)
+        return found.by_group(table["group"]) if "group" in table else found
+
+    def row_scores(self, metric: str) -> RowScores | None:
+        """What each validation row adds to `metric` of the weights that the run hands over, where it can be told.
+
+        The rows' losses; the scores that the validation kept; else the metric without some rows in turn.
+        """
         value = self.value(metric)
-        if found is None or value is None or not math.isclose(found.metric, value, rel_tol=1e-3, abs_tol=1e-6):
-            return None  # of another run or another counting: no base for a comparison
-        return found
+        if self.step is None or value is None:
+            return None
+        table, name = self.row_table(self.step), metric.removeprefix("val/")
+        found = self._of_table(table, "loss_nats", "tokens") if metric in LOSSES else None
+        found = found or self._of_table(table, f"score_{name}") or self._of_samples(name, table)
+        if found is not None and math.isclose(found.metric, value, rel_tol=1e-3, abs_tol=1e-6):
+            return found
+        return self._without_rows(metric, value, table)
+
+    def _of_samples(self, name: str, table: dict[str, Any]) -> RowScores | None:
+        import numpy as np
+
+        samples = self.samples()
+        scores = [own.get(name) for sample in samples if isinstance(own := sample.get("scores"), dict)]
+        if not samples or len(scores) < len(samples) or not all(_is_number(value) for value in scores):
+            return None
+        names = np.array([str(sample.get("where", place)) for place, sample in enumerate(samples)])
+        found = RowScores(names, np.array(scores, float), np.ones(len(samples)))
+        return found.by_group(_grouped(names, table)) if "group" in table else found
+
+    def _without_rows(self, metric: str, value: float, table: dict[str, Any]) -> RowScores | None:
+        """By a jackknife over the predictions or generations, where these give the metric again."""
+        import numpy as np
+
+        from llmft.metrics.monitor import named_metric
+
+        name = metric.removeprefix("val/")
+        function = named_metric(metric, [str(path) for path in self.config.get("task.metrics") or []])
+        predictions = self.predictions() if function is not None and name not in TEXT_METRICS else None
+        if predictions is not None and predictions.known and predictions.problem != "text":
+            rows = predictions.columns.get("group") or predictions.ids
+            references, made = predictions.references(), predictions.values
+        elif name in TEXT_METRICS and (samples := self.samples()):
+            names = [str(sample.get("where", place)) for place, sample in enumerate(samples)]
+            rows = _grouped(names, table) if "group" in table else names
+            references, made = (np.array([str(s.get(k)) for s in samples], object) for k in ("reference", "generated"))
+        else:
+            return None
+        try:
+            same = math.isclose(function(references, made), value, rel_tol=1e-3, abs_tol=1e-6)
+            return jackknife(function, references, made, [str(row) for row in rows]) if same else None
+        except Exception:  # a metric of somebody's own may refuse what is left
+            return None
+
+    def predictions(self) -> Any:
+        """Its predictions of the validation rows; None where there are none that can be read."""
+        from llmft.runs.predictions import Predictions
+
+        folder = self.directory / "predictions" / "val"
+        files = [folder / "predictions.json", folder / "predictions.parquet"]
+        try:
+            whole = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
+            return Predictions.load(folder) if whole else None
+        except Exception as error:  # a run directory may hold anything
+            self.faults.append(f"predictions/val: {_line(error)}")
+            return None
 
     def samples(self) -> list[dict[str, Any]]:
         """Generations of the step whose weights the run hands over, or else of the last one."""
@@ -163,6 +234,18 @@ class RunRecord:
         steps = {s["step"] for s in found if _is_step(s.get("step"))}
         wanted = self.step if self.step in steps else max(steps, default=None)
         return [s for s in found if s.get("step") == wanted]
+
+
+def _grouped(names: Any, table: dict[str, Any]) -> list[str]:
+    """The group of each row that is named."""
+    groups = dict(zip(table["row"].tolist(), table["group"].tolist(), strict=True))
+    return [str(groups.get(str(name), name)) for name in names]
+
+
+def is_free_text(samples: list[dict[str, Any]]) -> bool:
+    """Whether answers are sentences, of which hardly one equals its reference: token F1 tells more than a match."""
+    lengths = sorted(len(str(sample.get("reference") or "").split()) for sample in samples)
+    return bool(lengths) and lengths[len(lengths) // 2] > LONGEST_ANSWER
 
 
 def read_run(directory: Path) -> RunRecord:

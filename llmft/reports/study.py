@@ -18,8 +18,8 @@ from typing import Any
 from llmft.config.sections import Mode
 from llmft.core.redaction import redact
 from llmft.metrics.monitor import declared, mode_of, named_metric
-from llmft.reports.noise import Replicate, Sample
 from llmft.reports.records import RunRecord, _object, read_run
+from llmft.reports.statistics import Looks, Replicate, Sample
 
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 NAMED = ("model", "prompt", "data", "task")
@@ -51,16 +51,19 @@ class Configuration:
     name: str
     values: dict[str, str]
     runs: list[RunRecord]
+    lost: int = 0
+    """Runs of it that diverged or failed."""
 
-    def sample(self, metric: str) -> Sample:
-        """The metric of each run, with its row losses."""
+    def sample(self, metric: str, *, rows: bool = False) -> Sample:
+        """The metric of each run; with `rows`, which takes longer, what each validation row adds to it."""
         replicates: dict[tuple[str, str], Replicate] = {}
         for run in self.runs:
             value = run.value(metric)
             if value is not None and (run.seed, run.part) not in replicates:  # a copy is no new draw
-                replicates[run.seed, run.part] = Replicate(run.seed, run.part, value, run.losses_of(metric))
+                of_rows = run.row_scores(metric) if rows else None
+                replicates[run.seed, run.part] = Replicate(run.seed, run.part, value, of_rows)
         parts = {part for _, part in replicates}
-        return Sample(self.name, tuple(replicates.values()), self._overlap() if len(parts) > 1 else 0.0)
+        return Sample(self.name, tuple(replicates.values()), self._overlap() if len(parts) > 1 else 0.0, self.lost)
 
     def _overlap(self) -> float:
         """Validation rows over training rows."""
@@ -95,6 +98,9 @@ class Study:
     finished: str | None = None
     stopped: list[str] = field(default_factory=list)
     """Trials that were ended on purpose: pruned, or the twin of another run."""
+    looks: Looks = 1
+    """How often the sweep's results were to be looked at."""
+    smallest_difference: float | None = None
 
 
 def make_study(runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mode.auto) -> Study:
@@ -114,6 +120,11 @@ def make_study(runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mod
     keys, follows = varied_keys(with_value or records, swept if isinstance(swept := record.get("swept"), dict) else {})
     study = Study(_title(record, records, sweep), monitor, lower, keys, follows, runs=records)
     study.configurations = _configurations(with_value, keys, monitor, lower)
+    _count_lost(study.configurations, keys, [run for run in records if run.status in ("diverged", "failed")])
+    _count_lost(study.configurations, keys, [run for run in done if run.value(monitor) is None])
+    looks, smallest = record.get("looks"), record.get("smallest_difference")
+    study.looks = "any" if looks == "any" else looks if isinstance(looks, int) and looks > 0 else 1
+    study.smallest_difference = float(smallest) if isinstance(smallest, (int, float)) and smallest > 0 else None
     study.others = [run for run in done if run.value(monitor) is None]
     study.stopped = sorted(ended.values())
     study.failures = _failures(trials, record, sweep, records, by_path, ended)
@@ -380,6 +391,16 @@ def _configurations(runs: Sequence[RunRecord], keys: Sequence[str], monitor: str
     _tell_apart(made)
     made.sort(key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
     return made
+
+
+def _count_lost(found: Sequence[Configuration], keys: Sequence[str], runs: Sequence[RunRecord]) -> None:
+    of_values = {tuple(c.values.values()): c for c in found}
+    for run in runs:
+        table = _identity(run)
+        owner = of_values.get(tuple(table.get(key, "unset") for key in keys))
+        done = owner is not None and any((own.seed, own.part) == (run.seed, run.part) for own in owner.runs)
+        if owner is not None and run.config and not done:
+            owner.lost += 1
 
 
 def _tell_apart(made: Sequence[Configuration]) -> None:

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 
 from llmft.reports.classes import Table
-from llmft.reports.comparing import Comparison
-from llmft.reports.curves import Diagnosis, diagnose, summed_up
+from llmft.reports.curves import Diagnosis, Fit, diagnose, summed_up
 from llmft.reports.records import RunRecord
 from llmft.reports.study import Configuration, Study
-from llmft.reports.verdicts import Verdicts, number, sentence, settles
+from llmft.reports.verdicts import Comparison, Verdicts, number, sentence, shown
 
 
 @dataclass(frozen=True)
@@ -127,6 +126,7 @@ def spread_of(line: Standing) -> str:
     return number(line.spread, 2) if line.spread is not None else "unknown"
 
 
+NO_CURVES = Fit.unknown.value
 HEAD = ["", "configuration", "mean", "sd", "n", "best", "time", "tokens", "tokens/s", "memory", "curves"]
 
 
@@ -135,6 +135,13 @@ def cells(line: Standing) -> list[str]:
     memory = f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else ""
     middle = [number(line.mean), spread_of(line), line.replications, number(line.best), duration(line.seconds)]
     return [str(line.place), line.name, *middle, count(line.tokens), count(line.tokens_per_s), memory, line.fit]
+
+
+def board_table(board: Sequence[Standing]) -> Table:
+    """The leaderboard without columns that say nothing."""
+    lines = [cells(line) for line in board]
+    kept = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
+    return Table("", "", [HEAD[i] for i in kept], [[line[i] for i in kept] for line in lines])
 
 
 def cost(study: Study) -> str:
@@ -186,12 +193,12 @@ def _blank(value: Any) -> Any:
 
 def verdicts_csv(verdicts: Verdicts) -> str:
     """A line per comparison."""
-    head = ["key", "first", "second", "verdict", "estimate", "low", "high", "seeds_needed", "rows_needed", "words"]
+    head = ["key", "first", "second", "verdict", "lead", "low", "high", "unit", "runs", "rows", "plan", "words"]
     lines = [
         [
-            *(key or "", c.first, c.second, c.verdict.value, c.estimate),
-            *map(_blank, (c.low, c.high, c.seeds_needed, c.rows_needed)),
-            sentence(c),
+            *(key or "", c.first, c.second, c.verdict.value, c.lead),
+            *map(_blank, (c.low, c.high)),
+            *("share" if c.log else "metric", c.contrast.runs, c.contrast.num_rows, c.plan, sentence(c)),
         ]
         for key, c in verdicts.all
     ]
@@ -224,22 +231,13 @@ def markdown(
     if verdicts.basis:
         parts.append(verdicts.basis)
     parts += [f"**Chance.** {chance}"] if chance else []
+    table = board_table(board)
     if board:
-        parts += [f"## Configurations by {study.monitor}", markdown_table(HEAD, [cells(line) for line in board])]
+        parts += [f"## Configurations by {study.monitor}", markdown_table(table.head, table.lines)]
     parts += [part for own in metrics for part in (f"## {own.title}", markdown_table(own.head, own.lines))]
     if verdicts.all:
         head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
-        lines = [
-            [
-                c.first,
-                c.second,
-                c.verdict.value,
-                number(abs(c.estimate)),
-                _interval(c),
-                settles(c),
-            ]
-            for _, c in verdicts.all
-        ]
+        lines = [[c.first, c.second, c.verdict.value, shown(c, c.lead), _interval(c), c.plan] for _, c in verdicts.all]
         parts += ["## Verdicts", markdown_table(head, lines), *(f"- {sentence(c)}" for _, c in verdicts.all)]
     if curves:
         parts += ["## Over- and underfitting", curves]
@@ -261,8 +259,7 @@ def markdown(
 def _interval(found: Comparison) -> str:
     if found.low is None or found.high is None:
         return "unknown"
-    low, high = (found.low, found.high) if found.estimate >= 0 else (-found.high, -found.low)
-    return f"{number(low)} to {number(high)}"
+    return f"{shown(found, found.low)} to {shown(found, found.high)}"
 
 
 def metrics_of(run: RunRecord) -> str:

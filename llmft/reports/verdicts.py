@@ -1,27 +1,122 @@
-"""What a study's numbers allow to be said, in words: the best against each, and the values of each varied key.
+"""What a study's numbers allow to be said, in words: the best configuration, and the best value of each varied key.
 
-All verdicts of a study share one chance of 5% of any false winner: with one key they are one family; with several, the
-configurations get half of it and the keys share the other half (Bonferroni).
+All verdicts of a study share one chance of 5% of any false winner: with one key its values are the configurations; with
+several, the configurations get half of it and the keys share the other half (Bonferroni).
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from pathlib import Path
 
-from llmft.reports.comparing import ALPHA, MOST_SEEDS, Comparison, Verdict, compare
-from llmft.reports.noise import Noise, Sample
-from llmft.reports.study import Study, short_names
+from llmft.reports.statistics import (
+    ALPHA,
+    Contrast,
+    Looks,
+    Sample,
+    choose,
+    contrast,
+    logarithms_suit,
+    rows_needed,
+    runs_needed,
+    seeds_matter,
+)
+from llmft.reports.study import Study, make_study, short_names
+
+MOST_RUNS = 50
+"""More runs than that of each configuration are not worth counting."""
+SHARE = 1.5
+"""The difference that more runs are planned for where sweep.smallest_difference is not set, in standard deviations."""
+MOST_PAIRS = 28
+
+
+class Verdict(Enum):
+    """What can be said of the best against another one."""
+
+    better = "better"
+    behind = "behind"
+    same = "may be as good"
+    rows_only = "seed noise unknown"
+    unknown = "noise unknown"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """`first`, the best by its mean, against `second`: `lead` in the metric's units, or as a share where `log`.
+
+    `low` and `high` are the ends of its interval, None where no noise is known. `plan` says what would settle it.
+    """
+
+    first: str
+    second: str
+    lead: float
+    low: float | None
+    high: float | None
+    verdict: Verdict
+    contrast: Contrast
+    plan: str = ""
+    log: bool = False
+    unit: float = 1.0
+    """What a share is of, in the metric's units."""
+
+    @property
+    def metric_high(self) -> float:
+        """The interval's upper end in the metric's units."""
+        return math.inf if self.high is None else self.high * self.unit
 
 
 @dataclass
 class Family:
-    """Comparisons that belong together: of configurations (`key` is None), or of a key's values."""
+    """The best of some configurations (`key` is None) or of a key's values against each other one.
+
+    `among` are the names of those that may be the best: the winner alone where there is one.
+    """
 
     key: str | None
     comparisons: list[Comparison]
-    headline: str
+    among: list[str]
+    headline: str = ""
+
+    @property
+    def winner(self) -> str | None:
+        """The best, where it is called."""
+        return self.among[0] if len(self.among) == 1 and self.comparisons[0].verdict is Verdict.better else None
+
+    def settled_by(self, smallest: float | None) -> bool:
+        """Whether those that may be the best are alike in every run, or nearer to it than what matters."""
+        inside = [c for c in self.comparisons if c.second in self.among]
+        near = smallest and all(c.high is not None and c.metric_high < smallest for c in inside)
+        return bool(inside) and bool(near or all(c.contrast.identical for c in inside))
+
+
+@dataclass(frozen=True)
+class Rules:
+    """How a sweep is judged: its declared looks, the smallest difference that matters, and which way is better."""
+
+    looks: Looks = 1
+    smallest: float | None = None
+    lower_is_better: bool = True
+    log: bool = False
+    level: float = 1.0
+    """The best's mean where logarithms are compared: what a difference is a share of."""
+
+    def lead(self, estimate: float) -> float:
+        """How far the first is ahead."""
+        return -estimate if self.lower_is_better else estimate
+
+    def share(self, lead: float) -> float:
+        """A lead in the metric's units, or as a share of the other one where logarithms are compared."""
+        return -math.expm1(-lead) if self.log else lead
+
+    def shown(self, lead: float) -> str:
+        """The same with its unit."""
+        share = self.share(lead)
+        return f"{100 * share:.{1 if abs(share) < 0.1 else 0}f}%" if self.log else number(share)
 
 
 @dataclass
@@ -31,30 +126,93 @@ class Verdicts:
     families: list[Family] = field(default_factory=list)
     answer: str = ""
     basis: str = ""
+    compared: list[Sample] = field(default_factory=list)
+    rules: Rules | None = None
+    paired: bool = False
 
     @property
     def all(self) -> list[tuple[str | None, Comparison]]:
         """Every comparison with its family's key."""
         return [(family.key, found) for family in self.families for found in family.comparisons]
 
+    @functools.cached_property
+    def pairs(self) -> list[tuple[str, str, str, str]]:
+        """(first, second, lead, interval) of every pair, with Tukey's intervals, which hold for all of them at once.
+
+        Of Games and Howell: by own spreads. Nothing for two configurations, or for very many.
+        """
+        count = len(self.compared)
+        if self.rules is None or count < 3 or count * (count - 1) // 2 > MOST_PAIRS:
+            return []
+        found = []
+        for first, second in itertools.combinations(self.compared, 2):
+            c = contrast([first, second], [1.0, -1.0], paired=self.paired)
+            if c.seeds is not None:
+                # Whole degrees of freedom, so that the few integrals are made once.
+                known = [replace(v, df=float(min(max(v.df, 1) // 1, 60))) for v in (c.seeds, c.rows) if v is not None]
+                half = math.hypot(*(v.half_width(ALPHA, 1, count) for v in known))
+                lead = self.rules.lead(c.estimate)
+                told = [self.rules.shown(end) for end in (lead, lead - half, lead + half)]
+                found.append((first.name, second.name, told[0], f"{told[1]} to {told[2]}"))
+        return found
+
+    @property
+    def winner(self) -> str | None:
+        """The best configuration, where one is called."""
+        return self.families[0].winner if self.families else None
+
+    @property
+    def among(self) -> list[str]:
+        """The configurations that may be the best."""
+        return self.families[0].among if self.families else []
+
 
 def undecided(verdicts: Verdicts, keys: Sequence[str]) -> set[str]:
     """The keys of which no verdict tells one value from another."""
     of_key = {family.key if len(keys) > 1 else keys[0]: family for family in verdicts.families} if keys else {}
-    clear = (Verdict.better, Verdict.worse)
+    clear = (Verdict.better, Verdict.behind)
     return {k for k in keys if k not in of_key or not any(c.verdict in clear for c in of_key[k].comparisons)}
 
 
 def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
-    samples = [c.sample(study.monitor) for c in study.configurations]
-    return judge_samples(
-        samples,
+    found = judge_samples(
+        [c.sample(study.monitor, rows=True) for c in study.configurations],
         {c.name: c.values for c in study.configurations},
         study.keys,
         monitor=study.monitor,
         lower_is_better=study.lower_is_better,
+        looks=study.looks,
+        smallest_difference=study.smallest_difference,
     )
+    if study.configurations:
+        found.basis = f"{found.basis} {scope(study)}".strip()
+    return found
+
+
+def still_open(sweep: Path) -> tuple[set[Path], str]:
+    """(runs of the configurations that need more seeds, the answer so far); no runs where the verdict stands."""
+    study = make_study([], sweep)
+    found = judge(study)
+    family = found.families[0] if found.families else None
+    if family is not None and (family.winner is not None or family.settled_by(study.smallest_difference)):
+        return set(), found.answer
+    names = found.among if family is not None else [c.name for c in study.configurations]
+    return {run.directory for c in study.configurations if c.name in names for run in c.runs}, found.answer
+
+
+def scope(study: Study) -> str:
+    """What the verdicts hold for: the settings that all runs have in common and that nothing says more about."""
+    runs = [run for c in study.configurations for run in c.runs]
+    parts = []
+    steps = {run.result["steps"] for run in runs if isinstance(run.result.get("steps"), int)}
+    if steps and max(steps) > 1:
+        parts.append(f"after {min(steps):,}" + (f" to {max(steps):,}" if len(steps) > 1 else "") + " steps")
+    rates = {run.config["learning_rate.peak"] for run in runs if "learning_rate.peak" in run.config}
+    if len(rates) == 1 and steps and max(steps) > 1:
+        parts.append(f"at one learning rate ({rates.pop():g})")
+    parts.append("on this data")
+    return f"It holds {', '.join(parts)}; what is best elsewhere is another question."
 
 
 def judge_samples(
@@ -64,113 +222,165 @@ def judge_samples(
     *,
     monitor: str = "val/loss_nats",
     lower_is_better: bool = True,
-    noise: Noise | None = None,
+    looks: Looks = 1,
+    smallest_difference: float | None = None,
 ) -> Verdicts:
-    """The verdicts on samples whose configurations have `values` of `keys`; `noise` where the spread is told."""
+    """The verdicts on samples whose configurations have `values` of `keys`."""
+    samples = [s for sample in samples if (s := sample.finite()).replicates]
     found = Verdicts()
-    if not samples:
-        found.answer = "No run finished with a result: see the failures."
+    if len(samples) < 2:
+        found.answer = _alone(samples[0], monitor) if samples else "No run finished with a result: see the failures."
         return found
-    if len(samples) == 1:
-        found.answer = _alone(samples[0], monitor)
-        return found
-    noise = noise or Noise.measured(samples)
-    found.basis = _basis(samples, noise)
-    several = len(keys) > 1
-    ordered = sorted(samples, key=lambda s: s.mean * (1 if lower_is_better else -1))
-    alpha = ALPHA / 2 if several else ALPHA
-    best = ordered[0].name
-    against = [
-        compare(
-            noise,
-            {best: 1.0, other.name: -1.0},
-            (best, other.name),
-            family=len(ordered),
-            alpha=alpha,
-            lower_is_better=lower_is_better,
-        )
-        for other in ordered[1:]
-    ]
-    found.families.append(Family(None, against, _headline(best, against)))
-    for key in keys if several and values else ():
+    log = logarithms_suit(samples, lower_is_better=lower_is_better)
+    rules = Rules(looks, smallest_difference, lower_is_better, log)
+    compared = [s.logged() for s in samples] if rules.log else samples
+    compared = sorted(compared, key=lambda s: -rules.lead(s.mean))
+    rules = replace(rules, level=math.exp(compared[0].mean) if rules.log else 1.0)
+    paired = looks == "any" or seeds_matter(compared)
+    several = len(keys) > 1 and values is not None
+    contrasts = [contrast([compared[0], other], [1.0, -1.0], paired=paired) for other in compared[1:]]
+    lost = {s.name: s.lost for s in samples if s.lost}
+    names = [s.name for s in compared]
+    found.families.append(_family(None, names, contrasts, rules, ALPHA / 2 if several else ALPHA, lost))
+    for key in keys if several else ():
         assert values is not None
-        family = _key_family(noise, values, key, keys, ALPHA / 2 / len(keys), lower_is_better)
-        if family is not None:
-            found.families.append(family)
+        of_key = _key_family({s.name: s for s in compared}, values, key, keys, rules, lost, paired=paired)
+        found.families += [of_key] if of_key else []
+    found.compared, found.rules, found.paired = compared, rules, paired
     found.answer = " ".join(family.headline for family in found.families)
+    found.basis = _basis(samples, contrasts, rules, paired=paired)
     return found
 
 
+def _family(
+    key: str | None,
+    names: Sequence[str],
+    contrasts: Sequence[Contrast],
+    rules: Rules,
+    alpha: float,
+    lost: Mapping[str, int],
+) -> Family:
+    """The best (the first of `names`) against the others."""
+    best = names[0]
+    choice = choose(contrasts, best in lost, alpha=alpha, looks=rules.looks, lower_is_better=rules.lower_is_better)
+    comparisons = []
+    for other, found, inside in zip(names[1:], contrasts, choice.inside, strict=True):
+        half, lead = found.half_width(choice.level, rules.looks), rules.lead(found.estimate)
+        low, high = (None, None) if half is None or math.isinf(half) else (lead - half, lead + half)
+        verdict = Verdict.better if choice.won else Verdict.same if inside else Verdict.behind
+        if inside and found.seeds is None:
+            verdict = Verdict.unknown if found.rows is None else Verdict.rows_only
+        ends = [None if end is None else rules.share(end) for end in (lead, low, high)]
+        plan = _plan(found, choice.level, rules) if inside else ""
+        comparisons.append(
+            Comparison(best, other, ends[0] or 0.0, ends[1], ends[2], verdict, found, plan, rules.log, rules.level)
+        )
+    among = [best, *(name for name, inside in zip(names[1:], choice.inside, strict=True) if inside)]
+    made = Family(key, comparisons, among)
+    made.headline = _headline(made, lost, rules.smallest)
+    return made
+
+
 def _key_family(
-    noise: Noise,
+    samples: Mapping[str, Sample],
     values: Mapping[str, Mapping[str, str]],
     key: str,
     keys: Sequence[str],
-    alpha: float,
-    lower_is_better: bool,
+    rules: Rules,
+    lost: Mapping[str, int],
+    *,
+    paired: bool,
 ) -> Family | None:
     """The best value of `key` against its others, over the settings of the other keys that both were tried with."""
     cells: dict[str, dict[tuple[str, ...], str]] = {}
     for name, setting in values.items():
-        rest = tuple(setting.get(other, "") for other in keys if other != key)
-        cells.setdefault(setting.get(key, ""), {})[rest] = name
-    sign = 1 if lower_is_better else -1
+        if name in samples:
+            rest = tuple(setting.get(other, "") for other in keys if other != key)
+            cells.setdefault(setting.get(key, ""), {})[rest] = name
 
-    def gap(first: str, second: str) -> float:
-        both = cells[first].keys() & cells[second].keys()
-        if not both:
-            return math.nan
-        each = (noise.samples[cells[first][r]].mean - noise.samples[cells[second][r]].mean for r in both)
-        return sign * sum(each) / len(both)
+    def versus(first: str, second: str) -> Contrast | None:
+        both = sorted(cells[first].keys() & cells[second].keys())
+        names = [cells[value][rest] for value in (first, second) for rest in both]
+        weights = [sign / len(both) for sign in (1, -1) for _ in both]
+        return contrast([samples[name] for name in names], weights, paired=paired) if both else None
 
-    # The value that on average does best against those it can be compared with.
-    standing = {value: [g for o in cells if o != value and not math.isnan(g := gap(value, o))] for value in cells}
-    standing = {value: gaps for value, gaps in standing.items() if gaps}
+    leads: dict[str, list[float]] = {value: [] for value in cells}
+    for first, second in itertools.permutations(cells, 2):
+        if (found := versus(first, second)) is not None:
+            leads[first].append(rules.lead(found.estimate))
+    standing = {value: sum(each) / len(each) for value, each in leads.items() if each}
     if len(standing) < 2:
         return None
-    best = min(standing, key=lambda value: sum(standing[value]) / len(standing[value]))
+    best = max(standing, key=lambda value: standing[value])
+    others = [(value, found) for value in standing if value != best and (found := versus(best, value)) is not None]
+    others.sort(key=lambda item: rules.lead(item[1].estimate))
     short = short_names(keys)[key]
-    comparisons = []
-    for other in sorted((v for v in standing if v != best), key=lambda v: -_or_zero(gap(best, v))):
-        both = sorted(cells[best].keys() & cells[other].keys())
-        if not both:
-            continue
-        weights = {cells[best][r]: 1 / len(both) for r in both} | {cells[other][r]: -1 / len(both) for r in both}
-        names = (f"{short}={best}", f"{short}={other}")
-        found = compare(noise, weights, names, family=len(cells), alpha=alpha, lower_is_better=lower_is_better)
-        comparisons.append(found)
-    return Family(key, comparisons, _headline(f"{short}={best}", comparisons)) if comparisons else None
+    names = [f"{short}={value}" for value in (best, *(value for value, _ in others))]
+    missing = {f"{short}={v}": sum(lost.get(name, 0) for name in cells[v].values()) for v in standing}
+    missing = {name: count for name, count in missing.items() if count}
+    return _family(key, names, [found for _, found in others], rules, ALPHA / 2 / len(keys), missing)
 
 
-def _or_zero(value: float) -> float:
-    return 0.0 if math.isnan(value) else value
+def _plan(found: Contrast, level: float, rules: Rules) -> str:
+    """What would settle an open comparison, planned for the smallest difference that matters."""
+    if found.identical:
+        return "identical in every run: the difference between them has no effect"
+    if found.seeds is None:
+        return "" if found.folds else "run each with 2 seeds or more"
+    if found.folds:
+        return "more rows or folds"
+    if found.seeds.value <= 0:
+        return "all runs of each are alike, so their noise is not known: try more seeds, or more validation rows"
+    one = math.sqrt(found.seeds.value * found.runs / 2)
+    size = rules.smallest / rules.level if rules.smallest else SHARE * one
+    told = (
+        number(rules.smallest)
+        if rules.smallest
+        else f"{rules.shown(size)} ({SHARE:g} standard deviations between runs)"
+    )
+    rows = rows_needed(found, size, level)
+    if rows is not None:
+        return f"more seeds would not find a difference of {told}; about {rows:,} validation rows would"
+    runs = runs_needed(found, size, level, rules.looks, MOST_RUNS)
+    if runs is None:
+        return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {told}"
+    if runs <= found.runs:
+        return f"a difference of {told} would probably have been found; a smaller one may be there"
+    more = runs - found.runs
+    return f"{more} more run{'s' if more > 1 else ''} of each ({runs} in all) would find a difference of {told}"
 
 
-def _headline(best: str, comparisons: Sequence[Comparison]) -> str:
-    won = [c.second for c in comparisons if c.verdict is Verdict.better]
-    open_ = [c.second for c in comparisons if c.verdict is Verdict.same]
-    unseeded = [c.second for c in comparisons if c.verdict is Verdict.rows_only]
-    unknown = [c.second for c in comparisons if c.verdict is Verdict.unknown]
-    if len(won) == len(comparisons):
-        return f"{best} is better than {'every other' if len(won) > 1 else won[0]}."
-    whole = len(comparisons)
-    parts = []
-    if won:
-        parts.append(f"better than {_counted(won, whole)}")
-    if open_:
-        parts.append(f"not distinguishable from {_counted(open_, whole)}")
-    if unseeded:
-        parts.append(f"ahead of {_counted(unseeded, whole)} on these rows, but the seed noise is unknown")
-    if unknown:
-        parts.append(f"ahead of {_counted(unknown, whole)} by a difference whose noise is unknown")
-    return f"No winner: {best} leads, and is {'; '.join(parts)}." if not won else f"{best} leads: {'; '.join(parts)}."
+def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -> str:
+    best, others, comparisons = family.among[0], family.among[1:], family.comparisons
+    survivors = f" {_survivors(lost)}" if lost else ""
+    if family.winner is not None:
+        return f"{best} is better than {'every other' if len(comparisons) > 1 else comparisons[0].second}.{survivors}"
+    if comparisons and all(c.contrast.identical for c in comparisons):
+        return f"No winner: {_listed([best, *others])} are identical in every run, so what differs has no effect."
+    if best in lost:
+        return f"No winner: {best} leads only among the runs that finished.{survivors}"
+    if smallest and family.settled_by(smallest):
+        return f"No winner, and no difference that matters: {_listed([best, *others])} are within {number(smallest)}."
+    unknown = [c for c in comparisons if c.verdict in (Verdict.rows_only, Verdict.unknown)]
+    if unknown and len(unknown) == len(comparisons):
+        rows = "on these rows, but the seed noise is unknown" if unknown[0].verdict is Verdict.rows_only else (
+            "by a difference whose noise is unknown")  # fmt: skip
+        return f"No winner: {best} leads {rows}.{survivors}"
+    if len(comparisons) == 1:
+        return f"No winner: {best} leads, but is not distinguishable from {others[0]}.{survivors}"
+    whole = len(family.among) == len(comparisons) + 1
+    them = f"{best} leads, but any of the {len(family.among)} may be the best" if whole and len(others) > 2 else (
+        f"the best is among {{{', '.join(family.among)}}}")  # fmt: skip
+    return f"No winner yet: {them}.{survivors}"
 
 
-def _counted(names: Sequence[str], whole: int) -> str:
-    """One or two by name, more by their number."""
-    if len(names) <= 2:
-        return " and ".join(names)
-    return f"all {whole} others" if len(names) == whole else f"{len(names)} of the {whole} others"
+def _survivors(lost: Mapping[str, int]) -> str:
+    told = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
+    return f"{_listed(told)} diverged or failed: what is left may be the lucky ones."
+
+
+def _listed(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _alone(sample: Sample, monitor: str) -> str:
@@ -179,31 +389,37 @@ def _alone(sample: Sample, monitor: str) -> str:
     return f"One configuration, nothing to compare: {monitor} {number(sample.mean)}{spread}."
 
 
-def _basis(samples: Sequence[Sample], noise: Noise) -> str:
-    if noise.known and noise.variance is None:
-        return "No spread was told: the noise is not known, so no winner is called."
-    if noise.known:
-        told = "taken as known: say sd_seeds if few runs measured it"
-        if math.isfinite(noise.df):
-            told = f"measured on {noise.df + 1:.0f} runs"
-        sd = number(math.sqrt(noise.variance or 0.0))
-        return f"Rests on the stated standard deviation of {sd} of one run ({told}). Row noise is not known."
-    rows = [r.rows for s in samples for r in s.replicates]
-    known = [row for row in rows if row is not None]
-    told_rows = (
-        f"Row noise from the losses of {len({name for row in known for name in row.rows}):,} validation rows, paired."
-        if known and len(known) == len(rows)
-        else "Row noise is not known for this metric: what is said holds for these validation rows."
-    )
-    if noise.variance is None:
-        return f"One run per configuration: seed noise is unknown, so no winner is called. {told_rows}"
-    how = "after seeds or folds were compared one by one" if noise.blocked else "pooled"
-    few = noise.replicated < len(samples)
-    borrowed = " Configurations with one run borrow the spread of the others." if few else ""
-    return (
-        f"Standard deviation between runs {number(math.sqrt(noise.variance))} ({how}; {noise.df:.0f} degrees of "
-        f"freedom, {noise.replicated} of {len(samples)} configurations have several runs).{borrowed} {told_rows}"
-    )
+def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rules, *, paired: bool) -> str:
+    """What the verdicts rest on."""
+    if any(s.stated for s in samples):
+        told = sorted({s.stated for s in samples if s.stated})
+        known = all(math.isinf(df) for _, df in told)
+        sds = " and ".join(dict.fromkeys(number(sd) for sd, _ in told)) if len(told) <= 3 else "each line"
+        how = "taken as known: say seeds or sd_seeds if few runs measured it" if known else "measured on the runs told"
+        return f"Rests on the stated standard deviation of {sds} of one run ({how}). Row noise is not known."
+    parts = []
+    single = [s.name for s in samples if len(s.replicates) < 2]
+    if len(single) == len(samples):
+        parts.append("One run per configuration: seed noise is unknown, so no winner is called.")
+    elif single:
+        parts.append(f"One run alone is no basis for a winner: {_listed(single[:4])}.")
+    if contrasts[0].folds:
+        parts.append(f"Compared fold by fold ({contrasts[0].runs} runs each).")
+    elif paired:
+        parts.append("Compared seed by seed, since seeds explain part of the spread.")
+    if rules.log:
+        parts.append("Compared on the logarithm, since the spread grows with the loss.")
+    rows = [found.num_rows for found in contrasts if found.rows is not None]
+    if len(rows) == len(contrasts):
+        same = "" if all(c.rows_paired for c in contrasts) else ", not the same in all"
+        parts.append(f"Noise of {max(rows):,} validation rows is included{same}.")
+    else:
+        parts.append("Row noise is not known for this metric: what is said holds for these validation rows.")
+    if rules.looks == "any":
+        parts.append("Holds however often one looks.")
+    elif rules.looks > 1:
+        parts.append(f"Holds for {rules.looks} looks.")
+    return " ".join(parts)
 
 
 def sentence(found: Comparison) -> str:
@@ -213,53 +429,43 @@ def sentence(found: Comparison) -> str:
 
 def finding(found: Comparison) -> str:
     """A comparison in words, without the names."""
-    size = number(abs(found.estimate))
-    if found.low is None or found.high is None:
-        return f"ahead by {size}; noise unknown, run 4 more seeds of each."
-    low, high = sorted((found.low, found.high) if found.estimate >= 0 else (-found.low, -found.high))
-    interval = f"95% interval {number(low)} to {number(high)}"
-    if found.verdict in (Verdict.better, Verdict.worse):
-        return f"{found.verdict.value} by {size} ({interval}); {rests_on(found)}."
+    if found.contrast.identical:
+        return f"{found.plan}."
+    size, interval = shown(found, abs(found.lead)), interval_of(found)
+    if found.verdict in (Verdict.better, Verdict.behind):
+        return f"better by {size} ({interval}); {rests_on(found)}."
+    plan = f"; {found.plan}" if found.plan else ""
+    if found.verdict is Verdict.unknown or found.low is None:
+        return f"ahead by {size}; its noise is not known{plan}."
     if found.verdict is Verdict.rows_only:
-        return (
-            f"ahead by {size} ({interval} from the rows alone): the rows distinguish them, the seed noise is unknown: "
-            "run 4 more seeds of each."
-        )
-    ahead = f"ahead by {size} ({interval})" if found.estimate else f"equal ({interval})"
-    return f"not distinguishable, {ahead}; {settles(found)}; {rests_on(found)}."
+        return f"ahead by {size} ({interval} from the rows alone); the noise of seeds is unknown{plan}."
+    ahead = "ahead by" if found.lead > 0 else "level at"
+    return f"not distinguishable, {ahead} {size} ({interval}){plan}; {rests_on(found)}."
 
 
-def settles(found: Comparison) -> str:
-    """What would settle an open comparison."""
-    if found.verdict is not Verdict.same:
-        return "4 more seeds of each" if found.verdict in (Verdict.rows_only, Verdict.unknown) else ""
-    if found.seeds_needed is not None:
-        more = found.seeds_needed - found.contrast.replicates
-        runs = "run" if more == 1 else "runs"
-        return f"{more} more {runs} of each ({found.seeds_needed} in all) would settle a difference of this size"
-    if found.rows_needed is not None:
-        return f"more seeds would not settle it, about {found.rows_needed:,} validation rows would"
-    if found.contrast.run_variance == 0:
-        return f"{'all runs are alike' if found.contrast.own else 'seed noise is unknown'}: run 4 more seeds of each"
-    return f"not even {MOST_SEEDS} runs of each would settle a difference of this size"
+def shown(found: Comparison, value: float) -> str:
+    """A lead with its unit."""
+    return f"{100 * value:.{1 if abs(value) < 0.1 else 0}f}%" if found.log else number(value)
+
+
+def interval_of(found: Comparison) -> str:
+    """The interval of the lead in words."""
+    if found.low is None or found.high is None:
+        return "noise unknown"
+    return f"95% interval {shown(found, found.low)} to {shown(found, found.high)}"
 
 
 def rests_on(found: Comparison) -> str:
     """Which noise a comparison takes into account."""
-    contrast = found.contrast
-    n = contrast.replicates
-    if contrast.pooled is None and contrast.own is None:
-        runs = "one run each, seed noise unknown"
-    elif contrast.own is None:
-        runs = f"{'one run' if n == 1 else f'{n} runs'} each, with a spread known from elsewhere"
-    else:
-        runs = f"{n} runs each{', seeds or folds compared one by one' if contrast.blocked else ''}"
-    if contrast.num_samples > 2:
-        runs = runs.replace("each", f"of each of {contrast.num_samples} configurations", 1)
-    if contrast.rows is None:
+    c = found.contrast
+    how = ", compared fold by fold" if c.folds else ", compared seed by seed" if c.paired else ""
+    each = f"of each of {c.num_samples} configurations" if c.num_samples > 2 else "each"
+    runs = f"{c.runs} run{'s' if c.runs != 1 else ''} {each}{how}"
+    if c.seeds is None:
+        runs += ", seed noise unknown"
+    if c.rows is None:
         return f"rests on {runs}; row noise unknown"
-    same = "not the same in both" if contrast.unpaired_rows else "paired"
-    return f"rests on {runs}, {contrast.num_rows:,} validation rows ({same})"
+    return f"rests on {runs}, {c.num_rows:,} validation rows ({'paired' if c.rows_paired else 'not the same in both'})"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -18,7 +18,7 @@ from llmft.reports.logbook import ENTRY, entry, update_logbook
 from llmft.reports.study import Study, make_study
 from llmft.reports.tables import (
     Standing,
-    cells,
+    board_table,
     diagnose_all,
     leaderboard,
     markdown,
@@ -71,12 +71,13 @@ class Report:
 
         if self.board:
             table = Table(title=escape(f"by {self.study.monitor}"), title_justify="left", box=box.SIMPLE_HEAD)
-            for name in ("", "configuration", "mean", "sd", "n", "best", "time", "curves"):
+            whole = board_table(self.board)
+            kept = [i for i, name in enumerate(whole.head) if name not in ("tokens", "tokens/s", "memory")]
+            for name in (whole.head[i] for i in kept):
                 justify: Any = "left" if name in ("configuration", "curves", "n") else "right"
                 table.add_column(name, justify=justify, overflow="fold")
-            for line in self.board[:SHOWN_ON_CONSOLE]:
-                shown = cells(line)
-                table.add_row(*map(escape, redact([*shown[:7], shown[-1]])))
+            for cells in whole.lines[:SHOWN_ON_CONSOLE]:
+                table.add_row(*map(escape, redact([cells[i] for i in kept])))
             screen.print(table)
             if len(self.board) > SHOWN_ON_CONSOLE:
                 screen.print(f"and {len(self.board) - SHOWN_ON_CONSOLE} more, see the page")

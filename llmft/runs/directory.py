@@ -16,7 +16,7 @@ import re
 import shutil
 import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -406,8 +406,13 @@ def write_row_losses(
     describe: Callable[[int], str],
     labels: Sequence[str] = (),
     outputs: Any = None,
+    *,
+    groups: Sequence[str | None] = (),
+    scores: Mapping[str, Sequence[float]] | None = None,
 ) -> None:
     """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
+
+    `groups` (of data.group) are a column `group`, each of `scores` a column score_NAME.
 
     With `outputs`, (rows, classes), there is a column p_LABEL for each class.
     """
@@ -426,6 +431,9 @@ def write_row_losses(
         columns |= {
             f"p_{label}": number_column(outputs[:, index].astype(np.float64)) for index, label in enumerate(labels)
         }
+    if any(group is not None for group in groups):
+        columns["group"] = text_column([str(group) for group in groups])
+    columns |= {f"score_{name}": number_column(np.array(own, np.float64)) for name, own in (scores or {}).items()}
     with staged_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
 

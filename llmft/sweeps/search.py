@@ -38,6 +38,8 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
     TrialsFailed at the end when some failed; Interrupted when a signal ended it.
     """
     import_optuna()
+    if any(override.partition("=")[0] == "sweep.seeds_until" for override in fixed):
+        raise ConfigError("sweep.seeds_until: a search has its own seeds, hydra.sweeper.seeds=[0,1,2].")
     space = make_space(overrides, settings.conditions or {})
     if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
         raise ConfigError("seed: varied and in hydra.sweeper.seeds too; leave one out.")

@@ -13,8 +13,10 @@ from rich.table import Table
 
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, TrialsFailed
+from llmft.reports.verdicts import still_open
+from llmft.sweeps.more_seeds import Growing
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.supervisor import Listed, Supervisor
+from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
 from llmft.sweeps.twin import twin_rule
 
@@ -30,15 +32,15 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
-    decide = twin_rule(sweep.config)
+    trials = Growing(sweep, planner, jobs, twin_rule(sweep.config), still_open, progress)
     tell_plan(sweep, screen)
     supervisor = Supervisor(sweep, progress)
-    missing = [trial for trial in sweep.trials if not trial.finished_before()]
+    missing = trials.missing()
     try:
         if missing:
             if sweep.config.sweep.report:
                 threading.Thread(target=_import_report, daemon=True).start()
-            supervisor.run(Listed(sweep.trials, decide), check=missing)
+            supervisor.run(trials, check=missing)
         finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
     except BaseException:
         sweep.write()
@@ -61,6 +63,8 @@ def _import_report() -> None:
 def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
     """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
     sweep = make_sweep(planner, jobs, fixed, 0)
+    if sweep.config.sweep.seeds_until is not None:
+        raise ConfigError("sweep.seeds_until: trials of another launcher start all at once; use hydra/launcher=local.")
     screen = Screen()
     tell_plan(sweep, screen)
     missing = [place for place, trial in enumerate(sweep.trials) if not trial.finished_before()]

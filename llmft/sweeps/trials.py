@@ -256,6 +256,8 @@ class Sweep:
             "output_dir": config.output_dir,
             "monitor": config.trainer.monitor,
             "mode": config.trainer.mode.value,
+            "looks": config.sweep.declared_looks,
+            "smallest_difference": config.sweep.smallest_difference,
             "swept": self.swept,
             **self.facts,
             "trials": [self._trial_record(trial) for trial in self.trials],

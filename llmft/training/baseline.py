@@ -23,6 +23,7 @@ from llmft.core.machine import describe
 from llmft.data.columns import Conversation
 from llmft.data.messages import message_text
 from llmft.data.targets import Targets
+from llmft.metrics import score
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
 from llmft.runs.directory import append_line, write_config, write_row_losses
@@ -222,13 +223,16 @@ class BaselineSession:
             references = np.asarray([row.target for row in rows])
             losses = row_losses(values, references, targets.problem, targets.scale)
             after[f"{name}/loss_nats"] = float(np.mean(losses))
-            after |= {f"{name}/{metric}": metrics[metric](references, values) for metric in metrics}
+            scored = {metric: score(metrics[metric], references, values) for metric in metrics}
+            after |= {f"{name}/{metric}": value for metric, (value, _) in scored.items()}
             if name == "val" and config.data.train_on is TrainOn.all:
                 after = dict.fromkeys(after)
                 continue
             table = [(row, float(loss), 1.0) for row, loss in enumerate(losses)]
             path = run.row_losses_file(name, 1)
-            write_row_losses(path, table, [row.where for row in rows].__getitem__, targets.labels, values)
+            of_rows = {metric: own for metric, (_, own) in scored.items() if own is not None}
+            places, groups = [row.where for row in rows], [row.group for row in rows]
+            write_row_losses(path, table, places.__getitem__, targets.labels, values, groups=groups, scores=of_rows)
             predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
         return after
 

@@ -67,8 +67,10 @@ class Recorder(Callback):
         seconds_before: float = 0.0,
         describe: Mapping[str, Callable[[int], str]] | None = None,
         labels: Sequence[str] = (),
+        groups: Mapping[str, Callable[[int], str | None]] | None = None,
     ) -> None:
         self.run = run
+        self.groups = groups or {}
         self.labels = labels
         self.describe = describe or {}
         self.seconds_before = seconds_before
@@ -110,7 +112,16 @@ class Recorder(Callback):
             if validation.rows:
                 describe = self.describe.get(validation.split, str)
                 path = self.run.row_losses_file(validation.split, validation.step)
-                write_row_losses(path, validation.rows, describe, self.labels, validation.outputs)
+                group = self.groups.get(validation.split, lambda row: None)
+                write_row_losses(
+                    path,
+                    validation.rows,
+                    describe,
+                    self.labels,
+                    validation.outputs,
+                    groups=[group(row) for row, _, _ in validation.rows],
+                    scores=validation.scores,
+                )
             for sample in validation.samples:
                 append_line(self.run.samples_file, {"step": validation.step, "split": validation.split, **sample})
             for logger in trainer.loggers:

@@ -22,6 +22,7 @@ from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
 from llmft.data.encode import Ends
+from llmft.metrics import score
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.generate import generate
@@ -53,6 +54,8 @@ class Validation:
     """(row of the split, summed loss in nats, labelled tokens) of every row, in order."""
     outputs: np.ndarray | None = None
     """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
+    scores: dict[str, list[float]] = field(default_factory=dict)
+    """Each row's score of a metric that is a mean over rows, by the metric's name."""
 
 
 @dataclass
@@ -401,21 +404,24 @@ class FineTuner(L.LightningModule):
         metrics = {f"{split}/loss_nats": loss}
         if self.scoring is None:
             metrics[f"{split}/perplexity"] = perplexity(loss)
-        outputs = self._outputs()
+        outputs, scores = self._outputs(), dict[str, list[float]]()
         if self.scoring is not None and outputs is not None:
             for name, metric in self.scoring.metrics.items():
-                metrics[f"{split}/{name}"] = metric(self.scoring.references[split], outputs)
+                metrics[f"{split}/{name}"], of_rows = score(metric, self.scoring.references[split], outputs)
+                scores |= {name: of_rows} if of_rows is not None and len(of_rows) == len(gathered) else {}
         samples: list[dict[str, Any]] = []
         if self.generation is not None and self.generation.samples:
             samples = self._generate(self.generation)
             references = [sample["reference"] for sample in samples]
             predictions = [sample["generated"] for sample in samples]
             for name, metric in self.generation.metrics.items():
-                metrics[f"{split}/{name}"] = metric(references, predictions)
+                metrics[f"{split}/{name}"], of_rows = score(metric, references, predictions)
+                for sample, value in zip(samples, of_rows or [], strict=False):
+                    sample.setdefault("scores", {})[name] = value
         if split == "val" and self.trained_on_validation:
             # Blank, not too good: these rows are trained on.
-            metrics, gathered, outputs = dict.fromkeys(metrics, math.nan), [], None
-        self.validation = Validation(self.step, split, metrics, samples, gathered, outputs)
+            metrics, gathered, outputs, scores = dict.fromkeys(metrics, math.nan), [], None, {}
+        self.validation = Validation(self.step, split, metrics, samples, gathered, outputs, scores)
 
     def _outputs(self) -> np.ndarray | None:
         """(rows, classes) predictions of all processes' rows, in order."""

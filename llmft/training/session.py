@@ -114,6 +114,10 @@ def build(
             "test": lambda row: rows.splits["test"][row].where,
         },
         labels=inputs.labels,
+        groups={
+            "val": lambda row: rows.splits["validation"][row].conversation.group,
+            "test": lambda row: rows.splits["test"][row].conversation.group,
+        },
     )
     limit = config.trainer.max_time
     deadline = None if limit is None else inputs.started + seconds_of(limit, "trainer.max_time")

@@ -157,10 +157,11 @@ def test_a_run_at_chance_is_never_called_fine(tmp_path: Path) -> None:
 def test_importance_is_not_told_where_no_verdict_tells_the_values_apart(tmp_path: Path) -> None:
     """Beside "not distinguishable" stands no share of the variance as if it were one."""
     for r, values in ((4, (1.0, 1.3, 0.9)), (8, (1.2, 1.0, 1.35))):
-        for seed, value in enumerate(values):
-            make_run(tmp_path, value, lora__r=r, seed=seed)
+        for epochs in (1, 2):
+            for seed, value in enumerate(values):
+                make_run(tmp_path, value + epochs, lora__r=r, trainer__epochs=epochs, seed=seed)
     report = write_report(sorted((tmp_path / "runs").iterdir()), tmp_path / "out")
-    assert "not distinguishable" in report.verdicts.answer
+    assert "r=4 leads, but is not distinguishable from r=8" in report.verdicts.answer
     page = report.html.read_text()
     assert "r not distinguishable from noise" in page
     assert 'class="bar open"' in page

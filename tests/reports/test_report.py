@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from llmft.core.errors import ConfigError, DataError
+from llmft.metrics.classification import accuracy, auc
 from llmft.report import ReportConfig, report
 from llmft.reports.classes import metric_tables
 from llmft.reports.curves import Fit, diagnose
@@ -24,6 +25,8 @@ from llmft.reports.records import read_run
 from llmft.reports.study import make_study
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
+from llmft.runs.directory import write_row_losses
+from llmft.runs.predictions import Predictions
 from tests.conftest import ROOT
 from tests.reports.runs import make_run, make_sweep, trial
 
@@ -55,10 +58,6 @@ def test_s10_a_grid_gets_mean_spread_and_number_of_seeds_and_seeds_are_no_key(gr
     assert made.board[0].spread == pytest.approx(np.std(values, ddof=1))
     assert made.board[0].replications == "3 seeds"
     assert made.board[0].tokens == 8000
-    shares = importance(made.study)
-    assert shares is not None
-    assert list(shares.keys) == ["lora.r"]
-    assert shares.keys["lora.r"] + shares.noise == pytest.approx(1)
     assert made.verdicts.answer == "r=4 is better than r=8."
 
 
@@ -110,7 +109,7 @@ def test_folds_rows_are_counted_once_each_and_alike_in_every_sentence(tmp_path: 
         for fold in range(2):
             make_run(tmp_path, 1.0 + r / 1e4 + fold / 10, lora__r=r, data__fold=fold, first_row=60 * fold)
     verdicts = write_report(runs_of(tmp_path), tmp_path / "out").verdicts
-    assert "losses of 120 validation rows" in verdicts.basis
+    assert "Noise of 120 validation rows" in verdicts.basis
     assert "120 validation rows (paired)" in str([sentence(found) for _, found in verdicts.all])
 
 
@@ -251,27 +250,74 @@ def test_curves_are_put_in_words(tmp_path: Path) -> None:
     assert str(overfitted) == "overfitting since step 40"
 
 
-def test_importance_of_a_grid_is_the_textbooks_analysis_of_variance(tmp_path: Path) -> None:
+def test_importance_finds_the_key_that_matters_on_a_grid_and_in_a_search(tmp_path: Path) -> None:
     for r, high in ((4, 0.0), (8, 0.3)):
         for rate, low in ((1e-3, 0.0), (1e-2, 0.1)):
-            make_run(tmp_path, 1.0 + high + low, lora__r=r, learning_rate__peak=rate)
-    found = importance(make_study(runs_of(tmp_path)))
-    assert found is not None
-    assert found.exact
-    assert found.keys == pytest.approx({"lora.r": 0.9, "learning_rate.peak": 0.1})
-    assert max(found.pairs.values()) == pytest.approx(0, abs=1e-9)
-
-
-def test_importance_of_a_search_with_gaps_finds_the_key_that_matters(tmp_path: Path) -> None:
+            make_run(tmp_path / "grid", 1.0 + high + low, lora__r=r, learning_rate__peak=rate)
+    found = importance(make_study(runs_of(tmp_path / "grid")))
+    assert list(found) == ["lora.r", "learning_rate.peak"]
+    assert found["lora.r"] == pytest.approx(0.9, abs=0.1), "the textbook's analysis of variance says 0.9"
     rng = np.random.default_rng(0)
     for i in range(24):
         r, rate = int(rng.choice([1, 2, 4, 8, 16])), float(rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2]))
-        root = tmp_path / str(i)
+        root = tmp_path / "search" / str(i)
         make_run(root, 1.0 + 0.1 * np.log2(r), lora__r=r, learning_rate__peak=rate, seed=i, rows=False)
-    found = importance(make_study(list(tmp_path.glob("*/runs/*"))))
-    assert found is not None
-    assert not found.exact
-    assert found.keys["lora.r"] > 0.9
+    assert importance(make_study(list(tmp_path.glob("search/*/runs/*"))))["lora.r"] > 0.8
+
+
+def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [{**s, "scores": {"rouge_l": place / 12}} for place, s in enumerate(SAMPLES)]
+    targets = rng.integers(0, 2, 60)
+    values = rng.dirichlet([1, 1], 60) + 0.5 * np.eye(2)[targets]
+    values /= values.sum(axis=1, keepdims=True)
+    numbers = {"val/auc": auc(targets, values), "val/accuracy": accuracy(targets, values), "val/margin": 0.5}
+    numbers |= {"val/rouge_l": 5.5 / 12, "val/exact_match": 8 / 12, "val/bleu": 1.0}
+    directory = make_run(tmp_path, 1.0, samples=texts, metrics=numbers, task__head="linear")
+    Predictions([str(i) for i in range(60)], ["a", "b"], values, targets=["ab"[t] for t in targets]).save(
+        directory / "predictions" / "val"
+    )
+    found = [(i, 10.0, 10.0) for i in range(60)]
+    path = directory / "row_losses" / "val-00000080.parquet"
+    margins = {"margin": rng.permutation(np.arange(60.0) / 59)}
+    write_row_losses(
+        path, found, lambda row: f"rows.jsonl:{row}", groups=[str(i // 6) for i in range(60)], scores=margins
+    )
+    run = read_run(directory)
+    for metric, rows in (("loss_nats", 10), ("margin", 10), ("rouge_l", 2), ("exact_match", 2), ("auc", 60)):
+        scores = run.row_scores(f"val/{metric}")
+        assert scores is not None, metric
+        assert len(scores.rows) == rows, metric
+        assert scores.metric == pytest.approx(run.value(f"val/{metric}"), abs=0.02), metric
+    assert run.row_scores("val/bleu") is None, "another number than these samples give"
+
+
+def test_a_configuration_that_lost_runs_does_not_win_by_its_survivors(tmp_path: Path) -> None:
+    for seed in range(5):
+        make_run(tmp_path, 0.5 + seed / 1000, status="diverged" if seed > 2 else "done", lora__r=8, seed=seed)
+        make_run(tmp_path, 0.9 + seed / 1000, lora__r=4, seed=seed)
+    answer = write_report(runs_of(tmp_path), tmp_path / "out").verdicts.answer
+    assert answer.startswith("No winner: r=8 leads only among the runs that finished. 2 runs of r=8 diverged or failed")
+
+
+def test_free_text_is_scored_by_token_f1_and_prompts_show_where_they_differ(tmp_path: Path) -> None:
+    preamble, answer = "Below is an instruction. Answer it.", "They sleep to save energy for the night."
+    samples = [
+        {
+            "where": f"r:{i}",
+            "prompt": f"{preamble} Why do {a} sleep? Response:",
+            "reference": answer,
+            "generated": answer,
+        }
+        for i, a in enumerate(("cats", "dogs", "bears"))
+    ]
+    runs = [make_run(tmp_path, 1.0 + r / 50, lora__r=r, samples=samples, rows=False) for r in (4, 8)]
+    page = write_report(runs, tmp_path / "out").html.read_text()
+    assert "… cats …" in page
+    assert preamble not in page
+    assert "token F1 1.00" in page
+    assert "exact_match" not in page
+    assert "token_f1" in page
 
 
 def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) -> None:

@@ -1,0 +1,456 @@
+"""How far means differ, how far they would differ by chance, and which configuration is the best.
+
+A `Sample` holds the results of one configuration, a `Replicate` per run. A contrast is a weighted sum of the samples'
+means (1 and -1 for two). A claim must hold for new seeds *and* new validation rows, so an interval has two parts, each
+at its own critical value, added in quadrature:
+
+- **Runs.** Welch's variance: the spread of each configuration by itself, so that a hopeless or noisy one does not blur
+  the others. Below `FEW` runs its degrees of freedom are those of the smaller side, since noise with two modes or a
+  long tail fools Welch's own there. Where the same seeds explain more of the spread than chance would (F test at
+  `PAIRING_LEVEL`), Student's paired t, seed by seed.
+- **Rows.** A metric is sum(total) / sum(weight) over rows: nats over tokens, right answers over one each. A row's
+  influence is (total - metric x weight) / mean(weight), by the delta method. Influences are averaged over a
+  configuration's runs and contrasted row by row. The share of it that runs do to single rows is in the first part, and
+  taken off (crossed random effects: Clark 1973). Rows of one `data.group` are summed first.
+- **Folds** have rows of their own, and are compared fold by fold. The spread between them holds the rows' noise; what
+  exceeds it is the first part. Folds share training rows, which the rows' part is widened for, by Nadeau and Bengio's
+  (2003) 1 + validation rows / training rows. Where rows are not known, that correction alone.
+
+**The best** is called when its interval against every other one leaves 0 out, each at 95% by itself (an
+intersection-union test: all must be won, so none has to be corrected). Else the answer is a set: a configuration leaves
+it at a one-sided level of 1 - 0.95^(1/(k-1)), so that the true best stays in it in 95% of the cases.
+
+**Logarithms** are compared where values are losses above 0 whose means differ more than `LOG_FROM`-fold and whose
+spreads are more alike on them (Bartlett's statistic).
+
+Who looks early, looks more than once: with `looks` declared each look has its share of the 5% (Bonferroni). With
+`looks="any"` the critical value is that of a confidence sequence, which holds at every number of runs: a t test's Bayes
+factor with the right Haar prior on the spread and a normal prior of `PRIOR_VARIANCE` on the effect, against 1/level.
+
+`llmft.reports.calibration` measures all of this; its tables are in sweeps/README.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+Looks = int | Literal["any"]
+ALPHA = 0.05
+POWER = 0.8
+PAIRING_LEVEL = 0.01
+FEW = 5
+LOG_FROM = 1.5
+PRIOR_VARIANCE = 1.0
+MOST_BLOCKS = 100
+"""Blocks of rows that a jackknife leaves out in turn."""
+
+
+@dataclass(frozen=True)
+class RowScores:
+    """What each validation row adds to a metric that is sum(total) / sum(weight)."""
+
+    rows: NDArray[np.str_]
+    total: Array
+    weight: Array
+    log: bool = False
+    """Whether it is the metric's logarithm that is compared."""
+
+    @property
+    def metric(self) -> float:
+        """The metric over all rows."""
+        return float(self.total.sum() / self.weight.sum())
+
+    def influences(self) -> Array:
+        """What each row adds to the metric's deviation, times the number of rows."""
+        found = (self.total - self.metric * self.weight) / self.weight.mean()
+        return found / self.metric if self.log else found
+
+    def by_group(self, groups: Sequence[str]) -> RowScores:
+        """Rows of one group as one row, since they are no independent draws."""
+        names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        return RowScores(names, np.bincount(place, self.total), np.bincount(place, self.weight), self.log)
+
+
+def jackknife(
+    metric: Callable[[Any, Any], float], references: Any, predictions: Any, names: Sequence[str]
+) -> RowScores | None:
+    """Row scores of any metric, by leaving out rows (rows of one name together, in at most `MOST_BLOCKS` blocks).
+
+    None where the metric is not a number without some block. `references` and `predictions` are arrays by rows.
+    """
+    found, place = np.unique(np.asarray(names, dtype=str), return_inverse=True)
+    count = min(len(found), MOST_BLOCKS)
+    if count < 2:
+        return None
+    block = place % count
+    whole = metric(references, predictions)
+    left = np.array([metric(references[block != b], predictions[block != b]) for b in range(count)])
+    pseudo = count * whole - (count - 1) * left
+    # The same rows make the same blocks; others share no name with them.
+    labels = np.array([f"{count} blocks of {len(found)} rows {found[0]} to {found[-1]}: {b}" for b in range(count)])
+    return RowScores(labels, pseudo, np.ones(count)) if np.isfinite(pseudo).all() else None
+
+
+@dataclass(frozen=True)
+class Replicate:
+    """One run of a configuration: its seed, the part of the data that it was validated on, and the metric."""
+
+    seed: str
+    part: str
+    value: float
+    rows: RowScores | None = None
+
+    @property
+    def label(self) -> tuple[str, str]:
+        """What replicates of different configurations have in common."""
+        return self.seed, self.part
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The replicates of one configuration.
+
+    Attributes:
+        training_overlap: validation rows over training rows where parts are folds or repeated splits, else 0.
+        lost: runs that diverged or failed; what is left may be the lucky ones.
+        stated: (standard deviation of one run, its degrees of freedom) where it was told and not measured here.
+    """
+
+    name: str
+    replicates: tuple[Replicate, ...]
+    training_overlap: float = 0.0
+    lost: int = 0
+    stated: tuple[float, float] | None = None
+
+    @property
+    def values(self) -> Array:
+        """The metric of each replicate."""
+        return np.array([replicate.value for replicate in self.replicates])
+
+    @property
+    def mean(self) -> float:
+        """The mean metric."""
+        return float(self.values.mean())
+
+    @property
+    def labels(self) -> set[tuple[str, str]]:
+        """Seeds and parts of its replicates."""
+        return {replicate.label for replicate in self.replicates}
+
+    def only(self, labels: set[tuple[str, str]]) -> Sample:
+        """With the replicates of `labels`, in one order."""
+        kept = sorted((r for r in self.replicates if r.label in labels), key=lambda r: r.label)
+        return replace(self, replicates=tuple(kept))
+
+    def finite(self) -> Sample:
+        """Without runs whose metric is no number, which count as lost."""
+        kept = tuple(r for r in self.replicates if math.isfinite(r.value))
+        return replace(self, replicates=kept, lost=self.lost + len(self.replicates) - len(kept))
+
+    def logged(self) -> Sample:
+        """The logarithm of the metric."""
+        return replace(
+            self,
+            replicates=tuple(
+                replace(r, value=math.log(r.value), rows=r.rows and replace(r.rows, log=True)) for r in self.replicates
+            ),
+        )
+
+
+@dataclass(frozen=True)
+class Variance:
+    """A variance of an estimate with its degrees of freedom (infinite where it is known)."""
+
+    value: float
+    df: float
+
+    def half_width(self, level: float, looks: Looks = 1, means: int = 2) -> float:
+        """Half of the interval at the two-sided `level`; for all pairs of `means` means at once."""
+        if self.value == 0:
+            return 0.0
+        return critical(self.df, level, looks, means) * math.sqrt(self.value)
+
+
+@functools.lru_cache(maxsize=65536)
+def critical(df: float, level: float, looks: Looks = 1, means: int = 2) -> float:
+    """Two-sided critical value of an estimate over its standard error; of the studentised range beyond two means."""
+    from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
+
+    if looks == "any":
+        if not 1 <= df < math.inf:
+            return math.inf if df < 1 else -float(ndtri(level / 2))
+        grown = 1 + (df + 1) * PRIOR_VARIANCE
+        ratio = (grown / level**2) ** (1 / (df + 1))
+        return math.sqrt(df * (ratio - 1) / (1 - ratio / grown)) if ratio < grown else math.inf
+    level /= looks
+    single = -float(ndtri(level / 2) if math.isinf(df) else stdtrit(max(df, 0.5), level / 2))
+    if means <= 2:
+        return single
+    from scipy.optimize import brentq
+    from scipy.stats import studentized_range
+
+    pairs = means * (means - 1) / 2
+    most = -float(ndtri(level / pairs / 2) if math.isinf(df) else stdtrit(max(df, 0.5), level / pairs / 2))
+    try:
+        found = brentq(lambda t: studentized_range.sf(t * math.sqrt(2), means, df) - level, single, most, xtol=1e-3)
+    except ValueError:  # scipy's integral is not exact enough to tell the bounds apart
+        return most
+    return float(found)
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of means with what is known of its noise; None where a source is not known."""
+
+    estimate: float
+    seeds: Variance | None
+    rows: Variance | None
+    runs: int
+    """Fewest replicates that any of the samples has in the contrast."""
+    num_samples: int = 2
+    num_rows: int = 0
+    paired: bool = False
+    folds: bool = False
+    rows_paired: bool = True
+    identical: bool = False
+    """Whether all runs with a seed in common ended alike."""
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the noise of runs is known, and not 0 by the chance of a few runs."""
+        return self.seeds is not None and (self.seeds.value > 0 or (self.folds and self.rows is not None))
+
+    def half_width(self, level: float, looks: Looks = 1, means: int = 2) -> float | None:
+        """Half of the interval; of the rows alone where the runs' noise is not known, None where neither is."""
+        known = [v.half_width(level, looks, means) for v in (self.seeds, self.rows) if v is not None]
+        return math.hypot(*known) if known else None
+
+
+def contrast(samples: Sequence[Sample], weights: Sequence[float], *, paired: bool = False) -> Contrast:
+    """The contrast with `weights` (they add up to 0) over the samples' means; `paired`: seed by seed."""
+    parts = {r.part for s in samples for r in s.replicates}
+    common = set.intersection(*(s.labels for s in samples))
+    folds = len(parts) > 1 and bool(common)
+    paired = folds or (paired and len(common) >= 2)
+    if paired:
+        samples = [s.only(common) for s in samples]
+    vector = np.array(weights)
+    estimate = float(vector @ [s.mean for s in samples])
+    rows = row_variance(samples, vector)
+    fewest = min(len(s.replicates) for s in samples)
+    values = [s.only(common).values for s in samples]
+    measured = len(common) >= 2 and not any(s.stated for s in samples)
+    identical = measured and all(np.allclose(v, values[0], rtol=1e-12, atol=0) for v in values)
+    seeds = None
+    if paired:
+        seeds, rows = _paired(samples, vector, rows, folds=folds)
+    if not folds and (seeds is None or seeds.value <= 0) and all(len(s.replicates) >= 2 or s.stated for s in samples):
+        seeds = _welch(samples, vector)
+    return Contrast(
+        estimate,
+        seeds,
+        rows.variance if rows else None,
+        fewest,
+        len(samples),
+        rows.count if rows else 0,
+        paired,
+        folds,
+        rows.paired if rows else True,
+        identical,
+    )
+
+
+def _welch(samples: Sequence[Sample], weights: Array) -> Variance:
+    value, below, sides = 0.0, 0.0, {True: 0.0, False: 0.0}
+    for sample, weight in zip(samples, weights, strict=True):
+        sd, df = sample.stated or (float(sample.values.std(ddof=1)), len(sample.replicates) - 1.0)
+        part = weight**2 * sd**2 / len(sample.replicates)
+        value, below = value + part, below + part**2 / df
+        sides[bool(weight > 0)] += df
+    df = value**2 / below if below > 0 else min(sides.values())
+    few = min(len(s.replicates) for s in samples) < FEW and not any(s.stated for s in samples)
+    return Variance(value, min(df, *sides.values()) if few else df)
+
+
+def _paired(
+    samples: Sequence[Sample], weights: Array, rows: RowNoise | None, *, folds: bool
+) -> tuple[Variance | None, RowNoise | None]:
+    """The runs' part seed by seed or fold by fold, and the rows' part that goes with it."""
+    table = weights @ np.array([s.values for s in samples])
+    if not folds:
+        return Variance(float(table.var(ddof=1)) / len(table), len(table) - 1.0), rows
+    # Seeds within a fold are averaged: it is folds that are drawn.
+    of_fold: dict[str, list[float]] = {}
+    for replicate, value in zip(samples[0].replicates, table, strict=True):
+        of_fold.setdefault(replicate.part, []).append(float(value))
+    means = np.array([np.mean(found) for found in of_fold.values()])
+    if len(means) < 2:
+        return None, rows
+    shared, square = max(s.training_overlap for s in samples), float(means.var(ddof=1))
+    if rows is None:
+        return Variance(square * (1 / len(means) + shared), len(means) - 1.0), None
+    excess = max(square / len(means) - rows.variance.value, 0.0)
+    wider = replace(rows.variance, value=rows.variance.value * (1 + shared))
+    return Variance(excess, len(means) - 1.0), replace(rows, variance=wider)
+
+
+@dataclass(frozen=True)
+class RowNoise:
+    """The row part of a contrast's variance, the number of rows, and whether all samples had the same ones."""
+
+    variance: Variance
+    count: int
+    paired: bool
+
+
+def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
+    """The variance of a contrast by the choice of validation rows; None where a run's row scores are missing."""
+    parts = sorted({r.part for s in samples for r in s.replicates})
+    total, count, paired = 0.0, 0, True
+    for part in parts:
+        cells = [[r.rows for r in s.replicates if r.part == part] for s in samples]
+        runs = [run for cell in cells for run in cell if run is not None]
+        if len(runs) < sum(map(len, cells)) or not all(cells):
+            return None
+        # A row's part in the mean over all parts.
+        share = weights * [len(cell) / len(s.replicates) for cell, s in zip(cells, samples, strict=True)]
+        aligned = _aligned(runs)
+        if aligned is None:
+            own = [np.mean([r.influences().var(ddof=1) / len(r.rows) for r in cell if r is not None]) for cell in cells]
+            total, count, paired = total + float(share**2 @ own), count + min(len(r.rows) for r in runs), False
+            continue
+        size = len(aligned[0].rows)
+        if size < 2:
+            return None
+        tables = np.split(np.array([r.influences() for r in aligned]), np.cumsum([len(cell) for cell in cells])[:-1])
+        spread = float((share @ np.array([t.mean(axis=0) for t in tables])).var(ddof=1))
+        within = [t.var(axis=0, ddof=1).mean() / len(t) if len(t) > 1 else 0.0 for t in tables]
+        total, count = total + max(spread - float(share**2 @ within), 0.0) / size, count + size
+    return RowNoise(Variance(total, float(max(count - len(parts), 1))), count, paired)
+
+
+def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:
+    """The runs cut down to the rows that all have, in one order; None where fewer than half of a run's rows are."""
+    if all(np.array_equal(run.rows, runs[0].rows) for run in runs):
+        return runs
+    if any(len(np.unique(run.rows)) != len(run.rows) for run in runs):
+        return None
+    common = functools.reduce(np.intersect1d, [run.rows for run in runs])
+    if len(common) * 2 < max(len(run.rows) for run in runs):
+        return None
+    orders = [np.argsort(run.rows) for run in runs]
+    places = [o[np.searchsorted(r.rows, common, sorter=o)] for o, r in zip(orders, runs, strict=True)]
+    return [replace(r, rows=common, total=r.total[p], weight=r.weight[p]) for r, p in zip(runs, places, strict=True)]
+
+
+def seeds_matter(samples: Sequence[Sample]) -> bool:
+    """Whether the seeds that all have in common explain more of the spread than chance would."""
+    from scipy.special import fdtrc
+
+    common = set.intersection(*(s.labels for s in samples))
+    if len(common) < 2 or len(samples) < 2 or any(s.stated for s in samples):
+        return False
+    table = np.array([s.only(common).values for s in samples])
+    table = table - table.mean(axis=1, keepdims=True)
+    seeds = table.mean(axis=0)
+    explained, rest = len(samples) * float(seeds @ seeds), float(((table - seeds) ** 2).sum())
+    if rest <= 0:
+        return explained > 0
+    return bool(fdtrc(len(common) - 1, (len(samples) - 1) * (len(common) - 1), explained / rest * (len(samples) - 1))
+                < PAIRING_LEVEL)  # fmt: skip
+
+
+def logarithms_suit(samples: Sequence[Sample], *, lower_is_better: bool) -> bool:
+    """Whether means differ by much, and spreads are more alike on the logarithm."""
+    means = [s.mean for s in samples]
+    positive = all(r.value > 0 for s in samples for r in s.replicates)
+    if not lower_is_better or not positive or max(means) < LOG_FROM * min(means) or any(s.stated for s in samples):
+        return False
+    return _bartlett([s.logged() for s in samples]) < _bartlett(samples)
+
+
+def _bartlett(samples: Sequence[Sample]) -> float:
+    """Bartlett's statistic up to its factor: how unlike the variances are."""
+    found = [(len(s.replicates) - 1, float(s.values.var(ddof=1))) for s in samples if len(s.replicates) > 1]
+    degrees = sum(df for df, _ in found)
+    if not degrees or any(value <= 0 for _, value in found):
+        return math.inf
+    pooled = sum(df * value for df, value in found) / degrees
+    return degrees * math.log(pooled) - sum(df * math.log(value) for df, value in found)
+
+
+def look_sizes(first: int, until: int, looks: Looks) -> list[int]:
+    """Seeds of each configuration at each look: after every seed for "any", else spread evenly up to `until`."""
+    if looks == "any" or looks > until - first:
+        return list(range(first, until + 1))
+    return sorted({first + round((until - first) * step / max(looks - 1, 1)) for step in range(looks)} | {until})
+
+
+def set_level(count: int, alpha: float = ALPHA) -> float:
+    """The two-sided level at which one of `count` configurations is left out of those that may be the best."""
+    return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
+
+
+def runs_needed(found: Contrast, size: float, level: float, looks: Looks = 1, most: int = 50) -> int | None:
+    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `most`.
+
+    The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.
+    """
+    from scipy.special import chdtri, ndtr
+
+    if found.seeds is None or found.seeds.value <= 0 or found.folds:
+        return None
+    df = found.seeds.df
+    one = found.seeds.value * found.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
+    rows = found.rows or Variance(0.0, math.inf)
+    for count in range(max(found.runs, 2), most + 1):
+        grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(found.runs - 1, 1) * (count - 1))
+        half = math.hypot(grown.half_width(level, looks), rows.half_width(level, looks))
+        if ndtr((size - half) / math.sqrt(grown.value + rows.value)) >= POWER:
+            return count
+    return None
+
+
+def rows_needed(found: Contrast, size: float, level: float) -> int | None:
+    """Validation rows that it would take, where with any number of runs these would be too few; else None."""
+    from scipy.special import ndtri
+
+    if found.rows is None or found.rows.value <= 0:
+        return None
+    reach = critical(math.inf, level) + float(ndtri(POWER))
+    return None if reach**2 * found.rows.value < size**2 else math.ceil(
+        found.num_rows * found.rows.value * (reach / size) ** 2 * 1.1)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What contrasts of the best mean with every other allow to say: a winner, or those that may be the best."""
+
+    won: bool
+    level: float
+    inside: tuple[bool, ...]
+    """Whether each of the others may be the best."""
+
+
+def choose(
+    found: Sequence[Contrast], lost: bool, *, alpha: float = ALPHA, looks: Looks = 1, lower_is_better: bool = True
+) -> Choice:
+    """Judges contrasts best - other; `lost`: the best lost runs, so that nobody leaves and nothing is won."""
+
+    def beaten(c: Contrast, level: float) -> bool:
+        half = c.half_width(level, looks)
+        lead = -c.estimate if lower_is_better else c.estimate
+        return not lost and c.seeded and half is not None and 0 < half < lead
+
+    if found and all(beaten(c, alpha) for c in found):
+        return Choice(True, alpha, (False,) * len(found))
+    level = set_level(len(found) + 1, alpha)
+    return Choice(False, level, tuple(not beaten(c, level) for c in found))

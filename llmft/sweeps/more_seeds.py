@@ -1,0 +1,101 @@
+"""More seeds where the answer is open: `sweep.seeds_until=10` adds seeds to the configurations that may be the best.
+
+The grid's own seeds run first. Then the sweep is looked at, at numbers of seeds that are known beforehand. What cannot
+be the best gets no further seeds. When the verdict stands, or all seeds are used, the sweep ends. A look sees what was
+planned before it and nothing else, so that the same command goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from llmft.core.errors import ConfigError
+from llmft.reports.statistics import look_sizes
+from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.supervisor import Listed
+from llmft.sweeps.trials import Planner, Sweep, Trial
+
+
+class Growing(Listed):
+    """The supervisor's source of a grid whose open configurations get more seeds at each look.
+
+    `still_open` takes the sweep's directory; it gives the runs of the configurations that need more seeds, none where
+    the verdict stands, and what to say.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        planner: Planner,
+        jobs: Sequence[Sequence[str]],
+        decide: Callable[..., tuple[str, str] | None],
+        still_open: Callable[[Path], tuple[set[Path], str]],
+        progress: SweepProgress,
+    ) -> None:
+        super().__init__(sweep.trials, decide)
+        self.sweep, self.planner, self.still_open, self.progress = sweep, planner, still_open, progress
+        self.jobs = [list(job) for job in jobs]
+        self.seeds = sorted({trial.config.seed for trial in sweep.trials})
+        settings, own = sweep.config.sweep, len(self.seeds)
+        until = settings.seeds_until or own
+        if settings.seeds_until is not None and until <= own:
+            raise ConfigError(f"sweep.seeds_until={until}: the grid has {own} seeds itself; set a larger number.")
+        # One seed tells nothing, so that looking at it is no look.
+        self.sizes = [1] * (own == 1 < until) + look_sizes(max(own, min(until, 2)), until, settings.declared_looks)
+        self.under_way = 0
+
+    def missing(self) -> list[Trial]:
+        """What is to run now; of the next look, where all before it is done."""
+        while not (found := [trial for trial in self.sweep.trials if not trial.finished_before()]):
+            if len(self.sizes) <= 1:
+                return []
+            self._look()
+        return found
+
+    def next(self) -> Trial | None:
+        """The next that is free; where all have ended, one of those that the next look asks for."""
+        if not self.waiting and not self.under_way and len(self.sizes) > 1:
+            self._look()
+        trial = super().next()
+        self.under_way += trial is not None
+        return trial
+
+    def over(self) -> bool:
+        """Whether all have been handed out and no look is to come."""
+        return super().over() and len(self.sizes) <= 1
+
+    def ended(self, trial: Trial) -> None:
+        """Takes back what is to run again."""
+        self.under_way -= 1
+        super().ended(trial)
+
+    def _look(self) -> None:
+        """Gives the open configurations their next seeds, or ends the looks."""
+        size = self.sizes.pop(0)
+        self.sweep.write()
+        still_open, words = self.still_open(self.sweep.directory)
+        directories = {path.resolve() for path in still_open}
+        pairs = zip(self.sweep.trials, self.jobs, strict=True)
+        jobs = {_without_seed(job): trial for trial, job in pairs if trial.run.directory.resolve() in directories}
+        if not jobs:
+            self.sizes = self.sizes[-1:]
+            self.progress.say(f"{size} seeds: {words} It stands, so no more seeds are run.")
+            return
+        more = [self.seeds[-1] + 1 + place for place in range(self.sizes[0] - len(self.seeds))]
+        self.seeds += more
+        for seed in more:
+            for job, sibling in jobs.items():
+                own = [*_without_seed(sibling.overrides), f"seed={seed}"]
+                trial = self.planner.trial(len(self.sweep.trials), [*job, f"seed={seed}"], own)
+                trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.sweep.name
+                self.sweep.trials.append(trial)
+                self.jobs.append([*job, f"seed={seed}"])
+                self.waiting.append(trial)
+        self.sweep.swept["seed"] = [str(seed) for seed in self.seeds]
+        self.progress.total = len(self.sweep.trials)
+        self.progress.say(f"{size} seeds: {words} {len(more) * len(jobs)} more trials.")
+
+
+def _without_seed(overrides: Sequence[str]) -> tuple[str, ...]:
+    return tuple(own for own in overrides if own.partition("=")[0].lstrip("+") != "seed")
