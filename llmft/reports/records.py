@@ -209,9 +209,13 @@ class RunRecord:
             references, made = (np.array([str(s.get(k)) for s in samples], object) for k in ("reference", "generated"))
         else:
             return None
+
+        def scored(own: Any, predicted: Any) -> float:
+            return float(function(own, predicted) if name not in TEXT_METRICS else function(list(own), list(predicted)))
+
         try:
-            same = math.isclose(function(references, made), value, rel_tol=1e-3, abs_tol=1e-6)
-            return jackknife(function, references, made, [str(row) for row in rows]) if same else None
+            same = math.isclose(scored(references, made), value, rel_tol=1e-3, abs_tol=1e-6)
+            return jackknife(scored, references, made, [str(row) for row in rows]) if same else None
         except Exception:  # a metric of somebody's own may refuse what is left
             return None
 

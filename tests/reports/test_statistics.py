@@ -240,7 +240,7 @@ def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refuse
     for metric, how, message in (
         ("", {}, "the numbers: nothing says what the values measure: set metric=accuracy"),
         ("mine", {}, "mode: mine does not declare whether higher or lower is better"),
-        ("accuracy", {"mode": Mode.min}, "mode=min: more of accuracy is better"),
+        ("accuracy", {"mode": Mode.min}, "mode=min: accuracy declares that higher is better; set mode=max"),
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             best(metric, **how)
