@@ -202,7 +202,7 @@ def with_difference() -> Iterator[Setting]:
     for seeds in (3, 7, 10):
         yield Setting(6, seeds, effect=2.0)
     for count, rows in ((2, 200), (2, 1000), (6, 200)):
-        yield Setting(count, 1, "folds", rows=rows, effect=0.25)
+        yield Setting(count, 1, "folds", rows=rows, effect=0.25 * math.sqrt(200 / rows))
 
 
 def with_looks() -> Iterator[Setting]:

@@ -26,7 +26,7 @@ from llmft.reports.statistics import (
     runs_needed,
     seeds_matter,
 )
-from llmft.reports.study import Study, make_study, short_names
+from llmft.reports.study import Study, make_study, short_names, show
 
 MOST_RUNS = 50
 """More runs than that of each configuration are not worth counting."""
@@ -208,9 +208,13 @@ def scope(study: Study) -> str:
     steps = {run.result["steps"] for run in runs if isinstance(run.result.get("steps"), int)}
     if steps and max(steps) > 1:
         parts.append(f"after {min(steps):,}" + (f" to {max(steps):,}" if len(steps) > 1 else "") + " steps")
-    rates = {run.config["learning_rate.peak"] for run in runs if "learning_rate.peak" in run.config}
+    rates = {show(run.config["learning_rate.peak"]) for run in runs if "learning_rate.peak" in run.config}
     if len(rates) == 1 and steps and max(steps) > 1:
-        parts.append(f"at one learning rate ({rates.pop():g})")
+        parts.append(f"at one learning rate ({rates.pop()})")
+    seeds = [len({run.seed for run in c.runs}) for c in study.configurations]
+    folds = {show(run.config.get("data.fold")) for run in runs} - {"null"}
+    span = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
+    parts.append(f"with {span} seed{'s' if max(seeds) > 1 else ''}" + (f" and {len(folds)} folds" if folds else ""))
     parts.append("on this data")
     return f"It holds {', '.join(parts)}; what is best elsewhere is another question."
 
