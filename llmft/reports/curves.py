@@ -163,9 +163,9 @@ def summed_up(found: Sequence[Diagnosis]) -> str:
         Fit.underfitting: "underfit",
         Fit.short: "would gain from longer training",
         Fit.diverged: "diverged",
-        Fit.fine: "end level",
+        Fit.fine: "have flattened",
         Fit.chance: "are no better than chance",
-        Fit.unknown: "have no curves",
+        Fit.unknown: "have no training curve",
     }
     count = Counter(diagnosis.fit for diagnosis in found)
     parts = []
