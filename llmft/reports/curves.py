@@ -156,7 +156,7 @@ def _falls(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, f
 
 def summed_up(found: Sequence[Diagnosis]) -> str:
     """What a set of runs' curves say together: "2 of 6 runs overfit (since steps 40 to 60), …"."""
-    if not found:
+    if all(diagnosis.fit is Fit.unknown for diagnosis in found):
         return ""
     words = {
         Fit.overfitting: "overfit",

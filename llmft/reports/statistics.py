@@ -62,6 +62,8 @@ class RowScores:
     weight: Array
     log: bool = False
     """Whether it is the metric's logarithm that is compared."""
+    unit: str = "validation rows"
+    """What is counted."""
 
     @property
     def metric(self) -> float:
@@ -76,7 +78,8 @@ class RowScores:
     def by_group(self, groups: Sequence[str]) -> RowScores:
         """Rows of one group as one row, since they are no independent draws."""
         names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        return RowScores(names, np.bincount(place, self.total), np.bincount(place, self.weight), self.log)
+        totals, weights = np.bincount(place, self.total), np.bincount(place, self.weight)
+        return RowScores(names, totals, weights, self.log, "groups of validation rows")
 
 
 def jackknife(
@@ -96,7 +99,8 @@ def jackknife(
     pseudo = count * whole - (count - 1) * left
     # The same rows make the same blocks; others share no name with them.
     labels = np.array([f"{count} blocks of {len(found)} rows {found[0]} to {found[-1]}: {b}" for b in range(count)])
-    return RowScores(labels, pseudo, np.ones(count)) if np.isfinite(pseudo).all() else None
+    unit = "validation rows" if count == len(references) else "blocks of validation rows"
+    return RowScores(labels, pseudo, np.ones(count), unit=unit) if np.isfinite(pseudo).all() else None
 
 
 @dataclass(frozen=True)
@@ -217,11 +221,17 @@ class Contrast:
     """Fewest replicates that any of the samples has in the contrast."""
     num_samples: int = 2
     num_rows: int = 0
+    unit: str = "validation rows"
     paired: bool = False
     folds: bool = False
     rows_paired: bool = True
     identical: bool = False
     """Whether all runs with a seed in common ended alike."""
+
+    @property
+    def alike(self) -> bool:
+        """Whether seeds change nothing: three runs of each ended alike, or all runs of both."""
+        return self.identical or (self.seeds is not None and self.seeds.value == 0 and self.runs > 2 and not self.folds)
 
     @property
     def seeded(self) -> bool:
@@ -261,6 +271,7 @@ def contrast(samples: Sequence[Sample], weights: Sequence[float], *, paired: boo
         fewest,
         len(samples),
         rows.count if rows else 0,
+        rows.unit if rows else "validation rows",
         paired,
         folds,
         rows.paired if rows else True,
@@ -309,6 +320,7 @@ class RowNoise:
     variance: Variance
     count: int
     paired: bool
+    unit: str = "validation rows"
 
 
 def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
@@ -334,7 +346,7 @@ def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
         spread = float((share @ np.array([t.mean(axis=0) for t in tables])).var(ddof=1))
         within = [t.var(axis=0, ddof=1).mean() / len(t) if len(t) > 1 else 0.0 for t in tables]
         total, count = total + max(spread - float(share**2 @ within), 0.0) / size, count + size
-    return RowNoise(Variance(total, float(max(count - len(parts), 1))), count, paired)
+    return RowNoise(Variance(total, float(max(count - len(parts), 1))), count, paired, runs[0].unit)
 
 
 def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:

@@ -91,7 +91,7 @@ class Family:
         """Whether those that may be the best are alike in every run, or nearer to it than what matters."""
         inside = [c for c in self.comparisons if c.second in self.among]
         near = smallest and all(c.high is not None and c.metric_high < smallest for c in inside)
-        return bool(inside) and bool(near or all(c.contrast.identical for c in inside))
+        return bool(inside) and bool(near or all(c.contrast.alike for c in inside))
 
 
 @dataclass(frozen=True)
@@ -344,7 +344,7 @@ def _plan(found: Contrast, level: float, rules: Rules) -> str:
     )
     rows = rows_needed(found, size, level)
     if rows is not None:
-        return f"more seeds would not find a difference of {told}; about {rows:,} validation rows would"
+        return f"more seeds would not find a difference of {told}; about {rows:,} {found.unit} would"
     runs = runs_needed(found, size, level, rules.looks, MOST_RUNS)
     if runs is None:
         return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {told}"
@@ -416,7 +416,7 @@ def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rule
     rows = [found.num_rows for found in contrasts if found.rows is not None]
     if len(rows) == len(contrasts):
         same = "" if all(c.rows_paired for c in contrasts) else ", not the same in all"
-        parts.append(f"Noise of {max(rows):,} validation rows is included{same}.")
+        parts.append(f"Noise of {max(rows):,} {contrasts[0].unit} is included{same}.")
     else:
         parts.append("Row noise is not known for this metric: what is said holds for these validation rows.")
     if rules.looks == "any":
@@ -469,7 +469,7 @@ def rests_on(found: Comparison) -> str:
         runs += ", seed noise unknown"
     if c.rows is None:
         return f"rests on {runs}; row noise unknown"
-    return f"rests on {runs}, {c.num_rows:,} validation rows ({'paired' if c.rows_paired else 'not the same in both'})"
+    return f"rests on {runs}, {c.num_rows:,} {c.unit} ({'paired' if c.rows_paired else 'not the same in both'})"
 
 
 def number(value: float, digits: int = 4) -> str:
