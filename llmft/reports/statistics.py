@@ -5,9 +5,9 @@ means (1 and -1 for two). A claim must hold for new seeds *and* new validation r
 at its own critical value, added in quadrature:
 
 - **Runs.** Welch's variance: the spread of each configuration by itself, so that a hopeless or noisy one does not blur
-  the others. Below `FEW` runs its degrees of freedom are those of the smaller side, since noise with two modes or a
-  long tail fools Welch's own there. Where the same seeds explain more of the spread than chance would (F test at
-  `PAIRING_LEVEL`), Student's paired t, seed by seed.
+  the others. Below `FEW` runs its degrees of freedom are half-way to those of the smaller side, since noise with two
+  modes or a long tail fools Welch's own there. Where the same seeds explain more of the spread than chance would (F
+  test at `PAIRING_LEVEL`), Student's paired t, seed by seed.
 - **Rows.** A metric is sum(total) / sum(weight) over rows: nats over tokens, right answers over one each. A row's
   influence is (total - metric x weight) / mean(weight), by the delta method. Influences are averaged over a
   configuration's runs and contrasted row by row. The share of it that runs do to single rows is in the first part, and
@@ -288,7 +288,7 @@ def _welch(samples: Sequence[Sample], weights: Array) -> Variance:
         sides[bool(weight > 0)] += df
     df = value**2 / below if below > 0 else min(sides.values())
     few = min(len(s.replicates) for s in samples) < FEW and not any(s.stated for s in samples)
-    return Variance(value, min(df, *sides.values()) if few else df)
+    return Variance(value, (df + min(df, *sides.values())) / 2 if few else df)
 
 
 def _paired(
