@@ -91,11 +91,6 @@ def fields_not_in_key(schema: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("not_in_key")]
 
 
-def open_keys(schema: type) -> Iterator[str]:
-    """The dotted keys that hold a dictionary with free keys."""
-    return (key for key, kind in schema_fields(schema) if kind.startswith("dict["))
-
-
 def dataclass_of(annotation: Any, owner: type) -> type | None:
     """The dataclass that a field of `owner` holds, from the module of `owner` or from `llmft.config.sections`."""
     kind = annotation

@@ -206,14 +206,13 @@ class Encoder:
                 except OSError as error:
                     self.warn(f"the tokenised rows could not be cached in {path.parent} ({error.strerror}).")
         if conversations and not len(examples):
+            dropped_by = self.lengths[split].dropped_by
+            reasons = ", ".join(f"{count} by {key}" for key, count in dropped_by.items()) or "bad rows"
             raise DataError(
                 f"data={self.data.name}: none of the {len(conversations)} {split} rows is left after the length limits "
-                f"({self._reasons(split)}); raise data.max_tokens={self.data.max_tokens} or the limit named."
+                f"({reasons}); raise data.max_tokens={self.data.max_tokens} or the limit named."
             )
         return examples
-
-    def _reasons(self, split: str) -> str:
-        return ", ".join(f"{count} by {key}" for key, count in self.lengths[split].dropped_by.items()) or "bad rows"
 
     def _key(self, split: str) -> str:
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()

@@ -62,21 +62,12 @@ def read_messages(turns: Any, column: str, keys: Keys) -> list[Message]:
         previous = messages[-1] if messages else None
         calls = message.get("tool_calls")
         # ShareGPT puts each call into a message of its own, after the text that it belongs to.
-        if (
-            previous
-            and calls
-            and message["role"] == previous["role"]
-            and not message["content"]
-            and _same_turn(previous, message)
-        ):
+        continues = previous is not None and calls and not message["content"] and "reasoning_content" not in message
+        if previous and continues and all(message.get(key) == previous.get(key) for key in ("role", "weight")):
             previous["tool_calls"] = [*previous.get("tool_calls", ()), *calls]
         else:
             messages.append(message)
     return messages
-
-
-def _same_turn(first: Message, second: Message) -> bool:
-    return first.get("weight") == second.get("weight") and "reasoning_content" not in second
 
 
 def read_message(turn: Any, number: int, keys: Keys) -> Message:

@@ -204,12 +204,11 @@ class PromptFormat:
         apart, unlike = set(), False
         for number, (turn, (start, end)) in enumerate(zip(answer_turns, spans, strict=True)):
             prompt, _ = _without_marks(self._write(turns[:turn], values, True))
-            if text[:start] == prompt:
-                alone, alone_spans = _without_marks(self._write(turns[: turn + 1], values, False))
-                if alone[: alone_spans[-1][1]] == text[:end]:
-                    continue
             alone, alone_spans = _without_marks(self._write(turns[: turn + 1], values, False))
-            if turn + 1 < len(turns) and alone[: alone_spans[-1][0]] == prompt:
+            alone_start, alone_end = alone_spans[-1]
+            if text[:start] == prompt and alone[:alone_end] == text[:end]:
+                continue
+            if turn + 1 < len(turns) and alone[:alone_start] == prompt:
                 apart.add(number)
             else:
                 unlike = True
@@ -236,33 +235,27 @@ class PromptFormat:
 
         Raises ValueError for a template whose answer cannot be found.
         """
-        generation_prompt = self._write(turns[:-1], values, True)
-        prefix = self._up_to_answer(turns, values)
-        if prefix.startswith(generation_prompt) and len(prefix) > len(generation_prompt):
-            return len(generation_prompt), prefix
-        prompt = generation_prompt.rstrip()
-        if prompt.endswith(THINK) and prefix.startswith(prompt.removesuffix(THINK)):
+        prompt = self._write(turns[:-1], values, True)
+        text = self._up_to_answer(turns, values)
+        if text.startswith(prompt) and len(text) > len(prompt):
+            return len(prompt), text
+        opening = prompt.rstrip()
+        if opening.endswith(THINK) and text.startswith(opening.removesuffix(THINK)):
             # DeepSeek-R1: the prompt opens the reasoning, and a finished turn is written without it.
             answer = dict(turns[-1])
             thoughts = answer.pop("reasoning_content", None)
             if thoughts is None and THOUGHT in answer["content"]:
                 thoughts, _, answer["content"] = answer["content"].partition(THOUGHT)
                 thoughts = thoughts.strip().removeprefix(THINK)
-            rest = self._up_to_answer([*turns[:-1], answer], values)[len(prompt) - len(THINK) :]
-            newline = "" if generation_prompt.endswith("\n") else "\n"
-            return len(
-                generation_prompt
-            ), f"{generation_prompt}{newline}{(thoughts or '').strip()}\n{THOUGHT}\n\n{rest.lstrip()}"
+            rest = self._up_to_answer([*turns[:-1], answer], values)[len(opening) - len(THINK) :]
+            newline = "" if prompt.endswith("\n") else "\n"
+            return len(prompt), f"{prompt}{newline}{(thoughts or '').strip()}\n{THOUGHT}\n\n{rest.lstrip()}"
         without_header = self._write(turns[:-1], values, False)
-        header = generation_prompt[len(without_header) :] if generation_prompt.startswith(without_header) else ""
-        first_difference = next(
-            (n for n, (first, second) in enumerate(zip(generation_prompt, prefix, strict=False)) if first != second), 0
-        )
-        header_start = prefix.find(header, max(0, first_difference - len(header))) if header.strip() else -1
-        if header_start >= 0 and header_start + len(header) < len(
-            prefix
-        ):  # Hermes closes the last tool result differently
-            return len(generation_prompt), generation_prompt + prefix[header_start + len(header) :]
+        header = prompt[len(without_header) :] if prompt.startswith(without_header) else ""
+        difference = next((n for n, (one, two) in enumerate(zip(prompt, text, strict=False)) if one != two), 0)
+        start = text.find(header, max(0, difference - len(header))) if header.strip() else -1
+        if start >= 0 and start + len(header) < len(text):  # Hermes closes the last tool result differently
+            return len(prompt), prompt + text[start + len(header) :]
         raise ValueError(
             f"prompt={self.config.name}: this template does not mark its answers, and writes them differently than "
             "after its prompts, so they cannot be found; choose a format by name"
@@ -379,9 +372,9 @@ class PromptFormat:
             except ValueError as error:
                 first_error = first_error or error
                 continue
-            if _has_python_arguments(turns, text) or (
-                form[0] is None and "None" in text and not _mentions_none(turns, values)
-            ):
+            source = json.dumps([turns, values.get("tools")], default=str)
+            writes_none = form[0] is None and "None" in text and "None" not in source
+            if writes_none or _has_python_arguments(turns, text):
                 continue
             self._call_forms.sort(key=lambda other, form=form: other != form)  # type: ignore[misc]
             return text
@@ -518,10 +511,6 @@ def _has_python_arguments(turns: list[Message], text: str) -> bool:
     )
 
 
-def _mentions_none(turns: list[Message], values: dict[str, Any]) -> bool:
-    return "None" in json.dumps([turns, values.get("tools")], default=str)
-
-
 def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
     """The configured format; `prompt=native` is the tokenizer's own chat template.
 
@@ -533,11 +522,8 @@ def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
         template = template.get("default") if isinstance(template, dict) else template
         if not isinstance(template, str):
             raise ConfigError("prompt=native: this tokenizer has no chat template; choose a format by name.")
-    if _adds_bos(tokenizer) and "bos_token" not in template and tokenizer.bos_token not in template:
+    adds_bos = tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
+    if adds_bos and "bos_token" not in template and tokenizer.bos_token not in template:
         # The model never saw a text without a begin token, and a server reads the exported template.
         template = "{{- bos_token -}}" + template
     return PromptFormat(replace(config, template=template), strict=bool(config.template))
-
-
-def _adds_bos(tokenizer: Any) -> bool:
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]

@@ -18,7 +18,9 @@ import json
 import lzma
 import math
 import os
+import re
 import zlib
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -112,7 +114,8 @@ def load_rows(data: DataConfig, problems: BadRows) -> Loaded:
         if problems.rejected:
             first = problems.rejected[0]
             raise DataError(f"data={data.name}: no training row can be read; {first['where']}: {first['reason']}.")
-        raise DataError(f"data={data.name} has no training rows: {_described(data)} is empty.")
+        source = data.source or data.files or data.split_files.train or data.hub
+        raise DataError(f"data={data.name} has no training rows: {source} is empty.")
     return replace(loaded, splits={split: with_nested(rows, names) for split, rows in loaded.splits.items()})
 
 
@@ -160,10 +163,6 @@ def _refuse_unused(data: DataConfig) -> None:
                 raise ConfigError(f"data.{key}={value} needs {needed}, which is not set.")
     if data.source and data.hub:
         raise ConfigError("data.source and data.hub are both set: keep one.")
-
-
-def _described(data: DataConfig) -> str:
-    return str(data.source or data.files or data.split_files.train or data.hub)
 
 
 # ---------------------------------------------------------------------------------------------------- generators
@@ -488,42 +487,35 @@ def _object_row(values: Any, where: str, problems: BadRows, advice: str = "") ->
 
 def _read_json(path: Path, text: str, problems: BadRows) -> Iterator[Row]:
     """The objects of a JSON array, each with the line it starts on."""
-    position, line, counted_to, line_start, last_line = 0, 1, 0, 0, 0
+    newlines = [match.start() for match in re.finditer("\n", text)]
 
-    def skip(characters: str) -> None:
-        nonlocal position
-        while position < len(text) and text[position] in characters:
-            position += 1
+    def skip_space(position: int) -> int:
+        return next((at for at in range(position, len(text)) if text[at] not in " \t\r\n"), len(text))
 
-    skip(" \t\r\n")
+    position, last_line, first = skip_space(0), 0, True
     if text[position : position + 1] != "[":
         hint = ""
         if text[position : position + 1] == "{":
             hint = "; one object per line belongs in a .jsonl file, an array within an object in a file of its own"
         raise DataError(f"{path}:1: a JSON array of objects was expected{hint}.")
     position += 1
-    first = True
     while True:
-        skip(" \t\r\n")
+        position = skip_space(position)
         comma = text[position : position + 1] == ","
         if comma and not first:
-            position += 1
-            skip(" \t\r\n")
-        line += text.count("\n", counted_to, position)
-        line_start = max(line_start, text.rfind("\n", counted_to, position) + 1)
-        counted_to = position
+            position = skip_space(position + 1)
+        line = bisect_left(newlines, position) + 1
         if text[position : position + 1] == "]" and not comma:
             if text[position + 1 :].strip():
                 raise DataError(f"{path}:{line}: text after the end of the array.")
             return
         if comma == first:
             raise DataError(f"{path}:{line}: not JSON ({'one comma too many' if first else 'a comma is missing'}).")
-        first = False
         # A second row on the same line gets its column too.
-        where = f"{path}:{line}" if line > last_line else f"{path}:{line}:{position - line_start + 1}"
-        last_line = line
+        column = position - (newlines[line - 2] if line > 1 else -1)
+        where = f"{path}:{line}" if line > last_line else f"{path}:{line}:{column}"
+        first, last_line, start = False, line, position
         try:
-            start = position
             values, position = _DECODER.raw_decode(text, start)
             _check_values(text[start:position], values)
         except (ValueError, RecursionError) as error:

@@ -12,10 +12,6 @@ from llmft.data.select import assign_folds, diverse, rank
 from llmft.data.sources import Loaded, Row
 
 
-def _content(row: Row) -> str:
-    return stable_text(row.values)
-
-
 def _column(rows: list[Row], name: str, key: str) -> list[str]:
     """A column's values as text. Raises ConfigError naming `key` for a row without the column."""
     for row in rows:
@@ -36,7 +32,7 @@ def hold_out(
     """
     if fraction <= 0 or not rows:
         return rows, []
-    units = _column(rows, group, "data.group") if group else [_content(row) for row in rows]
+    units = _column(rows, group, "data.group") if group else [stable_text(row.values) for row in rows]
     classes = _column(rows, stratify, "data.stratify") if stratify else [""] * len(rows)
     rows_of_class: dict[str, Counter[str]] = defaultdict(Counter)  # class -> unit -> number of rows
     rows_of_unit: dict[str, Counter[str]] = defaultdict(Counter)  # unit -> class -> number of rows
@@ -83,7 +79,7 @@ def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     """A seeded random sample of `count` rows, in their order."""
     if count is None or count >= len(rows):
         return rows
-    ranks = sorted(range(len(rows)), key=lambda index: rank(seed, _content(rows[index])))
+    ranks = sorted(range(len(rows)), key=lambda index: rank(seed, stable_text(rows[index].values)))
     return [rows[index] for index in sorted(ranks[:count])]
 
 
@@ -91,7 +87,7 @@ def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
     targets = _column(rows, data.stratify, "data.stratify") if data.stratify else None
     groups = _column(rows, data.group, "data.group") if data.group else None
     try:
-        keys = [_content(row) for row in rows]
+        keys = [stable_text(row.values) for row in rows]
         folds = assign_folds(keys, data.num_folds, data.split_seed, targets=targets, groups=groups)
     except ValueError as error:
         raise ConfigError(f"data.num_folds={data.num_folds}: {error}") from None

@@ -174,11 +174,8 @@ def _deed(style: Style, who: str, deed: str, place: str, end: str) -> str:
 
 
 def _sentence(style: Style, body: str) -> str:
-    return _capital(f"{style.opening} {body}".strip()) + style.ending
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
+    text = f"{style.opening} {body}".strip()
+    return text[0].upper() + text[1:] + style.ending
 
 
 def _rng(kind: str, split: str, splits: tuple[str, ...], seed: int) -> Random:

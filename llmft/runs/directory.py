@@ -329,10 +329,6 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
 
 
-def _names(folder: Path) -> list[str]:
-    return [path.name for path in folder.iterdir()] if folder.is_dir() else []
-
-
 def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
     """`open_one` of each directory. One that it refuses is left out with a warning if it was named by a glob.
 
@@ -369,7 +365,7 @@ def directories(paths: Any, key: str) -> list[Path]:
         matching_directories = [Path(match) for match in matches if Path(match).is_dir()]
         if not matching_directories:
             path = Path(text)
-            similar = nearest(path.name, _names(path.parent))
+            similar = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
             hint = f"; did you mean {path.parent / similar}?" if similar else "."
             raise ConfigError(f"{key}={name}: no such directory{hint}")
         result += [path for path in matching_directories if path not in result]

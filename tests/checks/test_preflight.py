@@ -157,9 +157,9 @@ def test_what_the_limits_cut_is_told_with_the_limit_that_would_cut_one_percent(t
 
 def test_a_format_that_is_not_the_tokenizers_own_is_shown_beside_it(tmp_path: Path) -> None:
     found = report(*SMALL_DATA, "prompt=chatml", cwd=tmp_path)
-    assert any("is not the format that the tokenizer carries" in f["message"] for f in found["findings"])
+    assert any("differs from the tokenizer's chat template" in f["message"] for f in found["findings"])
     found = report(*SMALL_DATA, "prompt=plain", cwd=tmp_path)
-    assert not any("is not the format" in f["message"] for f in found["findings"])
+    assert not any("differs from the tokenizer's" in f["message"] for f in found["findings"])
 
 
 def test_rows_longer_than_the_models_positions_are_noticed(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config.convert import canonical, from_json, from_plain, numbers_of, open_keys, schema_keys, to_plain
+from llmft.config.convert import canonical, from_json, from_plain, numbers_of, schema_fields, schema_keys, to_plain
 from llmft.config.sections import (
     Checkpointing,
     LoraConfig,
@@ -102,7 +102,7 @@ def test_the_micro_batch_is_rows_tokens_or_auto() -> None:
 
 def test_open_dictionaries_take_new_keys_and_typed_ones_do_not() -> None:
     assert compose("model.init=random", "model.overrides.hidden_size=64").model.overrides == {"hidden_size": 64}
-    assert "model.overrides" in set(open_keys(TrainConfig))
+    assert dict(schema_fields(TrainConfig))["model.overrides"].startswith("dict[")
     assert "lora.r" in set(schema_keys(TrainConfig))
 
 
