@@ -95,6 +95,21 @@ def prompt_config(name: str) -> Any:
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PromptConfig), option))
 
 
+@pytest.fixture(scope="session")
+def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Two short runs on the embedded task, of different ranks and with other answers."""
+    from llmft.train import train
+
+    made = []
+    for rank in (2, 4):
+        root = tmp_path_factory.mktemp("run")
+        given = [f"output_dir={root}", f"lora.r={rank}", "trainer.precision=fp32", "trainer.accelerator=cpu"]
+        given += ["trainer.max_steps=12", "trainer.validate_every=12", "task.max_new_tokens=12", f"seed={rank}"]
+        train(compose(*SMALL, *given), quiet=True)
+        made.append(run_directory(root))
+    return made
+
+
 def run_directory(root: Path) -> Path:
     """The one run directory below `root`."""
     (found,) = (root / "runs").iterdir()

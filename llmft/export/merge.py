@@ -72,12 +72,11 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
     """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
     run = job.run.directory
     screen.print(f"[bold]{run.name}[/bold]")
-    predictor = Predictor(in_fp32(job, config), options_of(job, config))
+    source = predictor = Predictor(in_fp32(job, config), options_of(job, config))
     try:
         weights.check_mergeable(predictor.model, str(run))
         questions = proof.Questions.of(predictor)
         answers = proof.answers_of_run(predictor, questions)
-        source = predictor
         if config.base is MergeBase.original:
             source = _on_original(predictor, job, config)
         made = weights.plain(source.model, str(job.config.task.auto_class))
@@ -87,7 +86,7 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
         for note in notes:
             screen.warn(note)
     finally:
-        predictor.close()
+        source.close()
     facts = {
         "run": run.name,
         "key": job.run.key,

@@ -45,6 +45,7 @@ TEXTS = (
     "a" * 40,
     "x = [1, 2];",
 )
+REAL = ("gpt2", "llama2", "mistral_v3")
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "/nowhere")) / "convert_hf_to_gguf.py"
 
 
@@ -87,11 +88,13 @@ def test_a_family_writes_in_llama_cpp_what_it_writes_in_transformers(family: str
             assert place > 0
             break
         expected = float(logits[len(prompt) + place - 1, token])
-        assert probability is None or probability == pytest.approx(expected, abs=2e-3)
+        assert probability is None or probability == pytest.approx(expected, abs=5e-3)
 
 
 @pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")
-@pytest.mark.parametrize("name", ["tiny", "gpt2", "llama2", "mistral_v3"])
+@pytest.mark.parametrize(
+    "name", ["tiny", *(pytest.param(n, marks=pytest.mark.slow) for n in ("gpt2", "llama2", "mistral_v3"))]
+)
 def test_a_tokenizer_makes_in_llama_cpp_the_tokens_it_makes_here(name: str, tmp_path: Path) -> None:
     source = TINY if name == "tiny" else SHARED / "tokenizers" / name
     if not source.is_dir():

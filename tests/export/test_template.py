@@ -1,0 +1,62 @@
+"""The exported template writes what the run's format writes, for programs that know no {% generation %}."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+from transformers import AutoTokenizer
+
+from llmft.config.sections import PromptConfig
+from llmft.data.prompt import PromptFormat
+from llmft.export.template import exported_template, without_marks
+from tests.conftest import ROOT
+
+NAMES = {path.stem: path for path in (ROOT / "conf" / "prompt").glob("*.yaml")}
+FORMATS = sorted(path for name, path in NAMES.items() if name not in ("native", "none"))
+TURNS = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two's  {% x %}."},
+         {"role": "user", "content": "Three?"}]  # fmt: skip
+RULE, SYSTEM = {"instruction": "It's \\a\nrule:"}, {"system": "Be 'brief'."}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(ROOT / "llmft" / "assets" / "tiny")
+
+
+@pytest.mark.parametrize("path", FORMATS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("more", [{}, RULE, SYSTEM], ids=["plain", "rule", "system"])
+def test_every_format_writes_the_same_when_it_is_exported(path: Path, more: dict[str, str], tokenizer: Any) -> None:
+    node = OmegaConf.merge(OmegaConf.structured(PromptConfig), OmegaConf.load(path), more)
+    if node.system and node.system_role == "refuse":
+        pytest.skip("the format refuses a system prompt")
+    config = OmegaConf.to_object(node)
+    template, _ = exported_template(config, tokenizer)
+    assert "generation %}" not in template.replace("add_generation_prompt %}", "")
+    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    conversations = [TURNS[:1], TURNS, [{"role": "system", "content": "Own."}, *TURNS]]
+    for messages in conversations:
+        try:
+            expected = PromptFormat(config).render(messages, add_generation_prompt=True, **special).text
+        except ValueError:
+            continue  # of one turn, or without a place for a system prompt
+        given = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}
+        found = tokenizer.apply_chat_template(messages, **given)
+        assert found == expected
+    try:
+        given = tokenizer.apply_chat_template(conversations[2][:2], chat_template=template, tokenize=False)
+    except Exception:
+        pytest.fail("an app's own system prompt is refused")
+    assert "Own." in given
+
+
+def test_marks_go_and_white_space_stays() -> None:
+    from jinja2 import Environment
+
+    text = "a  {%- generation -%}\n b {%- endgeneration %}\nc{% generation %}\nd\n{% endgeneration %}\ne"
+    for trim in (False, True):
+        environment = Environment(trim_blocks=trim, lstrip_blocks=trim)
+        like = text.replace("endgeneration", "endif").replace("generation", "if true")
+        assert environment.from_string(without_marks(text)).render() == environment.from_string(like).render()

@@ -1,0 +1,159 @@
+"""OpenAI's own client against llmft.serve."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmft.config.commands import ChatConfig, PredictConfig, ServeConfig
+from llmft.core.imports import missing
+from llmft.export.targets import opened
+from llmft.predict import predict
+from llmft.runs.predictions import Predictions
+from llmft.serving.start import open_all
+
+if missing("openai", "uvicorn", "starlette"):
+    pytest.skip("openai, uvicorn and starlette are not installed", allow_module_level=True)
+
+QUESTION = "Who wrote this text?\n\nThe fox was angry."
+ASKED = [{"role": "user", "content": QUESTION}]
+
+
+@pytest.fixture(scope="module")
+def address(two_runs: list[Path]) -> Iterator[str]:
+    import uvicorn
+
+    from llmft.serving.api import Api
+    from llmft.serving.engine import Engine
+
+    config = ServeConfig(run=[str(run) for run in two_runs], accelerator="cpu", max_body_kib=64, max_requests=12)
+    chat = ChatConfig(run=config.run, accelerator="cpu")
+    engine = Engine(open_all([opened(run, chat) for run in two_runs], config))
+    server = uvicorn.Server(uvicorn.Config(Api(engine, config, "secret").app, log_level="warning", lifespan="off"))
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    thread = threading.Thread(target=lambda: server.run(sockets=[listening]), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    server.should_exit = True
+    thread.join(10)
+    engine.close()
+
+
+@pytest.fixture
+def client(address: str) -> Any:
+    import openai
+
+    return openai.OpenAI(base_url=f"{address}/v1", api_key="secret", max_retries=0)
+
+
+def said(client: Any, model: str, **given: Any) -> str:
+    return str(client.chat.completions.create(model=model, messages=ASKED, **given).choices[0].message.content)
+
+
+def test_every_run_answers_by_its_name_what_predict_says(client: Any, two_runs: list[Path]) -> None:
+    assert [model.id for model in client.models.list()] == [run.name for run in two_runs]
+    for run in two_runs:
+        options = PredictConfig(run=str(run), prompts=[QUESTION], accelerator="cpu", name="served", force=True)
+        (path,) = predict(options, quiet=True)
+        (expected,) = Predictions.load(path).predicted
+        assert said(client, run.name) == expected
+        stream = client.chat.completions.create(
+            model=run.name, messages=ASKED, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = list(stream)
+        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == expected
+        assert chunks[-1].usage.total_tokens == chunks[-1].usage.prompt_tokens + chunks[-1].usage.completion_tokens
+
+
+def test_eight_at_a_time_are_answered_as_one(client: Any, two_runs: list[Path]) -> None:
+    models = [two_runs[number % 2].name for number in range(8)]
+    alone = {run.name: said(client, run.name) for run in two_runs}
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(lambda model: said(client, model), models)) == [alone[model] for model in models]
+
+
+def test_limits_and_stops_are_kept(client: Any, two_runs: list[Path]) -> None:
+    name = two_runs[0].name
+    given = {"model": name, "prompt": "The fox and", "temperature": 3.0, "seed": 5}
+    answer = client.completions.create(**given, max_tokens=30)
+    whole = answer.choices[0].text
+    assert answer.usage.completion_tokens <= 30
+    stopped = client.completions.create(**given, max_tokens=30, stop=[whole[3:5]]).choices[0]
+    assert stopped.text == whole[: whole.find(whole[3:5])]
+    assert stopped.finish_reason == "stop"
+    assert client.completions.create(**given, max_tokens=1).choices[0].finish_reason in ("length", "stop")
+    assert len(client.completions.create(**given, max_tokens=4, n=3).choices) == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "status", "message"),
+    [
+        ({"model": "nobody"}, 404, "no run called 'nobody'"),
+        ({"temperature": -1}, 400, "temperature=-1: from 0 to 10"),
+        ({"n": 99}, 400, "n=99: from 1 to 8"),
+        ({"max_tokens": 0}, 400, "max_tokens=0"),
+        ({"stop": ["a"] * 17}, 400, "stop: up to 16"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools: not offered here"),
+        ({"logprobs": True}, 400, "logprobs: not offered here"),
+        ({"messages": []}, 400, "holds no list of messages"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "no message of a user"),
+        ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "the model 256 positions"),
+        ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 413, "larger than 65,536 bytes"),
+    ],
+)
+def test_a_request_that_cannot_be_answered_is_told_why(
+    client: Any, two_runs: list[Path], given: dict[str, Any], status: int, message: str
+) -> None:
+    import openai
+
+    with pytest.raises(openai.APIStatusError, match=message) as refused:
+        client.chat.completions.create(**{"model": two_runs[0].name, "messages": ASKED, **given})
+    assert refused.value.status_code == status
+
+
+def test_a_key_is_asked_for_and_bodies_that_are_no_json_are_refused(address: str) -> None:
+    def status(path: str, body: bytes | None, key: str) -> int:
+        request = urllib.request.Request(address + path, body, {"Authorization": f"Bearer {key}"})
+        try:
+            return int(urllib.request.urlopen(request, timeout=10).status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    assert status("/health", None, "") == 200
+    assert status("/v1/models", None, "") == 401
+    assert status("/v1/models", None, "secret!") == 401
+    assert status("/v1/chat/completions", b"{", "secret") == 400
+    assert status("/v1/chat/completions", b"[" * 10_000, "secret") == 400
+    assert status("/v1/chat/completions", b"[1]", "secret") == 400
+
+
+def test_a_client_that_goes_away_ends_its_request(address: str, two_runs: list[Path]) -> None:
+    for stream in (True, False):
+        body = {
+            "model": two_runs[0].name,
+            "prompt": "The fox",
+            "max_tokens": 240,
+            "temperature": 8,
+            "n": 8,
+            "stream": stream,
+        }
+        content = json.dumps(body).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n"
+        head += f"Content-Length: {len(content)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2]))) as connection:
+            connection.sendall(head.encode() + content)
+            if stream:
+                connection.recv(100)
+        deadline = time.monotonic() + 30
+        while json.load(urllib.request.urlopen(f"{address}/health"))["requests"]:
+            assert time.monotonic() < deadline
