@@ -168,7 +168,7 @@ def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float
             kept += text.hidden_size
         elif kind.endswith("Experts"):  # gate, up and their product, of each chosen one
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-            kept += 3 * inner * text.num_experts_per_tok
+            kept += 3 * inner * getattr(text, "num_experts_per_tok", 2)
         elif "NewGELU" in kind:
             kept += 3 * 4 * text.hidden_size
     for parent, linear in blocks.items():
