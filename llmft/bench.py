@@ -72,13 +72,14 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
             f"input_tokens={config.input_tokens} with output_tokens={config.output_tokens}: more than the context of "
             f"{subjects[0].config.model.label} ({subjects[0].context_tokens} tokens); choose shorter ones."
         )
+    folder = str(Path(config.output_dir).absolute())
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
     answered = []
     screen = Screen(quiet=config.format is OutputFormat.json)
     with _Bar(config.progress and config.format is OutputFormat.text, sum(map(len, points))) as bar:
         for place, (subject, own) in enumerate(zip(subjects, points, strict=True)):
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
-            case = Case(to_plain(subject.config), own, share, config.repeats, config.inference_rows)
+            case = Case(to_plain(subject.config), own, share, config.repeats, config.inference_rows, folder)
             found, about = run_case(case, lambda told, subject=subject: bar.tell(subject.label, told))  # type: ignore[misc]
             bar.done(len(own))
             answered += [
@@ -194,8 +195,8 @@ class _Bar:
 
     def tell(self, label: str, told: str) -> None:
         """What is measured now."""
-        done = self.finished + max(0, self.under_way)
-        self.under_way += told != "loaded"
+        done = self.finished + self.under_way
+        self.under_way += 1
         self.progress.update(self.task, description=f"{label}: {told}", completed=done)
 
     def done(self, points: int) -> None:

@@ -17,9 +17,6 @@ KERNELS = "model/kernels/"
 ALLOWED = {
     ("model/families.py", "modeling_falcon.FalconLinear"): "a mend: transformers does not quantise this subclass",
     ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting of torch",
-    ("benchmarks/measure.py", "torch.utils.deterministic.fill_uninitialized_memory"): "the same",
-    ("data/hub.py", "constants.HF_HUB_OFFLINE"): "until what loads takes local_files_only=",
-    ("core/network.py", "constants.HF_HUB_OFFLINE"): "the same",
 }
 
 

@@ -1,24 +1,30 @@
 """One model in one number format, measured point by point in a process of its own.
 
-A point that finds no memory costs itself, and where it takes the process along, the one who asked starts another.
-What is asked comes as JSON on the standard input; answers go out line by line behind `MARK`.
+Each point is a short training of random words by `train`, whose record has the times, and answers by the model that it
+leaves, as `predict` loads it. A point that finds no memory costs itself, and where it takes the process along, the one
+who asked starts another. What is asked comes as JSON on the standard input; answers go out line by line behind `MARK`.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmft.config.sections import TrainConfig
 
 MARK = "llmft-bench "
 VARIATION = 0.1
 """Of the length of what is read, between the rows of a training; rows of one length would be 15% faster on a CPU."""
-MOST_MICRO_BATCHES = 4
-"""Of a step are measured; the time of more is told from theirs."""
+MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
+"""Of a step that is measured; the time of more is told from theirs."""
+SEVERAL_WORDS = 200
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Case:
         seconds: after so many, no further point is begun.
         repeats: measurements of each point behind the one that warms up.
         inference_rows: rows that are answered at once.
+        folder: where the trainings are, for as long as they take.
     """
 
     config: dict[str, Any]
@@ -38,6 +45,7 @@ class Case:
     seconds: float
     repeats: int
     inference_rows: int
+    folder: str = "outputs"
 
 
 @dataclass
@@ -82,244 +90,179 @@ def main() -> None:
 
     try:
         with quiet_warnings():
-            _measure(own, tell)
+            run_points(own, tell)
     except UserError as error:
         tell("error", message=str(error))
 
 
-def _measure(case: Case, tell: Callable[..., None]) -> None:
+def run_points(case: Case, tell: Callable[..., None]) -> None:
+    """Measures the points of `case` one by one; `tell` hears of each."""
+    from llmft.config.convert import from_plain
+    from llmft.config.sections import TrainConfig
+    from llmft.core.errors import ConfigError
     from llmft.core.imports import load_libraries
-    from llmft.training.out_of_memory import is_out_of_memory
+    from llmft.training.out_of_memory import free_memory, is_out_of_memory
 
     load_libraries()
     began = time.monotonic()
-    try:
-        bench = Bench(case)
-    except Exception as error:
-        if not is_out_of_memory(error.__cause__ or error):  # "cannot be loaded", and why
-            raise
-        for number in range(len(case.points)):
-            tell("point", number=number, error="does not fit")
-        return
-    tell("loaded", seconds=time.monotonic() - began, device=bench.device_name, precision=bench.precision.value)
+    config: TrainConfig = from_plain(case.config, TrainConfig)
     for number, (inputs, outputs) in enumerate(case.points):
         if time.monotonic() - began > case.seconds:
             tell("point", number=number, error="no time left")
             continue
         tell("begun", number=number)
+        measured = None
         try:
-            found = bench.point(inputs, outputs, began + case.seconds)
+            measured, about = measure(config, case, inputs, outputs)
         except Exception as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and "out of memory" in str(error)):
                 raise
-            found = None
-        if found is None:  # here the error is gone, and with it what its frames held
-            bench.clear()
+        if measured is None:  # here the error is gone, and with it what its frames held
+            free_memory()
             tell("point", number=number, error="does not fit")
         else:
-            tell("point", number=number, measured=asdict(found))
+            tell("about", **about)
+            tell("point", number=number, measured=asdict(measured))
 
 
-class Bench:
-    """A loaded model with its adapter and optimizer, as a training has them."""
+def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]]:
+    """One point, and on what device in which precision it was measured.
 
-    def __init__(self, case: Case) -> None:
-        import torch
+    Raises ConfigError or an error of a library where memory does not suffice.
+    """
+    import torch
 
-        from llmft.config.convert import from_plain
-        from llmft.config.instantiate import optimizer_factory
-        from llmft.config.sections import TrainConfig
-        from llmft.data.hub import locate
-        from llmft.model.assemble import assemble
-        from llmft.model.load import TORCH_DTYPES, model_config, pick_device, pick_precision
-        from llmft.training.finetuner import parameter_groups
+    from llmft.core.console import Screen
+    from llmft.data.hub import locate
+    from llmft.model.assemble import assemble
+    from llmft.model.load import TORCH_DTYPES, load_tokenizer, pick_device, pick_precision
 
-        self.case = case
-        self.config: TrainConfig = from_plain(case.config, TrainConfig)
-        config = self.config
-        self.device = pick_device(config.trainer.accelerator, 0)
-        self.precision = pick_precision(config.trainer.precision, self.device)
-        self.dtype = TORCH_DTYPES[self.precision] if config.lora.enabled else torch.float32
-        located = locate(config.model)
-        self.architecture = model_config(config.model, located)
-        self.context_tokens = getattr(self.architecture, "max_position_embeddings", None)
-        torch.set_float32_matmul_precision("high")
-        torch.use_deterministic_algorithms(config.trainer.deterministic, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    device = pick_device(config.trainer.accelerator)
+    precision = pick_precision(config.trainer.precision, device)
+    located = locate(config.model)
+    tokenizer = load_tokenizer(config.model, located)
+    measured = Measured(inputs, outputs)
+    Path(case.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="llmft-bench-", dir=case.folder) as folder:
+        most = max(1, MOST_TOKENS[device.type] // (inputs + outputs))
+        rows = min(config.trainer.batch_size, most)
+        trained = _train(_short(config, Path(folder), tokenizer, measured, rows, case.repeats), measured, case.repeats)
+        measured.step_s = config.trainer.batch_size * (inputs + outputs) / measured.train_tokens_per_s
         assembled = assemble(
             config,
             located,
-            device=self.device,
-            precision=self.precision,
+            device=device,
+            precision=precision,
+            vocabulary=len(tokenizer),
+            pad_id=tokenizer.pad_token_id,
             threads=config.trainer.threads,
-            keep=False,
+            trained=trained,
+            warn=Screen(quiet=True).warn,
         )
-        self.base, self.model = assembled.base, assembled.model
-        # An answer ends where it is told to, so that every repeat is as long.
-        self.base.generation_config.eos_token_id = None
-        self.optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)(parameter_groups(self.model))
-        self.vocabulary = int(self.base.get_input_embeddings().weight.shape[0])
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        threads = torch.get_num_threads()
-        self.device_name = f"{name}, {threads} thread{'s' if threads > 1 else ''}" if name == "CPU" else name
+    try:
+        with torch.autocast(device.type, TORCH_DTYPES[precision], enabled=precision.value != "fp32"):
+            _answer(assembled, measured, case)
+    finally:
+        assembled.release()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return measured, {"device": name, "precision": precision.value}
 
-    def point(self, inputs: int, outputs: int, deadline: float) -> Measured:
-        """Trains on rows of `inputs` + `outputs` tokens, the latter with loss, then writes as many."""
-        import torch
 
-        from llmft.training.callbacks import peak_memory_gib
+def _short(config: TrainConfig, folder: Path, tokenizer: Any, asked: Measured, rows: int, repeats: int) -> TrainConfig:
+    """A training of `rows` a step, one step that warms up and `repeats` more, on random words."""
+    from llmft.config.sections import Columns, DataConfig, Files
 
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
-        found = Measured(inputs, outputs)
-        self._train(found, deadline)
-        self._infer(found, deadline)
-        found.peak_bytes = round(peak_memory_gib(self.device) * 2**30)
-        return found
+    files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
+    for seed, (path, count) in enumerate(zip(files.values(), (rows * (repeats + 1), 1), strict=True)):
+        path.write_text("\n".join(map(json.dumps, random_rows(tokenizer, count, asked, seed))))
+    data = DataConfig(
+        name="bench",
+        split_files=Files(**{split: str(path) for split, path in files.items()}),
+        columns=Columns(prompt="prompt", response="response"),
+        max_tokens=max(8, getattr(tokenizer, "context_tokens", None) or 2 * (asked.input_tokens + asked.output_tokens)),
+        max_dropped_fraction=1.0,
+        max_overlap_fraction=1.0,
+        cache=False,
+    )
+    trainer = replace(
+        config.trainer, batch_size=rows, max_steps=repeats + 1, validate_every=float(repeats + 1), keep_checkpoints=1
+    )
+    task = replace(config.task, generate_rows=0)
+    return replace(config, data=data, trainer=trainer, task=task, output_dir=str(folder), progress=False)
 
-    def clear(self) -> None:
-        """Gives back what a point that did not fit has left."""
-        import gc
 
-        import torch
+def random_rows(tokenizer: Any, count: int, asked: Measured, seed: int) -> list[dict[str, str]]:
+    """Prompts and responses of about so many tokens; what is read varies by a tenth either way."""
+    import random
 
-        self.model.zero_grad(set_to_none=True)
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+    source = random.Random(seed)
+    words: list[str] = []
+    while len(words) < SEVERAL_WORDS:
+        word = tokenizer.decode([source.randrange(len(tokenizer))]).strip()
+        if word.isalpha() and word.isascii():
+            words.append(word)
+    tokens = len(tokenizer(" ".join(words), add_special_tokens=False).input_ids) / len(words)
 
-    # ------------------------------------------------------------------------------------------------------ training
+    def text(length: float) -> str:
+        return " ".join(source.choices(words, k=max(1, round(length / tokens))))
 
-    def _train(self, found: Measured, deadline: float) -> None:
-        """A step, or its first micro-batches where there are many, and the optimizer's part."""
-        import torch
+    return [
+        {
+            "prompt": text(asked.input_tokens * source.uniform(1 - VARIATION, 1 + VARIATION)),
+            "response": text(asked.output_tokens),
+        }
+        for _ in range(count)
+    ]
 
-        from llmft.data.batch import collate
-        from llmft.model.checkpointing import Offloaded, set_checkpointing
-        from llmft.training.micro_batching import MicroBatchPlan, plan_micro_batches
-        from llmft.training.objectives.language_modeling import LanguageModeling
 
-        config, rows = self.config, self.config.trainer.batch_size
-        offloads = config.trainer.offload_activations and self.device.type == "cuda"
-        objective = LanguageModeling()
-        fits: list[MicroBatchPlan] = []
-        tokens: list[int] = []
-        left: list[float] = []
-        self.model.train()
+def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
+    """Trains, and takes speed and memory from the run's record; returns the run's weights."""
+    from llmft.config.sections import Checkpointing
+    from llmft.data.batch import Limit
+    from llmft.training.micro_batching import MicroBatchPlan
+    from llmft.training.run import train
 
-        def accumulate() -> None:
-            # New lengths each time, as in a training: memory is handed out and given back in other pieces.
-            examples = _rows(rows, found, self.vocabulary, self.context_tokens, seed=len(tokens))
-            if not fits:
-                arguments = (self.device, self.dtype)
-                fits.append(plan_micro_batches(config, examples, lambda: self.architecture, *arguments))
-                set_checkpointing(self.base, fits[0].checkpointing)
-            lengths = examples.lengths.tolist()
-            groups = fits[0].limit.groups(lengths, range(rows))[:MOST_MICRO_BATCHES]
-            for group in groups:
-                batch = collate([examples[row] for row in group], group, 0).to(self.device)
-                with Offloaded(self.model) if offloads else nullcontext(), self._autocast():
-                    losses = objective.losses(self.model, batch)
-                    loss = losses.nll.sum() / (rows * found.output_tokens)
-                loss.backward()
-            tokens.append(sum(lengths))
-            left.append(sum(lengths) / sum(lengths[row] for group in groups for row in group))
+    train(config, quiet=True)
+    (directory,) = (Path(config.output_dir) / "runs").iterdir()
+    lines = [json.loads(line) for line in (directory / "timing.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/step_s" in line]
+    speeds = [line["train/tokens_per_s"] for line in steps[1:]]
+    measured.train_tokens_per_s, measured.spread["train"] = _median(speeds)
+    measured.peak_bytes = int(max(line["memory/peak_gib"] for line in steps) * 2**30)
+    measured.repeats = repeats
+    plan = json.loads((directory / "environment.json").read_text())["micro_batch"]
+    limit = Limit(plan["rows"], plan["tokens"])
+    measured.at_once = MicroBatchPlan(limit, Checkpointing(plan["checkpointing"]), "").size
+    return directory / ("adapter" if config.lora.enabled else "model")
 
-        def step() -> None:
-            gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
-            if config.trainer.gradient_clip is not None:
-                parameters = [p for p in self.model.parameters() if p.grad is not None]
-                torch.nn.utils.clip_grads_with_norm_(parameters, config.trainer.gradient_clip, norm)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
 
-        times = self._repeat([accumulate, step], deadline)
-        # The first of `tokens` and `left` are those of the warm-up.
-        each = [
-            (first * whole + second) / count
-            for (first, second), count, whole in zip(times, tokens[1:], left[1:], strict=True)
-        ]
-        token_s, found.spread["train"] = _median(each)
-        found.train_tokens_per_s = 1 / token_s
-        found.step_s = rows * (found.input_tokens + found.output_tokens) * token_s
-        found.at_once, found.repeats = str(fits[0]), len(times)
+def _answer(assembled: Any, measured: Measured, case: Case) -> None:
+    """The time of the first token of `inference_rows` answers, and of each further one."""
+    import torch
 
-    # ----------------------------------------------------------------------------------------------------- inference
+    from llmft.data.encode import Ends
+    from llmft.model.generate import generate
 
-    def _infer(self, found: Measured, deadline: float) -> None:
-        import torch
+    base, model, rows = assembled.base, assembled.model, case.inference_rows
+    base.generation_config.eos_token_id = None  # so that every repeat is as long
+    vocabulary = int(base.get_input_embeddings().weight.shape[0])
+    generator = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, vocabulary, (rows, measured.input_tokens), generator=generator).tolist()
 
-        from llmft.data.encode import Ends
-        from llmft.model.generate import generate
-
-        rows = self.case.inference_rows
-        generator = torch.Generator().manual_seed(1)
-        prompts = torch.randint(3, self.vocabulary, (rows, found.input_tokens), generator=generator).tolist()
-        self.model.eval()
-
-        def write(tokens: int) -> None:
-            with self._autocast():
-                made = generate(self.model, prompts, pad_id=0, ends=Ends([]), max_new_tokens=tokens, batch_size=rows)
-            assert all(len(answer) == tokens for answer in made)
-
-        times = self._repeat([lambda: write(1), lambda: write(found.output_tokens)], deadline)
-        found.prompt_s, found.spread["prompt"] = _median([first for first, _ in times])
-        more = found.output_tokens - 1
-        found.token_s, found.spread["generate"] = _median([(whole - first) / more for first, whole in times])
-        found.prompt_tokens_per_s = rows * found.input_tokens / found.prompt_s
-        found.generated_tokens_per_s = rows / found.token_s
-        found.repeats = min(found.repeats, len(times))
-
-    # -------------------------------------------------------------------------------------------------------- clocks
-
-    def _autocast(self) -> Any:
-        import torch
-
-        from llmft.config.sections import Precision
-        from llmft.model.load import TORCH_DTYPES
-
-        mixed = self.precision is not Precision.fp32
-        return torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed)
-
-    def _repeat(self, parts: list[Callable[[], None]], deadline: float) -> list[list[float]]:
-        """Seconds of `parts`, taken in turn, `repeats` times behind one that warms up; fewer when time runs out."""
-        for part in parts:
-            part()
-        found: list[list[float]] = []
-        while len(found) < self.case.repeats and (not found or time.monotonic() < deadline):
-            found.append([self._seconds(part) for part in parts])
-        return found
-
-    def _seconds(self, part: Callable[[], None]) -> float:
-        import torch
-
-        def wait() -> None:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)
-
-        wait()
+    def seconds(tokens: int) -> float:
         began = time.perf_counter()
-        part()
-        wait()
+        # The answers come as lists, so a GPU is done by then.
+        answers = generate(model, prompts, pad_id=0, ends=Ends([]), max_new_tokens=tokens, batch_size=rows)
+        assert all(len(answer) == tokens for answer in answers)
         return max(time.perf_counter() - began, 1e-9)
 
-
-def _rows(count: int, asked: Measured, vocabulary: int, context_tokens: int | None, seed: int) -> Any:
-    """Examples of random tokens, the last of each with loss; what is read varies by a tenth either way."""
-    import numpy as np
-
-    from llmft.data.columns import Conversation
-    from llmft.data.examples import Examples
-
-    rng = np.random.Generator(np.random.PCG64([seed]))
-    inputs, outputs = asked.input_tokens, asked.output_tokens
-    lengths = np.rint(inputs * rng.uniform(1 - VARIATION, 1 + VARIATION, count)).astype(int)
-    most = lengths.max() if context_tokens is None else context_tokens - outputs
-    lengths = np.clip(lengths, 1, most)
-    ids = [rng.integers(3, vocabulary, length + outputs).tolist() for length in lengths]
-    marks = [np.repeat(np.array([0, 1], np.uint8), [length, outputs]) for length in lengths]
-    return Examples.of(ids, marks, range(count), [Conversation([], "bench") for _ in range(count)])
+    lengths = (1, measured.output_tokens)
+    times = [[seconds(length) for length in lengths] for _ in range(case.repeats + 1)][1:]
+    measured.prompt_s, measured.spread["prompt"] = _median([first for first, _ in times])
+    further = [max(whole - first, 1e-9) / (measured.output_tokens - 1) for first, whole in times]
+    measured.token_s, measured.spread["generate"] = _median(further)
+    measured.prompt_tokens_per_s = rows * measured.input_tokens / measured.prompt_s
+    measured.generated_tokens_per_s = rows / measured.token_s
 
 
 def _median(values: list[float]) -> tuple[float, float]:

@@ -91,4 +91,4 @@ def remarks(answered: Sequence[Answered]) -> list[str]:
     places = dict.fromkeys(f"{own.device}, {own.precision}" for own in measured)
     told += [f"On {place}." for place in places]
     fits = {f"{own.model} {own.quantization}": own.measured.at_once for own in measured}  # that of the longest rows
-    return told + [f"{case} trains on {fit}." for case, fit in fits.items()]
+    return told + [f"{case}: {fit}." for case, fit in fits.items()]

@@ -78,9 +78,8 @@ def _ask(
                 line = json.loads(text.removeprefix(MARK))
                 if line["kind"] == "error":
                     raise ConfigError(line["message"])
-                if line["kind"] == "loaded":
+                if line["kind"] == "about":
                     about |= {"device": line["device"], "precision": line["precision"]}
-                    tell("loaded")
                 elif line["kind"] == "begun":
                     begun = int(line["number"])
                     tell("{} tokens in, {} out".format(*case.points[begun]))

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -11,7 +15,7 @@ import urllib.request
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 T = TypeVar("T")
@@ -89,21 +93,39 @@ def ask(
         raise NoAnswer(f"no answer within {seconds:g} s" if late else cause) from None
 
 
-def fail_if_stalled(action: Callable[[], T], folder: Path, seconds: float = STALLED_S) -> T:
-    """The result of `action`, a download into `folder`. Raises NoAnswer when nothing has come for `seconds`."""
-    future, size, last_change = in_thread(action), -1, time.monotonic()
-    while True:
-        try:
-            return future.result(min(5.0, seconds / 4))
-        except TimeoutError:
-            if future.done():  # raised by the action itself
-                return future.result()
-        new_size = _bytes_below(folder)
-        if new_size != size:
-            size, last_change = new_size, time.monotonic()
-        elif time.monotonic() - last_change > seconds:
-            _end_hub_requests()
-            raise NoAnswer(f"nothing more came within {seconds:g} s")
+DOWNLOAD = """
+import importlib, json, sys
+module, name, arguments = json.loads(sys.argv[1])
+try:
+    getattr(importlib.import_module(module), name)(**arguments)
+except Exception as error:
+    sys.exit(print(str(error) or type(error).__name__) or 1)
+"""
+
+
+def download(function: str, arguments: Mapping[str, Any], folder: Path, seconds: float = STALLED_S) -> None:
+    """Calls `function` ("package.name") of a library in a process of its own, to download into `folder`.
+
+    Raises NoAnswer when it fails, or when nothing more has come for `seconds`: then the process is ended, with whatever
+    threads and retries the library has.
+    """
+    call = json.dumps([*function.rsplit(".", 1), dict(arguments)])
+    process = subprocess.Popen([sys.executable, "-P", "-c", DOWNLOAD, call], stdout=subprocess.PIPE, text=True)
+    size, since = -1, time.monotonic()
+    try:
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = process.communicate(timeout=min(5.0, seconds / 4))
+                break
+            if (now := _bytes_below(folder)) != size:
+                size, since = now, time.monotonic()
+            elif time.monotonic() - since > seconds:
+                raise NoAnswer(f"nothing more came within {seconds:g} s")
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        raise NoAnswer((output.strip().splitlines() or [f"the download ended with code {process.returncode}"])[0])
 
 
 def _bytes_below(folder: Path) -> int:
@@ -115,12 +137,3 @@ def _bytes_below(folder: Path) -> int:
             except OSError:  # renamed meanwhile
                 continue
     return total
-
-
-def _end_hub_requests() -> None:
-    """Ends abandoned downloads, whose threads the interpreter would wait for at its end."""
-    import huggingface_hub
-    from huggingface_hub import constants
-
-    constants.HF_HUB_OFFLINE = True
-    getattr(huggingface_hub, "close_session", lambda: None)()

@@ -6,19 +6,19 @@ libraries' own retries (48 s for a missing model) can begin.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from llmft.config.sections import ModelConfig, ModelInit
 from llmft.config.untrusted import check_model
 from llmft.core.errors import ConfigError, nearest
-from llmft.core.network import NoAnswer, ask, fail_if_stalled
+from llmft.core.network import NoAnswer, ask, download
 
 T = TypeVar("T")
 PACKAGED = "package:"
@@ -209,9 +209,10 @@ def _download(model: ModelConfig) -> Path:
     advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
     ask_hub(key, model.id, "model", advice)
     patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
+    files = {"repo_id": model.id, "revision": model.revision}
     try:
-        download = partial(huggingface_hub.snapshot_download, model.id, revision=model.revision)
-        directory = Path(fail_if_stalled(lambda: download(allow_patterns=patterns), _cache_directory()))
+        download("huggingface_hub.snapshot_download", {**files, "allow_patterns": patterns}, _cache_directory())
+        directory = Path(huggingface_hub.snapshot_download(**files, local_files_only=True))
     except Exception as error:
         raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
     if not has_weights(directory):
@@ -219,24 +220,20 @@ def _download(model: ModelConfig) -> Path:
     return directory
 
 
-def online_or_cached(key: str, repo: str, kind: str, load: Callable[[], T]) -> T:
-    """The result of `load`, a call of a Hub library: offline when `repo` is cached, else after asking the Hub once.
+def online_or_cached(
+    key: str, repo: str, kind: str, load: Callable[[], T], function: str, arguments: Mapping[str, Any]
+) -> T:
+    """What `load` reads from a cache; what is not there is downloaded first, after asking the Hub once.
 
-    Raises ConfigError for any failure.
+    `function` of a library downloads it when it is called with `arguments`. Raises ConfigError for any failure.
     """
     from huggingface_hub import constants
 
-    was_offline = constants.HF_HUB_OFFLINE
-    cached = repo in cached_ids(kind)
-    if not cached:
-        ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
-    constants.HF_HUB_OFFLINE = cached or was_offline
+    with contextlib.suppress(OSError, ValueError):
+        return load()
+    ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
     try:
-        return load() if cached else fail_if_stalled(load, Path(constants.HF_HOME))
-    except ConfigError:
-        raise
+        download(function, arguments, Path(constants.HF_HOME))
+        return load()
     except Exception as error:
-        was_offline = was_offline or isinstance(error, NoAnswer)  # an abandoned download must not go on asking
         raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
-    finally:
-        constants.HF_HUB_OFFLINE = was_offline

@@ -199,11 +199,14 @@ def _from_hub(data: DataConfig) -> Loaded:
         raise ConfigError(f"data.hub={data.hub}: that is a path; set data.files to the files in it.")
 
     def load() -> Any:
-        import datasets
+        from datasets.packaged_modules.cache.cache import Cache
 
-        return datasets.load_dataset(data.hub, data.hub_config, revision=data.hub_revision)
+        name = str(data.hub).rpartition("/")[2]
+        return Cache(None, name, data.hub_config, version="auto", hash="auto", repo_id=data.hub).as_dataset()
 
-    dataset = online_or_cached(f"data.hub={data.hub}", data.hub or "", "dataset", load)
+    arguments = {"path": data.hub, "name": data.hub_config, "revision": data.hub_revision}
+    key = f"data.hub={data.hub}"
+    dataset = online_or_cached(key, data.hub or "", "dataset", load, "datasets.load_dataset", arguments)
     split_names = {split: getattr(data.hub_splits, split) for split in SPLITS}
     split_names["train"] = split_names["train"] or "train"
     splits: dict[str, list[Row]] = {}

@@ -125,9 +125,13 @@ def _encoder(name: str) -> Any:
         raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.") from None
     from llmft.data.hub import online_or_cached
 
+    def load() -> Any:
+        return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
+
     if Path(name).expanduser().is_dir():
         try:
-            return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
+            return load()
         except Exception as error:
             raise ConfigError(f"{key}={name}: no sentence-transformers model ({str(error)[:200]}).") from None
-    return online_or_cached(f"{key}={name}", name, "model", lambda: SentenceTransformer(name, device="cpu"))
+    fetch = "huggingface_hub.snapshot_download"
+    return online_or_cached(f"{key}={name}", name, "model", load, fetch, {"repo_id": name})

@@ -19,7 +19,7 @@ import torch
 
 from llmft.config.sections import Checkpointing, Kernels, QuantizationConfig, QuantizationFormat, TrainConfig
 from llmft.model import adapters, families, kernels
-from llmft.model.experts import fused_shapes
+from llmft.model.experts import BLOCK, SCALE_BLOCK, fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.meta import meta_model
@@ -74,7 +74,8 @@ class StepMemory:
         base = meta_model(auto_class, hf_config, dtype=dtype if lora.enabled else torch.float32)
         quantization = agreed(config.quantization, hf_config, f"model={config.model.label}")
         self.base, dequantized = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0)
-        stacks = sum(math.prod(shape) for shape in fused_shapes(base).values()) if dequantized else 0
+        four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+        stacks = sum(math.prod(shape) for shape in fused_shapes(base).values()) if four_bit else 0
         base.requires_grad_(not lora.enabled)
         if config.model.kernels is Kernels.auto:
             kernels.install(base)
@@ -96,7 +97,12 @@ class StepMemory:
         self.hidden, self.num_layers = text.hidden_size, len(layers)
         self.widest = max(max(_widths(m) or (0,)) for layer in modules for m in layer.modules())
         self.kept, self.largest = sum(layers), max(layers)
-        self.scores = text.num_attention_heads * _scores(base, text)
+        # A fused kernel keeps no scores; dropout in attention keeps them, what is dropped, and what is left.
+        drops = any(
+            getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+        )
+        eager = base.config._attn_implementation == "eager"
+        self.scores = text.num_attention_heads * (3 if drops else 1 if eager else 0)
         # What every layer keeps of its weights: 4-bit experts dequantised, or autocast's copies of trained weights.
         copies = stacks + (sum(trained) if not lora.enabled and dtype is not torch.float32 else 0)
         self.copies = copies * self.itemsize // len(layers)
@@ -162,7 +168,7 @@ def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float
             kept += text.hidden_size
         elif kind.endswith("Experts"):  # gate, up and their product, of each chosen one
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-            kept += 3 * inner * text.num_experts_per_tok
+            kept += 3 * inner * getattr(text, "num_experts_per_tok", 2)
         elif "NewGELU" in kind:
             kept += 3 * 4 * text.hidden_size
     for parent, linear in blocks.items():
@@ -188,46 +194,33 @@ def _widths(module: Any) -> tuple[int, int] | None:
     return (module.weight.shape[0], module.nf) if hasattr(module, "nf") else None
 
 
-def _scores(base: Any, text: Any) -> float:
-    """How often a layer keeps its attention scores; never where a fused kernel computes them."""
-    dropout = any(
-        getattr(text, name, 0.0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    )
-    return 3.0 if dropout else 1.0 if base.config._attn_implementation == "eager" else 0.0
-
-
 def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[str]) -> tuple[int, int]:
-    """Bytes of the frozen weights as they are held, and the largest weight that is dequantised."""
+    """Bytes of the frozen weights as they are held, and how many the largest one has that is quantised."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    form = quantization.format
-    quantized: dict[str, int] = {}
-    if form in (QuantizationFormat.nf4, QuantizationFormat.fp4, QuantizationFormat.int8):
+    eight_bit = quantization.format is QuantizationFormat.int8
+    outputs: dict[str, int] = {}
+    if eight_bit or quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4):
         skip = unquantized_modules(base, skip_modules)
         for name, module in base.named_modules():
             if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skip):
-                quantized[f"{name}.weight"] = module.weight.shape[isinstance(module, Conv1D)]
-        if form is not QuantizationFormat.int8:  # bitsandbytes has no 8-bit experts
-            quantized |= dict.fromkeys(fused_shapes(base), 1)
-    total = 0
+                outputs[f"{name}.weight"] = (_widths(module) or (0, 0))[1]
+        outputs |= {} if eight_bit else dict.fromkeys(fused_shapes(base), 1)  # bitsandbytes has no 8-bit experts
+    total = largest = 0
     for name, parameter in base.named_parameters():
-        if name not in quantized:
+        count, blocks = parameter.numel(), math.ceil(parameter.numel() / BLOCK)
+        if name not in outputs:
             total += parameter.nbytes
-        elif form is QuantizationFormat.int8:
-            total += parameter.numel() + FP32_BYTES * quantized[name]
-        else:
-            total += math.ceil(parameter.numel() / 2) + _scale_bytes(parameter.numel(), quantization.double_quant)
-    sizes = [p.numel() for name, p in base.named_parameters() if name in quantized]
-    return total, max(sizes, default=0)
-
-
-def _scale_bytes(weights: int, double_quant: bool) -> int:
-    """Of bitsandbytes' QuantState of one tensor: a scale for 64 weights (arXiv:2305.14314) and the format's values."""
-    blocks, values = math.ceil(weights / 64), 16 * FP32_BYTES
-    return values + (
-        blocks + math.ceil(blocks / 256) * FP32_BYTES + FP32_BYTES if double_quant else blocks * FP32_BYTES
-    )
+            continue
+        largest = max(largest, count)
+        if eight_bit:
+            total += count + FP32_BYTES * outputs[name]
+        else:  # the packed weights, their scales, and the 16 values of the format
+            scales = blocks + FP32_BYTES * (math.ceil(blocks / SCALE_BLOCK) + 1)
+            scales = scales if quantization.double_quant else FP32_BYTES * blocks
+            total += math.ceil(count / 2) + scales + 16 * FP32_BYTES
+    return total, largest
 
 
 def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:

@@ -57,11 +57,16 @@ class MicroBatchPlan:
         """A batch of a validation, which keeps nothing for a backward: as many rows, or four times the tokens."""
         return Limit(rows, None if self.limit.tokens is None else 4 * self.limit.tokens)
 
-    def __str__(self) -> str:
+    @property
+    def size(self) -> str:
+        """For people, without the reason."""
         limit = self.limit
         size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
         level = "full" if self.checkpointing is Checkpointing.full else "no"
-        return f"micro-batch up to {size}, {level} gradient checkpointing ({self.why})"
+        return f"micro-batch up to {size}, {level} gradient checkpointing"
+
+    def __str__(self) -> str:
+        return f"{self.size} ({self.why})"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from llmft.benchmarks import measure, run
 from llmft.benchmarks.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
 from llmft.benchmarks.figure import lines, page
 from llmft.benchmarks.measure import Case, Measured
-from llmft.benchmarks.report import cells, remarks, write_answers
+from llmft.benchmarks.report import cells, write_answers
 from llmft.benchmarks.run import run_case
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_plain
@@ -72,19 +72,15 @@ def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
     assert "128 tokens in, 32 out" in html
 
 
-def page_of(case: Answered, name: str) -> str:
-    return page([case], WISH, name, [cells(case, WISH)], remarks([case]))
-
-
 def test_the_figure_has_a_line_per_length_of_the_question_and_only_what_was_measured() -> None:
     found = lines([answered(512, 32), answered(128, 64), answered(128, 32)], WISH)
     assert {inputs: [outputs for outputs, _ in line] for inputs, line in found.items()} == {128: [32, 64], 512: [32]}
-    assert page_of(answered(8, 8, error="no time left"), "x").count("<svg") == 0
+    assert page([answered(8, 8, error="no time left")], WISH, "x", [], []).count("<svg") == 0
 
 
 def test_a_name_from_outside_is_text_in_the_page() -> None:
     bad = replace(answered(8, 8), model="<script>alert(1)</script>")
-    assert "<script>alert" not in page_of(bad, "<script>alert(2)</script>")
+    assert "<script>alert" not in page([bad], WISH, "<script>alert(2)</script>", [cells(bad, WISH)], [])
 
 
 def test_csv_has_the_columns_of_all_rows() -> None:
@@ -204,11 +200,32 @@ def test_a_model_is_measured_from_the_command_line_to_the_files(tmp_path: Path) 
     assert {path.name for path in (tmp_path / "bench" / "tiny").iterdir()} == {"bench.csv", "bench.html", "bench.json"}
 
 
-def test_a_base_without_room_is_told_as_points_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
-    def bench(case: Case) -> None:
-        raise ConfigError("model=x cannot be loaded") from RuntimeError("DefaultCPUAllocator: can't allocate memory")
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("DefaultCPUAllocator: can't allocate memory"), ConfigError("out of memory in loading; try x.")],
+)
+def test_a_point_without_room_is_told_as_one_that_does_not_fit(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def without_room(*arguments: Any) -> None:
+        raise error
 
-    monkeypatch.setattr(measure, "Bench", bench)
+    monkeypatch.setattr(measure, "measure", without_room)
     told: list[dict[str, Any]] = []
-    measure._measure(CASE, lambda kind, **values: told.append({"kind": kind, **values}))
-    assert told == [{"kind": "point", "number": number, "error": "does not fit"} for number in range(3)]
+    case = replace(CASE, config=to_plain(compose("logger=none")))
+    measure.run_points(case, lambda kind, **values: told.append({"kind": kind, **values}))
+    points = [line for line in told if line["kind"] == "point"]
+    assert points == [{"kind": "point", "number": number, "error": "does not fit"} for number in range(3)]
+
+
+def test_random_rows_have_about_the_tokens_that_are_asked_for() -> None:
+    from llmft.data.hub import locate
+    from llmft.model.load import load_tokenizer
+
+    model = compose("logger=none").model
+    tokenizer = load_tokenizer(model, locate(model))
+    rows = measure.random_rows(tokenizer, 40, Measured(200, 50), seed=0)
+    prompts = [len(tokenizer(row["prompt"]).input_ids) for row in rows]
+    assert sum(prompts) / len(prompts) == pytest.approx(200, rel=0.1)
+    assert max(prompts) > 1.1 * min(prompts)
+    assert sum(len(tokenizer(row["response"]).input_ids) for row in rows) / 40 == pytest.approx(50, rel=0.15)

@@ -11,7 +11,7 @@ import pytest
 
 from llmft.checks.machine import network
 from llmft.core.errors import ConfigError
-from llmft.core.network import NoAnswer, ask, fail_if_stalled
+from llmft.core.network import NoAnswer, ask, download
 from llmft.data.hub import ask_hub
 from llmft.training.tracking import look_at_wandb
 from tests.servers import BAD, server
@@ -96,13 +96,28 @@ def test_a_token_stays_with_the_server_that_it_is_for(monkeypatch: pytest.Monkey
     assert [b"Bearer mine" in request for request in heard] == [True, False]
 
 
-def test_a_download_ends_when_nothing_more_comes_and_not_before(tmp_path: Path) -> None:
-    def slow() -> str:
-        for number in range(6):
-            (tmp_path / f"{number}.incomplete").write_bytes(b"1")
-            time.sleep(0.2)
-        return "whole"
+@pytest.fixture
+def slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that a library downloads into, a file every 0.2 s, and then waits for ever if it is told to."""
+    (tmp_path / "library.py").write_text(
+        "import pathlib, time\n"
+        "def fetch(folder, hang):\n"
+        "    for number in range(6):\n"
+        "        (pathlib.Path(folder) / str(number)).write_bytes(b'1')\n"
+        "        time.sleep(60 if hang and number == 2 else 0.2)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "folder").mkdir()
+    return tmp_path / "folder"
 
-    assert fail_if_stalled(slow, tmp_path, 0.6) == "whole"
+
+def test_a_download_ends_when_nothing_more_comes_and_not_before(slow: Path) -> None:
+    download("library.fetch", {"folder": str(slow), "hang": False}, slow, 0.8)
+    assert len(list(slow.iterdir())) == 6
     with pytest.raises(NoAnswer, match="nothing more came"):
-        fail_if_stalled(lambda: time.sleep(60), tmp_path, 0.4)
+        download("library.fetch", {"folder": str(slow), "hang": True}, slow, 0.8)
+
+
+def test_a_download_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(NoAnswer, match="No such file or directory: '/no/such'"):
+        download("os.listdir", {"path": "/no/such"}, tmp_path)

@@ -198,6 +198,23 @@ def test_a_hub_dataset_that_is_not_cached_says_so_at_once_offline() -> None:
         load_rows(config(hub="tatsu-lab/alpaca"), BadRows())
 
 
+def test_a_hub_dataset_that_was_read_before_is_read_from_its_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+    from datasets.packaged_modules.json.json import Json
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.jsonl").write_text('{"t": "a"}\n{"t": "b"}\n')
+    made = Json(str(tmp_path / "cache"), "rows", hash="1234", data_files={"train": [str(tmp_path / "a.jsonl")]})
+    made.download_and_prepare()
+    of_the_hub = tmp_path / "cache" / "somebody___rows" / "default" / "0.0.0" / "1234"
+    of_the_hub.parent.mkdir(parents=True)
+    Path(made.cache_dir).rename(of_the_hub)
+    found = load_rows(config(hub="somebody/rows"), BadRows())
+    assert [row.values for row in found.splits["train"]] == [{"t": "a"}, {"t": "b"}]
+
+
 def wheres(path: Path) -> list[str]:
     return rows(path)[1]
 
