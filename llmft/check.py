@@ -1,7 +1,8 @@
 """config -> what would happen: `python -m llmft.check <the arguments of training>`, before any weights load.
 
 One screen: the first rows as they would be trained, what is wrong with the data, what the length limits cut, whether
-memory and disk suffice. `format=json` prints the same for programs. Exit code 2 or 4 when training would not start.
+memory and disk suffice, and what other cards would take (`hours=9`: is that enough?). `format=json` prints the same for
+programs. Exit code 2 or 4 when training would not start.
 """
 
 from __future__ import annotations
@@ -22,17 +23,26 @@ FORMATS = ("text", "json")
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # `format=` belongs to this verb; all other arguments are those of training.
+    # `format=` and `hours=` belong to this verb; all other arguments are those of training.
     forms, argv = taken(argv, "format=")
+    bounds, argv = taken(argv, "hours=")
 
     def job(composed: Any, invocation: Invocation) -> None:
-        check(config_of_command(composed, TrainConfig, invocation), (forms or ["text"])[-1])
+        hours = _number(bounds[-1]) if bounds else None
+        check(config_of_command(composed, TrainConfig, invocation), (forms or ["text"])[-1], hours)
 
     run_verb("train", TrainConfig, job, argv, verb="check")
 
 
-def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
-    """Prints the report on `config` and returns it.
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ConfigError(f"hours={text}: not a number.") from None
+
+
+def check(config: TrainConfig, form: str = "text", hours: float | None = None) -> dict[str, Any]:
+    """Prints the report on `config` and returns it; `hours` are those that there are for the training.
 
     Raises ConfigError or DataError for the first fault that would stop training.
     """
@@ -54,7 +64,7 @@ def check(config: TrainConfig, form: str = "text") -> dict[str, Any]:
     if form == "json":
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
-        show(report)
+        show(report, hours)
     stop_on_errors(findings)
     memory = report["needs"]["memory"]
     check_room(config, prepared.run.directory, memory["adapter"], memory["optimizer"], warn)

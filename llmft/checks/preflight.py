@@ -19,11 +19,12 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from llmft.checks.cards import plans, told
 from llmft.config.convert import to_plain
 from llmft.config.sections import Checkpointing, Truncation
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Examples
+from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import BadRows
@@ -168,6 +169,10 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         estimate = estimator(config, examples, architecture, device, dtype)(fit.limit, fit.checkpointing)
     saved = estimate.adapter + estimate.optimizer
     free = shutil.disk_usage(existing_parent(Path(config.output_dir))).free
+    level, weights = fit.checkpointing, _matrix_weights(str(config.task.auto_class), architecture)
+    operations: float = (4 if config.lora.enabled else 6) * weights * rows.total_steps * config.trainer.batch_size
+    operations *= float(examples.lengths.mean())
+    again = (1.5 if config.lora.enabled else 4 / 3) if level is Checkpointing.full else 1.0
     return {
         "device": str(device),
         "precision": precision.value,
@@ -177,25 +182,17 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         "base": estimate.base,
         "disk": saved * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
         "disk_free": free,
-        "seconds_at_least": _seconds(
-            prepared, examples, rows.total_steps, architecture, device, dtype, fit.checkpointing
-        ),
+        "seconds_at_least": operations * again / _product_rate(device, dtype),
+        "weights": weights,
+        "cards": plans(config, examples, architecture, operations),
     }
 
 
-def _seconds(
-    prepared: RunInputs,
-    examples: Examples,
-    steps: int,
-    architecture: Any,
-    device: torch.device,
-    dtype: torch.dtype,
-    level: Checkpointing,
-) -> float:
-    """Lower bound of the training's seconds: its matrix products at the speed of one large product on this device.
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large product here: trainings are slower, those of small models by far.
 
-    A weight takes 4 operations per token with LoRA (forward, and gradient of the activations), 6 without, plus 2 with
-    full checkpointing. Small models take longer.
+    A training takes 4 operations per weight and token with a LoRA (forward and the gradient of the activations), 6
+    without, and 2 more where whole layers are computed again.
     """
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=dtype)
@@ -205,11 +202,7 @@ def _seconds(
     for _ in range(rounds):
         product = matrix @ matrix
     product.sum().item()
-    speed = 2 * size**3 * rounds / (time.monotonic() - started)
-    config = prepared.config
-    passes = (4 if config.lora.enabled else 6) + (2 if level is Checkpointing.full else 0)
-    tokens = steps * config.trainer.batch_size * float(examples.lengths.mean())
-    return passes * _matrix_weights(str(config.task.auto_class), architecture) * tokens / speed
+    return 2 * size**3 * rounds / (time.monotonic() - started)
 
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
@@ -242,8 +235,22 @@ def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
 # -------------------------------------------------------------------------------------------------------------- showing
 
 
-def show(report: dict[str, Any]) -> None:
-    """Prints the report."""
+CARDS_FROM = 100_000_000
+"""Weights of a model from which on somebody may look for a larger card than what is here."""
+
+
+def _card_table(found: list[dict[str, Any]], hours: float | None) -> Table:
+    title = "on other cards: arithmetic, never measured on such a card"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
+    for name in ("card", "precision", "cards", "micro-batch", "peak of each", "training"):
+        table.add_column(name)
+    for plan in found:
+        table.add_row(*told(plan, hours))
+    return table
+
+
+def show(report: dict[str, Any], hours: float | None = None) -> None:
+    """Prints the report on one screen; `hours` are those that there are for the training."""
     console = Console(highlight=False)
     if not console.is_terminal:
         console.width = 110
@@ -292,6 +299,8 @@ def show(report: dict[str, Any]) -> None:
     fits = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
     console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{fits}: {parts}")
     console.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
+    if needs["weights"] >= CARDS_FROM:
+        console.print(_card_table(needs["cards"], hours))
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
 

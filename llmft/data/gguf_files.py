@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 from llmft.core.errors import ConfigError
 from llmft.core.files import cache_directory, staged_directory
@@ -52,7 +53,7 @@ def _convert(path: Path, directory: Path) -> None:
     with quiet_warnings():
         try:
             for dtype in (torch.float16, torch.bfloat16):
-                model = AutoModelForCausalLM.from_pretrained(
+                model: Any = AutoModelForCausalLM.from_pretrained(
                     path.parent,
                     gguf_file=path.name,
                     dtype=dtype,

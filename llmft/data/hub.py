@@ -209,7 +209,7 @@ def _download(model: ModelConfig) -> Path:
     advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
     ask_hub(key, model.id, "model", advice)
     patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
-    files = {"repo_id": model.id, "revision": model.revision}
+    files: dict[str, Any] = {"repo_id": model.id, "revision": model.revision}
     try:
         download("huggingface_hub.snapshot_download", {**files, "allow_patterns": patterns}, _cache_directory())
         directory = Path(huggingface_hub.snapshot_download(**files, local_files_only=True))

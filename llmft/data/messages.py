@@ -60,7 +60,7 @@ def read_messages(turns: Any, column: str, keys: Keys) -> list[Message]:
     for number, turn in enumerate(turns, start=1):
         message = read_message(turn, number, keys)
         previous = messages[-1] if messages else None
-        calls = message.get("tool_calls")
+        calls = message.get("tool_calls") or []
         # ShareGPT puts each call into a message of its own, after the text that it belongs to.
         continues = previous is not None and calls and not message["content"] and "reasoning_content" not in message
         if previous and continues and all(message.get(key) == previous.get(key) for key in ("role", "weight")):

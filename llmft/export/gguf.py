@@ -190,7 +190,7 @@ class Piece:
 
 def pieces(directory: Path) -> dict[str, Piece]:
     """All tensors of a model directory by name, unread."""
-    found = {}
+    found: dict[str, Piece] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
@@ -236,7 +236,8 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
     """What llama.cpp must know to compute, by the names of gguf's writer."""
     get = config.get
-    heads, width = get("num_attention_heads"), get("hidden_size")
+    heads: Any = get("num_attention_heads")
+    width: Any = get("hidden_size")
     if arch == "gpt2":
         return {
             "block_count": config["n_layer"],

@@ -177,7 +177,6 @@ def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tens
         (adapter,) = layer.active_adapters
         scaling = layer.scaling[adapter]
         made[f"{name}.weight"] = (
-            layer.lora_A[adapter].weight.detach().cpu(),
-            layer.lora_B[adapter].weight.detach().cpu(),
+            *(getattr(layer, half)[adapter].weight.detach().cpu() for half in ("lora_A", "lora_B")),
         )
     return made, scaling * job.config.lora.r

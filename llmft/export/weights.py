@@ -79,7 +79,7 @@ def effective(model: Any, empty: Any, name: str) -> torch.Tensor:
     for part in filter(None, path.split(".")):
         module = getattr(module, part)
         if isinstance(module, ModulesToSaveWrapper):
-            module = module.modules_to_save[module.active_adapter]
+            module = module.modules_to_save[str(module.active_adapter)]
     layer = module.get_base_layer() if isinstance(module, LoraLayer) else module
     if attribute != "weight":
         return getattr(layer, attribute).detach().float()

@@ -103,6 +103,8 @@ class StepMemory:
         )
         eager = base.config._attn_implementation == "eager"
         self.scores = text.num_attention_heads * (3 if drops else 1 if eager else 0)
+        groups = text.num_attention_heads - getattr(text, "num_key_value_heads", text.num_attention_heads)
+        self.repeated = 2 * groups * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
         # What every layer keeps of its weights: 4-bit experts dequantised, or autocast's copies of trained weights.
         copies = stacks + (sum(trained) if not lora.enabled and dtype is not torch.float32 else 0)
         self.copies = copies * self.itemsize // len(layers)
@@ -114,13 +116,22 @@ class StepMemory:
         self.logits_everywhere = 0 if selects else self.vocabulary * self.itemsize
 
     def at(
-        self, tokens: int, longest: int, labelled: int, level: Checkpointing, *, offloaded: bool = False, share: int = 1
+        self,
+        tokens: int,
+        longest: int,
+        labelled: int,
+        level: Checkpointing,
+        *,
+        offloaded: bool = False,
+        share: int = 1,
+        flash: bool = True,
     ) -> MemoryEstimate:
         """Of a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
 
-        `share` is the number of devices that weights and optimizer are divided among.
+        `share` is the number of devices that weights and optimizer are divided among. Without `flash` attention, keys
+        and values are kept once for every query.
         """
-        scores = self.scores * longest
+        scores = self.scores * longest + (0 if flash else self.repeated)
         inputs = self.num_layers * self.hidden * tokens * self.itemsize
         layer = (self.largest + scores) * tokens * self.itemsize + self.copies
         outside = (2 * self.hidden * self.itemsize + self.logits_everywhere) * tokens
@@ -135,7 +146,9 @@ class StepMemory:
             gradients=self.adapter // share,
             optimizer=self.optimizer // share,
             activations=outside + (0 if offloaded else inputs if again else whole),
-            workspace=max(logits, backward + (layer if again or offloaded else 0)),
+            # Two layers of divided weights are whole at a time: one computes, the next is on its way.
+            workspace=max(logits, backward + (layer if again or offloaded else 0))
+            + (2 * self.base // self.num_layers if share > 1 else 0),
             libraries=self.libraries,
         )
 

@@ -7,6 +7,8 @@ others: what a key does is for the verdicts to say. Seeds and folds are replicat
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from llmft.reports.study import Study, sorted_values
@@ -22,7 +24,9 @@ def importance(study: Study) -> dict[str, float]:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     levels = {key: sorted_values({c.values[key] for c in study.configurations}) for key in study.keys}
-    distributions = {key: optuna.distributions.IntDistribution(0, len(found)) for key, found in levels.items()}
+    distributions: dict[str, Any] = {
+        key: optuna.distributions.IntDistribution(0, len(found)) for key, found in levels.items()
+    }
     of_runs = optuna.create_study()
     for c in study.configurations:
         params = {key: levels[key].index(c.values[key]) for key in study.keys}

@@ -167,11 +167,11 @@ def side_by_side(study: Study) -> dict[str, Any] | None:
     prompts = distinct([str(redact(str(sample.get("prompt") or ""))) for _, sample in shown])
     lines = []
     for (where, sample), prompt in zip(shown, prompts, strict=True):
-        reference, told = _shown(sample.get("reference")), []
-        for _, found in columns:
-            text = _shown(found.get(where, {}).get("generated"))
-            told.append((text, text.strip() == reference.strip(), f"{token_f1([reference], [text]):.2f}"))
-        lines.append({"where": where, "prompt": _shown(prompt), "reference": reference, "told": told})
+        reference, answers = _shown(sample.get("reference")), []
+        for _, samples in columns:
+            text = _shown(samples.get(where, {}).get("generated"))
+            answers.append((text, text.strip() == reference.strip(), f"{token_f1([reference], [text]):.2f}"))
+        lines.append({"where": where, "prompt": _shown(prompt), "reference": reference, "told": answers})
     return {"names": [name for name, _ in columns], "lines": lines, "free": free}
 
 

@@ -78,7 +78,7 @@ class RowScores:
     def by_group(self, groups: Sequence[str]) -> RowScores:
         """Rows of one group as one row, since they are no independent draws."""
         names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        totals, weights = np.bincount(place, self.total), np.bincount(place, self.weight)
+        totals, weights = (np.bincount(place, x).astype(float) for x in (self.total, self.weight))
         return RowScores(names, totals, weights, self.log, "groups of validation rows")
 
 

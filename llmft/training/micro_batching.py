@@ -18,6 +18,7 @@ from llmft.config.sections import Checkpointing, TrainConfig, checkpointing_of, 
 from llmft.core.files import format_bytes
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples
+from llmft.model.kernels.packing import has_flash
 from llmft.model.load import model_config
 from llmft.model.memory import MemoryEstimate, StepMemory, device_memory
 from llmft.training.prepare import RunInputs
@@ -106,15 +107,71 @@ class StepRows:
         return positions, self.longest, math.ceil(labels)
 
 
+Peak = Callable[[Limit, Checkpointing], MemoryEstimate]
+"""The peak memory of the largest micro-batch within a limit."""
+
+
 def estimator(
     config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype
-) -> Callable[[Limit, Checkpointing], MemoryEstimate]:
+) -> Peak:
     """Tells the peak memory of the largest micro-batch that `examples` can give within a limit."""
-    rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
     memory = StepMemory(config, architecture, dtype, device.type)
+    return _peaks(
+        config, examples, memory, device.type, flash=has_flash(device, dtype), offloaded=_offloads(config, device.type)
+    )
+
+
+def _peaks(
+    config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool, offloaded: bool
+) -> Peak:
+    rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
     share = _processes(config) if divides_weights(config) else 1
-    offloaded = config.trainer.offload_activations and device.type == "cuda"
-    return lambda limit, level: memory.at(*rows.largest(limit), level, offloaded=offloaded, share=share)
+    return lambda limit, level: memory.at(*rows.largest(limit), level, offloaded=offloaded, share=share, flash=flash)
+
+
+def _offloads(config: TrainConfig, device_type: str) -> bool:
+    """A CPU's activations are in its memory already."""
+    return config.trainer.offload_activations and device_type == "cuda"
+
+
+def choose(
+    config: TrainConfig,
+    examples: Examples,
+    memory: StepMemory,
+    device_type: str,
+    total: float,
+    *,
+    flash: bool = True,
+) -> tuple[Limit, Checkpointing, MemoryEstimate, bool]:
+    """(limit, level, their peak, whether that fits) on a device of `total` bytes.
+
+    The first level that has room for enough tokens, as many as fit. What is offloaded must fit into the machine's own
+    memory, of which each process has its share and the base passes through.
+    """
+    limit, level = Limit(*rows_or_tokens(config.trainer.micro_batch)), config.trainer.gradient_checkpointing
+    given, cap, offloaded = (
+        limit != Limit(),
+        MOST_TOKENS.get(device_type, ENOUGH_TOKENS),
+        _offloads(config, device_type),
+    )
+    peak = _peaks(config, examples, memory, device_type, flash=flash, offloaded=offloaded)
+    kept = _peaks(config, examples, memory, device_type, flash=flash, offloaded=False)
+    host = device_memory(torch.device("cpu")) or 0
+
+    def fits(size: Limit, level: Checkpointing) -> bool:
+        needed = peak(size, level)
+        offloads = kept(size, level).activations - needed.activations
+        return needed.total <= (1 - MEMORY_MARGIN) * total and offloads * _local_processes(config) <= host / 2
+
+    levels = LEVELS if level is Checkpointing.auto else (level,)
+    enough = min(ENOUGH_TOKENS, cap, int(np.sort(examples.lengths)[::-1][: _process_rows(config)].sum()))
+    sizes = [limit] if given else [Limit(tokens=tokens) for tokens in range(cap, 0, -STEP)]
+    for level in levels:
+        fitting = next((size for size in sizes if fits(size, level)), None)
+        if fitting is not None and (given or (fitting.tokens or 0) >= enough):
+            break
+    chosen = fitting or sizes[-1]
+    return chosen, level, peak(chosen, level), fitting is not None
 
 
 def plan_micro_batches(
@@ -146,23 +203,17 @@ def plan_micro_batches(
     try:
         if total is None:
             raise NotImplementedError(f"of {device}")
-        estimate = estimator(config, examples, architecture(), device, dtype)
+        memory = StepMemory(config, architecture(), dtype, device.type)
     except Exception as error:  # code of others, which may ask for anything; what it said is shown
         reason = f"the memory cannot be told: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
         limit = limit if given else Limit(tokens=min(cap, ENOUGH_TOKENS))
         return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
-    available = (1 - MEMORY_MARGIN) * total
-    levels = LEVELS if level is Checkpointing.auto else (level,)
-    enough = min(ENOUGH_TOKENS, cap, int(np.sort(examples.lengths)[::-1][: _process_rows(config)].sum()))
-    sizes = [limit] if given else [Limit(tokens=tokens) for tokens in range(cap, 0, -STEP)]
-    for level in levels:
-        fitting = [size for size in sizes if estimate(size, level).total <= available]
-        if fitting and (given or (fitting[0].tokens or 0) >= enough):
-            break
-    chosen = fitting[0] if fitting else sizes[-1]
-    needed = estimate(chosen, level)
+    flash = has_flash(device, dtype)
+    limit, level, needed, fits = choose(config, examples, memory, device.type, total, flash=flash)
     why = f"estimated peak {format_bytes(needed.total)} of {format_bytes(total)}"
-    return MicroBatchPlan(chosen, level, why if fitting else f"{why}: may not fit", needed)
+    if device.type == "cuda":
+        why += ", arithmetic that was never measured on this card"
+    return MicroBatchPlan(limit, level, why if fits else f"{why}: may not fit", needed)
 
 
 def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
@@ -189,6 +240,10 @@ def _processes(config: TrainConfig) -> int:
     return own * config.trainer.num_nodes
 
 
+def _local_processes(config: TrainConfig) -> int:
+    return max(1, _processes(config) // config.trainer.num_nodes)
+
+
 def _process_rows(config: TrainConfig) -> int:
     """A process's share of a batch."""
     return math.ceil(config.trainer.batch_size / _processes(config))
@@ -200,4 +255,4 @@ def _memory(config: TrainConfig, device: torch.device) -> int | None:
         found = [device_memory(torch.device("cuda", place)) or 0 for place in range(torch.cuda.device_count())]
         return min(found)
     total = device_memory(device)
-    return None if total is None else total // max(1, _processes(config) // config.trainer.num_nodes)
+    return None if total is None else total // _local_processes(config)

@@ -175,7 +175,7 @@ def takes_varlen(model: Any) -> bool:
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     dropout = getattr(config, "attention_dropout", 0.0) or getattr(config, "attn_pdrop", 0.0)
     fits = head_dim <= MOST_VARLEN_HEAD_DIM and head_dim % 8 == 0 and not dropout
-    return fits and _has_flash(device)
+    return fits and has_flash(device, dtype)
 
 
 def _varlen_parameters() -> frozenset[str]:
@@ -235,15 +235,17 @@ def _repeated(
     20 (transformers issue 48633).
     """
     groups = query.shape[1] // key.shape[1]
-    if groups == 1 or query.device.type != "cuda" or (_has_flash(query.device) and query.dtype is not torch.float32):
+    if groups == 1 or has_flash(query.device, query.dtype):
         return module, key, value
     alone = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # a module without groups
     return alone, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
-def _has_flash(device: torch.device) -> bool:
-    """Whether the GPU is an Ampere or later, or AMD's."""
-    return torch.cuda.get_device_capability(device)[0] >= 8
+def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether fused attention knows grouped queries: in 16 bits on an Ampere or later, or AMD's; on a CPU always."""
+    if device.type != "cuda":
+        return True
+    return dtype is not torch.float32 and torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def _by_block(part: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
