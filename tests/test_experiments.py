@@ -31,7 +31,7 @@ def command(path: Path) -> list[str]:
 def rows(path: Path) -> Path:
     """Rows with the columns of every experiment, in two classes that words tell apart."""
     names = ["id", "Question", "Response", "target", "original_text", "rewrite_prompt", "rewritten_text"]
-    names += ["instruction", "output"]
+    names += ["instruction", "output", "input", "chosen", "rejected", "degree"]
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(names)
@@ -39,7 +39,21 @@ def rows(path: Path) -> Path:
             word = ("cat", "dog")[n % 2]
             answer = f"The {word} sat {n} times."
             writer.writerow(
-                [n, f"How often {n // 2}?", answer, n % 2, f"A {word} {n}.", "Shout", f"A {n} {word}!", answer, word]
+                [
+                    n,
+                    f"How often {n // 2}?",
+                    answer,
+                    n % 2,
+                    f"A {word} {n}.",
+                    "Shout",
+                    f"A {n} {word}!",
+                    answer,
+                    word,
+                    "",
+                    answer,
+                    f"No {word}.",
+                    ("better", "unsure")[n % 2],
+                ]
             )
     return path
 

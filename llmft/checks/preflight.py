@@ -21,10 +21,11 @@ from rich.text import Text
 
 from llmft.checks.cards import plans, told
 from llmft.config.convert import to_plain
-from llmft.config.sections import Checkpointing, Truncation
+from llmft.config.sections import Checkpointing, Feedback, Truncation
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
+from llmft.data.preferences import by_degree, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import BadRows
@@ -87,6 +88,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
             "validate_every": rows.validate_every,
         },
         "needs": needs,
+        "comparisons": _comparisons(prepared, rows),
         "rows": [_segments(rows, row) for row in range(min(SHOWN_ROWS, len(rows.splits["train"])))],
         "seconds": round(time.monotonic() - started, 2),
     }
@@ -99,12 +101,44 @@ def warn(message: str) -> None:
 
 
 def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
-    """One training row as segments of text that are learned or not."""
+    """One training row as segments of text that are learned or not; every compared answer is one, by its number."""
     example = rows.splits["train"][row]
-    learned = np.asarray(example.labels) != IGNORE
-    cuts = [0, *(np.flatnonzero(np.diff(learned)) + 1), len(learned)]
+    marks = (np.asarray(example.labels) != IGNORE).astype(int) if example.segments is None else example.segments
+    cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(marks)]
     ids = [int(token) for token in example.input_ids]
-    return [{"text": rows.tokenizer.decode(ids[a:b]), "learned": bool(learned[a])} for a, b in pairwise(cuts)]
+    compared = example.segments is not None
+    return [
+        {"text": rows.tokenizer.decode(ids[a:b]), "learned": bool(marks[a])}
+        | ({"answer": int(marks[a])} if compared and marks[a] else {})
+        for a, b in pairwise(cuts)
+    ]
+
+
+def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | None:
+    """Lengths, degrees and how often the longer answer wins, of the training rows; None without compared answers."""
+    if inputs.config.task.feedback is not Feedback.pairs:
+        return None
+    lengths: list[tuple[int, int]] = []
+    degrees: list[int | None] = []
+    for example in rows.splits["train"]:
+        assert example.segments is not None
+        assert example.conversation.comparison is not None
+        tokens = np.bincount(example.segments)[1:].tolist()
+        for better, worse in example.conversation.comparison.pairs:
+            lengths.append((tokens[better], tokens[worse]))
+            degrees.append(example.conversation.comparison.degree)
+    chosen, rejected = np.asarray(lengths).mean(axis=0).tolist()
+    names, margins = inputs.config.data.degrees, inputs.config.task.margins(inputs.config.data.degrees)
+    return {
+        "pairs": len(lengths),
+        "chosen_tokens": chosen,
+        "rejected_tokens": rejected,
+        "longer_wins": longer_wins(lengths),
+        "degrees": {
+            names[place]: {"pairs": len(own), "longer_wins": longer_wins(own), "margin": margins[place]}
+            for place, own in by_degree(degrees, lengths).items()
+        },
+    }
 
 
 def _template_findings(rows: TokenizedData) -> list[Finding]:
@@ -258,6 +292,8 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
     opening, closing = ("", "") if console.color_system else ("«", "»")  # without colours
     for number, segments in enumerate(report["rows"], start=1):
         learned = f"[black on green]{opening}learned{closing}[/black on green]"
+        if any("answer" in segment for segment in segments):
+            learned = "[black on green]the better answer[/black on green], then [black on red]the others[/black on red]"
         console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
         text = Text()
         for segment in segments:
@@ -265,7 +301,9 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
                 segment["text"] if len(segment["text"]) < 700 else f"{segment['text'][:350]} … {segment['text'][-330:]}"
             )
             if segment["learned"]:
-                text.append(f"{opening}{text_shown}{closing}", style="black on green")
+                worse = segment.get("answer", 1) > 1
+                name = f"answer {segment['answer']}: " if "answer" in segment and not console.color_system else ""
+                text.append(f"{opening}{name}{text_shown}{closing}", style=f"black on {'red' if worse else 'green'}")
             else:
                 text.append(text_shown, style="dim")
         console.print(text)
@@ -281,6 +319,7 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
         console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
     _show_lengths(console, report["limits"])
     _show_columns(console, report["columns"])
+    _show_comparisons(console, report["comparisons"])
     if report["labels"]:
         total = sum(report["labels"].values())
         shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
@@ -303,6 +342,18 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
         console.print(_card_table(needs["cards"], hours))
     console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
     _show_findings(console, report["findings"])
+
+
+def _show_comparisons(console: Console, found: dict[str, Any] | None) -> None:
+    if found is None:
+        return
+    console.print(
+        f"[bold]pairs[/bold]   {found['pairs']:,}: the better answer has {found['chosen_tokens']:.0f} tokens, the "
+        f"other {found['rejected_tokens']:.0f}; the longer one is better in {found['longer_wins']:.1%}"
+    )
+    for name, own in found["degrees"].items():
+        margin = f", margin {own['margin']:.3g}" if own["margin"] else ""
+        console.print(f"        {escape(name)}: {own['pairs']:,}, the longer wins in {own['longer_wins']:.1%}{margin}")
 
 
 def _show_columns(console: Console, usage: dict[str, Any]) -> None:

@@ -18,6 +18,10 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 import llmft.config.sections
 from llmft.core.errors import ConfigError, did_you_mean
 
+# For conf/: what a task advises beside what the model and the rows do.
+OmegaConf.register_new_resolver("llmft.times", lambda one, other: one * other, replace=True)
+OmegaConf.register_new_resolver("llmft.first", lambda one, other: other if one is None else one, replace=True)
+
 
 def from_plain(plain: Any, schema: type) -> Any:
     """The inverse of `to_plain`, with checks: a `schema` from a stored config, or from another process.
@@ -176,14 +180,19 @@ def to_plain(value: Any) -> Any:
 
 
 def numbers_of(value: Any) -> Any:
-    """`value` as plain data, without the fields that cannot change a run's results."""
+    """`value` as plain data, without the fields that cannot change a run's results, and later ones at their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             entry.name: numbers_of(getattr(value, entry.name))
             for entry in dataclasses.fields(value)
             if not entry.metadata.get("not_in_key")
+            and not (entry.metadata.get("later") and getattr(value, entry.name) == _default(entry))
         }
     return to_plain(value)
+
+
+def _default(entry: dataclasses.Field[Any]) -> Any:
+    return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
 def canonical(value: Any) -> str:

@@ -22,6 +22,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "logger": (("lightning.pytorch.loggers.",), "a logger", "lightning.pytorch.loggers.Logger"),
     "strategy": (("lightning.pytorch.strategies.",), "a strategy", "lightning.pytorch.strategies.Strategy"),
     "objective": (("llmft.training.objectives.",), "a class with a method losses(model, batch)", None),
+    "loss": (("llmft.training.objectives.preference_losses.",), "a function of (pairs, beta, …)", None),
     "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
     "source": (("llmft.data.",), "a function of (split, num_rows, seed, …)", None),
 }
@@ -84,6 +85,8 @@ def find(path: str, key: str, kind: str) -> Any:
         fits = inspect.isclass(target) and issubclass(target, getattr(importlib.import_module(base_module), base_name))
     elif kind == "objective":
         fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
+    elif kind == "loss":
+        fits = inspect.isfunction(target) and list(inspect.signature(target).parameters)[:2] == ["pairs", "beta"]
     elif kind == "source":
         fits = inspect.isfunction(target) and [*inspect.signature(target).parameters][:3] == [*SOURCE_ARGUMENTS]
     else:

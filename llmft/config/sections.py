@@ -30,6 +30,14 @@ def not_in_key(default: Any = MISSING, *, factory: Any = None) -> Any:
     return field(default=default, metadata=metadata)
 
 
+def later(default: Any = MISSING, *, factory: Any = None) -> Any:
+    """A field that older runs lack: with its default it has no part in a run's key, so that they are found again."""
+    metadata = {"later": True}
+    if factory is not None:
+        return field(default_factory=factory, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless `condition` holds."""
     if not condition:
@@ -93,6 +101,21 @@ class TaskType(Enum):
     single_label = "single_label"
     multi_label = "multi_label"
     regression = "regression"
+
+
+class Feedback(Enum):
+    """What people said of answers: which of a prompt's answers is better, or of each answer whether it is good."""
+
+    pairs = "pairs"
+    labels = "labels"
+
+
+class Reference(Enum):
+    """What a policy is measured against: itself before the first step, its base without any adapter, or nothing."""
+
+    start = "start"
+    base = "base"
+    none = "none"
 
 
 class Schedule(Enum):
@@ -289,6 +312,7 @@ class LoraConfig:
     rslora: bool = False
     dora: bool = False
     modules_to_save: list[str] = field(default_factory=list)
+    adapter: str | None = later(None)
 
     @property
     def scaling_alpha(self) -> float:
@@ -365,6 +389,15 @@ class Columns:
     id: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    candidates: str | None = later(None)
+    scores: str | None = later(None)
+    degree: str | None = later(None)
+    margin: str | None = later(None)
+    label: str | None = later(None)
+
+
+DEGREES = ("significantly better", "better", "slightly better", "unsure")
+"""How much better an answer is, most first: Llama 2's four degrees."""
 
 
 @dataclass
@@ -381,6 +414,7 @@ class DataConfig:
     hub_splits: Files = field(default_factory=Files)
     csv_columns: list[str] = field(default_factory=list)
     columns: Columns = field(default_factory=Columns)
+    degrees: list[str] = later(factory=lambda: list(DEGREES))
     optional_columns: list[str] = not_in_key(factory=list)
     labels: list[str] = field(default_factory=list)
     target_columns: list[str] = field(default_factory=list)
@@ -409,6 +443,7 @@ class DataConfig:
     min_answer_tokens: int = 0
     truncation: Truncation = Truncation.cut_prompt_left
     epochs: float = not_in_key(3.0)
+    rate: float | None = not_in_key(None)
     on_bad_row: BadRow = BadRow.error
     max_bad_fraction: float = 0.05
     max_overlap_fraction: float = 0.5
@@ -436,6 +471,7 @@ class DataConfig:
             self.fold is None or 0 <= self.fold < self.num_folds,
             f"data.fold={self.fold}: 0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null.",
         )
+        require(self.rate is None or self.rate > 0, f"data.rate={self.rate}: a factor above 0, or null for task.rate.")
         for key in ("max_prompt_tokens", "max_answer_tokens"):
             value = getattr(self, key)
             require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
@@ -449,6 +485,10 @@ class DataConfig:
         require(
             self.pseudo_max_per_class is None or self.pseudo_max_per_class >= 1,
             f"data.pseudo_max_per_class={self.pseudo_max_per_class}: 1 or more rows a class, or null.",
+        )
+        require(
+            len(self.degrees) >= 2 and len({name.casefold() for name in self.degrees}) == len(self.degrees),
+            f"data.degrees={self.degrees}: two different names or more, that of the clearest preference first.",
         )
         require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
         require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
@@ -472,7 +512,17 @@ class TaskConfig:
     label_smoothing: float = 0.0
     text_loss: float = 0.0
     objective: str | None = None
-    objective_options: dict[str, Any] = field(default_factory=dict)
+    objective_options: dict[str, Any] = later(factory=dict)
+    feedback: Feedback | None = later(None)
+    loss: str | None = later(None)
+    loss_options: dict[str, Any] = later(factory=dict)
+    beta: float = later(0.1)
+    sft_weight: float = later(0.0)
+    margin: Any = later("none")
+    centre: float = later(0.0)
+    reference: Reference = later(Reference.none)
+    epochs: float | None = not_in_key(None)
+    rate: float = not_in_key(1.0)
     auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
     metric_options: dict[str, Any] = field(default_factory=dict)
@@ -490,6 +540,7 @@ class TaskConfig:
             )
             self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
+        self._check_feedback()
         self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
         require(
@@ -524,6 +575,55 @@ class TaskConfig:
         require(
             self.words in ("labels", "letters") or isinstance(self.words, dict),
             f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.",
+        )
+
+    @property
+    def predicts(self) -> bool:
+        """Whether rows have numbers that are predicted, of classes or of answers, and not their text alone."""
+        return self.head is not None or self.feedback is not None
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether the task learns a reward model: a head with one score an answer."""
+        return self.feedback is not None and self.auto_class == "sequence_classification"
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is asked of a trained model is text, and no class, number or score."""
+        return self.head is None and not self.scores_answers
+
+    def margins(self, degrees: list[str]) -> list[float]:
+        """What each of `degrees` asks the chosen answer to be ahead by; Llama 2's small ones are 1, 2/3, 1/3, 0."""
+        last = len(degrees) - 1
+        if isinstance(self.margin, dict):
+            return [float(self.margin[name]) for name in degrees]
+        steps = [last - place for place in range(last + 1)]
+        return {"none": [0.0] * len(steps), "small": [n / last for n in steps], "large": [*map(float, steps)]}[
+            self.margin
+        ]
+
+    def _check_feedback(self) -> None:
+        require(self.epochs is None or self.epochs > 0, f"task.epochs={self.epochs}: above 0, or null for data.epochs.")
+        require(0 < self.rate < math.inf, f"task.rate={self.rate}: a factor of the model's rate, above 0.")
+        known = ("none", "small", "large")
+        numbers = isinstance(self.margin, dict) and all(
+            isinstance(value, (int, float)) and 0 <= value < math.inf for value in self.margin.values()
+        )
+        require(
+            numbers or (isinstance(self.margin, str) and self.margin in known),
+            f"task.margin={self.margin}: none, small, large, or a number of 0 or more for each of data.degrees"
+            f"{did_you_mean(str(self.margin), known)}",
+        )
+        require(0 < self.beta < math.inf, f"task.beta={self.beta}: above 0.")
+        for key in ("sft_weight", "centre"):
+            require(0 <= getattr(self, key) < math.inf, f"task.{key}={getattr(self, key)}: 0 or more.")
+        require(
+            self.head is None or self.feedback is None,
+            f"task.head={self.head.value if self.head else None}: task.feedback compares answers; set one to null.",
+        )
+        require(
+            self.feedback is None or self.label_smoothing < 0.5,
+            f"task.label_smoothing={self.label_smoothing}: of a comparison less than 0.5, where it says nothing.",
         )
 
 
@@ -825,4 +925,30 @@ class TrainConfig:
                 f"quantization.format={self.quantization.format.value} with lora=none leaves nothing to train: "
                 "use quantization=none for full fine-tuning, or a LoRA."
             )
+        require(
+            self.lora.adapter is None or self.lora.enabled,
+            "lora.adapter with lora=none: an adapter is trained on as one; choose lora=default.",
+        )
+        self._check_margins()
         require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
+
+    def _check_margins(self) -> None:
+        """Raises ConfigError for a margin that no row would have."""
+        margin, columns = self.task.margin, self.data.columns
+        if margin == "none":
+            return
+        require(
+            columns.degree is not None,
+            f"task.margin={margin}: a pair's margin comes from its degree; name its column in data.columns.degree.",
+        )
+        require(
+            columns.margin is None,
+            f"task.margin={margin} and data.columns.margin={columns.margin} both give a margin: keep one.",
+        )
+        if isinstance(margin, dict):
+            wrong = sorted(set(margin) ^ set(self.data.degrees))
+            require(
+                not wrong,
+                f"task.margin: {wrong[0] if wrong else ''} is not in both this dictionary and data.degrees="
+                f"{self.data.degrees}; give each degree a number.",
+            )

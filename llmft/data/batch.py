@@ -16,7 +16,51 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example, Examples
+
+
+@dataclass
+class Answers:
+    """The answers that stand behind each row's prompt, and what people said of them.
+
+    Attributes:
+        lengths: of each row the tokens of its prompt, of its first answer, of its second, ….
+        pairs: (pairs, 3) row, better answer, worse answer, from 0.
+        margins: (rows,) what the better answer of each of the row's pairs should be ahead by.
+        desirable: (rows,) true for a good answer; None where answers are compared.
+        reference: (rows, answers) float64 log-probabilities of the reference; None where there is none.
+    """
+
+    lengths: list[list[int]]
+    pairs: torch.Tensor
+    margins: torch.Tensor
+    desirable: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, examples: Sequence[Example]) -> Answers:
+        """Of rows that all have a comparison."""
+        compared = [c for example in examples if (c := example.conversation.comparison) is not None]
+        lengths = [np.bincount(example.segments).tolist() for example in examples if example.segments is not None]
+        pairs = [(row, *pair) for row, own in enumerate(compared) for pair in own.pairs]
+        good = [own.desirable for own in compared]
+        return cls(
+            lengths,
+            torch.tensor(pairs, dtype=torch.long).view(-1, 3),
+            torch.tensor([own.margin for own in compared]),
+            torch.tensor(good) if None not in good else None,
+        )
+
+    @property
+    def most(self) -> int:
+        """The most answers that a row has."""
+        return max(len(own) for own in self.lengths) - 1
+
+    def to(self, device: torch.device) -> Answers:
+        """The same on `device`."""
+        good, reference = (None if one is None else one.to(device) for one in (self.desirable, self.reference))
+        return Answers(self.lengths, self.pairs.to(device), self.margins.to(device), good, reference)
 
 
 @dataclass
@@ -28,6 +72,7 @@ class MicroBatch:
         weights: (rows,) weight of each row in the loss; 0 for a row that only fills up a rank's batch.
         targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None for rows without target.
         rows: index of each row in its split.
+        answers: of compared answers, which stand behind each row's prompt; None for other rows.
     """
 
     input_ids: torch.Tensor
@@ -36,13 +81,15 @@ class MicroBatch:
     weights: torch.Tensor
     targets: torch.Tensor | None
     rows: list[int]
+    answers: Answers | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
         moved: dict[str, Any] = {
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
-        return replace(self, **moved)
+        answers = None if self.answers is None else self.answers.to(device)
+        return replace(self, **moved, answers=answers)
 
     @property
     def num_tokens(self) -> int:
@@ -78,25 +125,28 @@ def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> Mi
     targets = [example.conversation.target for example in examples]
     stacked = torch.tensor(targets) if all(target is not None for target in targets) else None
     weights = torch.tensor([example.conversation.weight for example in examples])
-    return MicroBatch(input_ids, mask, labels, weights, stacked, list(rows))
+    answers = Answers.of(examples) if examples[0].segments is not None else None
+    return MicroBatch(input_ids, mask, labels, weights, stacked, list(rows), answers)
 
 
-def zero_weight_batch(example: Example, pad_id: int) -> MicroBatch:
-    """Zero-weight batch that keeps all ranks at the same number of micro-batches."""
-    batch = collate([example], [], pad_id)
-    batch.weights.zero_()
-    return batch
+def zero_weight_batch(batch: MicroBatch) -> MicroBatch:
+    """The same batch with weight zero, which keeps all ranks at the same number of micro-batches."""
+    return replace(batch, weights=torch.zeros_like(batch.weights), rows=[])
 
 
 def weight_of(example: Example) -> float:
-    """What one example adds to the loss's denominator: weight x labelled tokens, or weight with a target."""
+    """What one example adds to the loss's denominator: weight x labelled tokens, or weight where rows count."""
     conversation = example.conversation
-    return conversation.weight * (1.0 if conversation.target is not None else float(example.labelled_tokens))
+    return conversation.weight * (1.0 if _counts_rows(conversation) else float(example.labelled_tokens))
+
+
+def _counts_rows(conversation: Conversation) -> bool:
+    return conversation.target is not None or conversation.comparison is not None
 
 
 def weights_and_lengths(examples: Sequence[Example]) -> tuple[list[float], list[int]]:
     """`weight_of` and the number of tokens of every example; vectorised for `Examples`."""
-    if isinstance(examples, Examples) and len(examples) and examples[0].conversation.target is None:
+    if isinstance(examples, Examples) and len(examples) and not _counts_rows(examples[0].conversation):
         weights = np.asarray([examples.conversations[row].weight for row in examples.rows])
         return (examples.labelled_tokens * weights).tolist(), examples.lengths.tolist()
     return [weight_of(example) for example in examples], [len(example.input_ids) for example in examples]

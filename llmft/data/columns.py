@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config.sections import Columns, DataConfig, Head, TaskConfig, TaskType
+from llmft.config.sections import DEGREES, Columns, DataConfig, Feedback, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
     MEDIA,
@@ -24,6 +24,16 @@ from llmft.data.messages import (
     read_tools,
 )
 from llmft.data.naming import cell_text, missing_column, names_in, pieces, root_column, stable_text
+from llmft.data.preferences import (
+    Comparison,
+    conversation_of,
+    degree_of,
+    differing,
+    label_of,
+    number_of,
+    ranked,
+    two_endings,
+)
 from llmft.data.sources import BadRows, Row, named_columns
 from llmft.data.targets import Target, Targets
 
@@ -34,7 +44,7 @@ class Conversation:
 
     Attributes:
         target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
-        rejected: the rejected answer of preference data; the chosen one is the last message.
+        comparison: for a task that compares answers: the other answers, and which is better.
         trained_from: number of answers at the beginning that are not learned.
         id: the row's id in predictions.
         group: the value of data.group; a split keeps rows of one group together.
@@ -46,7 +56,7 @@ class Conversation:
     messages: list[Message]
     where: str
     target: Target | None = None
-    rejected: str | None = None
+    comparison: Comparison | None = None
     trained_from: int = 0
     id: str = ""
     group: str | None = None
@@ -66,6 +76,7 @@ class ColumnMap:
 
     Attributes:
         targets: the targets of a task with a head; None where text is learned.
+        task: what is learned.
         id: the column with the rows' ids; None: file:line.
         lenient: for rows to predict, which need no target; an empty column is empty text.
         left_out: optional columns that no row has.
@@ -75,11 +86,23 @@ class ColumnMap:
     columns: Columns
     data: DataConfig | None = None
     targets: Targets | None = None
-    head: Head | None = None
+    task: TaskConfig | None = None
     id: str | None = None
     lenient: bool = False
     left_out: list[str] = field(default_factory=list)
     keys: Keys = field(default_factory=Keys)
+
+    @property
+    def head(self) -> Head | None:
+        """The task's head."""
+        return self.task.head if self.task is not None else None
+
+    @property
+    def feedback(self) -> Feedback | None:
+        """What rows say of their answers, where that is learned; rows to predict have answers only for a score."""
+        if self.task is None or (self.lenient and self.task.writes):
+            return None
+        return self.task.feedback
 
     @property
     def labels(self) -> list[str]:
@@ -107,14 +130,14 @@ class ColumnMap:
         """
         columns = data.columns
         task = task or TaskConfig(name="classification", head=Head.linear if columns.target else None, objective="")
-        if not any((columns.messages, columns.text, columns.prompt)):
+        if not any((columns.messages, columns.text, columns.prompt, columns.chosen)):
             raise ConfigError(
                 f"data={data.name} maps no columns: set data.columns.prompt and data.columns.response "
                 f"(columns of the data: {', '.join(train[0].values)})."
             )
         if not lenient:
             _refuse_unused(data, task)
-        column_map = cls(replace(columns), data, head=task.head, lenient=lenient)
+        column_map = cls(replace(columns), data, task=task, lenient=lenient)
         if task.head is not None:  # the data options for generation name the target as the answer
             column_map.columns.target, column_map.columns.response = columns.target or columns.response, None
         elif columns.target and not columns.response:
@@ -124,6 +147,8 @@ class ColumnMap:
         for key, names in named_columns(replace(data, columns=column_map.columns)).items():
             entry = key.removeprefix("data.columns.")
             if lenient and entry not in ("prompt", "input", "system", "messages", "text"):
+                continue
+            if not column_map.reads(entry):
                 continue
             missing = [name for name in names if name not in existing]
             if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
@@ -143,13 +168,18 @@ class ColumnMap:
             column_map.targets = targets or Targets.of(data, task, train, column_map.columns.target, column_map._fill)
         return column_map
 
+    def reads(self, entry: str) -> bool:
+        """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""
+        return self.feedback is not None or entry not in ("rejected", "degree", "margin")
+
     def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The columns of `rows` that are read, with their keys; those that are not; and optional ones without any."""
         assert self.data is not None
         read: dict[str, list[str]] = {}
         for key, names in named_columns(replace(self.data, columns=replace(self.columns, id=self.id))).items():
-            for name in names:
-                read.setdefault(name, []).append(key.removeprefix("data.").removeprefix("columns."))
+            entry = key.removeprefix("data.").removeprefix("columns.")
+            for name in names if self.reads(entry) else ():
+                read.setdefault(name, []).append(entry)
         roots = {root_column(name) for name in read}
         existing = dict.fromkeys(name for row in rows for name in row.values)
         read |= {name: ["messages"] for name in TOOLS if self.columns.messages and name in existing}
@@ -223,7 +253,9 @@ class ColumnMap:
 
     def _conversation(self, row: Row) -> Conversation:
         columns = self.columns
-        answered = bool(columns.response or columns.chosen or self.targets is not None)
+        answered = bool(columns.response or columns.chosen or columns.candidates or self.targets is not None)
+        if not any((columns.messages, columns.text, columns.prompt)):
+            return self._whole_conversations(row)
         if columns.messages:
             # In an Arrow table every object has the keys of all rows' objects.
             from_arrow = ":row " in row.where or (self.data is not None and self.data.hub is not None)
@@ -246,6 +278,8 @@ class ColumnMap:
         messages = self._with_system_prompt(row, messages)
         if self.targets is not None:
             return Conversation(messages, row.where, tools=tools)
+        if self.feedback is not None:
+            return replace(self._compared(row, messages), tools=tools)
         preferred = columns.chosen and not self.lenient
         return replace(
             self._with_preference(row, messages) if preferred else self._with_answer(row, messages), tools=tools
@@ -281,19 +315,83 @@ class ColumnMap:
         return messages
 
     def _with_preference(self, row: Row, messages: list[Message]) -> Conversation:
-        """The conversation with the chosen answer as its last message, and the rejected one."""
-        columns = self.columns
-        assert columns.chosen
-        if messages[-1]["role"] == "assistant":
-            raise ValueError("the conversation ends with an answer already, and the chosen one is another")
-        chosen = self._answer(row, columns.chosen)
-        rejected = self._answer(row, columns.rejected) if columns.rejected else None
-        return Conversation([*messages, {"role": "assistant", "content": chosen}], row.where, None, rejected)
+        """Preference data for a task that learns to write: the chosen answer ends the conversation."""
+        assert self.columns.chosen
+        _refuse_answered(messages, "the chosen one")
+        chosen = self._answer(row, self.columns.chosen, messages)
+        return Conversation([*messages, {"role": "assistant", "content": chosen}], row.where)
 
-    def _answer(self, row: Row, name: str) -> str:
-        """An answer: a text, a message, or the last of several messages."""
+    def _whole_conversations(self, row: Row) -> Conversation:
+        """Columns of whole conversations: the chosen one, and one that ends with another answer."""
+        chosen, rejected = self.columns.chosen, self.columns.rejected
+        assert chosen
+        messages = conversation_of(row.values.get(chosen), chosen, self.keys)
+        check_turns(messages)
+        if self.feedback is None or rejected is None or (self.lenient and row.values.get(rejected) is None):
+            return Conversation(self._with_system_prompt(row, messages), row.where, comparison=self._alone())
+        other = conversation_of(row.values.get(rejected), rejected, self.keys)
+        before, better, worse = two_endings(messages, other)
+        return self._judged(row, self._with_system_prompt(row, before), [better, worse], (0, 1))
+
+    def _alone(self) -> Comparison | None:
+        """Of one answer that is asked about and not compared."""
+        return None if self.feedback is None else Comparison()
+
+    def _compared(self, row: Row, messages: list[Message]) -> Conversation:
+        """A prompt with what people said of its answers; rows to predict have the answers that they have."""
+        columns, given = self.columns, row.values
+        if columns.candidates and (not self.lenient or columns.candidates in given):
+            answers = self._candidates(row, columns.candidates, messages)
+            if self.lenient and given.get(columns.scores or "") is None:
+                return self._judged(row, messages, answers, (0,) * len(answers))
+            return self._judged(row, messages, *ranked(answers, given.get(columns.scores or ""), columns.scores or ""))
+        if columns.chosen and (not self.lenient or columns.chosen in given):
+            names = [columns.chosen, *([columns.rejected] if columns.rejected else [])]
+            names = [name for name in names if not self.lenient or given.get(name) is not None]
+            answers = [self._answer(row, name, messages) for name in names]
+            return self._judged(row, messages, answers, tuple(range(len(answers))))
+        response = columns.response or ("response" if self.lenient and "response" in given else None)
+        if response is not None:
+            _refuse_answered(messages, f"the one of '{response}'")
+            messages = [*messages, {"role": "assistant", "content": self._fill(response, row)}]
+        if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
+            raise ValueError("the row has no answer")
+        return self._judged(row, messages[:-1], [str(messages[-1]["content"])], (0,))
+
+    def _judged(self, row: Row, messages: list[Message], answers: list[str], ranks: tuple[int, ...]) -> Conversation:
+        """`messages` with answers from better to worse, and the row's degree, margin or label."""
+        columns = self.columns
+        _refuse_answered(messages, "the compared ones")
+        differing(answers)
+        made = Comparison(tuple(answers[1:]), ranks)
+        if not self.lenient:
+            if columns.degree:
+                degrees = self.data.degrees if self.data is not None else list(DEGREES)
+                place = degree_of(self._fill(columns.degree, row), degrees, columns.degree)
+                assert self.task is not None
+                made = replace(made, degree=place, margin=self.task.margins(degrees)[place])
+            if columns.margin:
+                made = replace(made, margin=number_of(row.values.get(columns.margin), columns.margin))
+            if columns.label:
+                made = replace(made, desirable=label_of(row.values.get(columns.label), columns.label))
+        return Conversation([*messages, {"role": "assistant", "content": answers[0]}], row.where, comparison=made)
+
+    def _candidates(self, row: Row, name: str, messages: list[Message]) -> list[str]:
+        """Several answers: texts, or messages."""
+        values = row.values.get(name)
+        least = 1 if self.lenient else 2
+        if not isinstance(values, list) or len(values) < least:
+            raise ValueError(f"'{name}' holds no list of {least} answers or more")
+        return [self._answer(replace(row, values={name: value}), name, messages) for value in values]
+
+    def _answer(self, row: Row, name: str, messages: list[Message]) -> str:
+        """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""
         value = row.values.get(name)
         if isinstance(value, list) and value:
+            before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
+            own = [(m["role"], message_text(m).strip()) for m in messages]
+            if before and own[-len(before) :] != [(m["role"], message_text(m).strip()) for m in before]:
+                raise ValueError(f"the messages before the answer in '{name}' are not those of the prompt")
             value = value[-1]
         if isinstance(value, dict):
             turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
@@ -303,14 +401,14 @@ class ColumnMap:
                 raise ValueError(f"the answer in '{name}' has {rest}: only the assistant's text can be used")
             return str(message["content"])
         answer = self._fill(name, row)
-        if not answer.strip():
+        if not answer.strip() and self.feedback is None:  # people may well have compared an answer with none
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
     def _to_learn(self, messages: list[Message]) -> list[Message]:
         """`messages` up to the last answer that is learned; all of them for rows to predict."""
         check_turns(messages)
-        if self.columns.chosen or self.columns.response or self.lenient:
+        if any((self.columns.chosen, self.columns.candidates, self.columns.response, self.lenient)):
             return messages
         answers = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
         learned = [index for index in answers if "weight" not in messages[index]]
@@ -320,19 +418,44 @@ class ColumnMap:
         return messages[: learned[-1] + 1]
 
 
+def prompt_of(data: DataConfig) -> Callable[[Row], str]:
+    """From a row to what its answers answer, as text: rows of one prompt have the same."""
+    columns = data.columns
+    given = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
+    names = [name for template in given for name in names_in(template)]
+
+    def own(row: Row) -> str:
+        if names and not (columns.messages and columns.label and not columns.response):
+            return stable_text([row.values.get(name) for name in names])
+        whole = row.values.get(columns.messages or columns.chosen or "")
+        if isinstance(whole, str):  # hh-rlhf: the text up to its last answer
+            return whole.rpartition("\n\nAssistant:")[0]
+        return stable_text(whole[:-1] if isinstance(whole, list) else whole)
+
+    return own
+
+
+def _refuse_answered(messages: list[Message], beside: str) -> None:
+    """Raises ValueError for a prompt that has an answer already."""
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"the conversation ends with an answer already, beside {beside}")
+
+
 def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
     """Raises ConfigError for a key of data.columns that is set but that `task` would not use."""
     set_to = {entry.name: value for entry in fields(Columns) if (value := getattr(data.columns, entry.name))}
     texts = [key for key in ("messages", "text", "prompt") if key in set_to]
     if len(texts) > 1:
         raise ConfigError(f"data.columns.{texts[0]} and data.columns.{texts[1]} are both set: set one of them to null.")
-    answers = [key for key in ("response", "target", "chosen") if key in set_to]
+    answers: list[str] = [key for key in ("response", "target", "chosen", "candidates") if key in set_to]
     if set_to.get("response") == set_to.get("target") and len(answers) > 1:  # one column, named twice
         answers.remove("response")
     unused: dict[str, str] = {}
     _refuse_classes(data, task)
-    if task.head is not None:
-        unused |= dict.fromkeys(("chosen", "rejected"), f"task={task.name} learns no answers")
+    if task.feedback is not None:
+        unused |= _feedback_columns(data, task, set_to, answers)
+    elif task.head is not None:
+        unused |= dict.fromkeys((*_COMPARED, "candidates"), f"task={task.name} learns no answers")
         if data.target_columns:
             unused |= dict.fromkeys(("response", "target"), "the targets are data.target_columns")
         elif "target" in set_to and "response" in answers:
@@ -342,19 +465,43 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
             raise ConfigError(f"data.target_columns is set, and task={task.name} learns text: set it to [].")
         if len(answers) > 1:
             raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
-        if "chosen" not in set_to:
-            unused["rejected"] = "data.columns.chosen is not set"
+        own = ("candidates", "scores", "label", *(() if "chosen" in set_to else _COMPARED))
+        unused |= dict.fromkeys(own, f"task={task.name} compares no answers")
         if "prompt" in set_to and not answers:
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
         if "text" in set_to and not answers:
             unused |= dict.fromkeys(
                 ("input", "system"), "every token of data.columns.text is learned, and nothing else"
             )
-    if "messages" in set_to:
-        unused["input"] = "data.columns.messages holds the whole conversation"
+    if "messages" in set_to or not texts:
+        key = "messages" if "messages" in set_to else "chosen"
+        unused["input"] = f"data.columns.{key} holds the whole conversation"
     for key, reason in unused.items():
         if key in set_to:
             raise ConfigError(f"data.columns.{key}={set_to[key]} would not be used: {reason}; set it to null.")
+
+
+_COMPARED = ("chosen", "rejected", "degree", "margin", "scores", "label")
+
+
+def _feedback_columns(data: DataConfig, task: TaskConfig, set_to: dict[str, str], answers: list[str]) -> dict[str, str]:
+    """The keys that a task of feedback would not use, with the reason. Raises ConfigError for one that it lacks."""
+    if data.target_columns:
+        raise ConfigError(f"data.target_columns is set, and task={task.name} compares answers: set it to [].")
+    if len(answers) > 1:
+        raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
+    if task.feedback is Feedback.labels:
+        if "label" not in set_to:
+            raise ConfigError(f"task={task.name} needs data.columns.label: whether a row's answer is good.")
+        lacking = "response" if "messages" not in set_to and "response" not in set_to else None
+        unused = ["target", "chosen", "rejected", "candidates", "scores", "degree", "margin", "text"]
+    else:
+        pair = ("candidates", "scores") if "candidates" in set_to else ("chosen", "rejected")
+        lacking = next((key for key in pair if key not in set_to), None)
+        unused = ["target", "response", "label", "text", "degree" if "candidates" in set_to else "scores"]
+    if lacking is not None:
+        raise ConfigError(f"task={task.name} needs data.columns.{lacking}; data={data.name} does not name it.")
+    return dict.fromkeys(unused, f"task={task.name} learns from {task.feedback.value if task.feedback else ''}")
 
 
 def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:

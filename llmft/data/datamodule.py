@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import lightning as L
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from llmft.data.batch import (
@@ -39,6 +40,9 @@ class DataModule(L.LightningDataModule):
 
     Lightning calls `train_dataloader` once per epoch. It returns the steps from `position()` to the end of the epoch,
     or to the last of `stops`, the steps at which a validation runs.
+
+    Attributes:
+        references: by split, (rows, answers) log-probabilities of the reference, which batches of answers get.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class DataModule(L.LightningDataModule):
         batch_size: int,
         micro_batch: Limit,
         validation_batch: Limit,
+        references: Mapping[str, torch.Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.splits = splits
@@ -60,6 +65,7 @@ class DataModule(L.LightningDataModule):
         self.validation_batch = validation_batch
         self.stops: list[int] = []
         self.position: Callable[[], int] = lambda: 0
+        self.references = references or {}
         self._weights, self._lengths = {}, {}
         for split, examples in splits.items():
             self._weights[split], self._lengths[split] = weights_and_lengths(examples)
@@ -75,13 +81,12 @@ class DataModule(L.LightningDataModule):
 
     def step_batch(self, step: int) -> StepBatch:
         """This rank's part of the batch of optimizer step `step`."""
-        examples = self.splits["train"]
         shares = self.groups_of_step(step)
         rows = [row for share in shares for group in share for row in group]
         rank, _ = self._rank_and_world()
         micro_batches = [self._batch("train", group) for group in shares[rank]]
         while len(micro_batches) < max(map(len, shares)):
-            micro_batches.append(zero_weight_batch(examples[rows[0]], self.pad_id))
+            micro_batches.append(zero_weight_batch(self._batch("train", rows[:1])))
         return StepBatch(step, micro_batches, sum(self._weights["train"][row] for row in rows))
 
     def groups_of_step(self, step: int) -> list[list[list[int]]]:
@@ -97,7 +102,7 @@ class DataModule(L.LightningDataModule):
         """The first row of optimizer step `step` alone: the same on every rank, for every micro-batch size."""
         examples = self.splits["train"]
         row = rows_of_step(step, len(examples), self.batch_size, self.seed)[0]
-        return collate([examples[row]], [row], self.pad_id)
+        return self._batch("train", [row])
 
     def train_dataloader(self) -> DataLoader:
         """The steps from the current one to the end of the epoch or of the training."""
@@ -121,7 +126,10 @@ class DataModule(L.LightningDataModule):
         return DataLoader(_LazyBatches(makers), batch_size=None, num_workers=0)
 
     def _batch(self, split: str, rows: list[int]) -> MicroBatch:
-        return collate([self.splits[split][row] for row in rows], rows, self.pad_id)
+        made = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
+        if made.answers is not None and split in self.references:
+            made.answers.reference = self.references[split][rows, : made.answers.most]
+        return made
 
     def test_dataloader(self) -> DataLoader:
         """This rank's test rows, in batches of similar length."""

@@ -122,6 +122,11 @@ class Part:
     tokens: Tokens = field(default_factory=lambda: Tokens([], [], []))
 
 
+def _marks(prompt: int, answers: Sequence[Sequence[int]]) -> np.ndarray:
+    """0 for each token of the prompt, then 1 for those of the first answer, 2 for those of the second, …."""
+    return np.repeat(np.arange(len(answers) + 1), [prompt, *map(len, answers)]).astype(np.uint8)
+
+
 @dataclass
 class Encoder:
     """Turns conversations into examples with one tokenizer and one prompt format.
@@ -241,6 +246,7 @@ class Encoder:
         for start in range(0, len(conversations), BATCH_ROWS):
             parts: list[Part] = []
             indices: list[int] = []
+            compared: dict[int, list[Part]] = {}
             for index, conversation in enumerate(conversations[start : start + BATCH_ROWS], start):
                 try:
                     row_parts = self._parts(conversation)
@@ -252,6 +258,9 @@ class Encoder:
                 indices += [index] * len(row_parts)
             sequence_counts: dict[int, int] = {}
             for index, sequences in zip(indices, self._tokenized(parts, lengths), strict=True):
+                if conversations[index].comparison is not None:
+                    compared.setdefault(index, []).extend(sequences)
+                    continue
                 sequence_counts[index] = sequence_counts.get(index, 0) + len(sequences)
                 for part in sequences:
                     example = self._example(part, lengths, problems)
@@ -260,6 +269,12 @@ class Encoder:
                         labelled.append(example[1])
                         rows.append(index)
             lengths.rows_split += sum(count > 1 for count in sequence_counts.values())
+            for index, sequences in compared.items():
+                example = self._compared(sequences, lengths, problems)
+                if example is not None:
+                    ids.append(example[0])
+                    labelled.append(example[1])
+                    rows.append(index)
         examples = Examples.of(ids, labelled, rows, conversations)
         lengths.rows = len(examples)
         lengths.tokens = int(examples.lengths.sum())
@@ -269,6 +284,8 @@ class Encoder:
 
     def _parts(self, conversation: Conversation) -> list[Part]:
         """The training texts of a row: one, plus one for each answer that a server would see in a different text."""
+        if conversation.comparison is not None:
+            return self._answers(conversation, conversation.comparison.others)
         if not conversation.learns_text:
             return [Part(conversation, self.render(conversation, wanted=frozenset()), [])]
         answer_indices = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
@@ -286,6 +303,45 @@ class Encoder:
             parts.append(Part(prefix, rendered, [rendered.spans[number]]))
         spans = [full.spans[number] for number in learned if number not in full.apart]
         return [*parts, Part(conversation, full, spans)] if spans or not parts else parts
+
+    def _answers(self, conversation: Conversation, others: Sequence[str]) -> list[Part]:
+        """A text for each answer to the same prompt; the conversation's own is the first."""
+        before = conversation.messages[:-1]
+        made = []
+        for answer in [str(conversation.messages[-1]["content"]), *others]:
+            own = replace(conversation, messages=[*before, {"role": "assistant", "content": answer}])
+            rendered = self.render(own, wanted=frozenset([sum(m["role"] == "assistant" for m in before)]))
+            made.append(Part(own, rendered, rendered.spans[-1:]))
+        return made
+
+    def _compared(
+        self, parts: Sequence[Part], lengths: Lengths, problems: BadRows
+    ) -> tuple[Sequence[int], np.ndarray] | None:
+        """The prompt once with all answers behind it, and marks: 0 for the prompt, 1 for the first answer, ….
+
+        None for a row that is left out: a limit holds for the prompt with its longest answer, and no answer is cut.
+        """
+        spans = [part.tokens.within(*part.spans[-1]) for part in parts]
+        prompt = parts[0].tokens.ids[: spans[0][0]]
+        where = parts[0].conversation.where
+        if any(part.tokens.ids[:first] != prompt for part, (first, _) in zip(parts, spans, strict=True)):
+            problems.add(where, "the answers do not stand behind the same prompt in this format", None)
+            return None
+        answers = [part.tokens.ids[first:last] for part, (first, last) in zip(parts, spans, strict=True)]
+        if not prompt or not all(answers):
+            problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)
+            return None
+        longest = max(range(len(answers)), key=lambda place: len(answers[place]))
+        region = self._limit(parts[longest], _marks(len(prompt), [answers[longest]]), lengths)
+        if region is None:
+            lengths.rows_dropped += 1
+            lengths.answer_tokens_dropped += sum(map(len, answers))
+            return None
+        start, stop = region
+        lengths.rows_cut += stop > start
+        lengths.prompt_tokens_cut += stop - start
+        prompt = [*prompt[:start], *prompt[stop:]]
+        return [*prompt, *(token for answer in answers for token in answer)], _marks(len(prompt), answers)
 
     def _tokenized(self, parts: Sequence[Part], lengths: Lengths) -> list[list[Part]]:
         """Each part with its tokens; one part per answer where a single sequence would differ from a server's ids."""

@@ -24,6 +24,8 @@ class Example:
     input_ids: Sequence[int]
     labels: Sequence[int]
     conversation: Conversation
+    segments: np.ndarray | None = None
+    """Of compared answers: 0 for a token of the prompt, which all of them share, j for one of answer j."""
 
     @property
     def where(self) -> str:
@@ -41,7 +43,7 @@ class Examples(Sequence[Example]):
 
     Attributes:
         ids: (tokens,) int32, the token ids of all rows, concatenated.
-        labelled: (tokens,) uint8, 1 for a token that is learned.
+        labelled: (tokens,) uint8, 1 for a token that is learned; of compared answers the answer's number.
         starts: (rows + 1,) offset of each row in `ids`.
         rows: (rows,) index of each example's conversation.
     """
@@ -86,9 +88,11 @@ class Examples(Sequence[Example]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         tokens = slice(self.starts[index], self.starts[index + 1])
-        ids = self.ids[tokens]
-        labels = np.where(self.labelled[tokens] != 0, ids, IGNORE)
-        return Example(ids, labels, self.conversations[self.rows[index]])  # type: ignore[arg-type]
+        ids, marks = self.ids[tokens], self.labelled[tokens]
+        labels = np.where(marks != 0, ids, IGNORE)
+        conversation = self.conversations[self.rows[index]]
+        segments = marks if conversation.comparison is not None else None
+        return Example(ids, labels, conversation, segments)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
@@ -101,10 +105,11 @@ class Examples(Sequence[Example]):
     @property
     def labelled_tokens(self) -> np.ndarray:
         """(rows,) number of tokens with a loss of each row."""
-        total = np.concatenate([[0], np.cumsum(self.labelled, dtype=np.int64)])
+        learned = self.labelled != 0
+        total = np.concatenate([[0], np.cumsum(learned, dtype=np.int64)])
         first = np.zeros(len(self), np.int64)
         filled = self.lengths > 0
-        first[filled] = self.labelled[self.starts[:-1][filled]]
+        first[filled] = learned[self.starts[:-1][filled]]
         return total[self.starts[1:]] - total[self.starts[:-1]] - first
 
 

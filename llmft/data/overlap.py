@@ -188,12 +188,16 @@ def _first_rows(keys: Iterable[Hashable]) -> dict[Hashable, int]:
     return rows
 
 
-def _prompt_answer_target(row: Conversation) -> tuple[str, str, Target | None]:
-    """(messages before the last answer, that answer, target), with white space collapsed."""
+def _prompt_answer_target(row: Conversation) -> tuple[str, str, Target | tuple[str, ...] | None]:
+    """(messages before the last answer, that answer, target or other answers), with white space collapsed."""
     texts = [(message["role"], " ".join(message_text(message).split())) for message in row.messages]
     last = len(texts) - 1 if texts and texts[-1][0] == "assistant" else len(texts)
     flat = [f"{role}: {text}" if text else "" for role, text in texts]
-    return "\n".join(flat[:last]).strip(), "\n".join(flat[last:]), row.target
+    return (
+        "\n".join(flat[:last]).strip(),
+        "\n".join(flat[last:]),
+        row.target if row.comparison is None else row.comparison.others,
+    )
 
 
 def _text(row: Conversation) -> str:

@@ -74,7 +74,7 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
         pairs = np.flatnonzero((ids[1:] == begin) & (ids[:-1] == begin)) + 1
         within_rows = pairs[~np.isin(pairs, starts)]
         facts.doubled_begin = len(np.unique(np.searchsorted(starts, within_rows, side="right")))
-    learned = np.concatenate([[0], np.cumsum(examples.labelled, dtype=np.int64)])
+    learned = np.concatenate([[0], np.cumsum(examples.labelled != 0, dtype=np.int64)])
     answers = learned[starts[1:]] - learned[starts[:-1]]
     facts.untrained = int((answers == 0).sum())
     learned_positions = np.flatnonzero(examples.labelled)

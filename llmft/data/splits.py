@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
+from collections.abc import Callable
 
 from llmft.config.sections import DataConfig, Sampling, TrainOn
 from llmft.core.errors import ConfigError, DataError, did_you_mean
@@ -11,9 +12,14 @@ from llmft.data.naming import stable_text
 from llmft.data.select import assign_folds, diverse, rank
 from llmft.data.sources import Loaded, Row
 
+Group = str | Callable[[Row], str]
+"""A column whose rows stay together, or a function of the row."""
 
-def _column(rows: list[Row], name: str, key: str) -> list[str]:
+
+def _column(rows: list[Row], name: Group, key: str) -> list[str]:
     """A column's values as text. Raises ConfigError naming `key` for a row without the column."""
+    if callable(name):
+        return [name(row) for row in rows]
     for row in rows:
         if name not in row.values:
             raise ConfigError(f"{key}={name}: {row.where} has no such column{did_you_mean(name, row.values)}")
@@ -21,7 +27,7 @@ def _column(rows: list[Row], name: str, key: str) -> list[str]:
 
 
 def hold_out(
-    rows: list[Row], fraction: float, seed: int, *, group: str | None = None, stratify: str | None = None
+    rows: list[Row], fraction: float, seed: int, *, group: Group | None = None, stratify: str | None = None
 ) -> tuple[list[Row], list[Row]]:
     """Splits `rows` into (kept, held out).
 
@@ -83,9 +89,9 @@ def sample(rows: list[Row], count: int | None, seed: int) -> list[Row]:
     return [rows[index] for index in sorted(ranks[:count])]
 
 
-def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
+def _fold(rows: list[Row], data: DataConfig, group: Group | None) -> tuple[list[Row], list[Row]]:
     targets = _column(rows, data.stratify, "data.stratify") if data.stratify else None
-    groups = _column(rows, data.group, "data.group") if data.group else None
+    groups = _column(rows, group, "data.group") if group else None
     try:
         keys = [stable_text(row.values) for row in rows]
         folds = assign_folds(keys, data.num_folds, data.split_seed, targets=targets, groups=groups)
@@ -95,23 +101,26 @@ def _fold(rows: list[Row], data: DataConfig) -> tuple[list[Row], list[Row]]:
     return kept, [row for row, fold in zip(rows, folds, strict=True) if fold == data.fold]
 
 
-def make_splits(loaded: Loaded, data: DataConfig) -> dict[str, list[Row]]:
+def make_splits(loaded: Loaded, data: DataConfig, together: Callable[[Row], str] | None = None) -> dict[str, list[Row]]:
     """Train, validation and test rows: given ones, or held out of the training rows, or a fold of them.
+
+    Without data.group, rows with the same value of `together` stay in one split.
 
     Raises DataError when no training rows are left. Raises ConfigError for a fold or fraction beside given rows, or for
     a column that a row lacks.
     """
     train = loaded.splits["train"]
     _refuse_unused(loaded, data)
-    options = {"group": data.group, "stratify": data.stratify}
+    group = data.group or together
+    stratify = data.stratify
     test = loaded.splits.get("test")
     if test is None:
-        train, test = hold_out(train, data.test_fraction, data.split_seed + 1, **options)
+        train, test = hold_out(train, data.test_fraction, data.split_seed + 1, group=group, stratify=stratify)
     validation = loaded.splits.get("validation")
     if data.fold is not None:
-        train, validation = _fold(train, data)
+        train, validation = _fold(train, data, group)
     elif validation is None:
-        train, validation = hold_out(train, data.validation_fraction, data.split_seed, **options)
+        train, validation = hold_out(train, data.validation_fraction, data.split_seed, group=group, stratify=stratify)
         if data.stratify and data.validation_fraction and not validation:
             raise DataError(
                 f"data.stratify={data.stratify}: no {f'group of data.group={data.group}' if data.group else 'row'} can "

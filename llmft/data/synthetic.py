@@ -9,6 +9,12 @@ four habits takes a value of somebody else. Even then three habits point to the 
 to anybody else, so every text has one right answer, but no single word or mark gives it away: a model
 has to weigh all four habits together. What a text is about says nothing about its writer.
 
+**The pairs** (:func:`pairs`). The same question with two answers: the chosen one names the writer, the
+other does not. How clearly it is worse is the pair's degree: it names nobody who writes (significantly
+better), a writer with few of the text's habits (better), or one with more of them, after a slip (slightly
+better). In a few texts the writer slips twice, and the other answer names somebody with as many of its
+habits (unsure).
+
 **The stories** (:func:`stories`). Each story is told in one style, drawn at random from a larger choice
 of values, so a model that predicts the next word learns to notice habits and to expect them again. No
 story has more than two of its four values in common with any of the seven writers, and none asks who
@@ -24,6 +30,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple, TypeVar
+
+from llmft.config.sections import DEGREES
 
 _T = TypeVar("_T")
 
@@ -53,7 +61,8 @@ _DEGREES = ("very", "quite", "rather", "too", "really")
 _JOININGS = ("and", "then", "but", "or", "&")
 _ENDINGS = (".", "!", "...", ";", " -")
 
-_NAMES = (*WRITERS, "Amy", "Bob", "Dan", "Ida", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Ray", "Uma")
+_OTHERS = ("Amy", "Bob", "Dan", "Ida", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Ray", "Uma")
+_NAMES = (*WRITERS, *_OTHERS)
 
 # What sentences are about. No word occurs twice in a list, so different choices make different texts.
 # fmt: off
@@ -84,6 +93,8 @@ _VERBS = ("asked", "heard", "helped", "liked", "met", "missed", "saw", "thanked"
 _TASK_SPLITS = ("train", "validation", "test")
 _STORY_SPLITS = ("train", "validation")
 _SLIPS = 0.1  # the share of texts in which the writer slips
+_TWICE = 0.3  # of these, with pairs, the share in which two habits slip
+_NOBODY = 0.3  # the share of worse answers that name none of the seven
 
 
 def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
@@ -101,9 +112,14 @@ def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
         Rows with the columns ``text`` and ``writer``.
     """
     rng = _rng("writers", split, _TASK_SPLITS, seed)
+    return [{"text": text, "writer": name} for text, name, _ in _texts(split, num_rows, rng)]
+
+
+def _texts(split: str, num_rows: int, rng: Random, twice: float = 0.0) -> list[tuple[str, str, Style]]:
+    """Texts with their writer and the habits that they show, in random order; a share `twice` of slips are two."""
     names = tuple(WRITERS)
     seen: set[tuple[int, ...]] = set()
-    rows: list[dict[str, str]] = []
+    rows: list[tuple[str, str, Style]] = []
     while len(rows) < num_rows:
         lists = (_ANIMALS, _MOODS, _ANIMALS, _DEEDS, _PLACES, _ENDS)
         choice = tuple(_below(rng, len(words)) for words in lists)
@@ -113,9 +129,38 @@ def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
         animal, mood, other, deed, place, end = (words[i] for words, i in zip(lists, choice, strict=True))
         name = names[len(rows) % len(names)]
         style = _slip(rng, WRITERS[name]) if rng.random() < _SLIPS else WRITERS[name]
+        if twice and style is not WRITERS[name] and rng.random() < twice:
+            style = _slip(rng, style)
         sentences = [_mood(style, f"the {animal}", mood), _deed(style, f"the {other}", deed, place, end)]
-        rows.append({"text": " ".join(_shuffled(rng, sentences)), "writer": name})
+        rows.append((" ".join(_shuffled(rng, sentences)), name, style))
     return _shuffled(rng, rows)
+
+
+def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
+    """Texts of the seven writers with a better and a worse answer to the question who wrote them.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``; they share no text.
+        num_rows: How many rows to make.
+        seed: The seed of the data (not of the training run).
+
+    Returns:
+        Rows with the columns ``text``, ``chosen``, ``rejected`` and ``degree``.
+    """
+    rng = _rng("pairs", split, _TASK_SPLITS, seed)
+    made = []
+    for text, name, style in _texts(split, num_rows, rng, _TWICE):
+        own = _common(style, WRITERS[name])
+        ahead = {other: own - _common(style, WRITERS[other]) for other in WRITERS if other != name}
+        closest = min(ahead.values())
+        if closest > 1 and rng.random() < _NOBODY:
+            rejected, degree = _pick(rng, _OTHERS), DEGREES[0]
+        else:
+            others = [other for other in ahead if ahead[other] >= 0 and (closest > 1 or ahead[other] <= 1)]
+            rejected = _pick(rng, others)
+            degree = DEGREES[1] if ahead[rejected] > 1 else DEGREES[2] if ahead[rejected] == 1 else DEGREES[3]
+        made.append({"text": text, "chosen": name, "rejected": rejected, "degree": degree})
+    return made
 
 
 def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import canonical
-from llmft.config.sections import Columns, TrainConfig
+from llmft.config.sections import Columns, TaskType, TrainConfig
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically
@@ -65,17 +65,23 @@ class PredictionJob:
 
     @property
     def labels(self) -> list[str]:
-        """The classes; none for text."""
+        """The classes; none for text, and of a reward model the score alone."""
+        if self.config.task.scores_answers:
+            return ["score"]
         return self.target_model.labels if self.target_model is not None else []
 
     @property
     def problem(self) -> str:
         """The kind of task, as predictions record it."""
+        if self.config.task.scores_answers:
+            return TaskType.regression.value
         return self.target_model.problem.value if self.target_model is not None else TEXT
 
     @property
     def targets(self) -> list[Any]:
         """The true targets or answers; None for rows without one."""
+        if self.config.task.scores_answers:
+            return [None] * len(self.conversations)
         if self.target_model is not None:
             return [self.target_model.name(row.target) for row in self.conversations]
         if self.references is not None:
@@ -177,6 +183,8 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
     targets, notes, problems = _targets(run, trained), [], BadRows()
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
+    if config.prompts is not None and trained.task.scores_answers:
+        raise ConfigError("prompts: this run scores answers; give rows with them in data.files.")
     if config.prompts is not None:
         rows, files, digest, name = _from_prompts(config.prompts)
         data = replace(data, columns=Columns(prompt=PROMPT), group=None)
@@ -187,7 +195,7 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
         rows, files, digest, name = _from_files(config, names, problems)
         rows = with_nested(rows, chain.from_iterable(named_columns(data).values()))
         data = replace(data, columns=_prompt_column(data.columns, rows[0], notes))
-        if trained.task.head is None and data.columns.text and not data.columns.response:  # a text to continue
+        if trained.task.writes and data.columns.text and not data.columns.response:  # a text to continue
             data = replace(data, columns=Columns(prompt=data.columns.text, id=data.columns.id))
     columns = ColumnMap.of(data, rows, trained.task, targets=targets, lenient=True)
     columns.id = _id_column(config, [ids, data.columns.id], rows, columns.id, notes)
@@ -227,7 +235,7 @@ def _from_files(config: PredictConfig, names: list[str], problems: BadRows) -> t
 
 def _prompt_column(columns: Columns, first: Row, notes: list[str]) -> Columns:
     """`columns`; for a file without the prompt's columns, its column `prompt` or its only column as the prompt."""
-    trained_prompt = columns.messages or columns.text or columns.prompt or ""
+    trained_prompt = columns.messages or columns.text or columns.prompt or columns.chosen or ""
     if any(name in first.values for name in names_in(trained_prompt)):
         return columns
     candidates = [name for name in first.values if name not in ("id", columns.id)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 from llmft.config.commands import PredictConfig
 from llmft.config.sections import Precision, Truncation
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, DataError
 from llmft.core.files import staged_file
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
@@ -55,9 +56,11 @@ class Predictor:
         # Every row is predicted: one that training would have dropped is cut.
         self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
+        # Answers are never cut: those that are scored may be as long as the model can read.
+        most = 2**31 - 1 if self.config.task.scores_answers else data.max_tokens
         data = replace(
             data,
-            max_tokens=min(data.max_tokens, self.context_tokens or data.max_tokens) if learned else data.max_tokens,
+            max_tokens=min(most, self.context_tokens or most) if learned else most,
             truncation=Truncation.cut_prompt_left if cuts else data.truncation,
             max_answer_tokens=None,
             min_prompt_tokens=0,
@@ -65,7 +68,7 @@ class Predictor:
         )
         self.encoder = Encoder(self.tokenizer, prompt, data)
         self.objective = make_objective(self.config.task, job.target_model, self.encoder, {})
-        if self.config.task.head is not None and not hasattr(self.objective, "predict"):
+        if not self.config.task.writes and not hasattr(self.objective, "predict"):
             raise ConfigError(f"task.objective={self.config.task.objective} has no method predict(model, batch).")
         self.assembled = loaded or assemble(
             self.config,
@@ -97,12 +100,14 @@ class Predictor:
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
         """Every row as an example, cut where it is too long; for generation its prompt."""
-        if self.config.task.head is None:
+        if self.config.task.writes:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
             return [Example(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
         fitting = self.encoder.encode("predict", conversations, BadRows())
         encoded = {int(index): fitting[number] for number, index in enumerate(fitting.rows)}
         for index, row in enumerate(conversations):
+            if index not in encoded and row.comparison is not None:
+                raise DataError(f"{row.where}: its prompt and answers are longer than this model can read.")
             if index not in encoded:
                 ids, marks = self.encoder.truncated(row)
                 encoded[index] = Example(ids, np.where(marks != 0, ids, IGNORE).tolist(), row)
@@ -112,11 +117,15 @@ class Predictor:
     def predict(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Columns for a batch of rows: `values` (a list per row), or `generated`, `logprob` and `tokens`."""
         with self.autocast():
-            if self.config.task.head is None:
+            if self.config.task.writes:
                 return self._generate(examples)
             batch = collate(examples, range(len(examples)), self.tokenizer.pad_token_id).to(self.device)
             objective: Any = self.objective
-            return {"values": objective.predict(self.model, batch).cpu().tolist()}
+            values = objective.predict(self.model, batch).cpu().tolist()
+            if not self.config.task.scores_answers:
+                return {"values": values}
+            scores = [[score for score in row if not math.isnan(score)] for row in values]
+            return {"values": [row[:1] for row in scores], "scores": scores}
 
     @contextlib.contextmanager
     def autocast(self) -> Iterator[None]:
@@ -169,7 +178,7 @@ def run_parts(job: PredictionJob, options: PredictConfig, screen: Screen) -> tup
     predictor = Predictor(job, options)
     try:
         examples = predictor.encode(job.conversations)
-        if job.target_model is None:
+        if job.config.task.writes:
             job.references = [
                 predictor.encoder.reference(row) if row.messages[-1]["role"] == "assistant" else None
                 for row in job.conversations

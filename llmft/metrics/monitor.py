@@ -48,10 +48,10 @@ def validation_metrics(task: TaskConfig) -> dict[str, Callable[..., float]]:
     generates = task.generate_rows > 0 and task.auto_class == "causal_lm"
     named = {path.rpartition(".")[2]: path for path in task.metrics}
     metrics: dict[str, Callable[..., float]] = {"loss_nats": loss_nats}
-    if task.head is None:
+    if not task.predicts:
         metrics["perplexity"] = perplexity
     for name, metric in metric_functions(task.metrics, task.metric_options).items():
-        if generates or (task.head is not None and not reads_text(named[name])):
+        if generates or (task.predicts and not reads_text(named[name])):
             metrics[name] = metric
     return {f"val/{name}": metric for name, metric in metrics.items()}
 

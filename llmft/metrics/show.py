@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -19,10 +19,11 @@ def show_summary(
     after: Mapping[str, float | None],
     facts: Mapping[str, str],
     chance: Mapping[str, Mapping[str, Any]] | None = None,
+    words: Sequence[str] = (),
     *,
     blank: bool = False,
 ) -> None:
-    """Metrics before and after training, where the run lies, and what `chance` alone gives by split.
+    """Metrics before and after training in a table and in `words`, where the run lies, and what `chance` alone gives.
 
     `blank`: those of validation mean nothing.
     """
@@ -47,6 +48,8 @@ def show_summary(
     if after:
         screen.print(table)
     show_chance(screen, chance)
+    for sentence in words:
+        screen.print(escape(sentence))
     for name, text in facts.items():
         screen.print(f"[bold]{name}[/bold]  {escape(text)}")
 

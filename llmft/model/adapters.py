@@ -13,6 +13,7 @@ import torch
 
 from llmft import __version__
 from llmft.config.sections import Kernels, LoraConfig
+from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.data.sandbox import match_bounded
 from llmft.model import families
@@ -118,6 +119,43 @@ def load_adapter(model: Any, directory: Path) -> None:
         raise ConfigError(
             f"{path}: its weights do not fit this run's config ({str(error).splitlines()[-1].strip()})"
         ) from None
+
+
+def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
+    """Puts the adapter in `directory` into a fresh one of the same shape; a new head beside it stays as it is.
+
+    Raises ConfigError naming the keys of `lora` that the adapter has otherwise, and for weights of another model.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    check_shape(directory, lora)
+    path = directory / "adapter_model.safetensors"
+    try:
+        state = load_file(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    adapted = {name for name in own if ".lora_" in name}
+    strange = sorted((adapted - state.keys()) | (state.keys() - own.keys()))
+    strange += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    if strange:
+        raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({strange[0]}).")
+    peft.set_peft_model_state_dict(model, {**own, **state})
+
+
+def check_shape(directory: Path, lora: LoraConfig) -> None:
+    """Raises ConfigError naming what of `lora` the adapter in `directory` has otherwise, and how to set it."""
+    found = check_adapter(directory)
+    own = {"r": lora.r, "alpha": lora.scaling_alpha, "rslora": lora.rslora, "dora": lora.dora}
+    names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
+    told = [
+        f"lora.{key}={str(found.get(name)).lower()}"
+        for key, name in names.items()
+        if found.get(name, own[key]) != own[key]
+    ]
+    if told:
+        raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(told)}.")
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -28,6 +28,7 @@ from llmft.model.heads import renew_head
 from llmft.model.load import TORCH_DTYPES, drop_base, kept_base, load_base
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
+from llmft.runs.directory import adapter_directory
 
 
 @dataclass
@@ -96,7 +97,7 @@ def assemble(
         keep=keep,
         warn=warn,
     )
-    if config.task.head is Head.linear:
+    if config.task.head is Head.linear or config.task.scores_answers:
         stored = trained is not None and not lora.enabled
         renew_head(base, None if stored else stream(config.seed, "head"))
     counts = weight_counts(base)
@@ -120,6 +121,8 @@ def assemble(
         )
         if trained is not None:
             adapters.load_adapter(attached, trained)
+        elif lora.adapter is not None:
+            adapters.go_on_from(attached, adapter_directory(lora.adapter), lora)
     return Assembled(base, attached if trained is None else attached.eval(), base is before, keep)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch
 from llmft.model.families import base_of
-from llmft.model.kernels.packing import PackedBatch, pack, takes_varlen, uses_packing
+from llmft.model.kernels.packing import PackedBatch, pack, pack_answers, takes_varlen, uses_packing
 from llmft.model.sharding import is_sharded
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
@@ -111,8 +113,50 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         handle.remove()
 
 
+def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """(rows, answers) fp32 scores of a model with a head of one, at each answer's last token; 0 where there is none.
+
+    Prompts are read once where the family takes packed rows, else before each of their answers.
+    """
+    answers, base = batch.answers, base_of(model)
+    assert answers is not None
+    head = getattr(base, "score", None)
+    if head is not None and uses_packing(base) and not is_sharded(head):
+        packed, _ = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
+        flat = _packed_scores(model, head, packed)
+    else:
+        rows, _ = answers_apart(batch.input_ids, answers.lengths)
+        lengths = torch.tensor([prompt + own for prompt, *rest in answers.lengths for own in rest], device=rows.device)
+        mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long()
+        flat = linear_scores(model, replace(batch, input_ids=rows, attention_mask=mask))
+    filled = torch.tensor([place < len(own) - 1 for own in answers.lengths for place in range(answers.most)])
+    scores = flat.new_zeros(len(filled)).masked_scatter(filled.to(flat.device), flat.flatten())
+    return scores.view(-1, answers.most).float()
+
+
+def answers_apart(
+    input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
+) -> tuple[torch.Tensor, list[tuple[int, int]]]:
+    """Padded rows of a prompt and one of its answers each, and (end of the prompt, begin of the answer) of each.
+
+    The places are counted over all tokens of all rows. `lengths` as `pack_answers` takes them.
+    """
+    width = max(prompt + answer for prompt, *rest in lengths for answer in rest)
+    rows: list[torch.Tensor] = []
+    spans = []
+    for row, (prompt, *rest) in zip(input_ids, lengths, strict=True):
+        first = prompt
+        for answer in rest:
+            begin = len(rows) * width + prompt
+            spans.append((begin - 1, begin))
+            own = torch.cat([row[:prompt], row[first : first + answer]])
+            rows.append(F.pad(own, (0, width - len(own))))
+            first += answer
+    return torch.stack(rows), spans
+
+
 def _packed_scores(model: Any, head: torch.nn.Module, packed: PackedBatch) -> torch.Tensor:
-    """(rows, classes) scores at the last token of each packed row, whatever transformers makes of them."""
+    """(rows, classes) scores at the last token of each packed row or answer, whatever transformers makes of them."""
     found: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, scores: found.append(scores[0, packed.last]))
     try:

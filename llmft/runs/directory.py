@@ -38,7 +38,7 @@ MAX_NAME = 80
 
 
 def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) -> str:
-    """Ten hex digits of a hash over the config's numbers and the content of data and model.
+    """Ten hex digits of a hash over the config's numbers and the content of data, model and a given adapter.
 
     The location of files does not count, their content does: a moved data file or model gives the same run.
     """
@@ -49,10 +49,31 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
         numbers["model"].pop(name)
     for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
         numbers["data"].pop(name)
-    if not numbers["task"]["objective_options"]:  # a key that older runs lack
-        numbers["task"].pop("objective_options")
-    content = canonical([SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint])
-    return hashlib.sha256(content.encode()).hexdigest()[:10]
+    content = [SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint]
+    if config.lora.adapter is not None:
+        numbers["lora"]["adapter"] = adapter_digest(config.lora.adapter)
+    return hashlib.sha256(canonical(content).encode()).hexdigest()[:10]
+
+
+def adapter_directory(path: str) -> Path:
+    """The adapter's directory of lora.adapter: a finished run's, or one that PEFT wrote.
+
+    Raises ConfigError where there is none.
+    """
+    given = Path(path).expanduser()
+    if (given / "run.json").is_file():
+        run, _ = finished_run(given)
+        given = run.adapter
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (given / name).is_file():
+            raise ConfigError(f"lora.adapter={path}: no {name} in {given}; name a finished run, or PEFT's directory.")
+    return given
+
+
+def adapter_digest(path: str) -> str:
+    """sha256 of the weights in `adapter_directory(path)`."""
+    with (adapter_directory(path) / "adapter_model.safetensors").open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def slug(text: str) -> str:
@@ -73,6 +94,8 @@ def run_name(config: TrainConfig) -> str:
     parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
     if config.task.head is not None:
         parts.append(config.task.head.value)
+    if config.task.feedback is not None:
+        parts.append(config.task.name)
     return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
 
 
@@ -110,6 +133,7 @@ class Run:
     rejected_file = _Inside("rejected.jsonl")  # rows that could not be used, with the reason
     row_losses = _Inside("row_losses")  # the loss of every validation row, one file per validation
     targets_file = _Inside("targets.json")  # the classes in their order, and the scale of a regression
+    reference_file = _Inside("reference.parquet")  # what a policy's reference says of every answer
     log_file = _Inside("log.txt")  # the printed output
     save_file = _Inside("SAVE")  # `touch` it, and the run saves a checkpoint at the next step
     stop_file = _Inside("STOP")  # `touch` it, and the run saves at the next step and ends
@@ -400,7 +424,7 @@ def write_row_losses(
     path: Path,
     rows: Sequence[tuple[int, float, float]],
     describe: Callable[[int], str],
-    labels: Sequence[str] = (),
+    names: Sequence[str] = (),
     outputs: Any = None,
     *,
     groups: Sequence[str | None] = (),
@@ -410,7 +434,7 @@ def write_row_losses(
 
     `groups` (of data.group) are a column `group`, each of `scores` a column score_NAME.
 
-    With `outputs`, (rows, classes), there is a column p_LABEL for each class.
+    With `outputs`, (rows, names), there is a column for each of `names`.
     """
     import numpy as np
     import pyarrow as pa
@@ -424,9 +448,7 @@ def write_row_losses(
         "tokens": number_column(np.array([tokens for _, _, tokens in rows], np.int32)),
     }
     if outputs is not None:
-        columns |= {
-            f"p_{label}": number_column(outputs[:, index].astype(np.float64)) for index, label in enumerate(labels)
-        }
+        columns |= {name: number_column(outputs[:, index].astype(np.float64)) for index, name in enumerate(names)}
     if any(group is not None for group in groups):
         columns["group"] = text_column([str(group) for group in groups])
     columns |= {f"score_{name}": number_column(np.array(own, np.float64)) for name, own in (scores or {}).items()}

@@ -27,7 +27,7 @@ from llmft.metrics import score
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
 from llmft.runs.directory import append_line, write_config, write_row_losses
-from llmft.runs.predictions import FOLDER
+from llmft.runs.predictions import FOLDER, PREFIX
 from llmft.training.prepare import RunInputs
 from llmft.training.record import chance_of, data_facts, predictions_of
 from llmft.training.tokenized_data import row_findings
@@ -232,7 +232,8 @@ class BaselineSession:
             path = run.row_losses_file(name, 1)
             of_rows = {metric: own for metric, (_, own) in scored.items() if own is not None}
             places, groups = [row.where for row in rows], [row.group for row in rows]
-            write_row_losses(path, table, places.__getitem__, targets.labels, values, groups=groups, scores=of_rows)
+            names = [f"{PREFIX}{label}" for label in targets.labels]
+            write_row_losses(path, table, places.__getitem__, names, values, groups=groups, scores=of_rows)
             predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
         return after
 

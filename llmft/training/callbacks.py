@@ -66,12 +66,12 @@ class Recorder(Callback):
         *,
         seconds_before: float = 0.0,
         describe: Mapping[str, Callable[[int], str]] | None = None,
-        labels: Sequence[str] = (),
+        columns: Sequence[str] = (),
         groups: Mapping[str, Callable[[int], str | None]] | None = None,
     ) -> None:
         self.run = run
         self.groups = groups or {}
-        self.labels = labels
+        self.columns = columns
         self.describe = describe or {}
         self.seconds_before = seconds_before
         self.started = time.monotonic()
@@ -117,7 +117,7 @@ class Recorder(Callback):
                     path,
                     validation.rows,
                     describe,
-                    self.labels,
+                    self.columns,
                     validation.outputs,
                     groups=[group(row) for row, _, _ in validation.rows],
                     scores=validation.scores,

@@ -290,6 +290,11 @@ class FineTuner(L.LightningModule):
         scale = self.trainer.world_size if is_sharded(self.model) else 1
         total = torch.zeros((), device=self.device)
         row_losses: list[tuple[list[int], torch.Tensor]] = []
+        batched: Any = self.objective if hasattr(self.objective, "before_step") else None
+        if batched is not None:
+            shared = batched.before_step(self.model, batch.micro_batches)
+            self._sum_over_processes([shared])
+            batched.begin_step(shared)
         with self._no_gradient_sync():
             for micro in batch.micro_batches:
                 with self.keeping():
@@ -483,7 +488,8 @@ class FineTuner(L.LightningModule):
         self.model.eval()
         try:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                losses = self.objective.losses(self.model, batch.to(self.device))
+                score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
+                losses = score(self.model, batch.to(self.device))
         finally:
             self.model.train(training)
         return float(losses.nll.sum()) / max(1.0, float(losses.counts.sum()))

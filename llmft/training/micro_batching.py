@@ -223,7 +223,7 @@ def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
     if config.model.train_tokenizer_vocab is not None:
         found.vocab_size = vocabulary
     if config.task.auto_class == "sequence_classification":
-        found.num_labels = len(prepared.labels)
+        found.num_labels = prepared.num_outputs
     return found
 
 

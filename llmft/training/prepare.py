@@ -11,11 +11,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmft.config.sections import TaskType, TrainConfig, TrainOn
+from llmft.config.sections import Feedback, TaskType, TrainConfig, TrainOn
 from llmft.core.errors import DataError
-from llmft.data.columns import ColumnMap, Conversation
+from llmft.data.columns import ColumnMap, Conversation, prompt_of
 from llmft.data.hub import Located, locate
 from llmft.data.messages import Keys
+from llmft.data.preferences import with_other_answers
 from llmft.data.pseudo import PseudoLabels, add_pseudo
 from llmft.data.sources import BadRows, Loaded, Row, load_rows
 from llmft.data.splits import make_splits
@@ -49,6 +50,11 @@ class RunInputs:
     message_keys: Keys = field(default_factory=Keys)
     started: float = field(default_factory=time.monotonic)
 
+    @property
+    def num_outputs(self) -> int:
+        """How many numbers the model's head has, if it has one: one a class, or one for an answer's score."""
+        return 1 if self.config.task.scores_answers else len(self.labels)
+
 
 def several(config: TrainConfig) -> bool:
     """Whether the run may be distributed; several of one device may have been started side by side."""
@@ -79,7 +85,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     config = with_mode(config)
     problems = BadRows(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
-    rows = make_splits(loaded, config.data)
+    rows = make_splits(loaded, config.data, prompt_of(config.data) if config.task.feedback is not None else None)
     # The classes are those of all rows, so that every fold has the same in the same order.
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
     columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
@@ -96,6 +102,8 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
             f"data={config.data.name} has no validation rows: raise data.validation_fraction or name a file in "
             "data.split_files.validation."
         )
+    if config.task.feedback is Feedback.labels:
+        conversations = {split: with_other_answers(part) for split, part in conversations.items()}
     held = [row for split in ("validation", "test") for row in conversations[split]]
     pseudo = add_pseudo(config.data, columns, conversations["train"], held)
     conversations["train"] = _weighted([*conversations["train"], *pseudo.conversations], config, columns.targets)

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import TrainOn
+from llmft.config.sections import Feedback, TrainOn
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
+from llmft.metrics.preference import against_length, length_sentence, movement
 from llmft.metrics.prior import against_prior
 from llmft.runs.directory import Run, append_line, source_facts, write_config
 from llmft.runs.predictions import FOLDER, PREFIX, Predictions, load_predictions, names_in, read_table
@@ -123,6 +124,21 @@ def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict
         if chance is not None:
             chances[split] = chance.to_plain()
     return chances
+
+
+def words_of(inputs: RunInputs, step: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """What a task of compared answers did, in sentences: to the answers' probabilities, and beside their length."""
+    if inputs.config.task.feedback is None or inputs.config.data.train_on is TrainOn.all:
+        return []
+    moved = movement(before, after)
+    path = inputs.run.row_losses_file("val", step)
+    if not path.is_file():
+        return [moved] if moved else []
+    if inputs.config.task.feedback is Feedback.labels:
+        return [moved] if moved else []
+    table = read_table(path)
+    outputs = np.asarray([table["ahead"], table["more_tokens"]], dtype=np.float64).T
+    return [*([moved] if moved else []), length_sentence(against_length(outputs))]
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

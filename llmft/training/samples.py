@@ -50,8 +50,8 @@ def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
 
 
 def text_metrics(task: TaskConfig) -> list[str]:
-    """The metrics that compare generated text; with a head, those of llmft.metrics.text alone."""
-    return [path for path in task.metrics if task.head is None or reads_text(path)]
+    """The metrics that compare generated text; of a task that predicts numbers, those of llmft.metrics.text alone."""
+    return [path for path in task.metrics if not task.predicts or reads_text(path)]
 
 
 def _has_prompt(conversation: Conversation) -> bool:

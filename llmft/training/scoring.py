@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, fields
+from functools import partial
+from typing import Any
 
 import numpy as np
 
 from llmft.config.instantiate import check_arguments, find, reads_text
-from llmft.config.sections import Head, TaskConfig
+from llmft.config.sections import Head, Reference, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
 from llmft.data.targets import Targets
+from llmft.metrics.preference import accuracy, degree_names
 from llmft.training.finetuner import Scoring
 from llmft.training.objectives.base import Objective
 
@@ -22,7 +26,7 @@ def check_objective(task: TaskConfig) -> None:
     objective, path = find(str(task.objective), "task.objective", "objective"), str(task.objective)
     check_arguments(objective, path, task.objective_options, "task.objective_options")
     takes = inspect.signature(objective).parameters
-    if task.head is None:
+    if not task.predicts:
         if "targets" in takes:
             raise ConfigError(
                 f"task.objective={path} learns targets, which takes task.head=linear or task.head=tokens."
@@ -32,17 +36,18 @@ def check_objective(task: TaskConfig) -> None:
             raise ConfigError(
                 f"task.metrics={predicting[0]} reads predictions, which without a task.head are not made."
             )
-    elif "targets" not in takes:
+    elif task.head is not None and "targets" not in takes:
         raise ConfigError(
             f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
             "set task.head=null."
         )
-    given = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else {}
+    given = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else _feedback(task)
     for name in task.objective_options.keys() & given.keys():
         raise ConfigError(f"task.objective_options.{name}: this is given by the task; leave it out.")
     for name in sorted(given.keys() - takes.keys()):
         if given[name] or (name == "scores" and task.head is Head.tokens):
             raise ConfigError(f"task.objective={path} takes no {name}, which this task gives it.")
+    _check_loss(task, takes)
     try:
         inspect.signature(objective).bind(**{n: v for n, v in given.items() if n in takes}, **task.objective_options)
     except TypeError as error:
@@ -54,6 +59,40 @@ def _settings(task: TaskConfig) -> dict[str, float]:
     return {"label_smoothing": task.label_smoothing, "text_loss": task.text_loss}
 
 
+def _feedback(task: TaskConfig) -> dict[str, Any]:
+    """What of the task's own keys its objective of feedback takes; those at their defaults it may lack.
+
+    Without feedback nothing uses them.
+    """
+    defaults = {entry.name: entry for entry in fields(TaskConfig)}
+    keys = ("loss", "loss_options", "beta", "sft_weight", "centre", "label_smoothing")
+    changed = {}
+    for key in keys:
+        entry = defaults[key]
+        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
+        if getattr(task, key) != default:
+            changed[key] = getattr(task, key)
+    return changed
+
+
+def _check_loss(task: TaskConfig, takes: Mapping[str, Any]) -> None:
+    """Raises ConfigError for a loss that does not exist, and for margins that it would not use."""
+    if task.feedback is None:
+        if task.margin != "none" or task.reference is not Reference.none:
+            key = "margin" if task.margin != "none" else "reference"
+            raise ConfigError(f"task.{key}: task={task.name} compares no answers; leave it out.")
+        return
+    if "loss" not in takes or task.loss is None:
+        return
+    from llmft.training.objectives.preference import find_loss
+
+    loss = find_loss(task.loss, task.loss_options)
+    arguments = inspect.signature(loss).parameters
+    for key, unused in (("margin", task.margin != "none"), ("label_smoothing", task.label_smoothing > 0)):
+        if unused and key not in arguments:
+            raise ConfigError(f"task.{key}: task.loss={task.loss} takes none; leave it out, or choose another loss.")
+
+
 def make_objective(
     task: TaskConfig, targets: Targets | None, encoder: Encoder, splits: Mapping[str, Examples]
 ) -> Objective:
@@ -61,7 +100,7 @@ def make_objective(
     check_objective(task)
     objective = find(str(task.objective), "task.objective", "objective")
     takes = inspect.signature(objective).parameters
-    options = dict(task.objective_options)
+    options = dict(task.objective_options) | (_feedback(task) if task.feedback is not None else {})
     if task.head is not None:
         options |= {name: value for name, value in _settings(task).items() if name in takes}
         options["targets"] = targets
@@ -78,9 +117,17 @@ def make_objective(
 
 
 def make_scoring(
-    task: TaskConfig, metrics: Mapping[str, Callable[..., float]], splits: Mapping[str, Examples]
+    task: TaskConfig,
+    metrics: Mapping[str, Callable[..., float]],
+    splits: Mapping[str, Examples],
+    degrees: Sequence[str] = (),
 ) -> Scoring | None:
-    """How validation scores predictions; None where it only has losses and texts."""
+    """How validation scores predictions; None where it only has losses and texts.
+
+    `degrees` of compared answers have an accuracy each.
+    """
+    if task.feedback is not None:
+        return _compared(task, metrics, splits, degrees)
     if task.head is None:
         return None
     wanted = [path.rpartition(".")[2] for path in task.metrics if not reads_text(path)]
@@ -90,3 +137,28 @@ def make_scoring(
         if split in splits
     }
     return Scoring({name: metrics[name] for name in wanted}, references)
+
+
+def _compared(
+    task: TaskConfig,
+    metrics: Mapping[str, Callable[..., float]],
+    splits: Mapping[str, Examples],
+    degrees: Sequence[str],
+) -> Scoring:
+    """The metrics of compared answers, and the accuracy on the pairs of each degree that every split has."""
+    references: dict[str, np.ndarray] = {}
+    for split, name in (("validation", "val"), ("test", "test")):
+        if split in splits:
+            compared = [row.conversation.comparison for row in splits[split]]
+            references[name] = np.asarray([-1 if c is None or c.degree is None else c.degree for c in compared])
+    wanted = {
+        path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in task.metrics if not reads_text(path)
+    }
+    for place, name in enumerate(degree_names(degrees)):
+        if all((own == place).any() for own in references.values()):
+            wanted[name] = partial(_accuracy_at, place)
+    return Scoring(wanted, references)
+
+
+def _accuracy_at(place: int, references: np.ndarray, outputs: np.ndarray) -> float:
+    return accuracy(references, outputs[references == place])

@@ -24,6 +24,7 @@ from llmft.model.compiling import compile_layers
 from llmft.model.load import TORCH_DTYPES, first_line
 from llmft.model.memory import optimizer_bytes
 from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, path_of, verify
+from llmft.runs.predictions import PREFIX
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner
@@ -35,7 +36,15 @@ from llmft.training.prepare import RunInputs, process_rank
 from llmft.training.processes import is_lost_process
 from llmft.training.progress import ShowProgress
 from llmft.training.readiness import Ready, check_room, check_vocabulary, lightning_trainer, make_ready
-from llmft.training.record import before_and_after, chance_of, validated_at, write_predictions, write_records
+from llmft.training.record import (
+    before_and_after,
+    chance_of,
+    validated_at,
+    words_of,
+    write_predictions,
+    write_records,
+)
+from llmft.training.references import GROUP, make_references
 from llmft.training.samples import make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.scoring import make_scoring
@@ -87,6 +96,7 @@ def build(
         show_plan(screen, inputs, ready, assembled, plan, checkpoint.step if checkpoint is not None else None)
         loggers = make_loggers(config, run, environment, screen)
         cleanup.push(partial(finish_loggers, loggers))
+    references = make_references(inputs, ready, assembled.model, screen if main_process else None)
     signals = Signals()
     cleanup.callback(signals.release)
     data = DataModule(
@@ -95,7 +105,8 @@ def build(
         seed=config.seed,
         batch_size=config.trainer.batch_size,
         micro_batch=plan.limit,
-        validation_batch=plan.validation(config.trainer.validation_batch_size),
+        validation_batch=GROUP if references else plan.validation(config.trainer.validation_batch_size),
+        references=references,
     )
     module = _module(inputs, parts, ready, assembled.model, screen.warn if main_process else None)
     data.position = lambda: module.step
@@ -113,7 +124,7 @@ def build(
             "val": lambda row: rows.splits["validation"][row].where,
             "test": lambda row: rows.splits["test"][row].where,
         },
-        labels=inputs.labels,
+        columns=getattr(ready.objective, "columns", [f"{PREFIX}{label}" for label in inputs.labels]),
         groups={
             "val": lambda row: rows.splits["validation"][row].conversation.group,
             "test": lambda row: rows.splits["test"][row].conversation.group,
@@ -166,7 +177,7 @@ def _assemble(inputs: RunInputs, ready: Ready, warn: Callable[[str], None]) -> A
             inputs.located,
             device=ready.device,
             precision=ready.precision,
-            num_labels=len(inputs.labels),
+            num_labels=inputs.num_outputs,
             vocabulary=len(ready.rows.tokenizer),
             pad_id=ready.rows.tokenizer.pad_token_id,
             threads=config.trainer.threads,
@@ -237,7 +248,7 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
         seed=config.seed,
         gradient_clip=config.trainer.gradient_clip,
         generation=make_generation(config, rows, parts.metrics, "validation"),
-        scoring=make_scoring(config.task, parts.metrics, rows.splits),
+        scoring=make_scoring(config.task, parts.metrics, rows.splits, config.data.degrees),
         trained_on_validation=config.data.train_on is TrainOn.all,
         describe_row=lambda row: train[row].where,
         keep_bad_step=keep_bad_step,
@@ -356,6 +367,9 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
             "seconds": round(self.recorder.seconds, 3),
         }
+        words = words_of(self.inputs, step, before, after)
+        if words:
+            result["words"] = words
         chance = chance_of(self.inputs, module.scoring.metrics if module.scoring is not None else {})
         if chance:
             result["chance"] = chance
@@ -367,7 +381,7 @@ class Session:
             "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
         }
-        show_summary(self.screen, before, after, facts, chance, blank=config.data.train_on is TrainOn.all)
+        show_summary(self.screen, before, after, facts, chance, words, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)
 
     def _take_best(self) -> int:

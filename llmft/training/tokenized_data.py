@@ -14,6 +14,7 @@ from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import Examples
 from llmft.data.messages import message_text
 from llmft.data.overlap import Overlap, find_overlaps
+from llmft.data.preferences import contradictions
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
 from llmft.data.targets import Targets
@@ -65,7 +66,18 @@ def inspect_rows(prepared: RunInputs, rows: TokenizedData, *, near: bool) -> Ins
 
 def row_findings(prepared: RunInputs) -> list[Finding]:
     """What is to be told of the rows before they are tokenised."""
-    return [*_unlearned(prepared), *_pseudo(prepared)]
+    return [*_unlearned(prepared), *_pseudo(prepared), *_contradictions(prepared)]
+
+
+def _contradictions(prepared: RunInputs) -> list[Finding]:
+    """Warns of rows that compare the same two answers both ways: one of each two teaches the opposite of the other."""
+    every = [row for part in prepared.conversations.values() for row in part]
+    found = contradictions(every)
+    if not found:
+        return []
+    one, two = found[0]
+    message = f"{len(found)} rows compare the same two answers the other way round than another row ({one} and {two})"
+    return [Finding("warning", "data.contradictions", message)]
 
 
 def _unlearned(prepared: RunInputs) -> list[Finding]:
@@ -182,7 +194,8 @@ def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData
     prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
     targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
-    fingerprint = canonical([prepared.data_fingerprint, targets, to_plain(config.task.head)])
+    kind = to_plain(config.task.feedback or config.task.head)
+    fingerprint = canonical([prepared.data_fingerprint, targets, kind])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)

@@ -107,17 +107,15 @@ def test_classes_are_the_sorted_targets_of_the_training_rows() -> None:
         made.conversation(Row({"t": "x", "y": "c"}, "f:9"))
 
 
-def test_preference_pairs_end_in_the_chosen_answer_and_keep_the_rejected_one() -> None:
+def test_preference_pairs_end_in_the_chosen_answer() -> None:
     columns = Columns(prompt="p", chosen="c", rejected="r")
     made = ColumnMap(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
     assert made.messages[-1] == {"role": "assistant", "content": "good"}
-    assert made.rejected == "bad"
     sharegpt = Columns(messages="m", chosen="c", rejected="r")
     turns = [{"from": "human", "value": "Q"}]
     values = {"m": turns, "c": {"from": "gpt", "value": "good"}, "r": {"from": "gpt", "value": "bad"}}
     made = ColumnMap(sharegpt).conversation(Row(values, "f:1"))
     assert [message["content"] for message in made.messages] == ["Q", "good"]
-    assert made.rejected == "bad"
     with pytest.raises(ValueError, match="ends with an answer already"):
         ColumnMap(sharegpt).conversation(Row({**values, "m": [*turns, {"from": "gpt", "value": "A"}]}, "f:1"))
     with pytest.raises(ValueError, match="'c' is empty"):
@@ -130,7 +128,8 @@ def test_numbers_and_booleans_are_text_and_not_a_number_is_empty() -> None:
         convert(Columns(prompt="q", response="r"), q="Q", r=float("nan"))
 
 
-KEYS = ("prompt", "input", "response", "system", "messages", "text", "target", "id", "chosen", "rejected")
+KEYS = ("prompt", "input", "response", "system", "messages", "text", "target", "id", "chosen", "rejected",
+        "degree", "margin")  # fmt: skip
 HEADS = {
     "text": TaskConfig(name="generation", objective="x"),
     "classes": TaskConfig(name="classification", head=Head.linear),
@@ -157,7 +156,8 @@ def outcome(keys: tuple[str, ...], task: TaskConfig, asked: bool) -> str:
     except (ConfigError, DataError, ValueError) as error:
         return f"refused: {error}"
     named = columns.targets.name(made.target) if columns.targets is not None else ""
-    return f"{made.messages} {named} {made.rejected} {made.id}"
+    unread = " ".join(f"<{name}> 1" for name in columns.usage(rows)["not_read"])
+    return f"{made.messages} {named} {made.id}; told as not read: {unread}"
 
 
 @pytest.mark.parametrize("task", HEADS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -39,11 +39,14 @@ class Blocks:
         shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
         longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
+        branches: of each row the tokens of its prompt and of each answer behind it, where answers share their prompt;
+            then the rows of `shapes` and `seqlens` are a prompt with one of its answers each.
     """
 
     shapes: tuple[tuple[int, int], ...]
     seqlens: torch.Tensor | None = None
     longest: int = 0
+    branches: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class PackedBatch:
     Attributes:
         input_ids, position_ids: (1, tokens).
         index: (tokens,) where each token stands in the padded batch, counted row by row.
-        last: (rows,) where each row's last real token stands in the packed sequence.
+        last: (rows,) where each row's last real token stands in the packed sequence; of answers, their ends.
     """
 
     input_ids: torch.Tensor
@@ -138,6 +141,39 @@ def pack(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = Fals
     return PackedBatch(ids, positions[None].to(device), index, last.to(device), blocks)
 
 
+def pack_answers(
+    input_ids: torch.Tensor, lengths: Sequence[Sequence[int]], *, varlen: bool = False
+) -> tuple[PackedBatch, list[tuple[int, int]]]:
+    """Prompts with several answers each as one sequence, and (end of the prompt, begin of the answer) of each answer.
+
+    Every token stands there once, so all but attention is computed once for a prompt. An answer's positions go on from
+    its prompt, and it sees its prompt and itself: attention takes the prompt's queries, keys and values once for each
+    answer, which costs little while rows are short beside the model's width.
+
+    Args:
+        input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
+        lengths: of each row the tokens of its prompt and of each answer.
+    """
+    device = input_ids.device
+    index, positions, spans, ends, place = [], [], [], [], 0
+    for row, (prompt, *answers) in enumerate(lengths):
+        index.append(row * input_ids.shape[1] + torch.arange(prompt + sum(answers)))
+        positions += [torch.arange(prompt), *(prompt + torch.arange(answer) for answer in answers)]
+        end = place + prompt - 1
+        place += prompt
+        for answer in answers:
+            spans.append((end, place))
+            place += answer
+            ends.append(place - 1)
+    widths = [prompt + answer for prompt, *answers in lengths for answer in answers]
+    shapes = () if varlen else plan_blocks(widths)
+    seqlens = torch.tensor([0, *widths]).cumsum(0).to(device, torch.int32) if varlen else None
+    blocks = Blocks(shapes, seqlens, _coarse(max(widths)), tuple(map(tuple, lengths)))
+    flat = torch.cat(index).to(device)
+    ids, last = input_ids.reshape(-1)[flat][None], torch.tensor(ends, device=device)
+    return PackedBatch(ids, torch.cat(positions)[None].to(device), flat, last, blocks), spans
+
+
 def _coarse(length: int) -> int:
     return math.ceil(length / LENGTH_STEP) * LENGTH_STEP
 
@@ -213,8 +249,10 @@ def packed_attention(
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     window = kwargs.pop("sliding_window", None)
+    if llmft_blocks.branches:
+        query, key, value = (_with_prompts(part, llmft_blocks) for part in (query, key, value))
     if llmft_blocks.seqlens is not None:
-        return _varlen(query, key, value, scaling, window, llmft_blocks), None
+        return _without_prompts(_varlen(query, key, value, scaling, window, llmft_blocks), llmft_blocks), None
     outputs = []
     module, key, value = _repeated(module, query, key, value)
     parts = [_by_block(part, llmft_blocks.shapes) for part in (query, key, value)]
@@ -222,7 +260,48 @@ def packed_attention(
         mask = None if window is None or width <= window else _band(width, window, query.device)
         output, _ = sdpa_attention_forward(module, queries, keys, values, mask, dropout, scaling, **kwargs)
         outputs.append(output.flatten(0, 1))
-    return (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None], None
+    output = (torch.cat(outputs) if len(outputs) > 1 else outputs[0])[None]
+    return _without_prompts(output, llmft_blocks), None
+
+
+def _with_prompts(part: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """(1, heads, rows' tokens, head_dim): each answer behind a copy of its prompt, padded as `blocks` says.
+
+    Put together of pieces, whose gradients are sums in a fixed order on every device.
+    """
+    tokens = part[0].transpose(0, 1)
+    pieces = iter(tokens.split([length for own in blocks.branches for length in own]))
+    paddings = _paddings(blocks)
+    rows: list[torch.Tensor] = []
+    for own in blocks.branches:
+        prompt = next(pieces)
+        for _ in own[1:]:
+            rows += [prompt, next(pieces)]
+            if padding := next(paddings):
+                rows.append(tokens.new_zeros(padding, *tokens.shape[1:]))
+    return torch.cat(rows).transpose(0, 1)[None]
+
+
+def _without_prompts(output: torch.Tensor, blocks: Blocks) -> torch.Tensor:
+    """(1, tokens, heads, head_dim) with each prompt once, and no padding: what `_with_prompts` undoes."""
+    if not blocks.branches:
+        return output
+    paddings = _paddings(blocks)
+    lengths = [n for prompt, *answers in blocks.branches for a in answers for n in (prompt, a, next(paddings))]
+    pieces = iter(output[0].split(lengths))
+    rows: list[torch.Tensor] = []
+    for own in blocks.branches:
+        for number, _ in enumerate(own[1:]):
+            prompt, answer, _ = next(pieces), next(pieces), next(pieces)
+            rows += [answer] if number else [prompt, answer]
+    return torch.cat(rows)[None]
+
+
+def _paddings(blocks: Blocks) -> Iterator[int]:
+    """What each row of `blocks` is short of its block's width."""
+    widths = (width for rows, width in blocks.shapes for _ in range(rows))
+    lengths = (prompt + answer for prompt, *answers in blocks.branches for answer in answers)
+    return (next(widths, length) - length for length in lengths)
 
 
 def _repeated(

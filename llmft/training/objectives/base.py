@@ -28,6 +28,9 @@ class RowLosses:
 class Objective(Protocol):
     """Scores a batch: the one thing that differs between what is learned.
 
+    One whose losses need a number of the whole effective batch has `before_step(model, micro_batches)`, a tensor that
+    is summed over all processes, and `begin_step(sum)`.
+
     An objective whose validation is scored otherwise than its training (without label smoothing, say) has a method
     `evaluate` of the same form.
     """

@@ -58,6 +58,32 @@ def nll_at(
     return losses
 
 
+def nll_behind(model: Any, arguments: dict[str, Any], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `places` in a forward's tokens.
+
+    Like `nll_at`, but a place, counted over all rows of the forward's tokens, may have several targets.
+    """
+    base = base_of(model)
+    vocabulary = base.config.get_text_config().vocab_size
+    if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
+        hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
+        losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most)
+        return losses
+    model_class: type = type(base)
+    if not selects_positions(model_class):
+        return _nll(_wide(model(**arguments).logits.flatten(0, 1)[places]), targets)
+    ids = arguments["input_ids"]
+    once, order = places.unique(return_inverse=True)
+    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
+    keep[once] = True
+    logits = model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
+    return _nll(_wide(logits.flatten(0, -2)[order]), targets)
+
+
+def _wide(logits: torch.Tensor) -> torch.Tensor:
+    return logits if logits.dtype is torch.float64 else logits.float()
+
+
 def _in_chunks(base: Any) -> bool:
     """Whether the model's logits are those of `_logits_of`, and its head is not trained."""
     model_class: type = type(base)

@@ -1,0 +1,198 @@
+"""What people said of answers: pairs, candidates with scores, and single answers that are good or bad."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmft.core.errors import DataError, did_you_mean
+from llmft.data.messages import Keys, Message, read_messages
+
+GOOD = {"true": True, "1": True, "good": True, "desirable": True, "chosen": True}
+BAD = {"false": False, "0": False, "bad": False, "undesirable": False, "rejected": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The answers of one prompt beside the one that ends its conversation, and what people said of them.
+
+    Attributes:
+        others: the other answers, from better to worse.
+        ranks: of each answer, the conversation's own first; 0 is the best, and equal ones are not compared.
+        degree: place among data.degrees; None where rows have none.
+        margin: what the chosen answer should be ahead by.
+        desirable: whether the one answer is good; None where answers are compared.
+    """
+
+    others: tuple[str, ...] = ()
+    ranks: tuple[int, ...] = (0,)
+    degree: int | None = None
+    margin: float = 0.0
+    desirable: bool | None = None
+
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        """(better, worse) places of all answers that differ in rank."""
+        places = range(len(self.ranks))
+        return [(a, b) for a in places for b in places if self.ranks[a] < self.ranks[b]]
+
+
+def differing(answers: Sequence[str]) -> None:
+    """Raises ValueError where two answers say the same, white space at their ends aside."""
+    seen: dict[str, int] = {}
+    for place, answer in enumerate(answers, start=1):
+        other = seen.setdefault(answer.strip(), place)
+        if other != place:
+            raise ValueError(f"answers {other} and {place} are equal, so nothing says which is better")
+
+
+def ranked(answers: Sequence[str], scores: Any, column: str) -> tuple[list[str], tuple[int, ...]]:
+    """Answers from the best score to the worst, and their ranks. Raises ValueError for scores that are no numbers."""
+    if not isinstance(scores, list) or len(scores) != len(answers):
+        told = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
+        raise ValueError(f"'{column}' holds {told} for {len(answers)} candidates")
+    numbers = [number_of(score, column) for score in scores]
+    order = sorted(range(len(answers)), key=lambda place: -numbers[place])
+    levels = sorted(set(numbers), reverse=True)
+    if len(levels) < 2:
+        raise ValueError(f"all candidates have the same score in '{column}', so nothing says which is better")
+    return [answers[place] for place in order], tuple(levels.index(numbers[place]) for place in order)
+
+
+def number_of(value: Any, column: str) -> float:
+    """A finite number. Raises ValueError naming the column."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"'{column}' holds {value!r}, a finite number was expected")
+    return number
+
+
+def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
+    """The place of a degree among data.degrees, whatever its case. Raises ValueError with the nearest one."""
+    known = [name.casefold() for name in degrees]
+    text = " ".join(str(value).casefold().split())
+    if text not in known:
+        raise ValueError(f"'{column}' holds the degree '{value}', none of data.degrees{did_you_mean(text, degrees)}")
+    return known.index(text)
+
+
+def label_of(value: Any, column: str) -> bool:
+    """Whether an answer is good. Raises ValueError for anything but a truth value."""
+    found = (GOOD | BAD).get(str(value).strip().casefold())
+    if found is None:
+        raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
+    return found
+
+
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
+
+
+def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
+    """A whole conversation: a list of messages, or text with the turns "Human:" and "Assistant:" of hh-rlhf.
+
+    Raises ValueError for anything else, and for one that does not end with an answer.
+    """
+    if isinstance(value, str) and _TURN.search(value):
+        parts = _TURN.split(value)
+        if parts[0].strip():
+            raise ValueError(f"'{column}' has text before its first turn")
+        roles = {"Human": "user", "Assistant": "assistant"}
+        value = [
+            {"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)
+        ]
+    if not isinstance(value, list) or not value:
+        raise ValueError(
+            f"'{column}' holds no whole conversation; where it is an answer alone, name its prompt: data.columns.prompt"
+        )
+    messages = read_messages(value, column, keys)
+    if messages[-1]["role"] != "assistant" or len(messages) < 2:
+        raise ValueError(f"the conversation in '{column}' does not end with an answer to something")
+    if set(messages[-1]) > {"role", "content"}:
+        raise ValueError(f"the answer in '{column}' has more than text: only the assistant's text can be used")
+    return messages
+
+
+def two_endings(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+    """What two conversations have in common, and the answer that ends each.
+
+    Raises ValueError where they part before their last answers.
+    """
+    if chosen[:-1] != rejected[:-1]:
+        shared = sum(1 for _ in _same_turns(chosen, rejected))
+        raise ValueError(f"the two conversations part after message {shared}, before their last answers")
+    return chosen[:-1], str(chosen[-1]["content"]), str(rejected[-1]["content"])
+
+
+def _same_turns(one: Sequence[Message], two: Sequence[Message]) -> Any:
+    for a, b in zip(one, two, strict=False):
+        if a != b:
+            return
+        yield a
+
+
+def with_other_answers(conversations: Sequence[Any]) -> list[Any]:
+    """Conversations of single answers, each with the answer of the next one that has another prompt beside its own.
+
+    KTO measures on them how far a policy is from its reference; nobody compared the two.
+    """
+    found = []
+    for place, row in enumerate(conversations):
+        around = (conversations[(place + step) % len(conversations)] for step in range(1, len(conversations)))
+        own = str(row.messages[-1]["content"])
+        other = next(
+            (
+                text
+                for one in around
+                if one.messages[:-1] != row.messages[:-1] and (text := str(one.messages[-1]["content"])) != own
+            ),
+            None,
+        )
+        if other is None:
+            raise DataError(f"{row.where}: task=kto needs answers to two prompts or more in every split.")
+        comparison = replace(row.comparison, others=(other,), ranks=(0, 0))
+        found.append(replace(row, comparison=comparison))
+    return found
+
+
+Conversations = Sequence[Any]
+"""Of `llmft.data.columns.Conversation`, which have a `comparison` here."""
+
+
+def contradictions(conversations: Conversations) -> list[tuple[str, str]]:
+    """(where, where) of rows that compare the same two answers to one prompt the other way round."""
+    seen: dict[tuple[str, str, str], str] = {}
+    found = []
+    for row in conversations:
+        if row.comparison is None or not row.comparison.others:
+            continue
+        prompt = repr(row.messages[:-1])
+        answers = [str(row.messages[-1]["content"]), *row.comparison.others]
+        for better, worse in row.comparison.pairs:
+            other = seen.get((prompt, answers[worse], answers[better]))
+            if other is not None:
+                found.append((other, row.where))
+                break
+        for better, worse in row.comparison.pairs:
+            seen.setdefault((prompt, answers[better], answers[worse]), row.where)
+    return found
+
+
+def longer_wins(lengths: Sequence[tuple[int, int]]) -> float:
+    """The accuracy of the rule "the longer answer is better", of (chosen, rejected) lengths; equal ones count half."""
+    return sum(0.5 if a == b else float(a > b) for a, b in lengths) / max(1, len(lengths))
+
+
+def by_degree(degrees: Sequence[int | None], values: Sequence[Any]) -> dict[int, list[Any]]:
+    """`values` of rows by their degree, the clearest first; rows without a degree are left out."""
+    found: dict[int, list[Any]] = defaultdict(list)
+    for degree, value in zip(degrees, values, strict=True):
+        if degree is not None:
+            found[degree].append(value)
+    return dict(sorted(found.items()))

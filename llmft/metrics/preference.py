@@ -1,0 +1,133 @@
+"""What an objective of compared answers says of each row, as numbers of a split: (degrees, outputs) to a number.
+
+`outputs` is (rows, columns) as `Preference` and `Reward` give them: whether the chosen answer is ahead, by how much,
+both rewards, both log-probabilities and the drift where there is a policy, and how many tokens longer the chosen one
+is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from llmft.metrics import higher_is_better, lower_is_better
+
+AHEAD, MARGIN, CHOSEN, REJECTED, CHOSEN_LOGP, REJECTED_LOGP, DRIFT, MORE_TOKENS = range(8)
+"""The columns; those of a reward model lack the three before the last."""
+
+
+def _mean(values: np.ndarray) -> float:
+    """Of those that are numbers: a row whose answer is good has no rejected one."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+@higher_is_better
+def accuracy(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Share of pairs whose chosen answer is ahead; a tie counts half."""
+    return _mean(outputs[:, AHEAD])
+
+
+@higher_is_better
+def margin(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean of how far the chosen answer is ahead, in rewards."""
+    return _mean(outputs[:, MARGIN])
+
+
+@higher_is_better
+def chosen_reward(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean reward of the chosen answers: a reward model's score, or beta log pi/pi_ref."""
+    return _mean(outputs[:, CHOSEN])
+
+
+@lower_is_better
+def rejected_reward(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean reward of the rejected answers."""
+    return _mean(outputs[:, REJECTED])
+
+
+@higher_is_better
+def chosen_logp(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean log-probability of the chosen answers, in nats."""
+    return _mean(outputs[:, CHOSEN_LOGP])
+
+
+@lower_is_better
+def rejected_logp(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean log-probability of the rejected answers, in nats."""
+    return _mean(outputs[:, REJECTED_LOGP])
+
+
+def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Mean log pi/pi_ref per token of the chosen answers: how far the policy went from its reference."""
+    return _mean(outputs[:, DRIFT])
+
+
+def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
+    """Correlation of how far a chosen answer is ahead with how many tokens longer it is; 0 where one never varies."""
+    ahead, longer = outputs[:, MARGIN], outputs[:, -1]
+    if len(ahead) < 2 or ahead.std() == 0 or longer.std() == 0:
+        return 0.0
+    return float(np.corrcoef(ahead, longer)[0, 1])
+
+
+def longer_wins(outputs: np.ndarray) -> np.ndarray:
+    """(rows,) what the rule "the longer answer is better" scores: 1, 0, or one half for answers of one length."""
+    return (np.sign(outputs[:, -1]) + 1) / 2
+
+
+def movement(before: Mapping[str, float | None], after: Mapping[str, float | None], split: str = "val") -> str | None:
+    """What a policy did to the two answers, in words; None where their log-probabilities are not known."""
+    moves = []
+    for name in ("chosen_logp", "rejected_logp"):
+        was, now = before.get(f"{split}/{name}"), after.get(f"{split}/{name}")
+        if was is None or now is None:
+            return None
+        moves.append(now - was)
+    chosen, rejected = moves
+    ways = ["likelier" if move >= 0 else "less likely" for move in moves]
+    told = f"the chosen answer became {ways[0]}, the rejected one {ways[1]}"
+    if ways[0] == ways[1]:
+        told = f"both answers became {ways[0]}"
+    if chosen < rejected:
+        how = f"shrank by {rejected - chosen:.1f}"
+    elif chosen < 0:
+        how = f"grew by pushing the rejected one down {-rejected:.1f}"
+    elif rejected >= 0:
+        how = f"grew by lifting the chosen one {chosen:.1f}"
+    else:
+        how = f"grew by {chosen - rejected:.1f}"
+    return f"{told} (chosen {chosen:+.1f} nats, rejected {rejected:+.1f}); the margin {how} nats"
+
+
+def against_length(outputs: np.ndarray) -> dict[str, float]:
+    """The accuracy beside that of "the longer answer wins", and a 95% interval of the difference over rows."""
+    from scipy.stats import t
+
+    gains = outputs[:, AHEAD] - longer_wins(outputs)
+    spread = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
+    half = float(t.ppf(0.975, max(1, len(gains) - 1)) * spread)
+    return {
+        "accuracy": float(outputs[:, AHEAD].mean()),
+        "longer_wins": float(longer_wins(outputs).mean()),
+        "low": float(gains.mean()) - half,
+        "high": float(gains.mean()) + half,
+        "rows": len(gains),
+    }
+
+
+def length_sentence(found: Mapping[str, float]) -> str:
+    """What `against_length` found, in words."""
+    rule = (
+        f'accuracy {found["accuracy"]:.3f} against {found["longer_wins"]:.3f} of the rule "the longer answer wins" '
+        f"(95% interval of the difference {found['low']:+.3f} to {found['high']:+.3f}; {found['rows']:,.0f} rows)"
+    )
+    if found["low"] > 0:
+        return f"better than length: {rule}"
+    return f"NOT better than length, so what it learned may be length alone: {rule}"
+
+
+def degree_names(degrees: Sequence[str]) -> list[str]:
+    """What the accuracy on each degree is called."""
+    return [f"accuracy_{'_'.join(name.casefold().split())}" for name in degrees]

@@ -1,0 +1,48 @@
+"""How likely a language model is to give each of several answers to one prompt, which is read once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmft.data.batch import Answers, MicroBatch
+from llmft.model.families import base_of
+from llmft.model.heads import answers_apart
+from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
+from llmft.training.objectives.language_modeling import nll_behind
+
+
+def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
+    """(rows, answers) log-probabilities in nats, summed over each answer's tokens; 0 where a row has fewer answers.
+
+    Prompts are read once where the family takes packed rows, else before each of their answers.
+    """
+    answers, base, device = batch.answers, base_of(model), batch.input_ids.device
+    assert answers is not None, "the rows have no answers that are compared"
+    if uses_packing(base):
+        packed, spans = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
+        arguments = packed.arguments
+    else:
+        rows, spans = answers_apart(batch.input_ids, answers.lengths)
+        arguments = {"input_ids": rows, "use_cache": False}
+    before, after, owners = [], [], []
+    for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
+        before.append(torch.tensor([end, *range(begin, begin + length - 1)]))
+        after.append(torch.arange(begin, begin + length))
+        owners.append(torch.full((length,), row * answers.most + number))
+    targets = arguments["input_ids"].reshape(-1)[torch.cat(after).to(device)]
+    nll = nll_behind(model, arguments, torch.cat(before).to(device), targets)
+    sums = torch.zeros(len(answers.lengths) * answers.most, dtype=nll.dtype, device=device)
+    return -sums.index_add(0, torch.cat(owners).to(device), nll).view(-1, answers.most)
+
+
+def _answers(answers: Answers) -> list[tuple[int, int, int]]:
+    """(row, place among the row's answers, tokens) of every answer."""
+    return [(row, n, length) for row, (_, *own) in enumerate(answers.lengths) for n, length in enumerate(own)]
+
+
+def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:
+    """(rows, answers) tokens of each answer; 1 where a row has fewer answers."""
+    padded = [own[1:] + [1] * (answers.most + 1 - len(own)) for own in answers.lengths]
+    return torch.tensor(padded, device=device)

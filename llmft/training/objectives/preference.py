@@ -1,0 +1,181 @@
+"""Policies that learn from compared answers: DPO and its kin; and from answers that are marked good or bad: KTO."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from llmft.config.instantiate import check_arguments, find
+from llmft.core.errors import ConfigError, did_you_mean
+from llmft.data.batch import Answers, MicroBatch
+from llmft.training.objectives.answers import answer_log_probs, token_counts
+from llmft.training.objectives.base import RowLosses
+from llmft.training.objectives.preference_losses import Pairs, kto
+
+LOSSES = "llmft.training.objectives.preference_losses"
+
+
+def find_loss(name: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
+    """The loss of task.loss, a name of `preference_losses` or a dotted path, which takes task.loss_options."""
+    path = name if "." in name else f"{LOSSES}.{name}"
+    loss: Callable[..., torch.Tensor] = find(path, "task.loss", "loss")
+    check_arguments(loss, path, options, "task.loss_options", "pairs", "beta")
+    return loss
+
+
+def pairs_of(log_probs: torch.Tensor, answers: Answers) -> Pairs:
+    """The pairs of a micro-batch, from (rows, answers) log-probabilities of the policy."""
+    row, better, worse = answers.pairs.unbind(1)
+    tokens = token_counts(answers, log_probs.device).to(log_probs.dtype)
+    reference = answers.reference
+    known = torch.zeros_like(log_probs) if reference is None else reference.to(log_probs.dtype)
+    columns = [values[row, place] for values in (log_probs, known, tokens) for place in (better, worse)]
+    return Pairs(*columns)
+
+
+def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
+    """(rows, …) means of (pairs, …) values over each row's pairs."""
+    row = answers.pairs[:, 0]
+    num_rows = len(answers.lengths)
+    counts = torch.bincount(row, minlength=num_rows).clamp(min=1).to(values.dtype)
+    sums = torch.zeros(num_rows, *values.shape[1:], dtype=values.dtype, device=values.device).index_add(0, row, values)
+    return sums / counts.view(-1, *[1] * (values.ndim - 1))
+
+
+def won(ahead: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen answer is ahead, one half where neither is, else 0."""
+    return (torch.sign(ahead) + 1) / 2
+
+
+class Preference:
+    """The loss `loss` of each pair of answers; of a prompt with more than two answers the mean over its pairs.
+
+    A row's nll is its loss, its count 1. Its outputs, means over its pairs, are named by `columns`.
+
+    Args:
+        loss: a name of `preference_losses`, or the dotted path of a function (pairs, beta, …) -> (pairs,) losses.
+        beta: how strongly the policy is held to its reference.
+        loss_options: further arguments of `loss`.
+        sft_weight: what the chosen answer's nats per token are added with (RPO, arXiv:2404.19733).
+        label_smoothing: an argument of `loss`, where it is above 0.
+    """
+
+    columns = (
+        "ahead", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "drift_nats",
+        "more_tokens",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        loss: str = "sigmoid",
+        beta: float = 0.1,
+        loss_options: dict[str, Any] | None = None,
+        sft_weight: float = 0.0,
+        label_smoothing: float = 0.0,
+    ) -> None:
+        options = dict(loss_options or {}) | ({"label_smoothing": label_smoothing} if label_smoothing else {})
+        self.loss, self.options = find_loss(loss, options), options
+        self.beta = beta
+        self.sft_weight = sft_weight
+
+    def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
+        """See RowLosses."""
+        answers = batch.answers
+        assert answers is not None, "task.feedback=pairs brings rows with answers"
+        pairs = pairs_of(answer_log_probs(model, batch).double(), answers)
+        margins = answers.margins[answers.pairs[:, 0]]
+        given = {"margin": margins} if bool((margins != 0).any()) else {}
+        losses = self.loss(pairs, self.beta, **given, **self.options)
+        if self.sft_weight:
+            losses = losses - self.sft_weight * pairs.chosen / pairs.chosen_tokens
+        return RowLosses(
+            over_rows(losses, answers), ones(answers, losses), over_rows(self._told(pairs, answers), answers)
+        )
+
+    @torch.no_grad()
+    def _told(self, pairs: Pairs, answers: Answers) -> torch.Tensor:
+        """(pairs, columns) float64: without a reference, rewards are of log-probabilities per token."""
+        chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
+        if answers.reference is None:
+            chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
+        chosen, rejected = self.beta * chosen.double(), self.beta * rejected.double()
+        drift = pairs.chosen_ratio / pairs.chosen_tokens
+        more = pairs.chosen_tokens - pairs.rejected_tokens
+        margin = chosen - rejected
+        columns = [won(margin), margin, chosen, rejected, pairs.chosen, pairs.rejected, drift, more]
+        return torch.stack([column.double() for column in columns], dim=1)
+
+
+class Kto:
+    """Learns to give good answers rather than bad ones, each judged by itself (KTO, arXiv:2402.01306).
+
+    How far the policy is from its reference is estimated on answers of other prompts, which stand behind each row's
+    own, over the whole effective batch: `before_step` takes a pass for it. A validation estimates it on each of its
+    groups.
+
+    Args:
+        beta: how strongly the policy is held to its reference.
+        loss_options: `desirable` and `undesirable`, what good and bad answers' losses are multiplied with.
+    """
+
+    columns = Preference.columns
+
+    def __init__(self, beta: float = 0.1, loss_options: dict[str, Any] | None = None) -> None:
+        options = dict(loss_options or {})
+        self.beta = beta
+        self.weights = (float(options.pop("desirable", 1.0)), float(options.pop("undesirable", 1.0)))
+        if options:
+            name = next(iter(options))
+            raise ConfigError(f"task.loss_options.{name}: no such option{did_you_mean(name, KTO_OPTIONS)}")
+        self.distance: torch.Tensor | None = None
+
+    @torch.no_grad()
+    def before_step(self, model: Any, batches: list[MicroBatch]) -> torch.Tensor:
+        """[sum, rows] of log pi/pi_ref of other prompts' answers; of all processes their sum goes to `begin_step`."""
+        found = [self._ratios(model, batch)[1].sum() * float(bool(batch.rows)) for batch in batches]
+        return torch.stack([torch.stack(found).sum(), found[0].new_tensor(sum(len(batch.rows) for batch in batches))])
+
+    def begin_step(self, total: torch.Tensor) -> None:
+        """Takes the distance of a step."""
+        self.distance = (total[0] / total[1].clamp(min=1)).clamp(min=0)
+
+    def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
+        """See RowLosses; needs `begin_step`."""
+        assert self.distance is not None, "before_step and begin_step come first"
+        return self._losses(batch, *self._ratios(model, batch)[:1], self.distance)
+
+    def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
+        """The same with the distance of these rows."""
+        own, others = self._ratios(model, batch)
+        return self._losses(batch, own, others.mean().clamp(min=0))
+
+    def _ratios(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(rows,) log pi/pi_ref of each row's answer, and of another prompt's."""
+        assert batch.answers is not None
+        assert batch.answers.reference is not None, "KTO needs a reference"
+        ratios = answer_log_probs(model, batch).double() - batch.answers.reference
+        return ratios[:, 0], ratios[:, 1]
+
+    def _losses(self, batch: MicroBatch, ratio: torch.Tensor, distance: torch.Tensor) -> RowLosses:
+        answers = batch.answers
+        assert answers is not None
+        assert answers.desirable is not None
+        good, sign = answers.desirable, torch.where(answers.desirable, 1.0, -1.0)
+        losses = kto(ratio, distance, good, self.beta) * torch.where(good, *self.weights)
+        with torch.no_grad():
+            reward, nothing = self.beta * ratio, torch.full_like(ratio, float("nan"))
+            logp = ratio + answers.reference[:, 0]  # type: ignore[index]
+            drift = ratio / token_counts(answers, ratio.device)[:, 0]
+            sides = [torch.where(good == side, value, nothing) for value in (reward, logp) for side in (True, False)]
+            told = [won(sign * ratio), sign * reward, *sides, drift, torch.zeros_like(ratio)]
+        return RowLosses(losses, ones(answers, losses), torch.stack(told, dim=1).double())
+
+
+KTO_OPTIONS = ("desirable", "undesirable")
+
+
+def ones(answers: Answers, like: torch.Tensor) -> torch.Tensor:
+    """(rows,) what each row counts for."""
+    return torch.ones(len(answers.lengths), dtype=torch.long, device=like.device)

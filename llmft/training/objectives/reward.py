@@ -1,0 +1,51 @@
+"""A reward model: one score an answer, read at the answer's last token, higher for the better answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from llmft.data.batch import MicroBatch
+from llmft.model.heads import answer_scores
+from llmft.training.objectives.answers import token_counts
+from llmft.training.objectives.base import RowLosses
+from llmft.training.objectives.preference import ones, over_rows, won
+from llmft.training.objectives.preference_losses import reward
+
+
+class Reward:
+    """-log sigmoid of how much higher the better answer's score is, less the margin; the mean over a row's pairs.
+
+    Args:
+        centre: what the squared sum of a pair's scores is added with, so that scores stay near 0; 0.01 is usual.
+    """
+
+    columns = ("ahead", "margin", "chosen_reward", "rejected_reward", "more_tokens")
+
+    def __init__(self, centre: float = 0.0) -> None:
+        self.centre = centre
+
+    def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
+        """See RowLosses; outputs are named by `columns`."""
+        answers = batch.answers
+        assert answers is not None, "task.feedback=pairs brings rows with answers"
+        row, better, worse = answers.pairs.unbind(1)
+        scores = answer_scores(model, batch)
+        chosen, rejected = scores[row, better], scores[row, worse]
+        losses = reward(chosen, rejected, answers.margins[row], self.centre)
+        counts = token_counts(answers, scores.device)
+        more = counts[row, better] - counts[row, worse]
+        told = torch.stack(
+            [c.detach().double() for c in (won(chosen - rejected), chosen - rejected, chosen, rejected, more)], dim=1
+        )
+        return RowLosses(over_rows(losses, answers), ones(answers, losses), over_rows(told, answers))
+
+    def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """(rows, answers) float64 scores; nothing (NaN) where a row has fewer answers."""
+        answers = batch.answers
+        assert answers is not None
+        lengths = torch.tensor([len(own) - 1 for own in answers.lengths], device=batch.input_ids.device)
+        scores = answer_scores(model, batch).double()
+        places = torch.arange(answers.most, device=scores.device)
+        return scores.masked_fill(places >= lengths[:, None], float("nan"))

@@ -1,0 +1,208 @@
+"""Log-probabilities of the answers under the reference: computed once for all runs that start from the same policy.
+
+The reference is the policy before its first step. A fresh LoRA adds exactly nothing, so that is the base; a run that
+goes on from an adapter has that adapter. Rows are computed in groups that no micro-batch changes, and kept in
+`output_dir/references` under a key of all that the numbers depend on. A run keeps a copy, so that it goes on from the
+same numbers to the bit wherever it is resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import torch
+from rich.markup import escape
+
+from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.sections import Reference, TrainConfig
+from llmft.core.console import Screen
+from llmft.core.files import staged_file
+from llmft.core.machine import describe
+from llmft.data.batch import Limit, collate
+from llmft.data.examples import Examples
+from llmft.model.load import TORCH_DTYPES
+from llmft.runs.directory import adapter_digest
+from llmft.runs.predictions import read_table
+from llmft.training.objectives.answers import answer_log_probs
+from llmft.training.prepare import RunInputs
+from llmft.training.readiness import Ready
+
+VERSION = 1
+GROUP = Limit(tokens=2048)
+"""What is computed at once, here and in validations of a policy, so that before the first step both are the same."""
+
+
+def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen | None) -> dict[str, torch.Tensor]:
+    """By split (rows, answers) float64 log-probabilities of `model`, which is not trained yet; {} without a reference.
+
+    `screen` is told of them, and the run gets its copy, in the main process alone: it is None in the others.
+    """
+    config, rows = inputs.config, ready.rows
+    if config.task.reference is Reference.none:
+        return {}
+    dtype, device = TORCH_DTYPES[ready.precision], ready.device
+    key = reference_key(config, inputs.located.fingerprint, rows.splits, dtype, str(describe(device)["device"]))
+
+    def compute() -> dict[str, torch.Tensor]:
+        mixed = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+        with policy_before(model, config):
+            return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device, mixed)
+
+    own = inputs.run.reference_file
+    shared = Path(config.output_dir) / "references" / f"{key}.parquet"
+    references, source = references_of(shared, own, key, rows.splits, compute)
+    if screen is not None:
+        if source != "run":
+            _write(own, key, references)
+        kept = {"new": f"computed once, kept in {shared}", "shared": f"from {shared}", "run": "as this run began"}
+        screen.print(f"[bold]reference[/bold]  {escape(f'{reference_told(config)} ({kept[source]})')}")
+    return references
+
+
+def reference_key(
+    config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], dtype: torch.dtype, device: str
+) -> str:
+    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss."""
+    model = config.model
+    digest = hashlib.sha256()
+    for split, examples in sorted(splits.items()):
+        digest.update(canonical([split, len(examples)]).encode())
+        for part in (examples.ids, examples.labelled, examples.starts):
+            digest.update(np.ascontiguousarray(part).tobytes())
+    adapter: list[Any] = []
+    if not _is_base(config):
+        digests = [adapter_digest(config.lora.adapter)] if config.lora.adapter is not None else [config.seed]
+        adapter = [*digests, numbers_of(replace(config.lora, adapter=None))]
+    random = [config.seed] if model.init.value == "random" else []
+    parts = [
+        VERSION,
+        model_fingerprint,
+        to_plain([model.init, model.architecture, model.config, model.overrides, model.load_overrides, model.kernels]),
+        numbers_of(config.quantization),
+        adapter,
+        random,
+        [str(dtype), device],
+        digest.hexdigest(),
+    ]
+    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:20]
+
+
+def policy_before(model: Any, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
+    """`model` as its reference, while it has not been trained."""
+    if config.lora.enabled and _is_base(config):
+        return model.disable_adapter()  # type: ignore[no-any-return]
+    return contextlib.nullcontext()
+
+
+def _is_base(config: TrainConfig) -> bool:
+    """Whether the reference is the base alone: DoRA's new adapter already rounds otherwise."""
+    if config.task.reference is Reference.base:
+        return True
+    return config.lora.adapter is None and not (config.lora.enabled and config.lora.dora)
+
+
+def reference_told(config: TrainConfig) -> str:
+    """Which reference a run has, for people."""
+    if config.task.reference is Reference.none:
+        return "none"
+    if config.lora.adapter is not None and not _is_base(config):
+        return f"the adapter it goes on from, {config.lora.adapter}"
+    return "the base, without any adapter" if config.lora.enabled else "the model before its first step"
+
+
+def references_of(
+    shared: Path,
+    own: Path,
+    key: str,
+    splits: Mapping[str, Examples],
+    compute: Callable[[], dict[str, torch.Tensor]],
+) -> tuple[dict[str, torch.Tensor], str]:
+    """By split (rows, answers) float64 log-probabilities, and where they come from: run, shared or new.
+
+    `shared` is the file that runs with this `key` share, `own` the copy of one; either may be missing or
+    damaged. Several processes that ask at once wait for the one that computes.
+    """
+    if (found := _read(own, key, splits)) is not None:
+        return found, "run"
+    shared.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(shared.with_suffix(".lock")):
+        found, source = _read(shared, key, splits), "shared"
+        if found is None:
+            found, source = compute(), "new"
+            _write(shared, key, found)
+    return found, source
+
+
+def compute_references(
+    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, around: Any
+) -> dict[str, torch.Tensor]:
+    """Every split's rows under `model`, without dropout and gradients; `around` is the context of its precision."""
+    training = model.training
+    model.eval()
+    found = {}
+    try:
+        with torch.no_grad(), around:
+            for split, examples in splits.items():
+                lengths = examples.lengths.tolist()
+                groups = GROUP.groups(lengths, range(len(examples)))
+                parts = [_group(model, examples, rows, pad_id, device) for rows in groups]
+                most = max(part.shape[1] for part in parts)
+                table = torch.zeros(len(examples), most, dtype=torch.float64)
+                for rows, part in zip(groups, parts, strict=True):
+                    table[rows, : part.shape[1]] = part
+                found[split] = table
+    finally:
+        model.train(training)
+    return found
+
+
+def _group(model: Any, examples: Examples, rows: list[int], pad_id: int, device: torch.device) -> torch.Tensor:
+    batch = collate([examples[row] for row in rows], rows, pad_id).to(device)
+    return answer_log_probs(model, batch).double().cpu()
+
+
+def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None:
+    """A parquet table with a line for each answer."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns: dict[str, list[Any]] = {"split": [], "row": [], "answer": [], "log_prob_nats": []}
+    for split, table in references.items():
+        rows, answers = table.shape
+        columns["split"] += [split] * (rows * answers)
+        columns["row"] += np.repeat(np.arange(rows), answers).tolist()
+        columns["answer"] += list(range(answers)) * rows
+        columns["log_prob_nats"] += table.flatten().tolist()
+    table = pa.table(columns)
+    digest = hashlib.sha256(np.asarray(columns["log_prob_nats"]).tobytes()).hexdigest()
+    with staged_file(path) as file:
+        pq.write_table(table.replace_schema_metadata({"key": key, "sha256": digest}), file, compression="zstd")
+
+
+def _read(path: Path, key: str, splits: Mapping[str, Examples]) -> dict[str, torch.Tensor] | None:
+    """What `_write` wrote under this key; None where it is not there, of other rows, or damaged."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not path.is_file():
+        return None
+    try:
+        told = pq.read_schema(path).metadata or {}
+        columns = {name: np.asarray(values) for name, values in read_table(path).items()}
+        digest = hashlib.sha256(np.asarray(columns["log_prob_nats"], np.float64).tobytes()).hexdigest()
+        if told.get(b"key") != key.encode() or told.get(b"sha256") != digest.encode():
+            return None
+        found = {}
+        for split, examples in splits.items():
+            own = columns["log_prob_nats"][columns["split"] == split]
+            found[split] = torch.from_numpy(own.reshape(len(examples), -1).copy())
+        return found
+    except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
+        return None
