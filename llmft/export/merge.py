@@ -31,6 +31,7 @@ from llmft.model.meta import auto_model
 
 FP16_HEADROOM = 65504 / 2
 """Numbers inside the model above it: computed in fp16, other texts would overflow."""
+COST = "base=original: the adapter was trained on the quantised base; the numbers above are its cost."
 DTYPES = {Stored.fp16: torch.float16, Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32}
 
 
@@ -233,7 +234,7 @@ def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Pa
         f"{prepared.questions.source}: {found}"
     )
     if config.base is MergeBase.original and config.bound is None:
-        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are its cost.")
+        screen.warn(COST)
     elif not found.holds(bound):
         raise NotProved(
             f"{predictor.job.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
