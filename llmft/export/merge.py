@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,9 +54,8 @@ class Prepared:
         return self.predictor.job.run.directory.name
 
 
-@contextmanager
-def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
-    """A directory of transformers that was proved; it takes the place `target` when the block ends well.
+def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
+    """Writes a directory of transformers, and proves it before it takes the place `target`.
 
     Raises NotProved above the bound.
     """
@@ -66,7 +63,6 @@ def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
         prepared = write(job, config, screen, staged)
         drop_base()
         prove(prepared, config, screen, staged)
-        yield staged, prepared
 
 
 def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
@@ -159,6 +155,9 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
         config.problem_type = kinds.get(job.problem, "regression")
     ids = predictor.encoder.ends.ids
     config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
+    # transformers reads a decoder's scores before the padding, so a token that ends rows must not be it.
+    if job.config.task.head is Head.linear and predictor.tokenizer.pad_token_id in ids:
+        predictor.tokenizer.pad_token = predictor.tokenizer.bos_token or predictor.tokenizer.unk_token
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
 
