@@ -248,6 +248,7 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
             "layer_norm_eps": config["layer_norm_epsilon"],
         }
     rope = _rope(config)
+    heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
     found = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
