@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
-from typing import Any
 
 from llmft.core.errors import ConfigError
 from llmft.core.files import cache_directory, staged_directory
