@@ -23,6 +23,8 @@ from llmft.sweeps.process import Share, WorkerProcess
 
 LOST = 75
 """Exit code for a machine that is gone: EX_TEMPFAIL of sysexits.h."""
+NO_CLUSTER = 69
+"""For a cluster that no longer answers: EX_UNAVAILABLE."""
 ASK_S = 0.2
 
 
@@ -92,7 +94,11 @@ class RemoteWorker:
 def main() -> None:
     """The process."""
     events, address, gpus = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
-    ray = connect(address)
+    try:
+        ray = connect(address)
+    except ConfigError as error:
+        print(error, flush=True)
+        os._exit(NO_CLUSTER)
     options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 1, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
     actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))

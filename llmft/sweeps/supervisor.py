@@ -18,7 +18,7 @@ from llmft.core.errors import ConfigError, Interrupted
 from llmft.core.machine import allotted_cores, available_memory, visible_gpus
 from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.remote import LOST, cluster_workers
+from llmft.sweeps.remote import LOST, NO_CLUSTER, cluster_workers
 from llmft.sweeps.trials import FINISHED, Sweep, Trial, refuse, value_of
 
 START_S = 600.0
@@ -337,6 +337,9 @@ class Supervisor:
             self._lost[trial.number] += 1
             self.progress.say(f"{trial.label}: its machine is gone; it goes on elsewhere from its checkpoint.")
             trial.status = "pending"
+        elif code == NO_CLUSTER:
+            self.stopped_because = "the Ray cluster no longer answers"
+            trial.mark("interrupted", self.stopped_because)
         elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
             trial.mark("failed", status["error"], "error")
         else:
