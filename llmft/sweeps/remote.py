@@ -45,15 +45,16 @@ def connect(address: str) -> Any:
     return ray
 
 
-def cluster_workers(address: str) -> tuple[int, float]:
+def cluster_workers(address: str, gpus_per_worker: float | None) -> tuple[int, float]:
     """(workers there is room for, GPUs of each): one for each GPU of the cluster, or machine where there are none."""
     ray = connect(address)
     try:
-        gpus = int(ray.cluster_resources().get("GPU", 0))
+        gpus = ray.cluster_resources().get("GPU", 0.0)
         machines = sum(node["Alive"] for node in ray.nodes())
     finally:
         ray.shutdown()
-    return (gpus, 1.0) if gpus else (machines, 0.0)
+    each = (1.0 if gpus else 0.0) if gpus_per_worker is None else gpus_per_worker
+    return (int(gpus / each) if each else machines), each
 
 
 class RemoteWorker:
@@ -99,7 +100,7 @@ def main() -> None:
     except ConfigError as error:
         print(error, flush=True)
         os._exit(NO_CLUSTER)
-    options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 1, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
+    options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
     actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))
     threading.Thread(target=_hand_on, args=(actor,), daemon=True).start()

@@ -176,9 +176,13 @@ class Supervisor:
         if ray.address is not None:
             if any(trial.distributed for trial in trials):
                 raise ConfigError("hydra/launcher=ray: a trial of several devices is started by torchrun or SLURM.")
-            room, gpus = cluster_workers(ray.address)
-            self._remote = (ray.address, gpus if ray.gpus_per_worker is None else ray.gpus_per_worker)
-            return max(1, min(room if wanted == "auto" else int(wanted), at_most))
+            room, gpus = cluster_workers(ray.address, ray.gpus_per_worker)
+            if room == 0:
+                raise ConfigError(f"sweep.ray.gpus_per_worker={gpus:g}: the cluster has fewer GPUs.")
+            self._remote = (ray.address, gpus)
+            if wanted != "auto":  # more than there are GPUs would wait for ever
+                room = min(room, int(wanted)) if gpus else int(wanted)
+            return max(1, min(room, at_most))
         count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
         if count > 1 and any(trial.distributed for trial in trials):
             self.progress.say("trials of several devices run one at a time.")
@@ -253,6 +257,12 @@ class Supervisor:
     def _free(self, slot: int) -> bool:
         """Whether a worker's place has nothing to do."""
         worker = self._processes[slot] if slot < len(self._processes) else None
+        if (
+            worker is not None
+            and worker.process.poll() == LOST
+            and any(p.process.poll() is None for p in self._processes)
+        ):
+            return False  # with its machine there is less room: another might wait for it for ever
         return worker is None or worker.process.poll() is not None or worker.idle
 
     def _next(self, source: Source) -> Trial | None:
