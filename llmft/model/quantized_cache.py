@@ -90,7 +90,7 @@ class QuantizedCache:
     def alone(self) -> contextlib.AbstractContextManager[None]:
         """Inside, no other process is: the others wait."""
         bases_directory().mkdir(parents=True, exist_ok=True)
-        return held(self.directory.with_name(f".{self.directory.name}.lock"), Busy(), timeout_s=-1)
+        return exclusive_lock(self.directory.with_name(f".{self.directory.name}.lock"), Busy(), timeout_s=-1)
 
     def drop(self, why: str) -> None:
         """Deletes a damaged entry and says so."""
