@@ -28,7 +28,7 @@ from llmft.runs.predictions import PREFIX
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner
-from llmft.training.micro_batching import MicroBatchPlan, architecture_of, plan_micro_batches
+from llmft.training.micro_batching import MicroBatchPlan, architecture_of, divides_weights, plan_micro_batches
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.parts import Parts, check_parts
 from llmft.training.plan import show_plan, what_ran
@@ -171,11 +171,13 @@ def build(
 
 def _assemble(inputs: RunInputs, ready: Ready, warn: Callable[[str], None]) -> Assembled:
     config = inputs.config
+    divided = divides_weights(config)  # whose parts go to the device when they are divided, layer by layer
     try:
         assembled = assemble(
             config,
             inputs.located,
-            device=ready.device,
+            device=torch.device("cpu") if divided else ready.device,
+            mapped=divided,
             precision=ready.precision,
             num_labels=inputs.num_outputs,
             vocabulary=len(ready.rows.tokenizer),
