@@ -408,9 +408,8 @@ def write_row_losses(
 ) -> None:
     """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
 
-    `groups` (of data.group) are a column `group`, each of `scores` a column score_NAME.
-
-    With `outputs`, (rows, classes), there is a column p_LABEL for each class.
+    `groups` becomes a column `group`, each of `scores` a column score_NAME, and `outputs`, (rows, classes), a column
+    p_LABEL for each class.
     """
     import numpy as np
     import pyarrow as pa
@@ -429,7 +428,7 @@ def write_row_losses(
         }
     if any(group is not None for group in groups):
         columns["group"] = text_column([str(group) for group in groups])
-    columns |= {f"score_{name}": number_column(np.array(own, np.float64)) for name, own in (scores or {}).items()}
+    columns |= {f"score_{name}": number_column(np.array(values, np.float64)) for name, values in (scores or {}).items()}
     with staged_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
 

@@ -157,7 +157,7 @@ class TestD8D9Caches:
         warnings: list[str] = []
         second = read_rows(given(tmp_path, lines()), warnings.append)
         assert len(warnings) == 2, "one for each split"
-        assert all("are damaged" in line and "made again" in line for line in warnings)
+        assert all("are damaged" in line and "tokenised again" in line for line in warnings)
         assert np.array_equal(first.splits["train"].ids, second.splits["train"].ids)
 
 
