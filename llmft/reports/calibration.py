@@ -238,7 +238,8 @@ def main(arguments: Sequence[str]) -> None:
             runs = np.mean([o.runs for o in found])
             looks = f"{setting.until}/{setting.looks}" if setting.until else ""
             print(f"{setting}    | {looks:<11} | {setting.effect:<6} | {setting.hopeless:<8} | "
-                  f"{wrong:5.1%} | {right:5.0%} | {inside:6.1%} | {size:8.1f} | {covered:7.1%} | {runs:.1f}", flush=True)  # fmt: skip
+                  f"{wrong:5.1%} | {right:5.0%} | {inside:6.1%} | {size:8.1f} | {covered:7.1%} | {runs:.1f}",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":
