@@ -34,7 +34,7 @@ from llmft.folds import folds
 from llmft.metrics.classification import logloss
 from llmft.predict import predict, texts_of
 from llmft.refit import refit_config
-from llmft.reports.records import read_run
+from llmft.reports.read import read_run
 from llmft.runs.directory import Run
 from llmft.runs.predictions import Predictions
 from llmft.train import train
