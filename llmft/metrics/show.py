@@ -23,7 +23,7 @@ def show_summary(
     *,
     blank: bool = False,
 ) -> None:
-    """Prints metrics before and after training, `words` about them, `facts` (the run's directory, …), the prior by split.
+    """Prints metrics before and after training, `words` about them, `facts` (a run's directory, …), and the prior.
 
     With `blank`, validation metrics are left out.
     """
