@@ -33,7 +33,7 @@ llama.cpp rounds what goes into a layer to the weights' format: SmolLM2-135M in 
 
 @dataclass(frozen=True)
 class Proof:
-    """What llama.cpp made of the questions that the run was job."""
+    """What llama.cpp made of the questions that the run was asked."""
 
     tokens_same: int
     texts_same: int
@@ -44,7 +44,8 @@ class Proof:
     def __str__(self) -> str:
         return (
             f"tokens of {self.tokens_same} of {self.texts} prompts the same, {self.texts_same} of {self.texts} greedy "
-            f"texts the same, log-probabilities {self.mean_difference:.1e} apart in the mean, {self.largest_difference:.1e} at the most"
+            f"texts the same, log-probabilities {self.mean_difference:.1e} apart in the mean, at the most "
+            f"{self.largest_difference:.1e}"
         )
 
 
@@ -128,11 +129,11 @@ def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -
         expected = answers.texts[number]
         same = 0
         for (token, probability), mine, value in zip(found, expected, answers.probabilities[number], strict=False):
+            if probability is not None:  # of the best token, also where it is another one
+                apart.append(abs(probability - value))
             if token != mine:
                 break
             same += 1
-            if probability is not None:
-                apart.append(abs(probability - value))
         texts += same == len(expected)
     mean = sum(apart) / max(1, len(apart))
     return Proof(tokens, texts, len(questions.prompts), mean, max(apart, default=0.0))
