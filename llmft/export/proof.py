@@ -63,8 +63,8 @@ class Questions:
                 for number, text in enumerate(QUESTIONS, 1)
             ]
         if not predictor.config.task.writes:
-            examples = predictor.encode(conversations)
-            rows = [Example(row.input_ids, [IGNORE] * len(row.input_ids), row.conversation) for row in examples]
+            encoded = predictor.encode(conversations)
+            rows = [Example(row.input_ids, [IGNORE] * len(row.input_ids), row.conversation) for row in encoded]
             return cls(conversations, rows, [], source)
         examples = predictor.encoder.encode("proof", conversations, BadRows())
         rows = [examples[place] for place in range(len(examples))]

@@ -36,7 +36,8 @@ def overrides_of(asked: argparse.Namespace, directory: Path) -> list[str]:
     steps = asked.warm_up + asked.rounds * asked.steps
     return [
         f"task={asked.task}", "model=local", f"model.path={asked.model}", "prompt=native", "data=preference_degrees",
-        f"data.files={SHARED}/preference/pandalm_degrees.jsonl", f"data.max_tokens={asked.max_tokens}", "data.max_dropped_fraction=1", "data.truncation=drop", "quantization=none",
+        f"data.files={SHARED}/preference/pandalm_degrees.jsonl", f"data.max_tokens={asked.max_tokens}",
+        "data.max_dropped_fraction=1", "data.truncation=drop", "quantization=none",
         "logger=none", "learning_rate=constant", "learning_rate.peak=1e-4", "learning_rate.warmup_steps=0",
         f"trainer.max_steps={steps}", f"trainer.validate_every={steps}", f"trainer.batch_size={asked.batch}",
         "trainer.precision=fp32", "trainer.accelerator=cpu", "data.validation_fraction=0.002",

@@ -14,7 +14,7 @@ from llmft.training.objectives.language_modeling import nll_behind
 
 
 def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(rows, answers) float64 log-probabilities in nats, summed over each answer's tokens; 0 where a row has fewer answers.
+    """(rows, answers) float64 log-probabilities in nats of whole answers; 0 where a row has fewer answers.
 
     Prompts are read once where the family takes packed rows, else before each of their answers.
     """
