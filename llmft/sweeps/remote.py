@@ -15,9 +15,11 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError
 from llmft.sweeps.process import Share, WorkerProcess
 
@@ -92,9 +94,9 @@ class RemoteWorker:
         return events, printed, code
 
 
-def main() -> None:
+def main(argv: Sequence[str]) -> None:
     """The process."""
-    events, address, gpus = int(sys.argv[1]), sys.argv[2], float(sys.argv[3])
+    events, address, gpus = int(argv[0]), argv[1], float(argv[2])
     try:
         ray = connect(address)
     except ConfigError as error:
@@ -129,4 +131,4 @@ def _hand_on(actor: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(arguments_of_process())
