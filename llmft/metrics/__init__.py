@@ -22,8 +22,8 @@ def lower_is_better(metric: Metric) -> Metric:
     return metric
 
 
-def mean_over_rows(rows: Callable[..., Sequence[float]]) -> Callable[..., float]:
-    """Makes a metric of a function that gives each row's score: their mean.
+def mean_over_rows(rows: Callable[..., Any]) -> Callable[..., float]:
+    """Makes a metric of a function that gives each row's score: their mean, without rows that have none (NaN).
 
     The scores are kept with a validation, so that a verdict knows how much the metric owes to the choice of rows.
     """
@@ -51,4 +51,5 @@ def score(metric: Callable[..., float], references: Any, predictions: Any) -> tu
 
 
 def _mean(scores: Sequence[float]) -> float:
-    return math.fsum(scores) / len(scores)
+    known = [float(value) for value in scores if not math.isnan(value)]
+    return math.fsum(known) / len(known) if known else math.nan

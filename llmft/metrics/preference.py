@@ -11,57 +11,58 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llmft.metrics import higher_is_better, lower_is_better
+from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 
 AHEAD, MARGIN, CHOSEN, REJECTED, CHOSEN_LOGP, REJECTED_LOGP, DRIFT, MORE_TOKENS = range(8)
 """The columns; those of a reward model lack the three before the last."""
 
 
-def _mean(values: np.ndarray) -> float:
-    """Of those that are numbers: a row whose answer is good has no rejected one."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
-
-
 @higher_is_better
-def accuracy(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def accuracy(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Share of pairs whose chosen answer is ahead; a tie counts half."""
-    return _mean(outputs[:, AHEAD])
+    return outputs[:, AHEAD]
 
 
 @higher_is_better
-def margin(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def margin(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean of how far the chosen answer is ahead, in rewards."""
-    return _mean(outputs[:, MARGIN])
+    return outputs[:, MARGIN]
 
 
 @higher_is_better
-def chosen_reward(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def chosen_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean reward of the chosen answers: a reward model's score, or beta log pi/pi_ref."""
-    return _mean(outputs[:, CHOSEN])
+    return outputs[:, CHOSEN]
 
 
 @lower_is_better
-def rejected_reward(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def rejected_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean reward of the rejected answers."""
-    return _mean(outputs[:, REJECTED])
+    return outputs[:, REJECTED]
 
 
 @higher_is_better
-def chosen_logp(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def chosen_logp(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean log-probability of the chosen answers, in nats."""
-    return _mean(outputs[:, CHOSEN_LOGP])
+    return outputs[:, CHOSEN_LOGP]
 
 
 @lower_is_better
-def rejected_logp(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def rejected_logp(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean log-probability of the rejected answers, in nats."""
-    return _mean(outputs[:, REJECTED_LOGP])
+    return outputs[:, REJECTED_LOGP]
 
 
-def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> float:
+@mean_over_rows
+def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean log pi/pi_ref per token of the chosen answers: how far the policy went from its reference."""
-    return _mean(outputs[:, DRIFT])
+    return outputs[:, DRIFT]
 
 
 def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:

@@ -159,7 +159,8 @@ class RunRecord:
         if "row" not in table or total not in table or (weight and weight not in table) or not len(table["row"]):
             return None
         totals = np.asarray(table[total], float)
-        weights = np.asarray(table[weight], float) if weight else np.ones(len(totals))
+        weights = np.asarray(table[weight], float) if weight else (~np.isnan(totals)).astype(float)
+        totals = totals if weight else np.nan_to_num(totals)
         if not np.isfinite(totals).all() or not weights.sum() > 0:
             return None
         found = RowScores(table["row"], totals, weights)
