@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,8 @@ from llmft.train import train
 from llmft.training.objectives.answers import answer_log_probs
 from llmft.training.objectives.preference import Preference
 from llmft.training.objectives.reward import Reward
-from tests.conftest import SMALL, compose
+from tests.conftest import SMALL, compose, run_directory
+from tests.trust.helpers import same_run, start, wait_for_step, whole_run
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 PAIRS = ["data=pairs", "data.rows={train: 48, validation: 12, test: 0}", "quantization=none"]
@@ -308,3 +311,19 @@ def test_kto_learns_from_single_answers_in_any_micro_batch(tmp_path: Path) -> No
     assert first["val/accuracy"] == 0.5
     one, two = (adapter(run) for run in runs)
     assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("removed", ["", "references", "*"])
+def test_a_killed_policy_goes_on_to_the_same_bits_with_and_without_its_reference(removed: str, tmp_path: Path) -> None:
+    whole = whole_run(tmp_path / "whole", "task=dpo")
+    child = start(tmp_path / "killed", "task=dpo")
+    wait_for_step(tmp_path / "killed", 10, child)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    for path in (tmp_path / "killed").rglob("*.parquet"):
+        if removed == path.parent.name or (removed == "*" and path.parent.name != "row_losses"):
+            path.unlink()
+    again = start(tmp_path / "killed", "task=dpo")
+    assert again.wait() == 0, again.text()
+    same_run(whole, run_directory(tmp_path / "killed"))
