@@ -9,6 +9,7 @@ All machines see the same directories: a run that is lost goes on elsewhere from
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -116,7 +117,7 @@ def main() -> None:
     }
     actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))
-    threading.Thread(target=_hand_on, args=(actor,), daemon=True).start()
+    threading.Thread(target=_hand_on, args=(ray, actor), daemon=True).start()
     code = None
     while code is None:
         try:
@@ -134,11 +135,11 @@ def main() -> None:
     os._exit(code)
 
 
-def _hand_on(actor: Any) -> None:
-    with open(0, "rb", closefd=False) as orders:
+def _hand_on(ray: Any, actor: Any) -> None:
+    with open(0, "rb", closefd=False) as orders, contextlib.suppress(ray.exceptions.RayError):  # `main` hears of it too
         for line in orders:
-            actor.order.remote(line)
-    actor.end.remote()
+            ray.get(actor.order.remote(line))  # one after the other
+        actor.end.remote()
 
 
 if __name__ == "__main__":
