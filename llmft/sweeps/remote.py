@@ -9,6 +9,7 @@ All machines see the same directories: a run that is lost goes on elsewhere from
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -47,16 +48,24 @@ def connect(address: str) -> Any:
     return ray
 
 
-def cluster_workers(address: str, gpus_per_worker: float | None) -> tuple[int, float]:
-    """(workers there is room for, GPUs of each): one for each GPU of the cluster, or machine where there are none."""
+def cluster_workers(address: str, gpus_per_worker: float | None, wanted: Any) -> tuple[int, float]:
+    """(workers, GPUs of each): as many as are wanted and there is room for, since one more would wait for ever.
+
+    "auto" is one for each GPU of the cluster, or each machine where there are none.
+    """
     ray = connect(address)
     try:
-        gpus = ray.cluster_resources().get("GPU", 0.0)
+        resources = ray.cluster_resources()
         machines = sum(node["Alive"] for node in ray.nodes())
     finally:
         ray.shutdown()
+    gpus = resources.get("GPU", 0.0)
     each = (1.0 if gpus else 0.0) if gpus_per_worker is None else gpus_per_worker
-    return (int(gpus / each) if each else machines), each
+    room = int(gpus / each) if each else int(resources.get("CPU", 0.0))
+    if room == 0:
+        raise ConfigError(f"sweep.ray.gpus_per_worker={each:g}: the cluster at {address} has no room for a worker.")
+    usual = room if each else machines
+    return min(room, usual if wanted == "auto" else int(wanted)), each
 
 
 class RemoteWorker:
@@ -102,10 +111,15 @@ def main(argv: Sequence[str]) -> None:
     except ConfigError as error:
         print(error, flush=True)
         os._exit(NO_CLUSTER)
-    options: dict[str, Any] = {"num_gpus": gpus, "num_cpus": 0, "max_concurrency": 4, "scheduling_strategy": "SPREAD"}
+    options: dict[str, Any] = {
+        "num_gpus": gpus,
+        "num_cpus": 0 if gpus else 1,
+        "max_concurrency": 4,
+        "scheduling_strategy": "SPREAD",
+    }
     actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))
-    threading.Thread(target=_hand_on, args=(actor,), daemon=True).start()
+    threading.Thread(target=_hand_on, args=(ray, actor), daemon=True).start()
     code = None
     while code is None:
         try:
@@ -123,11 +137,11 @@ def main(argv: Sequence[str]) -> None:
     os._exit(code)
 
 
-def _hand_on(actor: Any) -> None:
-    with open(0, "rb", closefd=False) as orders:
+def _hand_on(ray: Any, actor: Any) -> None:
+    with open(0, "rb", closefd=False) as orders, contextlib.suppress(ray.exceptions.RayError):  # `main` hears of it too
         for line in orders:
-            actor.order.remote(line)
-    actor.end.remote()
+            ray.get(actor.order.remote(line))  # one after the other
+        actor.end.remote()
 
 
 if __name__ == "__main__":

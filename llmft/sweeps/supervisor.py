@@ -176,12 +176,8 @@ class Supervisor:
         if ray.address is not None:
             if any(trial.distributed for trial in trials):
                 raise ConfigError("hydra/launcher=ray: a trial of several devices is started by torchrun or SLURM.")
-            room, gpus = cluster_workers(ray.address, ray.gpus_per_worker)
-            if room == 0:
-                raise ConfigError(f"sweep.ray.gpus_per_worker={gpus:g}: the cluster has fewer GPUs.")
+            room, gpus = cluster_workers(ray.address, ray.gpus_per_worker, wanted)
             self._remote = (ray.address, gpus)
-            if wanted != "auto":  # more than there are GPUs would wait for ever
-                room = min(room, int(wanted)) if gpus else int(wanted)
             return max(1, min(room, at_most))
         count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
         if count > 1 and any(trial.distributed for trial in trials):
