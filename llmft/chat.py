@@ -43,6 +43,7 @@ def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
 
     screen = Screen(quiet=quiet or config.message is not None)
     jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    screen.print("[dim]loading …[/dim]")
     runs = open_all(jobs, config)
     from llmft.serving.dialogue import Dialogue, as_json
 

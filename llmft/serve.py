@@ -65,6 +65,7 @@ def _answer(jobs: Any, config: ServeConfig, screen: Any) -> None:
             f"host={config.host} port={config.port}: {error.strerror}; choose another, or port=0."
         ) from None
     with listening:
+        screen.print("[dim]loading …[/dim]")
         runs = open_all(jobs, config)
         import uvicorn
 

@@ -229,14 +229,15 @@ def output(directory: Path) -> Iterator[CheckResult]:
         yield CheckResult("output_dir", "bad", f"{existing}: cannot be written ({error})", fix)
         return
     message = f"{format_bytes(free)} free on the disk of {directory}"
-    if free < TINY_BYTES:
-        yield CheckResult("output_dir", "bad", message, f"`python -m llmft.disk` shows what can be deleted, or {fix}")
-    elif free < LITTLE_BYTES:
-        yield CheckResult(
-            "output_dir", "warning", message, f"`python -m llmft.disk` shows what can be deleted, or {fix}"
-        )
-    else:
-        yield CheckResult("output_dir", "good", message)
+    fix = f"`python -m llmft.disk` shows what can be deleted, or {fix}"
+    yield _space_result("output_dir", free, message, fix, bad_below=TINY_BYTES, warning_below=LITTLE_BYTES)
+
+
+def _space_result(
+    part: str, free: int, message: str, fix: str, *, bad_below: int = 0, warning_below: int
+) -> CheckResult:
+    level = "bad" if free < bad_below else "warning" if free < warning_below else "good"
+    return CheckResult(part, level, message, "" if level == "good" else fix)
 
 
 def temporary() -> Iterator[CheckResult]:
@@ -244,11 +245,8 @@ def temporary() -> Iterator[CheckResult]:
     directory = Path(tempfile.gettempdir())
     free = shutil.disk_usage(directory).free
     message = f"{format_bytes(free)} free in {directory}"
-    if free < TINY_BYTES:
-        fix = "export TMPDIR=DIR on a disk with space (runs do not need it, but W&B's tables do)"
-        yield CheckResult("TMPDIR", "warning", message, fix)
-    else:
-        yield CheckResult("TMPDIR", "good", message)
+    fix = "export TMPDIR=DIR on a disk with space (runs do not need it, but W&B's tables do)"
+    yield _space_result("TMPDIR", free, message, fix, warning_below=TINY_BYTES)
 
 
 def caches() -> Iterator[CheckResult]:
@@ -259,10 +257,8 @@ def caches() -> Iterator[CheckResult]:
     free = shutil.disk_usage(existing_parent(folder)).free
     message = f"the Hub's cache {folder} takes {format_bytes(size_of(folder) if folder.is_dir() else 0)}"
     message += f", {format_bytes(free)} are free there"
-    if free < LITTLE_BYTES:
-        yield CheckResult("caches", "warning", message, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
-    else:
-        yield CheckResult("caches", "good", message)
+    fix = "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk"
+    yield _space_result("caches", free, message, fix, warning_below=LITTLE_BYTES)
 
 
 # ---------------------------------------------------------------------------------------------------------- accounts

@@ -844,6 +844,20 @@ class LoggerConfig:
 
 
 @dataclass
+class RayConfig:
+    """Where trials run on other machines: `hydra/launcher=ray` asks for a cluster."""
+
+    address: str | None = None
+    gpus_per_worker: float | None = None
+    retries: int = 2
+
+    def __post_init__(self) -> None:
+        gpus = self.gpus_per_worker
+        require(gpus is None or gpus >= 0, f"sweep.ray.gpus_per_worker={gpus}: 0 or more, or null.")
+        require(self.retries >= 0, f"sweep.ray.retries={self.retries}: 0 or more.")
+
+
+@dataclass
 class SweepConfig:
     """How the trials of a multirun run and what is asked of them; no part of any run's key."""
 
@@ -859,6 +873,7 @@ class SweepConfig:
     seeds_until: int | None = None
     smallest_difference: float | None = None
     report: bool = True
+    ray: RayConfig = field(default_factory=RayConfig)
 
     @property
     def declared_looks(self) -> Any:

@@ -64,8 +64,8 @@ def _convert(path: Path, directory: Path) -> None:
                     break
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         except Exception as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"model.path={path}: transformers cannot read it ({said[:200]}).") from None
+            message = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ConfigError(f"model.path={path}: transformers cannot read it ({message[:200]}).") from None
         # Its weights are not quantised any more.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False

@@ -90,27 +90,26 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
     from scipy.optimize import minimize
 
     count = len(values)
-    if problem == TaskType.single_label.value:
-        probabilities_of_truth = np.clip(values[:, np.arange(values.shape[1]), references], SMALLEST, 1)
-
-        def loss(weights: Weights) -> tuple[float, np.ndarray]:
-            mixed = weights @ probabilities_of_truth
-            return float(-np.log(mixed).mean()), -(probabilities_of_truth / mixed).mean(axis=1)
-
-    elif problem == TaskType.multi_label.value:
-        probabilities = np.clip(np.where(references[None] == 1, values, 1 - values), SMALLEST, 1)
-
-        def loss(weights: Weights) -> tuple[float, np.ndarray]:
-            mixed = np.tensordot(weights, probabilities, axes=1)
-            return float(-np.log(mixed).mean()), -(probabilities / mixed).mean(axis=(1, 2))
-
-    else:
+    if problem == TaskType.regression.value:
         numbers = values[:, :, 0]
         scale = float(np.var(references)) or 1.0
 
         def loss(weights: Weights) -> tuple[float, np.ndarray]:
             errors = weights @ numbers - references
             return float((errors**2).mean() / scale), 2 * (numbers * errors).mean(axis=1) / scale
+
+    else:
+        single = problem == TaskType.single_label.value
+        of_truth = (
+            values[:, np.arange(values.shape[1]), references]
+            if single
+            else np.where(references == 1, values, 1 - values)
+        )
+        of_truth = np.clip(of_truth, SMALLEST, 1).reshape(count, -1)
+
+        def loss(weights: Weights) -> tuple[float, np.ndarray]:
+            mixed = weights @ of_truth
+            return float(-np.log(mixed).mean()), -(of_truth / mixed).mean(axis=1)
 
     result = minimize(
         loss,

@@ -224,7 +224,7 @@ def _wheels(config: BundleConfig) -> list[Wheel]:
         found = _resolved(others, ["--only-binary=:all:", *_target(config)]) | {
             canonicalize_name(wheel.name): wheel for wheel in sources
         }
-    return _reached(found, [canonicalize_name(Requirement(pin).name) for pin in pins], skip)
+    return reached(found, [canonicalize_name(Requirement(pin).name) for pin in pins], skip)
 
 
 def _resolved(pins: list[str], target: list[str]) -> dict[Any, Wheel]:
@@ -241,17 +241,17 @@ def _resolved(pins: list[str], target: list[str]) -> dict[Any, Wheel]:
     return found
 
 
-def _reached(found: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
+def reached(found: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
     """The packages that `roots` need, past those that are there already and what only they need."""
-    reached: dict[Any, Wheel] = {}
+    kept: dict[Any, Wheel] = {}
     waiting = list(roots)
     while waiting:
         name = waiting.pop()
-        if name in reached or name in skip or name not in found:
+        if name in kept or name in skip or name not in found:
             continue
-        reached[name] = found[name]
+        kept[name] = found[name]
         waiting += [canonicalize_name(Requirement(line).name) for line in found[name].requires]
-    return [reached[name] for name in sorted(reached)]
+    return [kept[name] for name in sorted(kept)]
 
 
 # ------------------------------------------------------------------------------------------------------------ proof

@@ -236,8 +236,6 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
     """What llama.cpp must know to compute, by the names of gguf's writer."""
     get = config.get
-    heads: Any = get("num_attention_heads")
-    width: Any = get("hidden_size")
     if arch == "gpt2":
         return {
             "block_count": config["n_layer"],
@@ -248,6 +246,7 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
             "layer_norm_eps": config["layer_norm_epsilon"],
         }
     rope = _rope(config)
+    heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
     found = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],

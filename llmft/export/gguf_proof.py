@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.commands import MergeConfig, MergeFormat
+from llmft.config.commands import MergeBase, MergeConfig, MergeFormat
 from llmft.config.convert import canonical
 from llmft.config.sections import QuantizationFormat
 from llmft.core.console import Screen
@@ -68,9 +68,8 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
         if not is_installed():
             screen.warn('not tried in llama.cpp: pip install "llmft[gguf]"; compared by transformers alone.')
             merge.prove(prepared, config, screen, directory)
-        kind = (
-            config.type if config.type not in QUANTIZED else "bf16" if prepared.facts["dtype"] == "bfloat16" else "f16"
-        )
+        whole_kind = "bf16" if prepared.facts["dtype"] == "bfloat16" else "f16"
+        kind = whole_kind if config.type in QUANTIZED else config.type
         if kind == "f16" and prepared.facts["dtype"] == "bfloat16":
             screen.warn("type=f16: this model needs the range of bf16; type=bf16 is safer.")
         if config.converter is not None:
@@ -100,7 +99,9 @@ def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig,
     prepared.predictor.model = None
     screen.print(f"  {kind}; in llama.cpp, on {prepared.questions.source}: {found}")
     bound = config.bound or BOUNDS.get(kind, float("inf"))
-    if found.tokens_same < found.texts or found.largest_difference > bound:
+    if config.base is MergeBase.original and config.bound is None:
+        screen.warn(merge.COST)
+    elif found.tokens_same < found.texts or found.largest_difference > bound:
         raise NotProved(
             f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {found}, and the bound "
             f"is {bound:.0e}; nothing was written."
@@ -108,7 +109,7 @@ def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig,
 
 
 def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -> Proof:
-    """Asks llama.cpp what the run was job."""
+    """Asks llama.cpp what the run was asked."""
     predictor, questions, answers = prepared.predictor, prepared.questions, prepared.answers
     count = max((len(text) for text in answers.texts), default=0) + 1
     longest = max((len(ids) for ids in questions.prompts), default=1)

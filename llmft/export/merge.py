@@ -7,8 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +29,7 @@ from llmft.model.meta import auto_model
 
 FP16_HEADROOM = 65504 / 2
 """Numbers inside the model above it: computed in fp16, other texts would overflow."""
+COST = "base=original: the adapter was trained on the quantised base; the numbers above are its cost."
 DTYPES = {Stored.fp16: torch.float16, Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32}
 
 
@@ -55,9 +54,8 @@ class Prepared:
         return self.predictor.job.run.directory.name
 
 
-@contextmanager
-def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> Iterator[tuple[Path, Prepared]]:
-    """A directory of transformers that was proved; it takes the place `target` when the block ends well.
+def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
+    """Writes a directory of transformers, and proves it before it takes the place `target`.
 
     Raises NotProved above the bound.
     """
@@ -65,7 +63,6 @@ def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
         prepared = write(job, config, screen, staged)
         drop_base()
         prove(prepared, config, screen, staged)
-        yield staged, prepared
 
 
 def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
@@ -158,6 +155,9 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
         config.problem_type = kinds.get(job.problem, "regression")
     ids = predictor.encoder.ends.ids
     config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
+    # transformers reads a decoder's scores before the padding, so a token that ends rows must not be it.
+    if job.config.task.head is Head.linear and predictor.tokenizer.pad_token_id in ids:
+        predictor.tokenizer.pad_token = predictor.tokenizer.bos_token or predictor.tokenizer.unk_token
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
 
@@ -233,7 +233,7 @@ def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Pa
         f"{prepared.questions.source}: {found}"
     )
     if config.base is MergeBase.original and config.bound is None:
-        screen.warn("base=original: the adapter was trained on the quantised base; the numbers above are its cost.")
+        screen.warn(COST)
     elif not found.holds(bound):
         raise NotProved(
             f"{predictor.job.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "

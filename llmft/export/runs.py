@@ -7,6 +7,7 @@ from pathlib import Path
 from llmft.config.commands import MergeConfig, MergeFormat
 from llmft.core.console import Screen
 from llmft.core.imports import load_libraries, quiet_warnings
+from llmft.evaluation.jobs import PredictionJob
 from llmft.export.targets import check_format, is_current, opened, target_of
 from llmft.runs.directory import usable
 
@@ -19,21 +20,33 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     check_format(config)
     jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
     load_libraries()
-    from llmft.export.merge import merged
+    from llmft.export.merge import NotProved
 
     made: list[Path] = []
-    for one in jobs:
-        target = target_of(one, config, several=len(jobs) > 1)
-        with quiet_warnings():
-            if config.format is not MergeFormat.hf:
-                from llmft.export.gguf_proof import export
-
-                export(one, config, screen, target)
-            elif not config.force and is_current(target, one, config):
-                screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
-            else:
-                with merged(one, config, screen, target):
-                    pass
-                screen.print(f"[bold]merged[/bold]  {target}")
-        made.append(target)
+    failed: NotProved | None = None
+    for job in jobs:
+        target = target_of(job, config, several=len(jobs) > 1)
+        try:
+            with quiet_warnings():
+                _export(job, config, screen, target)
+            made.append(target)
+        except NotProved as error:  # the others are made all the same
+            if len(jobs) > 1:
+                screen.warn(str(error))
+            failed = error
+    if failed is not None:
+        raise failed
     return made
+
+
+def _export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
+    from llmft.export.gguf_proof import export
+    from llmft.export.merge import merged
+
+    if config.format is not MergeFormat.hf:
+        export(job, config, screen, target)
+    elif not config.force and is_current(target, job, config):
+        screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
+    else:
+        merged(job, config, screen, target)
+        screen.print(f"[bold]merged[/bold]  {target}")

@@ -1,4 +1,4 @@
-"""Metrics on the screen: a run's before and after, and whether its predictions are better than chance."""
+"""Prints a run's metrics before and after training, and whether its predictions are better than chance."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def show_summary(
     *,
     blank: bool = False,
 ) -> None:
-    """Metrics before and after training in a table and in `words`, where the run lies, and what `chance` alone gives.
+    """Prints metrics before and after training, `words` about them, `facts` (a run's directory, …), and the prior.
 
-    `blank`: those of validation mean nothing.
+    With `blank`, validation metrics are left out.
     """
     chance = chance or {}
     if blank:
@@ -38,8 +38,8 @@ def show_summary(
     if chance:
         table.add_column("prior", justify="right")
     for name, value in after.items():
-        was, (split, _, metric) = before.get(name), name.partition("/")
-        row = ["" if was is None else f"{was:.4f}", "not finite" if value is None else f"{value:.4f}"]
+        value_before, (split, _, metric) = before.get(name), name.partition("/")
+        row = ["" if value_before is None else f"{value_before:.4f}", "not finite" if value is None else f"{value:.4f}"]
         if chance:
             of_split = chance.get(split, {})
             prior = of_split.get("prior_loss") if metric == "loss_nats" else of_split.get("metrics", {}).get(metric)
@@ -55,7 +55,7 @@ def show_summary(
 
 
 def show_chance(screen: Screen, chance: Mapping[str, Mapping[str, Any]]) -> None:
-    """Whether predictions are better than the prior of the training rows, by split."""
+    """Prints whether predictions are better than the prior of the training rows, by split."""
     for split, values in chance.items():
         colour = "green" if is_better(values) else "red"
         screen.print(f"[{colour}]{split}[/{colour}]  {escape(chance_sentence(values))}")

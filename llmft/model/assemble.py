@@ -67,13 +67,15 @@ def assemble(
     pad_id: int | None = None,
     threads: int | None = None,
     keep: bool = True,
+    mapped: bool = False,
     trained: Path | None = None,
     warn: Callable[[str], None] = print,
 ) -> Assembled:
     """The model of `config` on `device`: quantised base, head, adapter.
 
-    `trained` is a finished run's adapter or model, whose weights are taken; without it the adapter (or, without LoRA,
-    everything) is new and trainable. `vocabulary` is the tokenizer's size, of a model that is made to fit it.
+    `mapped` as `load_base` takes it. `trained` is a finished run's adapter or model, whose weights are taken; without
+    it the adapter (or, without LoRA, everything) is new and trainable. `vocabulary` is the tokenizer's size, of a model
+    that is made to fit it.
 
     Raises ConfigError for files, targets or weights that do not fit the config.
     """
@@ -94,7 +96,8 @@ def assemble(
         device=device,
         seed=config.seed,
         vocab_size=vocabulary if config.model.train_tokenizer_vocab else None,
-        keep=keep,
+        keep=keep and not mapped,
+        mapped=mapped,
         warn=warn,
     )
     if config.task.head is Head.linear or config.task.scores_answers:

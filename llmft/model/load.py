@@ -242,9 +242,13 @@ def load_base(
     seed: int,
     vocab_size: int | None = None,
     keep: bool = True,
+    mapped: bool = False,
     warn: Callable[[str], None] = print,
 ) -> Any:
     """The (quantised) base model on `device`, in evaluation mode, nothing trainable.
+
+    With `mapped`, on the CPU, its weights stay in files, of which a process reads what it touches: one quantises into
+    the cache, and all read from there.
 
     With `keep`, the model stays in the process, and the next call with the same arguments returns it at once. With
     `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
@@ -257,7 +261,7 @@ def load_base(
     drop_base()
     _kept.any_before = True
     try:
-        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn)
+        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn, mapped)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -324,10 +328,19 @@ def _random_piecemeal(wanted: _Wanted, base: Any) -> Any:
     return base
 
 
-def _pretrained(wanted: _Wanted, warn: Callable[[str], None]) -> Any:
+def _pretrained(wanted: _Wanted, warn: Callable[[str], None], mapped: bool) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
-    assert wanted.located.directory is not None
     cache = _cache(wanted, warn)
+    if cache is not None and mapped:
+        with cache.alone():
+            if cache.find() is None:
+                _cached_or_made(wanted, cache)
+                gc.collect()
+    return _cached_or_made(wanted, cache)
+
+
+def _cached_or_made(wanted: _Wanted, cache: QuantizedCache | None) -> Any:
+    assert wanted.located.directory is not None
     entry = None if cache is None else cache.find()
     if cache is not None and entry is not None:
         try:

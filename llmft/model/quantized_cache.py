@@ -87,6 +87,11 @@ class QuantizedCache:
             os.utime(self.directory / FACTS)
         return self.directory
 
+    def alone(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, no other process is: the others wait."""
+        bases_directory().mkdir(parents=True, exist_ok=True)
+        return exclusive_lock(self.directory.with_name(f".{self.directory.name}.lock"), Busy(), timeout_s=-1)
+
     def drop(self, why: str) -> None:
         """Deletes a damaged entry and says so."""
         self.warn(f"the cached base {self.directory} is damaged ({why}); it is quantised again.")

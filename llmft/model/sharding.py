@@ -1,7 +1,7 @@
 """Weights divided among processes (FSDP2), for bases that fit on no single device.
 
-Every process loads the whole quantised base and then keeps its share of each layer. Checkpoints and adapters are
-written whole, so a run may go on with another number of processes, or none.
+Every process maps the file of the quantised base and copies its share of each layer, which is all that it ever reads.
+Checkpoints and adapters are written whole, so a run may go on with another number of processes, or none.
 """
 
 from __future__ import annotations

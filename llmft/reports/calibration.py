@@ -34,7 +34,8 @@ FOLDS = 5
 class Setting:
     """A kind of sweep; `effect` is how much better the first configuration is, in standard deviations between runs.
 
-    With `until`, seeds are added to the configurations that may be the best, at each of the `looks`.
+    The last `hopeless` ones are five standard deviations behind. With `until`, seeds are added to the configurations
+    that may be the best, at each of the `looks`.
     """
 
     configurations: int
@@ -45,6 +46,7 @@ class Setting:
     rows: int = 280
     shared: float = 0.0
     effect: float = 0.0
+    hopeless: int = 0
     until: int = 0
     looks: Looks = 1
 
@@ -86,6 +88,7 @@ def simulate(setting: Setting, rng: np.random.Generator) -> list[Sample]:
     common, own = luck(setting.noise, rng, (seeds,)), luck(setting.noise, rng, (count, seeds))
     run = spread * (math.sqrt(setting.shared) * common + math.sqrt(1 - setting.shared) * own)
     run[0] -= setting.effect
+    run[count - setting.hopeless :] += 5.0
     if setting.measured == "plain":
         return [_sample(c, [(LEVEL + SD * value, None) for value in run[c]]) for c in range(count)]
     groups = rows // 7 if setting.measured == "groups" else rows
@@ -207,12 +210,13 @@ def with_difference() -> Iterator[Setting]:
 
 def with_looks() -> Iterator[Setting]:
     """Sweeps that add seeds, and fixed grids beside them."""
-    for count in (2, 6):
+    for count, hopeless in ((2, 0), (6, 0), (6, 4)):
         for effect in (0.0, 1.0, 2.0, 3.0):
-            yield Setting(count, 2, until=10, looks=5, effect=effect)
-            yield Setting(count, 2, until=10, looks="any", effect=effect)
-            yield Setting(count, 5, effect=effect)
-            yield Setting(count, 10, effect=effect)
+            kind = Setting(count, 2, effect=effect, hopeless=hopeless, until=10)
+            yield replace(kind, looks=5)
+            yield replace(kind, looks="any")
+            yield replace(kind, seeds=5, until=0)
+            yield replace(kind, seeds=10, until=0)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -223,7 +227,7 @@ def main(arguments: Sequence[str]) -> None:
         if part not in ("", name):
             continue
         print(" k |  n | measured            | noise     | spreads   | shared | until/looks | effect"
-              " | false | found | in set | set size | covered | runs")  # fmt: skip
+              " | hopeless | false | found | in set | set size | covered | runs")  # fmt: skip
         for setting in settings():
             found = many(setting, sweeps, seed)
             best = "c0" if setting.effect else None
@@ -233,8 +237,9 @@ def main(arguments: Sequence[str]) -> None:
             covered = np.mean([o.covered for o in found]) if setting.measured != "folds" else math.nan
             runs = np.mean([o.runs for o in found])
             looks = f"{setting.until}/{setting.looks}" if setting.until else ""
-            print(f"{setting}    | {looks:<11} | {setting.effect:<6} | {wrong:5.1%} | {right:5.0%} | {inside:6.1%} | "
-                  f"{size:8.1f} | {covered:7.1%} | {runs:.1f}", flush=True)  # fmt: skip
+            print(f"{setting}    | {looks:<11} | {setting.effect:<6} | {setting.hopeless:<8} | "
+                  f"{wrong:5.1%} | {right:5.0%} | {inside:6.1%} | {size:8.1f} | {covered:7.1%} | {runs:.1f}",
+                  flush=True)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 
 from llmft.metrics.prior import is_better
 from llmft.metrics.text import token_f1
-from llmft.reports.records import RunRecord, is_free_text
-from llmft.reports.study import Study
+from llmft.reports.configurations import Study
+from llmft.reports.read import RunRecord, is_free_text
 from llmft.reports.verdicts import number
 
 MOST_FOLDED = 4

@@ -10,8 +10,8 @@ import numpy as np
 from markupsafe import Markup
 
 from llmft.core.redaction import redact
+from llmft.reports.configurations import Study
 from llmft.reports.figures import Point, scatter
-from llmft.reports.study import Study
 from llmft.reports.svg import SERIES, clip
 
 FEWEST, MOST = 8, 400

@@ -16,7 +16,7 @@ from enum import Enum
 import numpy as np
 
 from llmft.metrics.prior import chance_sentence, is_better
-from llmft.reports.records import RunRecord
+from llmft.reports.read import RunRecord
 from llmft.reports.statistics import RowScores
 
 LOSS, TRAIN = "val/loss_nats", "train/loss_nats"

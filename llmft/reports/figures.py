@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from llmft.reports.configurations import Configuration, Study, short_names, sorted_values
 from llmft.reports.curves import Band, band
 from llmft.reports.importance import interaction
-from llmft.reports.study import Configuration, Study, short_names, sorted_values
 from llmft.reports.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
 from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
 from llmft.reports.verdicts import shown as told

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from llmft.core.errors import ConfigError
-from llmft.reports.records import is_run
-from llmft.reports.study import read_sweep
+from llmft.reports.configurations import read_sweep
+from llmft.reports.read import is_run
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
         sweeps += also
     if len(sweeps) == 1 and not found:
         return _of_sweep(sweeps[0], [])
-    from llmft.reports.study import trial_directory, trials_of
+    from llmft.reports.configurations import trial_directory, trials_of
 
     for place in sweeps:
         record = read_sweep(place)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.reports.study import Study, sorted_values
+from llmft.reports.configurations import Study, sorted_values
 
 
 def importance(study: Study) -> dict[str, float]:

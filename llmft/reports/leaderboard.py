@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmft.core.errors import DataError, did_you_mean
-from llmft.reports.records import RunRecord
-from llmft.reports.study import Study
+from llmft.reports.configurations import Study
+from llmft.reports.read import RunRecord
 
 RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboard", "public_score")
 

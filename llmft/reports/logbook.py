@@ -14,7 +14,7 @@ from pathlib import Path
 import filelock
 
 from llmft.core.files import write_atomically
-from llmft.reports.study import Study, sorted_values
+from llmft.reports.configurations import Study, sorted_values
 from llmft.reports.tables import Standing, number, spread_of
 from llmft.reports.verdicts import Verdicts, sentence
 

@@ -17,11 +17,11 @@ from llmft.metrics.text import token_f1
 from llmft.reports import figures, tables
 from llmft.reports.classes import confusion
 from llmft.reports.clusters import text_clusters
+from llmft.reports.configurations import Study
 from llmft.reports.curves import TRAIN
 from llmft.reports.importance import importance
 from llmft.reports.leaderboard import match_scores, rank_correlation
-from llmft.reports.records import is_free_text
-from llmft.reports.study import Study
+from llmft.reports.read import is_free_text
 from llmft.reports.verdicts import finding, number, undecided
 
 if TYPE_CHECKING:

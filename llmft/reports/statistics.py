@@ -99,8 +99,10 @@ def jackknife(
     pseudo = count * whole - (count - 1) * left
     # The same rows make the same blocks; others share no name with them.
     labels = np.array([f"{count} blocks of {len(found)} rows {found[0]} to {found[-1]}: {b}" for b in range(count)])
-    unit = "validation rows" if count == len(references) else "blocks of validation rows"
-    return RowScores(labels, pseudo, np.ones(count), unit=unit) if np.isfinite(pseudo).all() else None
+    kind = "blocks of " if count < len(found) else "groups of " if count < len(references) else ""
+    return (
+        RowScores(labels, pseudo, np.ones(count), unit=f"{kind}validation rows") if np.isfinite(pseudo).all() else None
+    )
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from llmft.reports.classes import Table
+from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, diagnose, summed_up
-from llmft.reports.records import RunRecord
-from llmft.reports.study import Configuration, Study
+from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import Comparison, Verdicts, number, sentence, shown
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
+from llmft.reports.configurations import Study, make_study, short_names, show
 from llmft.reports.statistics import (
     ALPHA,
     Contrast,
@@ -26,7 +27,6 @@ from llmft.reports.statistics import (
     runs_needed,
     seeds_matter,
 )
-from llmft.reports.study import Study, make_study, short_names, show
 
 MOST_RUNS = 50
 """More runs than that of each configuration are not worth counting."""

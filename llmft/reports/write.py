@@ -13,9 +13,9 @@ from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.reports import classes
 from llmft.reports.classes import at_chance, metric_tables
+from llmft.reports.configurations import Study, make_study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
-from llmft.reports.study import Study, make_study
 from llmft.reports.tables import (
     Standing,
     board_table,

@@ -437,9 +437,8 @@ def write_row_losses(
 ) -> None:
     """Writes a table of `row` (file:line), `loss_nats` (summed over the row's labelled tokens) and `tokens`.
 
-    `groups` (of data.group) are a column `group`, each of `scores` a column score_NAME.
-
-    With `outputs`, (rows, names), there is a column for each of `names`.
+    `groups` becomes a column `group`, each of `scores` a column score_NAME, and `outputs`, (rows, names), a column for
+    each of `names`.
     """
     import numpy as np
     import pyarrow as pa
@@ -456,7 +455,7 @@ def write_row_losses(
         columns |= {name: number_column(outputs[:, index].astype(np.float64)) for index, name in enumerate(names)}
     if any(group is not None for group in groups):
         columns["group"] = text_column([str(group) for group in groups])
-    columns |= {f"score_{name}": number_column(np.array(own, np.float64)) for name, own in (scores or {}).items()}
+    columns |= {f"score_{name}": number_column(np.array(values, np.float64)) for name, values in (scores or {}).items()}
     with staged_file(path) as file:
         pq.write_table(pa.table(columns), file, compression="zstd")
 

@@ -54,6 +54,8 @@ class WorkerProcess:
         python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         env = {**os.environ, "PYTHONPATH": python_path, **share.environment}
         arguments = ["llmft.sweeps.worker", str(writing), *map(str, share.cores or ())]
+        if share.remote is not None:
+            arguments = ["llmft.sweeps.remote", str(writing), *map(str, share.remote)]
         if trial is not None:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = ["llmft", *trial.arguments]
@@ -93,18 +95,19 @@ class WorkerProcess:
 
     def events(self) -> list[dict[str, Any]]:
         """What it told since the last call."""
-        while True:
-            try:
-                read = os.read(self.events_fd, 65536)
-            except BlockingIOError:
-                break
-            if not read:
-                break
-            self._buffer += read
+        self._buffer += self.read_events()
         *lines, self._buffer = self._buffer.split(b"\n")
         if lines:
             self.last_sign = time.monotonic()
         return [json.loads(line) for line in lines]
+
+    def read_events(self) -> bytes:
+        """The bytes that have come since the last call."""
+        found = b""
+        with contextlib.suppress(BlockingIOError):
+            while read := os.read(self.events_fd, 65536):
+                found += read
+        return found
 
     def stop(self, why: str) -> None:
         """Asks it to save and leave."""
@@ -140,10 +143,12 @@ class Share:
     Attributes:
         environment: variables that are set before it begins.
         cores: None for all.
+        remote: (address of a Ray cluster, GPUs) of a worker that is on one of its machines.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
     cores: list[int] | None = None
+    remote: tuple[str, float] | None = None
 
 
 def shares_of_machine(workers: int) -> list[Share]:

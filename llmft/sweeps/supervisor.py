@@ -8,6 +8,7 @@ import select
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from llmft.core.errors import ConfigError, Interrupted
 from llmft.core.machine import allotted_cores, available_memory, visible_gpus
 from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.remote import LOST, NO_CLUSTER, cluster_workers
 from llmft.sweeps.trials import FINISHED, Sweep, Trial, refuse, value_of
 
 START_S = 600.0
@@ -118,6 +120,8 @@ class Supervisor:
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
+        self._lost: Counter[int] = Counter()
+        self._remote: tuple[str, float] | None = None
         limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -135,7 +139,7 @@ class Supervisor:
         count = (
             self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
         )
-        shares = shares_of_machine(count)
+        shares = [Share(remote=self._remote)] * count if self._remote is not None else shares_of_machine(count)
         if count > 1 and self.settings.workers == "auto":
             self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
         before = self._take_signals()
@@ -168,7 +172,17 @@ class Supervisor:
 
         What a search suggests depends on their number, so that it is only a grid that takes what cores there are.
         """
-        wanted = self.settings.workers
+        wanted, ray = self.settings.workers, self.settings.ray
+        if ray.address is not None:
+            if any(trial.distributed for trial in trials):
+                raise ConfigError("hydra/launcher=ray: a trial of several devices is started by torchrun or SLURM.")
+            room, gpus = cluster_workers(ray.address, ray.gpus_per_worker)
+            if room == 0:
+                raise ConfigError(f"sweep.ray.gpus_per_worker={gpus:g}: the cluster has fewer GPUs.")
+            self._remote = (ray.address, gpus)
+            if wanted != "auto":  # more than there are GPUs would wait for ever
+                room = min(room, int(wanted)) if gpus else int(wanted)
+            return max(1, min(room, at_most))
         count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
         if count > 1 and any(trial.distributed for trial in trials):
             self.progress.say("trials of several devices run one at a time.")
@@ -243,6 +257,12 @@ class Supervisor:
     def _free(self, slot: int) -> bool:
         """Whether a worker's place has nothing to do."""
         worker = self._processes[slot] if slot < len(self._processes) else None
+        if (
+            worker is not None
+            and worker.process.poll() == LOST
+            and any(p.process.poll() is None for p in self._processes)
+        ):
+            return False  # with its machine there is less room: another might wait for it for ever
         return worker is None or worker.process.poll() is not None or worker.idle
 
     def _next(self, source: Source) -> Trial | None:
@@ -323,6 +343,13 @@ class Supervisor:
             trial.mark("interrupted", "the sweep was interrupted")
         elif worker.stopping is not None:
             self._overdue(worker, trial)
+        elif code == LOST and self._lost[trial.number] < self.settings.ray.retries:
+            self._lost[trial.number] += 1
+            self.progress.say(f"{trial.label}: its machine is gone; it goes on elsewhere from its checkpoint.")
+            trial.status = "pending"
+        elif code == NO_CLUSTER:
+            self.stopped_because = "the Ray cluster no longer answers"
+            trial.mark("interrupted", self.stopped_because)
         elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
             trial.mark("failed", status["error"], "error")
         else:

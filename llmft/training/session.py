@@ -29,7 +29,7 @@ from llmft.runs.predictions import PREFIX
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
 from llmft.training.divergence import BadStep, write_bad_step
 from llmft.training.finetuner import FineTuner
-from llmft.training.micro_batching import MicroBatchPlan, architecture_of, plan_micro_batches
+from llmft.training.micro_batching import MicroBatchPlan, architecture_of, divides_weights, plan_micro_batches
 from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
 from llmft.training.parts import Parts, check_parts
 from llmft.training.plan import show_plan, what_ran
@@ -176,11 +176,13 @@ def build(
 
 def _assemble(inputs: RunInputs, ready: Ready, warn: Callable[[str], None]) -> Assembled:
     config = inputs.config
+    divided = divides_weights(config)  # whose parts go to the device when they are divided, layer by layer
     try:
         assembled = assemble(
             config,
             inputs.located,
-            device=ready.device,
+            device=torch.device("cpu") if divided else ready.device,
+            mapped=divided,
             precision=ready.precision,
             num_labels=inputs.num_outputs,
             vocabulary=len(ready.rows.tokenizer),
@@ -411,6 +413,7 @@ class Session:
         facts = {
             "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
+            **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.head is None else {}),
         }
         show_summary(self.screen, before, after, facts, chance, words, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)

@@ -25,7 +25,7 @@ from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import BadRows, load_rows
-from tests.conftest import ROOT, SHARED
+from tests.conftest import SHARED, prompt_config
 
 FILES = [str(SHARED / "instruction" / name) for name in ("llamafactory_alpaca_en_demo.json", "code_alpaca_2k.json")]
 
@@ -42,7 +42,7 @@ def ours(tokenizer: Any) -> tuple[list[Conversation], Encoder, int]:
     problems = BadRows(BadRow.skip)
     rows = load_rows(data, problems).splits["train"]
     conversations = ColumnMap(columns).conversations(rows, problems)
-    encoder = Encoder(tokenizer, PromptFormat.from_yaml(ROOT / "conf" / "prompt" / "alpaca.yaml"), data)
+    encoder = Encoder(tokenizer, PromptFormat(prompt_config("alpaca")), data)
     examples = encoder.encode("train", conversations, problems)
     return conversations, encoder, len(examples.ids)
 

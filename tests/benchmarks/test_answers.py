@@ -144,7 +144,7 @@ def bench_config(*overrides: str) -> BenchConfig:
         ("output_tokens=[1]", r"output_tokens=\[1\]: a list of lengths in tokens, 2 or more"),
         ("quantizations=[]", "quantizations=.*one at least"),
         ("max_time=soon", "max_time=soon: a duration"),
-        ("lora=none", "quantised ones cannot be: set quantizations"),
+        ("lora=none", "quantised weights cannot be trained: set quantizations"),
         ("micro_batch=x", "micro_batch=x"),
     ],
 )

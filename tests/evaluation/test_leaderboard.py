@@ -34,7 +34,7 @@ from llmft.folds import folds
 from llmft.metrics.classification import logloss
 from llmft.predict import predict, texts_of
 from llmft.refit import refit_config
-from llmft.reports.records import read_run
+from llmft.reports.read import read_run
 from llmft.runs.directory import Run
 from llmft.runs.predictions import Predictions
 from llmft.train import train
@@ -289,7 +289,7 @@ def check_submission(run: Path, files: str, tmp_path: Path) -> None:
         ask(list(range(21)), header)
     with pytest.raises(ConfigError, match="the class Zoe has no column"):
         ask(list(range(20)), ["id", *header[2:]])
-    with pytest.raises(ConfigError, match="fills the column writer_Bob"):
+    with pytest.raises(ConfigError, match="no class matches the column writer_Bob"):
         ask(list(range(20)), [*header[:-1], "writer_Bob"])
 
 

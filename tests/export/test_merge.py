@@ -61,6 +61,7 @@ def test_plain_transformers_says_with_a_merged_run_what_the_run_says(two_runs: l
     assert (directory / "model.safetensors").stat().st_mtime_ns == before, "what is there is not made again"
 
 
+@pytest.mark.slow
 def test_the_original_base_is_another_model_and_the_bound_is_kept(two_runs: list[Path], tmp_path: Path) -> None:
     directory = merged(two_runs[0], to=str(tmp_path / "a"), base=MergeBase.original)
     assert json.loads((directory / "llmft.json").read_text())["proof"]["kl_nats"] > 1e-4

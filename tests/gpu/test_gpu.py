@@ -25,7 +25,8 @@ from llmft.data.hub import Located, locate
 from llmft.model import adapters, kernels
 from llmft.model.checkpointing import set_checkpointing
 from llmft.model.kernels.packing import takes_varlen
-from llmft.model.load import load_base
+from llmft.model.load import load_base, model_config
+from llmft.model.memory import StepMemory
 from llmft.model.quantization import keep_packing, quantize_in_place
 from llmft.training.finetuner import deterministic_only
 from llmft.training.objectives import language_modeling
@@ -210,7 +211,7 @@ def test_a_step_gives_the_same_bits_again(architecture: str, device: torch.devic
 
 def options(device: torch.device, *more: str) -> list[str]:
     """The small run of all tests, on the device."""
-    return [*SMALL, f"trainer.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}", *more]
+    return [*SMALL, f"trainer.accelerator={'gpu' if device.type == 'cuda' else 'cpu'}", "trainer.precision=auto", *more]
 
 
 def status(root: Path) -> dict[str, Any]:
@@ -325,3 +326,22 @@ def test_a_cached_base_is_the_same_to_the_byte(
     say("base cache: equal bytes", same)
     assert same
     assert torch.equal(*(base(input_ids=torch.arange(8, device=device)[None]).logits for base in (first, second)))
+
+
+@pytest.mark.parametrize("level", [Checkpointing.none, Checkpointing.full], ids=lambda level: level.value)
+def test_the_peak_is_what_was_estimated(level: Checkpointing, device: torch.device, tmp_path: Path) -> None:
+    shape = "{hidden_size: 1024, intermediate_size: 4096, num_hidden_layers: 8, num_attention_heads: 16}"
+    if device.type == "cpu":
+        shape = "{hidden_size: 128, intermediate_size: 512, num_hidden_layers: 2, num_attention_heads: 4}"
+    more = ["model.init=random", f"model.overrides={shape}", "trainer.batch_size=256", "trainer.micro_batch=4096tokens"]
+    rows = ["data.rows={train: 512, validation: 4, test: 0}", "task.generate_rows=0", "trainer.max_steps=2"]
+    how = [f"trainer.gradient_checkpointing={level.value}", f"output_dir={tmp_path}"]
+    config = compose(*options(device, *more, *rows, *how))
+    train(config, quiet=True)
+    timing = [json.loads(line) for line in (run_directory(tmp_path) / "timing.jsonl").read_text().splitlines()]
+    peak = max(line["memory/peak_gib"] for line in timing if "memory/peak_gib" in line)
+    memory = StepMemory(config, model_config(config.model, locate(config.model)), step_dtypes(device)[0], device.type)
+    estimate = memory.at(4096, 48, 4096 // 20, level)
+    wanted = (estimate.total - (estimate.libraries if device.type == "cuda" else 0)) / 2**30
+    say(f"peak {peak:.2f} GiB, estimated {wanted:.2f} GiB, gradient checkpointing {level.value}")
+    assert device.type == "cpu" or 0.7 < peak / wanted < 1.3

@@ -24,7 +24,7 @@ from llmft.core.errors import ConfigError
 from llmft.metrics import higher_is_better, lower_is_better
 from llmft.metrics.monitor import declared, mode_of, with_mode
 from llmft.refit import refit_config
-from llmft.reports.study import make_study
+from llmft.reports.configurations import make_study
 from llmft.runs.directory import run_key
 from llmft.runs.predictions import Predictions
 from llmft.sweeps.candidates import Candidate

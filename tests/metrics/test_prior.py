@@ -18,7 +18,7 @@ from llmft.folds import folds
 from llmft.metrics import classification, regression
 from llmft.metrics.prior import against_prior, chance_sentence, prior_of, row_losses
 from llmft.reports.curves import Fit, diagnose
-from llmft.reports.records import read_run
+from llmft.reports.read import read_run
 from llmft.reports.write import write_report
 from llmft.runs.predictions import Predictions
 from llmft.train import train

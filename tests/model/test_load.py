@@ -72,7 +72,7 @@ def test_a_broken_directory_is_one_sentence(small: Callable[..., Any], directory
         train(small(f"model.path={directory}"), quiet=True)
     assert "\n" not in str(error.value)
     if damage == "pickled":
-        assert "pickled ones are not loaded" in str(error.value)
+        assert "pickled weights are not loaded" in str(error.value)
 
 
 def test_large_files_are_known_by_a_piece_of_every_tensor(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.metrics.classification import accuracy, auc
 from llmft.report import ReportConfig, report
 from llmft.reports.classes import metric_tables
+from llmft.reports.configurations import make_study
 from llmft.reports.curves import Fit, diagnose
 from llmft.reports.finding import find
 from llmft.reports.importance import importance
-from llmft.reports.records import read_run
-from llmft.reports.study import make_study
+from llmft.reports.read import read_run
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
 from llmft.runs.directory import write_row_losses

@@ -71,7 +71,7 @@ def test_two_machines_train_what_two_devices_of_one_do(launcher: str, tmp_path: 
 
 
 def test_a_machine_that_is_lost_ends_the_run_in_a_sentence_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    more = ["trainer.max_steps=60", "trainer.validate_every=30", "trainer.checkpoint_every=1", "task.generate_rows=0"]
+    more = ["trainer.max_steps=30", "trainer.validate_every=15", "trainer.checkpoint_every=1", "task.generate_rows=0"]
     machines = Machines("torchrun", *more, f"output_dir={tmp_path / 'nodes'}", cwd=tmp_path)
     deadline = time.monotonic() + 240
     while not list((tmp_path / "nodes").glob("runs/*/checkpoints/*.safetensors")):
@@ -91,13 +91,16 @@ def test_a_machine_that_is_lost_ends_the_run_in_a_sentence_and_the_same_command_
     assert adapter(tmp_path / "nodes") == adapter(tmp_path / "whole")
 
 
-def test_machines_that_do_not_share_the_run_directory_are_refused(tmp_path: Path) -> None:
-    stops = ["trainer.max_steps=6", "trainer.checkpoint_every=1", f"output_dir={tmp_path / 'a'}"]
-    machines = Machines("slurm", *stops, "trainer.max_time=0.01s", cwd=tmp_path).end()
-    assert list((tmp_path / "a").glob("runs/*/checkpoints/*.safetensors")), machines
+def test_machines_that_do_not_share_the_run_directory_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mark = tmp_path / "calls"
+    killed = ["trusted_packages=[tests]", "task.objective=tests.gpu.test_gpu.Killed", "trainer.checkpoint_every=1"]
+    one = ["trainer=cpu", "trainer.num_nodes=1", f"output_dir={tmp_path / 'a'}"]
+    llmft(*SMALL, *killed, *one, cwd=tmp_path, LLMFT_TEST_KILLED=str(mark))
+    assert list((tmp_path / "a").glob("runs/*/checkpoints/*.safetensors"))
     apart = (f"output_dir={tmp_path / 'a'}", f"output_dir={tmp_path / 'b'}")
-    for code, told in Machines(
-        "slurm", "trainer.max_steps=6", "trainer.checkpoint_every=1", each=apart, cwd=tmp_path
-    ).end():
+    monkeypatch.setenv("LLMFT_TEST_KILLED", str(mark))
+    for code, told in Machines("slurm", *killed, each=apart, cwd=tmp_path).end():
         assert code == 2, told
         assert "set output_dir to a directory that all of them share" in told

@@ -23,7 +23,7 @@ from llmft.data.sources import BadRows
 from llmft.train import train
 from llmft.training.prepare import prepare
 from llmft.training.tokenized_data import inspect_rows, read_rows
-from tests.conftest import ROOT, SMALL, compose, run_directory
+from tests.conftest import ROOT, SMALL, compose, prompt_config, run_directory
 from tests.trust.helpers import records
 
 PICTURES = Path(__file__).parent / "fixtures" / "templates"
@@ -157,7 +157,7 @@ class TestD8D9Caches:
         warnings: list[str] = []
         second = read_rows(given(tmp_path, lines()), warnings.append)
         assert len(warnings) == 2, "one for each split"
-        assert all("are damaged" in line and "made again" in line for line in warnings)
+        assert all("are damaged" in line and "tokenised again" in line for line in warnings)
         assert np.array_equal(first.splits["train"].ids, second.splits["train"].ids)
 
 
@@ -172,7 +172,7 @@ def tokenizer() -> Any:
 
 
 def format_of(name: str) -> PromptFormat:
-    return PromptFormat.from_yaml(ROOT / "conf" / "prompt" / f"{name}.yaml")
+    return PromptFormat(prompt_config(name))
 
 
 def chat(question: str, answer: str) -> Conversation:

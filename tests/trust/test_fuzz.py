@@ -22,6 +22,7 @@ from llmft.config.sections import BadRow
 from llmft.core.errors import DataError, UserError, report
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import BadRows, Row, read
+from tests.conftest import prompt_config
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(
@@ -138,7 +139,7 @@ class TestFuzzPrompts:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_fuzz_spans_cover_exactly_the_answers_and_the_parts_make_the_text(self, name: str) -> None:
-        prompt = PromptFormat.from_yaml(config_directory() / "prompt" / f"{name}.yaml")
+        prompt = PromptFormat(prompt_config(name))
 
         @settings(SETTINGS, max_examples=40 if not FUZZ_S else 2000)
         @given(turns)
@@ -172,7 +173,7 @@ class TestFuzzPrompts:
 
     def test_fuzz_marks_in_the_rows_text_are_only_text(self) -> None:
         """Also the private-use characters that stand around an answer while it renders."""
-        prompt = PromptFormat.from_yaml(config_directory() / "prompt" / "chatml.yaml")
+        prompt = PromptFormat(prompt_config("chatml"))
         text = "{% generation %} \ue000abc\ue001 {{ bos_token }} \ue002\ue003"
         made = prompt.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
         assert len(made.spans) == 1

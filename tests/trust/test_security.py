@@ -114,7 +114,7 @@ class TestPickleAndCode:
     def test_pickled_weights_are_refused(self, tmp_path: Path) -> None:
         shutil.copytree(TINY, tmp_path / "model")
         (tmp_path / "model" / "model.safetensors").rename(tmp_path / "model" / "pytorch_model.bin")
-        with pytest.raises(ConfigError, match="pickled ones are not loaded"):
+        with pytest.raises(ConfigError, match="pickled weights are not loaded"):
             prepare(compose(*SMALL, "model=local", f"model.path={tmp_path}/model", f"output_dir={tmp_path}"))
 
     def test_hydras_way_to_run_a_pickle_again_is_closed(self, tmp_path: Path) -> None:

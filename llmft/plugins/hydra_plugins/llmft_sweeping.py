@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 store = ConfigStore.instance()
 for group, option, node in (
     ("hydra/launcher", "local", {"_target_": f"{__name__}.LocalLauncher"}),
+    ("hydra/launcher", "ray", {"_target_": f"{__name__}.LocalLauncher"}),  # the supervisor is here all the same
     ("hydra/sweeper", "grid", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig())}),
     ("hydra/sweeper", "optuna", {"_target_": f"{__name__}.OwnSweeper", **to_plain(SearchConfig(sampler="tpe"))}),
 ):
@@ -190,9 +191,13 @@ def make_planner(loader: Any, master: Any, invocation: Invocation) -> Planner:
     def compose(overrides: Sequence[str]) -> TrainConfig:
         composed = loader.load_sweep_config(master, list(overrides))
         HydraConfig.instance().set_config(composed)  # for ${hydra:…} in a config
+        on_ray = composed.hydra.runtime.choices.get("hydra/launcher") == "ray"
         with open_dict(composed):
             del composed["hydra"]
-        return config_of_command(composed, TrainConfig, invocation)
+        config = config_of_command(composed, TrainConfig, invocation)
+        if on_ray and config.sweep.ray.address is None:
+            config.sweep.ray.address = "auto"
+        return config
 
     def told(error: Exception) -> Exception:
         if isinstance(error, UserError):

@@ -18,7 +18,7 @@ from typing import Any
 from llmft.config.sections import Mode
 from llmft.core.redaction import redact
 from llmft.metrics.monitor import declared, mode_of, named_metric
-from llmft.reports.records import RunRecord, _object, read_run
+from llmft.reports.read import RunRecord, _object, read_run
 from llmft.reports.statistics import Looks, Replicate, Sample
 
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
