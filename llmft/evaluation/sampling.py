@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
@@ -31,7 +32,7 @@ from llmft.data.messages import message_text
 from llmft.evaluation.jobs import PredictionJob, plan_predictions
 from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
-from llmft.metrics.rewards import best_of_n_nats, expected_best
+from llmft.metrics.rewards import expected_best
 from llmft.model.sampling import Draw, Drawn, sample
 from llmft.runs.directory import Run, directories, finished_run, slug
 from llmft.runs.predictions import read_table
@@ -301,7 +302,8 @@ def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
     if reward is None:
         return report
     report["expected_best"] = np.mean([expected_best(reward[own]) for own in prompts], axis=0).tolist()
-    report["best_of_n_nats"] = best_of_n_nats(each)
+    # How far the best of n may move from the policy: an upper bound (arXiv:2009.01325).
+    report["best_of_n_nats"] = math.log(each) - (each - 1) / each
     report["judge_against_length"] = _within(prompts, reward, table["tokens"])
     names = [name for name in table if name.startswith("score_")]
     report["judges"] = {

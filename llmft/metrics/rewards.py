@@ -199,8 +199,3 @@ def expected_best(scores: Sequence[float]) -> list[float]:
             weight *= (k - n) / (k - 1) if k > 1 else 0.0
         means.append(float(weights @ ordered))
     return means
-
-
-def best_of_n_nats(n: int) -> float:
-    """How far the best of n answers may move from the policy in nats: ln n - (n - 1) / n, an upper bound."""
-    return float(np.log(n) - (n - 1) / n)
