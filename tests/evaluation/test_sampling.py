@@ -34,10 +34,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sampled(run: Path, *overrides: str) -> Path:
-    config = compose(
-        f"run={run}", "samples=4", "temperatures=[0.5,1.5]", "threads=1", *overrides, verb="sample", kind=SampleConfig
-    )
-    return sample(config, quiet=True)
+    given = [f"run={run}", "samples=4", "temperatures=[0.5,1.5]", "threads=1", *overrides]
+    return sample(compose(*given, verb="sample", kind=SampleConfig), quiet=True)
 
 
 def content(directory: Path) -> dict[str, bytes]:

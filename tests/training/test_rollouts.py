@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmft.config.sections import TaskConfig
+from llmft.config.sections import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch, PolicyRows, collate
 from llmft.data.columns import Conversation
@@ -96,10 +96,7 @@ def drawn(**more: Any) -> Drawn:
 
 def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
     old, reference = [[-1.0, -1.0], [-1.0, -1.0, -1.0]], [[-1.5, -1.0], [-1.0, -1.0, -2.0]]
-    held = task(group=2, advantage="leave_one_out", kl={"beta": 0.1, "where": "reward", "estimator": "k1"})
-    from llmft.config.convert import from_plain, to_plain
-
-    held = from_plain(to_plain(held), TaskConfig)
+    held = task(group=2, advantage=Advantage.leave_one_out, kl=KlConfig(0.1, KlWhere.reward, KlEstimator.k1))
     found, _ = learned_from(drawn(old=old, reference=reference), held)
     first, second = 1.0 - 0.1 * 0.5, 0.0 - 0.1 * 1.0
     assert found[0] == pytest.approx([first - second] * 2, abs=1e-7)
