@@ -146,7 +146,7 @@ def _check_hydra(path: Path, inside: Path, content: Any) -> None:
     set_by += [f"hydra.{name}" for name in settings] if isinstance(settings, dict) else []
     for key in set_by:
         if key.removeprefix("hydra.").partition(".")[0] not in HYDRA_SETTINGS:
-            raise ConfigError(f"{path}: {key}: of hydra, a file may set only {', '.join(sorted(HYDRA_SETTINGS))}.")
+            raise ConfigError(f"{path}: {key}: a file may set only {', '.join(sorted(HYDRA_SETTINGS))} of hydra.")
     settings_to_check = (
         settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
     )

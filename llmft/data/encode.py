@@ -288,17 +288,15 @@ class Encoder:
             return self._answers(conversation, conversation.comparison.others)
         if not conversation.learns_text:
             return [Part(conversation, self.render(conversation, wanted=frozenset()), [])]
-        answer_indices = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
-        first = len(answer_indices) - 1 if self.data.train_turns is Turns.last else conversation.trained_from
-        learned = [
-            n for n in range(first, len(answer_indices)) if "weight" not in conversation.messages[answer_indices[n]]
-        ]
+        answers = [n for n, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+        first = len(answers) - 1 if self.data.train_turns is Turns.last else conversation.trained_from
+        learned = [n for n in range(first, len(answers)) if "weight" not in conversation.messages[answers[n]]]
         full = self.render(conversation, wanted=frozenset(learned))
-        if len(full.spans) != len(answer_indices):
+        if len(full.spans) != len(answers):
             return [Part(conversation, full, full.spans)]
         parts = []
         for number in sorted(full.apart.intersection(learned)):
-            prefix = replace(conversation, messages=conversation.messages[: answer_indices[number] + 1])
+            prefix = replace(conversation, messages=conversation.messages[: answers[number] + 1])
             rendered = self.render(prefix, wanted=frozenset([number]))
             parts.append(Part(prefix, rendered, [rendered.spans[number]]))
         spans = [full.spans[number] for number in learned if number not in full.apart]
@@ -391,12 +389,12 @@ class Encoder:
 
     def _tokens_after_text(self, text: str) -> Tokens:
         """Tokens of `text` after a text that it does not merge with, without a leading space."""
-        for prefix in self._lead_texts:
-            before, tokens = self._tokenize([prefix, prefix + text])
+        for lead in self._lead_texts:
+            before, tokens = self._tokenize([lead, lead + text])
             first = len(before.ids)
-            if tokens.ids[:first] == before.ids and all(start >= len(prefix) for start in tokens.starts[first:]):
+            if tokens.ids[:first] == before.ids and all(start >= len(lead) for start in tokens.starts[first:]):
                 starts, ends = (
-                    [offset - len(prefix) for offset in offsets[first:]] for offsets in (tokens.starts, tokens.ends)
+                    [offset - len(lead) for offset in offsets[first:]] for offsets in (tokens.starts, tokens.ends)
                 )
                 return Tokens(tokens.ids[first:], starts, ends)
         return self._tokenize([text])[0]

@@ -51,7 +51,7 @@ def message_text(message: Message) -> str:
 
 def read_messages(turns: Any, column: str, keys: Keys) -> list[Message]:
     """The messages in `column`. Raises ValueError that says which message is wrong and why."""
-    turns = _from_json_text(turns)
+    turns = _parse_json(turns)
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"column '{column}' holds no list of messages")
     if all(isinstance(turn, str) for turn in turns):  # LIMA: a list of texts, user and assistant in turn
@@ -75,18 +75,16 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
     if not isinstance(turn, dict):
         raise ValueError(f"message {number} is {type(turn).__name__}, an object was expected")
     values = {key: value for key, value in turn.items() if value is not None}  # Arrow fills missing keys with null
-    known_keys = {"role", "from", *CONTENT, *REASONING, *WEIGHTS, "tool_calls", "function_call"}
-    role = _single_value(values, ("role", "from"), number)
+    known = {"role", "from", *CONTENT, *REASONING, *WEIGHTS, "tool_calls", "function_call"}
+    role = _single(values, ("role", "from"), number)
     if role is None:
         raise ValueError(f"message {number} has no role (its keys: {', '.join(turn)})")
     if not isinstance(role, str) or role not in ROLES:
         raise ValueError(f"message {number} has the role '{role}'; known are {', '.join(sorted(ROLES))}")
     label = f"message {number} ({role})"
-    known_keys |= {"tool": {"name", "tool_call_id"}, "system": set(TOOLS if number == 1 else ())}.get(
-        ROLES[role], set()
-    )
-    message: Message = {"role": ROLES[role], "content": _single_value(values, CONTENT, number)}
-    is_assistant = message["role"] in ("assistant", "call")
+    known |= {"tool": {"name", "tool_call_id"}, "system": set(TOOLS if number == 1 else ())}.get(ROLES[role], set())
+    message: Message = {"role": ROLES[role], "content": _single(values, CONTENT, number)}
+    assistant = message["role"] in ("assistant", "call")
     if message["role"] == "call":
         message |= {"role": "assistant", "content": "", "tool_calls": _calls(message["content"], label)}
     if isinstance(message["content"], list):
@@ -95,12 +93,10 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
         medium = key.removesuffix("s").removesuffix("_url")
         if medium in MEDIA and value not in EMPTY:
             raise ValueError(f"{label} has '{key}': this is a text trainer, leave rows with {medium} out")
-        if key in (*REASONING, "tool_calls", "function_call") and value not in EMPTY and not is_assistant:
+        if key in (*REASONING, "tool_calls", "function_call") and value not in EMPTY and not assistant:
             raise ValueError(f"{label} has '{key}', which only the assistant has")
-        _count(key, value, key in known_keys, label, keys)
-    reasoning = _single_value(
-        {key: values[key] for key in REASONING if values.get(key) not in ("", None)}, REASONING, number
-    )
+        _count(key, value, key in known, label, keys)
+    reasoning = _single({key: values[key] for key in REASONING if values.get(key) not in ("", None)}, REASONING, number)
     if reasoning is not None:
         if not isinstance(reasoning, str) or message.get("reasoning_content", reasoning) != reasoning:
             raise ValueError(f"{label} has reasoning that is not text, or two that differ")
@@ -113,9 +109,9 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
         if isinstance(message["content"], (dict, list)):
             message["content"] = json.dumps(message["content"], ensure_ascii=False)
     weight = _weight(values, label)
-    if weight and not is_assistant:
+    if weight and not assistant:
         raise ValueError(f"{label} has a weight, but only answers of the assistant are learned")
-    if weight == 0 and is_assistant:
+    if weight == 0 and assistant:
         message["weight"] = 0
     if message["content"] is None and message.get("tool_calls"):
         message["content"] = ""
@@ -138,8 +134,8 @@ def _count(key: str, value: Any, is_read: bool, label: str, keys: Keys, prefix: 
     (keys.read if is_read else keys.unused)[prefix + key] += 1
 
 
-def _single_value(values: dict[str, Any], keys: tuple[str, ...], number: int) -> Any:
-    """The value under any of `names`. Raises ValueError for two that differ."""
+def _single(values: dict[str, Any], keys: tuple[str, ...], number: int) -> Any:
+    """The value under any of `keys`. Raises ValueError for two that differ."""
     candidates = [values[name] for name in keys if name in values]
     if any(value != candidates[0] for value in candidates[1:]):
         raise ValueError(f"message {number} has {' and '.join(repr(n) for n in keys if n in values)}, which differ")
@@ -172,28 +168,28 @@ def _read_parts(message: Message, label: str, keys: Keys) -> None:
         if not isinstance(part, dict):
             raise ValueError(f"{label} has a part that is {type(part).__name__}, an object was expected")
         part = {key: value for key, value in part.items() if value is not None}
-        raw_type = str(part.pop("type", "text" if "text" in part else next(iter(part), "nothing")))
-        medium = next((name for name in MEDIA if name in raw_type), None)
+        kind = str(part.pop("type", "text" if "text" in part else next(iter(part), "nothing")))
+        medium = next((name for name in MEDIA if name in kind), None)
         if medium:
             raise ValueError(
-                f"{label} has a part of type '{raw_type}': this is a text trainer, leave rows with {medium} out"
+                f"{label} has a part of type '{kind}': this is a text trainer, leave rows with {medium} out"
             )
-        part_type = raw_type.removeprefix("input_").removeprefix("output_")
+        part_type = kind.removeprefix("input_").removeprefix("output_")
         if part_type in ("text", "reasoning", "thinking", "think"):
             names = ("text", "value", "content", *((part_type, "thinking", "reasoning") if part_type != "text" else ()))
             text = next((part[name] for name in names if isinstance(part.get(name), str)), None)
             if text is None:
-                raise ValueError(f"{label} has a part of type '{raw_type}' without text")
+                raise ValueError(f"{label} has a part of type '{kind}' without text")
             if part_type != "text" and message["role"] != "assistant":
-                raise ValueError(f"{label} has a part of type '{raw_type}', which only the assistant has")
+                raise ValueError(f"{label} has a part of type '{kind}', which only the assistant has")
             (texts if part_type == "text" else thoughts).append(text)
             used: tuple[str, ...] = tuple(name for name in names if part.get(name) == text)
-        elif raw_type in ("tool_call", "tool_use", "function_call") and message["role"] == "assistant":
+        elif kind in ("tool_call", "tool_use", "function_call") and message["role"] == "assistant":
             call = part.get("value", {**part, "arguments": part["input"]} if "input" in part else part)
             calls += _calls(call, label)
             used = ("value", "id", "name", "arguments", "input", "function")
         else:
-            raise ValueError(f"{label} has a part of type '{raw_type}'; known are text, reasoning and tool_call")
+            raise ValueError(f"{label} has a part of type '{kind}'; known are text, reasoning and tool_call")
         for key, value in part.items():
             _count(key, value, key in used, label, keys, "content.")
     message["content"] = "".join(texts)
@@ -203,7 +199,7 @@ def _read_parts(message: Message, label: str, keys: Keys) -> None:
         message["tool_calls"] = calls
 
 
-def _from_json_text(value: Any) -> Any:
+def _parse_json(value: Any) -> Any:
     """The parsed value of a text that is JSON, as in csv files and ShareGPT; any other value as it is."""
     if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
         try:
@@ -215,21 +211,19 @@ def _from_json_text(value: Any) -> Any:
 
 def _calls(value: Any, label: str) -> list[Message]:
     """Tool calls in OpenAI's form, from one call or a list of them, parsed or as JSON text."""
-    value = _from_json_text(value)
+    value = _parse_json(value)
     if value in EMPTY:
         return []
     calls = []
     for call in value if isinstance(value, list) else [value]:
-        call = _from_json_text(call)
+        call = _parse_json(call)
         function = call.get("function", call) if isinstance(call, dict) else None
         if isinstance(function, str) and isinstance(call, dict):
             function = {**call, "name": function}
         name = function.get("name") if isinstance(function, dict) else None
         if not isinstance(function, dict) or not isinstance(name, str) or not name:
             raise ValueError(f"{label} has a tool call without a name: {json.dumps(call, default=str)[:80]}")
-        arguments = _from_json_text(
-            next((function[key] for key in ("arguments", "parameters") if key in function), None)
-        )
+        arguments = _parse_json(next((function[key] for key in ("arguments", "parameters") if key in function), None))
         if arguments in (None, ""):
             arguments = {}
         if not isinstance(arguments, dict):
@@ -243,10 +237,10 @@ def _calls(value: Any, label: str) -> list[Message]:
 
 def read_tools(values: dict[str, Any], turns: Any) -> list[Message] | None:
     """The tools of a row in OpenAI's form, from its own columns or its system message; None where it has none."""
-    turns = _from_json_text(turns)
+    turns = _parse_json(turns)
     first = turns[0] if isinstance(turns, list) and turns and isinstance(turns[0], dict) else {}
     first = first if ROLES.get(str(first.get("role", first.get("from")))) == "system" else {}
-    candidates = [(name, _from_json_text(source.get(name))) for source in (values, first) for name in TOOLS]
+    candidates = [(name, _parse_json(source.get(name))) for source in (values, first) for name in TOOLS]
     candidates = [(name, tools) for name, tools in candidates if tools not in EMPTY]
     if not candidates:
         return None
@@ -255,7 +249,7 @@ def read_tools(values: dict[str, Any], turns: Any) -> list[Message] | None:
         raise ValueError(f"the row names its tools twice, in '{name}' and '{candidates[1][0]}', and they differ")
     parsed = []
     for tool in tools if isinstance(tools, list) else [tools]:
-        tool = _from_json_text(tool)
+        tool = _parse_json(tool)
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise ValueError(f"'{name}' is not a list of tools in OpenAI's form, each with a name")

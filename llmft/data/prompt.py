@@ -175,34 +175,29 @@ class PromptFormat:
         text, spans = _without_marks(self._write(turns, values, generation))
         if generation:
             return Rendered(text, spans)
-        answer_turns = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        learned = [number for number in range(len(answer_turns)) if wanted is None or number in wanted]
+        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+        learned = [number for number in range(len(answers)) if wanted is None or number in wanted]
         if not self.marked:
-            return self._by_prompts(turns, values, text, answer_turns, learned)
-        if len(spans) != len(answer_turns):
-            if len(learned) < len(answer_turns):
+            return self._by_prompts(turns, values, text, answers, learned)
+        if len(spans) != len(answers):
+            if len(learned) < len(answers):
                 raise ValueError(
-                    f"prompt={self.config.name}: the template marks {len(spans)} spans for {len(answer_turns)} answers "
+                    f"prompt={self.config.name}: the template marks {len(spans)} spans for {len(answers)} answers "
                     "and cannot train on some of them only"
                 )
             return Rendered(text, spans)
         signature = (tuple(map(_turn_signature, turns)), bool(values.get("tools")))
         if signature not in self._layouts:
-            self._layouts[signature] = self._compare_with_serving(turns, values, text, spans, answer_turns)
+            self._layouts[signature] = self._compare_with_serving(turns, values, text, spans, answers)
         apart, unlike = self._layouts[signature]
         return Rendered(text, [(0, 0) if n in apart else span for n, span in enumerate(spans)], apart, unlike)
 
     def _compare_with_serving(
-        self,
-        turns: list[Message],
-        values: dict[str, Any],
-        text: str,
-        spans: list[tuple[int, int]],
-        answer_turns: list[int],
+        self, turns: list[Message], values: dict[str, Any], text: str, spans: list[tuple[int, int]], answers: list[int]
     ) -> tuple[frozenset[int], bool]:
         """(`Rendered.apart`, `Rendered.unlike`) of a text."""
         apart, unlike = set(), False
-        for number, (turn, (start, end)) in enumerate(zip(answer_turns, spans, strict=True)):
+        for number, (turn, (start, end)) in enumerate(zip(answers, spans, strict=True)):
             prompt, _ = _without_marks(self._write(turns[:turn], values, True))
             alone, alone_spans = _without_marks(self._write(turns[: turn + 1], values, False))
             alone_start, alone_end = alone_spans[-1]
@@ -215,12 +210,12 @@ class PromptFormat:
         return frozenset(apart), unlike
 
     def _by_prompts(
-        self, turns: list[Message], values: dict[str, Any], text: str, answer_turns: list[int], learned: list[int]
+        self, turns: list[Message], values: dict[str, Any], text: str, answers: list[int], learned: list[int]
     ) -> Rendered:
         """Answers of a template without marks: the text that it adds to a server's prompt."""
-        spans, apart = [(0, 0)] * len(answer_turns), set()
+        spans, apart = [(0, 0)] * len(answers), set()
         for number in reversed(learned):
-            turn = answer_turns[number]
+            turn = answers[number]
             start, prefix = self._last_answer(turns[: turn + 1], values)
             if turn + 1 == len(turns) and not text.startswith(prefix):
                 text = prefix

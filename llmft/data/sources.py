@@ -37,7 +37,7 @@ from llmft.data.naming import NotFinite, Unreadable, is_nested, names_in, nested
 
 SPLITS = ("train", "validation", "test")
 DECOMPRESS = {".gz": gzip.decompress, ".bz2": bz2.decompress, ".xz": lzma.decompress}
-MAX_REJECTED_CHARACTERS = 4000
+MAX_RECORD = 4000
 """Longest record of a rejected row."""
 MAX_NESTING = 100
 """Deepest nesting of lists and objects in a row; Python's own JSON reader fails at some hundreds."""
@@ -80,11 +80,7 @@ class BadRows:
 def shortened(row: Any) -> Any:
     """A row as plain JSON data; only the beginning of its text where that is very long."""
     text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-    return (
-        f"{text[:MAX_REJECTED_CHARACTERS]} …"
-        if len(text) > MAX_REJECTED_CHARACTERS
-        else json.loads(json.dumps(row, default=str))
-    )
+    return f"{text[:MAX_RECORD]} …" if len(text) > MAX_RECORD else json.loads(json.dumps(row, default=str))
 
 
 @dataclass(frozen=True)
@@ -226,25 +222,25 @@ def _from_hub(data: DataConfig) -> Loaded:
 
 
 def _from_files(data: DataConfig, problems: BadRows) -> Loaded:
-    files_of = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
+    sources = {split: (f"data.split_files.{split}", getattr(data.split_files, split)) for split in SPLITS}
     if data.files:
-        files_of["train"] = ("data.files", data.files)
+        sources["train"] = ("data.files", data.files)
         for split, path in _splits_of_directory(data.files).items():
-            if split != "train" and files_of[split][1]:
+            if split != "train" and sources[split][1]:
                 raise ConfigError(
-                    f"{files_of[split][0]} is set, and data.files={data.files} has {split} rows: keep one."
+                    f"{sources[split][0]} is set, and data.files={data.files} has {split} rows: keep one."
                 )
-            files_of[split] = ("data.files", str(path))
-    files_read = {
-        split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in files_of.items() if named
+            sources[split] = ("data.files", str(path))
+    results = {
+        split: read_files(named, key, problems, data.csv_columns) for split, (key, named) in sources.items() if named
     }
-    paths = [path for files in files_read.values() for path in files.paths]
+    paths = [path for files in results.values() for path in files.paths]
     check_csv_columns(data.csv_columns, paths)
-    digests = {split: files.digests for split, files in files_read.items()}
-    for split, files in files_read.items():
+    digests = {split: files.digests for split, files in results.items()}
+    for split, files in results.items():
         if not files.rows and split != "train" and not problems.rejected:
-            raise DataError(f"{files_of[split][0]}={files_of[split][1]}: no rows.")
-    rows = {split: files.rows for split, files in files_read.items()}
+            raise DataError(f"{sources[split][0]}={sources[split][1]}: no rows.")
+    rows = {split: files.rows for split, files in results.items()}
     return Loaded(rows, hashlib.sha256(canonical(digests).encode()).hexdigest())
 
 

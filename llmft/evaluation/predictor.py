@@ -93,7 +93,8 @@ class Predictor:
 
     def close(self) -> None:
         """Removes the adapter from the base."""
-        self.assembled.release()
+        if self.model is not None:
+            self.assembled.release()
         self.model = None
 
     # ------------------------------------------------------------------------------------------------- predicting

@@ -15,7 +15,7 @@ import torch
 
 from llmft import __version__
 from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
-from llmft.config.sections import Head, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import Precision, QuantizationConfig, QuantizationFormat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, UserError
 from llmft.core.files import format_bytes, staged_directory
@@ -148,7 +148,8 @@ def _write_weights(
 
 def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
     """Puts classes, and the end and padding tokens, into transformers' config."""
-    if job.config.task.head is Head.linear and job.labels:
+    heads = str(job.config.task.auto_class) == "sequence_classification"
+    if heads and job.labels:
         config.id2label = dict(enumerate(job.labels))
         config.label2id = {label: number for number, label in config.id2label.items()}
         kinds = {"single_label": "single_label_classification", "multi_label": "multi_label_classification"}
@@ -156,7 +157,7 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
     ids = predictor.encoder.ends.ids
     config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
     # transformers reads a decoder's scores before the padding, so a token that ends rows must not be it.
-    if job.config.task.head is Head.linear and predictor.tokenizer.pad_token_id in ids:
+    if heads and predictor.tokenizer.pad_token_id in ids:
         predictor.tokenizer.pad_token = predictor.tokenizer.bos_token or predictor.tokenizer.unk_token
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
@@ -166,7 +167,7 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: 
     tokenizer = copy.deepcopy(predictor.tokenizer)
     ends, prompt = predictor.encoder.ends, predictor.encoder.prompt.config
     tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
-    if predictor.config.task.head is None:
+    if predictor.config.task.writes:
         own = _prompts(predictor)
         template.check_template(tokenizer, own, predictor.job.run.directory)
     tokenizer.save_pretrained(directory)

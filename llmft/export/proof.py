@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Head, QuantizationFormat
+from llmft.config.sections import QuantizationFormat
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation
@@ -62,8 +62,10 @@ class Questions:
                 Conversation([{"role": "user", "content": text}], where=f"question {number}", target=0)
                 for number, text in enumerate(QUESTIONS, 1)
             ]
-        if predictor.config.task.head is not None:
-            return cls(conversations, predictor.encode(conversations), [], source)
+        if not predictor.config.task.writes:
+            examples = predictor.encode(conversations)
+            rows = [Example(row.input_ids, [IGNORE] * len(row.input_ids), row.conversation) for row in examples]
+            return cls(conversations, rows, [], source)
         examples = predictor.encoder.encode("proof", conversations, BadRows())
         rows = [examples[place] for place in range(len(examples))]
         spoken = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]
@@ -107,7 +109,7 @@ def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
     model, made = predictor.model, Answers()
     with torch.no_grad(), predictor.autocast(), _largest_output(model, made):
         for row in questions.rows:
-            if predictor.config.task.head is Head.linear:
+            if str(predictor.config.task.auto_class) == "sequence_classification":
                 batch = collate([row], [0], predictor.tokenizer.pad_token_id).to(predictor.device)
                 made.outputs.append(linear_scores(model, batch).float().cpu())
             else:
@@ -125,7 +127,7 @@ def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> 
     made = Answers()
     with torch.no_grad():
         for row in questions.rows:
-            if predictor.config.task.head is Head.linear:
+            if str(predictor.config.task.auto_class) == "sequence_classification":
                 ids = torch.tensor([list(row.input_ids)], device=model.device)
                 made.outputs.append(model(input_ids=ids).logits.float().cpu())
             else:

@@ -13,7 +13,6 @@ from llmft.reports.curves import Band, band
 from llmft.reports.importance import interaction
 from llmft.reports.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
 from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
-from llmft.reports.verdicts import shown as told
 
 MOST_LINES = 24
 TOP, BOTTOM = 14, 236
@@ -122,9 +121,9 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
     parts = []
     for value in x.ticks():
         parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
-        parts.append(text(x(value), height - 26, f"{value:.0%}" if shown[0].log else short(value), "middle"))
+        parts.append(text(x(value), height - 26, f"{value:.0%}" if shown[0].rules.log else short(value), "middle"))
     left = x(0.0) < WIDTH / 2
-    of = f"lead in {unit}" if not shown[0].log else f"how much lower {unit} is"
+    of = f"lead in {unit}" if not shown[0].rules.log else f"how much lower {unit} is"
     parts.append(text(WIDTH / 2, height - 6, f"{of}, 95% interval", "middle", class_="faint"))
     for place, c in enumerate(shown):
         at = 46.0 * place + 36
@@ -136,7 +135,7 @@ def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Mar
             tag("line", x1=x(c.low or 0.0), x2=x(c.high or 0.0), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(c.lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )
-        tip = f"{c.first} over {c.second}: {told(c, c.lead)}, {interval_of(c)}"
+        tip = f"{c.first} over {c.second}: {c.rules.told(c.lead)}, {interval_of(c)}"
         parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
     return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
 

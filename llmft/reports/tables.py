@@ -14,7 +14,7 @@ from llmft.reports.classes import Table
 from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, diagnose, summed_up
 from llmft.reports.read import RunRecord
-from llmft.reports.verdicts import Comparison, Verdicts, number, sentence, shown
+from llmft.reports.verdicts import Comparison, Verdicts, number, sentence
 
 
 @dataclass(frozen=True)
@@ -198,7 +198,7 @@ def verdicts_csv(verdicts: Verdicts) -> str:
         [
             *(key or "", c.first, c.second, c.verdict.value, c.lead),
             *map(_blank, (c.low, c.high)),
-            *("share" if c.log else "metric", c.contrast.runs, c.contrast.num_rows, c.plan, sentence(c)),
+            *("share" if c.rules.log else "metric", c.contrast.runs, c.contrast.num_rows, c.plan, sentence(c)),
         ]
         for key, c in verdicts.all
     ]
@@ -237,7 +237,9 @@ def markdown(
     parts += [part for own in metrics for part in (f"## {own.title}", markdown_table(own.head, own.lines))]
     if verdicts.all:
         head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
-        lines = [[c.first, c.second, c.verdict.value, shown(c, c.lead), _interval(c), c.plan] for _, c in verdicts.all]
+        lines = [
+            [c.first, c.second, c.verdict.value, c.rules.told(c.lead), _interval(c), c.plan] for _, c in verdicts.all
+        ]
         parts += ["## Verdicts", markdown_table(head, lines), *(f"- {sentence(c)}" for _, c in verdicts.all)]
     if curves:
         parts += ["## Over- and underfitting", curves]
@@ -259,7 +261,7 @@ def markdown(
 def _interval(found: Comparison) -> str:
     if found.low is None or found.high is None:
         return "unknown"
-    return f"{shown(found, found.low)} to {shown(found, found.high)}"
+    return f"{found.rules.told(found.low)} to {found.rules.told(found.high)}"
 
 
 def metrics_of(run: RunRecord) -> str:

@@ -46,8 +46,32 @@ class Verdict(Enum):
 
 
 @dataclass(frozen=True)
+class Rules:
+    """How a sweep is judged: its declared looks, the smallest difference that matters, and which way is better."""
+
+    looks: Looks = 1
+    smallest: float | None = None
+    lower_is_better: bool = True
+    log: bool = False
+    level: float = 1.0
+    """The best's mean where logarithms are compared: what a difference is a share of."""
+
+    def lead(self, estimate: float) -> float:
+        """How far the first is ahead."""
+        return -estimate if self.lower_is_better else estimate
+
+    def share(self, lead: float) -> float:
+        """A lead in the metric's units, or as a share of the other one where logarithms are compared."""
+        return -math.expm1(-lead) if self.log else lead
+
+    def told(self, share: float) -> str:
+        """What `share` gives with its unit."""
+        return f"{100 * share:.{1 if abs(share) < 0.1 else 0}f}%" if self.log else number(share)
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """`first`, the best by its mean, against `second`: `lead` in the metric's units, or as a share where `log`.
+    """`first`, the best by its mean, against `second`: `lead` in the metric's units, or as a share with logarithms.
 
     `low` and `high` are the ends of its interval, None where no noise is known. `plan` says what would settle it.
     """
@@ -59,15 +83,8 @@ class Comparison:
     high: float | None
     verdict: Verdict
     contrast: Contrast
+    rules: Rules
     plan: str = ""
-    log: bool = False
-    unit: float = 1.0
-    """What a share is of, in the metric's units."""
-
-    @property
-    def metric_high(self) -> float:
-        """The interval's upper end in the metric's units."""
-        return math.inf if self.high is None else self.high * self.unit
 
 
 @dataclass
@@ -90,33 +107,8 @@ class Family:
     def settled_by(self, smallest: float | None) -> bool:
         """Whether those that may be the best are alike in every run, or nearer to it than what matters."""
         inside = [c for c in self.comparisons if c.second in self.among]
-        near = smallest and all(c.high is not None and c.metric_high < smallest for c in inside)
+        near = smallest and all(c.high is not None and c.high * c.rules.level < smallest for c in inside)
         return bool(inside) and bool(near or all(c.contrast.alike for c in inside))
-
-
-@dataclass(frozen=True)
-class Rules:
-    """How a sweep is judged: its declared looks, the smallest difference that matters, and which way is better."""
-
-    looks: Looks = 1
-    smallest: float | None = None
-    lower_is_better: bool = True
-    log: bool = False
-    level: float = 1.0
-    """The best's mean where logarithms are compared: what a difference is a share of."""
-
-    def lead(self, estimate: float) -> float:
-        """How far the first is ahead."""
-        return -estimate if self.lower_is_better else estimate
-
-    def share(self, lead: float) -> float:
-        """A lead in the metric's units, or as a share of the other one where logarithms are compared."""
-        return -math.expm1(-lead) if self.log else lead
-
-    def shown(self, lead: float) -> str:
-        """The same with its unit."""
-        share = self.share(lead)
-        return f"{100 * share:.{1 if abs(share) < 0.1 else 0}f}%" if self.log else number(share)
 
 
 @dataclass
@@ -152,7 +144,7 @@ class Verdicts:
                 known = [replace(v, df=float(min(max(v.df, 1) // 1, 60))) for v in (c.seeds, c.rows) if v is not None]
                 half = math.hypot(*(v.half_width(ALPHA, 1, count) for v in known))
                 lead = self.rules.lead(c.estimate)
-                told = [self.rules.shown(end) for end in (lead, lead - half, lead + half)]
+                told = [self.rules.told(self.rules.share(end)) for end in (lead, lead - half, lead + half)]
                 found.append((first.name, second.name, told[0], f"{told[1]} to {told[2]}"))
         return found
 
@@ -276,9 +268,7 @@ def _family(
             verdict = Verdict.unknown if found.rows is None else Verdict.rows_only
         ends = [None if end is None else rules.share(end) for end in (lead, low, high)]
         plan = _plan(found, choice.level, rules) if inside else ""
-        comparisons.append(
-            Comparison(best, other, ends[0] or 0.0, ends[1], ends[2], verdict, found, plan, rules.log, rules.level)
-        )
+        comparisons.append(Comparison(best, other, ends[0] or 0.0, ends[1], ends[2], verdict, found, rules, plan))
     among = [best, *(name for name, inside in zip(names[1:], choice.inside, strict=True) if inside)]
     made = Family(key, comparisons, among)
     made.headline = _headline(made, lost, rules.smallest)
@@ -340,7 +330,7 @@ def _plan(found: Contrast, level: float, rules: Rules) -> str:
     told = (
         number(rules.smallest)
         if rules.smallest
-        else f"{rules.shown(size)} ({SHARE:g} standard deviations between runs)"
+        else f"{rules.told(rules.share(size))} ({SHARE:g} standard deviations between runs)"
     )
     rows = rows_needed(found, size, level)
     if rows is not None:
@@ -435,7 +425,7 @@ def finding(found: Comparison) -> str:
     """A comparison in words, without the names."""
     if found.contrast.identical:
         return f"{found.plan}."
-    size, interval = shown(found, abs(found.lead)), interval_of(found)
+    size, interval = found.rules.told(abs(found.lead)), interval_of(found)
     if found.verdict in (Verdict.better, Verdict.behind):
         return f"better by {size} ({interval}); {rests_on(found)}."
     plan = f"; {found.plan}" if found.plan else ""
@@ -447,16 +437,11 @@ def finding(found: Comparison) -> str:
     return f"not distinguishable, {ahead} {size} ({interval}){plan}; {rests_on(found)}."
 
 
-def shown(found: Comparison, value: float) -> str:
-    """A lead with its unit."""
-    return f"{100 * value:.{1 if abs(value) < 0.1 else 0}f}%" if found.log else number(value)
-
-
 def interval_of(found: Comparison) -> str:
     """The interval of the lead in words."""
     if found.low is None or found.high is None:
         return "noise unknown"
-    return f"95% interval {shown(found, found.low)} to {shown(found, found.high)}"
+    return f"95% interval {found.rules.told(found.low)} to {found.rules.told(found.high)}"
 
 
 def rests_on(found: Comparison) -> str:

@@ -104,8 +104,8 @@ def check_talks(jobs: Sequence[PredictionJob]) -> None:
     names: dict[str, Path] = {}
     for job in jobs:
         directory = job.run.directory
-        if job.config.task.head is not None:
-            raise ConfigError(f"{directory}: this run answers with classes; ask it with llmft.predict.")
+        if not job.config.task.writes:
+            raise ConfigError(f"{directory}: this run answers with classes or scores; ask it with llmft.predict.")
         if directory.name in names:
             raise ConfigError(f"{directory}: another run is called {directory.name} too ({names[directory.name]}).")
         names[directory.name] = directory

@@ -165,7 +165,7 @@ def compute_references(
 
 def _group(model: Any, examples: Examples, rows: list[int], pad_id: int, device: torch.device) -> torch.Tensor:
     batch = collate([examples[row] for row in rows], rows, pad_id).to(device)
-    return answer_log_probs(model, batch).double().cpu()
+    return answer_log_probs(model, batch).cpu()
 
 
 def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None:

@@ -413,7 +413,7 @@ class Session:
         facts = {
             "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
-            **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.head is None else {}),
+            **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.writes else {}),
         }
         show_summary(self.screen, before, after, facts, chance, words, blank=config.data.train_on is TrainOn.all)
         return after.get(config.trainer.monitor)

@@ -36,7 +36,7 @@ def overrides_of(asked: argparse.Namespace, directory: Path) -> list[str]:
     steps = asked.warm_up + asked.rounds * asked.steps
     return [
         f"task={asked.task}", "model=local", f"model.path={asked.model}", "prompt=native", "data=preference_degrees",
-        f"data.files={SHARED}/preference/pandalm_degrees.jsonl", "data.max_tokens=1024", "quantization=none",
+        f"data.files={SHARED}/preference/pandalm_degrees.jsonl", f"data.max_tokens={asked.max_tokens}", "data.max_dropped_fraction=1", "data.truncation=drop", "quantization=none",
         "logger=none", "learning_rate=constant", "learning_rate.peak=1e-4", "learning_rate.warmup_steps=0",
         f"trainer.max_steps={steps}", f"trainer.validate_every={steps}", f"trainer.batch_size={asked.batch}",
         "trainer.precision=fp32", "trainer.accelerator=cpu", "data.validation_fraction=0.002",
@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--warm-up", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps of each round, in turn")
+    parser.add_argument("--max-tokens", type=int, default=1024, help="of a prompt with its longer answer")
     parser.add_argument("--pad", type=int, help="token that TRL pads with; it must end no answer")
     parser.add_argument("--precompute", action="store_true", help="TRL computes its reference before the first step")
     asked = parser.parse_args()

@@ -210,7 +210,7 @@ class TestD10D11D15Lengths:
         found, made = encode(tokenizer, rows, max_tokens=60, truncation=Truncation.drop)
         assert [learned(tokenizer, example) for example in found] == ["Ann</s>"]
         assert made.lengths["train"].dropped_by == {"data.max_tokens": 1}
-        with pytest.raises(DataError, match=r"f:1: \d+ tokens, .* more than data\.max_tokens=60"):
+        with pytest.raises(DataError, match=r"f:1: \d+ tokens, .* exceed data\.max_tokens=60"):
             encode(tokenizer, rows, max_tokens=60, truncation=Truncation.error)
 
     def test_d10_counts_stand_in_the_log_and_the_record(self, tmp_path: Path, capsys: Any) -> None:

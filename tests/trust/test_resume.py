@@ -30,7 +30,7 @@ from llmft.train import train
 from llmft.training import stopping
 from llmft.training.callbacks import Checkpointer
 from llmft.training.finetuner import FineTuner
-from llmft.training.micro_batching import Fit, choose_fit
+from llmft.training.micro_batching import MicroBatchPlan, plan_micro_batches
 from tests.conftest import ROOT, SMALL, compose, run_directory
 from tests.trust.helpers import (
     LONGER,
@@ -577,15 +577,15 @@ class TestR10OutOfMemory:
     def test_r10_at_one_row_layers_are_computed_again(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def fit(*arguments: Any, **keywords: Any) -> Fit:
-            chosen = choose_fit(*arguments, **keywords)
+        def plan(*arguments: Any, **keywords: Any) -> MicroBatchPlan:
+            chosen = plan_micro_batches(*arguments, **keywords)
             if chosen.checkpointing is not Checkpointing.full:
                 self.limit(monkeypatch, 0, "cuda")
             else:
                 monkeypatch.undo()
             return chosen
 
-        monkeypatch.setattr("llmft.training.session.choose_fit", fit)
+        monkeypatch.setattr("llmft.training.session.plan_micro_batches", plan)
         train(small("trainer.micro_batch=1", "trainer.max_steps=1", "trainer.validate_every=1"), quiet=True)
         (note,) = status(run_directory(tmp_path))["out_of_memory"]
         assert (note["key"], note["from"], note["to"]) == ("trainer.gradient_checkpointing", "none", "full")

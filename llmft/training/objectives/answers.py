@@ -14,7 +14,7 @@ from llmft.training.objectives.language_modeling import nll_behind
 
 
 def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(rows, answers) log-probabilities in nats, summed over each answer's tokens; 0 where a row has fewer answers.
+    """(rows, answers) float64 log-probabilities in nats, summed over each answer's tokens; 0 where a row has fewer answers.
 
     Prompts are read once where the family takes packed rows, else before each of their answers.
     """
@@ -33,8 +33,9 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         owners.append(torch.full((length,), row * answers.most + number))
     targets = arguments["input_ids"].reshape(-1)[torch.cat(after).to(device)]
     nll = nll_behind(model, arguments, torch.cat(before).to(device), targets)
-    sums = torch.zeros(len(answers.lengths) * answers.most, dtype=nll.dtype, device=device)
-    return -sums.index_add(0, torch.cat(owners).to(device), nll).view(-1, answers.most)
+    # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
+    sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
+    return -sums.index_add(0, torch.cat(owners).to(device), nll.double()).view(-1, answers.most)
 
 
 def _answers(answers: Answers) -> list[tuple[int, int, int]]:

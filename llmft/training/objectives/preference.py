@@ -84,7 +84,7 @@ class Preference:
         """See RowLosses."""
         answers = batch.answers
         assert answers is not None, "task.feedback=pairs brings rows with answers"
-        pairs = pairs_of(answer_log_probs(model, batch).double(), answers)
+        pairs = pairs_of(answer_log_probs(model, batch), answers)
         margins = answers.margins[answers.pairs[:, 0]]
         given = {"margin": margins} if bool((margins != 0).any()) else {}
         losses = self.loss(pairs, self.beta, **given, **self.options)
@@ -155,7 +155,7 @@ class Kto:
         """(rows,) log pi/pi_ref of each row's answer, and of another prompt's."""
         assert batch.answers is not None
         assert batch.answers.reference is not None, "KTO needs a reference"
-        ratios = answer_log_probs(model, batch).double() - batch.answers.reference
+        ratios = answer_log_probs(model, batch) - batch.answers.reference
         return ratios[:, 0], ratios[:, 1]
 
     def _losses(self, batch: MicroBatch, ratio: torch.Tensor, distance: torch.Tensor) -> RowLosses:
