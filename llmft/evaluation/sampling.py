@@ -285,20 +285,9 @@ def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
         "duplicates": float(np.mean([1 - len(set(table["text"][own])) / each for own in prompts])),
         "unfinished": 1 - float(np.mean(table["finished"])),
         "tokens": float(np.mean(table["tokens"])),
-        "temperatures": {},
+        "temperatures": _by_temperature(table, prompts),
     }
     reward = table.get("reward")
-    picks: list[float] = []
-    for own in prompts if reward is not None else ():  # answers that are judged equal share a pick
-        best = np.asarray(reward[own]) == max(reward[own])
-        picks += (best / best.sum()).tolist()
-    for temperature in dict.fromkeys(table["temperature"]):
-        own = [place for place, value in enumerate(table["temperature"]) if value == temperature]
-        entry: dict[str, Any] = {"samples": len(own)}
-        if reward is not None:
-            entry["reward"] = float(np.mean([reward[place] for place in own]))
-            entry["picks"] = float(sum(picks[place] for place in own) / len(prompts))
-        report["temperatures"][f"{temperature:g}"] = entry
     if reward is None:
         return report
     report["expected_best"] = np.mean([expected_best(reward[own]) for own in prompts], axis=0).tolist()
@@ -311,6 +300,24 @@ def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
         for a, b in combinations(names, 2)
     }
     return report
+
+
+def _by_temperature(table: dict[str, list[Any]], prompts: Sequence[slice]) -> dict[str, dict[str, float]]:
+    """Of each temperature its samples, their mean reward, and its share of the best; equal ones share a pick."""
+    reward: list[float] = table.get("reward", [])
+    picks: list[float] = []
+    for own in prompts if reward else ():
+        best = np.asarray(reward[own]) == max(reward[own])
+        picks += (best / best.sum()).tolist()
+    found: dict[str, dict[str, float]] = {}
+    for temperature in dict.fromkeys(table["temperature"]):
+        places = [place for place, value in enumerate(table["temperature"]) if value == temperature]
+        entry: dict[str, float] = {"samples": len(places)}
+        if reward:
+            entry["reward"] = float(np.mean([reward[place] for place in places]))
+            entry["picks"] = sum(picks[place] for place in places) / len(prompts)
+        found[f"{temperature:g}"] = entry
+    return found
 
 
 def _within(prompts: Sequence[slice], one: Sequence[float], other: Sequence[float]) -> float | None:

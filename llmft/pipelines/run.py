@@ -51,7 +51,7 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
             started = time.monotonic()
             found = _run_stage(stage, arguments, directory, screen)
             results |= found
-            entry = {
+            entry: dict[str, Any] = {
                 "command": stage.line(arguments),
                 "result": found[stage.name],
                 "runs": found.get(f"{stage.name}.runs"),

@@ -219,18 +219,17 @@ class Rollouts:
 
     def _batch(self, drawn: Drawn, step: int, device: torch.device) -> StepBatch:
         advantages, returns = learned_from(drawn, self.task)
+        old = drawn.old if self.task.updates > 1 else []
+        known = {"old": old, "reference": drawn.reference, "values": drawn.values, "returns": returns}
         micro_batches = []
         for group in self._groups(drawn):
             batch = self._plain(drawn, group)
             labelled = batch.labels[:, 1:] != IGNORE
-            batch.policy = PolicyRows(
-                *(
-                    _table([numbers[place] for place in group], labelled) if numbers else None
-                    for numbers in (advantages, drawn.old if self.task.updates > 1 else [], drawn.reference)
-                ),
-                *(_table([numbers[place] for place in group], labelled) if numbers else None
-                  for numbers in (drawn.values, returns)),
-            )  # fmt: skip
+            tables = {
+                name: _table([numbers[place] for place in group], labelled) if numbers else None
+                for name, numbers in known.items()
+            }
+            batch.policy = PolicyRows(_table([advantages[place] for place in group], labelled), **tables)
             micro_batches.append(batch.to(device))
         lengths = torch.tensor([len(ids) for ids in drawn.ids])
         weight = float(pg.weights(lengths, self.task.aggregate.value, self.task.max_new_tokens).sum())
@@ -381,11 +380,15 @@ def read_drawn(path: Path) -> Drawn | None:
     try:
         columns = read_table(path)
         scores = {name.removeprefix("score_"): own for name, own in columns.items() if name.startswith("score_")}
+        further = {name: columns[name] for name in ("old", "reference", "values") if name in columns}
         return Drawn(
-            *(columns[name] for name in ("row", "ids", "text", "finished")),
+            columns["row"],
+            columns["ids"],
+            columns["text"],
+            columns["finished"],
             scores,
             columns["reward"],
-            *(columns.get(name, []) for name in ("old", "reference", "values")),
+            **further,
         )
     except (DataError, ValueError, KeyError, pa.ArrowException):
         return None

@@ -269,6 +269,7 @@ def _module(
                 "may differ in the last bits."
             )
 
+    judged = rollouts.judge if rollouts is not None else None
     # The CPU's activations are in its memory already.
     offloads = config.trainer.offload_activations and ready.device.type == "cuda"
     return FineTuner(
@@ -278,7 +279,7 @@ def _module(
         make_schedule(config.learning_rate, rows.total_steps),
         seed=config.seed,
         gradient_clip=config.trainer.gradient_clip,
-        generation=make_generation(config, rows, parts.metrics, "validation", rollouts and rollouts.judge),
+        generation=make_generation(config, rows, parts.metrics, "validation", judged),
         scoring=make_scoring(config.task, parts.metrics, rows.splits, config.data.degrees),
         trained_on_validation=config.data.train_on is TrainOn.all,
         describe_row=lambda row: train[row].where,

@@ -24,7 +24,9 @@ from tests.conftest import ROOT, compose
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in {"experiment", "pipeline"}
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in {"experiment", "pipeline"}
 )
 NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
