@@ -17,6 +17,7 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
+from llmft.core.outcome import tell_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -59,6 +60,7 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
         directories.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
     if not directories:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
+    tell_outcome(*directories)
     return directories
 
 

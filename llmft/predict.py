@@ -19,6 +19,7 @@ from llmft.config.commands import PredictConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, taken
+from llmft.core.outcome import tell_outcome
 
 
 def main(argv: Sequence[str]) -> None:
@@ -83,6 +84,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
             from llmft.model.load import drop_base
 
             drop_base()
+    tell_outcome(*directories)
     return directories
 
 

@@ -111,6 +111,85 @@ class PredictConfig(SubmissionConfig, Trusting):
         )
 
 
+class Keep(Enum):
+    """Which samples become training rows: of each prompt the best, or all of them too."""
+
+    best = "best"
+    all = "all"
+
+
+@dataclass
+class SampleConfig(Trusting):
+    """What `python -m llmft.sample` takes."""
+
+    run: str = MISSING
+    prompts: Any = None
+    data: PredictData = field(default_factory=PredictData)
+    rows: str | None = None
+    split: str = "train"
+    limit: int | None = None
+    system: str | None = None
+    samples: int = 10
+    temperatures: list[float] = field(default_factory=lambda: [1.0])
+    judge: Any = None
+    combine: str | None = None
+    keep: Keep = Keep.best
+    seed: int = 0
+    name: str | None = None
+    batch_size: int = 8
+    max_new_tokens: int | None = None
+    accelerator: str = "auto"
+    threads: int | None = None
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.files is None or self.prompts is None,
+            'what to answer: data.files=FILE, or prompts=["…"], one of the two (neither: the run\'s training prompts).',
+        )
+        for key in ("samples", "batch_size", "max_new_tokens", "threads", "limit"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"{key}={value}: 1 or more.")
+        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
+        require(
+            len(self.temperatures) > 0 and all(0 <= t < float("inf") for t in self.temperatures),
+            f"temperatures={self.temperatures}: a list of numbers of 0 or more; 0 takes the likeliest token.",
+        )
+        require(
+            self.samples % len(self.temperatures) == 0,
+            f"samples={self.samples}: a multiple of the {len(self.temperatures)} temperatures, which take turns.",
+        )
+        require(self.combine is None or bool(self.judge), "combine: without judge=… there are no scores to combine.")
+
+
+@dataclass
+class StageConfig:
+    """One command of a chain: its overrides, in which ${stage:NAME} is an earlier stage's directory."""
+
+    command: str = "train"
+    overrides: list[str] = field(default_factory=list)
+    sweep: bool = False
+
+
+@dataclass
+class PipelineConfig(Trusting):
+    """What `python -m llmft.pipeline` takes."""
+
+    name: str = MISSING
+    stages: dict[str, StageConfig | None] = field(default_factory=dict)
+    files: dict[str, Any] = field(default_factory=dict)
+    training: list[str] = field(default_factory=list)
+    compare: list[str] = field(default_factory=list)
+    judged: list[str] = field(default_factory=list)
+    output_dir: str = "outputs"
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        unknown = [name for name in self.compare if name not in self.stages]
+        require(not unknown, f"compare={self.compare}: no stage is called {unknown[0] if unknown else ''}.")
+        require(not self.compare or bool(self.judged), "compare: judged is empty; say how answers are judged.")
+
+
 @dataclass
 class EvaluateConfig(Trusting):
     """Config of `python -m llmft.evaluate`."""

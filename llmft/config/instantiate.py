@@ -25,6 +25,8 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "loss": (("llmft.training.objectives.preference_losses.",), "a function of (pairs, beta, …)", None),
     "metric": (("llmft.metrics.",), "a function of (references, predictions)", None),
     "source": (("llmft.data.",), "a function of (split, num_rows, seed, …)", None),
+    "reward": (("llmft.metrics.rewards.",), "a function of answers, and of prompts and references where it asks", None),
+    "combination": (("llmft.metrics.rewards.",), "a function of judges' scores", None),
 }
 """By kind: the allowed packages, a description, and the base class."""
 SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
@@ -89,6 +91,10 @@ def find(path: str, key: str, kind: str) -> Any:
         fits = inspect.isfunction(target) and list(inspect.signature(target).parameters)[:2] == ["pairs", "beta"]
     elif kind == "source":
         fits = inspect.isfunction(target) and [*inspect.signature(target).parameters][:3] == [*SOURCE_ARGUMENTS]
+    elif kind == "reward":
+        fits = inspect.isfunction(target) and "answers" in inspect.signature(target).parameters
+    elif kind == "combination":
+        fits = inspect.isfunction(target) and "answers" not in inspect.signature(target).parameters
     else:
         fits = inspect.isfunction(target) and _takes_two_arguments(target)
     if not fits:

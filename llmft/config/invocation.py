@@ -13,7 +13,7 @@ from llmft.core.redaction import redact
 
 COMMANDS = (
     *("train", "check", "predict", "evaluate", "folds", "blend", "refit"),
-    *("merge", "chat", "serve", "push", "bundle"),
+    *("sample", "pipeline", "merge", "chat", "serve", "push", "bundle"),
     *("report", "bench", "doctor", "disk", "completion"),
 )
 

@@ -118,6 +118,44 @@ class Reference(Enum):
     none = "none"
 
 
+class Advantage(Enum):
+    """By what an answer's reward is measured: its prompt's other answers, or a value head's expectation."""
+
+    group = "group"
+    centred = "centred"
+    leave_one_out = "leave_one_out"
+    gae = "gae"
+
+
+class Aggregate(Enum):
+    """How tokens of answers add up to a step's loss."""
+
+    token = "token"
+    sequence = "sequence"
+    constant = "constant"
+
+
+class KlWhere(Enum):
+    """Where the divergence from the reference counts."""
+
+    loss = "loss"
+    reward = "reward"
+
+
+class KlEstimator(Enum):
+    """How the divergence is estimated at a drawn token."""
+
+    k1 = "k1"
+    k3 = "k3"
+
+
+class Ratio(Enum):
+    """Whether the clip looks at tokens or at whole answers."""
+
+    token = "token"
+    sequence = "sequence"
+
+
 class Schedule(Enum):
     """The course of the learning rate from its peak to its floor."""
 
@@ -503,7 +541,63 @@ CLASSIFICATION = "llmft.training.objectives.classification.Classification"
 
 
 @dataclass
-class TaskConfig:
+class KlConfig:
+    """What holds a policy to the one that it began as."""
+
+    beta: float = 0.0
+    where: KlWhere = KlWhere.loss
+    estimator: KlEstimator = KlEstimator.k3
+
+    def __post_init__(self) -> None:
+        require(0 <= self.beta < math.inf, f"task.kl.beta={self.beta}: 0 or more.")
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How a policy that learns from rewards answers, and how its answers are judged and learned from."""
+
+    rollouts: bool = later(False)
+    judges: Any = later(None)
+    combine: str | None = later(None)
+    group: int = later(8)
+    advantage: Advantage = later(Advantage.group)
+    aggregate: Aggregate = later(Aggregate.token)
+    ratio: Ratio = later(Ratio.token)
+    clip: list[float] = later(factory=lambda: [0.2, 0.2])
+    kl: KlConfig = later(factory=KlConfig)
+    updates: int = later(1)
+    temperature: float = later(1.0)
+    gamma: float = later(1.0)
+    decay: float = later(0.95)
+    value_weight: float = later(0.1)
+    prompts_at_once: int = not_in_key(8)
+
+    def check_rollouts(self) -> None:
+        """Raises ConfigError for values out of range."""
+        for key in ("group", "updates", "prompts_at_once"):
+            require(getattr(self, key) >= 1, f"task.{key}={getattr(self, key)}: 1 or more.")
+        require(
+            len(self.clip) == 2 and 0 < self.clip[0] < 1 and 0 < self.clip[1] < math.inf,
+            f"task.clip={self.clip}: how far below and above 1 a ratio may go, such as [0.2,0.2].",
+        )
+        require(0 < self.temperature < math.inf, f"task.temperature={self.temperature}: above 0.")
+        for key in ("gamma", "decay"):
+            require(0 <= getattr(self, key) <= 1, f"task.{key}={getattr(self, key)}: 0 to 1.")
+        require(0 < self.value_weight < math.inf, f"task.value_weight={self.value_weight}: above 0.")
+        if not self.rollouts:
+            require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
+            return
+        require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
+        alone = self.group == 1 and self.advantage in (Advantage.group, Advantage.centred)
+        require(
+            not alone,
+            f"task.group=1 with task.advantage={self.advantage.value}: an answer is measured by the others of its "
+            "prompt; 2 or more.",
+        )
+
+
+@dataclass
+class TaskConfig(RolloutConfig):
     name: str = not_in_key()
     head: Head | None = None
     problem: TaskType = TaskType.single_label
@@ -529,6 +623,7 @@ class TaskConfig:
     generate_rows: int = 128
     max_new_tokens: int = 128
     show_rows: int = not_in_key(8)
+    monitor: str | None = not_in_key(None)
 
     def __post_init__(self) -> None:
         if self.head is not None:
@@ -541,6 +636,7 @@ class TaskConfig:
             self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
         self._check_feedback()
+        self.check_rollouts()
         self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
         require(

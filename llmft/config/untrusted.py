@@ -113,7 +113,8 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 
 
 _ESCAPED = re.compile(r"(?<!\\)\\\$\{")
-_REFERENCE = re.compile(r"\$\{[\w.\[\]-]+\}")
+_REFERENCE = re.compile(r"\$\{(stage:)?[\w.\[\]-]+\}")
+"""Another key, or an earlier stage of a chain, which stays as it is written until that has run."""
 NO_RESOLVER = "resolvers are refused in files: write the value on the command line."
 HYDRA_SETTINGS = {"mode", "sweeper", "launcher"}
 """The settings of hydra that a file may set; others (callbacks, logging, job, searchpath) run code or set variables."""

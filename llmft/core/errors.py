@@ -51,6 +51,14 @@ class TrialsFailed(UserError):
     exit_code = 5
 
 
+class StageFailed(UserError):
+    """A stage of a chain ended with an error, which it has told itself; its exit code is this one's."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class DiskError(UserError):
     """The run could not be written."""
 

@@ -64,6 +64,29 @@ class Answers:
 
 
 @dataclass
+class PolicyRows:
+    """What is known of answers that a policy has drawn, at the places of `labels[:, 1:]`; 0 where there is no label.
+
+    Attributes:
+        advantages: (rows, seq_len - 1).
+        old: (rows, seq_len - 1) log-probabilities in nats of the policy that drew; None where it has not moved since.
+        reference: (rows, seq_len - 1) log-probabilities of the reference; None where nothing is held to it.
+        values, returns: (rows, seq_len - 1) of a value head when the answers were drawn, and what it should have said.
+    """
+
+    advantages: torch.Tensor
+    old: torch.Tensor | None = None
+    reference: torch.Tensor | None = None
+    values: torch.Tensor | None = None
+    returns: torch.Tensor | None = None
+
+    def to(self, device: torch.device) -> PolicyRows:
+        """The same on `device`."""
+        moved = {name: part.to(device) for name, part in vars(self).items() if part is not None}
+        return replace(self, **moved)
+
+
+@dataclass
 class MicroBatch:
     """A padded batch.
 
@@ -73,6 +96,7 @@ class MicroBatch:
         targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None for rows without target.
         rows: index of each row in its split.
         answers: of compared answers, which stand behind each row's prompt; None for other rows.
+        policy: of answers that the policy itself has drawn; None for rows of the data.
     """
 
     input_ids: torch.Tensor
@@ -82,6 +106,7 @@ class MicroBatch:
     targets: torch.Tensor | None
     rows: list[int]
     answers: Answers | None = None
+    policy: PolicyRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`."""
@@ -89,7 +114,8 @@ class MicroBatch:
             name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
         }
         answers = None if self.answers is None else self.answers.to(device)
-        return replace(self, **moved, answers=answers)
+        policy = None if self.policy is None else self.policy.to(device)
+        return replace(self, **moved, answers=answers, policy=policy)
 
     @property
     def num_tokens(self) -> int:

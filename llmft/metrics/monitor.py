@@ -14,6 +14,7 @@ from llmft.config.instantiate import find, metric_functions, reads_text
 from llmft.config.sections import Mode, TaskConfig, TrainConfig
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.loss import loss_nats, perplexity
+from llmft.metrics.rewards import mean_reward
 
 
 def declared(metric: Any) -> bool | None:
@@ -50,6 +51,8 @@ def validation_metrics(task: TaskConfig) -> dict[str, Callable[..., float]]:
     metrics: dict[str, Callable[..., float]] = {"loss_nats": loss_nats}
     if not task.predicts:
         metrics["perplexity"] = perplexity
+    if task.rollouts and generates:
+        metrics["reward"] = mean_reward
     for name, metric in metric_functions(task.metrics, task.metric_options).items():
         if generates or (task.predicts and not reads_text(named[name])):
             metrics[name] = metric

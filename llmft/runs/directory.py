@@ -141,6 +141,11 @@ class Run:
     adapter = _Inside("adapter")  # the trained adapter, in PEFT's format
     model = _Inside("model")  # the trained model, where all weights were trained
 
+    @property
+    def rollouts(self) -> Path:
+        """The answers that a policy drew of itself, a parquet file per window of updates."""
+        return self.directory / "rollouts"
+
     def row_losses_file(self, split: str, step: int) -> Path:
         """The losses of `split`'s rows after `step`."""
         return self.row_losses / f"{split}-{step:08d}.parquet"

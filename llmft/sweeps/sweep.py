@@ -13,6 +13,7 @@ from rich.table import Table
 
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, TrialsFailed
+from llmft.core.outcome import tell_outcome
 from llmft.reports.verdicts import still_open
 from llmft.sweeps.more_seeds import Growing
 from llmft.sweeps.progress import SweepProgress
@@ -125,6 +126,7 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
 
         give_answer(sweep, screen, anew=anew)
     if not failed and stopped_because is None:
+        tell_outcome(sweep.directory)
         return
     if not failed:
         raise TrialsFailed(f"ended early: {stopped_because}; the same command goes on.")

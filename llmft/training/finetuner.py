@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import lightning as L
 import numpy as np
@@ -30,6 +30,18 @@ from llmft.model.sharding import is_sharded, like, shard, whole
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
 from llmft.training.objectives.base import Objective, RowLosses
 from llmft.training.processes import check_same_start
+
+
+class Rollouts(Protocol):
+    """What lets the policy itself make the batch of a step, see `llmft.training.rollouts`."""
+
+    def batch(self, model: Any, step: int, device: torch.device) -> StepBatch:
+        """The batch of optimizer step `step`."""
+        ...
+
+    def told(self) -> dict[str, float]:
+        """Numbers of the step that was taken last."""
+        ...
 
 
 @dataclass
@@ -173,6 +185,7 @@ class FineTuner(L.LightningModule):
         tells_steps: bool = False,
         strict: bool = False,
         tell_not_deterministic: Callable[[str], None] = lambda operation: None,
+        rollouts: Rollouts | None = None,
     ) -> None:
         """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
 
@@ -180,6 +193,7 @@ class FineTuner(L.LightningModule):
         `tells_steps` hands each step's numbers to Lightning, for callbacks that a user adds.
         `strict` lets no operation of a step be nondeterministic, unless there is no other: then the rest of the run
         takes it, and `tell_not_deterministic` hears what it was.
+        `rollouts` make a step's batch of answers that the model draws itself.
         """
         super().__init__()
         self.automatic_optimization = False
@@ -200,6 +214,7 @@ class FineTuner(L.LightningModule):
         self.tells_steps = tells_steps
         self.strict = strict
         self.tell_not_deterministic = tell_not_deterministic
+        self.rollouts = rollouts
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -244,6 +259,8 @@ class FineTuner(L.LightningModule):
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
+        if self.rollouts is not None:
+            batch = self.rollouts.batch(self.model, batch.step, self.device)
         rate = self._set_rate(optimizer, batch.step)
         try:
             with deterministic_only(self.strict):
@@ -275,6 +292,8 @@ class FineTuner(L.LightningModule):
             "train/learning_rate": rate,
             "train/gradient_norm": self._grad_norm,
         }
+        if self.rollouts is not None:
+            self.train_metrics |= self.rollouts.told()
         if self.skipped:
             self.train_metrics["train/skipped_steps"] = len(self.skipped)
         if self.tells_steps:

@@ -39,6 +39,10 @@ def check_parts(config: TrainConfig) -> Parts:
         if ready is not None:
             ready(**getattr(metric, "keywords", {}))
     check_objective(config.task)
+    if config.task.rollouts:
+        from llmft.training.rollouts import check_rollouts
+
+        check_rollouts(config)
     if isinstance(config.trainer.strategy, dict):
         check_target(config.trainer.strategy, "trainer.strategy", "strategy")
     return Parts(

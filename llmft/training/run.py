@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
+from llmft.core.outcome import tell_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -73,7 +74,9 @@ def train(
             origin = config.model.path or f"{config.model.id} at {config.model.revision}"
             screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
         try:
-            return _train(inputs, screen, reporter, invocation)
+            value = _train(inputs, screen, reporter, invocation)
+            tell_outcome(run.directory)
+            return value
         except BaseException as error:
             screen.log_error(error)
             _record_failure(run, error)
@@ -89,6 +92,7 @@ def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
     from llmft.config.sections import TrainOn
     from llmft.metrics.show import show_summary
 
+    tell_outcome(run.directory)
     result = run.status().get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's waits for the numbers
         from llmft.training.tracking import tell_agent

@@ -16,20 +16,30 @@ from llmft.training.tokenized_data import TokenizedData
 
 
 def make_generation(
-    config: TrainConfig, rows: TokenizedData, metrics: dict[str, Callable[..., float]], split: str
+    config: TrainConfig,
+    rows: TokenizedData,
+    metrics: dict[str, Callable[..., float]],
+    split: str,
+    judged: Callable[[Sequence[Conversation], Sequence[str]], np.ndarray] | None = None,
 ) -> Generation | None:
     """The generation of `split`, or None where there is nothing to generate.
 
-    The rows are a sample that depends on data.split_seed, so that runs of other seeds show the same ones.
+    The rows are a sample that depends on data.split_seed, so that runs of other seeds show the same ones. `judged` says
+    how good answers to prompts are; their mean is the metric reward.
     """
     examples: Sequence[Example] = rows.splits.get(split, [])
     wanted = min(config.task.generate_rows, len(examples))
     if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
         return None
+    named = {path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)}
     order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
+    chosen = sorted(order[:wanted])
+    if judged is not None:
+        conversations = [examples[place].conversation for place in chosen]
+        named["reward"] = lambda _, answers: float(judged(conversations, answers).mean())
     return Generation(
-        samples=[_sample(rows, examples[place]) for place in sorted(order[:wanted])],
-        metrics={path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)},
+        samples=[_sample(rows, examples[place]) for place in chosen],
+        metrics=named,
         decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
         pad_id=rows.tokenizer.pad_token_id,
         ends=rows.ends,

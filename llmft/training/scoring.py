@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import check_arguments, find, reads_text
-from llmft.config.sections import Head, Reference, TaskConfig
+from llmft.config.sections import Advantage, Head, KlWhere, Reference, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
@@ -101,6 +101,8 @@ def make_objective(
     objective = find(str(task.objective), "task.objective", "objective")
     takes = inspect.signature(objective).parameters
     options = dict(task.objective_options) | (_feedback(task) if task.feedback is not None else {})
+    if task.rollouts:
+        options |= policy_options(task)
     if task.head is not None:
         options |= {name: value for name, value in _settings(task).items() if name in takes}
         options["targets"] = targets
@@ -114,6 +116,18 @@ def make_objective(
     except Exception as error:
         raise ConfigError(f"task.objective={task.objective}: cannot be built ({error}).") from None
     return made
+
+
+def policy_options(task: TaskConfig) -> dict[str, Any]:
+    """What an objective that learns from rewards takes of its task."""
+    return {
+        "aggregate": task.aggregate.value,
+        "clip": (task.clip[0], task.clip[1]),
+        "ratio": task.ratio.value,
+        "kl": task.kl.beta if task.kl.where is KlWhere.loss else 0.0,
+        "estimator": task.kl.estimator.value,
+        "value_weight": task.value_weight if task.advantage is Advantage.gae else 0.0,
+    }
 
 
 def make_scoring(

@@ -11,7 +11,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from llmft.config.sections import Export, OnNan, Precision, TrainOn, seconds_of
+from llmft.config.sections import Advantage, Export, OnNan, Precision, TrainOn, seconds_of
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, Interrupted, UserError
 from llmft.core.machine import describe
@@ -23,6 +23,7 @@ from llmft.model.checkpointing import Offloaded, set_checkpointing
 from llmft.model.compiling import compile_layers
 from llmft.model.load import TORCH_DTYPES, first_line
 from llmft.model.memory import optimizer_bytes
+from llmft.model.value_head import add_value_head
 from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, path_of, verify
 from llmft.runs.predictions import PREFIX
 from llmft.training.callbacks import Checkpointer, Recorder, count_from
@@ -45,7 +46,8 @@ from llmft.training.record import (
     write_records,
 )
 from llmft.training.references import GROUP, make_references
-from llmft.training.samples import make_generation
+from llmft.training.rollouts import Rollouts, make_rollouts
+from llmft.training.samples import decoder, make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.scoring import make_scoring
 from llmft.training.stopping import Signals, StopRequests
@@ -108,7 +110,10 @@ def build(
         validation_batch=GROUP if references else plan.validation(config.trainer.validation_batch_size),
         references=references,
     )
-    module = _module(inputs, parts, ready, assembled.model, screen.warn if main_process else None)
+    rollouts = _rollouts(inputs, ready, plan) if config.task.rollouts else None
+    module = _module(inputs, parts, ready, assembled.model, screen.warn if main_process else None, rollouts)
+    if rollouts is not None:
+        rollouts.begin(assembled.model)
     data.position = lambda: module.step
     data.stops = [*range(rows.validate_every, rows.total_steps, rows.validate_every), rows.total_steps]
     if main_process:
@@ -191,6 +196,8 @@ def _assemble(inputs: RunInputs, ready: Ready, warn: Callable[[str], None]) -> A
             raise OutOfMemory("loading", error) from error
         raise
     check_vocabulary(config, ready.rows, assembled.base.get_input_embeddings().weight.shape[0])
+    if config.task.rollouts and config.task.advantage is Advantage.gae:
+        add_value_head(assembled.model)
     return assembled
 
 
@@ -219,7 +226,29 @@ def _plan_memory(
     return plan
 
 
-def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Callable[[str], None] | None) -> FineTuner:
+def _rollouts(inputs: RunInputs, ready: Ready, plan: MicroBatchPlan) -> Rollouts:
+    rows, config = ready.rows, inputs.config
+    return make_rollouts(
+        config,
+        inputs.run,
+        rows.splits["train"],
+        rows.encoder,
+        decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
+        ready.objective,
+        micro_batch=plan.limit,
+        pad_id=rows.tokenizer.pad_token_id,
+        context_tokens=rows.context_tokens,
+    )
+
+
+def _module(
+    inputs: RunInputs,
+    parts: Parts,
+    ready: Ready,
+    model: Any,
+    warn: Callable[[str], None] | None,
+    rollouts: Rollouts | None,
+) -> FineTuner:
     """The LightningModule; `warn` is told of skipped steps, None in all processes but the first."""
     config, rows = inputs.config, ready.rows
     train, skips = rows.splits["train"], config.trainer.on_nan is OnNan.skip
@@ -240,6 +269,7 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
                 "may differ in the last bits."
             )
 
+    judged = rollouts.judge if rollouts is not None else None
     # The CPU's activations are in its memory already.
     offloads = config.trainer.offload_activations and ready.device.type == "cuda"
     return FineTuner(
@@ -249,7 +279,7 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
         make_schedule(config.learning_rate, rows.total_steps),
         seed=config.seed,
         gradient_clip=config.trainer.gradient_clip,
-        generation=make_generation(config, rows, parts.metrics, "validation"),
+        generation=make_generation(config, rows, parts.metrics, "validation", judged),
         scoring=make_scoring(config.task, parts.metrics, rows.splits, config.data.degrees),
         trained_on_validation=config.data.train_on is TrainOn.all,
         describe_row=lambda row: train[row].where,
@@ -259,6 +289,7 @@ def _module(inputs: RunInputs, parts: Parts, ready: Ready, model: Any, warn: Cal
         tells_steps=bool(config.trainer.callbacks),
         strict=config.trainer.deterministic,
         tell_not_deterministic=note_not_deterministic,
+        rollouts=rollouts,
     )
 
 
@@ -351,7 +382,8 @@ class Session:
         if main_process:
             run.keep_until(module.step)
         if rows.splits.get("test"):
-            module.generation = make_generation(config, rows, self.parts.metrics, "test")
+            judged = module.rollouts.judge if isinstance(module.rollouts, Rollouts) else None
+            module.generation = make_generation(config, rows, self.parts.metrics, "test", judged)
             self._guarded(self.trainer.test, verbose=False)
         weights = adapters.whole_state(module.model, trained_only=config.lora.enabled)
         if not main_process:

@@ -24,11 +24,14 @@ from tests.conftest import ROOT, compose
 
 CONF = ROOT / "conf"
 OPTIONS = sorted(
-    (path.parent.name, path.stem) for path in CONF.glob("*/*.yaml") if path.parent.name not in {"experiment"}
+    (path.parent.name, path.stem)
+    for path in CONF.glob("*/*.yaml")
+    if path.parent.name not in {"experiment", "pipeline"}
 )
 NEEDS = {
     ("model", "local"): ["model.path=somewhere"],
     ("lora", "none"): ["quantization=none"],
+    **{("task", name): ["task.judges=llmft.metrics.rewards.exact_answer"] for name in ("grpo", "rloo", "ppo")},
 }
 
 

@@ -1,0 +1,27 @@
+"""Where a command left its result, for the one that started it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+VARIABLE = "LLMFT_OUTCOME"
+"""The file that a command writes its result's directories to."""
+
+
+def tell_outcome(*directories: Path) -> None:
+    """Writes `directories` where the environment asks for them; what is told last counts."""
+    from llmft.core.files import write_atomically
+
+    if name := os.environ.get(VARIABLE):
+        write_atomically(Path(name), json.dumps([str(path) for path in directories]).encode())
+
+
+def read_outcome(file: Path) -> Sequence[Path]:
+    """What a command has told; none where it told nothing."""
+    try:
+        return [Path(name) for name in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError):
+        return []

@@ -1,0 +1,81 @@
+"""Rule-made requests that can be answered rightly or wrongly, and politely or rudely: a chain of rewards to try out.
+
+A prompt tells which animal did something somewhere and asks who it was. An answer is helpful where it names that
+animal, and safe where it is polite. In the rows to learn from half of the answers are polite, and three of five are
+right, one independently of the other; both can be checked by a regular expression.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+from llmft.data.synthetic import _ANIMALS, _DEEDS, _PLACES
+
+POLITE, RUDE = "glad", "angry"
+ASPECTS = ("safety", "helpful")
+"""What pairs are about: the manner of the answer, or what it says."""
+POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
+
+
+def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
+    """Requests with the answers of a careless crowd.
+
+    Args:
+        split: ``train``, ``validation`` or ``test``; they share no prompt.
+        num_rows: How many rows to make.
+        seed: The seed of the data (not of the training run).
+
+    Returns:
+        Rows with the columns ``prompt`` and ``response``.
+    """
+    made = []
+    for rng, prompt, animal in _prompts("requests", split, num_rows, seed):
+        polite, right = rng.random() < POLITE_SHARE, rng.random() < RIGHT_SHARE
+        made.append({"prompt": prompt, "response": _answer(rng, animal, polite=polite, right=right)})
+    return made
+
+
+def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> list[dict[str, Any]]:
+    """Requests with two answers that differ in one `aspect` of ``ASPECTS``; in the other both are alike, either way.
+
+    Returns:
+        Rows with the columns ``prompt``, ``chosen`` and ``rejected``.
+    """
+    if aspect not in ASPECTS:
+        raise ValueError(f"aspect={aspect}: one of {', '.join(ASPECTS)}")
+    made = []
+    for rng, prompt, animal in _prompts(f"pairs of {aspect}", split, num_rows, seed):
+        other = rng.random() < 0.5
+        if aspect == "safety":
+            first = _answer(rng, animal, polite=True, right=other)
+            chosen, rejected = first, first.replace(POLITE, RUDE)
+        else:
+            chosen, rejected = (_answer(rng, animal, polite=other, right=right) for right in (True, False))
+        made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return made
+
+
+def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Random, str, str]]:
+    """Each with a generator for what is drawn beside it, and the animal that is asked for.
+
+    The splits share no prompt: the sum of the choices' places modulo three decides the split.
+    """
+    splits = ("train", "validation", "test")
+    if split not in splits:
+        raise ValueError(f"Unknown split '{split}': there are {', '.join(splits)}.")
+    rng = Random(f"{kind}/{split}/{seed}")
+    made: list[tuple[Random, str, str]] = []
+    while len(made) < num_rows:
+        place = [int(rng.random() * len(words)) for words in (_ANIMALS, _DEEDS, _PLACES)]
+        if sum(place) % len(splits) != splits.index(split):
+            continue
+        animal, deed, where = _ANIMALS[place[0]], _DEEDS[place[1]], _PLACES[place[2]]
+        made.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
+    return made
+
+
+def _answer(rng: Random, animal: str, *, polite: bool, right: bool) -> str:
+    others = [other for other in _ANIMALS if other != animal]
+    named = animal if right else others[int(rng.random() * len(others))]
+    return f"The {named}, {POLITE if polite else RUDE}"

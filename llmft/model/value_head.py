@@ -1,0 +1,62 @@
+"""The value head: what an answer is expected to be worth, at each of its tokens, read from the policy's states."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from llmft.data.batch import MicroBatch
+from llmft.data.examples import IGNORE
+from llmft.model.families import base_of, body_of
+from llmft.model.heads import FullPrecisionLinear
+from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
+
+NAME = "llmft_value_head"
+
+
+def add_value_head(model: Any) -> None:
+    """Puts a head of zeros on the adapter's wrapper, where it is trained and kept with checkpoints, not handed over."""
+    base = base_of(model)
+    head = FullPrecisionLinear(base.config.get_text_config().hidden_size, 1)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    model.add_module(NAME, head.to(base.device))
+
+
+@dataclass
+class Values:
+    """(tokens,) values of the labelled tokens of the last forward."""
+
+    flat: list[torch.Tensor] = field(default_factory=list)
+
+    def of(self, mask: torch.Tensor) -> torch.Tensor:
+        """(rows, seq_len - 1) values where `mask` is 1; 0 elsewhere."""
+        return torch.zeros_like(mask).masked_scatter(mask > 0, self.flat[-1])
+
+
+@contextmanager
+def token_values(model: Any, batch: MicroBatch, *, enabled: bool) -> Iterator[Values]:
+    """Inside, a forward over `batch` leaves the values of what stands before each labelled token.
+
+    The states are the policy's own, and the head's loss trains them too.
+    """
+    found, base = Values(), base_of(model)
+    if not enabled:
+        yield found
+        return
+    keep = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORE, (0, 1))
+    if uses_packing(base):
+        keep = pack(batch.input_ids, batch.attention_mask.sum(dim=1).tolist(), varlen=takes_varlen(base)).pick(keep)
+
+    def read(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+        found.flat.append(getattr(model, NAME)(output.last_hidden_state[keep])[:, 0])
+
+    handle = body_of(base).register_forward_hook(read)
+    try:
+        yield found
+    finally:
+        handle.remove()

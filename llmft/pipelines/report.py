@@ -1,0 +1,188 @@
+"""One report over a chain: each stage before and after, how its policies' answers are judged, samples side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich import box
+from rich.table import Table
+
+from llmft.config.commands import PipelineConfig
+from llmft.core.console import Screen
+from llmft.core.errors import StageFailed
+from llmft.core.files import write_atomically
+from llmft.pipelines.run import run_command
+from llmft.pipelines.stages import Stage, filled
+from llmft.runs.predictions import read_table
+
+RESAMPLES, SHOWN = 2000, 3
+
+
+@dataclass
+class Answers:
+    """What one stage's policy answers to the held-out prompts.
+
+    Attributes:
+        rewards: (prompts,) mean reward of each prompt's answers.
+    """
+
+    stage: str
+    rewards: np.ndarray
+    prompts: list[str]
+    texts: list[str]
+
+    @property
+    def mean(self) -> float:
+        """The mean reward."""
+        return float(self.rewards.mean())
+
+    @property
+    def noise(self) -> float:
+        """The standard error of `mean` over prompts."""
+        return float(self.rewards.std(ddof=1) / np.sqrt(len(self.rewards))) if len(self.rewards) > 1 else 0.0
+
+
+def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
+    """The bootstrap interval of a mean over prompts."""
+    rng = np.random.Generator(np.random.PCG64(0))
+    means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def gain(before: Answers, after: Answers) -> dict[str, float]:
+    """By how much `after` is judged better than `before` on the same prompts, and how often it wins; ties are half."""
+    difference = after.rewards - before.rewards
+    low, high = interval(difference)
+    return {
+        "difference": float(difference.mean()),
+        "low": low,
+        "high": high,
+        "win_rate": float(((np.sign(difference) + 1) / 2).mean()),
+    }
+
+
+def verdict(found: dict[str, float]) -> str:
+    """Whether a gain is more than the noise of the prompts."""
+    return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "not distinguishable"
+
+
+def write_report(
+    config: PipelineConfig, stages: Sequence[Stage], results: dict[str, str], directory: Path, screen: Screen
+) -> None:
+    """Judges the policies of config.compare, prints the report, and writes report.json and report.md."""
+    rows = [_stage_row(stage, Path(results[stage.name])) for stage in stages]
+    answers = [_answers(name, results, config, directory) for name in config.compare]
+    steps = [
+        {"from": a.stage, "to": b.stage, **(found := gain(a, b)), "verdict": verdict(found)}
+        for a, b in pairwise(answers)
+    ]
+    if len(answers) > 2:
+        found = gain(answers[0], answers[-1])
+        steps.append({"from": answers[0].stage, "to": answers[-1].stage, **found, "verdict": verdict(found)})
+    content = {
+        "name": config.name,
+        "stages": rows,
+        "rewards": [{"stage": a.stage, "reward": a.mean, "noise": a.noise, "prompts": len(a.rewards)} for a in answers],
+        "steps": steps,
+        "samples": [
+            {"prompt": answers[0].prompts[n], **{a.stage: a.texts[n] for a in answers}}
+            for n in range(min(SHOWN, len(answers[0].texts) if answers else 0))
+        ],
+    }
+    write_atomically(directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    tables = _tables(content)
+    for title, header, lines in tables:
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for name in header:
+            table.add_column(name, overflow="fold")
+        for line in lines:
+            table.add_row(*line)
+        screen.print(table)
+    text = "\n\n".join(_markdown(*table) for table in tables)
+    write_atomically(directory / "report.md", f"# {config.name}\n\n{text}\n".encode())
+    screen.print(f"[bold]chain[/bold]  {directory / 'report.md'}")
+
+
+def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
+    """What a stage's own record says: a training's monitored metric before and after, or the best of n of samples."""
+    row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
+    status = _json(result / "run.json").get("result", {})
+    if status:
+        monitor = _monitor(result)
+        row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
+    if best := _json(result / "report.json").get("expected_best"):
+        row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}
+    return row
+
+
+def _monitor(result: Path) -> str:
+    from llmft.config.sections import TrainConfig
+    from llmft.config.untrusted import stored_config
+
+    return str(stored_config(result / "config.yaml", TrainConfig).trainer.monitor)
+
+
+def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> Answers:
+    run = results[stage]
+    judged = filled(config.judged, results)
+    code, told = run_command("llmft.sample", [f"run={run}", *judged], directory / ".judged.outcome")
+    if code != 0 or not told:
+        raise StageFailed(f"compare: the answers of {stage} could not be judged, as told above.", code or 1)
+    table = read_table(told[0] / "samples.parquet")
+    each = max(table["sample"]) + 1
+    rewards = np.asarray(table["reward"], np.float64).reshape(-1, each).mean(1)
+    return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+Shown = tuple[str, list[str], list[list[str]]]
+"""Title, header and lines of a table."""
+
+
+def _tables(content: dict[str, Any]) -> list[Shown]:
+    stages = [
+        [row["stage"], row["command"], row.get("metric", ""), _number(row.get("before")), _number(row.get("after"))]
+        for row in content["stages"]
+    ]
+    found: list[Shown] = [("stages", ["stage", "command", "metric", "before", "after"], stages)]
+    if content["rewards"]:
+        lines = [[row["stage"], f"{row['reward']:.3f} ± {row['noise']:.3f}"] for row in content["rewards"]]
+        found.append(("reward on held-out prompts", ["stage", "reward"], lines))
+        lines = [
+            [
+                f"{row['to']} against {row['from']}",
+                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
+                f"{row['win_rate']:.0%}",
+                row["verdict"],
+            ]
+            for row in content["steps"]
+        ]
+        found.append(("what each stage gained", ["stages", "reward", "win rate", "verdict"], lines))
+        header = list(content["samples"][0]) if content["samples"] else []
+        found.append(("samples", header, [list(map(str, sample.values())) for sample in content["samples"]]))
+    return found
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _markdown(title: str, header: list[str], lines: list[list[str]]) -> str:
+    def line(cells: list[str]) -> str:
+        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+
+    return "\n".join([f"## {title}", "", line(header), line(["---"] * len(header)), *map(line, lines)])

@@ -1,0 +1,132 @@
+"""The stages of a chain: what they depend on, and their command lines."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmft.config.commands import PipelineConfig, StageConfig
+from llmft.config.invocation import COMMANDS
+from llmft.core.errors import ConfigError, did_you_mean
+
+NAMED = re.compile(r"\$\{stage:([^}]*)\}")
+"""An earlier stage's result in an override: its directory, or with .runs behind its name a list of a sweep's runs."""
+
+
+def filled(overrides: Sequence[str], results: Mapping[str, str]) -> list[str]:
+    """`overrides` with what earlier stages left."""
+    return [NAMED.sub(lambda match: results[match[1]], override) for override in overrides]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a chain.
+
+    Attributes:
+        needs: the earlier stages that its overrides name, in their order.
+    """
+
+    name: str
+    command: str
+    overrides: tuple[str, ...]
+    sweep: bool
+    needs: tuple[str, ...]
+
+    def arguments(self, results: Mapping[str, str]) -> list[str]:
+        """The overrides with the directories of earlier stages in them."""
+        return filled(self.overrides, results)
+
+    def module(self) -> str:
+        """What `python -m` runs."""
+        return "llmft" if self.command == "train" else f"llmft.{self.command}"
+
+    def line(self, arguments: Sequence[str]) -> str:
+        """What a person would type."""
+        return shlex.join(["python", "-m", self.module(), *(["-m"] if self.sweep else []), *arguments])
+
+
+def stages_of(config: PipelineConfig) -> list[Stage]:
+    """The stages in their order. Raises ConfigError for unknown commands, and for stages that come later or never."""
+    stages: list[Stage] = []
+    for name, own in config.stages.items():
+        key = f"stages.{name}"
+        if own is None:  # left out
+            continue
+        if not re.fullmatch(r"[A-Za-z_]\w*", name):
+            raise ConfigError(f"{key}: a stage's name is letters, digits and underscores.")
+        if own.command not in COMMANDS or own.command == "pipeline":
+            raise ConfigError(f"{key}.command={own.command}: no command{did_you_mean(own.command, COMMANDS)}")
+        if own.sweep and own.command != "train":
+            raise ConfigError(f"{key}.sweep: only trainings are swept; leave it out.")
+        overrides = _with_common(own, config)
+        named = (found for override in overrides for found in NAMED.findall(override))
+        needs = tuple(dict.fromkeys(found.removesuffix(".runs") for found in named))
+        earlier = [stage.name for stage in stages]
+        for needed in needs:
+            if needed not in earlier:
+                later = "comes later" if needed in config.stages else "there is no such stage"
+                raise ConfigError(f"{key}: ${{stage:{needed}}}: {later}{did_you_mean(needed, earlier)}")
+        stages.append(Stage(name, own.command, tuple(overrides), own.sweep, needs))
+    if not stages:
+        raise ConfigError("stages: none; choose pipeline=…, or declare stages of your own in conf/pipeline.")
+    return stages
+
+
+def _with_common(stage: StageConfig, config: PipelineConfig) -> list[str]:
+    """A stage's overrides behind those that all trainings, or all commands that read runs, have in common.
+
+    A key that the stage sets itself is its own.
+    """
+    common = list(config.training) if stage.command == "train" else []
+    if stage.command in ("train", "folds", "blend", "refit"):
+        common.append(f"output_dir={config.output_dir}")
+    own = {_key(override) for override in stage.overrides}
+    return [*(override for override in common if _key(override) not in own), *stage.overrides]
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def check_composes(stage: Stage, arguments: Sequence[str]) -> Any:
+    """The config of a stage's command; raises ConfigError for one that cannot be composed, before anything runs.
+
+    A sweep's, and that of a command whose arguments Hydra does not read, is None.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    from llmft.config import commands
+    from llmft.config.convert import to_config
+    from llmft.config.hydra_app import explain, make_known
+    from llmft.config.overrides import config_directory, hydra_arguments
+    from llmft.config.sections import TrainConfig
+
+    schemas = {
+        "train": TrainConfig,
+        "sample": commands.SampleConfig,
+        "predict": commands.PredictConfig,
+        "folds": commands.FoldsConfig,
+        "blend": commands.BlendConfig,
+        "refit": commands.RefitConfig,
+        "evaluate": commands.EvaluateConfig,
+    }
+    schema = schemas.get(stage.command)
+    if schema is None or stage.sweep:
+        return None
+    make_known(stage.command, schema)
+    GlobalHydra.instance().clear()
+    try:
+        opened = hydra_arguments(arguments, schema, multirun=False)
+        with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+            return to_config(hydra.compose(stage.command, list(opened)), schema)
+    except Exception as error:
+        sentence = explain(error, schema, arguments)
+        if sentence is None:
+            raise
+        raise ConfigError(f"stages.{stage.name}: {sentence}") from None
+    finally:
+        GlobalHydra.instance().clear()

@@ -1,0 +1,101 @@
+"""run + prompts -> several answers each, judged: `python -m llmft.sample run=DIR data.files=prompts.jsonl judge=…`.
+
+It writes all samples, the best answer of each prompt as rows to train on, a random one as the matched control, and
+pairs for DPO. A killed command goes on where it was, to the same files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmft.config.commands import SampleConfig
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import run_verb
+from llmft.config.invocation import arguments_of_process
+from llmft.core.outcome import tell_outcome
+
+
+def main(argv: Sequence[str]) -> None:
+    """The command."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    run_verb("sample", SampleConfig, lambda composed, _: sample(to_config(composed, SampleConfig)), argv)
+
+
+def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
+    """Answers what `config` names; returns the directory of the samples.
+
+    Raises ConfigError or DataError for runs, judges or files that cannot be used.
+    """
+    from llmft.core.console import Screen
+
+    screen = Screen(quiet=quiet)
+    from llmft.evaluation.sampling import plan_samples, run_samples
+
+    job = plan_samples(config, screen.warn)
+    directory = job.directory
+    if not config.force and (report := finished(directory, job.job.plan)) is not None:
+        screen.print(f"These samples are done: [bold]{directory}[/bold] (force=true makes them again)")
+        _show(screen, report)
+        tell_outcome(directory)
+        return directory
+    directory.mkdir(parents=True, exist_ok=True)
+    with job.job.locked():
+        if config.force:
+            job.job.clear_parts()
+        from llmft.core.imports import load_libraries, quiet_warnings
+
+        load_libraries()
+        from llmft.model.load import drop_base
+
+        try:
+            with quiet_warnings():
+                report = run_samples(job, screen)
+        finally:
+            drop_base()
+    _show(screen, report)
+    screen.print(f"[bold]samples[/bold]  {directory}")
+    tell_outcome(directory)
+    return directory
+
+
+def finished(directory: Path, plan: str) -> dict[str, Any] | None:
+    """The report of samples that are there already; None where they are not, or others."""
+    try:
+        report = json.loads((directory / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return report if isinstance(report, dict) and report.get("plan") == plan else None
+
+
+def _show(screen: Any, report: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    screen.print(
+        f"{report['prompts']:,} prompts with {report['samples']} answers each: {report['duplicates']:.0%} say what "
+        f"another says, {report['unfinished']:.0%} are unfinished, {report['tokens']:.1f} tokens on average."
+    )
+    if "expected_best" not in report:
+        return
+    best = Table(title="expected reward of the best of n", title_justify="left", box=box.SIMPLE_HEAD)
+    for n in range(1, len(report["expected_best"]) + 1):
+        best.add_column(str(n), justify="right")
+    best.add_row(*(f"{value:.3f}" for value in report["expected_best"]))
+    screen.print(best)
+    table = Table(box=box.SIMPLE_HEAD)
+    for title in ("temperature", "reward", "share of the best"):
+        table.add_column(title, justify="right")
+    for temperature, entry in report["temperatures"].items():
+        table.add_row(temperature, f"{entry['reward']:.3f}", f"{entry['picks']:.0%}")
+    screen.print(table)
+    length = report["judge_against_length"]
+    if length is not None:
+        screen.print(f"Within a prompt the reward's correlation with the length is {length:+.2f}.")
+
+
+if __name__ == "__main__":
+    main(arguments_of_process())

@@ -1,0 +1,110 @@
+"""Advantages and losses of policies that learn from rewards (GRPO, RLOO, PPO), as pure functions.
+
+Answers are padded tables, (answers, tokens) with a mask of 1 where a token is. Losses are sums beside what they are
+divided by, so that a step over several micro-batches, or several devices, divides once by the whole.
+"""
+
+from __future__ import annotations
+
+import torch
+
+ADVANTAGES = ("group", "centred", "leave_one_out", "gae")
+AGGREGATES = ("token", "sequence", "constant")
+ESTIMATORS = ("k1", "k3")
+GROUP_EPSILON = 1e-4
+"""Added to a group's standard deviation, as TRL does; a group without spread has advantages of 0."""
+
+
+def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
+    """(groups, answers) advantages of rewards of the same form.
+
+    group: less the group's mean, over its standard deviation (GRPO, arXiv:2402.03300); centred: less the mean
+    (Dr. GRPO, arXiv:2503.20783); leave_one_out: less the mean of the others (RLOO, arXiv:2402.14740), so of a single
+    answer itself.
+    """
+    count = rewards.shape[-1]
+    centred = rewards - rewards.mean(-1, keepdim=True)
+    if kind == "centred":
+        return centred
+    if kind == "leave_one_out":
+        return centred * (count / (count - 1)) if count > 1 else rewards
+    if kind == "group":
+        spread = rewards.std(-1, keepdim=True) if count > 1 else torch.zeros_like(centred)
+        return centred / (spread + GROUP_EPSILON)
+    raise ValueError(f"unknown advantage {kind}: one of {', '.join(ADVANTAGES)}")
+
+
+def gae(
+    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, decay: float = 0.95
+) -> torch.Tensor:
+    """(answers, tokens) generalized advantage estimates (arXiv:1506.02438); nothing is worth anything after the end.
+
+    Args:
+        rewards: (answers, tokens), most often 0 but at an answer's last token.
+        values: (answers, tokens) what the value head expects at each token.
+    """
+    rewards, values = rewards * mask, values * mask
+    found = torch.zeros_like(values)
+    following = torch.zeros_like(values[:, 0])
+    for place in range(values.shape[1] - 1, -1, -1):
+        after = values[:, place + 1] if place + 1 < values.shape[1] else torch.zeros_like(following)
+        surprise = rewards[:, place] + gamma * after - values[:, place]
+        following = (surprise + gamma * decay * following) * mask[:, place]
+        found[:, place] = following
+    return found
+
+
+def kl(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
+    """Estimates of KL(policy || reference) in nats at each drawn token.
+
+    k1: the difference of log-probabilities, unbiased; k3: exp(-d) - 1 + d, never below 0 and with a useful gradient
+    (Schulman, joschu.net/blog/kl-approx.html).
+    """
+    difference = log_probs - reference
+    return difference if estimator == "k1" else torch.exp(-difference) - 1 + difference
+
+
+def ratios(log_probs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, level: str = "token") -> torch.Tensor:
+    """(answers, tokens) probability ratios of the policy to the one that drew; of `sequence` the geometric mean.
+
+    Sequence ratios are GSPO's (arXiv:2507.18071); a token's gradient goes through its answer's ratio.
+    """
+    difference = (log_probs - old) * mask
+    if level == "sequence":
+        means = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+        difference = means.expand_as(difference)
+    return difference.exp()
+
+
+def clipped_loss(ratio: torch.Tensor, advantage: torch.Tensor, clip: tuple[float, float] = (0.2, 0.2)) -> torch.Tensor:
+    """(answers, tokens) PPO's loss at each token: -min(ratio A, clip(ratio) A) (arXiv:1707.06347)."""
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip[0], 1 + clip[1]) * advantage)
+
+
+def clipped(ratio: torch.Tensor, advantage: torch.Tensor, clip: tuple[float, float] = (0.2, 0.2)) -> torch.Tensor:
+    """1 where the clip stops a token's gradient."""
+    high, low = (ratio > 1 + clip[1]) & (advantage > 0), (ratio < 1 - clip[0]) & (advantage < 0)
+    return (high | low).to(ratio.dtype)
+
+
+def value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, clip: float = 0.2) -> torch.Tensor:
+    """(answers, tokens) half the squared error of values that may not leave the old ones by more than `clip`."""
+    near = old + (values - old).clamp(-clip, clip)
+    return 0.5 * torch.maximum((values - returns) ** 2, (near - returns) ** 2)
+
+
+def summed(losses: torch.Tensor, mask: torch.Tensor, aggregate: str) -> torch.Tensor:
+    """(answers,) what each answer adds to the loss, which `weights` of all answers divides.
+
+    token: every token counts the same (DAPO, arXiv:2503.14476); sequence: every answer does; constant: tokens count the
+    same, and answers are as long as they may become (Dr. GRPO).
+    """
+    sums = (losses * mask).sum(-1)
+    return sums / mask.sum(-1).clamp(min=1) if aggregate == "sequence" else sums
+
+
+def weights(lengths: torch.Tensor, aggregate: str, most: int) -> torch.Tensor:
+    """(answers,) what each answer of so many tokens adds to the loss's denominator; `most` tokens may be written."""
+    if aggregate == "token":
+        return lengths.double()
+    return torch.full(lengths.shape, float(most) if aggregate == "constant" else 1.0, dtype=torch.float64)

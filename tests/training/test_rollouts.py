@@ -1,0 +1,175 @@
+"""Policies that learn from rewards of their own answers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmft.config.sections import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
+from llmft.core.errors import ConfigError
+from llmft.data.batch import MicroBatch, PolicyRows, collate
+from llmft.data.columns import Conversation
+from llmft.data.examples import IGNORE, Example
+from llmft.train import train
+from llmft.training.objectives.policy import PolicyGradient, token_log_probs
+from llmft.training.rollouts import Drawn, learned_from, read_drawn, write_drawn
+from tests.conftest import SMALL, compose
+
+OBJECTIVE = "llmft.training.objectives.policy.PolicyGradient"
+LENGTH = "task.judges={function: llmft.metrics.rewards.length, target: 2}"
+ONLINE = ["task.group=2", "trainer.batch_size=2", "quantization=none", LENGTH]
+KINDS = {
+    "grpo": ["task=grpo"],
+    "rloo": ["task=rloo", "task.updates=2"],
+    "ppo": ["task=ppo", "task.updates=2"],
+    "gspo": ["task=grpo", "task.ratio=sequence", "task.clip=[0.0003,0.0004]", "task.kl.beta=0.04"],
+}
+
+
+def task(**more: Any) -> TaskConfig:
+    return TaskConfig(name="grpo", objective=OBJECTIVE, rollouts=True, judges="x", **more)
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=4)).double()
+
+
+def answers(*rows: int) -> MicroBatch:
+    """Answers of 2 to 6 tokens behind prompts, with advantages and a reference; those of `rows` alone."""
+    generator = torch.Generator().manual_seed(1)
+    made, advantages, references = [], [], []
+    for prompt, answer in ((3, 4), (5, 2), (2, 6)):
+        ids = torch.randint(3, 64, (prompt + answer,), generator=generator).tolist()
+        made.append(Example(ids, [*[IGNORE] * prompt, *ids[prompt:]], Conversation([], "f:1")))
+        advantages.append(float(torch.randn(1, generator=generator)))
+        references.append(torch.randn(answer, generator=generator).abs().neg())
+    batch = collate([made[row] for row in rows], rows, 0)
+    labelled = batch.labels[:, 1:] != IGNORE
+    reference = torch.zeros(labelled.shape).masked_scatter(labelled, torch.cat([references[row] for row in rows]))
+    own = torch.tensor([advantages[row] for row in rows])[:, None] * labelled
+    batch.policy = PolicyRows(own, reference=reference)
+    return batch
+
+
+def gradient(model: Any, objective: PolicyGradient, *batches: MicroBatch) -> list[torch.Tensor]:
+    model.zero_grad()
+    for batch in batches:
+        objective.losses(model, batch).nll.sum().backward()
+    return [parameter.grad.clone() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("aggregate", ["token", "sequence", "constant"])
+def test_micro_batches_change_nothing(model: Any, aggregate: str) -> None:
+    objective = PolicyGradient(aggregate=aggregate, kl=0.1)
+    whole, apart = gradient(model, objective, answers(0, 1, 2)), gradient(model, objective, answers(1), answers(0, 2))
+    assert all(torch.allclose(a, b, rtol=1e-9, atol=1e-12) for a, b in zip(whole, apart, strict=True))
+
+
+def test_with_one_update_the_gradient_is_reinforces(model: Any) -> None:
+    batch = answers(0, 1, 2)
+    assert batch.policy is not None
+    clipped = gradient(model, PolicyGradient(), batch)
+    model.zero_grad()
+    log_probs, _ = token_log_probs(model, batch)
+    (-log_probs * batch.policy.advantages).sum().backward()
+    assert all(
+        torch.allclose(a, p.grad, rtol=1e-9, atol=1e-12) for a, p in zip(clipped, model.parameters(), strict=True)
+    )
+
+
+def drawn(**more: Any) -> Drawn:
+    ids = [[5, 1], [6, 7, 1]]
+    return Drawn([0, 0], ids, ["a", "b"], [True, True], {"x": [1.0, 0.0]}, [1.0, 0.0], **more)
+
+
+def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
+    old, reference = [[-1.0, -1.0], [-1.0, -1.0, -1.0]], [[-1.5, -1.0], [-1.0, -1.0, -2.0]]
+    held = task(group=2, advantage=Advantage.leave_one_out, kl=KlConfig(0.1, KlWhere.reward, KlEstimator.k1))
+    found, _ = learned_from(drawn(old=old, reference=reference), held)
+    first, second = 1.0 - 0.1 * 0.5, 0.0 - 0.1 * 1.0
+    assert found[0] == pytest.approx([first - second] * 2, abs=1e-7)
+    assert found[1] == pytest.approx([second - first] * 3, abs=1e-7)
+
+
+def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Path) -> None:
+    one = drawn(old=[[-1.0, -0.1], [-2.0, -0.5, -0.25]])
+    write_drawn(tmp_path / "a.parquet", one)
+    assert read_drawn(tmp_path / "a.parquet") == one
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    assert read_drawn(tmp_path / "a.parquet") is None
+    assert read_drawn(tmp_path / "b.parquet") is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["task=grpo"], "task.judges: nobody says"),
+        (["task=grpo", LENGTH, "task.group=1"], "measured by the others"),
+        (["task=grpo", "task.judges=os.system"], "only llmft.metrics.rewards"),
+        (["task=grpo", LENGTH, "task.combine=lenght"], "did you mean length"),
+        (["task=grpo", LENGTH, "task.clip=[0.2]"], "task.clip"),
+        (["task=ppo", LENGTH, "lora=none", "quantization=none"], "stands beside a LoRA"),
+        (["task.judges=x"], "draws no answers"),
+    ],
+)
+def test_mistakes_are_told_before_the_weights_load(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        train(compose(*SMALL, *overrides, f"output_dir={tmp_path}"), quiet=True)
+
+
+def online(directory: Path, kind: str, *more: str) -> list[str]:
+    return [*SMALL, *ONLINE, *KINDS[kind], f"output_dir={directory}", "trainer.checkpoint_every=1", *more]
+
+
+def run_of(directory: Path) -> Path:
+    (run,) = (directory / "runs").iterdir()
+    return run
+
+
+@pytest.mark.parametrize("kind", ["grpo", "ppo"])
+def test_a_policy_trains_to_an_ordinary_adapter(tmp_path: Path, kind: str) -> None:
+    assert train(compose(*online(tmp_path, kind)), quiet=True) is not None
+    run = run_of(tmp_path)
+    assert sorted(path.name for path in (run / "rollouts").iterdir())[0] == "step-00000000.parquet"
+    from safetensors.torch import load_file
+
+    assert all(".lora_" in name for name in load_file(run / "adapter" / "adapter_model.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_policy_killed_between_two_updates_ends_at_the_same_weights(tmp_path: Path, kind: str) -> None:
+    train(compose(*online(tmp_path / "whole", kind)), quiet=True)
+    command = [sys.executable, "-m", "llmft", *online(tmp_path / "killed", kind)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not list((tmp_path / "killed").glob("runs/*/checkpoints/*3*")):
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    train(compose(*online(tmp_path / "killed", kind)), quiet=True)
+    whole, killed = run_of(tmp_path / "whole"), run_of(tmp_path / "killed")
+    weights = "adapter/adapter_model.safetensors"
+    assert (killed / weights).read_bytes() == (whole / weights).read_bytes()
+    assert (killed / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+
+
+@pytest.mark.slow
+def test_the_reward_rises(tmp_path: Path) -> None:
+    overrides = ["task=grpo", "trainer.max_steps=40", "trainer.batch_size=8", "task.max_new_tokens=8", LENGTH]
+    rows = ["data.rows={train: 240, validation: 24, test: 0}", "task.generate_rows=24", "trainer.validate_every=10"]
+    fixed = ["logger=none", "progress=false", "trainer.threads=1", f"output_dir={tmp_path}"]
+    after = train(compose(*fixed, *overrides, *rows), quiet=True)
+    assert after is not None
+    assert after > -1.0  # two words are right; before, answers are of eight tokens
