@@ -43,19 +43,19 @@ class Answers:
         """Of rows that all have a comparison."""
         compared = [c for example in examples if (c := example.conversation.comparison) is not None]
         lengths = [np.bincount(example.segments).tolist() for example in examples if example.segments is not None]
-        pairs = [(row, *pair) for row, own in enumerate(compared) for pair in own.pairs]
-        good = [own.desirable for own in compared]
+        pairs = [(row, *pair) for row, comparison in enumerate(compared) for pair in comparison.pairs]
+        good = [comparison.desirable for comparison in compared]
         return cls(
             lengths,
             torch.tensor(pairs, dtype=torch.long).view(-1, 3),
-            torch.tensor([own.margin for own in compared]),
+            torch.tensor([comparison.margin for comparison in compared]),
             torch.tensor(good) if None not in good else None,
         )
 
     @property
     def most(self) -> int:
         """The most answers that a row has."""
-        return max(len(own) for own in self.lengths) - 1
+        return max(len(row_lengths) for row_lengths in self.lengths) - 1
 
     def to(self, device: torch.device) -> Answers:
         """The same on `device`."""

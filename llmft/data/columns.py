@@ -339,18 +339,18 @@ class ColumnMap:
 
     def _compared(self, row: Row, messages: list[Message]) -> Conversation:
         """A prompt with what people said of its answers; rows to predict have the answers that they have."""
-        columns, given = self.columns, row.values
-        if columns.candidates and (not self.lenient or columns.candidates in given):
+        columns, values = self.columns, row.values
+        if columns.candidates and (not self.lenient or columns.candidates in values):
             answers = self._candidates(row, columns.candidates, messages)
-            if self.lenient and given.get(columns.scores or "") is None:
+            if self.lenient and values.get(columns.scores or "") is None:
                 return self._judged(row, messages, answers, (0,) * len(answers))
-            return self._judged(row, messages, *ranked(answers, given.get(columns.scores or ""), columns.scores or ""))
-        if columns.chosen and (not self.lenient or columns.chosen in given):
+            return self._judged(row, messages, *ranked(answers, values.get(columns.scores or ""), columns.scores or ""))
+        if columns.chosen and (not self.lenient or columns.chosen in values):
             names = [columns.chosen, *([columns.rejected] if columns.rejected else [])]
-            names = [name for name in names if not self.lenient or given.get(name) is not None]
+            names = [name for name in names if not self.lenient or values.get(name) is not None]
             answers = [self._answer(row, name, messages) for name in names]
             return self._judged(row, messages, answers, tuple(range(len(answers))))
-        response = columns.response or ("response" if self.lenient and "response" in given else None)
+        response = columns.response or ("response" if self.lenient and "response" in values else None)
         if response is not None:
             _refuse_answered(messages, f"the one of '{response}'")
             messages = [*messages, {"role": "assistant", "content": self._fill(response, row)}]
@@ -363,18 +363,18 @@ class ColumnMap:
         columns = self.columns
         _refuse_answered(messages, "the compared ones")
         differing(answers)
-        made = Comparison(tuple(answers[1:]), ranks)
+        comparison = Comparison(tuple(answers[1:]), ranks)
         if not self.lenient:
             if columns.degree:
                 degrees = self.data.degrees if self.data is not None else list(DEGREES)
-                place = degree_of(self._fill(columns.degree, row), degrees, columns.degree)
+                degree = degree_of(self._fill(columns.degree, row), degrees, columns.degree)
                 assert self.task is not None
-                made = replace(made, degree=place, margin=self.task.margins(degrees)[place])
+                comparison = replace(comparison, degree=degree, margin=self.task.margins(degrees)[degree])
             if columns.margin:
-                made = replace(made, margin=number_of(row.values.get(columns.margin), columns.margin))
+                comparison = replace(comparison, margin=number_of(row.values.get(columns.margin), columns.margin))
             if columns.label:
-                made = replace(made, desirable=label_of(row.values.get(columns.label), columns.label))
-        return Conversation([*messages, {"role": "assistant", "content": answers[0]}], row.where, comparison=made)
+                comparison = replace(comparison, desirable=label_of(row.values.get(columns.label), columns.label))
+        return Conversation([*messages, {"role": "assistant", "content": answers[0]}], row.where, comparison=comparison)
 
     def _candidates(self, row: Row, name: str, messages: list[Message]) -> list[str]:
         """Several answers: texts, or messages."""
@@ -389,8 +389,8 @@ class ColumnMap:
         value = row.values.get(name)
         if isinstance(value, list) and value:
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
-            own = [(m["role"], message_text(m).strip()) for m in messages]
-            if before and own[-len(before) :] != [(m["role"], message_text(m).strip()) for m in before]:
+            own_messages = [(m["role"], message_text(m).strip()) for m in messages]
+            if before and own_messages[-len(before) :] != [(m["role"], message_text(m).strip()) for m in before]:
                 raise ValueError(f"the messages before the answer in '{name}' are not those of the prompt")
             value = value[-1]
         if isinstance(value, dict):
@@ -421,8 +421,8 @@ class ColumnMap:
 def prompt_of(data: DataConfig) -> Callable[[Row], str]:
     """From a row to what its answers answer, as text: rows of one prompt have the same."""
     columns = data.columns
-    given = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
-    names = [name for template in given for name in names_in(template)]
+    templates = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
+    names = [name for template in templates for name in names_in(template)]
 
     def own(row: Row) -> str:
         if names and not (columns.messages and columns.label and not columns.response):
@@ -465,8 +465,8 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
             raise ConfigError(f"data.target_columns is set, and task={task.name} learns text: set it to [].")
         if len(answers) > 1:
             raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
-        own = ("candidates", "scores", "label", *(() if "chosen" in set_to else _COMPARED))
-        unused |= dict.fromkeys(own, f"task={task.name} compares no answers")
+        comparison_keys = ("candidates", "scores", "label", *(() if "chosen" in set_to else _COMPARED))
+        unused |= dict.fromkeys(comparison_keys, f"task={task.name} compares no answers")
         if "prompt" in set_to and not answers:
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
         if "text" in set_to and not answers:
@@ -493,14 +493,14 @@ def _feedback_columns(data: DataConfig, task: TaskConfig, set_to: dict[str, str]
     if task.feedback is Feedback.labels:
         if "label" not in set_to:
             raise ConfigError(f"task={task.name} needs data.columns.label: whether a row's answer is good.")
-        lacking = "response" if "messages" not in set_to and "response" not in set_to else None
+        missing = "response" if "messages" not in set_to and "response" not in set_to else None
         unused = ["target", "chosen", "rejected", "candidates", "scores", "degree", "margin", "text"]
     else:
         pair = ("candidates", "scores") if "candidates" in set_to else ("chosen", "rejected")
-        lacking = next((key for key in pair if key not in set_to), None)
+        missing = next((key for key in pair if key not in set_to), None)
         unused = ["target", "response", "label", "text", "degree" if "candidates" in set_to else "scores"]
-    if lacking is not None:
-        raise ConfigError(f"task={task.name} needs data.columns.{lacking}; data={data.name} does not name it.")
+    if missing is not None:
+        raise ConfigError(f"task={task.name} needs data.columns.{missing}; data={data.name} does not name it.")
     return dict.fromkeys(unused, f"task={task.name} learns from {task.feedback.value if task.feedback else ''}")
 
 

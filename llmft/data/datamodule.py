@@ -126,10 +126,10 @@ class DataModule(L.LightningDataModule):
         return DataLoader(_LazyBatches(makers), batch_size=None, num_workers=0)
 
     def _batch(self, split: str, rows: list[int]) -> MicroBatch:
-        made = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
-        if made.answers is not None and split in self.references:
-            made.answers.reference = self.references[split][rows, : made.answers.most]
-        return made
+        batch = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
+        if batch.answers is not None and split in self.references:
+            batch.answers.reference = self.references[split][rows, : batch.answers.most]
+        return batch
 
     def test_dataloader(self) -> DataLoader:
         """This rank's test rows, in batches of similar length."""

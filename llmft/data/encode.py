@@ -304,13 +304,13 @@ class Encoder:
 
     def _answers(self, conversation: Conversation, others: Sequence[str]) -> list[Part]:
         """A text for each answer to the same prompt; the conversation's own is the first."""
-        before = conversation.messages[:-1]
-        made = []
+        prompt = conversation.messages[:-1]
+        parts = []
         for answer in [str(conversation.messages[-1]["content"]), *others]:
-            own = replace(conversation, messages=[*before, {"role": "assistant", "content": answer}])
-            rendered = self.render(own, wanted=frozenset([sum(m["role"] == "assistant" for m in before)]))
-            made.append(Part(own, rendered, rendered.spans[-1:]))
-        return made
+            alternative = replace(conversation, messages=[*prompt, {"role": "assistant", "content": answer}])
+            rendered = self.render(alternative, wanted=frozenset([sum(m["role"] == "assistant" for m in prompt)]))
+            parts.append(Part(alternative, rendered, rendered.spans[-1:]))
+        return parts
 
     def _compared(
         self, parts: Sequence[Part], lengths: Lengths, problems: BadRows
@@ -329,7 +329,7 @@ class Encoder:
         if not prompt or not all(answers):
             problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)
             return None
-        longest = max(range(len(answers)), key=lambda place: len(answers[place]))
+        longest = max(range(len(answers)), key=lambda index: len(answers[index]))
         region = self._limit(parts[longest], _marks(len(prompt), [answers[longest]]), lengths)
         if region is None:
             lengths.rows_dropped += 1

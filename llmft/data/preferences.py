@@ -44,23 +44,23 @@ class Comparison:
 def differing(answers: Sequence[str]) -> None:
     """Raises ValueError where two answers say the same, white space at their ends aside."""
     seen: dict[str, int] = {}
-    for place, answer in enumerate(answers, start=1):
-        other = seen.setdefault(answer.strip(), place)
-        if other != place:
-            raise ValueError(f"answers {other} and {place} are equal, so nothing says which is better")
+    for number, answer in enumerate(answers, start=1):
+        other = seen.setdefault(answer.strip(), number)
+        if other != number:
+            raise ValueError(f"answers {other} and {number} are equal, so nothing says which is better")
 
 
 def ranked(answers: Sequence[str], scores: Any, column: str) -> tuple[list[str], tuple[int, ...]]:
     """Answers from the best score to the worst, and their ranks. Raises ValueError for scores that are no numbers."""
     if not isinstance(scores, list) or len(scores) != len(answers):
-        told = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
-        raise ValueError(f"'{column}' holds {told} for {len(answers)} candidates")
+        description = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
+        raise ValueError(f"'{column}' holds {description} for {len(answers)} candidates")
     numbers = [number_of(score, column) for score in scores]
-    order = sorted(range(len(answers)), key=lambda place: -numbers[place])
+    order = sorted(range(len(answers)), key=lambda index: -numbers[index])
     levels = sorted(set(numbers), reverse=True)
     if len(levels) < 2:
         raise ValueError(f"all candidates have the same score in '{column}', so nothing says which is better")
-    return [answers[place] for place in order], tuple(levels.index(numbers[place]) for place in order)
+    return [answers[index] for index in order], tuple(levels.index(numbers[index]) for index in order)
 
 
 def number_of(value: Any, column: str) -> float:
@@ -85,10 +85,10 @@ def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
 
 def label_of(value: Any, column: str) -> bool:
     """Whether an answer is good. Raises ValueError for anything but a truth value."""
-    found = (GOOD | BAD).get(str(value).strip().casefold())
-    if found is None:
+    label = (GOOD | BAD).get(str(value).strip().casefold())
+    if label is None:
         raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
-    return found
+    return label
 
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -105,7 +105,7 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
             raise ValueError(f"'{column}' has text before its first turn")
         roles = {"Human": "user", "Assistant": "assistant"}
         value = [
-            {"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)
+            {"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)
         ]
     if not isinstance(value, list) or not value:
         raise ValueError(
@@ -142,23 +142,24 @@ def with_other_answers(conversations: Sequence[Any]) -> list[Any]:
 
     KTO measures on them how far a policy is from its reference; nobody compared the two.
     """
-    found = []
-    for place, row in enumerate(conversations):
-        around = (conversations[(place + step) % len(conversations)] for step in range(1, len(conversations)))
-        own = str(row.messages[-1]["content"])
+    result = []
+    for index, row in enumerate(conversations):
+        around = (conversations[(index + step) % len(conversations)] for step in range(1, len(conversations)))
+        answer = str(row.messages[-1]["content"])
         other = next(
             (
                 text
-                for one in around
-                if one.messages[:-1] != row.messages[:-1] and (text := str(one.messages[-1]["content"])) != own
+                for other_row in around
+                if other_row.messages[:-1] != row.messages[:-1]
+                and (text := str(other_row.messages[-1]["content"])) != answer
             ),
             None,
         )
         if other is None:
             raise DataError(f"{row.where}: task=kto needs answers to two prompts or more in every split.")
         comparison = replace(row.comparison, others=(other,), ranks=(0, 0))
-        found.append(replace(row, comparison=comparison))
-    return found
+        result.append(replace(row, comparison=comparison))
+    return result
 
 
 Conversations = Sequence[Any]
@@ -168,7 +169,7 @@ Conversations = Sequence[Any]
 def contradictions(conversations: Conversations) -> list[tuple[str, str]]:
     """(where, where) of rows that compare the same two answers to one prompt the other way round."""
     seen: dict[tuple[str, str, str], str] = {}
-    found = []
+    result = []
     for row in conversations:
         if row.comparison is None or not row.comparison.others:
             continue
@@ -177,11 +178,11 @@ def contradictions(conversations: Conversations) -> list[tuple[str, str]]:
         for better, worse in row.comparison.pairs:
             other = seen.get((prompt, answers[worse], answers[better]))
             if other is not None:
-                found.append((other, row.where))
+                result.append((other, row.where))
                 break
         for better, worse in row.comparison.pairs:
             seen.setdefault((prompt, answers[better], answers[worse]), row.where)
-    return found
+    return result
 
 
 def longer_wins(lengths: Sequence[tuple[int, int]]) -> float:
@@ -191,8 +192,8 @@ def longer_wins(lengths: Sequence[tuple[int, int]]) -> float:
 
 def by_degree(degrees: Sequence[int | None], values: Sequence[Any]) -> dict[int, list[Any]]:
     """`values` of rows by their degree, the clearest first; rows without a degree are left out."""
-    found: dict[int, list[Any]] = defaultdict(list)
+    result: dict[int, list[Any]] = defaultdict(list)
     for degree, value in zip(degrees, values, strict=True):
         if degree is not None:
-            found[degree].append(value)
-    return dict(sorted(found.items()))
+            result[degree].append(value)
+    return dict(sorted(result.items()))

@@ -115,8 +115,8 @@ def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
     return [{"text": text, "writer": name} for text, name, _ in _texts(split, num_rows, rng)]
 
 
-def _texts(split: str, num_rows: int, rng: Random, twice: float = 0.0) -> list[tuple[str, str, Style]]:
-    """Texts with their writer and the habits that they show, in random order; a share `twice` of slips are two."""
+def _texts(split: str, num_rows: int, rng: Random, share_of_two: float = 0.0) -> list[tuple[str, str, Style]]:
+    """Texts with their writer and the habits that they show, in random order; `share_of_two` of the slips are two."""
     names = tuple(WRITERS)
     seen: set[tuple[int, ...]] = set()
     rows: list[tuple[str, str, Style]] = []
@@ -129,7 +129,7 @@ def _texts(split: str, num_rows: int, rng: Random, twice: float = 0.0) -> list[t
         animal, mood, other, deed, place, end = (words[i] for words, i in zip(lists, choice, strict=True))
         name = names[len(rows) % len(names)]
         style = _slip(rng, WRITERS[name]) if rng.random() < _SLIPS else WRITERS[name]
-        if twice and style is not WRITERS[name] and rng.random() < twice:
+        if share_of_two and style is not WRITERS[name] and rng.random() < share_of_two:
             style = _slip(rng, style)
         sentences = [_mood(style, f"the {animal}", mood), _deed(style, f"the {other}", deed, place, end)]
         rows.append((" ".join(_shuffled(rng, sentences)), name, style))
@@ -148,10 +148,10 @@ def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
         Rows with the columns ``text``, ``chosen``, ``rejected`` and ``degree``.
     """
     rng = _rng("pairs", split, _TASK_SPLITS, seed)
-    made = []
+    rows = []
     for text, name, style in _texts(split, num_rows, rng, _TWICE):
-        own = _common(style, WRITERS[name])
-        ahead = {other: own - _common(style, WRITERS[other]) for other in WRITERS if other != name}
+        num_common = _common(style, WRITERS[name])
+        ahead = {other: num_common - _common(style, WRITERS[other]) for other in WRITERS if other != name}
         closest = min(ahead.values())
         if closest > 1 and rng.random() < _NOBODY:
             rejected, degree = _pick(rng, _OTHERS), DEGREES[0]
@@ -159,8 +159,8 @@ def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
             others = [other for other in ahead if ahead[other] >= 0 and (closest > 1 or ahead[other] <= 1)]
             rejected = _pick(rng, others)
             degree = DEGREES[1] if ahead[rejected] > 1 else DEGREES[2] if ahead[rejected] == 1 else DEGREES[3]
-        made.append({"text": text, "chosen": name, "rejected": rejected, "degree": degree})
-    return made
+        rows.append({"text": text, "chosen": name, "rejected": rejected, "degree": degree})
+    return rows
 
 
 def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:

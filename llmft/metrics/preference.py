@@ -88,9 +88,9 @@ def movement(before: Mapping[str, float | None], after: Mapping[str, float | Non
         moves.append(now - was)
     chosen, rejected = moves
     ways = ["likelier" if move >= 0 else "less likely" for move in moves]
-    told = f"the chosen answer became {ways[0]}, the rejected one {ways[1]}"
+    sentence = f"the chosen answer became {ways[0]}, the rejected one {ways[1]}"
     if ways[0] == ways[1]:
-        told = f"both answers became {ways[0]}"
+        sentence = f"both answers became {ways[0]}"
     if chosen < rejected:
         how = f"shrank by {rejected - chosen:.1f}"
     elif chosen < 0:
@@ -99,7 +99,7 @@ def movement(before: Mapping[str, float | None], after: Mapping[str, float | Non
         how = f"grew by lifting the chosen one {chosen:.1f}"
     else:
         how = f"grew by {chosen - rejected:.1f}"
-    return f"{told} (chosen {chosen:+.1f} nats, rejected {rejected:+.1f}); the margin {how} nats"
+    return f"{sentence} (chosen {chosen:+.1f} nats, rejected {rejected:+.1f}); the margin {how} nats"
 
 
 def against_length(outputs: np.ndarray) -> dict[str, float]:
@@ -118,13 +118,13 @@ def against_length(outputs: np.ndarray) -> dict[str, float]:
     }
 
 
-def length_sentence(found: Mapping[str, float]) -> str:
+def length_sentence(facts: Mapping[str, float]) -> str:
     """What `against_length` found, in words."""
     rule = (
-        f'accuracy {found["accuracy"]:.3f} against {found["longer_wins"]:.3f} of the rule "the longer answer wins" '
-        f"(95% interval of the difference {found['low']:+.3f} to {found['high']:+.3f}; {found['rows']:,.0f} rows)"
+        f'accuracy {facts["accuracy"]:.3f} against {facts["longer_wins"]:.3f} of the rule "the longer answer wins" '
+        f"(95% interval of the difference {facts['low']:+.3f} to {facts['high']:+.3f}; {facts['rows']:,.0f} rows)"
     )
-    if found["low"] > 0:
+    if facts["low"] > 0:
         return f"better than length: {rule}"
     return f"NOT better than length, so what it learned may be length alone: {rule}"
 
