@@ -42,7 +42,7 @@ def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
     from llmft.serving.start import open_all
 
     screen = Screen(quiet=quiet or config.message is not None)
-    jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    jobs = usable(config.run, "run", opened, screen.warn)
     screen.print("[dim]loading …[/dim]")
     runs = open_all(jobs, config)
     from llmft.serving.dialogue import Dialogue, as_json

@@ -42,7 +42,7 @@ def serve(config: ServeConfig) -> None:
     screen = Screen()
     if config.engine is ServedBy.llmft and missing("starlette", "uvicorn"):
         raise ConfigError('llmft.serve needs the packages starlette and uvicorn: pip install "llmft[serve]".')
-    jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    jobs = usable(config.run, "run", opened, screen.warn)
     if config.engine is not ServedBy.llmft:
         from llmft.serving.engines import hand_over
 

@@ -180,7 +180,7 @@ def plan_predictions(
 
 
 def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | None) -> PredictionJob:
-    targets, notes, problems = _targets(run, trained), [], BadRows()
+    targets, notes, problems = targets_of(run, trained), [], BadRows()
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
     if config.prompts is not None and trained.task.scores_answers:
@@ -270,7 +270,7 @@ def _id_column(
     return None
 
 
-def _targets(run: Run, trained: TrainConfig) -> Targets | None:
+def targets_of(run: Run, trained: TrainConfig) -> Targets | None:
     if trained.task.head is None:
         return None
     try:

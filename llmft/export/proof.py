@@ -53,19 +53,20 @@ class Questions:
     @classmethod
     def of(cls, predictor: Predictor) -> Questions:
         """The first validation rows of the run, read again; questions of our own where its files are gone."""
-        source = "validation rows"
+        source, found = "validation rows", True
         try:
             conversations = prepare(predictor.config, open_directory=False).conversations["validation"][:ROWS]
         except (ConfigError, DataError, OSError):
-            source = "questions, since the rows of the training are not there"
+            source, found = "questions, since the rows of the training are not there", False
             conversations = [
                 Conversation([{"role": "user", "content": text}], where=f"question {number}", target=0)
                 for number, text in enumerate(QUESTIONS, 1)
             ]
         if not predictor.config.task.writes:
-            encoded = predictor.encode(conversations)
-            rows = [Example(row.input_ids, [IGNORE] * len(row.input_ids), row.conversation) for row in encoded]
-            return cls(conversations, rows, [], source)
+            whole = [list(row.input_ids) for row in predictor.encode(conversations)] if found else []
+            whole = whole or [predictor.tokenizer(text).input_ids for text in QUESTIONS]
+            pairs = zip(whole, conversations, strict=True)
+            return cls(conversations, [Example(ids, [IGNORE] * len(ids), row) for ids, row in pairs], [], source)
         examples = predictor.encoder.encode("proof", conversations, BadRows())
         rows = [examples[place] for place in range(len(examples))]
         spoken = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]

@@ -18,7 +18,7 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that is not its run.
     """
     check_format(config)
-    jobs = usable(config.run, "run", lambda directory: opened(directory, config), screen.warn)
+    jobs = usable(config.run, "run", opened, screen.warn)
     load_libraries()
     from llmft.export.merge import NotProved
 

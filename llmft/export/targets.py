@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
-from typing import Any
 
-from llmft.config.commands import MergeConfig, MergeFormat, PredictConfig, Stored
+from llmft.config.commands import MergeConfig, MergeFormat, Stored
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.evaluation.jobs import EnsembleJob, PredictionJob, plan_predictions
+from llmft.evaluation.jobs import PredictionJob, targets_of
+from llmft.evaluation.prediction_sets import EnsembleRecipe
+from llmft.runs.directory import finished_run
 
 FACTS = "llmft.json"
 """What a merged directory says of itself."""
@@ -24,15 +25,15 @@ QUANTIZED = (
 DTYPE_NAMES = {Stored.fp16: "float16", Stored.bf16: "bfloat16", Stored.fp32: "float32"}
 
 
-def opened(directory: Path, config: Any) -> PredictionJob:
+def opened(directory: Path) -> PredictionJob:
     """A finished run's config, classes and weights as commands that export or serve want it.
 
     Raises ConfigError for what has no language model of its own.
     """
-    options = PredictConfig(run=str(directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads)
-    job = plan_predictions(directory, options)
-    if isinstance(job, EnsembleJob):
+    if EnsembleRecipe.of(directory) is not None:
         raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
+    run, trained = finished_run(directory)
+    job = PredictionJob(run, trained, directory, [], [], "", None, targets_of(run, trained), "", "")
     if job.baseline:
         raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
     return job

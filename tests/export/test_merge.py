@@ -86,7 +86,7 @@ def test_llama_cpp_says_with_a_gguf_file_what_the_run_says(two_runs: list[Path],
 
 
 @pytest.mark.slow
-def test_a_classifier_and_a_full_fine_tuning_are_merged_too(tmp_path: Path) -> None:
+def test_heads_and_full_fine_tunings_are_merged_too(tmp_path: Path) -> None:
     train(compose(*SMALL, f"output_dir={tmp_path}", "task=classification", "data=writers"), quiet=True)
     run = run_directory(tmp_path)
     directory = merged(run)
@@ -94,6 +94,12 @@ def test_a_classifier_and_a_full_fine_tuning_are_merged_too(tmp_path: Path) -> N
     assert list(model.config.id2label.values()) == json.loads((run / "targets.json").read_text())["labels"]
     with pytest.raises(ConfigError, match="GGUF files hold language models"):
         merged(run, format=MergeFormat.gguf)
+    root = tmp_path / "reward"
+    train(compose(*SMALL, f"output_dir={root}", "task=reward"), quiet=True)
+    directory = merged(run_directory(root))
+    reward = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
+    assert reward.config.num_labels == 1
+    assert json.loads((directory / "llmft.json").read_text())["proof"]["largest_difference"] < 5e-3
     root = tmp_path / "full"
     train(compose(*SMALL, f"output_dir={root}", "lora=none", "quantization=none", "trainer.precision=fp32"), quiet=True)
     facts = json.loads((merged(run_directory(root)) / "llmft.json").read_text())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.commands import ChatConfig, PredictConfig, ServeConfig
+from llmft.config.commands import PredictConfig, ServeConfig
 from llmft.core.imports import missing
 from llmft.export.targets import opened
 from llmft.predict import predict
@@ -36,8 +36,7 @@ def address(two_runs: list[Path]) -> Iterator[str]:
     from llmft.serving.engine import Engine
 
     config = ServeConfig(run=[str(run) for run in two_runs], accelerator="cpu", max_body_kib=64, max_requests=12)
-    chat = ChatConfig(run=config.run, accelerator="cpu")
-    engine = Engine(open_all([opened(run, chat) for run in two_runs], config))
+    engine = Engine(open_all([opened(run) for run in two_runs], config))
     server = uvicorn.Server(uvicorn.Config(Api(engine, config, "secret").app, log_level="warning", lifespan="off"))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

@@ -26,7 +26,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def runs(two_runs: list[Path]) -> list[OpenRun]:
     config = ChatConfig(run=[str(run) for run in two_runs], accelerator="cpu")
-    return open_all([opened(run, config) for run in two_runs], config)
+    return open_all([opened(run) for run in two_runs], config)
 
 
 @pytest.fixture
