@@ -17,7 +17,7 @@ from llmft.config.commands import PipelineConfig
 from llmft.core.console import Screen
 from llmft.core.errors import StageFailed
 from llmft.core.files import write_atomically
-from llmft.pipelines.run import run_command
+from llmft.pipelines.process import run_command
 from llmft.pipelines.stages import Stage, filled
 from llmft.runs.predictions import read_table
 

@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,10 +16,10 @@ from rich.table import Table
 from llmft.config.commands import PipelineConfig
 from llmft.config.convert import canonical
 from llmft.core.console import Screen
-from llmft.core.errors import Interrupted, StageFailed
+from llmft.core.errors import RunBusy, StageFailed
 from llmft.core.files import exclusive_lock, write_atomically
-from llmft.core.machine import die_with_parent
-from llmft.core.outcome import VARIABLE, read_outcome
+from llmft.pipelines.process import run_command
+from llmft.pipelines.report import write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
 from llmft.runs.directory import slug
 
@@ -38,8 +34,6 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
         check_composes(stage, stage.arguments(_known(stage, record)))
     if config.dry_run:
         return None
-    from llmft.core.errors import RunBusy
-
     directory.mkdir(parents=True, exist_ok=True)
     with exclusive_lock(directory / ".lock", RunBusy(f"{directory}: another process runs this chain; wait for it.")):
         results: dict[str, str] = {}
@@ -64,8 +58,6 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
             record = {"name": config.name, "stages": {**record.get("stages", {}), **entries}}
             _write(directory / "pipeline.json", record)
         _write(directory / "pipeline.json", {"name": config.name, "stages": entries})
-        from llmft.pipelines.report import write_report
-
         write_report(config, stages, results, directory, screen)
     return directory
 
@@ -99,39 +91,6 @@ def _show_plan(stages: Sequence[Stage], record: dict[str, Any], screen: Screen) 
         told = f"done, took {entry['seconds']:.0f} s" if done else "changed" if entry else "new"
         table.add_row(stage.name, escape(" ".join([stage.command, *stage.overrides])), ", ".join(stage.needs), told)
     screen.print(table)
-
-
-def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[int, Sequence[Path]]:
-    """The exit code of `python -m module`, and the directories that it told of in the file `outcome`.
-
-    It dies with this process; a signal that asks this one to end is handed on, and waited for.
-    """
-    outcome.unlink(missing_ok=True)
-    child = subprocess.Popen(
-        [sys.executable, "-m", module, *arguments],
-        env={**os.environ, VARIABLE: str(outcome.absolute())},
-        preexec_fn=die_with_parent if os.name == "posix" else None,
-    )
-    asked: list[int] = []
-
-    def hand_on(signum: int, _: Any) -> None:
-        asked.append(signum)
-        if signum != signal.SIGINT:  # a terminal sends that one to both
-            child.send_signal(signum)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        code = child.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        if child.poll() is None:
-            child.kill()
-    told = read_outcome(outcome)
-    outcome.unlink(missing_ok=True)
-    if asked:
-        raise Interrupted("interrupted; the same command goes on with this stage.", asked[-1])
-    return code, told
 
 
 def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: Screen) -> dict[str, str]:

@@ -68,14 +68,14 @@ def test_files_are_the_same_at_any_batch_size_and_the_best_are_the_judges_argmax
     assert sum(entry["picks"] for entry in report["temperatures"].values()) == pytest.approx(1)
 
 
-def test_answers_under_a_system_prompt_are_learned_without_it(run: Path, tmp_path: Path) -> None:
+def test_answers_under_a_system_prompt_are_learned_without_it(run: Path) -> None:
     plain, told = (
         sampled(run, "limit=3", "temperatures=[0]", "samples=1", *more) for more in ([], ["system='Be brief.'"])
     )
     assert [row["messages"][0] for row in lines(told / "all.jsonl")] == [
         row["messages"][0] for row in lines(plain / "all.jsonl")
     ]
-    assert read_table(told / "samples.parquet")["text"] != read_table(plain / "samples.parquet")["text"]
+    assert read_table(told / "samples.parquet")["logprob"] != read_table(plain / "samples.parquet")["logprob"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""A command of ours as a process of its own, which ends with this one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from llmft.core.errors import Interrupted
+from llmft.core.machine import die_with_parent
+from llmft.core.outcome import VARIABLE, read_outcome
+
+
+def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[int, Sequence[Path]]:
+    """The exit code of `python -m module`, and the directories that it told of in the file `outcome`.
+
+    It dies with this process; a signal that asks this one to end is handed on, and waited for.
+    """
+    outcome.unlink(missing_ok=True)
+    child = subprocess.Popen(
+        [sys.executable, "-m", module, *arguments],
+        env={**os.environ, VARIABLE: str(outcome.absolute())},
+        preexec_fn=die_with_parent if os.name == "posix" else None,
+    )
+    asked: list[int] = []
+
+    def hand_on(signum: int, _: Any) -> None:
+        asked.append(signum)
+        if signum != signal.SIGINT:  # a terminal sends that one to both
+            child.send_signal(signum)
+
+    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        code = child.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if child.poll() is None:
+            child.kill()
+    told = read_outcome(outcome)
+    outcome.unlink(missing_ok=True)
+    if asked:
+        raise Interrupted("interrupted; the same command goes on with this stage.", asked[-1])
+    return code, told
