@@ -23,7 +23,7 @@ SAME = ["logger=none", "progress=false", "trainer.threads=1", "trainer.accelerat
         "trainer.gradient_checkpointing=none", "trainer.micro_batch=4", "trainer.batch_size=8",
         "task.generate_rows=0"]  # fmt: skip
 ALPACA = [f"data.files={SHARED}/instruction/llamafactory_alpaca_en_demo.json", "data=alpaca", "model=local",
-          f"model.path={SMOLLM2}", "data.rows={train: 40, validation: 2, test: 0}", "trainer.max_steps=5",
+          f"model.path={SMOLLM2}", "data.limit=40", "data.validation_fraction=0.002", "trainer.max_steps=5",
           "trainer.validate_every=5", "data.max_tokens=192", "data.max_dropped_fraction=1", "lora.r=8"]  # fmt: skip
 RECIPES = {
     "embedded": ["trainer.max_steps=20", "data.rows={train: 80, validation: 8, test: 0}"],
@@ -31,7 +31,7 @@ RECIPES = {
     "alpaca_nf4": [*ALPACA, "quantization=nf4"],
     "classification": ["task=classification", "data=predict_llm", "prompt=alpaca", "model=local",
                        f"data.files={SHARED}/classification/predict_llm7_alpacaeval_train.csv",
-                       f"model.path={SHARED}/models/stories260K", "data.rows={train: 80, validation: 8, test: 0}",
+                       f"model.path={SHARED}/models/stories260K", "data.limit=80", "data.validation_fraction=0.004",
                        "data.max_tokens=384", "data.max_dropped_fraction=1", "trainer.max_steps=10"],
 }  # fmt: skip
 NEEDS = {"alpaca_fp32": SMOLLM2, "alpaca_nf4": SMOLLM2, "classification": SHARED}
