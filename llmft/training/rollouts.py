@@ -325,6 +325,11 @@ def make_rollouts(
     """The rollouts of a training; raises ConfigError for what they cannot do."""
     check_rollouts(config)
     judges = judges_of(config.task.judges, "task.judges")
+    first = examples[0].conversation
+    if [message["role"] for message in first.messages][-2:] != ["user", "assistant"]:
+        raise ConfigError(
+            f"task={config.task.name}: {first.where} has no prompt and answer; data={config.data.name} has none."
+        )
     return Rollouts(
         config.task,
         judges,
