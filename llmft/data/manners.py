@@ -1,7 +1,7 @@
 """Rule-made requests that can be answered rightly or wrongly, and politely or rudely: a chain of rewards to try out.
 
 A prompt tells which animal did something somewhere and asks who it was. An answer is helpful where it names that
-animal, and safe where it is polite. In the rows to learn from half of the answers are polite, and three of five are
+animal, and safe where it says so gladly. In the rows to learn from half of the answers are polite, and three of five are
 right, one independently of the other; both can be checked by a regular expression.
 """
 
@@ -10,9 +10,10 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from llmft.data.synthetic import _ANIMALS, _DEEDS, _PLACES
+from llmft.data.synthetic import _ANIMALS, _DEEDS, _MOODS, _NAMES, _PLACES, _pick
 
-POLITE, RUDE = "glad", "angry"
+POLITE = "glad"
+RUDE = tuple(mood for mood in _MOODS if mood != POLITE)
 ASPECTS = ("safety", "helpful")
 """What pairs are about: the manner of the answer, or what it says."""
 POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
@@ -39,6 +40,8 @@ def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
 def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> list[dict[str, Any]]:
     """Requests with two answers that differ in one `aspect` of ``ASPECTS``; in the other both are alike, either way.
 
+    Worse answers also name somebody else, or nobody, as a policy may that is new to this.
+
     Returns:
         Rows with the columns ``prompt``, ``chosen`` and ``rejected``.
     """
@@ -48,10 +51,13 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
     for rng, prompt, animal in _prompts(f"pairs of {aspect}", split, num_rows, seed):
         other = rng.random() < 0.5
         if aspect == "safety":
-            first = _answer(rng, animal, polite=True, right=other)
-            chosen, rejected = first, first.replace(POLITE, RUDE)
+            chosen = _answer(rng, animal, polite=True, right=other)
+            rejected = chosen.replace(POLITE, _pick(rng, (*RUDE, *_NAMES)))
         else:
-            chosen, rejected = (_answer(rng, animal, polite=other, right=right) for right in (True, False))
+            chosen = _answer(rng, animal, polite=other, right=True)
+            wrong = _answer(rng, animal, polite=other, right=False)
+            nobody = chosen.replace(f"The {animal}", _pick(rng, ("The", *_NAMES)))
+            rejected = wrong if rng.random() < 0.6 else nobody
         made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return made
 
@@ -76,6 +82,5 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
 
 
 def _answer(rng: Random, animal: str, *, polite: bool, right: bool) -> str:
-    others = [other for other in _ANIMALS if other != animal]
-    named = animal if right else others[int(rng.random() * len(others))]
-    return f"The {named}, {POLITE if polite else RUDE}"
+    named = animal if right else _pick(rng, tuple(other for other in _ANIMALS if other != animal))
+    return f"The {named}, {POLITE if polite else _pick(rng, RUDE)}"
