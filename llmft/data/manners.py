@@ -52,7 +52,7 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
         other = rng.random() < 0.5
         if aspect == "safety":
             chosen = _answer(rng, animal, polite=True, right=other)
-            rejected = chosen.replace(POLITE, _pick(rng, (*RUDE, *_NAMES)))
+            rejected = chosen.replace(POLITE, _pick(rng, RUDE))
         else:
             chosen = _answer(rng, animal, polite=other, right=True)
             wrong = _answer(rng, animal, polite=other, right=False)
