@@ -1,8 +1,8 @@
 """Rule-made requests that can be answered rightly or wrongly, and politely or rudely: a chain of rewards to try out.
 
 A prompt tells which animal did something somewhere and asks who it was. An answer is helpful where it names that
-animal, and safe where it says so gladly. In the rows to learn from half of the answers are polite, and three of five are
-right, one independently of the other; both can be checked by a regular expression.
+animal, and safe where it says so gladly. Of the answers to learn from half are polite, and three of five are right, one
+independently of the other; both can be checked by a regular expression.
 """
 
 from __future__ import annotations
