@@ -175,10 +175,13 @@ def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float
             if hasattr(module, "lora_A") or weight.requires_grad:
                 shared = kernel or dtype is torch.float32  # PEFT casts each one's input
                 inputs[parent if shared else name, widths[0]] = widths[0]
-        elif isinstance(weight, torch.nn.Parameter) and weight.numel() >= text.hidden_size:
+        elif isinstance(weight, torch.nn.Parameter) and weight.ndim == 1:  # a norm, of queries or keys by heads
+            heads = name.endswith(("q_norm", "k_norm"))
+            projected = _widths(modules.get(name.removesuffix("norm") + "proj")) if heads else None
+            width = projected[1] if projected else weight.numel()
             kernel = kernel and not weight.requires_grad
             rms = "RMS" in kind and not kernel
-            kept += weight.numel() * (wide if rms else 1) * (2 if rms and weight.requires_grad else 1)
+            kept += width * (wide if rms else 1) * (2 if rms and weight.requires_grad else 1)
         elif isinstance(module, torch.nn.Dropout) and module.p:
             kept += text.hidden_size
         elif kind.endswith("Experts"):  # gate, up and their product, of each chosen one
