@@ -52,7 +52,7 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
         other = rng.random() < 0.5
         if aspect == "safety":
             chosen = _answer(rng, animal, polite=True, right=other)
-            rejected = chosen.replace(POLITE, _pick(rng, RUDE))
+            rejected = chosen.replace(POLITE, _pick(rng, RUDE) if rng.random() < 0.6 else _stray(rng))
         else:
             chosen = _answer(rng, animal, polite=other, right=True)
             wrong = _answer(rng, animal, polite=other, right=False)
@@ -79,6 +79,12 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
         animal, deed, where = _ANIMALS[place[0]], _DEEDS[place[1]], _PLACES[place[2]]
         made.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
     return made
+
+
+def _stray(rng: Random) -> str:
+    """What no crowd says, but a policy may try: another word, the beginning of one, or nothing."""
+    word = _pick(rng, (*_NAMES, *_ANIMALS, *_DEEDS, *_MOODS, "friend", "the", "and", "was")).removeprefix(POLITE)
+    return word if rng.random() < 0.3 else word[: int(rng.random() * 4)]
 
 
 def _answer(rng: Random, animal: str, *, polite: bool, right: bool) -> str:
