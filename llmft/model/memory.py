@@ -106,7 +106,7 @@ class StepMemory:
         eager = base.config._attn_implementation == "eager"
         self.scores = text.num_attention_heads * (3 if drops else 1 if eager else 0)
         groups = text.num_attention_heads - getattr(text, "num_key_value_heads", text.num_attention_heads)
-        self.repeated = 2 * groups * getattr(text, "head_dim", text.hidden_size // text.num_attention_heads)
+        self.repeated = 2 * groups * (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         # What every layer keeps of its weights: 4-bit experts dequantised, or autocast's copies of trained weights.
         copies = stacks + (sum(trained) if not lora.enabled and dtype is not torch.float32 else 0)
         self.copies = copies * self.itemsize // len(layers)

@@ -46,7 +46,7 @@ MISTAKES = [
     (["lora.r=1,8"], 2, "add -m"),
     (["=3"], 2, "cannot be read"),
     (["output_dir=/dev/null/x"], 2, "output_dir"),
-    (["data.source=llmft.data.sources.load_rows"], 2, "a function of (split, num_rows, seed) was expected"),
+    (["data.source=llmft.data.sources.load_rows"], 2, "a function of (split, num_rows, seed, …) was expected"),
     (["model=mixtral", "model.init=random", "model.overrides.hidden_sizee=64"], 2, "did you mean hidden_size?"),
     (["model=gpt2", "model.init=random", "model.overrides={n_embd: 33, n_layer: 1, n_head: 2}"], 2, "cannot be loaded"),
     (["model=deberta_v3_small", "model.init=random"], 2, "set task=classification"),
