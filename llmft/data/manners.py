@@ -10,10 +10,10 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from llmft.data.synthetic import _ANIMALS, _DEEDS, _MOODS, _NAMES, _PLACES, _pick
+from llmft.data.synthetic import ANIMALS, DEEDS, MOODS, NAMES, PLACES, pick
 
 POLITE = "glad"
-RUDE = tuple(mood for mood in _MOODS if mood != POLITE)
+RUDE = tuple(mood for mood in MOODS if mood != POLITE)
 ASPECTS = ("safety", "helpful")
 """What pairs are about: the manner of the answer, or what it says."""
 POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
@@ -52,11 +52,11 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
         other = rng.random() < 0.5
         if aspect == "safety":
             chosen = _answer(rng, animal, polite=True, right=other)
-            rejected = chosen.replace(POLITE, _pick(rng, RUDE) if rng.random() < 0.6 else _stray(rng))
+            rejected = chosen.replace(POLITE, pick(rng, RUDE) if rng.random() < 0.6 else _stray(rng))
         else:
             chosen = _answer(rng, animal, polite=other, right=True)
             wrong = _answer(rng, animal, polite=other, right=False)
-            nobody = chosen.replace(f"The {animal}", _pick(rng, ("The", *_NAMES)))
+            nobody = chosen.replace(f"The {animal}", pick(rng, ("The", *NAMES)))
             rejected = wrong if rng.random() < 0.6 else nobody
         made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
     return made
@@ -73,20 +73,20 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
     rng = Random(f"{kind}/{split}/{seed}")
     made: list[tuple[Random, str, str]] = []
     while len(made) < num_rows:
-        place = [int(rng.random() * len(words)) for words in (_ANIMALS, _DEEDS, _PLACES)]
+        place = [int(rng.random() * len(words)) for words in (ANIMALS, DEEDS, PLACES)]
         if sum(place) % len(splits) != splits.index(split):
             continue
-        animal, deed, where = _ANIMALS[place[0]], _DEEDS[place[1]], _PLACES[place[2]]
+        animal, deed, where = ANIMALS[place[0]], DEEDS[place[1]], PLACES[place[2]]
         made.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
     return made
 
 
 def _stray(rng: Random) -> str:
     """What no crowd says, but a policy may try: another word, the beginning of one, or nothing."""
-    word = _pick(rng, (*_NAMES, *_ANIMALS, *_DEEDS, *_MOODS, "friend", "the", "and", "was")).removeprefix(POLITE)
+    word = pick(rng, (*NAMES, *ANIMALS, *DEEDS, *MOODS, "friend", "the", "and", "was")).removeprefix(POLITE)
     return word if rng.random() < 0.3 else word[: int(rng.random() * 4)]
 
 
 def _answer(rng: Random, animal: str, *, polite: bool, right: bool) -> str:
-    named = animal if right else _pick(rng, tuple(other for other in _ANIMALS if other != animal))
-    return f"The {named}, {POLITE if polite else _pick(rng, RUDE)}"
+    named = animal if right else pick(rng, tuple(other for other in ANIMALS if other != animal))
+    return f"The {named}, {POLITE if polite else pick(rng, RUDE)}"

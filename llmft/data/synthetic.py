@@ -62,23 +62,23 @@ _JOININGS = ("and", "then", "but", "or", "&")
 _ENDINGS = (".", "!", "...", ";", " -")
 
 _OTHERS = ("Amy", "Bob", "Dan", "Ida", "Jim", "Kim", "Leo", "Mia", "Ned", "Pam", "Ray", "Uma")
-_NAMES = (*WRITERS, *_OTHERS)
+NAMES = (*WRITERS, *_OTHERS)
 
 # What sentences are about. No word occurs twice in a list, so different choices make different texts.
 # fmt: off
-_ANIMALS = (
+ANIMALS = (
     "bear", "bird", "cat", "cow", "crow", "deer", "dog", "duck", "fox",
     "frog", "goat", "hare", "hen", "horse", "mouse", "owl", "pig", "rat",
 )
-_MOODS = (
+MOODS = (
     "angry", "brave", "calm", "cold", "fast", "glad", "hungry", "loud",
     "old", "quiet", "sad", "shy", "sick", "slow", "strong", "tired",
 )
-_DEEDS = (
+DEEDS = (
     "came", "danced", "flew", "hid", "jumped", "looked", "ran", "sang",
     "sat", "slept", "spoke", "stood", "turned", "waited", "walked",
 )
-_PLACES = (
+PLACES = (
     "at home", "by the fire", "by the lake", "down the hill", "in the barn", "in the garden", "in the rain",
     "in the snow", "near the mill", "on the bridge", "on the road", "over the wall", "under the tree",
     "up the stairs",
@@ -121,7 +121,7 @@ def _texts(split: str, num_rows: int, rng: Random, share_of_two: float = 0.0) ->
     seen: set[tuple[int, ...]] = set()
     rows: list[tuple[str, str, Style]] = []
     while len(rows) < num_rows:
-        lists = (_ANIMALS, _MOODS, _ANIMALS, _DEEDS, _PLACES, _ENDS)
+        lists = (ANIMALS, MOODS, ANIMALS, DEEDS, PLACES, _ENDS)
         choice = tuple(_below(rng, len(words)) for words in lists)
         if choice in seen or sum(choice) % len(_TASK_SPLITS) != _TASK_SPLITS.index(split):
             continue
@@ -154,10 +154,10 @@ def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
         ahead = {other: num_common - _common(style, WRITERS[other]) for other in WRITERS if other != name}
         closest = min(ahead.values())
         if closest > 1 and rng.random() < _NOBODY:
-            rejected, degree = _pick(rng, _OTHERS), DEGREES[0]
+            rejected, degree = pick(rng, _OTHERS), DEGREES[0]
         else:
             others = [other for other in ahead if ahead[other] >= 0 and (closest > 1 or ahead[other] <= 1)]
-            rejected = _pick(rng, others)
+            rejected = pick(rng, others)
             degree = DEGREES[1] if ahead[rejected] > 1 else DEGREES[2] if ahead[rejected] == 1 else DEGREES[3]
         rows.append({"text": text, "chosen": name, "rejected": rejected, "degree": degree})
     return rows
@@ -181,29 +181,29 @@ def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
 def _story(rng: Random) -> str:
     style = next(iter(WRITERS.values()))
     while any(_common(style, writer) > 2 for writer in WRITERS.values()):
-        style = Style(*(_pick(rng, values) for values in (_OPENINGS, _DEGREES, _JOININGS, _ENDINGS)))
-    hero, friend = _shuffled(rng, _NAMES)[:2]
-    cast = [hero, *_shuffled(rng, [friend, *(f"the {animal}" for animal in _shuffled(rng, _ANIMALS)[:2])])]
-    gap = _pick(rng, (" ", "\n"))
+        style = Style(*(pick(rng, values) for values in (_OPENINGS, _DEGREES, _JOININGS, _ENDINGS)))
+    hero, friend = _shuffled(rng, NAMES)[:2]
+    cast = [hero, *_shuffled(rng, [friend, *(f"the {animal}" for animal in _shuffled(rng, ANIMALS)[:2])])]
+    gap = pick(rng, (" ", "\n"))
     sentences = []
     for _ in range(3 + _below(rng, 4)):
-        who, kind = _pick(rng, cast), rng.random()
+        who, kind = pick(rng, cast), rng.random()
         if kind < 0.4:
-            sentences.append(_mood(style, who, _pick(rng, _MOODS)))
+            sentences.append(_mood(style, who, pick(rng, MOODS)))
         elif kind < 0.8:
-            deed, place, end = (_pick(rng, words) for words in (_DEEDS, _PLACES, _ENDS))
+            deed, place, end = (pick(rng, words) for words in (DEEDS, PLACES, _ENDS))
             sentences.append(_deed(style, who, deed, place, end))
         else:
-            whom = _pick(rng, [other for other in cast if other != who])
-            sentences.append(_sentence(style, f"{who} {_pick(rng, _VERBS)} {whom}"))
+            whom = pick(rng, [other for other in cast if other != who])
+            sentences.append(_sentence(style, f"{who} {pick(rng, _VERBS)} {whom}"))
     return f"{cast[0]} and {cast[1]}\n" + gap.join(sentences)
 
 
 def _slip(rng: Random, style: Style) -> Style:
-    habit = _pick(rng, Style._fields)
+    habit = pick(rng, Style._fields)
     values = dict.fromkeys(getattr(writer, habit) for writer in WRITERS.values())
     others = [value for value in values if value != getattr(style, habit)]
-    return style._replace(**{habit: _pick(rng, others)})
+    return style._replace(**{habit: pick(rng, others)})
 
 
 def _common(one: Style, other: Style) -> int:
@@ -233,7 +233,7 @@ def _below(rng: Random, limit: int) -> int:
     return int(rng.random() * limit)
 
 
-def _pick(rng: Random, options: Sequence[_T]) -> _T:
+def pick(rng: Random, options: Sequence[_T]) -> _T:
     return options[_below(rng, len(options))]
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from llmft import __version__
 from llmft.config.sections import Kernels, LoraConfig
 from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.files import staged_directory
 from llmft.data.sandbox import match_bounded
 from llmft.model import families
 from llmft.model.heads import head_names
@@ -197,11 +196,9 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
 
     `state` replaces the model's own tensors.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    for left in directory.parent.glob(f".{directory.name}.*"):  # of a process that was killed
-        shutil.rmtree(left, ignore_errors=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", dir=directory.parent))
-    try:
+    for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a process that was killed, of any release
+        shutil.rmtree(leftover, ignore_errors=True)
+    with staged_directory(directory) as staged:
         if hasattr(model, "peft_config"):
             # PEFT adds the base and its version to a card that is there, else to a form to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
@@ -213,13 +210,5 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
         else:
             model.save_pretrained(staged, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(staged)
-        staged.chmod(0o755)
         for path in staged.iterdir():
             path.chmod(0o644)
-        old = directory.with_name(f".{directory.name}.old")
-        if directory.exists():
-            os.replace(directory, old)
-        os.replace(staged, directory)
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
