@@ -1,7 +1,7 @@
 """Seconds of an optimizer step: llmft against a bare PyTorch loop with PEFT, transformers' Trainer, TRL and others.
 
     python -m tests.bench.bench_step [--work short_answers|alpaca|stories] [--rounds 5] [--steps 2] [--quick] [--parity]
-        [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [--model DIR] [lora.r=16 …]
+        [--tuned-only] [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [--model DIR] [lora.r=16 …]
 
 All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
 the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--prompts", default="600,200,1024", help="tokens of theirs: median, shortest, longest")
     parser.add_argument("--model", type=Path, help="directory of a real model for alpaca and short_answers")
     parser.add_argument("more", nargs="*", help="what llmft's config says besides, as lora.r=16; peers follow")
+    parser.add_argument("--tuned-only", action="store_true", help="no peers with their own defaults")
     parser.add_argument("--only", help="names of peers with a comma between them: bare,hf,trl,llamafactory,litgpt")
     asked = parser.parse_args()
     wanted = {"bare", *asked.only.split(",")} if asked.only else {peer.runner for peer in PEERS}
@@ -210,7 +211,7 @@ def main() -> None:
         micros = [int(n) for n in (asked.micro or ("4" if asked.quick else "1,4,16")).split(",")]
         threads = [int(n) or None for n in (asked.threads or ("0" if asked.quick else "0,1")).split(",")]
         chosen = [best_of(peer, work, micros, threads) for peer in peers]
-        defaults = [peer for peer in DEFAULTS if peer.runner in wanted and peer.installed]
+        defaults = [] if asked.tuned_only else [peer for peer in DEFAULTS if peer.runner in wanted and peer.installed]
         measured = measure([*chosen, *defaults, LLMFT], work, rounds=rounds, steps=asked.steps)
         real, supervised = work.tokens(WARM_UP)
         print(f"{asked.work}: {BATCH_SIZE} rows a step, about {real:,} tokens of which {supervised} are supervised")
