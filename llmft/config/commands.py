@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING
@@ -21,26 +23,15 @@ from llmft.config.sections import (
     Texts,
     checkpointing_of,
     require,
+    require_each,
     rows_or_tokens,
     seconds_of,
 )
 
-
-class PredictionFormat(Enum):
-    """What predict, folds and blend write besides the predictions."""
-
-    predictions = "predictions"
-    submission = "submission"
-
-
-class Method(Enum):
-    """How the members of a blend are combined."""
-
-    mean = "mean"
-    geometric = "geometric"
-    rank = "rank"
-    hill_climbing = "hill_climbing"
-    convex = "convex"
+PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
+"""What predict, folds and blend write besides the predictions."""
+Method = StrEnum("Method", "mean geometric rank hill_climbing convex")
+"""How the members of a blend are combined."""
 
 
 @dataclass(kw_only=True)
@@ -93,29 +84,20 @@ class PredictConfig(SubmissionConfig, Trusting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.batch_size >= 1, f"batch_size={self.batch_size}: 1 or more.")
+        require_each(self, "", "batch_size", lambda n: n >= 1, "1 or more.")
         require(
             (self.data.files is None) != (self.prompts is None),
             'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
         )
-        require(
-            self.prompts is None or self.format is PredictionFormat.predictions,
-            "format=submission needs data.files=FILE.",
-        )
-        for key in ("max_new_tokens", "threads"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
-        require(
-            self.name not in ("val", "test"),
-            f"name={self.name}: the name of a run's own held-out rows; choose another.",
-        )
+        predictions = self.format is PredictionFormat.predictions
+        require(self.prompts is None or predictions, "format=submission needs data.files=FILE.")
+        require_each(self, "", "max_new_tokens threads", lambda n: n >= 1, "1 or more, or null.")
+        reserved = "the name of a run's own held-out rows; choose another."
+        require_each(self, "", "name", lambda name: name not in ("val", "test"), reserved)
 
 
-class Keep(Enum):
-    """Which samples become training rows: of each prompt the best, or all of them too."""
-
-    best = "best"
-    all = "all"
+Keep = StrEnum("Keep", "best all")
+"""Which samples become training rows: of each prompt the best, or all of them too."""
 
 
 @dataclass
@@ -147,18 +129,13 @@ class SampleConfig(Trusting):
             self.data.files is None or self.prompts is None,
             'what to answer: data.files=FILE, or prompts=["…"], one of the two (neither: the run\'s training prompts).',
         )
-        for key in ("samples", "batch_size", "max_new_tokens", "threads", "limit"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"{key}={value}: 1 or more.")
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
-        require(
-            len(self.temperatures) > 0 and all(0 <= t < float("inf") for t in self.temperatures),
-            f"temperatures={self.temperatures}: a list of numbers of 0 or more; 0 takes the likeliest token.",
-        )
-        require(
-            self.samples % len(self.temperatures) == 0,
-            f"samples={self.samples}: a multiple of the {len(self.temperatures)} temperatures, which take turns.",
-        )
+        check = partial(require_each, self, "")
+        check("samples batch_size max_new_tokens threads limit", lambda n: n >= 1, "1 or more.")
+        check("seed", lambda n: 0 <= n < 2**32, "0 to 4294967295.")
+        numbers = "a list of numbers of 0 or more; 0 takes the likeliest token."
+        check("temperatures", lambda list_: len(list_) > 0 and all(0 <= t < math.inf for t in list_), numbers)
+        turns = len(self.temperatures)
+        check("samples", lambda n: n % turns == 0, f"a multiple of the {turns} temperatures, which take turns.")
         require(self.combine is None or bool(self.judge), "combine: without judge=… there are no scores to combine.")
 
 
@@ -185,8 +162,8 @@ class PipelineConfig(Trusting):
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.compare if name not in self.stages]
-        require(not unknown, f"compare={self.compare}: no stage is called {unknown[0] if unknown else ''}.")
+        for name in self.compare:
+            require(name in self.stages, f"compare={self.compare}: no stage is called {name}.")
         require(not self.compare or bool(self.judged), "compare: judged is empty; say how answers are judged.")
 
 
@@ -207,9 +184,10 @@ class EvaluateConfig(Trusting):
     format: str = "text"
 
     def __post_init__(self) -> None:
-        require(self.bootstrap >= 0, f"bootstrap={self.bootstrap}: resamples, 0 for none.")
-        require(0 < self.confidence < 1, f"confidence={self.confidence}: above 0 and below 1.")
-        require(self.format in ("text", "json"), f"format={self.format}: text or json.")
+        check = partial(require_each, self, "")
+        check("bootstrap", lambda n: n >= 0, "resamples, 0 for none.")
+        check("confidence", lambda x: 0 < x < 1, "above 0 and below 1.")
+        check("format", lambda name: name in ("text", "json"), "text or json.")
 
 
 @dataclass
@@ -238,8 +216,8 @@ class BlendConfig(SubmissionConfig, Trusting):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self.steps >= 1, f"steps={self.steps}: 1 or more rounds of hill climbing.")
-        require(self.num_folds >= 2, f"num_folds={self.num_folds}: 2 or more.")
+        require_each(self, "", "steps", lambda n: n >= 1, "1 or more rounds of hill climbing.")
+        require_each(self, "", "num_folds", lambda n: n >= 2, "2 or more.")
 
 
 @dataclass
@@ -283,18 +261,19 @@ class BenchConfig:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        for key in ("samples", "rows", "batch_size", "inference_rows", "repeats"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
-        for key in ("hours", "epochs"):
-            require(getattr(self, key) > 0, f"{key}={getattr(self, key)}: above 0.")
-        for key, least in (("input_tokens", 1), ("output_tokens", 2)):
-            values = getattr(self, key)
-            require(
-                len(values) > 0 and min(values) >= least,
-                f"{key}={values}: a list of lengths in tokens, {least} or more each.",
-            )
-        require(len(self.quantizations) > 0, "quantizations=[]: one at least, such as [nf4,none].")
-        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
+        check = partial(require_each, self, "")
+        check("samples rows batch_size inference_rows repeats", lambda n: n >= 1, "1 or more.")
+        check("hours epochs", lambda x: x > 0, "above 0.")
+        check(
+            "input_tokens", lambda lengths: min(lengths, default=0) >= 1, "a list of lengths in tokens, 1 or more each."
+        )
+        check(
+            "output_tokens",
+            lambda lengths: min(lengths, default=0) >= 2,
+            "a list of lengths in tokens, 2 or more each.",
+        )
+        check("quantizations", lambda formats: len(formats) > 0, "one at least, such as [nf4,none].")
+        check("threads", lambda n: n >= 1, "1 or more, or null.")
         require(seconds_of(self.max_time, "max_time") > 0, f"max_time={self.max_time}: above 0.")
         rows_or_tokens(self.micro_batch)
         self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
@@ -308,28 +287,12 @@ class BenchConfig:
         )
 
 
-class MergeFormat(Enum):
-    """What merge writes: a directory of transformers, a GGUF file, or the adapter alone as GGUF."""
-
-    hf = "hf"
-    gguf = "gguf"
-    gguf_adapter = "gguf_adapter"
-
-
-class MergeBase(Enum):
-    """What an adapter is added to: the weights that it was trained on, or those before quantisation."""
-
-    dequantized = "dequantized"
-    original = "original"
-
-
-class Stored(Enum):
-    """The number format of a merged directory."""
-
-    auto = "auto"
-    fp16 = "fp16"
-    bf16 = "bf16"
-    fp32 = "fp32"
+MergeFormat = StrEnum("MergeFormat", "hf gguf gguf_adapter")
+"""What merge writes: a directory of transformers, a GGUF file, or the adapter alone as GGUF."""
+MergeBase = StrEnum("MergeBase", "dequantized original")
+"""What an adapter is added to: the weights that it was trained on, or those before quantisation."""
+Stored = StrEnum("Stored", "auto fp16 bf16 fp32")
+"""The number format of a merged directory."""
 
 
 @dataclass
@@ -349,18 +312,16 @@ class MergeConfig(Trusting):
     force: bool = False
 
     def __post_init__(self) -> None:
-        require(self.threads is None or self.threads >= 1, f"threads={self.threads}: 1 or more, or null.")
-        require(self.bound is None or self.bound > 0, f"bound={self.bound}: nats per token, above 0, or null.")
-        require(
-            self.to != "lmstudio" or self.format is MergeFormat.gguf,
-            "to=lmstudio: LM Studio runs GGUF files; add format=gguf.",
-        )
+        check = partial(require_each, self, "")
+        check("threads", lambda n: n >= 1, "1 or more, or null.")
+        check("bound", lambda x: x > 0, "nats per token, above 0, or null.")
+        lmstudio = self.to == "lmstudio" and self.format is not MergeFormat.gguf
+        require(not lmstudio, "to=lmstudio: LM Studio runs GGUF files; add format=gguf.")
         self.type = self.type.lower()
-        for key, default in (("type", "f16"), ("converter", None)):
-            require(
-                self.format is not MergeFormat.hf or getattr(self, key) == default,
-                f"{key}={getattr(self, key)}: of GGUF files alone; add format=gguf, or leave it out.",
-            )
+        gguf = self.format is not MergeFormat.hf
+        alone = "of GGUF files alone; add format=gguf, or leave it out."
+        check("type", lambda name: gguf or name == "f16", alone)
+        check("converter", lambda path: gguf, alone)
 
 
 @dataclass(kw_only=True)
@@ -376,11 +337,10 @@ class Serving(Trusting):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        for key in ("max_new_tokens", "threads"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"{key}={value}: 1 or more, or null.")
-        require(0 <= self.temperature <= 10, f"temperature={self.temperature}: 0 (greedy) to 10.")
-        require(0 < self.top_p <= 1, f"top_p={self.top_p}: above 0, and 1 at most.")
+        check = partial(require_each, self, "")
+        check("max_new_tokens threads", lambda n: n >= 1, "1 or more, or null.")
+        check("temperature", lambda x: 0 <= x <= 10, "0 (greedy) to 10.")
+        check("top_p", lambda x: 0 < x <= 1, "above 0, and 1 at most.")
 
 
 @dataclass
@@ -392,13 +352,8 @@ class ChatConfig(Serving):
     save: str | None = None
 
 
-class ServedBy(Enum):
-    """What answers requests."""
-
-    llmft = "llmft"
-    vllm = "vllm"
-    llamacpp = "llamacpp"
-    transformers = "transformers"
+ServedBy = StrEnum("ServedBy", "llmft vllm llamacpp transformers")
+"""What answers requests."""
 
 
 @dataclass
@@ -415,18 +370,13 @@ class ServeConfig(Serving):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(0 <= self.port < 65536, f"port={self.port}: 0 (any free one) to 65535.")
-        for key in ("batch_size", "max_requests", "max_body_kib"):
-            require(getattr(self, key) >= 1, f"{key}={getattr(self, key)}: 1 or more.")
+        require_each(self, "", "port", lambda n: 0 <= n < 65536, "0 (any free one) to 65535.")
+        require_each(self, "", "batch_size max_requests max_body_kib", lambda n: n >= 1, "1 or more.")
         require(seconds_of(self.timeout, "timeout") > 0, f"timeout={self.timeout}: above 0.")
 
 
-class Pushed(Enum):
-    """What push sends."""
-
-    adapter = "adapter"
-    merged = "merged"
-    gguf = "gguf"
+Pushed = StrEnum("Pushed", "adapter merged gguf")
+"""What push sends."""
 
 
 @dataclass
@@ -455,7 +405,5 @@ class BundleConfig(Trusting):
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        require(
-            self.python is None or re.fullmatch(r"3\.\d+", self.python) is not None,
-            f"python={self.python}: a version such as 3.11, or null for this one's.",
-        )
+        version = "a version such as 3.11, or null for this one's."
+        require_each(self, "", "python", lambda text: re.fullmatch(r"3\.\d+", text) is not None, version)

@@ -10,8 +10,10 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import Enum, StrEnum
+from functools import partial
 from typing import Any
 
 from omegaconf import MISSING
@@ -22,26 +24,41 @@ Texts = Any
 """One text, such as a path or glob, or a list of them. The command line is not parsed further, unlike other `Any`."""
 
 
+def _field(mark: str, default: Any, factory: Any) -> Any:
+    if factory is not None:
+        return field(default_factory=factory, metadata={mark: True})
+    return field(default=default, metadata={mark: True})
+
+
 def not_in_key(default: Any = MISSING, *, factory: Any = None) -> Any:
     """A field that cannot change a run's results and is not part of its key."""
-    metadata = {"not_in_key": True}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field("not_in_key", default, factory)
 
 
 def later(default: Any = MISSING, *, factory: Any = None) -> Any:
     """A field that older runs lack: with its default it has no part in a run's key, so that they are found again."""
-    metadata = {"later": True}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return _field("later", default, factory)
 
 
 def require(condition: bool, message: str) -> None:
     """Raises ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
+
+
+def require_each(config: Any, prefix: str, keys: str, holds: Callable[[Any], bool], expected: str) -> None:
+    """Raises ConfigError for the first of the `keys` whose value is not null and does not fulfil `holds`.
+
+    The sentence is `{prefix}{key}={value}: {expected}`.
+    """
+    for key in keys.split():
+        value = getattr(config, key)
+        require(value is None or holds(value), f"{prefix}{key}={value}: {expected}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether a value of any type is a whole number of 1 or more."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def seconds_of(duration: str, key: str) -> float:
@@ -56,189 +73,54 @@ def seconds_of(duration: str, key: str) -> float:
     return days * 86400 + hours * 3600 + minutes * 60 + seconds
 
 
-class Kernels(Enum):
-    """Whether parts of transformers and PEFT are replaced by faster or smaller ones."""
-
-    auto = "auto"
-    none = "none"
-
-
-class ModelInit(Enum):
-    """Where the weights come from."""
-
-    pretrained = "pretrained"
-    random = "random"
-
-
-class SystemRole(Enum):
-    """What a prompt format does with a system prompt."""
-
-    native = "native"
-    merge = "merge"
-    refuse = "refuse"
-
-
-class QuantizationFormat(Enum):
-    """Number format of the frozen base's linear layers; `checkpoint` is the format of its files."""
-
-    nf4 = "nf4"
-    fp4 = "fp4"
-    int8 = "int8"
-    none = "none"
-    checkpoint = "checkpoint"
-
-
-class Head(Enum):
-    """How a model classifies: with new weights on its last state, or with its own words for the classes."""
-
-    linear = "linear"
-    tokens = "tokens"
-
-
-class TaskType(Enum):
-    """The kind of target: one class, any number of classes, or a number."""
-
-    single_label = "single_label"
-    multi_label = "multi_label"
-    regression = "regression"
-
-
-class Feedback(Enum):
-    """What people said of answers: which of a prompt's answers is better, or of each answer whether it is good."""
-
-    pairs = "pairs"
-    labels = "labels"
-
-
-class Reference(Enum):
-    """What a policy is measured against: itself before the first step, its base without any adapter, or nothing."""
-
-    start = "start"
-    base = "base"
-    none = "none"
-
-
-class Advantage(Enum):
-    """By what an answer's reward is measured: its prompt's other answers, or a value head's expectation."""
-
-    group = "group"
-    centred = "centred"
-    leave_one_out = "leave_one_out"
-    gae = "gae"
-
-
-class Aggregate(Enum):
-    """How tokens of answers add up to a step's loss."""
-
-    token = "token"
-    sequence = "sequence"
-    constant = "constant"
-
-
-class KlWhere(Enum):
-    """Where the divergence from the reference counts."""
-
-    loss = "loss"
-    reward = "reward"
-
-
-class KlEstimator(Enum):
-    """How the divergence is estimated at a drawn token."""
-
-    k1 = "k1"
-    k3 = "k3"
-
-
-class Ratio(Enum):
-    """Whether the clip looks at tokens or at whole answers."""
-
-    token = "token"
-    sequence = "sequence"
-
-
-class Schedule(Enum):
-    """The course of the learning rate from its peak to its floor."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Precision(Enum):
-    """Number format of the computation; `auto` is the best native format of the device."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Truncation(Enum):
-    """How rows longer than data.max_tokens are handled; answers are never cut."""
-
-    cut_prompt_left = "cut_prompt_left"
-    cut_prompt_middle = "cut_prompt_middle"
-    cut_prompt_right = "cut_prompt_right"
-    drop = "drop"
-    error = "error"
-
-
-class Turns(Enum):
-    """The answers of a conversation that are learned."""
-
-    all = "all"
-    last = "last"
-
-
-class Transform(Enum):
-    """Transform of conversations before rendering."""
-
-    none = "none"
-    context_distillation = "context_distillation"
-    ghost_attention = "ghost_attention"
-
-
-class TrainOn(Enum):
-    """The rows to train on; with `all`, validation rows too, so validation numbers mean nothing."""
-
-    train = "train"
-    all = "all"
-
-
-class Sampling(Enum):
-    """How data.limit chooses rows."""
-
-    random = "random"
-    diverse = "diverse"
-
-
-class BadRow(Enum):
-    """What happens to a row that cannot be used."""
-
-    error = "error"
-    skip = "skip"
-
-
-class OnNan(Enum):
-    """What happens to a step whose loss or gradient is not a finite number."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-class OnSaveError(Enum):
-    """What happens when a checkpoint cannot be written."""
-
-    stop = "stop"
-    warn = "warn"
-
-
-class Checkpointing(Enum):
-    """Activation checkpointing: none, or full (only layers' inputs are kept); `auto` is none if it fits, else full."""
-
-    auto = "auto"
-    none = "none"
-    full = "full"
+Kernels = StrEnum("Kernels", "auto none")
+"""Whether parts of transformers and PEFT are replaced by faster or smaller ones."""
+ModelInit = StrEnum("ModelInit", "pretrained random")
+"""Where the weights come from."""
+SystemRole = StrEnum("SystemRole", "native merge refuse")
+"""What a prompt format does with a system prompt."""
+QuantizationFormat = StrEnum("QuantizationFormat", "nf4 fp4 int8 none checkpoint")
+"""Number format of the frozen base's linear layers; `checkpoint` is the format of its files."""
+Head = StrEnum("Head", "linear tokens")
+"""How a model classifies: with new weights on its last state, or with its own words for the classes."""
+TaskType = StrEnum("TaskType", "single_label multi_label regression")
+"""The kind of target: one class, any number of classes, or a number."""
+Feedback = StrEnum("Feedback", "pairs labels")
+"""What people said of answers: which of a prompt's answers is better, or of each answer whether it is good."""
+Reference = StrEnum("Reference", "start base none")
+"""What a policy is measured against: itself before the first step, its base without any adapter, or nothing."""
+Advantage = StrEnum("Advantage", "group centred leave_one_out gae")
+"""By what an answer's reward is measured: its prompt's other answers, or a value head's expectation."""
+Aggregate = StrEnum("Aggregate", "token sequence constant")
+"""How tokens of answers add up to a step's loss."""
+KlWhere = StrEnum("KlWhere", "loss reward")
+"""Where the divergence from the reference counts."""
+KlEstimator = StrEnum("KlEstimator", "k1 k3")
+"""How the divergence is estimated at a drawn token."""
+Ratio = StrEnum("Ratio", "token sequence")
+"""Whether the clip looks at tokens or at whole answers."""
+Schedule = StrEnum("Schedule", "constant linear cosine")
+"""The course of the learning rate from its peak to its floor."""
+Precision = StrEnum("Precision", "auto bf16 fp16 fp32")
+"""Number format of the computation; `auto` is the best native format of the device."""
+Truncation = StrEnum("Truncation", "cut_prompt_left cut_prompt_middle cut_prompt_right drop error")
+"""How rows longer than data.max_tokens are handled; answers are never cut."""
+Turns = StrEnum("Turns", "all last")
+"""The answers of a conversation that are learned."""
+Transform = StrEnum("Transform", "none context_distillation ghost_attention")
+"""Transform of conversations before rendering."""
+TrainOn = StrEnum("TrainOn", "train all")
+"""The rows to train on; with `all`, validation rows too, so validation numbers mean nothing."""
+Sampling = StrEnum("Sampling", "random diverse")
+"""How data.limit chooses rows."""
+BadRow = StrEnum("BadRow", "error skip")
+"""What happens to a row that cannot be used."""
+OnNan = StrEnum("OnNan", "stop skip")
+"""What happens to a step whose loss or gradient is not a finite number."""
+OnSaveError = StrEnum("OnSaveError", "stop warn")
+"""What happens when a checkpoint cannot be written."""
+Checkpointing = StrEnum("Checkpointing", "auto none full")
+"""Activation checkpointing: none, or full (only layers' inputs are kept); `auto` is none if it fits, else full."""
 
 
 class Mode(Enum):
@@ -255,11 +137,8 @@ class Mode(Enum):
         return 1.0 if self is Mode.min else -1.0
 
 
-class Export(Enum):
-    """The weights that a run exports."""
-
-    best = "best"
-    last = "last"
+Export = StrEnum("Export", "best last")
+"""The weights that a run exports."""
 
 
 @dataclass
@@ -297,32 +176,29 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require(self.path is not None or self.id != "local", "model=local needs model.path=DIR, a model directory.")
         require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
+        pretrained = self.init is ModelInit.pretrained
         require(
-            not self.overrides or self.init is ModelInit.random,
+            not (pretrained and self.overrides),
             "model.overrides reshapes a model, which its pretrained weights would not fit: "
             "set model.init=random or leave it out.",
         )
         require(
-            self.train_tokenizer_vocab is None or self.init is ModelInit.random,
+            not pretrained or self.train_tokenizer_vocab is None,
             "model.train_tokenizer_vocab makes a new vocabulary, which pretrained weights would not fit: "
             "set model.init=random or leave it out.",
         )
+        expected = "260 at least (256 bytes and 3 special tokens)."
+        require_each(self, "model.", "train_tokenizer_vocab", lambda n: n >= 260, expected)
         require(
-            self.train_tokenizer_vocab is None or self.train_tokenizer_vocab >= 260,
-            f"model.train_tokenizer_vocab={self.train_tokenizer_vocab}: 260 at least (256 bytes and 3 special tokens).",
+            self.trust_remote_code or not (self.requires_remote_code and pretrained),
+            f"model={self.name} only runs with code from its repository: read that code, then set "
+            "model.trust_remote_code=true and model.revision to the commit you read.",
         )
-        if self.requires_remote_code and not self.trust_remote_code and self.init is ModelInit.pretrained:
-            raise ConfigError(
-                f"model={self.name} only runs with code from its repository: read that code, then set "
-                "model.trust_remote_code=true and model.revision to the commit you read."
-            )
-        if self.trust_remote_code:
-            pinned = len(self.revision) == 40 and all(c in "0123456789abcdef" for c in self.revision)
-            require(
-                self.path is not None or pinned,
-                f"model.trust_remote_code=true needs model.revision as a 40-digit commit, not '{self.revision}': "
-                "otherwise the code may change under you.",
-            )
+        require(
+            not self.trust_remote_code or self.path is not None or bool(re.fullmatch("[0-9a-f]{40}", self.revision)),
+            f"model.trust_remote_code=true needs model.revision as a 40-digit commit, not '{self.revision}': "
+            "otherwise the code may change under you.",
+        )
 
 
 @dataclass
@@ -333,7 +209,7 @@ class QuantizationConfig:
     cache_gib: float = not_in_key(50.0)
 
     def __post_init__(self) -> None:
-        require(self.cache_gib >= 0, f"quantization.cache_gib={self.cache_gib}: 0 or more.")
+        require_each(self, "quantization.", "cache_gib", lambda x: x >= 0, "0 or more.")
 
 
 MOST_RANK = 65_536
@@ -358,10 +234,11 @@ class LoraConfig:
         return 2.0 * self.r if self.alpha is None else self.alpha
 
     def __post_init__(self) -> None:
-        require(self.r >= 1, f"lora.r={self.r}: an integer of 1 or more (lora=none trains all weights).")
-        require(self.r <= MOST_RANK, f"lora.r={self.r}: {MOST_RANK:,} or less; no layer is so wide.")
-        require(0 <= self.dropout < 1, f"lora.dropout={self.dropout}: at least 0 and below 1.")
-        require(self.alpha is None or self.alpha > 0, f"lora.alpha={self.alpha}: above 0, or null for 2 r.")
+        check = partial(require_each, self, "lora.")
+        check("r", lambda n: n >= 1, "an integer of 1 or more (lora=none trains all weights).")
+        check("r", lambda n: n <= MOST_RANK, f"{MOST_RANK:,} or less; no layer is so wide.")
+        check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1.")
+        check("alpha", lambda x: x > 0, "above 0, or null for 2 r.")
         require(
             isinstance(self.targets, str) or (isinstance(self.targets, list) and len(self.targets) > 0),
             "lora.targets: 'all-linear', a regular expression, or a list of module names.",
@@ -377,13 +254,11 @@ class LearningRateConfig:
     floor: float = 0.0
 
     def __post_init__(self) -> None:
-        require(0 < self.peak < float("inf"), f"learning_rate.peak={self.peak}: above 0, and finite.")
-        require(0 <= self.warmup_fraction <= 1, f"learning_rate.warmup_fraction={self.warmup_fraction}: 0 to 1.")
-        require(
-            self.warmup_steps is None or self.warmup_steps >= 0,
-            f"learning_rate.warmup_steps={self.warmup_steps}: 0 or more, or null for warmup_fraction.",
-        )
-        require(0 <= self.floor <= 1, f"learning_rate.floor={self.floor}: a share of the peak, 0 to 1.")
+        check = partial(require_each, self, "learning_rate.")
+        check("peak", lambda x: 0 < x < math.inf, "above 0, and finite.")
+        check("warmup_fraction", lambda x: 0 <= x <= 1, "0 to 1.")
+        check("warmup_steps", lambda n: n >= 0, "0 or more, or null for warmup_fraction.")
+        check("floor", lambda x: 0 <= x <= 1, "a share of the peak, 0 to 1.")
 
 
 @dataclass
@@ -397,11 +272,11 @@ class PromptConfig:
     stop: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        if self.system and self.system_role is SystemRole.refuse:
-            raise ConfigError(
-                f"prompt.system is set but the format {self.name} has no place for one: "
-                "use prompt.instruction, or prompt.system_role=merge."
-            )
+        require(
+            not self.system or self.system_role is not SystemRole.refuse,
+            f"prompt.system is set but the format {self.name} has no place for one: "
+            "use prompt.instruction, or prompt.system_role=merge.",
+        )
 
 
 @dataclass
@@ -499,37 +374,22 @@ class DataConfig:
             not (self.files and self.split_files.train),
             "data.files and data.split_files.train are both set: keep one.",
         )
-        for key in ("validation_fraction", "test_fraction", "max_bad_fraction"):
-            value = getattr(self, key)
-            require(0 <= value < 1, f"data.{key}={value}: at least 0 and below 1.")
-        require(0 <= self.max_dropped_fraction <= 1, f"data.max_dropped_fraction={self.max_dropped_fraction}: 0 to 1.")
-        require(0 <= self.max_overlap_fraction <= 1, f"data.max_overlap_fraction={self.max_overlap_fraction}: 0 to 1.")
-        require(self.num_folds >= 2, f"data.num_folds={self.num_folds}: 2 or more.")
-        require(
-            self.fold is None or 0 <= self.fold < self.num_folds,
-            f"data.fold={self.fold}: 0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null.",
-        )
-        require(self.rate is None or self.rate > 0, f"data.rate={self.rate}: a factor above 0, or null for task.rate.")
-        for key in ("max_prompt_tokens", "max_answer_tokens"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"data.{key}={value}: 1 or more, or null.")
-        for key in ("min_prompt_tokens", "min_answer_tokens"):
-            require(getattr(self, key) >= 0, f"data.{key}={getattr(self, key)}: 0 or more.")
-        require(
-            0 <= self.pseudo_min_confidence <= 1,
-            f"data.pseudo_min_confidence={self.pseudo_min_confidence}: a probability, 0 to 1.",
-        )
-        require(self.pseudo_weight > 0, f"data.pseudo_weight={self.pseudo_weight}: above 0; 1 counts as a row does.")
-        require(
-            self.pseudo_max_per_class is None or self.pseudo_max_per_class >= 1,
-            f"data.pseudo_max_per_class={self.pseudo_max_per_class}: 1 or more rows a class, or null.",
-        )
-        require(
-            len(self.degrees) >= 2 and len({name.casefold() for name in self.degrees}) == len(self.degrees),
-            f"data.degrees={self.degrees}: two different names or more, that of the clearest preference first.",
-        )
-        require(self.max_tokens >= 8, f"data.max_tokens={self.max_tokens}: 8 or more.")
-        require(self.limit is None or self.limit >= 1, f"data.limit={self.limit}: 1 or more, or null for all rows.")
+        check = partial(require_each, self, "data.")
+        check("validation_fraction test_fraction max_bad_fraction", lambda x: 0 <= x < 1, "at least 0 and below 1.")
+        check("max_dropped_fraction max_overlap_fraction", lambda x: 0 <= x <= 1, "0 to 1.")
+        check("num_folds", lambda n: n >= 2, "2 or more.")
+        folds = f"0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null."
+        check("fold", lambda n: 0 <= n < self.num_folds, folds)
+        check("rate", lambda x: x > 0, "a factor above 0, or null for task.rate.")
+        check("max_prompt_tokens max_answer_tokens", lambda n: n >= 1, "1 or more, or null.")
+        check("min_prompt_tokens min_answer_tokens", lambda n: n >= 0, "0 or more.")
+        check("pseudo_min_confidence", lambda x: 0 <= x <= 1, "a probability, 0 to 1.")
+        check("pseudo_weight", lambda x: x > 0, "above 0; 1 counts as a row does.")
+        check("pseudo_max_per_class", lambda n: n >= 1, "1 or more rows a class, or null.")
+        different = "two different names or more, that of the clearest preference first."
+        check("degrees", lambda names: 2 <= len(names) == len({name.casefold() for name in names}), different)
+        check("max_tokens", lambda n: n >= 8, "8 or more.")
+        check("limit", lambda n: n >= 1, "1 or more, or null for all rows.")
         for split, count in self.rows.items():
             require(
                 split in ("train", "validation", "test") and count >= 0,
@@ -549,7 +409,7 @@ class KlConfig:
     estimator: KlEstimator = KlEstimator.k3
 
     def __post_init__(self) -> None:
-        require(0 <= self.beta < math.inf, f"task.kl.beta={self.beta}: 0 or more.")
+        require_each(self, "task.kl.", "beta", lambda x: 0 <= x < math.inf, "0 or more.")
 
 
 @dataclass(kw_only=True)
@@ -574,23 +434,18 @@ class RolloutConfig:
 
     def check_rollouts(self) -> None:
         """Raises ConfigError for values out of range."""
-        for key in ("group", "updates", "prompts_at_once"):
-            require(getattr(self, key) >= 1, f"task.{key}={getattr(self, key)}: 1 or more.")
-        require(
-            len(self.clip) == 2 and 0 < self.clip[0] < 1 and 0 < self.clip[1] < math.inf,
-            f"task.clip={self.clip}: how far below and above 1 a ratio may go, such as [0.2,0.2].",
-        )
-        require(0 < self.temperature < math.inf, f"task.temperature={self.temperature}: above 0.")
-        for key in ("gamma", "decay"):
-            require(0 <= getattr(self, key) <= 1, f"task.{key}={getattr(self, key)}: 0 to 1.")
-        require(0 < self.value_weight < math.inf, f"task.value_weight={self.value_weight}: above 0.")
+        check = partial(require_each, self, "task.")
+        check("group updates prompts_at_once", lambda n: n >= 1, "1 or more.")
+        bounds = "how far below and above 1 a ratio may go, such as [0.2,0.2]."
+        check("clip", lambda clip: len(clip) == 2 and 0 < clip[0] < 1 and 0 < clip[1] < math.inf, bounds)
+        check("temperature value_weight", lambda x: 0 < x < math.inf, "above 0.")
+        check("gamma decay", lambda x: 0 <= x <= 1, "0 to 1.")
         if not self.rollouts:
             require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
             return
         require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
-        alone = self.group == 1 and self.advantage in (Advantage.group, Advantage.centred)
         require(
-            not alone,
+            self.group > 1 or self.advantage not in (Advantage.group, Advantage.centred),
             f"task.group=1 with task.advantage={self.advantage.value}: an answer is measured by the others of its "
             "prompt; 2 or more.",
         )
@@ -643,14 +498,12 @@ class TaskConfig(RolloutConfig):
             self.auto_class in options,
             f"task.auto_class={self.auto_class}: no such kind of model{did_you_mean(self.auto_class, options)}",
         )
-        for key in ("generate_rows", "show_rows"):
-            require(getattr(self, key) >= 0, f"task.{key}={getattr(self, key)}: 0 or more.")
-        require(self.max_new_tokens >= 1, f"task.max_new_tokens={self.max_new_tokens}: 1 or more.")
-        require(0 <= self.label_smoothing < 1, f"task.label_smoothing={self.label_smoothing}: at least 0 and below 1.")
-        require(
-            self.text_loss == 0 or (self.text_loss > 0 and self.head is Head.tokens),
-            f"task.text_loss={self.text_loss}: 0 or more, and for task.head=tokens alone.",
-        )
+        check = partial(require_each, self, "task.")
+        check("generate_rows show_rows", lambda n: n >= 0, "0 or more.")
+        check("max_new_tokens", lambda n: n >= 1, "1 or more.")
+        check("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1.")
+        tokens_alone = "0 or more, and for task.head=tokens alone."
+        check("text_loss", lambda x: x == 0 or (x > 0 and self.head is Head.tokens), tokens_alone)
         single = self.problem is TaskType.single_label
         require(
             single or self.head is not Head.tokens,
@@ -664,10 +517,8 @@ class TaskConfig(RolloutConfig):
             self.label_smoothing == 0 or self.problem is not TaskType.regression,
             "task.label_smoothing: a regression has no labels to smooth.",
         )
-        require(
-            self.class_weights is None or self.class_weights == "balanced" or isinstance(self.class_weights, dict),
-            f"task.class_weights={self.class_weights}: balanced, a dictionary of weights by class, or null.",
-        )
+        weights = "balanced, a dictionary of weights by class, or null."
+        check("class_weights", lambda value: value == "balanced" or isinstance(value, dict), weights)
         require(
             self.words in ("labels", "letters") or isinstance(self.words, dict),
             f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.",
@@ -690,37 +541,32 @@ class TaskConfig(RolloutConfig):
 
     def margins(self, degrees: list[str]) -> list[float]:
         """What each of `degrees` asks the chosen answer to be ahead by; Llama 2's small ones are 1, 2/3, 1/3, 0."""
-        last = len(degrees) - 1
         if isinstance(self.margin, dict):
             return [float(self.margin[name]) for name in degrees]
-        steps = [last - place for place in range(last + 1)]
-        return {"none": [0.0] * len(steps), "small": [n / last for n in steps], "large": [*map(float, steps)]}[
-            self.margin
-        ]
+        last = len(degrees) - 1
+        unit = {"none": math.inf, "small": last, "large": 1}[self.margin]
+        return [step / unit for step in range(last, -1, -1)]
 
     def _check_feedback(self) -> None:
-        require(self.epochs is None or self.epochs > 0, f"task.epochs={self.epochs}: above 0, or null for data.epochs.")
-        require(0 < self.rate < math.inf, f"task.rate={self.rate}: a factor of the model's rate, above 0.")
+        check = partial(require_each, self, "task.")
+        check("epochs", lambda x: x > 0, "above 0, or null for data.epochs.")
+        check("rate", lambda x: 0 < x < math.inf, "a factor of the model's rate, above 0.")
+        check("beta", lambda x: 0 < x < math.inf, "above 0.")
+        check("sft_weight centre", lambda x: 0 <= x < math.inf, "0 or more.")
         known = ("none", "small", "large")
-        numbers = isinstance(self.margin, dict) and all(
-            isinstance(value, (int, float)) and 0 <= value < math.inf for value in self.margin.values()
-        )
+        numbers = self.margin.values() if isinstance(self.margin, dict) else ()
         require(
-            numbers or (isinstance(self.margin, str) and self.margin in known),
+            (isinstance(self.margin, dict) or self.margin in known)
+            and all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers),
             f"task.margin={self.margin}: none, small, large, or a number of 0 or more for each of data.degrees"
             f"{did_you_mean(str(self.margin), known)}",
         )
-        require(0 < self.beta < math.inf, f"task.beta={self.beta}: above 0.")
-        for key in ("sft_weight", "centre"):
-            require(0 <= getattr(self, key) < math.inf, f"task.{key}={getattr(self, key)}: 0 or more.")
         require(
             self.head is None or self.feedback is None,
-            f"task.head={self.head.value if self.head else None}: task.feedback compares answers; set one to null.",
+            f"task.head={self.head}: task.feedback compares answers; set one to null.",
         )
-        require(
-            self.feedback is None or self.label_smoothing < 0.5,
-            f"task.label_smoothing={self.label_smoothing}: of a comparison less than 0.5, where it says nothing.",
-        )
+        less = "of a comparison less than 0.5, where it says nothing."
+        check("label_smoothing", lambda x: x < 0.5 or self.feedback is None, less)
 
 
 def rows_or_tokens(micro_batch: Any) -> tuple[int | None, int | None]:
@@ -789,28 +635,18 @@ class TrainerConfig:
         if self.max_time is not None:
             limit = seconds_of(self.max_time, "trainer.max_time")
             require(limit > 0, f"trainer.max_time={self.max_time}: above 0, or null for no limit.")
-        for key in ("batch_size", "validation_batch_size", "keep_checkpoints", "num_nodes"):
-            require(getattr(self, key) >= 1, f"trainer.{key}={getattr(self, key)}: 1 or more.")
         rows_or_tokens(self.micro_batch)
         self.gradient_checkpointing = checkpointing_of(self.gradient_checkpointing)
-        for key in ("max_steps", "checkpoint_every", "patience", "threads"):
-            value = getattr(self, key)
-            require(value is None or value >= 1, f"trainer.{key}={value}: 1 or more, or null.")
-        several = isinstance(self.devices, list) and len(self.devices) > 0
-        number = isinstance(self.devices, int) and not isinstance(self.devices, bool) and self.devices >= 1
+        check = partial(require_each, self, "trainer.")
+        check("batch_size validation_batch_size keep_checkpoints num_nodes", lambda n: n >= 1, "1 or more.")
+        check("max_steps checkpoint_every patience threads", lambda n: n >= 1, "1 or more, or null.")
         require(
-            several or number or self.devices == "auto",
+            is_count(self.devices) or self.devices == "auto" or (isinstance(self.devices, list) and self.devices != []),
             f"trainer.devices={self.devices}: 1 or more, a list of device numbers, or auto.",
         )
-        require(self.epochs > 0, f"trainer.epochs={self.epochs}: above 0.")
-        require(
-            self.validate_every > 0,
-            f"trainer.validate_every={self.validate_every}: a share of the run (0.25) or a number of steps (100).",
-        )
-        require(
-            self.gradient_clip is None or self.gradient_clip > 0,
-            f"trainer.gradient_clip={self.gradient_clip}: above 0, or null for none.",
-        )
+        check("epochs", lambda x: x > 0, "above 0.")
+        check("validate_every", lambda x: x > 0, "a share of the run (0.25) or a number of steps (100).")
+        check("gradient_clip", lambda x: x > 0, "above 0, or null for none.")
 
 
 @dataclass
@@ -826,15 +662,12 @@ class WandbConfig:
     finish_timeout_s: float = 60.0
 
     def __post_init__(self) -> None:
-        for key in ("project", "entity"):
-            name = getattr(self, key)
-            fits = name is None or (0 < len(name) <= 128 and not set(name) & set("/\\#?%:"))
-            require(
-                fits, f"logger.wandb.{key}={name}: W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
-            )
-        for key in ("start_timeout_s", "finish_timeout_s"):
-            seconds = getattr(self, key)
-            require(0 < seconds < math.inf, f"logger.wandb.{key}={seconds}: a number of seconds above 0.")
+        check = partial(require_each, self, "logger.wandb.")
+        characters = "W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
+        check(
+            "project entity", lambda name: re.fullmatch(r"[^/\\#?%:]{1,128}", name, re.DOTALL) is not None, characters
+        )
+        check("start_timeout_s finish_timeout_s", lambda x: 0 < x < math.inf, "a number of seconds above 0.")
 
 
 @dataclass
@@ -852,9 +685,8 @@ class RayConfig:
     retries: int = 2
 
     def __post_init__(self) -> None:
-        gpus = self.gpus_per_worker
-        require(gpus is None or gpus >= 0, f"sweep.ray.gpus_per_worker={gpus}: 0 or more, or null.")
-        require(self.retries >= 0, f"sweep.ray.retries={self.retries}: 0 or more.")
+        require_each(self, "sweep.ray.", "gpus_per_worker", lambda x: x >= 0, "0 or more, or null.")
+        require_each(self, "sweep.ray.", "retries", lambda n: n >= 0, "0 or more.")
 
 
 @dataclass
@@ -881,54 +713,23 @@ class SweepConfig:
         return self.looks if self.looks is not None else 5 if self.seeds_until else 1
 
     def __post_init__(self) -> None:
-        number = isinstance(self.workers, int) and not isinstance(self.workers, bool) and self.workers >= 1
-        require(number or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
         for key in ("time_limit", "heartbeat_timeout"):
-            value = getattr(self, key)
-            if value is not None:
+            if (value := getattr(self, key)) is not None:
                 seconds_of(value, f"sweep.{key}")
-        require(
-            self.stop_after_same_error is None or self.stop_after_same_error >= 2,
-            f"sweep.stop_after_same_error={self.stop_after_same_error}: 2 or more, or null.",
-        )
-        whole = isinstance(self.looks, int) and not isinstance(self.looks, bool) and self.looks >= 1
-        require(whole or self.looks in (None, "any"), f"sweep.looks={self.looks}: 1 or more, any, or null.")
-        require(
-            self.seeds_until is None or self.seeds_until >= 2,
-            f"sweep.seeds_until={self.seeds_until}: 2 or more, or null.",
-        )
-        require(
-            self.smallest_difference is None or self.smallest_difference > 0,
-            f"sweep.smallest_difference={self.smallest_difference}: above 0, in units of trainer.monitor, or null.",
-        )
-        require(
-            self.early_stop_noise is None or self.early_stop_noise > 0,
-            f"sweep.early_stop_noise={self.early_stop_noise}: above 0, in units of trainer.monitor, or null.",
-        )
+        check = partial(require_each, self, "sweep.")
+        require(is_count(self.workers) or self.workers == "auto", f"sweep.workers={self.workers}: 1 or more, or auto.")
+        check("looks", lambda value: is_count(value) or value == "any", "1 or more, any, or null.")
+        check("stop_after_same_error seeds_until", lambda n: n >= 2, "2 or more, or null.")
+        units = "above 0, in units of trainer.monitor, or null."
+        check("smallest_difference early_stop_noise", lambda x: x > 0, units)
 
 
-class OutputFormat(Enum):
-    """The output of a command: text for people or JSON for programs."""
-
-    text = "text"
-    json = "json"
-
-
-class Keep(Enum):
-    """The checkpoints of a finished run to keep."""
-
-    best = "best"
-    last = "last"
-
-
-class Cleaning(Enum):
-    """The kinds of files that `python -m llmft.disk` deletes."""
-
-    checkpoints = "checkpoints"
-    leftovers = "leftovers"
-    tokens = "tokens"
-    bases = "bases"
-    wandb = "wandb"
+OutputFormat = StrEnum("OutputFormat", "text json")
+"""The output of a command: text for people or JSON for programs."""
+Keep = StrEnum("Keep", "best last")
+"""The checkpoints of a finished run to keep."""
+Cleaning = StrEnum("Cleaning", "checkpoints leftovers tokens bases wandb")
+"""The kinds of files that `python -m llmft.disk` deletes."""
 
 
 @dataclass
@@ -988,21 +789,14 @@ class SearchConfig:
         for key, known in (("sampler", samplers), ("pruner", pruners)):
             value = getattr(self, key)
             require(value is None or value in known, f"{key}={value}: no such {key}{did_you_mean(str(value), known)}")
-        for key, least in (("n_trials", 1), ("startup_trials", 1), ("min_validations", 1), ("reduction_factor", 2)):
-            value = getattr(self, key)
-            require(value is None or value >= least, f"{key}={value}: {least} or more.")
-        require(self.seed >= 0, f"seed={self.seed}: 0 or more.")
-        require(self.pruner_startup_trials >= 0, f"pruner_startup_trials={self.pruner_startup_trials}: 0 or more.")
-        longest = self.max_validations
-        require(
-            longest is None or longest >= self.min_validations,
-            f"max_validations={longest}: min_validations={self.min_validations} or more, or null.",
-        )
-        several = self.seeds
-        require(
-            several is None or (len(several) > 0 and len(set(several)) == len(several)),
-            f"seeds={several}: different numbers, as in [0,1,2], or null.",
-        )
+        check = partial(require_each, self, "")
+        check("n_trials startup_trials min_validations", lambda n: n >= 1, "1 or more.")
+        check("reduction_factor", lambda n: n >= 2, "2 or more.")
+        check("seed pruner_startup_trials", lambda n: n >= 0, "0 or more.")
+        least = f"min_validations={self.min_validations} or more, or null."
+        check("max_validations", lambda n: n >= self.min_validations, least)
+        different = "different numbers, as in [0,1,2], or null."
+        check("seeds", lambda seeds: 1 <= len(seeds) == len(set(seeds)), different)
 
 
 @dataclass
@@ -1030,18 +824,17 @@ class TrainConfig:
     notes: str | None = not_in_key(None)
 
     def __post_init__(self) -> None:
-        quantized = self.quantization.format is not QuantizationFormat.none
-        if quantized and not self.lora.enabled:
-            raise ConfigError(
-                f"quantization.format={self.quantization.format.value} with lora=none leaves nothing to train: "
-                "use quantization=none for full fine-tuning, or a LoRA."
-            )
+        require(
+            self.lora.enabled or self.quantization.format is QuantizationFormat.none,
+            f"quantization.format={self.quantization.format} with lora=none leaves nothing to train: "
+            "use quantization=none for full fine-tuning, or a LoRA.",
+        )
         require(
             self.lora.adapter is None or self.lora.enabled,
             "lora.adapter with lora=none: an adapter is trained on as one; choose lora=default.",
         )
         self._check_margins()
-        require(0 <= self.seed < 2**32, f"seed={self.seed}: 0 to 4294967295.")
+        require_each(self, "", "seed", lambda n: 0 <= n < 2**32, "0 to 4294967295.")
 
     def _check_margins(self) -> None:
         """Raises ConfigError for a margin that no row would have."""
@@ -1056,10 +849,8 @@ class TrainConfig:
             columns.margin is None,
             f"task.margin={margin} and data.columns.margin={columns.margin} both give a margin: keep one.",
         )
-        if isinstance(margin, dict):
-            wrong = sorted(set(margin) ^ set(self.data.degrees))
-            require(
-                not wrong,
-                f"task.margin: {wrong[0] if wrong else ''} is not in both this dictionary and data.degrees="
-                f"{self.data.degrees}; give each degree a number.",
+        for name in sorted(set(margin) ^ set(self.data.degrees)) if isinstance(margin, dict) else ():
+            raise ConfigError(
+                f"task.margin: {name} is not in both this dictionary and data.degrees={self.data.degrees}; "
+                "give each degree a number."
             )
