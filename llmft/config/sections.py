@@ -928,6 +928,8 @@ class Cleaning(Enum):
     leftovers = "leftovers"
     tokens = "tokens"
     bases = "bases"
+    gguf = "gguf"
+    merged = "merged"
     wandb = "wandb"
 
 
