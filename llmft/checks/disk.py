@@ -171,7 +171,7 @@ def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
 
 def _merged(run: Run) -> list[Deletable]:
     """What `merge` wrote into a run directory."""
-    paths = [path for path in (run.directory / "merged", *sorted((run.directory / "gguf").glob("*.gguf")))]
+    paths = [run.directory / "merged", *sorted((run.directory / "gguf").glob("*.gguf"))]
     return [Deletable(path, size_of(path), "made again by llmft.merge") for path in paths if path.exists()]
 
 
