@@ -19,7 +19,8 @@ from rich.table import Table
 from llmft.config.sections import Cleaning, DiskConfig, Keep
 from llmft.config.untrusted import read_yaml
 from llmft.core.errors import ConfigError
-from llmft.core.files import cache_directory, format_bytes
+from llmft.core.files import cache_directory, format_bytes, is_abandoned
+from llmft.data import gguf_files
 from llmft.model import quantized_cache
 from llmft.runs.directory import Run
 
@@ -34,6 +35,7 @@ class RunFacts:
     state: str
     size: int
     checkpoints: int
+    merged: int
     model: str | None
     data: str | None
     uploaded: bool
@@ -118,11 +120,15 @@ def scan(config: DiskConfig) -> DiskReport:
             deletable += _leftovers(run)
         if Cleaning.checkpoints in config.clean and facts.state == "done":
             deletable += _old_checkpoints(run, config.keep)
-    cached = [*_hub(runs), *_other_caches()]
+        if Cleaning.merged in config.clean and facts.state == "done":
+            deletable += _merged(run)
+    cached = [*_hub(runs), *_gguf_files(runs), *_other_caches()]
     if Cleaning.tokens in config.clean:
         deletable += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
     if Cleaning.bases in config.clean:
         deletable += _all_of(quantized_cache.bases_directory(), "*", "quantised again by the next run")
+    if Cleaning.gguf in config.clean:
+        deletable += _all_of(gguf_files.directories(), "*", "dequantised again by the next run")
     if Cleaning.wandb in config.clean:
         deletable += _all_of(_wandb_cache(), "*", "downloaded again when needed")
     return DiskReport(shutil.disk_usage(root).free, runs, cached, deletable)
@@ -144,7 +150,9 @@ def _facts(run: Run) -> RunFacts:
     except (ConfigError, KeyError, TypeError, AttributeError):
         model = data = None
     uploaded = not any((run.directory / "wandb").glob("offline-run-*"))
-    return RunFacts(run.directory.name, state, size_of(run.directory), size_of(run.checkpoints), model, data, uploaded)
+    merged = sum(size_of(run.directory / name) for name in ("merged", "gguf"))
+    sizes = size_of(run.directory), size_of(run.checkpoints), merged
+    return RunFacts(run.directory.name, state, *sizes, model, data, uploaded)
 
 
 def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
@@ -161,19 +169,18 @@ def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
     return deletable
 
 
+def _merged(run: Run) -> list[Deletable]:
+    """What `merge` wrote into a run directory."""
+    paths = [run.directory / "merged", *sorted((run.directory / "gguf").glob("*.gguf"))]
+    return [Deletable(path, size_of(path), "made again by llmft.merge") for path in paths if path.exists()]
+
+
 def _leftovers(run: Run) -> list[Deletable]:
-    """Leftovers of kills and damage: half-written files and damaged checkpoints."""
-    patterns = {
-        "checkpoints/*.bad": "a damaged checkpoint that was set aside",
-        "checkpoints/.*.tmp": "a file that a kill left half written",
-        ".*.tmp": "a file that a kill left half written",
-        ".adapter.*": "an export that a kill left half written",
-        ".model.*": "an export that a kill left half written",
-    }
-    return [
-        Deletable(path, size_of(path), reason)
-        for pattern, reason in patterns.items()
-        for path in sorted(run.directory.glob(pattern))
+    """Leftovers of kills and damage: damaged checkpoints, and half-written files of processes that are gone."""
+    half = [path for folder in ("", "checkpoints", "gguf") for path in sorted((run.directory / folder).glob(".*.tmp"))]
+    found = [*_all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")]
+    return found + [
+        Deletable(path, size_of(path), "what a kill left half written") for path in half if is_abandoned(path)
     ]
 
 
@@ -200,6 +207,16 @@ def _hub(runs: Iterable[RunFacts]) -> list[Cached]:
     return entries
 
 
+def _gguf_files(runs: Iterable[RunFacts]) -> list[Cached]:
+    folder = gguf_files.directories()
+    entries = []
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        source = gguf_files.source_of(path)
+        users = [run.name for run in runs if run.model is not None and source == Path(run.model).expanduser()]
+        entries.append(Cached("dequantised GGUF", str(source or path.name), size_of(path), users))
+    return entries
+
+
 def _wandb_cache() -> Path:
     default = os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "wandb")
     return Path(os.environ.get("WANDB_CACHE_DIR", default)).expanduser()
@@ -211,7 +228,7 @@ def _other_caches() -> list[Cached]:
         Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
         for path, facts in quantized_cache.entries()
     ]
-    rows = size_of(tokens) - size_of(quantized_cache.bases_directory())
+    rows = size_of(tokens) - size_of(quantized_cache.bases_directory()) - size_of(gguf_files.directories())
     entries = [*bases, Cached("tokenised rows", str(tokens), rows)]
     entries.append(Cached("datasets", str(tokens.parent), size_of(tokens.parent) - size_of(tokens)))
     entries.append(Cached("W&B downloads", str(_wandb_cache()), size_of(_wandb_cache())))
@@ -257,13 +274,13 @@ def show(report: DiskReport, config: DiskConfig) -> None:
 
 def _run_table(runs: list[RunFacts]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="runs", title_justify="left")
-    for name in ("run", "state", "size", "checkpoints", "base"):
-        table.add_column(name, justify="right" if name in ("size", "checkpoints") else "left", overflow="fold")
+    for name in ("run", "state", "size", "checkpoints", "merged", "base"):
+        table.add_column(name, justify="left" if name in ("run", "state", "base") else "right", overflow="fold")
     colours = {"done": "green", "training": "cyan"}
     for run in sorted(runs, key=lambda run: -run.size):
         colour = colours.get(run.state, "yellow")
         state = f"[{colour}]{run.state}[/{colour}]" + ("" if run.uploaded else ", W&B not uploaded")
-        sizes = format_bytes(run.size), format_bytes(run.checkpoints)
+        sizes = map(format_bytes, (run.size, run.checkpoints, run.merged))
         table.add_row(escape(run.name), state, *sizes, escape(str(run.model or "?")))
     return table
 
@@ -281,7 +298,7 @@ def _cache_table(cached: list[Cached]) -> Table:
 def _show_deletable(console: Console, deletable: list[Deletable], config: DiskConfig) -> None:
     if not config.clean:
         console.print(
-            "Nothing is deleted. clean=\\[checkpoints,leftovers,tokens,bases,wandb] shows what can be deleted; "
+            f"Nothing is deleted. clean=\\[{','.join(kind.value for kind in Cleaning)}] shows what can be deleted; "
             "dry_run=false deletes it."
         )
         return

@@ -92,7 +92,7 @@ def run_verb(
                 # A directory that is not there.
                 warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
                 app()
-        except UserError:
+        except (UserError, BrokenPipeError):
             raise
         except SystemExit as end:
             if end.code != 1 or "--cfg" not in (option[:5] for option in arguments):

@@ -728,7 +728,7 @@ OutputFormat = StrEnum("OutputFormat", "text json")
 """The output of a command: text for people or JSON for programs."""
 Keep = StrEnum("Keep", "best last")
 """The checkpoints of a finished run to keep."""
-Cleaning = StrEnum("Cleaning", "checkpoints leftovers tokens bases wandb")
+Cleaning = StrEnum("Cleaning", "checkpoints leftovers tokens bases gguf merged wandb")
 """The kinds of files that `python -m llmft.disk` deletes."""
 
 

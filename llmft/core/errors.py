@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -143,11 +145,21 @@ def _print_trace(error: BaseException) -> None:
 
 
 def exit_with(function: Callable[[], object]) -> None:
-    """Runs `function`; an error ends the process with its exit code."""
+    """Runs `function`; an error ends the process with its exit code, a reader that went away (`| head`) silently."""
     try:
-        function()
-    except Exception as error:
-        sys.stdout.flush()
+        try:
+            function()
+        finally:
+            sys.stdout.flush()
+    except (Exception, KeyboardInterrupt) as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed at exit
+            sys.exit(128 + signal.SIGPIPE)
         sys.exit(report(error))
-    except KeyboardInterrupt as error:
-        sys.exit(report(error))
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))

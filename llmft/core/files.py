@@ -42,6 +42,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _drop_leftovers(path)
     scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process of the same number, as in containers
     scratch.mkdir()
     try:
         yield scratch
@@ -67,18 +68,23 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 
 def _drop_leftovers(path: Path) -> None:
-    if os.name == "nt":  # there, os.kill would end the process
-        return
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        pid = leftover.name.removesuffix(".tmp").rpartition(".")[2]
-        if not pid.isdigit() or int(pid) in (0, os.getpid()):
-            continue
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
+        if is_abandoned(leftover):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
-        except (OSError, OverflowError):
-            continue  # of another user's process, which is alive
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether the process that was writing `path`, a `.NAME.PID.tmp`, is no longer there."""
+    pid = path.name.removesuffix(".tmp").rpartition(".")[2]
+    if os.name == "nt" or not pid.isdigit() or int(pid) in (0, os.getpid()):  # on Windows, os.kill would end it
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False  # of another user's process, which is alive
+    return False
 
 
 def sync_directory(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
 from pathlib import Path
@@ -13,6 +14,20 @@ from llmft.core.files import cache_directory, staged_directory
 PIECES = 256
 PIECE_BYTES = 4096
 HEAD_BYTES = 2**22
+SOURCE = "source"
+"""In a converted directory: the path of its GGUF file."""
+
+
+def directories() -> Path:
+    """Where converted files are kept."""
+    return cache_directory() / "gguf"
+
+
+def source_of(directory: Path) -> Path | None:
+    """The GGUF file that a converted directory was made from; None where it is not told."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return Path((directory / SOURCE).read_text(encoding="utf-8"))
+    return None
 
 
 def as_directory(path: Path) -> Path:
@@ -33,7 +48,7 @@ def as_directory(path: Path) -> Path:
         raise ConfigError(f"model.path={path}: {error.strerror}.") from None
     if magic != b"GGUF":
         raise ConfigError(f"model.path={path}: not a GGUF file.")
-    directory = cache_directory() / "gguf" / digest.hexdigest()[:24]
+    directory = directories() / digest.hexdigest()[:24]
     if not (directory / "config.json").is_file():
         if importlib.util.find_spec("gguf") is None:
             raise ConfigError(f'model.path={path}: GGUF files need the package gguf: pip install "llmft[gguf]".')
@@ -71,3 +86,4 @@ def _convert(path: Path, directory: Path) -> None:
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    (directory / SOURCE).write_text(str(path.resolve()), encoding="utf-8")

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +35,14 @@ def test_a_file_in_the_way_of_what_is_written_is_one_sentence(
         (tmp_path / "x" / "y").mkdir()
     assert report(caught.value) == 74
     assert capsys.readouterr().err.startswith(f"llmft: {tmp_path}/x/y: Not a directory; move what is in the way")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_command_whose_reader_has_gone_ends_silently(unbuffered: str) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "llmft", "merge", "--cfg", "job", "run=DIR"]
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, env=environment)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -135,6 +135,7 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".model.{dead.pid}.tmp").mkdir()
+    (tmp_path / f".model.{os.getpid()}.tmp" / "model").mkdir(parents=True)  # of another container's life
     for text in ("old", "new"):
         with staged_directory(target) as staged:
             (staged / "file").write_text(text)

@@ -16,6 +16,7 @@ from llmft.checks import machine
 from llmft.checks.disk import size_of
 from llmft.config.sections import Cleaning, DiskConfig, DoctorConfig, Keep, OutputFormat
 from llmft.core.errors import ConfigError
+from llmft.data import gguf_files
 from llmft.disk import disk
 from llmft.doctor import doctor
 from llmft.runs.checkpoint import steps_on_disk
@@ -208,15 +209,49 @@ class TestDisk:
     def test_leftovers_and_tokens_go_on_request(self, root: Path) -> None:
         directory = run_directory(root)
         (directory / "checkpoints" / "step-00000009.bad").write_bytes(b"x")
-        (directory / ".run.json.123.tmp").write_bytes(b"x")
+        dead = subprocess.Popen(["true"])
+        dead.wait()
+        (directory / f".run.json.{dead.pid}.tmp").write_bytes(b"x")
+        (directory / "gguf").mkdir()
+        (directory / "gguf" / f".model.gguf.{dead.pid}.tmp").mkdir()
+        being_written = directory / f".merged.{os.getppid()}.tmp"
+        being_written.mkdir()
         report = self.look(root, clean=[Cleaning.leftovers, Cleaning.tokens], keep=[Keep.best], dry_run=False)
         gone = [entry["path"] for entry in report["doomed"] if entry["gone"]]
         assert any(path.endswith(".bad") for path in gone)
-        assert any(path.endswith(".tmp") for path in gone)
+        assert [Path(path).name for path in gone if path.endswith(".tmp")] == [
+            f".run.json.{dead.pid}.tmp",
+            f".model.gguf.{dead.pid}.tmp",
+        ]
+        assert being_written.is_dir()
         assert any(path.endswith(".arrow") for path in gone)
         assert not any(Path(path).exists() for path in gone)
         assert Run(directory, "").done
         train(compose(*SMALL, f"output_dir={root}/again"), quiet=True)
+
+    def test_merged_models_and_dequantised_gguf_files_are_told_and_go_on_request(
+        self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+        directory, source = run_directory(root), tmp_path / "theirs.gguf"
+        converted = gguf_files.directories() / "0123"
+        for path in (directory / "merged" / "model.safetensors", directory / "gguf" / "a.gguf", converted / "weights"):
+            path.parent.mkdir(parents=True)
+            path.write_bytes(b"x" * 10_000)
+        (converted / gguf_files.SOURCE).write_text(str(source))
+        config = directory / "config.yaml"
+        config.write_text(config.read_text().replace("package:tiny", str(source)))
+        report = self.look(root)
+        assert [run["merged"] for run in report["runs"]] == [
+            size_of(directory / "merged") + size_of(directory / "gguf")
+        ]
+        kept = [entry for entry in report["cached"] if entry["kind"] == "dequantised GGUF"]
+        assert [(entry["name"], entry["used_by"]) for entry in kept] == [(str(source), [directory.name])]
+        self.look(root, clean=[Cleaning.merged, Cleaning.gguf], dry_run=False)
+        assert not converted.exists()
+        assert not (directory / "merged").exists()
+        assert not list((directory / "gguf").iterdir())
+        assert Run(directory, "").done
 
     def test_models_of_the_cache_are_told_with_the_runs_that_use_them(
         self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
