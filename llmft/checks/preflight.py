@@ -25,7 +25,7 @@ from llmft.config.sections import Checkpointing, Feedback, Truncation
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
-from llmft.data.preferences import by_degree, longer_wins
+from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import BadRows
@@ -74,7 +74,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
         "findings": [asdict(finding) for finding in sorted(findings, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
-        "labels": label_balance(prepared.conversations["train"], prepared.labels),
+        "labels": _labels(prepared),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
         "message_keys": {
@@ -101,17 +101,32 @@ def warn(message: str) -> None:
 
 
 def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
-    """One training row as segments of text that are learned or not; every compared answer is one, by its number."""
+    """One training row as segments of text that are learned or not; every compared answer is one, by its number.
+
+    Of a row with a label, the answer says whether it is good; the answer to another prompt behind it is left out.
+    """
     example = rows.splits["train"][row]
     marks = (np.asarray(example.labels) != IGNORE).astype(int) if example.segments is None else example.segments
+    comparison = example.conversation.comparison
+    labelled = comparison is not None and comparison.desirable is not None
+    marks = marks[marks <= 1] if labelled else marks
     cuts = [0, *(np.flatnonzero(np.diff(marks)) + 1), len(marks)]
     ids = [int(token) for token in example.input_ids]
-    compared = example.segments is not None
-    return [
-        {"text": rows.tokenizer.decode(ids[a:b]), "learned": bool(marks[a])}
-        | ({"answer": int(marks[a])} if compared and marks[a] else {})
-        for a, b in pairwise(cuts)
-    ]
+    segments: list[dict[str, Any]] = []
+    for start, stop in pairwise(cuts):
+        segment = {"text": rows.tokenizer.decode(ids[start:stop]), "learned": bool(marks[start])}
+        if marks[start] and comparison is not None:
+            segment |= {"good": comparison.desirable} if labelled else {"answer": int(marks[start])}
+        segments.append(segment)
+    return segments
+
+
+def _labels(inputs: RunInputs) -> dict[str, int]:
+    """Training rows by class or label."""
+    rows = inputs.conversations["train"]
+    if inputs.config.task.feedback is Feedback.labels:
+        return label_counts(rows)
+    return label_balance(rows, inputs.labels)
 
 
 def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | None:
@@ -135,8 +150,8 @@ def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | Non
         "rejected_tokens": rejected,
         "longer_wins": longer_wins(lengths),
         "degrees": {
-            names[place]: {"pairs": len(own), "longer_wins": longer_wins(own), "margin": margins[place]}
-            for place, own in by_degree(degrees, lengths).items()
+            names[degree]: {"pairs": len(pairs), "longer_wins": longer_wins(pairs), "margin": margins[degree]}
+            for degree, pairs in by_degree(degrees, lengths).items()
         },
     }
 
@@ -294,6 +309,9 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
         learned = f"[black on green]{opening}learned{closing}[/black on green]"
         if any("answer" in segment for segment in segments):
             learned = "[black on green]the better answer[/black on green], then [black on red]the others[/black on red]"
+        elif "good" in segments[-1]:
+            kind = "[black on green]a good" if segments[-1]["good"] else "[black on red]a bad"
+            learned = f"{kind} answer[/]"
         console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
         text = Text()
         for segment in segments:
@@ -301,7 +319,7 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
                 segment["text"] if len(segment["text"]) < 700 else f"{segment['text'][:350]} … {segment['text'][-330:]}"
             )
             if segment["learned"]:
-                worse = segment.get("answer", 1) > 1
+                worse = segment.get("answer", 1) > 1 or segment.get("good") is False
                 name = f"answer {segment['answer']}: " if "answer" in segment and not console.color_system else ""
                 text.append(f"{opening}{name}{text_shown}{closing}", style=f"black on {'red' if worse else 'green'}")
             else:
@@ -344,16 +362,18 @@ def show(report: dict[str, Any], hours: float | None = None) -> None:
     _show_findings(console, report["findings"])
 
 
-def _show_comparisons(console: Console, found: dict[str, Any] | None) -> None:
-    if found is None:
+def _show_comparisons(console: Console, facts: dict[str, Any] | None) -> None:
+    if facts is None:
         return
     console.print(
-        f"[bold]pairs[/bold]   {found['pairs']:,}: the better answer has {found['chosen_tokens']:.0f} tokens, the "
-        f"other {found['rejected_tokens']:.0f}; the longer one is better in {found['longer_wins']:.1%}"
+        f"[bold]pairs[/bold]   {facts['pairs']:,}: the better answer has {facts['chosen_tokens']:.0f} tokens, the "
+        f"other {facts['rejected_tokens']:.0f}; the longer one is better in {facts['longer_wins']:.1%}"
     )
-    for name, own in found["degrees"].items():
-        margin = f", margin {own['margin']:.3g}" if own["margin"] else ""
-        console.print(f"        {escape(name)}: {own['pairs']:,}, the longer wins in {own['longer_wins']:.1%}{margin}")
+    for name, of_degree in facts["degrees"].items():
+        margin = f", margin {of_degree['margin']:.3g}" if of_degree["margin"] else ""
+        console.print(
+            f"        {escape(name)}: {of_degree['pairs']:,}, the longer wins in {of_degree['longer_wins']:.1%}{margin}"
+        )
 
 
 def _show_columns(console: Console, usage: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class Comparison:
     Attributes:
         others: the other answers, from better to worse.
         ranks: of each answer, the conversation's own first; 0 is the best, and equal ones are not compared.
-        degree: place among data.degrees; None where rows have none.
+        degree: index in data.degrees; None where rows have none.
         margin: what the chosen answer should be ahead by.
         desirable: whether the one answer is good; None where answers are compared.
     """
@@ -36,9 +36,9 @@ class Comparison:
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        """(better, worse) places of all answers that differ in rank."""
-        places = range(len(self.ranks))
-        return [(a, b) for a in places for b in places if self.ranks[a] < self.ranks[b]]
+        """(better, worse) indices of all answers that differ in rank."""
+        indices = range(len(self.ranks))
+        return [(a, b) for a in indices for b in indices if self.ranks[a] < self.ranks[b]]
 
 
 def differing(answers: Sequence[str]) -> None:
@@ -75,7 +75,7 @@ def number_of(value: Any, column: str) -> float:
 
 
 def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
-    """The place of a degree among data.degrees, whatever its case. Raises ValueError with the nearest one."""
+    """The index of a degree in data.degrees, whatever its case. Raises ValueError with the nearest one."""
     known = [name.casefold() for name in degrees]
     text = " ".join(str(value).casefold().split())
     if text not in known:
@@ -137,7 +137,11 @@ def _same_turns(one: Sequence[Message], two: Sequence[Message]) -> Any:
         yield a
 
 
-def with_other_answers(conversations: Sequence[Any]) -> list[Any]:
+Conversations = Sequence[Any]
+"""Of `llmft.data.columns.Conversation`, which have a `comparison` here."""
+
+
+def with_other_answers(conversations: Conversations) -> list[Any]:
     """Conversations of single answers, each with the answer of the next one that has another prompt beside its own.
 
     KTO measures on them how far a policy is from its reference; nobody compared the two.
@@ -162,8 +166,15 @@ def with_other_answers(conversations: Sequence[Any]) -> list[Any]:
     return result
 
 
-Conversations = Sequence[Any]
-"""Of `llmft.data.columns.Conversation`, which have a `comparison` here."""
+def answers_of(row: Any) -> list[str]:
+    """All answers of a conversation that has a comparison, its own first."""
+    return [str(row.messages[-1]["content"]), *row.comparison.others]
+
+
+def label_counts(conversations: Conversations) -> dict[str, int]:
+    """How many single answers are good and how many bad."""
+    good = sum(bool(row.comparison.desirable) for row in conversations)
+    return {"good": good, "bad": len(conversations) - good}
 
 
 def contradictions(conversations: Conversations) -> list[tuple[str, str]]:
@@ -174,7 +185,7 @@ def contradictions(conversations: Conversations) -> list[tuple[str, str]]:
         if row.comparison is None or not row.comparison.others:
             continue
         prompt = repr(row.messages[:-1])
-        answers = [str(row.messages[-1]["content"]), *row.comparison.others]
+        answers = answers_of(row)
         for better, worse in row.comparison.pairs:
             other = seen.get((prompt, answers[worse], answers[better]))
             if other is not None:

@@ -131,11 +131,13 @@ def make_splits(loaded: Loaded, data: DataConfig, together: Callable[[Row], str]
         train = [*train, *validation]
     train = _limited(train, data)
     if not train:
-        values = {stable_text(row.values[data.group]) for row in loaded.splits["train"]} if data.group else set()
-        reason = f" (data.group={data.group} is the same in all)" if len(values) == 1 else ""
+        rows = loaded.splits["train"]
+        units = set(_column(rows, group, "data.group")) if group else set()
+        name = f"data.group={data.group} is the same in all" if data.group else "all have one prompt, and so one split"
         raise DataError(
-            f"data={data.name}: all {len(loaded.splits['train'])} rows were held out, none is left to train on"
-            f"{reason}; lower data.validation_fraction or data.test_fraction."
+            f"data={data.name}: {len(rows)} of {len(rows)} rows were held out, none is left to train on"
+            f"{f' ({name})' if len(units) == 1 < len(rows) else ''}; lower data.validation_fraction or "
+            "data.test_fraction, or name a file in data.split_files.validation."
         )
     return {"train": train, "validation": validation, "test": test}
 

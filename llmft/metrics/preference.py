@@ -1,8 +1,6 @@
 """What an objective of compared answers says of each row, as numbers of a split: (degrees, outputs) to a number.
 
-`outputs` is (rows, columns) as `Preference` and `Reward` give them: whether the chosen answer is ahead, by how much,
-both rewards, both log-probabilities and the drift where there is a policy, and how many tokens longer the chosen one
-is.
+`outputs` is (rows, columns), named by `COLUMNS` for a policy and by `REWARD_COLUMNS` for a reward model.
 """
 
 from __future__ import annotations
@@ -13,8 +11,15 @@ import numpy as np
 
 from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 
-AHEAD, MARGIN, CHOSEN, REJECTED, CHOSEN_LOGP, REJECTED_LOGP, DRIFT, MORE_TOKENS = range(8)
-"""The columns; those of a reward model lack the three before the last."""
+COLUMNS = (
+    "ahead", "margin", "chosen_reward", "rejected_reward", "more_tokens", "longer", "chosen_logp", "rejected_logp",
+    "drift_nats",
+)  # fmt: skip
+"""Whether the chosen answer is ahead (1, 0, or one half), by how much, both rewards, how many tokens longer it is,
+whether it is longer (1, 0, or one half), both log-probabilities in nats, and how far the policy is from its
+reference."""
+REWARD_COLUMNS = COLUMNS[:6]
+AHEAD, MARGIN, CHOSEN_REWARD, REJECTED_REWARD, MORE_TOKENS, _, CHOSEN_LOGP, REJECTED_LOGP, DRIFT = range(len(COLUMNS))
 
 
 @higher_is_better
@@ -35,14 +40,14 @@ def margin(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 @mean_over_rows
 def chosen_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean reward of the chosen answers: a reward model's score, or beta log pi/pi_ref."""
-    return outputs[:, CHOSEN]
+    return outputs[:, CHOSEN_REWARD]
 
 
 @lower_is_better
 @mean_over_rows
 def rejected_reward(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
     """Mean reward of the rejected answers."""
-    return outputs[:, REJECTED]
+    return outputs[:, REJECTED_REWARD]
 
 
 @higher_is_better
@@ -67,30 +72,25 @@ def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
     """Correlation of how far a chosen answer is ahead with how many tokens longer it is; 0 where one never varies."""
-    ahead, longer = outputs[:, MARGIN], outputs[:, -1]
-    if len(ahead) < 2 or ahead.std() == 0 or longer.std() == 0:
+    margins, more_tokens = outputs[:, MARGIN], outputs[:, MORE_TOKENS]
+    if len(margins) < 2 or margins.std() == 0 or more_tokens.std() == 0:
         return 0.0
-    return float(np.corrcoef(ahead, longer)[0, 1])
-
-
-def longer_wins(outputs: np.ndarray) -> np.ndarray:
-    """(rows,) what the rule "the longer answer is better" scores: 1, 0, or one half for answers of one length."""
-    return (np.sign(outputs[:, -1]) + 1) / 2
+    return float(np.corrcoef(margins, more_tokens)[0, 1])
 
 
 def movement(before: Mapping[str, float | None], after: Mapping[str, float | None], split: str = "val") -> str | None:
     """What a policy did to the two answers, in words; None where their log-probabilities are not known."""
-    moves = []
+    changes = []
     for name in ("chosen_logp", "rejected_logp"):
-        was, now = before.get(f"{split}/{name}"), after.get(f"{split}/{name}")
-        if was is None or now is None:
+        start, end = before.get(f"{split}/{name}"), after.get(f"{split}/{name}")
+        if start is None or end is None:
             return None
-        moves.append(now - was)
-    chosen, rejected = moves
-    ways = ["likelier" if move >= 0 else "less likely" for move in moves]
-    sentence = f"the chosen answer became {ways[0]}, the rejected one {ways[1]}"
-    if ways[0] == ways[1]:
-        sentence = f"both answers became {ways[0]}"
+        changes.append(end - start)
+    chosen, rejected = changes
+    directions = ["likelier" if change >= 0 else "less likely" for change in changes]
+    sentence = f"the chosen answer became {directions[0]}, the rejected one {directions[1]}"
+    if directions[0] == directions[1]:
+        sentence = f"both answers became {directions[0]}"
     if chosen < rejected:
         how = f"shrank by {rejected - chosen:.1f}"
     elif chosen < 0:
@@ -102,16 +102,20 @@ def movement(before: Mapping[str, float | None], after: Mapping[str, float | Non
     return f"{sentence} (chosen {chosen:+.1f} nats, rejected {rejected:+.1f}); the margin {how} nats"
 
 
-def against_length(outputs: np.ndarray) -> dict[str, float]:
-    """The accuracy beside that of "the longer answer wins", and a 95% interval of the difference over rows."""
+def against_length(ahead: np.ndarray, longer: np.ndarray) -> dict[str, float]:
+    """The accuracy beside that of "the longer answer wins", and a 95% interval of the difference over rows.
+
+    Args:
+        ahead, longer: (rows,) the columns of these names.
+    """
     from scipy.stats import t
 
-    gains = outputs[:, AHEAD] - longer_wins(outputs)
+    gains = ahead - longer
     spread = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
     half = float(t.ppf(0.975, max(1, len(gains) - 1)) * spread)
     return {
-        "accuracy": float(outputs[:, AHEAD].mean()),
-        "longer_wins": float(longer_wins(outputs).mean()),
+        "accuracy": float(ahead.mean()),
+        "longer_wins": float(longer.mean()),
         "low": float(gains.mean()) - half,
         "high": float(gains.mean()) + half,
         "rows": len(gains),

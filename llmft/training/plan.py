@@ -14,7 +14,7 @@ from llmft.training.micro_batching import MicroBatchPlan
 from llmft.training.objectives.choice import cost
 from llmft.training.prepare import RunInputs
 from llmft.training.readiness import Ready
-from llmft.training.references import reference_told
+from llmft.training.references import describe_reference
 
 
 def show_plan(
@@ -87,7 +87,7 @@ def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: Micr
         "weights": weight_counts(assembled.model),
         "attention": getattr(assembled.base.config, "_attn_implementation", None),
         "gradient_checkpointing": plan.checkpointing.value,
-        "reference": reference_told(config) if config.task.feedback is not None else None,
+        "reference": describe_reference(config) if config.task.feedback is not None else None,
         "objective": f"{objective.__module__}.{objective.__qualname__}",
         "prompt": {
             "name": config.prompt.name,

@@ -85,10 +85,10 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     config = with_mode(config)
     problems = BadRows(config.data.on_bad_row)
     loaded = load_rows(config.data, problems)
-    rows = make_splits(loaded, config.data, prompt_of(config.data) if config.task.feedback is not None else None)
     # The classes are those of all rows, so that every fold has the same in the same order.
     known = [*loaded.splits["train"], *loaded.splits.get("validation", [])]
     columns = ColumnMap.of(config.data, known, config.task, test=loaded.splits.get("test", ()))
+    rows = make_splits(loaded, config.data, prompt_of(config.data) if config.task.feedback is not None else None)
     conversations = {
         split: [apply(config.data.transform, conversation) for conversation in columns.conversations(part, problems)]
         for split, part in rows.items()

@@ -137,8 +137,8 @@ def words_of(inputs: RunInputs, step: int, before: Mapping[str, Any], after: Map
     if inputs.config.task.feedback is Feedback.labels:
         return [moved] if moved else []
     table = read_table(path)
-    outputs = np.asarray([table["ahead"], table["more_tokens"]], dtype=np.float64).T
-    return [*([moved] if moved else []), length_sentence(against_length(outputs))]
+    ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
+    return [*([moved] if moved else []), length_sentence(against_length(ahead, longer))]
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -55,14 +55,18 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
         with policy_before(model, config):
             return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device, mixed)
 
-    own = inputs.run.reference_file
-    shared = Path(config.output_dir) / "references" / f"{key}.parquet"
-    references, source = references_of(shared, own, key, rows.splits, compute)
+    run_file = inputs.run.reference_file
+    shared_file = Path(config.output_dir) / "references" / f"{key}.parquet"
+    references, source = references_of(shared_file, run_file, key, rows.splits, compute)
     if screen is not None:
         if source != "run":
-            _write(own, key, references)
-        kept = {"new": f"computed once, kept in {shared}", "shared": f"from {shared}", "run": "as this run began"}
-        screen.print(f"[bold]reference[/bold]  {escape(f'{reference_told(config)} ({kept[source]})')}")
+            _write(run_file, key, references)
+        origins = {
+            "new": f"computed once, kept in {shared_file}",
+            "shared": f"from {shared_file}",
+            "run": "as this run began",
+        }
+        screen.print(f"[bold]reference[/bold]  {escape(f'{describe_reference(config)} ({origins[source]})')}")
     return references
 
 
@@ -108,7 +112,7 @@ def _is_base(config: TrainConfig) -> bool:
     return config.lora.adapter is None and not (config.lora.enabled and config.lora.dora)
 
 
-def reference_told(config: TrainConfig) -> str:
+def describe_reference(config: TrainConfig) -> str:
     """Which reference a run has, for people."""
     if config.task.reference is Reference.none:
         return "none"
@@ -118,37 +122,37 @@ def reference_told(config: TrainConfig) -> str:
 
 
 def references_of(
-    shared: Path,
-    own: Path,
+    shared_file: Path,
+    run_file: Path,
     key: str,
     splits: Mapping[str, Examples],
     compute: Callable[[], dict[str, torch.Tensor]],
 ) -> tuple[dict[str, torch.Tensor], str]:
     """By split (rows, answers) float64 log-probabilities, and where they come from: run, shared or new.
 
-    `shared` is the file that runs with this `key` share, `own` the copy of one; either may be missing or
-    damaged. Several processes that ask at once wait for the one that computes.
+    `shared_file` is that of all runs with this `key`, `run_file` the copy of one; either may be missing or damaged.
+    Several processes that ask at once wait for the one that computes.
     """
-    if (found := _read(own, key, splits)) is not None:
-        return found, "run"
-    shared.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(shared.with_suffix(".lock")):
-        found, source = _read(shared, key, splits), "shared"
-        if found is None:
-            found, source = compute(), "new"
-            _write(shared, key, found)
-    return found, source
+    if (references := _read(run_file, key, splits)) is not None:
+        return references, "run"
+    shared_file.parent.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(shared_file.with_suffix(".lock")):
+        if (references := _read(shared_file, key, splits)) is not None:
+            return references, "shared"
+        references = compute()
+        _write(shared_file, key, references)
+    return references, "new"
 
 
 def compute_references(
-    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, around: Any
+    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, precision: Any
 ) -> dict[str, torch.Tensor]:
-    """Every split's rows under `model`, without dropout and gradients; `around` is the context of its precision."""
+    """Every split's rows under `model`, without dropout and gradients; `precision` is a context such as autocast."""
     training = model.training
     model.eval()
-    found = {}
+    references = {}
     try:
-        with torch.no_grad(), around:
+        with torch.no_grad(), precision:
             for split, examples in splits.items():
                 lengths = examples.lengths.tolist()
                 groups = GROUP.groups(lengths, range(len(examples)))
@@ -157,10 +161,10 @@ def compute_references(
                 table = torch.zeros(len(examples), most, dtype=torch.float64)
                 for rows, part in zip(groups, parts, strict=True):
                     table[rows, : part.shape[1]] = part
-                found[split] = table
+                references[split] = table
     finally:
         model.train(training)
-    return found
+    return references
 
 
 def _group(model: Any, examples: Examples, rows: list[int], pad_id: int, device: torch.device) -> torch.Tensor:
@@ -194,15 +198,15 @@ def _read(path: Path, key: str, splits: Mapping[str, Examples]) -> dict[str, tor
     if not path.is_file():
         return None
     try:
-        told = pq.read_schema(path).metadata or {}
+        metadata = pq.read_schema(path).metadata or {}
         columns = {name: np.asarray(values) for name, values in read_table(path).items()}
         digest = hashlib.sha256(np.asarray(columns["log_prob_nats"], np.float64).tobytes()).hexdigest()
-        if told.get(b"key") != key.encode() or told.get(b"sha256") != digest.encode():
+        if metadata.get(b"key") != key.encode() or metadata.get(b"sha256") != digest.encode():
             return None
-        found = {}
+        references = {}
         for split, examples in splits.items():
-            own = columns["log_prob_nats"][columns["split"] == split]
-            found[split] = torch.from_numpy(own.reshape(len(examples), -1).copy())
-        return found
+            values = columns["log_prob_nats"][columns["split"] == split]
+            references[split] = torch.from_numpy(values.reshape(len(examples), -1).copy())
+        return references
     except (OSError, ValueError, KeyError, TypeError, pa.ArrowException):
         return None

@@ -300,3 +300,22 @@ def test_check_says_which_columns_are_read_and_which_are_not(tmp_path: Path) -> 
     done = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
     assert done.returncode == 4
     assert "data.columns.input: no column 'contxt'" in done.stderr
+
+
+def test_labels_that_are_nearly_all_the_same_and_empty_answers_are_noticed(tmp_path: Path) -> None:
+    rows = [{"messages": [{"role": "user", "content": f"Is {n} even?"}, {"role": "assistant", "content": f"{n}: yes"}],
+             "label": n != 3} for n in range(40)]  # fmt: skip
+    file = f"data.files={write(tmp_path / 'labels.jsonl', rows)}"
+    given = ["task=kto", "data=preference_labels", file, "data.validation_fraction=0.1"]
+    found = report(*given, cwd=tmp_path)
+    assert found["labels"] == {"good": 35, "bad": 1}
+    (message,) = (f["message"] for f in found["findings"] if f["key"] == "task.loss_options")
+    assert "35 of the training answers are good and 1 bad; task.loss_options.undesirable=35" in message
+    assert [piece["good"] for piece in found["rows"][0] if piece["learned"]] == [True]
+    balanced = report(*given, "task.loss_options.undesirable=35", cwd=tmp_path)
+    assert "task.loss_options" not in {f["key"] for f in balanced["findings"]}
+    pairs = [{"prompt": f"What is {n}?", "chosen": f"a {n}" if n else " ", "rejected": f"b {n}"} for n in range(40)]
+    file = f"data.files={write(tmp_path / 'pairs.jsonl', pairs)}"
+    found = report("task=dpo", "data=preference", file, cwd=tmp_path)
+    messages = [f["message"] for f in found["findings"]]
+    assert any("1 of 40 rows compare an empty answer" in message for message in messages)

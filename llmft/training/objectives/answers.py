@@ -26,24 +26,24 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     else:
         rows, spans = answers_apart(batch.input_ids, answers.lengths)
         arguments = {"input_ids": rows, "use_cache": False}
-    before, after, owners = [], [], []
+    predictors, predicted, indices = [], [], []
     for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
-        before.append(torch.tensor([end, *range(begin, begin + length - 1)]))
-        after.append(torch.arange(begin, begin + length))
-        owners.append(torch.full((length,), row * answers.most + number))
-    targets = arguments["input_ids"].reshape(-1)[torch.cat(after).to(device)]
-    nll = nll_behind(model, arguments, torch.cat(before).to(device), targets)
+        predictors.append(torch.tensor([end, *range(begin, begin + length - 1)]))
+        predicted.append(torch.arange(begin, begin + length))
+        indices.append(torch.full((length,), row * answers.most + number))
+    targets = arguments["input_ids"].reshape(-1)[torch.cat(predicted).to(device)]
+    nll = nll_behind(model, arguments, torch.cat(predictors).to(device), targets)
     # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
-    return -sums.index_add(0, torch.cat(owners).to(device), nll.double()).view(-1, answers.most)
+    return -sums.index_add(0, torch.cat(indices).to(device), nll.double()).view(-1, answers.most)
 
 
 def _answers(answers: Answers) -> list[tuple[int, int, int]]:
-    """(row, place among the row's answers, tokens) of every answer."""
-    return [(row, n, length) for row, (_, *own) in enumerate(answers.lengths) for n, length in enumerate(own)]
+    """(row, number among the row's answers, tokens) of every answer."""
+    return [(row, n, length) for row, (_, *lengths) in enumerate(answers.lengths) for n, length in enumerate(lengths)]
 
 
 def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:
     """(rows, answers) tokens of each answer; 1 where a row has fewer answers."""
-    padded = [own[1:] + [1] * (answers.most + 1 - len(own)) for own in answers.lengths]
+    padded = [lengths[1:] + [1] * (answers.most + 1 - len(lengths)) for lengths in answers.lengths]
     return torch.tensor(padded, device=device)

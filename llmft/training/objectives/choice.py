@@ -42,17 +42,17 @@ def forks(paths: Sequence[Path]) -> list[Fork]:
     Raises ValueError when one path is another's beginning, so that nothing tells them apart.
     """
     for number, path in enumerate(paths):
-        if any(other[: len(path)] == path for place, other in enumerate(paths) if place != number):
+        if any(other[: len(path)] == path for index, other in enumerate(paths) if index != number):
             raise ValueError("two classes have words that are the same, or one the beginning of the other, in tokens")
-    found = []
+    result = []
     for prefix in sorted({path[:depth] for path in paths for depth in range(len(path))}, key=lambda p: (len(p), p)):
         follow: dict[int, list[int]] = {}
         for number, path in enumerate(paths):
             if path[: len(prefix)] == prefix:
                 follow.setdefault(path[len(prefix)], []).append(number)
         if len(follow) > 1:
-            found.append(Fork(prefix, list(follow), list(follow.values())))
-    return found
+            result.append(Fork(prefix, list(follow), list(follow.values())))
+    return result
 
 
 class WordScores:
@@ -100,14 +100,14 @@ class WordScores:
     def _logits(model: Any, ids: torch.Tensor, prompts: torch.Tensor, probe: Path) -> torch.Tensor:
         """(rows, 1 + len(probe), vocabulary) logits behind each prompt and each token of `probe`."""
         width = int(prompts.max()) + len(probe)
-        places = torch.arange(width, device=ids.device)
+        positions = torch.arange(width, device=ids.device)
         inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
         whole = min(width, ids.shape[1])
         inputs[:, :whole] = ids[:, :whole]
         for depth, token in enumerate(probe):
             inputs[torch.arange(len(ids), device=ids.device), prompts + depth] = token
         # What stands behind is never looked at by causal attention.
-        keep = (places >= prompts[:, None] - 1) & (places < prompts[:, None] + len(probe))
+        keep = (positions >= prompts[:, None] - 1) & (positions < prompts[:, None] + len(probe))
         return logits_at(model, inputs, keep, prompts + len(probe)).view(len(ids), 1 + len(probe), -1)
 
 
@@ -140,8 +140,8 @@ def check_paths(paths: Sequence[Path], splits: dict[str, Examples], words: Seque
     for examples in splits.values():
         for example in examples:
             labels = np.asarray(example.labels)
-            own = tuple(int(token) for token in labels[labels != IGNORE])
-            if own not in known:
+            tokens = tuple(int(token) for token in labels[labels != IGNORE])
+            if tokens not in known:
                 raise ConfigError(
                     f"task.head=tokens: in {example.where} the tokens of the answer depend on the text before it; "
                     "choose a prompt format that ends its prompt with a line break, or one of its own marks."

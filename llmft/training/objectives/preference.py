@@ -10,6 +10,7 @@ import torch
 from llmft.config.instantiate import check_arguments, find
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.data.batch import Answers, MicroBatch
+from llmft.metrics.preference import COLUMNS
 from llmft.training.objectives.answers import answer_log_probs, token_counts
 from llmft.training.objectives.base import RowLosses
 from llmft.training.objectives.preference_losses import Pairs, kto
@@ -30,8 +31,8 @@ def pairs_of(log_probs: torch.Tensor, answers: Answers) -> Pairs:
     row, better, worse = answers.pairs.unbind(1)
     tokens = token_counts(answers, log_probs.device).to(log_probs.dtype)
     reference = answers.reference
-    known = torch.zeros_like(log_probs) if reference is None else reference.to(log_probs.dtype)
-    columns = [values[row, place] for values in (log_probs, known, tokens) for place in (better, worse)]
+    ref_log_probs = torch.zeros_like(log_probs) if reference is None else reference.to(log_probs.dtype)
+    columns = [values[row, answer] for values in (log_probs, ref_log_probs, tokens) for answer in (better, worse)]
     return Pairs(*columns)
 
 
@@ -44,9 +45,9 @@ def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
     return sums / counts.view(-1, *[1] * (values.ndim - 1))
 
 
-def won(ahead: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer is ahead, one half where neither is, else 0."""
-    return (torch.sign(ahead) + 1) / 2
+def share_ahead(difference: torch.Tensor) -> torch.Tensor:
+    """1 where the chosen answer has more, one half where both have the same, else 0."""
+    return (torch.sign(difference) + 1) / 2
 
 
 class Preference:
@@ -62,10 +63,7 @@ class Preference:
         label_smoothing: an argument of `loss`, where it is above 0.
     """
 
-    columns = (
-        "ahead", "margin", "chosen_reward", "rejected_reward", "chosen_logp", "rejected_logp", "drift_nats",
-        "more_tokens",
-    )  # fmt: skip
+    columns = COLUMNS
 
     def __init__(
         self,
@@ -86,16 +84,15 @@ class Preference:
         assert answers is not None, "task.feedback=pairs brings rows with answers"
         pairs = pairs_of(answer_log_probs(model, batch), answers)
         margins = answers.margins[answers.pairs[:, 0]]
-        given = {"margin": margins} if bool((margins != 0).any()) else {}
-        losses = self.loss(pairs, self.beta, **given, **self.options)
+        margin = {"margin": margins} if bool((margins != 0).any()) else {}
+        losses = self.loss(pairs, self.beta, **margin, **self.options)
         if self.sft_weight:
             losses = losses - self.sft_weight * pairs.chosen / pairs.chosen_tokens
-        return RowLosses(
-            over_rows(losses, answers), ones(answers, losses), over_rows(self._told(pairs, answers), answers)
-        )
+        outputs = over_rows(self._outputs(pairs, answers), answers)
+        return RowLosses(over_rows(losses, answers), ones(answers, losses), outputs)
 
     @torch.no_grad()
-    def _told(self, pairs: Pairs, answers: Answers) -> torch.Tensor:
+    def _outputs(self, pairs: Pairs, answers: Answers) -> torch.Tensor:
         """(pairs, columns) float64: without a reference, rewards are of log-probabilities per token."""
         chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
         if answers.reference is None:
@@ -104,7 +101,9 @@ class Preference:
         drift = pairs.chosen_ratio / pairs.chosen_tokens
         more = pairs.chosen_tokens - pairs.rejected_tokens
         margin = chosen - rejected
-        columns = [won(margin), margin, chosen, rejected, pairs.chosen, pairs.rejected, drift, more]
+        columns = [
+            share_ahead(margin), margin, chosen, rejected, more, share_ahead(more), pairs.chosen, pairs.rejected, drift
+        ]  # fmt: skip
         return torch.stack([column.double() for column in columns], dim=1)
 
 
@@ -120,7 +119,7 @@ class Kto:
         loss_options: `desirable` and `undesirable`, what good and bad answers' losses are multiplied with.
     """
 
-    columns = Preference.columns
+    columns = COLUMNS
 
     def __init__(self, beta: float = 0.1, loss_options: dict[str, Any] | None = None) -> None:
         options = dict(loss_options or {})
@@ -134,8 +133,8 @@ class Kto:
     @torch.no_grad()
     def before_step(self, model: Any, batches: list[MicroBatch]) -> torch.Tensor:
         """[sum, rows] of log pi/pi_ref of other prompts' answers; of all processes their sum goes to `begin_step`."""
-        found = [self._ratios(model, batch)[1].sum() * float(bool(batch.rows)) for batch in batches]
-        return torch.stack([torch.stack(found).sum(), found[0].new_tensor(sum(len(batch.rows) for batch in batches))])
+        sums = [self._ratios(model, batch)[1].sum() * float(bool(batch.rows)) for batch in batches]
+        return torch.stack([torch.stack(sums).sum(), sums[0].new_tensor(sum(len(batch.rows) for batch in batches))])
 
     def begin_step(self, total: torch.Tensor) -> None:
         """Takes the distance of a step."""
@@ -148,8 +147,8 @@ class Kto:
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
         """The same with the distance of these rows."""
-        own, others = self._ratios(model, batch)
-        return self._losses(batch, own, others.mean().clamp(min=0))
+        ratios, mismatched = self._ratios(model, batch)
+        return self._losses(batch, ratios, mismatched.mean().clamp(min=0))
 
     def _ratios(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """(rows,) log pi/pi_ref of each row's answer, and of another prompt's."""
@@ -165,12 +164,13 @@ class Kto:
         good, sign = answers.desirable, torch.where(answers.desirable, 1.0, -1.0)
         losses = kto(ratio, distance, good, self.beta) * torch.where(good, *self.weights)
         with torch.no_grad():
-            reward, nothing = self.beta * ratio, torch.full_like(ratio, float("nan"))
+            reward, missing = self.beta * ratio, torch.full_like(ratio, float("nan"))
             logp = ratio + answers.reference[:, 0]  # type: ignore[index]
             drift = ratio / token_counts(answers, ratio.device)[:, 0]
-            sides = [torch.where(good == side, value, nothing) for value in (reward, logp) for side in (True, False)]
-            told = [won(sign * ratio), sign * reward, *sides, drift, torch.zeros_like(ratio)]
-        return RowLosses(losses, ones(answers, losses), torch.stack(told, dim=1).double())
+            sides = [torch.where(good == side, value, missing) for value in (reward, logp) for side in (True, False)]
+            lengths = [torch.zeros_like(ratio), torch.full_like(ratio, 0.5)]  # one answer is not longer than another
+            columns = [share_ahead(sign * ratio), sign * reward, *sides[:2], *lengths, *sides[2:], drift]
+        return RowLosses(losses, ones(answers, losses), torch.stack(columns, dim=1).double())
 
 
 KTO_OPTIONS = ("desirable", "undesirable")

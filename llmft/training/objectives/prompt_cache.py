@@ -103,35 +103,35 @@ def _group(
 
     base = base_of(model)
     width = int(prompts.max())
-    places = torch.arange(width, device=ids.device)
+    positions = torch.arange(width, device=ids.device)
     base_class: type = type(base)
     argument = _cache_argument(base_class)
     assert argument is not None
     cache = {argument: DynamicCache(config=base.config), "use_cache": True}
-    last = places == prompts[:, None] - 1
+    last = positions == prompts[:, None] - 1
     first = model(input_ids=ids[:, :width], **cache, logits_to_keep=last).logits
 
     depths = torch.tensor([len(node) for node in nodes], device=ids.device)
     branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
     seen = torch.cat(
         [
-            (places < prompts[:, None])[:, None].expand(-1, len(nodes), -1),
+            (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1),
             branch[None].expand(len(ids), -1, -1),
         ],
         dim=-1,
     )[:, None]
     mask = _additive(seen) if base.config._attn_implementation == "eager" else seen
-    wanted = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
+    keep = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
     behind = model(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
         attention_mask=mask,
         position_ids=prompts[:, None] + depths - 1,
         **cache,
-        logits_to_keep=wanted,
+        logits_to_keep=keep,
     ).logits.view(len(ids), -1, first.shape[-1])
     order = [node for node in nodes if node in prefixes]
-    found = {node: behind[:, number] for number, node in enumerate(order)}
-    return found | ({(): first} if () in prefixes else {})
+    logits = {node: behind[:, number] for number, node in enumerate(order)}
+    return logits | ({(): first} if () in prefixes else {})
 
 
 def _additive(seen: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 
 from llmft.data.batch import MicroBatch
+from llmft.metrics.preference import REWARD_COLUMNS
 from llmft.model.heads import answer_scores
 from llmft.training.objectives.answers import token_counts
 from llmft.training.objectives.base import RowLosses
-from llmft.training.objectives.preference import ones, over_rows, won
+from llmft.training.objectives.preference import ones, over_rows, share_ahead
 from llmft.training.objectives.preference_losses import reward
 
 
@@ -21,7 +22,7 @@ class Reward:
         centre: what the squared sum of a pair's scores is added with, so that scores stay near 0; 0.01 is usual.
     """
 
-    columns = ("ahead", "margin", "chosen_reward", "rejected_reward", "more_tokens")
+    columns = REWARD_COLUMNS
 
     def __init__(self, centre: float = 0.0) -> None:
         self.centre = centre
@@ -36,16 +37,16 @@ class Reward:
         losses = reward(chosen, rejected, answers.margins[row], self.centre)
         counts = token_counts(answers, scores.device)
         more = counts[row, better] - counts[row, worse]
-        told = torch.stack(
-            [c.detach().double() for c in (won(chosen - rejected), chosen - rejected, chosen, rejected, more)], dim=1
-        )
-        return RowLosses(over_rows(losses, answers), ones(answers, losses), over_rows(told, answers))
+        margin = chosen - rejected
+        columns = (share_ahead(margin), margin, chosen, rejected, more, share_ahead(more))
+        outputs = torch.stack([column.detach().double() for column in columns], dim=1)
+        return RowLosses(over_rows(losses, answers), ones(answers, losses), over_rows(outputs, answers))
 
     def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """(rows, answers) float64 scores; nothing (NaN) where a row has fewer answers."""
         answers = batch.answers
         assert answers is not None
-        lengths = torch.tensor([len(own) - 1 for own in answers.lengths], device=batch.input_ids.device)
+        counts = torch.tensor([len(lengths) - 1 for lengths in answers.lengths], device=batch.input_ids.device)
         scores = answer_scores(model, batch).double()
-        places = torch.arange(answers.most, device=scores.device)
-        return scores.masked_fill(places >= lengths[:, None], float("nan"))
+        numbers = torch.arange(answers.most, device=scores.device)
+        return scores.masked_fill(numbers >= counts[:, None], float("nan"))
