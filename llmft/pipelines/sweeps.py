@@ -10,8 +10,8 @@ from rich.markup import escape
 from llmft.config.sections import Mode
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.reports.comparing import Verdict
-from llmft.reports.study import make_study
+from llmft.reports.verdicts import Verdict
+from llmft.reports.configurations import make_study
 from llmft.reports.verdicts import judge
 
 
