@@ -10,9 +10,8 @@ from rich.markup import escape
 from llmft.config.sections import Mode
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.reports.verdicts import Verdict
 from llmft.reports.configurations import make_study
-from llmft.reports.verdicts import judge
+from llmft.reports.verdicts import Verdict, judge
 
 
 def runs_of(sweep: Path) -> list[Path]:
