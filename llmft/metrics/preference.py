@@ -122,13 +122,18 @@ def against_length(ahead: np.ndarray, longer: np.ndarray) -> dict[str, float]:
     }
 
 
+def beats_length(facts: Mapping[str, float]) -> bool:
+    """Whether `against_length` leaves no doubt that a judge knows more than how long answers are."""
+    return facts["low"] > 0
+
+
 def length_sentence(facts: Mapping[str, float]) -> str:
     """What `against_length` found, in words."""
     rule = (
         f'accuracy {facts["accuracy"]:.3f} against {facts["longer_wins"]:.3f} of the rule "the longer answer wins" '
         f"(95% interval of the difference {facts['low']:+.3f} to {facts['high']:+.3f}; {facts['rows']:,.0f} rows)"
     )
-    if facts["low"] > 0:
+    if beats_length(facts):
         return f"better than length: {rule}"
     return f"NOT better than length, so what it learned may be length alone: {rule}"
 

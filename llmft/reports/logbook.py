@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import filelock
@@ -28,9 +28,14 @@ _STAMP = re.compile(r"^<!-- sweep: (.*?) -->$", re.M)
 
 
 def entry(
-    study: Study, verdicts: Verdicts, board: Sequence[Standing], directory: Path, root: Path, chance: str = ""
+    study: Study,
+    verdicts: Verdicts,
+    board: Sequence[Standing],
+    directory: Path,
+    root: Path,
+    warnings: Mapping[str, str] | None = None,
 ) -> str:
-    """A sweep's entry in Markdown, for a logbook in `root`."""
+    """A sweep's entry in Markdown, for a logbook in `root`; `warnings` by what they are about."""
     created = study.created or ""
     parts = [
         f"<!-- sweep: {_safe(created)} -->",
@@ -57,7 +62,7 @@ def entry(
     # The best against its next in each family, with the interval: an answer without one invites too much trust.
     told = [f"- {_line(sentence(family.comparisons[0]))}" for family in verdicts.families if family.comparisons]
     parts += ["\n".join(told)] if told else []
-    parts += [f"**Chance.** {_line(chance)}"] if chance else []
+    parts += [f"**{name.capitalize()}.** {_line(warning)}" for name, warning in (warnings or {}).items()]
     place = os.path.relpath(directory / "report.html", root)
     parts.append(f"[Report](<{_line(place)}>)")
     return "\n\n".join(parts) + "\n"

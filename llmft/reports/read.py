@@ -93,6 +93,13 @@ class RunRecord:
         whole = isinstance(own, dict) and all(_is_number(own.get(name)) for name in names)
         return own if whole and isinstance(own, dict) and isinstance(own.get("metrics"), dict) else {}
 
+    @property
+    def length(self) -> dict[str, float]:
+        """Accuracy beside the rule "the longer answer wins" on the validation rows; empty where it was not recorded."""
+        facts = self.result.get("length")
+        names = ("accuracy", "longer_wins", "low", "high", "rows")
+        return facts if isinstance(facts, dict) and all(_is_number(facts.get(name)) for name in names) else {}
+
     def curve(self, metric: str) -> list[tuple[int, float]]:
         """(step, value) in the order of steps; values that are not finite are left out."""
         found = {r["step"]: float(r[metric]) for r in self.metrics if _is_number(r.get(metric))}

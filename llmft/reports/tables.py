@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,7 @@ def markdown(
     board: Sequence[Standing],
     curves: str,
     metrics: Sequence[Table] = (),
-    chance: str = "",
+    warnings: Mapping[str, str] | None = None,
 ) -> str:
     """The whole report without figures."""
     parts = [f"# {study.title}"]
@@ -230,7 +230,7 @@ def markdown(
     parts.append(f"**Answer.** {verdicts.answer}")
     if verdicts.basis:
         parts.append(verdicts.basis)
-    parts += [f"**Chance.** {chance}"] if chance else []
+    parts += [f"**{name.capitalize()}.** {warning}" for name, warning in (warnings or {}).items()]
     table = board_table(board)
     if board:
         parts += [f"## Configurations by {study.monitor}", markdown_table(table.head, table.lines)]

@@ -16,6 +16,7 @@ from llmft.reports.classes import at_chance, metric_tables
 from llmft.reports.configurations import Study, make_study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
+from llmft.reports.preferences import answers_table, at_length
 from llmft.reports.tables import (
     Standing,
     board_table,
@@ -47,13 +48,15 @@ class Report:
 
     @functools.cached_property
     def metrics(self) -> list[classes.Table]:
-        """Every metric by configuration and by fold, with the prior's."""
-        return metric_tables(self.study)
+        """Every metric by configuration and by fold, with the prior's, and what became of compared answers."""
+        answers = answers_table(self.study)
+        return [*metric_tables(self.study), *([answers] if answers else [])]
 
     @property
-    def chance(self) -> str:
-        """A warning where the best configuration is no better than the prior."""
-        return at_chance(self.study)
+    def warnings(self) -> dict[str, str]:
+        """Where the best configuration is no better than the prior, or than the rule that the longer answer wins."""
+        found = {"chance": at_chance(self.study), "length": at_length(self.study)}
+        return {name: sentence for name, sentence in found.items() if sentence}
 
     @property
     def curves(self) -> str:
@@ -90,8 +93,8 @@ class Report:
             for cells_of_line in own.lines[:SHOWN_ON_CONSOLE]:
                 table.add_row(*map(escape, redact(cells_of_line)))
             screen.print(table)
-        if self.chance:
-            screen.print(f"[red]chance[/red]  {escape(self.chance)}")
+        for name, warning in self.warnings.items():
+            screen.print(f"[red]{name}[/red]  {escape(warning)}")
         if self.study.question:
             screen.print(f"[bold]question[/bold]  {escape(self.study.question)}")
         screen.print(f"[bold]answer[/bold]  {escape(self.verdicts.answer)}")
@@ -136,14 +139,14 @@ def write_report(
     directory.mkdir(parents=True, exist_ok=True)
     files = {
         "report.html": render(report, dict(leaderboard_scores or {}), clusters=clusters),
-        "report.md": markdown(study, verdicts, board, report.curves, report.metrics, report.chance),
+        "report.md": markdown(study, verdicts, board, report.curves, report.metrics, report.warnings),
         "results.csv": results_csv(study, board),
         "verdicts.csv": verdicts_csv(verdicts),
     }
     for name, content in files.items():
         _write(directory / name, content)
     if logbook is not None and sweep is not None:
-        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent, report.chance))
+        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent, report.warnings))
         update_logbook(logbook, sweep.parent)
     return report
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import Feedback, TrainOn
+from llmft.config.sections import Feedback, TrainConfig, TrainOn
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.data.columns import Conversation
@@ -126,19 +126,24 @@ def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict
     return chances
 
 
-def words_of(inputs: RunInputs, step: int, before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """What a task of compared answers did, in sentences: to the answers' probabilities, and beside their length."""
-    if inputs.config.task.feedback is None or inputs.config.data.train_on is TrainOn.all:
-        return []
-    moved = movement(before, after)
+def length_of(inputs: RunInputs, step: int) -> dict[str, float]:
+    """See `against_length`, of the validation at `step`; nothing where no answers are compared on rows of its own."""
     path = inputs.run.row_losses_file("val", step)
-    if not path.is_file():
-        return [moved] if moved else []
-    if inputs.config.task.feedback is Feedback.labels:
-        return [moved] if moved else []
+    compared = inputs.config.task.feedback is Feedback.pairs and inputs.config.data.train_on is not TrainOn.all
+    if not compared or not path.is_file():
+        return {}
     table = read_table(path)
     ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
-    return [*([moved] if moved else []), length_sentence(against_length(ahead, longer))]
+    return against_length(ahead, longer)
+
+
+def words_of(
+    config: TrainConfig, before: Mapping[str, Any], after: Mapping[str, Any], length: Mapping[str, float]
+) -> list[str]:
+    """What a task of compared answers did, in sentences: to the answers' probabilities, and beside their length."""
+    judged = config.task.feedback is not None and config.data.train_on is not TrainOn.all
+    moved = movement(before, after) if judged else None
+    return [*([moved] if moved else []), *([length_sentence(length)] if length else [])]
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -40,6 +40,7 @@ from llmft.training.readiness import Ready, check_room, check_vocabulary, lightn
 from llmft.training.record import (
     before_and_after,
     chance_of,
+    length_of,
     validated_at,
     words_of,
     write_predictions,
@@ -401,14 +402,11 @@ class Session:
             "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
             "seconds": round(self.recorder.seconds, 3),
         }
-        words = words_of(self.inputs, step, before, after)
-        if words:
-            result["words"] = words
+        length = length_of(self.inputs, step)
+        words = words_of(config, before, after, length)
         chance = chance_of(self.inputs, module.scoring.metrics if module.scoring is not None else {})
-        if chance:
-            result["chance"] = chance
-        if module.skipped:
-            result["skipped_steps"] = module.skipped
+        more = {"words": words, "length": length, "chance": chance, "skipped_steps": module.skipped}
+        result |= {name: value for name, value in more.items() if value}
         run.finish(result)
         summarise(self.loggers, {**{f"best/{name}": value for name, value in after.items()}, "best/step": step})
         facts = {

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench import bench_preference as preference
 from tests.bench.bench_step import PARITY, Measured, System, table
 from tests.bench.work import Work, make_work
 from tests.conftest import ROOT
@@ -27,6 +28,18 @@ def test_a_system_with_other_losses_has_no_row() -> None:
     assert "not shown" in lines[3]
     assert "1.00x" not in lines[3]
     assert lines[1].split()[5:7] == ["22", "4"]  # 30 real tokens, 5 supervised, in one second and in two: the medians
+
+
+def test_pairs_a_second_count_a_reference_once_and_ratios_are_taken_within_rounds() -> None:
+    losses = [0.7, 0.6, 0.5]  # of a warm-up and two rounds of a step
+    ours = preference.Measured(preference.LLMFT, losses, [1.0, 2.0], 1.2, 500.0)
+    peer = preference.Measured(preference.TRL, [0.7, 0.6, 0.5 + preference.PARITY / 2], [3.0, 4.0], 0.0, 1000.0)
+    other = preference.Measured(preference.TRL, [0.7, 0.6, 0.6], [3.0, 4.0], 0.0, 1000.0)
+    head, first, second, third = preference.table([ours, peer, other], batch=4, steps=1)
+    assert head.split()[:4] == ["s/pair", "reference", "with", "it"]
+    assert first.split()[1:] == ["0.375", "0.100", "0.475", "2.11", "500"]
+    assert second.split()[1:9] == ["0.875", "0.000", "0.875", "1.14", "1,000", "2.50x", "1.84x", "0.50x"]
+    assert "not shown" in third
 
 
 @pytest.mark.slow

@@ -35,6 +35,26 @@ def test_every_combination_of_a_ready_grid_composes(path: Path) -> None:
     assert content["sweep"]["question"].endswith("?")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["beta", "preference_losses", "margins"])
+def test_a_ready_grid_of_preferences_trains_on_the_embedded_pairs_and_is_judged(name: str, tmp_path: Path) -> None:
+    few = [override for override in SMALL if not override.startswith("data.rows")]
+    rows = ["data.rows={train: 24, validation: 12, test: 0}", "quantization=none", "task.generate_rows=0", "seed=0,1"]
+    grid = ["-m", "--config-dir", str(ROOT / "sweeps"), f"+sweep={name}"]
+    done = llmft(*grid, *few, *FEW, *rows, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (record,) = (tmp_path / "outputs/sweeps").glob("*/sweep.json")
+    trials = json.loads(record.read_text())["trials"]
+    content = yaml.safe_load((ROOT / "sweeps" / "sweep" / f"{name}.yaml").read_text())
+    params = content["hydra"]["sweeper"]["params"]
+    values = next(_values(value) for key, value in params.items() if "," in str(value) and key != "seed")
+    assert [trial["status"] for trial in trials] == ["done"] * 2 * len(values)
+    report = (record.parent / "report.md").read_text()
+    assert content["sweep"]["question"] in report
+    assert "longer answer wins" in report
+    assert len(list((tmp_path / "outputs" / "references").glob("*.parquet"))) == (name != "margins")
+
+
 def _values(value: Any) -> list[str]:
     return next(csv.reader([value], quotechar="'")) if isinstance(value, str) else [str(value)]
 

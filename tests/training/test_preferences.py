@@ -33,7 +33,7 @@ from llmft.train import train
 from llmft.training.objectives.answers import answer_log_probs
 from llmft.training.objectives.preference import Preference
 from llmft.training.objectives.reward import Reward
-from tests.conftest import SMALL, compose, run_directory
+from tests.conftest import SMALL, compose, llmft, run_directory
 from tests.trust.helpers import same_run, start, wait_for_step, whole_run
 
 SHAPE = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -327,3 +327,23 @@ def test_a_killed_policy_goes_on_to_the_same_bits_with_and_without_its_reference
     again = start(tmp_path / "killed", "task=dpo")
     assert again.wait() == 0, again.text()
     same_run(whole, run_directory(tmp_path / "killed"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_two_processes_train_what_one_does_and_share_one_reference(task: str, tmp_path: Path) -> None:
+    given = [*SMALL, *PAIRS, f"task={task}", "trainer.accelerator=cpu", "trainer.precision=fp32"]
+    roots = {count: tmp_path / str(count) for count in (1, 2)}
+    for count, root in roots.items():
+        more = ["trainer=ddp", f"trainer.devices={count}"] if count > 1 else []
+        done = llmft(*given, *more, "trainer.accelerator=cpu", f"output_dir={root}", cwd=tmp_path, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("computed once") == (task == "dpo")
+    one, two = (run_directory(root) for root in roots.values())
+    weights = adapter(two)
+    assert all(torch.allclose(tensor, weights[name], atol=2e-5) for name, tensor in adapter(one).items())
+    for a, b in zip(metrics(one), metrics(two), strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    if task == "dpo":
+        tables = [read_table(run / "reference.parquet")["log_prob_nats"] for run in (one, two)]
+        assert tables[0] == tables[1]

@@ -71,11 +71,11 @@ class Classification:
 
     def _nll(self, scores: torch.Tensor, targets: torch.Tensor, smoothing: float) -> torch.Tensor:
         if self.targets.problem is TaskType.regression:
-            wanted = (targets.to(scores.dtype) - self.targets.mean) / self.targets.scale
-            return 0.5 * (scores[:, 0] - wanted) ** 2
+            expected = (targets.to(scores.dtype) - self.targets.mean) / self.targets.scale
+            return 0.5 * (scores[:, 0] - expected) ** 2
         if self.targets.problem is TaskType.multi_label:
-            wanted = targets.to(scores.dtype) * (1 - smoothing) + smoothing / 2
-            return F.binary_cross_entropy_with_logits(scores, wanted, reduction="none").mean(dim=-1)
+            expected = targets.to(scores.dtype) * (1 - smoothing) + smoothing / 2
+            return F.binary_cross_entropy_with_logits(scores, expected, reduction="none").mean(dim=-1)
         return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
 
 

@@ -58,22 +58,22 @@ def nll_at(
     return losses
 
 
-def nll_behind(model: Any, arguments: dict[str, Any], places: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `places` in a forward's tokens.
+def nll_behind(model: Any, arguments: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `positions` in a forward's tokens.
 
-    Like `nll_at`, but a place, counted over all rows of the forward's tokens, may have several targets.
+    Like `nll_at`, but a position, counted over all rows of the forward's tokens, may have several targets.
     """
     base = base_of(model)
     vocabulary = base.config.get_text_config().vocab_size
     if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
-        hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
+        hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[positions]
         losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most)
         return losses
     model_class: type = type(base)
     if not selects_positions(model_class):
-        return _nll(_wide(model(**arguments).logits.flatten(0, 1)[places]), targets)
+        return _nll(_wide(model(**arguments).logits.flatten(0, 1)[positions]), targets)
     ids = arguments["input_ids"]
-    once, order = places.unique(return_inverse=True)
+    once, order = positions.unique(return_inverse=True)
     keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
     keep[once] = True
     logits = model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
@@ -125,8 +125,8 @@ def _logits_of(base: Any, hidden: torch.Tensor) -> torch.Tensor:
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """(positions,) cross-entropy in nats of (positions, vocabulary) logits: torch's numbers in less memory."""
-    found: torch.Tensor = _Nll.apply(logits, targets)
-    return found
+    nll: torch.Tensor = _Nll.apply(logits, targets)
+    return nll
 
 
 class _Nll(torch.autograd.Function):
@@ -135,19 +135,19 @@ class _Nll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        known = logits.log_softmax(dim=-1)
-        ctx.save_for_backward(known, targets)
+        log_probs = logits.log_softmax(dim=-1)
+        ctx.save_for_backward(log_probs, targets)
         ctx.used = False
-        return -known.gather(1, targets[:, None])[:, 0]
+        return -log_probs.gather(1, targets[:, None])[:, 0]
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        known, targets = ctx.saved_tensors
+        log_probs, targets = ctx.saved_tensors
         if ctx.used:
             raise RuntimeError("a loss has one backward: what it kept is its gradient now")
         ctx.used = True
-        found = known.exp_().mul_(gradient[:, None])
-        return found.scatter_add_(1, targets[:, None], -gradient[:, None]), None
+        scaled = log_probs.exp_().mul_(gradient[:, None])
+        return scaled.scatter_add_(1, targets[:, None], -gradient[:, None]), None
 
 
 class _ChunkedNll(torch.autograd.Function):
@@ -155,25 +155,25 @@ class _ChunkedNll(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, most: int) -> torch.Tensor:
-        wanted = ctx.needs_input_grad[0]
+        needs_gradient = ctx.needs_input_grad[0]
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
         for start in range(0, len(targets), most):
-            with torch.set_grad_enabled(wanted):
-                part = hidden[start : start + most].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(needs_gradient):
+                part = hidden[start : start + most].detach().requires_grad_(needs_gradient)
                 # No name for the logits: they leave once their log-probabilities are there.
                 nll = _nll(_logits_of(base, part).float(), targets[start : start + most])
-                if wanted:
+                if needs_gradient:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())
-        if wanted:
+        if needs_gradient:
             ctx.save_for_backward(torch.cat(gradients))
         return torch.cat(losses)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        (known,) = ctx.saved_tensors
-        return (known * gradient[:, None]).to(known.dtype), None, None, None
+        (saved,) = ctx.saved_tensors
+        return (saved * gradient[:, None]).to(saved.dtype), None, None, None
 
 
 class LanguageModeling:

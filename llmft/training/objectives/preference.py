@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,7 @@ class Kto:
     @torch.no_grad()
     def before_step(self, model: Any, batches: list[MicroBatch]) -> torch.Tensor:
         """[sum, rows] of log pi/pi_ref of other prompts' answers; of all processes their sum goes to `begin_step`."""
-        sums = [self._ratios(model, batch)[1].sum() * float(bool(batch.rows)) for batch in batches]
+        sums = [self._ratios(model, batch)[:, 1].sum() * float(bool(batch.rows)) for batch in batches]
         return torch.stack([torch.stack(sums).sum(), sums[0].new_tensor(sum(len(batch.rows) for batch in batches))])
 
     def begin_step(self, total: torch.Tensor) -> None:
@@ -141,21 +142,23 @@ class Kto:
         self.distance = (total[0] / total[1].clamp(min=1)).clamp(min=0)
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """See RowLosses; needs `begin_step`."""
+        """See RowLosses; needs `begin_step`. Other prompts' answers are left out: the distance is known."""
         assert self.distance is not None, "before_step and begin_step come first"
-        return self._losses(batch, *self._ratios(model, batch)[:1], self.distance)
+        assert batch.answers is not None
+        answers = replace(batch.answers, lengths=[lengths[:2] for lengths in batch.answers.lengths])
+        return self._losses(batch, self._ratios(model, replace(batch, answers=answers))[:, 0], self.distance)
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
         """The same with the distance of these rows."""
-        ratios, mismatched = self._ratios(model, batch)
-        return self._losses(batch, ratios, mismatched.mean().clamp(min=0))
+        ratios = self._ratios(model, batch)
+        return self._losses(batch, ratios[:, 0], ratios[:, 1].mean().clamp(min=0))
 
-    def _ratios(self, model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows,) log pi/pi_ref of each row's answer, and of another prompt's."""
+    def _ratios(self, model: Any, batch: MicroBatch) -> torch.Tensor:
+        """(rows, answers) log pi/pi_ref of each row's answer, and of another prompt's behind it."""
         assert batch.answers is not None
         assert batch.answers.reference is not None, "KTO needs a reference"
-        ratios = answer_log_probs(model, batch) - batch.answers.reference
-        return ratios[:, 0], ratios[:, 1]
+        log_probs = answer_log_probs(model, batch)
+        return log_probs - batch.answers.reference[:, : log_probs.shape[1]]
 
     def _losses(self, batch: MicroBatch, ratio: torch.Tensor, distance: torch.Tensor) -> RowLosses:
         answers = batch.answers

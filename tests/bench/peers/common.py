@@ -77,7 +77,7 @@ def peft_model(work: dict[str, Any]) -> Any:
 
 
 class Gate:
-    """Lets steps pass, and keeps their losses and seconds."""
+    """Lets steps pass, and keeps their losses and seconds; and those of a reference before them."""
 
     def __init__(self) -> None:
         self.left = 0
@@ -86,6 +86,7 @@ class Gate:
         self.cpu = 0.0
         self.first_at: float | None = None
         self.first_cpu = 0.0
+        self.reference_s = 0.0
         self._began = 0.0
         self._cpu_began = 0.0
 
@@ -114,18 +115,20 @@ class Gate:
                 "cpu": time.process_time() - self._cpu_began,
                 "first_at": self.first_at,
                 "first_cpu": self.first_cpu,
+                "reference_s": self.reference_s,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
             }
             _answers.write(json.dumps(answer) + "\n")
             _answers.flush()
 
 
-def gated(trainer_class: type, gate: Gate, *, in_order: bool = True) -> tuple[Any, Any]:
+def gated(trainer_class: type, gate: Gate, *, in_order: bool = True, mean: bool = False) -> tuple[Any, Any]:
     """A trainer of transformers' kind, and the callback that opens `gate` for a step.
 
     With `in_order` it takes the rows as they come; else its own settings see to that.
 
-    The loss that is told of a step is the sum of its micro-batches' shares.
+    The loss that is told of a step is the sum of its micro-batches' shares, or their `mean` where a trainer divides
+    each by their number after it has told it.
     """
     import torch
     from transformers import TrainerCallback
@@ -147,7 +150,7 @@ def gated(trainer_class: type, gate: Gate, *, in_order: bool = True) -> tuple[An
             gate.begin()
 
         def on_step_end(self, *arguments: Any, **named: Any) -> None:
-            gate.end(float(sum(seen)))
+            gate.end(float(sum(seen)) / (len(seen) if mean else 1))
             seen.clear()
 
     return InOrder if in_order else Telling, Told()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 here = Path(__file__).resolve().parent
 root = here.parents[2]
@@ -17,6 +19,7 @@ work = read_work()
 from llmft.core.imports import load_libraries
 
 load_libraries()
+import llmft.training.references
 import llmft.training.trial_reporter
 from llmft.train import train
 from tests.conftest import compose
@@ -41,5 +44,18 @@ class Told:
             self.gate.begin()
 
 
+reporter = Told()
+compute_references = llmft.training.references.compute_references
+
+
+def timed(*arguments: Any, **named: Any) -> Any:
+    """Computes a reference, and keeps its time."""
+    began = time.perf_counter()
+    references = compute_references(*arguments, **named)
+    reporter.gate.reference_s += time.perf_counter() - began
+    return references
+
+
+llmft.training.references.compute_references = timed
 llmft.training.trial_reporter.STEP_EVERY_S = 0.0  # every step is told, not four a second
-train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, reporter=Told())
+train(compose(*work["overrides"], "progress=false", "force=true", *work.get("more", [])), quiet=True, reporter=reporter)

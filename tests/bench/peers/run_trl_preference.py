@@ -1,82 +1,117 @@
-"""TRL's DPOTrainer or RewardTrainer with PEFT, on pairs that are tokenised already; no adapter is the reference."""
+"""TRL's DPOTrainer or RewardTrainer with PEFT, on pairs that are tokenised already; without its adapter, the model is
+DPO's reference.
+
+TRL's defaults are kept but for what would make another training of it or a slower one: fp32 without autocast, no
+gradient checkpointing (unless the work asks for it), a constant rate, no cut of long rows.
+"""
 
 from __future__ import annotations
 
 import os
 import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
-from common import Gate, gated, load_adapter, peft_model, read_work, set_threads
+from common import Gate, gated, load_adapter, read_work, set_threads
 
 work = read_work()
 import datasets
-from transformers import PreTrainedTokenizerFast
+import peft
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 datasets.disable_progress_bars()
 set_threads(work)
 rewards = work["task"] == "reward"
+gate = Gate()
 
 
 class Ready(RewardTrainer if rewards else DPOTrainer):  # type: ignore[misc]
-    """Takes rows as they are."""
+    """Takes rows as they are, and keeps the time of a reference that is computed before the first step."""
 
     def _prepare_dataset(self, dataset: Any, *arguments: Any, **named: Any) -> Any:
         return dataset
 
-
-def judge() -> Any:
-    """The base with a score head and the LoRA, as PEFT makes it."""
-    import peft
-    import torch
-    from transformers import AutoModelForSequenceClassification
-
-    base = AutoModelForSequenceClassification.from_pretrained(work["model"], dtype=torch.float32, num_labels=1)
-    base.config.pad_token_id = work["pad"]
-    lora = peft.LoraConfig(r=work["r"], lora_alpha=work["alpha"], target_modules="all-linear", task_type="SEQ_CLS")
-    model = peft.get_peft_model(base, lora)
-    load_adapter(model, work)
-    return model
+    def _precompute_ref_logps(self, *arguments: Any, **named: Any) -> Any:
+        began = time.perf_counter()
+        dataset = super()._precompute_ref_logps(*arguments, **named)
+        gate.reference_s += time.perf_counter() - began
+        return dataset
 
 
-InOrder, told = gated(Ready, Gate())
-rows = [work["rows"][row] for batch in work["batches"] for row in batch]
-if rewards:
-    names = {"chosen_ids": [p + a for p, a, _ in rows], "rejected_ids": [p + b for p, _, b in rows]}
-    # TRL reads the score at the last token that is not padding, so what pads must not end an answer.
-    items = datasets.Dataset.from_dict({**names, "margin": [work["margin"]] * len(rows)})
-else:
-    columns = zip(("prompt_ids", "chosen_ids", "rejected_ids"), zip(*rows, strict=True), strict=True)
-    items = datasets.Dataset.from_dict({name: list(values) for name, values in columns})
+def rows_in_order() -> Any:
+    """The rows of all steps, each step's longest first: rows of like length share a micro-batch.
+
+    From a file where the work names one, so that several runs share what TRL keeps of its reference.
+    """
+    path = work.get("dataset")
+    if path and Path(path).is_dir():
+        return datasets.load_from_disk(path)
+    rows = work["rows"]
+    batches = [
+        sorted(batch, key=lambda row: -len(rows[row][0]) - max(map(len, rows[row][1:]))) for batch in work["batches"]
+    ]
+    ordered = [rows[row] for batch in batches for row in batch]
+    if rewards:
+        columns = {"chosen_ids": [p + a for p, a, _ in ordered], "rejected_ids": [p + b for p, _, b in ordered]}
+    else:
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        columns = {name: list(values) for name, values in zip(names, zip(*ordered, strict=True), strict=True)}
+    dataset = datasets.Dataset.from_dict(columns)
+    if not path:
+        return dataset
+    dataset.save_to_disk(path)
+    return datasets.load_from_disk(path)
+
+
 tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"])
 tokenizer.padding_side = "right"
+# A reward is read at the last token that is not padding, so what pads must not end an answer.
 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
-shared = {
-    "output_dir": tempfile.mkdtemp(),
-    "per_device_train_batch_size": work["micro"],
-    "gradient_accumulation_steps": len(work["batches"][0]) // work["micro"],
-    "max_steps": len(work["batches"]),
-    "max_length": 4096,
-    "learning_rate": work["rate"],
-    "lr_scheduler_type": "constant",
-    "max_grad_norm": work["clip"],
-    "optim": "adamw_torch",
-    "weight_decay": 0.0,
-    "use_cpu": True,
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "report_to": [],
-    "save_strategy": "no",
-    "logging_strategy": "no",
-    "eval_strategy": "no",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-}
-settings = (
-    RewardConfig(**shared)
-    if rewards
-    else DPOConfig(**shared, beta=work["beta"], precompute_ref_log_probs=bool(work.get("precompute")))
+config, options, model_class = DPOConfig, {"precompute_ref_log_probs": work["precompute"]}, AutoModelForCausalLM
+if rewards:
+    config, options, model_class = RewardConfig, {}, AutoModelForSequenceClassification
+else:
+    options["beta"] = work["beta"]
+settings = config(
+    **options,
+    output_dir=tempfile.mkdtemp(),
+    per_device_train_batch_size=work["micro"],
+    gradient_accumulation_steps=len(work["batches"][0]) // work["micro"],
+    max_steps=len(work["batches"]),
+    max_length=None,
+    learning_rate=work["rate"],
+    lr_scheduler_type="constant",
+    max_grad_norm=work["clip"],
+    optim="adamw_torch",
+    weight_decay=0.0,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=work["checkpointing"],
+    report_to=[],
+    save_strategy="no",
+    logging_strategy="no",
+    eval_strategy="no",
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
 )
-model = judge() if rewards else peft_model(work)
-InOrder(model=model, args=settings, train_dataset=items, processing_class=tokenizer, callbacks=[told]).train()
+InOrder, told = gated(Ready, gate, mean=True)
+trainer = InOrder(
+    model=model_class.from_pretrained(work["model"], dtype=torch.float32, **({"num_labels": 1} if rewards else {})),
+    args=settings,
+    train_dataset=rows_in_order(),
+    processing_class=tokenizer,
+    callbacks=[told],
+    # Given to the trainer, so that the reference is the base itself and no copy of the adapter on it.
+    peft_config=peft.LoraConfig(
+        r=work["r"],
+        lora_alpha=work["alpha"],
+        target_modules="all-linear",
+        task_type="SEQ_CLS" if rewards else "CAUSAL_LM",
+    ),
+)
+load_adapter(trainer.model, work)
+trainer.train()
