@@ -150,10 +150,11 @@ class KlEstimator(Enum):
 
 
 class Ratio(Enum):
-    """Whether the clip looks at tokens or at whole answers."""
+    """Whether the clip looks at tokens, or at whole answers by the geometric mean or the product of their tokens."""
 
     token = "token"
     sequence = "sequence"
+    product = "product"
 
 
 class Schedule(Enum):
