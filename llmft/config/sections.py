@@ -97,8 +97,8 @@ KlWhere = StrEnum("KlWhere", "loss reward")
 """Where the divergence from the reference counts."""
 KlEstimator = StrEnum("KlEstimator", "k1 k3")
 """How the divergence is estimated at a drawn token."""
-Ratio = StrEnum("Ratio", "token sequence")
-"""Whether the clip looks at tokens or at whole answers."""
+Ratio = StrEnum("Ratio", "token sequence product")
+"""Whether the clip looks at tokens, or at whole answers by the geometric mean or the product of their tokens."""
 Schedule = StrEnum("Schedule", "constant linear cosine")
 """The course of the learning rate from its peak to its floor."""
 Precision = StrEnum("Precision", "auto bf16 fp16 fp32")

@@ -16,7 +16,6 @@ from llmft.config.commands import PredictConfig
 from llmft.config.sections import Precision, Truncation
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
-from llmft.core.files import staged_file
 from llmft.data.batch import Limit, MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
@@ -29,7 +28,7 @@ from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.generate import generate
 from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
-from llmft.runs.predictions import read_table
+from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
@@ -204,14 +203,10 @@ def _part_name(number: int) -> str:
 
 
 def _write_part(path: Path, batches: list[list[int]], answers: list[dict[str, list[Any]]]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     columns: dict[str, list[Any]] = {"row": [row for batch in batches for row in batch]}
     for name in answers[0]:
         columns[name] = [value for answer in answers for value in answer[name]]
-    with staged_file(path) as file:
-        pq.write_table(pa.table(columns), file)
+    write_table(path, columns)
 
 
 def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarray, dict[str, list[Any]]]:

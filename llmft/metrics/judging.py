@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit
 
 from llmft.config.instantiate import check_arguments, find
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.metrics.rewards import combined, sigmoid
+from llmft.metrics.rewards import combined
 
 TEXTS = ("prompts", "references", "answers")
 
@@ -43,14 +44,14 @@ class Judge:
         texts = {"prompts": list(prompts), "references": list(references), "answers": list(answers)}
         given = {name: value for name, value in texts.items() if name in takes}
         try:
-            found = [float(value) for value in function(**given, **self.options)]
+            scores = [float(value) for value in function(**given, **self.options)]
         except (TypeError, ValueError) as error:
             raise ConfigError(f"judge.{self.name}={self.path}: {error}.") from None
-        if len(found) != len(answers) or not np.isfinite(found).all():
+        if len(scores) != len(answers) or not np.isfinite(scores).all():
             raise ConfigError(
                 f"judge.{self.name}={self.path}: a finite number for each of {len(answers)} rows is wanted."
             )
-        return found
+        return scores
 
 
 def _is_dotted(path: str) -> bool:
@@ -74,8 +75,8 @@ def judges_of(given: Any, key: str = "judge") -> list[Judge]:
     for number, (name, item) in enumerate(named, start=1):
         options = dict(item) if isinstance(item, Mapping) else {"function": item}
         path = str(options.pop("function", ""))
-        own = path.rpartition(".")[2] if _is_dotted(path) else f"judge{number}"
-        judges.append(_checked(Judge(str(name or own), path, options), key))
+        default = path.rpartition(".")[2] if _is_dotted(path) else f"judge{number}"
+        judges.append(_checked(Judge(str(name or default), path, options), key))
     names = [judge.name for judge in judges]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -125,7 +126,7 @@ def combine_scores(
     takes = inspect.signature(function).parameters
     probabilities = getattr(function, "takes_probabilities", False)
     values = {
-        judge.name: sigmoid(scores[judge.name]) if probabilities and judge.is_run else np.asarray(scores[judge.name])
+        judge.name: expit(scores[judge.name]) if probabilities and judge.is_run else np.asarray(scores[judge.name])
         for judge in judges
     }
     known = [name for name in values if name in takes]
@@ -133,7 +134,6 @@ def combine_scores(
         strange = next(name for name in values if name not in takes)
         raise ConfigError(f"{key}={combine}: takes no judge called {strange}{did_you_mean(strange, list(takes))}")
     try:
-        found = np.asarray(function(**values) if known else function(*values.values()), np.float64)
+        return np.asarray(function(**values) if known else function(*values.values()), np.float64)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}={combine}: {error}.") from None
-    return found

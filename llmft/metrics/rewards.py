@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
 
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics import higher_is_better
@@ -40,8 +41,8 @@ llama2.takes_probabilities = True  # type: ignore[attr-defined]
 
 def logit(probabilities: Numbers) -> np.ndarray:
     """ln p / (1 - p) of probabilities; those of exactly 0 and 1 are taken as the nearest float between."""
-    p = np.clip(np.asarray(probabilities, np.float64), np.finfo(np.float64).tiny, 1 - np.finfo(np.float64).epsneg)
-    return np.log(p) - np.log1p(-p)
+    edges = np.finfo(np.float64)
+    return np.asarray(special.logit(np.clip(probabilities, edges.tiny, 1 - edges.epsneg)))
 
 
 def whiten(values: Numbers) -> np.ndarray:
@@ -49,11 +50,6 @@ def whiten(values: Numbers) -> np.ndarray:
     numbers = np.asarray(values, np.float64)
     spread = numbers.std()
     return (numbers - numbers.mean()) / spread if spread > 0 else np.zeros_like(numbers)
-
-
-def sigmoid(scores: Numbers) -> np.ndarray:
-    """Probabilities of a reward model's scores."""
-    return 0.5 * (1 + np.tanh(0.5 * np.asarray(scores, np.float64)))
 
 
 # ------------------------------------------------------------------------------------------------- verifiable rewards
@@ -69,8 +65,8 @@ _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 def last_number(references: Sequence[str], answers: Sequence[str]) -> list[float]:
     """1 where the last number in an answer equals the last one in its reference, else 0 (GSM8K's rule)."""
-    found = [[_NUMBER.findall(text)[-1:] for text in (r, a)] for r, a in zip(references, answers, strict=True)]
-    return [float(bool(r) and bool(a) and _value(r[0]) == _value(a[0])) for r, a in found]
+    pairs = [[_NUMBER.findall(text)[-1:] for text in (r, a)] for r, a in zip(references, answers, strict=True)]
+    return [float(bool(r) and bool(a) and _value(r[0]) == _value(a[0])) for r, a in pairs]
 
 
 def _value(text: str) -> float:
@@ -86,8 +82,8 @@ def matches(answers: Sequence[str], pattern: str = r"\S", absent: bool = False) 
 def repeats(prompts: Sequence[str], answers: Sequence[str], pattern: str) -> list[float]:
     """1 where what `pattern` finds first in a prompt also stands in its answer, else 0."""
     regex = _compiled(pattern)
-    found = [regex.search(prompt) for prompt in prompts]
-    return [float(match is not None and match[0] in answer) for match, answer in zip(found, answers, strict=True)]
+    wanted = [regex.search(prompt) for prompt in prompts]
+    return [float(match is not None and match[0] in answer) for match, answer in zip(wanted, answers, strict=True)]
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -130,7 +126,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "min": lambda *parts: np.minimum.reduce(np.broadcast_arrays(*parts)),
     "max": lambda *parts: np.maximum.reduce(np.broadcast_arrays(*parts)),
     "logit": logit,
-    "sigmoid": sigmoid,
+    "sigmoid": special.expit,
     "whiten": whiten,
     "llama2": llama2,
 }
@@ -189,13 +185,10 @@ def expected_best(scores: Sequence[float]) -> list[float]:
     Of the sorted scores s_1 <= … <= s_N the k-th is the highest of n in C(k-1, n-1) of C(N, n) draws (the estimator of
     pass@k, arXiv:2107.03374, of any score).
     """
-    ordered = np.sort(np.asarray(scores, np.float64))
-    total = len(ordered)
-    means = []
-    for n in range(1, total + 1):
-        weight, weights = n / total, np.zeros(total)
-        for k in range(total, n - 1, -1):  # C(k-1, n-1) / C(N, n), from k = N downwards
-            weights[k - 1] = weight
-            weight *= (k - n) / (k - 1) if k > 1 else 0.0
-        means.append(float(weights @ ordered))
-    return means
+    descending = np.sort(np.asarray(scores, np.float64))[::-1]
+    total = len(descending)
+    ranks, drawn = np.arange(total, 1, -1), np.arange(1, total + 1)[:, None]
+    # C(k-1, n-1) / C(N, n), from k = N, where it is n/N, downwards
+    ratios = np.maximum(ranks - drawn, 0) / (ranks - 1)
+    weights = np.cumprod(np.concatenate([drawn / total, ratios], axis=1), axis=1)
+    return (weights @ descending).tolist()  # type: ignore[no-any-return]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,55 @@ def load_adapter(model: Any, directory: Path) -> None:
         ) from None
 
 
+def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor]:
+    """Adds the adapter in `directory` under `name`, frozen and not active; returns the tensors of its head by name.
+
+    Nothing else of `model` changes, nor of the random numbers of the process. Raises ConfigError for an adapter of
+    another model.
+    """
+    import peft
+    from safetensors.torch import load_file
+
+    check_adapter(directory)
+    config = peft.LoraConfig.from_pretrained(str(directory))
+    config.modules_to_save, config.task_type, config.inference_mode = None, None, True
+    stored = load_file(directory / "adapter_model.safetensors")
+    state = {key: tensor for key, tensor in stored.items() if ".lora_" in key}
+    devices = [model.device] if model.device.type == "cuda" else []
+    with _same_trainable(model), torch.random.fork_rng(devices=devices):
+        model.add_adapter(name, config)
+        layers = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+        if strange := sorted(layers.keys() ^ state.keys()):
+            raise ConfigError(f"{directory}: an adapter of another model ({strange[0]}).")
+        peft.set_peft_model_state_dict(model, state, adapter_name=name)
+    return {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key not in state}
+
+
+@contextlib.contextmanager
+def active(model: Any, name: str) -> Iterator[None]:
+    """Inside, the adapter `name` computes alone and without dropout; afterwards all is as before."""
+    before, training = model.active_adapter, model.training
+    with _same_trainable(model):
+        model.set_adapter(name, inference_mode=True)
+        model.eval()
+        try:
+            yield
+        finally:
+            model.set_adapter(before, inference_mode=True)
+            model.train(training)
+
+
+@contextlib.contextmanager
+def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, PEFT may freeze and thaw; afterwards the same parameters are trainable as before, and no new ones."""
+    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    try:
+        yield
+    finally:
+        for parameter in model.parameters():
+            parameter.requires_grad_(id(parameter) in trainable)
+
+
 def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     """Puts the adapter in `directory` into a fresh one of the same shape; a new head beside it stays as it is.
 
@@ -206,7 +257,13 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
                 for name, value in vars(config).items():
                     if isinstance(value, set):
                         setattr(config, name, sorted(value))
-            model.save_pretrained(staged, safe_serialization=True, save_embedding_layers=False, state_dict=state)
+            model.save_pretrained(
+                staged,
+                safe_serialization=True,
+                save_embedding_layers=False,
+                state_dict=state,
+                selected_adapters=["default"],  # without those of judges
+            )
         else:
             model.save_pretrained(staged, safe_serialization=True, state_dict=state)
         tokenizer.save_pretrained(staged)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from llmft.config.convert import canonical, numbers_of, to_plain
 from llmft.config.sections import (
     Checkpointing,
     Head,
@@ -127,6 +128,20 @@ def assemble(
         elif lora.adapter is not None:
             adapters.go_on_from(attached, adapter_directory(lora.adapter), lora)
     return Assembled(base, attached if trained is None else attached.eval(), base is before, keep)
+
+
+def base_key(config: TrainConfig, fingerprint: str) -> str | None:
+    """Equal for runs whose adapters stand on the same base, whatever head they have; None for one without an adapter.
+
+    `fingerprint` is that of the base's files.
+    """
+    if not config.lora.enabled:
+        return None
+    model = config.model
+    shape = [model.init, model.architecture, model.config, model.overrides, model.load_overrides, model.kernels]
+    kind = [model.attn_implementation, model.trust_remote_code, model.skip_modules, config.trainer.precision]
+    random = [config.seed, model.train_tokenizer_vocab] if model.init is ModelInit.random else []
+    return canonical([fingerprint, to_plain([*shape, *kind, *random]), numbers_of(config.quantization)])
 
 
 def check_dora(config: TrainConfig, device: torch.device, *, int8: bool) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -39,6 +40,30 @@ class FullPrecisionLinear(torch.nn.Linear):
         with torch.autocast(states.device.type, enabled=False):
             bias = None if self.bias is None else self.bias.float()
             return F.linear(states.float(), self.weight.float(), bias)
+
+
+class ScoreHead(torch.nn.Module):
+    """A head on the states of a model that has another one; what it computes is what transformers' own would.
+
+    Args:
+        body: the model below its head, which stays where it is.
+        state: the head's weights.
+    """
+
+    def __init__(self, body: Any, state: Mapping[str, torch.Tensor]) -> None:
+        super().__init__()
+        self.config, self.device, self.dtype = body.config, body.device, body.dtype
+        self._body = [body]
+        outputs, width = state["weight"].shape
+        with torch.device("meta"):  # draws no random numbers
+            self.score = FullPrecisionLinear(width, outputs, bias="bias" in state)
+        self.score.load_state_dict(dict(state), assign=True)
+        self.score.to(body.device).requires_grad_(False)
+
+    def forward(self, **arguments: Any) -> Any:
+        """An output whose `logits` are the scores at the last place of each row."""
+        states = self._body[0](**arguments).last_hidden_state
+        return SimpleNamespace(logits=self.score(states)[:, -1])
 
 
 def positions_at_a_time(vocabulary: int, device_type: str) -> int:

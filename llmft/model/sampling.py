@@ -88,16 +88,16 @@ def sample(
     with the model's last position, `context_tokens`, where there is one.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    found: list[list[Drawn]] = [[] for _ in prompts]
+    drawn: list[list[Drawn]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         batch = _Batch(model, [list(prompts[index]) for index in group], [draws[index] for index in group], ends)
         rooms = [max_new_tokens if context_tokens is None else context_tokens - len(prompts[i]) for i in group]
         answers = batch.run(pad_id, [max(0, min(max_new_tokens, room)) for room in rooms])
         each = len(draws[group[0]])
-        for place, index in enumerate(group):
-            found[index] = answers[place * each : (place + 1) * each]
-    return found
+        for number, index in enumerate(group):
+            drawn[index] = answers[number * each : (number + 1) * each]
+    return drawn
 
 
 class _Batch:
@@ -106,7 +106,7 @@ class _Batch:
     def __init__(self, model: Any, prompts: list[list[int]], draws: Sequence[Sequence[Draw]], ends: Ends) -> None:
         self.model, self.prompts, self.ends = model, prompts, ends
         self.each = len(draws[0])
-        self.draws = [draw for own in draws for draw in own]
+        self.draws = [draw for draws_of_prompt in draws for draw in draws_of_prompt]
         self.answers = [Drawn() for _ in self.draws]
         self.temperature = torch.tensor([draw.temperature for draw in self.draws], dtype=torch.float64)
         base = base_of(model)
@@ -129,25 +129,25 @@ class _Batch:
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in self.prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
         ids, mask = ids.to(base.device), mask.to(base.device)
-        alive = [place for place, room in enumerate(limits) if room > 0]
+        alive = [row for row, room in enumerate(limits) if room > 0]
         cache = DynamicCache(config=base.config)
         logits = self._forward(ids, mask, cache).repeat_interleave(self.each, 0)
         cache.batch_repeat_interleave(self.each)
         mask = mask.repeat_interleave(self.each, 0)
         kept = alive
-        for place in range(longest):
+        for position in range(longest):
             if not alive:
                 break
             if len(kept) < len(mask):  # those that have ended leave
                 chosen = torch.tensor(kept, device=mask.device)
                 cache.batch_select_indices(chosen)
                 mask = mask[chosen]
-                logits = logits[chosen] if place == 0 else logits
-            if place > 0:
+                logits = logits[chosen] if position == 0 else logits
+            if position > 0:
                 tokens = torch.tensor([[self.answers[row].ids[-1]] for row in alive], device=mask.device)
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 logits = self._forward(tokens, mask, cache)
-            self._accept(alive, logits, torch.from_numpy(numbers[alive, place]))
+            self._accept(alive, logits, torch.from_numpy(numbers[alive, position]))
             kept = [n for n, row in enumerate(alive) if not self._ended(row, limits[row])]
             alive = [alive[n] for n in kept]
         return self.answers

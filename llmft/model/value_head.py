@@ -44,19 +44,19 @@ def token_values(model: Any, batch: MicroBatch, *, enabled: bool) -> Iterator[Va
 
     The states are the policy's own, and the head's loss trains them too.
     """
-    found, base = Values(), base_of(model)
+    values, base = Values(), base_of(model)
     if not enabled:
-        yield found
+        yield values
         return
     keep = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORE, (0, 1))
     if uses_packing(base):
         keep = pack(batch.input_ids, batch.attention_mask.sum(dim=1).tolist(), varlen=takes_varlen(base)).pick(keep)
 
     def read(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        found.flat.append(getattr(model, NAME)(output.last_hidden_state[keep])[:, 0])
+        values.flat.append(getattr(model, NAME)(output.last_hidden_state[keep])[:, 0])
 
     handle = body_of(base).register_forward_hook(read)
     try:
-        yield found
+        yield values
     finally:
         handle.remove()

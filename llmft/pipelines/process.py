@@ -41,8 +41,8 @@ def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[i
             signal.signal(number, handler)
         if child.poll() is None:
             child.kill()
-    told = read_outcome(outcome)
+    directories = read_outcome(outcome)
     outcome.unlink(missing_ok=True)
     if asked:
         raise Interrupted("interrupted; the same command goes on with this stage.", asked[-1])
-    return code, told
+    return code, directories

@@ -68,9 +68,9 @@ def gain(before: Answers, after: Answers) -> dict[str, float]:
     }
 
 
-def verdict(found: dict[str, float]) -> str:
+def verdict(gained: dict[str, float]) -> str:
     """Whether a gain is more than the noise of the prompts."""
-    return "better" if found["low"] > 0 else "worse" if found["high"] < 0 else "not distinguishable"
+    return "better" if gained["low"] > 0 else "worse" if gained["high"] < 0 else "not distinguishable"
 
 
 def write_report(
@@ -79,13 +79,10 @@ def write_report(
     """Judges the policies of config.compare, prints the report, and writes report.json and report.md."""
     rows = [_stage_row(stage, Path(results[stage.name])) for stage in stages]
     answers = [_answers(name, results, config, directory) for name in config.compare]
+    compared = [*pairwise(answers), *([(answers[0], answers[-1])] if len(answers) > 2 else [])]
     steps = [
-        {"from": a.stage, "to": b.stage, **(found := gain(a, b)), "verdict": verdict(found)}
-        for a, b in pairwise(answers)
+        {"from": a.stage, "to": b.stage, **(gained := gain(a, b)), "verdict": verdict(gained)} for a, b in compared
     ]
-    if len(answers) > 2:
-        found = gain(answers[0], answers[-1])
-        steps.append({"from": answers[0].stage, "to": answers[-1].stage, **found, "verdict": verdict(found)})
     content = {
         "name": config.name,
         "stages": rows,
@@ -113,11 +110,11 @@ def write_report(
 def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     """What a stage's own record says: a training's monitored metric before and after, or the best of n of samples."""
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
-    status = _json(result / "run.json").get("result", {})
+    status = read_record(result / "run.json").get("result", {})
     if status:
         monitor = _monitor(result)
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
-    if best := _json(result / "report.json").get("expected_best"):
+    if best := read_record(result / "report.json").get("expected_best"):
         row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}
     return row
 
@@ -132,21 +129,22 @@ def _monitor(result: Path) -> str:
 def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> Answers:
     run = results[stage]
     judged = filled(config.judged, results)
-    code, told = run_command("llmft.sample", [f"run={run}", *judged], directory / ".judged.outcome")
-    if code != 0 or not told:
+    code, directories = run_command("llmft.sample", [f"run={run}", *judged], directory / ".judged.outcome")
+    if code != 0 or not directories:
         raise StageFailed(f"compare: the answers of {stage} could not be judged, as told above.", code or 1)
-    table = read_table(told[0] / "samples.parquet")
+    table = read_table(directories[0] / "samples.parquet")
     each = max(table["sample"]) + 1
     rewards = np.asarray(table["reward"], np.float64).reshape(-1, each).mean(1)
     return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_record(path: Path) -> dict[str, Any]:
+    """A JSON object of a file; empty where it is not there or damaged."""
     try:
-        found = json.loads(path.read_text())
+        content = json.loads(path.read_text())
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}
 
 
 Shown = tuple[str, list[str], list[list[str]]]
@@ -158,10 +156,10 @@ def _tables(content: dict[str, Any]) -> list[Shown]:
         [row["stage"], row["command"], row.get("metric", ""), _number(row.get("before")), _number(row.get("after"))]
         for row in content["stages"]
     ]
-    found: list[Shown] = [("stages", ["stage", "command", "metric", "before", "after"], stages)]
+    tables: list[Shown] = [("stages", ["stage", "command", "metric", "before", "after"], stages)]
     if content["rewards"]:
         lines = [[row["stage"], f"{row['reward']:.3f} ± {row['noise']:.3f}"] for row in content["rewards"]]
-        found.append(("reward on held-out prompts", ["stage", "reward"], lines))
+        tables.append(("reward on held-out prompts", ["stage", "reward"], lines))
         lines = [
             [
                 f"{row['to']} against {row['from']}",
@@ -171,10 +169,10 @@ def _tables(content: dict[str, Any]) -> list[Shown]:
             ]
             for row in content["steps"]
         ]
-        found.append(("what each stage gained", ["stages", "reward", "win rate", "verdict"], lines))
+        tables.append(("what each stage gained", ["stages", "reward", "win rate", "verdict"], lines))
         header = list(content["samples"][0]) if content["samples"] else []
-        found.append(("samples", header, [list(map(str, sample.values())) for sample in content["samples"]]))
-    return found
+        tables.append(("samples", header, [list(map(str, sample.values())) for sample in content["samples"]]))
+    return tables
 
 
 def _number(value: float | None) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,13 +14,14 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from llmft.config.commands import PipelineConfig
+from llmft.config.commands import PipelineConfig, SampleConfig
 from llmft.config.convert import canonical
+from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import RunBusy, StageFailed
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.pipelines.process import run_command
-from llmft.pipelines.report import write_report
+from llmft.pipelines.report import read_record, write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
 from llmft.runs.directory import slug
 
@@ -28,10 +30,10 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
     """Runs what is not done; returns the directory of the record, None for a plan alone."""
     stages = stages_of(config)
     directory = Path(config.output_dir) / "pipelines" / slug(config.name)
-    record = _read(directory / "pipeline.json")
-    _show_plan(stages, record, screen)
-    for stage in stages:  # a mistake in the last stage is told before the first one starts
-        check_composes(stage, stage.arguments(_known(stage, record)))
+    before = read_record(directory / "pipeline.json").get("stages", {})
+    # A mistake in the last stage is told before the first one starts.
+    configs = [check_composes(stage, stage.arguments(_known(stage, before))) for stage in stages]
+    _show_plan(stages, configs, before, screen)
     if config.dry_run:
         return None
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,62 +42,83 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
         entries: dict[str, Any] = {}
         for stage in stages:
             arguments = stage.arguments(results)
-            before = record.get("stages", {}).get(stage.name, {})
             screen.print(f"\n[bold]{stage.name}[/bold]  [dim]{escape(stage.line(arguments))}[/dim]")
             started = time.monotonic()
-            found = _run_stage(stage, arguments, directory, screen)
-            results |= found
-            entry: dict[str, Any] = {
-                "command": stage.line(arguments),
-                "result": found[stage.name],
-                "runs": found.get(f"{stage.name}.runs"),
-                "needs": list(stage.needs),
-                "plan": _plan(stage, arguments),
-            }
-            same = before.get("plan") == entry["plan"] and before.get("result") == entry["result"]
-            entry["seconds"] = before["seconds"] if same else round(time.monotonic() - started, 1)
-            entries[stage.name] = entry
-            record = {"name": config.name, "stages": {**record.get("stages", {}), **entries}}
-            _write(directory / "pipeline.json", record)
+            results |= _run_stage(stage, arguments, directory, screen)
+            entries[stage.name] = _entry(stage, arguments, results, before.get(stage.name, {}), started)
+            _write(directory / "pipeline.json", {"name": config.name, "stages": {**before, **entries}})
         _write(directory / "pipeline.json", {"name": config.name, "stages": entries})
         write_report(config, stages, results, directory, screen)
     return directory
+
+
+def _entry(
+    stage: Stage, arguments: Sequence[str], results: dict[str, str], before: dict[str, Any], started: float
+) -> dict[str, Any]:
+    """What the record says of a stage; a stage that was done already keeps the seconds that it took then."""
+    entry: dict[str, Any] = {
+        "command": stage.line(arguments),
+        "result": results[stage.name],
+        "runs": results.get(f"{stage.name}.runs"),
+        "needs": list(stage.needs),
+        "plan": _plan(stage, arguments),
+    }
+    same = before.get("plan") == entry["plan"] and before.get("result") == entry["result"]
+    return entry | {"seconds": before["seconds"] if same else round(time.monotonic() - started, 1)}
 
 
 def _plan(stage: Stage, arguments: Sequence[str]) -> str:
     return hashlib.sha256(canonical([stage.module(), stage.sweep, list(arguments)]).encode()).hexdigest()[:16]
 
 
-def _known(stage: Stage, record: dict[str, Any]) -> dict[str, str]:
+def _known(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
     """What the stages that `stage` needs left last time, or stand-ins."""
-    entries = record.get("stages", {})
     known: dict[str, str] = {}
     for name in stage.needs:
-        entry = entries.get(name, {})
+        entry = before.get(name, {})
         known[name] = entry.get("result") or f"stage-{name}"
         known[f"{name}.runs"] = entry.get("runs") or f"[{known[name]}]"
     return known
 
 
-def _show_plan(stages: Sequence[Stage], record: dict[str, Any], screen: Screen) -> None:
+def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str, Any], screen: Screen) -> None:
+    """The stages with what they take: how much work it is, and how long it took where it was done before."""
     table = Table(title="plan", title_justify="left", box=box.SIMPLE_HEAD)
-    for title in ("stage", "command", "needs", "before"):
+    for title in ("stage", "command", "needs", "work", "before"):
         table.add_column(title, overflow="fold")
     stale: set[str] = set()
-    for stage in stages:
-        entry = record.get("stages", {}).get(stage.name)
-        arguments = stage.arguments(_known(stage, record))
+    for stage, config in zip(stages, configs, strict=True):
+        entry = before.get(stage.name)
+        arguments = stage.arguments(_known(stage, before))
         done = entry is not None and entry["plan"] == _plan(stage, arguments) and not stale & set(stage.needs)
         if not done:
             stale.add(stage.name)
-        told = f"done, took {entry['seconds']:.0f} s" if done else "changed" if entry else "new"
-        table.add_row(stage.name, escape(" ".join([stage.command, *stage.overrides])), ", ".join(stage.needs), told)
+        state = "done, took" if done else "changed, took"
+        took = f"{state} {entry['seconds']:.0f} s" if entry is not None else "new"
+        line = escape(" ".join([stage.command, *stage.overrides]))
+        table.add_row(stage.name, line, ", ".join(stage.needs), work_of(config), took)
     screen.print(table)
+
+
+def work_of(config: Any) -> str:
+    """How much a stage does, as far as its config alone says; empty for commands that do no more than read."""
+    if isinstance(config, SampleConfig):
+        prompts = "all prompts" if config.limit is None else f"up to {config.limit:,} prompts"
+        return f"{config.samples} answers to {prompts}"
+    if not isinstance(config, TrainConfig):
+        return ""
+    trainer, rows = config.trainer, config.data.rows.get("train")
+    steps = trainer.max_steps
+    if steps is None and rows is not None and config.data.source is not None:
+        steps = math.ceil(trainer.epochs * rows / trainer.batch_size)
+    length = f"{trainer.epochs:g} epochs" if steps is None else f"{steps:,} steps"
+    answers = f" with {config.task.group} answers each" if config.task.rollouts and config.task.group > 1 else ""
+    return f"{length} of {trainer.batch_size} {'prompts' if config.task.rollouts else 'rows'}{answers}"
 
 
 def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: Screen) -> dict[str, str]:
     """Runs a stage; returns its result under its name, and of a sweep the list of its runs too."""
-    code, told = run_command(
+    code, directories = run_command(
         stage.module(), [*(["-m"] if stage.sweep else []), *arguments], directory / f".{stage.name}.outcome"
     )
     if code != 0:
@@ -103,22 +126,14 @@ def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: 
             f"stage {stage.name} ended with exit code {code}, as told above; the same command goes on with it.",
             code if code > 0 else 128 - code,
         )
-    if not told:
+    if not directories:
         return {stage.name: str(directory / f"stage-{stage.name}")}  # a command that leaves nothing to go on from
     if stage.sweep:
         from llmft.pipelines.sweeps import runs_of, winner
 
-        runs = ",".join(map(str, runs_of(told[0])))
-        return {stage.name: str(winner(told[0], screen)), f"{stage.name}.runs": f"[{runs}]"}
-    return {stage.name: str(told[0])}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+        runs = ",".join(map(str, runs_of(directories[0])))
+        return {stage.name: str(winner(directories[0], screen)), f"{stage.name}.runs": f"[{runs}]"}
+    return {stage.name: str(directories[0])}
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:

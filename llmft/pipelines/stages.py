@@ -51,25 +51,25 @@ class Stage:
 def stages_of(config: PipelineConfig) -> list[Stage]:
     """The stages in their order. Raises ConfigError for unknown commands, and for stages that come later or never."""
     stages: list[Stage] = []
-    for name, own in config.stages.items():
+    for name, stage in config.stages.items():
         key = f"stages.{name}"
-        if own is None:  # left out
+        if stage is None:  # left out
             continue
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
             raise ConfigError(f"{key}: a stage's name is letters, digits and underscores.")
-        if own.command not in COMMANDS or own.command == "pipeline":
-            raise ConfigError(f"{key}.command={own.command}: no command{did_you_mean(own.command, COMMANDS)}")
-        if own.sweep and own.command != "train":
+        if stage.command not in COMMANDS or stage.command == "pipeline":
+            raise ConfigError(f"{key}.command={stage.command}: no command{did_you_mean(stage.command, COMMANDS)}")
+        if stage.sweep and stage.command != "train":
             raise ConfigError(f"{key}.sweep: only trainings are swept; leave it out.")
-        overrides = _with_common(own, config)
-        named = (found for override in overrides for found in NAMED.findall(override))
-        needs = tuple(dict.fromkeys(found.removesuffix(".runs") for found in named))
-        earlier = [stage.name for stage in stages]
+        overrides = _with_common(stage, config)
+        names = (match for override in overrides for match in NAMED.findall(override))
+        needs = tuple(dict.fromkeys(match.removesuffix(".runs") for match in names))
+        earlier = [before.name for before in stages]
         for needed in needs:
             if needed not in earlier:
                 later = "comes later" if needed in config.stages else "there is no such stage"
                 raise ConfigError(f"{key}: ${{stage:{needed}}}: {later}{did_you_mean(needed, earlier)}")
-        stages.append(Stage(name, own.command, tuple(overrides), own.sweep, needs))
+        stages.append(Stage(name, stage.command, tuple(overrides), stage.sweep, needs))
     if not stages:
         raise ConfigError("stages: none; choose pipeline=…, or declare stages of your own in conf/pipeline.")
     return stages
@@ -83,8 +83,8 @@ def _with_common(stage: StageConfig, config: PipelineConfig) -> list[str]:
     common = list(config.training) if stage.command == "train" else []
     if stage.command in ("train", "folds", "blend", "refit"):
         common.append(f"output_dir={config.output_dir}")
-    own = {_key(override) for override in stage.overrides}
-    return [*(override for override in common if _key(override) not in own), *stage.overrides]
+    keys = {_key(override) for override in stage.overrides}
+    return [*(override for override in common if _key(override) not in keys), *stage.overrides]
 
 
 def _key(override: str) -> str:

@@ -32,7 +32,7 @@ def winner(sweep: Path, screen: Screen) -> Path:
         raise ConfigError(f"{sweep}: no trial has a result, so the chain has nothing to go on with.")
     best = min(done, key=lambda trial: sign * trial["value"])
     study = make_study([sweep.parent.parent / trial["run"] for trial in done], sweep)
-    ties = [found for key, found in judge(study).all if key is None and found.verdict is not Verdict.better]
-    told = f"; a tie: {len(ties)} others are not told apart from it" if ties else ""
-    screen.print(f"[bold]goes on with[/bold]  {escape(' '.join(best['overrides']) or best['run'])}{told}")
+    ties = [c for key, c in judge(study).all if key is None and c.verdict is not Verdict.better]
+    tie = f"; a tie: {len(ties)} others are not told apart from it" if ties else ""
+    screen.print(f"[bold]goes on with[/bold]  {escape(' '.join(best['overrides']) or best['run'])}{tie}")
     return Path(record["output_dir"]) / best["run"]

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -126,15 +126,11 @@ class Predictions:
 
         Raises DataError when two rows have the same id.
         """
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         repeated = [name for name, count in Counter(self.ids).items() if count > 1]
         if repeated:
             raise DataError(f"two rows have the id '{repeated[0]}': set data.columns.id to a column of unique values.")
         columns = self.table()
-        with staged_file(directory / "predictions.parquet") as file:
-            pq.write_table(pa.table(columns), file, compression="zstd")
+        write_table(directory / "predictions.parquet", columns)
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -166,6 +162,15 @@ class Predictions:
                 f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
             )
         return predictions
+
+
+def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
+    """A parquet file of these columns, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with staged_file(path) as file:
+        pq.write_table(pa.table(dict(columns)), file, compression="zstd")
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import PredictConfig
-from llmft.config.convert import canonical, numbers_of, to_plain
 from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError
 from llmft.data.columns import Conversation
 from llmft.data.messages import Message
 from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
+from llmft.model.assemble import base_key
 from llmft.training.samples import decoder
 
 
@@ -112,15 +112,6 @@ def check_talks(jobs: Sequence[PredictionJob]) -> None:
 
 
 def _base_of(job: PredictionJob) -> str | None:
-    """What runs that share a base have in common; None where a run has its own."""
-    config = job.config
-    if not config.lora.enabled:
-        return None
-    kind = [
-        config.task.auto_class,
-        config.trainer.precision.value,
-        config.seed if config.model.init.value == "random" else 0,
-    ]
-    return canonical(
-        [to_plain(config.model), job.run.fact("model", "fingerprint"), numbers_of(config.quantization), kind]
-    )
+    """What runs that share a base and its head have in common; None where a run has its own."""
+    base = base_key(job.config, str(job.run.fact("model", "fingerprint")))
+    return None if base is None else f"{job.config.task.auto_class} {base}"

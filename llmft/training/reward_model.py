@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from llmft.config.sections import Precision, Truncation
+from llmft.config.sections import ModelInit, Precision, TrainConfig, Truncation
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, collate
 from llmft.data.columns import Conversation
@@ -17,19 +20,81 @@ from llmft.data.hub import Located, locate
 from llmft.data.preferences import Comparison
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import BadRows
-from llmft.model.assemble import assemble
+from llmft.metrics.judging import Judge
+from llmft.model import adapters
+from llmft.model.assemble import assemble, base_key
+from llmft.model.families import body_of
+from llmft.model.heads import ScoreHead
 from llmft.model.load import TORCH_DTYPES, load_tokenizer, pick_device, pick_precision
 from llmft.runs.directory import finished_run
+from llmft.training.micro_batching import divides_weights
 from llmft.training.objectives.reward import Reward
 
 GROUP = Limit(tokens=4096)
 """What is computed at once, whatever else is, so that a score depends on what is scored with it as little as may be."""
 
 
-class RewardModel:
-    """A reward run's model beside whatever else is loaded."""
+@dataclass(frozen=True)
+class Host:
+    """A loaded model with an adapter, on whose base the adapters of reward runs may stand too.
 
-    def __init__(self, directory: str, key: str, accelerator: str = "auto", threads: int | None = None) -> None:
+    Attributes:
+        base: `assemble.base_key` of the model.
+    """
+
+    model: Any
+    base: str
+
+
+def host_of(model: Any, config: TrainConfig, fingerprint: str) -> Host | None:
+    """`model` as a host; None where it can be none: without an adapter, compiled, divided, or made at random."""
+    base = base_key(config, fingerprint)
+    fixed = config.trainer.compile or config.model.init is ModelInit.random or divides_weights(config)
+    return None if base is None or fixed else Host(model, base)
+
+
+def shares_base(directory: str, host: Host | None) -> bool:
+    """Whether a reward run's adapter can stand on the base of `host`."""
+    if host is None:
+        return False
+    config = finished_run(Path(directory).expanduser())[1]
+    return base_key(config, locate(config.model).fingerprint) == host.base and not config.lora.modules_to_save
+
+
+def load_judges(
+    judges: Sequence[Judge],
+    key: str,
+    host: Host | None,
+    tell: Callable[[str], None],
+    accelerator: str = "auto",
+    threads: int | None = None,
+) -> dict[str, RewardModel]:
+    """The reward runs among `judges` by name; `tell` is told of those that have a model of their own."""
+    models = {
+        judge.name: RewardModel(judge.path, f"{key}.{judge.name}", accelerator, threads, host)
+        for judge in judges
+        if judge.is_run
+    }
+    if apart := [name for name, model in models.items() if not model.shared]:
+        tell(f"{key}: {', '.join(apart)}: not of the policy's base, so that it is loaded beside it, with its memory.")
+    return models
+
+
+class RewardModel:
+    """A reward run's model: an adapter on the base of a `host` that has the same, else a model of its own.
+
+    Attributes:
+        shared: whether it stands on the host's base.
+    """
+
+    def __init__(
+        self,
+        directory: str,
+        key: str,
+        accelerator: str = "auto",
+        threads: int | None = None,
+        host: Host | None = None,
+    ) -> None:
         """Loads it. Raises ConfigError where the run is none that scores answers, or its base is not there."""
         self.key = key
         run, config = finished_run(Path(directory).expanduser())
@@ -50,7 +115,15 @@ class RewardModel:
             min_answer_tokens=0,
         )  # fmt: skip
         self.encoder = Encoder(self.tokenizer, prompt_format(config.prompt, self.tokenizer), data)
-        self.assembled = assemble(
+        self.shared = shares_base(directory, host)
+        self._active: Callable[[], AbstractContextManager[None]] = nullcontext
+        if host is not None and self.shared:
+            name = f"judge{len(host.model.peft_config)}"
+            head = adapters.add_frozen(host.model, trained, name)
+            self._active = partial(adapters.active, host.model, name)
+            self.model: Any = ScoreHead(body_of(host.model), head)
+            return
+        self.model = assemble(
             config,
             located,
             device=self.device,
@@ -61,29 +134,24 @@ class RewardModel:
             threads=threads,
             keep=False,
             trained=trained,
-        )
+        ).model
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Conversation], texts: Sequence[str]) -> list[float]:
         """The score of an answer to each prompt; an answer that ends a row already is left out."""
-        asked = [_answered(row, text) for row, text in zip(rows, texts, strict=True)]
-        examples = self.encoder.encode("judged", asked, BadRows())
-        if len(examples) < len(asked):
-            lost = next(n for n in range(len(asked)) if n not in {int(row) for row in examples.rows})
-            raise DataError(f"{self.key}: an answer to {asked[lost].where} is longer than the judge reads.")
-        found = [0.0] * len(asked)
+        answered = [_answered(row, text) for row, text in zip(rows, texts, strict=True)]
+        examples = self.encoder.encode("judged", answered, BadRows())
+        if len(examples) < len(answered):
+            lost = next(n for n in range(len(answered)) if n not in {int(row) for row in examples.rows})
+            raise DataError(f"{self.key}: an answer to {answered[lost].where} is longer than the judge reads.")
+        scores = torch.zeros(len(answered), dtype=torch.float64)
         mixed = self.precision is not Precision.fp32
-        with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
+        with self._active(), torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
             for group in GROUP.groups(examples.lengths.tolist(), range(len(examples))):
-                batch = collate([examples[place] for place in group], group, self.tokenizer.pad_token_id)
-                scores = Reward().predict(self.assembled.model, batch.to(self.device))[:, 0].cpu().tolist()
-                for place, score in zip(group, scores, strict=True):
-                    found[int(examples.rows[place])] = score
-        return found
-
-    def close(self) -> None:
-        """Forgets the model."""
-        self.assembled.model = self.assembled.base = None
+                batch = collate([examples[index] for index in group], group, self.tokenizer.pad_token_id)
+                predicted = Reward().predict(self.model, batch.to(self.device))[:, 0].cpu()
+                scores[[int(examples.rows[index]) for index in group]] = predicted
+        return scores.tolist()
 
 
 def _answered(row: Conversation, text: str) -> Conversation:

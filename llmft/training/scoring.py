@@ -127,6 +127,7 @@ def policy_options(task: TaskConfig) -> dict[str, Any]:
         "kl": task.kl.beta if task.kl.where is KlWhere.loss else 0.0,
         "estimator": task.kl.estimator.value,
         "value_weight": task.value_weight if task.advantage is Advantage.gae else 0.0,
+        "temperature": task.temperature,
     }
 
 

@@ -47,6 +47,7 @@ from llmft.training.record import (
     write_records,
 )
 from llmft.training.references import GROUP, make_references
+from llmft.training.reward_model import host_of
 from llmft.training.rollouts import Rollouts, make_rollouts
 from llmft.training.samples import decoder, make_generation
 from llmft.training.schedule import make_schedule
@@ -111,7 +112,7 @@ def build(
         validation_batch=GROUP if references else plan.validation(config.trainer.validation_batch_size),
         references=references,
     )
-    rollouts = _rollouts(inputs, ready, plan) if config.task.rollouts else None
+    rollouts = _rollouts(inputs, ready, assembled, plan, screen.print) if config.task.rollouts else None
     module = _module(inputs, parts, ready, assembled.model, screen.warn if main_process else None, rollouts)
     if rollouts is not None:
         rollouts.begin(assembled.model)
@@ -227,15 +228,19 @@ def _plan_memory(
     return plan
 
 
-def _rollouts(inputs: RunInputs, ready: Ready, plan: MicroBatchPlan) -> Rollouts:
+def _rollouts(
+    inputs: RunInputs, ready: Ready, assembled: Assembled, plan: MicroBatchPlan, tell: Callable[[str], None]
+) -> Rollouts:
     rows, config = ready.rows, inputs.config
     return make_rollouts(
         config,
         inputs.run,
         rows.splits["train"],
         rows.encoder,
-        decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
         ready.objective,
+        host_of(assembled.model, config, inputs.located.fingerprint),
+        tell,
+        decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
         micro_batch=plan.limit,
         pad_id=rows.tokenizer.pad_token_id,
         context_tokens=rows.context_tokens,

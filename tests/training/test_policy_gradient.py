@@ -48,6 +48,15 @@ def test_sequence_ratios():
     assert loss("sequence", level="sequence", clip=(3e-4, 4e-4)) == pytest.approx(0.0181245068, abs=1e-9)
 
 
+def test_ratios_of_whole_answers_make_the_loss_of_one_action_each():
+    advantage = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
+    ratio = pg.ratios(LOGP, OLD, MASK, "product")
+    assert ratio[:, 0].tolist() == pytest.approx([1.0, 1.1051709181], abs=1e-9)
+    losses = pg.clipped_loss(ratio, advantage)
+    loss = pg.summed(losses, MASK, "sequence").sum() / pg.weights(MASK.sum(-1), "sequence", 4).sum()
+    assert float(loss) == pytest.approx((-1.0 + 1.1051709181) / 2, abs=1e-9)
+
+
 def test_kl_estimates():
     assert float((pg.kl(LOGP, REFERENCE) * MASK).sum() / MASK.sum()) == pytest.approx(0.0105281521, abs=1e-9)
     assert torch.equal(pg.kl(LOGP, REFERENCE, "k1"), LOGP - REFERENCE)

@@ -20,8 +20,9 @@ from llmft.data.batch import MicroBatch, PolicyRows, collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
 from llmft.train import train
+from llmft.training.drawn import Drawn, learned_from
+from llmft.training.objectives import language_modeling
 from llmft.training.objectives.policy import PolicyGradient, token_log_probs
-from llmft.training.rollouts import Drawn, learned_from, read_drawn, write_drawn
 from tests.conftest import SMALL, compose
 
 OBJECTIVE = "llmft.training.objectives.policy.PolicyGradient"
@@ -89,9 +90,25 @@ def test_with_one_update_the_gradient_is_reinforces(model: Any) -> None:
     )
 
 
+@pytest.mark.parametrize("at_once", [512, 2])
+def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
+    model: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    model.requires_grad_(False)  # a head that is not trained has its logits computed in parts
+    monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device: at_once)
+    batch = answers(2)
+    table, mask = token_log_probs(model, batch, temperature=0.7)
+    whole = (model(batch.input_ids).logits / 0.7).log_softmax(-1)[0, :-1]
+    expected = whole.gather(1, batch.input_ids[0, 1:, None])[:, 0] * mask[0]
+    assert torch.allclose(table[0].double(), expected, rtol=0, atol=1e-5)
+    assert PolicyGradient(temperature=0.7).losses(model, batch).nll == pytest.approx(
+        PolicyGradient().losses(model, batch).nll  # the policy has not moved: its ratios are 1 at any temperature
+    )
+
+
 def drawn(**more: Any) -> Drawn:
     ids = [[5, 1], [6, 7, 1]]
-    return Drawn([0, 0], ids, ["a", "b"], [True, True], {"x": [1.0, 0.0]}, [1.0, 0.0], **more)
+    return Drawn([0, 0], ids, ["a", "b"], [True, True], [1.0, 0.0], {"x": [1.0, 0.0]}, **more)
 
 
 def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
@@ -105,11 +122,11 @@ def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
 
 def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Path) -> None:
     one = drawn(old=[[-1.0, -0.1], [-2.0, -0.5, -0.25]])
-    write_drawn(tmp_path / "a.parquet", one)
-    assert read_drawn(tmp_path / "a.parquet") == one
+    one.write(tmp_path / "a.parquet")
+    assert Drawn.read(tmp_path / "a.parquet") == one
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    assert read_drawn(tmp_path / "a.parquet") is None
-    assert read_drawn(tmp_path / "b.parquet") is None
+    assert Drawn.read(tmp_path / "a.parquet") is None
+    assert Drawn.read(tmp_path / "b.parquet") is None
 
 
 @pytest.mark.parametrize(

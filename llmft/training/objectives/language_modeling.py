@@ -41,9 +41,16 @@ def _inputs(
 
 
 def nll_at(
-    model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor, targets: torch.Tensor
+    model: Any,
+    input_ids: torch.Tensor,
+    keep: torch.Tensor,
+    lengths: torch.Tensor,
+    targets: torch.Tensor,
+    temperature: float = 1.0,
 ) -> torch.Tensor:
     """(kept positions,) negative log-likelihoods in nats of `targets` at the places that `keep` marks.
+
+    They are those of softmax(logits / temperature).
 
     Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
     for hidden states instead of the vocabulary, and the same numbers.
@@ -51,10 +58,10 @@ def nll_at(
     base = base_of(model)
     most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
     if len(targets) <= most or not _in_chunks(base):
-        return _nll(logits_at(model, input_ids, keep, lengths).float(), targets)
+        return _nll(_tempered(logits_at(model, input_ids, keep, lengths).float(), temperature), targets)
     arguments, kept = _inputs(base, input_ids, keep, lengths)
     hidden = body_of(base)(**arguments).last_hidden_state[kept]
-    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most)
+    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
     return losses
 
 
@@ -67,7 +74,7 @@ def nll_behind(model: Any, arguments: dict[str, Any], positions: torch.Tensor, t
     vocabulary = base.config.get_text_config().vocab_size
     if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
         hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[positions]
-        losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most)
+        losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, 1.0)
         return losses
     model_class: type = type(base)
     if not selects_positions(model_class):
@@ -78,6 +85,10 @@ def nll_behind(model: Any, arguments: dict[str, Any], positions: torch.Tensor, t
     keep[once] = True
     logits = model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
     return _nll(_wide(logits.flatten(0, -2)[order]), targets)
+
+
+def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    return logits if temperature == 1 else logits / temperature
 
 
 def _wide(logits: torch.Tensor) -> torch.Tensor:
@@ -154,7 +165,9 @@ class _ChunkedNll(torch.autograd.Function):
     """Each position's loss depends on its own hidden state alone: its gradient is known once its logits are."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, most: int) -> torch.Tensor:
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, base: Any, most: int, temperature: float
+    ) -> torch.Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         losses: list[torch.Tensor] = []
         gradients: list[torch.Tensor] = []
@@ -162,7 +175,7 @@ class _ChunkedNll(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 part = hidden[start : start + most].detach().requires_grad_(needs_gradient)
                 # No name for the logits: they leave once their log-probabilities are there.
-                nll = _nll(_logits_of(base, part).float(), targets[start : start + most])
+                nll = _nll(_tempered(_logits_of(base, part).float(), temperature), targets[start : start + most])
                 if needs_gradient:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())
@@ -173,7 +186,7 @@ class _ChunkedNll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         (saved,) = ctx.saved_tensors
-        return (saved * gradient[:, None]).to(saved.dtype), None, None, None
+        return (saved * gradient[:, None]).to(saved.dtype), None, None, None, None
 
 
 class LanguageModeling:

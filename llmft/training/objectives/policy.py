@@ -19,12 +19,15 @@ from llmft.training.objectives.base import RowLosses
 from llmft.training.objectives.language_modeling import LanguageModeling, nll_at
 
 
-def token_log_probs(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows, seq_len - 1) log-probabilities in nats of the labelled tokens, and the mask of these; 0 elsewhere."""
+def token_log_probs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows, seq_len - 1) log-probabilities in nats of the labelled tokens, and the mask of these; 0 elsewhere.
+
+    They are those of draws at `temperature`.
+    """
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE
     lengths = batch.attention_mask.sum(dim=1)
-    nll = nll_at(model, batch.input_ids, F.pad(labelled, (0, 1)), lengths, labels[labelled])
+    nll = nll_at(model, batch.input_ids, F.pad(labelled, (0, 1)), lengths, labels[labelled], temperature)
     table = torch.zeros(labels.shape, dtype=nll.dtype, device=nll.device)
     return table.masked_scatter(labelled, -nll), labelled.to(nll.dtype)
 
@@ -38,10 +41,12 @@ class PolicyGradient:
     Args:
         aggregate: how tokens count, see `policy_gradient.summed`.
         clip: how far ratios may leave 1 to below and above.
-        ratio: whether ratios are of tokens or of whole answers (GSPO).
+        ratio: whether ratios are of tokens or of whole answers, see `policy_gradient.ratios`.
         kl: what the divergence from the reference is added with, where it is part of the loss.
         estimator: of that divergence, k1 or k3.
         value_weight: what the value head's loss is added with.
+        temperature: of the draws. The policy that is improved is the one that answers, softmax(logits / temperature):
+            all log-probabilities here are its own, as in TRL.
     """
 
     def __init__(
@@ -52,10 +57,11 @@ class PolicyGradient:
         kl: float = 0.0,
         estimator: str = "k3",
         value_weight: float = 0.0,
+        temperature: float = 1.0,
     ) -> None:
-        self.aggregate, self.clip, self.ratio = aggregate, clip, ratio
+        self.aggregate, self.clip, self.ratio, self.temperature = aggregate, clip, ratio, temperature
         self.kl, self.estimator, self.value_weight = kl, estimator, value_weight
-        self.told: list[tuple[float, ...]] = []
+        self.sums: list[tuple[float, ...]] = []
         """Of each micro-batch since the step began: tokens, clipped ones, summed nats of divergence and of surprise."""
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
@@ -64,7 +70,7 @@ class PolicyGradient:
         if rows is None:
             return LanguageModeling().losses(model, batch)
         with token_values(model, batch, enabled=self.value_weight > 0) as values:
-            log_probs, mask = token_log_probs(model, batch)
+            log_probs, mask = token_log_probs(model, batch, self.temperature)
         old = log_probs.detach() if rows.old is None else rows.old
         ratio = pg.ratios(log_probs, old, mask, self.ratio)
         losses = pg.clipped_loss(ratio, rows.advantages, self.clip)
@@ -73,27 +79,26 @@ class PolicyGradient:
         if self.value_weight:
             assert rows.values is not None
             assert rows.returns is not None
-            found = pg.value_loss(values.of(mask), rows.values, rows.returns)
-            losses = losses + self.value_weight * found
-        self._tell(ratio.detach(), log_probs.detach(), rows, mask)
+            losses = losses + self.value_weight * pg.value_loss(values.of(mask), rows.values, rows.returns)
+        self._add(ratio.detach(), log_probs.detach(), rows, mask)
         return RowLosses(pg.summed(losses, mask, self.aggregate), mask.sum(-1))
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
         """The language model's losses of the rows' own answers."""
         return LanguageModeling().losses(model, batch)
 
-    def _tell(self, ratio: torch.Tensor, log_probs: torch.Tensor, rows: PolicyRows, mask: torch.Tensor) -> None:
+    def _add(self, ratio: torch.Tensor, log_probs: torch.Tensor, rows: PolicyRows, mask: torch.Tensor) -> None:
         stopped = float((pg.clipped(ratio, rows.advantages, self.clip) * mask).sum())
         drift = 0.0 if rows.reference is None else float((pg.kl(log_probs, rows.reference, "k1") * mask).sum())
         surprise = -float((log_probs * mask).sum())
-        self.told.append((float(mask.sum()), stopped, drift, surprise))
+        self.sums.append((float(mask.sum()), stopped, drift, surprise))
 
     def step_metrics(self) -> dict[str, float]:
         """Of a step the share of clipped tokens, and in nats a token divergence from the reference and entropy.
 
         The entropy is estimated by the drawn tokens' own log-probabilities.
         """
-        tokens, *sums = (sum(column) for column in zip(*self.told, strict=True))
-        self.told.clear()
+        tokens, *sums = (sum(column) for column in zip(*self.sums, strict=True))
+        self.sums.clear()
         names = ("train/clipped", "train/kl_nats", "train/entropy_nats")
         return {name: value / max(tokens, 1) for name, value in zip(names, sums, strict=True)}

@@ -44,14 +44,14 @@ def gae(
         values: (answers, tokens) what the value head expects at each token.
     """
     rewards, values = rewards * mask, values * mask
-    found = torch.zeros_like(values)
+    estimates = torch.zeros_like(values)
     following = torch.zeros_like(values[:, 0])
-    for place in range(values.shape[1] - 1, -1, -1):
-        after = values[:, place + 1] if place + 1 < values.shape[1] else torch.zeros_like(following)
-        surprise = rewards[:, place] + gamma * after - values[:, place]
-        following = (surprise + gamma * decay * following) * mask[:, place]
-        found[:, place] = following
-    return found
+    for token in range(values.shape[1] - 1, -1, -1):
+        after = values[:, token + 1] if token + 1 < values.shape[1] else torch.zeros_like(following)
+        surprise = rewards[:, token] + gamma * after - values[:, token]
+        following = (surprise + gamma * decay * following) * mask[:, token]
+        estimates[:, token] = following
+    return estimates
 
 
 def kl(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
@@ -65,14 +65,15 @@ def kl(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str = "k3") 
 
 
 def ratios(log_probs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, level: str = "token") -> torch.Tensor:
-    """(answers, tokens) probability ratios of the policy to the one that drew; of `sequence` the geometric mean.
+    """(answers, tokens) probability ratios of the policy to the one that drew.
 
-    Sequence ratios are GSPO's (arXiv:2507.18071); a token's gradient goes through its answer's ratio.
+    token: of each token; sequence: the geometric mean of the answer's (GSPO, arXiv:2507.18071); product: of the whole
+    answer, which is one action (RLOO, arXiv:2402.14740). A token's gradient goes through its answer's ratio.
     """
     difference = (log_probs - old) * mask
-    if level == "sequence":
-        means = difference.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
-        difference = means.expand_as(difference)
+    if level != "token":
+        count = mask.sum(-1, keepdim=True).clamp(min=1) if level == "sequence" else 1
+        difference = (difference.sum(-1, keepdim=True) / count).expand_as(difference)
     return difference.exp()
 
 

@@ -1,0 +1,100 @@
+"""Answers that a policy has drawn, how they were judged, and what is learned from them; kept in a run's `rollouts/`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from llmft.config.sections import Advantage, KlWhere, TaskConfig
+from llmft.core.errors import DataError
+from llmft.runs.predictions import read_table, write_table
+from llmft.training.objectives import policy_gradient as pg
+
+SCORE = "score_"
+
+
+@dataclass
+class Drawn:
+    """The answers to one window's prompts, a row each; those of one prompt stand together.
+
+    Attributes:
+        row: of each answer its prompt's row in the training split.
+        ids: of each answer its tokens, with its end.
+        old, reference, values: of each answer a number per token; what is not needed is empty.
+    """
+
+    row: list[int]
+    ids: list[list[int]]
+    text: list[str]
+    finished: list[bool]
+    reward: list[float]
+    scores: dict[str, list[float]]
+    old: list[list[float]] = field(default_factory=list)
+    reference: list[list[float]] = field(default_factory=list)
+    values: list[list[float]] = field(default_factory=list)
+
+    def write(self, path: Path) -> None:
+        """A parquet table with a line for each answer."""
+        columns = {name: column for name, column in vars(self).items() if name != "scores" and column}
+        write_table(path, columns | {f"{SCORE}{name}": scores for name, scores in self.scores.items()})
+
+    @classmethod
+    def read(cls, path: Path) -> Drawn | None:
+        """What `write` wrote; None where it is not there or damaged."""
+        try:
+            columns = read_table(path)
+            scores = {name: columns.pop(name) for name in list(columns) if name.startswith(SCORE)}
+            return cls(**columns, scores={name.removeprefix(SCORE): column for name, column in scores.items()})
+        except (DataError, TypeError, ValueError):
+            return None
+
+    def metrics(self, group: int) -> dict[str, float]:
+        """What the answers are like, `group` of each prompt."""
+        rewards = np.asarray(self.reward, np.float64).reshape(-1, group)
+        metrics = {
+            "train/reward": float(rewards.mean()),
+            "train/reward_sd": float(rewards.std()),
+            "train/answer_tokens": float(np.mean([len(ids) for ids in self.ids])),
+            "train/finished": float(np.mean(self.finished)),
+        }
+        if group > 1:
+            metrics["train/groups_without_spread"] = float((rewards.std(axis=1) == 0).mean())
+        return metrics
+
+
+PerToken = list[list[float]]
+"""Of each answer a number per token."""
+
+
+def learned_from(drawn: Drawn, task: TaskConfig) -> tuple[PerToken, PerToken]:
+    """Each answer's advantages, and what the value head should have said; [] without one."""
+    lengths = [len(ids) for ids in drawn.ids]
+    rewards = torch.tensor(drawn.reward, dtype=torch.float64)
+    penalties = _padded([[0.0] * length for length in lengths])
+    if task.kl.beta > 0 and task.kl.where is KlWhere.reward:
+        drift = pg.kl(_padded(drawn.old), _padded(drawn.reference), task.kl.estimator.value)
+        penalties = task.kl.beta * drift  # 0 behind an answer's end, where both are
+    if task.advantage is not Advantage.gae:
+        grouped = (rewards - penalties.sum(-1)).view(-1, task.group)
+        advantages = pg.advantages(grouped, task.advantage.value).flatten().tolist()
+        return [[value] * length for value, length in zip(advantages, lengths, strict=True)], []
+    mask, values = _padded([[1.0] * length for length in lengths]), _padded(drawn.values)
+    rewards_per_token = -penalties
+    rewards_per_token[torch.arange(len(lengths)), torch.tensor(lengths) - 1] += rewards
+    estimates = pg.gae(rewards_per_token, values, mask, task.gamma, task.decay)
+    # Over the tokens of the whole step (as in all of PPO's implementations, arXiv:2005.12729).
+    mean = estimates.sum() / mask.sum()
+    spread = (((estimates - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
+    tables = ((estimates - mean) / (spread + 1e-8)).tolist(), (estimates + values).tolist()
+    advantages, returns = ([row[:n] for row, n in zip(table, lengths, strict=True)] for table in tables)
+    return advantages, returns
+
+
+def _padded(rows: Sequence[Sequence[float]]) -> torch.Tensor:
+    """(answers, tokens) float64, with 0 behind each row's end."""
+    tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
+    return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

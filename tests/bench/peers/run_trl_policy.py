@@ -1,0 +1,78 @@
+"""TRL's GRPOTrainer or RLOOTrainer with PEFT, on prompts, answers and rewards that are given."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
+from common import Gate, gated, peft_model, read_work, set_threads
+
+work = read_work()
+import datasets
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+
+datasets.disable_progress_bars()
+set_threads(work)
+grpo = work["task"] == "grpo"
+windows = iter(work["windows"])
+answers = len(work["windows"][0])
+
+
+class Given(GRPOTrainer if grpo else RLOOTrainer):  # type: ignore[misc]
+    """Each window's answers are the next ones of the work."""
+
+    def _tokenize_prompts(self, prompts: list[Any]) -> Any:
+        self.window = next(windows)
+        return [row["prompt"] for row in self.window], None, {}
+
+    def _generate_single_turn(self, *arguments: Any) -> Any:
+        ids = [row["answer"] for row in self.window]
+        return (ids, None) if grpo else ids
+
+
+def rewards(**named: Any) -> list[float]:
+    return [row["reward"] for row in trainer.window]
+
+
+Told, told = gated(Given, Gate(), in_order=False)
+tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"])
+tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
+more: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "dapo"} if grpo else {}
+settings = (GRPOConfig if grpo else RLOOConfig)(
+    **more,
+    output_dir=tempfile.mkdtemp(),
+    beta=work["beta"],
+    num_iterations=work["updates"],
+    num_generations=work["group"],
+    temperature=work["temperature"],
+    max_completion_length=work["most"],
+    per_device_train_batch_size=answers,
+    max_steps=len(work["windows"]) * work["updates"],
+    learning_rate=work["rate"],
+    lr_scheduler_type="constant",
+    max_grad_norm=work["clip"],
+    optim="adamw_torch",
+    weight_decay=0.0,
+    use_cpu=True,
+    bf16=False,
+    gradient_checkpointing=False,
+    report_to=[],
+    save_strategy="no",
+    logging_strategy="no",
+    eval_strategy="no",
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
+)
+rows = datasets.Dataset.from_dict({"prompt": ["x"] * answers})
+trainer = Told(
+    model=peft_model(work),
+    args=settings,
+    train_dataset=rows,
+    processing_class=tokenizer,
+    reward_funcs=rewards,
+    callbacks=[told],
+)
+trainer.train()
