@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from llmft.data.batch import Answers, MicroBatch
+from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.heads import answers_apart
 from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
@@ -28,14 +29,15 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         arguments = {"input_ids": rows, "use_cache": False}
     before, after, owners = [], [], []
     for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
-        before.append(torch.tensor([end, *range(begin, begin + length - 1)]))
-        after.append(torch.arange(begin, begin + length))
-        owners.append(torch.full((length,), row * answers.most + number))
-    targets = arguments["input_ids"].reshape(-1)[torch.cat(after).to(device)]
-    nll = nll_behind(model, arguments, torch.cat(before).to(device), targets)
+        before.append([end, *range(begin, begin + length - 1)])
+        after.append(np.arange(begin, begin + length))
+        owners.append(np.full(length, row * answers.most + number))
+    learned, owner = send([np.concatenate(after), np.concatenate(owners)], device)
+    targets = arguments["input_ids"].reshape(-1)[learned]
+    nll = nll_behind(model, arguments, np.concatenate(before), targets)
     # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
-    return -sums.index_add(0, torch.cat(owners).to(device), nll.double()).view(-1, answers.most)
+    return -sums.index_add(0, owner, nll.double()).view(-1, answers.most)
 
 
 def _answers(answers: Answers) -> list[tuple[int, int, int]]:
@@ -46,4 +48,5 @@ def _answers(answers: Answers) -> list[tuple[int, int, int]]:
 def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:
     """(rows, answers) tokens of each answer; 1 where a row has fewer answers."""
     padded = [own[1:] + [1] * (answers.most + 1 - len(own)) for own in answers.lengths]
-    return torch.tensor(padded, device=device)
+    (counts,) = send([np.array(padded).reshape(-1)], device)
+    return counts.view(len(padded), -1)
