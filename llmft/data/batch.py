@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,19 @@ import torch
 
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example, Examples
+
+
+def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
+    """One-dimensional `arrays` of int64 on `device`, by one copy that nobody waits for."""
+    flat = hand_over(torch.from_numpy(np.concatenate(arrays)), device)
+    return list(flat.split([len(array) for array in arrays]))
+
+
+def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. A GPU takes pinned memory when it gets there; for any other it is waited."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 @dataclass
@@ -28,6 +41,7 @@ class Answers:
         lengths: of each row the tokens of its prompt, of its first answer, of its second, ….
         pairs: (pairs, 3) row, better answer, worse answer, from 0.
         margins: (rows,) what the better answer of each of the row's pairs should be ahead by.
+        has_margins: whether any of them is not 0.
         desirable: (rows,) true for a good answer; None where answers are compared.
         reference: (rows, answers) float64 log-probabilities of the reference; None where there is none.
     """
@@ -35,6 +49,7 @@ class Answers:
     lengths: list[list[int]]
     pairs: torch.Tensor
     margins: torch.Tensor
+    has_margins: bool
     desirable: torch.Tensor | None = None
     reference: torch.Tensor | None = None
 
@@ -49,6 +64,7 @@ class Answers:
             lengths,
             torch.tensor(pairs, dtype=torch.long).view(-1, 3),
             torch.tensor([comparison.margin for comparison in compared]),
+            any(comparison.margin for comparison in compared),
             torch.tensor(good) if None not in good else None,
         )
 
@@ -59,8 +75,7 @@ class Answers:
 
     def to(self, device: torch.device) -> Answers:
         """The same on `device`."""
-        good, reference = (None if one is None else one.to(device) for one in (self.desirable, self.reference))
-        return Answers(self.lengths, self.pairs.to(device), self.margins.to(device), good, reference)
+        return replace(self, **_moved(self, device))
 
 
 @dataclass
@@ -82,8 +97,7 @@ class PolicyRows:
 
     def to(self, device: torch.device) -> PolicyRows:
         """The same on `device`."""
-        moved = {name: part.to(device) for name, part in vars(self).items() if part is not None}
-        return replace(self, **moved)
+        return replace(self, **_moved(self, device))
 
 
 @dataclass
@@ -109,13 +123,24 @@ class MicroBatch:
     policy: PolicyRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`."""
-        moved: dict[str, Any] = {
-            name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)
-        }
+        """The same batch on `device`; `lengths` and `places` stay on the host, which needs them without waiting."""
         answers = None if self.answers is None else self.answers.to(device)
         policy = None if self.policy is None else self.policy.to(device)
-        return replace(self, **moved, answers=answers, policy=policy)
+        batch = replace(self, **_moved(self, device), answers=answers, policy=policy)
+        batch.lengths, batch.places = self.lengths, self.places
+        return batch
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """Of each row the tokens without padding."""
+        lengths: list[int] = self.attention_mask.sum(dim=1).tolist()
+        return lengths
+
+    @cached_property
+    def places(self) -> tuple[np.ndarray, np.ndarray]:
+        """(row, column) of the token before each label, row by row: there the label is predicted."""
+        rows, columns = np.nonzero(self.labels[:, 1:].cpu().numpy() != IGNORE)
+        return rows, columns
 
     @property
     def num_tokens(self) -> int:
@@ -134,6 +159,10 @@ class StepBatch:
     def to(self, device: torch.device) -> StepBatch:
         """The same batch on `device`."""
         return StepBatch(self.step, [micro.to(device) for micro in self.micro_batches], self.weight)
+
+
+def _moved(batch: Any, device: torch.device) -> dict[str, Any]:
+    return {name: hand_over(part, device) for name, part in vars(batch).items() if isinstance(part, torch.Tensor)}
 
 
 def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:

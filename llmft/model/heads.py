@@ -7,10 +7,11 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from llmft.data.batch import MicroBatch
+from llmft.data.batch import MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.kernels.packing import PackedBatch, pack, pack_answers, takes_varlen, uses_packing
 from llmft.model.sharding import is_sharded
@@ -118,10 +119,9 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     head = getattr(base, "score", None)
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
-    lengths = batch.attention_mask.sum(dim=1)
     if uses_packing(base) and not is_sharded(head):
-        return _packed_scores(model, head, pack(batch.input_ids, lengths.tolist(), varlen=takes_varlen(base)))
-    last = lengths - 1
+        return _packed_scores(model, head, pack(batch.input_ids, batch.lengths, varlen=takes_varlen(base)))
+    last = batch.attention_mask.sum(dim=1) - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
         """The last real token's scores at all places, so that any place transformers takes is the right one.
@@ -151,11 +151,12 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         flat = _packed_scores(model, head, packed)
     else:
         rows, _ = answers_apart(batch.input_ids, answers.lengths)
-        lengths = torch.tensor([prompt + own for prompt, *rest in answers.lengths for own in rest], device=rows.device)
+        (lengths,) = send([np.array([prompt + own for prompt, *rest in answers.lengths for own in rest])], rows.device)
         mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long()
         flat = linear_scores(model, replace(batch, input_ids=rows, attention_mask=mask))
-    filled = torch.tensor([place < len(own) - 1 for own in answers.lengths for place in range(answers.most)])
-    scores = flat.new_zeros(len(filled)).masked_scatter(filled.to(flat.device), flat.flatten())
+    filled = [row * answers.most + place for row, own in enumerate(answers.lengths) for place in range(len(own) - 1)]
+    (places,) = send([np.array(filled)], flat.device)
+    scores = flat.new_zeros(len(answers.lengths) * answers.most).index_copy(0, places, flat.flatten())
     return scores.view(-1, answers.most).float()
 
 

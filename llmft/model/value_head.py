@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from llmft.data.batch import MicroBatch
-from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of
 from llmft.model.heads import FullPrecisionLinear
-from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
+from llmft.model.kernels.packing import inputs_of
 
 NAME = "llmft_value_head"
 
@@ -48,12 +47,10 @@ def token_values(model: Any, batch: MicroBatch, *, enabled: bool) -> Iterator[Va
     if not enabled:
         yield values
         return
-    keep = torch.nn.functional.pad(batch.labels[:, 1:] != IGNORE, (0, 1))
-    if uses_packing(base):
-        keep = pack(batch.input_ids, batch.attention_mask.sum(dim=1).tolist(), varlen=takes_varlen(base)).pick(keep)
+    _, places = inputs_of(base, batch.input_ids, batch.lengths, batch.places)
 
     def read(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        values.flat.append(getattr(model, NAME)(output.last_hidden_state[keep])[:, 0])
+        values.flat.append(getattr(model, NAME)(output.last_hidden_state.flatten(0, 1)[places])[:, 0])
 
     handle = body_of(base).register_forward_hook(read)
     try:

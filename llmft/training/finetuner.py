@@ -398,8 +398,7 @@ class FineTuner(L.LightningModule):
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Collects row losses, and a number per class and row where the objective predicts; never logits of tokens."""
         losses = getattr(self.objective, "evaluate", self.objective.losses)(self.model, batch)
-        outputs = None if losses.outputs is None else losses.outputs.cpu()
-        self._rows.append((batch.rows, RowLosses(losses.nll.double().cpu(), losses.counts.double().cpu(), outputs)))
+        self._rows.append((batch.rows, losses))  # read at the end, so that no batch waits for the one before it
 
     def on_validation_epoch_end(self) -> None:
         """Sets `validation`."""
@@ -421,7 +420,7 @@ class FineTuner(L.LightningModule):
         found = [
             (row, float(nll), float(count))
             for rows, losses in self._rows
-            for row, nll, count in zip(rows, losses.nll, losses.counts, strict=True)
+            for row, nll, count in zip(rows, losses.nll.tolist(), losses.counts.tolist(), strict=True)
         ]
         gathered = sorted(row for share in self._gather(found) for row in share)
         loss = loss_nats([nll for _, nll, _ in gathered], [count for _, _, count in gathered])
@@ -450,10 +449,10 @@ class FineTuner(L.LightningModule):
     def _outputs(self) -> np.ndarray | None:
         """(rows, classes) predictions of all processes' rows, in order."""
         mine = [
-            (row, own.numpy())
+            (row, own)
             for rows, losses in self._rows
             if losses.outputs is not None
-            for row, own in zip(rows, losses.outputs, strict=True)
+            for row, own in zip(rows, losses.outputs.cpu().numpy(), strict=True)
         ]
         gathered = [item for share in self._gather(mine) for item in share]
         return np.stack([own for _, own in sorted(gathered, key=lambda item: item[0])]) if gathered else None

@@ -1,8 +1,9 @@
 """Steps of trainings on a CUDA device that is not there: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
 
 Tensors without storage go through the product's model, kernels, loss, backward, clipping and optimizer: devices and
-dtypes come out as on a GPU, numbers do not. A CASE is architecture/precision/change. One JSON line per case says what
-was seen: operations over two devices, where the host would wait for the GPU, and how attention was computed.
+dtypes come out as on a GPU, numbers do not. A CASE is architecture/precision/change, or has a task behind it. One JSON
+line per case says what was seen: operations over two devices, where the host would wait for the GPU, and how attention
+was computed.
 """
 
 from __future__ import annotations
@@ -14,12 +15,11 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 LENGTHS = [61, 40, 38, 23, 22, 21, 7]
-WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "is_nonzero", "equal")
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_", "is_nonzero", "equal", "bincount")
+"""Operations on the device for which the host waits; an index by a mask comes as nonzero."""
 
 
 def load_device(library: str) -> None:
@@ -40,6 +40,8 @@ def be_a_gpu(capability: tuple[int, int]) -> None:
     torch.cuda.is_bf16_supported = lambda *a, **k: True
     torch.cuda.get_device_capability = lambda device=None: capability
     torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+    # A tensor whose numbers nobody knows: torch would really copy one that it knows. What is not pinned does so.
+    torch.Tensor.pin_memory = lambda tensor, *a: torch.empty_like(tensor)  # type: ignore[method-assign]
 
 
 def watch() -> Any:
@@ -61,11 +63,19 @@ def watch() -> Any:
             tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
             on_device = any(t.device.type == "cuda" for t in tensors)
             self.waits[name] += on_device and any(name.startswith(wait) for wait in WAITS)
+            self.waits[name] += name.startswith("_to_copy") and waits_for_copy(tensors[0].device, kwargs or {})
+            self.waits[name] += name.startswith("copy_") and tensors[0].device != tensors[1].device
             if len({t.device.type for t in tensors if t.ndim > 0}) > 1 and "copy" not in name:
                 self.mixed.append(name)
             return func(*args, **(kwargs or {}))
 
     return Watch()
+
+
+def waits_for_copy(source: Any, arguments: dict[str, Any]) -> bool:
+    """Whether a copy is one between the devices that the host waits for."""
+    target = arguments.get("device") or source
+    return {source.type, target.type} == {"cpu", "cuda"} and not arguments.get("non_blocking")
 
 
 def note_attention() -> Any:
@@ -124,11 +134,100 @@ def moved(model: Any) -> None:
             move_state(state)
 
 
-def on_device(tensor: Any) -> Any:
-    """A tensor like it, on the device and without storage; None for none."""
+AUTO_CLASS = {
+    "classify": "sequence_classification",
+    "encoder": "sequence_classification",
+    "reward": "sequence_classification",
+}
+
+
+def load(architecture: str, dtype: Any, change: str, task: str) -> tuple[Any, Any]:
+    """(base, adapted model), on the CPU."""
     import torch
 
-    return None if tensor is None else torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+    from llmft.config.sections import Checkpointing, LoraConfig, QuantizationConfig, QuantizationFormat
+    from llmft.data.hub import Located
+    from llmft.model import adapters
+    from llmft.model.checkpointing import set_checkpointing
+    from llmft.model.heads import renew_head
+    from llmft.model.load import load_base
+    from tests.model.test_twins import FIRST, twin
+
+    auto_class = AUTO_CLASS.get(task, "causal_lm")
+    base = load_base(
+        twin(FIRST[architecture]),
+        Located(None, "random"),
+        QuantizationConfig(QuantizationFormat.none if change == "none" else QuantizationFormat.nf4),
+        auto_class=auto_class,
+        num_labels=1 if task == "reward" else 3,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        seed=1,
+        keep=False,
+    )
+    if auto_class != "causal_lm":
+        renew_head(base, 0)
+        base.config.pad_token_id = 0
+    lora = LoraConfig(
+        r=4,
+        dropout=0.1 if change == "dropout" else 0.0,
+        modules_to_save=["lm_head", "embed_tokens"] if change == "whole" else [],
+    )
+    model = adapters.attach(base, lora, auto_class=auto_class, seed=3, name="x").train()
+    set_checkpointing(base, Checkpointing.full if change == "full" else Checkpointing.none)
+    return base, model
+
+
+def batch_of(task: str) -> Any:
+    """Rows of a task, on the host."""
+    import numpy as np
+    import torch
+
+    from llmft.data.batch import PolicyRows, collate
+    from llmft.data.columns import Conversation
+    from llmft.data.examples import IGNORE, Example
+    from llmft.data.preferences import Comparison
+
+    compared = task in ("dpo", "kto", "reward")
+    examples = []
+    for row, length in enumerate(LENGTHS):
+        comparison = Comparison(("b",), (0, 1), desirable=bool(row % 2) if task == "kto" else None)
+        target = row % 3 if task in ("classify", "encoder", "words") else None
+        conversation = Conversation([], f"x:{row}", target, comparison if compared else None)
+        ids = [5 + n % 100 for n in range(length)]
+        labels = [IGNORE] * (length - 3) + ids[-3:]
+        segments = np.array([0] * (length - 4) + [1, 1, 2, 2]) if compared else None
+        examples.append(Example(ids, labels, conversation, segments))
+    batch = collate(examples, range(len(examples)), 0)
+    if task == "grpo":
+        shape = batch.labels[:, 1:].shape
+        batch.policy = PolicyRows(torch.zeros(shape), old=torch.zeros(shape), reference=torch.zeros(shape))
+    if task in ("dpo", "kto"):
+        batch.answers.reference = torch.zeros(len(examples), 2, dtype=torch.float64)
+    assert batch.lengths
+    assert len(batch.places)
+    return batch
+
+
+def objective_of(task: str) -> Any:
+    """What computes the loss of a task."""
+    from llmft.training.objectives.choice import WordScores
+    from llmft.training.objectives.classification import Classification
+    from llmft.training.objectives.language_modeling import LanguageModeling
+    from llmft.training.objectives.policy import PolicyGradient
+    from llmft.training.objectives.preference import Kto, Preference
+    from llmft.training.objectives.reward import Reward
+
+    makers: dict[str, Any] = {
+        "dpo": Preference,
+        "kto": Kto,
+        "reward": Reward,
+        "classify": Classification,
+        "encoder": Classification,
+        "words": lambda: Classification(scores=WordScores([(7, 2), (8, 2), (8, 9)])),
+        "grpo": lambda: PolicyGradient(kl=0.1),
+    }
+    return makers.get(task, LanguageModeling)()
 
 
 def step(case: str) -> dict[str, Any]:
@@ -136,58 +235,27 @@ def step(case: str) -> dict[str, Any]:
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from llmft.config.sections import Checkpointing, LoraConfig, QuantizationConfig, QuantizationFormat
-    from llmft.data.hub import Located
-    from llmft.model import adapters
-    from llmft.model.checkpointing import set_checkpointing
-    from llmft.model.families import selects_positions
-    from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
-    from llmft.model.load import load_base
-    from llmft.training.objectives.language_modeling import _nll
-    from tests.model.test_twins import FIRST, twin
+    from llmft.model.kernels import rmsnorm_swiglu
+    from llmft.model.kernels.packing import takes_varlen, uses_packing
 
-    architecture, precision, change = case.split("/")
+    architecture, precision, change, task = [*case.split("/"), "text"][:4]
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[precision]
     torch.cuda.is_available = lambda: False
-    base = load_base(
-        twin(FIRST[architecture]),
-        Located(None, "random"),
-        QuantizationConfig(QuantizationFormat.none if change == "none" else QuantizationFormat.nf4),
-        auto_class="causal_lm",
-        num_labels=3,
-        dtype=dtype,
-        device=torch.device("cpu"),
-        seed=1,
-        keep=False,
-    )
-    lora = LoraConfig(
-        r=4,
-        dropout=0.1 if change == "dropout" else 0.0,
-        modules_to_save=["lm_head", "embed_tokens"] if change == "whole" else [],
-    )
-    model = adapters.attach(base, lora, auto_class="causal_lm", seed=3, name="x").train()
-    set_checkpointing(base, Checkpointing.full if change == "full" else Checkpointing.none)
-    ids = torch.zeros(len(LENGTHS), max(LENGTHS), dtype=torch.long)
+    base, model = load(architecture, dtype, change, task)
+    batch, objective, device = batch_of(task), objective_of(task), torch.device("cuda")
     be_a_gpu((7, 5) if precision == "fp16" else (8, 0))
-    with torch.autocast("cuda", dtype=dtype, enabled=precision != "fp32"):
-        varlen = takes_varlen(SimpleNamespace(device=torch.device("cuda"), dtype=dtype, config=base.config))
-    packed = pack(ids, LENGTHS, varlen=varlen)  # what it computes is needed as numbers
+    rmsnorm_swiglu.can_fuse = lambda device: False  # there is no compiler for a device without a driver
     with FakeTensorMode(allow_non_fake_inputs=True):
         moved(model)
         seen, attention = watch(), note_attention()
         with seen, attention:
+            batch = batch.to(device)
             with torch.autocast("cuda", dtype=dtype, enabled=precision != "fp32", cache_enabled=False):
-                arguments: dict[str, Any] = {"input_ids": on_device(ids), "use_cache": False}
-                if uses_packing(base):
-                    blocks = replace(packed.blocks, seqlens=on_device(packed.blocks.seqlens))
-                    tensors = {name: on_device(getattr(packed, name)) for name in ("input_ids", "position_ids")}
-                    arguments = replace(packed, **tensors, blocks=blocks).arguments
-                keep = torch.arange(16, device="cuda")
-                if selects_positions(type(base)):
-                    logits = model(**arguments, logits_to_keep=keep).logits[0]
-                else:
-                    logits = model(**arguments).logits.flatten(0, 1)[:16]
-                loss = _nll(logits.float(), keep).sum()
+                varlen = takes_varlen(base)
+                if hasattr(objective, "before_step"):
+                    objective.begin_step(objective.before_step(model, [batch]))
+                losses = objective.losses(model, batch)
+                loss = (losses.nll * batch.weights).sum() / 2.0
             optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], fused=False)
             scaler = torch.amp.GradScaler("cuda", enabled=precision == "fp16")
             scaler.scale(loss).backward()
@@ -206,7 +274,6 @@ def step(case: str) -> dict[str, Any]:
         "trained": sorted({str(p.dtype) for p in trained}),
         "without_gradient": sum(p.grad is None for p in trained),
         "devices": sorted({str(g.device) for g in gradients}),
-        "logits": str(logits.dtype),
     }
 
 

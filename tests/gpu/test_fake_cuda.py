@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -25,7 +26,13 @@ NOT = "mixtral/fp32/-"
 it indexes with a list, which needs the GPU's own code."""
 FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "mixtral")
 HOW = ("bf16/-", "fp16/full", "fp32/-")
+TASKS = ("dpo", "kto", "reward", "classify", "words", "grpo")
+CORE += [f"llama/bf16/-/{task}" for task in TASKS]
 MORE = ["gpt2/fp16/none", *(f"{family}/{how}" for family in FAMILIES for how in HOW if f"{family}/{how}" != NOT)]
+MORE += [
+    f"{family}/{how}/{task}" for family in ("gpt2", "gemma3_text") for how in ("bf16/-", "fp16/-") for task in TASKS
+]
+MORE += [f"deberta-v2/{how}/encoder" for how in HOW]
 Step = Callable[[str], dict[str, Any]]
 
 
@@ -37,10 +44,24 @@ def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     compiler = shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         pytest.skip("there is no C++ compiler")
-    root, library = Path(torch.__file__).parent, tmp_path_factory.mktemp("device") / "fake_cuda.so"
-    source = Path(__file__).with_name("fake_cuda.cpp")
-    options = ["-O0", "-shared", "-fPIC", "-std=c++20", f"-I{root}/include", f"-L{root}/lib", "-lc10", "-ltorch_cpu"]
-    subprocess.run([compiler, str(source), "-o", str(library), *options], check=True, timeout=300)
+    root, source = Path(torch.__file__).parent, Path(__file__).with_name("fake_cuda.cpp")
+    digest = hashlib.sha256(source.read_bytes() + torch.__version__.encode()).hexdigest()[:16]
+    library = Path(request.config.cache.mkdir("fake_cuda")) / f"{digest}.so"  # compiling takes most of the time
+    if not library.exists():
+        made = tmp_path_factory.mktemp("device") / "made.so"
+        options = [
+            "-O0",
+            "-shared",
+            "-fPIC",
+            "-std=c++20",
+            f"-I{root}/include",
+            f"-L{root}/lib",
+            "-lc10",
+            "-ltorch_cpu",
+        ]
+        subprocess.run([compiler, str(source), "-o", str(made), *options], check=True, timeout=300)
+        shutil.copy(made, library.with_suffix(".new"))
+        library.with_suffix(".new").replace(library)
     asked = [item.callspec.params["case"] for item in request.session.items if item.path == Path(__file__)]  # type: ignore[attr-defined]
     command = [sys.executable, "-m", "tests.gpu.fake_cuda", str(library), *asked]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)

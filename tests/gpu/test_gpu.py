@@ -24,12 +24,12 @@ from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located, locate
 from llmft.model import adapters, kernels
 from llmft.model.checkpointing import set_checkpointing
+from llmft.model.kernels import packing
 from llmft.model.kernels.packing import takes_varlen
 from llmft.model.load import load_base, model_config
 from llmft.model.memory import StepMemory
 from llmft.model.quantization import keep_packing, quantize_in_place
 from llmft.training.finetuner import deterministic_only
-from llmft.training.objectives import language_modeling
 from llmft.training.objectives.base import RowLosses
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.run import train
@@ -183,6 +183,21 @@ def test_bytes_loss_and_gradients_are_the_cpus(architecture: str, device: torch.
         assert gradients_off <= most_of_gradients or (architecture == "mixtral" and dtype is not torch.float32)
 
 
+def test_the_host_waits_for_no_micro_batch(cuda: torch.device) -> None:
+    dtype = step_dtypes(cuda)[0]
+    of = adapted("llama", cuda, dtype)
+    step(of)  # what is compiled and asked of the device once
+    rows = batch(torch.device("cpu"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", dtype=dtype, cache_enabled=False):
+            loss = LanguageModeling().losses(of.model, rows.to(cuda)).nll.sum()
+        loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    say(f"a micro-batch without a wait: loss {float(loss):.4f}")
+
+
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "gemma3_text"])
 def test_rows_as_they_are_and_block_by_block_agree(
     architecture: str, cuda: torch.device, monkeypatch: pytest.MonkeyPatch
@@ -191,7 +206,7 @@ def test_rows_as_they_are_and_block_by_block_agree(
     if not takes_varlen(of.base):
         pytest.skip("this GPU goes block by block")
     loss, gradients = step(of)
-    monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: False)
+    monkeypatch.setattr(packing, "takes_varlen", lambda model: False)
     other, others = step(of)
     say(architecture, f"varlen against blocks: loss off {abs(loss - other) / other:.1e}, {far(gradients, others):.1e}")
     assert abs(loss - other) / other < 1e-2

@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 from llmft.core.errors import ConfigError
+from llmft.data.batch import send
 from llmft.model.families import base_of
 
 NAME = "llmft_packed"
@@ -29,6 +31,9 @@ BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
 MOST_VARLEN_HEAD_DIM = 256
 LENGTH_STEP = 256
+Places = tuple[np.ndarray, np.ndarray]
+"""Rows and columns of tokens in a padded batch, row by row."""
+NO_PLACES: Places = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -55,15 +60,15 @@ class PackedBatch:
 
     Attributes:
         input_ids, position_ids: (1, tokens).
-        index: (tokens,) where each token stands in the padded batch, counted row by row.
         last: (rows,) where each row's last real token stands in the packed sequence; of answers, their ends.
+        places: (places,) where those stand that `pack` was asked for.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
-    index: torch.Tensor
     last: torch.Tensor
     blocks: Blocks
+    places: torch.Tensor | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -76,10 +81,6 @@ class PackedBatch:
             "use_cache": False,
             "llmft_blocks": self.blocks,
         }
-
-    def pick(self, padded: torch.Tensor) -> torch.Tensor:
-        """(1, tokens) values of a padded (rows, seq_len) tensor."""
-        return padded.reshape(-1)[self.index][None]
 
 
 def register() -> None:
@@ -123,22 +124,39 @@ def uses_packing(model: Any) -> bool:
     return getattr(getattr(base, "config", None), "_attn_implementation", None) == NAME
 
 
-def pack(input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False) -> PackedBatch:
-    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`."""
-    device, seq_len = input_ids.device, input_ids.shape[1]
+def pack(
+    input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False, places: Places = NO_PLACES
+) -> PackedBatch:
+    """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
+
+    `places` are rows and columns of tokens that the caller wants to find in it.
+    """
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
-    place = torch.arange(seq_len)
-    kept = place < torch.tensor(widths)[:, None]
-    positions = place.expand(len(widths), -1)[kept]
-    index = kept.reshape(-1).nonzero()[:, 0]
-    starts = torch.tensor([0, *widths]).cumsum(0)
-    last = starts[:-1] + torch.tensor(list(lengths)) - 1
-    index = index.to(device)
-    ids = input_ids.reshape(-1)[index][None]
-    seqlens = starts.to(device, torch.int32) if varlen else None
-    blocks = Blocks(shapes, seqlens, _coarse(max(lengths)))
-    return PackedBatch(ids, positions[None].to(device), index, last.to(device), blocks)
+    starts = np.cumsum([0, *widths])
+    positions = np.concatenate([np.arange(width) for width in widths])
+    index = np.repeat(np.arange(len(widths)) * input_ids.shape[1], widths) + positions
+    rows, columns = places
+    sent = [index, positions, starts[:-1] + np.array(lengths) - 1, starts[rows] + columns, starts]
+    flat, positions_, last, kept, seqlens = send(sent, input_ids.device)
+    blocks = Blocks(shapes, seqlens.to(torch.int32) if varlen else None, _coarse(max(lengths)))
+    return PackedBatch(input_ids.reshape(-1)[flat][None], positions_[None], last, blocks, kept)
+
+
+def inputs_of(
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[int], places: Places
+) -> tuple[dict[str, Any], torch.Tensor]:
+    """What a model's forward takes, and where `places` then stand, counted over all rows of its tokens.
+
+    Packed rows where the family can, else padded ones.
+    """
+    if not uses_packing(base):
+        rows, columns = places
+        (kept,) = send([rows * input_ids.shape[1] + columns], input_ids.device)
+        return {"input_ids": input_ids, "use_cache": False}, kept
+    packed = pack(input_ids, lengths, varlen=takes_varlen(base), places=places)
+    assert packed.places is not None
+    return packed.arguments, packed.places
 
 
 def pack_answers(
@@ -154,11 +172,10 @@ def pack_answers(
         input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
         lengths: of each row the tokens of its prompt and of each answer.
     """
-    device = input_ids.device
     index, positions, spans, ends, place = [], [], [], [], 0
     for row, (prompt, *answers) in enumerate(lengths):
-        index.append(row * input_ids.shape[1] + torch.arange(prompt + sum(answers)))
-        positions += [torch.arange(prompt), *(prompt + torch.arange(answer) for answer in answers)]
+        index.append(row * input_ids.shape[1] + np.arange(prompt + sum(answers)))
+        positions += [np.arange(prompt), *(prompt + np.arange(answer) for answer in answers)]
         end = place + prompt - 1
         place += prompt
         for answer in answers:
@@ -167,11 +184,11 @@ def pack_answers(
             ends.append(place - 1)
     widths = [prompt + answer for prompt, *answers in lengths for answer in answers]
     shapes = () if varlen else plan_blocks(widths)
-    seqlens = torch.tensor([0, *widths]).cumsum(0).to(device, torch.int32) if varlen else None
-    blocks = Blocks(shapes, seqlens, _coarse(max(widths)), tuple(map(tuple, lengths)))
-    flat = torch.cat(index).to(device)
-    ids, last = input_ids.reshape(-1)[flat][None], torch.tensor(ends, device=device)
-    return PackedBatch(ids, torch.cat(positions)[None].to(device), flat, last, blocks), spans
+    sent = [np.concatenate(index), np.concatenate(positions), np.array(ends), np.cumsum([0, *widths])]
+    flat, positions_, last, seqlens = send(sent, input_ids.device)
+    longest, branches = _coarse(max(widths)), tuple(map(tuple, lengths))
+    blocks = Blocks(shapes, seqlens.to(torch.int32) if varlen else None, longest, branches)
+    return PackedBatch(input_ids.reshape(-1)[flat][None], positions_[None], last, blocks), spans
 
 
 def _coarse(length: int) -> int:

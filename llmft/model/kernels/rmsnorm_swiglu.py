@@ -8,6 +8,7 @@ and silu(gate); LoRA on the network's last layer keeps silu(gate) x up no more t
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import lru_cache, partial
 from types import MethodType, SimpleNamespace
@@ -71,19 +72,13 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        wide = x.float()
-        root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+        found, root = fused(rms_norm, x.device)(x, weight, epsilon)
         ctx.save_for_backward(x, weight, root)
-        found = (wide * root).to(x.dtype)
-        return found.mul_(weight) if weight.dtype is found.dtype else weight * found
+        return found
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        x, weight, root = ctx.saved_tensors
-        wide = x.float()
-        found = (gradient * weight).to(x.dtype).float()
-        share = (found * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
-        return found.mul_(root).addcmul_(wide, share, value=-1).to(x.dtype), None, None
+        return fused(rms_norm_backward, gradient.device)(gradient, *ctx.saved_tensors), None, None
 
 
 class _SwiGlu(torch.autograd.Function):
@@ -96,13 +91,79 @@ class _SwiGlu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+        return fused(swiglu_backward, gradient.device)(gradient, *ctx.saved_tensors)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `_RmsNorm` gives, and (…, 1) the reciprocal of the root."""
+    wide = x.float()
+    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    found = (wide * root).to(x.dtype)
+    return found.mul_(weight) if weight.dtype is found.dtype else weight * found, root
+
+
+def rms_norm_backward(
+    gradient: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, root: torch.Tensor
+) -> torch.Tensor:
+    """The gradient of x."""
+    wide = x.float()
+    found = (gradient * weight).to(x.dtype).float()
+    share = (found * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
+    return found.mul_(root).addcmul_(wide, share, value=-1).to(x.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) x up."""
+    return fused(_swiglu, gate.device)(gate, up)
+
+
+def _swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return F.silu(gate).mul_(up)
+
+
+def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    return torch.ops.aten.silu_backward(gradient * up, gate), F.silu(gate).mul_(gradient)
+
+
+# ------------------------------------------------------------------------------------------------- one kernel on CUDA
+
+
+def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """`function` as one kernel that reads and writes each tensor once, on a GPU where torch's compiler makes one.
+
+    Step by step a norm goes through the memory eight times, in fp32. Elsewhere `function` itself.
+    """
+    return compiled(function) if device.type == "cuda" and can_fuse(device) else function
+
+
+@lru_cache(maxsize=8)
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For any number of tokens; made at the first call."""
+    return torch.compile(function, dynamic=True)
+
+
+@lru_cache(maxsize=8)
+def can_fuse(device: torch.device) -> bool:
+    """Whether the compiler works for `device` and agrees with torch's own operations; asked once, and told if not."""
+    x, other, gradient = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    root = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
+    calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
+        (rms_norm, (x, other[0], 1e-5)),
+        (rms_norm_backward, (gradient, x, other[0], root)),
+        (_swiglu, (x, other)),
+        (swiglu_backward, (gradient, x, other)),
+    ]
+    try:
+        for function, arguments in calls:
+            torch.testing.assert_close(compiled(function)(*arguments), function(*arguments), rtol=2e-2, atol=2e-2)
+    except Exception as error:  # whatever compilers and drivers say
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        warnings.warn(
+            f"RMSNorm and SwiGLU are computed step by step: no kernel could be compiled ({reason})", stacklevel=2
+        )
+        return False
+    return True
 
 
 @lru_cache(maxsize=64)

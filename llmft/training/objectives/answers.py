@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
-from llmft.data.batch import Answers, MicroBatch
+from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.heads import answers_apart
 from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
@@ -28,14 +29,15 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         arguments = {"input_ids": rows, "use_cache": False}
     predictors, predicted, indices = [], [], []
     for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
-        predictors.append(torch.tensor([end, *range(begin, begin + length - 1)]))
-        predicted.append(torch.arange(begin, begin + length))
-        indices.append(torch.full((length,), row * answers.most + number))
-    targets = arguments["input_ids"].reshape(-1)[torch.cat(predicted).to(device)]
-    nll = nll_behind(model, arguments, torch.cat(predictors).to(device), targets)
+        predictors.append([end, *range(begin, begin + length - 1)])
+        predicted.append(np.arange(begin, begin + length))
+        indices.append(np.full(length, row * answers.most + number))
+    labelled, index = send([np.concatenate(predicted), np.concatenate(indices)], device)
+    targets = arguments["input_ids"].reshape(-1)[labelled]
+    nll = nll_behind(model, arguments, np.concatenate(predictors), targets)
     # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
-    return -sums.index_add(0, torch.cat(indices).to(device), nll.double()).view(-1, answers.most)
+    return -sums.index_add(0, index, nll.double()).view(-1, answers.most)
 
 
 def _answers(answers: Answers) -> list[tuple[int, int, int]]:
@@ -46,4 +48,5 @@ def _answers(answers: Answers) -> list[tuple[int, int, int]]:
 def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:
     """(rows, answers) tokens of each answer; 1 where a row has fewer answers."""
     padded = [lengths[1:] + [1] * (answers.most + 1 - len(lengths)) for lengths in answers.lengths]
-    return torch.tensor(padded, device=device)
+    (counts,) = send([np.array(padded).reshape(-1)], device)
+    return counts.view(len(padded), -1)

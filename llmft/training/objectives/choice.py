@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from llmft.core.errors import ConfigError
-from llmft.data.batch import MicroBatch
+from llmft.data.batch import MicroBatch, hand_over, send
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
@@ -69,46 +69,54 @@ class WordScores:
         self.probes = [p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes)]
 
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        prompts = (batch.labels != IGNORE).int().argmax(dim=1)
+        ids, (rows, columns) = batch.input_ids, batch.places
+        prompts = columns[np.unique(rows, return_index=True)[1]] + 1
         behind = None
         if len(self.probes) > 1 and not torch.is_grad_enabled():
-            behind = logits_behind(model, batch.input_ids, prompts, [fork.prefix for fork in self.forks])
+            on_device = hand_over(torch.from_numpy(prompts), ids.device)
+            behind = logits_behind(model, ids, on_device, [fork.prefix for fork in self.forks])
         if behind is None:
-            behind = self._whole(model, batch.input_ids, prompts)
+            behind = self._whole(model, ids, prompts)
         else:
-            behind = {fork.prefix: behind[fork.prefix][:, fork.tokens] for fork in self.forks}
-        scores = torch.zeros(len(prompts), self.num_classes, device=batch.input_ids.device)
+            behind = {fork.prefix: _columns(behind[fork.prefix], fork.tokens) for fork in self.forks}
+        scores = torch.zeros(len(prompts), self.num_classes, device=ids.device)
         for fork in self.forks:
             ways = behind[fork.prefix].float().log_softmax(dim=-1)
             way_of = {number: way for way, classes in enumerate(fork.classes) for number in classes}
-            passing = torch.tensor([number in way_of for number in range(self.num_classes)], device=scores.device)
-            chosen = [way_of.get(number, 0) for number in range(self.num_classes)]
-            scores = scores + torch.where(passing, ways[:, chosen], torch.zeros((), device=scores.device))
+            (chosen,) = send([np.array([way_of.get(number, -1) for number in range(self.num_classes)])], ids.device)
+            scores = scores + torch.where(chosen >= 0, ways[:, chosen], 0.0)
         return scores
 
-    def _whole(self, model: Any, ids: torch.Tensor, prompts: torch.Tensor) -> dict[Path, torch.Tensor]:
+    def _whole(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> dict[Path, torch.Tensor]:
         """(rows, ways) logits of every fork's tokens, by one forward of prompt and answer per probe."""
         behind: dict[Path, torch.Tensor] = {}
         for probe in self.probes:
             logits = self._logits(model, ids, prompts, probe)
             for fork in self.forks:
                 if fork.prefix not in behind and probe[: len(fork.prefix)] == fork.prefix:
-                    behind[fork.prefix] = logits[:, len(fork.prefix)][:, fork.tokens]
+                    behind[fork.prefix] = _columns(logits[:, len(fork.prefix)], fork.tokens)
         return behind
 
     @staticmethod
-    def _logits(model: Any, ids: torch.Tensor, prompts: torch.Tensor, probe: Path) -> torch.Tensor:
+    def _logits(model: Any, ids: torch.Tensor, prompts: np.ndarray, probe: Path) -> torch.Tensor:
         """(rows, 1 + len(probe), vocabulary) logits behind each prompt and each token of `probe`."""
-        width = int(prompts.max()) + len(probe)
-        positions = torch.arange(width, device=ids.device)
+        rows, width = np.arange(len(ids)), int(prompts.max()) + len(probe)
         inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
         whole = min(width, ids.shape[1])
         inputs[:, :whole] = ids[:, :whole]
+        (begins,) = send([rows * width + prompts], ids.device)
         for depth, token in enumerate(probe):
-            inputs[torch.arange(len(ids), device=ids.device), prompts + depth] = token
+            inputs.view(-1).index_fill_(0, begins + depth, token)
         # What stands behind is never looked at by causal attention.
-        keep = (positions >= prompts[:, None] - 1) & (positions < prompts[:, None] + len(probe))
-        return logits_at(model, inputs, keep, prompts + len(probe)).view(len(ids), 1 + len(probe), -1)
+        kept = prompts[:, None] - 1 + np.arange(1 + len(probe))
+        places = np.repeat(rows, kept.shape[1]), kept.reshape(-1)
+        logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), places)
+        return logits.view(len(ids), 1 + len(probe), -1)
+
+
+def _columns(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
+    (index,) = send([np.array(tokens)], logits.device)
+    return logits[:, index]
 
 
 def cost(objective: Any) -> str | None:

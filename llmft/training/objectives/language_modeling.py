@@ -3,88 +3,83 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 
-from llmft.data.batch import MicroBatch
+from llmft.data.batch import MicroBatch, send
 from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
 from llmft.model.heads import positions_at_a_time
-from llmft.model.kernels.packing import pack, takes_varlen, uses_packing
+from llmft.model.kernels.packing import Places, inputs_of
 from llmft.model.sharding import is_sharded
 from llmft.training.objectives.base import RowLosses
 
 
-def logits_at(model: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-    """(kept positions, vocabulary) logits at the places where `keep`, (rows, seq_len), is true, row by row.
+def logits_at(model: Any, input_ids: torch.Tensor, lengths: Sequence[int], places: Places) -> torch.Tensor:
+    """(places, vocabulary) logits at `places`, rows and columns of `input_ids`, (rows, seq_len), row by row.
 
-    `lengths`, (rows,), are the rows' tokens without their padding, which families that can never see.
+    `lengths` are the rows' tokens without their padding, which families that can never see.
     """
-    base = base_of(model)
-    model_class: type = type(base)
-    arguments, kept = _inputs(base, input_ids, keep, lengths)
-    if selects_positions(model_class):
-        return model(**arguments, logits_to_keep=kept).logits
-    return model(**arguments).logits[kept]
+    return _logits(model, *inputs_of(base_of(model), input_ids, lengths, places))
 
 
-def _inputs(
-    base: Any, input_ids: torch.Tensor, keep: torch.Tensor, lengths: torch.Tensor
-) -> tuple[dict[str, Any], torch.Tensor]:
-    """What the model's forward takes, and `keep` in its places: packed rows where the family can, else padded ones."""
-    if not uses_packing(base):
-        return {"input_ids": input_ids, "use_cache": False}, keep
-    packed = pack(input_ids, lengths.tolist(), varlen=takes_varlen(base))
-    return packed.arguments, packed.pick(keep)
-
-
-def nll_at(
-    model: Any,
-    input_ids: torch.Tensor,
-    keep: torch.Tensor,
-    lengths: torch.Tensor,
-    targets: torch.Tensor,
-    temperature: float = 1.0,
-) -> torch.Tensor:
-    """(kept positions,) negative log-likelihoods in nats of `targets` at the places that `keep` marks.
+def nll_at(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
+    """(labelled tokens,) negative log-likelihoods in nats of the labels of `batch`, row by row.
 
     They are those of softmax(logits / temperature).
 
     Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
     for hidden states instead of the vocabulary, and the same numbers.
     """
-    base = base_of(model)
-    most = positions_at_a_time(base.config.get_text_config().vocab_size, input_ids.device.type)
+    base, (rows, columns) = base_of(model), batch.places
+    (labelled,) = send([rows * batch.labels.shape[1] + columns + 1], batch.labels.device)
+    targets = batch.labels.reshape(-1)[labelled]
+    arguments, places = inputs_of(base, batch.input_ids, batch.lengths, batch.places)
+    most = positions_at_a_time(base.config.get_text_config().vocab_size, targets.device.type)
     if len(targets) <= most or not _in_chunks(base):
-        return _nll(_tempered(logits_at(model, input_ids, keep, lengths).float(), temperature), targets)
-    arguments, kept = _inputs(base, input_ids, keep, lengths)
-    hidden = body_of(base)(**arguments).last_hidden_state[kept]
-    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
-    return losses
+        return _nll(_tempered(_logits(model, arguments, places).float(), temperature), targets)
+    return _chunked_nll(base, arguments, places, targets, most, temperature)
 
 
-def nll_behind(model: Any, arguments: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `positions` in a forward's tokens.
+def nll_behind(model: Any, arguments: dict[str, Any], places: np.ndarray, targets: torch.Tensor) -> torch.Tensor:
+    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `places` in a forward's tokens.
 
     Like `nll_at`, but a position, counted over all rows of the forward's tokens, may have several targets.
     """
     base = base_of(model)
     vocabulary = base.config.get_text_config().vocab_size
     if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
-        hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[positions]
-        losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, 1.0)
-        return losses
-    model_class: type = type(base)
+        return _chunked_nll(base, arguments, *send([places], targets.device), targets, most, 1.0)
+    once, order = send(np.unique(places, return_inverse=True), targets.device)
+    return _nll(_wide(_logits(model, arguments, once)[order]), targets)
+
+
+def _logits(model: Any, arguments: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
+    """(places, vocabulary) logits at ascending places, counted over all rows of the forward's tokens."""
+    model_class: type = type(base_of(model))
     if not selects_positions(model_class):
-        return _nll(_wide(model(**arguments).logits.flatten(0, 1)[positions]), targets)
+        return model(**arguments).logits.flatten(0, 1)[places]
     ids = arguments["input_ids"]
-    once, order = positions.unique(return_inverse=True)
-    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device)
-    keep[once] = True
-    logits = model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
-    return _nll(_wide(logits.flatten(0, -2)[order]), targets)
+    if len(ids) == 1:
+        return model(**arguments, logits_to_keep=places).logits[0]
+    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, places, True)
+    return model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
+
+
+def _chunked_nll(
+    base: Any,
+    arguments: dict[str, Any],
+    places: torch.Tensor,
+    targets: torch.Tensor,
+    most: int,
+    temperature: float,
+) -> torch.Tensor:
+    hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
+    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
+    return losses
 
 
 def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -200,10 +195,7 @@ class LanguageModeling:
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
         """See RowLosses; `batch.labels` is not shifted, the shift happens here."""
-        labels = batch.labels[:, 1:]
-        labelled = labels != IGNORE
-        keep = F.pad(labelled, (0, 1))
-        nll = nll_at(model, batch.input_ids, keep, batch.attention_mask.sum(dim=1), labels[labelled])
-        rows = labelled.nonzero()[:, 0]
-        sums = torch.zeros(labels.shape[0], dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
-        return RowLosses(sums, labelled.sum(dim=1))
+        nll = nll_at(model, batch)
+        (rows,) = send(batch.places[:1], nll.device)
+        sums = torch.zeros(len(batch.labels), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
+        return RowLosses(sums, (batch.labels[:, 1:] != IGNORE).sum(dim=1))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from llmft.data.batch import MicroBatch, PolicyRows
 from llmft.data.examples import IGNORE
@@ -26,8 +25,7 @@ def token_log_probs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> 
     """
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE
-    lengths = batch.attention_mask.sum(dim=1)
-    nll = nll_at(model, batch.input_ids, F.pad(labelled, (0, 1)), lengths, labels[labelled], temperature)
+    nll = nll_at(model, batch, temperature)
     table = torch.zeros(labels.shape, dtype=nll.dtype, device=nll.device)
     return table.masked_scatter(labelled, -nll), labelled.to(nll.dtype)
 
@@ -61,7 +59,7 @@ class PolicyGradient:
     ) -> None:
         self.aggregate, self.clip, self.ratio, self.temperature = aggregate, clip, ratio, temperature
         self.kl, self.estimator, self.value_weight = kl, estimator, value_weight
-        self.sums: list[tuple[float, ...]] = []
+        self.sums: list[torch.Tensor] = []
         """Of each micro-batch since the step began: tokens, clipped ones, summed nats of divergence and of surprise."""
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
@@ -88,17 +86,17 @@ class PolicyGradient:
         return LanguageModeling().losses(model, batch)
 
     def _add(self, ratio: torch.Tensor, log_probs: torch.Tensor, rows: PolicyRows, mask: torch.Tensor) -> None:
-        stopped = float((pg.clipped(ratio, rows.advantages, self.clip) * mask).sum())
-        drift = 0.0 if rows.reference is None else float((pg.kl(log_probs, rows.reference, "k1") * mask).sum())
-        surprise = -float((log_probs * mask).sum())
-        self.sums.append((float(mask.sum()), stopped, drift, surprise))
+        stopped = pg.clipped(ratio, rows.advantages, self.clip)
+        drift = torch.zeros_like(mask) if rows.reference is None else pg.kl(log_probs, rows.reference, "k1")
+        sums = [mask.sum(), *((part * mask).sum() for part in (stopped, drift, -log_probs))]
+        self.sums.append(torch.stack([part.double() for part in sums]))
 
     def step_metrics(self) -> dict[str, float]:
         """Of a step the share of clipped tokens, and in nats a token divergence from the reference and entropy.
 
         The entropy is estimated by the drawn tokens' own log-probabilities.
         """
-        tokens, *sums = (sum(column) for column in zip(*self.sums, strict=True))
+        tokens, *sums = (sum(column) for column in zip(*torch.stack(self.sums).tolist(), strict=True))
         self.sums.clear()
         names = ("train/clipped", "train/kl_nats", "train/entropy_nats")
         return {name: value / max(tokens, 1) for name, value in zip(names, sums, strict=True)}

@@ -41,7 +41,7 @@ def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
     """(rows, …) means of (pairs, …) values over each row's pairs."""
     row = answers.pairs[:, 0]
     num_rows = len(answers.lengths)
-    counts = torch.bincount(row, minlength=num_rows).clamp(min=1).to(values.dtype)
+    counts = values.new_zeros(num_rows).index_add(0, row, values.new_ones(len(row))).clamp(min=1)
     sums = torch.zeros(num_rows, *values.shape[1:], dtype=values.dtype, device=values.device).index_add(0, row, values)
     return sums / counts.view(-1, *[1] * (values.ndim - 1))
 
@@ -85,7 +85,7 @@ class Preference:
         assert answers is not None, "task.feedback=pairs brings rows with answers"
         pairs = pairs_of(answer_log_probs(model, batch), answers)
         margins = answers.margins[answers.pairs[:, 0]]
-        margin = {"margin": margins} if bool((margins != 0).any()) else {}
+        margin = {"margin": margins} if answers.has_margins else {}
         losses = self.loss(pairs, self.beta, **margin, **self.options)
         if self.sft_weight:
             losses = losses - self.sft_weight * pairs.chosen / pairs.chosen_tokens
@@ -135,7 +135,7 @@ class Kto:
     def before_step(self, model: Any, batches: list[MicroBatch]) -> torch.Tensor:
         """[sum, rows] of log pi/pi_ref of other prompts' answers; of all processes their sum goes to `begin_step`."""
         sums = [self._ratios(model, batch)[:, 1].sum() * float(bool(batch.rows)) for batch in batches]
-        return torch.stack([torch.stack(sums).sum(), sums[0].new_tensor(sum(len(batch.rows) for batch in batches))])
+        return torch.stack([torch.stack(sums).sum(), sums[0].new_full((), sum(len(batch.rows) for batch in batches))])
 
     def begin_step(self, total: torch.Tensor) -> None:
         """Takes the distance of a step."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -42,7 +43,7 @@ def everywhere(ids: torch.Tensor) -> torch.Tensor:
 def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> None:
     """Logits of packed rows at the places that `keep` marks are those of a forward of each row."""
     with torch.no_grad():
-        found = logits_at(model, ids, keep, torch.tensor(LENGTHS))
+        found = logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
         alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
     expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
     assert (found - expected).abs().max() < 1e-5
@@ -271,7 +272,7 @@ def test_the_variable_length_kernel_is_told_where_rows_end(
 
     model, ids = base(architecture, **({} if window is None else {"sliding_window": window})), rows()
     monkeypatch.setattr(varlen, "varlen_attn", kernel)
-    monkeypatch.setattr(language_modeling, "takes_varlen", lambda model: True)
+    monkeypatch.setattr(packing, "takes_varlen", lambda model: True)
     check_as_each_alone(model, ids, everywhere(ids))
 
 

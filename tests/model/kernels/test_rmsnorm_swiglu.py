@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -220,3 +221,22 @@ def test_rows_are_computed_the_same_without_kernels() -> None:
         losses.append(LanguageModeling().losses(model.train(), micro_batch()).nll)
         adapters.detach(model)
     assert torch.allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_one_compiled_kernel_has_the_numbers_of_single_operations() -> None:
+    rmsnorm_swiglu.can_fuse.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert rmsnorm_swiglu.can_fuse(torch.device("cpu")), "on a CPU it is only tried"
+
+
+def test_where_nothing_compiles_it_is_told_and_operations_stay_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(function: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(rmsnorm_swiglu, "compiled", broken)
+    rmsnorm_swiglu.can_fuse.cache_clear()
+    with pytest.warns(UserWarning, match=r"step by step: no kernel could be compiled \(no compiler here\)"):
+        assert not rmsnorm_swiglu.can_fuse(torch.device("cpu"))
+    rmsnorm_swiglu.can_fuse.cache_clear()
