@@ -11,48 +11,12 @@ import re
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from llmft.config.invocation import COMMANDS, arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean, exit_with
 
-SCRIPTS = {
-    "bash": r"""
-_llmft() {
-    local line=${COMP_LINE:-} word=${COMP_WORDS[COMP_CWORD]}
-    if [[ $line ]]; then line=${line:0:${COMP_POINT:-${#line}}}
-    else line=${COMP_WORDS[*]:0:COMP_CWORD+1}; line=${line// =/=}; line=${line//= /=}; fi
-    mapfile -t COMPREPLY < <(PYTHON -m llmft.completion query "$line" 2>/dev/null)
-    # Bash takes "model=mi" for three words, and replaces the last one.
-    if [[ ${line##* } == *=* && $word != ?*=* ]]; then COMPREPLY=("${COMPREPLY[@]#*=}"); fi
-    if [[ ${#COMPREPLY[@]} == 1 && ${COMPREPLY[0]} == *[=.] ]]; then compopt -o nospace 2>/dev/null; fi
-}
-_llmft_python() {
-    if [[ ${COMP_WORDS[1]} == -m && ${COMP_WORDS[2]} == llmft* && $COMP_CWORD -gt 2 ]]; then _llmft
-    elif [[ $_llmft_other ]]; then $_llmft_other "$@"; fi
-}
-if [[ $(complete -p python 2>/dev/null) =~ -F\ ([^ ]+) && ${BASH_REMATCH[1]} != _llmft_python ]]; then
-    _llmft_other=${BASH_REMATCH[1]}
-fi
-complete -o bashdefault -o default -F _llmft llmft
-complete -o bashdefault -o default -F _llmft_python python python3
-""",
-    "zsh": r"""
-_llmft() {
-    local -a replies
-    replies=(${(f)"$(PYTHON -m llmft.completion query "${(j: :)words[1,CURRENT-1]} $PREFIX" 2>/dev/null)"})
-    if (( ! $#replies )); then compset -P '*='; _files; return; fi
-    compadd -Q -S '' -- ${(M)replies:#*[=.]}
-    compadd -Q -- ${replies:#*[=.]}
-}
-_llmft_python() {
-    if [[ $words[2] == -m && $words[3] == llmft* && $CURRENT -gt 3 ]]; then _llmft; else _python "$@"; fi
-}
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-autoload -Uz _python
-compdef _llmft llmft
-compdef _llmft_python python python3
-""",
-}
+SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -65,13 +29,18 @@ def complete(arguments: Sequence[str]) -> None:
     shell = next(iter(arguments), "")
     if shell == "query" and len(arguments) == 2:
         print("\n".join(candidates(arguments[1])))
-    elif shell in SCRIPTS and len(arguments) == 1:
-        print(SCRIPTS[shell].strip().replace("PYTHON", shlex.quote(sys.executable)))
+    elif shell in SHELLS and len(arguments) == 1:
+        print(script(shell))
     elif shell in ("-h", "--help"):
         print(__doc__)
     else:
-        hint = did_you_mean(shell, SCRIPTS) if shell else ""
+        hint = did_you_mean(shell, SHELLS) if shell else ""
         raise ConfigError(f"completion: write `llmft completion bash` or `llmft completion zsh`{hint}")
+
+
+def script(shell: str) -> str:
+    """What `shell` has to read, for the Python that runs this."""
+    return Path(__file__).with_suffix(f".{shell}").read_text().replace("PYTHON", shlex.quote(sys.executable))
 
 
 def candidates(line: str) -> list[str]:
@@ -83,7 +52,7 @@ def candidates(line: str) -> list[str]:
     options = list(COMMANDS) if not words and match[1] is None else []
     command = words.pop(0) if words and words[0] in COMMANDS else "train"
     if command == "completion":
-        options = list(SCRIPTS)
+        options = list(SHELLS)
     elif last.startswith("-"):
         from hydra._internal.utils import get_args_parser
 

@@ -39,7 +39,6 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
     predictions, beside = open_predictions(config.predictions)
     predictions, columns = with_references(predictions, config)
     metrics = scores.metrics_for(predictions, config.metrics, config.metric_options)
-    found = scores.score(predictions, metrics)
     intervals = {}
     if config.bootstrap:
         intervals = scores.bootstrap(predictions, metrics, config.bootstrap, config.confidence, config.seed)
@@ -53,12 +52,8 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
         "confidence": config.confidence,
         "resamples": config.bootstrap,
         "metrics": {
-            name: {
-                "value": value,
-                "interval": list(intervals[name]) if name in intervals else None,
-                "prior": prior.get(name),
-            }
-            for name, value in found.items()
+            name: {"value": value, "interval": list(intervals.get(name, ())) or None, "prior": prior.get(name)}
+            for name, value in scores.score(predictions, metrics).items()
         },
         "chance": chance.to_plain() if chance is not None else None,
         "classes": scores.per_class(predictions),
@@ -84,54 +79,40 @@ def _plain(value: Any) -> Any:
 
 
 def _show(report: dict[str, Any], path: Path) -> None:
-    from rich import box
-    from rich.console import Console
     from rich.markup import escape
-    from rich.table import Table
 
+    from llmft.core.console import Screen, text_table
     from llmft.metrics.prior import chance_sentence, is_better
 
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 110
+    screen = Screen()
 
     def number(value: Any) -> str:
         return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
 
-    table = Table(title=f"{report['rows']:,} rows", title_justify="left", box=box.SIMPLE_HEAD)
     chance = report["chance"]
-    for name in ("metric", "value", f"{report['confidence']:.0%} interval", *(["prior"] if chance else [])):
-        table.add_column(name, justify="left" if name == "metric" else "right")
-    for name, entry in report["metrics"].items():
-        interval = entry["interval"]
-        cells = [number(entry["value"]), " to ".join(map(number, interval)) if interval else ""]
-        table.add_row(name, *cells, *([number(entry["prior"])] if chance else []))
-    console.print(table)
+    rows = [
+        [
+            name,
+            number(m["value"]),
+            " to ".join(map(number, m["interval"] or [])),
+            *([number(m["prior"])] if chance else []),
+        ]
+        for name, m in report["metrics"].items()
+    ]
+    head = ["metric", "value", f"{report['confidence']:.0%} interval", *(["prior"] if chance else [])]
+    screen.print(text_table(head, rows, f"{report['rows']:,} rows"))
     if chance:
-        console.print(
-            f"[{'green' if is_better(chance) else 'red'}]{escape(chance_sentence(chance))}[/]", soft_wrap=True
-        )
-    parts = {"class": report["classes"], **report["slices"]}
-    for title, rows in parts.items():
-        if not rows:
-            continue
-        table = Table(box=box.SIMPLE_HEAD)
-        names = list(next(iter(rows.values())))
-        for name in (title, *names):
-            table.add_column(escape(name), justify="left" if name == title else "right")
-        for value, entry in rows.items():
-            table.add_row(escape(value), *(number(entry[name]) for name in names))
-        console.print(table)
+        screen.print(f"[{'green' if is_better(chance) else 'red'}]{escape(chance_sentence(chance))}[/]")
+    for title, entries in {"class": report["classes"], **report["slices"]}.items():
+        if entries:
+            names = list(next(iter(entries.values())))
+            rows = [[value, *(number(entry[name]) for name in names)] for value, entry in entries.items()]
+            screen.print(text_table([title, *names], rows))
     if 0 < len(report["confusion"]) <= MOST_CLASSES:
-        table = Table(
-            title="rows by true class (down) and likeliest (across)", title_justify="left", box=box.SIMPLE_HEAD
-        )
-        for name in ("", *report["labels"]):
-            table.add_column(escape(name), justify="right" if name else "left")
-        for name, counts in zip(report["labels"], report["confusion"], strict=True):
-            table.add_row(escape(name), *map(number, counts))
-        console.print(table)
-    console.print(f"[bold]written[/bold]  {escape(str(path))}")
+        pairs = zip(report["labels"], report["confusion"], strict=True)
+        rows = [[name, *map(number, counts)] for name, counts in pairs]
+        screen.print(text_table(["", *report["labels"]], rows, "rows by true class (down) and likeliest (across)"))
+    screen.print(f"[bold]written[/bold]  {escape(str(path))}")
 
 
 if __name__ == "__main__":

@@ -38,26 +38,24 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
     from llmft.core.console import Screen
     from llmft.evaluation.submission import load_template
 
-    screen = Screen(quiet=quiet)
-    template = load_template(config)
-    asked = config.runs is not None
+    screen, template = Screen(quiet=quiet), load_template(config)
+    named = config.runs is not None
     root = Path(config.output_dir) / "runs"
-    if not asked and not root.is_dir():
+    if not named and not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no runs there; name them with runs=[…].")
+    patterns = config.runs if named else f"{glob.escape(str(root))}/*"
     directories = []
-    for runs in _sets(
-        config.runs if asked else f"{glob.escape(str(root))}/*", screen.warn if asked else lambda _: None
-    ):
-        lacking = sorted(set(range(runs[0][1].data.num_folds)) - {trained.data.fold for _, trained in runs})
-        if lacking:
-            names = ",".join(map(str, lacking))
-            count = runs[0][1].data.num_folds
-            text = f"{runs[0][0].directory}: fold {names} of its {count} (0 to {count - 1}) is not done"
-            if asked:
-                raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
-            screen.warn(f"{text}.")
+    for runs in _sets(patterns, screen.warn if named else lambda _: None):
+        first, trained = runs[0]
+        lacking = sorted(set(range(trained.data.num_folds)) - {trained.data.fold for _, trained in runs})
+        if not lacking:
+            directories.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
             continue
-        directories.append(_join(sorted(runs, key=lambda run: run[1].data.fold or 0), config, screen, template))
+        names, count = ",".join(map(str, lacking)), trained.data.num_folds
+        text = f"{first.directory}: fold {names} of its {count} (0 to {count - 1}) is not done"
+        if named:
+            raise ConfigError(f"{text}; run the same command with -m data.fold={names}.")
+        screen.warn(f"{text}.")
     if not directories:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
     tell_outcome(*directories)
@@ -83,11 +81,10 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
         return run, trained, [run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint")]
 
     sets: dict[str, list[Any]] = defaultdict(list)
-    for run, trained, record in usable(named, "runs", of_fold, warn):
+    for run, trained, fingerprints in usable(named, "runs", of_fold, warn):
         numbers = numbers_of(trained)
         numbers["data"].pop("fold")
-        setup = [numbers, *record, trained.data.pseudo]
-        sets[canonical(setup)].append((run, trained))
+        sets[canonical([numbers, *fingerprints, trained.data.pseudo])].append((run, trained))
     return list(sets.values())
 
 
@@ -95,47 +92,41 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
     import numpy as np
 
     from llmft.config.commands import Method
-    from llmft.evaluation.prediction_sets import (
-        EnsembleRecipe,
-        ensemble_directory,
-        file_order,
-        shared_names,
-        write_ensemble,
-    )
+    from llmft.evaluation import prediction_sets as sets
     from llmft.evaluation.scores import metrics_for, score
     from llmft.evaluation.submission import write_fitting
     from llmft.metrics.prior import against_prior
     from llmft.runs.predictions import Predictions, load_predictions
 
-    parts = [load_predictions(run.directory, "val") for run, _ in runs]
+    directories = [run.directory for run, _ in runs]
+    parts = [load_predictions(directory, "val") for directory in directories]
     _check_once(runs, parts)
     whole = _chained(parts)
-    whole = whole.at(file_order(whole))
+    whole = whole.at(sets.file_order(whole))
     predictions: dict[str, Predictions] = {"val": whole}
-    directories = [run.directory for run, _ in runs]
-    for name in shared_names(directories):
+    for name in sets.shared_names(directories):
         if load_predictions(directories[0], name).problem != "text":
-            predictions[name] = EnsembleRecipe(directories, [1 / len(runs)] * len(runs), Method.mean).combined(name)
+            recipe = sets.EnsembleRecipe(directories, [1 / len(runs)] * len(runs), Method.mean)
+            predictions[name] = recipe.combined(name)
     metrics = metrics_for(whole, config.metrics)
-    total, each = score(whole, metrics), [score(part, metrics) for part in parts]
-    spread = {name: float(np.std([scores[name] for scores in each], ddof=1)) for name in total}
+    total, folds = score(whole, metrics), [score(part, metrics) for part in parts]
     chance = against_prior(whole, metrics)
-    trained = runs[0][1]
-    default = runs[0][0].directory.name.rpartition("-")[0].replace(f"-fold{trained.data.fold}", "")
-    directory = ensemble_directory(
-        Path(config.output_dir) / "folds", config.name, default, [[run.key for run, _ in runs], sorted(metrics)]
-    )
+    keys, fold = [run.key for run, _ in runs], runs[0][1].data.fold
+    default = directories[0].name.rpartition("-")[0].replace(f"-fold{fold}", "")
+    root = Path(config.output_dir) / "folds"
+    directory = sets.ensemble_directory(root, config.name, default, [keys, sorted(metrics)])
     record = {
-        "runs": [str(run.directory) for run, _ in runs],
-        "keys": [run.key for run, _ in runs],
+        "runs": [str(run) for run in directories],
+        "keys": keys,
         "rows": len(whole.ids),
         "score": total,
-        "folds": each,
-        "spread": spread,
+        "folds": folds,
+        "spread": {name: float(np.std([scores[name] for scores in folds], ddof=1)) for name in total},
         "chance": chance.to_plain() if chance is not None else None,
         "predictions": {name: len(split.ids) for name, split in predictions.items()},
     }
-    write_ensemble(directory, "folds", predictions, record, {f"val/{name}": value for name, value in total.items()})
+    after = {f"val/{name}": value for name, value in total.items()}
+    sets.write_ensemble(directory, "folds", predictions, record, after)
     _show(screen, directory, record)
     if template is not None:
         write_fitting(predictions, template, config.columns, directory, screen)
@@ -168,6 +159,10 @@ def _chained(parts: list[Any]) -> Any:
     from llmft.runs.predictions import Predictions
 
     first = parts[0]
+    facts = {
+        "sources": [source for part in parts for source in part.facts["sources"]],
+        "id_column": first.facts.get("id_column"),
+    }
     return Predictions(
         [row for part in parts for row in part.ids],
         first.labels,
@@ -175,31 +170,23 @@ def _chained(parts: list[Any]) -> Any:
         first.problem,
         [target for part in parts for target in part.targets],
         {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
-        {
-            "sources": [source for part in parts for source in part.facts["sources"]],
-            "id_column": first.facts.get("id_column"),
-        },
+        facts,
     )
 
 
 def _show(screen: Any, directory: Path, record: dict[str, Any]) -> None:
-    from rich import box
-    from rich.table import Table
+    from llmft.core.console import text_table
+    from llmft.metrics.show import show_chance
 
-    each, spread, chance = record["folds"], record["spread"], record["chance"]
-
-    table = Table(title="out of fold", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("metric")
-    for title in ("all rows", *(f"fold {number}" for number in range(len(each))), "spread", "prior"):
-        table.add_column(title, justify="right")
+    folds, chance = record["folds"], record["chance"]
+    head = ["metric", "all rows", *(f"fold {number}" for number in range(len(folds))), "spread", "prior"]
+    rows = []
     for name, value in record["score"].items():
-        numbers = [value, *(scores[name] for scores in each), spread[name], chance["metrics"][name] if chance else None]
-        table.add_row(name, *("" if number is None else f"{number:.4f}" for number in numbers))
-    screen.print(table)
-    if chance:
-        from llmft.metrics.show import show_chance
-
-        show_chance(screen, {"out of fold": chance})
+        prior = chance["metrics"][name] if chance else None
+        numbers = [value, *(scores[name] for scores in folds), record["spread"][name], prior]
+        rows.append([name, *("" if number is None else f"{number:.4f}" for number in numbers)])
+    screen.print(text_table(head, rows, "out of fold"))
+    show_chance(screen, {"out of fold": chance} if chance else {})
     screen.print(f"[bold]folds[/bold]  {directory}")
 
 

@@ -62,63 +62,60 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     from llmft.evaluation.submission import load_template, write_submission
     from llmft.runs.directory import usable
 
-    screen = Screen(quiet=quiet)
-    template = load_template(config)
+    screen, template = Screen(quiet=quiet), load_template(config)
     ids = template.columns[0] if template is not None else None
-    asked = usable(config.run, "run", lambda directory: plan_predictions(directory, config, ids), screen.warn)
-    for note in dict.fromkeys(note for question in asked for note in question.notes):
+    jobs = usable(config.run, "run", lambda directory: plan_predictions(directory, config, ids), screen.warn)
+    for note in dict.fromkeys(note for job in jobs for note in job.notes):
         screen.warn(note)
-    directories: list[Path] = []
-    answered: dict[Path, Any] = {}
+    answers: dict[Path, Any] = {}
     try:
-        for question in asked:
-            predictions = _answer(question, config, screen, answered)
+        for job in jobs:
+            predictions = _answer(job, config, screen, answers)
             if config.prompts is not None:
                 _show(screen, predictions)
             if template is not None:
-                path = question.directory / "submission.csv"
-                write_submission(predictions, template, config.columns, path, screen)
-            directories.append(question.directory)
+                write_submission(predictions, template, config.columns, job.directory / "submission.csv", screen)
     finally:
-        if any(not question.baseline for question in asked):
+        if any(not job.baseline for job in jobs):
             from llmft.model.load import drop_base
 
             drop_base()
+    directories = [job.directory for job in jobs]
     tell_outcome(*directories)
     return directories
 
 
-def _answer(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
+def _answer(job: Any, config: PredictConfig, screen: Any, answers: dict[Path, Any]) -> Any:
     """The predictions of one run, joined folds or blend: those that are there already, or new ones."""
-    if question.directory not in answered:
-        answer = _predicted if question.recipe is None else _joined
-        answered[question.directory] = answer(question, config, screen, answered)
-    return answered[question.directory]
-
-
-def _joined(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
-    for part in question.parts:
-        _answer(part, config, screen, answered)
-    predictions = question.recipe.combined(question.directory.name)
-    predictions.save(question.directory)
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+    if job.directory in answers:
+        return answers[job.directory]
+    finished = None if config.force or job.recipe is not None else job.finished()
+    if finished is not None:
+        screen.print(f"These predictions are done: [bold]{job.directory}[/bold] (force=true makes them again)")
+        predictions = finished
+    else:
+        if job.recipe is None:
+            predictions = _predict_run(job, config, screen)
+        else:
+            for part in job.parts:
+                _answer(part, config, screen, answers)
+            predictions = job.recipe.combined(job.directory.name)
+            predictions.save(job.directory)
+        screen.print(f"[bold]predictions[/bold]  {job.directory} ({len(predictions.ids):,} rows)")
+    answers[job.directory] = predictions
     return predictions
 
 
-def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict[Path, Any]) -> Any:
+def _predict_run(job: Any, config: PredictConfig, screen: Any) -> Any:
     from llmft.runs.predictions import Predictions
 
-    finished = None if config.force else question.finished()
-    if finished is not None:
-        screen.print(f"These predictions are done: [bold]{question.directory}[/bold] (force=true makes them again)")
-        return finished
     columns: dict[str, list[Any]] = {}
-    question.directory.mkdir(parents=True, exist_ok=True)
-    with question.locked():
-        if question.baseline:
+    job.directory.mkdir(parents=True, exist_ok=True)
+    with job.locked():
+        if job.baseline:
             from llmft.training.baseline import Baseline
 
-            values = Baseline.load(question.run.model).predict(question.conversations)
+            values = Baseline.load(job.run.model).predict(job.conversations)
         else:
             from llmft.core.imports import load_libraries, quiet_warnings
 
@@ -126,19 +123,11 @@ def _predicted(question: Any, config: PredictConfig, screen: Any, answered: dict
             from llmft.evaluation.predictor import run_parts
 
             with quiet_warnings():
-                values, columns = run_parts(question, config, screen)
-        predictions = Predictions(
-            question.ids,
-            question.labels,
-            values,
-            question.problem,
-            question.targets,
-            {"where": [row.where for row in question.conversations], **question.columns, **columns},
-            question.facts(),
-        )
-        predictions.save(question.directory)
-        question.clear_parts()
-    screen.print(f"[bold]predictions[/bold]  {question.directory} ({len(predictions.ids):,} rows)")
+                values, columns = run_parts(job, config, screen)
+        columns = {"where": [row.where for row in job.conversations], **job.columns, **columns}
+        predictions = Predictions(job.ids, job.labels, values, job.problem, job.targets, columns, job.facts())
+        predictions.save(job.directory)
+        job.clear_parts()
     return predictions
 
 

@@ -25,11 +25,11 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    run_verb("refit", RefitConfig, _refit_composed, argv)
 
+    def job(composed: Any, invocation: Invocation) -> None:
+        refit(to_config(composed, RefitConfig), invocation=invocation)
 
-def _refit_composed(composed: Any, invocation: Invocation) -> None:
-    refit(to_config(composed, RefitConfig), invocation=invocation)
+    run_verb("refit", RefitConfig, job, argv)
 
 
 def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = NO_COMMAND) -> None:
@@ -50,10 +50,8 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
     from llmft.runs.directory import finished_run, usable
 
     def validated(directory: Path) -> tuple[Any, TrainConfig]:
-        stored = (
-            stored_config(directory / "config.yaml", TrainConfig) if (directory / "config.yaml").is_file() else None
-        )
-        if stored is not None and stored.data.train_on is TrainOn.all:
+        file = directory / "config.yaml"
+        if file.is_file() and stored_config(file, TrainConfig).data.train_on is TrainOn.all:
             raise ConfigError(f"{directory}: trained on all rows, so nothing validated it; name the validated run.")
         return finished_run(directory)
 
@@ -64,19 +62,18 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         numbers["data"].pop("fold")
         numbers.pop("seed")
         setups.append(canonical(numbers))
-    different = next((index for index, numbers in enumerate(setups) if numbers != setups[0]), None)
+    different = next((run for (run, _), setup in zip(runs, setups, strict=True) if setup != setups[0]), None)
     if different is not None:
         raise ConfigError(
-            f"{runs[different][0].directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
+            f"{different.directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
             "name runs of one config."
         )
-    best = min(runs, key=_rank)
-    folds = {trained.data.fold for _, trained in runs}
-    several = len(runs) > 1 and None not in folds
-    taken = [_steps(run) for run, _ in runs] if several else [_steps(best[0])]
-    steps = max(1, round(sum(taken) / len(taken)))
-    trained = best[1]
-    unlearned = [run.directory.name for run, _ in (runs if several else [best]) if not run.status()["result"]["step"]]
+    best, trained = min(runs, key=_rank)
+    is_folds = len(runs) > 1 and all(each.data.fold is not None for _, each in runs)
+    counted = [run for run, _ in runs] if is_folds else [best]
+    best_steps = [int(run.status()["result"]["step"]) for run in counted]
+    steps = max(1, round(sum(max(1, step) for step in best_steps) / len(counted)))
+    unlearned = [run.directory.name for run, step in zip(counted, best_steps, strict=True) if not step]
     if unlearned:
         warn(f"{', '.join(unlearned)}: best before its first step, so training made it worse; look before you refit.")
     check_inside(trained.trainer.callbacks, "trainer.callbacks")
@@ -88,7 +85,7 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         trainer=replace(trained.trainer, max_steps=steps, validate_every=steps, patience=None, export=Export.last),
         logger=config.logger or trained.logger,
         trusted_packages=config.trusted_packages,
-        output_dir=config.output_dir or str(best[0].directory.parent.parent),
+        output_dir=config.output_dir or str(best.directory.parent.parent),
         progress=config.progress,
         force=False,
         name=None,
@@ -109,10 +106,6 @@ def _rank(run: tuple[Any, TrainConfig]) -> float:
     # A run that kept the wrong end of its curve has the step of that, which no refit should take.
     mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")
     return mode.sign * float(value)
-
-
-def _steps(run: Any) -> int:
-    return max(1, int(run.status()["result"]["step"]))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import contextlib
 import io
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -111,6 +111,18 @@ class Screen:
                 f"[{colour}]{escape(_one_line(sample['generated']))}[/{colour}]",
             )
         self.print(table)
+
+
+def text_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: Sequence[int] = (0,)
+) -> Table:
+    """A table of plain text, numbers at the right and the columns of `left` at the left; what is too long is folded."""
+    table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(head):
+        table.add_column(escape(name), justify="left" if index in left else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def _one_line(text: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from collections.abc import Callable, Sequence
@@ -79,14 +80,10 @@ def with_mode(config: TrainConfig) -> TrainConfig:
 def named_metric(name: str, paths: Sequence[str] = ()) -> Any:
     """The metric called val/accuracy, say: from `paths`, a dotted path, or llmft.metrics; None if unknown."""
     last = name.rpartition("/")[2]
-    try:
-        if "." in last:
-            return find(last, "metric", "metric")
-        return find(next(path for path in paths if path.rpartition(".")[2] == last), "task.metrics", "metric")
-    except (StopIteration, ConfigError):
-        pass
-    modules = [
-        importlib.import_module(f"llmft.metrics.{info.name}") for info in pkgutil.iter_modules(llmft.metrics.__path__)
-    ]
-    candidates = [metric for module in modules if (metric := getattr(module, last, None)) is not None]
+    dotted = last if "." in last else next((path for path in paths if path.rpartition(".")[2] == last), None)
+    if dotted is not None:
+        with contextlib.suppress(ConfigError):
+            return find(dotted, "metric" if dotted == last else "task.metrics", "metric")
+    names = [f"llmft.metrics.{info.name}" for info in pkgutil.iter_modules(llmft.metrics.__path__)]
+    candidates = [metric for module in names if (metric := getattr(importlib.import_module(module), last, None))]
     return candidates[0] if len({declared(metric) for metric in candidates}) == 1 else None

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
 from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
-from llmft.metrics.classification import area_under_roc
+from llmft.metrics.classification import areas_under_roc
 
 
 @lower_is_better
@@ -37,7 +38,5 @@ def macro_f1(targets: Any, probabilities: Any) -> float:
 @higher_is_better
 def auc(targets: Any, probabilities: Any) -> float:
     """Area under the ROC curve, mean over the classes that some but not all rows have; NaN without any."""
-    truth, probabilities = np.asarray(targets) == 1, np.asarray(probabilities)
-    areas = [area_under_roc(truth[:, index], probabilities[:, index]) for index in range(truth.shape[1])]
-    defined = [area for area in areas if area is not None]
-    return float(np.mean(defined)) if defined else float("nan")
+    areas = areas_under_roc(np.asarray(targets) == 1, np.asarray(probabilities))
+    return float(np.mean(areas)) if areas else math.nan

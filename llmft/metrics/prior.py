@@ -132,12 +132,8 @@ def _interval(gains: np.ndarray, groups: Sequence[Any] | None) -> tuple[float, f
     """95% interval of the mean by Student's t, over groups of rows where there are any."""
     from scipy.stats import t
 
-    unit = (
-        np.unique([str(group) for group in groups], return_inverse=True)[1]
-        if groups is not None
-        else np.arange(len(gains))
-    )
-    sums = np.bincount(unit, weights=gains - gains.mean())
+    names = np.arange(len(gains)) if groups is None else np.array(list(map(str, groups)))
+    sums = np.bincount(np.unique(names, return_inverse=True)[1], weights=gains - gains.mean())
     if len(sums) < 2:
         return math.nan, math.nan
     half = t.ppf(0.975, len(sums) - 1) * math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(gains)

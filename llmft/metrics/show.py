@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
-from rich.table import Table
 
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.metrics.prior import chance_sentence, is_better
 
 
@@ -31,20 +29,15 @@ def show_summary(
     if blank:
         after = {name: value for name, value in after.items() if not name.startswith("val/")}
         screen.print("Validation metrics are not reported, because those rows are trained on.")
-    table = Table(title="result", title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("metric")
-    table.add_column("before", justify="right")
-    table.add_column("after", justify="right", style="bold")
-    if chance:
-        table.add_column("prior", justify="right")
+    rows = []
     for name, value in after.items():
-        value_before, (split, _, metric) = before.get(name), name.partition("/")
-        row = ["" if value_before is None else f"{value_before:.4f}", "not finite" if value is None else f"{value:.4f}"]
-        if chance:
-            of_split = chance.get(split, {})
-            prior = of_split.get("prior_loss") if metric == "loss_nats" else of_split.get("metrics", {}).get(metric)
-            row.append("" if prior is None else f"{prior:.4f}")
-        table.add_row(name, *row)
+        split, _, metric = name.partition("/")
+        of_split = chance.get(split, {})
+        prior = of_split.get("prior_loss") if metric == "loss_nats" else of_split.get("metrics", {}).get(metric)
+        numbers = ["" if number is None else f"{number:.4f}" for number in (before.get(name), value, prior)]
+        rows.append([name, numbers[0], numbers[1] or "not finite", *(numbers[2:] if chance else [])])
+    table = text_table(["metric", "before", "after", *(["prior"] if chance else [])], rows, "result")
+    table.columns[2].style = "bold"
     if after:
         screen.print(table)
     show_chance(screen, chance)

@@ -83,15 +83,11 @@ def sharpened_cosine(
     _check(references, predictions)
     model = _encoder(encoder)
     options = {"normalize_embeddings": True, "show_progress_bar": False, "batch_size": 64}
-    reference_vectors, predicted_vectors = (
-        model.encode(list(references), **options),
-        model.encode(list(predictions), **options),
+    first, second = (
+        np.asarray(model.encode(list(texts), **options), np.float64) for texts in (references, predictions)
     )
-    cosine = np.clip(
-        (np.asarray(reference_vectors, np.float64) * np.asarray(predicted_vectors, np.float64)).sum(axis=1), -1.0, 1.0
-    )
-    scores: list[float] = (np.sign(cosine) * np.abs(cosine) ** exponent).tolist()
-    return scores
+    cosine = np.clip((first * second).sum(axis=1), -1.0, 1.0)
+    return (np.sign(cosine) * np.abs(cosine) ** exponent).tolist()
 
 
 def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
@@ -118,12 +114,11 @@ sharpened_cosine.ready = encoder_ready  # type: ignore[attr-defined]
 @lru_cache(maxsize=1)
 def _encoder(name: str) -> Any:
     encoder_ready(name)
-    key = "task.metric_options.sharpened_cosine.encoder"
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.") from None
+    from sentence_transformers import SentenceTransformer
+
     from llmft.data.hub import online_or_cached
+
+    key = "task.metric_options.sharpened_cosine.encoder"
 
     def load() -> Any:
         return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)

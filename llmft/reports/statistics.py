@@ -27,7 +27,7 @@ Who looks early, looks more than once: with `looks` declared each look has its s
 `looks="any"` the critical value is that of a confidence sequence, which holds at every number of runs: a t test's Bayes
 factor with the right Haar prior on the spread and a normal prior of `PRIOR_VARIANCE` on the effect, against 1/level.
 
-`llmft.reports.calibration` measures all of this; its tables are in sweeps/README.md.
+`tests.bench.calibration` measures all of this; its tables are in sweeps/README.md.
 """
 
 from __future__ import annotations

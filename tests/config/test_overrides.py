@@ -19,7 +19,7 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from llmft.completion import SCRIPTS, candidates
+from llmft.completion import candidates, script
 from llmft.config.commands import PredictConfig
 from llmft.config.invocation import COMMANDS, Invocation
 from llmft.config.overrides import as_override, hydra_arguments, kinds_of, quoted, unquoted
@@ -325,7 +325,7 @@ class TestCompletion:
         ],
     )
     def test_bash_completes(self, line: str, words: list[str], replies: list[str], tmp_path: Path) -> None:
-        (tmp_path / "script").write_text(SCRIPTS["bash"].replace("PYTHON", sys.executable))
+        (tmp_path / "script").write_text(script("bash"))
         driver = """
             source ./script
             line=$1; shift
@@ -348,7 +348,7 @@ class TestCompletion:
     @pytest.mark.slow
     def test_zsh_completes(self, tmp_path: Path) -> None:
         setup = 'autoload -Uz compinit; compinit -u -D; PS1=READY; llmft() { print "GOT:$*:" }\n'
-        (tmp_path / ".zshrc").write_text(setup + SCRIPTS["zsh"].replace("PYTHON", sys.executable))
+        (tmp_path / ".zshrc").write_text(setup + script("zsh"))
         driver = r"""
             zmodload zsh/zpty; zpty -b shell zsh -d -i
             wait_for() {

@@ -60,7 +60,7 @@ def test_area_accuracy_f1_and_calibration_are_torchmetrics() -> None:
 
 def test_the_area_of_a_single_class_is_not_a_number_and_ties_count_half() -> None:
     assert math.isnan(classification.auc([0, 0], np.asarray([[0.5, 0.5], [0.6, 0.4]])))
-    assert classification.area_under_roc(np.asarray([True, False]), np.asarray([1.0, 1.0])) == 0.5
+    assert classification.areas_under_roc(np.asarray([[True], [False]]), np.ones((2, 1))) == [0.5]
 
 
 def test_confusion_counts_true_by_likeliest() -> None:

@@ -13,7 +13,6 @@ from scipy import stats
 from llmft.config.sections import Mode
 from llmft.core.errors import ConfigError, DataError
 from llmft.metrics import classification
-from llmft.reports.calibration import Setting, false_winners, many, with_looks, without_difference
 from llmft.reports.numbers import Published, judge_numbers
 from llmft.reports.statistics import (
     Replicate,
@@ -28,6 +27,7 @@ from llmft.reports.statistics import (
     seeds_matter,
 )
 from llmft.reports.verdicts import Verdict, judge_samples, sentence
+from tests.bench.calibration import Setting, false_winners, many, with_looks, without_difference
 
 
 def sample(name: str, values: list[float], part: str = "", **more: Any) -> Sample:

@@ -124,9 +124,7 @@ class OwnSweeper(Sweeper):
         fixed = fixed_overrides(self.config)
         if self.settings.sampler is None:
             jobs = combinations(overrides)
-            if here:
-                return run_grid(planner, jobs, fixed)
-            return run_elsewhere(planner, jobs, fixed, self.launcher)
+            return run_grid(planner, jobs, fixed) if here else run_elsewhere(planner, jobs, fixed, self.launcher)
         if not here:
             name = self.config.hydra.runtime.choices.get("hydra/launcher")
             raise ConfigError(
@@ -180,8 +178,8 @@ def _item(value: Any, *, text: bool) -> str:
 
 def fixed_overrides(config: Any) -> list[str]:
     """What the command line says for all trials alike."""
-    told: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${…} in one is text here
-    return [str(override) for override in told]
+    overrides: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # ${…} in one is text here
+    return list(map(str, overrides))
 
 
 def make_planner(loader: Any, master: Any, invocation: Invocation) -> Planner:

@@ -1,6 +1,6 @@
 """How often the verdicts are wrong, and how often they find what is there: a simulation.
 
-    python -m llmft.reports.calibration [sweeps=1000] [seed=0] [part=false|power|looks]
+    python -m tests.bench.calibration [sweeps=1000] [seed=0] [part=false|power|looks]
 
 prints the tables of sweeps/README.md. A simulated sweep has one better configuration or none. The noise of runs is
 Gaussian, Student's t with 3 degrees of freedom, skewed (log-normal) or has two modes; spreads are alike or differ
