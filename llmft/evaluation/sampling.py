@@ -77,8 +77,8 @@ def run_samples(job: SampleJob, screen: Screen) -> dict[str, Any]:
             for part, path in missing:
                 write_table(path, writer.part(part))
             columns = _joined([read_table(path) for path in paths])
-            for judge, scores in _scored(unjudged, job, columns, writer, screen):
-                write_table(_scores_file(folder, judge), {"score": scores})
+            for judge, column in _scored(unjudged, job, columns, writer, screen):
+                write_table(_scores_file(folder, judge), {"score": column})
         finally:
             writer.close()
     columns = _joined([read_table(path) for path in paths])
