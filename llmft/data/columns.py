@@ -382,7 +382,9 @@ class ColumnMap:
         least = 1 if self.lenient else 2
         if not isinstance(values, list) or len(values) < least:
             raise ValueError(f"'{name}' holds no list of {least} answers or more")
-        return [self._answer(replace(row, values={name: value}), name, messages) for value in values]
+        answers = [self._answer(replace(row, values={name: value}), name, messages) for value in values]
+        differing(answers)  # by their numbers in the file, before they are ranked
+        return answers
 
     def _answer(self, row: Row, name: str, messages: list[Message]) -> str:
         """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""

@@ -21,12 +21,13 @@ PRIOR = "prior"
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, column titles and lines of text."""
+    """A heading, column titles and lines of text; `sentences` are wrapped where numbers stand right."""
 
     title: str
     note: str
     head: list[str]
     lines: list[list[str]]
+    sentences: bool = False
 
 
 def metric_tables(study: Study) -> list[Table]:

@@ -24,7 +24,8 @@ def answers_table(study: Study) -> Table | None:
     if len(kept) < 2:
         return None
     note = "Means over the runs, on the validation rows; log-probabilities are those of whole answers."
-    return Table("Compared answers", note, [head[i] for i in kept], [[line[i] for i in kept] for line in lines])
+    lines = [[line[column] for column in kept] for line in lines]
+    return Table("Compared answers", note, [head[column] for column in kept], lines, sentences=True)
 
 
 def _mean(runs: Sequence[RunRecord], when: str) -> dict[str, float]:

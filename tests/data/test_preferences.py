@@ -93,6 +93,8 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
         (PAIRS, {"chosen": "c", "rejected": "r"}, {"c": "no turns", "r": "b"}, "'c' holds no whole conversation"),
         (PAIRS, {**PROMPTED, "degree": "d"}, {"p": "Q", "c": "a", "r": "b", "d": "beter"}, "did you mean better"),
         (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": "much"}, "'m' holds 'much'"),
+        (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "x ", "y"], "s": [1, 2, 3]},
+         "answers 1 and 2 are equal"),
         (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "y"], "s": [1]},
          "1 scores for 2 candidates"),
         (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "y"], "s": [1, 1]},
@@ -179,6 +181,28 @@ def test_rows_of_one_prompt_stay_on_one_side_and_an_answer_is_never_cut(tmp_path
                 decoded = encoded.tokenizer.decode(ids)
                 assert text.strip() in decoded
                 assert ids[-1] in encoded.ends.ids
+
+
+def test_a_prompt_whose_end_joins_an_answer_has_its_own_tokens_before_both(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Text {n}: the hors", "chosen": "e sat", "rejected": f"{n} sat"} for n in range(30)]
+    turns = "{% if message.role == 'user' %}{{ message.content }}{% else %}"
+    answer = "{% generation %}{{ message.content }}{{ eos_token }}{% endgeneration %}{% endif %}"
+    template = f"{{% for message in messages %}}{turns}{answer}{{% endfor %}}"
+    config = compose(
+        "task=dpo", "data=preference", pairs_file(tmp_path / "rows.jsonl", rows), f'prompt.template="{template}"',
+        "data.cache=false", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    encoded = read_rows(prepare(config, open_directory=False), print)
+    assert encoded.encoder.lengths["train"].rows_joined > 0
+    for example in encoded.splits["train"]:
+        assert example.segments is not None
+        ids = np.asarray(example.input_ids)
+        texts = [encoded.tokenizer.decode(ids[example.segments == part]) for part in range(3)]
+        prompt = str(example.conversation.messages[0]["content"])
+        alone = encoded.tokenizer(prompt, add_special_tokens=False).input_ids
+        assert ids[example.segments == 0].tolist() == alone
+        assert texts[1].strip() == "e sat</s>"
+        assert texts[2].endswith("sat</s>")
 
 
 def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) -> None:
