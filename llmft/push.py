@@ -29,11 +29,11 @@ def push(config: PushConfig) -> None:
             if path.is_file():
                 screen.print(f"  {path.stat().st_size:>14,} bytes  {path.relative_to(folder)}")
         screen.print("", (folder / "README.md").read_text(encoding="utf-8").replace("[", "\\["))
-        kind = "private" if config.private else "PUBLIC"
         if not config.send:
+            kind = "private" if config.private else "PUBLIC"
             screen.print(f"[bold]nothing was sent[/bold]; send=true sends it to {config.repo} ({kind})")
             return
-        screen.print(f"[bold]sent[/bold]  {send(config, folder)} ({kind})")
+        screen.print(f"[bold]sent[/bold]  {send(config, folder)}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ Made for trying runs side by side. For many users an engine that is made for the
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
+import socket
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -16,9 +19,6 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, taken, with_lists
 from llmft.core.errors import ConfigError
-
-KEY = "LLMFT_API_KEY"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,36 +51,42 @@ def serve(config: ServeConfig) -> None:
     _answer(jobs, config, screen)
 
 
-def _answer(jobs: Any, config: ServeConfig, screen: Any) -> None:
-    import socket
-
-    from llmft.serving.start import open_all
-
+def _bound(config: ServeConfig) -> socket.socket:
+    """A socket at the address that is wanted; raises ConfigError where that is taken, before weights load."""
     listening = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        listening.bind((config.host, config.port))  # before the weights load
+        listening.bind((config.host, config.port))
     except OSError as error:
         raise ConfigError(
             f"host={config.host} port={config.port}: {error.strerror}; choose another, or port=0."
         ) from None
-    with listening:
+    return listening
+
+
+def _answer(jobs: Any, config: ServeConfig, screen: Any) -> None:
+    from llmft.serving.start import KEY, api_key, open_all
+
+    key = api_key(config, screen)
+    with _bound(config) as listening:
         screen.print("[dim]loading …[/dim]")
         runs = open_all(jobs, config)
         import uvicorn
+        from rich.markup import escape
 
         from llmft.serving.api import Api
         from llmft.serving.engine import Engine
 
-        key = os.environ.get(KEY)
         engine = Engine(runs, config.batch_size)
-        port = listening.getsockname()[1]
-        screen.print(f"[bold]serving[/bold]  http://{config.host}:{port}/v1", *(f"  model {run.name}" for run in runs))
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        address = f"http://{host}:{listening.getsockname()[1]}/v1"
+        screen.print(f"[bold]serving[/bold]  {escape(address)}", *(f"  model {escape(run.name)}" for run in runs))
+        body = json.dumps({"model": runs[0].name, "messages": [{"role": "user", "content": "Hello"}]})
+        bearer = f'-H "Authorization: Bearer ${KEY}" ' if key else ""
+        screen.print(f"try it  {escape(f'curl {address}/chat/completions {bearer}-d {shlex.quote(body)}')}")
         screen.print(
             f"key: {'as in ' + KEY if key else 'none is asked for; set ' + KEY + ' to ask for one'}; Ctrl-C ends"
         )
-        if config.host not in LOOPBACK and not key:
-            screen.warn(f"host={config.host}: everybody who reaches this machine may ask; set {KEY}.")
         settings = uvicorn.Config(
             Api(engine, config, key).app,
             log_level="warning",

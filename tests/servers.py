@@ -1,12 +1,17 @@
-"""Servers on this machine that answer badly, or not at all."""
+"""Servers on this machine: a small Hub to send to, and some that answer badly, or not at all."""
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Answer = Callable[[socket.socket], None]
 HEAD = b"HTTP/1.1 %b\r\nContent-Type: %b\r\nContent-Length: %d\r\nConnection: close\r\n%b\r\n"
@@ -76,3 +81,98 @@ def server(kind: str) -> Iterator[str]:
         yield url
         with suppress(OSError):
             listening.shutdown(socket.SHUT_RDWR)
+
+
+class Hub(ThreadingHTTPServer):
+    """As much of the Hub as a push needs: it keeps the files of one repository, and who asked for what.
+
+    Attributes:
+        public: whether the repository is there already, for all to see.
+        refusing: parts of paths that are answered with 401; `silent`: not at all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _HubHandler)
+        self.files: dict[str, bytes] = {}
+        self.tokens: set[str] = set()
+        self.created: dict[str, Any] = {}
+        self.public = False
+        self.refusing = self.silent = "nothing"
+        self.large: dict[str, bytes] = {}
+
+    @property
+    def address(self) -> str:
+        """What HF_ENDPOINT is set to."""
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _HubHandler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *arguments: Any) -> None:
+        """Says nothing."""
+
+    def do_GET(self) -> None:
+        private = not self.server.public
+        answers = {"/api/whoami-v2": {"name": "me"}, "/api/models/me/writers": {"id": "me/writers", "private": private}}
+        self._answer(answers.get(self.path.partition("?")[0]))
+
+    def do_PUT(self) -> None:
+        self.server.large[self.path.rpartition("/")[2]] = self._body()
+        self._answer({})
+
+    def do_POST(self) -> None:
+        body = self._body()
+        if self.path.endswith("/commit/main"):
+            for line in map(json.loads, body.splitlines()):
+                value = line["value"]
+                if line["key"] == "file":
+                    self.server.files[value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.server.files[value["path"]] = self.server.large[value["oid"]]
+            self._answer({"commitUrl": f"{self.server.address}/me/writers/commit/1", "commitOid": "1"})
+            return
+        asked = json.loads(body)
+        if self.path == "/api/repos/create":
+            self.server.created = asked
+            self._answer({"url": f"{self.server.address}/me/writers"})
+        elif "/preupload/" in self.path:
+            kinds = {True: "lfs", False: "regular"}
+            files = [
+                {"path": file["path"], "uploadMode": kinds[file["path"].endswith("safetensors")], "shouldIgnore": False}
+                for file in asked["files"]
+            ]
+            self._answer({"files": files})
+        elif self.path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**one, "actions": {"upload": {"href": f"{self.server.address}/large/{one['oid']}"}}}
+                for one in asked["objects"]
+            ]
+            self._answer({"transfer": "basic", "objects": objects})
+        else:
+            self._answer({})
+
+    def _body(self) -> bytes:
+        if re.search(self.server.silent, self.path):
+            time.sleep(20)
+        self.server.tokens.add(self.headers.get("Authorization", ""))
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _answer(self, content: dict[str, Any] | None) -> None:
+        refused = content is None or re.search(self.server.refusing, self.path)
+        text = json.dumps({"error": "not yours"} if refused else content).encode()
+        with suppress(OSError):  # a client that waited no longer
+            self.send_response(401 if refused else 200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+
+@contextmanager
+def hub() -> Iterator[Hub]:
+    """A Hub that ends with the block."""
+    with Hub() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()

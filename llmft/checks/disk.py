@@ -177,10 +177,12 @@ def _merged(run: Run) -> list[Deletable]:
 
 def _leftovers(run: Run) -> list[Deletable]:
     """Leftovers of kills and damage: damaged checkpoints, and half-written files of processes that are gone."""
-    half = [path for folder in ("", "checkpoints", "gguf") for path in sorted((run.directory / folder).glob(".*.tmp"))]
-    found = [*_all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")]
-    return found + [
-        Deletable(path, size_of(path), "what a kill left half written") for path in half if is_abandoned(path)
+    unfinished = [
+        path for folder in ("", "checkpoints", "gguf") for path in sorted((run.directory / folder).glob(".*.tmp"))
+    ]
+    damaged = [*_all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")]
+    return damaged + [
+        Deletable(path, size_of(path), "what a kill left half written") for path in unfinished if is_abandoned(path)
     ]
 
 

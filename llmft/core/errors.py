@@ -125,7 +125,7 @@ def report(error: BaseException) -> int:
     """Prints `error` for the user and returns the exit code."""
     error = as_user_error(error)
     if isinstance(error, KeyboardInterrupt):
-        print("\nInterrupted. The same command goes on from the newest checkpoint.", file=sys.stderr)
+        print("\nInterrupted. The same command goes on; a training does from its newest checkpoint.", file=sys.stderr)
         return 130
     trace = bool(os.environ.get("LLMFT_TRACE"))
     if isinstance(error, UserError):

@@ -28,6 +28,7 @@ from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.generate import generate
 from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
+from llmft.runs.directory import ForeignRun
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
@@ -49,7 +50,9 @@ class Predictor:
         self.located = locate(self.config.model)
         self._check_base()
         trained = job.run.adapter if self.config.lora.enabled else job.run.model
-        self.tokenizer = load_tokenizer(self.config.model, Located(trained, ""))
+        foreign = isinstance(job.run, ForeignRun)
+        has_tokenizer = not foreign or (trained / "tokenizer_config.json").is_file()
+        self.tokenizer = load_tokenizer(self.config.model, Located(trained, "") if has_tokenizer else self.located)
         prompt = prompt_format(with_options(self.config.prompt, job.target_model), self.tokenizer)
         data = self.config.data
         # Every row is predicted: one that training would have dropped is cut.
@@ -79,6 +82,7 @@ class Predictor:
             pad_id=self.tokenizer.pad_token_id,
             threads=options.threads,
             trained=trained,
+            foreign=foreign,
         )
         self.model = self.assembled.model
 

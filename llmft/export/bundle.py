@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform as machine
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import urllib.request
 import venv
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +25,15 @@ from packaging.utils import canonicalize_name
 from llmft.config.commands import BundleConfig
 from llmft.config.overrides import shipped_directory
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, UserError
+from llmft.core.errors import ConfigError
 from llmft.core.files import check_space, format_bytes, staged_directory
 from llmft.core.redaction import redact
 from llmft.data.hub import MODEL_FILES, PACKAGED, fingerprint, locate
+from llmft.export.targets import NotProved
 from llmft.runs.directory import Run, directories, finished_run
 from llmft.runs.predictions import Predictions
 
-PLACE = "@BUNDLE@"
+MARK = "@BUNDLE@"
 PROMPT = "Is this a test?"
 SCRIPT = """\
 #!/bin/sh
@@ -49,18 +52,12 @@ fi
 if [ ! -d "$out/run" ]; then
     cp -R "$here/run" "$out/run"
     chmod -R u+w "$out/run"
-    place=$(printf '%s' "$here" | sed 's/[&|\\\\]/\\\\&/g')
-    sed "s|@BUNDLE@|$place|" "$here/run/config.yaml" > "$out/run/config.yaml"
+    escaped=$(printf '%s' "$here" | sed 's/[&|\\\\]/\\\\&/g')
+    sed "s|@BUNDLE@|$escaped|" "$here/run/config.yaml" > "$out/run/config.yaml"
 fi
 export HF_HUB_OFFLINE=1 PYTHONPATH="$out/packages:$here/site${PYTHONPATH:+:$PYTHONPATH}"
 exec "$python" -m llmft.predict run="$out/run" "$@"
 """
-
-
-class NotProved(UserError):
-    """A bundle does not predict what its run predicts."""
-
-    exit_code = 1
 
 
 @dataclass(frozen=True)
@@ -103,7 +100,7 @@ def make(config: BundleConfig, screen: Screen) -> Path:
     parts = {
         "run": _size(path for path in _run_files(run)),
         "base": _size(_base_files(base)) if base is not None else 0,
-        "wheels": sum(wheel.size for wheel in wheels),
+        "wheels": sum(ThreadPoolExecutor(8).map(lambda wheel: wheel.size, wheels)),
     }
     for name, size in parts.items():
         screen.print(f"  {format_bytes(size):>10}  {name}{f' ({len(wheels)} packages)' if name == 'wheels' else ''}")
@@ -170,7 +167,7 @@ def _point_to(staged: Path) -> None:
     """Lets the run's config name the bundle's base, and its record that base's fingerprint."""
     path = staged / "run" / "config.yaml"
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["model"]["path"] = f"{PLACE}/base"
+    content["model"]["path"] = f"{MARK}/base"
     path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
     path = staged / "run" / "environment.json"
     content = json.loads(path.read_text(encoding="utf-8"))
@@ -183,18 +180,27 @@ def _point_to(staged: Path) -> None:
 
 def _target(config: BundleConfig) -> list[str]:
     """pip's arguments for a target that is not this machine."""
-    found = [] if config.python is None else ["--python-version", config.python]
-    return found + [word for name in config.platform for word in ("--platform", name)]
+    version = [] if config.python is None else ["--python-version", config.python]
+    return version + [word for name in config.platform for tag in tags_of(name) for word in ("--platform", tag)]
+
+
+def tags_of(platform: str) -> list[str]:
+    """The tags of the wheels that a platform takes: of older C libraries too (PEP 600), which pip does not add."""
+    match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
+    if match is None:
+        return [platform]
+    older = {17: ["manylinux2014"], 12: ["manylinux2010"], 5: ["manylinux1"]}
+    names = [name for minor in range(int(match[1]), 4, -1) for name in (f"manylinux_2_{minor}", *older.get(minor, []))]
+    return [f"{name}_{match[2]}" for name in names]
 
 
 def _pip(*arguments: str) -> str:
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or done.stderr.splitlines()
-        raise ConfigError(
-            f"wheels: pip failed ({redact(said[-1] if said else 'it said nothing')}); wheels=false leaves them out."
-        )
+        lines = done.stderr.splitlines() or ["no message"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        raise ConfigError(f"wheels: pip failed ({redact(reason)}); wheels=false leaves them out.")
     return done.stdout
 
 
@@ -203,54 +209,52 @@ def _wheels(config: BundleConfig) -> list[Wheel]:
     import importlib.metadata
 
     try:
-        needed = [Requirement(line) for line in importlib.metadata.requires("llmft") or []]
+        requirements = [Requirement(line) for line in importlib.metadata.requires("llmft") or []]
     except importlib.metadata.PackageNotFoundError:
         raise ConfigError(
             "wheels: llmft itself is not installed here (pip install -e .), so what it needs is unknown."
         ) from None
     skip = {canonicalize_name(name) for name in config.installed}
-    pins = []
-    for requirement in needed:
-        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        if canonicalize_name(requirement.name) not in skip:
-            pins.append(f"{requirement.name}=={importlib.metadata.version(requirement.name).partition('+')[0]}")
-    found = _resolved(pins, [])
+    names = [
+        canonicalize_name(requirement.name)
+        for requirement in requirements
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+    ]
+    pins = {n: f"{n}=={importlib.metadata.version(n).partition('+')[0]}" for n in names if n not in skip}
+    wheels = _resolved(pins.values(), [])
     if _target(config):
-        sources = [wheel for wheel in found.values() if not wheel.ready]
-        names = {canonicalize_name(wheel.name) for wheel in sources}
-        others = [pin for pin in pins if canonicalize_name(Requirement(pin).name) not in names]
-        others += [line for wheel in sources for line in wheel.requires if "extra ==" not in line]
-        found = _resolved(others, ["--only-binary=:all:", *_target(config)]) | {
-            canonicalize_name(wheel.name): wheel for wheel in sources
-        }
-    return reached(found, [canonicalize_name(Requirement(pin).name) for pin in pins], skip)
+        # What has no wheel at all is built here; the others, and what those need, are looked for again.
+        sources = {name: wheel for name, wheel in wheels.items() if not wheel.ready}
+        others = [pin for name, pin in pins.items() if name not in sources]
+        others += [line for wheel in sources.values() for line in wheel.requires if "extra ==" not in line]
+        wheels = _resolved(others, ["--only-binary=:all:", *_target(config)]) | sources
+    return reached(wheels, list(pins), skip)
 
 
-def _resolved(pins: list[str], target: list[str]) -> dict[Any, Wheel]:
+def _resolved(pins: Iterable[str], target: list[str]) -> dict[Any, Wheel]:
     """All packages that `pins` need, by name, as pip would install them."""
     with tempfile.TemporaryDirectory() as folder:
         target = [*target, "--target", folder] if target else []
-        told = _pip("install", "--dry-run", "--ignore-installed", "--report", "-", *target, *pins)
-    found = {}
-    for entry in json.loads(told)["install"]:
+        report = _pip("install", "--dry-run", "--ignore-installed", "--report", "-", *target, *pins)
+    wheels = {}
+    for entry in json.loads(report)["install"]:
         facts = entry["metadata"]
         requires = tuple(facts.get("requires_dist") or ())
         wheel = Wheel(facts["name"], facts["version"], entry["download_info"]["url"], requires)
-        found[canonicalize_name(wheel.name)] = wheel
-    return found
+        wheels[canonicalize_name(wheel.name)] = wheel
+    return wheels
 
 
-def reached(found: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
+def reached(wheels: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
     """The packages that `roots` need, past those that are there already and what only they need."""
     kept: dict[Any, Wheel] = {}
     waiting = list(roots)
     while waiting:
         name = waiting.pop()
-        if name in kept or name in skip or name not in found:
+        if name in kept or name in skip or name not in wheels:
             continue
-        kept[name] = found[name]
-        waiting += [canonicalize_name(Requirement(line).name) for line in found[name].requires]
+        kept[name] = wheels[name]
+        waiting += [canonicalize_name(Requirement(line).name) for line in wheels[name].requires]
     return [kept[name] for name in sorted(kept)]
 
 
@@ -272,17 +276,19 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
         if config.wheels:
             venv.create(folder / "env", with_pip=True, system_site_packages=bool(config.installed))
             python = str(folder / "env" / "bin" / "python")
-        environment = {"PATH": os.defpath, "HOME": name, "PYTHON": python, "PIP_NO_INDEX": "1"}
-        command = ["sh", str(bundle / "predict.sh"), str(folder / "out"), *_asked(config, "proof")]
+        environment = {"PATH": os.defpath, "HOME": name, "PYTHON": python}
+        environment |= {"PIP_NO_INDEX": "1", "PIP_CONFIG_FILE": os.devnull}
+        command = ["sh", str(bundle / "predict.sh"), str(folder / "out"), *_question(config, "proof")]
         done = subprocess.run(command, env=environment, cwd=name, capture_output=True, text=True)
         if done.returncode:
-            said = redact(done.stderr.strip().splitlines() or ["it said nothing"])
-            raise NotProved(f"the bundle does not predict: {said[-1]}; nothing was written.")
-        found = Predictions.load(folder / "out" / "run" / "predictions" / "proof")
-    same = found.predicted == expected.predicted if expected.problem == "text" else _near(found, expected)
+            lines = redact(done.stderr.strip().splitlines() or ["no message"])
+            raise NotProved(f"the bundle does not predict: {lines[-1]}; nothing was written.")
+        predictions = Predictions.load(folder / "out" / "run" / "predictions" / "proof")
+    text = expected.problem == "text"
+    same = predictions.predicted == expected.predicted if text else _near(predictions, expected)
     if not same:
         raise NotProved(
-            f"the bundle predicts {found.predicted}, and the run {expected.predicted}; nothing was written."
+            f"the bundle predicts {predictions.predicted}, and the run {expected.predicted}; nothing was written."
         )
     screen.print("  tried in an environment of its own, without an index: predicts as the run does")
 
@@ -290,17 +296,17 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
 def _expected(directory: Path, config: BundleConfig) -> Predictions:
     """What the run itself predicts here."""
     name = "bundle-proof"
-    command = [sys.executable, "-m", "llmft.predict", f"run={directory}", *_asked(config, name)]
+    command = [sys.executable, "-m", "llmft.predict", f"run={directory}", *_question(config, name)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
         raise ConfigError(f"run={directory}: it does not predict here: {(done.stderr.splitlines() or ['?'])[-1]}")
     path = directory / "predictions" / name
-    found = Predictions.load(path)
+    predictions = Predictions.load(path)
     shutil.rmtree(path)
-    return found
+    return predictions
 
 
-def _asked(config: BundleConfig, name: str) -> list[str]:
+def _question(config: BundleConfig, name: str) -> list[str]:
     threads = [f"threads={config.threads}"] if config.threads else []
     return [f"prompts=[{PROMPT!r}]", f"name={name}", f"accelerator={config.accelerator}", *threads]
 

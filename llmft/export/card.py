@@ -5,13 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from llmft.evaluation.predictor import Predictor
+from llmft.config.sections import TrainConfig
+from llmft.runs.directory import ForeignRun, Run
 
 CARD = """---
-library_name: {library}
-pipeline_tag: {task}
-{base}{license}tags:
-- llmft
+{head}
 ---
 
 # {name}
@@ -26,54 +24,61 @@ pipeline_tag: {task}
 """
 
 
-def text(name: str, what: str, predictor_config: Any, run: Any, facts: dict[str, str], library: str) -> str:
+def text(name: str, what: str, config: TrainConfig, run: Run, facts: dict[str, str], library: str) -> str:
     """A model card of the Hub; its numbers are those of run.json."""
-    config = predictor_config
-    base = f"base_model: {config.model.id}\n" if config.model.path is None else ""
-    known = config.model.license not in ("unknown", "")
-    license_ = f"license: {config.model.license}\n" if known else ""
+    from huggingface_hub import ModelCardData
+
+    model, on_hub = config.model, config.model.path is None
+    head = ModelCardData(
+        library_name=library,
+        pipeline_tag="text-generation" if config.task.auto_class == "causal_lm" else "text-classification",
+        base_model=model.id if on_hub else None,
+        license=model.license if model.license not in ("unknown", "") else None,
+        tags=["llmft"],
+    )
+    rows = {"base": model.id if on_hub else model.label, "licence of the base": model.license}
+    if isinstance(run, ForeignRun):
+        rows["method"] = f"LoRA r={config.lora.r}"
+    else:
+        rows |= {"data": config.data.name, "method": _method(config), "seed": str(config.seed)}
     result = run.status().get("result", {})
-    metrics = {key: value for key, value in (result.get("after") or {}).items() if isinstance(value, float)}
-    before = result.get("before") or {}
+    before, after = (
+        {k: v for k, v in (result.get(n) or {}).items() if isinstance(v, float)} for n in ("before", "after")
+    )
     table = ["| metric | before | after |", "|---|---|---|"]
-    table += [f"| {key} | {_number(before.get(key))} | {_number(value)} |" for key, value in sorted(metrics.items())]
-    rows = {
-        "base": config.model.id if config.model.path is None else config.model.label,
-        "licence of the base": config.model.license,
-        "data": config.data.name,
-        "method": _method(config),
-        "seed": str(config.seed),
-        **facts,
-    }
+    table += [f"| {key} | {_number(before.get(key))} | {_number(value)} |" for key, value in sorted(after.items())]
     return CARD.format(
-        library=library,
-        task="text-generation" if config.task.auto_class == "causal_lm" else "text-classification",
-        base=base,
-        license=license_,
+        head=head.to_yaml(),
         name=name,
         what=what,
-        facts="\n".join(f"| {key} | {value} |" for key, value in rows.items() if value),
-        metrics="\n".join(table) if metrics else "",
+        facts="\n".join(f"| {key} | {value} |" for key, value in {**rows, **facts}.items() if value),
+        metrics="\n".join(table) if after else "",
     )
 
 
-def _number(value: Any) -> str:
-    return f"{value:.4f}" if isinstance(value, (int, float)) else ""
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
-def _method(config: Any) -> str:
+def _method(config: TrainConfig) -> str:
     if not config.lora.enabled:
         return "all weights trained"
     return f"LoRA r={config.lora.r} on a base in {config.quantization.format.value}, rate {config.learning_rate.peak:g}"
 
 
-def write(directory: Path, facts: dict[str, Any], predictor: Predictor) -> None:
+def merged(config: TrainConfig) -> str:
+    """What a merged model is, in a sentence."""
+    return f"A fine-tuned language model{', its adapter merged into the weights' if config.lora.enabled else ''}."
+
+
+def write(directory: Path, facts: dict[str, Any], config: TrainConfig, run: Run) -> None:
     """Writes README.md beside merged weights."""
-    found = facts["proof"]
-    proof = f"KL {found['kl_nats']:.1e} nats per token, {found['argmax']:.2%} of {found['positions']} argmaxes the same"
-    stop = ", ".join(f"`{text}`" for text in facts["stop"])
-    what = "A fine-tuned language model, its adapter merged into the weights."
-    own = {"weights in": facts["dtype"], "compared with the run": proof, "stop strings": stop}
-    (directory / "README.md").write_text(
-        text(facts["run"], what, predictor.config, predictor.job.run, own, "transformers"), encoding="utf-8"
-    )
+    proof = facts["proof"]
+    rows = {
+        "weights in": facts["dtype"],
+        "compared with the run": f"KL {proof['kl_nats']:.1e} nats per token, "
+        f"{proof['argmax']:.2%} of {proof['positions']} argmaxes the same",
+        "stop strings": ", ".join(f"`{stop}`" for stop in facts["stop"]),
+    }
+    page = text(facts["run"], merged(config), config, run, rows, "transformers")
+    (directory / "README.md").write_text(page, encoding="utf-8")

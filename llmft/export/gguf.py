@@ -153,8 +153,8 @@ def source_of(path: Path) -> str | None:
     import gguf
 
     try:
-        found = gguf.GGUFReader(path).fields.get(SOURCE)
-        return None if found is None else str(found.contents())
+        field = gguf.GGUFReader(path).fields.get(SOURCE)
+        return None if field is None else str(field.contents())
     except Exception:
         return None  # whatever the package says of a file that is none
 
@@ -190,22 +190,22 @@ class Piece:
 
 def pieces(directory: Path) -> dict[str, Piece]:
     """All tensors of a model directory by name, unread."""
-    found: dict[str, Piece] = {}
+    tensors: dict[str, Piece] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            found |= {name: Piece(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
-    return found
+            tensors |= {name: Piece(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
+    return tensors
 
 
 Loaded = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
 
 
-def _tensors(found: dict[str, Piece], config: dict[str, Any]) -> Iterator[Loaded]:
+def _tensors(tensors: dict[str, Piece], config: dict[str, Any]) -> Iterator[Loaded]:
     """Name, shape and content of the tensors to write; the experts of a layer are stacked."""
     stacked: dict[str, list[Piece]] = {}
     count = config.get("num_local_experts") or 0
-    for name, piece in found.items():
+    for name, piece in tensors.items():
         if name.endswith(SKIPPED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
             continue
         expert = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
@@ -229,8 +229,8 @@ def _turned_shape(name: str, config: dict[str, Any]) -> bool:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    found = config.get("rope_parameters") or {}
-    return found.get("full_attention", found)
+    parameters = config.get("rope_parameters") or {}
+    return parameters.get("full_attention", parameters)
 
 
 def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         }
     rope = _rope(config)
     heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
-    found = {
+    values = {
         "block_count": config["num_hidden_layers"],
         "context_length": config["max_position_embeddings"],
         "embedding_length": width,
@@ -263,29 +263,17 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         raise ConfigError(f"format=gguf: query_pre_attn_scalar={scale} is no size of a head, which llama.cpp assumes.")
     if arch in ("gemma", "gemma2"):
         if arch == "gemma2":
-            found |= {
+            values |= {
                 "attn_logit_softcapping": config["attn_logit_softcapping"],
                 "final_logit_softcapping": config["final_logit_softcapping"],
                 "sliding_window": config["sliding_window"],
             }
-        return found
-    found |= {"rope_freq_base": rope.get("rope_theta"), **_scaling(rope)}
+        return values
+    values |= {"rope_freq_base": rope.get("rope_theta"), **_scaling(rope)}
     if arch == "phi3":
-        share = rope.get("partial_rotary_factor") or get("partial_rotary_factor") or 1.0
-        before = rope.get("original_max_position_embeddings") or get("original_max_position_embeddings")
-        scale = config["max_position_embeddings"] / (before or config["max_position_embeddings"])
-        attention = math.sqrt(1 + math.log(scale) / math.log(before)) if before and scale > 1 else 1.0
-        found |= {
-            "key_length": None,
-            "value_length": None,
-            "rope_scaling_type": None,
-            "rope_scaling_orig_ctx_len": before or config["max_position_embeddings"],
-            "rope_dimension_count": int(share * width) // heads,
-            "sliding_window": get("sliding_window") or 0,
-            "rope_scaling_attn_factors": attention if rope.get("long_factor") else None,
-        }
+        values |= _phi3(config, rope)
     if arch == "llama":
-        found |= {
+        values |= {
             "vocab_size": config["vocab_size"],
             "rope_dimension_count": get("head_dim") or width // heads,
             "expert_count": get("num_local_experts"),
@@ -293,9 +281,27 @@ def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
         }
     if arch == "gemma3":
         local = (get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
-        found |= {"sliding_window": get("sliding_window"), "rope_freq_base_swa": local}
-        found |= {"final_logit_softcapping": get("final_logit_softcapping")}
-    return found
+        values |= {"sliding_window": get("sliding_window"), "rope_freq_base_swa": local}
+        values |= {"final_logit_softcapping": get("final_logit_softcapping")}
+    return values
+
+
+def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
+    """Phi 3's: partly rotated heads, and positions squeezed by factors of two kinds."""
+    longest, width = config["max_position_embeddings"], int(config["hidden_size"])
+    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
+    trained = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    scale = longest / (trained or longest)
+    attention = math.sqrt(1 + math.log(scale) / math.log(trained)) if trained and scale > 1 else 1.0
+    return {
+        "key_length": None,
+        "value_length": None,
+        "rope_scaling_type": None,
+        "rope_scaling_orig_ctx_len": trained or longest,
+        "rope_dimension_count": int(share * width) // int(config["num_attention_heads"]),
+        "sliding_window": config.get("sliding_window") or 0,
+        "rope_scaling_attn_factors": attention if rope.get("long_factor") else None,
+    }
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
@@ -337,14 +343,14 @@ def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tenso
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    before = rope["original_max_position_embeddings"]
-    made = []
+    trained = rope["original_max_position_embeddings"]
+    factors = []
     for frequency in frequencies:
         length = 2 * math.pi / frequency
-        smooth = (before / length - low) / (high - low)
+        smooth = (trained / length - low) / (high - low)
         inside = 1 / ((1 - smooth) / factor + smooth)
-        made.append(1 if length < before / high else factor if length > before / low else inside)
-    return torch.tensor(made, dtype=torch.float32)
+        factors.append(1 if length < trained / high else factor if length > trained / low else inside)
+    return torch.tensor(factors, dtype=torch.float32)
 
 
 # ------------------------------------------------------------------------------------------------------- vocabulary

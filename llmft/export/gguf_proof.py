@@ -19,8 +19,7 @@ from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import gguf, merge
 from llmft.export.llamacpp import LlamaCpp, is_installed
-from llmft.export.merge import NotProved
-from llmft.export.targets import QUANTIZED
+from llmft.export.targets import QUANTIZED, NotProved
 from llmft.model.families import base_of
 from llmft.model.load import drop_base
 
@@ -61,7 +60,7 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
     if config.format is MergeFormat.gguf_adapter:
         _export_adapter(job, config, screen, target)
         return
-    source = canonical([job.run.digests(), config.base.value])
+    source = canonical([job.run.digests(), config.base.value, config.type])
     if not config.force and gguf.source_of(target) == source:
         screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
         return
@@ -100,15 +99,15 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
 
 
 def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig, screen: Screen) -> None:
-    found = compare(prepared, file)
+    proof = compare(prepared, file)
     prepared.predictor.model = None
-    screen.print(f"  {kind}; in llama.cpp, on {prepared.questions.source}: {found}")
+    screen.print(f"  {kind}; in llama.cpp, on {prepared.questions.source}: {proof}")
     bound = config.bound or BOUNDS.get(kind, float("inf"))
     if config.base is MergeBase.original and config.bound is None:
         screen.warn(merge.COST)
-    elif found.tokens_same < found.texts or found.mean_difference > bound:
+    elif proof.tokens_same < proof.texts or proof.mean_difference > bound:
         raise NotProved(
-            f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {found}, and the bound "
+            f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {proof}, and the bound "
             f"is {bound:.0e}; nothing was written."
         )
 
@@ -120,23 +119,25 @@ def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -
     longest = max((len(ids) for ids in questions.prompts), default=1)
     engine = LlamaCpp(file, max(256, longest + count + 8), adapter)
     tokens = texts = 0
-    apart: list[float] = []
+    differences: list[float] = []
     for number, ids in enumerate(questions.prompts):
         text = predictor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        own = predictor.tokenizer(text, add_special_tokens=False).input_ids
-        tokens += engine.tokens(text) == own
-        found = engine.generate(ids, count)
+        expected_ids = predictor.tokenizer(text, add_special_tokens=False).input_ids
+        tokens += engine.tokens(text) == expected_ids
+        generated = engine.generate(ids, count)
         expected = answers.texts[number]
         same = 0
-        for (token, probability), mine, value in zip(found, expected, answers.probabilities[number], strict=False):
+        for (token, probability), expected_token, value in zip(
+            generated, expected, answers.probabilities[number], strict=False
+        ):
             if probability is not None:  # of the best token, also where it is another one
-                apart.append(abs(probability - value))
-            if token != mine:
+                differences.append(abs(probability - value))
+            if token != expected_token:
                 break
             same += 1
         texts += same == len(expected)
-    mean = sum(apart) / max(1, len(apart))
-    return Proof(tokens, texts, len(questions.prompts), mean, max(apart, default=0.0))
+    mean = sum(differences) / max(1, len(differences))
+    return Proof(tokens, texts, len(questions.prompts), mean, max(differences, default=0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- adapter
@@ -176,7 +177,7 @@ def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tens
     """LoRA's (A, B) by weight, and the alpha with which llama.cpp scales them as PEFT does."""
     from peft.tuners.lora.layer import LoraLayer
 
-    made, scaling = {}, 1.0
+    factors, scaling = {}, 1.0
     for name, layer in base_of(model).named_modules():
         if not isinstance(layer, LoraLayer):
             continue
@@ -184,7 +185,7 @@ def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tens
             raise ConfigError(f"format=gguf_adapter: a LoRA on {name} is not read by llama.cpp; use format=gguf.")
         (adapter,) = layer.active_adapters
         scaling = layer.scaling[adapter]
-        made[f"{name}.weight"] = (
+        factors[f"{name}.weight"] = (
             *(getattr(layer, half)[adapter].weight.detach().cpu() for half in ("lora_A", "lora_B")),
         )
-    return made, scaling * job.config.lora.r
+    return factors, scaling * job.config.lora.r

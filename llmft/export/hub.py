@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +11,9 @@ from pathlib import Path
 from llmft.config.commands import PushConfig, Pushed
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
+from llmft.core.network import STALLED_S, NoAnswer, ask
 from llmft.core.redaction import redact
+from llmft.data.hub import PROBE_TIMEOUT_S
 from llmft.export import card
 from llmft.export.template import without_marks
 from llmft.runs.directory import Run, directories, finished_run
@@ -65,41 +65,54 @@ def _page(run: Run, config: TrainConfig, push: PushConfig) -> str:
     library = "peft" if push.what is Pushed.adapter and config.lora.enabled else "transformers"
     what = {
         Pushed.adapter: "A LoRA adapter." if config.lora.enabled else "A fine-tuned language model.",
-        Pushed.merged: "A fine-tuned language model, its adapter merged into the weights.",
+        Pushed.merged: card.merged(config),
         Pushed.gguf: "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
     }[push.what]
     return card.text(push.repo.rpartition("/")[2], what, config, run, {}, library)
 
 
 def send(config: PushConfig, folder: Path) -> str:
-    """Uploads `folder`; returns its address.
+    """Uploads `folder`; returns its address and who can see it.
 
     Raises ConfigError in one sentence where the Hub cannot be reached, or refuses.
     """
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError
 
+    token = huggingface_hub.get_token()
     if constants.HF_HUB_OFFLINE:
         raise ConfigError(f"repo={config.repo}: HF_HUB_OFFLINE is set; unset it to send something.")
-    if huggingface_hub.get_token() is None:
+    if token is None:
         raise ConfigError(f"repo={config.repo}: nobody is logged in; `hf auth login`, or HF_TOKEN in the environment.")
-    api = huggingface_hub.HfApi(library_name="llmft")
-    with tempfile.TemporaryDirectory(prefix="llmft-push-") as name:
-        for path in folder.iterdir():  # what is uploaded are files, not links
-            target = path.resolve()
-            try:
-                os.link(target, Path(name) / path.name)
-            except OSError:
-                shutil.copyfile(target, Path(name) / path.name)
-        try:
-            made = api.create_repo(config.repo, private=config.private, exist_ok=True)
-            if config.private and not api.repo_info(config.repo).private:
-                raise ConfigError(f"repo={config.repo}: it is there already, and public; private=false sends to it.")
-            api.upload_folder(repo_id=config.repo, folder_path=name, commit_message="llmft: a run")
-        except ConfigError:
-            raise
-        except (HfHubHTTPError, OSError, ValueError) as error:
-            said = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} could not take it ({said[:200]}).") from None
-    return str(made)
+    _check_token(config.repo, constants.ENDPOINT, token)
+    huggingface_hub.get_session().timeout = STALLED_S  # it has none of its own
+    api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT, token=token, library_name="llmft")
+    try:
+        address = api.create_repo(config.repo, private=config.private, exist_ok=True)
+        private = api.repo_info(address.repo_id).private
+        if config.private and not private:
+            raise ConfigError(f"repo={config.repo}: it is there already, and public; private=false sends to it.")
+        api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="llmft: a run")
+    except ConfigError:
+        raise
+    except Exception as error:  # of the Hub, of its client, and of the client's client
+        reason = error.__cause__ or error
+        line = (str(reason).splitlines() or [""])[0] or type(reason).__name__
+        raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} did not take it ({line[:200]}).") from None
+    return f"{address} ({'private' if private else 'PUBLIC'})"
+
+
+def _check_token(repo: str, endpoint: str, token: str) -> None:
+    """Asks the Hub who we are, before its client begins to try again and again."""
+    try:
+        headers = {"Authorization": f"Bearer {token}"}
+        status, content = ask(f"{endpoint}/api/whoami-v2", PROBE_TIMEOUT_S, headers=headers)
+        known = status == 200 and "name" in json.loads(content)
+    except NoAnswer as error:
+        raise ConfigError(f"repo={repo}: {endpoint} cannot be reached ({error}); nothing was sent.") from None
+    except (ValueError, TypeError):
+        known = False
+    if status == 401:
+        raise ConfigError(f"repo={repo}: {endpoint} does not know this token; `hf auth login` with one that may write.")
+    if not known:
+        raise ConfigError(f"repo={repo}: {endpoint} gives no Hub's answer (status {status}); nothing was sent.")

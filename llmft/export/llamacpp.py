@@ -22,18 +22,18 @@ class LlamaCpp:
     def __init__(self, path: Path, context_tokens: int, adapter: Path | None = None) -> None:
         import xllamacpp
 
-        given = xllamacpp.CommonParams()
-        given.model.path = str(path)
-        given.n_ctx = context_tokens
-        given.n_parallel, given.n_gpu_layers, given.verbosity, given.warmup = 1, 0, -1, False
-        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = torch.get_num_threads()
-        given.cache_type_k = given.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-        given.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        parameters = xllamacpp.CommonParams()
+        parameters.model.path = str(path)
+        parameters.n_ctx = context_tokens
+        parameters.n_parallel, parameters.n_gpu_layers, parameters.verbosity, parameters.warmup = 1, 0, -1, False
+        parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
+        parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         if adapter is not None:
             lora = xllamacpp.CommonAdapterLoraInfo()
             lora.path, lora.scale = str(adapter), 1.0
-            given.lora_adapters = [lora]
-        self.server = xllamacpp.Server(given)
+            parameters.lora_adapters = [lora]
+        self.server = xllamacpp.Server(parameters)
 
     def tokens(self, text: str) -> list[int]:
         """The tokens of a prompt, in which special ones are written out."""
@@ -47,12 +47,14 @@ class LlamaCpp:
     def generate(self, ids: list[int], count: int) -> list[tuple[int, float | None]]:
         """Greedy tokens behind `ids`, each with its log-probability, which parts of a character have none of."""
         request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}
-        found = self._post("/completion", {**request, "cache_prompt": False})
-        told = [(int(one["id"]), float(one["logprob"])) for one in found["completion_probabilities"]]
-        made: list[tuple[int, float | None]] = []
-        for token in found["tokens"]:
-            made.append(told.pop(0) if told and told[0][0] == token else (int(token), None))
-        return made
+        answer = self._post("/completion", {**request, "cache_prompt": False})
+        probabilities = [(int(one["id"]), float(one["logprob"])) for one in answer["completion_probabilities"]]
+        tokens: list[tuple[int, float | None]] = []
+        for token in answer["tokens"]:
+            tokens.append(
+                probabilities.pop(0) if probabilities and probabilities[0][0] == token else (int(token), None)
+            )
+        return tokens
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         request = urllib.request.Request(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,12 +15,13 @@ from llmft import __version__
 from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
 from llmft.config.sections import Precision, QuantizationConfig, QuantizationFormat
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, UserError
+from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes, staged_directory
+from llmft.core.machine import available_memory
 from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import card, proof, template, weights
-from llmft.export.targets import FACTS
+from llmft.export.targets import DTYPE_NAMES, FACTS, NotProved
 from llmft.model.families import base_of
 from llmft.model.load import drop_base, pick_device, pick_precision
 from llmft.model.meta import auto_model
@@ -30,13 +29,6 @@ from llmft.model.meta import auto_model
 FP16_HEADROOM = 65504 / 2
 """Numbers inside the model above it: computed in fp16, other texts would overflow."""
 COST = "base=original: the adapter was trained on the quantised base; the numbers above are its cost."
-DTYPES = {Stored.fp16: torch.float16, Stored.bf16: torch.bfloat16, Stored.fp32: torch.float32}
-
-
-class NotProved(UserError):
-    """An exported model is not the run."""
-
-    exit_code = 1
 
 
 @dataclass
@@ -76,10 +68,10 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
         answers = proof.answers_of_run(predictor, questions)
         if config.base is MergeBase.original:
             source = _on_original(predictor, job, config)
-        made = weights.plain(source.model, str(job.config.task.auto_class))
-        _describe(made.config, predictor, job)
-        stored = _write_weights(source.model, made, directory, config, answers, screen)
-        notes = _write_rest(predictor, source, directory, made)
+        plain = weights.plain(source.model, str(job.config.task.auto_class))
+        _describe(plain.config, predictor, job)
+        stored = _write_weights(source.model, plain, directory, config, answers, screen)
+        notes = _write_rest(predictor, source, directory, plain)
         for note in notes:
             screen.warn(note)
     finally:
@@ -128,16 +120,18 @@ def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) 
 
 
 def _write_weights(
-    model: Any, made: weights.Plain, directory: Path, config: MergeConfig, answers: proof.Answers, screen: Screen
+    model: Any, plain: weights.Plain, directory: Path, config: MergeConfig, answers: proof.Answers, screen: Screen
 ) -> torch.dtype:
     """Writes in fp16 where the range of weights and of what is computed allows, else in bf16; returns which."""
-    wanted = [DTYPES[config.dtype]] if config.dtype is not Stored.auto else [torch.float16, torch.bfloat16]
-    if config.dtype is Stored.auto and answers.largest > FP16_HEADROOM:
+    dtypes = [torch.float16, torch.bfloat16]
+    if config.dtype is not Stored.auto:
+        dtypes = [getattr(torch, DTYPE_NAMES[config.dtype])]
+    elif answers.largest > FP16_HEADROOM:
         screen.print(f"bf16: numbers up to {answers.largest:,.0f} are computed inside, near the end of fp16's range")
-        wanted = [torch.bfloat16]
-    for dtype in wanted:
+        dtypes = [torch.bfloat16]
+    for dtype in dtypes:
         try:
-            weights.write(model, made, directory, dtype)
+            weights.write(model, plain, directory, dtype)
             return dtype
         except weights.Overflow as error:
             for path in directory.glob("*.safetensors"):
@@ -162,14 +156,14 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
 
-def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: weights.Plain) -> list[str]:
+def _write_rest(predictor: Predictor, source: Predictor, directory: Path, plain: weights.Plain) -> list[str]:
     """Tokenizer, template and generation's defaults; returns what is to be told."""
     tokenizer = copy.deepcopy(predictor.tokenizer)
     ends, prompt = predictor.encoder.ends, predictor.encoder.prompt.config
     tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
     if predictor.config.task.writes:
-        own = _prompts(predictor)
-        template.check_template(tokenizer, own, predictor.job.run.directory)
+        prompts = _prompts(predictor)
+        template.check_template(tokenizer, prompts, predictor.job.run.directory)
     tokenizer.save_pretrained(directory)
     original = predictor.located.directory
     trained = predictor.config.model.train_tokenizer_vocab
@@ -189,15 +183,15 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path, made: 
 def _prompts(predictor: Predictor) -> list[tuple[list[dict[str, Any]], str]]:
     """A conversation of two turns, and what the run's format makes of it."""
     turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
-    found = []
+    prompts = []
     for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
         special = {"bos_token": predictor.tokenizer.bos_token, "eos_token": predictor.tokenizer.eos_token}
         try:
             text = predictor.encoder.prompt.render(messages, add_generation_prompt=True, **special).text
         except ValueError:
             continue  # of one turn alone
-        found.append((messages, text))
-    return found
+        prompts.append((messages, text))
+    return prompts
 
 
 def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: torch.device) -> Any:
@@ -212,10 +206,8 @@ def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: tor
 
 def _fits(size: int, device: torch.device) -> bool:
     """Whether a model of so many bytes finds room beside what is in memory now."""
-    if device.type == "cuda":
-        return size < 0.9 * torch.cuda.mem_get_info(device)[0]
-    free = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text()) if os.name == "posix" else None
-    return free is None or size < 0.8 * 1024 * int(free[1])
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    return free is None or size < 0.8 * free
 
 
 def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
@@ -225,21 +217,21 @@ def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Pa
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     computed = torch.float32 if _fits(size * 4 // stored.itemsize, predictor.device) else stored
     model = load_plain(directory, str(predictor.config.task.auto_class), computed, predictor.device)
-    found = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
+    result = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
     del model
     bound = config.bound or proof.bound_of(stored, computed, predictor.config.quantization.format)
-    prepared.facts["proof"] = {**asdict(found), "bound": bound, "rows": prepared.questions.source}
+    prepared.facts["proof"] = {**asdict(result), "bound": bound, "rows": prepared.questions.source}
     screen.print(
         f"  {prepared.facts['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
-        f"{prepared.questions.source}: {found}"
+        f"{prepared.questions.source}: {result}"
     )
     if config.base is MergeBase.original and config.bound is None:
         screen.warn(COST)
-    elif not found.holds(bound):
+    elif not result.holds(bound):
         raise NotProved(
-            f"{predictor.job.run.directory}: the merged model is not the run: {found}, and the bound is {bound:.0e} "
+            f"{predictor.job.run.directory}: the merged model is not the run: {result}, and the bound is {bound:.0e} "
             "nats; nothing was written."
         )
     if predictor.config.task.auto_class == "causal_lm":
-        card.write(directory, prepared.facts, predictor)
+        card.write(directory, prepared.facts, predictor.config, predictor.job.run)
     (directory / FACTS).write_text(json.dumps(prepared.facts, indent=1, ensure_ascii=False))

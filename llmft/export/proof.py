@@ -53,22 +53,22 @@ class Questions:
     @classmethod
     def of(cls, predictor: Predictor) -> Questions:
         """The first validation rows of the run, read again; questions of our own where its files are gone."""
-        source, found = "validation rows", True
+        source, read = "validation rows", True
         try:
             conversations = prepare(predictor.config, open_directory=False).conversations["validation"][:ROWS]
         except (ConfigError, DataError, OSError):
-            source, found = "questions, since the rows of the training are not there", False
+            source, read = "questions, since the rows of the training are not there", False
             conversations = [
                 Conversation([{"role": "user", "content": text}], where=f"question {number}", target=0)
                 for number, text in enumerate(QUESTIONS, 1)
             ]
         if not predictor.config.task.writes:
-            whole = [list(row.input_ids) for row in predictor.encode(conversations)] if found else []
-            whole = whole or [predictor.tokenizer(text).input_ids for text in QUESTIONS]
-            pairs = zip(whole, conversations, strict=True)
+            sequences = [list(row.input_ids) for row in predictor.encode(conversations)] if read else []
+            sequences = sequences or [predictor.tokenizer(text).input_ids for text in QUESTIONS]
+            pairs = zip(sequences, conversations, strict=True)
             return cls(conversations, [Example(ids, [IGNORE] * len(ids), row) for ids, row in pairs], [], source)
         examples = predictor.encoder.encode("proof", conversations, BadRows())
-        rows = [examples[place] for place in range(len(examples))]
+        rows = [examples[index] for index in range(len(examples))]
         spoken = [row for row in conversations if any(turn["role"] == "user" for turn in row.messages)]
         return cls(conversations, rows, [predictor.encoder.prompt_ids(row) for row in spoken], source)
 
@@ -107,41 +107,45 @@ class Proof:
 
 def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
     """What the run itself says, computed as its validation was."""
-    model, made = predictor.model, Answers()
-    with torch.no_grad(), predictor.autocast(), _largest_output(model, made):
+    model, answers = predictor.model, Answers()
+    with torch.no_grad(), predictor.autocast(), _largest_output(model, answers):
         for row in questions.rows:
             if str(predictor.config.task.auto_class) == "sequence_classification":
                 batch = collate([row], [0], predictor.tokenizer.pad_token_id).to(predictor.device)
-                made.outputs.append(linear_scores(model, batch).float().cpu())
+                answers.outputs.append(linear_scores(model, batch).float().cpu())
             else:
-                made.outputs.append(_log_probabilities(model, row))
-        made.texts = _texts(model, predictor, questions)
-        for prompt, text in zip(questions.prompts, made.texts, strict=True):
-            whole = Example([*prompt, *text], [*[IGNORE] * len(prompt), *text], questions.conversations[0])
-            found = _log_probabilities(model, whole) if text else torch.zeros(0, 1)
-            made.probabilities.append([float(found[place, token]) for place, token in enumerate(text)])
-    return made
+                answers.outputs.append(_log_probabilities(model, row))
+        answers.texts = _texts(model, predictor, questions)
+        for prompt, text in zip(questions.prompts, answers.texts, strict=True):
+            sequence = Example([*prompt, *text], [*[IGNORE] * len(prompt), *text], questions.conversations[0])
+            log_probabilities = _log_probabilities(model, sequence) if text else torch.zeros(0, 1)
+            answers.probabilities.append(
+                [float(log_probabilities[position, token]) for position, token in enumerate(text)]
+            )
+    return answers
 
 
 def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> Answers:
     """What plain transformers says with an exported model."""
-    made = Answers()
+    answers = Answers()
     with torch.no_grad():
         for row in questions.rows:
             if str(predictor.config.task.auto_class) == "sequence_classification":
                 ids = torch.tensor([list(row.input_ids)], device=model.device)
-                made.outputs.append(model(input_ids=ids).logits.float().cpu())
+                answers.outputs.append(model(input_ids=ids).logits.float().cpu())
             else:
-                made.outputs.append(_log_probabilities(model, row))
-        made.texts = _texts(model, predictor, questions)
-    return made
+                answers.outputs.append(_log_probabilities(model, row))
+        answers.texts = _texts(model, predictor, questions)
+    return answers
 
 
 def _log_probabilities(model: Any, row: Example) -> torch.Tensor:
     ids = torch.tensor([list(row.input_ids)], device=model.device)
     labels = torch.tensor(list(row.labels))[1:]
-    places = torch.nonzero(labels != IGNORE).flatten() if bool((labels != IGNORE).any()) else torch.arange(len(labels))
-    logits = model(input_ids=ids).logits[0, places[-POSITIONS:].to(model.device)]
+    positions = (
+        torch.nonzero(labels != IGNORE).flatten() if bool((labels != IGNORE).any()) else torch.arange(len(labels))
+    )
+    logits = model(input_ids=ids).logits[0, positions[-POSITIONS:].to(model.device)]
     return logits.float().log_softmax(-1).cpu()
 
 
@@ -159,12 +163,12 @@ def _texts(model: Any, predictor: Predictor, questions: Questions) -> list[list[
 
 
 @contextmanager
-def _largest_output(model: Any, made: Answers) -> Iterator[None]:
+def _largest_output(model: Any, answers: Answers) -> Iterator[None]:
     """Notes the largest number that any layer puts out."""
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
-            made.largest = max(made.largest, float(output.abs().max()))
+            answers.largest = max(answers.largest, float(output.abs().max()))
 
     handles = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, torch.nn.Module)]
     try:

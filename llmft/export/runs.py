@@ -8,7 +8,7 @@ from llmft.config.commands import MergeConfig, MergeFormat
 from llmft.core.console import Screen
 from llmft.core.imports import load_libraries, quiet_warnings
 from llmft.evaluation.jobs import PredictionJob
-from llmft.export.targets import check_format, is_current, opened, target_of
+from llmft.export.targets import NotProved, check_format, is_current, opened, target_of
 from llmft.runs.directory import usable
 
 
@@ -20,23 +20,21 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     check_format(config)
     jobs = usable(config.run, "run", opened, screen.warn)
     load_libraries()
-    from llmft.export.merge import NotProved
-
-    made: list[Path] = []
+    targets: list[Path] = []
     failed: NotProved | None = None
     for job in jobs:
         target = target_of(job, config, several=len(jobs) > 1)
         try:
             with quiet_warnings():
                 _export(job, config, screen, target)
-            made.append(target)
+            targets.append(target)
         except NotProved as error:  # the others are made all the same
             if len(jobs) > 1:
                 screen.warn(str(error))
             failed = error
     if failed is not None:
         raise failed
-    return made
+    return targets
 
 
 def _export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:

@@ -7,10 +7,16 @@ import json
 from pathlib import Path
 
 from llmft.config.commands import MergeConfig, MergeFormat, Stored
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import make_known
+from llmft.config.overrides import config_directory
+from llmft.config.sections import TrainConfig
+from llmft.config.untrusted import check_adapter
+from llmft.core.errors import ConfigError, UserError, did_you_mean
+from llmft.data.hub import locate
 from llmft.evaluation.jobs import PredictionJob, targets_of
 from llmft.evaluation.prediction_sets import EnsembleRecipe
-from llmft.runs.directory import finished_run
+from llmft.runs.directory import ForeignRun, finished_run
 
 FACTS = "llmft.json"
 """What a merged directory says of itself."""
@@ -25,11 +31,19 @@ QUANTIZED = (
 DTYPE_NAMES = {Stored.fp16: "float16", Stored.bf16: "bfloat16", Stored.fp32: "float32"}
 
 
+class NotProved(UserError):
+    """What was exported is not its run."""
+
+    exit_code = 1
+
+
 def opened(directory: Path) -> PredictionJob:
     """A finished run's config, classes and weights as commands that export or serve want it.
 
-    Raises ConfigError for what has no language model of its own.
+    A directory that PEFT wrote counts as one. Raises ConfigError for what has no language model of its own.
     """
+    if (directory / "adapter_config.json").is_file():
+        return opened(directory.parent) if (directory.parent / "run.json").is_file() else foreign(directory)
     if EnsembleRecipe.of(directory) is not None:
         raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
     run, trained = finished_run(directory)
@@ -37,6 +51,40 @@ def opened(directory: Path) -> PredictionJob:
     if job.baseline:
         raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
     return job
+
+
+def foreign(directory: Path) -> PredictionJob:
+    """Somebody else's adapter on the base that it names, as it is stored, with the chat template of its tokenizer.
+
+    Raises ConfigError for an adapter of another kind, or a base that is not here.
+    """
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+
+    path = directory / "adapter_config.json"
+    adapter = check_adapter(directory)
+    base = adapter.get("base_model_name_or_path")
+    if not base:
+        raise ConfigError(f"{path}: base_model_name_or_path is empty; write the path or Hub id of its base there.")
+    if adapter.get("task_type") not in ("CAUSAL_LM", None):
+        raise ConfigError(f"{path}: task_type={adapter['task_type']}; only adapters of language models are taken.")
+    make_known("train", TrainConfig)
+    GlobalHydra.instance().clear()
+    overrides = ["model=local", "quantization=none", "data=messages", "logger=none"]
+    with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
+        composed = hydra.compose("train", overrides)
+    local = Path(base).expanduser().is_dir()
+    composed.model.update({"path": base} if local else {"path": None, "id": base})
+    composed.data.files = str(directory / "rows")  # which are not known
+    composed.lora.update({"r": adapter["r"], "alpha": adapter["lora_alpha"], "dora": adapter.get("use_dora", False)})
+    composed.lora.modules_to_save = adapter.get("modules_to_save") or []
+    config = to_config(composed, TrainConfig)
+    try:
+        located = locate(config.model)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: base_model_name_or_path={base} (a path may stand there, too): {error}") from None
+    run = ForeignRun(directory, "", fingerprint=located.fingerprint)
+    return PredictionJob(run, config, directory, [], [], "", None, None, "", "")
 
 
 def check_format(config: MergeConfig) -> None:

@@ -104,9 +104,9 @@ def check_template(tokenizer: Any, expected: list[tuple[list[dict[str, Any]], st
         plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
         if any(turn.keys() - {"role", "content"} for turn in plain):
             continue  # calls, thoughts and Alpaca's second text have forms of their own
-        made = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
-        if made != text:
+        exported = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+        if exported != text:
             raise ConfigError(
-                f"{run}: plain transformers writes {made[-80:]!r} where the run's format writes {text[-80:]!r}; "
+                f"{run}: plain transformers writes {exported[-80:]!r} where the run's format writes {text[-80:]!r}; "
                 "please report this template."
             )

@@ -61,12 +61,12 @@ def read(directory: Path, size: int) -> Vocabulary:
 
     Raises ConfigError for one that llama.cpp has no form for.
     """
-    found = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
-    model = found["model"]
+    content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
+    model = content["model"]
     if model.get("type") != "BPE":
         raise ConfigError(f"{directory}: a {model.get('type')} tokenizer, which format=gguf does not write.")
-    added = {entry["id"]: entry for entry in found.get("added_tokens", [])}
-    byte_level = any(step["type"] == "ByteLevel" for step in _steps(found.get("pre_tokenizer")))
+    added = {entry["id"]: entry for entry in content.get("added_tokens", [])}
+    byte_level = any(step["type"] == "ByteLevel" for step in _steps(content.get("pre_tokenizer")))
     pieces = {number: piece for piece, number in model["vocab"].items()}
     pieces |= {number: entry["content"] for number, entry in added.items()}
     if max(pieces) >= size:
@@ -87,13 +87,13 @@ def read(directory: Path, size: int) -> Vocabulary:
     merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
     if byte_level:
         joined = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
-        return Vocabulary("gpt2", _pre(found, directory), tokens, types, merges=joined)
+        return Vocabulary("gpt2", _pre(content, directory), tokens, types, merges=joined)
     if not model.get("byte_fallback"):
         raise ConfigError(f"{directory}: a tokenizer without bytes to fall back on, which llama.cpp has no form for.")
     scores = _scores(model["vocab"], merges, added, types)
     if (directory / "tokenizer.model").is_file():
         scores = _own_scores(directory / "tokenizer.model", scores)
-    return Vocabulary("llama", "default", tokens, types, scores, space=_puts_space(found))
+    return Vocabulary("llama", "default", tokens, types, scores, space=_puts_space(content))
 
 
 def _steps(node: Any) -> list[dict[str, Any]]:
@@ -104,10 +104,10 @@ def _steps(node: Any) -> list[dict[str, Any]]:
     return [step for part in inner for step in _steps(part)] if inner else [node]
 
 
-def _pre(found: dict[str, Any], directory: Path) -> str:
+def _pre(content: dict[str, Any], directory: Path) -> str:
     """llama.cpp's name for how a byte-level tokenizer cuts a text into words."""
     steps: list[str] = []
-    for step in _steps(found.get("pre_tokenizer")):
+    for step in _steps(content.get("pre_tokenizer")):
         if step["type"] == "Split":
             pattern = step["pattern"]
             steps.append(pattern.get("Regex") or re.escape(pattern.get("String", "")))
@@ -124,7 +124,7 @@ def _pre(found: dict[str, Any], directory: Path) -> str:
             "name here: set converter=DIR to a checkout of llama.cpp."
         )
     # The same words; Llama 3's name also says that whole words are looked up before any are joined.
-    return "llama-bpe" if name == "dbrx" and found["model"].get("ignore_merges") else name
+    return "llama-bpe" if name == "dbrx" and content["model"].get("ignore_merges") else name
 
 
 def _looks_special(text: str) -> bool:
@@ -141,10 +141,10 @@ def _scores(vocab: dict[str, int], merges: list[list[str]], added: dict[int, Any
     They are minus the place in the vocabulary, as SentencePiece has them, where the merges come in that order.
     """
     rank: dict[int, int] = {}
-    for place, pair in enumerate(merges):
+    for index, pair in enumerate(merges):
         number = vocab.get("".join(pair))
         if number is not None:
-            rank.setdefault(number, place)
+            rank.setdefault(number, index)
     joined = sorted(rank, key=lambda number: rank[number])
     in_order = joined == sorted(joined)
     first = joined[0] if joined else 0
@@ -166,12 +166,12 @@ def _own_scores(path: Path, scores: list[float]) -> list[float]:
     from sentencepiece import SentencePieceProcessor
 
     pieces = SentencePieceProcessor(model_file=str(path))
-    own = [pieces.GetScore(number) for number in range(min(len(scores), pieces.GetPieceSize()))]
-    return [*own, *scores[len(own) :]]
+    exact = [pieces.GetScore(number) for number in range(min(len(scores), pieces.GetPieceSize()))]
+    return [*exact, *scores[len(exact) :]]
 
 
-def _puts_space(found: dict[str, Any]) -> bool:
+def _puts_space(content: dict[str, Any]) -> bool:
     """Whether a space is put before every text; "first" does so at the beginning of all, where a begin token stands."""
-    prepends = any(step["type"] == "Prepend" for step in _steps(found.get("normalizer")))
-    schemes = [s.get("prepend_scheme") for s in _steps(found.get("pre_tokenizer")) if s["type"] == "Metaspace"]
+    prepends = any(step["type"] == "Prepend" for step in _steps(content.get("normalizer")))
+    schemes = [s.get("prepend_scheme") for s in _steps(content.get("pre_tokenizer")) if s["type"] == "Metaspace"]
     return prepends or "always" in schemes

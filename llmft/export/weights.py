@@ -58,13 +58,13 @@ def plain(model: Any, auto_class: str) -> Plain:
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
         empty, tied = meta_model(auto_class, config), {}
-    made = Plain(config, auto_class, empty)
+    result = Plain(config, auto_class, empty)
     names = [name for name in empty.state_dict() if name not in tied]
     for group in _apart(empty, names):
         for target, tensor in _as_stored(empty, {name: empty.state_dict()[name] for name in group}).items():
-            made.shapes[target] = tensor.shape
-            made.sources[target] = group
-    return made
+            result.shapes[target] = tensor.shape
+            result.sources[target] = group
+    return result
 
 
 def effective(model: Any, empty: Any, name: str) -> torch.Tensor:
@@ -122,16 +122,16 @@ def _apart(empty: Any, names: list[str]) -> list[list[str]]:
     return [[name] for name in names] if set().union(*alone) == whole.keys() else [names]
 
 
-def write(model: Any, made: Plain, directory: Path, dtype: torch.dtype) -> None:
+def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None:
     """Writes the weights of a run's `model` as safetensors of at most `SHARD_BYTES`, and the config.
 
     Raises Overflow for a weight beyond the range of `dtype`.
     """
-    sizes = {name: math.prod(shape) * made.dtype_of(name, dtype).itemsize for name, shape in made.shapes.items()}
+    sizes = {name: math.prod(shape) * plain.dtype_of(name, dtype).itemsize for name, shape in plain.shapes.items()}
     shards: list[list[str]] = [[]]
-    for name in made.shapes:  # tensors of one source follow each other
+    for name in plain.shapes:  # tensors of one source follow each other
         full = sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES
-        if full and shards[-1] and made.sources[name] is not made.sources[shards[-1][-1]]:
+        if full and shards[-1] and plain.sources[name] is not plain.sources[shards[-1][-1]]:
             shards.append([])
         shards[-1].append(name)
     check_space(directory, total := sum(sizes.values()))
@@ -139,9 +139,9 @@ def write(model: Any, made: Plain, directory: Path, dtype: torch.dtype) -> None:
     files = files if len(files) > 1 else ["model.safetensors"]
     for file_name, names in zip(files, shards, strict=True):
         with (directory / file_name).open("wb") as file:
-            file.write(_header(made, names, dtype))
-            for name, tensor in _tensors(model, made, names):
-                stored = tensor.to(made.dtype_of(name, dtype)).contiguous().cpu()
+            file.write(_header(plain, names, dtype))
+            for name, tensor in _tensors(model, plain, names):
+                stored = tensor.to(plain.dtype_of(name, dtype)).contiguous().cpu()
                 if not torch.isfinite(stored).all():
                     raise Overflow(name)
                 file.write(stored.view(-1).view(torch.uint8).numpy().data)
@@ -149,31 +149,31 @@ def write(model: Any, made: Plain, directory: Path, dtype: torch.dtype) -> None:
         placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    made.config.dtype = dtype
-    made.config.architectures = [type(made.empty).__name__]
-    made.config.save_pretrained(directory)
+    plain.config.dtype = dtype
+    plain.config.architectures = [type(plain.empty).__name__]
+    plain.config.save_pretrained(directory)
 
 
-def _header(made: Plain, names: list[str], dtype: torch.dtype) -> bytes:
+def _header(plain: Plain, names: list[str], dtype: torch.dtype) -> bytes:
     """The head of a safetensors file."""
-    place, entries = 0, {"__metadata__": {"format": "pt"}}
+    offset, entries = 0, {"__metadata__": {"format": "pt"}}
     for name in names:
-        stored, shape = made.dtype_of(name, dtype), made.shapes[name]
-        end = place + math.prod(shape) * stored.itemsize
-        entries[name] = {"dtype": NAMES[stored], "shape": list(shape), "data_offsets": [place, end]}  # type: ignore[dict-item]
-        place = end
+        stored, shape = plain.dtype_of(name, dtype), plain.shapes[name]
+        end = offset + math.prod(shape) * stored.itemsize
+        entries[name] = {"dtype": NAMES[stored], "shape": list(shape), "data_offsets": [offset, end]}  # type: ignore[dict-item]
+        offset = end
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
 
-def _tensors(model: Any, made: Plain, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(model: Any, plain: Plain, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors `names` in their order; those of one source are made together and then forgotten."""
     stored: dict[str, torch.Tensor] = {}
     for name in names:
         if name not in stored:
-            parts = {part: effective(model, made.empty, part) for part in made.sources[name]}
-            stored = _as_stored(made.empty, parts)
+            parts = {part: effective(model, plain.empty, part) for part in plain.sources[name]}
+            stored = _as_stored(plain.empty, parts)
         yield name, stored.pop(name)
 
 

@@ -171,6 +171,28 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(id(parameter) in trainable)
 
 
+def load_foreign(base: Any, directory: Path) -> Any:
+    """`base` with the adapter that PEFT wrote into `directory`, whatever its options are; returns the PeftModel.
+
+    Raises ConfigError where it is not of this model.
+    """
+    import peft
+    from safetensors import safe_open
+
+    try:
+        model = peft.PeftModel.from_pretrained(base, str(directory))
+        with safe_open(directory / "adapter_model.safetensors", framework="pt") as file:
+            stored = set(file.keys())
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise ConfigError(f"{directory}: PEFT cannot put this adapter on its base ({reason[:200]}).") from None
+    expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
+    strange = sorted((expected - stored) | (stored - expected - model.state_dict().keys()))
+    if strange:
+        raise ConfigError(f"{directory}: an adapter of another model than {base.config.name_or_path} ({strange[0]}).")
+    return model
+
+
 def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     """Puts the adapter in `directory` into a fresh one of the same shape; a new head beside it stays as it is.
 

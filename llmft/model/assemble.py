@@ -70,13 +70,14 @@ def assemble(
     keep: bool = True,
     mapped: bool = False,
     trained: Path | None = None,
+    foreign: bool = False,
     warn: Callable[[str], None] = print,
 ) -> Assembled:
     """The model of `config` on `device`: quantised base, head, adapter.
 
     `mapped` as `load_base` takes it. `trained` is a finished run's adapter or model, whose weights are taken; without
     it the adapter (or, without LoRA, everything) is new and trainable. `vocabulary` is the tokenizer's size, of a model
-    that is made to fit it.
+    that is made to fit it. `foreign`: the trained adapter is one that PEFT wrote.
 
     Raises ConfigError for files, targets or weights that do not fit the config.
     """
@@ -85,7 +86,7 @@ def assemble(
     if trained is not None and not lora.enabled:
         model = replace(model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None)
         located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
-    keep = keep and adapters.reusable(lora)
+    keep = keep and adapters.reusable(lora) and not foreign
     before = kept_base()
     base = load_base(
         model,
@@ -114,7 +115,9 @@ def assemble(
         base.config.pad_token_id = pad_id
     set_checkpointing(base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
     attached = base.requires_grad_(trained is None and not lora.enabled)
-    if lora.enabled:
+    if foreign and trained is not None:
+        attached = adapters.load_foreign(base, trained)
+    elif lora.enabled:
         attached = adapters.attach(
             base,
             lora,

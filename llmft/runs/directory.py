@@ -281,6 +281,23 @@ class Run:
             write_atomically(path, b"".join(kept))
 
 
+@dataclass
+class ForeignRun(Run):
+    """A directory with an adapter that PEFT wrote, in the place of a run's; no record says how it was trained.
+
+    Attributes:
+        fingerprint: of the base that its config names.
+    """
+
+    fingerprint: str = ""
+
+    adapter = _Inside("")
+
+    def fact(self, group: str, name: str) -> Any:
+        """The base's fingerprint, which is all that is known."""
+        return {("model", "fingerprint"): self.fingerprint}[group, name]
+
+
 def _is_kept(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)

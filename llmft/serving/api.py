@@ -31,6 +31,7 @@ from llmft.serving.runs import OpenRun
 BODY_TIMEOUT_S = 30.0
 MOST_CHOICES = 8
 """Values of `n`, and of prompts in one request."""
+KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "n")
 IGNORED = (
     "user",
     "metadata",
@@ -135,10 +136,18 @@ class Api:
             messages = read_messages(body.get("messages"), "messages", Keys())
             if not any(turn["role"] == "user" for turn in messages):
                 raise ValueError("no message of a user")
-            ids = await asyncio.to_thread(run.prompt, messages)
         except ValueError as error:
             raise Refused(f"messages: {error}", param="messages") from None
+        ids = await self._encoded(run.prompt, messages, "messages")
         return await self._answer(http, self._understood(body, run, [ids], chat=True))
+
+    @staticmethod
+    async def _encoded(encode: Callable[[Any], list[int]], content: Any, key: str) -> list[int]:
+        """Token ids, made beside the event loop."""
+        try:
+            return await asyncio.to_thread(encode, content)
+        except (ValueError, TypeError) as error:  # a tokenizer has its own words for half a character
+            raise Refused(f"{key}: {error}", param=key) from None
 
     async def _complete(self, http: HttpRequest) -> Response:
         body = await self._body(http)
@@ -151,7 +160,7 @@ class Api:
         ids = []
         for one in several:
             if isinstance(one, str):
-                ids.append(await asyncio.to_thread(run.tokens, one))
+                ids.append(await self._encoded(run.tokens, one, "prompt"))
             elif isinstance(one, list) and all(type(token) is int and 0 <= token < size for token in one):
                 ids.append(one)
             else:
@@ -183,8 +192,7 @@ class Api:
 
     def _understood(self, body: dict[str, Any], run: OpenRun, prompts: list[list[int]], *, chat: bool) -> Asked:
         """The engine's requests for a body; keys that would change the text and are not known are refused."""
-        own = {"messages"} if chat else {"prompt"}
-        known = own | {"max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "n"}
+        known = {"messages" if chat else "prompt", *KNOWN}
         for key, value in body.items():
             if key not in known and key not in IGNORED and value not in (None, False, 0, [], {}, "auto", "none"):
                 if (key == "best_of" and value == 1) or (key == "response_format" and value == {"type": "text"}):
@@ -209,13 +217,13 @@ class Api:
             raise Refused("too many requests at a time; come again in a moment", 429)
         pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
         requests = []
-        for place, ids in enumerate(prompts):
+        for position, ids in enumerate(prompts):
             try:
                 room = run.check_length(ids, wanted)
             except ValueError as error:
                 raise Refused(str(error), param="messages" if chat else "prompt") from None
             for number in range(choices):
-                index = place * choices + number
+                index = position * choices + number
 
                 def listen(piece: str | None, index: int = index) -> None:
                     with contextlib.suppress(RuntimeError):  # the loop is closed
@@ -230,10 +238,12 @@ class Api:
         value = body.get(key)
         if value is None:
             return usual
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or (kind is int and value != int(value)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise Refused(f"{key}: a number is wanted", param=key)
-        if not least <= value <= most:
+        if not least <= value <= most:  # nor infinite, nor no number
             raise Refused(f"{key}={value}: from {least} to {most}", param=key)
+        if kind is int and value != int(value):
+            raise Refused(f"{key}={value}: a whole number is wanted", param=key)
         return kind(value)
 
     # ---------------------------------------------------------------------------------------------------- answers
@@ -264,11 +274,10 @@ class Api:
         finally:
             asked.cancel()
             gone.cancel()
-        self._check_failed(asked)
+        if failed := next((request for request in asked.requests if request.error), None):
+            raise Refused(failed.error, 500)
         kind = "chat.completion" if asked.chat else "text_completion"
-        choices = [
-            self._choice(asked, n, request.text, self._reason(request)) for n, request in enumerate(asked.requests)
-        ]
+        choices = [self._choice(asked, n, request.text, request) for n, request in enumerate(asked.requests)]
         return JSONResponse({**self._head(asked, kind), "choices": choices, "usage": self._usage(asked)})
 
     @staticmethod
@@ -301,9 +310,9 @@ class Api:
                     if request.error:
                         yield f"data: {json.dumps({'error': {'message': request.error, 'type': 'server_error'}})}\n\n"
                         continue
-                    yield event([self._choice(asked, n, "", self._reason(request), delta=True)])
+                    yield event([self._choice(asked, n, "", request, delta=True)])
                 else:
-                    yield event([self._choice(asked, n, piece, None, delta=True)])
+                    yield event([self._choice(asked, n, piece, delta=True)])
             if asked.usage:
                 yield event([], usage=self._usage(asked))
             yield "data: [DONE]\n\n"
@@ -311,23 +320,17 @@ class Api:
             asked.cancel()  # also where the client went away
 
     @staticmethod
-    def _check_failed(asked: Asked) -> None:
-        for request in asked.requests:
-            if request.error:
-                raise Refused(request.error, 500)
-
-    @staticmethod
-    def _reason(request: Request) -> str:
-        return "stop" if request.finish == "stop" else "length"
-
-    @staticmethod
-    def _choice(asked: Asked, index: int, text: str, finish: str | None, *, delta: bool = False) -> dict[str, Any]:
-        said: dict[str, Any] = {"text": text}
+    def _choice(
+        asked: Asked, n: int, text: str, ended: Request | None = None, *, delta: bool = False
+    ) -> dict[str, Any]:
+        """A choice, or with `delta` a piece of it; `ended` is the request where this is its end."""
+        content: dict[str, Any] = {"text": text}
         if asked.chat and delta:
-            said = {"delta": {"content": text} if text else {}}
+            content = {"delta": {"content": text} if text else {}}
         elif asked.chat:
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        return {"index": index, **said, "finish_reason": finish, "logprobs": None}
+            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
+        reason = None if ended is None else "stop" if ended.finish == "stop" else "length"
+        return {"index": n, **content, "finish_reason": reason, "logprobs": None}
 
     @staticmethod
     def _head(asked: Asked, kind: str) -> dict[str, Any]:

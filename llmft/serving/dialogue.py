@@ -169,16 +169,12 @@ class Dialogue:
         answers = {run.name: "" for run in self.runs}
 
         def table() -> Table:
-            made = Table(show_lines=False, expand=True)
+            columns = Table(show_lines=False, expand=True)
             for run in self.runs:
-                made.add_column(escape(run.name), ratio=1, overflow="fold")
-            made.add_row(*(escape(redact(answers[run.name])) for run in self.runs))
-            return made
+                columns.add_column(escape(run.name), ratio=1, overflow="fold")
+            columns.add_row(*(escape(redact(answers[run.name])) for run in self.runs))
+            return columns
 
-        if not self.screen.terminal.is_terminal:
-            requests = self.ask(text, lambda run, piece: answers.update({run.name: answers[run.name] + piece}))
-            self.screen.print(table())
-            return requests
         shown = time.monotonic()
         with Live(table(), console=self.screen.terminal, auto_refresh=False, transient=False) as live:
 

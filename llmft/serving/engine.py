@@ -62,7 +62,7 @@ class Request:
             return self._end("stop")
         self.tokens.append(token)
         text = self.run.decode(ends.cut(self.tokens))
-        begin = min((place for place in map(text.find, self.stops) if place >= 0), default=-1)
+        begin = min((index for index in map(text.find, self.stops) if index >= 0), default=-1)
         if begin >= 0 or ends.reached(self.tokens):
             self.text = text[:begin] if begin >= 0 else text
             return self._end("stop")
@@ -157,8 +157,8 @@ class Engine:
 
     def _next(self, last: OpenRun | None) -> OpenRun:
         """The run whose turn it is: the one behind `last`, of those that are asked."""
-        asked = list(dict.fromkeys(request.run for request in self._waiting))
-        return asked[(asked.index(last) + 1) % len(asked)] if last in asked else asked[0]
+        runs = list(dict.fromkeys(request.run for request in self._waiting))
+        return runs[(runs.index(last) + 1) % len(runs)] if last in runs else runs[0]
 
     @torch.no_grad()
     def _answer(self, run: OpenRun, requests: list[Request]) -> None:

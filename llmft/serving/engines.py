@@ -5,33 +5,73 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.markup import escape
 
 from llmft.config.commands import MergeConfig, MergeFormat, ServeConfig, ServedBy
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
+from llmft.core.imports import missing
 from llmft.evaluation.jobs import PredictionJob
+from llmft.serving.start import KEY, api_key
 
-PROGRAMS = {ServedBy.vllm: "vllm", ServedBy.llamacpp: "llama-server", ServedBy.transformers: "transformers"}
+
+@dataclass(frozen=True)
+class Program:
+    """How an engine is started.
+
+    Attributes:
+        command: before its address; {model} is the merged directory or GGUF file, {name} what clients call it.
+        install: what brings it, and the Python `packages` without which its command does not serve.
+        key: the environment variable in which it looks for an API key; None where it asks nobody for one.
+    """
+
+    command: tuple[str, ...]
+    install: str
+    packages: tuple[str, ...] = ()
+    key: str | None = None
+
+
+PROGRAMS = {
+    ServedBy.vllm: Program(
+        ("vllm", "serve", "{model}", "--served-model-name", "{name}"), "pip install vllm", key="VLLM_API_KEY"
+    ),
+    ServedBy.llamacpp: Program(
+        ("llama-server", "--model", "{model}", "--alias", "{name}", "--jinja"), "llama.cpp", key="LLAMA_API_KEY"
+    ),
+    ServedBy.transformers: Program(
+        ("transformers", "serve", "{model}"), 'pip install "transformers[serving]"', ("fastapi", "uvicorn", "openai")
+    ),
+}
 
 
 def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, screen: Screen) -> None:
     """Merges a run for the engine that `config` names, and becomes its command; prints it where it is not installed.
 
-    Raises ConfigError for several runs: each engine has one model.
+    Raises ConfigError for several runs, since each engine has one model, and for a key that it would not ask for.
     """
+    program, engine, key = PROGRAMS[config.engine], config.engine.value, api_key(config, screen)
     if len(jobs) > 1:
-        raise ConfigError(f"with={config.engine.value}: one run at a time; with=llmft serves several from one base.")
+        raise ConfigError(f"with={engine}: one run at a time; with=llmft serves several from one base.")
+    if key and program.key is None:
+        raise ConfigError(
+            f"with={engine}: it asks nobody for a key; unset {KEY}, or choose with=vllm or with=llamacpp."
+        )
     command = command_of(jobs[0], prepared(jobs[0], config), config)
-    program = shutil.which(command[0])
-    if program is None:
-        screen.warn(f"with={config.engine.value}: {command[0]} is not installed here; this starts it where it is:")
-        print(shlex.join(command))
+    shown = (f'{program.key}="${KEY}" ' if key else "") + shlex.join(command)
+    executable = shutil.which(command[0])
+    if executable is None or missing(*program.packages):
+        screen.warn(f"with={engine}: not installed here ({program.install}); this starts it where it is:")
+        print(shown)
         return
-    screen.print(shlex.join(command))
-    os.execv(program, command)
+    screen.print(escape(shown))
+    sys.stdout.flush()
+    os.execve(executable, command, {**os.environ, program.key: key} if key and program.key else os.environ)
 
 
 def prepared(job: PredictionJob, config: ServeConfig) -> Path:
@@ -41,17 +81,12 @@ def prepared(job: PredictionJob, config: ServeConfig) -> Path:
 
     gguf = config.engine is ServedBy.llamacpp
     wanted: dict[str, Any] = {"format": MergeFormat.gguf, "type": "q8_0"} if gguf else {}
-    given = MergeConfig(run=str(job.run.directory), accelerator=config.accelerator, threads=config.threads, **wanted)
-    export_runs(given, Screen())
-    return target_of(job, given, several=False)
+    merge = MergeConfig(run=str(job.run.directory), accelerator=config.accelerator, threads=config.threads, **wanted)
+    export_runs(merge, Screen())
+    return target_of(job, merge, several=False)
 
 
 def command_of(job: PredictionJob, model: Path, config: ServeConfig) -> list[str]:
     """What starts the engine with `model`."""
-    name, place = job.run.directory.name, ["--host", config.host, "--port", str(config.port)]
-    program = PROGRAMS[config.engine]
-    if config.engine is ServedBy.vllm:
-        return [program, "serve", str(model), "--served-model-name", name, *place]
-    if config.engine is ServedBy.llamacpp:
-        return [program, "--model", str(model), "--alias", name, "--jinja", *place]
-    return [program, "serve", "--force-model", str(model), *place]
+    words = [word.format(model=model, name=job.run.directory.name) for word in PROGRAMS[config.engine].command]
+    return [*words, "--host", config.host, "--port", str(config.port)]

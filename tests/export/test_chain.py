@@ -150,10 +150,10 @@ def address(run: Path) -> Iterator[str]:
     line = command("serve", f"run={run}", "port=0")
     process = subprocess.Popen(line, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
-    found = next((text for text in process.stdout if "http://" in text), None)
+    serving = next((line for line in process.stdout if line.startswith("serving")), None)
     try:
-        assert found is not None, process.communicate()[1]
-        yield found.split()[-1]
+        assert serving is not None, process.communicate()[1]
+        yield serving.split()[-1]
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=30)
         assert (process.returncode, errors) == (0, "stopped\n")

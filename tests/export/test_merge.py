@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +18,11 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from llmft.config.commands import MergeBase, MergeConfig, MergeFormat, PredictConfig
 from llmft.core.errors import ConfigError
 from llmft.core.files import staged_directory
-from llmft.export.llamacpp import is_installed
-from llmft.export.merge import NotProved
+from llmft.data import gguf_files
+from llmft.data.hub import locate
+from llmft.export import gguf
+from llmft.export.llamacpp import LlamaCpp, is_installed
+from llmft.export.targets import NotProved, opened
 from llmft.merge import merge
 from llmft.predict import predict
 from llmft.runs.predictions import Predictions
@@ -77,6 +79,13 @@ def test_llama_cpp_says_with_a_gguf_file_what_the_run_says(two_runs: list[Path],
 
     path = merged(two_runs[1], to=str(tmp_path), format=MergeFormat.gguf, type=kind)
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+    before = path.stat().st_mtime_ns
+    assert merged(two_runs[1], to=str(path), format=MergeFormat.gguf, type=kind) == path
+    assert path.stat().st_mtime_ns == before, "what is there is not made again"
+    if kind == "q8_0":  # another type at the same path is another file
+        merged(two_runs[1], to=str(path), format=MergeFormat.gguf, type="f32")
+        assert path.stat().st_mtime_ns > before
+        merged(two_runs[1], to=str(path), format=MergeFormat.gguf, type=kind)
     given = xllamacpp.CommonParams()
     given.model.path, given.n_ctx, given.verbosity, given.warmup = str(path), 256, -1, False
     answer = xllamacpp.Server(given).handle_chat_completions(
@@ -144,15 +153,63 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_merge_that_is_killed_leaves_nothing_half(two_runs: list[Path], tmp_path: Path) -> None:
-    for seconds in (6, 8, 9, 10, 11, 12):
-        command = [sys.executable, "-m", "llmft.merge", f"run={two_runs[0]}", f"to={tmp_path / 'model'}", "force=true"]
-        process = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-        time.sleep(seconds)
+@pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")
+def test_a_gguf_file_of_others_is_trained_and_goes_back_as_one(tmp_path: Path) -> None:
+    """In 8 bits, without a chat template, under a name of its own."""
+    from tests.export.test_gguf import made
+
+    source = made(tmp_path / "theirs", "qwen3")
+    (source / "chat_template.jinja").unlink(missing_ok=True)
+    theirs = tmp_path / "Their Model.Q8_0.gguf"
+    gguf.convert(source, theirs, "q8_0")
+    given = ["model=local", f"model.path='{theirs}'", "prompt=alpaca", "quantization=nf4", "task.max_new_tokens=8"]
+    train(compose(*SMALL, f"output_dir={tmp_path}/out", *given), quiet=True)
+    run = run_directory(tmp_path / "out")
+    path = merged(run, format=MergeFormat.gguf, type="f16")  # which compares texts and probabilities
+    assert gguf_files.source_of(locate(opened(run).config.model).directory) == theirs
+    assert LlamaCpp(path, 256).prompt([{"role": "user", "content": "Hello?"}]).endswith("### Response:\n")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "given", "moments"),
+    [
+        ("model", [], ["", "/**/model.safetensors", "/**/config.json", "/**/tokenizer.json", "/**/README.md"]),
+        (
+            "model.gguf",
+            ["format=gguf", "type=q8_0"],
+            ["", "/**/model.safetensors", "/**/tokenizer.json", "/model.gguf"],
+        ),
+    ],
+    ids=["directory", "gguf"],
+)
+def test_an_export_that_is_killed_leaves_nothing_half_and_goes_on(
+    two_runs: list[Path], tmp_path: Path, name: str, given: list[str], moments: list[str]
+) -> None:
+    """Killed when a file appears: before all weights, amid them, before and in the proof; first and a second time."""
+    target = tmp_path / name
+    command = [sys.executable, "-m", "llmft.merge", f"run={two_runs[0]}", f"to={target}", "force=true", *given]
+
+    def start() -> subprocess.Popen[bytes]:
+        return subprocess.Popen([*command, "accelerator=cpu"], env={**os.environ, "PYTHONPATH": str(ROOT)})
+
+    def kill_when(pattern: str) -> None:
+        before = set(tmp_path.glob(pattern))
+        process = start()
+        while process.poll() is None and not set(tmp_path.glob(pattern)) - before:
+            time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        if (tmp_path / "model").exists():
-            AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-            shutil.rmtree(tmp_path / "model")
-    merged(two_runs[0], to=str(tmp_path / "model"))
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert process.wait() == -signal.SIGKILL, f"it ended before {pattern} was there"
+
+    for moment in moments:
+        kill_when(f".{name}.*.tmp{moment}")
+        assert not target.exists()
+    assert start().wait() == 0
+    assert list(tmp_path.iterdir()) == [target], "what killed processes left is gone"
+    content = target if target.is_file() else target / "model.safetensors"
+    changed, whole = content.stat().st_mtime_ns, content.read_bytes()
+    kill_when(f".{name}.*.tmp{moments[-1]}")
+    assert (content.stat().st_mtime_ns, content.read_bytes()) == (changed, whole)
+    assert start().wait() == 0
+    assert list(tmp_path.iterdir()) == [target]
+    assert content.read_bytes() == whole

@@ -104,6 +104,13 @@ def test_limits_and_stops_are_kept(client: Any, two_runs: list[Path]) -> None:
         ({"stop": ["a"] * 17}, 400, "stop: up to 16"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, 400, "tools: not offered here"),
         ({"logprobs": True}, 400, "logprobs: not offered here"),
+        ({"max_tokens": -5}, 400, "max_tokens=-5: from 1 to"),
+        ({"max_tokens": "5"}, 400, "max_tokens: a number is wanted"),
+        ({"max_tokens": 1.5}, 400, "max_tokens=1.5: a whole number is wanted"),
+        ({"seed": 1e300}, 400, "seed=1e\\+300: from"),
+        ({"stop": 7}, 400, "stop: up to 16"),
+        ({"messages": "hello"}, 400, "messages"),
+        ({"messages": [{"role": "user", "content": 7}]}, 400, "messages"),
         ({"messages": []}, 400, "holds no list of messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "no message of a user"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "the model 256 positions"),
@@ -134,6 +141,16 @@ def test_a_key_is_asked_for_and_bodies_that_are_no_json_are_refused(address: str
     assert status("/v1/chat/completions", b"{", "secret") == 400
     assert status("/v1/chat/completions", b"[" * 10_000, "secret") == 400
     assert status("/v1/chat/completions", b"[1]", "secret") == 400
+    assert status("/v1/chat/completions", b"\xff\xfe", "secret") == 400
+    model = json.loads(urllib.request.urlopen(models_of(address)).read())["data"][0]["id"]
+    for more in ('"max_tokens": 1e999', '"max_tokens": NaN', '"temperature": NaN', '"prompt": "\\ud800"'):
+        body = f'{{"model": "{model}", "prompt": "a", {more}}}'
+        assert status("/v1/completions", body.encode(), "secret") == 400, more
+    assert status("/v1/nothing", b"{}", "secret") == 404
+
+
+def models_of(address: str) -> urllib.request.Request:
+    return urllib.request.Request(f"{address}/v1/models", headers={"Authorization": "Bearer secret"})
 
 
 def test_a_client_that_goes_away_ends_its_request(address: str, two_runs: list[Path]) -> None:
