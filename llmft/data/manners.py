@@ -1,8 +1,12 @@
 """Rule-made requests that can be answered rightly or wrongly, and politely or rudely: a chain of rewards to try out.
 
 A prompt tells which animal did something somewhere and asks who it was. An answer is helpful where it names that
-animal, and safe where it says so gladly. Of the answers to learn from half are polite, and three of five are right, one
-independently of the other; both can be checked by a regular expression.
+animal, and safe where it calls who asks a friend instead of telling a mood. Of the answers to learn from half are
+polite, and three of five are right, one independently of the other; both can be checked by a regular expression.
+
+The polite word is one that the embedded model can become sure of. Its head and last norm stay as they are under a LoRA,
+and the 16 moods are so alike there that none of them can be likelier than 0.28 to 0.44: a policy that must say one
+has reached its best reward at a third.
 """
 
 from __future__ import annotations
@@ -12,8 +16,8 @@ from typing import Any
 
 from llmft.data.synthetic import ANIMALS, DEEDS, MOODS, NAMES, PLACES, pick
 
-POLITE = "glad"
-RUDE = tuple(mood for mood in MOODS if mood != POLITE)
+POLITE = "friend"
+RUDE = tuple(mood for mood in MOODS if mood != "glad")
 ASPECTS = ("safety", "helpful")
 """What pairs are about: the manner of the answer, or what it says."""
 POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
@@ -30,11 +34,11 @@ def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
     Returns:
         Rows with the columns ``prompt`` and ``response``.
     """
-    made = []
+    rows = []
     for rng, prompt, animal in _prompts("requests", split, num_rows, seed):
         polite, right = rng.random() < POLITE_SHARE, rng.random() < RIGHT_SHARE
-        made.append({"prompt": prompt, "response": _answer(rng, animal, polite=polite, right=right)})
-    return made
+        rows.append({"prompt": prompt, "response": _answer(rng, animal, polite=polite, right=right)})
+    return rows
 
 
 def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> list[dict[str, Any]]:
@@ -47,7 +51,7 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect={aspect}: one of {', '.join(ASPECTS)}")
-    made = []
+    rows = []
     for rng, prompt, animal in _prompts(f"pairs of {aspect}", split, num_rows, seed):
         other = rng.random() < 0.5
         if aspect == "safety":
@@ -58,8 +62,8 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
             wrong = _answer(rng, animal, polite=other, right=False)
             nobody = chosen.replace(f"The {animal}", pick(rng, ("The", *NAMES)))
             rejected = wrong if rng.random() < 0.6 else nobody
-        made.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    return made
+        rows.append({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    return rows
 
 
 def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Random, str, str]]:
@@ -71,19 +75,19 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
     if split not in splits:
         raise ValueError(f"Unknown split '{split}': there are {', '.join(splits)}.")
     rng = Random(f"{kind}/{split}/{seed}")
-    made: list[tuple[Random, str, str]] = []
-    while len(made) < num_rows:
-        place = [int(rng.random() * len(words)) for words in (ANIMALS, DEEDS, PLACES)]
-        if sum(place) % len(splits) != splits.index(split):
+    prompts: list[tuple[Random, str, str]] = []
+    while len(prompts) < num_rows:
+        choice = [int(rng.random() * len(words)) for words in (ANIMALS, DEEDS, PLACES)]
+        if sum(choice) % len(splits) != splits.index(split):
             continue
-        animal, deed, where = ANIMALS[place[0]], DEEDS[place[1]], PLACES[place[2]]
-        made.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
-    return made
+        animal, deed, where = ANIMALS[choice[0]], DEEDS[choice[1]], PLACES[choice[2]]
+        prompts.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
+    return prompts
 
 
 def _stray(rng: Random) -> str:
     """What no crowd says, but a policy may try: another word, the beginning of one, or nothing."""
-    word = pick(rng, (*NAMES, *ANIMALS, *DEEDS, *MOODS, "friend", "the", "and", "was")).removeprefix(POLITE)
+    word = pick(rng, (*NAMES, *ANIMALS, *DEEDS, *MOODS, "the", "and", "was"))
     return word if rng.random() < 0.3 else word[: int(rng.random() * 4)]
 
 

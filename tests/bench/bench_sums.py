@@ -65,8 +65,8 @@ def learn(model: Path, directory: Path, steps: int, *more: str) -> tuple[Answers
         *shared, f"output_dir={directory}/policy", "task=grpo", f"trainer.max_steps={steps}",
         f"trainer.validate_every={steps}", "trainer.export=last",
         f"lora.adapter={run_directory(directory / 'form')}", "task.judges=llmft.metrics.rewards.last_number",
-        "trainer.batch_size=8", "task.group=8", "task.generate_rows=160", "learning_rate=constant",
-        "learning_rate.peak=2e-4", *more,
+        "trainer.batch_size=6", "task.group=8", "task.generate_rows=160", "learning_rate=constant",
+        "learning_rate.peak=1e-4", *more,
     )  # fmt: skip
     train(policy, quiet=True)
     run = run_directory(directory / "policy")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -30,7 +32,7 @@ stages:
     overrides: [data=messages, "data.rows={}", "data.files=${stage:samples}/best.jsonl", task.max_new_tokens=8]
 compare: [first, last]
 judged: ["rows=${stage:first}", split=validation, samples=2, "temperatures=[1.0]", threads=1,
-  "judge={function: llmft.metrics.rewards.matches, pattern: glad}"]
+  "judge={function: llmft.metrics.rewards.matches, pattern: friend}"]
 """
 
 
@@ -42,12 +44,15 @@ def config(tmp_path: Path) -> Path:
     return tmp_path / "conf"
 
 
-def command(config: Path, output: Path, *overrides: str) -> list[str]:
-    shared = ",".join(f"'{o}'" if " " in o else o for o in SMALL)
-    return [
-        *(sys.executable, "-m", "llmft.pipeline", "--config-dir", str(config), "pipeline=mine", f"output_dir={output}"),
-        *(f"training=[{shared}]", *overrides),
-    ]
+def ready(name: str, output: Path, *overrides: str, training: Sequence[str] = SMALL) -> list[str]:
+    """The command of a ready chain with small trainings."""
+    shared = ",".join(f"'{override}'" if " " in override else override for override in training)
+    chain = [f"pipeline={name}", f"output_dir={output}", f"training=[{shared}]"]
+    return [sys.executable, "-m", "llmft.pipeline", *chain, *overrides]
+
+
+def command(config: Path, output: Path) -> list[str]:
+    return [*ready("mine", output), "--config-dir", str(config)]
 
 
 def written(output: Path) -> dict[str, int]:
@@ -60,8 +65,8 @@ def weights(output: Path) -> dict[str, bytes]:
     return {str(p.relative_to(output)): p.read_bytes() for p in output.rglob("adapter_model.safetensors")}
 
 
-def record(output: Path) -> dict[str, str]:
-    stages = json.loads((output / "pipelines" / "mine" / "pipeline.json").read_text())["stages"]
+def record(output: Path, name: str = "mine") -> dict[str, str]:
+    stages = json.loads((output / "pipelines" / name / "pipeline.json").read_text())["stages"]
     return {name: stage["result"] for name, stage in stages.items()}
 
 
@@ -98,3 +103,113 @@ def test_a_killed_chain_ends_where_it_would_have_ended(config: Path, tmp_path: P
         process.wait()
     subprocess.run(command(config, killed), check=True, timeout=600)
     assert weights(killed) == weights(whole)
+
+
+SWEEP = """# @package _global_
+name: mine
+stages:
+  rates:
+    sweep: true
+    overrides: [data=manners, task.max_new_tokens=4, "learning_rate.peak=1e-2,1e-7"]
+  last:
+    overrides: [data=manners, task.max_new_tokens=4, "lora.adapter=${stage:rates}"]
+"""
+
+
+def test_a_sweeps_winner_goes_on_and_a_tie_is_said(config: Path, tmp_path: Path) -> None:
+    output = tmp_path / "outputs"
+    (config / "pipeline" / "mine.yaml").write_text(SWEEP)
+    done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
+    results = record(output)
+    assert "lr0.01" in results["rates"]
+    assert "goes on with  learning_rate.peak=1e-2" in done.stdout
+    assert f"lora.adapter={results['rates']}" in done.stdout.replace("\n", "")
+    same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # as good as equal
+    (config / "pipeline" / "mine.yaml").write_text(same)
+    done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
+    assert "a tie: 1 others are not told apart from it" in done.stdout
+
+
+def test_the_chain_from_answers_to_preferences_runs(tmp_path: Path) -> None:
+    subprocess.run(ready("sft_dpo", tmp_path), check=True, timeout=600)
+    assert set(record(tmp_path, "sft_dpo")) == {"sft", "dpo"}
+
+
+def test_answers_under_a_system_prompt_are_distilled(tmp_path: Path) -> None:
+    subprocess.run(ready("distill", tmp_path), check=True, timeout=600)
+    answers = Path(record(tmp_path, "distill")["answers"])
+    rows = [json.loads(line) for line in (answers / "all.jsonl").read_text().splitlines()]
+    assert rows
+    assert all(message["role"] != "system" for row in rows for message in row["messages"])
+
+
+def test_a_competition_goes_from_its_files_to_a_submission(tmp_path: Path) -> None:
+    for name, count in (("train", 60), ("test", 8), ("template", 8)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["id", "target"] if name == "template" else ["id", "Question", "Response", "target"])
+            for n in range(count):
+                text = [f"Who sat {n}?", f"The {('cat', 'dog')[n % 2]} sat {n} times."]
+                writer.writerow([n, 0] if name == "template" else [n, *text, n % 2])
+    files = [f"files.{name}={tmp_path / name}.csv" for name in ("train", "test", "template")]
+    small = [override for override in SMALL if not override.startswith("data.rows")]
+    subprocess.run(ready("predict_the_llm", tmp_path, *files, training=small), check=True, timeout=1200)
+    (submission,) = tmp_path.rglob("submission.csv")
+    with submission.open() as file:
+        assert [row["id"] for row in csv.DictReader(file)] == [str(n) for n in range(8)]
+
+
+CONVERSATIONS = """# @package _global_
+name: mine
+stages:
+  sft:
+    overrides: [data=hh_rlhf, "data.files={files}", task.max_new_tokens=6]
+  safety:
+    overrides: [task=reward, data=hh_rlhf, "data.files={files}"]
+  helpful:
+    overrides: [task=reward, data=hh_rlhf, "data.files={files}", seed=1]
+  samples:
+    command: sample
+    overrides: ["run=${{stage:sft}}", limit=8, samples=4, "temperatures=[0.5,1.0]", threads=1,
+      "judge={{safety: '${{stage:safety}}', helpful: '${{stage:helpful}}'}}", combine=llmft.metrics.rewards.llama2]
+  rejection:
+    overrides: [data=messages, "data.files=${{stage:samples}}/best.jsonl", "lora.adapter=${{stage:sft}}",
+      task.max_new_tokens=6]
+  ppo:
+    overrides: [task=ppo, data=hh_rlhf, "data.files={files}", "lora.adapter=${{stage:rejection}}", task.group=2,
+      "task.judges={{safety: '${{stage:safety}}', helpful: '${{stage:helpful}}'}}", combine=x, task.max_new_tokens=6]
+compare: [sft, rejection, ppo]
+judged: ["rows=${{stage:sft}}", split=validation, samples=2, "temperatures=[1.0]", threads=1,
+  "judge={{function: llmft.metrics.rewards.length, target: 3}}"]
+""".replace("combine=x", "task.combine=llmft.metrics.rewards.llama2")
+
+
+def test_whole_conversations_that_differ_in_their_last_answer_go_through_the_whole_chain(
+    config: Path, tmp_path: Path
+) -> None:
+    rows = []
+    for n in range(60):
+        shared = (
+            f"\n\nHuman: Where is cat {n}?\n\nAssistant: Which one?\n\nHuman: The one of house {n % 7}.\n\nAssistant:"
+        )
+        rows.append({"chosen": f"{shared} In the garden, I am glad to say.", "rejected": f"{shared} Go away {n}."})
+    file = tmp_path / "hh.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (config / "pipeline" / "mine.yaml").write_text(CONVERSATIONS.format(files=file))
+    small = [override for override in SMALL if not override.startswith("data.rows")]
+    output = tmp_path / "outputs"
+    subprocess.run([*ready("mine", output, training=small), "--config-dir", str(config)], check=True, timeout=1200)
+    report = json.loads((output / "pipelines" / "mine" / "report.json").read_text())
+    assert [row["stage"] for row in report["rewards"]] == ["sft", "rejection", "ppo"]
+    best = [json.loads(line) for line in (Path(record(output)["samples"]) / "best.jsonl").read_text().splitlines()]
+    assert all([m["role"] for m in row["messages"]] == ["user", "assistant", "user", "assistant"] for row in best)
+
+
+def test_the_embedded_chain_earns_more_at_every_stage(tmp_path: Path) -> None:
+    subprocess.run(ready("llama2", tmp_path, training=["logger=none", "progress=false"]), check=True, timeout=1800)
+    report = json.loads((tmp_path / "pipelines" / "llama2" / "report.json").read_text())
+    assert [(row["from"], row["to"], row["verdict"]) for row in report["steps"]] == [
+        ("sft", "rejection", "better"),
+        ("rejection", "ppo", "better"),
+        ("sft", "ppo", "better"),
+    ]
