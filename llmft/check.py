@@ -55,7 +55,8 @@ def check(config: TrainConfig, form: str = "text", hours: float | None = None) -
 
     prepared = prepare(config, open_directory=False)
     load_libraries()
-    from llmft.checks.preflight import examine, show, warn
+    from llmft.checks.page import show
+    from llmft.checks.preflight import examine, warn
     from llmft.data.quality import stop_on_errors
     from llmft.training.readiness import check_room
 

@@ -1,4 +1,4 @@
-"""Runs commands in processes of their own that have the libraries already: `Commands`.
+"""Runs commands in processes of their own that have the libraries already: `command`.
 
 Starting Python, torch and transformers takes most of a short command's time. One process loads them and splits itself
 for each command, which then runs as `python -m` would run it.
@@ -30,10 +30,7 @@ class Commands:
         self.process: subprocess.Popen[str] | None = None
 
     def run(self, module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-        """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment.
-
-        Raises subprocess.TimeoutExpired after `LONGEST_S`.
-        """
+        """See `command`."""
         if self.process is None or self.process.poll() is not None:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "tests.commands"],
@@ -58,11 +55,26 @@ class Commands:
             return subprocess.CompletedProcess([module, *arguments], code, *(p.read_text() for p in printed))
 
 
+COMMANDS = Commands()
+
+
+def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment; nothing was trained in it before.
+
+    What Python or a library reads while it starts (PYTHON…, HF_…) is that of the first command.
+
+    Raises subprocess.TimeoutExpired after `LONGEST_S`.
+    """
+    return COMMANDS.run(module, *arguments, cwd=cwd)
+
+
 def main() -> None:
     """The process: an order a line, an exit code a line."""
     from llmft.core.imports import load_libraries
 
     load_libraries()
+    import llmft.training.session  # noqa: F401
+
     for line in sys.stdin:
         pid = os.fork()
         if pid == 0:

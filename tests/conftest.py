@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -57,16 +60,29 @@ def shared_data() -> Path:
 
 
 def compose(*overrides: str, schema: bool = True, verb: str = "train", kind: type | None = None) -> Any:
-    """The config that a command line with `overrides` gives; of another verb with the dataclass `kind`."""
+    """The config that a command line with `overrides` gives; of another verb with the dataclass `kind`.
+
+    Composed once for all tests that write elsewhere alone.
+    """
+    from llmft.config.sections import TrainConfig
+
+    places = [o for o in overrides if re.fullmatch(r"output_dir=[\w/.-]+", o)] if schema else []
+    others = tuple(override for override in overrides if override not in places)
+    config = copy.deepcopy(_composed(others, schema, verb, kind or TrainConfig))
+    if places:
+        config.output_dir = places[-1].partition("=")[2]
+    return config
+
+
+@functools.lru_cache(maxsize=512)
+def _composed(overrides: tuple[str, ...], schema: bool, verb: str, kind: type) -> Any:
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
     from llmft.config.convert import to_config
     from llmft.config.hydra_app import make_known
     from llmft.config.overrides import as_override, config_directory
-    from llmft.config.sections import TrainConfig
 
-    kind = kind or TrainConfig
     make_known(verb, kind)
     GlobalHydra.instance().clear()
     opened = [as_override(override, kind) for override in overrides]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.config.sections import Checkpointing, Precision, TrainConfig
 from llmft.core.files import format_bytes
 from llmft.data.batch import Limit
 from llmft.data.examples import Examples
@@ -47,52 +48,87 @@ CARDS = (
 )
 
 
-def plans(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
-    """For every card: how many are needed, the micro-batch, the peak, and (least, most) hours.
+@dataclass(frozen=True)
+class CardPlan:
+    """How a training runs on cards of one kind.
 
-    `operations` are those of the whole training without gradient checkpointing. Where one card does not do, weights
-    are divided among as few as do (FSDP2); `cards` is None where MOST_CARDS do not.
+    Attributes:
+        cards: the fewest that do; weights are divided among several (FSDP2). None where MOST_CARDS do not.
+        limit, checkpointing, peak: the largest micro-batch of each card, what is kept of it, and its bytes.
+        hours: (least, most), see SHARE_OF_RATE.
     """
+
+    card: Card
+    cards: int | None = None
+    limit: Limit = Limit()
+    checkpointing: Checkpointing = Checkpointing.none
+    peak: int = 0
+    hours: tuple[float, float] = (math.inf, math.inf)
+
+    @property
+    def precision(self) -> Precision:
+        """What is computed in."""
+        return Precision.bf16 if self.card.bf16 else Precision.fp16
+
+    def to_plain(self) -> dict[str, Any]:
+        """For the JSON form of the report."""
+        plain = {"card": self.card.name, "precision": self.precision.value, "cards": self.cards}
+        if self.cards is None:
+            return plain
+        return plain | {
+            "micro_batch": {"rows": self.limit.rows, "tokens": self.limit.tokens},
+            "gradient_checkpointing": self.checkpointing.value,
+            "peak": self.peak,
+            "hours": list(self.hours),
+        }
+
+
+def plan_cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[CardPlan]:
+    """A plan for every card; `operations` are those of the whole training without gradient checkpointing."""
     dtype = torch.bfloat16 if config.lora.enabled else torch.float32
     memory = StepMemory(config, architecture, dtype, "cuda")
     return [_plan(card, config, examples, memory, operations) for card in CARDS]
 
 
-def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemory, operations: float) -> dict[str, Any]:
-    found: dict[str, Any] = {"card": card.name, "precision": "bf16" if card.bf16 else "fp16", "cards": None}
-    cards = 1
-    while cards <= MOST_CARDS:
+def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemory, operations: float) -> CardPlan:
+    for cards in (2**power for power in range(MOST_CARDS.bit_length())):
         strategy: Any = FSDP if cards > 1 else "auto"
-        alike = replace(config, trainer=replace(config.trainer, devices=cards, num_nodes=1, strategy=strategy))
-        limit, level, estimate, fits = choose(alike, examples, memory, "cuda", card.gib * 2**30, flash=card.bf16)
+        distributed = replace(config, trainer=replace(config.trainer, devices=cards, num_nodes=1, strategy=strategy))
+        limit, level, estimate, fits = choose(distributed, examples, memory, "cuda", card.gib * 2**30, flash=card.bf16)
         if fits:
-            repeats = 1.5 if level is Checkpointing.full and config.lora.enabled else 1.0
-            hours = operations * repeats / (card.flops * cards) / 3600
-            least, most = (hours / share for share in reversed(SHARE_OF_RATE))
-            return found | {
-                "cards": cards,
-                "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
-                "gradient_checkpointing": level.value,
-                "peak": estimate.total,
-                "hours": [least, most],
-            }
-        cards *= 2
-    return found
+            recomputed = recomputation(config, level)
+            at_full_rate = operations * recomputed / (card.flops * cards) / 3600
+            lowest, highest = SHARE_OF_RATE
+            hours = (at_full_rate / highest, at_full_rate / lowest)
+            return CardPlan(card, cards, limit, level, estimate.total, hours)
+    return CardPlan(card)
 
 
-def told(plan: dict[str, Any], hours: float | None) -> list[str]:
-    """The cells of a plan's row; `hours` are those that there are."""
+def recomputation(config: TrainConfig, level: Checkpointing) -> float:
+    """What the operations of a training are multiplied with where its layers are computed again.
+
+    A token and weight take 2 operations forward, 2 for the gradient of the activations and, without a LoRA, 2 for the
+    weight's own; layers that are computed again take the first 2 once more.
+    """
+    if level is not Checkpointing.full:
+        return 1.0
+    return 6 / 4 if config.lora.enabled else 8 / 6
+
+
+def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
+    """A plan's row in the table, of its plain form."""
     if plan["cards"] is None:
         return [plan["card"], plan["precision"], f"not on {MOST_CARDS}", "", "", ""]
-    least, most = plan["hours"]
-    within = "" if hours is None else ", enough" if most <= hours else ", perhaps" if least <= hours else ", too long"
     limit = Limit(**plan["micro_batch"])
-    again = ", checkpointing" if plan["gradient_checkpointing"] == "full" else ""
     size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
-    number = str(plan["cards"]) if plan["cards"] == 1 else f"{plan['cards']}, trainer=fsdp"
-    time = f"{_hours(least)} to {_hours(most)}{within}"
-    return [plan["card"], plan["precision"], number, size + again, format_bytes(plan["peak"]), time]
+    size += ", checkpointing" if plan["gradient_checkpointing"] == "full" else ""
+    number = "1" if plan["cards"] == 1 else f"{plan['cards']}, trainer=fsdp"
+    least, most = plan["hours"]
+    time = f"{_duration(least)} to {_duration(most)}"
+    if available_hours is not None:
+        time += f", {'enough' if most <= available_hours else 'perhaps' if least <= available_hours else 'too long'}"
+    return [plan["card"], plan["precision"], number, size, format_bytes(plan["peak"]), time]
 
 
-def _hours(value: float) -> str:
-    return f"{value * 60:.0f} min" if value < 1 else f"{value:.1f} h" if value < 10 else f"{value:,.0f} h"
+def _duration(hours: float) -> str:
+    return f"{hours * 60:.0f} min" if hours < 1 else f"{hours:.1f} h" if hours < 10 else f"{hours:,.0f} h"

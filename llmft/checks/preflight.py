@@ -1,11 +1,10 @@
-"""The report of `python -m llmft.check`: collected as plain data, then printed."""
+"""What `python -m llmft.check` finds out, as plain data; `llmft.checks.page` prints it."""
 
 from __future__ import annotations
 
 import shutil
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,18 +12,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich import box
-from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
-from rich.text import Text
 
-from llmft.checks.cards import plans, told
+from llmft.checks.cards import plan_cards, recomputation
 from llmft.config.convert import to_plain
-from llmft.config.sections import Checkpointing, Feedback, Truncation
+from llmft.config.sections import Feedback, TrainConfig, Truncation
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE
+from llmft.data.examples import IGNORE, Examples
 from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
@@ -40,6 +34,8 @@ from llmft.training.readiness import Ready, make_ready
 from llmft.training.tokenized_data import TokenizedData
 
 SHOWN_ROWS = 2
+CARDS_FROM = 100_000_000
+"""Weights of a model from which on somebody may look for a larger card than what is here."""
 PROBE = [
     {"role": "user", "content": "Question one?"},
     {"role": "assistant", "content": "Answer one."},
@@ -212,37 +208,36 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     examples = rows.splits["train"]
     dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
     architecture = architecture_of(prepared, len(rows.tokenizer))
-    fit = plan_micro_batches(config, examples, lambda: architecture, device, dtype)
-    estimate = fit.estimate
+    plan = plan_micro_batches(config, examples, lambda: architecture, device, dtype)
+    estimate = plan.estimate
     if estimate is None:
-        estimate = estimator(config, examples, architecture, device, dtype)(fit.limit, fit.checkpointing)
-    saved = estimate.adapter + estimate.optimizer
-    free = shutil.disk_usage(existing_parent(Path(config.output_dir))).free
-    level, weights = fit.checkpointing, _matrix_weights(str(config.task.auto_class), architecture)
-    operations: float = (4 if config.lora.enabled else 6) * weights * rows.total_steps * config.trainer.batch_size
-    operations *= float(examples.lengths.mean())
-    again = (1.5 if config.lora.enabled else 4 / 3) if level is Checkpointing.full else 1.0
+        estimate = estimator(config, examples, architecture, device, dtype)(plan.limit, plan.checkpointing)
+    weights = _matrix_weights(str(config.task.auto_class), architecture)
+    trained_tokens = rows.total_steps * config.trainer.batch_size * float(examples.lengths.mean())
+    operations = (4 if config.lora.enabled else 6) * weights * trained_tokens  # see `recomputation`
+    seconds = operations * recomputation(config, plan.checkpointing) / _product_rate(device, dtype)
+    checkpoint = estimate.adapter + estimate.optimizer
     return {
         "device": str(device),
         "precision": precision.value,
         "memory": {**asdict(estimate), "total": estimate.total},
         "device_memory": device_memory(device),
-        "micro_batch": {**fit.to_plain(), "told": str(fit)},
+        "micro_batch": {**plan.to_plain(), "told": str(plan)},
         "base": estimate.base,
-        "disk": saved * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
-        "disk_free": free,
-        "seconds_at_least": operations * again / _product_rate(device, dtype),
+        "disk": checkpoint * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
+        "disk_free": shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
+        "seconds_at_least": seconds,
         "weights": weights,
-        "cards": plans(config, examples, architecture, operations),
+        "cards": _cards(config, examples, architecture, operations) if weights >= CARDS_FROM else [],
     }
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large product here: trainings are slower, those of small models by far.
+def _cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
+    return [plan.to_plain() for plan in plan_cards(config, examples, architecture, operations)]
 
-    A training takes 4 operations per weight and token with a LoRA (forward and the gradient of the activations), 6
-    without, and 2 more where whole layers are computed again.
-    """
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second of one large product here: trainings are slower, those of small models by far."""
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     (matrix @ matrix).sum().item()
@@ -264,9 +259,9 @@ def _matrix_weights(auto_class: str, architecture: Any) -> int:
 def _smaller_options(needs: dict[str, Any]) -> str:
     """The remaining options that need less memory."""
     chosen = needs["micro_batch"]
-    tries = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
-    tries += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
-    return " or ".join([*tries, "lower data.max_tokens", "choose a smaller model"])
+    options = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
+    options += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
+    return " or ".join([*options, "lower data.max_tokens", "choose a smaller model"])
 
 
 def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
@@ -279,148 +274,3 @@ def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
         )
         findings.append(Finding("warning", "trainer.micro_batch", message))
     return findings
-
-
-# -------------------------------------------------------------------------------------------------------------- showing
-
-
-CARDS_FROM = 100_000_000
-"""Weights of a model from which on somebody may look for a larger card than what is here."""
-
-
-def _card_table(found: list[dict[str, Any]], hours: float | None) -> Table:
-    title = "on other cards: arithmetic, never measured on such a card"
-    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-    for name in ("card", "precision", "cards", "micro-batch", "peak of each", "training"):
-        table.add_column(name)
-    for plan in found:
-        table.add_row(*told(plan, hours))
-    return table
-
-
-def show(report: dict[str, Any], hours: float | None = None) -> None:
-    """Prints the report on one screen; `hours` are those that there are for the training."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 110
-    console.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
-    opening, closing = ("", "") if console.color_system else ("«", "»")  # without colours
-    for number, segments in enumerate(report["rows"], start=1):
-        learned = f"[black on green]{opening}learned{closing}[/black on green]"
-        if any("answer" in segment for segment in segments):
-            learned = "[black on green]the better answer[/black on green], then [black on red]the others[/black on red]"
-        elif "good" in segments[-1]:
-            kind = "[black on green]a good" if segments[-1]["good"] else "[black on red]a bad"
-            learned = f"{kind} answer[/]"
-        console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
-        text = Text()
-        for segment in segments:
-            text_shown = (
-                segment["text"] if len(segment["text"]) < 700 else f"{segment['text'][:350]} … {segment['text'][-330:]}"
-            )
-            if segment["learned"]:
-                worse = segment.get("answer", 1) > 1 or segment.get("good") is False
-                name = f"answer {segment['answer']}: " if "answer" in segment and not console.color_system else ""
-                text.append(f"{opening}{name}{text_shown}{closing}", style=f"black on {'red' if worse else 'green'}")
-            else:
-                text.append(text_shown, style="dim")
-        console.print(text)
-    console.print(_split_table(report["splits"]))
-    pad, ends = report["prompt"]["pad_token"], ", ".join(report["prompt"]["end_tokens"])
-    marker = report["prompt"]["end_marker"]
-    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
-    console.print(
-        f"[bold]tokens[/bold]  pad {escape(str(pad))} (masked, never learned), answers end with {escape(ends)}"
-    )
-    if report["message_keys"]["read"]:
-        read, unused = (", ".join(sorted(report["message_keys"][kind])) or "none" for kind in ("read", "unused"))
-        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
-    _show_lengths(console, report["limits"])
-    _show_columns(console, report["columns"])
-    _show_comparisons(console, report["comparisons"])
-    if report["labels"]:
-        total = sum(report["labels"].values())
-        shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
-        console.print(f"[bold]answers[/bold]  {shares}")
-    needs, memory, steps = report["needs"], report["needs"]["memory"], report["steps"]
-    console.print(
-        f"[bold]steps[/bold]  {steps['total']:,} of {steps['batch_rows']} rows, {steps['tokens']:,} tokens, "
-        f"validation every {steps['validate_every']}; computing takes {needs['seconds_at_least']:,.0f} s at least "
-        f"on {needs['device']}"
-    )
-    parts = ", ".join(
-        f"{name} {format_bytes(memory[name])}"
-        for name in ("base", "adapter", "gradients", "optimizer", "activations", "workspace", "libraries")
-    )
-    available = needs["device_memory"]
-    fits = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
-    console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{fits}: {parts}")
-    console.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
-    if needs["weights"] >= CARDS_FROM:
-        console.print(_card_table(needs["cards"], hours))
-    console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
-    _show_findings(console, report["findings"])
-
-
-def _show_comparisons(console: Console, facts: dict[str, Any] | None) -> None:
-    if facts is None:
-        return
-    console.print(
-        f"[bold]pairs[/bold]   {facts['pairs']:,}: the better answer has {facts['chosen_tokens']:.0f} tokens, the "
-        f"other {facts['rejected_tokens']:.0f}; the longer one is better in {facts['longer_wins']:.1%}"
-    )
-    for name, of_degree in facts["degrees"].items():
-        margin = f", margin {of_degree['margin']:.3g}" if of_degree["margin"] else ""
-        console.print(
-            f"        {escape(name)}: {of_degree['pairs']:,}, the longer wins in {of_degree['longer_wins']:.1%}{margin}"
-        )
-
-
-def _show_columns(console: Console, usage: dict[str, Any]) -> None:
-    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
-    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
-        read += f"; {kind}: {', '.join(names)}" if names else ""
-    console.print(f"[bold]columns[/bold] read: {escape(read)}")
-
-
-def _split_table(splits: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
-    learned = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a linear head learns no token
-    trained = ("end token trained", "no trained token") if learned else ()
-    for name in ("split", "rows", "begin tokens a row", *trained, "longest"):
-        table.add_column(name, justify="left" if name == "split" else "right")
-    for split, facts in splits.items():
-        begins = ", ".join(f"{n}" for n in facts["begin_tokens"]) or "-"
-        longest = str(facts["all_tokens"].get("100", "-"))
-        rows = facts["rows"]
-        ends = (f"{facts['ends_trained']:,}", str(facts["untrained"])) if learned else ()
-        table.add_row(split, f"{rows:,}", begins, *ends, longest)
-    return table
-
-
-def _show_lengths(console: Console, limits: dict[str, Any]) -> None:
-    largest = max((count for *_, count in limits["histogram"]), default=1)
-    title = (
-        f"tokens of the training rows before the limits; data.max_tokens={limits['max_tokens']} cuts "
-        f"{limits['rows_cut']} and drops {limits['rows_dropped']} "
-        f"({limits['answer_share_dropped']:.1%} of all answer tokens); "
-        f"data.max_tokens={limits['cuts_one_percent']} would cut only 1% of the rows"
-    )
-    console.print(title)
-    table = Table(box=None, show_header=False)
-    for start, stop, count in limits["histogram"]:
-        colour = "red" if start > limits["max_tokens"] else "cyan"
-        table.add_row(f"{start}-{stop}", f"{count:,}", f"[{colour}]{'█' * round(40 * count / largest)}[/{colour}]")
-    for name, values in limits["uncut"].items():
-        table.add_row(name, "", "  ".join(f"{p}%: {value}" for p, value in values.items()))
-    console.print(table)
-
-
-def _show_findings(console: Console, findings: Sequence[dict[str, str]]) -> None:
-    console.print()
-    for finding in findings:
-        colour = "red" if finding["level"] == "error" else "yellow"
-        message = finding["message"]
-        console.print(f"[{colour}]{finding['level']}[/{colour}] {escape(finding['key'])}: {escape(message)}")
-    if not findings:
-        console.print("[green]no problems found[/green]")

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +15,14 @@ import llmft
 from llmft.check import check as check_command
 from llmft.core.errors import DiskError, UserError
 from llmft.train import train
-from tests.commands import Commands
-from tests.conftest import ROOT, compose
+from tests.commands import command
+from tests.conftest import compose
 
 SMALL_DATA = ["data.rows={train: 40, validation: 10, test: 6}", "trainer.threads=1"]
 
 
-COMMANDS = Commands()
-
-
 def check(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return COMMANDS.run("llmft.check", *arguments, cwd=cwd)
+    return command("llmft.check", *arguments, cwd=cwd)
 
 
 def report(*arguments: str, cwd: Path) -> dict[str, Any]:
@@ -87,16 +82,9 @@ def test_an_end_token_that_is_never_trained_stops_check_and_train(tmp_path: Path
     done = check(*arguments, cwd=tmp_path)
     assert done.returncode == 4
     assert "would not learn to stop" in done.stderr
-    train = subprocess.run(
-        [sys.executable, "-m", "llmft", *arguments, "logger=none"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert train.returncode == 4
-    assert "would not learn to stop" in train.stderr
+    trained = command("llmft", *arguments, "logger=none", cwd=tmp_path)
+    assert trained.returncode == 4
+    assert "would not learn to stop" in trained.stderr
 
 
 def test_a_doubled_begin_token_stops(tmp_path: Path) -> None:
@@ -250,9 +238,9 @@ def test_what_training_refuses_before_its_weights_check_refuses_in_the_same_word
 
     monkeypatch.setattr("llmft.model.assemble.load_base", loaded)
     told = []
-    for command in (check_command, lambda config: train(config, quiet=True)):
+    for run in (check_command, lambda config: train(config, quiet=True)):
         with pytest.raises(UserError, match=message) as error:
-            command(compose(*HERE, *logger, *output, *own))
+            run(compose(*HERE, *logger, *output, *own))
         told.append((type(error.value), str(error.value)))
     assert told[0] == told[1]
 
@@ -261,9 +249,9 @@ def test_a_disk_too_full_is_told_alike(tmp_path: Path, monkeypatch: pytest.Monke
     usage = shutil.disk_usage(tmp_path)._replace(free=2**20)
     monkeypatch.setattr("llmft.core.files.shutil.disk_usage", lambda _: usage)
     told = []
-    for command in (check_command, lambda config: train(config, quiet=True)):
+    for run in (check_command, lambda config: train(config, quiet=True)):
         with pytest.raises(DiskError, match=r"lower trainer\.keep_checkpoints=2") as error:
-            command(compose(*HERE, "logger=none", f"output_dir={tmp_path}"))
+            run(compose(*HERE, "logger=none", f"output_dir={tmp_path}"))
         told.append(str(error.value))
     assert told[0] == told[1]
 
