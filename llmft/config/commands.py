@@ -27,6 +27,7 @@ from llmft.config.sections import (
     rows_or_tokens,
     seconds_of,
 )
+from llmft.core.errors import ConfigError
 
 PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
 """What predict, folds and blend write besides the predictions."""
@@ -51,10 +52,8 @@ class SubmissionConfig:
 
     def __post_init__(self) -> None:
         wanted = self.format is PredictionFormat.submission
-        require(
-            not wanted or self.template is not None,
-            "format=submission needs template=FILE, the competition's sample submission.",
-        )
+        if wanted and self.template is None:
+            raise ConfigError("format=submission needs template=FILE, the competition's sample submission.")
         for key in ("template", "columns"):
             require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
 
@@ -85,10 +84,8 @@ class PredictConfig(SubmissionConfig, Trusting):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_each(self, "", "batch_size", lambda n: n >= 1, "1 or more.")
-        require(
-            (self.data.files is None) != (self.prompts is None),
-            'what to predict: data.files=FILE, or prompts=["…"], one of the two.',
-        )
+        if (self.data.files is None) == (self.prompts is None):
+            raise ConfigError('what to predict: data.files=FILE, or prompts=["…"], one of the two.')
         predictions = self.format is PredictionFormat.predictions
         require(self.prompts is None or predictions, "format=submission needs data.files=FILE.")
         require_each(self, "", "max_new_tokens threads", lambda n: n >= 1, "1 or more, or null.")
@@ -264,14 +261,9 @@ class BenchConfig:
         check = partial(require_each, self, "")
         check("samples rows batch_size inference_rows repeats", lambda n: n >= 1, "1 or more.")
         check("hours epochs", lambda x: x > 0, "above 0.")
-        check(
-            "input_tokens", lambda lengths: min(lengths, default=0) >= 1, "a list of lengths in tokens, 1 or more each."
-        )
-        check(
-            "output_tokens",
-            lambda lengths: min(lengths, default=0) >= 2,
-            "a list of lengths in tokens, 2 or more each.",
-        )
+        lengths = "a list of lengths in tokens, {} or more each."
+        check("input_tokens", lambda values: min(values, default=0) >= 1, lengths.format(1))
+        check("output_tokens", lambda values: min(values, default=0) >= 2, lengths.format(2))
         check("quantizations", lambda formats: len(formats) > 0, "one at least, such as [nf4,none].")
         check("threads", lambda n: n >= 1, "1 or more, or null.")
         require(seconds_of(self.max_time, "max_time") > 0, f"max_time={self.max_time}: above 0.")

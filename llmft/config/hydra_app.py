@@ -7,6 +7,7 @@ import gc
 import os
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def run_verb(
             try:
                 if os.getpid() == here:
                     restore()
-                trust_said(config.trusted_packages if "trusted_packages" in config else (), invocation)
+                trust_typed(config.trusted_packages if "trusted_packages" in config else (), invocation)
                 return job(config, invocation)
             except Interrupted as error:
                 raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
@@ -115,24 +116,25 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
     config = to_config(composed, schema)
-    if config.model.trust_remote_code and "true" not in invocation.words("model.trust_remote_code"):
-        raise ConfigError(
-            "model.trust_remote_code: a file cannot say whom you trust; write model.trust_remote_code=true on the "
-            "command line if you have read the code."
-        )
-    trust_said(config.trusted_packages, invocation)
+    if config.model.trust_remote_code:
+        _require_typed("model.trust_remote_code", "true", "true", invocation)
+    trust_typed(config.trusted_packages, invocation)
     return config
 
 
-def trust_said(packages: Sequence[str], invocation: Invocation) -> None:
+def trust_typed(packages: Sequence[str], invocation: Invocation) -> None:
     """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
     for package in filter(None, packages):
-        if str(package).lower() not in invocation.words("trusted_packages"):
-            raise ConfigError(
-                f"trusted_packages: a file cannot say whom you trust; write trusted_packages=[{package}] on the "
-                "command line if you have read the code."
-            )
+        _require_typed("trusted_packages", str(package).lower(), f"[{package}]", invocation)
     trust(packages)
+
+
+def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> None:
+    if word not in invocation.words(key):
+        raise ConfigError(
+            f"{key}: a file cannot say whom you trust; write {key}={value} on the command line if you have read the "
+            "code."
+        )
 
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
@@ -162,7 +164,8 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         return ConfigError(f"output_dir cannot be used: {error.strerror}{where}; choose another.")
     if isinstance(error, RecursionError):
         return ConfigError("files of the config name each other in their defaults lists without end; break the circle.")
-    if "Config group override must be a string" in str(error) or _full_key(chain) == "_dummy_":
+    full_key = next((str(name) for link in chain if (name := getattr(link, "full_key", None))), None)
+    if "Config group override must be a string" in str(error) or full_key == "_dummy_":
         named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
         given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
         if given is not None:
@@ -174,14 +177,15 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
         return None
     text = "\n".join(str(link) for link in chain)
-    key = _full_key(chain) or _override_key(str(error))
     if "Ambiguous value" in text:
         given = next((a for a in argv if "," in a), "")
         return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
+    override = re.search(r"Could not override '([^']+)'", str(error))
+    override_key = override[1] if override else None
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:
-        return _unknown_key(key, schema)
+        return _unknown_key(full_key or override_key, schema)
     if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
-        return _unknown_key(_override_key(str(error)) or key, schema)
+        return _unknown_key(override_key or full_key, schema)
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(explain_error(link, schema))
@@ -189,10 +193,8 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
 
 
 def _raised_in_hydra(error: BaseException) -> bool:
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("hydra.")
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return bool(frames) and frames[-1].f_globals.get("__name__", "").startswith("hydra.")
 
 
 def _missing_option(error: Any) -> ConfigError:
@@ -208,19 +210,6 @@ def _missing_option(error: Any) -> ConfigError:
     shown = ", ".join(rest[:40]) + (", …" if len(rest) > 40 else "")
     hint = f"did you mean {group}={best}? (others: {shown})" if best else f"choose from {', '.join(options)}"
     return ConfigError(f"{group}={option}: no such option; {hint}")
-
-
-def _full_key(chain: list[BaseException]) -> str | None:
-    for link in chain:
-        key = getattr(link, "full_key", None)
-        if key:
-            return str(key)
-    return None
-
-
-def _override_key(text: str) -> str | None:
-    match = re.search(r"Could not override '([^']+)'", text)
-    return match[1] if match else None
 
 
 def _unknown_key(key: str | None, schema: type) -> ConfigError:

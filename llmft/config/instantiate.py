@@ -32,6 +32,7 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
 SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
 ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
 HYDRA_KEYWORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
+LIBRARIES = ("torch", "lightning", "bitsandbytes", "llmft")
 _trusted: set[str] = set()
 
 
@@ -56,21 +57,11 @@ def find(path: str, key: str, kind: str) -> Any:
     allowed = (*prefixes, *(f"{package}." for package in sorted(_trusted)))
     module_name, _, name = path.rpartition(".")
     if not module_name or not _in_packages(module_name, allowed):
-        top_package = path.partition(".")[0]
-        is_users_package = top_package.isidentifier() and top_package not in (
-            "torch",
-            "lightning",
-            "bitsandbytes",
-            "llmft",
-        )
-        raise ConfigError(
-            f"{key}={path}: only {', '.join(prefix + '*' for prefix in prefixes)} may be named in a config"
-            + (
-                f"; for your own code set trusted_packages=[{top_package}] on the command line."
-                if is_users_package
-                else "."
-            )
-        )
+        package = path.partition(".")[0]
+        hint = f"; for your own code set trusted_packages=[{package}] on the command line"
+        hint = "" if package in LIBRARIES or not package.isidentifier() else hint
+        allowed_paths = ", ".join(f"{prefix}*" for prefix in prefixes)
+        raise ConfigError(f"{key}={path}: only {allowed_paths} may be named in a config{hint}.")
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
@@ -87,27 +78,29 @@ def find(path: str, key: str, kind: str) -> Any:
         fits = inspect.isclass(target) and issubclass(target, getattr(importlib.import_module(base_module), base_name))
     elif kind == "objective":
         fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
-    elif kind == "loss":
-        fits = inspect.isfunction(target) and list(inspect.signature(target).parameters)[:2] == ["pairs", "beta"]
-    elif kind == "source":
-        fits = inspect.isfunction(target) and [*inspect.signature(target).parameters][:3] == [*SOURCE_ARGUMENTS]
-    elif kind == "reward":
-        fits = inspect.isfunction(target) and "answers" in inspect.signature(target).parameters
-    elif kind == "combination":
-        fits = inspect.isfunction(target) and "answers" not in inspect.signature(target).parameters
     else:
-        fits = inspect.isfunction(target) and _takes_two_arguments(target)
+        fits = inspect.isfunction(target) and _FUNCTIONS[kind](inspect.signature(target))
     if not fits:
         raise ConfigError(f"{key}={path}: {description} was expected.")
     return target
 
 
-def _takes_two_arguments(function: Any) -> bool:
+def _takes_two_arguments(signature: inspect.Signature) -> bool:
     try:
-        inspect.signature(function).bind(None, None)
+        signature.bind(None, None)
     except TypeError:
         return False
     return True
+
+
+_FUNCTIONS: dict[str, Callable[[inspect.Signature], bool]] = {
+    "loss": lambda signature: [*signature.parameters][:2] == ["pairs", "beta"],
+    "metric": _takes_two_arguments,
+    "source": lambda signature: [*signature.parameters][:3] == [*SOURCE_ARGUMENTS],
+    "reward": lambda signature: "answers" in signature.parameters,
+    "combination": lambda signature: "answers" not in signature.parameters,
+}
+"""By kind: whether a function of this signature is one."""
 
 
 def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) -> tuple[Any, dict[str, Any]]:
@@ -201,9 +194,8 @@ def metric_functions(paths: list[str], options: dict[str, Any] | None = None) ->
         accepted = list(inspect.signature(metrics[name]).parameters)[2:]
         for argument in arguments:
             if argument not in accepted:
-                raise ConfigError(
-                    f"task.metric_options.{name}.{argument}: no such option{did_you_mean(argument, accepted)}"
-                )
+                hint = did_you_mean(argument, accepted)
+                raise ConfigError(f"task.metric_options.{name}.{argument}: no such option{hint}")
         metrics[name] = partial(metrics[name], **arguments)
     return metrics
 

@@ -85,9 +85,9 @@ def arguments_for_hydra(argv: Sequence[str]) -> Iterator[Any]:
 
 def with_lists(argv: Sequence[str], prefix: str) -> list[str]:
     """`argv` with `run=A,B` as the list `run=[A,B]`, for a command that has no sweeps."""
-    made = []
+    arguments = []
     for argument in argv:
         value = argument.removeprefix(prefix)
         several = argument.startswith(prefix) and "," in value and value[:1] not in ("[", "'", '"')
-        made.append(f"{prefix}[{value}]" if several else argument)
-    return made
+        arguments.append(f"{prefix}[{value}]" if several else argument)
+    return arguments

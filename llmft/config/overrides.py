@@ -148,15 +148,15 @@ def as_override(argument: str, schema: type, *, several: bool = False) -> str:
 
 def yes_or_no(arguments: Sequence[str]) -> list[str]:
     """`arguments` with GROUP=false as the option none of a group that has one, and without GROUP=true, its default."""
-    kept = []
+    converted = []
     for argument in arguments:
         group, _, value = argument.partition("=")
         if re.fullmatch(r"\w+", group) and (config_directory() / group / "none.yaml").is_file():
             if value.lower() == "true":
                 continue
             argument = f"{group}=none" if value.lower() in ("false", "null") else argument
-        kept.append(argument)
-    return kept
+        converted.append(argument)
+    return converted
 
 
 def quoted(text: str) -> str:

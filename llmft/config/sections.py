@@ -365,15 +365,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         local = bool(self.files or self.split_files.train)
-        require(
-            local or bool(self.source or self.hub),
-            f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).",
-        )
+        if not (local or self.source or self.hub):
+            raise ConfigError(f"data={self.name} names no rows: set data.files=FILE (or data.hub=ID).")
         require(not (local and self.source), f"data={self.name} makes its own rows: data.files has no place there.")
-        require(
-            not (self.files and self.split_files.train),
-            "data.files and data.split_files.train are both set: keep one.",
-        )
+        twice = bool(self.files and self.split_files.train)
+        require(not twice, "data.files and data.split_files.train are both set: keep one.")
         check = partial(require_each, self, "data.")
         check("validation_fraction test_fraction max_bad_fraction", lambda x: 0 <= x < 1, "at least 0 and below 1.")
         check("max_dropped_fraction max_overlap_fraction", lambda x: 0 <= x <= 1, "0 to 1.")
@@ -391,10 +387,8 @@ class DataConfig:
         check("max_tokens", lambda n: n >= 8, "8 or more.")
         check("limit", lambda n: n >= 1, "1 or more, or null for all rows.")
         for split, count in self.rows.items():
-            require(
-                split in ("train", "validation", "test") and count >= 0,
-                f"data.rows.{split}={count}: train, validation or test, each 0 or more.",
-            )
+            known = split in ("train", "validation", "test")
+            require(known and count >= 0, f"data.rows.{split}={count}: train, validation or test, each 0 or more.")
 
 
 CLASSIFICATION = "llmft.training.objectives.classification.Classification"
@@ -484,45 +478,37 @@ class TaskConfig(RolloutConfig):
         if self.head is not None:
             self.objective = self.objective or CLASSIFICATION
             model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
-            require(
-                self.auto_class in (None, model),
-                f"task.auto_class={self.auto_class}: task.head={self.head.value} sits on a {model}; leave it out.",
-            )
+            other = f"task.head={self.head} sits on a {model}; leave it out."
+            require_each(self, "task.", "auto_class", lambda name: name == model, other)
             self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
         self._check_feedback()
         self.check_rollouts()
         self.auto_class = self.auto_class or "causal_lm"
         options = ("causal_lm", "sequence_classification")
-        require(
-            self.auto_class in options,
-            f"task.auto_class={self.auto_class}: no such kind of model{did_you_mean(self.auto_class, options)}",
-        )
+        hint = did_you_mean(self.auto_class, options)
+        require(self.auto_class in options, f"task.auto_class={self.auto_class}: no such kind of model{hint}")
         check = partial(require_each, self, "task.")
         check("generate_rows show_rows", lambda n: n >= 0, "0 or more.")
         check("max_new_tokens", lambda n: n >= 1, "1 or more.")
         check("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1.")
         tokens_alone = "0 or more, and for task.head=tokens alone."
         check("text_loss", lambda x: x == 0 or (x > 0 and self.head is Head.tokens), tokens_alone)
-        single = self.problem is TaskType.single_label
-        require(
-            single or self.head is not Head.tokens,
-            f"task.head=tokens chooses one class: task.problem={self.problem.value} needs task.head=linear.",
-        )
-        require(
-            self.class_weights is None or single,
-            f"task.class_weights: task.problem={self.problem.value} has no classes to weigh against each other.",
-        )
-        require(
-            self.label_smoothing == 0 or self.problem is not TaskType.regression,
-            "task.label_smoothing: a regression has no labels to smooth.",
-        )
+        several = self.problem is not TaskType.single_label
+        if several and self.head is Head.tokens:
+            raise ConfigError(
+                f"task.head=tokens chooses one class: task.problem={self.problem} needs task.head=linear."
+            )
+        if several and self.class_weights is not None:
+            raise ConfigError(
+                f"task.class_weights: task.problem={self.problem} has no classes to weigh against each other."
+            )
+        if self.label_smoothing and self.problem is TaskType.regression:
+            raise ConfigError("task.label_smoothing: a regression has no labels to smooth.")
         weights = "balanced, a dictionary of weights by class, or null."
         check("class_weights", lambda value: value == "balanced" or isinstance(value, dict), weights)
-        require(
-            self.words in ("labels", "letters") or isinstance(self.words, dict),
-            f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.",
-        )
+        if self.words not in ("labels", "letters") and not isinstance(self.words, dict):
+            raise ConfigError(f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.")
 
     @property
     def predicts(self) -> bool:
@@ -561,25 +547,21 @@ class TaskConfig(RolloutConfig):
             f"task.margin={self.margin}: none, small, large, or a number of 0 or more for each of data.degrees"
             f"{did_you_mean(str(self.margin), known)}",
         )
-        require(
-            self.head is None or self.feedback is None,
-            f"task.head={self.head}: task.feedback compares answers; set one to null.",
-        )
+        if self.head is not None and self.feedback is not None:
+            raise ConfigError(f"task.head={self.head}: task.feedback compares answers; set one to null.")
         less = "of a comparison less than 0.5, where it says nothing."
         check("label_smoothing", lambda x: x < 0.5 or self.feedback is None, less)
 
 
 def rows_or_tokens(micro_batch: Any) -> tuple[int | None, int | None]:
     """trainer.micro_batch as (rows, None) or (None, tokens); (None, None) for auto."""
-    match = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
-    require(
-        micro_batch == "auto" or match is not None,
-        f"trainer.micro_batch={micro_batch}: a number of rows, a number of tokens (4096tokens), or auto.",
-    )
-    if match is None:
+    if micro_batch == "auto":
         return None, None
-    number = int(match[1])
-    return (None, number) if match[2] else (number, None)
+    match = re.fullmatch(r"([1-9]\d*) ?(tokens)?", str(micro_batch))
+    if match is None:
+        expected = "a number of rows, a number of tokens (4096tokens), or auto."
+        raise ConfigError(f"trainer.micro_batch={micro_batch}: {expected}")
+    return (None, int(match[1])) if match[2] else (int(match[1]), None)
 
 
 def checkpointing_of(value: Any) -> Checkpointing:
@@ -591,11 +573,8 @@ def checkpointing_of(value: Any) -> Checkpointing:
     if value == "selective":  # in runs of llmft 0.1
         warnings.warn("trainer.gradient_checkpointing=selective is gone; full is taken.", FutureWarning, stacklevel=2)
         return Checkpointing.full
-    names = [level.value for level in Checkpointing]
-    require(
-        value in names,
-        f"trainer.gradient_checkpointing={value}: auto, none or full{did_you_mean(str(value), names)}",
-    )
+    hint = did_you_mean(str(value), Checkpointing)
+    require(value in [*Checkpointing], f"trainer.gradient_checkpointing={value}: auto, none or full{hint}")
     return Checkpointing(value)
 
 
@@ -664,9 +643,7 @@ class WandbConfig:
     def __post_init__(self) -> None:
         check = partial(require_each, self, "logger.wandb.")
         characters = "W&B takes 1 to 128 characters, none of them /, \\, #, ?, % or :."
-        check(
-            "project entity", lambda name: re.fullmatch(r"[^/\\#?%:]{1,128}", name, re.DOTALL) is not None, characters
-        )
+        check("project entity", lambda name: re.fullmatch(r"[^/\\#?%:]{1,128}", name) is not None, characters)
         check("start_timeout_s finish_timeout_s", lambda x: 0 < x < math.inf, "a number of seconds above 0.")
 
 
@@ -829,10 +806,8 @@ class TrainConfig:
             f"quantization.format={self.quantization.format} with lora=none leaves nothing to train: "
             "use quantization=none for full fine-tuning, or a LoRA.",
         )
-        require(
-            self.lora.adapter is None or self.lora.enabled,
-            "lora.adapter with lora=none: an adapter is trained on as one; choose lora=default.",
-        )
+        if self.lora.adapter is not None and not self.lora.enabled:
+            raise ConfigError("lora.adapter with lora=none: an adapter is trained on as one; choose lora=default.")
         self._check_margins()
         require_each(self, "", "seed", lambda n: 0 <= n < 2**32, "0 to 4294967295.")
 
@@ -841,14 +816,13 @@ class TrainConfig:
         margin, columns = self.task.margin, self.data.columns
         if margin == "none":
             return
-        require(
-            columns.degree is not None,
-            f"task.margin={margin}: a pair's margin comes from its degree; name its column in data.columns.degree.",
-        )
-        require(
-            columns.margin is None,
-            f"task.margin={margin} and data.columns.margin={columns.margin} both give a margin: keep one.",
-        )
+        if columns.degree is None:
+            advice = "name its column in data.columns.degree."
+            raise ConfigError(f"task.margin={margin}: a pair's margin comes from its degree; {advice}")
+        if columns.margin is not None:
+            raise ConfigError(
+                f"task.margin={margin} and data.columns.margin={columns.margin} both give a margin: keep one."
+            )
         for name in sorted(set(margin) ^ set(self.data.degrees)) if isinstance(margin, dict) else ():
             raise ConfigError(
                 f"task.margin: {name} is not in both this dictionary and data.degrees={self.data.degrees}; "

@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from omegaconf import OmegaConf
+
 from llmft.config.convert import from_plain
 from llmft.config.instantiate import HYDRA_KEYWORDS
 from llmft.config.renamed import RENAMED, move
@@ -67,24 +69,14 @@ def read_yaml(path: Path) -> Any:
     import yaml
 
     text = read_bounded(path, MAX_YAML_BYTES)
-    _check_aliases(path, text)
     try:
+        tokens = yaml.scan(text, Loader=yaml.SafeLoader) if text.count("*") > MAX_ALIASES else ()
+        aliases = sum(isinstance(token, yaml.AliasToken) for token in tokens)
+        if aliases > MAX_ALIASES:
+            raise ConfigError(f"{path}: {aliases} aliases (*name), more than {MAX_ALIASES}; it is not read.")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from None
-
-
-def _check_aliases(path: Path, text: str) -> None:
-    import yaml
-
-    if text.count("*") <= MAX_ALIASES:
-        return
-    try:
-        aliases = sum(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader))
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from None
-    if aliases > MAX_ALIASES:
-        raise ConfigError(f"{path}: {aliases} aliases (*name), more than {MAX_ALIASES}; it is not read.")
 
 
 def check_config_directories(arguments: Sequence[str]) -> None:
@@ -135,24 +127,21 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 def _check_hydra(path: Path, inside: Path, content: Any) -> None:
     """Raises ConfigError for settings that make Hydra build, log, write or set something."""
-    path_parts = inside.parts
     packages = re.findall(r"^\s*#\s*@package\s+(\S+)", read_bounded(path, MAX_YAML_BYTES), re.MULTILINE)
-    defaults = content.get("defaults") if isinstance(content, dict) else None
+    content = content or {}
+    defaults, settings = content.get("defaults"), content.get("hydra")
     for entry in defaults if isinstance(defaults, list) else ():
         packages += [str(name).partition("@")[2] for name in (entry if isinstance(entry, dict) else [entry])]
     set_by = [package for package in packages if "hydra" in package or "$" in package]
-    set_by += [".".join(path_parts[:-1])] if path_parts[0] == "hydra" else []
-    settings = content.get("hydra") if isinstance(content, dict) else None
+    set_by += [".".join(inside.parts[:-1])] if inside.parts[0] == "hydra" else []
     set_by += [f"hydra.{name}" for name in settings] if isinstance(settings, dict) else []
     for key in set_by:
         if key.removeprefix("hydra.").partition(".")[0] not in HYDRA_SETTINGS:
             raise ConfigError(f"{path}: {key}: a file may set only {', '.join(sorted(HYDRA_SETTINGS))} of hydra.")
-    settings_to_check = (
-        settings if set_by and set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
-    )
-    if set_by and any(
-        text in HYDRA_KEYWORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(settings_to_check)
-    ):
+    if not set_by:
+        return
+    checked = settings if set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
+    if any(text in HYDRA_KEYWORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(checked)):
         raise ConfigError(
             f"{path}: {set_by[0]}: only plain values are allowed; a file builds nothing and sets nothing in hydra."
         )
@@ -183,20 +172,20 @@ def stored_config(path: Path, schema: type) -> Any:
             f"{path}: model.trust_remote_code: a file cannot say whom you trust, and this command runs no code of "
             f"{model.get('path') or model.get('id')}, with which the run was trained; plain peft loads its adapter."
         )
-    for key, text in _texts({name: value for name, value in plain.items() if name != "trusted_packages"}):
+    # A file cannot grant trust; only the command line can.
+    plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
+    for key, text in _texts(plain):
         if "${" not in text:
             continue
-        if not key.startswith(TEXT_KEYS) or any(
-            _is_resolver(name) for name in re.findall(r"\$\{\s*([\w.]+)\s*:", text)
-        ):
+        names = re.findall(r"\$\{\s*([\w.]+)\s*:", text)
+        is_resolved = any(name.startswith(("oc.", "hydra")) or OmegaConf.has_resolver(name) for name in names)
+        if is_resolved or not key.startswith(TEXT_KEYS):
             raise ConfigError(
                 f"{path}: {key}={text}: a run's config holds plain values, and nothing is resolved in it."
             )
     implementation = model.get("attn_implementation") if isinstance(model, dict) else None
     if implementation is not None and not _is_implementation(implementation):
         raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
-    # A file cannot grant trust; only the command line can.
-    plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
     if isinstance(sweep := plain.get("sweep"), dict):
         plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in REMOVED_KEYS}}
     try:
@@ -211,12 +200,6 @@ REMOVED_KEYS = ("stack", "halving")
 
 TEXT_KEYS = ("notes", "tags", "prompt.", "data.columns.", "data.labels", "task.words", "sweep.question")
 """Keys of a stored config that hold free text, in which `${` may occur."""
-
-
-def _is_resolver(name: str) -> bool:
-    from omegaconf import OmegaConf
-
-    return name.startswith(("oc.", "hydra")) or OmegaConf.has_resolver(name)
 
 
 def _is_implementation(value: Any) -> bool:
@@ -244,8 +227,12 @@ def check_plain_files(directory: Path) -> None:
         for path in (Path(folder) / name for name in [*folders, *names]):
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise ConfigError(f"{path}: a link out of the directory, which is not followed.")
-            if path.exists() and not (path.is_file() or path.is_dir()):
-                raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
+            _refuse_special(path)
+
+
+def _refuse_special(path: Path) -> None:
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
 
 
 # ----------------------------------------------------------------------------------------------- models and adapters
@@ -254,8 +241,7 @@ def check_plain_files(directory: Path) -> None:
 def check_model(directory: Path) -> None:
     """Raises ConfigError for a model directory with harmful JSON files; weights are not read."""
     for path in directory.iterdir():  # the Hub's cache holds links
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            raise ConfigError(f"{path}: not a plain file; nothing in its directory is read.")
+        _refuse_special(path)
     for name, most in JSON_LIMITS.items():
         path = directory / name
         if not path.is_file():
@@ -280,24 +266,20 @@ def check_values(path: Path | str, config: dict[str, Any]) -> None:
             check_values(path, value)
         elif isinstance(value, int):
             is_layer_count = "layer" in key and not key.endswith(("_id", "_idx"))
-            limit = MAX_LAYERS if is_layer_count and key.startswith(("n_", "num_")) else MAX_COUNT
+            limit = MAX_LAYERS if is_layer_count else MAX_COUNT
             if key.startswith(("n_", "num_")) and value > limit:
                 raise ConfigError(f"{path}: {key}={value} is more than {limit:,}; it is not built.")
 
 
 def check_adapter(directory: Path) -> dict[str, Any]:
     """A LoRA's adapter_config.json. Raises ConfigError for one that makes PEFT import modules or unpickle weights."""
-    config = read_json(directory / "adapter_config.json", JSON_LIMITS["adapter_config.json"])
+    path = directory / "adapter_config.json"
+    config = read_json(path, JSON_LIMITS[path.name])
     for key in ("auto_mapping", "megatron_config", "layer_replication", "runtime_config"):
-        value = config.get(key)
-        if key == "runtime_config" and value == {"ephemeral_gpu_offload": False}:
-            continue
-        if value:
-            raise ConfigError(f"{directory}/adapter_config.json: {key} is refused (it names code, or takes memory).")
+        if config.get(key) and (key, config[key]) != ("runtime_config", {"ephemeral_gpu_offload": False}):
+            raise ConfigError(f"{path}: {key} is refused (it names code, or takes memory).")
     if config.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"{directory}/adapter_config.json: peft_type={config.get('peft_type')!r}: only LORA is supported."
-        )
+        raise ConfigError(f"{path}: peft_type={config.get('peft_type')!r}: only LORA is supported.")
     if not (directory / "adapter_model.safetensors").is_file():
         raise ConfigError(f"{directory}: no adapter_model.safetensors, and pickled weights are not loaded.")
     return config

@@ -8,13 +8,13 @@ import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from llmft.core.errors import UserError
@@ -23,24 +23,13 @@ from llmft.core.redaction import redact
 HEARTBEAT_S = 30.0
 
 
-class RedactingFile(io.TextIOBase):
+class RedactingFile(io.TextIOWrapper):
     """A text file that masks secrets, also those in tables."""
-
-    def __init__(self, file: TextIO) -> None:
-        self._file = file
 
     def write(self, text: str) -> int:
         """Writes `text` as others may read it."""
-        self._file.write(redact(text))
+        super().write(redact(text))
         return len(text)
-
-    def flush(self) -> None:
-        """To the disk."""
-        self._file.flush()
-
-    def close(self) -> None:
-        """Ends the file."""
-        self._file.close()
 
 
 class Screen:
@@ -56,8 +45,8 @@ class Screen:
     def open_log(self, path: Path) -> None:
         """Copies what follows to `path`, behind what is there."""
         self.close_log()
-        self._file = RedactingFile(path.open("a", encoding="utf-8"))
-        self._log = Console(file=cast(TextIO, self._file), width=100, highlight=False, no_color=True)
+        self._file = RedactingFile(path.open("ab"), encoding="utf-8")
+        self._log = Console(file=self._file, width=100, highlight=False, no_color=True)
         self._log.print(time.strftime("--- %Y-%m-%d %H:%M:%S"))
 
     def close_log(self) -> None:
@@ -80,7 +69,7 @@ class Screen:
             return
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
         with contextlib.suppress(OSError):  # a full disk has its own way to be told
-            self._file.write(f"{redact(text).rstrip()}\n")
+            self._file.write(f"{text.rstrip()}\n")
             self._file.flush()
 
     def warn(self, message: str) -> None:
@@ -104,12 +93,11 @@ class Screen:
         table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
         for sample in map(redact, samples[:count]):  # before it is cut to what the screen holds
             same = sample["reference"].strip() == sample["generated"].strip()
-            colour = "green" if same else "red"
-            table.add_row(
-                escape(_one_line(sample["prompt"])[-60:]),
-                escape(_one_line(sample["reference"])),
-                f"[{colour}]{escape(_one_line(sample['generated']))}[/{colour}]",
+            prompt, reference, generated = (
+                " ".join(sample[name].split()) for name in ("prompt", "reference", "generated")
             )
+            colour = "green" if same else "red"
+            table.add_row(escape(prompt[-60:]), escape(reference), f"[{colour}]{escape(generated)}[/{colour}]")
         self.print(table)
 
 
@@ -125,10 +113,6 @@ def text_table(
     return table
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 class StepProgress:
     """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever comes later."""
 
@@ -136,30 +120,19 @@ class StepProgress:
         self.screen = screen
         self.total = total
         self.enabled = enabled
-        self.started = time.monotonic()
-        self.first: int | None = None
-        self._said_at = self.started
-        self._said_step = 0
+        self.started = self._printed_at = time.monotonic()
+        self.first = self._printed_step = 0
         self._bar: Progress | None = None
         self._task: Any = None
 
     def start(self, step: int) -> None:
         """Shows the bar at `step`."""
-        self.first = self._said_step = step
-        self.started = self._said_at = time.monotonic()
+        self.first = self._printed_step = step
+        self.started = self._printed_at = time.monotonic()
         if self.enabled and self.screen.terminal.is_terminal:
-            self._bar = Progress(
-                TextColumn("[cyan]training[/cyan]"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]}"),
-                TextColumn("{task.fields[speed]} tokens/s"),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                console=self.screen.terminal,
-                transient=True,
-            )
+            steps, time_left = (BarColumn(), MofNCompleteColumn()), (TimeElapsedColumn(), "left", TimeRemainingColumn())
+            columns = ("[cyan]training[/cyan]", *steps, "loss {task.fields[loss]}", "{task.fields[speed]} tokens/s")
+            self._bar = Progress(*columns, *time_left, console=self.screen.terminal, transient=True)
             self._task = self._bar.add_task("training", total=self.total, completed=step, loss="-", speed="-")
             self._bar.start()
 
@@ -169,18 +142,14 @@ class StepProgress:
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
             return
         now = time.monotonic()
-        late = now - self._said_at >= HEARTBEAT_S or step == self.total
-        if self.enabled and late and (step - self._said_step) * 20 >= self.total:
-            self._said_at, self._said_step = now, step
-            pace = (now - self.started) / max(1, step - (self.first or 0))
+        late = now - self._printed_at >= HEARTBEAT_S or step == self.total
+        if self.enabled and late and (step - self._printed_step) * 20 >= self.total:
+            self._printed_at, self._printed_step = now, step
+            pace = (now - self.started) / max(1, step - self.first)
             left = pace * (self.total - step)
             self.screen.print(
                 f"step {step}/{self.total}  loss {loss:.4f}  {tokens_per_s:,.0f} tokens/s  {left:.0f} s left"
             )
-
-    def note(self, line: str) -> None:
-        """A line above the bar."""
-        self.screen.print(line)
 
     def stop(self) -> None:
         """Takes the bar away."""

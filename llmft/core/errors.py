@@ -127,21 +127,15 @@ def report(error: BaseException) -> int:
     if isinstance(error, KeyboardInterrupt):
         print("\nInterrupted. The same command goes on; a training does from its newest checkpoint.", file=sys.stderr)
         return 130
-    trace = bool(os.environ.get("LLMFT_TRACE"))
+    if os.environ.get("LLMFT_TRACE") or not isinstance(error, UserError):
+        print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if isinstance(error, UserError):
-        if trace:
-            _print_trace(error)
         # One line, even where it quotes an argument of several lines; indented lines are a list.
         message = str(error) if "\n  " in str(error) else " ".join(str(error).splitlines())
         print(redact(f"llmft: {message}"), file=sys.stderr)
         return error.exit_code
-    _print_trace(error)
     print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)
     return 1
-
-
-def _print_trace(error: BaseException) -> None:
-    print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
 
 
 def exit_with(function: Callable[[], object]) -> None:

@@ -19,9 +19,7 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
 
     So `path` is never half written, and a failed block leaves nothing behind. Leftovers of killed processes go.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_leftovers(path)
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = _staging_path(path)
     try:
         with staged.open("wb") as file:
             yield file
@@ -39,9 +37,7 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
 @contextlib.contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
     """An empty directory beside `path` that is gone when the block ends, and what a killed process left of it too."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _drop_leftovers(path)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    scratch = _staging_path(path)
     shutil.rmtree(scratch, ignore_errors=True)  # of a killed process of the same number, as in containers
     scratch.mkdir()
     try:
@@ -67,10 +63,13 @@ def staged_directory(path: Path) -> Iterator[Path]:
     sync_directory(path.parent)
 
 
-def _drop_leftovers(path: Path) -> None:
+def _staging_path(path: Path) -> Path:
+    """This process's temporary name beside `path`; what killed processes left under theirs is deleted."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_abandoned(leftover):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
+    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
 
 def is_abandoned(path: Path) -> bool:
@@ -103,15 +102,12 @@ def exclusive_lock(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> It
     """Holds the lock file `path`; raises `busy` where another process holds it for `timeout_s`."""
     import filelock
 
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=timeout_s)
-    except filelock.Timeout:
-        raise busy from None
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(filelock.FileLock(path).acquire(timeout=timeout_s))
+        except filelock.Timeout:
+            raise busy from None
         yield
-    finally:
-        lock.release()
 
 
 def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
@@ -127,9 +123,8 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
             raise OSError(errno.EINVAL, "not a plain file", str(path))
         content = file.read(most + 1)
     if len(content) > most:
-        raise OSError(
-            errno.EFBIG, f"larger than {most:,} bytes, which is too large for this file; it is not read", str(path)
-        )
+        reason = f"larger than {most:,} bytes, which is too large for this file; it is not read"
+        raise OSError(errno.EFBIG, reason, str(path))
     return content
 
 

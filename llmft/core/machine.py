@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import platform
-import signal
 import subprocess
 import sys
 from functools import lru_cache
@@ -37,10 +36,9 @@ def git_state(directory: Path) -> dict[str, Any]:
     """The commit, and whether tracked files differ from it; empty without a git repository."""
 
     def ask(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", "-C", str(directory), *arguments], capture_output=True, text=True, timeout=10, check=True
-        )
-        return done.stdout.strip()
+        return subprocess.check_output(
+            ["git", "-C", str(directory), *arguments], stderr=subprocess.DEVNULL, text=True, timeout=10
+        ).strip()
 
     try:
         return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
@@ -72,10 +70,8 @@ def available_memory() -> int | None:
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError):
         return None
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    version_1 = ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")
+    for limit, used in (("memory.max", "memory.current"), version_1):
         with contextlib.suppress(OSError, ValueError):  # no such group, or "max"
             group_left = int((CONTROL_GROUP / limit).read_text()) - int((CONTROL_GROUP / used).read_text())
             stat = (CONTROL_GROUP / limit).with_name("memory.stat").read_text()
@@ -86,15 +82,11 @@ def available_memory() -> int | None:
 
 def allotted_cores() -> int:
     """Number of cores that this process may use, with the quota of a container."""
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = (CONTROL_GROUP / "cpu.max").read_text().split()
-        return max(1, min(usable_cores(), round(int(quota) / int(period))))  # a quota of "max" is none
-    with contextlib.suppress(OSError, ValueError):
-        quota_us, period_us = (
-            int((CONTROL_GROUP / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period")
-        )
-        if quota_us > 0:
-            return max(1, min(usable_cores(), round(quota_us / period_us)))
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # a quota of "max" is none, and so is -1
+            quota, period = map(int, " ".join((CONTROL_GROUP / name).read_text() for name in names).split())
+            if quota > 0:
+                return max(1, min(usable_cores(), round(quota / period)))
     return usable_cores()
 
 
@@ -103,17 +95,15 @@ def usable_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def die_with_parent(signum: int | None = None) -> None:
-    """Makes the kernel send this process `signum` (SIGKILL by default) when its parent ends (Linux only).
+def die_with_parent(signum: int = 9) -> None:
+    """Makes the kernel send this process `signum` (9 is SIGKILL) when its parent ends (Linux only).
 
     A rank of a distributed run would otherwise wait for a killed launcher for ever.
     """
     if not sys.platform.startswith("linux"):
         return
-    signum = signal.SIGKILL if signum is None else signum
-    parent = os.getppid()
+    parent, libc = os.getppid(), ctypes.CDLL(None, use_errno=True)
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-    libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(set_parent_death_signal, signum, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
     if os.getppid() != parent:  # the parent has just ended
@@ -154,12 +144,9 @@ def return_freed_memory() -> None:
 
 
 def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return platform.processor() or platform.machine()
 
 

@@ -132,8 +132,6 @@ def _bytes_below(folder: Path) -> int:
     total = 0
     for directory, _, names in os.walk(folder):
         for name in names:
-            try:
+            with contextlib.suppress(OSError):  # renamed meanwhile
                 total += os.lstat(os.path.join(directory, name)).st_size
-            except OSError:  # renamed meanwhile
-                continue
     return total

@@ -7,14 +7,14 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from llmft.core.files import write_atomically
+
 VARIABLE = "LLMFT_OUTCOME"
 """The file that a command writes its result's directories to."""
 
 
 def tell_outcome(*directories: Path) -> None:
     """Writes `directories` where the environment asks for them; what is told last counts."""
-    from llmft.core.files import write_atomically
-
     if name := os.environ.get(VARIABLE):
         write_atomically(Path(name), json.dumps([str(path) for path in directories]).encode())
 

@@ -45,7 +45,7 @@ class ShowProgress(Callback):
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in validation.metrics.items())
         if module.trained_on_validation and validation.split == "val":
             numbers = "trained on all rows, so no validation tells anything"
-        self.bar.note(f"step {validation.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
+        self.bar.screen.print(f"step {validation.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
         if validation.step == 0 or validation.step == self.total_steps:
             self.screen.samples(validation.samples, self.show_rows, validation.step)
 
