@@ -18,7 +18,7 @@ from llmft.folds import folds
 from llmft.metrics import classification, regression
 from llmft.metrics.prior import against_prior, chance_sentence, prior_of, row_losses
 from llmft.reports.curves import Fit, diagnose
-from llmft.reports.read import read_run
+from llmft.reports.read import RunRecord
 from llmft.reports.write import write_report
 from llmft.runs.predictions import Predictions
 from llmft.train import train
@@ -139,7 +139,7 @@ def test_a_run_at_chance_is_never_called_fine(tmp_path: Path) -> None:
             record["result"]["chance"] = {"val": {"metrics": {}, "rows": 60, "trained": True, **chance}}
         (run / "run.json").write_text(json.dumps(record))
         (run / "environment.json").write_text(json.dumps({"data": {"labels": list("abcdefg")}}))
-        return diagnose(read_run(run)).fit
+        return diagnose(RunRecord(run)).fit
 
     learned = {"loss": 1.0, "prior_loss": 1.9, "low": 0.7, "high": 1.1}
     assert fit("learned", 1.0, learned) is Fit.fine
