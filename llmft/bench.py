@@ -7,10 +7,11 @@ weights are not here is measured with random ones, which are as fast. Nothing is
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
 
     Raises ConfigError before anything is loaded where a model, a format or a length cannot be.
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
     from llmft.benchmarks.answers import Answered, Wish
     from llmft.benchmarks.measure import Case
     from llmft.benchmarks.report import write_answers
@@ -74,30 +78,31 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
         )
     folder = str(Path(config.output_dir).absolute())
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
-    answered = []
-    screen = Screen(quiet=config.format is OutputFormat.json)
-    with _Bar(config.progress and config.format is OutputFormat.text, sum(map(len, points))) as bar:
-        for place, (subject, own) in enumerate(zip(subjects, points, strict=True)):
+    answered: list[Answered] = []
+    for_programs = config.format is OutputFormat.json
+    screen = Screen(quiet=for_programs)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(
+        *columns, console=Console(stderr=True), disable=for_programs or not config.progress, transient=True
+    ) as bar:
+        task = bar.add_task("", total=sum(map(len, points)))
+        for place, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
+            begun = itertools.count(len(answered))
+
+            def tell(told: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
+                bar.update(task, description=f"{label}: {told}", completed=next(begun))
+
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
-            case = Case(to_plain(subject.config), own, share, config.repeats, config.inference_rows, folder)
-            found, about = run_case(case, lambda told, subject=subject: bar.tell(subject.label, told))  # type: ignore[misc]
-            bar.done(len(own))
-            answered += [
-                Answered(
-                    subject.config.model.label,
-                    subject.config.quantization.format.value,
-                    subject.weights,
-                    about.get("device", ""),
-                    about.get("precision", ""),
-                    subject.context_tokens,
-                    measured,
-                )
-                for measured in found
-            ]
+            case = Case(to_plain(subject.config), lengths, share, config.repeats, config.inference_rows, folder)
+            results, about = run_case(case, tell)
+            model, quantization = subject.config.model.label, subject.config.quantization.format.value
+            facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
+            answered += [Answered(model, quantization, *facts, result) for result in results]
+            bar.update(task, completed=len(answered))
     wish = Wish(config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows)
     name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
     rows = write_answers(answered, wish, Path(config.output_dir) / "bench", name, screen)
-    if config.format is OutputFormat.json:
+    if for_programs:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
 
@@ -105,7 +110,7 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
 def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     """A training's config for every model and quantisation, in this order."""
     given = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
-    own = [
+    common = [
         "logger=none",
         "prompt=plain" if config.models else "prompt=alpaca_short",
         *given,
@@ -116,9 +121,9 @@ def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
         f"trainer.threads={'null' if config.threads is None else config.threads}",
     ]
     if config.precision.value != "auto":
-        own.append(f"trainer.precision={config.precision.value}")
+        common.append(f"trainer.precision={config.precision.value}")
     return [
-        _subject(_training([*own, *([f"model={model}"] if model else []), f"quantization={format.value}"]))
+        _subject(_training([*common, *([f"model={model}"] if model else []), f"quantization={format.value}"]))
         for model in config.models or [""]
         for format in config.quantizations
     ]
@@ -130,17 +135,14 @@ def _training(overrides: list[str]) -> TrainConfig:
 
     make_known("train", TrainConfig)
     try:
-        made: TrainConfig = to_config(hydra.compose("train", overrides), TrainConfig)
+        config: TrainConfig = to_config(hydra.compose("train", overrides), TrainConfig)
     except ConfigError:
         raise
     except Exception as error:
-        told = explain(error, TrainConfig, overrides)
-        if told is None:
-            raise
-        raise told from error
-    if made.model.architecture == "tfidf":
-        raise ConfigError(f"model={made.model.name} counts words, which takes seconds anywhere: nothing to measure.")
-    return made
+        raise explain(error, TrainConfig, overrides) or error from error
+    if config.model.architecture == "tfidf":
+        raise ConfigError(f"model={config.model.name} counts words, which takes seconds anywhere: nothing to measure.")
+    return config
 
 
 def _subject(config: TrainConfig) -> Subject:
@@ -165,44 +167,6 @@ def _points(config: BenchConfig, subject: Subject) -> list[tuple[int, int]]:
     pairs = [(inputs, outputs) for inputs in config.input_tokens for outputs in config.output_tokens]
     most = subject.context_tokens
     return sorted({pair for pair in pairs if most is None or sum(pair) <= most}, key=lambda pair: (sum(pair), pair))
-
-
-class _Bar:
-    """A progress bar over all points, or nothing."""
-
-    def __init__(self, shown: bool, total: int) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-        self.progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            console=Console(stderr=True),
-            disable=not shown,
-            transient=True,
-        )
-        self.task = self.progress.add_task("", total=total)
-        self.finished = self.under_way = 0
-
-    def __enter__(self) -> _Bar:
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
-    def tell(self, label: str, told: str) -> None:
-        """What is measured now."""
-        done = self.finished + self.under_way
-        self.under_way += 1
-        self.progress.update(self.task, description=f"{label}: {told}", completed=done)
-
-    def done(self, points: int) -> None:
-        """A case is over."""
-        self.finished, self.under_way = self.finished + points, 0
-        self.progress.update(self.task, completed=self.finished)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,9 @@ def imports() -> dict[str, set[str]]:
                 assert statement.level == 0, f"{path}: imports are absolute"
                 inside = [f"{statement.module}.{alias.name}" for alias in statement.names]
                 targets += [target if target in paths else str(statement.module) for target in inside]
-        graph[name] = {target for target in targets if target in paths} - {name, "llmft"}
+        ours = {target for target in targets if target.split(".")[0] == "llmft"}
+        assert ours <= {*paths, "llmft"}, f"{path}: no such modules, {ours - paths.keys()}"
+        graph[name] = ours - {name, "llmft"}
     return graph
 
 

@@ -35,22 +35,22 @@ class Wish:
         return math.ceil(self.samples / self.inference_rows)
 
 
-def inference_hours(found: Measured, wish: Wish, outputs: int) -> float:
+def inference_hours(point: Measured, wish: Wish, outputs: int) -> float:
     """Hours for answers of `outputs` tokens each, as long as a token takes as long as it did."""
-    return wish.batches * (found.prompt_s + (outputs - 1) * found.token_s) / 3600
+    return wish.batches * (point.prompt_s + (outputs - 1) * point.token_s) / 3600
 
 
-def most_outputs(found: Measured, wish: Wish, context_tokens: int | None) -> tuple[int, bool]:
+def most_outputs(point: Measured, wish: Wish, context_tokens: int | None) -> tuple[int, bool]:
     """The most tokens of an answer within the hours, and whether it is the model's context that ends them."""
     each = 3600 * wish.hours / wish.batches
-    within = 0 if each < found.prompt_s else 1 + math.floor((each - found.prompt_s) / found.token_s)
-    room = math.inf if context_tokens is None else context_tokens - found.input_tokens
+    within = 0 if each < point.prompt_s else 1 + math.floor((each - point.prompt_s) / point.token_s)
+    room = math.inf if context_tokens is None else context_tokens - point.input_tokens
     return int(min(within, room)), within > room
 
 
-def training_hours(found: Measured, wish: Wish) -> float:
+def training_hours(point: Measured, wish: Wish) -> float:
     """Hours for the rows and epochs, validations not counted."""
-    return wish.epochs * math.ceil(wish.rows / wish.batch_size) * found.step_s / 3600
+    return wish.epochs * math.ceil(wish.rows / wish.batch_size) * point.step_s / 3600
 
 
 @dataclass(frozen=True)
@@ -67,36 +67,32 @@ class Answered:
 
     def to_row(self, wish: Wish) -> dict[str, Any]:
         """For tables of programs; empty where nothing was measured."""
-        found = self.measured
-        row: dict[str, Any] = {
-            "model": self.model,
-            "quantization": self.quantization,
-            "weights": self.weights,
-            "device": self.device,
-            "precision": self.precision,
-            "input_tokens": found.input_tokens,
-            "output_tokens": found.output_tokens,
-            "error": found.error or "",
-        }
-        if found.error is not None:
+        point = self.measured
+        names = ("model", "quantization", "weights", "device", "precision")
+        row: dict[str, Any] = {name: getattr(self, name) for name in names}
+        row |= {"input_tokens": point.input_tokens, "output_tokens": point.output_tokens, "error": point.error or ""}
+        if point.error is not None:
             return row
-        most, ends = most_outputs(found, wish, self.context_tokens)
+        most, by_context = most_outputs(point, wish, self.context_tokens)
         return row | {
-            "train_tokens_per_s": round(found.train_tokens_per_s, 1),
-            "prompt_tokens_per_s": round(found.prompt_tokens_per_s, 1),
-            "generated_tokens_per_s": round(found.generated_tokens_per_s, 1),
-            "step_s": found.step_s,
-            "prompt_s": found.prompt_s,
-            "token_s": found.token_s,
-            "peak_gib": round(found.peak_bytes / 2**30, 3),
+            "train_tokens_per_s": round(point.train_tokens_per_s, 1),
+            "prompt_tokens_per_s": round(point.prompt_tokens_per_s, 1),
+            "generated_tokens_per_s": round(point.generated_tokens_per_s, 1),
+            **{name: getattr(point, name) for name in ("step_s", "prompt_s", "token_s")},
+            "peak_gib": round(point.peak_bytes / 2**30, 3),
             "max_output_tokens": most,
-            "ended_by": "context" if ends else "time",
-            "inference_hours": inference_hours(found, wish, found.output_tokens),
-            "training_hours": training_hours(found, wish),
-            "at_once": found.at_once,
-            "repeats": found.repeats,
-            **{f"spread_{name}": round(value, 4) for name, value in found.spread.items()},
+            "ended_by": "context" if by_context else "time",
+            "inference_hours": inference_hours(point, wish, point.output_tokens),
+            "training_hours": training_hours(point, wish),
+            "at_once": point.at_once,
+            "repeats": point.repeats,
+            **{f"spread_{name}": round(value, 4) for name, value in point.spread.items()},
         }
+
+    @property
+    def case(self) -> str:
+        """Model and number format, for people."""
+        return f"{self.model} {self.quantization}"
 
 
 def to_csv(rows: Sequence[dict[str, Any]]) -> str:

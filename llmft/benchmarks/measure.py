@@ -80,7 +80,7 @@ def main() -> None:
     import os
 
     os.environ["HF_HUB_OFFLINE"] = "1"
-    own = Case(**json.loads(sys.stdin.read()))
+    case = Case(**json.loads(sys.stdin.read()))
 
     def tell(kind: str, **values: Any) -> None:
         print(MARK + json.dumps({"kind": kind, **values}), flush=True)
@@ -90,7 +90,7 @@ def main() -> None:
 
     try:
         with quiet_warnings():
-            run_points(own, tell)
+            run_points(case, tell)
     except UserError as error:
         tell("error", message=str(error))
 
@@ -206,13 +206,11 @@ def random_rows(tokenizer: Any, count: int, asked: Measured, seed: int) -> list[
     def text(length: float) -> str:
         return " ".join(source.choices(words, k=max(1, round(length / tokens))))
 
-    return [
-        {
-            "prompt": text(asked.input_tokens * source.uniform(1 - VARIATION, 1 + VARIATION)),
-            "response": text(asked.output_tokens),
-        }
-        for _ in range(count)
-    ]
+    def row() -> dict[str, str]:
+        length = asked.input_tokens * source.uniform(1 - VARIATION, 1 + VARIATION)
+        return {"prompt": text(length), "response": text(asked.output_tokens)}
+
+    return [row() for _ in range(count)]
 
 
 def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:

@@ -24,42 +24,39 @@ def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], d
 
     `tell` hears what is under way. Raises ConfigError for what the process cannot use.
     """
-    found = [Measured(*point, error="no time left") for point in case.points]
+    results = [Measured(*point, error="no time left") for point in case.points]
     about: dict[str, Any] = {}
     left = list(range(len(case.points)))
     while left:
-        asked = replace(case, points=[case.points[number] for number in left])
-        begun, ended, told = _ask(asked, tell, about)
-        for place, line in told.items():
-            own = found[left[place]]
+        begun, ended, answers = _ask(replace(case, points=[case.points[number] for number in left]), tell, about)
+        for index, line in answers.items():
+            result = results[left[index]]
             measured = line.get("measured")
-            found[left[place]] = Measured(**measured) if measured else replace(own, error=line["error"])
-        if ended == "done" or ended == "late":
-            return found, about
-        # Killed: by the kernel, for want of memory. The point under way is the one that did not fit.
-        if begun is None or begun in told:
-            return [replace(own, error="does not fit") if own.error else own for own in found], about
-        found[left[begun]] = replace(found[left[begun]], error="does not fit")
-        left = [number for place, number in enumerate(left) if place > begun]
-    return found, about
+            results[left[index]] = Measured(**measured) if measured else replace(result, error=line["error"])
+        if ended != "killed":
+            break
+        # By the kernel, for want of memory. The point under way is the one that did not fit.
+        if begun is None or begun in answers:
+            return [replace(result, error="does not fit") if result.error else result for result in results], about
+        results[left[begun]] = replace(results[left[begun]], error="does not fit")
+        left = left[begun + 1 :]
+    return results, about
 
 
 def _ask(
     case: Case, tell: Callable[[str], None], about: dict[str, Any]
 ) -> tuple[int | None, str, dict[int, dict[str, Any]]]:
     """(point under way, how it ended, answers by point) of one process."""
-    told: dict[int, dict[str, Any]] = {}
+    answers: dict[int, dict[str, Any]] = {}
     begun: int | None = None
     late = threading.Event()
-    with tempfile.TemporaryFile("w+") as errors:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "llmft.benchmarks.measure"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false"},
-        )
+    command = [sys.executable, "-m", "llmft.benchmarks.measure"]
+    environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(command, stderr=errors, text=True, env=environment, **pipes) as process,
+    ):
 
         def stop() -> None:
             late.set()
@@ -68,14 +65,10 @@ def _ask(
         timer = threading.Timer(GRACE * case.seconds + 30, stop)
         timer.start()
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
             process.stdin.write(json.dumps(asdict(case)))
             process.stdin.close()
             for text in process.stdout:
-                if not text.startswith(MARK):
-                    continue
-                line = json.loads(text.removeprefix(MARK))
+                line = json.loads(text.removeprefix(MARK)) if text.startswith(MARK) else {"kind": None}
                 if line["kind"] == "error":
                     raise ConfigError(line["message"])
                 if line["kind"] == "about":
@@ -83,20 +76,14 @@ def _ask(
                 elif line["kind"] == "begun":
                     begun = int(line["number"])
                     tell("{} tokens in, {} out".format(*case.points[begun]))
-                else:
-                    told[int(line["number"])] = line
+                elif line["kind"] == "point":
+                    answers[int(line["number"])] = line
             code = process.wait()
         finally:
             timer.cancel()
-            if process.poll() is None:
-                process.kill()
-                process.wait()
-        if late.is_set():
-            return begun, "late", told
-        if code == 0:
-            return begun, "done", told
-        if code < 0:
-            return begun, "killed", told
+            process.kill()
+        if late.is_set() or code <= 0:
+            return begun, "late" if late.is_set() else "killed" if code else "done", answers
         errors.seek(0)
         last = [line.strip() for line in errors.read().splitlines() if line.strip()]
         raise RuntimeError(f"the measuring process ended with code {code}: {last[-1] if last else 'it said nothing'}")

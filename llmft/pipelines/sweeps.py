@@ -10,7 +10,7 @@ from rich.markup import escape
 from llmft.config.sections import Mode
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.reports.configurations import make_study
+from llmft.reports.configurations import Study
 from llmft.reports.verdicts import Verdict, judge
 
 
@@ -31,7 +31,7 @@ def winner(sweep: Path, screen: Screen) -> Path:
     if not done:
         raise ConfigError(f"{sweep}: no trial has a result, so the chain has nothing to go on with.")
     best = min(done, key=lambda trial: sign * trial["value"])
-    study = make_study([sweep.parent.parent / trial["run"] for trial in done], sweep)
+    study = Study([sweep.parent.parent / trial["run"] for trial in done], sweep)
     ties = [c for key, c in judge(study).all if key is None and c.verdict is not Verdict.better]
     tie = f"; a tie: {len(ties)} others are not told apart from it" if ties else ""
     screen.print(f"[bold]goes on with[/bold]  {escape(' '.join(best['overrides']) or best['run'])}{tie}")

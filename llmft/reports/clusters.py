@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 
 from llmft.core.redaction import redact
 from llmft.reports.configurations import Study
-from llmft.reports.figures import Point, scatter
+from llmft.reports.figures import Drawn, Point, scatter
 from llmft.reports.svg import SERIES, clip
 
 FEWEST, MOST = 8, 400
 
 
-@dataclass(frozen=True)
-class Clusters:
-    """The figure and what to know of it."""
-
-    svg: Markup
-    note: str
-
-
-def text_clusters(study: Study) -> Clusters | None:
+def text_clusters(study: Study) -> Drawn | None:
     """The best configuration's sampled validation rows; None where there are too few, or no words to tell them apart.
 
     TF-IDF of words and pairs of words, without those in nearly all rows, then the two strongest directions (singular
@@ -40,12 +30,12 @@ def text_clusters(study: Study) -> Clusters | None:
         return None
     classes = Counter(str(s.get("reference", "")).strip() for s in samples)
     known = [name for name, _ in classes.most_common()] if len(classes) <= SERIES else []
-    points = [_point(sample, place, known) for sample, place in zip(samples, places, strict=True)]
+    points = [_point(sample, position, known) for sample, position in zip(samples, places, strict=True)]
     wrong = sum(point.wrong for point in points)
     colours = " Colours are references." if known else ""
     note = f"{len(points)} rows of the best configuration, {wrong} wrong (crosses); hover for the text.{colours}"
     title = "Validation rows by their words"
-    return Clusters(scatter(points, title, "TF-IDF, two dimensions", "", labels=False, names=known), note)
+    return scatter(points, title, note, "TF-IDF, two dimensions", names=known)
 
 
 def _places(texts: list[str]) -> Any:
@@ -59,14 +49,14 @@ def _places(texts: list[str]) -> Any:
         return None
     if min(table.shape) < 3:
         return None
-    found = TruncatedSVD(2, random_state=0).fit_transform(table)
-    return found if np.ptp(found, axis=0).min() > 0 else None
+    places = TruncatedSVD(2, random_state=0).fit_transform(table)
+    return places if np.ptp(places, axis=0).min() > 0 else None
 
 
-def _point(sample: dict[str, Any], place: Any, known: list[str]) -> Point:
-    reference, told = str(sample.get("reference", "")).strip(), str(sample.get("generated", "")).strip()
-    wrong = reference != told
+def _point(sample: dict[str, Any], position: Any, known: list[str]) -> Point:
+    reference, output = str(sample.get("reference", "")).strip(), str(sample.get("generated", "")).strip()
+    wrong = reference != output
     style = f"s{known.index(reference)}" if known else "s1" if wrong else "s0"
     words = clip(str(sample["prompt"])[-240:], 240)
-    tip = redact(f"{sample.get('where', '')}: {words} | reference: {clip(reference, 80)} | told: {clip(told, 80)}")
-    return Point(float(place[0]), float(place[1]), tip, style, wrong)
+    tip = redact(f"{sample.get('where', '')}: {words} | reference: {clip(reference, 80)} | told: {clip(output, 80)}")
+    return Point(float(position[0]), float(position[1]), tip, style, wrong)

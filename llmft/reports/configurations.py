@@ -10,22 +10,25 @@ import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.sections import Mode
+from llmft.config.convert import dataclass_of
+from llmft.config.sections import Mode, TrainConfig
 from llmft.core.redaction import redact
 from llmft.metrics.monitor import declared, mode_of, named_metric
-from llmft.reports.read import RunRecord, _object, read_run
+from llmft.reports.read import RunRecord, read_dictionary
 from llmft.reports.statistics import Looks, Replicate, Sample
+from llmft.reports.svg import clip
 
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 NAMED = ("model", "prompt", "data", "task")
 """Groups whose `name` stands for all that they set."""
 CONTENT = {"data": ("data.files", "data.source", "data.hub"), "model": ("model.path", "model.id")}
 """Where files lie says nothing; their fingerprint decides whether two runs had the same ones."""
+STOPPED = ("pruned", "twin", "stopped")
 UNFINISHED = {
     "running": "still running, or killed without a word",
     "not started": "was never started",
@@ -70,116 +73,105 @@ class Configuration:
         run = self.runs[0]
         if run.config.get("data.fold") is not None:
             return 1.0 / max(run.setting("data.num_folds", 5.0) - 1.0, 1.0)
-        held = min(max(run.setting("data.validation_fraction", 0.1), 0.0), 1.0)
-        return held / max(1.0 - held - run.setting("data.test_fraction", 0.0), held, 1e-9)
+        validation = min(max(run.setting("data.validation_fraction", 0.1), 0.0), 1.0)
+        return validation / max(1.0 - validation - run.setting("data.test_fraction", 0.0), validation, 1e-9)
 
 
-@dataclass
+class SweepRecord:
+    """What a sweep's sweep.json says; of None, nothing."""
+
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
+        self.content: dict[str, Any] = read_dictionary(directory / "sweep.json", []) if directory is not None else {}
+        trials = self.content.get("trials")
+        self.trials = [trial for trial in trials if isinstance(trial, dict)] if isinstance(trials, list) else []
+
+    def run_directory(self, trial: Mapping[str, Any]) -> Path | None:
+        """Where a trial's run lies: below the output_dir that the sweep recorded, or the one that it lies in now."""
+        run = trial.get("run")
+        if self.directory is None or not isinstance(run, str) or not run or "\0" in run:
+            return None
+        if Path(run).is_absolute() or ".." in Path(run).parts:
+            return None
+        roots = [Path(str(self.content.get("output_dir") or ".")), self.directory.parent.parent]
+        return next((root / run for root in roots if (root / run).is_dir()), roots[-1] / run)
+
+    @property
+    def run_directories(self) -> list[Path]:
+        """Those of the trials that have begun."""
+        paths = [self.run_directory(trial) for trial in self.trials]
+        return [path for path in paths if path is not None and path.is_dir()]
+
+
+Trial = tuple[dict[str, Any], Path | None, RunRecord | None]
+"""A trial as sweep.json has it, where its run lies, and the run if it is there."""
+
+
 class Study:
-    """What a report is about."""
+    """Run directories, and the sweep that they belong to where there is one: what a report is about.
 
-    title: str
-    monitor: str
-    lower_is_better: bool
-    keys: list[str] = field(default_factory=list)
-    """What was varied, without replications."""
-    follows: dict[str, str] = field(default_factory=dict)
-    """Keys that changed with one of `keys` and say nothing of their own."""
-    configurations: list[Configuration] = field(default_factory=list)
-    """With a result, the best mean first."""
-    others: list[RunRecord] = field(default_factory=list)
-    """Done, but without the monitored metric."""
-    failures: list[Failure] = field(default_factory=list)
-    runs: list[RunRecord] = field(default_factory=list)
-    question: str | None = None
-    notes: str | None = None
-    command: str | None = None
-    created: str | None = None
-    finished: str | None = None
-    stopped: list[str] = field(default_factory=list)
-    """Trials that were ended on purpose: pruned, or the twin of another run."""
-    looks: Looks = 1
-    """How often the sweep's results were to be looked at."""
-    smallest_difference: float | None = None
-
-
-def make_study(runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mode.auto) -> Study:
-    """Reads run directories, and the sweep's record where there is one.
-
-    Raises ConfigError where neither the metric, nor the records, nor `mode` says which direction is better.
+    Attributes:
+        monitor, lower_is_better: the metric that is compared, and its direction.
+        keys: what was varied, without replications.
+        follows: keys that changed with one of `keys` and say nothing of their own.
+        configurations: those with a result, the best mean first.
+        others: runs that are done, but without the monitored metric.
+        stopped: trials that were ended on purpose: pruned, or the twin of another run.
+        looks: how often the sweep's results were to be looked at.
     """
-    record = read_sweep(sweep) if sweep is not None else {}
-    trials = trials_of(record)
-    records = _read_all([*runs, *_trial_directories(record, trials, sweep)])
-    monitor, lower = _monitor(records, record, mode)
-    by_path = {run.directory.resolve(): run for run in records}
-    _own_commands(trials, record, sweep, by_path)
-    ended = _ended(trials, record, sweep, by_path)
-    done = [run for run in records if run.status == "done" and run.directory.resolve() not in ended]
-    with_value = [run for run in done if run.value(monitor) is not None]
-    keys, follows = varied_keys(with_value or records, swept if isinstance(swept := record.get("swept"), dict) else {})
-    study = Study(_title(record, records, sweep), monitor, lower, keys, follows, runs=records)
-    study.configurations = _configurations(with_value, keys, monitor, lower)
-    _count_lost(study.configurations, keys, [run for run in records if run.status in ("diverged", "failed")])
-    _count_lost(study.configurations, keys, [run for run in done if run.value(monitor) is None])
-    looks, smallest = record.get("looks"), record.get("smallest_difference")
-    study.looks = "any" if looks == "any" else looks if isinstance(looks, int) and looks > 0 else 1
-    study.smallest_difference = float(smallest) if isinstance(smallest, (int, float)) and smallest > 0 else None
-    study.others = [run for run in done if run.value(monitor) is None]
-    study.stopped = sorted(ended.values())
-    study.failures = _failures(trials, record, sweep, records, by_path, ended)
-    for name in ("question", "notes", "command", "created", "finished"):
-        setattr(study, name, redact(str(record[name])) if record.get(name) else None)
-    return study
+
+    def __init__(self, runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mode.auto) -> None:
+        """Raises ConfigError where neither the metric, nor the records, nor `mode` says which direction is better."""
+        sweep_record = SweepRecord(sweep)
+        record = sweep_record.content
+        paths: dict[Path, Path] = {}
+        for path in (*runs, *sweep_record.run_directories):
+            if path.is_dir():
+                paths.setdefault(path.resolve(), path)
+        self.runs = sorted(map(RunRecord, paths.values()), key=lambda run: run.name)
+        name = redact(str(record.get("name") or sweep.name)) if sweep is not None else ""
+        self.title: str = name or (self.runs[0].name if len(self.runs) == 1 else f"{len(self.runs)} runs")
+        self.monitor, self.lower_is_better = _monitor(self.runs, record, mode)
+        by_path = {run.directory.resolve(): run for run in self.runs}
+        trials: list[Trial] = []
+        for entry in sweep_record.trials:
+            directory = sweep_record.run_directory(entry)
+            resolved = directory.resolve() if directory is not None else None
+            run = by_path.get(resolved) if resolved is not None else None
+            if run is not None and entry.get("command"):  # the run's own record may hold that of the whole sweep
+                run.command = str(redact(str(entry["command"])))
+            trials.append((entry, resolved, run))
+        ended = _ended(trials, by_path)
+        self.stopped, self.failures = sorted(ended.values()), _failures(trials, by_path, ended)
+        done = [run for path, run in by_path.items() if run.status == "done" and path not in ended]
+        with_value = [run for run in done if run.value(self.monitor) is not None]
+        self.others = [run for run in done if run.value(self.monitor) is None]
+        swept, looks, smallest = (record.get(name) for name in ("swept", "looks", "smallest_difference"))
+        self.keys, self.follows = varied_keys(with_value or self.runs, swept if isinstance(swept, dict) else {})
+        self.configurations = _configurations(with_value, self.keys, self.monitor, self.lower_is_better)
+        lost = [run for run in self.runs if run.status in ("diverged", "failed")] + self.others
+        _count_lost(self.configurations, self.keys, lost)
+        self.looks: Looks = "any" if looks == "any" else looks if isinstance(looks, int) and looks > 0 else 1
+        self.smallest_difference = float(smallest) if isinstance(smallest, (int, float)) and smallest > 0 else None
+        self.question, self.notes, self.command, self.created = (
+            str(redact(str(record[name]))) if record.get(name) else None
+            for name in ("question", "notes", "command", "created")
+        )
 
 
-def read_sweep(directory: Path) -> dict[str, Any]:
-    """The content of sweep.json, or nothing."""
-    return _object(directory / "sweep.json", [])
-
-
-def trials_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The trials of a sweep's record."""
-    found = record.get("trials")
-    return [trial for trial in found if isinstance(trial, dict)] if isinstance(found, list) else []
-
-
-def _read_all(paths: Iterable[Path]) -> list[RunRecord]:
-    seen: dict[Path, RunRecord] = {}
-    for path in paths:
-        place = path.resolve()
-        if place not in seen and path.is_dir():
-            seen[place] = read_run(path)
-    return sorted(seen.values(), key=lambda run: run.name)
-
-
-def trial_directory(trial: Mapping[str, Any], record: Mapping[str, Any], sweep: Path) -> Path | None:
-    """Where a trial's run lies: below the output_dir that the sweep recorded, or the one that it lies in now."""
-    run = trial.get("run")
-    if not isinstance(run, str) or not run or "\0" in run or Path(run).is_absolute() or ".." in Path(run).parts:
-        return None
-    roots = [Path(str(record.get("output_dir") or ".")), sweep.parent.parent]
-    return next((root / run for root in roots if (root / run).is_dir()), roots[-1] / run)
-
-
-def _trial_directories(record: Mapping[str, Any], trials: Sequence[Any], sweep: Path | None) -> list[Path]:
-    found = [trial_directory(trial, record, sweep) for trial in trials] if sweep is not None else []
-    return [path for path in found if path is not None]
-
-
-def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], asked: Mode) -> tuple[str, bool]:
+def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], requested: Mode) -> tuple[str, bool]:
     """(metric, whether less is better): as the metric declares, else as the records say that it was taken."""
-    named = Counter(r.monitor for r in records if r.config)
-    monitor = str(record.get("monitor") or next(iter(named.most_common(1)), ("val/loss_nats",))[0])
-    own = [r for r in records if r.monitor == monitor]
-    lists = [listed for r in own if isinstance(listed := r.config.get("task.metrics"), list)]
-    paths = [str(path) for listed in lists for path in listed]
-    metric = named_metric(monitor, paths)
-    told = {str(mode) for mode in (record.get("mode"), *(r.config.get("trainer.mode") for r in own))} & {"min", "max"}
-    if asked is Mode.auto and declared(metric) is None and len(told) == 1:
-        asked = Mode(told.pop())
-    lower = mode_of(metric, monitor, asked, key="mode") is Mode.min
-    for run in own:  # runs of a version that took trainer.mode=min for granted
+    monitors = Counter(r.monitor for r in records if r.config)
+    monitor = str(record.get("monitor") or next(iter(monitors.most_common(1)), ("val/loss_nats",))[0])
+    monitored = [r for r in records if r.monitor == monitor]
+    lists = [paths for r in monitored if isinstance(paths := r.config.get("task.metrics"), list)]
+    metric = named_metric(monitor, [str(path) for paths in lists for path in paths])
+    modes = {str(mode) for mode in (record.get("mode"), *(r.config.get("trainer.mode") for r in monitored))}
+    modes &= {"min", "max"}
+    if requested is Mode.auto and declared(metric) is None and len(modes) == 1:
+        requested = Mode(modes.pop())
+    lower = mode_of(metric, monitor, requested, key="mode") is Mode.min
+    for run in monitored:  # runs of a version that took trainer.mode=min for granted
         if run.config.get("trainer.mode") == ("max" if lower else "min"):
             worst = "lowest" if run.config["trainer.mode"] == "min" else "highest"
             run.faults.append(
@@ -189,38 +181,14 @@ def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], asked: Mod
     return monitor, lower
 
 
-def _title(record: Mapping[str, Any], records: Sequence[RunRecord], sweep: Path | None) -> str:
-    if record.get("name") or sweep is not None:
-        return str(redact(str(record.get("name") or sweep.name if sweep else record.get("name"))))
-    return records[0].name if len(records) == 1 else f"{len(records)} runs"
-
-
-def _ended(
-    trials: Sequence[Any], record: Mapping[str, Any], sweep: Path | None, by_path: Mapping[Path, RunRecord]
-) -> dict[Path, str]:
+def _ended(trials: Sequence[Trial], by_path: Mapping[Path, RunRecord]) -> dict[Path, str]:
     """Runs that were stopped on purpose, with a word on why: their metric is not that of a whole run."""
-    found = {}
-    for trial in trials:
-        if trial.get("status") in ("pruned", "twin", "stopped") and sweep is not None:
-            path = trial_directory(trial, record, sweep)
-            if path is not None:
-                why = f": {trial['error']}" if trial.get("error") else ""
-                found[path.resolve()] = str(redact(f"{_trial_name(trial)} ({trial['status']}{why})"))
-    for place, run in by_path.items():
-        if run.status in ("stopped", "pruned", "twin"):
-            found.setdefault(place, f"{run.name} ({run.status})")
-    return found
-
-
-def _own_commands(
-    trials: Sequence[Any], record: Mapping[str, Any], sweep: Path | None, by_path: Mapping[Path, RunRecord]
-) -> None:
-    """A run's record may hold the command of the whole sweep; the sweep's holds that of the trial alone."""
-    for trial in trials:
-        path = trial_directory(trial, record, sweep) if sweep is not None else None
-        run = by_path.get(path.resolve()) if path is not None else None
-        if run is not None and trial.get("command"):
-            run.command = str(redact(str(trial["command"])))
+    ended = {p: f"{run.name} ({run.status})" for p, run in by_path.items() if run.status in STOPPED}
+    for entry, path, _ in trials:
+        if entry.get("status") in STOPPED and path is not None:
+            why = f": {entry['error']}" if entry.get("error") else ""
+            ended[path] = str(redact(f"{_trial_name(entry)} ({entry['status']}{why})"))
+    return ended
 
 
 def _trial_name(trial: Mapping[str, Any]) -> str:
@@ -230,81 +198,56 @@ def _trial_name(trial: Mapping[str, Any]) -> str:
     return Path(str(trial.get("run") or f"trial {trial.get('number', '?')}")).name
 
 
-def _failures(
-    trials: Sequence[Any],
-    record: Mapping[str, Any],
-    sweep: Path | None,
-    records: Sequence[RunRecord],
-    by_path: Mapping[Path, RunRecord],
-    ended: Mapping[Path, str],
-) -> list[Failure]:
-    found, told = [], set()
-    for trial in trials:
-        path = trial_directory(trial, record, sweep) if sweep is not None else None
-        place = path.resolve() if path is not None else None
-        status = str(trial.get("status") or "unknown")
-        run = by_path.get(place) if place is not None else None
-        if status == "done" and (run is None or run.status == "done"):
-            if run is None:
-                found.append(_failure(trial, "missing", f"{trial.get('run')} is not there any more", run))
-            continue
-        if place is not None:
-            told.add(place)
-        if place in ended or (run is not None and run.status == "done"):
-            continue  # finished since, by another sweep or by hand
-        found.append(_failure(trial, status, None, run))
-    for run in records:
-        place = run.directory.resolve()
-        if place not in told and place not in ended and run.status != "done":
-            found.append(_failure({}, run.status, None, run))
-    return found
+def _failures(trials: Sequence[Trial], by_path: Mapping[Path, RunRecord], ended: Mapping[Path, str]) -> list[Failure]:
+    failures = []
+    for entry, path, run in trials:
+        status = str(entry.get("status") or "unknown")
+        if status == "done" and run is None:
+            failures.append(_failure({**entry, "error": f"{entry.get('run')} is not there any more"}, "missing", run))
+        elif path not in ended and (run is None or run.status != "done"):  # else finished since, by hand or elsewhere
+            failures.append(_failure(entry, status, run))
+    listed = {path for _, path, _ in trials} | ended.keys()
+    return failures + [
+        _failure({}, run.status, run) for path, run in by_path.items() if path not in listed and run.status != "done"
+    ]
 
 
-def _failure(trial: Mapping[str, Any], status: str, cause: str | None, run: RunRecord | None) -> Failure:
-    told = cause or trial.get("error") or (run.error if run is not None else None)
-    told = told or trial.get("cause") or UNFINISHED.get(run.status if run is not None else status)
-    told = told or ("; ".join(run.faults) if run is not None and run.faults else "no cause was recorded")
-    command = str(trial.get("command") or (run.command if run is not None else ""))
-    name = _trial_name(trial) if trial else (run.name if run is not None else "?")
-    log = trial.get("log") or (str(run.directory / "log.txt") if run is not None else None)
-    name, status, told, command = redact([name, status, str(told), command])
-    return Failure(name, status, told, command, str(redact(str(log))) if log else None)
+def _failure(trial: Mapping[str, Any], status: str, run: RunRecord | None) -> Failure:
+    name, command = _trial_name(trial) if trial or run is None else run.name, trial.get("command")
+    causes, log = [trial.get("error"), trial.get("cause"), UNFINISHED.get(status)], trial.get("log")
+    if run is not None:
+        causes = [trial.get("error"), run.error, trial.get("cause"), UNFINISHED.get(run.status), "; ".join(run.faults)]
+        command, log = command or run.command, log or run.directory / "log.txt"
+    cause = next((str(cause) for cause in causes if cause), "no cause was recorded")
+    return Failure(*redact([name, status, cause, str(command or ""), str(log) if log else None]))
 
 
 # What was varied.
 
 
 @functools.cache
-def fields_not_in_key() -> frozenset[str]:
+def _without_effect(schema: type = TrainConfig, prefix: str = "") -> frozenset[str]:
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
-    from llmft.config.convert import dataclass_of
-    from llmft.config.sections import TrainConfig
-
-    found: set[str] = set()
-
-    def walk(schema: type, prefix: str) -> None:
-        for entry in dataclasses.fields(schema):
-            kind = dataclass_of(entry.type, schema)
-            if entry.metadata.get("not_in_key"):
-                found.add(f"{prefix}{entry.name}")
-            elif kind is not None:
-                walk(kind, f"{prefix}{entry.name}.")
-
-    walk(TrainConfig, "")
-    return frozenset(found)
+    keys: set[str] = set()
+    for entry in dataclasses.fields(schema):
+        group = dataclass_of(entry.type, schema)
+        if entry.metadata.get("not_in_key"):
+            keys.add(f"{prefix}{entry.name}")
+        elif group is not None:
+            keys |= _without_effect(group, f"{prefix}{entry.name}.")
+    return frozenset(keys)
 
 
-def _is_aside(key: str) -> bool:
+@functools.cache
+def _has_effect(key: str) -> bool:
     parts = key.split(".")
-    return any(".".join(parts[:end]) in fields_not_in_key() for end in range(1, len(parts) + 1))
+    return not any(".".join(parts[:end]) in _without_effect() for end in range(1, len(parts) + 1))
 
 
 def _identity(run: RunRecord) -> dict[str, str]:
     """All that can change the run's numbers, replications included, and the names of its groups."""
-    values = {key: show(value) for key, value in run.config.items() if not _is_aside(key)}
-    for names in CONTENT.values():
-        for name in names:
-            values.pop(name, None)
+    located = {name for names in CONTENT.values() for name in names}
+    values = {k: show(value) for k, value in run.config.items() if k not in located and _has_effect(k)}
     for group in NAMED:
         if f"{group}.name" in run.config:
             values[group] = show(run.config[f"{group}.name"])
@@ -321,22 +264,17 @@ def varied_keys(runs: Sequence[RunRecord], swept: Mapping[str, Any]) -> tuple[li
     sweep names come first, then names of groups, then single values in the config's order.
     """
     tables = [_identity(run) for run in runs]
-    every = list(dict.fromkeys(key for table in tables for key in table))
+    every = dict.fromkeys(key for table in tables for key in table)
     differ = [key for key in every if len({table.get(key) for table in tables}) > 1 and key not in REPLICATIONS]
-    order = [key for key in swept if key in differ]
-    order += [key for key in NAMED if key in differ and key not in order]
-    order += [key for key in differ if key not in order and not key.endswith(" content")]
-    order += [key for key in differ if key not in order]
-    kept: list[str] = []
+    ranked = [*swept, *NAMED, *(key for key in differ if not key.endswith(" content")), *differ]
+    keys: list[str] = []
     follows: dict[str, str] = {}
-    for key in order:
-        told = [*kept, *REPLICATIONS] if key.endswith(" content") else kept
-        if _follows(tables, key, told):
-            single = next((other for other in kept if _follows(tables, key, [other])), "several")
-            follows[key] = single
+    for key in dict.fromkeys(key for key in ranked if key in differ):
+        if _follows(tables, key, [*keys, *REPLICATIONS] if key.endswith(" content") else keys):
+            follows[key] = next((other for other in keys if _follows(tables, key, [other])), "several")
         else:
-            kept.append(key)
-    return kept, follows
+            keys.append(key)
+    return keys, follows
 
 
 def _follows(tables: Sequence[Mapping[str, str]], key: str, known: Sequence[str]) -> bool:
@@ -349,25 +287,21 @@ def _follows(tables: Sequence[Mapping[str, str]], key: str, known: Sequence[str]
 
 def show(value: Any) -> str:
     """A config's value as a person writes it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:g}" if abs(value) < 1e6 else f"{value:.6g}"
-    if isinstance(value, (list, dict)):
-        return json.dumps(value, ensure_ascii=False, sort_keys=True)
-    return str(value)
+    if isinstance(value, (bool, list, dict)) or value is None:
+        return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def sorted_values(values: set[str]) -> list[str]:
     """Numbers by size, then words by letter."""
 
-    def place(value: str) -> tuple[int, float, str]:
+    def order(value: str) -> tuple[int, float, str]:
         try:
             return 0, float(value), value
         except ValueError:
             return 1, 0.0, value
 
-    return sorted(values, key=place)
+    return sorted(values, key=order)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
@@ -376,43 +310,35 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
 
 
+def _setting(run: RunRecord, keys: Sequence[str]) -> tuple[str, ...]:
+    """The run's values of the varied keys."""
+    values = _identity(run)
+    return tuple(values.get(key, "unset") for key in keys)
+
+
 def _configurations(runs: Sequence[RunRecord], keys: Sequence[str], monitor: str, lower: bool) -> list[Configuration]:
-    short = short_names(keys)
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
-    tables = {id(run): _identity(run) for run in runs}
     for run in runs:
-        groups.setdefault(tuple(tables[id(run)].get(key, "unset") for key in keys), []).append(run)
-    made = []
+        groups.setdefault(_setting(run, keys), []).append(run)
+    configurations = []
     for values, members in groups.items():
-        name = ", ".join(f"{short[key]}={_clip(value)}" for key, value in zip(keys, values, strict=True))
+        setting = dict(zip(keys, values, strict=True))
         members.sort(key=lambda run: (run.part, run.seed, run.name))
+        name = ", ".join(f"{short}={clip(setting[key], 40)}" for key, short in short_names(keys).items())
         name = name or (members[0].name if len(members) == 1 else "all runs")
-        made.append(Configuration(name, dict(zip(keys, values, strict=True)), members))
-    _tell_apart(made)
-    made.sort(key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
-    return made
-
-
-def _count_lost(found: Sequence[Configuration], keys: Sequence[str], runs: Sequence[RunRecord]) -> None:
-    of_values = {tuple(c.values.values()): c for c in found}
-    for run in runs:
-        table = _identity(run)
-        owner = of_values.get(tuple(table.get(key, "unset") for key in keys))
-        done = owner is not None and any((own.seed, own.part) == (run.seed, run.part) for own in owner.runs)
-        if owner is not None and run.config and not done:
-            owner.lost += 1
-
-
-def _tell_apart(made: Sequence[Configuration]) -> None:
-    """Clipped values may read alike: a number tells them apart."""
-    seen = Counter(c.name for c in made)
+        configurations.append(Configuration(name, setting, members))
+    names = Counter(c.name for c in configurations)
     count: Counter[str] = Counter()
-    for configuration in made:
-        if seen[name := configuration.name] > 1:
+    for c in configurations:  # clipped values may read alike: a number tells them apart
+        if names[name := c.name] > 1:
             count[name] += 1
-            configuration.name = f"{name} ({count[name]})"
+            c.name = f"{name} ({count[name]})"
+    return sorted(configurations, key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
 
 
-def _clip(value: str, most: int = 40) -> str:
-    line = " ".join(value.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+def _count_lost(configurations: Sequence[Configuration], keys: Sequence[str], runs: Sequence[RunRecord]) -> None:
+    by_setting = {tuple(c.values.values()): c for c in configurations}
+    for run in runs:
+        c = by_setting.get(_setting(run, keys))
+        if c is not None and run.config and (run.seed, run.part) not in {(r.seed, r.part) for r in c.runs}:
+            c.lost += 1

@@ -55,10 +55,10 @@ class Diagnosis:
 
 def diagnose(run: RunRecord) -> Diagnosis:
     """What `run`'s curves say; of one that is at chance, or worse, that before all else."""
-    found, told = _of_curves(run), _at_chance(run)
-    return (
-        found if told is None or found.fit is Fit.diverged else Diagnosis(Fit.chance, detail=f"{told}; {found.detail}")
-    )
+    diagnosis, chance = _of_curves(run), _at_chance(run)
+    if chance is None or diagnosis.fit is Fit.diverged:
+        return diagnosis
+    return Diagnosis(Fit.chance, detail=f"{chance}; {diagnosis.detail}")
 
 
 def _at_chance(run: RunRecord) -> str | None:
@@ -68,12 +68,13 @@ def _at_chance(run: RunRecord) -> str | None:
     loss, data = run.value(LOSS), run.environment.get("data")
     if loss is None or run.config.get("task.head") is None:
         return None
-    labels = data.get("labels") if isinstance(data, dict) and isinstance(data.get("labels"), list) else None
+    labels = data.get("labels") if isinstance(data, dict) else None
     of_problem = {"multi_label": math.log(2), "regression": 0.5}
-    prior = of_problem.get(str(run.config.get("task.problem")), math.log(max(len(labels), 1)) if labels else 0.0)
-    if loss < prior * (1 - LITTLE / 10):
-        return None
-    return f"loss {loss:.4f} where equal chances for all classes have {prior:.4f}" if prior else None
+    prior = of_problem.get(str(run.config.get("task.problem")), 0.0)
+    if not prior and isinstance(labels, list) and labels:
+        prior = math.log(len(labels))
+    at_chance = prior > 0 and loss >= prior * (1 - LITTLE / 10)
+    return f"loss {loss:.4f} where equal chances for all classes have {prior:.4f}" if at_chance else None
 
 
 def _of_curves(run: RunRecord) -> Diagnosis:
@@ -100,16 +101,11 @@ def _of_curves(run: RunRecord) -> Diagnosis:
         before_step, before = validation[-2]
         gained, whole = before - last, first[1] - last
         if gained > LATE_SHARE * whole > 0 and _clear(run, validation, before_step, last_step):
-            return Diagnosis(
-                Fit.short,
-                last_step,
-                f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate",
-            )
+            more = f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate"
+            return Diagnosis(Fit.short, last_step, more)
     if first[0] == 0 and first[1] - best < LITTLE * first[1]:
-        return Diagnosis(
-            Fit.underfitting,
-            detail=f"training and validation stay high ({first[1]:.4f} to {best:.4f}) and flat: a higher rate or rank",
-        )
+        flat = f"training and validation stay high ({first[1]:.4f} to {best:.4f}) and flat: a higher rate or rank"
+        return Diagnosis(Fit.underfitting, detail=flat)
     return Diagnosis(Fit.fine, detail=f"the validation loss ends level at {last:.4f}")
 
 
@@ -128,8 +124,8 @@ def paired_error(first: RowScores, second: RowScores) -> float | None:
     """The standard error of the difference of two validations on the same rows; None where the rows differ."""
     if not np.array_equal(first.rows, second.rows) or len(first.rows) < 2:
         return None
-    found = first.influences() - second.influences()
-    return float(found.std(ddof=1) / math.sqrt(len(found)))
+    changes = first.influences() - second.influences()
+    return float(changes.std(ddof=1) / math.sqrt(len(changes)))
 
 
 def _scatter(curve: Sequence[tuple[int, float]]) -> float:
@@ -154,30 +150,23 @@ def _falls(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, f
     return bool(earlier) and bool(later) and float(np.mean(later)) < float(np.mean(earlier))
 
 
-def summed_up(found: Sequence[Diagnosis]) -> str:
-    """What a set of runs' curves say together: "2 of 6 runs overfit (since steps 40 to 60), …"."""
-    if all(diagnosis.fit is Fit.unknown for diagnosis in found):
+def summed_up(diagnoses: Sequence[Diagnosis]) -> str:
+    """What a set of runs' curves say together: "2 of 6 runs overfit (since step 40 to 60); …"."""
+    if all(diagnosis.fit is Fit.unknown for diagnosis in diagnoses):
         return ""
+    steps = sorted({d.step for d in diagnoses if d.fit is Fit.overfitting and d.step is not None})
+    since = f" (since step {' to '.join(map(str, dict.fromkeys((steps[0], steps[-1]))))})" if steps else ""
     words = {
-        Fit.overfitting: "overfit",
+        Fit.diverged: "diverged",
+        Fit.chance: "are no better than chance",
+        Fit.overfitting: f"overfit{since}",
         Fit.underfitting: "underfit",
         Fit.short: "would gain from longer training",
-        Fit.diverged: "diverged",
         Fit.fine: "have flattened",
-        Fit.chance: "are no better than chance",
         Fit.unknown: "have no training curve",
     }
-    count = Counter(diagnosis.fit for diagnosis in found)
-    parts = []
-    for fit in (Fit.diverged, Fit.chance, Fit.overfitting, Fit.underfitting, Fit.short, Fit.fine, Fit.unknown):
-        if not count[fit]:
-            continue
-        since = sorted(d.step for d in found if d.fit is Fit.overfitting and d.step is not None)
-        span = "" if fit is not Fit.overfitting or not since else f" (since step {since[0]}"
-        if span:
-            span += f" to {since[-1]})" if since[-1] != since[0] else ")"
-        parts.append(f"{count[fit]} of {len(found)} {words[fit]}{span}")
-    return "; ".join(parts)
+    count = Counter(diagnosis.fit for diagnosis in diagnoses)
+    return "; ".join(f"{count[fit]} of {len(diagnoses)} {verb}" for fit, verb in words.items() if count[fit])
 
 
 @dataclass(frozen=True)
@@ -191,22 +180,20 @@ class Band:
 
 def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) -> Band | None:
     """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
-    curves = [_thinned(curve, most_points) for curve in curves if curve]
-    if not curves:
+    values = [dict(_thinned(curve, most_points)) for curve in curves if curve]
+    if not values:
         return None
-    common = sorted(set.intersection(*({step for step, _ in curve} for curve in curves)))
-    if not common:
-        curves, common = curves[:1], [step for step, _ in curves[0]]
-    table = np.array([[dict(curve)[step] for step in common] for curve in curves])
-    spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(common))
-    return Band(common, table.mean(axis=0).tolist(), spread.tolist())
+    steps = sorted(set.intersection(*map(set, values)))
+    if not steps:
+        values, steps = values[:1], list(values[0])
+    table = np.array([[of_run[step] for step in steps] for of_run in values])
+    spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(steps))
+    return Band(steps, table.mean(axis=0).tolist(), spread.tolist())
 
 
 def _thinned(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
     stride = math.ceil(len(curve) / most)
     if stride <= 1:
         return list(curve)
-    return [
-        (curve[min(at + stride, len(curve)) - 1][0], float(np.mean([value for _, value in curve[at : at + stride]])))
-        for at in range(0, len(curve), stride)
-    ]
+    stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
+    return [(stretch[-1][0], float(np.mean([value for _, value in stretch]))) for stretch in stretches]

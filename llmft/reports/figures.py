@@ -11,7 +11,7 @@ from markupsafe import Markup
 from llmft.reports.configurations import Configuration, Study, short_names, sorted_values
 from llmft.reports.curves import Band, band
 from llmft.reports.importance import interaction
-from llmft.reports.svg import SERIES, WIDTH, Scale, clip, figure, short, tag, text, tipped
+from llmft.reports.svg import SERIES, WIDTH, Scale, axes, clip, figure, path, short, tag, text, tipped
 from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
 
 MOST_LINES = 24
@@ -23,272 +23,261 @@ LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
 
 
 @dataclass(frozen=True)
-class Series:
-    """One line of a legend: a configuration and the class of its colour."""
+class Drawn:
+    """A figure with what stands above it."""
 
-    name: str
-    style: str
-
-
-def series_of(study: Study) -> list[Series]:
-    """The best configurations in colour, the rest in grey."""
-    return [Series(c.name, f"s{place}" if place < SERIES else "rest") for place, c in enumerate(study.configurations)]
+    title: str
+    note: str
+    svg: Markup
 
 
-def curves(study: Study, metric: str, title: str) -> tuple[Markup, str] | None:
-    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band; and
-    what to know of the axis."""
-    found: list[tuple[Configuration, Series, Band]] = []
-    for configuration, series in list(zip(study.configurations, series_of(study), strict=True))[:MOST_LINES]:
-        line = band([run.curve(metric) for run in configuration.runs])
-        if line is not None and len(line.steps) > 1:
-            found.append((configuration, series, line))
-    if not found:
+def styles_of(study: Study) -> list[tuple[str, str]]:
+    """(configuration, class of its colour): the best ones in colour, the rest in grey."""
+    return [(c.name, f"s{rank}" if rank < SERIES else "rest") for rank, c in enumerate(study.configurations)]
+
+
+def curves(study: Study, metric: str) -> Drawn | None:
+    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
+    bands = [(c, band([run.curve(metric) for run in c.runs])) for c in study.configurations[:MOST_LINES]]
+    shown = [(c, line, style) for (c, line), (_, style) in zip(bands, styles_of(study), strict=False)
+             if line is not None and len(line.steps) > 1]  # fmt: skip
+    if not shown:
         return None
-    x = Scale([s for _, _, line in found for s in line.steps], 52, WIDTH - 10, pad=0.01)
-    edges, log, cut = _heights([line for _, _, line in found])
+    x = Scale([s for _, line, _ in shown for s in line.steps], 52, WIDTH - 10, pad=0.01)
+    edges, log, cut = _heights([line for _, line, _ in shown])
     y = Scale(edges, BOTTOM, TOP, log=log)
     best = max if metric == study.monitor and not study.lower_is_better else min
-    lines = [_line(configuration, series, line, metric, x, y, best) for configuration, series, line in reversed(found)]
+    lines = [_line(c, style, line, metric, x, y, best) for c, line, style in reversed(shown)]
     # What lies above the highest tick is cut off by a picture of its own.
     inside = tag("svg", *lines, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
-    note = f"{title}: {len(found)} configurations" + (", logarithmic scale" if log else "")
-    note += ", the beginning is above the figure" if cut else ""
-    drawn = figure(276, title, f"{note}. {_ends(found)}", _axes(x, y, "optimizer step", BOTTOM), inside)
-    return drawn, "Logarithmic scale." if log else "The beginning is above the figure." if cut else ""
+    ends = "; ".join(f"{c.name} ends at {number(line.mean[-1])}" for c, line, _ in shown[:SERIES])
+    description = f"{metric}: {len(shown)} configurations" + (", logarithmic scale" if log else "")
+    description += f"{', the beginning is above the figure' if cut else ''}. {ends}"
+    note = "Logarithmic scale." if log else "The beginning is above the figure." if cut else ""
+    return Drawn(metric, note, figure(276, metric, description, axes(x, y, "optimizer step", BOTTOM), inside))
 
 
 def _heights(lines: Sequence[Band]) -> tuple[list[float], bool, bool]:
     """(values that the axis must hold, whether it is logarithmic, whether the curves' beginning is left out)."""
     last = max(step for line in lines for step in line.steps)
-    pairs = [(s, m, d) for line in lines for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
-    late = [v for s, m, d in pairs if s > last * EARLY for v in (m - d, m + d)]
-    whole = [m for _, m, _ in pairs]
-    if late and max(whole) - min(whole) > CUT_FROM * (max(late) - min(late)) and max(whole) > max(late):
+    points = [(s, m, d) for line in lines for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
+    late = [v for s, m, d in points if s > last * EARLY for v in (m - d, m + d)]
+    means = [m for _, m, _ in points]
+    if late and max(means) - min(means) > CUT_FROM * (max(late) - min(late)) and max(means) > max(late):
         return [*late, max(late) + (max(late) - min(late)) * 0.25], False, True
-    log = min(whole) > 0 and max(whole) / min(whole) > LOG_FROM
-    edges = [v for _, m, d in pairs for v in (m - d, m + d)]
-    return ([max(v, min(whole) * 0.8) for v in edges] if log else edges), log, False
-
-
-def _ends(found: Sequence[tuple[Configuration, Series, Band]]) -> str:
-    return "; ".join(f"{c.name} ends at {number(line.mean[-1])}" for c, _, line in found[:SERIES])
-
-
-def _axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
-    parts = []
-    for value in y.ticks():
-        parts.append(tag("line", x1=52, x2=WIDTH - 10, y1=y(value), y2=y(value), class_="grid"))
-        parts.append(text(46, y(value) + 4, short(value), "end"))
-    for value in x.ticks():
-        parts.append(text(x(value), bottom + 18, short(value), "middle"))
-    parts.append(text((52 + WIDTH) / 2, bottom + 36, below, "middle", class_="faint"))
-    return tag("g", *parts, class_="axes", aria_hidden="true")
+    log = min(means) > 0 and max(means) / min(means) > LOG_FROM
+    edges = [v for _, m, d in points for v in (m - d, m + d)]
+    return ([max(v, min(means) * 0.8) for v in edges] if log else edges), log, False
 
 
 def _line(
-    c: Configuration, series: Series, line: Band, metric: str, x: Scale, y: Scale, best: Callable[[list[float]], float]
+    c: Configuration, style: str, line: Band, metric: str, x: Scale, y: Scale, best: Callable[[list[float]], float]
 ) -> Markup:
-    points = [(x(step), y(mean)) for step, mean in zip(line.steps, line.mean, strict=True)]
+    points = list(zip(map(x, line.steps), map(y, line.mean), strict=True))
     shapes = []
     if any(line.spread):
-        low = y.start
-        edge = [(x(s), y(m + d)) for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
-        back = [
-            (x(s), min(y(m - d), low) if not y.log or m > d else low)
-            for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)
-        ]
-        shapes.append(tag("path", d=_path([*edge, *reversed(back)]) + "Z", class_="band"))
-    shapes.append(tag("path", d=_path(points), class_="line"))
+        rows = list(zip(map(x, line.steps), line.mean, line.spread, strict=True))
+        upper = [(px, y(m + d)) for px, m, d in rows]
+        lower = [(px, min(y(m - d), y.start) if not y.log or m > d else y.start) for px, m, d in rows]
+        shapes.append(tag("path", d=path([*upper, *reversed(lower)]) + "Z", class_="band"))
+    shapes.append(tag("path", d=path(points), class_="line"))
     if len(points) <= 30:
         shapes += [tag("circle", cx=px, cy=py, r=2.2, class_="dot") for px, py in points]
     tip = f"{c.name}: {metric} {number(line.mean[-1])} at step {line.steps[-1]}"
     tip += f", best {number(best(line.mean))}, {len(c.runs)} runs"
-    return tipped(tag("g", *shapes), tip, class_=f"series {series.style}")
+    return tipped(tag("g", *shapes), tip, class_=f"series {style}")
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{px:.1f},{py:.1f}" for px, py in points)
-
-
-def differences(comparisons: Sequence[Comparison], title: str, unit: str) -> Markup | None:
+def differences(comparisons: Sequence[Comparison], metric: str) -> Drawn | None:
     """The lead of the best over each other one with its interval; one that holds 0 tells nothing apart."""
     shown = [c for c in comparisons if c.low is not None and c.high is not None][:MOST_LINES]
     if not shown:
         return None
     x = Scale([0.0, *(v for c in shown for v in (c.low, c.high) if v is not None)], 14, WIDTH - 14)
-    height = 46.0 * len(shown) + 56
-    parts = []
-    for value in x.ticks():
-        parts.append(tag("line", x1=x(value), x2=x(value), y1=8, y2=height - 44, class_="grid"))
-        parts.append(text(x(value), height - 26, f"{value:.0%}" if shown[0].rules.log else short(value), "middle"))
-    left = x(0.0) < WIDTH / 2
-    of = f"lead in {unit}" if not shown[0].rules.log else f"how much lower {unit} is"
-    parts.append(text(WIDTH / 2, height - 6, f"{of}, 95% interval", "middle", class_="faint"))
-    for place, c in enumerate(shown):
-        at = 46.0 * place + 36
-        clear, words = c.verdict in (Verdict.better, Verdict.behind), clip(f"over {c.second}", 40)
+    height, log = 46.0 * len(shown) + 56, shown[0].rules.log
+    of = f"how much lower {metric} is" if log else f"lead in {metric}"
+    parts = _columns(x, 8, height, f"{of}, 95% interval", "{:.0%}".format if log else short)
+    start, aside = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
+    for rank, c in enumerate(shown):
+        at, clear = 46.0 * rank + 36, c.verdict in (Verdict.better, Verdict.behind)
         shape = tag(
             "g",
-            text(x(0.0) + (8 if left else -8), at - 12, words, "start" if left else "end", class_="halo"),
+            text(x(0.0) + aside, at - 12, clip(f"over {c.second}", 40), start, class_="halo"),
             tag("line", x1=x(0.0), x2=x(0.0), y1=at - 24, y2=at + 22, class_="zero"),
             tag("line", x1=x(c.low or 0.0), x2=x(c.high or 0.0), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(c.lead), cy=at, r=5, class_="mark" if clear else "mark open"),
         )
-        tip = f"{c.first} over {c.second}: {c.rules.told(c.lead)}, {interval_of(c)}"
+        tip = f"{c.first} over {c.second}: {c.rules.amount(c.lead)}, {interval_of(c)}"
         parts.append(tipped(shape, tip, class_="clear" if clear else "unclear"))
-    return figure(height, title, f"{title}: {len(shown)} comparisons, each listed in the verdicts.", *parts)
+    title = f"Lead of {comparisons[0].first}"
+    description = f"{title}: {len(shown)} comparisons, each listed in the verdicts."
+    note = "Where the mark is hollow, the difference may be noise."
+    return Drawn(title, note, figure(height, title, description, *parts))
 
 
-def points(study: Study) -> Markup | None:
+def points(study: Study) -> Drawn | None:
     """A dot for every run and a bar for the mean, a line per configuration, the best on top."""
     shown = study.configurations[:MOST_LINES]
     if len(shown) < 2:
         return None
-    values = [c.sample(study.monitor).values for c in shown]
-    every = [float(v) for own in values for v in own]
-    log = min(every) > 0 and max(every) / min(every) > DOTS_LOG_FROM
-    x = Scale(every, 14, WIDTH - 14, log=log)
+    samples = [c.sample(study.monitor).values for c in shown]
+    values = [float(value) for sample in samples for value in sample]
+    log = min(values) > 0 and max(values) / min(values) > DOTS_LOG_FROM
+    x = Scale(values, 14, WIDTH - 14, log=log)
     height = 40.0 * len(shown) + 48
+    parts = _columns(x, 4, height, f"{study.monitor}{', logarithmic' if log else ''}", short)
+    for rank, ((name, style), sample) in enumerate(zip(styles_of(study), samples, strict=False)):
+        at, mean = 40.0 * rank + 32, float(sample.mean())
+        dots = [tag("circle", cx=x(float(value)), cy=at, r=4, class_="dot") for value in sample]
+        bar = tag("line", x1=x(mean), x2=x(mean), y1=at - 9, y2=at + 9, class_="line")
+        shape = tag("g", text(14, at - 12, clip(name, 56), class_="halo"), *dots, bar)
+        tip = f"{name}: mean {number(mean)}; {', '.join(number(float(value)) for value in sample)}"
+        parts.append(tipped(shape, tip, class_=f"series {style}"))
+    svg = figure(height, "Every run", f"Every run of {len(shown)} configurations.", *parts)
+    return Drawn("Every run", "A dot is a run, the bar their mean.", svg)
+
+
+def _columns(x: Scale, top: float, height: float, below: str, label: Callable[[float], str]) -> list[Markup]:
+    """Lines through a figure at the ticks, with their labels and words below."""
     parts = []
     for value in x.ticks():
-        parts.append(tag("line", x1=x(value), x2=x(value), y1=4, y2=height - 44, class_="grid"))
-        parts.append(text(x(value), height - 26, short(value), "middle"))
-    note = f"{study.monitor}{', logarithmic' if log else ''}"
-    parts.append(text(WIDTH / 2, height - 6, note, "middle", class_="faint"))
-    for place, (c, own) in enumerate(zip(shown, values, strict=True)):
-        at, mean = 40.0 * place + 32, float(own.mean())
-        dots = [tag("circle", cx=x(float(value)), cy=at, r=4, class_="dot") for value in own]
-        bar = tag("line", x1=x(mean), x2=x(mean), y1=at - 9, y2=at + 9, class_="line")
-        words = f"{c.name}: mean {number(mean)}; {', '.join(number(float(value)) for value in own)}"
-        shape = tag("g", text(14, at - 12, clip(c.name, 56), class_="halo"), *dots, bar)
-        parts.append(tipped(shape, words, class_=f"series s{place}" if place < SERIES else "series rest"))
-    return figure(height, "Every run", f"Every run of {len(shown)} configurations.", *parts)
+        parts.append(tag("line", x1=x(value), x2=x(value), y1=top, y2=height - 44, class_="grid"))
+        parts.append(text(x(value), height - 26, label(value), "middle"))
+    return [*parts, text(WIDTH / 2, height - 6, below, "middle", class_="faint")]
 
 
-def parallel(study: Study) -> Markup | None:
+def parallel(study: Study) -> Drawn | None:
     """A line per configuration through its value of each key to its metric; the better, the darker."""
     keys = study.keys
     if len(keys) < 2 or len(study.configurations) < 2:
         return None
     names = short_names(keys)
     width = max(WIDTH, 124.0 * len(keys) + 150)
-    at = [24 + (width - 94) * place / len(keys) for place in range(len(keys) + 1)]
+    at = [24 + (width - 94) * rank / len(keys) for rank in range(len(keys) + 1)]
     levels = [sorted_values({c.values[key] for c in study.configurations}) for key in keys]
-    spots = [{v: _spot(i, len(level)) for i, v in enumerate(level)} for level in levels]
+    spots = [{v: 155.0 if len(level) == 1 else 250 - 190 * i / (len(level) - 1) for i, v in enumerate(level)}
+             for level in levels]  # fmt: skip
     means = [c.sample(study.monitor).mean for c in study.configurations]
     y = Scale(means, 60, 250) if study.lower_is_better else Scale(means, 250, 60)
     parts = []
-    for place, (configuration, mean) in enumerate(zip(study.configurations, means, strict=True)):
-        points = [(at[i], spots[i][configuration.values[key]]) for i, key in enumerate(keys)]
-        points.append((at[-1], y(mean)))
-        style = f"q{min(4, place * 5 // len(means))}"
-        tip = f"{configuration.name}: {study.monitor} {number(mean)}"
-        parts.append(tipped(tag("path", d=_path(points), class_="line"), tip, class_=f"series {style}"))
+    for rank, (c, mean) in enumerate(zip(study.configurations, means, strict=True)):
+        line = path([*((at[i], spots[i][c.values[key]]) for i, key in enumerate(keys)), (at[-1], y(mean))])
+        tip = f"{c.name}: {study.monitor} {number(mean)}"
+        style = f"series q{min(4, rank * 5 // len(means))}"
+        parts.append(tipped(tag("path", d=line, class_="line"), tip, class_=style))
     parts.reverse()  # the best on top
+    labels = [[(v, spot[v]) for v in level[:: math.ceil(len(level) / 10)]]
+              for level, spot in zip(levels, spots, strict=True)]  # fmt: skip
+    labels.append([(short(v), y(v)) for v in y.ticks(4)])
     for i, key in enumerate([*keys, study.monitor]):
         parts.append(tag("line", x1=at[i], x2=at[i], y1=46, y2=264, class_="axis"))
         anchor = "start" if i == 0 else "middle"
         parts.append(text(at[i] - 16 * (i == 0), 22, clip(names.get(key, key), 15), anchor, class_="strong"))
-        for label, spot in _labels(levels[i], spots[i]) if i < len(keys) else [(short(v), y(v)) for v in y.ticks(4)]:
-            parts.append(text(at[i] + 7, spot + 4, clip(label, 14), class_="halo"))
+        parts += [text(at[i] + 7, spot + 4, clip(label, 14), class_="halo") for label, spot in labels[i]]
     title = "Every configuration, from its values to its metric"
-    best = study.configurations[0]
-    return figure(280, title, f"{title}. The best is {best.name} at {number(means[0])}.", *parts, width=width)
+    description = f"{title}. The best is {study.configurations[0].name} at {number(means[0])}."
+    note = "A line is a configuration; the stronger, the better. Better metrics are at the top."
+    return Drawn("Parallel coordinates", note, figure(280, title, description, *parts, width=width))
 
 
-def _spot(place: int, count: int) -> float:
-    return 155.0 if count == 1 else 250 - 190 * place / (count - 1)
-
-
-def _labels(level: Sequence[str], spots: dict[str, float]) -> list[tuple[str, float]]:
-    stride = math.ceil(len(level) / 10)
-    return [(value, spots[value]) for value in level[::stride]]
-
-
-def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Markup:
+def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Drawn | None:
     """Each key's share of the variance; the bar of a key that no verdict tells from noise is hollow and says so."""
     parts, listed = [], []
-    for place, (name, share) in enumerate(shares.items()):
-        at, hollow = 44.0 * place, name in undecided
+    for rank, (name, share) in enumerate(shares.items()):
+        at, hollow = 44.0 * rank, name in undecided
         words = "not distinguishable from noise" if hollow else f"{share:.0%}"
         listed.append(f"{name} {words}")
+        box = {"x": 4, "y": at + 21, "height": 12, "rx": 3}
         shape = tag(
             "g",
             text(4, at + 15, clip(name, 30)),
             text(WIDTH - 4, at + 15, words, "end", class_="faint"),
-            tag("rect", x=4, y=at + 21, width=WIDTH - 8, height=12, rx=3, class_="track"),
-            tag(
-                "rect", x=4, y=at + 21, width=max((WIDTH - 8) * share, 1.5), height=12, rx=3,
-                class_="bar open" if hollow else "bar",
-            ),
-        )  # fmt: skip
+            tag("rect", **box, width=WIDTH - 8, class_="track"),
+            tag("rect", **box, width=max((WIDTH - 8) * share, 1.5), class_="bar open" if hollow else "bar"),
+        )
         parts.append(tipped(shape, f"{name}: {words}", class_="series s0"))
-    note = f"Share of the variance: {'; '.join(listed)}."
-    return figure(44.0 * len(shares) + 4, "Importance of each key", note, *parts)
+    description = f"Share of the variance: {'; '.join(listed)}."
+    note = "Share of the variance that each key explains by itself in a random forest (Optuna's fANOVA)."
+    svg = figure(44.0 * len(shares) + 4, "Importance of each key", description, *parts)
+    return Drawn("Importance", note, svg) if shares else None
 
 
-def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]]) -> Markup:
-    """Rows by true class (down) and likeliest class (across); the larger its share of the true class, the darker."""
+@dataclass(frozen=True)
+class Cell:
+    """A rectangle of a matrix: its words, those on hover, and its shade, 0 (dark) to 4."""
+
+    words: str
+    tip: str
+    shade: int
+    strong: bool = False
+
+
+def _matrix(
+    down: str, rows: Sequence[str], across: str, columns: Sequence[str], cells: Sequence[Sequence[Cell | None]],
+    title: str, description: str,
+) -> Markup:  # fmt: skip
+    """A table in shades; `down` and `across` say what its rows and columns are, None leaves a cell empty."""
     left, top, high = 118.0, 62.0, 32.0
-    width = max((WIDTH - left - 6) / len(labels), 46.0)
-    whole = max(WIDTH, left + len(labels) * width + 6)
-    parts = [
-        text(left, 18, "predicted", class_="faint"),
-        text(4, 44, "true", class_="faint"),
-        *(text(left + width * (j + 0.5), 44, clip(v, int(width / 9)), "middle") for j, v in enumerate(labels)),
-    ]
-    for i, (label, row) in enumerate(zip(labels, counts, strict=True)):
-        parts.append(text(left - 8, top + high * (i + 0.6), clip(label, 14), "end"))
-        for j, value in enumerate(row):
-            share = value / max(1, sum(row))
-            box = {"x": left + width * j + 1, "y": top + high * i + 1, "width": width - 2, "height": high - 2, "rx": 3}
-            word = text(
-                left + width * (j + 0.5), top + high * (i + 0.64), f"{value:,}", "middle", class_="strong" * (i == j)
-            )
-            tip = f"true {label}, predicted {labels[j]}: {value:,} rows, {share:.0%} of that class"
-            style = f"h{4 - min(4, int(5 * share))}"
-            parts.append(tipped(tag("g", tag("rect", **box), word), tip, class_=f"cell {style}"))
-    right = sum(row[i] for i, row in enumerate(counts))
-    note = f"Confusion of {len(labels)} classes: {right:,} of {sum(map(sum, counts)):,} rows right."
-    return figure(top + high * len(labels) + 6, "Confusion", note, *parts, width=whole)
-
-
-def heat_map(study: Study, first: str, second: str) -> Markup:
-    """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
-    rows, columns, table = interaction(study, first, second)
-    names = short_names(study.keys)
-    known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
-    left, top = 118.0, 44.0
-    width = min((WIDTH - left - 6) / len(columns), 168.0)
-    whole = max(WIDTH, left + len(columns) * max(width, 52.0) + 6)
-    width, high = max(width, 52.0), 36.0
-    parts = [
-        text(left + width * len(columns) / 2, 16, clip(names[second], 40), "middle", class_="strong"),
-        text(4, 36, clip(names[first], 14), class_="strong"),
-    ]
-    parts += [text(left + width * (j + 0.5), 36, clip(v, int(width / 7)), "middle") for j, v in enumerate(columns)]
+    width = max((WIDTH - left - 6) / max(len(columns), 2), 46.0)
+    lefts = [left + width * j for j in range(len(columns))]
+    parts = [text(left, 18, clip(across, 40), class_="faint"), text(4, 44, clip(down, 14), class_="faint")]
+    for x, name in zip(lefts, columns, strict=True):
+        parts.append(text(x + width / 2, 44, clip(name, int(width / 9)), "middle"))
     for i, row in enumerate(rows):
-        parts.append(text(left - 8, top + high * (i + 0.6), clip(row, 14), "end"))
-        for j, column in enumerate(columns):
-            value = table[i][j]
-            box = {"x": left + width * j + 1, "y": top + high * i + 1, "width": width - 2, "height": high - 2, "rx": 3}
-            if value is None:
+        y = top + high * i
+        parts.append(text(left - 8, y + 0.6 * high, clip(row, 14), "end"))
+        for x, cell in zip(lefts, cells[i], strict=True):
+            box = {"x": x + 1, "y": y + 1, "width": width - 2, "height": high - 2, "rx": 3}
+            if cell is None:
                 parts.append(tag("rect", **box, class_="empty"))
                 continue
-            style = f"h{min(4, 5 * known.index(value) // len(known))}"
-            label = text(left + width * (j + 0.5), top + high * (i + 0.62), number(value, 3), "middle")
-            tip = f"{names[first]}={row}, {names[second]}={column}: {study.monitor} {number(value)}"
-            parts.append(tipped(tag("g", tag("rect", **box), label), tip, class_=f"cell {style}"))
-    title = f"{names[first]} with {names[second]}"
-    best = min if study.lower_is_better else max
-    note = f"{title}: {study.monitor}, best {number(best(known))}."
-    return figure(top + high * len(rows) + 6, title, note, *parts, width=whole)
+            style = "strong" if cell.strong else None
+            words = text(x + width / 2, y + 0.64 * high, cell.words, "middle", class_=style)
+            parts.append(tipped(tag("g", tag("rect", **box), words), cell.tip, class_=f"cell h{cell.shade}"))
+    whole = max(WIDTH, left + len(columns) * width + 6)
+    return figure(top + high * len(rows) + 6, title, description, *parts, width=whole)
+
+
+def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Drawn:
+    """Rows by true class (down) and likeliest class (across); the larger its share of the true class, the darker."""
+
+    def cell(i: int, j: int) -> Cell:
+        value, share = counts[i][j], counts[i][j] / max(1, sum(counts[i]))
+        tip = f"true {labels[i]}, predicted {labels[j]}: {value:,} rows, {share:.0%} of that class"
+        return Cell(f"{value:,}", tip, 4 - min(4, int(5 * share)), i == j)
+
+    indices = range(len(labels))
+    right = sum(counts[i][i] for i in indices)
+    description = f"Confusion of {len(labels)} classes: {right:,} of {sum(map(sum, counts)):,} rows right."
+    cells = [[cell(i, j) for j in indices] for i in indices]
+    note = f"{name}, {runs} run{'s' if runs > 1 else ''}: true class down, likeliest across."
+    svg = _matrix("true", labels, "predicted", labels, cells, "Confusion", description)
+    return Drawn("Confusion", note, svg)
+
+
+def heat_map(study: Study, first: str, second: str) -> Drawn:
+    """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
+    rows, columns, table = interaction(study, first, second)
+    down, across = (short_names(study.keys)[key] for key in (first, second))
+    known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
+
+    def cell(row: str, column: str, value: float | None) -> Cell | None:
+        if value is None:
+            return None
+        tip = f"{down}={row}, {across}={column}: {study.monitor} {number(value)}"
+        return Cell(number(value, 3), tip, min(4, 5 * known.index(value) // len(known)))
+
+    cells = [[cell(row, column, value) for column, value in zip(columns, values, strict=True)]
+             for row, values in zip(rows, table, strict=True)]  # fmt: skip
+    title = f"{down} with {across}"
+    description = f"{title}: {study.monitor}, best {number(known[0])}."
+    svg = _matrix(down, rows, across, columns, cells, title, description)
+    return Drawn("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A dot of a scatter: place, words on hover, class of its colour, and whether it is marked as wrong."""
+    """A dot of a scatter: where it is, words on hover, class of its colour, and whether it is marked as wrong."""
 
     x: float
     y: float
@@ -298,21 +287,19 @@ class Point:
 
 
 def scatter(
-    points: Sequence[Point], title: str, across: str, up: str, *, labels: bool = True, names: Sequence[str] = ()
-) -> Markup:
-    """Dots; wrong ones as crosses, so that colour is not all that tells. `names` are those of the colours, in order."""
-    x = Scale([p.x for p in points], 58, WIDTH - 12)
-    y = Scale([p.y for p in points], 286, 26)
-    parts = []
-    if labels:
-        parts.append(_axes(x, y, across, 286))
-    else:
-        parts.append(text((58 + WIDTH) / 2, 314, across, "middle", class_="faint"))
+    points: Sequence[Point], title: str, note: str, across: str, up: str = "", *, names: Sequence[str] = ()
+) -> Drawn:
+    """Dots; wrong ones as crosses, so that colour is not all that tells. `names` are those of the colours, in order.
+
+    Without a name for what goes `up`, distances alone mean something, and the axes have no numbers.
+    """
+    x, y = Scale([p.x for p in points], 58, WIDTH - 12), Scale([p.y for p in points], 286, 26)
+    parts = [axes(x, y, across, 286) if up else text((58 + WIDTH) / 2, 314, across, "middle", class_="faint")]
     parts.append(text(8, 14, up, class_="faint"))
-    for place, name in enumerate(names):
-        left, top = 14 + (place % 3) * (WIDTH - 20) / 3, 346 + 22 * (place // 3)
+    for rank, name in enumerate(names):
+        left, top = 14 + (rank % 3) * (WIDTH - 20) / 3, 346 + 22 * (rank // 3)
         dot = tag("circle", cx=left, cy=top - 5, r=5, class_="point")
-        parts.append(tag("g", dot, text(left + 10, top, clip(name, 16)), class_=f"s{place}"))
+        parts.append(tag("g", dot, text(left + 10, top, clip(name, 16)), class_=f"s{rank}"))
     for p in points:
         px, py = x(p.x), y(p.y)
         if p.wrong:
@@ -321,4 +308,5 @@ def scatter(
         else:
             shape = tag("circle", cx=px, cy=py, r=4, class_="point")
         parts.append(tipped(shape, p.tip, class_=f"series {p.style}"))
-    return figure(326 + 22 * math.ceil(len(names) / 3), title, f"{title}: {len(points)} points.", *parts)
+    svg = figure(326 + 22 * math.ceil(len(names) / 3), title, f"{title}: {len(points)} points.", *parts)
+    return Drawn(title, note, svg)

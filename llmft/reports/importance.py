@@ -25,7 +25,7 @@ def importance(study: Study) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     levels = {key: sorted_values({c.values[key] for c in study.configurations}) for key in study.keys}
     distributions: dict[str, Any] = {
-        key: optuna.distributions.IntDistribution(0, len(found)) for key, found in levels.items()
+        key: optuna.distributions.IntDistribution(0, len(values)) for key, values in levels.items()
     }
     of_runs = optuna.create_study()
     for c in study.configurations:
@@ -47,5 +47,5 @@ def interaction(study: Study, first: str, second: str) -> tuple[list[str], list[
     cells: dict[tuple[str, str], list[float]] = {}
     for c in study.configurations:
         cells.setdefault((c.values[first], c.values[second]), []).append(c.sample(study.monitor).mean)
-    table = [[float(np.mean(found)) if (found := cells.get((r, c))) else None for c in columns] for r in rows]
+    table = [[float(np.mean(means)) if (means := cells.get((r, c))) else None for c in columns] for r in rows]
     return rows, columns, table

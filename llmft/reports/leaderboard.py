@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmft.core.errors import DataError, did_you_mean
 from llmft.reports.configurations import Study
+from llmft.reports.figures import Drawn, Point, scatter
 from llmft.reports.read import RunRecord
+from llmft.reports.verdicts import number
 
 RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboard", "public_score")
 
@@ -28,16 +31,11 @@ def read_scores(path: Path) -> dict[str, float]:
     score = next((c for c in head if c and c.strip().lower() in SCORE_COLUMNS), None)
     if run is None or score is None:
         raise DataError(f"{path}:1: a column `run` and a column `score` are needed, not {', '.join(map(str, head))}.")
-    found = {}
-    for place, line in enumerate(lines, 2):
-        found[str(line[run]).strip()] = to_score(str(line[score]), f"{path}:{place}")
-    return found
+    return {str(row[run]).strip(): to_score(str(row[score]), f"{path}:{i}") for i, row in enumerate(lines, 2)}
 
 
 def to_score(text: str, where: str) -> float:
     """`text` as a finite number. Raises DataError naming `where`."""
-    import math
-
     try:
         value = float(text)
     except ValueError:
@@ -53,7 +51,7 @@ def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRec
     Raises DataError for a name that no run or more than one has.
     """
     runs = [run for c in study.configurations for run in c.runs]
-    found = []
+    matched = []
     for name, score in scores.items():
         exact = [run for run in runs if name in (run.name, run.key, str(run.directory))]
         hits = exact or [run for run in runs if name in run.name]
@@ -61,8 +59,19 @@ def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRec
             raise DataError(f"lb.{name}: no such run with a local score{did_you_mean(name, [r.name for r in runs])}")
         if len(hits) > 1:
             raise DataError(f"lb.{name}: fits {len(hits)} runs, {', '.join(r.name for r in hits[:3])}: say more of it.")
-        found.append((hits[0], score))
-    return found
+        matched.append((hits[0], score))
+    return matched
+
+
+def against_local(study: Study, scores: Mapping[str, float]) -> Drawn | None:
+    """A figure of the runs' local values against `scores`; None for fewer than two runs. Raises as `match_scores`."""
+    matched = match_scores(study, scores)
+    if len(matched) < 2:
+        return None
+    pairs = [(run.name, run.value(study.monitor) or 0.0, score) for run, score in matched]
+    points = [Point(x, y, f"{name}: local {number(x)}, leaderboard {number(y)}") for name, x, y in pairs]
+    note = rank_correlation([x for _, x, _ in pairs], [y for *_, y in pairs])
+    return scatter(points, "Local validation against leaderboard", note, f"local {study.monitor}", "leaderboard")
 
 
 def rank_correlation(local: Sequence[float], board: Sequence[float]) -> str:

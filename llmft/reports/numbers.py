@@ -49,21 +49,20 @@ def judge_numbers(
     groups: dict[str, list[Published]] = {}
     for line in published:
         groups.setdefault(line.comparison, []).append(line)
-    found = {}
+    verdicts = {}
     for name, lines in groups.items():
         where = f"comparison {name}" if name else "the numbers"
         if len(lines) < 2:
             raise DataError(f"{where}: two configurations are needed, there is {len(lines)}.")
         if len({line.name for line in lines}) < len(lines):
             raise DataError(f"{where}: a configuration stands twice; give its mean and the number of its runs (seeds).")
-        measured = {line.metric or metric or "" for line in lines}
-        if len(measured) > 1:
-            raise DataError(f"{where}: values of {' and '.join(sorted(measured))} cannot be compared with each other.")
-        lower_is_better = _mode(measured.pop(), mode, where) is Mode.min
-        spread = _spread([line for line in lines if line.sd is not None] or published)
-        samples = [_sample(line, spread) for line in lines]
-        found[name] = judge_samples(samples, lower_is_better=lower_is_better)
-    return found
+        metrics = {line.metric or metric or "" for line in lines}
+        if len(metrics) > 1:
+            raise DataError(f"{where}: values of {' and '.join(sorted(metrics))} cannot be compared with each other.")
+        lower_is_better = _mode(metrics.pop(), mode, where) is Mode.min
+        spread = _pooled_spread([line for line in lines if line.sd is not None] or published)
+        verdicts[name] = judge_samples([_sample(line, spread) for line in lines], lower_is_better=lower_is_better)
+    return verdicts
 
 
 def _mode(metric: str, mode: Mode, where: str) -> Mode:
@@ -81,17 +80,17 @@ def _degrees(line: Published) -> float:
     return measured - 1.0 if measured > 1 else math.inf
 
 
-def _spread(lines: Sequence[Published]) -> tuple[float, float] | None:
+def _pooled_spread(lines: Sequence[Published]) -> tuple[float, float] | None:
     """(pooled standard deviation, degrees of freedom) of the lines that tell one; None where none does."""
-    told = [line for line in lines if line.sd is not None]
-    if not told:
+    spreads = [(line.sd, _degrees(line)) for line in lines if line.sd is not None]
+    if not spreads:
         return None
-    degrees = [_degrees(line) for line in told]
-    weights = [1.0 if math.inf in degrees else df for df in degrees]
-    variance = sum(w * (line.sd or 0.0) ** 2 for w, line in zip(weights, told, strict=True)) / sum(weights)
+    known = any(math.isinf(df) for _, df in spreads)
+    weights = [1.0 if known else df for _, df in spreads]
+    variance = sum(w * sd**2 for w, (sd, _) in zip(weights, spreads, strict=True)) / sum(weights)
     # The same spread said on every line was measured once.
-    once = len({(line.sd, line.sd_seeds) for line in told}) == 1
-    return math.sqrt(variance), math.inf if math.inf in degrees else degrees[0] if once else sum(degrees)
+    once = len({(line.sd, line.sd_seeds) for line in lines if line.sd is not None}) == 1
+    return math.sqrt(variance), spreads[0][1] if once and not known else sum(df for _, df in spreads)
 
 
 def _sample(line: Published, spread: tuple[float, float] | None) -> Sample:
@@ -107,51 +106,41 @@ def read_numbers(path: Path) -> list[Published]:
     """Reads the csv. Raises DataError naming the line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
-            lines = list(csv.reader(file))
+            lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"numbers={path}: {error}") from None
-    head = [name.strip().lower() for name in lines[0]] if lines else []
+    head = [name.lower() for name in lines[0]] if lines else []
     for name in head:
         if name not in COLUMNS:
             raise DataError(f"{path}:1: no column is called '{name}'{did_you_mean(name, COLUMNS)}")
     for name in COLUMNS[:2]:
         if name not in head:
             raise DataError(f"{path}:1: the column `{name}` is missing.")
-    found = []
-    for place, line in enumerate(lines[1:], 2):
-        if not any(cell.strip() for cell in line):
-            continue
-        if len(line) != len(head):
-            raise DataError(f"{path}:{place}: {len(line)} values for {len(head)} columns.")
-        found.append(_published(dict(zip(head, (cell.strip() for cell in line), strict=True)), f"{path}:{place}"))
-    if not found:
+    published = []
+    for number, line in enumerate(lines[1:], 2):
+        if any(line) and len(line) != len(head):
+            raise DataError(f"{path}:{number}: {len(line)} values for {len(head)} columns.")
+        if any(line):
+            published.append(_published(dict(zip(head, line, strict=True)), f"{path}:{number}"))
+    if not published:
         raise DataError(f"{path}: no numbers.")
-    return found
+    return published
 
 
 def _published(line: dict[str, str], where: str) -> Published:
     def number(column: str, least: float) -> float | None:
         text = line.get(column, "")
-        if not text:
-            return None
         try:
-            value = float(text)
+            value = float(text or least)
         except ValueError:
             value = math.nan
-        if not math.isfinite(value) or value < least:
+        if text and not (math.isfinite(value) and value >= least):
             raise DataError(f"{where}: {column} '{text}' is no such number.")
-        return value
+        return value if text else None
 
     value = number("value", -math.inf)
     if value is None:
         raise DataError(f"{where}: value is missing.")
-    seeds, measured = number("seeds", 1), number("sd_seeds", 2)
-    return Published(
-        line["configuration"],
-        value,
-        int(seeds or 1),
-        number("sd", 0),
-        int(measured) if measured is not None else None,
-        line.get("comparison", ""),
-        line.get("metric", ""),
-    )
+    seeds, sd, sd_seeds = int(number("seeds", 1) or 1), number("sd", 0), int(number("sd_seeds", 2) or 0)
+    texts = (line.get(column, "") for column in ("comparison", "metric"))
+    return Published(line["configuration"], value, seeds, sd, sd_seeds or None, *texts)

@@ -72,13 +72,13 @@ class RowScores:
 
     def influences(self) -> Array:
         """What each row adds to the metric's deviation, times the number of rows."""
-        found = (self.total - self.metric * self.weight) / self.weight.mean()
-        return found / self.metric if self.log else found
+        influences = (self.total - self.metric * self.weight) / self.weight.mean()
+        return influences / self.metric if self.log else influences
 
     def by_group(self, groups: Sequence[str]) -> RowScores:
         """Rows of one group as one row, since they are no independent draws."""
-        names, place = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-        totals, weights = (np.bincount(place, x).astype(float) for x in (self.total, self.weight))
+        names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
+        totals, weights = (np.bincount(group, x).astype(float) for x in (self.total, self.weight))
         return RowScores(names, totals, weights, self.log, "groups of validation rows")
 
 
@@ -89,20 +89,19 @@ def jackknife(
 
     None where the metric is not a number without some block. `references` and `predictions` are arrays by rows.
     """
-    found, place = np.unique(np.asarray(names, dtype=str), return_inverse=True)
-    count = min(len(found), MOST_BLOCKS)
+    unique, index = np.unique(np.asarray(names, dtype=str), return_inverse=True)
+    count = min(len(unique), MOST_BLOCKS)
     if count < 2:
         return None
-    block = place % count
+    block = index % count
     whole = metric(references, predictions)
     left = np.array([metric(references[block != b], predictions[block != b]) for b in range(count)])
     pseudo = count * whole - (count - 1) * left
     # The same rows make the same blocks; others share no name with them.
-    labels = np.array([f"{count} blocks of {len(found)} rows {found[0]} to {found[-1]}: {b}" for b in range(count)])
-    kind = "blocks of " if count < len(found) else "groups of " if count < len(references) else ""
-    return (
-        RowScores(labels, pseudo, np.ones(count), unit=f"{kind}validation rows") if np.isfinite(pseudo).all() else None
-    )
+    labels = np.array([f"{count} blocks of {len(unique)} rows {unique[0]} to {unique[-1]}: {b}" for b in range(count)])
+    kind = "blocks of " if count < len(unique) else "groups of " if count < len(references) else ""
+    scores = RowScores(labels, pseudo, np.ones(count), unit=f"{kind}validation rows")
+    return scores if np.isfinite(pseudo).all() else None
 
 
 @dataclass(frozen=True)
@@ -153,22 +152,18 @@ class Sample:
 
     def only(self, labels: set[tuple[str, str]]) -> Sample:
         """With the replicates of `labels`, in one order."""
-        kept = sorted((r for r in self.replicates if r.label in labels), key=lambda r: r.label)
-        return replace(self, replicates=tuple(kept))
+        replicates = sorted((r for r in self.replicates if r.label in labels), key=lambda r: r.label)
+        return replace(self, replicates=tuple(replicates))
 
     def finite(self) -> Sample:
         """Without runs whose metric is no number, which count as lost."""
-        kept = tuple(r for r in self.replicates if math.isfinite(r.value))
-        return replace(self, replicates=kept, lost=self.lost + len(self.replicates) - len(kept))
+        finite = tuple(r for r in self.replicates if math.isfinite(r.value))
+        return replace(self, replicates=finite, lost=self.lost + len(self.replicates) - len(finite))
 
     def logged(self) -> Sample:
         """The logarithm of the metric."""
-        return replace(
-            self,
-            replicates=tuple(
-                replace(r, value=math.log(r.value), rows=r.rows and replace(r.rows, log=True)) for r in self.replicates
-            ),
-        )
+        logs = (replace(r, value=math.log(r.value), rows=r.rows and replace(r.rows, log=True)) for r in self.replicates)
+        return replace(self, replicates=tuple(logs))
 
 
 @dataclass(frozen=True)
@@ -183,6 +178,15 @@ class Variance:
         if self.value == 0:
             return 0.0
         return critical(self.df, level, looks, means) * math.sqrt(self.value)
+
+
+@dataclass(frozen=True)
+class RowNoise(Variance):
+    """The row part of a contrast's variance, the number of rows, and whether all samples had the same ones."""
+
+    count: int
+    paired: bool
+    unit: str
 
 
 @functools.lru_cache(maxsize=65536)
@@ -206,10 +210,9 @@ def critical(df: float, level: float, looks: Looks = 1, means: int = 2) -> float
     pairs = means * (means - 1) / 2
     most = -float(ndtri(level / pairs / 2) if math.isinf(df) else stdtrit(max(df, 0.5), level / pairs / 2))
     try:
-        found = brentq(lambda t: studentized_range.sf(t * math.sqrt(2), means, df) - level, single, most, xtol=1e-3)
+        return brentq(lambda t: studentized_range.sf(t * math.sqrt(2), means, df) - level, single, most, xtol=1e-3)
     except ValueError:  # scipy's integral is not exact enough to tell the bounds apart
         return most
-    return float(found)
 
 
 @dataclass(frozen=True)
@@ -218,15 +221,12 @@ class Contrast:
 
     estimate: float
     seeds: Variance | None
-    rows: Variance | None
+    rows: RowNoise | None
     runs: int
     """Fewest replicates that any of the samples has in the contrast."""
     num_samples: int = 2
-    num_rows: int = 0
-    unit: str = "validation rows"
     paired: bool = False
     folds: bool = False
-    rows_paired: bool = True
     identical: bool = False
     """Whether all runs with a seed in common ended alike."""
 
@@ -266,19 +266,7 @@ def contrast(samples: Sequence[Sample], weights: Sequence[float], *, paired: boo
         seeds, rows = _paired(samples, vector, rows, folds=folds)
     if not folds and (seeds is None or seeds.value <= 0) and all(len(s.replicates) >= 2 or s.stated for s in samples):
         seeds = _welch(samples, vector)
-    return Contrast(
-        estimate,
-        seeds,
-        rows.variance if rows else None,
-        fewest,
-        len(samples),
-        rows.count if rows else 0,
-        rows.unit if rows else "validation rows",
-        paired,
-        folds,
-        rows.paired if rows else True,
-        identical,
-    )
+    return Contrast(estimate, seeds, rows, fewest, len(samples), paired, folds, identical)
 
 
 def _welch(samples: Sequence[Sample], weights: Array) -> Variance:
@@ -304,25 +292,14 @@ def _paired(
     of_fold: dict[str, list[float]] = {}
     for replicate, value in zip(samples[0].replicates, table, strict=True):
         of_fold.setdefault(replicate.part, []).append(float(value))
-    means = np.array([np.mean(found) for found in of_fold.values()])
+    means = np.array([np.mean(values) for values in of_fold.values()])
     if len(means) < 2:
         return None, rows
     shared, square = max(s.training_overlap for s in samples), float(means.var(ddof=1))
     if rows is None:
         return Variance(square * (1 / len(means) + shared), len(means) - 1.0), None
-    excess = max(square / len(means) - rows.variance.value, 0.0)
-    wider = replace(rows.variance, value=rows.variance.value * (1 + shared))
-    return Variance(excess, len(means) - 1.0), replace(rows, variance=wider)
-
-
-@dataclass(frozen=True)
-class RowNoise:
-    """The row part of a contrast's variance, the number of rows, and whether all samples had the same ones."""
-
-    variance: Variance
-    count: int
-    paired: bool
-    unit: str = "validation rows"
+    excess = max(square / len(means) - rows.value, 0.0)
+    return Variance(excess, len(means) - 1.0), replace(rows, value=rows.value * (1 + shared))
 
 
 def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
@@ -338,8 +315,10 @@ def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
         share = weights * [len(cell) / len(s.replicates) for cell, s in zip(cells, samples, strict=True)]
         aligned = _aligned(runs)
         if aligned is None:
-            own = [np.mean([r.influences().var(ddof=1) / len(r.rows) for r in cell if r is not None]) for cell in cells]
-            total, count, paired = total + float(share**2 @ own), count + min(len(r.rows) for r in runs), False
+            noise = [
+                np.mean([r.influences().var(ddof=1) / len(r.rows) for r in cell if r is not None]) for cell in cells
+            ]
+            total, count, paired = total + float(share**2 @ noise), count + min(len(r.rows) for r in runs), False
             continue
         size = len(aligned[0].rows)
         if size < 2:
@@ -348,7 +327,7 @@ def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
         spread = float((share @ np.array([t.mean(axis=0) for t in tables])).var(ddof=1))
         within = [t.var(axis=0, ddof=1).mean() / len(t) if len(t) > 1 else 0.0 for t in tables]
         total, count = total + max(spread - float(share**2 @ within), 0.0) / size, count + size
-    return RowNoise(Variance(total, float(max(count - len(parts), 1))), count, paired, runs[0].unit)
+    return RowNoise(total, float(max(count - len(parts), 1)), count, paired, runs[0].unit)
 
 
 def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:
@@ -378,8 +357,8 @@ def seeds_matter(samples: Sequence[Sample]) -> bool:
     explained, rest = len(samples) * float(seeds @ seeds), float(((table - seeds) ** 2).sum())
     if rest <= 0:
         return explained > 0
-    return bool(fdtrc(len(common) - 1, (len(samples) - 1) * (len(common) - 1), explained / rest * (len(samples) - 1))
-                < PAIRING_LEVEL)  # fmt: skip
+    ratio, df = explained / rest * (len(samples) - 1), len(common) - 1
+    return bool(fdtrc(df, (len(samples) - 1) * df, ratio) < PAIRING_LEVEL)
 
 
 def logarithms_suit(samples: Sequence[Sample], *, lower_is_better: bool) -> bool:
@@ -393,12 +372,12 @@ def logarithms_suit(samples: Sequence[Sample], *, lower_is_better: bool) -> bool
 
 def _bartlett(samples: Sequence[Sample]) -> float:
     """Bartlett's statistic up to its factor: how unlike the variances are."""
-    found = [(len(s.replicates) - 1, float(s.values.var(ddof=1))) for s in samples if len(s.replicates) > 1]
-    degrees = sum(df for df, _ in found)
-    if not degrees or any(value <= 0 for _, value in found):
+    variances = [(len(s.replicates) - 1, float(s.values.var(ddof=1))) for s in samples if len(s.replicates) > 1]
+    degrees = sum(df for df, _ in variances)
+    if not degrees or any(value <= 0 for _, value in variances):
         return math.inf
-    pooled = sum(df * value for df, value in found) / degrees
-    return degrees * math.log(pooled) - sum(df * math.log(value) for df, value in found)
+    pooled = sum(df * value for df, value in variances) / degrees
+    return degrees * math.log(pooled) - sum(df * math.log(value) for df, value in variances)
 
 
 def look_sizes(first: int, until: int, looks: Looks) -> list[int]:
@@ -413,58 +392,31 @@ def set_level(count: int, alpha: float = ALPHA) -> float:
     return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
 
 
-def runs_needed(found: Contrast, size: float, level: float, looks: Looks = 1, most: int = 50) -> int | None:
+def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1, most: int = 50) -> int | None:
     """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `most`.
 
     The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.
     """
     from scipy.special import chdtri, ndtr
 
-    if found.seeds is None or found.seeds.value <= 0 or found.folds:
+    if c.seeds is None or c.seeds.value <= 0 or c.folds:
         return None
-    df = found.seeds.df
-    one = found.seeds.value * found.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
-    rows = found.rows or Variance(0.0, math.inf)
-    for count in range(max(found.runs, 2), most + 1):
-        grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(found.runs - 1, 1) * (count - 1))
+    df = c.seeds.df
+    one = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
+    rows = c.rows or Variance(0.0, math.inf)
+    for count in range(max(c.runs, 2), most + 1):
+        grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
         half = math.hypot(grown.half_width(level, looks), rows.half_width(level, looks))
         if ndtr((size - half) / math.sqrt(grown.value + rows.value)) >= POWER:
             return count
     return None
 
 
-def rows_needed(found: Contrast, size: float, level: float) -> int | None:
+def rows_needed(c: Contrast, size: float, level: float) -> int | None:
     """Validation rows that it would take, where with any number of runs these would be too few; else None."""
     from scipy.special import ndtri
 
-    if found.rows is None or found.rows.value <= 0:
+    if c.rows is None or c.rows.value <= 0:
         return None
-    reach = critical(math.inf, level) + float(ndtri(POWER))
-    return None if reach**2 * found.rows.value < size**2 else math.ceil(
-        found.num_rows * found.rows.value * (reach / size) ** 2 * 1.1)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What contrasts of the best mean with every other allow to say: a winner, or those that may be the best."""
-
-    won: bool
-    level: float
-    inside: tuple[bool, ...]
-    """Whether each of the others may be the best."""
-
-
-def choose(
-    found: Sequence[Contrast], lost: bool, *, alpha: float = ALPHA, looks: Looks = 1, lower_is_better: bool = True
-) -> Choice:
-    """Judges contrasts best - other; `lost`: the best lost runs, so that nobody leaves and nothing is won."""
-
-    def beaten(c: Contrast, level: float) -> bool:
-        half = c.half_width(level, looks)
-        lead = -c.estimate if lower_is_better else c.estimate
-        return not lost and c.seeded and half is not None and 0 < half < lead
-
-    if found and all(beaten(c, alpha) for c in found):
-        return Choice(True, alpha, (False,) * len(found))
-    level = set_level(len(found) + 1, alpha)
-    return Choice(False, level, tuple(not beaten(c, level) for c in found))
+    share = c.rows.value * ((critical(math.inf, level) + float(ndtri(POWER))) / size) ** 2
+    return math.ceil(c.rows.count * share * 1.1) if share >= 1 else None

@@ -16,17 +16,13 @@ SERIES = 7
 
 def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
     """An element; `class_` is class, `font_size` is font-size, None leaves an attribute out. Everything is escaped."""
-    parts = [
-        Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), _plain(value))
-        for key, value in attributes.items()
-        if value is not None
-    ]
+    parts = []
+    for key, value in attributes.items():
+        shown = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
+        if shown is not None:
+            parts.append(Markup(' {}="{}"').format(key.rstrip("_").replace("_", "-"), shown))
     inner = Markup("").join(escape(child) for child in children)
     return Markup("<{0}{1}>{2}</{0}>").format(Markup(name), Markup("").join(parts), inner)
-
-
-def _plain(value: object) -> object:
-    return f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **attributes: object) -> Markup:
@@ -40,21 +36,18 @@ def figure(height: float, title: str, description: str, *children: Markup, width
     wide = {"style": f"min-width: {0.7 * width:.0f}px"} if width > WIDTH else {}
     name = f"f{zlib.crc32(f'{title} {description}'.encode())}"
     head = [tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d")]
-    return tag(
-        "svg",
-        *head,
-        *children,
-        viewBox=f"0 0 {width:g} {height:g}",
-        role="group",
-        aria_labelledby=f"{name}t {name}d",
-        class_="figure",
-        **wide,
-    )
+    box, labels = f"0 0 {width:g} {height:g}", f"{name}t {name}d"
+    return tag("svg", *head, *children, viewBox=box, role="group", aria_labelledby=labels, class_="figure", **wide)
 
 
 def tipped(shape: Markup, tip: str, **attributes: object) -> Markup:
     """A shape that shows `tip` when the pointer or the keyboard is on it."""
     return tag("g", shape, tabindex=0, role="img", aria_label=tip, data_tip=tip, **attributes)
+
+
+def path(points: Sequence[tuple[float, float]]) -> str:
+    """The `d` of a line through `points`."""
+    return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
 def clip(words: str, most: int) -> str:
@@ -71,18 +64,14 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     unit = 10.0 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
-    return [round(place * step, 12) for place in range(first, math.floor(high / step + 1e-9) + 1)]
+    return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
     """Round numbers within low..high for a logarithmic axis."""
-    found = [
-        factor * 10.0**power
-        for power in range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        for factor in (1, 2, 5)
-        if low <= factor * 10.0**power <= high
-    ]
-    return found or [low, high]
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+    return [value for value in values if low <= value <= high] or [low, high]
 
 
 class Scale:
@@ -100,8 +89,8 @@ class Scale:
         self.start, self.end = start, end
 
     def __call__(self, value: float) -> float:
-        place = math.log(max(value, 1e-300)) if self.log else value
-        return self.start + (place - self.low) / (self.high - self.low) * (self.end - self.start)
+        position = math.log(max(value, 1e-300)) if self.log else value
+        return self.start + (position - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
         """Where to put labels."""
@@ -115,3 +104,14 @@ def short(value: float) -> str:
     if value != 0 and (abs(value) < 1e-3 or abs(value) >= 1e5):
         return f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
     return f"{value:.6g}"
+
+
+def axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
+    """Ticks at the left with lines through the figure, ticks at the `bottom`, and words below."""
+    parts = []
+    for value in y.ticks():
+        parts.append(tag("line", x1=52, x2=WIDTH - 10, y1=y(value), y2=y(value), class_="grid"))
+        parts.append(text(46, y(value) + 4, short(value), "end"))
+    parts += [text(x(value), bottom + 18, short(value), "middle") for value in x.ticks()]
+    parts.append(text((52 + WIDTH) / 2, bottom + 36, below, "middle", class_="faint"))
+    return tag("g", *parts, class_="axes", aria_hidden="true")

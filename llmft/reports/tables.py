@@ -4,46 +4,44 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from llmft.reports.classes import Table
+from llmft.reports.classes import Table, mean
 from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, diagnose, summed_up
 from llmft.reports.read import RunRecord
-from llmft.reports.verdicts import Comparison, Verdicts, number, sentence
+from llmft.reports.verdicts import Verdicts, ends_of, number, sentence
+
+if TYPE_CHECKING:
+    from llmft.reports.write import Report
 
 
-@dataclass(frozen=True)
 class Standing:
-    """A line of the leaderboard."""
+    """A line of the leaderboard: a configuration's place, its metric over the runs, and what these took."""
 
-    place: int
-    name: str
-    values: dict[str, str]
-    mean: float
-    spread: float | None
-    """Standard deviation between runs; None for a single one."""
-    best: float
-    num_runs: int
-    replications: str
-    seconds: float | None
-    tokens: float | None
-    tokens_per_s: float | None
-    memory_gib: float | None
-    energy_wh: float | None
-    fit: str
-    commands: list[tuple[str, str, str, float]]
-    """(run, replication, command, metric) of each run."""
-    other_metrics: dict[str, float]
+    def __init__(self, place: int, c: Configuration, study: Study, diagnoses: Mapping[str, Diagnosis]) -> None:
+        values = c.sample(study.monitor).values
+        self.place, self.name, self.num_runs = place, c.name, len(values)
+        self.mean = float(values.mean())
+        self.spread = float(values.std(ddof=1)) if len(values) > 1 else None  # standard deviation between runs
+        self.best = float(values.min() if study.lower_is_better else values.max())
+        self.replications = replications(c.runs)
+        self.seconds, self.tokens = (mean([getattr(run, name) for run in c.runs]) for name in ("seconds", "tokens"))
+        self.tokens_per_s = mean([run.tokens / run.seconds for run in c.runs if run.tokens and run.seconds])
+        self.memory_gib = max((run.memory_gib for run in c.runs if run.memory_gib is not None), default=None)
+        fits = [diagnoses[str(run.directory)] for run in c.runs if str(run.directory) in diagnoses]
+        self.fit = str(fits[0]) if len(set(map(str, fits))) == 1 else summed_up(fits)
+        self.commands = [(r.name, _replication(r), r.command, r.value(study.monitor) or math.nan) for r in c.runs]
+        names = dict.fromkeys(name for run in c.runs for name in run.result["after"] if name != study.monitor)
+        others = {name: mean([run.value(name) for run in c.runs]) for name in names}
+        self.other_metrics = {name: value for name, value in others.items() if value is not None}
 
 
-def leaderboard(study: Study, diagnoses: dict[str, Diagnosis]) -> list[Standing]:
+def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[Standing]:
     """The configurations with a result, the best mean first."""
-    return [_standing(place, c, study, diagnoses) for place, c in enumerate(study.configurations, 1)]
+    return [Standing(place, c, study, diagnoses) for place, c in enumerate(study.configurations, 1)]
 
 
 def diagnose_all(study: Study) -> dict[str, Diagnosis]:
@@ -51,54 +49,19 @@ def diagnose_all(study: Study) -> dict[str, Diagnosis]:
     return {str(run.directory): diagnose(run) for run in study.runs if run.metrics or run.status == "diverged"}
 
 
-def _standing(place: int, c: Configuration, study: Study, diagnoses: dict[str, Diagnosis]) -> Standing:
-    values = c.sample(study.monitor).values
-    shown = [diagnoses[str(run.directory)] for run in c.runs if str(run.directory) in diagnoses]
-    others = {
-        name: float(np.mean([v for run in c.runs if (v := run.value(name)) is not None]))
-        for name in dict.fromkeys(name for run in c.runs for name in run.result.get("after") or {})
-        if name != study.monitor and any(run.value(name) is not None for run in c.runs)
-    }
-    speed = [run.tokens / run.seconds for run in c.runs if run.tokens and run.seconds]
-    best = values.min() if study.lower_is_better else values.max()
-    return Standing(
-        place,
-        c.name,
-        c.values,
-        float(values.mean()),
-        float(values.std(ddof=1)) if len(values) > 1 else None,
-        float(best),
-        len(values),
-        replications(c.runs),
-        _mean([run.seconds for run in c.runs]),
-        _mean([run.tokens for run in c.runs]),
-        _mean(speed),
-        max((run.memory_gib for run in c.runs if run.memory_gib is not None), default=None),
-        _mean([run.energy_wh for run in c.runs]),
-        str(shown[0]) if len({str(d) for d in shown}) == 1 and shown else summed_up(shown),
-        [(run.name, _replication(run), run.command, run.value(study.monitor) or float("nan")) for run in c.runs],
-        others,
-    )
-
-
 def replications(runs: Sequence[RunRecord]) -> str:
     """ "3 seeds", "5 folds", "2 seeds x 5 folds"."""
     parts = []
     for key, word in (("seed", "seed"), ("data.fold", "fold"), ("data.split_seed", "split")):
-        found = {str(run.config.get(key)) for run in runs}
-        if key == "seed" or len(found) > 1:
-            parts.append(f"{len(found)} {word}{'s' if len(found) > 1 else ''}")
+        number = len({str(run.config.get(key)) for run in runs})
+        if key == "seed" or number > 1:
+            parts.append(f"{number} {word}{'s' if number > 1 else ''}")
     return " x ".join(parts)
 
 
 def _replication(run: RunRecord) -> str:
     fold = run.config.get("data.fold")
     return f"seed {run.seed}" + (f", fold {fold}" if fold is not None else "")
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
 
 
 def duration(seconds: float | None) -> str:
@@ -140,22 +103,20 @@ def cells(line: Standing) -> list[str]:
 def board_table(board: Sequence[Standing]) -> Table:
     """The leaderboard without columns that say nothing."""
     lines = [cells(line) for line in board]
-    kept = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
-    return Table("", "", [HEAD[i] for i in kept], [[line[i] for i in kept] for line in lines])
+    columns = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
+    return Table("", "", [HEAD[i] for i in columns], [[line[i] for i in columns] for line in lines])
 
 
 def cost(study: Study) -> str:
     """What the runs took in all."""
-    seconds = [run.seconds for run in study.runs if run.seconds is not None]
-    tokens = [run.tokens for run in study.runs if run.tokens is not None]
-    energy = [run.energy_wh for run in study.runs if run.energy_wh is not None]
+    seconds, tokens, energy = (
+        [value for run in study.runs if (value := getattr(run, name)) is not None]
+        for name in ("seconds", "tokens", "energy_wh")
+    )
     parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
-    if seconds:
-        parts.append(f"{duration(sum(seconds))} in training and validation")
-    if tokens:
-        parts.append(f"{count(sum(tokens))} tokens trained on")
-    if energy:
-        parts.append(f"{sum(energy):.1f} Wh ({len(energy)} runs told)")
+    parts += [f"{duration(sum(seconds))} in training and validation"] if seconds else []
+    parts += [f"{count(sum(tokens))} tokens trained on"] if tokens else []
+    parts += [f"{sum(energy):.1f} Wh ({len(energy)} runs told)"] if energy else []
     return ", ".join(parts)
 
 
@@ -170,101 +131,76 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 
 def results_csv(study: Study, board: Sequence[Standing]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
-    metrics = list(dict.fromkeys(name for run in study.runs for name in run.result.get("after") or {}))
-    head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics]
-    head += ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
-    place = {name: line.place for line in board for name, *_ in line.commands}
-    owner = {run.name: c for c in study.configurations for run in c.runs}
-    lines: list[list[Any]] = []
-    for run in sorted(study.runs, key=lambda run: (place.get(run.name, 10**9), run.part, run.seed)):
-        c = owner.get(run.name)
-        line = [place.get(run.name, ""), c.name if c else ""]
-        line += [c.values[key] if c else run.config.get(key, "") for key in study.keys]
-        line += [run.seed, run.config.get("data.fold", ""), run.name, run.key, run.status]
-        line += [_blank(run.value(name)) for name in metrics]
-        line += [_blank(v) for v in (run.step, run.seconds, run.tokens, run.memory_gib, run.energy_wh)]
-        lines.append([*line, run.command])
-    return to_csv(head, lines)
-
-
-def _blank(value: Any) -> Any:
-    return "" if value is None else value
+    metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
+    facts = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
+    head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *facts]
+    places = {name: line.place for line in board for name, *_ in line.commands}
+    owners = {run.name: c for c in study.configurations for run in c.runs}
+    rows: list[list[Any]] = []
+    for run in sorted(study.runs, key=lambda run: (places.get(run.name, 10**9), run.part, run.seed)):
+        c = owners.get(run.name)
+        row = [places.get(run.name), c.name if c else None]
+        row += [c.values[key] if c else run.config.get(key) for key in study.keys]
+        row += [run.seed, run.config.get("data.fold"), run.name, run.key, run.status]
+        rows.append([*row, *map(run.value, metrics), *(getattr(run, name) for name in facts)])
+    return to_csv(head, rows)
 
 
 def verdicts_csv(verdicts: Verdicts) -> str:
     """A line per comparison."""
     head = ["key", "first", "second", "verdict", "lead", "low", "high", "unit", "runs", "rows", "plan", "words"]
-    lines = [
-        [
-            *(key or "", c.first, c.second, c.verdict.value, c.lead),
-            *map(_blank, (c.low, c.high)),
-            *("share" if c.rules.log else "metric", c.contrast.runs, c.contrast.num_rows, c.plan, sentence(c)),
-        ]
-        for key, c in verdicts.all
-    ]
-    return to_csv(head, lines)
+    rows = []
+    for key, c in verdicts.all:
+        unit, count = "share" if c.rules.log else "metric", c.contrast.rows.count if c.contrast.rows else 0
+        words = (c.plan, sentence(c))
+        rows.append(
+            [key, c.first, c.second, c.verdict.value, c.lead, c.low, c.high, unit, c.contrast.runs, count, *words]
+        )
+    return to_csv(head, rows)
 
 
-def to_csv(head: Sequence[str], lines: Sequence[Sequence[Any]]) -> str:
-    """CSV; a text that a spreadsheet would take for a formula gets a quote in front."""
+def to_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """CSV, with nothing for None; a text that a spreadsheet would take for a formula gets a quote in front."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     writer.writerow(head)
-    for line in lines:
-        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in line])
+    for row in rows:
+        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row])
     return out.getvalue()
 
 
-def markdown(
-    study: Study,
-    verdicts: Verdicts,
-    board: Sequence[Standing],
-    curves: str,
-    metrics: Sequence[Table] = (),
-    warnings: Mapping[str, str] | None = None,
-) -> str:
+def markdown(report: Report) -> str:
     """The whole report without figures."""
+    study, verdicts, board = report.study, report.verdicts, board_table(report.board)
+
+    def section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+        return [f"## {title}", markdown_table(head, rows)] if rows else []
+
     parts = [f"# {study.title}"]
-    if study.question:
-        parts.append(f"**Question.** {' '.join(study.question.split())}")
-    parts.append(f"**Answer.** {verdicts.answer}")
-    if verdicts.basis:
-        parts.append(verdicts.basis)
-    parts += [f"**{name.capitalize()}.** {warning}" for name, warning in (warnings or {}).items()]
-    table = board_table(board)
-    if board:
-        parts += [f"## Configurations by {study.monitor}", markdown_table(table.head, table.lines)]
-    parts += [part for own in metrics for part in (f"## {own.title}", markdown_table(own.head, own.lines))]
-    if verdicts.all:
-        head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
-        lines = [
-            [c.first, c.second, c.verdict.value, c.rules.told(c.lead), _interval(c), c.plan] for _, c in verdicts.all
-        ]
-        parts += ["## Verdicts", markdown_table(head, lines), *(f"- {sentence(c)}" for _, c in verdicts.all)]
-    if curves:
-        parts += ["## Over- and underfitting", curves]
-    if study.others:
-        lines = [[run.name, metrics_of(run), run.command] for run in study.others]
-        parts += [f"## Runs without {study.monitor}", markdown_table(["run", "metrics", "command"], lines)]
-    if study.failures:
-        lines = [[f.name, f.status, f.cause, f"`{f.command}`" if f.command else ""] for f in study.failures]
-        parts += ["## Failures", markdown_table(["trial", "status", "cause", "command"], lines)]
-    if study.stopped:
-        parts += ["## Stopped on purpose", *(f"- {line}" for line in study.stopped)]
+    parts += [f"**Question.** {' '.join(study.question.split())}"] if study.question else []
+    parts += [f"**Answer.** {verdicts.answer}", *([verdicts.basis] if verdicts.basis else [])]
+    parts += [f"**{name.capitalize()}.** {warning}" for name, warning in report.warnings.items()]
+    parts += section(f"Configurations by {study.monitor}", board.head, board.lines)
+    for table in report.metrics:
+        parts += section(table.title, table.head, table.lines)
+    head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
+    comparisons = [c for _, c in verdicts.all]
+    rows = [[c.first, c.second, c.verdict.value, c.rules.amount(c.lead), ends_of(c) or "unknown", c.plan]
+            for c in comparisons]  # fmt: skip
+    parts += section("Verdicts", head, rows) + [f"- {sentence(c)}" for c in comparisons]
+    parts += ["## Over- and underfitting", report.curves] if report.curves else []
+    rows = [[run.name, metrics_of(run), run.command] for run in study.others]
+    parts += section(f"Runs without {study.monitor}", ["run", "metrics", "command"], rows)
+    rows = [[f.name, f.status, f.cause, f"`{f.command}`" if f.command else ""] for f in study.failures]
+    parts += section("Failures", ["trial", "status", "cause", "command"], rows)
+    parts += ["## Stopped on purpose", *(f"- {line}" for line in study.stopped)] if study.stopped else []
     parts += ["## Cost", cost(study)]
-    if board:
-        lines = [[line.name, which, f"`{command}`"] for line in board for _, which, command, _ in line.commands]
-        parts += ["## Commands", markdown_table(["configuration", "run", "command"], lines)]
+    rows = [[line.name, which, f"`{command}`"] for line in report.board for _, which, command, _ in line.commands]
+    parts += section("Commands", ["configuration", "run", "command"], rows)
     return "\n\n".join(parts) + "\n"
 
 
-def _interval(found: Comparison) -> str:
-    if found.low is None or found.high is None:
-        return "unknown"
-    return f"{found.rules.told(found.low)} to {found.rules.told(found.high)}"
-
-
 def metrics_of(run: RunRecord) -> str:
-    after = run.result.get("after")
-    found = {name: run.value(name) for name in after} if isinstance(after, dict) else {}
-    return ", ".join(f"{name} {number(value)}" for name, value in found.items() if value is not None) or "none"
+    """All metrics of a run on one line."""
+    values = {name: run.value(name) for name in run.result["after"]}
+    return ", ".join(f"{name} {number(value)}" for name, value in values.items() if value is not None) or "none"

@@ -14,18 +14,18 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
-from llmft.reports.configurations import Study, make_study, short_names, show
+from llmft.reports.configurations import Study, short_names, show
 from llmft.reports.statistics import (
     ALPHA,
     Contrast,
     Looks,
     Sample,
-    choose,
     contrast,
     logarithms_suit,
     rows_needed,
     runs_needed,
     seeds_matter,
+    set_level,
 )
 
 MOST_RUNS = 50
@@ -47,7 +47,7 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a sweep is judged: its declared looks, the smallest difference that matters, and which way is better."""
+    """How a sweep is judged: its looks, the smallest difference that matters, which way is better, on what scale."""
 
     looks: Looks = 1
     smallest: float | None = None
@@ -55,6 +55,8 @@ class Rules:
     log: bool = False
     level: float = 1.0
     """The best's mean where logarithms are compared: what a difference is a share of."""
+    paired: bool = False
+    """Whether runs are compared seed by seed."""
 
     def lead(self, estimate: float) -> float:
         """How far the first is ahead."""
@@ -64,7 +66,7 @@ class Rules:
         """A lead in the metric's units, or as a share of the other one where logarithms are compared."""
         return -math.expm1(-lead) if self.log else lead
 
-    def told(self, share: float) -> str:
+    def amount(self, share: float) -> str:
         """What `share` gives with its unit."""
         return f"{100 * share:.{1 if abs(share) < 0.1 else 0}f}%" if self.log else number(share)
 
@@ -119,13 +121,12 @@ class Verdicts:
     answer: str = ""
     basis: str = ""
     compared: list[Sample] = field(default_factory=list)
-    rules: Rules | None = None
-    paired: bool = False
+    rules: Rules = field(default_factory=Rules)
 
     @property
     def all(self) -> list[tuple[str | None, Comparison]]:
         """Every comparison with its family's key."""
-        return [(family.key, found) for family in self.families for found in family.comparisons]
+        return [(family.key, comparison) for family in self.families for comparison in family.comparisons]
 
     @functools.cached_property
     def pairs(self) -> list[tuple[str, str, str, str]]:
@@ -133,20 +134,19 @@ class Verdicts:
 
         Of Games and Howell: by own spreads. Nothing for two configurations, or for very many.
         """
-        count = len(self.compared)
-        if self.rules is None or count < 3 or count * (count - 1) // 2 > MOST_PAIRS:
+        count, rules = len(self.compared), self.rules
+        if count < 3 or count * (count - 1) // 2 > MOST_PAIRS:
             return []
-        found = []
+        pairs = []
         for first, second in itertools.combinations(self.compared, 2):
-            c = contrast([first, second], [1.0, -1.0], paired=self.paired)
+            c = contrast([first, second], [1.0, -1.0], paired=rules.paired)
             if c.seeds is not None:
                 # Whole degrees of freedom, so that the few integrals are made once.
                 known = [replace(v, df=float(min(max(v.df, 1) // 1, 60))) for v in (c.seeds, c.rows) if v is not None]
-                half = math.hypot(*(v.half_width(ALPHA, 1, count) for v in known))
-                lead = self.rules.lead(c.estimate)
-                told = [self.rules.told(self.rules.share(end)) for end in (lead, lead - half, lead + half)]
-                found.append((first.name, second.name, told[0], f"{told[1]} to {told[2]}"))
-        return found
+                half, lead = math.hypot(*(v.half_width(ALPHA, 1, count) for v in known)), rules.lead(c.estimate)
+                middle, low, high = (rules.amount(rules.share(end)) for end in (lead, lead - half, lead + half))
+                pairs.append((first.name, second.name, middle, f"{low} to {high}"))
+        return pairs
 
     @property
     def winner(self) -> str | None:
@@ -168,29 +168,23 @@ def undecided(verdicts: Verdicts, keys: Sequence[str]) -> set[str]:
 
 def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
-    found = judge_samples(
-        [c.sample(study.monitor, rows=True) for c in study.configurations],
-        {c.name: c.values for c in study.configurations},
-        study.keys,
-        monitor=study.monitor,
-        lower_is_better=study.lower_is_better,
-        looks=study.looks,
-        smallest_difference=study.smallest_difference,
-    )
+    samples = [c.sample(study.monitor, rows=True) for c in study.configurations]
+    values = {c.name: c.values for c in study.configurations}
+    rules = Rules(study.looks, study.smallest_difference, study.lower_is_better)
+    verdicts = _judge(samples, values, study.keys, study.monitor, rules)
     if study.configurations:
-        found.basis = f"{found.basis} {scope(study)}".strip()
-    return found
+        verdicts.basis = f"{verdicts.basis} {scope(study)}".strip()
+    return verdicts
 
 
 def still_open(sweep: Path) -> tuple[set[Path], str]:
     """(runs of the configurations that need more seeds, the answer so far); no runs where the verdict stands."""
-    study = make_study([], sweep)
-    found = judge(study)
-    family = found.families[0] if found.families else None
-    if family is not None and (family.winner is not None or family.settled_by(study.smallest_difference)):
-        return set(), found.answer
-    names = found.among if family is not None else [c.name for c in study.configurations]
-    return {run.directory for c in study.configurations if c.name in names for run in c.runs}, found.answer
+    study = Study([], sweep)
+    verdicts = judge(study)
+    names = verdicts.among or [c.name for c in study.configurations]
+    if verdicts.winner is not None or any(f.settled_by(study.smallest_difference) for f in verdicts.families[:1]):
+        names = []
+    return {run.directory for c in study.configurations if c.name in names for run in c.runs}, verdicts.answer
 
 
 def scope(study: Study) -> str:
@@ -216,132 +210,119 @@ def judge_samples(
     values: Mapping[str, Mapping[str, str]] | None = None,
     keys: Sequence[str] = (),
     *,
-    monitor: str = "val/loss_nats",
     lower_is_better: bool = True,
     looks: Looks = 1,
     smallest_difference: float | None = None,
 ) -> Verdicts:
     """The verdicts on samples whose configurations have `values` of `keys`."""
+    rules = Rules(looks, smallest_difference, lower_is_better)
+    return _judge(samples, values or {}, keys, "val/loss_nats", rules)
+
+
+def _judge(
+    samples: Sequence[Sample], values: Mapping[str, Mapping[str, str]], keys: Sequence[str], monitor: str, rules: Rules
+) -> Verdicts:
     samples = [s for sample in samples if (s := sample.finite()).replicates]
-    found = Verdicts()
     if len(samples) < 2:
-        found.answer = _alone(samples[0], monitor) if samples else "No run finished with a result: see the failures."
-        return found
-    log = logarithms_suit(samples, lower_is_better=lower_is_better)
-    rules = Rules(looks, smallest_difference, lower_is_better, log)
-    compared = [s.logged() for s in samples] if rules.log else samples
-    compared = sorted(compared, key=lambda s: -rules.lead(s.mean))
-    rules = replace(rules, level=math.exp(compared[0].mean) if rules.log else 1.0)
-    paired = looks == "any" or seeds_matter(compared)
-    several = len(keys) > 1 and values is not None
-    contrasts = [contrast([compared[0], other], [1.0, -1.0], paired=paired) for other in compared[1:]]
+        nothing = "No run finished with a result: see the failures."
+        return Verdicts(answer=_alone(samples[0], monitor) if samples else nothing)
+    log = logarithms_suit(samples, lower_is_better=rules.lower_is_better)
+    compared = sorted((s.logged() if log else s for s in samples), key=lambda s: -rules.lead(s.mean))
+    level = math.exp(compared[0].mean) if log else 1.0
+    rules = replace(rules, log=log, level=level, paired=rules.looks == "any" or seeds_matter(compared))
+    contrasts = [contrast([compared[0], other], [1.0, -1.0], paired=rules.paired) for other in compared[1:]]
     lost = {s.name: s.lost for s in samples if s.lost}
-    names = [s.name for s in compared]
-    found.families.append(_family(None, names, contrasts, rules, ALPHA / 2 if several else ALPHA, lost))
-    for key in keys if several else ():
-        assert values is not None
-        of_key = _key_family({s.name: s for s in compared}, values, key, keys, rules, lost, paired=paired)
-        found.families += [of_key] if of_key else []
-    found.compared, found.rules, found.paired = compared, rules, paired
-    found.answer = " ".join(family.headline for family in found.families)
-    found.basis = _basis(samples, contrasts, rules, paired=paired)
-    return found
+    several = len(keys) > 1 and bool(values)
+    others = {s.name: c for s, c in zip(compared[1:], contrasts, strict=True)}
+    best = _family(None, compared[0].name, others, rules, ALPHA / 2 if several else ALPHA, lost)
+    cells = {s.name: s for s in compared}
+    of_keys = [_key_family(cells, values, key, keys, rules) for key in (keys if several else ())]
+    families = [best, *(family for family in of_keys if family is not None)]
+    answer = " ".join(family.headline for family in families)
+    return Verdicts(families, answer, _basis(samples, contrasts, rules), compared, rules)
 
 
 def _family(
-    key: str | None,
-    names: Sequence[str],
-    contrasts: Sequence[Contrast],
-    rules: Rules,
-    alpha: float,
-    lost: Mapping[str, int],
+    key: str | None, best: str, others: Mapping[str, Contrast], rules: Rules, alpha: float, lost: Mapping[str, int]
 ) -> Family:
-    """The best (the first of `names`) against the others."""
-    best = names[0]
-    choice = choose(contrasts, best in lost, alpha=alpha, looks=rules.looks, lower_is_better=rules.lower_is_better)
+    """The best against the others, with each one's contrast."""
+
+    def beaten(c: Contrast, level: float) -> bool:
+        half = c.half_width(level, rules.looks)
+        return best not in lost and c.seeded and half is not None and 0 < half < rules.lead(c.estimate)
+
+    won = bool(others) and all(beaten(c, alpha) for c in others.values())
+    level = alpha if won else set_level(len(others) + 1, alpha)
+    among = [best, *(name for name, c in others.items() if not won and not beaten(c, level))]
     comparisons = []
-    for other, found, inside in zip(names[1:], contrasts, choice.inside, strict=True):
-        half, lead = found.half_width(choice.level, rules.looks), rules.lead(found.estimate)
-        low, high = (None, None) if half is None or math.isinf(half) else (lead - half, lead + half)
-        verdict = Verdict.better if choice.won else Verdict.same if inside else Verdict.behind
-        if inside and found.seeds is None:
-            verdict = Verdict.unknown if found.rows is None else Verdict.rows_only
-        ends = [None if end is None else rules.share(end) for end in (lead, low, high)]
-        plan = _plan(found, choice.level, rules) if inside else ""
-        comparisons.append(Comparison(best, other, ends[0] or 0.0, ends[1], ends[2], verdict, found, rules, plan))
-    among = [best, *(name for name, inside in zip(names[1:], choice.inside, strict=True) if inside)]
-    made = Family(key, comparisons, among)
-    made.headline = _headline(made, lost, rules.smallest)
-    return made
+    for other, c in others.items():
+        half, lead = c.half_width(level, rules.looks), rules.lead(c.estimate)
+        ends = (None, None) if half is None or math.isinf(half) else (lead - half, lead + half)
+        low, high = (None if end is None else rules.share(end) for end in ends)
+        verdict, plan = Verdict.better if won else Verdict.behind, ""
+        if other in among:
+            unknown = Verdict.unknown if c.rows is None else Verdict.rows_only
+            verdict, plan = unknown if c.seeds is None else Verdict.same, _plan(c, level, rules)
+        comparisons.append(Comparison(best, other, rules.share(lead) or 0.0, low, high, verdict, c, rules, plan))
+    family = Family(key, comparisons, among)
+    family.headline = _headline(family, lost, rules.smallest)
+    return family
 
 
 def _key_family(
-    samples: Mapping[str, Sample],
-    values: Mapping[str, Mapping[str, str]],
-    key: str,
-    keys: Sequence[str],
-    rules: Rules,
-    lost: Mapping[str, int],
-    *,
-    paired: bool,
+    samples: Mapping[str, Sample], values: Mapping[str, Mapping[str, str]], key: str, keys: Sequence[str], rules: Rules
 ) -> Family | None:
     """The best value of `key` against its others, over the settings of the other keys that both were tried with."""
-    cells: dict[str, dict[tuple[str, ...], str]] = {}
+    cells: dict[str, dict[tuple[str, ...], Sample]] = {}
     for name, setting in values.items():
         if name in samples:
             rest = tuple(setting.get(other, "") for other in keys if other != key)
-            cells.setdefault(setting.get(key, ""), {})[rest] = name
+            cells.setdefault(setting.get(key, ""), {})[rest] = samples[name]
 
     def versus(first: str, second: str) -> Contrast | None:
         both = sorted(cells[first].keys() & cells[second].keys())
-        names = [cells[value][rest] for value in (first, second) for rest in both]
         weights = [sign / len(both) for sign in (1, -1) for _ in both]
-        return contrast([samples[name] for name in names], weights, paired=paired) if both else None
+        pairs = [cells[value][rest] for value in (first, second) for rest in both]
+        return contrast(pairs, weights, paired=rules.paired) if both else None
 
-    leads: dict[str, list[float]] = {value: [] for value in cells}
-    for first, second in itertools.permutations(cells, 2):
-        if (found := versus(first, second)) is not None:
-            leads[first].append(rules.lead(found.estimate))
+    contrasts = {(a, b): c for a, b in itertools.permutations(cells, 2) if (c := versus(a, b)) is not None}
+    leads = {value: [rules.lead(c.estimate) for (a, _), c in contrasts.items() if a == value] for value in cells}
     standing = {value: sum(each) / len(each) for value, each in leads.items() if each}
     if len(standing) < 2:
         return None
     best = max(standing, key=lambda value: standing[value])
-    others = [(value, found) for value in standing if value != best and (found := versus(best, value)) is not None]
+    others = [(b, c) for (a, b), c in contrasts.items() if a == best]
     others.sort(key=lambda item: rules.lead(item[1].estimate))
-    short = short_names(keys)[key]
-    names = [f"{short}={value}" for value in (best, *(value for value, _ in others))]
-    missing = {f"{short}={v}": sum(lost.get(name, 0) for name in cells[v].values()) for v in standing}
-    missing = {name: count for name, count in missing.items() if count}
-    return _family(key, names, [found for _, found in others], rules, ALPHA / 2 / len(keys), missing)
+    names = {value: f"{short_names(keys)[key]}={value}" for value in standing}
+    lost = {names[value]: count for value in standing if (count := sum(s.lost for s in cells[value].values()))}
+    against = {names[value]: c for value, c in others}
+    return _family(key, names[best], against, rules, ALPHA / 2 / len(keys), lost)
 
 
-def _plan(found: Contrast, level: float, rules: Rules) -> str:
+def _plan(c: Contrast, level: float, rules: Rules) -> str:
     """What would settle an open comparison, planned for the smallest difference that matters."""
-    if found.identical:
+    if c.identical:
         return "identical in every run: the difference between them has no effect"
-    if found.seeds is None:
-        return "" if found.folds else "run each with 2 seeds or more"
-    if found.folds:
+    if c.seeds is None:
+        return "" if c.folds else "run each with 2 seeds or more"
+    if c.folds:
         return "more rows or folds"
-    if found.seeds.value <= 0:
+    if c.seeds.value <= 0:
         return "all runs of each are alike, so their noise is not known: try more seeds, or more validation rows"
-    one = math.sqrt(found.seeds.value * found.runs / 2)
+    one = math.sqrt(c.seeds.value * c.runs / 2)
     size = rules.smallest / rules.level if rules.smallest else SHARE * one
-    told = (
-        number(rules.smallest)
-        if rules.smallest
-        else f"{rules.told(rules.share(size))} ({SHARE:g} standard deviations between runs)"
-    )
-    rows = rows_needed(found, size, level)
-    if rows is not None:
-        return f"more seeds would not find a difference of {told}; about {rows:,} {found.unit} would"
-    runs = runs_needed(found, size, level, rules.looks, MOST_RUNS)
+    in_spreads = f"{rules.amount(rules.share(size))} ({SHARE:g} standard deviations between runs)"
+    amount = number(rules.smallest) if rules.smallest else in_spreads
+    rows = rows_needed(c, size, level)
+    if rows is not None and c.rows is not None:
+        return f"more seeds would not find a difference of {amount}; about {rows:,} {c.rows.unit} would"
+    runs = runs_needed(c, size, level, rules.looks, MOST_RUNS)
     if runs is None:
-        return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {told}"
-    if runs <= found.runs:
-        return f"a difference of {told} would probably have been found; a smaller one may be there"
-    more = runs - found.runs
-    return f"{more} more run{'s' if more > 1 else ''} of each ({runs} in all) would find a difference of {told}"
+        return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {amount}"
+    if runs <= c.runs:
+        return f"a difference of {amount} would probably have been found; a smaller one may be there"
+    more = runs - c.runs
+    return f"{more} more run{'s' if more > 1 else ''} of each ({runs} in all) would find a difference of {amount}"
 
 
 def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -> str:
@@ -369,8 +350,8 @@ def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -
 
 
 def _survivors(lost: Mapping[str, int]) -> str:
-    told = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
-    return f"{_listed(told)} diverged or failed: what is left may be the lucky ones."
+    lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
+    return f"{_listed(lost_runs)} diverged or failed: what is left may be the lucky ones."
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -383,12 +364,12 @@ def _alone(sample: Sample, monitor: str) -> str:
     return f"One configuration, nothing to compare: {monitor} {number(sample.mean)}{spread}."
 
 
-def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rules, *, paired: bool) -> str:
+def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rules) -> str:
     """What the verdicts rest on."""
     if any(s.stated for s in samples):
-        told = sorted({s.stated for s in samples if s.stated})
-        known = all(math.isinf(df) for _, df in told)
-        sds = " and ".join(dict.fromkeys(number(sd) for sd, _ in told)) if len(told) <= 3 else "each line"
+        spreads = sorted({s.stated for s in samples if s.stated})
+        known = all(math.isinf(df) for _, df in spreads)
+        sds = " and ".join(dict.fromkeys(number(sd) for sd, _ in spreads)) if len(spreads) <= 3 else "each line"
         how = "taken as known: say seeds or sd_seeds if few runs measured it" if known else "measured on the runs told"
         return f"Rests on the stated standard deviation of {sds} of one run ({how}). Row noise is not known."
     parts = []
@@ -399,14 +380,14 @@ def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rule
         parts.append(f"One run alone is no basis for a winner: {_listed(single[:4])}.")
     if contrasts[0].folds:
         parts.append(f"Compared fold by fold ({contrasts[0].runs} runs each).")
-    elif paired:
+    elif rules.paired:
         parts.append("Compared seed by seed, since seeds explain part of the spread.")
     if rules.log:
         parts.append("Compared on the logarithm, since the spread grows with the loss.")
-    rows = [found.num_rows for found in contrasts if found.rows is not None]
+    rows = [c.rows for c in contrasts if c.rows is not None]
     if len(rows) == len(contrasts):
-        same = "" if all(c.rows_paired for c in contrasts) else ", not the same in all"
-        parts.append(f"Noise of {max(rows):,} {contrasts[0].unit} is included{same}.")
+        same = "" if all(r.paired for r in rows) else ", not the same in all"
+        parts.append(f"Noise of {max(r.count for r in rows):,} {rows[0].unit} is included{same}.")
     else:
         parts.append("Row noise is not known for this metric: what is said holds for these validation rows.")
     if rules.looks == "any":
@@ -416,37 +397,40 @@ def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rule
     return " ".join(parts)
 
 
-def sentence(found: Comparison) -> str:
+def sentence(c: Comparison) -> str:
     """A comparison in words: verdict, estimate, interval, what it rests on, and what would settle it."""
-    return f"{found.first} against {found.second}: {finding(found)}"
+    return f"{c.first} against {c.second}: {finding(c)}"
 
 
-def finding(found: Comparison) -> str:
+def finding(c: Comparison) -> str:
     """A comparison in words, without the names."""
-    if found.contrast.identical:
-        return f"{found.plan}."
-    size, interval = found.rules.told(abs(found.lead)), interval_of(found)
-    if found.verdict in (Verdict.better, Verdict.behind):
-        return f"better by {size} ({interval}); {rests_on(found)}."
-    plan = f"; {found.plan}" if found.plan else ""
-    if found.verdict is Verdict.unknown or found.low is None:
+    if c.contrast.identical:
+        return f"{c.plan}."
+    size, interval = c.rules.amount(abs(c.lead)), interval_of(c)
+    if c.verdict in (Verdict.better, Verdict.behind):
+        return f"better by {size} ({interval}); {rests_on(c)}."
+    plan = f"; {c.plan}" if c.plan else ""
+    if c.verdict is Verdict.unknown or c.low is None:
         return f"ahead by {size}; its noise is not known{plan}."
-    if found.verdict is Verdict.rows_only:
+    if c.verdict is Verdict.rows_only:
         return f"ahead by {size} ({interval} from the rows alone); the noise of seeds is unknown{plan}."
-    ahead = "ahead by" if found.lead > 0 else "level at"
-    return f"not distinguishable, {ahead} {size} ({interval}){plan}; {rests_on(found)}."
+    ahead = "ahead by" if c.lead > 0 else "level at"
+    return f"not distinguishable, {ahead} {size} ({interval}){plan}; {rests_on(c)}."
 
 
-def interval_of(found: Comparison) -> str:
+def interval_of(c: Comparison) -> str:
     """The interval of the lead in words."""
-    if found.low is None or found.high is None:
-        return "noise unknown"
-    return f"95% interval {found.rules.told(found.low)} to {found.rules.told(found.high)}"
+    return f"95% interval {ends_of(c)}" if ends_of(c) else "noise unknown"
 
 
-def rests_on(found: Comparison) -> str:
+def ends_of(c: Comparison) -> str:
+    """The ends of that interval; nothing where no noise is known."""
+    return "" if c.low is None or c.high is None else f"{c.rules.amount(c.low)} to {c.rules.amount(c.high)}"
+
+
+def rests_on(comparison: Comparison) -> str:
     """Which noise a comparison takes into account."""
-    c = found.contrast
+    c = comparison.contrast
     how = ", compared fold by fold" if c.folds else ", compared seed by seed" if c.paired else ""
     each = f"of each of {c.num_samples} configurations" if c.num_samples > 2 else "each"
     runs = f"{c.runs} run{'s' if c.runs != 1 else ''} {each}{how}"
@@ -454,7 +438,7 @@ def rests_on(found: Comparison) -> str:
         runs += ", seed noise unknown"
     if c.rows is None:
         return f"rests on {runs}; row noise unknown"
-    return f"rests on {runs}, {c.num_rows:,} {c.unit} ({'paired' if c.rows_paired else 'not the same in both'})"
+    return f"rests on {runs}, {c.rows.count:,} {c.rows.unit} ({'paired' if c.rows.paired else 'not the same in both'})"
 
 
 def number(value: float, digits: int = 4) -> str:

@@ -11,24 +11,16 @@ from typing import Any
 from llmft.config.sections import Mode
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
-from llmft.reports import classes
-from llmft.reports.classes import at_chance, metric_tables
-from llmft.reports.configurations import Study, make_study
+from llmft.reports.classes import Table, at_chance, metric_tables
+from llmft.reports.configurations import Study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
 from llmft.reports.preferences import answers_table, at_length
-from llmft.reports.tables import (
-    Standing,
-    board_table,
-    diagnose_all,
-    leaderboard,
-    markdown,
-    results_csv,
-    verdicts_csv,
-)
+from llmft.reports.tables import Standing, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
-SHOWN_ON_CONSOLE = 12
+MOST_LINES = 12
+"""Of a table on the console."""
 
 
 @dataclass
@@ -47,7 +39,7 @@ class Report:
         return self.directory / "report.html"
 
     @functools.cached_property
-    def metrics(self) -> list[classes.Table]:
+    def metrics(self) -> list[Table]:
         """Every metric by configuration and by fold, with the prior's, and what became of compared answers."""
         answers = answers_table(self.study)
         return [*metric_tables(self.study), *([answers] if answers else [])]
@@ -55,8 +47,8 @@ class Report:
     @property
     def warnings(self) -> dict[str, str]:
         """Where the best configuration is no better than the prior, or than the rule that the longer answer wins."""
-        found = {"chance": at_chance(self.study), "length": at_length(self.study)}
-        return {name: sentence for name, sentence in found.items() if sentence}
+        sentences = {"chance": at_chance(self.study), "length": at_length(self.study)}
+        return {name: sentence for name, sentence in sentences.items() if sentence}
 
     @property
     def curves(self) -> str:
@@ -68,43 +60,33 @@ class Report:
 
         Without `failures`, what failed is left out: a sweep that ends has told it.
         """
-        from rich import box
         from rich.markup import escape
-        from rich.table import Table
+
+        from llmft.core.console import text_table
 
         if self.board:
-            table = Table(title=escape(f"by {self.study.monitor}"), title_justify="left", box=box.SIMPLE_HEAD)
-            whole = board_table(self.board)
-            kept = [i for i, name in enumerate(whole.head) if name not in ("tokens", "tokens/s", "memory")]
-            for name in (whole.head[i] for i in kept):
-                justify: Any = "left" if name in ("configuration", "curves", "n") else "right"
-                table.add_column(name, justify=justify, overflow="fold")
-            for cells in whole.lines[:SHOWN_ON_CONSOLE]:
-                table.add_row(*map(escape, redact([cells[i] for i in kept])))
-            screen.print(table)
-            if len(self.board) > SHOWN_ON_CONSOLE:
-                screen.print(f"and {len(self.board) - SHOWN_ON_CONSOLE} more, see the page")
-        for own in self.metrics:
-            table = Table(title=escape(own.title.lower()), title_justify="left", box=box.SIMPLE_HEAD)
-            for name in own.head:
-                first = name == own.head[0]
-                justify = "left" if first else "right"
-                table.add_column(escape(name), justify=justify, overflow="fold", min_width=14 if first else None)
-            for cells_of_line in own.lines[:SHOWN_ON_CONSOLE]:
-                table.add_row(*map(escape, redact(cells_of_line)))
-            screen.print(table)
+            board = board_table(self.board)
+            columns = [i for i, name in enumerate(board.head) if name not in ("tokens", "tokens/s", "memory")]
+            head = [board.head[i] for i in columns]
+            left = [i for i, name in enumerate(head) if name in ("configuration", "curves", "n")]
+            rows = redact([[line[i] for i in columns] for line in board.lines[:MOST_LINES]])
+            screen.print(text_table(head, rows, f"by {self.study.monitor}", left))
+            if len(self.board) > MOST_LINES:
+                screen.print(f"and {len(self.board) - MOST_LINES} more, see the page")
+        for table in self.metrics:
+            screen.print(text_table(table.head, redact(table.lines[:MOST_LINES]), table.title.lower()))
         for name, warning in self.warnings.items():
             screen.print(f"[red]{name}[/red]  {escape(warning)}")
         if self.study.question:
             screen.print(f"[bold]question[/bold]  {escape(self.study.question)}")
         screen.print(f"[bold]answer[/bold]  {escape(self.verdicts.answer)}")
-        for _, found in self.verdicts.all[:SHOWN_ON_CONSOLE]:
-            screen.print(f"  {escape(sentence(found))}")
+        for _, comparison in self.verdicts.all[:MOST_LINES]:
+            screen.print(f"  {escape(sentence(comparison))}")
         if self.verdicts.basis:
             screen.print(escape(self.verdicts.basis))
         if self.curves:
             screen.print(f"[bold]curves[/bold]  {escape(self.curves)}")
-        for failure in self.study.failures[:SHOWN_ON_CONSOLE] if failures else []:
+        for failure in self.study.failures[:MOST_LINES] if failures else []:
             screen.print(f"[red]{escape(failure.status)}[/red]  {escape(failure.name)}: {escape(failure.cause)}")
             if failure.command:
                 screen.print(f"  {escape(failure.command)}")
@@ -131,22 +113,16 @@ def write_report(
     """
     from llmft.reports.page import render
 
-    study = make_study(runs, sweep, mode)
-    verdicts = judge(study)
+    study = Study(runs, sweep, mode)
     diagnoses = diagnose_all(study)
-    board = leaderboard(study, diagnoses)
-    report = Report(study, verdicts, board, diagnoses, directory)
+    report = Report(study, judge(study), leaderboard(study, diagnoses), diagnoses, directory)
     directory.mkdir(parents=True, exist_ok=True)
-    files = {
-        "report.html": render(report, dict(leaderboard_scores or {}), clusters=clusters),
-        "report.md": markdown(study, verdicts, board, report.curves, report.metrics, report.warnings),
-        "results.csv": results_csv(study, board),
-        "verdicts.csv": verdicts_csv(verdicts),
-    }
-    for name, content in files.items():
-        _write(directory / name, content)
+    _write(report.html, render(report, leaderboard_scores or {}, clusters=clusters))
+    _write(directory / "report.md", markdown(report))
+    _write(directory / "results.csv", results_csv(study, report.board))
+    _write(directory / "verdicts.csv", verdicts_csv(report.verdicts))
     if logbook is not None and sweep is not None:
-        _write(sweep / ENTRY, entry(study, verdicts, board, directory, logbook.parent, report.warnings))
+        _write(sweep / ENTRY, entry(report, logbook.parent))
         update_logbook(logbook, sweep.parent)
     return report
 

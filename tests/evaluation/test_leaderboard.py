@@ -34,7 +34,7 @@ from llmft.folds import folds
 from llmft.metrics.classification import logloss
 from llmft.predict import predict, texts_of
 from llmft.refit import refit_config
-from llmft.reports.read import read_run
+from llmft.reports.read import RunRecord
 from llmft.runs.directory import Run
 from llmft.runs.predictions import Predictions
 from llmft.train import train
@@ -334,7 +334,7 @@ def test_folds_and_blends_predict_with_their_members_and_submit_in_one_command(
 ) -> None:
     runs = trained_folds(baseline, tmp_path)
     with_old_names(Path(runs[2]))
-    first, last = (read_run(Path(run)).config for run in (runs[0], runs[2]))
+    first, last = (RunRecord(Path(run)).config for run in (runs[0], runs[2]))
     assert {key for key in first | last if first.get(key) != last.get(key)} == {"data.fold"}
     files = table(tmp_path / "test.csv", 20, known=False)
     given: dict[str, Any] = {"format": PredictionFormat.submission, "template": template(tmp_path, 20)}

@@ -24,7 +24,7 @@ from llmft.core.errors import ConfigError
 from llmft.metrics import higher_is_better, lower_is_better
 from llmft.metrics.monitor import declared, mode_of, with_mode
 from llmft.refit import refit_config
-from llmft.reports.configurations import make_study
+from llmft.reports.configurations import Study
 from llmft.runs.directory import run_key
 from llmft.runs.predictions import Predictions
 from llmft.sweeps.candidates import Candidate
@@ -233,13 +233,13 @@ def test_a_report_ranks_by_the_metrics_own_direction_whatever_old_records_say(tm
             status = json.loads((run / "run.json").read_text())
             status["result"]["after"]["val/exact_match"] = value + seed / 100
             (run / "run.json").write_text(json.dumps(status))
-    study = make_study(sorted((tmp_path / "runs").iterdir()))
+    study = Study(sorted((tmp_path / "runs").iterdir()))
     assert (study.lower_is_better, study.configurations[0].name) == (False, "r=4")
     assert all("trainer.mode=min is the wrong way round" in run.faults[0] for run in study.runs)
     sweep = make_sweep(
         tmp_path, [trial(tmp_path, run.directory) for run in study.runs], monitor="val/exact_match", mode="min"
     )
-    assert not make_study([], sweep).lower_is_better
+    assert not Study([], sweep).lower_is_better
 
 
 def test_a_report_on_a_metric_of_unknown_direction_asks_for_it(tmp_path: Path) -> None:
@@ -248,11 +248,11 @@ def test_a_report_on_a_metric_of_unknown_direction_asks_for_it(tmp_path: Path) -
         for r in (4, 8)
     ]
     with pytest.raises(ConfigError, match="mode: val/odd does not declare whether higher or lower is better"):
-        make_study(runs)
-    assert make_study(runs, mode=Mode.min).lower_is_better
-    assert not make_study(runs, mode=Mode.max).lower_is_better
+        Study(runs)
+    assert Study(runs, mode=Mode.min).lower_is_better
+    assert not Study(runs, mode=Mode.max).lower_is_better
     told = [make_run(tmp_path, 1.1, trainer__monitor="val/odd", lora__r=r, trainer__mode="max") for r in (4, 8)]
-    assert not make_study(told).lower_is_better  # as it was trained
+    assert not Study(told).lower_is_better  # as it was trained
 
 
 def test_a_refit_does_not_take_the_steps_of_the_worst_validation(tmp_path: Path) -> None:

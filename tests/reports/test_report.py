@@ -18,11 +18,11 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.metrics.classification import accuracy, auc
 from llmft.report import ReportConfig, report
 from llmft.reports.classes import metric_tables
-from llmft.reports.configurations import make_study
+from llmft.reports.configurations import Study
 from llmft.reports.curves import Fit, diagnose
 from llmft.reports.finding import find
 from llmft.reports.importance import importance
-from llmft.reports.read import read_run
+from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
 from llmft.runs.directory import write_row_losses
@@ -88,7 +88,7 @@ def test_keys_that_cannot_change_numbers_are_not_shown_and_a_named_group_hides_i
                 tags=[name],
                 seed=seed,
             )
-    study = make_study(runs_of(tmp_path))
+    study = Study(runs_of(tmp_path))
     assert study.keys == ["prompt"]
     assert study.follows == {"prompt.template": "prompt"}
     assert [c.name for c in study.configurations] == ["prompt=chat", "prompt=plain"]
@@ -236,7 +236,7 @@ def test_the_logbook_has_one_entry_per_sweep_newest_first_and_is_made_anew(grid:
 
 def test_curves_are_put_in_words(tmp_path: Path) -> None:
     def fit(**how: object) -> Fit:
-        return diagnose(read_run(make_run(tmp_path / str(len(list(tmp_path.iterdir()))), **how))).fit  # type: ignore[arg-type]
+        return diagnose(RunRecord(make_run(tmp_path / str(len(list(tmp_path.iterdir()))), **how))).fit  # type: ignore[arg-type]
 
     assert fit() is Fit.fine
     rising = {"curve": lambda s: abs(s - 40) / 50 - 0.8, "train": lambda s: 3 - s / 40}
@@ -246,7 +246,7 @@ def test_curves_are_put_in_words(tmp_path: Path) -> None:
     assert fit(status="diverged") is Fit.diverged
     assert fit(value=9.0, curve=lambda s: -8.0 + s / 10) is Fit.diverged
     assert fit(data__train_on="all") is Fit.unknown, "blank on purpose is not diverged"
-    overfitted = diagnose(read_run(make_run(tmp_path / "again", 2.0, rows=False, **rising)))  # type: ignore[arg-type]
+    overfitted = diagnose(RunRecord(make_run(tmp_path / "again", 2.0, rows=False, **rising)))  # type: ignore[arg-type]
     assert str(overfitted) == "overfitting since step 40"
 
 
@@ -254,7 +254,7 @@ def test_importance_finds_the_key_that_matters_on_a_grid_and_in_a_search(tmp_pat
     for r, high in ((4, 0.0), (8, 0.3)):
         for rate, low in ((1e-3, 0.0), (1e-2, 0.1)):
             make_run(tmp_path / "grid", 1.0 + high + low, lora__r=r, learning_rate__peak=rate)
-    found = importance(make_study(runs_of(tmp_path / "grid")))
+    found = importance(Study(runs_of(tmp_path / "grid")))
     assert list(found) == ["lora.r", "learning_rate.peak"]
     assert found["lora.r"] == pytest.approx(0.9, abs=0.1), "the textbook's analysis of variance says 0.9"
     rng = np.random.default_rng(0)
@@ -262,7 +262,7 @@ def test_importance_finds_the_key_that_matters_on_a_grid_and_in_a_search(tmp_pat
         r, rate = int(rng.choice([1, 2, 4, 8, 16])), float(rng.choice([1e-4, 3e-4, 1e-3, 3e-3, 1e-2]))
         root = tmp_path / "search" / str(i)
         make_run(root, 1.0 + 0.1 * np.log2(r), lora__r=r, learning_rate__peak=rate, seed=i, rows=False)
-    assert importance(make_study(list(tmp_path.glob("search/*/runs/*"))))["lora.r"] > 0.8
+    assert importance(Study(list(tmp_path.glob("search/*/runs/*"))))["lora.r"] > 0.8
 
 
 def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Pat
     write_row_losses(
         path, found, lambda row: f"rows.jsonl:{row}", groups=[str(i // 6) for i in range(60)], scores=margins
     )
-    run = read_run(directory)
+    run = RunRecord(directory)
     for metric, rows in (("loss_nats", 10), ("margin", 10), ("rouge_l", 2), ("exact_match", 2), ("auc", 60)):
         scores = run.row_scores(f"val/{metric}")
         assert scores is not None, metric
@@ -353,7 +353,7 @@ def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory:
     make_sweep(grid, [trial(grid, run, i) for i, run in enumerate(runs_of(grid))])
     moved = tmp_path_factory.mktemp("moved") / "outputs"
     shutil.move(grid, moved)
-    assert len(make_study([], find(None, None, moved).sweep).configurations) == 2
+    assert len(Study([], find(None, None, moved).sweep).configurations) == 2
 
 
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:
