@@ -57,6 +57,8 @@ def _ask(
         tempfile.TemporaryFile("w+") as errors,
         subprocess.Popen(command, stderr=errors, text=True, env=environment, **pipes) as process,
     ):
+        assert process.stdin is not None
+        assert process.stdout is not None
 
         def stop() -> None:
             late.set()
@@ -68,7 +70,7 @@ def _ask(
             process.stdin.write(json.dumps(asdict(case)))
             process.stdin.close()
             for text in process.stdout:
-                line = json.loads(text.removeprefix(MARK)) if text.startswith(MARK) else {"kind": None}
+                line: dict[str, Any] = json.loads(text.removeprefix(MARK)) if text.startswith(MARK) else {"kind": None}
                 if line["kind"] == "error":
                     raise ConfigError(line["message"])
                 if line["kind"] == "about":

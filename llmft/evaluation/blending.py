@@ -99,12 +99,10 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
             return float((errors**2).mean() / scale), 2 * (numbers * errors).mean(axis=1) / scale
 
     else:
-        single = problem == TaskType.single_label.value
-        of_truth = (
-            values[:, np.arange(values.shape[1]), references]
-            if single
-            else np.where(references == 1, values, 1 - values)
-        )
+        if problem == TaskType.single_label.value:
+            of_truth = values[:, np.arange(values.shape[1]), references]
+        else:
+            of_truth = np.where(references == 1, values, 1 - values)
         of_truth = np.clip(of_truth, SMALLEST, 1).reshape(count, -1)
 
         def loss(weights: Weights) -> tuple[float, np.ndarray]:

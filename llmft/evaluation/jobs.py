@@ -60,7 +60,6 @@ class PredictionJob:
 
     @property
     def ids(self) -> list[str]:
-        """The rows' ids, in the order of the files."""
         return [row.id for row in self.conversations]
 
     @property
@@ -72,7 +71,6 @@ class PredictionJob:
 
     @property
     def problem(self) -> str:
-        """The kind of task, as predictions record it."""
         if self.config.task.scores_answers:
             return TaskType.regression.value
         return self.target_model.problem.value if self.target_model is not None else TEXT
@@ -86,30 +84,24 @@ class PredictionJob:
             return [self.target_model.name(row.target) for row in self.conversations]
         if self.references is not None:
             return self.references
-        last_messages = [row.messages[-1] for row in self.conversations]
-        return [message["content"] if message["role"] == "assistant" else None for message in last_messages]
+        last = [row.messages[-1] for row in self.conversations]
+        return [message["content"] if message["role"] == "assistant" else None for message in last]
 
     @property
     def columns(self) -> dict[str, list[Any]]:
         """Further columns of the rows: group and prompt."""
         groups = [row.group for row in self.conversations]
-        group_column = {"group": groups} if any(group is not None for group in groups) else {}
-        return (
-            {**group_column, "prompt": [row.messages[0]["content"] for row in self.conversations]}
-            if self.prompts
-            else group_column
-        )
+        columns: dict[str, list[Any]] = {"group": groups} if any(group is not None for group in groups) else {}
+        if self.prompts:
+            columns["prompt"] = [row.messages[0]["content"] for row in self.conversations]
+        return columns
 
     def facts(self) -> dict[str, Any]:
         """The record of where the predictions come from."""
         prior = self.target_model.prior if self.target_model is not None else []
-        return {
-            "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
-            "files": self.files,
-            "files_digest": self.digest,
-            "id_column": self.id_column,
-            "plan": self.plan,
-        }
+        sources = [source_facts(self.run, self.config, self.rows_fingerprint, prior)]
+        files = {"files": self.files, "files_digest": self.digest, "id_column": self.id_column}
+        return {"sources": sources, **files, "plan": self.plan}
 
     def finished(self) -> Predictions | None:
         """The existing predictions of the same weights and rows; None where there are none."""
@@ -139,7 +131,6 @@ class PredictionJob:
         return folder
 
     def clear_parts(self) -> None:
-        """Deletes the parts after the predictions are written."""
         shutil.rmtree(self.directory / "parts", ignore_errors=True)
 
 
@@ -158,7 +149,6 @@ class EnsembleJob:
 
     @property
     def notes(self) -> list[str]:
-        """Messages to print before predicting."""
         return [note for part in self.parts for note in part.notes]
 
 
@@ -223,14 +213,12 @@ def _from_prompts(prompts: Any) -> tuple[list[Row], list[str], str, str]:
 
 def _from_files(config: PredictConfig, names: list[str], problems: BadRows) -> tuple[list[Row], list[str], str, str]:
     """(rows, files, digest, name of the first file)."""
-    files_read, digest = read_files(config.data.files, "data.files", problems, names), hashlib.sha256()
-    check_csv_columns(config.data.csv_columns or [], files_read.paths)
-    for content in files_read.digests:
-        digest.update(bytes.fromhex(content))
-    if not files_read.rows:
+    read = read_files(config.data.files, "data.files", problems, names)
+    check_csv_columns(config.data.csv_columns or [], read.paths)
+    if not read.rows:
         raise DataError(f"data.files={config.data.files}: no rows to predict.")
-    files = [str(path.absolute()) for path in files_read.paths]
-    return files_read.rows, files, digest.hexdigest(), files_read.paths[0].name.partition(".")[0]
+    digest = hashlib.sha256(bytes.fromhex("".join(read.digests))).hexdigest()
+    return read.rows, [str(path.absolute()) for path in read.paths], digest, read.paths[0].name.partition(".")[0]
 
 
 def _prompt_column(columns: Columns, first: Row, notes: list[str]) -> Columns:
@@ -252,11 +240,9 @@ def _id_column(
     """The column of the rows' ids: data.id, or the first of `preferred` and `fallback` that all rows have."""
     chosen = config.data.id
     if chosen is not None:
-        row_without_id = next((row for row in rows if row.values.get(chosen) is None), None)
-        if row_without_id is not None:
-            raise DataError(
-                f"data.id={chosen}: {row_without_id.where} has none{did_you_mean(chosen, row_without_id.values)}"
-            )
+        for row in rows:
+            if row.values.get(chosen) is None:
+                raise DataError(f"data.id={chosen}: {row.where} has none{did_you_mean(chosen, row.values)}")
         return chosen
     for name in (*preferred, fallback):
         if name is not None and all(row.values.get(name) is not None for row in rows):

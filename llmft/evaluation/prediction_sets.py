@@ -36,7 +36,6 @@ class PredictionSet:
 
     @property
     def name(self) -> str:
-        """The directory's name."""
         return self.directory.name
 
 
@@ -104,7 +103,6 @@ class EnsembleRecipe:
             raise ConfigError(f"{path}: damaged ({error!r}); make it again.") from None
 
     def combined(self, name: str) -> Predictions:
-        """The members' predictions called `name`, combined."""
         members = open_prediction_sets(self.members, name)
         problem = members[0].predictions.problem
         return joined(members, combine(stack(members), np.asarray(self.weights), self.method, problem))
@@ -136,7 +134,7 @@ def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list
     first = members[0].predictions
     known = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in candidates if target is not None), None) for candidates in known]
-    shared_columns: dict[str, list[Any]] = {
+    shared: dict[str, list[Any]] = {
         name: first.columns[name] for name in ("where", "group", "fold", "prompt") if name in first.columns
     }
     sources: list[Any] = []
@@ -144,10 +142,10 @@ def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list
         sources += [source for source in member.predictions.facts.get("sources", []) if source not in sources]
     facts: dict[str, Any] = {"sources": sources, "members": [str(member.directory) for member in members]}
     for name in ("files", "files_digest", "id_column"):
-        fact_values = [member.predictions.facts.get(name) for member in members]
-        if all(candidates == fact_values[0] for candidates in fact_values):
-            facts[name] = fact_values[0]
-    return Predictions(first.ids, first.labels, values, first.problem, targets, {**shared_columns, **columns}, facts)
+        value = first.facts.get(name)
+        if all(member.predictions.facts.get(name) == value for member in members):
+            facts[name] = value
+    return Predictions(first.ids, first.labels, values, first.problem, targets, {**shared, **columns}, facts)
 
 
 def ensemble_directory(root: Path, name: str | None, default: str, content: Any) -> Path:
@@ -163,12 +161,8 @@ def write_ensemble(
     for name, member_predictions in predictions.items():
         member_predictions.save(directory / FOLDER / name)
     write_atomically(directory / f"{kind}.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
-    status = {
-        "status": "done",
-        "kind": kind,
-        "finished": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "result": {"before": {}, "after": after},
-    }
+    finished = time.strftime("%Y-%m-%d %H:%M:%S")
+    status = {"status": "done", "kind": kind, "finished": finished, "result": {"before": {}, "after": after}}
     write_atomically(directory / "run.json", json.dumps(status, indent=1).encode())
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,12 +130,10 @@ class Predictor:
             scores = [[score for score in row if not math.isnan(score)] for row in values]
             return {"values": [row[:1] for row in scores], "scores": scores}
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
+    def autocast(self) -> torch.autocast:
         """Computes in the precision of the run's validation."""
         mixed = self.precision is not Precision.fp32
-        with torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
-            yield
+        return torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed)
 
     def _generate(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Text, its log-probability in nats, and its number of tokens, without the end token."""
@@ -159,20 +156,16 @@ class Predictor:
     def _logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
         written = [index for index, output in enumerate(outputs) if output]
         logprobs = [0.0] * len(outputs)
-        if not written:
-            return logprobs
-        rows = [
-            Example(
-                [*examples[index].input_ids, *outputs[index]],
-                [*[IGNORE] * len(examples[index].input_ids), *outputs[index]],
-                examples[index].conversation,
-            )
-            for index in written
-        ]
-        batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
-        losses = LanguageModeling().losses(self.model, batch)
-        for index, nll in zip(written, losses.nll.double().cpu(), strict=True):
-            logprobs[index] = -float(nll)
+        if written:
+            rows = []
+            for index in written:
+                prompt, output = list(examples[index].input_ids), outputs[index]
+                labels = [IGNORE] * len(prompt) + output
+                rows.append(Example(prompt + output, labels, examples[index].conversation))
+            batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
+            losses = LanguageModeling().losses(self.model, batch)
+            for index, nll in zip(written, losses.nll.double().cpu().tolist(), strict=True):
+                logprobs[index] = -nll
         return logprobs
 
 
@@ -199,7 +192,7 @@ def run_parts(job: PredictionJob, options: PredictConfig, screen: Screen) -> tup
                 _write_part(path, part, [predictor.predict([examples[row] for row in batch]) for batch in part])
     finally:
         predictor.close()
-    return _joined(folder, len(parts), len(examples), len(job.labels))
+    return _joined(folder, len(parts), len(examples))
 
 
 def _part_name(number: int) -> str:
@@ -213,7 +206,7 @@ def _write_part(path: Path, batches: list[list[int]], answers: list[dict[str, li
     write_table(path, columns)
 
 
-def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
+def _joined(folder: Path, parts: int, rows: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
     """All parts in the rows' order."""
     columns: dict[str, list[Any]] = {}
     for number in range(parts):
@@ -221,7 +214,6 @@ def _joined(folder: Path, parts: int, rows: int, classes: int) -> tuple[np.ndarr
             columns.setdefault(name, []).extend(values)
     order = np.argsort(columns.pop("row"), kind="stable")
     assert len(order) == rows
-    sorted_columns = {name: [values[index] for index in order] for name, values in columns.items()}
-    if "values" in sorted_columns:
-        return np.asarray(sorted_columns.pop("values"), dtype=np.float64), sorted_columns
-    return np.zeros((rows, 0)), sorted_columns
+    columns = {name: [values[index] for index in order] for name, values in columns.items()}
+    values = columns.pop("values", [[]] * rows)
+    return np.asarray(values, dtype=np.float64), columns

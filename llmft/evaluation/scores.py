@@ -13,15 +13,14 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.runs.predictions import TEXT, Predictions
 
 Metric = Callable[[Any, Any], float]
-_CLASSES = "llmft.metrics.classification."
-DEFAULTS = {
-    TaskType.single_label.value: [
-        f"{_CLASSES}{name}" for name in ("logloss", "accuracy", "macro_f1", "auc", "calibration_error")
-    ],
-    TaskType.multi_label.value: [f"llmft.metrics.multilabel.{n}" for n in ("logloss", "accuracy", "macro_f1", "auc")],
-    TaskType.regression.value: [f"llmft.metrics.regression.{n}" for n in ("rmse", "mae", "pearson", "spearman")],
-    TEXT: [f"llmft.metrics.text.{name}" for name in ("exact_match", "token_f1", "bleu", "rouge_l")],
+_NAMES = {
+    TaskType.single_label.value: ("classification", "logloss accuracy macro_f1 auc calibration_error"),
+    TaskType.multi_label.value: ("multilabel", "logloss accuracy macro_f1 auc"),
+    TaskType.regression.value: ("regression", "rmse mae pearson spearman"),
+    TEXT: ("text", "exact_match token_f1 bleu rouge_l"),
 }
+DEFAULTS = {kind: [f"llmft.metrics.{file}.{name}" for name in names.split()] for kind, (file, names) in _NAMES.items()}
+"""The metrics of each kind of prediction."""
 MAX_SLICES = 100
 
 
@@ -42,7 +41,6 @@ def references_and_predictions(predictions: Predictions) -> tuple[Any, Any]:
 
 
 def score(predictions: Predictions, metrics: dict[str, Metric]) -> dict[str, float]:
-    """The value of every metric."""
     references, values = references_and_predictions(predictions)
     return {name: metric(references, values) for name, metric in metrics.items()}
 
@@ -66,24 +64,20 @@ def bootstrap(
         for name, metric in metrics.items():
             samples[name].append(metric(drawn_references, drawn_values))
     percentile = 100 * (1 - confidence) / 2
-    return {
-        name: (
-            float(np.nanpercentile(values_of_metric, percentile)),
-            float(np.nanpercentile(values_of_metric, 100 - percentile)),
-        )
-        for name, values_of_metric in samples.items()
-        if np.isfinite(values_of_metric).any()
-    }
+    intervals = {}
+    for name, values_of_metric in samples.items():
+        if np.isfinite(values_of_metric).any():
+            low, high = np.nanpercentile(values_of_metric, [percentile, 100 - percentile])
+            intervals[name] = (float(low), float(high))
+    return intervals
 
 
 def _resampling_units(predictions: Predictions) -> list[np.ndarray]:
-    groups = predictions.columns.get("group")
-    if groups is None:
-        return [np.asarray([row]) for row in range(len(predictions.ids))]
-    members: dict[str, list[int]] = {}
-    for row, group in enumerate(groups):
+    rows = range(len(predictions.ids))
+    members: dict[Any, list[int]] = {}
+    for row, group in zip(rows, predictions.columns.get("group", rows), strict=True):
         members.setdefault(str(group), []).append(row)
-    return [np.asarray(rows) for rows in members.values()]
+    return [np.asarray(rows_of_group) for rows_of_group in members.values()]
 
 
 def per_class(predictions: Predictions) -> dict[str, dict[str, float]]:
@@ -110,15 +104,13 @@ def per_slice(
     slices: dict[str, dict[str, dict[str, float]]] = {}
     for name, values in columns.items():
         texts = [str(value) for value in values]
-        unique_values = sorted(set(texts))
-        if len(unique_values) > MAX_SLICES:
-            raise ConfigError(
-                f"slice={name}: {len(unique_values):,} different values; at most {MAX_SLICES} were expected."
-            )
+        kinds = sorted(set(texts))
+        if len(kinds) > MAX_SLICES:
+            raise ConfigError(f"slice={name}: {len(kinds):,} different values; at most {MAX_SLICES} were expected.")
         slices[name] = {}
-        for value in unique_values:
-            rows = [row for row, text in enumerate(texts) if text == value]
-            slices[name][value] = {"rows": len(rows), **score(predictions.at(rows), metrics)}
+        for kind in kinds:
+            rows = [row for row, text in enumerate(texts) if text == kind]
+            slices[name][kind] = {"rows": len(rows), **score(predictions.at(rows), metrics)}
     return slices
 
 

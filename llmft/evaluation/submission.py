@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,8 +18,7 @@ from llmft.config.commands import PredictionFormat, SubmissionConfig
 from llmft.config.sections import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.core.files import write_atomically
-from llmft.runs.predictions import FOLDER, TEXT, Predictions
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv
 
 
 @dataclass
@@ -41,9 +39,8 @@ class Template:
 
 def load_template(config: SubmissionConfig) -> Template | None:
     """The sample submission of format=submission, read before anything is computed; None for other formats."""
-    return (
-        read_template(Path(str(config.template)).expanduser()) if config.format is PredictionFormat.submission else None
-    )
+    wanted = config.format is PredictionFormat.submission
+    return read_template(Path(str(config.template)).expanduser()) if wanted else None
 
 
 def read_template(path: Path) -> Template:
@@ -99,27 +96,21 @@ def write_submission(
     """
     index_of = {name: number for number, name in enumerate(predictions.ids)}
     missing = [name for name in template.ids if name not in index_of]
+    others = set(predictions.ids) - set(template.ids)
     if missing:
-        extra = next((name for name in predictions.ids if name not in set(template.ids)), None)
+        extra = next((name for name in predictions.ids if name in others), None)
         hint = f"; predicted rows have ids such as {extra}" if extra is not None else ""
         raise DataError(
             f"template={template.path}: {len(missing)} of its rows are not predicted ({missing[0]} first){hint}."
         )
-    extra_rows = sorted(set(predictions.ids) - set(template.ids))
-    if extra_rows:
-        raise DataError(
-            f"template={template.path}: {len(extra_rows)} predicted rows are not in it ({extra_rows[0]} first)."
-        )
+    if others:
+        raise DataError(f"template={template.path}: {len(others)} predicted rows are not in it ({min(others)} first).")
     if not np.isfinite(predictions.values).all():
         row = predictions.ids[int(np.argmin(np.isfinite(predictions.values).all(axis=1)))]
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")
     columns, description = _columns(predictions, template, column_of)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(template.columns)
-    for name in template.ids:
-        writer.writerow([name, *(column[index_of[name]] for column in columns)])
-    write_atomically(path, text.getvalue().encode())
+    rows = ([name, *(column[index_of[name]] for column in columns)] for name in template.ids)
+    write_csv(path, template.columns, rows)
     screen.print(f"[bold]submission[/bold]  {escape(str(path))} ({len(template.ids):,} rows; {escape(description)})")
     return path
 
@@ -129,8 +120,7 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
     to_fill = template.columns[1:]
     values: dict[str, list[object]] = {}
     if predictions.problem not in (TEXT, TaskType.regression.value):
-        for number, label in enumerate(predictions.labels):
-            values[label] = predictions.values[:, number].tolist()
+        values = dict(zip(predictions.labels, predictions.values.T.tolist(), strict=True))
     for label, column in column_of.items():
         if label not in values:
             raise ConfigError(f"columns.{label}: no such class{did_you_mean(label, values)}")
@@ -139,10 +129,8 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
                 f"columns.{label}={column}: the template has no such column{did_you_mean(column, to_fill)}"
             )
     label_of = {column: label for label, column in column_of.items()}
-    if len(to_fill) == 1 and not column_of:
-        label_by_name = _label_of_column(to_fill[0], list(values))
-        if label_by_name is None:
-            return _one_column(predictions, template)
+    if len(to_fill) == 1 and not column_of and _label_of_column(to_fill[0], list(values)) is None:
+        return _one_column(predictions, template)
     used: list[str] = []
     for column in to_fill:
         chosen: str | None = label_of.get(column) or _label_of_column(column, list(values))
@@ -164,10 +152,9 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     That is a text or number, the likeliest class, a list of the likeliest classes, or the probability of a yes.
     """
     column, labels = template.columns[1], predictions.labels
-    if predictions.problem == TEXT:
-        return [list(predictions.predicted)], f"{column}: the text generated"
-    if predictions.problem == TaskType.regression.value:
-        return [list(predictions.predicted)], f"{column}: the number predicted"
+    if predictions.problem in (TEXT, TaskType.regression.value):
+        kind = "the text generated" if predictions.problem == TEXT else "the number predicted"
+        return [list(predictions.predicted)], f"{column}: {kind}"
     cells = [cell.strip() for cell in template.cells]
     not_a_class = [cell for cell in cells if cell and cell not in labels]
     separator = next(
@@ -176,9 +163,8 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     if predictions.problem == TaskType.multi_label.value:
         mark = separator or "|"
         rows = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
-        return [
-            [mark.join(labels_of_row) for labels_of_row in rows]
-        ], f"{column}: the classes with a probability of at least one half, with '{mark}' between"
+        written = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
+        return [[mark.join(labels_of_row) for labels_of_row in rows]], written
     if separator is not None:
         num_classes = max(len(_split_cell(cell, separator)) for cell in not_a_class)
         order = np.argsort(-predictions.values, axis=1, kind="stable")[:, :num_classes]
@@ -211,7 +197,5 @@ def _is_number(text: str) -> bool:
 
 def _label_of_column(column: str, labels: list[str]) -> str | None:
     """The class that a column is named after, alone or as in target_3 after an underscore."""
-    if column in labels:
-        return column
-    suffixes = [label for label in labels if column.endswith(f"_{label}")]
-    return max(suffixes, key=len) if suffixes else None
+    suffixes = [label for label in labels if f"_{column}".endswith(f"_{label}")]
+    return max(suffixes, key=len, default=None)

@@ -46,7 +46,6 @@ def attach(
     classifies = auto_class == "sequence_classification"
     # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
     parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
-    task = peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM
     config = peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
@@ -56,15 +55,14 @@ def attach(
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=[*lora.modules_to_save, *parts] or None,
-        task_type=task,
+        task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
         base_model_name_or_path=name,
     )
+    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     for module in lora.modules_to_save:
-        if not any(name == module or name.endswith(f".{module}") for name, _ in base.named_modules()):
-            names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+        if not any(f".{name}".endswith(f".{module}") for name, _ in base.named_modules()):
             raise ConfigError(f"lora.modules_to_save: no module named {module}{did_you_mean(module, names)}")
-    devices = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(base, config)
@@ -89,33 +87,19 @@ def detach(model: Any) -> Any:
     return base
 
 
-def reusable(lora: LoraConfig) -> bool:
-    """Whether detaching leaves the base as it was: not where whole modules were trained in its place.
-
-    A head stays behind as it was trained, but `heads.renew_head` puts a fresh one on before the next run.
-    """
-    return lora.enabled and not lora.modules_to_save
-
-
 def load_adapter(model: Any, directory: Path) -> None:
     """Puts the weights that `save` wrote into an attached adapter of the same configuration, the head with it.
 
     Raises ConfigError when they are not those of this adapter.
     """
     import peft
-    from safetensors.torch import load_file
 
     path = directory / "adapter_model.safetensors"
-    try:
-        state = load_file(path)
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    strange = sorted(own.keys() ^ state.keys())
-    if strange:
+    current, stored = _states(model, path)
+    if strange := sorted(current.keys() ^ stored.keys()):
         raise ConfigError(f"{path}: not the weights of this run's adapter ({strange[0]}).")
     try:
-        peft.set_peft_model_state_dict(model, state)
+        peft.set_peft_model_state_dict(model, stored)
     except RuntimeError as error:
         raise ConfigError(
             f"{path}: its weights do not fit this run's config ({str(error).splitlines()[-1].strip()})"
@@ -199,35 +183,37 @@ def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     Raises ConfigError naming the keys of `lora` that the adapter has otherwise, and for weights of another model.
     """
     import peft
-    from safetensors.torch import load_file
 
     check_shape(directory, lora)
-    path = directory / "adapter_model.safetensors"
-    try:
-        state = load_file(path)
-    except Exception as error:
-        raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
-    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    adapted = {name for name in own if ".lora_" in name}
-    strange = sorted((adapted - state.keys()) | (state.keys() - own.keys()))
-    strange += sorted(name for name in own.keys() & state.keys() if own[name].shape != state[name].shape)
+    current, stored = _states(model, directory / "adapter_model.safetensors")
+    adapted = {name for name in current if ".lora_" in name}
+    strange = sorted((adapted - stored.keys()) | (stored.keys() - current.keys()))
+    strange += sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
     if strange:
         raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({strange[0]}).")
-    peft.set_peft_model_state_dict(model, {**own, **state})
+    peft.set_peft_model_state_dict(model, {**current, **stored})
+
+
+def _states(model: Any, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The tensors of an attached adapter, and those of a file. Raises ConfigError where it cannot be read."""
+    import peft
+    from safetensors.torch import load_file
+
+    try:
+        return peft.get_peft_model_state_dict(model, save_embedding_layers=False), load_file(path)
+    except Exception as error:
+        raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
 
 
 def check_shape(directory: Path, lora: LoraConfig) -> None:
     """Raises ConfigError naming what of `lora` the adapter in `directory` has otherwise, and how to set it."""
-    found = check_adapter(directory)
-    own = {"r": lora.r, "alpha": lora.scaling_alpha, "rslora": lora.rslora, "dora": lora.dora}
+    stored = check_adapter(directory)
+    wanted = {"r": lora.r, "alpha": lora.scaling_alpha, "rslora": lora.rslora, "dora": lora.dora}
     names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-    told = [
-        f"lora.{key}={str(found.get(name)).lower()}"
-        for key, name in names.items()
-        if found.get(name, own[key]) != own[key]
-    ]
-    if told:
-        raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(told)}.")
+    values = {key: stored.get(name, wanted[key]) for key, name in names.items()}
+    others = [f"lora.{key}={str(value).lower()}" for key, value in values.items() if value != wanted[key]]
+    if others:
+        raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(others)}.")
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -237,11 +223,11 @@ def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
     """Puts `state` back; raises KeyError or RuntimeError when names or shapes differ."""
-    own = trainable_state(model)
-    if own.keys() != state.keys():
-        raise KeyError(f"trained tensors differ: {sorted(own.keys() ^ state.keys())[:3]}")
+    current = trainable_state(model)
+    if current.keys() != state.keys():
+        raise KeyError(f"trained tensors differ: {sorted(current.keys() ^ state.keys())[:3]}")
     with torch.no_grad():
-        for name, parameter in own.items():
+        for name, parameter in current.items():
             parameter.copy_(like(state[name], parameter))
 
 
@@ -272,22 +258,17 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     for leftover in directory.parent.glob(f".{directory.name}.*"):  # of a process that was killed, of any release
         shutil.rmtree(leftover, ignore_errors=True)
     with staged_directory(directory) as staged:
+        options: dict[str, Any] = {"safe_serialization": True, "state_dict": state}
         if hasattr(model, "peft_config"):
+            # The adapter alone, without those of judges.
+            options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
             # PEFT adds the base and its version to a card that is there, else to a form to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
             for config in model.peft_config.values():  # PEFT keeps names in sets, of another order in each process
                 for name, value in vars(config).items():
                     if isinstance(value, set):
                         setattr(config, name, sorted(value))
-            model.save_pretrained(
-                staged,
-                safe_serialization=True,
-                save_embedding_layers=False,
-                state_dict=state,
-                selected_adapters=["default"],  # without those of judges
-            )
-        else:
-            model.save_pretrained(staged, safe_serialization=True, state_dict=state)
+        model.save_pretrained(staged, **options)
         tokenizer.save_pretrained(staged)
         for path in staged.iterdir():
             path.chmod(0o644)

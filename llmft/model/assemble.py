@@ -86,7 +86,8 @@ def assemble(
     if trained is not None and not lora.enabled:
         model = replace(model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None)
         located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
-    keep = keep and adapters.reusable(lora) and not foreign
+    # Whole modules are trained in the base's place; a head that stays behind is renewed before the next run.
+    keep = keep and lora.enabled and not lora.modules_to_save and not foreign
     before = kept_base()
     base = load_base(
         model,

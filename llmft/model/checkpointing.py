@@ -54,14 +54,14 @@ class Offloaded(torch.autograd.graph.saved_tensors_hooks):
             alive = StorageWeakRef(storage)  # as long as it is held, no other storage takes its number
             view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
             key = (alive.cdata, *view, tensor._version)
-            if key in copies and not copies[key][0].expired() and (held := copies[key][1]()) is not None:
-                return tensor.device, held
-            held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[key] = alive, weakref.ref(held)
-            return tensor.device, held.copy_(tensor, non_blocking=tensor.is_cuda)
+            if key in copies and not copies[key][0].expired() and (copy := copies[key][1]()) is not None:
+                return tensor.device, copy
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[key] = alive, weakref.ref(copy)
+            return tensor.device, copy.copy_(tensor, non_blocking=tensor.is_cuda)
 
         def unpack(packed: tuple[torch.device, torch.Tensor]) -> torch.Tensor:
-            device, held = packed
-            return held.to(device, non_blocking=True)
+            device, copy = packed
+            return copy.to(device, non_blocking=True)
 
         super().__init__(pack, unpack)

@@ -14,6 +14,7 @@ import torch
 from llmft.model.families import base_of, body_of, layers_of
 from llmft.model.kernels import lora
 from llmft.model.kernels.packing import takes_varlen, uses_packing
+from llmft.model.load import first_line
 
 FIRST_TOKENS = 16
 
@@ -36,11 +37,8 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "indu
     except Exception as error:  # whatever compilers say
         if replaced:
             lora.install(model)
-        told = str(error).strip().splitlines()
-        warn(
-            f"trainer.compile: the layers cannot be compiled here ({told[0] if told else type(error).__name__}); "
-            "they are computed as without it."
-        )
+        reason = f"the layers cannot be compiled here ({first_line(error)})"
+        warn(f"trainer.compile: {reason}; they are computed as without it.")
         return 0
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)

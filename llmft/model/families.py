@@ -99,11 +99,9 @@ def selects_positions(model_class: Any) -> bool:
 
 
 def layers_of(model: Any) -> list[Any]:
-    """The decoder layers."""
     names = set(getattr(base_of(model), "_no_split_modules", None) or ())
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
 
 
 def is_mixture(model: torch.nn.Module) -> bool:
-    """Whether the model routes tokens to experts."""
     return any(re.fullmatch(r".*\.experts", name) for name, _ in model.named_modules())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llmft.data.encode import Ends
 
@@ -32,16 +33,13 @@ def generate(
     results: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
-        width = max(len(prompts[index]) for index in group)
+        rows = [torch.tensor(prompts[index], dtype=torch.long) for index in group]
+        width = len(rows[0])
         room = max_new_tokens if context_tokens is None else min(max_new_tokens, context_tokens - width)
         if room < 1:
             continue
-        input_ids = torch.full((len(group), width), pad_id, dtype=torch.long)
-        mask = torch.zeros_like(input_ids)
-        for place, index in enumerate(group):
-            length = len(prompts[index])
-            input_ids[place, width - length :] = torch.tensor(prompts[index])
-            mask[place, width - length :] = 1
+        input_ids = pad_sequence(rows, batch_first=True, padding_value=pad_id, padding_side="left")
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -56,8 +54,8 @@ def generate(
             pad_token_id=pad_id,
             use_cache=True,
         )
-        for place, index in enumerate(group):
-            results[index] = ends.cut(output[place, width:].tolist())
+        for index, written in zip(group, output[:, width:].tolist(), strict=True):
+            results[index] = ends.cut(written)
     return results
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from llmft.data.batch import MicroBatch, send
 from llmft.model.families import base_of
@@ -68,7 +69,6 @@ class ScoreHead(torch.nn.Module):
 
 
 def positions_at_a_time(vocabulary: int, device_type: str) -> int:
-    """How many positions have logits at once."""
     if device_type != "cpu" or vocabulary == 0:
         return CHUNK_POSITIONS
     return max(LEAST_POSITIONS, min(CHUNK_POSITIONS, CHUNK_BYTES // (4 * vocabulary)))
@@ -88,10 +88,8 @@ def renew_head(base: Any, seed: int | None) -> None:
     for name in head_names(base):
         part = getattr(base, name)
         # PEFT leaves its wrapper's copy behind; the parts are looked at anew every time.
-        layers = [("", part)] if isinstance(part, torch.nn.Linear) else list(part.named_modules())
+        layers = [(inner, layer) for inner, layer in part.named_modules() if isinstance(layer, torch.nn.Linear)]
         for inner, layer in layers:
-            if not isinstance(layer, torch.nn.Linear):
-                continue
             fresh = FullPrecisionLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
             if seed is None:
                 fresh.load_state_dict(layer.state_dict())
@@ -100,12 +98,7 @@ def renew_head(base: Any, seed: int | None) -> None:
                     fresh.weight.normal_(0.0, INITIAL_STD, generator=generator)
                     if fresh.bias is not None:
                         fresh.bias.zero_()
-            fresh.requires_grad_(False)
-            fresh = fresh.to(base.device)
-            if inner:
-                part.set_submodule(inner, fresh)
-            else:
-                setattr(base, name, fresh)
+            base.set_submodule(f"{name}.{inner}".removesuffix("."), fresh.requires_grad_(False).to(base.device))
 
 
 def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
@@ -128,12 +121,13 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
 
         A hook inside an ordinary forward, because DDP and FSDP know a model by its own forward and output.
         """
-        found = scores[torch.arange(len(scores), device=scores.device), last]
-        return found[:, None].expand_as(scores)
+        return scores[torch.arange(len(scores), device=scores.device), last][:, None].expand_as(scores)
 
+    # Decoders keep keys and values for a next token that never comes.
+    cache = {"use_cache": False} if hasattr(base.config, "use_cache") else {}
     handle = head.register_forward_hook(everywhere)
     try:
-        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **_without_cache(base)).logits
+        return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **cache).logits
     finally:
         handle.remove()
 
@@ -175,23 +169,17 @@ def answers_apart(
         for answer in rest:
             begin = len(rows) * width + prompt
             spans.append((begin - 1, begin))
-            own = torch.cat([row[:prompt], row[first : first + answer]])
-            rows.append(F.pad(own, (0, width - len(own))))
+            rows.append(torch.cat([row[:prompt], row[first : first + answer]]))
             first += answer
-    return torch.stack(rows), spans
+    return pad_sequence(rows, batch_first=True), spans
 
 
 def _packed_scores(model: Any, head: torch.nn.Module, packed: PackedBatch) -> torch.Tensor:
     """(rows, classes) scores at the last token of each packed row or answer, whatever transformers makes of them."""
-    found: list[torch.Tensor] = []
-    handle = head.register_forward_hook(lambda module, inputs, scores: found.append(scores[0, packed.last]))
+    outputs: list[torch.Tensor] = []
+    handle = head.register_forward_hook(lambda module, inputs, scores: outputs.append(scores[0, packed.last]))
     try:
         model(**packed.arguments)
     finally:
         handle.remove()
-    return found[0]
-
-
-def _without_cache(base: Any) -> dict[str, bool]:
-    """Decoders keep keys and values for a next token that never comes."""
-    return {"use_cache": False} if hasattr(base.config, "use_cache") else {}
+    return outputs[0]

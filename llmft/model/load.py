@@ -20,7 +20,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.machine import versions
 from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
-from llmft.model.experts import DESERIALIZER, QUANTIZER, fused_shapes, register
+from llmft.model.experts import fused_shapes
 from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
     agreed,
@@ -96,10 +96,9 @@ def load_tokenizer(model: ModelConfig, located: Located) -> Any:
         directory = locate(replace(model, path=PACKAGED + "tiny")).directory
     assert directory is not None
     check_model(directory)
+    trust = model.trust_remote_code
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, trust_remote_code=model.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
     except Exception as error:
         raise ConfigError(
             f"model={model.name}: its tokenizer in {directory} cannot be loaded ({first_line(error)})."
@@ -119,10 +118,9 @@ def train_tokenizer(texts: list[str], vocab_size: int, context_tokens: int) -> A
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>"]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=special,
+        special_tokens=["<pad>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
@@ -141,6 +139,7 @@ def model_config(model: ModelConfig, located: Located) -> Any:
     """transformers' config: from the model's directory, or made from its architecture and overrides."""
     from transformers import AutoConfig
 
+    overrides = {**model.load_overrides, **model.overrides}
     if located.directory is not None:
         try:
             config = AutoConfig.from_pretrained(
@@ -149,18 +148,18 @@ def model_config(model: ModelConfig, located: Located) -> Any:
         except Exception as error:
             raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
         _check_overrides(config, model)
-        check_values("model.overrides", {**model.load_overrides, **model.overrides})
-        for key, value in {**model.load_overrides, **model.overrides}.items():
+        check_values("model.overrides", overrides)
+        for key, value in overrides.items():
             setattr(config, key, value)
         if model.init is ModelInit.random and hasattr(config, "quantization_config"):
             del config.quantization_config  # of weights that are not read
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
-    check_values("model.config", {**model.config, **model.load_overrides, **model.overrides})
+    check_values("model.config", {**model.config, **overrides})
     try:
         _check_overrides(AutoConfig.for_model(model.architecture, **model.config), model)
-        return AutoConfig.for_model(model.architecture, **{**model.config, **model.load_overrides, **model.overrides})
+        return AutoConfig.for_model(model.architecture, **{**model.config, **overrides})
     except ConfigError:
         raise
     except Exception as error:
@@ -202,8 +201,8 @@ class _Wanted:
         """Equal for bases with the same weights in the same place."""
         model, random = self.model, self.model.init is ModelInit.random
         kind = [numbers_of(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
-        own = [self.seed, self.vocab_size] if random else []
-        return canonical([to_plain(model), self.located.fingerprint, *kind, *own])
+        made_of = [self.seed, self.vocab_size] if random else []
+        return canonical([to_plain(model), self.located.fingerprint, *kind, *made_of])
 
     @property
     def full_precision(self) -> list[str]:
@@ -219,15 +218,14 @@ class _Wanted:
             yield
 
     def config(self) -> Any:
-        """transformers' config of it."""
-        found = model_config(self.model, self.located)
-        families.check_task(self.model, found, self.auto_class)
+        config = model_config(self.model, self.located)
+        families.check_task(self.model, config, self.auto_class)
         if self.auto_class == "sequence_classification":
-            found.num_labels = self.num_labels
+            config.num_labels = self.num_labels
         if self.model.init is ModelInit.random and self.vocab_size is not None:
-            found.vocab_size = self.vocab_size
-        families.prepare(found.model_type)
-        return found
+            config.vocab_size = self.vocab_size
+        families.prepare(config.model_type)
+        return config
 
 
 def load_base(
@@ -284,7 +282,6 @@ def kept_base() -> Any:
 
 
 def drop_base() -> None:
-    """Forgets the kept base and frees its memory."""
     _kept.key = _kept.model = None
     if not _kept.any_before:
         return  # a search for garbage among all that was imported takes longer than loading a small base
@@ -293,38 +290,29 @@ def drop_base() -> None:
         torch.cuda.empty_cache()
 
 
-def _random(wanted: _Wanted) -> Any:
-    config = wanted.config()
-    quantized = wanted.quantization.format is not QuantizationFormat.none
-    if quantized and _size(empty := _empty(wanted, config)) > PIECEMEAL_WEIGHTS:
-        return _random_piecemeal(wanted, empty)
-    with wanted.seeded(), torch.device(wanted.device):
-        base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **_attention(wanted.model))
-    quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device)
-    return base
-
-
 PIECEMEAL_WEIGHTS = 10**9
 """A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
 
 
-def _empty(wanted: _Wanted, config: Any) -> Any:
-    return meta_model(wanted.auto_class, config, dtype=wanted.dtype, **_attention(wanted.model))
+def _random(wanted: _Wanted) -> Any:
+    config, attention = wanted.config(), _attention(wanted.model)
 
-
-def _size(model: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _random_piecemeal(wanted: _Wanted, base: Any) -> Any:
     def fill(module: torch.nn.Module) -> None:
         if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
             module.to_empty(device=wanted.device, recurse=False)
             base._init_weights(module)
 
+    piecemeal = False
+    if wanted.quantization.format is not QuantizationFormat.none:
+        base = meta_model(wanted.auto_class, config, dtype=wanted.dtype, **attention)
+        piecemeal = sum(parameter.numel() for parameter in base.parameters()) > PIECEMEAL_WEIGHTS
     with wanted.seeded():
+        if not piecemeal:
+            with torch.device(wanted.device):
+                base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **attention)
         quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device, fill)
-    base.tie_weights()
+    if piecemeal:
+        base.tie_weights()
     return base
 
 
@@ -392,7 +380,8 @@ def _quantization(wanted: _Wanted) -> Any:
         wanted.quantization, wanted.dtype, unquantized_modules(empty, wanted.full_precision)
     )
     if wanted.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
-        register()
+        from llmft.model.experts_quantizer import QUANTIZER
+
         quantization.quant_method = QUANTIZER
     return quantization
 
@@ -401,10 +390,11 @@ def _stored_config(entry: Path) -> Any:
     """How transformers reads a cached base: what the config says where it is 8-bit, else with stacked experts too."""
     from transformers import BitsAndBytesConfig
 
+    from llmft.model.experts_quantizer import DESERIALIZER
+
     stored = json.loads((entry / "config.json").read_text())["quantization_config"]
     if stored.get("load_in_8bit"):
         return stored
-    register()
     quantization = BitsAndBytesConfig.from_dict(stored)
     quantization.quant_method = DESERIALIZER
     return quantization
@@ -435,11 +425,11 @@ def _cache(wanted: _Wanted, warn: Callable[[str], None]) -> QuantizedCache | Non
     return QuantizedCache(identity, label, int(quantization.cache_gib * 2**30), warn)
 
 
-def _refuse_missing(base: Any, directory: Path, found: Any, auto_class: str) -> None:
+def _refuse_missing(base: Any, directory: Path, info: Any, auto_class: str) -> None:
     """transformers fills weights that are missing with random ones, and only logs it."""
     new_head = heads.NAMES if auto_class == "sequence_classification" else ()
-    missing = sorted(key for key in found["missing_keys"] if not key.startswith(new_head))
-    missing += sorted(str(key) for key in found.get("mismatched_keys", []))
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_head))
+    missing += sorted(str(key) for key in info.get("mismatched_keys", []))
     missing += [
         f"{name}.weight"
         for name, module in base.named_modules()

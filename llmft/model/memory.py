@@ -56,7 +56,6 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
-        """The peak."""
         return sum(vars(self).values())
 
 
@@ -111,8 +110,7 @@ class StepMemory:
         copies = stacks + (sum(trained) if not lora.enabled and dtype is not torch.float32 else 0)
         self.copies = copies * self.itemsize // len(layers)
         self.dequantized = dequantized * self.itemsize
-        model_class: type = type(base)
-        head, selects = base.get_output_embeddings(), families.selects_positions(model_class)
+        head, selects = base.get_output_embeddings(), families.selects_positions(base.__class__)
         self.vocabulary = 0 if head is None else int(head.weight.shape[0])
         self.chunk = positions_at_a_time(self.vocabulary, device_type) if selects and lora.enabled else None
         self.logits_everywhere = 0 if selects else self.vocabulary * self.itemsize

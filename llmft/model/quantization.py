@@ -22,8 +22,8 @@ from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
 
 def stored_quantization(hf_config: Any) -> dict[str, Any]:
     """What a model's config.json says of the number format of its files; empty where they are not quantised."""
-    found = getattr(hf_config, "quantization_config", None)
-    return dict(found if isinstance(found, dict) else found.to_dict()) if found else {}
+    stored = getattr(hf_config, "quantization_config", None)
+    return dict(stored if isinstance(stored, dict) else stored.to_dict()) if stored else {}
 
 
 def _stored_as(stored: dict[str, Any]) -> QuantizationConfig:
@@ -44,17 +44,18 @@ def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> Quan
         if wanted is QuantizationFormat.checkpoint:
             raise ConfigError(f"quantization=checkpoint: the files of {label} are not quantised; choose nf4 or none.")
         return quantization
-    held = _stored_as(stored)
-    four_bit = held.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
-    same = wanted is held.format and (not four_bit or quantization.double_quant == held.double_quant)
+    current = _stored_as(stored)
+    four_bit = current.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
+    same = wanted is current.format and (not four_bit or quantization.double_quant == current.double_quant)
     if wanted is not QuantizationFormat.checkpoint and not same:
-        name = held.format.value if held.format is not QuantizationFormat.checkpoint else stored.get("quant_method")
-        double = f" with quantization.double_quant={str(held.double_quant).lower()}" if four_bit else ""
+        ours = current.format is not QuantizationFormat.checkpoint
+        name = current.format.value if ours else stored.get("quant_method")
+        double = f" with quantization.double_quant={str(current.double_quant).lower()}" if four_bit else ""
         raise ConfigError(
             f"quantization={wanted.value}: the files of {label} are {name}{double} already, and stay so: "
             "set quantization=checkpoint, or model.path to files that are not quantised."
         )
-    return replace(held, cache=False)
+    return replace(current, cache=False)
 
 
 def held_as(model: torch.nn.Module) -> str:

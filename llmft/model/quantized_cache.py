@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.core.files import cache_directory, check_space, exclusive_lock, format_bytes
+from llmft.core.files import cache_directory, check_space, exclusive_lock, format_bytes, scratch_directory
 
 CACHE_VERSION = 5
 FACTS = "entry.json"
@@ -30,18 +30,13 @@ class Busy(Exception):
 
 
 def bases_directory() -> Path:
-    """Where quantised bases are kept."""
     return cache_directory() / "bases"
 
 
 def entries() -> list[tuple[Path, dict[str, Any]]]:
     """(directory, facts) of all entries, the least recently used first; those of former versions too."""
-    folder = bases_directory()
-    paths = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     used: list[tuple[float, Path, dict[str, Any]]] = []
-    for path in paths:
-        if path.name.startswith("."):
-            continue
+    for path in bases_directory().glob("[!.]*/"):
         try:
             used.append(((path / FACTS).stat().st_mtime, path, dict(json.loads((path / FACTS).read_text()))))
         except (OSError, ValueError, TypeError):  # another process's, being deleted; or damaged
@@ -93,7 +88,6 @@ class QuantizedCache:
         return exclusive_lock(self.directory.with_name(f".{self.directory.name}.lock"), Busy(), timeout_s=-1)
 
     def drop(self, why: str) -> None:
-        """Deletes a damaged entry and says so."""
         self.warn(f"the cached base {self.directory} is damaged ({why}); it is quantised again.")
         shutil.rmtree(self.directory, ignore_errors=True)
 
@@ -108,8 +102,8 @@ class QuantizedCache:
         size = sum({tensor.data_ptr(): tensor.nbytes for tensor in tensors.values()}.values())
         folder = bases_directory()
         if size > self.limit_bytes:
-            allowed = "more than quantization.cache_gib allows: it is not cached."
-            self.warn(f"the quantised base takes {format_bytes(size)}, {allowed}")
+            taken = format_bytes(size)
+            self.warn(f"the quantised base takes {taken}, more than quantization.cache_gib allows: it is not cached.")
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +130,7 @@ class QuantizedCache:
     def _write(self, base: Any, tensors: dict[str, Any]) -> None:
         from huggingface_hub import save_torch_state_dict
 
-        staged = self.directory.with_name(f".{self.directory.name}.{os.getpid()}.tmp")
-        try:
-            staged.mkdir()
+        with scratch_directory(self.directory) as staged:
             # `save_pretrained` ignores its `state_dict` for a quantised model, and would save a new random head too.
             save_torch_state_dict(tensors, staged, shared_tensors_to_discard=list(base.all_tied_weights_keys))
             base.config.save_pretrained(staged)
@@ -148,8 +140,6 @@ class QuantizedCache:
             facts = {"label": self.label, "identity": self.identity, "checksums": checksums}
             (staged / FACTS).write_text(json.dumps(facts, indent=1))
             os.replace(staged, self.directory)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
 
 
 def _checksum(path: Path) -> str:

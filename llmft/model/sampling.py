@@ -112,8 +112,7 @@ class _Batch:
         base = base_of(model)
         takes = inspect.signature(base.forward).parameters
         self.takes_positions = "position_ids" in takes
-        model_class: type = type(base)
-        self.last = {"logits_to_keep": 1} if selects_positions(model_class) else {}
+        self.last = {"logits_to_keep": 1} if selects_positions(base.__class__) else {}
         device = base.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
         self.doubt = DOUBT.get(dtype, DOUBT[torch.bfloat16])

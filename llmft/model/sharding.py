@@ -17,7 +17,6 @@ _divided: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the weights are divided among processes."""
     return model in _divided
 
 

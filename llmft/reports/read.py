@@ -71,17 +71,18 @@ class RunRecord:
         step = self.result.get("step")
         self.step: int | None = step if _is_step(step) else None
         self.seconds = _number(self.result.get("seconds")) or _last(timing, "val/elapsed_s")
-        steps = [(r.get("train/tokens_per_s"), r.get("train/step_s")) for r in timing]
+        steps: list[tuple[Any, Any]] = [(r.get("train/tokens_per_s"), r.get("train/step_s")) for r in timing]
         counts = [speed * time for speed, time in steps if _is_number(speed) and _is_number(time)]
         self.tokens = round(sum(counts)) if counts else None
-        self.memory_gib = max((m for r in timing if _is_number(m := r.get("memory/peak_gib"))), default=None)
+        peaks: list[Any] = [record.get("memory/peak_gib") for record in timing]
+        self.memory_gib = max((peak for peak in peaks if _is_number(peak)), default=None)
         self.energy_wh = _last(timing, "energy/total_wh")
         data, model = (_at(environment, name, "fingerprint") for name in ("data", "model"))
         self.content = (str(data or ""), str(model or ""))
         chance = _at(self.result, "chance", "val")
         whole = isinstance(_at(chance, "metrics"), dict) and _all_numbers(chance, ("loss", "prior_loss", *BOUNDS))
         self.chance: dict[str, Any] = chance if whole else {}
-        length = self.result.get("length")
+        length: Any = self.result.get("length")
         self.length: dict[str, Any] = length if _all_numbers(length, ("accuracy", "longer_wins", *BOUNDS)) else {}
 
     def setting(self, key: str, otherwise: float) -> float:

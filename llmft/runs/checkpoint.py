@@ -45,16 +45,13 @@ def path_of(directory: Path, step: int) -> Path:
 
 def save_checkpoint(directory: Path, checkpoint: Checkpoint) -> Path:
     """Writes `checkpoint` and its digest; returns the file. Raises OSError when it cannot be written."""
-    tensors: dict[str, torch.Tensor] = {}
+    tensors = {f"weights/{name}": weight for name, weight in checkpoint.weights.items()}
     plain: dict[str, Any] = {}
-    for name, weight in checkpoint.weights.items():
-        tensors[f"weights/{name}"] = weight
-    for name, entries in checkpoint.optimizer.items():
-        for key, value in _flatten(entries):
-            if isinstance(value, torch.Tensor):
-                tensors[f"optimizer/{name}/{key}"] = value
-            else:
-                plain[f"{name}/{key}"] = value
+    for name, value in _flatten(checkpoint.optimizer):
+        if isinstance(value, torch.Tensor):
+            tensors[f"optimizer/{name}"] = value
+        else:
+            plain[name] = value
     header = {"format": FORMAT, "step": checkpoint.step, "state": checkpoint.state, "optimizer": plain}
     content = save(
         {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
@@ -151,11 +148,9 @@ def newest_sound(directory: Path, warn: Any, *, mend: bool = True) -> Checkpoint
     return None
 
 
-def prune(directory: Path, keep: int, always: set[int]) -> None:
-    """Deletes all checkpoints except the newest `keep` and the steps in `always`."""
-    steps = steps_on_disk(directory)
-    for step in steps[: max(0, len(steps) - keep)]:
-        if step not in always:
-            path = path_of(directory, step)
-            path.unlink(missing_ok=True)
-            _digest_path(path).unlink(missing_ok=True)
+def prune(directory: Path, keep: int, best: int | None) -> None:
+    """Deletes all checkpoints except the newest `keep` and that of step `best`."""
+    for step in steps_on_disk(directory)[:-keep]:
+        if step != best:
+            path_of(directory, step).unlink(missing_ok=True)
+            _digest_path(path_of(directory, step)).unlink(missing_ok=True)

@@ -28,8 +28,9 @@ from llmft.config.renamed import RENAMED, move
 from llmft.config.sections import TrainConfig, TrainOn
 from llmft.config.untrusted import check_plain_files, read_json, stored_config
 from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
-from llmft.core.files import existing_parent, read_plain, staged_file, write_atomically
+from llmft.core.files import existing_parent, read_plain, write_atomically
 from llmft.core.redaction import redact
+from llmft.runs.predictions import write_table
 
 T = TypeVar("T")
 SCHEMA_VERSION = 1
@@ -72,7 +73,11 @@ def adapter_directory(path: str) -> Path:
 
 def adapter_digest(path: str) -> str:
     """sha256 of the weights in `adapter_directory(path)`."""
-    with (adapter_directory(path) / "adapter_model.safetensors").open("rb") as file:
+    return _sha256(adapter_directory(path) / "adapter_model.safetensors")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -85,25 +90,17 @@ def run_name(config: TrainConfig) -> str:
     """The readable part of the directory's name: model, data and the values that experiments vary."""
     if config.name:
         return slug(redact(config.name))[:MAX_NAME]
-    seed = f"seed{config.seed}"
-    if config.model.architecture == "tfidf":
-        parts = [config.model.label, config.data.name]
-        return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
-    method = f"r{config.lora.r}" if config.lora.enabled else "full"
-    rate = f"{config.learning_rate.peak:g}"
-    parts = [config.model.label, config.data.name, config.quantization.format.value, method, f"lr{rate}"]
-    if config.task.head is not None:
-        parts.append(config.task.head.value)
-    if config.task.feedback is not None:
-        parts.append(config.task.name)
-    return slug("-".join([*parts, *_rows(config), seed]))[:MAX_NAME]
-
-
-def _rows(config: TrainConfig) -> list[str]:
-    """The part of a run's name about its training rows."""
+    parts = [config.model.label, config.data.name]
+    if config.model.architecture != "tfidf":
+        method = f"r{config.lora.r}" if config.lora.enabled else "full"
+        parts += [config.quantization.format.value, method, f"lr{config.learning_rate.peak:g}"]
+        parts += [config.task.head.value] if config.task.head is not None else []
+        parts += [config.task.name] if config.task.feedback is not None else []
     if config.data.train_on is TrainOn.all:
-        return ["all"]
-    return [] if config.data.fold is None else [f"fold{config.data.fold}"]
+        parts.append("all")
+    elif config.data.fold is not None:
+        parts.append(f"fold{config.data.fold}")
+    return slug("-".join([*parts, f"seed{config.seed}"]))[:MAX_NAME]
 
 
 class _Inside:
@@ -139,15 +136,10 @@ class Run:
     stop_file = _Inside("STOP")  # `touch` it, and the run saves at the next step and ends
     checkpoints = _Inside("checkpoints")  # training state to resume from
     adapter = _Inside("adapter")  # the trained adapter, in PEFT's format
+    rollouts = _Inside("rollouts")  # the answers that a policy drew of itself, a parquet file per window of updates
     model = _Inside("model")  # the trained model, where all weights were trained
 
-    @property
-    def rollouts(self) -> Path:
-        """The answers that a policy drew of itself, a parquet file per window of updates."""
-        return self.directory / "rollouts"
-
     def row_losses_file(self, split: str, step: int) -> Path:
-        """The losses of `split`'s rows after `step`."""
         return self.row_losses / f"{split}-{step:08d}.parquet"
 
     def status(self) -> dict[str, Any]:
@@ -158,18 +150,7 @@ class Run:
             return {}
         return status if isinstance(status, dict) else {}
 
-    def environment(self) -> dict[str, Any]:
-        """The content of environment.json. Raises ConfigError where it cannot be read."""
-        try:
-            environment = json.loads(self.environment_file.read_text())
-            return {name: dict(environment[name]) for name in ("data", "model")}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{self.environment_file}: cannot be read ({error}); train the run again with force=true."
-            ) from None
-
     def update(self, **values: Any) -> None:
-        """Adds `values` to run.json."""
         content = json.dumps(redact({**self.status(), **values}), indent=1, ensure_ascii=False, default=str)
         write_atomically(self.status_file, content.encode())
 
@@ -182,13 +163,8 @@ class Run:
 
     def finish(self, result: dict[str, Any]) -> None:
         """Marks the run as done, with its result and the digests of its exported weights."""
-        self.update(
-            handed_over=self.digests(),
-            status="done",
-            finished=time.strftime("%Y-%m-%d %H:%M:%S"),
-            error=None,
-            result=result,
-        )
+        finished = time.strftime("%Y-%m-%d %H:%M:%S")
+        self.update(handed_over=self.digests(), status="done", finished=finished, error=None, result=result)
 
     @property
     def done(self) -> bool:
@@ -197,32 +173,26 @@ class Run:
         return status.get("status") == "done" and status.get("handed_over") == self.digests()
 
     def digests(self) -> dict[str, str]:
-        """sha256 of the exported weights, by file."""
         files = sorted(p for folder in (self.adapter, self.model) for p in folder.glob("*.safetensors") if p.is_file())
-        digests = {}
-        for path in files:
-            with path.open("rb") as file:
-                digests[str(path.relative_to(self.directory))] = hashlib.file_digest(file, "sha256").hexdigest()
-        return digests
+        return {str(path.relative_to(self.directory)): _sha256(path) for path in files}
 
     def lock(self) -> None:
         """Locks the run for this process until `unlock` or the end of the process.
 
         Raises RunBusy naming the process that holds the lock.
         """
-        self._lock = filelock.FileLock(self.directory / ".lock")
+        lock = filelock.FileLock(self.directory / ".lock")
         try:
-            self._lock.acquire(timeout=1)  # `busy` holds the lock for a moment
+            lock.acquire(timeout=1)  # `busy` holds the lock for a moment
         except filelock.Timeout:
-            self._lock = None
             owner = self.status().get("owner", {})
             raise RunBusy(
                 f"{self.directory}: process {owner.get('pid', '?')} on {owner.get('host', '?')} is training this run "
                 f"(since {owner.get('since', '?')}): wait for it, or change the config."
             ) from None
         except OSError as error:
-            self._lock = None
             raise unwritable(str(self.directory), error) from None
+        self._lock = lock
         try:
             self._sign()
         except OSError:
@@ -247,7 +217,6 @@ class Run:
             return True
 
     def unlock(self) -> None:
-        """Releases the lock."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -275,10 +244,9 @@ class Run:
             if split == "test" or not step_of_file.isdigit() or int(step_of_file) > step:
                 path.unlink()
         for path in (self.metrics_file, self.timing_file, self.samples_file):
-            if not path.is_file():
-                continue
-            kept = [line for line in path.read_bytes().splitlines(keepends=True) if _is_kept(line, step)]
-            write_atomically(path, b"".join(kept))
+            if path.is_file():
+                lines = path.read_bytes().splitlines(keepends=True)
+                write_atomically(path, b"".join(line for line in lines if _is_until(line, step)))
 
 
 @dataclass
@@ -298,7 +266,7 @@ class ForeignRun(Run):
         return {("model", "fingerprint"): self.fingerprint}[group, name]
 
 
-def _is_kept(line: bytes, step: int) -> bool:
+def _is_until(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)
         tested = record.get("split") == "test" or any(key.startswith("test/") for key in record)
@@ -381,8 +349,7 @@ def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[
     Raises its ConfigError or DataError for a directory named without a glob, and where no directory is left.
     """
     opened, refused = [], []
-    globs = [name for name in (paths if isinstance(paths, (list, tuple)) else [paths]) if _is_glob(str(name))]
-    from_globs = {path for name in globs for path in directories(name, key)}
+    from_globs = {path for name in _listed(paths) if _is_glob(name) for path in directories(name, key)}
     for directory in directories(paths, key):
         try:
             opened.append(open_one(directory))
@@ -397,6 +364,10 @@ def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[
     return opened
 
 
+def _listed(paths: Any) -> list[str]:
+    return list(map(str, paths if isinstance(paths, (list, tuple)) else [paths]))
+
+
 def _is_glob(text: str) -> bool:
     """Whether `text` is a pattern, and not an existing path."""
     return glob.has_magic(text) and not Path(text).expanduser().exists()
@@ -405,16 +376,15 @@ def _is_glob(text: str) -> bool:
 def directories(paths: Any, key: str) -> list[Path]:
     """Paths and globs as a list of unique directories. Raises ConfigError for one that is missing."""
     result: list[Path] = []
-    for name in paths if isinstance(paths, (list, tuple)) else [paths]:
-        text = str(Path(str(name)).expanduser())
-        matches = sorted(glob.glob(text)) if _is_glob(text) else [text]
-        matching_directories = [Path(match) for match in matches if Path(match).is_dir()]
-        if not matching_directories:
-            path = Path(text)
+    for name in _listed(paths):
+        path = Path(name).expanduser()
+        matches = map(Path, sorted(glob.glob(str(path)))) if _is_glob(name) else [path]
+        existing = [match for match in matches if match.is_dir()]
+        if not existing:
             similar = nearest(path.name, os.listdir(path.parent) if path.parent.is_dir() else [])
             hint = f"; did you mean {path.parent / similar}?" if similar else "."
             raise ConfigError(f"{key}={name}: no such directory{hint}")
-        result += [path for path in matching_directories if path not in result]
+        result += [match for match in existing if match not in result]
     return result
 
 
@@ -436,7 +406,6 @@ def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Se
 
 
 def write_config(run: Run, config: TrainConfig) -> None:
-    """Writes the resolved config as YAML."""
     from omegaconf import OmegaConf
 
     write_atomically(run.config_file, OmegaConf.to_yaml(OmegaConf.create(redact(to_plain(config)))).encode())
@@ -458,8 +427,6 @@ def write_row_losses(
     each of `names`.
     """
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
 
     from llmft.core.arrow import number_column, text_column
 
@@ -473,8 +440,7 @@ def write_row_losses(
     if any(group is not None for group in groups):
         columns["group"] = text_column([str(group) for group in groups])
     columns |= {f"score_{name}": number_column(np.array(values, np.float64)) for name, values in (scores or {}).items()}
-    with staged_file(path) as file:
-        pq.write_table(pa.table(columns), file, compression="zstd")
+    write_table(path, columns)
 
 
 def append_line(path: Path, record: dict[str, Any]) -> None:
@@ -485,8 +451,6 @@ def append_line(path: Path, record: dict[str, Any]) -> None:
             file.seek(end - 1)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        plain = {
-            key: None if isinstance(value, float) and not math.isfinite(value) else value
-            for key, value in record.items()
-        }
+        blank = [key for key, value in record.items() if isinstance(value, float) and not math.isfinite(value)]
+        plain = record | dict.fromkeys(blank)
         file.write((json.dumps(redact(plain), ensure_ascii=False) + "\n").encode())

@@ -12,7 +12,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -91,7 +91,6 @@ class Predictions:
             raise DataError(f"the target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
 
     def at(self, rows: Sequence[int]) -> Predictions:
-        """The predictions of these rows, in this order."""
         return replace(
             self,
             ids=[self.ids[row] for row in rows],
@@ -131,18 +130,9 @@ class Predictions:
             raise DataError(f"two rows have the id '{repeated[0]}': set data.columns.id to a column of unique values.")
         columns = self.table()
         write_table(directory / "predictions.parquet", columns)
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        write_atomically(directory / "predictions.csv", text.getvalue().encode())
-        facts = {
-            "problem": self.problem,
-            "labels": self.labels,
-            "rows": len(self.ids),
-            "fingerprint": self.fingerprint,
-            **self.facts,
-        }
+        write_csv(directory / "predictions.csv", columns, zip(*columns.values(), strict=True))
+        facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
+        facts |= self.facts
         write_atomically(directory / "predictions.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
         return directory
 
@@ -173,6 +163,15 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         pq.write_table(pa.table(dict(columns)), file, compression="zstd")
 
 
+def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
+    """Writes a table with a header; the file appears whole."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
 def read_table(path: Path) -> dict[str, list[Any]]:
     """The columns of a parquet file. Raises DataError where it cannot be read."""
     import pyarrow as pa
@@ -200,9 +199,8 @@ def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str)
         values = np.asarray([table[name] for name in names], dtype=np.float64).reshape(len(names), rows).T.copy()
     known = {"id", "target", "predicted", *(f"{PREFIX}{label}" for label in labels)}
     extra = {name: column for name, column in table.items() if name not in known}
-    return Predictions(
-        [str(name) for name in table["id"]], list(labels), values, problem, table.get("target") or [], extra
-    )
+    targets = table.get("target") or []
+    return Predictions(list(map(str, table["id"])), list(labels), values, problem, targets, extra)
 
 
 def names_in(directory: Path) -> list[str]:

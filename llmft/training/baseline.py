@@ -156,86 +156,85 @@ def _linear(
     return weights, bias
 
 
-class BaselineSession:
-    """One training of the baseline, with the record of any other run."""
-
-    def __init__(self, prepared: RunInputs, screen: Screen) -> None:
-        self.prepared, self.screen = prepared, screen
-
-    def run(self) -> float | None:
-        """Fits, predicts the held-out rows, finishes the run directory; returns the monitored metric."""
-        prepared, config, run = self.prepared, self.prepared.config, self.prepared.run
-        targets = _check(config, prepared.targets)
-        began = time.monotonic()
-        self._record()
-        rows = prepared.conversations
-        self.screen.plan(
-            {
-                "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
-                "data": f"{config.data.name}: " + ", ".join(f"{len(part):,} {split}" for split, part in rows.items()),
-                "run": str(run.directory),
-            }
-        )
-        for finding in row_findings(prepared):
-            self.screen.warn(f"{finding.key}: {finding.message}.")
-        model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
-        model.save(run.model)
-        after = self._evaluate(model, targets)
-        append_line(run.metrics_file, {"step": 1, **after})
-        seconds = time.monotonic() - began
-        append_line(run.timing_file, {"step": 1, "val/elapsed_s": seconds})
-        # As metrics.jsonl has them: what is not finite is blank.
-        after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
-        result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
-        chance = chance_of(prepared, _metrics(config))
-        run.finish({**result, "chance": chance} if chance else result)
-        facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-        show_summary(self.screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
-        return after.get(config.trainer.monitor)
-
-    def _record(self) -> None:
-        import torch
-
-        run, prepared = self.prepared.run, self.prepared
-        for path in (run.metrics_file, run.timing_file):
-            path.unlink(missing_ok=True)
-        write_config(run, prepared.config)
-        record = {
-            **describe(torch.device("cpu")),
-            "precision": "fp64",
-            "data": data_facts(prepared),
-            "model": {"fingerprint": prepared.located.fingerprint},
+def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
+    """One training of the baseline, with the record of any other run; returns the monitored metric."""
+    config, run, rows = inputs.config, inputs.run, inputs.conversations
+    targets = _check(config, inputs.targets)
+    began = time.monotonic()
+    _record(inputs, targets)
+    screen.plan(
+        {
+            "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
+            "data": f"{config.data.name}: " + ", ".join(f"{len(part):,} {split}" for split, part in rows.items()),
+            "run": str(run.directory),
         }
-        write_atomically(run.environment_file, json.dumps(record, indent=1).encode())
-        assert prepared.targets is not None
-        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
+    )
+    for finding in row_findings(inputs):
+        screen.warn(f"{finding.key}: {finding.message}.")
+    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
+    functions = metric_functions(config.task.metrics, config.task.metric_options)
+    metrics = {name: metric for name, metric in functions.items() if name not in text}
+    model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
+    model.save(run.model)
+    after = _evaluate(inputs, model, metrics)
+    append_line(run.metrics_file, {"step": 1, **after})
+    seconds = time.monotonic() - began
+    append_line(run.timing_file, {"step": 1, "val/elapsed_s": seconds})
+    # As metrics.jsonl has them: what is not finite is blank.
+    after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
+    result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
+    chance = chance_of(inputs, metrics)
+    run.finish({**result, "chance": chance} if chance else result)
+    facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+    show_summary(screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
+    return after.get(config.trainer.monitor)
 
-    def _evaluate(self, model: Baseline, targets: Targets) -> dict[str, Any]:
-        """Metrics of validation and test, whose predictions and row losses are written."""
-        config, run = self.prepared.config, self.prepared.run
-        metrics = _metrics(config)
-        after: dict[str, Any] = {}
-        for split, name in (("validation", "val"), ("test", "test")):
-            rows = self.prepared.conversations.get(split) or []
-            if not rows:
-                continue
-            values = model.predict(rows)
-            references = np.asarray([row.target for row in rows])
-            losses = row_losses(values, references, targets.problem, targets.scale)
-            after[f"{name}/loss_nats"] = float(np.mean(losses))
-            scored = {metric: score(metrics[metric], references, values) for metric in metrics}
-            after |= {f"{name}/{metric}": value for metric, (value, _) in scored.items()}
-            if name == "val" and config.data.train_on is TrainOn.all:
-                after = dict.fromkeys(after)
-                continue
-            table = [(row, float(loss), 1.0) for row, loss in enumerate(losses)]
-            path = run.row_losses_file(name, 1)
-            of_rows = {metric: own for metric, (_, own) in scored.items() if own is not None}
-            places, groups = [row.where for row in rows], [row.group for row in rows]
-            names = [f"{PREFIX}{label}" for label in targets.labels]
-            write_row_losses(path, table, places.__getitem__, names, values, groups=groups, scores=of_rows)
-            predictions_of(self.prepared, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
-        return after
+
+def _record(inputs: RunInputs, targets: Targets) -> None:
+    import torch
+
+    run = inputs.run
+    for path in (run.metrics_file, run.timing_file):
+        path.unlink(missing_ok=True)
+    write_config(run, inputs.config)
+    record = {
+        **describe(torch.device("cpu")),
+        "precision": "fp64",
+        "data": data_facts(inputs),
+        "model": {"fingerprint": inputs.located.fingerprint},
+    }
+    write_atomically(run.environment_file, json.dumps(record, indent=1).encode())
+    write_atomically(run.targets_file, json.dumps(targets.to_plain(), indent=1).encode())
+
+
+def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> dict[str, Any]:
+    """Metrics of validation and test, whose predictions and row losses are written."""
+    run, targets = inputs.run, model.targets
+    after: dict[str, Any] = {}
+    for split, name in (("validation", "val"), ("test", "test")):
+        rows = inputs.conversations.get(split) or []
+        if not rows:
+            continue
+        values = model.predict(rows)
+        references = np.asarray([row.target for row in rows])
+        losses = row_losses(values, references, targets.problem, targets.scale)
+        after[f"{name}/loss_nats"] = float(np.mean(losses))
+        scored = {metric: score(function, references, values) for metric, function in metrics.items()}
+        after |= {f"{name}/{metric}": value for metric, (value, _) in scored.items()}
+        if name == "val" and inputs.config.data.train_on is TrainOn.all:
+            after = dict.fromkeys(after)
+            continue
+        write_row_losses(
+            run.row_losses_file(name, 1),
+            [(row, float(loss), 1.0) for row, loss in enumerate(losses)],
+            [row.where for row in rows].__getitem__,
+            [f"{PREFIX}{label}" for label in targets.labels],
+            values,
+            groups=[row.group for row in rows],
+            scores={metric: of_rows for metric, (_, of_rows) in scored.items() if of_rows is not None},
+        )
+        predictions_of(inputs, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
+    return after
 
 
 def _check(config: TrainConfig, targets: Targets | None) -> Targets:
@@ -245,10 +244,3 @@ def _check(config: TrainConfig, targets: Targets | None) -> Targets:
     if config.task.objective != CLASSIFICATION or config.task.objective_options:
         raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
     return targets
-
-
-def _metrics(config: TrainConfig) -> dict[str, Any]:
-    """Those that score predictions."""
-    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
-    metrics = metric_functions(config.task.metrics, config.task.metric_options)
-    return {name: metric for name, metric in metrics.items() if name not in text}

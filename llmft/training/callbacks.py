@@ -1,12 +1,11 @@
-"""What happens around the steps: records and checkpoints."""
+"""What happens around the steps: records, checkpoints, and the progress bar."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 try:
@@ -18,9 +17,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmft.config.sections import Mode, OnSaveError
+from llmft.config.sections import OnSaveError, TrainConfig, TrainOn
+from llmft.core.console import Screen, StepProgress
 from llmft.core.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.data.batch import StepBatch
+from llmft.data.examples import Example
 from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
 from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
@@ -61,37 +62,22 @@ class Recorder(Callback):
     """
 
     def __init__(
-        self,
-        run: Run,
-        *,
-        seconds_before: float = 0.0,
-        describe: Mapping[str, Callable[[int], str]] | None = None,
-        columns: Sequence[str] = (),
-        groups: Mapping[str, Callable[[int], str | None]] | None = None,
+        self, run: Run, splits: Mapping[str, Sequence[Example]], columns: Sequence[str], seconds_before: float
     ) -> None:
-        self.run = run
-        self.groups = groups or {}
-        self.columns = columns
-        self.describe = describe or {}
-        self.seconds_before = seconds_before
-        self.started = time.monotonic()
+        self.run, self.columns, self.seconds_before = run, columns, seconds_before
+        self.rows = {"val": splits.get("validation", ()), "test": splits.get("test", ())}
+        self.started = self._since = time.monotonic()
         self.tokens_per_s = 0.0
-        self._since = self.started
 
     @property
     def seconds(self) -> float:
         """Time in training and validation, over all resumptions."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-        """Starts the clock of a step."""
+    def on_train_batch_start(self, *_: Any) -> None:
         self._since = time.monotonic()
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: StepBatch, index: int
-    ) -> None:
-        """Records a step."""
-        assert isinstance(module, FineTuner)
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: StepBatch, index: int) -> None:
         seconds = max(time.monotonic() - self._since, 1e-9)
         tokens = sum(micro.num_tokens for micro in batch.micro_batches) * trainer.world_size
         self.tokens_per_s = tokens / seconds
@@ -102,36 +88,30 @@ class Recorder(Callback):
         }
         self._write(trainer, module.step, module.train_metrics, timing)
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Records a validation and its samples."""
-        assert isinstance(module, FineTuner)
-        validation = module.validation
-        assert validation is not None
-        self._write(trainer, validation.step, validation.metrics, {f"{validation.split}/elapsed_s": self.seconds})
-        if trainer.is_global_zero:
-            if validation.rows:
-                describe = self.describe.get(validation.split, str)
-                path = self.run.row_losses_file(validation.split, validation.step)
-                group = self.groups.get(validation.split, lambda row: None)
-                write_row_losses(
-                    path,
-                    validation.rows,
-                    describe,
-                    self.columns,
-                    validation.outputs,
-                    groups=[group(row) for row, _, _ in validation.rows],
-                    scores=validation.scores,
-                )
-            for sample in validation.samples:
-                append_line(self.run.samples_file, {"step": validation.step, "split": validation.split, **sample})
-            for logger in trainer.loggers:
-                log_samples = getattr(logger, "log_samples", None)
-                if log_samples is not None and validation.samples:
-                    log_samples(validation.step, validation.samples)
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        validation: Validation = module.validation
+        split, step = validation.split, validation.step
+        self._write(trainer, step, validation.metrics, {f"{split}/elapsed_s": self.seconds})
+        if not trainer.is_global_zero:
+            return
+        if validation.rows:
+            examples = self.rows[split]
+            write_row_losses(
+                self.run.row_losses_file(split, step),
+                validation.rows,
+                lambda row: examples[row].where,
+                self.columns,
+                validation.outputs,
+                groups=[examples[row].conversation.group for row, _, _ in validation.rows],
+                scores=validation.scores,
+            )
+        for sample in validation.samples:
+            append_line(self.run.samples_file, {"step": step, "split": split, **sample})
+        for logger in trainer.loggers:
+            if validation.samples and hasattr(logger, "log_samples"):
+                logger.log_samples(step, validation.samples)
 
-    def on_test_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:  # type: ignore[override]
-        """Records a test likewise."""
-        self.on_validation_end(trainer, module)
+    on_test_end = on_validation_end  # type: ignore[assignment]
 
     def _write(self, trainer: L.Trainer, step: int, metrics: dict[str, float], timing: dict[str, float]) -> None:
         if not trainer.is_global_zero:
@@ -142,6 +122,9 @@ class Recorder(Callback):
             logger.log_metrics({**metrics, **timing}, step=step)
 
 
+STATE = ("best_value", "best_step", "waited", "stopped_early", "pending", "fit")
+
+
 class Checkpointer(Callback):
     """Saves at step boundaries, keeps the best, stops early, and saves before the run is stopped from outside.
 
@@ -150,39 +133,22 @@ class Checkpointer(Callback):
 
     def __init__(
         self,
-        directory: Path,
-        *,
-        every: int | None,
-        keep: int,
-        monitor: str,
-        mode: Mode,
-        patience: int | None,
-        total_steps: int,
-        stops: Collection[int],
+        run: Run,
+        config: TrainConfig,
+        stops: Sequence[int],
         requests: StopRequests,
-        state: dict[str, Any] | None = None,
-        fit: dict[str, Any] | None = None,
-        seconds: Callable[[], float] = lambda: 0.0,
-        command: str = "",
-        on_save_error: OnSaveError = OnSaveError.stop,
-        tell: Callable[[str], None] = print,
+        state: dict[str, Any],
+        fit: dict[str, Any],
+        seconds: Callable[[], float],
+        command: str,
+        tell: Callable[[str], None],
     ) -> None:
-        self.directory = directory
-        self.every = every
-        self.keep = keep
-        self.monitor = monitor
-        self.sign = mode.sign
-        self.patience = patience
-        self.total_steps = total_steps
-        self.stops = set(stops)
-        self.requests = requests
-        self.fit = fit
-        self.seconds = seconds
-        self.command = command
-        self.on_save_error = on_save_error
-        self.tell = tell
+        """`stops` are the steps with a validation, the last of them the run's; `state` is a checkpoint's, or empty."""
+        self.directory, self.settings, self.requests = run.checkpoints, config.trainer, requests
+        self.stops, self.fit, self.seconds, self.command, self.tell = stops, fit, seconds, command, tell
+        # Blank metrics are never better.
+        self.patience = None if config.data.train_on is TrainOn.all else config.trainer.patience
         self.saved: int | None = None
-        state = state or {}
         self.best_value: float | None = state.get("best_value")
         self.best_step: int | None = state.get("best_step")
         self.waited: int = state.get("waited", 0)
@@ -196,12 +162,7 @@ class Checkpointer(Callback):
         """What a resumed run needs besides tensors; nothing is computed for it without `probe`."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
-            "best_value": self.best_value,
-            "best_step": self.best_step,
-            "waited": self.waited,
-            "stopped_early": self.stopped_early,
-            "pending": self.pending,
-            "fit": self.fit,
+            **{name: getattr(self, name) for name in STATE},
             "seconds": self.seconds(),
             "skipped": list(module.skipped),
             "loss_scale": scaler.state_dict() if scaler is not None else None,
@@ -217,18 +178,19 @@ class Checkpointer(Callback):
 
     # Requests from outside are only noted; they are acted on at the end of the step or batch under way.
 
-    def on_sanity_check_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Takes the signals for the validation before training."""
+    def on_sanity_check_start(self, *_: Any) -> None:
+        """Takes the signals, as before each loop."""
         self.requests.signals.take()
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    on_test_start = on_sanity_check_start  # type: ignore[assignment]
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Takes the signals for the training; puts the loss scale back under fp16."""
         self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
         trainer.should_stop = self.stopped_early
-        assert isinstance(module, FineTuner)
         self._check_next_loss(self._next_loss(trainer, module) if self.next_loss is not None else None, module.step)
 
     def _check_next_loss(self, loss: float | None, step: int) -> None:
@@ -245,39 +207,26 @@ class Checkpointer(Callback):
         if difference > OTHER_MACHINE:
             self.tell(f"warning: {message}; another device or version computes otherwise")
 
-    def on_test_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Takes the signals for the test."""
-        self.requests.signals.take()
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         """Saves when it is time, or when somebody asks."""
-        assert isinstance(module, FineTuner)
-        request = self._agree(trainer, module)
+        request, every = self._agree(trainer, module), self.settings.checkpoint_every
         self.pending = module.step in self.stops
-        if module.step >= self.total_steps:
+        if module.step >= self.stops[-1]:
             trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
-        if request or (self.every is not None and module.step % self.every == 0 and not self.pending):
+        if request or (every is not None and module.step % every == 0 and not self.pending):
             self.save(trainer, module)
         self._act_on(request, trainer, module)
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
-    ) -> None:
+    def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         """Leaves a validation that is to stop; the step before it is saved and waits for its validation."""
-        assert isinstance(module, FineTuner)
         request = self._agree(trainer, module)
         if request > SAVE:
             if module.step > 0:
                 self.save(trainer, module)
             self._act_on(request, trainer, module)
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
-    ) -> None:
+    def on_test_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         """Leaves the test, which a resumed run takes again from its beginning."""
-        assert isinstance(module, FineTuner)
         self._act_on(self._agree(trainer, module), trainer, module)
 
     def _act_on(self, request: int, trainer: L.Trainer, module: FineTuner) -> None:
@@ -290,7 +239,7 @@ class Checkpointer(Callback):
             if trainer.is_global_zero and self.saved == module.step:
                 self.tell(f"saved after step {module.step}, as the file SAVE asked")
             return
-        where = f"saved after step {module.step} of {self.total_steps}"
+        where = f"saved after step {module.step} of {self.stops[-1]}"
         if module.step == 0:
             where = "stopped before the first step"
         elif self.saved != module.step and trainer.is_global_zero:
@@ -302,7 +251,7 @@ class Checkpointer(Callback):
         message += f": {self.command}" if self.command else "."
         raise Interrupted(message, request - SIGNAL) if request >= SIGNAL else Paused(message)
 
-    def _agree(self, trainer: L.Trainer, module: L.LightningModule) -> int:
+    def _agree(self, trainer: L.Trainer, module: Any) -> int:
         """The strongest request of any process, so that all of them stop at the same step; 0 for none."""
         mine = self.requests.strongest()
         if trainer.world_size == 1:
@@ -311,16 +260,17 @@ class Checkpointer(Callback):
         torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
         return int(request)
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Compares with the best, and saves; not before training, where there is nothing to save yet."""
-        assert isinstance(module, FineTuner)
-        assert module.validation is not None
-        value = self._monitored(module.validation)
+        monitor, metrics, sign = self.settings.monitor, module.validation.metrics, self.settings.mode.sign
+        if monitor not in metrics:
+            raise ConfigError(f"trainer.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
         if trainer.sanity_checking and not self.pending:
             return
         self.pending = False
         # A loss that is not a number is no best value, and one that is beats it.
-        better = self.best_value is None or self.sign * value < self.sign * self.best_value
+        value = metrics[monitor]
+        better = self.best_value is None or sign * value < sign * self.best_value
         if math.isfinite(value) and better:
             self.best_value, self.best_step, self.waited = value, module.step, 0
         else:
@@ -331,17 +281,8 @@ class Checkpointer(Callback):
         self.save(trainer, module)
         self._act_on(self._agree(trainer, module), trainer, module)
 
-    def _monitored(self, validation: Validation) -> float:
-        try:
-            return validation.metrics[self.monitor]
-        except KeyError:
-            raise ConfigError(
-                f"trainer.monitor={self.monitor}: no such metric{did_you_mean(self.monitor, validation.metrics)}"
-            ) from None
-
-    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
         """Keeps the last good state of a run that diverges or finds no memory: the next start goes on right there."""
-        assert isinstance(module, FineTuner)
         self.failed_in = "training" if trainer.training else "validation"
         # Other processes diverge alike, but may have memory left: then they do not come here.
         together = isinstance(exception, DivergedError) or (is_out_of_memory(exception) and trainer.world_size == 1)
@@ -366,16 +307,49 @@ class Checkpointer(Callback):
         try:
             save_checkpoint(self.directory, checkpoint)
         except OSError as error:
-            message = self._not_saved(module.step, error)
-            if self.on_save_error is OnSaveError.warn:
+            earlier = steps_on_disk(self.directory)
+            intact = f"the checkpoint of step {earlier[-1]} is intact" if earlier else "there is none before it"
+            message = (
+                f"the checkpoint of step {module.step} could not be written to {self.directory} ({error.strerror}); "
+                f"{intact}"
+            )
+            if self.settings.on_save_error is OnSaveError.warn:
                 self.tell(f"warning: {message}; training goes on (trainer.on_save_error=warn).")
                 return
             raise DiskError(f"{message}: free some space and run the same command.") from error
         self.saved = module.step
         if not rescue:
-            prune(self.directory, self.keep, {self.best_step} if self.best_step is not None else set())
+            prune(self.directory, self.settings.keep_checkpoints, self.best_step)
 
-    def _not_saved(self, step: int, error: OSError) -> str:
-        earlier = steps_on_disk(self.directory)
-        kept = f"the checkpoint of step {earlier[-1]} is intact" if earlier else "there is none before it"
-        return f"the checkpoint of step {step} could not be written to {self.directory} ({error.strerror}); {kept}"
+
+class ShowProgress(Callback):
+    """Draws steps and validations on the screen of the first process."""
+
+    def __init__(self, screen: Screen, recorder: Recorder, total_steps: int, show_rows: int, enabled: bool) -> None:
+        self.screen, self.recorder, self.total_steps, self.show_rows = screen, recorder, total_steps, show_rows
+        self.bar = StepProgress(screen, total_steps, enabled=enabled)
+
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
+        if trainer.is_global_zero:
+            self.bar.start(module.step)
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        if trainer.is_global_zero:
+            self.bar.update(module.step, module.train_metrics["train/loss_nats"], self.recorder.tokens_per_s)
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        validation: Validation = module.validation
+        if not trainer.is_global_zero:
+            return
+        numbers = "  ".join(f"{name} {value:.4f}" for name, value in validation.metrics.items())
+        if module.trained_on_validation and validation.split == "val":
+            numbers = "trained on all rows, so no validation tells anything"
+        self.bar.screen.print(f"step {validation.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
+        if validation.step == 0 or validation.step == self.total_steps:
+            self.screen.samples(validation.samples, self.show_rows, validation.step)
+
+    def teardown(self, *_: Any, **__: Any) -> None:
+        """Takes the bar away; after an exception, before the error is printed."""
+        self.bar.stop()
+
+    on_exception = teardown  # type: ignore[assignment]

@@ -62,20 +62,17 @@ def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
 
 def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Example], tokenizer: Any) -> Path:
     """Writes the rows of `bad` with their place, loss and text to the run directory; returns the file."""
-    rows = []
-    for row, loss in bad.rows:
-        example = examples[row]
-        ids = [int(token) for token in example.input_ids]
-        rows.append(
-            {
-                "row": row,
-                "where": example.where,
-                "loss_nats": loss if math.isfinite(loss) else str(loss),
-                "tokens": len(ids),
-                "labelled_tokens": example.labelled_tokens,
-                "text": tokenizer.decode(ids),
-            }
-        )
+    rows = [
+        {
+            "row": row,
+            "where": example.where,
+            "loss_nats": loss if math.isfinite(loss) else str(loss),
+            "tokens": len(example.input_ids),
+            "labelled_tokens": example.labelled_tokens,
+            "text": tokenizer.decode(list(map(int, example.input_ids))),
+        }
+        for row, loss, example in [(row, loss, examples[row]) for row, loss in bad.rows]
+    ]
     path = run.directory / "not_finite" / f"step-{bad.step:08d}.json"
     record = {"step": bad.step, "reason": bad.reason, "learning_rate": bad.learning_rate, "rows": rows}
     write_atomically(path, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())

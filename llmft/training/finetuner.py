@@ -9,49 +9,37 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from functools import partial
+from itertools import chain
+from operator import itemgetter
+from typing import Any
 
 import lightning as L
 import numpy as np
 import torch
 
+from llmft.config.sections import OnNan, TrainOn
 from llmft.core.errors import DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
-from llmft.data.encode import Ends
 from llmft.metrics import score
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
-from llmft.model.generate import generate
+from llmft.model.checkpointing import Offloaded
 from llmft.model.sharding import is_sharded, like, shard, whole
-from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped
-from llmft.training.objectives.base import Objective, RowLosses
+from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped, write_bad_step
+from llmft.training.objectives.base import RowLosses
+from llmft.training.parts import Parts
+from llmft.training.prepare import RunInputs
 from llmft.training.processes import check_same_start
-
-
-class Rollouts(Protocol):
-    """What lets the policy itself make the batch of a step, see `llmft.training.rollouts`."""
-
-    def batch(self, model: Any, step: int, device: torch.device) -> StepBatch:
-        """The batch of optimizer step `step`."""
-        ...
-
-    def told(self) -> dict[str, float]:
-        """Numbers of the step that was taken last."""
-        ...
-
-
-@dataclass
-class Sample:
-    """A validation row to generate for."""
-
-    prompt_ids: list[int]
-    prompt: str
-    reference: str
-    where: str
+from llmft.training.readiness import Ready
+from llmft.training.rollouts import Rollouts
+from llmft.training.samples import Generation, make_generation
+from llmft.training.schedule import make_schedule
+from llmft.training.scoring import make_scoring
 
 
 @dataclass
@@ -68,33 +56,6 @@ class Validation:
     """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Each row's score of a metric that is a mean over rows, by the metric's name."""
-
-
-@dataclass
-class Scoring:
-    """How validation scores an objective's predictions.
-
-    Attributes:
-        metrics: functions (references, predictions) -> float.
-        references: the targets of a split's rows as metrics take them, by the split's name in metrics (val, test).
-    """
-
-    metrics: dict[str, Callable[[Any, Any], float]]
-    references: dict[str, np.ndarray]
-
-
-@dataclass
-class Generation:
-    """How validation generates."""
-
-    samples: list[Sample]
-    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
-    decode: Callable[[list[int]], str]
-    pad_id: int
-    ends: Ends
-    max_new_tokens: int
-    batch_size: int
-    context_tokens: int | None = None
 
 
 def seed_device(device: torch.device, seed: int) -> None:
@@ -133,13 +94,13 @@ def restore_pages(optimizer: Any) -> None:
                 state[name] = pages.copy_(state[name])
 
 
-def _moved(optimizer: Any) -> list[torch.nn.Parameter]:
+def _moved(optimizer: Any) -> list[Any]:
     """The parameters that have a gradient."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
 
 
 def _gradients(optimizer: Any) -> list[torch.Tensor]:
-    return [p.grad for p in _moved(optimizer) if p.grad is not None]
+    return [p.grad for p in _moved(optimizer)]
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -168,53 +129,31 @@ class FineTuner(L.LightningModule):
 
     def __init__(
         self,
+        inputs: RunInputs,
+        ready: Ready,
+        parts: Parts,
         model: Any,
-        objective: Objective,
-        make_optimizer: Callable[[Any], torch.optim.Optimizer],
-        learning_rate: Callable[[int], float],
-        *,
-        seed: int,
-        gradient_clip: float | None = None,
-        generation: Generation | None = None,
-        scoring: Scoring | None = None,
-        trained_on_validation: bool = False,
-        describe_row: Callable[[int], str] = str,
-        keep_bad_step: Callable[[BadStep], str] = lambda bad: "",
-        skip_up_to: int | None = None,
-        keeping: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        tells_steps: bool = False,
-        strict: bool = False,
-        tell_not_deterministic: Callable[[str], None] = lambda operation: None,
         rollouts: Rollouts | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
-        """Sets up; `skip_up_to` is the number of steps of a run that skips bad ones, None stops at the first.
+        """Sets up; `rollouts` make a step's batch of answers that the model draws itself.
 
-        `keeping` surrounds each forward of the training: where what it saves for the backward is held.
-        `tells_steps` hands each step's numbers to Lightning, for callbacks that a user adds.
-        `strict` lets no operation of a step be nondeterministic, unless there is no other: then the rest of the run
-        takes it, and `tell_not_deterministic` hears what it was.
-        `rollouts` make a step's batch of answers that the model draws itself.
+        `warn` hears of steps that are skipped and of operations that are not deterministic: in the first process alone.
         """
         super().__init__()
-        self.automatic_optimization = False
-        self.strict_loading = False
-        self.model = model
-        self.objective = objective
-        self.make_optimizer = make_optimizer
-        self.learning_rate = learning_rate
-        self.seed = seed
-        self.gradient_clip = gradient_clip
-        self.generation = generation
-        self.scoring = scoring
-        self.trained_on_validation = trained_on_validation
-        self.describe_row = describe_row
-        self.keep_bad_step = keep_bad_step
-        self.skip_up_to = skip_up_to
-        self.keeping = keeping
-        self.tells_steps = tells_steps
-        self.strict = strict
-        self.tell_not_deterministic = tell_not_deterministic
-        self.rollouts = rollouts
+        self.automatic_optimization = self.strict_loading = False
+        config, trainer, rows = inputs.config, inputs.config.trainer, ready.rows
+        self.inputs, self.rows, self.model, self.rollouts, self.warn = inputs, rows, model, rollouts, warn
+        self.objective, self.make_optimizer, self.metrics = ready.objective, parts.make_optimizer, parts.metrics
+        self.learning_rate = make_schedule(config.learning_rate, rows.total_steps)
+        self.seed, self.gradient_clip, self.strict = config.seed, trainer.gradient_clip, trainer.deterministic
+        self.scoring = make_scoring(config.task, parts.metrics, rows.splits, config.data.degrees)
+        self.trained_on_validation = config.data.train_on is TrainOn.all
+        self.skips = trainer.on_nan is OnNan.skip
+        # The CPU's activations are in its memory already.
+        offloads = trainer.offload_activations and ready.device.type == "cuda"
+        self.keeping = partial(Offloaded, model) if offloads else nullcontext
+        self.tells_steps = bool(trainer.callbacks)
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -222,8 +161,14 @@ class FineTuner(L.LightningModule):
         self.validation: Validation | None = None
         self._grad_norm = 0.0
         self._unscaled = 0
-        self._rows: list[tuple[list[int], RowLosses]] = []
+        self._losses: list[tuple[list[int], RowLosses]] = []
         self._pending_optimizer: dict[str, dict[str, Any]] | None = None
+        self.generate_for("validation")
+
+    def generate_for(self, split: str) -> None:
+        """Lets validations generate for rows of `split`."""
+        judge = None if self.rollouts is None else self.rollouts.judge
+        self.generation = make_generation(self.inputs.config, self.rows, self.metrics, split, judge)
 
     # ------------------------------------------------------------------------------------------------- training
 
@@ -269,7 +214,7 @@ class FineTuner(L.LightningModule):
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            self.tell_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            self._tell_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
         sharded = is_sharded(self.model)
@@ -324,6 +269,14 @@ class FineTuner(L.LightningModule):
                 row_losses.append((micro.rows, losses.nll.detach()))
         return total, row_losses
 
+    def _tell_not_deterministic(self, operation: str) -> None:
+        if self.warn is not None:
+            self.inputs.run.update(not_deterministic=operation)
+            self.warn(
+                f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated run "
+                "may differ in the last bits."
+            )
+
     def _set_rate(self, optimizer: Any, step: int) -> float:
         rate = self.learning_rate(step)
         for group in optimizer.param_groups:
@@ -348,13 +301,17 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Keeps a record of the bad step; raises DivergedError unless it may be skipped."""
         self.stepping = False
-        found = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
-        bad = BadStep(step, str(reason), rate, sorted(pair for share in self._gather(found) for pair in share))
-        kept = self.keep_bad_step(bad)
+        losses = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
+        bad = BadStep(step, str(reason), rate, sorted(self._gather(losses)))
+        train, path = self.rows.splits["train"], ""
+        if self.warn is not None:
+            path = str(write_bad_step(self.inputs.run, bad, train, self.rows.tokenizer))
+            if self.skips:
+                self.warn(f"{reason} at step {step}, which is skipped; its rows are in {path}.")
         self.skipped.append(step)
-        if self.skip_up_to is not None and not reason.final and not too_many_skipped(self.skipped, self.skip_up_to):
+        if self.skips and not reason.final and not too_many_skipped(self.skipped, self.rows.total_steps):
             return
-        suspects = [self.describe_row(row) for row in bad.suspects]
+        suspects = [train[row].where for row in bad.suspects]
         shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
         before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
         advice = "Lower learning_rate.peak, look at these rows, or set trainer.on_nan=skip."
@@ -364,7 +321,7 @@ class FineTuner(L.LightningModule):
                 f"trainer.precision=fp32, or take a GPU that computes bf16 (Ampere or later). Else: {advice}"
             )
         raise DivergedError(
-            f"training diverged: {reason} at step {step} (rows {shown}{f'; see {kept}' if kept else ''}){before}. The "
+            f"training diverged: {reason} at step {step} (rows {shown}{f'; see {path}' if path else ''}){before}. The "
             f"weights before it are in the newest checkpoint. {advice}"
         )
 
@@ -383,55 +340,50 @@ class FineTuner(L.LightningModule):
             return
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
         torch.distributed.all_reduce(flat)
-        place = 0
-        for tensor in tensors:
-            tensor.copy_(flat[place : place + tensor.numel()].view_as(tensor))
-            place += tensor.numel()
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     # ------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        """Dropout off."""
         self.model.eval()
-        self._rows = []
+        self._losses = []
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
         """Collects row losses, and a number per class and row where the objective predicts; never logits of tokens."""
         losses = getattr(self.objective, "evaluate", self.objective.losses)(self.model, batch)
-        self._rows.append((batch.rows, losses))  # read at the end, so that no batch waits for the one before it
+        self._losses.append((batch.rows, losses))  # read at the end, so that no batch waits for the one before it
 
     def on_validation_epoch_end(self) -> None:
-        """Sets `validation`."""
-        self._evaluate("val")
-        assert self.validation is not None
+        validation = self._evaluate("val")
         if not self.trainer.sanity_checking:
             # For callbacks that a user adds (EarlyStopping, …); the run's own records do not pass through here.
-            self.log_dict(self.validation.metrics, logger=False, rank_zero_only=False)
+            self.log_dict(validation.metrics, logger=False, rank_zero_only=False)
 
     on_test_epoch_start = on_validation_epoch_start
     test_step = validation_step
 
     def on_test_epoch_end(self) -> None:
-        """Sets `validation` to what the test rows gave."""
         self._evaluate("test")
 
-    def _evaluate(self, split: str) -> None:
+    def _evaluate(self, split: str) -> Validation:
         """Loss in nats per labelled token over all rows and processes, perplexity, generations and their metrics."""
-        found = [
-            (row, float(nll), float(count))
-            for rows, losses in self._rows
-            for row, nll, count in zip(rows, losses.nll.tolist(), losses.counts.tolist(), strict=True)
-        ]
-        gathered = sorted(row for share in self._gather(found) for row in share)
-        loss = loss_nats([nll for _, nll, _ in gathered], [count for _, _, count in gathered])
+        share: list[tuple[int, float, float, Any]] = []
+        for numbers, losses in self._losses:
+            predicted = [None] * len(numbers) if losses.outputs is None else losses.outputs.cpu().numpy()
+            share += zip(numbers, losses.nll.tolist(), losses.counts.double().tolist(), predicted, strict=True)
+        gathered = sorted(self._gather(share), key=itemgetter(0))
+        rows = [row[:3] for row in gathered]
+        loss = loss_nats([nll for _, nll, _ in rows], [count for _, _, count in rows])
+        outputs = np.stack([row[3] for row in gathered]) if gathered and gathered[0][3] is not None else None
         metrics = {f"{split}/loss_nats": loss}
         if self.scoring is None:
             metrics[f"{split}/perplexity"] = perplexity(loss)
-        outputs, scores = self._outputs(), dict[str, list[float]]()
+        scores: dict[str, list[float]] = {}
         if self.scoring is not None and outputs is not None:
             for name, metric in self.scoring.metrics.items():
                 metrics[f"{split}/{name}"], of_rows = score(metric, self.scoring.references[split], outputs)
-                scores |= {name: of_rows} if of_rows is not None and len(of_rows) == len(gathered) else {}
+                scores |= {name: of_rows} if of_rows is not None and len(of_rows) == len(rows) else {}
         samples: list[dict[str, Any]] = []
         if self.generation is not None and self.generation.samples:
             samples = self._generate(self.generation)
@@ -443,56 +395,31 @@ class FineTuner(L.LightningModule):
                     sample.setdefault("scores", {})[name] = value
         if split == "val" and self.trained_on_validation:
             # Blank, not too good: these rows are trained on.
-            metrics, gathered, outputs, scores = dict.fromkeys(metrics, math.nan), [], None, {}
-        self.validation = Validation(self.step, split, metrics, samples, gathered, outputs, scores)
-
-    def _outputs(self) -> np.ndarray | None:
-        """(rows, classes) predictions of all processes' rows, in order."""
-        mine = [
-            (row, own)
-            for rows, losses in self._rows
-            if losses.outputs is not None
-            for row, own in zip(rows, losses.outputs.cpu().numpy(), strict=True)
-        ]
-        gathered = [item for share in self._gather(mine) for item in share]
-        return np.stack([own for _, own in sorted(gathered, key=lambda item: item[0])]) if gathered else None
+            metrics, rows, outputs, scores = dict.fromkeys(metrics, math.nan), [], None, {}
+        self.validation = Validation(self.step, split, metrics, samples, rows, outputs, scores)
+        return self.validation
 
     def _generate(self, generation: Generation) -> list[dict[str, Any]]:
         # Divided weights are gathered in every forward, so all processes must take the same ones: all take all.
         divided = is_sharded(self.model)
-        mine = list(enumerate(generation.samples))
-        mine = mine if divided else mine[self.global_rank :: self.trainer.world_size]
+        share = list(enumerate(generation.samples))
+        share = share if divided else share[self.global_rank :: self.trainer.world_size]
         with self.trainer.precision_plugin.forward_context():
-            outputs = generate(
-                self.model,
-                [sample.prompt_ids for _, sample in mine],
-                pad_id=generation.pad_id,
-                ends=generation.ends,
-                max_new_tokens=generation.max_new_tokens,
-                batch_size=generation.batch_size,
-                context_tokens=generation.context_tokens,
-            )
-        made = [
-            (
-                place,
-                {
-                    "where": sample.where,
-                    "prompt": sample.prompt,
-                    "reference": sample.reference,
-                    "generated": generation.decode(output),
-                },
-            )
-            for (place, sample), output in zip(mine, outputs, strict=True)
+            outputs = generation.generate(self.model, [sample.prompt_ids for _, sample in share])
+        samples = [
+            (index, {**sample.texts, "generated": generation.decode(output)})
+            for (index, sample), output in zip(share, outputs, strict=True)
         ]
-        gathered = made if divided else [item for share in self._gather(made) for item in share]
-        return [sample for _, sample in sorted(gathered, key=lambda item: item[0])]
+        gathered = samples if divided else self._gather(samples)
+        return [sample for _, sample in sorted(gathered, key=itemgetter(0))]
 
-    def _gather(self, share: list[Any]) -> list[list[Any]]:
+    def _gather(self, share: list[Any]) -> list[Any]:
+        """What all processes have, one behind the other."""
         if self.trainer.world_size == 1:
-            return [share]
+            return share
         shares: list[Any] = [None] * self.trainer.world_size
         torch.distributed.all_gather_object(shares, share)
-        return shares
+        return list(chain.from_iterable(shares))
 
     def cpu(self) -> FineTuner:
         """Stays where it is: Lightning would move the base off its device, which the next run wants it on."""
@@ -537,8 +464,8 @@ class FineTuner(L.LightningModule):
         current = optimizer.state_dict()
         parameters = dict(self.model.named_parameters())
         current["state"] = {
-            place: {k: like(v, parameters[name]) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()}
-            for place, name in enumerate(numbered)
+            index: {k: like(v, parameters[name]) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()}
+            for index, name in enumerate(numbered)
             if name in state
         }
         optimizer.load_state_dict(current)

@@ -89,7 +89,6 @@ class StepRows:
 
     @classmethod
     def of(cls, lengths: np.ndarray, labelled: np.ndarray, rows: int) -> StepRows:
-        """From the rows of the training split."""
         top = np.sort(lengths)[::-1][:rows]
         most = int(np.sort(labelled)[::-1][:rows].sum())
         return cls(len(top), int(top[0]), int(top.sum()), most, float((labelled / lengths).max()))
@@ -116,32 +115,21 @@ def estimator(
 ) -> Peak:
     """Tells the peak memory of the largest micro-batch that `examples` can give within a limit."""
     memory = StepMemory(config, architecture, dtype, device.type)
-    return _peaks(
-        config, examples, memory, device.type, flash=has_flash(device, dtype), offloaded=_offloads(config, device.type)
-    )
+    return _peaks(config, examples, memory, device.type, flash=has_flash(device, dtype))
 
 
 def _peaks(
-    config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool, offloaded: bool
+    config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool, offload: bool = True
 ) -> Peak:
+    """`offload` lets activations leave the device where the config says so; a CPU's are in its memory already."""
     rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
     share = _processes(config) if divides_weights(config) else 1
+    offloaded = offload and config.trainer.offload_activations and device_type == "cuda"
     return lambda limit, level: memory.at(*rows.largest(limit), level, offloaded=offloaded, share=share, flash=flash)
 
 
-def _offloads(config: TrainConfig, device_type: str) -> bool:
-    """A CPU's activations are in its memory already."""
-    return config.trainer.offload_activations and device_type == "cuda"
-
-
 def choose(
-    config: TrainConfig,
-    examples: Examples,
-    memory: StepMemory,
-    device_type: str,
-    total: float,
-    *,
-    flash: bool = True,
+    config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, total: float, *, flash: bool = True
 ) -> tuple[Limit, Checkpointing, MemoryEstimate, bool]:
     """(limit, level, their peak, whether that fits) on a device of `total` bytes.
 
@@ -149,13 +137,9 @@ def choose(
     memory, of which each process has its share and the base passes through.
     """
     limit, level = Limit(*rows_or_tokens(config.trainer.micro_batch)), config.trainer.gradient_checkpointing
-    given, cap, offloaded = (
-        limit != Limit(),
-        MOST_TOKENS.get(device_type, ENOUGH_TOKENS),
-        _offloads(config, device_type),
-    )
-    peak = _peaks(config, examples, memory, device_type, flash=flash, offloaded=offloaded)
-    kept = _peaks(config, examples, memory, device_type, flash=flash, offloaded=False)
+    given, cap = limit != Limit(), MOST_TOKENS.get(device_type, ENOUGH_TOKENS)
+    peak = _peaks(config, examples, memory, device_type, flash=flash)
+    kept = _peaks(config, examples, memory, device_type, flash=flash, offload=False)
     host = device_memory(torch.device("cpu")) or 0
 
     def fits(size: Limit, level: Checkpointing) -> bool:
@@ -180,17 +164,14 @@ def plan_micro_batches(
     architecture: Callable[[], Any],
     device: torch.device,
     dtype: torch.dtype,
-    *,
     before: dict[str, Any] | None = None,
 ) -> MicroBatchPlan:
     """How a step of `config` on `examples` is cut.
 
-    Args:
-        architecture: makes transformers' config of the model.
-        before: what a checkpoint says was chosen; it stands for whatever the config leaves to us.
+    `architecture` makes transformers' config of the model. `before`, what a checkpoint says was chosen, stands for
+    whatever the config leaves to us.
     """
-    trainer = config.trainer
-    level, limit = trainer.gradient_checkpointing, Limit(*rows_or_tokens(trainer.micro_batch))
+    level, limit = config.trainer.gradient_checkpointing, Limit(*rows_or_tokens(config.trainer.micro_batch))
     given = limit != Limit()
     if before is not None:
         limit = limit if given else Limit(before["rows"], before["tokens"])
@@ -199,14 +180,13 @@ def plan_micro_batches(
     if given and level is not Checkpointing.auto:
         return MicroBatchPlan(limit, level, "as configured")
     total = _memory(config, device)
-    cap = MOST_TOKENS.get(device.type, ENOUGH_TOKENS)
     try:
         if total is None:
             raise NotImplementedError(f"of {device}")
         memory = StepMemory(config, architecture(), dtype, device.type)
     except Exception as error:  # code of others, which may ask for anything; what it said is shown
         reason = f"the memory cannot be told: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        limit = limit if given else Limit(tokens=min(cap, ENOUGH_TOKENS))
+        limit = limit if given else Limit(tokens=min(MOST_TOKENS.get(device.type, ENOUGH_TOKENS), ENOUGH_TOKENS))
         return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
     flash = has_flash(device, dtype)
     limit, level, needed, fits = choose(config, examples, memory, device.type, total, flash=flash)
@@ -219,12 +199,12 @@ def plan_micro_batches(
 def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
     """transformers' config of the model that a run builds; `vocabulary` is that of its tokenizer."""
     config = prepared.config
-    found = model_config(config.model, prepared.located)
+    architecture = model_config(config.model, prepared.located)
     if config.model.train_tokenizer_vocab is not None:
-        found.vocab_size = vocabulary
+        architecture.vocab_size = vocabulary
     if config.task.auto_class == "sequence_classification":
-        found.num_labels = prepared.num_outputs
-    return found
+        architecture.num_labels = prepared.num_outputs
+    return architecture
 
 
 def divides_weights(config: TrainConfig) -> bool:
@@ -236,8 +216,8 @@ def divides_weights(config: TrainConfig) -> bool:
 def _processes(config: TrainConfig) -> int:
     """Of the whole run, as far as the config says; "auto" is at least one."""
     devices = config.trainer.devices
-    own = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
-    return own * config.trainer.num_nodes
+    local = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
+    return local * config.trainer.num_nodes
 
 
 def _local_processes(config: TrainConfig) -> int:
@@ -245,14 +225,12 @@ def _local_processes(config: TrainConfig) -> int:
 
 
 def _process_rows(config: TrainConfig) -> int:
-    """A process's share of a batch."""
     return math.ceil(config.trainer.batch_size / _processes(config))
 
 
 def _memory(config: TrainConfig, device: torch.device) -> int | None:
     """Total bytes for one process: of the smallest GPU, so that all processes decide alike; its share of a CPU's."""
     if device.type == "cuda":
-        found = [device_memory(torch.device("cuda", place)) or 0 for place in range(torch.cuda.device_count())]
-        return min(found)
+        return min(device_memory(torch.device("cuda", index)) or 0 for index in range(torch.cuda.device_count()))
     total = device_memory(device)
     return None if total is None else total // _local_processes(config)

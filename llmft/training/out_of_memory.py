@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.config.sections import Checkpointing, TrainConfig
 from llmft.core.errors import ConfigError
+from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan
 
 if TYPE_CHECKING:
@@ -34,9 +35,8 @@ class OutOfMemory(Exception):
     """No memory in `stage`: "loading", "training" or "validation"; `held` is None for the first."""
 
     def __init__(self, stage: str, error: BaseException, held: Held | None = None) -> None:
-        super().__init__(str(error).splitlines()[0][:300] if str(error) else type(error).__name__)
-        self.stage = stage
-        self.held = held
+        super().__init__(first_line(error))
+        self.stage, self.held = stage, held
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -51,15 +51,11 @@ def let_go(error: BaseException, module: torch.nn.Module) -> None:
 
     What is still running keeps its own; so do the lines of a traceback.
     """
-    errors: list[BaseException | None] = [error]
-    seen: set[int] = set()
+    errors, seen = [error], list[BaseException]()
     while errors:
-        cause = errors.pop()
-        if cause is None or id(cause) in seen:
-            continue
-        seen.add(id(cause))
+        seen.append(cause := errors.pop())
         traceback.clear_frames(cause.__traceback__)
-        errors += [cause.__cause__, cause.__context__]
+        errors += [e for e in (cause.__cause__, cause.__context__) if e is not None and e not in seen]
     module.zero_grad(set_to_none=True)
     free_memory()
 
@@ -73,45 +69,45 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def smaller(config: TrainConfig, found: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
+def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
     """`config` with half of what was computed at once where memory ran out, and a note of it for the record.
 
     At one row, layers are computed again instead, whatever was configured.
 
     Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
     """
-    held = found.held
+    held = error.held
     was: Any
     now: Any
     if held is not None and held.rows > 1:
-        if found.stage == "validation":
+        if error.stage == "validation":
             key, was, now = "validation_batch_size", held.rows, held.rows // 2
         elif held.fit.limit.rows is not None:
             key, was, now = "micro_batch", held.rows, held.rows // 2
         else:
             key, was, now = "micro_batch", f"{held.tokens}tokens", f"{held.tokens // 2}tokens"
-    elif held is not None and found.stage == "training" and held.fit.checkpointing is not Checkpointing.full:
+    elif held is not None and error.stage == "training" and held.fit.checkpointing is not Checkpointing.full:
         key, was, now = "gradient_checkpointing", held.fit.checkpointing.value, Checkpointing.full.value
     else:
-        raise ConfigError(f"out of memory in {found.stage} ({found}); {_advice(config, found)}.")
-    note = {"stage": found.stage, "key": f"trainer.{key}", "from": was, "to": now}
+        raise ConfigError(f"out of memory in {error.stage} ({error}); {_advice(config, error)}.")
+    note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     values: dict[str, Any] = {key: now}
-    if found.stage == "training":  # what was chosen stays, but for this
+    if error.stage == "training":  # what was chosen stays, but for this
         values = {"micro_batch": str(held.fit.limit), "gradient_checkpointing": held.fit.checkpointing, **values}
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 
-def _advice(config: TrainConfig, found: OutOfMemory) -> str:
+def _advice(config: TrainConfig, error: OutOfMemory) -> str:
     """What is left to try, most harmless first."""
     tries = []
-    if found.stage == "training" and not config.trainer.offload_activations and config.trainer.accelerator != "cpu":
+    if error.stage == "training" and not config.trainer.offload_activations and config.trainer.accelerator != "cpu":
         tries.append("trainer.offload_activations=true")
     if config.quantization.format.value == "none" and config.lora.enabled:
         tries.append("quantization=nf4")
     if not config.lora.enabled:
         tries.append("lora=default quantization=nf4")
-    if found.stage != "loading":
+    if error.stage != "loading":
         tries.append(f"data.max_tokens={max(8, config.data.max_tokens // 2)}")
-    if found.stage == "validation" and config.task.generate_rows:
+    if error.stage == "validation" and config.task.generate_rows:
         tries.append(f"task.max_new_tokens={max(1, config.task.max_new_tokens // 2)}")
     return "try " + ", ".join([*tries, "trainer=fsdp on several devices", "a smaller model"])

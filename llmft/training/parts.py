@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import callbacks as lightning
 
 from llmft.config.instantiate import build, check_target, find, metric_functions, optimizer_factory
 from llmft.config.sections import Mode, TaskConfig, TrainConfig
@@ -13,10 +16,31 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.monitor import mode_of, validation_metrics, with_mode
 from llmft.training.scoring import check_objective
 from llmft.training.tracking import check_loggers
-from llmft.training.user_callbacks import check_callbacks
 
 if TYPE_CHECKING:
     import torch
+
+
+REFUSED: tuple[tuple[tuple[type, ...], str], ...] = (
+    (
+        (lightning.Checkpoint,),
+        "llmft writes checkpoints itself; trainer.checkpoint_every and trainer.keep_checkpoints say when and how many",
+    ),
+    ((lightning.ProgressBar, lightning.ModelSummary), "llmft shows plan and progress; progress=false shows none"),
+    (
+        (lightning.GradientAccumulationScheduler, lightning.BatchSizeFinder),
+        "llmft cuts steps itself; trainer.batch_size says how many rows, trainer.micro_batch how many at once",
+    ),
+    ((lightning.LearningRateFinder,), "llmft sets the rate itself; learning_rate.peak may be varied in a sweep"),
+    (
+        (
+            *(lightning.BaseFinetuning, lightning.ModelPruning, lightning.StochasticWeightAveraging),
+            *(lightning.WeightAveraging, lightning.BasePredictionWriter),
+        ),
+        "it changes or reads a loop of Lightning's that llmft does not use, so it would do nothing or harm",
+    ),
+)
+NEED_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, lightning.ThroughputMonitor)
 
 
 @dataclass
@@ -45,14 +69,17 @@ def check_parts(config: TrainConfig) -> Parts:
         check_rollouts(config)
     if isinstance(config.trainer.strategy, dict):
         check_target(config.trainer.strategy, "trainer.strategy", "strategy")
-    return Parts(
-        optimizer_factory(config.optimizer, config.learning_rate.peak),
-        metrics,
-        check_callbacks(
-            config,
-            {n: _callback(node, f"trainer.callbacks.{n}", config.task) for n, node in config.trainer.callbacks.items()},
-        ),
-    )
+    make_optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)
+    nodes = config.trainer.callbacks.items()
+    callbacks = {name: _callback(node, f"trainer.callbacks.{name}", config.task) for name, node in nodes}
+    for name, callback in callbacks.items():
+        key, kind = f"trainer.callbacks.{name}", type(callback).__name__
+        for kinds, reason in REFUSED:
+            if isinstance(callback, kinds):
+                raise ConfigError(f"{key}: {kind} has no place here: {reason}.")
+        if isinstance(callback, NEED_LOGGER) and not (config.logger.wandb.enabled or config.logger.loggers):
+            raise ConfigError(f"{key}: {kind} needs a logger; set logger=csv, tensorboard or wandb, or leave it out.")
+    return Parts(make_optimizer, metrics, callbacks)
 
 
 def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
@@ -64,6 +91,16 @@ def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
             raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
         takes = inspect.signature(find(str(node.get("_target_")), f"{key}._target_", "callback")).parameters
         if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
-            asked = Mode(node.get("mode", "auto"))
-            node = {**node, "mode": mode_of(metrics[monitor], monitor, asked, key=f"{key}.mode").value}
+            mode = mode_of(metrics[monitor], monitor, Mode(node.get("mode", "auto")), key=f"{key}.mode")
+            node = {**node, "mode": mode.value}
     return build(node, key, "callback")
+
+
+def failed_callback(error: BaseException, callbacks: dict[str, Any]) -> ConfigError | None:
+    """What is told of an error that came out of one of `callbacks`; None for any other."""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        for name, callback in callbacks.items():
+            if frame.f_locals.get("self") is callback:
+                reason = " ".join(str(error).split()) or type(error).__name__
+                return ConfigError(f"trainer.callbacks.{name}: {type(callback).__name__} failed: {reason.rstrip('.')}.")
+    return None

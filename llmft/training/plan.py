@@ -22,9 +22,7 @@ def show_plan(
 ) -> None:
     """Prints model, data and steps, and what is doubtful about them. `resumed_at`: the step of the checkpoint."""
     config, run, lengths = inputs.config, inputs.run, ready.rows.encoder.lengths
-    facts = plan_facts(config, ready, assembled)
-    facts["at once"] = str(plan)
-    facts["run"] = str(run.directory)
+    facts = plan_facts(config, ready, assembled) | {"at once": str(plan), "run": str(run.directory)}
     if resumed_at is not None:
         facts["resumed"] = f"after step {resumed_at}"
     screen.plan(facts)
@@ -36,8 +34,7 @@ def show_plan(
             f"left out{reasons}, {limits.answer_share_dropped:.1%} of all answer tokens; "
             "`python -m llmft.check` shows more."
         )
-    slow = cost(ready.objective)
-    if slow is not None:
+    if (slow := cost(ready.objective)) is not None:
         screen.warn(f"task.head=tokens: {slow}.")
     for finding in ready.inspection.findings:
         screen.warn(f"{finding.key}: {finding.message}.")
@@ -63,11 +60,11 @@ def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[
 
 
 def _weights(quantization: str, counts: dict[str, int]) -> str:
-    held = counts["4-bit"] + counts["8-bit"] + counts["full"]
+    quantized = counts["4-bit"] + counts["8-bit"]
+    frozen = quantized + counts["full"]
     if quantization == "none":
-        return f"{held + counts['trainable']:,} weights, none quantised"
-    share = (counts["4-bit"] + counts["8-bit"]) / max(1, held)
-    return f"{held:,} weights, {share:.1%} of them {quantization}"
+        return f"{frozen + counts['trainable']:,} weights, none quantised"
+    return f"{frozen:,} weights, {quantized / max(1, frozen):.1%} of them {quantization}"
 
 
 def _method(config: TrainConfig, targets: Sequence[str]) -> str:
@@ -99,10 +96,8 @@ def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: Micr
 
 
 def lora_modules(model: Any) -> list[str]:
-    """The modules that have a LoRA."""
     return sorted(getattr(model, "targeted_module_names", []))
 
 
 def last_names(modules: Sequence[str]) -> list[str]:
-    """The last names of modules, each once, in order."""
     return sorted({name.rpartition(".")[2] for name in modules})

@@ -18,7 +18,7 @@ from llmft.data.hub import Located, locate
 from llmft.data.messages import Keys
 from llmft.data.preferences import with_other_answers
 from llmft.data.pseudo import PseudoLabels, add_pseudo
-from llmft.data.sources import BadRows, Loaded, Row, load_rows
+from llmft.data.sources import BadRows, load_rows
 from llmft.data.splits import make_splits
 from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
@@ -104,14 +104,16 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
         )
     if config.task.feedback is Feedback.labels:
         conversations = {split: with_other_answers(part) for split, part in conversations.items()}
-    held = [row for split in ("validation", "test") for row in conversations[split]]
-    pseudo = add_pseudo(config.data, columns, conversations["train"], held)
+    others = [*conversations["validation"], *conversations["test"]]
+    pseudo = add_pseudo(config.data, columns, conversations["train"], others)
     conversations["train"] = _weighted([*conversations["train"], *pseudo.conversations], config, columns.targets)
     if config.data.train_on is TrainOn.all:  # these rows are trained on: a few show that the model still works
         conversations["validation"] = conversations["validation"][: config.trainer.validation_batch_size]
     fingerprint = loaded.fingerprint
     if pseudo.fingerprint:
         fingerprint = hashlib.sha256(f"{loaded.fingerprint}+{pseudo.fingerprint}".encode()).hexdigest()
+    held_out = 0 if "test" in loaded.splits else len(rows["test"])
+    num_rows = {**{split: len(part) for split, part in rows.items()}, "all": len(known) - held_out}
     located = locate(config.model)
     key = run_key(config, fingerprint, located.fingerprint)
     run = open_run(config, key) if open_directory else free_run(config, key)
@@ -127,15 +129,10 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
         loaded.fingerprint,
         pseudo,
         columns.id,
-        {**{split: len(part) for split, part in rows.items()}, "all": len(known) - _taken(loaded, rows)},
+        num_rows,
         columns.usage([row for part in loaded.splits.values() for row in part]),
         columns.keys,
     )
-
-
-def _taken(loaded: Loaded, rows: dict[str, list[Row]]) -> int:
-    """Rows that were held out of the given ones for test."""
-    return 0 if "test" in loaded.splits else len(rows["test"])
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:

@@ -58,9 +58,8 @@ def make_ready(
     if device.type == "cpu" and trainer.accelerator == "auto" and torch.backends.mps.is_available():
         warn("trainer.accelerator=auto is the CPU here: llmft does not use Apple's GPU.")
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
-        lightning_trainer(
-            config, device, precision, callbacks=[*parts.callbacks.values()], logger=False, val_check_interval=1
-        )
+        callbacks = [*parts.callbacks.values()]
+        lightning_trainer(config, device, precision, callbacks=callbacks, logger=False, val_check_interval=1)
     rows = read_rows(prepared, warn)
     ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
     if stop:
@@ -117,7 +116,6 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
-            barebones=False,
             **more,
         )
     except (ValueError, TypeError, RuntimeError, MisconfigurationException) as error:
@@ -177,10 +175,10 @@ def check_room(config: TrainConfig, directory: Path, weights: int, states: int, 
     try:
         check_space(directory, max(0, needed))
     except OSError as error:
-        told = f"{directory}: {error.strerror} for checkpoints and weights"
+        message = f"{directory}: {error.strerror} for checkpoints and weights"
         if trainer.on_save_error is not OnSaveError.warn:
             raise DiskError(
-                f"{told}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
+                f"{message}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
                 f"{trainer.keep_checkpoints}."
             ) from None
-        warn(f"{told}; training all the same (trainer.on_save_error=warn).")
+        warn(f"{message}; training all the same (trainer.on_save_error=warn).")

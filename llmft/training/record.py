@@ -27,8 +27,10 @@ def write_records(
     prepared: RunInputs, rows: TokenizedData, overlaps: Sequence[Overlap], environment: dict[str, Any]
 ) -> None:
     """Writes the config, the environment with what the limits cost, and the rejected rows."""
-    run = prepared.run
+    run, model = prepared.run, prepared.config.model
     write_config(run, prepared.config)
+    # Whose code ran with the training, if anybody's: a pinned revision or a directory.
+    remote_code = (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
     record = {
         **environment,
         "data": {
@@ -36,7 +38,7 @@ def write_records(
             "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
             "overlaps": [asdict(overlap) for overlap in overlaps],
         },
-        "model": {"fingerprint": prepared.located.fingerprint, "remote_code": _remote_code(prepared)},
+        "model": {"fingerprint": prepared.located.fingerprint, "remote_code": remote_code},
         "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
     }
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
@@ -46,12 +48,6 @@ def write_records(
         run.rejected_file.unlink(missing_ok=True)
         for entry in prepared.problems.rejected:
             append_line(run.rejected_file, redact(entry))
-
-
-def _remote_code(prepared: RunInputs) -> str | None:
-    """Whose code ran with the training, if anybody's: a pinned revision or a directory."""
-    model = prepared.config.model
-    return (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
 
 
 def data_facts(prepared: RunInputs) -> dict[str, Any]:
@@ -115,14 +111,12 @@ def predictions_of(
 def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
     chances: dict[str, dict[str, Any]] = {}
-    targets = prepared.targets
-    trained_on = ("val",) if prepared.config.data.train_on is TrainOn.all else ()
-    for split in ("val", "test"):
-        if targets is None or split in trained_on or split not in names_in(prepared.run.directory):
-            continue
-        chance = against_prior(load_predictions(prepared.run.directory, split), metrics, targets.scale)
-        if chance is not None:
-            chances[split] = chance.to_plain()
+    targets, trained_on = prepared.targets, prepared.config.data.train_on is TrainOn.all
+    for split in ("test",) if trained_on else ("val", "test"):
+        if targets is not None and split in names_in(prepared.run.directory):
+            chance = against_prior(load_predictions(prepared.run.directory, split), metrics, targets.scale)
+            if chance is not None:
+                chances[split] = chance.to_plain()
     return chances
 
 
@@ -150,8 +144,7 @@ def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict
     """Metrics of the validation before training, and of the one at `step` with the test's."""
     before: dict[str, float | None] = {}
     after: dict[str, float | None] = {}
-    for line in run.metrics_file.read_text().splitlines():
-        record = json.loads(line)
+    for record in _metrics(run):
         values = {key: value for key, value in record.items() if key.startswith(("val/", "test/"))}
         if record["step"] == 0:
             before.update(values)
@@ -162,10 +155,12 @@ def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict
 
 def validated_at(run: Run, step: int) -> dict[str, float] | None:
     """Metrics of the validation at `step`, None where there was none."""
-    if not run.metrics_file.is_file():
-        return None
-    for line in run.metrics_file.read_text().splitlines():
-        record = json.loads(line)
+    for record in _metrics(run):
         if record["step"] == step and "val/loss_nats" in record:
             return {key: value for key, value in record.items() if key.startswith("val/")}
     return None
+
+
+def _metrics(run: Run) -> list[dict[str, Any]]:
+    path = run.metrics_file
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
@@ -119,12 +119,12 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
     from llmft.core.imports import load_libraries, quiet_warnings
 
     if inputs.config.model.architecture == "tfidf":
-        from llmft.training.baseline import BaselineSession
+        from llmft.training.baseline import run_baseline
 
         with quiet_warnings():
-            return BaselineSession(inputs, screen).run()
+            return run_baseline(inputs, screen)
     load_libraries()
-    from llmft.training.out_of_memory import OutOfMemory, free_memory
+    from llmft.training.out_of_memory import OutOfMemory, free_memory, smaller
     from llmft.training.session import run_session
 
     while True:
@@ -133,18 +133,11 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
             with quiet_warnings():
                 return run_session(inputs, screen, reporter, invocation.command)
         except OutOfMemory as error:
-            smaller = _smaller(inputs, error, screen)
+            config, note = smaller(inputs.config, error)
         # Here the error is gone, and with it the frames that held its tensors.
         free_memory()
-        inputs = replace(smaller, problems=replace(inputs.problems, rejected=rejected))
-
-
-def _smaller(inputs: RunInputs, error: Any, screen: Screen) -> RunInputs:
-    from llmft.training.out_of_memory import smaller
-
-    config, note = smaller(inputs.config, error)
-    screen.warn(
-        f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."
-    )
-    inputs.run.update(out_of_memory=[*inputs.run.status().get("out_of_memory", []), note])
-    return replace(inputs, config=config)
+        screen.warn(
+            f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."
+        )
+        inputs.run.update(out_of_memory=[*inputs.run.status().get("out_of_memory", []), note])
+        inputs = replace(inputs, config=config, problems=replace(inputs.problems, rejected=rejected))

@@ -3,16 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from llmft.config.instantiate import reads_text
-from llmft.config.sections import TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.examples import Example
-from llmft.training.finetuner import Generation, Sample
+from llmft.model.generate import generate
 from llmft.training.tokenized_data import TokenizedData
+
+
+@dataclass
+class Sample:
+    """A held-out row to generate for: its prompt, and `texts` (where, prompt, reference) for people."""
+
+    prompt_ids: list[int]
+    texts: dict[str, str]
+
+
+@dataclass
+class Generation:
+    """How validation generates."""
+
+    samples: list[Sample]
+    metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
+    decode: Callable[[list[int]], str]
+    generate: Callable[[Any, Sequence[list[int]]], list[list[int]]]
+    """From a model and prompts to the tokens of their answers."""
 
 
 def make_generation(
@@ -31,21 +52,26 @@ def make_generation(
     wanted = min(config.task.generate_rows, len(examples))
     if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
         return None
-    named = {path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in text_metrics(config.task)}
+    # Of a task that predicts numbers, the metrics of llmft.metrics.text alone compare generated text.
+    paths = [path for path in config.task.metrics if not config.task.predicts or reads_text(path)]
+    named = {path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in paths}
     order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
     chosen = sorted(order[:wanted])
     if judged is not None:
-        conversations = [examples[place].conversation for place in chosen]
+        conversations = [examples[index].conversation for index in chosen]
         named["reward"] = lambda _, answers: float(judged(conversations, answers).mean())
     return Generation(
-        samples=[_sample(rows, examples[place]) for place in chosen],
-        metrics=named,
-        decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
-        pad_id=rows.tokenizer.pad_token_id,
-        ends=rows.ends,
-        max_new_tokens=config.task.max_new_tokens,
-        batch_size=config.trainer.validation_batch_size,
-        context_tokens=rows.context_tokens,
+        [_sample(rows, examples[index]) for index in chosen],
+        named,
+        decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
+        partial(
+            generate,
+            pad_id=rows.tokenizer.pad_token_id,
+            ends=rows.ends,
+            max_new_tokens=config.task.max_new_tokens,
+            batch_size=config.trainer.validation_batch_size,
+            context_tokens=rows.context_tokens,
+        ),
     )
 
 
@@ -59,21 +85,12 @@ def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
     return decode
 
 
-def text_metrics(task: TaskConfig) -> list[str]:
-    """The metrics that compare generated text; of a task that predicts numbers, those of llmft.metrics.text alone."""
-    return [path for path in task.metrics if not task.predicts or reads_text(path)]
+def _sample(rows: TokenizedData, example: Example) -> Sample:
+    prompt = rows.encoder.render(example.conversation, generation=True).text
+    texts = {"where": example.where, "prompt": prompt, "reference": rows.encoder.reference(example.conversation)}
+    return Sample(rows.encoder.prompt_ids(example.conversation), texts)
 
 
 def _has_prompt(conversation: Conversation) -> bool:
     roles = [message["role"] for message in conversation.messages]
     return roles[-1] == "assistant" and "user" in roles
-
-
-def _sample(rows: TokenizedData, example: Example) -> Sample:
-    conversation = example.conversation
-    return Sample(
-        prompt_ids=rows.encoder.prompt_ids(conversation),
-        prompt=rows.encoder.render(conversation, generation=True).text,
-        reference=rows.encoder.reference(conversation),
-        where=example.where,
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,6 @@ from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
 from llmft.data.targets import Targets
 from llmft.metrics.preference import accuracy, degree_names
-from llmft.training.finetuner import Scoring
 from llmft.training.objectives.base import Objective
 
 
@@ -31,11 +30,9 @@ def check_objective(task: TaskConfig) -> None:
             raise ConfigError(
                 f"task.objective={path} learns targets, which takes task.head=linear or task.head=tokens."
             )
-        predicting = [path for path in task.metrics if path.startswith("llmft.metrics.") and not reads_text(path)]
-        if predicting:
-            raise ConfigError(
-                f"task.metrics={predicting[0]} reads predictions, which without a task.head are not made."
-            )
+        for metric in task.metrics:
+            if metric.startswith("llmft.metrics.") and not reads_text(metric):
+                raise ConfigError(f"task.metrics={metric} reads predictions, which without a task.head are not made.")
     elif task.head is not None and "targets" not in takes:
         raise ConfigError(
             f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
@@ -55,7 +52,6 @@ def check_objective(task: TaskConfig) -> None:
 
 
 def _settings(task: TaskConfig) -> dict[str, float]:
-    """Numbers of the task that its objective uses."""
     return {"label_smoothing": task.label_smoothing, "text_loss": task.text_loss}
 
 
@@ -64,23 +60,17 @@ def _feedback(task: TaskConfig) -> dict[str, Any]:
 
     Without feedback nothing uses them.
     """
-    defaults = {entry.name: entry for entry in fields(TaskConfig)}
     keys = ("loss", "loss_options", "beta", "sft_weight", "centre", "label_smoothing")
-    changed = {}
-    for key in keys:
-        entry = defaults[key]
-        default = entry.default_factory() if entry.default_factory is not MISSING else entry.default
-        if getattr(task, key) != default:
-            changed[key] = getattr(task, key)
-    return changed
+    defaults = TaskConfig(name="", objective="")
+    return {key: getattr(task, key) for key in keys if getattr(task, key) != getattr(defaults, key)}
 
 
 def _check_loss(task: TaskConfig, takes: Mapping[str, Any]) -> None:
     """Raises ConfigError for a loss that does not exist, and for margins that it would not use."""
     if task.feedback is None:
-        if task.margin != "none" or task.reference is not Reference.none:
-            key = "margin" if task.margin != "none" else "reference"
-            raise ConfigError(f"task.{key}: task={task.name} compares no answers; leave it out.")
+        for key, used in (("margin", task.margin != "none"), ("reference", task.reference is not Reference.none)):
+            if used:
+                raise ConfigError(f"task.{key}: task={task.name} compares no answers; leave it out.")
         return
     if "loss" not in takes or task.loss is None:
         return
@@ -88,8 +78,8 @@ def _check_loss(task: TaskConfig, takes: Mapping[str, Any]) -> None:
 
     loss = find_loss(task.loss, task.loss_options)
     arguments = inspect.signature(loss).parameters
-    for key, unused in (("margin", task.margin != "none"), ("label_smoothing", task.label_smoothing > 0)):
-        if unused and key not in arguments:
+    for key, used in (("margin", task.margin != "none"), ("label_smoothing", task.label_smoothing > 0)):
+        if used and key not in arguments:
             raise ConfigError(f"task.{key}: task.loss={task.loss} takes none; leave it out, or choose another loss.")
 
 
@@ -112,10 +102,9 @@ def make_objective(
         assert targets is not None
         options["scores"] = make_scores(encoder, targets.words, dict(splits))
     try:
-        made: Objective = objective(**options)
+        return objective(**options)
     except Exception as error:
         raise ConfigError(f"task.objective={task.objective}: cannot be built ({error}).") from None
-    return made
 
 
 def policy_options(task: TaskConfig) -> dict[str, Any]:
@@ -131,49 +120,47 @@ def policy_options(task: TaskConfig) -> dict[str, Any]:
     }
 
 
+@dataclass
+class Scoring:
+    """How validation scores an objective's predictions.
+
+    Attributes:
+        metrics: functions (references, predictions) -> float.
+        references: the targets of a split's rows as metrics take them, by the split's name in metrics (val, test).
+    """
+
+    metrics: dict[str, Callable[[Any, Any], float]]
+    references: dict[str, np.ndarray]
+
+
 def make_scoring(
     task: TaskConfig,
     metrics: Mapping[str, Callable[..., float]],
     splits: Mapping[str, Examples],
-    degrees: Sequence[str] = (),
+    degrees: Sequence[str],
 ) -> Scoring | None:
     """How validation scores predictions; None where it only has losses and texts.
 
-    `degrees` of compared answers have an accuracy each.
+    `degrees` of compared answers, where every split has them, have an accuracy each.
     """
-    if task.feedback is not None:
-        return _compared(task, metrics, splits, degrees)
-    if task.head is None:
+    if task.feedback is None and task.head is None:
         return None
-    wanted = [path.rpartition(".")[2] for path in task.metrics if not reads_text(path)]
+    names = [path.rpartition(".")[2] for path in task.metrics if not reads_text(path)]
+    scored = {name: metrics[name] for name in names}
+    held_out = (("validation", "val"), ("test", "test"))
+    rows = {name: [row.conversation for row in splits[split]] for split, name in held_out if split in splits}
+    if task.feedback is None:
+        return Scoring(scored, {name: np.asarray([row.target for row in part]) for name, part in rows.items()})
+    compared = {name: [row.comparison for row in part] for name, part in rows.items()}
     references = {
-        name: np.asarray([row.conversation.target for row in splits[split]])
-        for split, name in (("validation", "val"), ("test", "test"))
-        if split in splits
+        name: np.asarray([-1 if pair is None or pair.degree is None else pair.degree for pair in part])
+        for name, part in compared.items()
     }
-    return Scoring({name: metrics[name] for name in wanted}, references)
+    for degree, name in enumerate(degree_names(degrees)):
+        if all((values == degree).any() for values in references.values()):
+            scored[name] = partial(_accuracy_at, degree)
+    return Scoring(scored, references)
 
 
-def _compared(
-    task: TaskConfig,
-    metrics: Mapping[str, Callable[..., float]],
-    splits: Mapping[str, Examples],
-    degrees: Sequence[str],
-) -> Scoring:
-    """The metrics of compared answers, and the accuracy on the pairs of each degree that every split has."""
-    references: dict[str, np.ndarray] = {}
-    for split, name in (("validation", "val"), ("test", "test")):
-        if split in splits:
-            compared = [row.conversation.comparison for row in splits[split]]
-            references[name] = np.asarray([-1 if c is None or c.degree is None else c.degree for c in compared])
-    wanted = {
-        path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in task.metrics if not reads_text(path)
-    }
-    for place, name in enumerate(degree_names(degrees)):
-        if all((own == place).any() for own in references.values()):
-            wanted[name] = partial(_accuracy_at, place)
-    return Scoring(wanted, references)
-
-
-def _accuracy_at(place: int, references: np.ndarray, outputs: np.ndarray) -> float:
-    return accuracy(references, outputs[references == place])
+def _accuracy_at(degree: int, references: np.ndarray, outputs: np.ndarray) -> float:
+    return accuracy(references, outputs[references == degree])

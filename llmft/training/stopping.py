@@ -48,7 +48,6 @@ class Signals:
             self._before.setdefault(signum, before)
 
     def release(self) -> None:
-        """Gives them back."""
         if threading.current_thread() is not threading.main_thread():
             return
         while self._before:
@@ -71,9 +70,7 @@ class StopRequests:
     """
 
     def __init__(self, signals: Signals, run: Run, deadline: float | None = None) -> None:
-        self.signals = signals
-        self.run = run
-        self.deadline = deadline
+        self.signals, self.run, self.deadline = signals, run, deadline
         self._looked = 0.0
 
     def strongest(self) -> int:

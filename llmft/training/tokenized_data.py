@@ -51,22 +51,17 @@ class Inspection:
 def inspect_rows(prepared: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
     facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
-    kept = {split: part for split, part in prepared.conversations.items() if part}
-    overlaps = find_overlaps(kept, near=near)
+    overlaps = find_overlaps({split: part for split, part in prepared.conversations.items() if part}, near=near)
+    of_rows = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows)]
     all_findings = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    all_findings = [
-        *_dropped(prepared, rows),
-        *row_findings(prepared),
-        *_unread(prepared),
-        *_serving(rows),
-        *all_findings,
-    ]
-    return Inspection(facts, overlaps, all_findings)
+    return Inspection(facts, overlaps, [*of_rows, *all_findings])
 
 
 def row_findings(prepared: RunInputs) -> list[Finding]:
     """What is to be told of the rows before they are tokenised."""
-    return [*_unlearned(prepared), *_pseudo(prepared), *_feedback(prepared)]
+    messages = {"data.columns.target": _unlearned(prepared), "data.pseudo": _pseudo(prepared)}
+    of_rows = [Finding("warning", key, message) for key, message in messages.items() if message]
+    return [*of_rows, *_feedback(prepared)]
 
 
 def _feedback(prepared: RunInputs) -> list[Finding]:
@@ -113,25 +108,23 @@ def _imbalance(prepared: RunInputs) -> list[Finding]:
     return [Finding("warning", "task.loss_options", message)]
 
 
-def _unlearned(prepared: RunInputs) -> list[Finding]:
-    """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
+def _unlearned(prepared: RunInputs) -> str:
+    """Of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
     targets = prepared.targets
     if targets is None or targets.problem is TaskType.regression:
-        return []
+        return ""
     counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
     lacking = [label for label in targets.labels if not counts["train"].get(label)]
     if not lacking:
-        return []
-    held = {label: sum(counts[split].get(label, 0) for split in counts) for label in lacking}
-    named = ", ".join(f"{label} ({held[label]} held out)" for label in lacking[:20]) + (
-        ", …" if len(lacking) > 20 else ""
-    )
-    message = f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
-    return [Finding("warning", "data.columns.target", message)]
+        return ""
+    held_out = {label: sum(counts[split].get(label, 0) for split in counts) for label in lacking}
+    named = ", ".join(f"{label} ({held_out[label]} held out)" for label in lacking[:20])
+    named += ", …" if len(lacking) > 20 else ""
+    return f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
 
 
-def _pseudo(prepared: RunInputs) -> list[Finding]:
-    """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
+def _pseudo(prepared: RunInputs) -> str:
+    """Where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
     others = [
         source
@@ -140,12 +133,11 @@ def _pseudo(prepared: RunInputs) -> list[Finding]:
         and (source.get("fold") != fold or source.get("train_on") == "all")
     ]
     if not others or not prepared.pseudo.used:
-        return []
-    message = (
+        return ""
+    return (
         f"{len(others)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
         "validation is a little too good: take the labels of this fold's own model"
     )
-    return [Finding("warning", "data.pseudo", message)]
 
 
 def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
@@ -196,9 +188,7 @@ def _serving(rows: TokenizedData) -> list[Finding]:
 def _dropped(prepared: RunInputs, rows: TokenizedData) -> list[Finding]:
     """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
     data, limits = prepared.config.data, rows.encoder.lengths["train"]
-    lost = sum(
-        count for key, count in limits.dropped_by.items() if key in ("data.max_tokens", "data.max_prompt_tokens")
-    )
+    lost = sum(limits.dropped_by.get(key, 0) for key in ("data.max_tokens", "data.max_prompt_tokens"))
     total = limits.rows + limits.rows_dropped
     share = lost / max(1, total)
     if data.truncation is Truncation.drop or share <= data.max_dropped_fraction:
@@ -232,17 +222,7 @@ def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
     splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
     check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
-    trainer = config.trainer
-    per_epoch = steps_per_epoch(len(splits["train"]), trainer.batch_size)
-    total = trainer.max_steps or max(1, round(trainer.epochs * per_epoch))
-    every = trainer.validate_every
-    return TokenizedData(
-        tokenizer,
-        prompt,
-        encoder,
-        splits,
-        encoder.ends,
-        total,
-        max(1, round(every * total if every < 1 else every)),
-        *positions(architecture),
-    )
+    per_epoch, every = steps_per_epoch(len(splits["train"]), config.trainer.batch_size), config.trainer.validate_every
+    total = config.trainer.max_steps or max(1, round(config.trainer.epochs * per_epoch))
+    every = max(1, round(every * total if every < 1 else every))
+    return TokenizedData(tokenizer, prompt, encoder, splits, encoder.ends, total, every, *positions(architecture))

@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
 from llmft.config.convert import to_plain
-from llmft.config.instantiate import build
+from llmft.config.instantiate import build, check_target
 from llmft.config.sections import LoggerConfig, TrainConfig, WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
@@ -54,7 +54,6 @@ def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
 
 
 def wandb_url() -> str:
-    """The server that wandb would log to."""
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
 
 
@@ -89,12 +88,9 @@ def has_key(host: str) -> bool:
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     """Nested dictionaries as one level of dotted keys, for W&B's filters and parallel coordinates."""
-    if isinstance(value, dict) and value:
-        flat: dict[str, Any] = {}
-        for key, item in value.items():
-            flat.update(flatten(item, f"{prefix}{key}."))
-        return flat
-    return {prefix.rstrip("."): value}
+    if not isinstance(value, dict) or not value:
+        return {prefix.rstrip("."): value}
+    return {name: leaf for key, item in value.items() for name, leaf in flatten(item, f"{prefix}{key}.").items()}
 
 
 class SafeWandbLogger(Logger):
@@ -148,12 +144,10 @@ class SafeWandbLogger(Logger):
 
     @property
     def name(self) -> str:
-        """As Lightning asks for it."""
         return "wandb"
 
     @property
     def version(self) -> str:
-        """The W&B run's id."""
         return self._id
 
     def attempt(self, action: Callable[[Any], object]) -> None:
@@ -177,7 +171,6 @@ class SafeWandbLogger(Logger):
         self.attempt(lambda run: run.log({"samples": wandb.Table(columns=columns, data=rows), "step": step}))
 
     def summarise(self, values: Mapping[str, Any]) -> None:
-        """Writes the final values into the run's summary."""
         self.attempt(lambda run: run.summary.update(dict(values)))
 
     def finalize(self, status: str) -> None:
@@ -204,16 +197,12 @@ class _Experiment:
 
 def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> list[Logger]:
     """The loggers that the config names; W&B first."""
-    loggers: list[Logger] = []
-    if config.logger.wandb.enabled:
-        logger = _start_wandb(config, config.logger.wandb, run, environment, screen)
-        if logger is not None:
-            loggers.append(logger)
-    loggers.extend(
-        build(node, f"logger.loggers.{name}", "logger", **_directory(node, run))
-        for name, node in config.logger.loggers.items()
-    )
-    return loggers
+    wandb = _start_wandb(config, run, environment, screen) if config.logger.wandb.enabled else None
+    others = []
+    for name, node in config.logger.loggers.items():
+        directory = {} if "save_dir" in node else {"save_dir": str(run.directory)}
+        others.append(build(node, f"logger.loggers.{name}", "logger", **directory))
+    return [*([wandb] if wandb is not None else []), *others]
 
 
 def finish_loggers(loggers: Sequence[Logger], kind: type[BaseException] | None, *_: Any) -> None:
@@ -226,7 +215,6 @@ def finish_loggers(loggers: Sequence[Logger], kind: type[BaseException] | None, 
 
 
 def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
-    """Sets the summary of a W&B run, if there is one."""
     for logger in loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.summarise(values)
@@ -234,14 +222,8 @@ def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
 
 def check_loggers(config: LoggerConfig) -> None:
     """Refuses a logger that cannot be built, before any weights load."""
-    from llmft.config.instantiate import check_target
-
     for name, node in config.loggers.items():
         check_target(node, f"logger.loggers.{name}", "logger")
-
-
-def _directory(node: dict[str, Any], run: Run) -> dict[str, Any]:
-    return {} if "save_dir" in node else {"save_dir": str(run.directory)}
 
 
 def _wandb_id(run: Run) -> str:
@@ -261,19 +243,17 @@ def _wandb_id(run: Run) -> str:
 
 def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
     """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
-    if not config.logger.wandb.enabled:
-        return
-    logger = _start_wandb(config, config.logger.wandb, run, {}, screen)
+    logger = _start_wandb(config, run, {}, screen) if config.logger.wandb.enabled else None
     if logger is not None:
-        after = run.status().get("result", {}).get("after", {})
-        logger.log_metrics(after, step=run.status().get("result", {}).get("step"))
+        result = run.status().get("result", {})
+        after = result.get("after", {})
+        logger.log_metrics(after, step=result.get("step"))
         logger.summarise({f"best/{name}": value for name, value in after.items()})
         logger.finish(0)
 
 
-def _start_wandb(
-    config: TrainConfig, settings: WandbConfig, run: Run, environment: dict[str, Any], screen: Screen
-) -> SafeWandbLogger | None:
+def _start_wandb(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> SafeWandbLogger | None:
+    settings = config.logger.wandb
     flat = redact(flatten(to_plain(config)))
     flat["git.commit"] = environment.get("git", {}).get("commit")
     flat["run.key"] = run.key
@@ -298,13 +278,7 @@ def fitting(text: str, longest: int = LONGEST_NAME) -> str:
 
 
 def open_wandb(
-    settings: WandbConfig,
-    screen: Screen,
-    *,
-    id: Callable[[], str],
-    dir: Path,
-    tags: Sequence[str],
-    **arguments: Any,
+    settings: WandbConfig, screen: Screen, *, id: Callable[[], str], dir: Path, tags: Sequence[str], **arguments: Any
 ) -> SafeWandbLogger | None:
     """A W&B run, online where that is possible, else offline; None where it is switched off or not installed."""
     if os.environ.get("WANDB_MODE") == "disabled":

@@ -9,7 +9,6 @@ import lightning as L
 from lightning.pytorch.callbacks import Callback
 
 from llmft.core.errors import Stopped
-from llmft.training.finetuner import FineTuner
 
 STEP_EVERY_S = 0.25
 """Steps are told at most so often: a fast model makes hundreds a second."""
@@ -34,10 +33,7 @@ class ReportTrial(Callback):
     def __init__(
         self, reporter: TrialReporter, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None
     ) -> None:
-        self.reporter = reporter
-        self.resumed_at = resumed_at
-        self.total_steps = total_steps
-        self.speed = speed
+        self.reporter, self.total_steps, self.speed, self.resumed_at = reporter, total_steps, speed, resumed_at
         self._told_at = 0.0
 
     def _due(self) -> bool:
@@ -47,40 +43,26 @@ class ReportTrial(Callback):
         self._told_at = now
         return True
 
-    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
         """Tells the validation after which the run goes on, once more: the answer may have been lost with a process."""
-        assert isinstance(module, FineTuner)
         if self.resumed_at is not None:
             self._ask(module, self.resumed_at)
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int
-    ) -> None:
-        """Tells the step."""
-        assert isinstance(module, FineTuner)
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         if self._due() or module.step == self.total_steps:
             self.reporter.step(module.step, self.total_steps, module.train_metrics["train/loss_nats"], self.speed())
 
-    def on_validation_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
-    ) -> None:
-        """Tells that it goes on."""
+    def on_validation_batch_end(self, *_: Any) -> None:
         if self._due():
             self.reporter.alive()
 
-    def on_test_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, index: int, loader: int = 0
-    ) -> None:
-        """Likewise."""
-        self.on_validation_batch_end(trainer, module, outputs, batch, index)
+    on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
-    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
         """Tells the numbers and obeys; the last validation ends nothing, since the run is over anyway."""
-        assert isinstance(module, FineTuner)
-        assert module.validation is not None
         self._ask(module, module.validation.metrics)
 
-    def _ask(self, module: FineTuner, metrics: dict[str, float]) -> None:
+    def _ask(self, module: Any, metrics: dict[str, float]) -> None:
         answer = self.reporter.validation(module.step, self.total_steps, metrics)
         if answer is not None and 0 < module.step < self.total_steps:
             status, reason = answer

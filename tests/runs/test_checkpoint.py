@@ -81,7 +81,7 @@ def test_a_save_that_was_cut_off_leaves_no_trace(tmp_path: Path) -> None:
 def test_old_checkpoints_go_and_the_best_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         save_checkpoint(tmp_path, make(step))
-    prune(tmp_path, keep=2, always={1})
+    prune(tmp_path, keep=2, best=1)
     assert steps_on_disk(tmp_path) == [1, 4, 5]
     assert all(verify(path_of(tmp_path, step)) is None for step in (1, 4, 5))
 

@@ -34,8 +34,8 @@ def install(model: torch.nn.Module) -> None:
 
 def uninstall(model: torch.nn.Module) -> bool:
     """PEFT's own forwards again; whether any was replaced."""
-    own = [vars(layer).pop("forward", None) for layer in lora_layers(model).values()]
-    return any(own)
+    replaced = [vars(layer).pop("forward", None) for layer in lora_layers(model).values()]
+    return any(replaced)
 
 
 def lora_layers(model: torch.nn.Module) -> dict[str, Any]:

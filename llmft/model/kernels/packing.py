@@ -74,17 +74,11 @@ class PackedBatch:
     def arguments(self) -> dict[str, Any]:
         """What a model's forward takes."""
         dummy = torch.empty(1, 1, 1, 1, device=self.input_ids.device)
-        return {
-            "input_ids": self.input_ids,
-            "position_ids": self.position_ids,
-            "attention_mask": dummy,
-            "use_cache": False,
-            "llmft_blocks": self.blocks,
-        }
+        tokens = {"input_ids": self.input_ids, "position_ids": self.position_ids}
+        return {**tokens, "attention_mask": dummy, "use_cache": False, "llmft_blocks": self.blocks}
 
 
 def register() -> None:
-    """Makes the implementation known to transformers."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -172,16 +166,16 @@ def pack_answers(
         input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
         lengths: of each row the tokens of its prompt and of each answer.
     """
-    index, positions, spans, ends, place = [], [], [], [], 0
+    index, positions, spans, ends, start = [], [], [], [], 0
     for row, (prompt, *answers) in enumerate(lengths):
         index.append(row * input_ids.shape[1] + np.arange(prompt + sum(answers)))
         positions += [np.arange(prompt), *(prompt + np.arange(answer) for answer in answers)]
-        end = place + prompt - 1
-        place += prompt
+        end = start + prompt - 1
+        start += prompt
         for answer in answers:
-            spans.append((end, place))
-            place += answer
-            ends.append(place - 1)
+            spans.append((end, start))
+            start += answer
+            ends.append(start - 1)
     widths = [prompt + answer for prompt, *answers in lengths for answer in answers]
     shapes = () if varlen else plan_blocks(widths)
     sent = [np.concatenate(index), np.concatenate(positions), np.array(ends), np.cumsum([0, *widths])]
@@ -197,7 +191,7 @@ def _coarse(length: int) -> int:
 
 def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
     """Cuts rows, in their order, into blocks such that padding and attention calls together cost least."""
-    best: list[tuple[int, int]] = [(0, 0)]  # cost up to a row, and where its block begins
+    best = [(0, 0)]  # cost up to a row, and where its block begins
     for end in range(1, len(lengths) + 1):
         width, options = 0, []
         for start in range(end - 1, -1, -1):
@@ -287,12 +281,12 @@ def _with_prompts(part: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     Put together of pieces, whose gradients are sums in a fixed order on every device.
     """
     tokens = part[0].transpose(0, 1)
-    pieces = iter(tokens.split([length for own in blocks.branches for length in own]))
+    pieces = iter(tokens.split([length for branch in blocks.branches for length in branch]))
     paddings = _paddings(blocks)
     rows: list[torch.Tensor] = []
-    for own in blocks.branches:
+    for branch in blocks.branches:
         prompt = next(pieces)
-        for _ in own[1:]:
+        for _ in branch[1:]:
             rows += [prompt, next(pieces)]
             if padding := next(paddings):
                 rows.append(tokens.new_zeros(padding, *tokens.shape[1:]))
@@ -307,8 +301,8 @@ def _without_prompts(output: torch.Tensor, blocks: Blocks) -> torch.Tensor:
     lengths = [n for prompt, *answers in blocks.branches for a in answers for n in (prompt, a, next(paddings))]
     pieces = iter(output[0].split(lengths))
     rows: list[torch.Tensor] = []
-    for own in blocks.branches:
-        for number, _ in enumerate(own[1:]):
+    for branch in blocks.branches:
+        for number, _ in enumerate(branch[1:]):
             prompt, answer, _ = next(pieces), next(pieces), next(pieces)
             rows += [answer] if number else [prompt, answer]
     return torch.cat(rows)[None]
@@ -350,23 +344,18 @@ def _by_block(part: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[tor
     Cut at once, so that the gradient is put together at once: that of a slice is a whole tensor of zeros with a part.
     """
     cut = part.squeeze(0).split([rows * width for rows, width in shapes], dim=1)
-    return [own.unflatten(1, shape).transpose(0, 1) for own, shape in zip(cut, shapes, strict=True)]
+    return [block.unflatten(1, shape).transpose(0, 1) for block, shape in zip(cut, shapes, strict=True)]
 
 
 def _band(width: int, window: int, device: torch.device) -> torch.Tensor:
     """(1, 1, width, width): each token sees itself and the window - 1 before it."""
-    place = torch.arange(width, device=device)
-    distance = place[:, None] - place
+    columns = torch.arange(width, device=device)
+    distance = columns[:, None] - columns
     return ((distance >= 0) & (distance < window))[None, None]
 
 
 def _varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    scaling: float | None,
-    window: int | None,
-    blocks: Blocks,
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scaling: Any, window: int | None, blocks: Blocks
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
@@ -378,17 +367,10 @@ def _varlen(
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
-    found = varlen_attn(
-        query[0].transpose(0, 1).to(value.dtype),
-        key[0].transpose(0, 1).to(value.dtype),
-        value[0].transpose(0, 1),
-        blocks.seqlens,
-        blocks.seqlens,
-        blocks.longest,
-        blocks.longest,
-        scale=scaling,
-        window_size=(-1 if window is None else window - 1, 0),
-        **grouped,
+    query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
+    ends, longest = blocks.seqlens, blocks.longest
+    size = (-1 if window is None else window - 1, 0)
+    output: Any = varlen_attn(
+        query, key, value, ends, ends, longest, longest, scale=scaling, window_size=size, **grouped
     )
-    assert isinstance(found, torch.Tensor)
-    return found[None]
+    return output[None]

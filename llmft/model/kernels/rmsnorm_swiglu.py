@@ -170,8 +170,8 @@ def can_fuse(device: torch.device) -> bool:
 def _is_norm(forward: Callable[..., Any]) -> bool:
     x, weight = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(0))
     dtypes = ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32))
-    for dtype, own in dtypes:
-        norm = SimpleNamespace(weight=weight[0].to(own), variance_epsilon=0.5)
+    for dtype, weight_dtype in dtypes:
+        norm = SimpleNamespace(weight=weight[0].to(weight_dtype), variance_epsilon=0.5)
         if not _is_same(partial(forward, norm), partial(_norm_of, norm), x.to(dtype)):
             return False
     return True
@@ -198,8 +198,8 @@ def _network_of(network: Any, x: torch.Tensor) -> Any:
 def _is_same(forward: Callable[..., Any], other: Callable[..., Any], x: torch.Tensor) -> bool:
     """Whether a family's forward gives the very bits of another function."""
     try:
-        found = forward(x)
+        result = forward(x)
     except Exception:  # whatever a forward says of other arguments, or of parts that it has not got
         return False
-    wanted = other(x)
-    return isinstance(found, torch.Tensor) and found.dtype is wanted.dtype and torch.equal(found, wanted)
+    expected = other(x)
+    return isinstance(result, torch.Tensor) and result.dtype is expected.dtype and torch.equal(result, expected)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -142,27 +143,20 @@ def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
     return paths
 
 
-def check_paths(paths: Sequence[Path], splits: dict[str, Examples], words: Sequence[str]) -> None:
-    """Raises ConfigError where a row's answer is made of other tokens than its word: the prompt runs into it."""
-    known = set(paths)
-    for examples in splits.values():
-        for example in examples:
-            labels = np.asarray(example.labels)
-            tokens = tuple(int(token) for token in labels[labels != IGNORE])
-            if tokens not in known:
-                raise ConfigError(
-                    f"task.head=tokens: in {example.where} the tokens of the answer depend on the text before it; "
-                    "choose a prompt format that ends its prompt with a line break, or one of its own marks."
-                )
-
-
 def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Examples]) -> WordScores:
     """The scores of `words` under the encoder's tokenizer and prompt format.
 
-    Raises ConfigError for words that their tokens do not tell apart, or that no row spells so.
+    Raises ConfigError for words that their tokens do not tell apart, or that no row spells so: the prompt runs into it.
     """
     paths = word_paths(encoder, words)
-    check_paths(paths, splits, words)
+    known = set(paths)
+    for example in chain.from_iterable(splits.values()):
+        labels = np.asarray(example.labels)
+        if tuple(labels[labels != IGNORE].tolist()) not in known:
+            raise ConfigError(
+                f"task.head=tokens: in {example.where} the tokens of the answer depend on the text before it; "
+                "choose a prompt format that ends its prompt with a line break, or one of its own marks."
+            )
     try:
         return WordScores(paths)
     except ValueError as error:

@@ -37,10 +37,8 @@ class Classification:
         label_smoothing: float = 0.0,
         text_loss: float = 0.0,
     ) -> None:
-        self.targets = targets or Targets()
-        self.scores = scores
-        self.label_smoothing = label_smoothing
-        self.text_loss = text_loss
+        self.targets, self.scores = targets or Targets(), scores
+        self.label_smoothing, self.text_loss = label_smoothing, text_loss
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
         """See RowLosses; `batch.targets` holds class indices, 0 and 1 for each class, or numbers."""

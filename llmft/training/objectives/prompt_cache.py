@@ -36,8 +36,7 @@ def can_share(model: Any, tokens: int) -> bool:
     """
     base = base_of(model)
     config = base.config
-    model_class: type = type(base)
-    if base.training or _cache_argument(model_class) is None:
+    if base.training or _cache_argument(base.__class__) is None:
         return False
     rotary = [module for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if not rotary or getattr(config, "alibi", False):
@@ -104,8 +103,7 @@ def _group(
     base = base_of(model)
     width = int(prompts.max())
     positions = torch.arange(width, device=ids.device)
-    base_class: type = type(base)
-    argument = _cache_argument(base_class)
+    argument = _cache_argument(base.__class__)
     assert argument is not None
     cache = {argument: DynamicCache(config=base.config), "use_cache": True}
     last = positions == prompts[:, None] - 1
@@ -113,13 +111,8 @@ def _group(
 
     depths = torch.tensor([len(node) for node in nodes], device=ids.device)
     branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
-    seen = torch.cat(
-        [
-            (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1),
-            branch[None].expand(len(ids), -1, -1),
-        ],
-        dim=-1,
-    )[:, None]
+    of_prompt = (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1)
+    seen = torch.cat([of_prompt, branch[None].expand(len(ids), -1, -1)], dim=-1)[:, None]
     mask = _additive(seen) if base.config._attn_implementation == "eager" else seen
     keep = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
     behind = model(
