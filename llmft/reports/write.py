@@ -15,7 +15,7 @@ from llmft.reports.classes import Table, at_chance, metric_tables
 from llmft.reports.configurations import Study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
-from llmft.reports.preferences import answers_table, at_length
+from llmft.reports.preferences import answers_table, at_length, at_units
 from llmft.reports.tables import Standing, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
@@ -46,8 +46,8 @@ class Report:
 
     @property
     def warnings(self) -> dict[str, str]:
-        """Where the best configuration is no better than the prior, or than the rule that the longer answer wins."""
-        sentences = {"chance": at_chance(self.study), "length": at_length(self.study)}
+        """Where the best configuration is no better than the prior or than length, or losses have no one unit."""
+        sentences = {"chance": at_chance(self.study), "length": at_length(self.study), "units": at_units(self.study)}
         return {name: sentence for name, sentence in sentences.items() if sentence}
 
     @property

@@ -57,3 +57,15 @@ def test_what_became_of_the_answers_has_a_line_for_each_configuration(written: A
     assert all("both answers became less likely (chosen -2.0 nats, rejected -14.5)" in line[1] for line in table.lines)
     assert table.lines[0][2] == f"{'better' if better else 'NOT better in 2 of 2 runs'}: 0.7950 against 0.6950"
     assert "pushing the rejected one down 14.5 nats" in report.html.read_text()
+
+
+def test_losses_of_two_betas_are_not_called_comparable(tmp_path: Path) -> None:
+    def warnings(**overrides: Any) -> dict[str, str]:
+        runs = [
+            make_run(tmp_path / str(len(overrides)), value, task__feedback="pairs", seed=0, **overrides, **varied)
+            for value, varied in ((0.6, {"task__beta": 0.5}), (0.7, {"task__beta": 0.1}))
+        ]
+        return write_report(runs, tmp_path / "report").warnings
+
+    assert warnings()["units"].startswith("every task.beta gives val/loss_nats another unit")
+    assert "units" not in warnings(trainer__monitor="val/exact_match")
