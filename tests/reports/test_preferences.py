@@ -12,7 +12,11 @@ from llmft.reports.write import write_report
 from tests.reports.runs import make_run, make_sweep, trial
 
 BEFORE = {"val/chosen_logp": -40.0, "val/rejected_logp": -40.0}
-MONITORED = {"monitor": "val/accuracy", "mode": "max", "swept": {"task.beta": ["0.1", "0.5"], "seed": ["0", "1"]}}
+MONITORED: dict[str, Any] = {
+    "monitor": "val/accuracy",
+    "mode": "max",
+    "swept": {"task.beta": ["0.1", "0.5"], "seed": ["0", "1"]},
+}
 
 
 def compared(root: Path, accuracy: float, seed: int, beta: float, low: float) -> Path:
@@ -61,9 +65,10 @@ def test_what_became_of_the_answers_has_a_line_for_each_configuration(written: A
 
 def test_losses_of_two_betas_are_not_called_comparable(tmp_path: Path) -> None:
     def warnings(**overrides: Any) -> dict[str, str]:
+        root = tmp_path / str(len(overrides))
         runs = [
-            make_run(tmp_path / str(len(overrides)), value, task__feedback="pairs", seed=0, **overrides, **varied)
-            for value, varied in ((0.6, {"task__beta": 0.5}), (0.7, {"task__beta": 0.1}))
+            make_run(root, value, task__feedback="pairs", task__beta=beta, seed=0, **overrides)
+            for value, beta in ((0.6, 0.5), (0.7, 0.1))
         ]
         return write_report(runs, tmp_path / "report").warnings
 
