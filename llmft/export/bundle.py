@@ -96,25 +96,28 @@ def make(config: BundleConfig, screen: Screen) -> Path:
     base = None
     if trained.lora.enabled and not str(trained.model.path or "").startswith(PACKAGED):
         base = locate(trained.model).directory
-    wheels = _wheels(config) if config.wheels else []
-    parts = {
-        "run": _size(path for path in _run_files(run)),
-        "base": _size(_base_files(base)) if base is not None else 0,
-        "wheels": sum(ThreadPoolExecutor(8).map(lambda wheel: wheel.size, wheels)),
-    }
-    for name, size in parts.items():
-        screen.print(f"  {format_bytes(size):>10}  {name}{f' ({len(wheels)} packages)' if name == 'wheels' else ''}")
-    screen.print(f"[bold]{format_bytes(sum(parts.values()))}[/bold] in all")
-    if not config.write:
-        return target
-    check_space(target.parent if target.parent.exists() else Path(), sum(parts.values()))
-    with staged_directory(target) as staged:
-        _write(staged, run, base, wheels, config)
-        (staged / "bundle.json").write_text(json.dumps({"run": directory.name, "bytes": parts}, indent=1))
-        if _matches(config):
-            _try(staged, directory, config, screen)
-        else:
-            screen.warn(f"not tried: this machine is not python {config.python} on {', '.join(config.platform)}.")
+    with tempfile.TemporaryDirectory(prefix="llmft-wheels-") as folder:
+        built = Path(folder)
+        wheels = _wheels(config, built) if config.wheels else []
+        sizes = {
+            "run": _size(path for path in _run_files(run)),
+            "base": _size(_base_files(base)) if base is not None else 0,
+            "wheels": sum(ThreadPoolExecutor(8).map(lambda wheel: wheel.size, wheels)),
+        }
+        for name, size in sizes.items():
+            count = f" ({len(wheels)} packages)" if name == "wheels" else ""
+            screen.print(f"  {format_bytes(size):>10}  {name}{count}")
+        screen.print(f"[bold]{format_bytes(sum(sizes.values()))}[/bold] in all")
+        if not config.write:
+            return target
+        check_space(target.parent, sum(sizes.values()))
+        with staged_directory(target) as staged:
+            _write(staged, run, base, wheels, built, config)
+            (staged / "bundle.json").write_text(json.dumps({"run": directory.name, "bytes": sizes}, indent=1))
+            if _matches(config):
+                _try(staged, directory, config, screen)
+            else:
+                screen.warn(f"not tried: this machine is not python {config.python} on {', '.join(config.platform)}.")
     screen.print(f"[bold]bundle[/bold]  {target}; there: sh predict.sh OUT data.files=test.csv")
     return target
 
@@ -133,7 +136,7 @@ def _base_files(base: Path) -> list[Path]:
     return sorted({path for pattern in MODEL_FILES for path in base.glob(pattern) if path.suffix != ".py"})
 
 
-def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], config: BundleConfig) -> None:
+def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], built: Path, config: BundleConfig) -> None:
     for path in _run_files(run):
         copy = staged / "run" / path.relative_to(run.directory)
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -153,14 +156,8 @@ def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], confi
     script.write_text(SCRIPT)
     script.chmod(0o755)
     if wheels:
-        folder = str(staged / "wheels")
-        pins: dict[bool, list[str]] = {True: [], False: []}
-        for wheel in wheels:
-            pins[wheel.ready].append(f"{wheel.name}=={wheel.version}")
-        if pins[True]:
-            _pip("download", "--no-deps", "--only-binary=:all:", "--dest", folder, *_target(config), *pins[True])
-        if pins[False]:
-            _pip("wheel", "--no-deps", "--wheel-dir", folder, *pins[False])
+        pins = [f"{wheel.name}=={wheel.version}" for wheel in wheels]
+        _pip("download", "--no-deps", "--dest", str(staged / "wheels"), *_target(config, built), *pins)
 
 
 def _point_to(staged: Path) -> None:
@@ -178,10 +175,11 @@ def _point_to(staged: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- wheels
 
 
-def _target(config: BundleConfig) -> list[str]:
-    """pip's arguments for a target that is not this machine."""
-    version = [] if config.python is None else ["--python-version", config.python]
-    return version + [word for name in config.platform for tag in tags_of(name) for word in ("--platform", tag)]
+def _target(config: BundleConfig, built: Path) -> list[str]:
+    """pip's arguments for wheels of the target, of which some are in `built`."""
+    words = ["--only-binary=:all:", "--find-links", str(built)]
+    words += [] if config.python is None else ["--python-version", config.python]
+    return words + [word for name in config.platform for tag in tags_of(name) for word in ("--platform", tag)]
 
 
 def tags_of(platform: str) -> list[str]:
@@ -204,8 +202,11 @@ def _pip(*arguments: str) -> str:
     return done.stdout
 
 
-def _wheels(config: BundleConfig) -> list[Wheel]:
-    """What llmft needs on the target, in the versions of this environment, without what is `installed` there."""
+def _wheels(config: BundleConfig, built: Path) -> list[Wheel]:
+    """What llmft needs on the target, in the versions of this environment, without what is `installed` there.
+
+    What has no wheel anywhere is made one in the folder `built`.
+    """
     import importlib.metadata
 
     try:
@@ -221,14 +222,10 @@ def _wheels(config: BundleConfig) -> list[Wheel]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ]
     pins = {n: f"{n}=={importlib.metadata.version(n).partition('+')[0]}" for n in names if n not in skip}
-    wheels = _resolved(pins.values(), [])
-    if _target(config):
-        # What has no wheel at all is built here; the others, and what those need, are looked for again.
-        sources = {name: wheel for name, wheel in wheels.items() if not wheel.ready}
-        others = [pin for name, pin in pins.items() if name not in sources]
-        others += [line for wheel in sources.values() for line in wheel.requires if "extra ==" not in line]
-        wheels = _resolved(others, ["--only-binary=:all:", *_target(config)]) | sources
-    return reached(wheels, list(pins), skip)
+    sources = [f"{wheel.name}=={wheel.version}" for wheel in _resolved(pins.values(), []).values() if not wheel.ready]
+    if sources:
+        _pip("wheel", "--no-deps", "--wheel-dir", str(built), *sources)
+    return reached(_resolved(pins.values(), _target(config, built)), list(pins), skip)
 
 
 def _resolved(pins: Iterable[str], target: list[str]) -> dict[Any, Wheel]:
