@@ -57,8 +57,8 @@ def learn(model: Path, directory: Path, steps: int, *more: str) -> tuple[Answers
     ]  # fmt: skip
     trust(["tests"])
     forms = compose(
-        *shared, f"output_dir={directory}/form", "trainer.max_steps=8", "trainer.validate_every=8",
-        "task.generate_rows=0",
+        *shared, f"output_dir={directory}/form", "trainer.max_steps=24", "trainer.validate_every=24",
+        "trainer.batch_size=32", "learning_rate.peak=5e-4", "task.generate_rows=0",
     )  # fmt: skip
     train(forms, quiet=True)
     policy = compose(
