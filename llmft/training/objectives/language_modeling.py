@@ -50,7 +50,8 @@ def nll_behind(model: Any, arguments: dict[str, Any], places: np.ndarray, target
     base = base_of(model)
     vocabulary = base.config.get_text_config().vocab_size
     if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
-        return _chunked_nll(base, arguments, *send([places], targets.device), targets, most)
+        (kept,) = send([places], targets.device)
+        return _chunked_nll(base, arguments, kept, targets, most)
     once, order = send(np.unique(places, return_inverse=True), targets.device)
     return _nll(_wide(_logits(model, arguments, once)[order]), targets)
 
