@@ -9,9 +9,8 @@ import venv
 from pathlib import Path
 
 import pytest
-import yaml
 
-from tests.conftest import ROOT, compose
+from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text()
 FOLDERS = ("conf", "sweeps", "llmft", "llmft/model/kernels", "tests/bench")
@@ -23,15 +22,6 @@ def test_the_two_set_up_commands_are_marked_and_alone_in_their_blocks() -> None:
         found = re.findall(rf"<!-- fresh-machine: {name} -->\n```bash\n([^\n]+)\n```", README)
         assert len(found) == 1, name
         assert found[0].startswith("pip install -e")
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "sweeps" / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_ready_sweep_names_keys_that_exist(path: Path) -> None:
-    parameters = yaml.safe_load(path.read_text())["hydra"]["sweeper"]["params"]
-    groups = [f"{key}={str(values).split(',')[0]}" for key, values in parameters.items() if "." not in key]
-    for key, values in parameters.items():
-        for value in str(values).split(","):
-            compose(*groups, f"{key}={value}")
 
 
 def test_the_readme_is_a_door() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -18,13 +19,32 @@ from safetensors.torch import load_file
 
 from llmft.core.errors import ConfigError
 from llmft.train import train
+from tests.commands import command
 from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
 from tests.trust.helpers import LONGER, adapter_bytes, records, start, wait_for_step
 
+OTHER = ["seed=5", "lora.r=4", "trainer.max_steps=1", "trainer.validate_every=1", "task.generate_rows=0"]
+OWN = [*SMALL, "data.rows.test=8"]
 
-def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[..., Any], tmp_path: Path) -> None:
-    metric = train(small("data.rows.test=8"), quiet=True)
-    directory = run_directory(tmp_path)
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | None]:
+    """(output_dir, metric) of OWN, trained in a process that trained another run before."""
+    train(compose(*SMALL, *OTHER, f"output_dir={tmp_path_factory.mktemp('other')}"), quiet=True)
+    root = tmp_path_factory.mktemp("trained")
+    return root, train(compose(*OWN, f"output_dir={root}"), quiet=True)
+
+
+@pytest.fixture
+def copied(trained: tuple[Path, float | None], tmp_path: Path) -> Path:
+    """Its run directory in another place, to change."""
+    shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
+    return run_directory(tmp_path)
+
+
+def test_a_run_validates_trains_validates_and_writes_its_record(trained: tuple[Path, float | None]) -> None:
+    root, metric = trained
+    directory = run_directory(root)
     validated = [r for r in records(directory) if "val/loss_nats" in r]
     assert [r["step"] for r in validated] == [0, 2, 4]
     assert validated[-1]["val/loss_nats"] < validated[0]["val/loss_nats"]
@@ -42,73 +62,59 @@ def test_a_run_validates_trains_validates_and_writes_its_record(small: Callable[
     assert "val/loss_nats" in (directory / "log.txt").read_text()
 
 
-def test_the_run_directorys_config_composes_the_same_run_again(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_run_directorys_config_composes_the_same_run_again(trained: tuple[Path, float | None]) -> None:
     from omegaconf import OmegaConf
 
     from llmft.config.convert import canonical, numbers_of, to_config
     from llmft.config.sections import TrainConfig
     from llmft.metrics.monitor import with_mode
 
-    config = small()
-    train(config, quiet=True)
-    stored = OmegaConf.load(run_directory(tmp_path) / "config.yaml")
+    stored = OmegaConf.load(run_directory(trained[0]) / "config.yaml")
     again = to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), stored), TrainConfig)
-    assert canonical(numbers_of(again)) == canonical(numbers_of(with_mode(config)))
+    assert canonical(numbers_of(again)) == canonical(numbers_of(with_mode(compose(*OWN))))
 
 
 def test_the_second_call_finds_the_finished_run_and_force_runs_it_again(
-    small: Callable[..., Any], tmp_path: Path
+    trained: tuple[Path, float | None], copied: Path, tmp_path: Path
 ) -> None:
-    first = train(small(), quiet=True)
-    directory = run_directory(tmp_path)
-    before = {path: path.stat().st_mtime_ns for path in directory.rglob("*") if path.is_file()}
+    own, first = [*OWN, f"output_dir={tmp_path}"], trained[1]
+    before = {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     began = time.process_time()
-    assert train(small(), quiet=True) == first
+    assert train(compose(*own), quiet=True) == first
     assert time.process_time() - began < 2.0
     changed = [p for p, stamp in before.items() if p.stat().st_mtime_ns != stamp and p.name != ".lock"]
     assert changed == []
-    assert train(small("force=true"), quiet=True) == first
-    assert run_directory(tmp_path) == directory
+    assert train(compose(*own, "force=true"), quiet=True) == first
+    assert run_directory(tmp_path) == copied
+    assert all(path.stat().st_mtime_ns != before[path] for path in copied.glob("adapter/*.safetensors"))
 
 
-def test_the_same_config_gives_bit_identical_metrics_and_weights(tmp_path: Path) -> None:
-    """In one process after another run, and in a fresh process: sharing the base changes nothing."""
-    train(compose(*SMALL, f"output_dir={tmp_path}/other", "seed=5", "lora.r=4"), quiet=True)
-    train(compose(*SMALL, f"output_dir={tmp_path}/a"), quiet=True)
-    done = llmft(*SMALL, f"output_dir={tmp_path}/b", cwd=tmp_path)
+def test_the_same_config_gives_bit_identical_metrics_and_weights(
+    trained: tuple[Path, float | None], tmp_path: Path
+) -> None:
+    """In one process after another run, and in a process that trained nothing: sharing the base changes nothing."""
+    done = command("llmft", *OWN, f"output_dir={tmp_path}", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    a, b = run_directory(tmp_path / "a"), run_directory(tmp_path / "b")
+    a, b = run_directory(trained[0]), run_directory(tmp_path)
     assert a.name == b.name
     assert (a / "metrics.jsonl").read_bytes() == (b / "metrics.jsonl").read_bytes()
     assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
     assert adapter_bytes(a) == adapter_bytes(b)
 
 
-def test_seeds_differ(tmp_path: Path) -> None:
-    losses = {train(compose(*SMALL, f"output_dir={tmp_path}", f"seed={seed}"), quiet=True) for seed in (0, 1, 2)}
-    assert len(losses) == 3
-
-
-def test_the_micro_batch_is_a_matter_of_memory(tmp_path: Path) -> None:
-    found = []
-    for size in (8, "100tokens", 1):
-        train(compose(*SMALL, f"output_dir={tmp_path}/{size}", f"trainer.micro_batch={size}"), quiet=True)
-        found.append(records(run_directory(tmp_path / str(size))))
-    for other in found[1:]:
-        for ours, theirs in zip(found[0], other, strict=True):
-            assert ours.keys() == theirs.keys()
-            for name, value in ours.items():
-                assert value == pytest.approx(theirs[name], rel=1e-4), name
+def test_seeds_differ(trained: tuple[Path, float | None], tmp_path: Path) -> None:
+    losses = {train(compose(*OWN, f"output_dir={tmp_path}", f"seed={seed}"), quiet=True) for seed in (1, 2)}
+    assert len({trained[1], *losses}) == 3
 
 
 @pytest.mark.parametrize("trainer", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> None:
     arguments = ["trainer.batch_size=6", "trainer.micro_batch=100tokens", "data.rows={train: 20, validation: 7}"]
-    one = llmft(*SMALL, *arguments, f"output_dir={tmp_path}/one", cwd=tmp_path)
+    train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/one"), quiet=True)
     two = llmft(
         *SMALL, *arguments, f"output_dir={tmp_path}/two", f"trainer={trainer}", "trainer.accelerator=cpu", cwd=tmp_path
     )
-    assert (one.returncode, two.returncode) == (0, 0), one.stderr + two.stderr
+    assert two.returncode == 0, two.stderr
     a, b = run_directory(tmp_path / "one"), run_directory(tmp_path / "two")
     assert a.name == b.name, "how many processes share the work is no part of the key"
     for ours, theirs in zip(records(a), records(b), strict=True):
@@ -117,14 +123,13 @@ def test_two_processes_give_the_numbers_of_one(trainer: str, tmp_path: Path) -> 
             assert value == pytest.approx(theirs[name], rel=1e-4), name
 
 
-def test_plain_peft_and_transformers_load_the_adapter(small: Callable[..., Any], tmp_path: Path) -> None:
+def test_plain_peft_and_transformers_load_the_adapter(trained: tuple[Path, float | None]) -> None:
     """An independent loader gets the validation loss that the run recorded."""
     import peft
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    config = small("data.rows={train: 48, validation: 4}")
-    metric = train(config, quiet=True)
-    adapter = run_directory(tmp_path) / "adapter"
+    root, metric = trained
+    adapter = run_directory(root) / "adapter"
     card = (adapter / "README.md").read_text()
     assert f"# {adapter.parent.name}" in card
     assert "Needed" not in card, "a form that nobody fills in"
@@ -144,7 +149,7 @@ def test_plain_peft_and_transformers_load_the_adapter(small: Callable[..., Any],
     from llmft.data.synthetic import writers
 
     total, count = 0.0, 0
-    for row in writers("validation", 4, 0):
+    for row in writers("validation", 12, 0):
         turns = [
             {"role": "user", "content": f"Who wrote this text?\n\n{row['text']}"},
             {"role": "assistant", "content": row["writer"]},
@@ -176,11 +181,12 @@ def hooks_of(model: Any) -> list[list[Any]]:
 def test_training_leaves_the_base_for_the_next_run_as_it_was(small: Callable[..., Any]) -> None:
     from llmft.model import load
 
-    train(small(), quiet=True)
+    few = ["trainer.max_steps=1", "trainer.validate_every=1", "task.generate_rows=0"]
+    train(small(*few), quiet=True)
     model = load._kept.model
     before = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = hooks_of(model)
-    train(small("seed=1", "lora.r=3", "lora.dropout=0.1"), quiet=True)
+    train(small(*few, "seed=1", "lora.r=3", "lora.dropout=0.1"), quiet=True)
     assert load._kept.model is model, "the second run loaded a base of its own"
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -212,33 +218,35 @@ def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
     first.wait()
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ["quantization=fp4"],
-        ["quantization=int8"],
-        ["quantization=none"],
-        ["lora.rslora=true", "lora.alpha=3"],
-        ["lora.dora=true"],
-        ["lora=attention", "lora.r=2"],
-        ["lora.targets=.*mlp.up_proj"],
-        ["lora.modules_to_save=[lm_head]"],
-        ["optimizer=adamw_8bit"],
-        ["optimizer=paged_adamw_8bit"],
-        ["optimizer=sgd", "learning_rate.peak=0.1"],
-        ["learning_rate=linear", "learning_rate.warmup_steps=2"],
-        ["learning_rate=constant"],
-        ["trainer.gradient_checkpointing=true"],
-        ["trainer.gradient_clip=null"],
-        ["trainer.export=last"],
-        ["prompt=alpaca", "data.max_tokens=256"],
-        ["prompt=llama2", "prompt.system=Be brief."],
-        ["trainer.precision=bf16"],
-    ],
-    ids=" ".join,
-)
-def test_every_choice_trains(small: Callable[..., Any], tmp_path: Path, overrides: list[str]) -> None:
-    train(small(*overrides), quiet=True)
+CHOICES = [
+    ["quantization=fp4"],
+    ["quantization=int8"],
+    ["quantization=none"],
+    ["lora.rslora=true", "lora.alpha=3"],
+    ["lora.dora=true"],
+    ["lora=attention", "lora.r=2"],
+    ["lora.targets=.*mlp.up_proj"],
+    ["lora.modules_to_save=[lm_head]"],
+    ["optimizer=adamw_8bit"],
+    ["optimizer=paged_adamw_8bit"],
+    ["optimizer=sgd", "learning_rate.peak=0.1"],
+    ["learning_rate=linear", "learning_rate.warmup_steps=2"],
+    ["learning_rate=constant"],
+    ["trainer.gradient_checkpointing=true"],
+    ["trainer.gradient_clip=null"],
+    ["trainer.export=last"],
+    ["prompt=alpaca", "data.max_tokens=256"],
+    ["prompt=llama2", "prompt.system=Be brief."],
+    ["trainer.precision=bf16"],
+]
+TOGETHER = [[0, 3, 8, 11, 16], [1, 5, 9, 12, 14, 17], [2, 4, 10, 13, 15], [6, 7, 18]]
+"""Choices that do not get in each other's way; alone, each is tried by a slow test."""
+
+
+@pytest.mark.parametrize("numbers", [*TOGETHER, *(pytest.param([n], marks=pytest.mark.slow) for n in range(19))])
+def test_every_choice_trains(small: Callable[..., Any], tmp_path: Path, numbers: list[int]) -> None:
+    assert sorted(number for own in TOGETHER for number in own) == list(range(len(CHOICES)))
+    train(small(*(override for number in numbers for override in CHOICES[number])), quiet=True)
     validated = [r["val/loss_nats"] for r in records(run_directory(tmp_path)) if "val/loss_nats" in r]
     assert validated[-1] < validated[0]
 
@@ -265,7 +273,8 @@ def test_a_random_architecture_of_any_model_trains_without_its_files(small: Call
 
 def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
     """A pretrained checkpoint of others and Alpaca rows, by plain overrides on the command line."""
-    done = llmft(
+    done = command(
+        "llmft",
         "model=local",
         f"model.path={shared_data}/models/stories260K",
         "data=alpaca",
@@ -298,18 +307,16 @@ def test_the_embedded_example_reaches_its_numbers(tmp_path: Path) -> None:
     assert result["after"]["val/loss_nats"] < 0.5 * result["before"]["val/loss_nats"]
 
 
-def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(small: Callable[..., Any], tmp_path: Path) -> None:
-    train(small(), quiet=True)
-    path = run_directory(tmp_path) / "adapter" / "adapter_model.safetensors"
+def test_a_damaged_adapter_is_made_again_from_the_best_checkpoint(copied: Path, tmp_path: Path) -> None:
+    path = copied / "adapter" / "adapter_model.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:100])
-    train(small(), quiet=True)
+    train(compose(*OWN, f"output_dir={tmp_path}"), quiet=True)
     assert path.read_bytes() == content
 
 
-def test_row_losses_of_every_validation_add_up_to_its_metric(tmp_path: Path) -> None:
-    train(compose(*SMALL, f"output_dir={tmp_path}"), quiet=True)
-    run = run_directory(tmp_path)
+def test_row_losses_of_every_validation_add_up_to_its_metric(trained: tuple[Path, float | None]) -> None:
+    run = run_directory(trained[0])
     said = {
         record["step"]: record["val/loss_nats"]
         for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())

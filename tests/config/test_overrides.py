@@ -127,7 +127,8 @@ def test_every_printed_command_composes_as_bash_hands_it_over(tmp_path: Path) ->
 
 
 def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: Path) -> None:
-    spans = [s for s in re.findall(r"`([^`\n]+)`", README) if re.match(r"(--config-dir|[+\"']?[a-z_./]+=)", s)]
+    spans = list(dict.fromkeys(re.findall(r"`([^`\n]+)`", README)))
+    spans = [s for s in spans if re.match(r"(--config-dir|[+\"']?[a-z_./]+=)", s)]
     spans = [s for s in spans if not s.endswith("=") and "…" not in s and not s.startswith("format=submission")]
     assert 'sweep.question="Is r=4 better than r=8?"' in spans
     spans.remove("hydra/launcher=submitit_slurm")  # of an optional package
@@ -139,6 +140,8 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
     for line, words in zip(spans, split_by_bash(spans, tmp_path), strict=True):
         told = []
         for command, more in ways:
+            if command != "train" and not _has_keys(command, words):
+                continue
             try:
                 compose_words(command, [*more, *words])
                 break
@@ -147,6 +150,12 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
         else:
             wrong.append(f"{line}: {told}")
     assert not wrong, "\n".join(wrong)
+
+
+def _has_keys(command: str, words: Sequence[str]) -> bool:
+    """Whether the keys are at least in a command's schema; cheaper than to compose."""
+    known = schema_of(command)[1].__dataclass_fields__
+    return all(re.split(r"[.=]", word.lstrip("+"))[0] in known for word in words)
 
 
 def test_the_readmes_question_and_template_are_taken_as_pasted(tmp_path: Path) -> None:
@@ -158,7 +167,7 @@ def test_the_readmes_question_and_template_are_taken_as_pasted(tmp_path: Path) -
 
 SIGNS = st.sampled_from("ab 1.,'\"()[]{}=:$\\\n\té日-+~@#%&*!?|;<>/`^_")
 TEXTS = st.text(SIGNS, max_size=12) | st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
-LAW = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+LAW = settings(max_examples=75, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def value_of(override: str) -> Any:

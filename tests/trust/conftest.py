@@ -9,7 +9,7 @@ import pytest
 from tests.trust.helpers import whole_run
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of LONGER from beginning to end."""
-    return whole_run(tmp_path_factory.mktemp("whole"))
+    """The run of LONGER from beginning to end, with all its checkpoints."""
+    return whole_run(tmp_path_factory.mktemp("whole"), "trainer.keep_checkpoints=99")

@@ -146,9 +146,8 @@ class TestR5FullDisk:
         monkeypatch.setattr(checkpoint, "check_space", check)
 
     def test_r5_a_run_that_cannot_save_leaves_with_code_74_and_goes_on_later(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = whole_run(tmp_path / "whole")
         with monkeypatch.context() as patch:
             self.full_from(patch, 5)
             child = start(tmp_path / "a")
@@ -160,18 +159,17 @@ class TestR5FullDisk:
         assert "Traceback" not in told
         again = start(tmp_path / "a")
         assert again.wait() == 0
-        same_run(whole, run_directory(tmp_path / "a"))
+        same_run(uninterrupted, run_directory(tmp_path / "a"))
 
     def test_r5_on_request_training_goes_on_without_its_checkpoints(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+        self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        whole = whole_run(tmp_path / "whole")
         with monkeypatch.context() as patch:
             self.full_from(patch, 5)
             child = start(tmp_path / "a", "trainer.on_save_error=warn", "trainer.export=last")
             assert child.wait() == 0, child.text()
         assert "training goes on (trainer.on_save_error=warn)" in child.text()
-        assert records(run_directory(tmp_path / "a")) == records(whole)
+        assert records(run_directory(tmp_path / "a")) == records(uninterrupted)
 
     def test_r5_room_is_looked_for_before_the_first_step(
         self, mounted: Callable[..., Path], small: Callable[..., Any]
@@ -218,7 +216,7 @@ def test_r6_a_full_tmpdir_does_not_matter(
 def test_r9_the_micro_batch_changes_neither_order_nor_numbers(tmp_path: Path) -> None:
     """Rows are tokenised once and collated in the training process, so there are no loader workers to vary."""
     found = []
-    for size in (8, 4, 2, 1):
+    for size in (8, "100tokens", 1):
         directory = whole_run(tmp_path / str(size), f"trainer.micro_batch={size}", base=SMALL)
         found.append(records(directory))
     for other in found[1:]:

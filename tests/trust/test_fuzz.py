@@ -26,7 +26,7 @@ from tests.conftest import prompt_config
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
 SETTINGS = settings(
-    max_examples=2000 if FUZZ_S else 150,
+    max_examples=2000 if FUZZ_S else 75,
     deadline=None,
     database=None,
     suppress_health_check=list(HealthCheck),
@@ -180,7 +180,7 @@ class TestFuzzPrompts:
         assert text in made.text[made.spans[0][0] : made.spans[0][1]]
 
 
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=25)
 @given(
     st.tuples(
         st.sampled_from(["lora.r", "model", "notes", "data.files", "learning_rate.peak", "nonsense", "lora", "seed"]),

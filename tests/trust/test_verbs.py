@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -22,7 +23,8 @@ from llmft.doctor import doctor
 from llmft.runs.checkpoint import steps_on_disk
 from llmft.runs.directory import Run
 from llmft.train import train
-from tests.conftest import ROOT, SMALL, compose, llmft, run_directory
+from tests.commands import command
+from tests.conftest import ROOT, SMALL, compose, run_directory
 
 
 class TestDoctor:
@@ -123,14 +125,7 @@ class TestDoctor:
         assert "yyy" not in out
 
     def test_the_command_answers(self, tmp_path: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "llmft.doctor", "network=false", f"output_dir={tmp_path}"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
+        done = command("llmft.doctor", "network=false", f"output_dir={tmp_path}", cwd=tmp_path)
         assert done.returncode in (0, 2), done.stderr
         assert (" bad " in done.stdout) == (done.returncode == 2)
         assert "Traceback" not in done.stderr
@@ -142,9 +137,15 @@ KEEP_ALL = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
 class TestDisk:
     """What lies where, and only what may go goes."""
 
+    @pytest.fixture(scope="class")
+    def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
+        root = tmp_path_factory.mktemp("disk")
+        train(compose(*SMALL, *KEEP_ALL, f"output_dir={root}"), quiet=True)
+        return root
+
     @pytest.fixture
-    def root(self, tmp_path: Path) -> Path:
-        train(compose(*SMALL, *KEEP_ALL, f"output_dir={tmp_path}"), quiet=True)
+    def root(self, trained: Path, tmp_path: Path) -> Path:
+        shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
         return tmp_path
 
     def look(self, root: Path, **values: Any) -> Any:
@@ -227,7 +228,7 @@ class TestDisk:
         assert any(path.endswith(".arrow") for path in gone)
         assert not any(Path(path).exists() for path in gone)
         assert Run(directory, "").done
-        train(compose(*SMALL, f"output_dir={root}/again"), quiet=True)
+        train(compose(*SMALL, "trainer.max_steps=1", f"output_dir={root}/again"), quiet=True)
 
     def test_merged_models_and_dequantised_gguf_files_are_told_and_go_on_request(
         self, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -289,14 +290,6 @@ class TestDisk:
         assert run_directory(root).name in done.stdout
 
     def test_a_mistyped_key_is_answered_as_everywhere(self, tmp_path: Path) -> None:
-        done = subprocess.run(
-            [sys.executable, "-m", "llmft.disk", "cleen=[tokens]"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+        done = command("llmft.disk", "cleen=[tokens]", cwd=tmp_path)
         assert done.returncode == 2
         assert "cleen: no such key; did you mean clean?" in done.stderr
-        assert llmft("--help", cwd=tmp_path).returncode == 0

@@ -22,6 +22,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.sources import BadRows
+from llmft.model.kernels.packing import Places
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
 
@@ -110,7 +111,7 @@ class WordScores:
             inputs.view(-1).index_fill_(0, begins + depth, token)
         # What stands behind is never looked at by causal attention.
         kept = prompts[:, None] - 1 + np.arange(1 + len(probe))
-        places = np.repeat(rows, kept.shape[1]), kept.reshape(-1)
+        places: Places = (np.repeat(rows, kept.shape[1]), kept.reshape(-1))
         logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), places)
         return logits.view(len(ids), 1 + len(probe), -1)
 
