@@ -11,10 +11,11 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example, Examples
@@ -34,7 +35,20 @@ def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 @dataclass
-class Answers:
+class OnDevice:
+    """A part of a batch, whose fields are tensors, further parts, and plain values."""
+
+    def to(self, device: torch.device) -> Self:
+        """The same on `device`."""
+        moved: dict[str, Any] = {}
+        for name, part in vars(self).items():
+            if isinstance(part, (torch.Tensor, OnDevice)):
+                moved[name] = part.to(device) if isinstance(part, OnDevice) else hand_over(part, device)
+        return replace(self, **moved)
+
+
+@dataclass
+class Answers(OnDevice):
     """The answers that stand behind each row's prompt, and what people said of them.
 
     Attributes:
@@ -73,13 +87,9 @@ class Answers:
         """The most answers that a row has."""
         return max(len(row_lengths) for row_lengths in self.lengths) - 1
 
-    def to(self, device: torch.device) -> Answers:
-        """The same on `device`."""
-        return replace(self, **_moved(self, device))
-
 
 @dataclass
-class PolicyRows:
+class PolicyRows(OnDevice):
     """What is known of answers that a policy has drawn, at the places of `labels[:, 1:]`; 0 where there is no label.
 
     Attributes:
@@ -95,13 +105,9 @@ class PolicyRows:
     values: torch.Tensor | None = None
     returns: torch.Tensor | None = None
 
-    def to(self, device: torch.device) -> PolicyRows:
-        """The same on `device`."""
-        return replace(self, **_moved(self, device))
-
 
 @dataclass
-class MicroBatch:
+class MicroBatch(OnDevice):
     """A padded batch.
 
     Attributes:
@@ -124,9 +130,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same batch on `device`; `lengths` and `places` stay on the host, which needs them without waiting."""
-        answers = None if self.answers is None else self.answers.to(device)
-        policy = None if self.policy is None else self.policy.to(device)
-        batch = replace(self, **_moved(self, device), answers=answers, policy=policy)
+        batch = super().to(device)
         batch.lengths, batch.places = self.lengths, self.places
         return batch
 
@@ -161,27 +165,18 @@ class StepBatch:
         return StepBatch(self.step, [micro.to(device) for micro in self.micro_batches], self.weight)
 
 
-def _moved(batch: Any, device: torch.device) -> dict[str, Any]:
-    return {name: hand_over(part, device) for name, part in vars(batch).items() if isinstance(part, torch.Tensor)}
-
-
 def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:
     """Pads `examples` on the right to the longest one; padding is masked and never a label."""
-    seq_len = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), seq_len)
-    input_ids = torch.full(shape, pad_id, dtype=torch.long)
-    labels = torch.full(shape, IGNORE, dtype=torch.long)
-    mask = torch.zeros(shape, dtype=torch.long)
-    for index, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[index, :length] = torch.as_tensor(example.input_ids)
-        labels[index, :length] = torch.as_tensor(example.labels)
-        mask[index, :length] = 1
+    ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
+    input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+    labels = [torch.as_tensor(example.labels, dtype=torch.long) for example in examples]
     targets = [example.conversation.target for example in examples]
     stacked = torch.tensor(targets) if all(target is not None for target in targets) else None
     weights = torch.tensor([example.conversation.weight for example in examples])
     answers = Answers.of(examples) if examples[0].segments is not None else None
-    return MicroBatch(input_ids, mask, labels, weights, stacked, list(rows), answers)
+    padded_labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+    return MicroBatch(input_ids, mask, padded_labels, weights, stacked, list(rows), answers)
 
 
 def zero_weight_batch(batch: MicroBatch) -> MicroBatch:

@@ -158,9 +158,9 @@ class ColumnMap:
                 unknown[key] = missing[0]
         if unknown:
             raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
-        splits = (train, test)
-        column_map.id = columns.id or ("id" if all(_is_unique(rows, "id") for rows in splits) else None)
-        if columns.id and not lenient and not all(_is_unique(rows, columns.id) for rows in splits):
+        is_unique = all(_is_unique(rows, columns.id or "id") for rows in (train, test))
+        column_map.id = columns.id or ("id" if is_unique else None)
+        if columns.id and not lenient and not is_unique:
             raise DataError(
                 f"data.columns.id={columns.id}: two rows have the same id, or one has none; every row needs its own."
             )
@@ -230,17 +230,20 @@ class ColumnMap:
         conversation = self._conversation(row)
         if self.id and row.values.get(self.id) is None:
             raise ValueError(f"no '{self.id}', the column of the rows' ids")
-        name = str(row.values[self.id]) if self.id else row.id
         group = self.data.group if self.data is not None else None
-        group_value = stable_text(row.values[group]) if group and group in row.values else None
+        conversation = replace(
+            conversation,
+            id=str(row.values[self.id]) if self.id else row.id,
+            group=stable_text(row.values[group]) if group and group in row.values else None,
+        )
         if self.targets is None:
-            return replace(conversation, id=name, group=group_value)
+            return conversation
         target = self._target(row)
         if self.head is not Head.tokens:
-            return replace(conversation, id=name, group=group_value, target=target, marked=False)
+            return replace(conversation, target=target, marked=False)
         word = self.targets.words[target if isinstance(target, int) else 0]
-        messages = [*conversation.messages, {"role": "assistant", "content": word}]
-        return replace(conversation, messages=messages, id=name, group=group_value, target=target, marked=True)
+        messages = [*conversation.messages, _answer(word)]
+        return replace(conversation, messages=messages, target=target, marked=True)
 
     def _target(self, row: Row) -> Target | None:
         assert self.targets is not None
@@ -280,32 +283,32 @@ class ColumnMap:
             return Conversation(messages, row.where, tools=tools)
         if self.feedback is not None:
             return replace(self._compared(row, messages), tools=tools)
-        preferred = columns.chosen and not self.lenient
-        return replace(
-            self._with_preference(row, messages) if preferred else self._with_answer(row, messages), tools=tools
-        )
+        return Conversation(self._with_answer(row, messages), row.where, tools=tools)
 
     def _with_system_prompt(self, row: Row, messages: list[Message]) -> list[Message]:
         """`messages` with the row's system prompt first."""
         system = self._optional_text(self.columns.system, row)
-        own_prompts = [message["content"].strip() for message in messages if message["role"] == "system"]
-        if system is None or own_prompts == [system.strip()]:
+        given = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if system is None or given == [system.strip()]:
             return messages
-        if own_prompts:
+        if given:
             raise ValueError(f"column '{self.columns.system}' and the conversation's own system message differ")
         return [{"role": "system", "content": system}, *messages]
 
-    def _with_answer(self, row: Row, messages: list[Message]) -> Conversation:
-        """The conversation with the answer of data.columns.response, if any, as its last message."""
-        response = self.columns.response
+    def _with_answer(self, row: Row, messages: list[Message]) -> list[Message]:
+        """`messages` and the chosen answer, or that of data.columns.response, if any."""
+        chosen, response = self.columns.chosen, self.columns.response
+        if chosen and not self.lenient:
+            _refuse_answered(messages, "the chosen one")
+            return [*messages, _answer(self._answer_text(row, chosen, messages))]
         if not response or (self.lenient and any(name not in row.values for name in names_in(response))):
-            return Conversation(messages, row.where)
+            return messages
         if messages[-1]["role"] == "assistant":
             raise ValueError(f"the conversation ends with an answer already, and '{response}' has another")
-        answer = self._fill(response, row)
-        if not answer.strip() and not self.lenient:
+        text = self._fill(response, row)
+        if not text.strip() and not self.lenient:
             raise ValueError("the answer is empty")
-        return Conversation([*messages, {"role": "assistant", "content": answer}], row.where)
+        return [*messages, _answer(text)]
 
     def _to_classify(self, messages: list[Message]) -> list[Message]:
         """A conversation to classify; for task.head=tokens, as one text of the user."""
@@ -314,13 +317,6 @@ class ColumnMap:
             return [{"role": "user", "content": text}]
         return messages
 
-    def _with_preference(self, row: Row, messages: list[Message]) -> Conversation:
-        """Preference data for a task that learns to write: the chosen answer ends the conversation."""
-        assert self.columns.chosen
-        _refuse_answered(messages, "the chosen one")
-        chosen = self._answer(row, self.columns.chosen, messages)
-        return Conversation([*messages, {"role": "assistant", "content": chosen}], row.where)
-
     def _whole_conversations(self, row: Row) -> Conversation:
         """Columns of whole conversations: the chosen one, and one that ends with another answer."""
         chosen, rejected = self.columns.chosen, self.columns.rejected
@@ -328,32 +324,29 @@ class ColumnMap:
         messages = conversation_of(row.values.get(chosen), chosen, self.keys)
         check_turns(messages)
         if self.feedback is None or rejected is None or (self.lenient and row.values.get(rejected) is None):
-            return Conversation(self._with_system_prompt(row, messages), row.where, comparison=self._alone())
+            comparison = None if self.feedback is None else Comparison()  # of one answer, which is asked about
+            return Conversation(self._with_system_prompt(row, messages), row.where, comparison=comparison)
         other = conversation_of(row.values.get(rejected), rejected, self.keys)
         before, better, worse = two_endings(messages, other)
         return self._judged(row, self._with_system_prompt(row, before), [better, worse], (0, 1))
 
-    def _alone(self) -> Comparison | None:
-        """Of one answer that is asked about and not compared."""
-        return None if self.feedback is None else Comparison()
-
     def _compared(self, row: Row, messages: list[Message]) -> Conversation:
         """A prompt with what people said of its answers; rows to predict have the answers that they have."""
-        columns, values = self.columns, row.values
+        columns, values, scores = self.columns, row.values, self.columns.scores or ""
         if columns.candidates and (not self.lenient or columns.candidates in values):
             answers = self._candidates(row, columns.candidates, messages)
-            if self.lenient and values.get(columns.scores or "") is None:
+            if self.lenient and values.get(scores) is None:
                 return self._judged(row, messages, answers, (0,) * len(answers))
-            return self._judged(row, messages, *ranked(answers, values.get(columns.scores or ""), columns.scores or ""))
+            return self._judged(row, messages, *ranked(answers, values.get(scores), scores))
         if columns.chosen and (not self.lenient or columns.chosen in values):
-            names = [columns.chosen, *([columns.rejected] if columns.rejected else [])]
+            names = [name for name in (columns.chosen, columns.rejected) if name]
             names = [name for name in names if not self.lenient or values.get(name) is not None]
-            answers = [self._answer(row, name, messages) for name in names]
+            answers = [self._answer_text(row, name, messages) for name in names]
             return self._judged(row, messages, answers, tuple(range(len(answers))))
         response = columns.response or ("response" if self.lenient and "response" in values else None)
         if response is not None:
             _refuse_answered(messages, f"the one of '{response}'")
-            messages = [*messages, {"role": "assistant", "content": self._fill(response, row)}]
+            messages = [*messages, _answer(self._fill(response, row))]
         if messages[-1]["role"] != "assistant" or not messages[-1]["content"].strip():
             raise ValueError("the row has no answer")
         return self._judged(row, messages[:-1], [str(messages[-1]["content"])], (0,))
@@ -374,7 +367,7 @@ class ColumnMap:
                 comparison = replace(comparison, margin=number_of(row.values.get(columns.margin), columns.margin))
             if columns.label:
                 comparison = replace(comparison, desirable=label_of(row.values.get(columns.label), columns.label))
-        return Conversation([*messages, {"role": "assistant", "content": answers[0]}], row.where, comparison=comparison)
+        return Conversation([*messages, _answer(answers[0])], row.where, comparison=comparison)
 
     def _candidates(self, row: Row, name: str, messages: list[Message]) -> list[str]:
         """Several answers: texts, or messages."""
@@ -382,17 +375,17 @@ class ColumnMap:
         least = 1 if self.lenient else 2
         if not isinstance(values, list) or len(values) < least:
             raise ValueError(f"'{name}' holds no list of {least} answers or more")
-        answers = [self._answer(replace(row, values={name: value}), name, messages) for value in values]
+        answers = [self._answer_text(replace(row, values={name: value}), name, messages) for value in values]
         differing(answers)  # by their numbers in the file, before they are ranked
         return answers
 
-    def _answer(self, row: Row, name: str, messages: list[Message]) -> str:
+    def _answer_text(self, row: Row, name: str, messages: list[Message]) -> str:
         """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""
         value = row.values.get(name)
         if isinstance(value, list) and value:
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
-            own_messages = [(m["role"], message_text(m).strip()) for m in messages]
-            if before and own_messages[-len(before) :] != [(m["role"], message_text(m).strip()) for m in before]:
+            prompt, given = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
+            if given and prompt[-len(given) :] != given:
                 raise ValueError(f"the messages before the answer in '{name}' are not those of the prompt")
             value = value[-1]
         if isinstance(value, dict):
@@ -426,7 +419,7 @@ def prompt_of(data: DataConfig) -> Callable[[Row], str]:
     templates = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
     names = [name for template in templates for name in names_in(template)]
 
-    def own(row: Row) -> str:
+    def prompt(row: Row) -> str:
         if names and not (columns.messages and columns.label and not columns.response):
             return stable_text([row.values.get(name) for name in names])
         whole = row.values.get(columns.messages or columns.chosen or "")
@@ -434,7 +427,11 @@ def prompt_of(data: DataConfig) -> Callable[[Row], str]:
             return whole.rpartition("\n\nAssistant:")[0]
         return stable_text(whole[:-1] if isinstance(whole, list) else whole)
 
-    return own
+    return prompt
+
+
+def _answer(content: str) -> Message:
+    return {"role": "assistant", "content": content}
 
 
 def _refuse_answered(messages: list[Message], beside: str) -> None:
@@ -454,8 +451,13 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
         answers.remove("response")
     unused: dict[str, str] = {}
     _refuse_classes(data, task)
+    if task.head is None and data.target_columns:
+        learns = "learns text" if task.feedback is None else "compares answers"
+        raise ConfigError(f"data.target_columns is set, and task={task.name} {learns}: set it to [].")
+    if task.head is None and len(answers) > 1:
+        raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
     if task.feedback is not None:
-        unused |= _feedback_columns(data, task, set_to, answers)
+        unused |= _feedback_columns(data, task, set_to)
     elif task.head is not None:
         unused |= dict.fromkeys((*_COMPARED, "candidates"), f"task={task.name} learns no answers")
         if data.target_columns:
@@ -463,18 +465,13 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
         elif "target" in set_to and "response" in answers:
             unused["response"] = f"task={task.name} predicts data.columns.target; write its column into a template"
     else:
-        if data.target_columns:
-            raise ConfigError(f"data.target_columns is set, and task={task.name} learns text: set it to [].")
-        if len(answers) > 1:
-            raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
         comparison_keys = ("candidates", "scores", "label", *(() if "chosen" in set_to else _COMPARED))
         unused |= dict.fromkeys(comparison_keys, f"task={task.name} compares no answers")
         if "prompt" in set_to and not answers:
             raise ConfigError("data.columns.prompt is set without data.columns.response (or target): set both.")
         if "text" in set_to and not answers:
-            unused |= dict.fromkeys(
-                ("input", "system"), "every token of data.columns.text is learned, and nothing else"
-            )
+            reason = "every token of data.columns.text is learned, and nothing else"
+            unused |= dict.fromkeys(("input", "system"), reason)
     if "messages" in set_to or not texts:
         key = "messages" if "messages" in set_to else "chosen"
         unused["input"] = f"data.columns.{key} holds the whole conversation"
@@ -486,12 +483,8 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
 _COMPARED = ("chosen", "rejected", "degree", "margin", "scores", "label")
 
 
-def _feedback_columns(data: DataConfig, task: TaskConfig, set_to: dict[str, str], answers: list[str]) -> dict[str, str]:
+def _feedback_columns(data: DataConfig, task: TaskConfig, set_to: dict[str, str]) -> dict[str, str]:
     """The keys that a task of feedback would not use, with the reason. Raises ConfigError for one that it lacks."""
-    if data.target_columns:
-        raise ConfigError(f"data.target_columns is set, and task={task.name} compares answers: set it to [].")
-    if len(answers) > 1:
-        raise ConfigError(f"data.columns.{' and data.columns.'.join(answers)} are set: set all but one to null.")
     if task.feedback is Feedback.labels:
         if "label" not in set_to:
             raise ConfigError(f"task={task.name} needs data.columns.label: whether a row's answer is good.")
@@ -503,7 +496,7 @@ def _feedback_columns(data: DataConfig, task: TaskConfig, set_to: dict[str, str]
         unused = ["target", "response", "label", "text", "degree" if "candidates" in set_to else "scores"]
     if missing is not None:
         raise ConfigError(f"task={task.name} needs data.columns.{missing}; data={data.name} does not name it.")
-    return dict.fromkeys(unused, f"task={task.name} learns from {task.feedback.value if task.feedback else ''}")
+    return dict.fromkeys(unused, f"task={task.name} learns from {task.feedback}")
 
 
 def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from llmft.data.batch import (
     Limit,
@@ -22,17 +23,9 @@ from llmft.data.batch import (
 from llmft.data.examples import Example
 
 
-class _LazyBatches(Dataset):
-    """Batches that are made when the loop asks for them."""
-
-    def __init__(self, makers: list[Callable[[], object]]) -> None:
-        self.makers = makers
-
-    def __len__(self) -> int:
-        return len(self.makers)
-
-    def __getitem__(self, index: int) -> object:
-        return self.makers[index]()
+def _loader(items: Sequence[Any], batch_of: Callable[[Any], object]) -> DataLoader:
+    """The batch of each item, made when the loop asks for it."""
+    return DataLoader(items, batch_size=None, collate_fn=batch_of)  # type: ignore[arg-type]
 
 
 class DataModule(L.LightningDataModule):
@@ -100,20 +93,21 @@ class DataModule(L.LightningDataModule):
 
     def first_row(self, step: int) -> MicroBatch:
         """The first row of optimizer step `step` alone: the same on every rank, for every micro-batch size."""
-        examples = self.splits["train"]
-        row = rows_of_step(step, len(examples), self.batch_size, self.seed)[0]
-        return self._batch("train", [row])
+        return self._batch("train", rows_of_step(step, len(self.splits["train"]), self.batch_size, self.seed)[:1])
 
     def train_dataloader(self) -> DataLoader:
         """The steps from the current one to the end of the epoch or of the training."""
         start, per_epoch = self.position(), self.steps_per_epoch
         stop = min((start // per_epoch + 1) * per_epoch, self.stops[-1])
-        makers: list[Callable[[], object]] = [partial(self.step_batch, step) for step in range(start, stop)]
-        return DataLoader(_LazyBatches(makers), batch_size=None, num_workers=0)
+        return _loader(range(start, stop), self.step_batch)
 
     def val_dataloader(self) -> DataLoader:
         """This rank's validation rows, in batches of similar length."""
-        return self._evaluation("validation")
+        return _loader(self.groups_of("validation"), partial(self._batch, "validation"))
+
+    def test_dataloader(self) -> DataLoader:
+        """This rank's test rows, in batches of similar length."""
+        return _loader(self.groups_of("test"), partial(self._batch, "test"))
 
     def groups_of(self, split: str) -> list[list[int]]:
         """The rows of each evaluation batch of this rank."""
@@ -121,16 +115,8 @@ class DataModule(L.LightningDataModule):
         rows = range(len(self.splits.get(split, ())))[rank::world]
         return self.validation_batch.groups(self._lengths.get(split, ()), rows)
 
-    def _evaluation(self, split: str) -> DataLoader:
-        makers: list[Callable[[], object]] = [partial(self._batch, split, group) for group in self.groups_of(split)]
-        return DataLoader(_LazyBatches(makers), batch_size=None, num_workers=0)
-
     def _batch(self, split: str, rows: list[int]) -> MicroBatch:
         batch = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
         if batch.answers is not None and split in self.references:
             batch.answers.reference = self.references[split][rows, : batch.answers.most]
         return batch
-
-    def test_dataloader(self) -> DataLoader:
-        """This rank's test rows, in batches of similar length."""
-        return self._evaluation("test")

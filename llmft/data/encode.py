@@ -26,6 +26,8 @@ from llmft.data.examples import Examples, load_examples, save_examples
 from llmft.data.prompt import PromptFormat, Rendered
 from llmft.data.sources import BadRows
 
+Encoded = tuple[Sequence[int], np.ndarray]
+"""A sequence's token ids, and a mark for each: 0, or 1 for a learned token (2, 3, … for those of further answers)."""
 CACHE_VERSION = 3
 BATCH_ROWS = 4096
 """Rows rendered and tokenised at once: enough for the tokenizer's threads, and small in memory."""
@@ -241,12 +243,12 @@ class Encoder:
     def _encode(self, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples:
         lengths = self.lengths[split] = Lengths()
         ids: list[Sequence[int]] = []
-        labelled: list[np.ndarray] = []
+        marks: list[np.ndarray] = []
         rows: list[int] = []
         for start in range(0, len(conversations), BATCH_ROWS):
             parts: list[Part] = []
             indices: list[int] = []
-            compared: dict[int, list[Part]] = {}
+            sequences_of: dict[int, list[Part]] = {}
             for index, conversation in enumerate(conversations[start : start + BATCH_ROWS], start):
                 try:
                     row_parts = self._parts(conversation)
@@ -256,26 +258,19 @@ class Encoder:
                 lengths.rows_unlike += row_parts[0].rendered.unlike
                 parts += row_parts
                 indices += [index] * len(row_parts)
-            sequence_counts: dict[int, int] = {}
             for index, sequences in zip(indices, self._tokenized(parts, lengths), strict=True):
+                sequences_of.setdefault(index, []).extend(sequences)
+            for index, sequences in sequences_of.items():
                 if conversations[index].comparison is not None:
-                    compared.setdefault(index, []).extend(sequences)
-                    continue
-                sequence_counts[index] = sequence_counts.get(index, 0) + len(sequences)
-                for part in sequences:
-                    example = self._example(part, lengths, problems)
-                    if example is not None:
-                        ids.append(example[0])
-                        labelled.append(example[1])
-                        rows.append(index)
-            lengths.rows_split += sum(count > 1 for count in sequence_counts.values())
-            for index, sequences in compared.items():
-                example = self._compared(sequences, lengths, problems)
-                if example is not None:
+                    encoded = [self._compared(sequences, lengths, problems)]
+                else:
+                    lengths.rows_split += len(sequences) > 1
+                    encoded = [self._example(part, lengths, problems) for part in sequences]
+                for example in filter(None, encoded):
                     ids.append(example[0])
-                    labelled.append(example[1])
+                    marks.append(example[1])
                     rows.append(index)
-        examples = Examples.of(ids, labelled, rows, conversations)
+        examples = Examples.of(ids, marks, rows, conversations)
         lengths.rows = len(examples)
         lengths.tokens = int(examples.lengths.sum())
         lengths.labelled_tokens = int(examples.labelled_tokens.sum())
@@ -312,33 +307,28 @@ class Encoder:
             parts.append(Part(alternative, rendered, rendered.spans[-1:]))
         return parts
 
-    def _compared(
-        self, parts: Sequence[Part], lengths: Lengths, problems: BadRows
-    ) -> tuple[Sequence[int], np.ndarray] | None:
+    def _compared(self, parts: Sequence[Part], lengths: Lengths, problems: BadRows) -> Encoded | None:
         """The prompt once with all answers behind it, and marks: 0 for the prompt, 1 for the first answer, ….
 
         None for a row that is left out: a limit holds for the prompt with its longest answer, and no answer is cut.
         """
-        spans = [part.tokens.within(*part.spans[-1]) for part in parts]
-        prompt = parts[0].tokens.ids[: spans[0][0]]
-        where = parts[0].conversation.where
-        if any(part.tokens.ids[:first] != prompt for part, (first, _) in zip(parts, spans, strict=True)):
+        where, prompts, answers = parts[0].conversation.where, [], []
+        for part in parts:
+            first, last = part.tokens.within(*part.spans[-1])
+            prompts.append(part.tokens.ids[:first])
+            answers.append(part.tokens.ids[first:last])
+        prompt = prompts[0]
+        if any(other != prompt for other in prompts):
             problems.add(where, "the answers do not stand behind the same prompt in this format", None)
             return None
-        answers = [part.tokens.ids[first:last] for part, (first, last) in zip(parts, spans, strict=True)]
         if not prompt or not all(answers):
             problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)
             return None
         longest = max(range(len(answers)), key=lambda index: len(answers[index]))
-        region = self._limit(parts[longest], _marks(len(prompt), [answers[longest]]), lengths)
+        region = self._limit(parts[longest], len(prompt), len(answers[longest]), sum(map(len, answers)), lengths)
         if region is None:
-            lengths.rows_dropped += 1
-            lengths.answer_tokens_dropped += sum(map(len, answers))
             return None
-        start, stop = region
-        lengths.rows_cut += stop > start
-        lengths.prompt_tokens_cut += stop - start
-        prompt = [*prompt[:start], *prompt[stop:]]
+        prompt = [*prompt[: region[0]], *prompt[region[1] :]]
         return [*prompt, *(token for answer in answers for token in answer)], _marks(len(prompt), answers)
 
     def _tokenized(self, parts: Sequence[Part], lengths: Lengths) -> list[list[Part]]:
@@ -414,7 +404,7 @@ class Encoder:
         excess = max(0, len(ids) - self.data.max_tokens)
         return list(ids[excess:]), marks[excess:]
 
-    def tokens(self, conversation: Conversation, problems: BadRows) -> tuple[Sequence[int], np.ndarray]:
+    def tokens(self, conversation: Conversation, problems: BadRows) -> Encoded:
         """Ids and marks (1 for a learned token) of one conversation, without length limits."""
         try:
             (*_, last) = self._tokenized(self._parts(conversation), Lengths())[-1]
@@ -435,9 +425,7 @@ class Encoder:
         backend.no_padding()
         return list(backend.encode_batch(list(texts), add_special_tokens=False))
 
-    def _example(
-        self, part: Part, lengths: Lengths, problems: BadRows, limited: bool = True
-    ) -> tuple[Sequence[int], np.ndarray] | None:
+    def _example(self, part: Part, lengths: Lengths, problems: BadRows, limited: bool = True) -> Encoded | None:
         """Ids and marks of one sequence; None for one that is dropped."""
         conversation, ids = part.conversation, part.tokens.ids
         marks = np.zeros(len(ids), np.uint8)
@@ -450,28 +438,27 @@ class Encoder:
                 return None
         if not limited:
             return ids, marks
-        region = self._limit(part, marks, lengths)
+        learned = int(marks.sum())
+        region = self._limit(part, len(ids) - learned, learned, learned, lengths)
         if region is None:
-            lengths.rows_dropped += 1
-            lengths.answer_tokens_dropped += int(marks.sum())
             return None
         start, stop = region
-        if start == stop:
-            return ids, marks
-        lengths.rows_cut += 1
-        lengths.prompt_tokens_cut += stop - start
         return ids[:start] + ids[stop:], np.concatenate([marks[:start], marks[stop:]])
 
     # ------------------------------------------------------------------------------------------------------- limits
 
-    def _limit(self, part: Part, marks: np.ndarray, lengths: Lengths) -> tuple[int, int] | None:
-        """The range of tokens to cut, empty for a row that fits; None to drop the row."""
-        data, conversation = self.data, part.conversation
-        total, answer = len(marks), int(marks.sum())
-        prompt = total - answer
+    def _limit(self, part: Part, prompt: int, answer: int, learned: int, lengths: Lengths) -> tuple[int, int] | None:
+        """The range of tokens to cut, empty for a row that fits; None to drop the row. Counts both in `lengths`.
+
+        `prompt` and `answer` are the row's numbers of tokens, of several answers those of the longest one, and
+        `learned` is the number in all answers.
+        """
+        data, conversation, total = self.data, part.conversation, prompt + answer
 
         def drop(key: str) -> tuple[int, int] | None:
             lengths.dropped_by[key] = lengths.dropped_by.get(key, 0) + 1
+            lengths.rows_dropped += 1
+            lengths.answer_tokens_dropped += learned
             return None
 
         if answer > (data.max_answer_tokens or answer):
@@ -491,8 +478,13 @@ class Encoder:
                 f"{conversation.where}: {total} tokens, {prompt} of them prompt, exceed {key}={limit}; "
                 "set data.truncation=drop to leave such rows out, or cut_prompt_left to shorten their prompt."
             )
-        region = self._cut(part, max(over_prompt, over_total))
-        return region if region is not None else drop(key)
+        excess = max(over_prompt, over_total)
+        region = self._cut(part, excess)
+        if region is None:
+            return drop(key)
+        lengths.rows_cut += 1
+        lengths.prompt_tokens_cut += excess
+        return region
 
     def _cut(self, part: Part, excess: int, generation: bool = False) -> tuple[int, int] | None:
         """The range of `excess` tokens to cut from the longest text of the first question; None if it is too short.

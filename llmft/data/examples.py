@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -38,6 +38,7 @@ class Example:
         return int(np.count_nonzero(np.asarray(self.labels)[1:] != IGNORE))
 
 
+@dataclass(eq=False, repr=False)
 class Examples(Sequence[Example]):
     """The examples of one split.
 
@@ -48,19 +49,11 @@ class Examples(Sequence[Example]):
         rows: (rows,) index of each example's conversation.
     """
 
-    def __init__(
-        self,
-        ids: np.ndarray,
-        labelled: np.ndarray,
-        starts: np.ndarray,
-        rows: np.ndarray,
-        conversations: Sequence[Conversation],
-    ) -> None:
-        self.ids = ids
-        self.labelled = labelled
-        self.starts = starts
-        self.rows = rows
-        self.conversations = conversations
+    ids: np.ndarray
+    labelled: np.ndarray
+    starts: np.ndarray
+    rows: np.ndarray
+    conversations: Sequence[Conversation]
 
     @classmethod
     def of(
@@ -94,9 +87,6 @@ class Examples(Sequence[Example]):
         segments = marks if conversation.comparison is not None else None
         return Example(ids, labels, conversation, segments)  # type: ignore[arg-type]
 
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
-
     @property
     def lengths(self) -> np.ndarray:
         """(rows,) number of tokens of each row."""
@@ -106,11 +96,8 @@ class Examples(Sequence[Example]):
     def labelled_tokens(self) -> np.ndarray:
         """(rows,) number of tokens with a loss of each row."""
         learned = self.labelled != 0
-        total = np.concatenate([[0], np.cumsum(learned, dtype=np.int64)])
-        first = np.zeros(len(self), np.int64)
-        filled = self.lengths > 0
-        first[filled] = learned[self.starts[:-1][filled]]
-        return total[self.starts[1:]] - total[self.starts[:-1]] - first
+        learned[self.starts[:-1][self.lengths > 0]] = False  # nothing predicts a row's first token
+        return np.diff(np.concatenate([[0], np.cumsum(learned, dtype=np.int64)])[self.starts])
 
 
 def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None:

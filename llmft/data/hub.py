@@ -49,9 +49,7 @@ def locate(model: ModelConfig) -> Located:
         return _local(model.path, weights=model.init is ModelInit.pretrained)
     if model.init is ModelInit.random:
         return Located(None, "random")
-    directory = _cached(model.id, model.revision)
-    if directory is None:
-        directory = _download(model)
+    directory = _cached(model.id, model.revision) or _download(model)
     check_model(directory)
     return Located(directory, directory.name)
 
@@ -66,16 +64,13 @@ def _local(path: str, *, weights: bool) -> Located:
 
             directory = as_directory(directory)
     if not (directory / "config.json").is_file():
-        raise ConfigError(
-            f"model.path={path}: no Hugging Face model directory there "
-            f"({'no config.json in it' if directory.is_dir() else 'no such directory'})."
-        )
+        reason = "no config.json in it" if directory.is_dir() else "no such directory"
+        raise ConfigError(f"model.path={path}: no Hugging Face model directory there ({reason}).")
     check_model(directory)
     if weights and not has_weights(directory):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
-        raise ConfigError(
-            f"model.path={path}: " + (PICKLED if pickled else "its safetensors weights are missing or incomplete.")
-        )
+        reason = PICKLED if pickled else "its safetensors weights are missing or incomplete."
+        raise ConfigError(f"model.path={path}: {reason}")
     return Located(directory, fingerprint(directory))
 
 
@@ -138,14 +133,11 @@ def has_weights(directory: Path) -> bool:
     """Whether all safetensors files of the directory's index exist."""
     if (directory / "model.safetensors").is_file():
         return True
-    index = directory / "model.safetensors.index.json"
-    if not index.is_file():
-        return False
     try:
-        names = set(json.loads(index.read_text())["weight_map"].values())
-    except (ValueError, KeyError):
+        names = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"].values()
+    except (OSError, ValueError, KeyError):
         return False
-    return all((directory / name).is_file() for name in names)
+    return all((directory / name).is_file() for name in set(names))
 
 
 def _cache_directory() -> Path:
@@ -155,18 +147,14 @@ def _cache_directory() -> Path:
 
 
 def cached_ids(kind: str) -> list[str]:
-    folder = _cache_directory()
-    prefix = f"{kind}s--"
-    if not folder.is_dir():
-        return []
-    return [p.name.removeprefix(prefix).replace("--", "/") for p in folder.iterdir() if p.name.startswith(prefix)]
+    """The repositories of a `kind` (model, dataset, space) in the Hub's cache."""
+    folders = _cache_directory().glob(f"{kind}s--*")
+    return [folder.name.removeprefix(f"{kind}s--").replace("--", "/") for folder in folders]
 
 
 def _offline() -> bool:
-    return any(
-        os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
-        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    values = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"))
+    return any(value.lower() in ("1", "true", "yes", "on") for value in values)
 
 
 def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:

@@ -13,6 +13,7 @@ import json
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 Message = dict[str, Any]
@@ -144,17 +145,13 @@ def _single(values: dict[str, Any], keys: tuple[str, ...], number: int) -> Any:
 
 def _weight(values: dict[str, Any], label: str) -> int | None:
     """1 for an answer that is learned, 0 for one that is not, None where the message does not say."""
-    weight = None
-    for key in WEIGHTS:
-        value = values.get(key)
-        if value is None:
-            continue
+    weights = {key: values[key] for key in WEIGHTS if values.get(key) is not None}
+    for key, value in weights.items():
         if not isinstance(value, (bool, int, float)) or value not in (0, 1):
             raise ValueError(f"{label} has {key}={value!r}: 1 (learned) and 0 (not learned) are known")
-        if weight is not None and weight != int(value):
-            raise ValueError(f"{label} says both that it is learned and that it is not")
-        weight = int(value)
-    return weight
+    if len({int(value) for value in weights.values()}) > 1:
+        raise ValueError(f"{label} says both that it is learned and that it is not")
+    return next(map(int, weights.values()), None)
 
 
 def _read_parts(message: Message, label: str, keys: Keys) -> None:
@@ -259,18 +256,11 @@ def read_tools(values: dict[str, Any], turns: Any) -> list[Message] | None:
 
 def check_turns(messages: list[Message]) -> None:
     """Raises ValueError unless user and assistant take turns and tool results follow the assistant."""
-    previous = "system"
-    for message in messages:
-        role = message["role"]
-        if role == "system":
-            continue
-        follows = {"user": ("system", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+    follows = {"user": ("nothing", "assistant"), "assistant": ("user", "tool"), "tool": ("assistant", "tool")}
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    for previous, role in pairwise(["nothing", *roles]):
         if previous not in follows[role]:
-            raise ValueError(
-                f"user and assistant must take turns, starting with user; here {role} follows "
-                f"{'nothing' if previous == 'system' else previous}"
-            )
-        previous = role
+            raise ValueError(f"user and assistant must take turns, starting with user; here {role} follows {previous}")
 
 
 def drop_nulls(value: Any) -> Any:

@@ -86,8 +86,8 @@ class _Split:
 
     def __init__(self, rows: list[Conversation]) -> None:
         self.rows = rows
-        self.prompts: list[Hashable] = [_prompt_answer_target(row)[0] for row in rows]
-        self.texts: list[Hashable] = [_prompt_answer_target(row) for row in rows]
+        self.texts = [_prompt_answer_target(row) for row in rows]
+        self.prompts = [text[0] for text in self.texts]
         self.row_of_prompt = _first_rows(self.prompts)
         self.row_of_text = _first_rows(self.texts)
         self.shingles: dict[int, array[int]] = {}
@@ -101,8 +101,9 @@ class _Split:
         new_rows = [row for row in rows if row not in self.shingles]
         for row in new_rows:
             self.shingles[row] = array("I", shingles(_text(self.rows[row])))  # a set needs ten times the memory
-        sketches = MinHash.generator((self.shingles[row] for row in new_rows), num_perm=_NUM_PERM, hashfunc=_identity)
-        self._sketches.update((row, sketch) for row, sketch in zip(new_rows, sketches, strict=True))
+        shingle_sets = (self.shingles[row] for row in new_rows)
+        sketches = MinHash.generator(shingle_sets, num_perm=_NUM_PERM, hashfunc=lambda shingle: shingle)
+        self._sketches.update(zip(new_rows, sketches, strict=True))
         return [self._sketches[row] if len(self.shingles[row]) else None for row in rows]
 
     def buckets(self, bands: list[slice]) -> dict[Bucket, list[int]]:
@@ -142,7 +143,7 @@ def _compare(first: str, second: str, first_split: _Split, second_split: _Split,
     )
 
 
-def _matches(keys: list[Hashable], row_of: dict[Hashable, int], within: bool) -> dict[int, int]:
+def _matches(keys: Sequence[Hashable], row_of: dict[Hashable, int], within: bool) -> dict[int, int]:
     """Row -> row with the same key; within one split the first row with a key has no match."""
     return {row: row_of[key] for row, key in enumerate(keys) if key in row_of and not (within and row_of[key] == row)}
 
@@ -164,7 +165,8 @@ def _near(first: _Split, second: _Split, rows: list[int], threshold: float) -> d
         )
         row_shingles = set(second.shingles[row])
         for other, _ in candidates.most_common(MAX_CHECKED):
-            if _jaccard(row_shingles, first.shingles[other]) >= threshold:
+            num_common = len(row_shingles.intersection(first.shingles[other]))
+            if num_common / (len(row_shingles) + len(first.shingles[other]) - num_common) >= threshold:
                 matches[row] = other
                 break
     return matches
@@ -173,11 +175,6 @@ def _near(first: _Split, second: _Split, rows: list[int], threshold: float) -> d
 def _bucket_keys(sketch: Any, bands: list[slice]) -> list[Bucket]:
     """A row's buckets, as (band start, values); none for a row without words."""
     return [] if sketch is None else [(band.start, sketch.hashvalues[band].tobytes()) for band in bands]
-
-
-def _jaccard(first: set[int], second: Sequence[int]) -> float:
-    num_common = len(first.intersection(second))
-    return num_common / (len(first) + len(second) - num_common)
 
 
 def _first_rows(keys: Iterable[Hashable]) -> dict[Hashable, int]:
@@ -193,16 +190,9 @@ def _prompt_answer_target(row: Conversation) -> tuple[str, str, Target | tuple[s
     texts = [(message["role"], " ".join(message_text(message).split())) for message in row.messages]
     last = len(texts) - 1 if texts and texts[-1][0] == "assistant" else len(texts)
     flat = [f"{role}: {text}" if text else "" for role, text in texts]
-    return (
-        "\n".join(flat[:last]).strip(),
-        "\n".join(flat[last:]),
-        row.target if row.comparison is None else row.comparison.others,
-    )
+    target = row.target if row.comparison is None else row.comparison.others
+    return "\n".join(flat[:last]).strip(), "\n".join(flat[last:]), target
 
 
 def _text(row: Conversation) -> str:
     return "\n".join(message_text(message) for message in row.messages if message["role"] != "system")
-
-
-def _identity(value: int) -> int:
-    return value

@@ -93,9 +93,7 @@ class PromptFormat:
                 f"prompt={config.name}: the template marks no answer with {{% generation %}} … "
                 "{% endgeneration %}, so nothing would be trained; choose a format by name or add the marks."
             )
-        self._call_forms: list[tuple[str | None, bool, bool]] = list(
-            itertools.product((None, ""), (False, True), (False, True))
-        )
+        self._call_forms = list(itertools.product((None, ""), (False, True), (False, True)))
         self._layouts: dict[Any, tuple[frozenset[int], bool]] = {}
         self._closes_with_eos: dict[str, bool] = {}
 
@@ -317,31 +315,23 @@ class PromptFormat:
                 thought = next(words)
                 turn |= dict.fromkeys(("reasoning_content", "reasoning", "thinking"), thought)
                 expected.append(("reasoning_content", thought, number, learned))
-            calls = []
-            for call in turn.get("tool_calls", ()):
+            if "tool_calls" in turn:
                 replaced: list[str] = []
-                function = _with_placeholders(
-                    {key: call["function"][key] for key in ("name", "arguments")}, words, replaced
-                )
-                calls.append({**call, "function": function})
+                functions = [{key: c["function"][key] for key in ("name", "arguments")} for c in turn["tool_calls"]]
+                functions = _with_placeholders(functions, words, replaced)
+                pairs = zip(turn["tool_calls"], functions, strict=True)
+                turn["tool_calls"] = [{**call, "function": function} for call, function in pairs]
                 expected += [("tool_calls", word, number, learned) for word in replaced]
-            if calls:
-                turn["tool_calls"] = calls
             copies.append(turn)
         rendered = self._render(copies, {**values, "tools": tools or values["tools"]}, generation, wanted)
         answers = sum(turn["role"] == "assistant" for turn in turns)
         for key, word, answer, learned in expected:
-            if answer is None:
-                text = rendered.text
-            elif answer in rendered.apart or (not learned and key == "reasoning_content"):
-                continue  # checked as a last answer; reasoning that is not learned may be left out
-            else:
-                spans = (
-                    [rendered.spans[answer]]
-                    if learned and len(rendered.spans) == answers
-                    else [(0, len(rendered.text))]
-                )
-                text = "".join(rendered.text[start:end] for start, end in spans)
+            text = rendered.text
+            if answer is not None:
+                if answer in rendered.apart or (not learned and key == "reasoning_content"):
+                    continue  # checked as a last answer; reasoning that is not learned may be left out
+                if learned and len(rendered.spans) == answers:
+                    text = text[slice(*rendered.spans[answer])]
             if word not in text:
                 raise ValueError(
                     f"prompt={self.config.name} does not write the row's '{key}'"
@@ -433,9 +423,8 @@ def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
 
 def _names_input(template: jinja2.nodes.Template) -> bool:
     """Whether a template reads Alpaca's `input` of a message."""
-    return any(n.attr == "input" for n in template.find_all(jinja2.nodes.Getattr)) or any(
-        n.value == "input" for n in template.find_all(jinja2.nodes.Const)
-    )
+    nodes = template.find_all((jinja2.nodes.Getattr, jinja2.nodes.Const))
+    return any(getattr(node, "attr", getattr(node, "value", None)) == "input" for node in nodes)
 
 
 def _describe(error: Exception) -> str:
@@ -501,9 +490,7 @@ def _call_form(turn: Message, name: str, empty_content: str | None, as_json: boo
 def _has_python_arguments(turns: list[Message], text: str) -> bool:
     """Whether `text` contains the arguments of a call as a Python literal instead of JSON."""
     arguments = [call["function"]["arguments"] for turn in turns for call in turn.get("tool_calls", ())]
-    return any(
-        str(argument) in text for argument in arguments if str(argument) != json.dumps(argument, ensure_ascii=False)
-    )
+    return any(str(value) in text and str(value) != json.dumps(value, ensure_ascii=False) for value in arguments)
 
 
 def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -49,9 +49,7 @@ class PseudoLabels:
 
     def counts(self) -> dict[str, Any]:
         """All fields but the rows."""
-        counts = asdict(replace(self, conversations=[]))
-        counts.pop("conversations")
-        return counts
+        return {name: value for name, value in vars(self).items() if name != "conversations"}
 
 
 def prompt_content(conversation: Conversation) -> str:
@@ -59,9 +57,8 @@ def prompt_content(conversation: Conversation) -> str:
     messages = list(conversation.messages)
     if conversation.learns_text and messages and messages[-1]["role"] == "assistant":
         messages.pop()
-    return canonical(
-        [" ".join(text.split()) for message in messages for text in (message["role"], message_text(message))]
-    )
+    texts = [text for message in messages for text in (message["role"], message_text(message))]
+    return canonical([" ".join(text.split()) for text in texts])
 
 
 def add_pseudo(
@@ -94,22 +91,22 @@ def add_pseudo(
         else:
             trained.add(content)
             by_class[str(columns.targets.name(row.target))].append((-confidence, index, row))
-    accepted: list[tuple[int, Conversation]] = []
+    accepted: dict[int, Conversation] = {}
     has_classes = columns.targets.problem is not TaskType.regression
     for rows in by_class.values():
-        cap = data.pseudo_max_per_class if has_classes and data.pseudo_max_per_class is not None else len(rows)
-        rows.sort(key=lambda row: row[:2])
-        result.over_cap += len(rows[cap:])
-        accepted += [(index, row) for _, index, row in rows[:cap]]
+        cap = data.pseudo_max_per_class if has_classes else None
+        rows = sorted(rows, key=lambda row: row[:2])[:cap]
+        accepted |= {index: row for _, index, row in rows}
+    result.over_cap = sum(map(len, by_class.values())) - len(accepted)
     result.conversations = [
-        replace(row, id=f"pseudo:{row.id}", weight=data.pseudo_weight)
-        for _, row in sorted(accepted, key=lambda entry: entry[0])
+        replace(row, id=f"pseudo:{row.id}", weight=data.pseudo_weight) for _, row in sorted(accepted.items())
     ]
-    result.used = len(result.conversations)
+    result.used = len(accepted)
     if has_classes:
-        result.classes = dict(sorted(Counter(str(columns.targets.name(row.target)) for _, row in accepted).items()))
-    content_taken = [[row.messages, row.target, row.weight] for row in result.conversations]
-    result.fingerprint = hashlib.sha256(canonical(content_taken).encode()).hexdigest()
+        classes = Counter(str(columns.targets.name(row.target)) for row in accepted.values())
+        result.classes = dict(sorted(classes.items()))
+    contents_used = [[row.messages, row.target, row.weight] for row in result.conversations]
+    result.fingerprint = hashlib.sha256(canonical(contents_used).encode()).hexdigest()
     return result
 
 

@@ -149,52 +149,36 @@ def findings(
             add("error", "data", f"{fact.untrained} {split} rows have no token to learn")
         if not classifies and fact.rows and fact.ends_trained < MIN_ENDS * fact.rows:
             share = 1 - fact.ends_trained / fact.rows
-            add(
-                "error",
-                "prompt",
-                f"{share:.0%} of the {split} rows do not end in a trained end token, so the model would not learn to "
-                "stop: put the end token inside {% generation %} in the prompt's template",
-            )
+            what = f"{share:.0%} of the {split} rows do not end in a trained end token, so the model would not learn to"
+            add("error", "prompt", what + " stop: put the end token inside {% generation %} in the prompt's template")
         if fact.special_in_text:
             add("warning", "data", f"{fact.special_in_text} {split} rows spell a special token in their own text")
     longest = max((fact.all_tokens.get(100, 0) for fact in facts.values()), default=0)
     if context_tokens is not None and longest > context_tokens:
-        add(
-            "error" if learned_positions else "warning",
-            "data.max_tokens",
-            f"the longest row has {longest} tokens, more than the {context_tokens} positions of the model",
-        )
+        level = "error" if learned_positions else "warning"
+        limit = f"more than the {context_tokens} positions of the model"
+        add(level, "data.max_tokens", f"the longest row has {longest} tokens, {limit}")
     train = facts.get("train")
     if train is not None and train.begin_tokens.get(0):
-        add(
-            "warning",
-            "prompt",
-            f"{train.begin_tokens[0]} train rows have no begin token, although the tokenizer has one",
-        )
+        count = train.begin_tokens[0]
+        add("warning", "prompt", f"{count} train rows have no begin token, although the tokenizer has one")
     for overlap in overlaps:
         if config.data.train_on is TrainOn.all and (overlap.first, overlap.second) == ("train", "validation"):
             continue
-        rows = facts[overlap.second].rows
         within_split = overlap.first == overlap.second
         if overlap.exact and within_split:
             add("warning", "data", f"{overlap.exact} {overlap.first} rows are copies of others")
         elif overlap.exact:
-            share = overlap.exact / max(1, rows)
+            share = overlap.exact / max(1, facts[overlap.second].rows)
             level = "error" if share > config.data.max_overlap_fraction else "warning"
             example = " = ".join(overlap.examples[0]) if overlap.examples else ""
-            add(
-                level,
-                "data.max_overlap_fraction",
-                f"{overlap.exact} {overlap.second} rows ({share:.0%}) are also in {overlap.first} ({example}), so its "
-                "numbers are too good",
-            )
+            what = f"{overlap.exact} {overlap.second} rows ({share:.0%}) are also in {overlap.first} ({example})"
+            add(level, "data.max_overlap_fraction", f"{what}, so its numbers are too good")
         if overlap.near and not within_split:
             add("warning", "data", f"{overlap.near} {overlap.second} rows are near-duplicates of {overlap.first} rows")
         elif overlap.exact_prompts > overlap.exact and not within_split and not classifies:
-            count = overlap.exact_prompts - overlap.exact
-            add(
-                "warning", "data.group", f"{count} {overlap.second} rows share their question with {overlap.first} rows"
-            )
+            what = f"{overlap.exact_prompts - overlap.exact} {overlap.second} rows share their question"
+            add("warning", "data.group", f"{what} with {overlap.first} rows")
     if config.data.train_on is TrainOn.all:
         add("warning", "data.train_on", "validation rows are trained on too, so validation numbers mean nothing")
     return sorted(result, key=lambda finding: finding.level != "error")

@@ -100,17 +100,9 @@ def assign_folds(
     Rows with the same key or the same group are in one fold. Without groups and copies, each fold has its share of
     every target and of all rows, to within one row. With them, the largest units are assigned first, each to the fold
     with the fewest of its targets (as in scikit-learn's StratifiedGroupKFold, which depends on the rows' order). A
-    row's fold depends on the set of rows and on `seed`, not on their order.
+    row's fold depends on the set of rows, whose contents are `keys`, and on `seed`, not on their order.
 
-    Args:
-        keys: the content of each row, in a canonical form.
-        num_folds: number of folds, at least 2; none is empty.
-        seed: breaks ties.
-        targets: class of each row, to be spread evenly.
-        groups: group of each row, to be kept in one fold.
-
-    Raises:
-        ValueError: fewer than 2 folds, or more folds than different groups or rows.
+    Raises ValueError for fewer than 2 folds, or more folds than different groups or rows.
     """
     targets = [""] * len(keys) if targets is None else targets
     assert len(targets) == len(keys)
@@ -125,26 +117,19 @@ def assign_folds(
     ranks = [rank(seed, key) for key in keys]
     order = []
     for rows in units:
-        target_counts = sorted(Counter(targets[row] for row in rows).items())
+        counts = sorted(Counter(targets[row] for row in rows).items())
         # Units of the same size and targets are neighbours, so that they go to the folds in turn.
-        order.append(
-            (-len(rows), rank(seed, repr(target_counts)), min(ranks[row] for row in rows), target_counts, rows)
-        )
-    order.sort(key=lambda unit: unit[:3])
+        order.append((-len(rows), rank(seed, repr(counts)), min(ranks[row] for row in rows), counts, rows))
 
     total = Counter(targets)
-    sizes = [0] * num_folds
-    fold_targets: list[Counter[str]] = [Counter() for _ in range(num_folds)]
+    folds: list[Counter[str]] = [Counter() for _ in range(num_folds)]
     fold_of = [0] * len(keys)
-    for *_, target_counts, rows in order:
-        costs = [
-            sum(count * counts[target] / total[target] for target, count in target_counts) for counts in fold_targets
-        ]
-        fold = min(range(num_folds), key=lambda fold: (costs[fold], sizes[fold]))
-        sizes[fold] += len(rows)
-        fold_targets[fold].update(dict(target_counts))
+    for *_, counts, rows in sorted(order, key=lambda unit: unit[:3]):
+        costs = [sum(count * fold[target] / total[target] for target, count in counts) for fold in folds]
+        best = min(range(num_folds), key=lambda fold: (costs[fold], folds[fold].total()))
+        folds[best].update(dict(counts))
         for row in rows:
-            fold_of[row] = fold
+            fold_of[row] = best
     return fold_of
 
 

@@ -18,13 +18,12 @@ import json
 import lzma
 import math
 import os
-import re
 import zlib
-from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import chain
+from operator import attrgetter
 from os.path import isfile
 from pathlib import Path
 from typing import Any
@@ -91,6 +90,10 @@ class Loaded:
     fingerprint: str
 
 
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def load_rows(data: DataConfig, problems: BadRows) -> Loaded:
     """Reads the rows that `data` names.
 
@@ -131,32 +134,31 @@ def named_columns(data: DataConfig) -> dict[str, list[str]]:
 def with_nested(rows: list[Row], names: Iterable[str]) -> list[Row]:
     """`rows` with one column for each nested name, such as `instances[0].output`, that they have."""
     nested = [name for name in dict.fromkeys(names) if is_nested(name)]
-    return [replace(row, values={**row.values, **_nested(row, nested)}) for row in rows] if nested else rows
-
-
-def _nested(row: Row, names: list[str]) -> dict[str, Any]:
-    values = {}
-    for name in names:
-        with contextlib.suppress(KeyError, IndexError):
-            values[name] = row.values[name] if name in row.values else nested_value(row.values, name)
-    return values
+    if not nested:
+        return rows
+    extended = []
+    for row in rows:
+        values = dict(row.values)
+        for name in nested:
+            with contextlib.suppress(KeyError, IndexError):
+                values.setdefault(name, nested_value(row.values, name))
+        extended.append(replace(row, values=values))
+    return extended
 
 
 def _refuse_unused(data: DataConfig) -> None:
     """Raises ConfigError for a key whose rows would not be read."""
     local = bool(data.files or data.split_files.train)
-    wants: dict[str, dict[str, Any]] = {
-        "data.files": {f"split_files.{split}": not local and getattr(data.split_files, split) for split in SPLITS},
-        "data.source": {key: not data.source and getattr(data, key) for key in ("rows", "source_options")},
-        "data.hub": {f"hub_splits.{split}": not data.hub and getattr(data.hub_splits, split) for split in SPLITS},
-        "data.pseudo": {"pseudo_rows": not data.pseudo and data.pseudo_rows},
+    dependents: dict[str, tuple[Any, list[str]]] = {
+        "files": (local, ["csv_columns", *(f"split_files.{split}" for split in SPLITS)]),
+        "source": (data.source, ["rows", "source_options"]),
+        "hub": (data.hub, ["hub_config", *(f"hub_splits.{split}" for split in SPLITS)]),
+        "pseudo": (data.pseudo, ["pseudo_rows"]),
     }
-    wants["data.files"]["csv_columns"] = not local and data.csv_columns
-    wants["data.hub"]["hub_config"] = not data.hub and data.hub_config
-    for needed, keys in wants.items():
-        for key, value in keys.items():
-            if value:
-                raise ConfigError(f"data.{key}={value} needs {needed}, which is not set.")
+    for needed, (is_set, keys) in dependents.items():
+        for key in keys:
+            if (value := attrgetter(key)(data)) and not is_set:
+                raise ConfigError(f"data.{key}={value} needs data.{needed}, which is not set.")
     if data.source and data.hub:
         raise ConfigError("data.source and data.hub are both set: keep one.")
 
@@ -182,7 +184,7 @@ def _from_generator(data: DataConfig) -> Loaded:
         raise
     except Exception as error:
         raise DataError(f"data.source={data.source}: {type(error).__name__}: {error}") from error
-    return Loaded(splits, hashlib.sha256(content.encode()).hexdigest())
+    return Loaded(splits, _sha256(content.encode()))
 
 
 # ----------------------------------------------------------------------------------------------------------- Hub
@@ -241,7 +243,7 @@ def _from_files(data: DataConfig, problems: BadRows) -> Loaded:
         if not files.rows and split != "train" and not problems.rejected:
             raise DataError(f"{sources[split][0]}={sources[split][1]}: no rows.")
     rows = {split: files.rows for split, files in results.items()}
-    return Loaded(rows, hashlib.sha256(canonical(digests).encode()).hexdigest())
+    return Loaded(rows, _sha256(canonical(digests).encode()))
 
 
 def _splits_of_directory(files: Any) -> dict[str, Path]:
@@ -299,16 +301,16 @@ def read_files(files: Any, key: str, problems: BadRows, csv_columns: Sequence[st
     for path, absolute in zip(paths, absolute_paths, strict=True):
         if path.is_dir():
             file_rows, classes = _read_arrow_directory(path)
-            digests.extend(hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(path.glob("*.arrow")))
+            digests.extend(_sha256(file.read_bytes()) for file in sorted(path.glob("*.arrow")))
         else:
             try:
                 content = path.read_bytes()
             except OSError as error:
                 raise ConfigError(f"{key}={path}: {error.strerror}.") from None
-            digests.append(hashlib.sha256(content).hexdigest())
+            digests.append(_sha256(content))
             file_rows, classes = list(read(path, content, problems, csv_columns)), _parquet_classes(path, content)
         if classes:  # the names may not be part of the file's content
-            digests.append(hashlib.sha256(canonical(classes).encode()).hexdigest())
+            digests.append(_sha256(canonical(classes).encode()))
         if root is not None:
             name = absolute.relative_to(root).as_posix()
             file_rows = [replace(row, name=name + row.where[len(str(path)) :]) for row in file_rows]
@@ -387,7 +389,7 @@ def read(path: Path, content: bytes, problems: BadRows, csv_columns: Sequence[st
     if ending == ".jsonl":
         return _read_json_lines(path, content, problems)
     if ending == ".txt":
-        return _read_lines(path, content, problems)
+        return (Row({"text": line}, where) for where, line, _ in _lines(path, content, problems))
     text = _decode(path, content)
     if ending == ".json":
         return _read_json(path, text, problems)
@@ -437,7 +439,12 @@ def _check_values(text: str, values: Any) -> None:
     if text.count("[") + text.count("{") > MAX_NESTING:
         nested = [values]
         for _ in range(MAX_NESTING):
-            nested = [child for value in nested if isinstance(value, (dict, list)) for child in _children(value)]
+            nested = [
+                child
+                for value in nested
+                if isinstance(value, (dict, list))
+                for child in (value.values() if isinstance(value, dict) else value)
+            ]
         if nested:
             raise RecursionError
     if "\\ud" in text or "\\uD" in text:
@@ -445,10 +452,6 @@ def _check_values(text: str, values: Any) -> None:
             canonical(values).encode()
         except UnicodeEncodeError:
             raise ValueError("half a character, a lone surrogate such as \\ud83d") from None
-
-
-def _children(value: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return value.values() if isinstance(value, dict) else value
 
 
 def _not_json(error: Exception) -> str:
@@ -471,11 +474,6 @@ def _read_json_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[
         yield from _object_row(values, where, problems, ARRAY_HINT)
 
 
-def _read_lines(path: Path, content: bytes, problems: BadRows) -> Iterator[Row]:
-    for where, line, _ in _lines(path, content, problems):
-        yield Row({"text": line}, where)
-
-
 def _object_row(values: Any, where: str, problems: BadRows, advice: str = "") -> Iterator[Row]:
     if isinstance(values, dict):
         yield Row(values, where)
@@ -486,42 +484,39 @@ def _object_row(values: Any, where: str, problems: BadRows, advice: str = "") ->
 
 def _read_json(path: Path, text: str, problems: BadRows) -> Iterator[Row]:
     """The objects of a JSON array, each with the line it starts on."""
-    newlines = [match.start() for match in re.finditer("\n", text)]
 
     def skip_space(position: int) -> int:
         return next((at for at in range(position, len(text)) if text[at] not in " \t\r\n"), len(text))
 
-    position, last_line, first = skip_space(0), 0, True
-    if text[position : position + 1] != "[":
-        hint = ""
-        if text[position : position + 1] == "{":
-            hint = "; one object per line belongs in a .jsonl file, an array within an object in a file of its own"
-        raise DataError(f"{path}:1: a JSON array of objects was expected{hint}.")
+    position, counted, line, last_line, first = skip_space(0), 0, 1, 0, True
+    if not text.startswith("[", position):
+        hint = "; one object per line belongs in a .jsonl file, an array within an object in a file of its own"
+        raise DataError(
+            f"{path}:1: a JSON array of objects was expected{hint if text.startswith('{', position) else ''}."
+        )
     position += 1
     while True:
         position = skip_space(position)
-        comma = text[position : position + 1] == ","
+        comma = text.startswith(",", position)
         if comma and not first:
             position = skip_space(position + 1)
-        line = bisect_left(newlines, position) + 1
-        if text[position : position + 1] == "]" and not comma:
+        line, counted = line + text.count("\n", counted, position), position
+        if text.startswith("]", position) and not comma:
             if text[position + 1 :].strip():
                 raise DataError(f"{path}:{line}: text after the end of the array.")
             return
         if comma == first:
             raise DataError(f"{path}:{line}: not JSON ({'one comma too many' if first else 'a comma is missing'}).")
         # A second row on the same line gets its column too.
-        column = position - (newlines[line - 2] if line > 1 else -1)
+        column = position - text.rfind("\n", 0, position)
         where = f"{path}:{line}" if line > last_line else f"{path}:{line}:{column}"
         first, last_line, start = False, line, position
         try:
             values, position = _DECODER.raw_decode(text, start)
             _check_values(text[start:position], values)
         except (ValueError, RecursionError) as error:
-            number = getattr(error, "lineno", line)
-            raise DataError(
-                f"{path}:{number}: not JSON ({_not_json(error)}); the array is broken from here on."
-            ) from None
+            where = f"{path}:{getattr(error, 'lineno', line)}"
+            raise DataError(f"{where}: not JSON ({_not_json(error)}); the array is broken from here on.") from None
         yield from _object_row(values, where, problems)
 
 
