@@ -27,8 +27,8 @@ import jinja2.ext
 import jinja2.sandbox
 
 SECONDS = 5.0
-"""Time limit for one conversation, which takes well under a millisecond. Timers work in the main
-thread only, and not on Windows."""
+"""CPU seconds for one conversation, which takes well under a millisecond; a busy machine does not count. Timers work in
+the main thread only, and not on Windows."""
 MEMORY_BYTES = 2**30
 """Memory that a rendering may add to the process's address space (Linux only)."""
 MAX_CHARACTERS = 100_000
@@ -114,17 +114,17 @@ class _Bounds:
             limit = _address_space() + MEMORY_BYTES
             resource.setrlimit(resource.RLIMIT_AS, (limit if soft < 0 else min(limit, soft), hard))
         if self.timed:
-            self.before = signal.signal(signal.SIGALRM, _on_alarm)
-            signal.setitimer(signal.ITIMER_REAL, SECONDS)
+            self.before = signal.signal(signal.SIGVTALRM, _on_alarm)
+            signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         if self.timed:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, self.before)
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            signal.signal(signal.SIGVTALRM, self.before)
         if self.limits is not None:
             resource.setrlimit(resource.RLIMIT_AS, self.limits)
         if isinstance(error, _TooLong):
-            raise ValueError(f"{self.subject} takes more than {SECONDS:g} s for {self.unit}") from None
+            raise ValueError(f"{self.subject} takes more than {SECONDS:g} CPU seconds for {self.unit}") from None
         if isinstance(error, (MemoryError, OverflowError)):
             raise ValueError(f"{self.subject} takes too much memory") from None
         if isinstance(error, RecursionError):

@@ -32,7 +32,7 @@ load_libraries()
 for name in [name for name in sys.modules if name.startswith("llmft")]:
     del sys.modules[name]
 sys.modules["resource"] = None
-for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGALRM", "setitimer"):
+for name in ("SIGKILL", "SIGHUP", "SIGUSR1", "SIGVTALRM", "setitimer"):
     delattr(signal, name)
 for name in ("geteuid", "sched_getaffinity", "set_blocking"):
     delattr(os, name)
