@@ -56,10 +56,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
         staged = scratch / path.name
         staged.mkdir()
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        sync_files(staged)
         if path.exists():
             os.replace(path, scratch / "old")
         os.replace(staged, path)
@@ -79,6 +76,14 @@ def _drop_leftovers(path: Path) -> None:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink(missing_ok=True)
         except (OSError, OverflowError):
             continue  # of another user's process, which is alive
+
+
+def sync_files(directory: Path) -> None:
+    """Flushes all files below a directory to the disk."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:
