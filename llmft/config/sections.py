@@ -659,6 +659,7 @@ class RayConfig:
 
     address: str | None = None
     gpus_per_worker: float | None = None
+    shared_files: bool | None = None
     retries: int = 2
 
     def __post_init__(self) -> None:

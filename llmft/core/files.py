@@ -53,10 +53,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
         staged = scratch / path.name
         staged.mkdir()
         yield staged
-        for file in staged.rglob("*"):
-            if file.is_file():
-                with file.open("rb") as opened:
-                    os.fsync(opened.fileno())
+        sync_files(staged)
         if path.exists():
             os.replace(path, scratch / "old")
         os.replace(staged, path)
@@ -84,6 +81,14 @@ def is_abandoned(path: Path) -> bool:
     except (OSError, OverflowError):
         return False  # of another user's process, which is alive
     return False
+
+
+def sync_files(directory: Path) -> None:
+    """Flushes all files below a directory to the disk."""
+    for path in directory.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
 
 
 def sync_directory(path: Path) -> None:

@@ -38,5 +38,5 @@ def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
 def offline_folders(sweep: Sweep) -> list[Path]:
     """The W&B folders of the sweep's runs that were logged offline and are not uploaded."""
     folders = [trial.run.directory / "wandb" for trial in sweep.trials] + [sweep.directory / "wandb"]
-    found = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("offline-run-*"))]
-    return [path for path in found if not any(path.glob("*.synced"))]
+    offline = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("offline-run-*"))]
+    return [path for path in offline if not any(path.glob("*.synced"))]

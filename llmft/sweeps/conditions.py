@@ -28,26 +28,26 @@ class Clause:
         if self.operator in COMPARE:
             number, bound = number_of(value), number_of(self.values[0])
             return number is not None and bound is not None and COMPARE[self.operator](number, bound)
-        found = any(_same(value, other) for other in self.values)
-        return found if self.operator in ("==", "in") else not found
+        is_listed = any(_same(value, other) for other in self.values)
+        return is_listed if self.operator in ("==", "in") else not is_listed
 
 
 def parse_condition(key: str, text: str) -> tuple[Clause, ...]:
     """The clauses of `lora.r in [8,16] and optimizer == adamw`; raises ConfigError for anything else."""
     clauses = []
     for part in re.split(r"\s+and\s+", text.strip()):
-        found = CLAUSE.fullmatch(part.strip())
-        operator = " ".join(found[2].split()) if found else ""
-        listed = found is not None and found[3].startswith("[")
-        values = tuple(value.strip() for value in found[3].strip("[]").split(",")) if found else ()
+        match = CLAUSE.fullmatch(part.strip())
+        operator = " ".join(match[2].split()) if match else ""
+        listed = match is not None and match[3].startswith("[")
+        values = tuple(value.strip() for value in match[3].strip("[]").split(",")) if match else ()
         sound = bool(values) and all(values) and listed == (operator in ("in", "not in"))
         if not sound or (operator in COMPARE and number_of(values[0]) is None):
             raise ConfigError(
                 f"hydra.sweeper.conditions.{key}: '{text}' is no condition; write for example 'lora.r in [8,16]', "
                 "'optimizer == adamw' or 'lora.r >= 8', joined by 'and'."
             )
-        assert found is not None
-        clauses.append(Clause(found[1], operator, values))
+        assert match is not None
+        clauses.append(Clause(match[1], operator, values))
     return tuple(clauses)
 
 

@@ -37,21 +37,21 @@ class Growing(Listed):
         self.sweep, self.planner, self.still_open, self.progress = sweep, planner, still_open, progress
         self.jobs = [list(job) for job in jobs]
         self.seeds = sorted({trial.config.seed for trial in sweep.trials})
-        settings, own = sweep.config.sweep, len(self.seeds)
-        until = settings.seeds_until or own
-        if settings.seeds_until is not None and until <= own:
-            raise ConfigError(f"sweep.seeds_until={until}: the grid has {own} seeds itself; set a larger number.")
+        settings, given = sweep.config.sweep, len(self.seeds)
+        until = settings.seeds_until or given
+        if settings.seeds_until is not None and until <= given:
+            raise ConfigError(f"sweep.seeds_until={until}: the grid has {given} seeds itself; set a larger number.")
         # One seed tells nothing, so that looking at it is no look.
-        self.sizes = [1] * (own == 1 < until) + look_sizes(max(own, min(until, 2)), until, settings.declared_looks)
+        self.sizes = [1] * (given == 1 < until) + look_sizes(max(given, min(until, 2)), until, settings.declared_looks)
         self.under_way = 0
 
     def missing(self) -> list[Trial]:
         """What is to run now; of the next look, where all before it is done."""
-        while not (found := [trial for trial in self.sweep.trials if not trial.finished_before()]):
+        while not (missing := [trial for trial in self.sweep.trials if not trial.finished_before()]):
             if len(self.sizes) <= 1:
                 return []
             self._look()
-        return found
+        return missing
 
     def next(self) -> Trial | None:
         """The next that is free; where all have ended, one of those that the next look asks for."""
@@ -82,12 +82,12 @@ class Growing(Listed):
             self.sizes = self.sizes[-1:]
             self.progress.say(f"{size} seeds: {words} It stands, so no more seeds are run.")
             return
-        more = [self.seeds[-1] + 1 + place for place in range(self.sizes[0] - len(self.seeds))]
+        more = [self.seeds[-1] + 1 + offset for offset in range(self.sizes[0] - len(self.seeds))]
         self.seeds += more
         for seed in more:
             for job, sibling in jobs.items():
-                own = [*_without_seed(sibling.overrides), f"seed={seed}"]
-                trial = self.planner.trial(len(self.sweep.trials), [*job, f"seed={seed}"], own)
+                varied = [*_without_seed(sibling.overrides), f"seed={seed}"]
+                trial = self.planner.trial(len(self.sweep.trials), [*job, f"seed={seed}"], varied)
                 trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.sweep.name
                 self.sweep.trials.append(trial)
                 self.jobs.append([*job, f"seed={seed}"])
@@ -98,4 +98,4 @@ class Growing(Listed):
 
 
 def _without_seed(overrides: Sequence[str]) -> tuple[str, ...]:
-    return tuple(own for own in overrides if own.partition("=")[0].lstrip("+") != "seed")
+    return tuple(override for override in overrides if override.partition("=")[0].lstrip("+") != "seed")

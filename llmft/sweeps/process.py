@@ -55,7 +55,7 @@ class WorkerProcess:
         env = {**os.environ, "PYTHONPATH": python_path, **share.environment}
         arguments = ["llmft.sweeps.worker", str(writing), *map(str, share.cores or ())]
         if share.remote is not None:
-            arguments = ["llmft.sweeps.remote", str(writing), *map(str, share.remote)]
+            arguments = ["llmft.sweeps.remote", str(writing), *share.remote]
         if trial is not None:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = ["llmft", *trial.arguments]
@@ -90,7 +90,7 @@ class WorkerProcess:
         """Orders a trial."""
         self.trial = trial
         self.since = self.last_sign = time.monotonic()
-        order = {"number": trial.number, "config": to_plain(trial.config)}
+        order = {"number": trial.number, "config": to_plain(trial.config), "run": str(trial.run.directory)}
         self.order(do="train", **order, arguments=trial.arguments, overrides=trial.overrides)
 
     def events(self) -> list[dict[str, Any]]:
@@ -103,11 +103,11 @@ class WorkerProcess:
 
     def read_events(self) -> bytes:
         """The bytes that have come since the last call."""
-        found = b""
+        content = b""
         with contextlib.suppress(BlockingIOError):
-            while read := os.read(self.events_fd, 65536):
-                found += read
-        return found
+            while chunk := os.read(self.events_fd, 65536):
+                content += chunk
+        return content
 
     def stop(self, why: str) -> None:
         """Asks it to save and leave."""
@@ -143,12 +143,12 @@ class Share:
     Attributes:
         environment: variables that are set before it begins.
         cores: None for all.
-        remote: (address of a Ray cluster, GPUs) of a worker that is on one of its machines.
+        remote: of a worker that is on a machine of a Ray cluster: what `llmft.sweeps.remote` takes.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
     cores: list[int] | None = None
-    remote: tuple[str, float] | None = None
+    remote: tuple[str, ...] | None = None
 
 
 def shares_of_machine(workers: int) -> list[Share]:

@@ -36,14 +36,14 @@ class SweepProgress:
                 TextColumn("{task.description}"),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[told]}"),
+                TextColumn("{task.fields[shown]}"),
                 TimeElapsedColumn(),
                 TextColumn("left"),
                 TimeRemainingColumn(),
                 console=self.screen.terminal,
                 transient=True,
             )
-            self._whole = self._bars.add_task("[bold]trials[/bold]", total=self.total, completed=self.ready, told="")
+            self._whole = self._bars.add_task("[bold]trials[/bold]", total=self.total, completed=self.ready, shown="")
             self._bars.start()
 
     def say(self, text: str) -> None:
@@ -56,25 +56,25 @@ class SweepProgress:
         self._said_at[slot] = time.monotonic()
         if self._bars is not None:
             self._drop(slot)
-            self._lines[slot] = self._bars.add_task(f"[cyan]{escape(trial.label)}[/cyan]", total=None, told="loading")
+            self._lines[slot] = self._bars.add_task(f"[cyan]{escape(trial.label)}[/cyan]", total=None, shown="loading")
         elif self.enabled:
             self.say(f"trial {trial.number + 1}/{self.total} begins: {trial.label}")
 
     def step(self, trial: Trial, event: dict[str, Any]) -> None:
         """A trial took a step."""
         slot = trial.number
-        told = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
+        shown = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
         if self._bars is not None:
-            self._bars.update(self._lines[slot], completed=event["step"], total=event["total"], told=told)
+            self._bars.update(self._lines[slot], completed=event["step"], total=event["total"], shown=shown)
         elif self.enabled and time.monotonic() - self._said_at[slot] >= HEARTBEAT_S:
             self._said_at[slot] = time.monotonic()
-            self.say(f"trial {trial.number + 1}/{self.total} step {event['step']}/{event['total']}  {told}")
+            self.say(f"trial {trial.number + 1}/{self.total} step {event['step']}/{event['total']}  {shown}")
 
     def validation(self, trial: Trial, event: dict[str, Any]) -> None:
         """A trial validated."""
         value = event["metrics"].get(self.monitor)
         if self._bars is not None and value is not None:
-            self._bars.update(self._lines[trial.number], told=f"{self.monitor} {value:.4f}")
+            self._bars.update(self._lines[trial.number], shown=f"{self.monitor} {value:.4f}")
 
     def found(self, trial: Trial) -> None:
         """A trial was finished before."""

@@ -1,27 +1,37 @@
-"""A worker on a machine of a Ray cluster, as a process here: `python -m llmft.sweeps.remote EVENTS_FD ADDRESS GPUS`.
+"""A worker on a machine of a Ray cluster, as a process here: `python -m llmft.sweeps.remote EVENTS_FD ADDRESS …`.
 
 The supervisor sees a worker like any other: orders on the standard input, events by the file descriptor, what is
 printed on the standard output, signals, an exit code. Behind it an actor, which has a share of some machine's GPUs,
-runs the same worker there. When the actor's machine is lost this process leaves with `LOST`.
+runs the same worker there. When the actor's machine is lost this process leaves with `LOST`, and the trial goes on
+elsewhere from its checkpoint; when the cluster is, with `NO_CLUSTER`.
 
-All machines see the same directories: a run that is lost goes on elsewhere from its checkpoint.
+A machine that does not see the directories of this one gets the run as one object before a trial (`runs/archive.py`),
+and gives it back after each checkpoint and at the end; this process holds the run's lock meanwhile. Data and models
+are read there by the names that they have here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import queue
+import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from llmft.config.convert import from_json
 from llmft.config.invocation import arguments_of_process
-from llmft.core.errors import ConfigError
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError, RunBusy
+from llmft.runs.archive import REQUESTS, pack, unpack
+from llmft.runs.directory import Run, write_config
 from llmft.sweeps.process import Share, WorkerProcess
 
 LOST = 75
@@ -29,6 +39,7 @@ LOST = 75
 NO_CLUSTER = 69
 """For a cluster that no longer answers: EX_UNAVAILABLE."""
 ASK_S = 0.2
+ANSWER_S = 5.0
 
 
 def connect(address: str) -> Any:
@@ -38,24 +49,37 @@ def connect(address: str) -> Any:
     except ImportError:
         raise ConfigError('hydra/launcher=ray needs Ray: pip install "llmft[ray]"') from None
     try:
+        if address.rpartition(":")[2].isdigit() and not answers(address):  # Ray itself would wait for a minute
+            raise ConnectionError("nobody listens there")
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     except Exception as error:  # whatever a network, a token or another version make of it
-        told = str(error).strip().splitlines()
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"sweep.ray.address={address}: no Ray cluster answers ({told[0][:200] if told else type(error).__name__}); "
-            "`ray start --head` starts one here."
+            f"sweep.ray.address={address}: no Ray cluster answers ({reason[:200]}); `ray start --head` starts one here."
         ) from None
     return ray
 
 
-def cluster_workers(address: str, gpus_per_worker: float | None, wanted: Any) -> tuple[int, float]:
-    """(workers, GPUs of each): as many as are wanted and there is room for, since one more would wait for ever.
+def answers(address: str) -> bool:
+    """Whether somebody listens at HOST:PORT."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    try:
+        with socket.create_connection((host, int(port)), timeout=ANSWER_S):
+            return True
+    except OSError:
+        return False
 
-    "auto" is one for each GPU of the cluster, or each machine where there are none.
+
+def cluster_workers(address: str, gpus_per_worker: float | None, wanted: Any) -> tuple[int, float, str]:
+    """(workers, GPUs of each, HOST:PORT of the cluster).
+
+    As many as are wanted and there is room for, since one more would wait for ever. "auto" is one for each GPU of the
+    cluster, or each machine where there are none.
     """
     ray = connect(address)
     try:
         resources = ray.cluster_resources()
+        head = ray.get_runtime_context().gcs_address
         machines = sum(node["Alive"] for node in ray.nodes())
     finally:
         ray.shutdown()
@@ -65,47 +89,147 @@ def cluster_workers(address: str, gpus_per_worker: float | None, wanted: Any) ->
     if room == 0:
         raise ConfigError(f"sweep.ray.gpus_per_worker={each:g}: the cluster at {address} has no room for a worker.")
     usual = room if each else machines
-    return min(room, usual if wanted == "auto" else int(wanted)), each
+    return min(room, usual if wanted == "auto" else int(wanted)), each, head
+
+
+def checkpoints_of(run: Path) -> list[str]:
+    """Their names, without a look at what they hold: that would take torch."""
+    return sorted(path.name for path in (run / "checkpoints").glob("*.safetensors"))
+
+
+class News(NamedTuple):
+    """What happened at a worker since the last call.
+
+    Attributes:
+        events: whole lines of JSON.
+        code: its exit code; None while it lives.
+        checkpoints: of its run, which nobody else sees.
+    """
+
+    events: list[bytes]
+    printed: bytes
+    code: int | None
+    checkpoints: list[str]
 
 
 class RemoteWorker:
     """A worker beside the actor that this is; methods may be called at the same time."""
 
     def __init__(self, directory: str) -> None:
-        os.chdir(directory)
-        self.log = Path(tempfile.mkdtemp(prefix="llmft-worker-")) / "log.txt"
+        self.home = Path(tempfile.mkdtemp(prefix="llmft-worker-"))
+        os.chdir(directory if Path(directory).is_dir() else self.home)
+        self.log = self.home / "log.txt"
         self.worker = WorkerProcess.start(self.log, Share())
+        self.run: Path | None = None
         self._read = 0
+        self._rest = b""
+
+    def sees(self, path: str) -> bool:
+        """Whether a file of the caller's is here too."""
+        return Path(path).is_file()
 
     def order(self, line: bytes) -> None:
-        """Hands an order on."""
+        """Hands an order on; a process that just died is noticed by its end."""
         assert self.worker.orders is not None
-        self.worker.orders.write(line)
-        self.worker.orders.flush()
+        with contextlib.suppress(BrokenPipeError):
+            self.worker.orders.write(line)
+            self.worker.orders.flush()
+
+    def train(self, order: dict[str, Any], packed: bytes) -> None:
+        """Orders a trial, of which the run is here alone."""
+        self.run = self.home / "runs" / Path(order["run"]).name
+        unpack(packed, self.run)
+        order["config"]["output_dir"] = str(self.home)
+        self.order(json.dumps(order).encode() + b"\n")
+
+    def packed_run(self) -> bytes:
+        """The run as it is."""
+        assert self.run is not None
+        return pack(self.run)
+
+    def request(self, name: str) -> None:
+        """What somebody asks of the run by a file in its directory."""
+        if self.run is not None:
+            (self.run / name).touch()
+
+    def forget(self) -> None:
+        """Deletes the run, which has been taken."""
+        if self.run is not None:
+            shutil.rmtree(self.run, ignore_errors=True)
+            self.run = None
 
     def end(self) -> None:
         """No order will come."""
         assert self.worker.orders is not None
-        self.worker.orders.close()
+        with contextlib.suppress(BrokenPipeError):
+            self.worker.orders.close()
+
+    def clear(self) -> None:
+        """Leaves nothing behind."""
+        shutil.rmtree(self.home, ignore_errors=True)
 
     def signal(self, signum: int) -> None:
         """See WorkerProcess."""
         self.worker.signal(signum)
 
-    def news(self) -> tuple[bytes, bytes, int | None]:
-        """(events, what was printed, exit code) since the last call."""
+    def news(self) -> News:
+        """What happened since the last call."""
         code = self.worker.process.poll()
-        events = self.worker.read_events()
+        *events, self._rest = (self._rest + self.worker.read_events()).split(b"\n")
         with self.log.open("rb") as file:
             file.seek(self._read)
             printed = file.read()
         self._read += len(printed)
-        return events, printed, code
+        return News(events, printed, code, [] if self.run is None else checkpoints_of(self.run))
+
+
+class RunCopy:
+    """The run under way, in the directory where it belongs; the machine that trains it has its own files."""
+
+    def __init__(self, ray: Any, actor: Any) -> None:
+        self.ray, self.actor = ray, actor
+        self.run: Run | None = None
+        self._checkpoints: list[str] = []
+
+    def train(self, order: dict[str, Any]) -> None:
+        """Sends the run and the order. Raises RunBusy where another process trains it."""
+        run = Run(Path(order["run"]), "")
+        run.directory.mkdir(parents=True, exist_ok=True)
+        run.lock()
+        self.run, self._config = run, from_json(order["config"], TrainConfig)
+        self._checkpoints = checkpoints_of(run.directory)
+        self.ray.get(self.actor.train.remote(order, pack(run.directory)))
+
+    def update(self, checkpoints: list[str]) -> None:
+        """Hands requests on, and fetches the run where its checkpoints have changed."""
+        if self.run is None:
+            return
+        for name in REQUESTS:
+            if (self.run.directory / name).exists():
+                self.ray.get(self.actor.request.remote(name))
+                (self.run.directory / name).unlink()
+        if checkpoints != self._checkpoints:
+            self._fetch()
+            self._checkpoints = checkpoints
+
+    def end(self) -> None:
+        """Fetches the run, which has ended, and lets it go."""
+        if self.run is None:
+            return
+        self._fetch()
+        self.ray.get(self.actor.forget.remote())
+        self.run.unlock()
+        self.run = None
+
+    def _fetch(self) -> None:
+        assert self.run is not None
+        unpack(self.ray.get(self.actor.packed_run.remote()), self.run.directory)
+        write_config(self.run, self._config)  # there it says where the run lay meanwhile
 
 
 def main(argv: Sequence[str]) -> None:
-    """The process."""
-    events, address, gpus = int(argv[0]), argv[1], float(argv[2])
+    """The process; `argv` is EVENTS_FD ADDRESS GPUS OUTPUT_DIR SHARED (true, false, or null for: look)."""
+    events, address, gpus, output, shared = int(argv[0]), argv[1], float(argv[2]), argv[3], json.loads(argv[4])
     try:
         ray = connect(address)
     except ConfigError as error:
@@ -119,29 +243,67 @@ def main(argv: Sequence[str]) -> None:
     }
     actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))
-    threading.Thread(target=_hand_on, args=(ray, actor), daemon=True).start()
-    code = None
-    while code is None:
-        try:
-            told, printed, code = ray.get(actor.news.remote())
-        except ray.exceptions.RayActorError as error:
-            print(f"the worker's machine is gone ({str(error).splitlines()[0]})", flush=True)
-            os._exit(LOST)
-        os.write(events, told)
-        sys.stdout.buffer.write(printed)
-        sys.stdout.flush()
-        time.sleep(ASK_S)
+    try:
+        if shared is None:
+            with tempfile.NamedTemporaryFile(dir=output, prefix=".seen-") as file:
+                shared = ray.get(actor.sees.remote(file.name))
+        code = _relay(ray, actor, events, None if shared else RunCopy(ray, actor))
+    except (ray.exceptions.RayActorError, OSError) as error:  # or what it sent was damaged on its way
+        print(f"the worker's machine is gone ({str(error).splitlines()[0]})", flush=True)
+        os._exit(LOST)
     if code < 0:  # ended by a signal, as this process then is
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
         os.kill(os.getpid(), -code)
     os._exit(code)
 
 
-def _hand_on(ray: Any, actor: Any) -> None:
-    with open(0, "rb", closefd=False) as orders, contextlib.suppress(ray.exceptions.RayError):  # `main` hears of it too
-        for line in orders:
-            ray.get(actor.order.remote(line))  # one after the other
-        actor.end.remote()
+def _relay(ray: Any, actor: Any, events: int, copy: RunCopy | None) -> int:
+    """Hands orders to the actor and its news on, until it ends; its exit code."""
+    orders: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_listen, args=(orders,), daemon=True).start()
+    while True:
+        with contextlib.suppress(queue.Empty):
+            _order(ray, actor, orders.get(timeout=ASK_S), events, copy)
+        news = News(*ray.get(actor.news.remote()))
+        sys.stdout.buffer.write(news.printed)
+        sys.stdout.flush()
+        if copy is not None:
+            copy.update(news.checkpoints)
+        for line in news.events:
+            if copy is not None and json.loads(line)["event"] == "end":
+                copy.end()  # the supervisor reads what is there when it hears of it
+            _tell(events, line)
+        if news.code is not None:
+            if copy is not None:
+                copy.end()
+            ray.get(actor.clear.remote())
+            return news.code
+
+
+def _order(ray: Any, actor: Any, line: bytes, events: int, copy: RunCopy | None) -> None:
+    if not line:
+        ray.get(actor.end.remote())
+    elif copy is not None and (order := json.loads(line))["do"] == "train":
+        try:
+            copy.train(order)
+        except RunBusy as error:
+            end = {"event": "end", "status": "busy", "value": None, "error": str(error), "cause": None, "sound": True}
+            _tell(events, json.dumps(end).encode())
+    else:
+        ray.get(actor.order.remote(line))
+
+
+def _tell(events: int, line: bytes) -> None:
+    with contextlib.suppress(BrokenPipeError):  # a supervisor that is gone; the worker saves, and the run comes back
+        os.write(events, line + b"\n")
+
+
+def _listen(orders: queue.Queue[bytes]) -> None:
+    """Orders as they come; an empty one says that no more will."""
+    with open(0, "rb", closefd=False) as lines:
+        for line in lines:
+            orders.put(line)
+    orders.put(b"")
 
 
 if __name__ == "__main__":

@@ -101,9 +101,9 @@ class TrialMaker:
 
     def trial(self, number: int, chosen: dict[str, Value], seed: int | None) -> Trial:
         """The trial of one point of the space and one seed."""
-        own = self.space.overrides(chosen) + ([f"seed={seed}"] if seed is not None else [])
+        varied = self.space.overrides(chosen) + ([f"seed={seed}"] if seed is not None else [])
         fixed = [override for override in self.space.fixed if seed is None or not override.startswith("seed=")]
-        trial = self.planner.trial(number, [*fixed, *own], own)
+        trial = self.planner.trial(number, [*fixed, *varied], varied)
         if self.sweep is not None and trial.config.logger.wandb.group is None:
             trial.config.logger.wandb.group = self.sweep.name
         return trial
@@ -173,8 +173,8 @@ def tell_best(search: Search, sweep: Sweep, screen: Screen) -> None:
     monitor = sweep.config.trainer.monitor
     over = f", mean of {search.num_seeds} seeds" if search.num_seeds > 1 else ""
     shown = " ".join(search.study.space.overrides(best.chosen))
-    told = f"best of {len(search.candidates)} configurations: {monitor} {best.value:.4f}{over}"
+    answer = f"best of {len(search.candidates)} configurations: {monitor} {best.value:.4f}{over}"
     screen.print(
-        f"{told}  [bold]{escape(shown)}[/bold]",
+        f"{answer}  [bold]{escape(shown)}[/bold]",
         f"  {escape(best.first.command)}",
     )

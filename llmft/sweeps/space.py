@@ -52,8 +52,8 @@ class Parameter:
         if self.step is None:
             return None
         count = round((self.high - self.low) / self.step) + 1
-        found = [self.low + place * self.step for place in range(count)]
-        return [round(value) for value in found] if self.integer else list(found)
+        numbers = [self.low + index * self.step for index in range(count)]
+        return [round(value) for value in numbers] if self.integer else list(numbers)
 
     def probes(self) -> list[Value]:
         """The values to try before a search begins: every choice, or both ends."""
@@ -98,8 +98,8 @@ class Space:
 
     def active(self, parameter: Parameter, chosen: Mapping[str, Value]) -> bool:
         """Whether `parameter` exists beside what was chosen so far."""
-        found = {**self.known, **chosen}
-        return all(clause.key in found and clause.holds(found[clause.key]) for clause in parameter.condition)
+        values = {**self.known, **chosen}
+        return all(clause.key in values and clause.holds(values[clause.key]) for clause in parameter.condition)
 
     def probes(self) -> list[dict[str, Value]]:
         """Points that together take every choice and both ends of every range.
@@ -152,16 +152,16 @@ class Space:
                 )
         return self._from(0, {})
 
-    def _from(self, place: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
-        if place == len(self.parameters):
+    def _from(self, index: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
+        if index == len(self.parameters):
             yield chosen
             return
-        parameter = self.parameters[place]
+        parameter = self.parameters[index]
         if not self.active(parameter, chosen):
-            yield from self._from(place + 1, chosen)
+            yield from self._from(index + 1, chosen)
             return
         for value in parameter.values() or []:
-            yield from self._from(place + 1, {**chosen, parameter.key: value})
+            yield from self._from(index + 1, {**chosen, parameter.key: value})
 
 
 def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space:
@@ -206,8 +206,8 @@ def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space
 def parameter_of(override: Any) -> Parameter:
     """The parameter of one parsed override: a,b,c, choice(…), range(…), interval(…) or tag(log, …)."""
     spelled, written = override.get_key_element(), override.input_line.partition("=")[2]
-    found = override.value()
-    key, tags = spelled.lstrip("+"), set(getattr(found, "tags", ()))
+    swept = override.value()
+    key, tags = spelled.lstrip("+"), set(getattr(swept, "tags", ()))
     unknown = sorted(tags - {"log"})
     if unknown:
         raise ConfigError(f"{key}={written}: the tag {unknown[0]} means nothing here; the only one is log.")
@@ -220,8 +220,8 @@ def parameter_of(override: Any) -> Parameter:
             raise ConfigError(f"{key}={written}: no value is meant.")
         return Parameter(spelled, written, choices=values)
     if override.is_range_sweep():
-        return _range(spelled, written, found, log)
-    low, high = found.start, found.end
+        return _range(spelled, written, swept, log)
+    low, high = swept.start, swept.end
     integer = isinstance(low, int) and isinstance(high, int)
     if not low < high:
         raise ConfigError(f"{key}={written}: the first number must be below the second.")
@@ -231,17 +231,17 @@ def parameter_of(override: Any) -> Parameter:
     return Parameter(spelled, written, low=low, high=high, step=step, integer=integer, log=log)
 
 
-def _range(spelled: str, written: str, found: Any, log: bool) -> Parameter:
-    values = list(found.range())
+def _range(spelled: str, written: str, swept: Any, log: bool) -> Parameter:
+    values = list(swept.range())
     key = spelled.lstrip("+")
     if not values:
         raise ConfigError(f"{key}={written}: no number lies in this range.")
-    if log and (found.step != 1 or min(values) <= 0):
+    if log and (swept.step != 1 or min(values) <= 0):
         raise ConfigError(f"{key}={written}: a log range has step 1 and begins above 0; interval(…) takes any numbers.")
     low, high = min(values), max(values)
     integer = all(isinstance(value, int) for value in values)
     return Parameter(
-        spelled, written, low=low, high=high, step=abs(float(found.step)), integer=integer, log=log and low < high
+        spelled, written, low=low, high=high, step=abs(float(swept.step)), integer=integer, log=log and low < high
     )
 
 

@@ -117,10 +117,10 @@ class Study:
         The unit of the pruners is the validation, counted from 1. What was judged once stays judged.
         """
         steps = [known for known in sorted(curve) if known <= step]
-        for place, known in enumerate(steps, start=1):
-            if place not in self.trials[number].intermediate_values:
+        for index, validated in enumerate(steps, start=1):
+            if index not in self.trials[number].intermediate_values:
                 for storage, identity in self._stored(number):
-                    storage.set_trial_intermediate_value(identity, place, curve[known])
+                    storage.set_trial_intermediate_value(identity, index, curve[validated])
         if self.settings.pruner == "none":
             return False
         judged = self.trials[number].user_attrs.get("judged", {"step": -1, "ends": False})

@@ -70,9 +70,9 @@ class Search:
         self._record()
 
     def _restore(self, candidate: Candidate, outcome: list[dict[str, Any]]) -> None:
-        for trial, found in zip(candidate.trials, outcome, strict=False):
-            trial.mark(found["status"], found["error"])
-            trial.value, trial.seconds = found["value"], found["seconds"]
+        for trial, result in zip(candidate.trials, outcome, strict=False):
+            trial.mark(result["status"], result["error"])
+            trial.value, trial.seconds = result["value"], result["seconds"]
         candidate.read_curve()
         self._drop(candidate, [trial for trial in candidate.trials if trial.status == "pending"])
         self.progress.ready += sum(trial.status != "pending" for trial in candidate.trials)

@@ -67,8 +67,8 @@ def trial_rows(sweep: Sweep) -> list[list[Any]]:
     rows = []
     for trial in sweep.trials:
         values = dict(override.split("=", 1) for override in trial.overrides)
-        told = [trial.value, trial.status, trial.seconds, trial.run.directory.name, redact(trial.error)]
-        rows.append([*(values.get(key) for key in sweep.swept), *told])
+        columns = [trial.value, trial.status, trial.seconds, trial.run.directory.name, redact(trial.error)]
+        rows.append([*(values.get(key) for key in sweep.swept), *columns])
     return rows
 
 
@@ -81,7 +81,7 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
     keys = [key for key in sweep.swept if key not in REPLICATIONS]
     columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in keys]
     columns.append(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(f"best/{monitor}")))
-    what: list[Any] = [
+    panels: list[Any] = [
         panels.ParallelCoordinatesPlot(columns=columns),
         panels.ParameterImportancePlot(with_respect_to=f"best/{monitor}"),
     ]
@@ -96,7 +96,7 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
         project=sweep.config.logger.wandb.project,
         name=f"sweep {sweep.name}",
         sections=[
-            workspaces.Section(name="what matters", panels=what, is_open=True),
+            workspaces.Section(name="what matters", panels=panels, is_open=True),
             workspaces.Section(name="curves", panels=curves, is_open=True),
             workspaces.Section(name="samples", panels=samples, is_open=False),
         ],

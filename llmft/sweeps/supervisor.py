@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import select
@@ -18,7 +19,7 @@ from llmft.core.errors import ConfigError, Interrupted
 from llmft.core.machine import allotted_cores, available_memory, visible_gpus
 from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.remote import LOST, NO_CLUSTER, cluster_workers
+from llmft.sweeps.remote import LOST, NO_CLUSTER, answers, cluster_workers
 from llmft.sweeps.trials import FINISHED, Sweep, Trial, refuse, value_of
 
 START_S = 600.0
@@ -121,7 +122,7 @@ class Supervisor:
         self._same_error: tuple[str, int] = ("", 0)
         self._told_busy: set[int] = set()
         self._lost: Counter[int] = Counter()
-        self._remote: tuple[str, float] | None = None
+        self._remote: tuple[str, ...] | None = None
         limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
         self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
 
@@ -176,8 +177,8 @@ class Supervisor:
         if ray.address is not None:
             if any(trial.distributed for trial in trials):
                 raise ConfigError("hydra/launcher=ray: a trial of several devices is started by torchrun or SLURM.")
-            room, gpus = cluster_workers(ray.address, ray.gpus_per_worker, wanted)
-            self._remote = (ray.address, gpus)
+            room, gpus, head = cluster_workers(ray.address, ray.gpus_per_worker, wanted)
+            self._remote = (head, f"{gpus}", self.sweep.config.output_dir, json.dumps(ray.shared_files))
             return max(1, min(room, at_most))
         count = int(wanted) if wanted != "auto" else len(visible_gpus()) or (self._side_by_side(trials) if grid else 1)
         if count > 1 and any(trial.distributed for trial in trials):
@@ -339,13 +340,13 @@ class Supervisor:
             trial.mark("interrupted", "the sweep was interrupted")
         elif worker.stopping is not None:
             self._overdue(worker, trial)
+        elif code == NO_CLUSTER or (self._remote is not None and not answers(self._remote[0])):
+            self.stopped_because = "the Ray cluster no longer answers"
+            trial.mark("interrupted", self.stopped_because)
         elif code == LOST and self._lost[trial.number] < self.settings.ray.retries:
             self._lost[trial.number] += 1
             self.progress.say(f"{trial.label}: its machine is gone; it goes on elsewhere from its checkpoint.")
             trial.status = "pending"
-        elif code == NO_CLUSTER:
-            self.stopped_because = "the Ray cluster no longer answers"
-            trial.mark("interrupted", self.stopped_because)
         elif trial.distributed and status.get("status") in ("failed", "diverged") and status.get("error"):
             trial.mark("failed", status["error"], "error")
         else:

@@ -68,16 +68,16 @@ def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequen
         raise ConfigError("sweep.seeds_until: trials of another launcher start all at once; use hydra/launcher=local.")
     screen = Screen()
     tell_plan(sweep, screen)
-    missing = [place for place, trial in enumerate(sweep.trials) if not trial.finished_before()]
+    missing = [index for index, trial in enumerate(sweep.trials) if not trial.finished_before()]
     if missing:
         sweep.write()
-        launcher.launch([jobs[place] for place in missing], initial_job_idx=0)
-    for place in missing:
-        trial = sweep.trials[place]
+        launcher.launch([jobs[index] for index in missing], initial_job_idx=0)
+    for index in missing:
+        trial = sweep.trials[index]
         if not trial.finished_before():
             status = trial.run.status()
-            told = status.get("status")
-            kind = told if told in ("interrupted", "pruned", "twin") else "failed"
+            ended = status.get("status")
+            kind = ended if ended in ("interrupted", "pruned", "twin") else "failed"
             trial.mark(kind, status.get("error") or "no result was left", "error")
             trial.log = trial.run.log_file
     finish(sweep, screen, None, anew=bool(missing))

@@ -57,12 +57,12 @@ def validations(directory: Path, monitor: str) -> dict[int, float]:
         lines = read_plain(Run(directory, "").metrics_file).splitlines()
     except OSError:
         return {}
-    found: dict[int, float] = {}
+    values: dict[int, float] = {}
     for line in lines:
         try:
             record = json.loads(line)
         except ValueError:
             continue  # a line that a kill cut off
         if record["step"] > 0 and record.get(monitor) is not None:
-            found[record["step"]] = record[monitor]
-    return found
+            values[record["step"]] = record[monitor]
+    return values

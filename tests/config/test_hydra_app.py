@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.commands import command
 from tests.conftest import ROOT, llmft
 
 MISTAKES = [
@@ -193,7 +194,7 @@ def test_u6_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -
     (tmp_path / "a b [red] c.csv").write_text("prompt,response\n" + "".join(f"q{n},a{n}\n" for n in range(30)))
     arguments = ["data=prompt_response", "data.files=a b [red] c.csv", "output_dir='o[/x] y'", "logger=none"]
     for _ in range(2):
-        done = llmft(*arguments, "trainer.max_steps=1", cwd=tmp_path)
+        done = command("llmft", *arguments, "trainer.max_steps=1", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "o[/x] y" in done.stdout
 
@@ -201,6 +202,6 @@ def test_u6_names_with_markup_spaces_and_commas_are_only_names(tmp_path: Path) -
 def test_another_process_of_a_finished_distributed_run_has_nothing_to_do(tmp_path: Path) -> None:
     rows = "data.rows={train: 16, validation: 4, test: 0}"
     arguments = ["logger=none", "trainer.max_steps=1", rows, "trainer.accelerator=cpu"]
-    assert llmft(*arguments, cwd=tmp_path).returncode == 0
+    assert command("llmft", *arguments, cwd=tmp_path).returncode == 0
     done = llmft(*arguments, "trainer=ddp", cwd=tmp_path, timeout=60, RANK="1", LOCAL_RANK="1", WORLD_SIZE="2")
     assert done.returncode == 0, done.stderr

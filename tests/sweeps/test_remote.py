@@ -7,12 +7,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
-from tests.conftest import SMALL, llmft
+from llmft.config.convert import to_plain
+from llmft.core.errors import RunBusy
+from llmft.runs.directory import Run, write_config
+from llmft.sweeps.remote import RemoteWorker, RunCopy, checkpoints_of
+from tests.conftest import SMALL, compose, llmft
 
 SEEDS = 8
 
@@ -24,6 +31,51 @@ def test_without_ray_or_a_cluster_there_is_a_sentence(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert 'needs Ray: pip install "llmft[ray]"' in done.stderr
     assert "Traceback" not in done.stderr
+
+
+class Machine(RemoteWorker):
+    """A machine with files of its own, without a process and without Ray: its methods are called at once."""
+
+    def __init__(self, home: Path) -> None:
+        self.home, self.run, self.orders = home, None, list[dict[str, Any]]()
+
+    def order(self, line: bytes) -> None:
+        self.orders.append(json.loads(line))
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        return SimpleNamespace(remote=value) if callable(value) and name != "order" else value
+
+
+def test_a_run_goes_to_a_machine_without_its_files_and_comes_back(tmp_path: Path) -> None:
+    config = compose(*SMALL, f"output_dir={tmp_path}/here")
+    directory, there = tmp_path / "here" / "runs" / "run-k", tmp_path / "there" / "runs" / "run-k"
+    (directory / "checkpoints").mkdir(parents=True)
+    (directory / "checkpoints" / "step-00000001.safetensors").write_text("one")
+    machine = Machine(tmp_path / "there")
+    copy = RunCopy(SimpleNamespace(get=lambda value: value), machine)
+    order = {"do": "train", "number": 0, "config": to_plain(config), "run": str(directory)}
+    copy.train(order)
+    assert (there / "checkpoints" / "step-00000001.safetensors").read_text() == "one"
+    assert machine.orders[0]["config"]["output_dir"] == str(tmp_path / "there")
+    assert Run(directory, "").busy
+    with pytest.raises(RunBusy):
+        RunCopy(copy.ray, machine).train(order)
+
+    (there / "checkpoints" / "step-00000001.safetensors").rename(there / "checkpoints" / "step-00000002.safetensors")
+    (directory / "STOP").touch()
+    copy.update(checkpoints_of(there))
+    assert checkpoints_of(directory) == ["step-00000002.safetensors"]
+    assert (there / "STOP").exists()
+    assert not (directory / "STOP").exists()
+
+    (there / "run.json").write_text('{"status": "done"}')
+    write_config(Run(there, "k"), replace(config, output_dir=str(tmp_path / "there")))
+    copy.end()
+    assert Run(directory, "").status() == {"status": "done"}
+    assert OmegaConf.load(directory / "config.yaml").output_dir == str(tmp_path / "here")
+    assert not Run(directory, "").busy
+    assert not there.exists()
 
 
 @pytest.fixture
@@ -41,33 +93,63 @@ def weights(root: Path) -> dict[str, bytes]:
     return {run.name: (run / "adapter" / "adapter_model.safetensors").read_bytes() for run in (root / "runs").iterdir()}
 
 
-@pytest.mark.slow
-def test_a_lost_machine_costs_no_trial_and_no_bit(cluster: Any, tmp_path: Path) -> None:
-    more = ["trainer.max_steps=20", "trainer.checkpoint_every=1", "task.generate_rows=0", "sweep.report=false"]
-    sweep = ["-m", f"seed={','.join(map(str, range(SEEDS)))}", *SMALL, *more]
-    remote = [*sweep, "hydra/launcher=ray", f"sweep.ray.address={cluster.address}", f"output_dir={tmp_path / 'remote'}"]
-    running = subprocess.Popen(
-        [sys.executable, "-m", "llmft", *remote],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+MORE = ["trainer.max_steps=20", "trainer.checkpoint_every=1", "task.generate_rows=0", "sweep.report=false"]
+SWEEP = ["-m", f"seed={','.join(map(str, range(SEEDS)))}", *SMALL, *MORE]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The weights of the sweep's runs by the launcher of one machine."""
+    root = tmp_path_factory.mktemp("local")
+    done = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return weights(root)
+
+
+def start(cluster: Any, root: Path, *arguments: str) -> subprocess.Popen[str]:
+    """The sweep on the cluster, when at least two of its trials are done."""
+    launcher = ["hydra/launcher=ray", f"sweep.ray.address={cluster.address}", f"output_dir={root}"]
+    command = [sys.executable, "-m", "llmft", *SWEEP, *launcher, *arguments]
+    running = subprocess.Popen(command, cwd=root.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     deadline = time.monotonic() + 300
-    while len(list((tmp_path / "remote").glob("runs/*/adapter"))) < 2:
+    while len(list(root.glob("runs/*/adapter"))) < 2:
         assert running.poll() is None, running.communicate()[0]
         assert time.monotonic() < deadline
         time.sleep(0.05)
+    return running
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shared", ["null", "false"])
+def test_a_lost_machine_costs_no_trial_and_no_bit(
+    cluster: Any, local: dict[str, bytes], tmp_path: Path, shared: str
+) -> None:
+    root = tmp_path / "remote"
+    running = start(cluster, root, f"sweep.ray.shared_files={shared}")
     cluster.remove_node(cluster.second, allow_graceful=False)
-    told = running.communicate(timeout=500)[0]
-    assert running.returncode == 0, told
-    assert "its machine is gone" in told
-    done = llmft(*sweep, f"output_dir={tmp_path / 'local'}", cwd=tmp_path, timeout=500)
-    assert done.returncode == 0, done.stderr
-    found = weights(tmp_path / "remote")
-    assert len(found) == SEEDS
-    assert found == weights(tmp_path / "local")
-    for run in (tmp_path / "remote" / "runs").iterdir():
+    printed = running.communicate(timeout=500)[0]
+    assert running.returncode == 0, printed
+    assert "its machine is gone" in printed
+    assert weights(root) == local
+    for run in (root / "runs").iterdir():
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
         validated = range(0, 21, 2)
         assert sorted(steps) == sorted([*range(1, 21), *validated]), "every step and every validation once"
+        assert OmegaConf.load(run / "config.yaml").output_dir == str(root)
+
+
+@pytest.mark.slow
+def test_a_dead_head_is_one_sentence_and_the_same_command_goes_on(
+    cluster: Any, local: dict[str, bytes], tmp_path: Path
+) -> None:
+    root = tmp_path / "remote"
+    running = start(cluster, root, "sweep.ray.shared_files=false")
+    cluster.head_node.kill_gcs_server(check_alive=False)
+    cluster.head_node.kill_raylet(check_alive=False)
+    printed = running.communicate(timeout=200)[0]
+    assert running.returncode == 5, printed
+    assert "the Ray cluster no longer answers; the same command runs only those again." in " ".join(printed.split())
+    assert "Traceback" not in printed
+    done = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert weights(root) == local

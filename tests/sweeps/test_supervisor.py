@@ -102,22 +102,24 @@ def modified(root: Path) -> dict[str, int]:
     }
 
 
+RAISE, KILL, HANG = ("raise", "RuntimeError: boom in seed "), ("kill", "SIGKILL"), ("hang", "heartbeat_timeout=8s")
+EVERY_WAY = {1: RAISE, 3: KILL, 4: HANG, 5: ("exit", "sys.exit(0)"), 7: ("crash", "SIGSEGV")}
+
+
+@pytest.mark.parametrize(
+    "ways", [{1: RAISE, 2: KILL, 3: HANG}, pytest.param(EVERY_WAY, marks=pytest.mark.slow)], ids=["three", "every"]
+)
 def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ways: dict[int, tuple[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seeds = "seed=0,1,2,3,4,5,6,7,8,9"
-    ways = "2:raise,3:exit,4:kill,5:hang,7:crash"
-    first = sweep(tmp_path, seeds, "sweep.heartbeat_timeout=8s", sabotage=ways)
+    expected = {number: text for number, (_, text) in ways.items()}
+    count = max(ways) + 2
+    seeds = [f"seed={','.join(map(str, range(count)))}", "trainer.max_steps=2", "sweep.report=false"]
+    sabotage = ",".join(f"{number}:{deed}" for number, (deed, _) in ways.items())
+    first = sweep(tmp_path, *seeds, "sweep.heartbeat_timeout=8s", sabotage=sabotage)
     root = tmp_path / "outputs"
     assert first.returncode == 5, first.stderr
-    assert "5 of 10 trials failed" in first.stderr
-    expected = {
-        2: "RuntimeError: boom in seed 2",
-        3: "sys.exit(0)",
-        4: "SIGKILL",
-        5: "heartbeat_timeout=8s",
-        7: "SIGSEGV",
-    }
+    assert f"{len(ways)} of {count} trials failed" in first.stderr
     for number, trial in enumerate(record(root)["trials"]):
         assert trial["status"] == ("failed" if number in expected else "done")
         if number in expected:
@@ -125,14 +127,14 @@ def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those
             assert trial["command"] in first.stdout.replace("\n", "")
             assert Path(tmp_path / trial["log"]).is_file()
     # The command that is named for one trial runs just that one.
-    again = record(root)["trials"][2]["command"].removeprefix("python -m llmft ")
+    again = record(root)["trials"][1]["command"].removeprefix("python -m llmft ")
     monkeypatch.chdir(tmp_path)
     train(compose(*shlex.split(again)), quiet=True)
     before = modified(root)
-    second = sweep(tmp_path, seeds)
+    second = sweep(tmp_path, *seeds)
     assert second.returncode == 0, second.stderr
-    assert statuses(root) == ["done"] * 10
-    assert second.stdout.count("was done before") == 6
+    assert statuses(root) == ["done"] * count
+    assert second.stdout.count("was done before") == count - len(ways) + 1
     assert {name: modified(root)[name] for name in before} == before, "a finished run was touched"
 
 
@@ -193,9 +195,10 @@ def test_s4_two_sweeps_at_once_share_their_trials(tmp_path: Path) -> None:
 
 
 def test_s5_a_name_that_another_sweep_has_is_refused_and_its_record_stays(tmp_path: Path) -> None:
-    assert sweep(tmp_path, "seed=0,1", "sweep.name=night").returncode == 0
+    few = ["trainer.max_steps=2", "sweep.report=false", "sweep.name=night"]
+    assert sweep(tmp_path, "seed=0,1", *few).returncode == 0
     known = (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes()
-    other = sweep(tmp_path, "lora.r=1,2", "seed=0,1", "sweep.name=night")
+    other = sweep(tmp_path, "lora.r=1,2", "seed=0,1", *few)
     assert other.returncode == 2
     assert "holds another sweep (seed, 2 trials), not this one (lora.r x seed, 4 trials)" in other.stderr
     assert (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes() == known
@@ -266,7 +269,7 @@ def test_s9_a_part_that_cannot_be_built_is_found_before_the_first_trial(tmp_path
 
 
 def test_a_signal_saves_what_is_under_way_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    arguments = ["seed=0,1", "trainer.max_steps=80", "trainer.validate_every=80"]
+    arguments = ["seed=0,1", "trainer.max_steps=80", "trainer.validate_every=80", "sweep.report=false"]
     process = start(tmp_path, *arguments)
     root = tmp_path / "outputs"
     wait_for_steps(root, 5, process)
@@ -283,17 +286,17 @@ def test_a_signal_saves_what_is_under_way_and_the_same_command_goes_on(tmp_path:
 
 
 def test_a_trial_of_a_sweep_is_the_run_it_is_alone_and_says_what_it_reused(tmp_path: Path) -> None:
-    arguments = ["lora.dropout=0.1", "trainer.max_steps=6"]
-    done = sweep(tmp_path, *arguments, "lora.r=1,4", "seed=0,1", "prompt=alpaca_short,plain", "quantization=nf4,none")
+    arguments = ["lora.dropout=0.1", "sweep.report=false"]
+    done = sweep(tmp_path, *arguments, "lora.r=1,4", "prompt=alpaca_short,plain", "quantization=nf4,none")
     assert done.returncode == 0, done.stderr
     trials = record(tmp_path / "outputs")["trials"]
-    assert len(trials) == 16
+    assert len(trials) == 8
     reused = []
     for trial in trials:
         run = tmp_path / "outputs" / trial["run"]
         reused.append(json.loads((run / "environment.json").read_text())["reused"]["base"])
     assert reused.count(False) == 2, "one base per quantisation, although that is the innermost key"
-    for trial in (trials[3], trials[10], trials[15]):
+    for trial in (trials[2], trials[7]):
         train(compose(*SMALL, *arguments, *trial["overrides"], f"output_dir={tmp_path}/alone"), quiet=True)
         name = Path(trial["run"]).name
         same_files(tmp_path / "outputs/runs" / name, tmp_path / "alone/runs" / name)
