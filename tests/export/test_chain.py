@@ -34,7 +34,7 @@ ROWS = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
 NEW_TOKENS = 24
 TIE = {"f16": 2.4e-2, "q8_0": 0.74}
 """Nats between the two likeliest tokens below which a number format may choose the other one: twice the largest
-difference of a greedy token's log-probability that was measured here, 1.2e-2 and 0.37 (in the mean 1.3e-3 and 4.5e-2, for
+difference of a greedy token's log-probability that was measured, 1.2e-2 and 0.37 (in the mean 1.3e-3 and 4.5e-2, for
 which `merge` has bounds of 1e-2 and 1e-1)."""
 
 
