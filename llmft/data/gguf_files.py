@@ -80,6 +80,8 @@ def _convert(path: Path, directory: Path) -> None:
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         except Exception as error:
             message = (str(error).splitlines() or [type(error).__name__])[0]
+            if "ignore_mismatched_sizes" in message:
+                message = "its tensors have other shapes than what it reads of the file's metadata"
             raise ConfigError(f"model.path={path}: transformers cannot read it ({message[:200]}).") from None
         # Its weights are not quantised any more.
         vars(model.config).pop("quantization_config", None)

@@ -18,11 +18,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from llmft.config.commands import MergeBase, MergeConfig, MergeFormat, PredictConfig
 from llmft.core.errors import ConfigError
 from llmft.core.files import staged_directory
-from llmft.data import gguf_files
-from llmft.data.hub import locate
-from llmft.export import gguf
-from llmft.export.llamacpp import LlamaCpp, is_installed
-from llmft.export.targets import NotProved, opened
+from llmft.export.llamacpp import is_installed
+from llmft.export.targets import NotProved
 from llmft.merge import merge
 from llmft.predict import predict
 from llmft.runs.predictions import Predictions
@@ -150,24 +147,6 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
             (staged / "file").write_text(text)
     assert [path.name for path in tmp_path.iterdir()] == ["model"], "what a killed process left is gone"
     assert (target / "file").read_text() == "new"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not is_installed(), reason="xllamacpp is not installed")
-def test_a_gguf_file_of_others_is_trained_and_goes_back_as_one(tmp_path: Path) -> None:
-    """In 8 bits, without a chat template, under a name of its own."""
-    from tests.export.test_gguf import made
-
-    source = made(tmp_path / "theirs", "qwen3")
-    (source / "chat_template.jinja").unlink(missing_ok=True)
-    theirs = tmp_path / "Their Model.Q8_0.gguf"
-    gguf.convert(source, theirs, "q8_0")
-    given = ["model=local", f"model.path='{theirs}'", "prompt=alpaca", "quantization=nf4", "task.max_new_tokens=8"]
-    train(compose(*SMALL, f"output_dir={tmp_path}/out", *given), quiet=True)
-    run = run_directory(tmp_path / "out")
-    path = merged(run, format=MergeFormat.gguf, type="f16")  # which compares texts and probabilities
-    assert gguf_files.source_of(locate(opened(run).config.model).directory) == theirs
-    assert LlamaCpp(path, 256).prompt([{"role": "user", "content": "Hello?"}]).endswith("### Response:\n")
 
 
 @pytest.mark.slow
