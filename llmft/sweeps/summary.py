@@ -81,7 +81,7 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
     keys = [key for key in sweep.swept if key not in REPLICATIONS]
     columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in keys]
     columns.append(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(f"best/{monitor}")))
-    panels: list[Any] = [
+    overview: list[Any] = [
         panels.ParallelCoordinatesPlot(columns=columns),
         panels.ParameterImportancePlot(with_respect_to=f"best/{monitor}"),
     ]
@@ -96,7 +96,7 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
         project=sweep.config.logger.wandb.project,
         name=f"sweep {sweep.name}",
         sections=[
-            workspaces.Section(name="what matters", panels=panels, is_open=True),
+            workspaces.Section(name="what matters", panels=overview, is_open=True),
             workspaces.Section(name="curves", panels=curves, is_open=True),
             workspaces.Section(name="samples", panels=samples, is_open=False),
         ],
