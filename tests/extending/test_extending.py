@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmft.config import instantiate
 from llmft.config.instantiate import trust
 from llmft.core.errors import ConfigError, DataError, UserError
 from llmft.data.sources import BadRows, load_rows
@@ -61,7 +62,8 @@ def test_a_row_source_that_cannot_be_used_is_refused_in_one_sentence(
     assert str(raised.value).startswith(sentence)
 
 
-def test_code_of_ones_own_runs_only_where_the_command_line_names_its_package() -> None:
+def test_code_of_ones_own_runs_only_where_the_command_line_names_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instantiate, "_trusted", set())  # of other tests of this process
     config = compose("data=prompt_response", "data.source=tests.extending.mylib.rows.diary")
     with pytest.raises(ConfigError, match=r"trusted_packages=\[tests\]"):
         load_rows(config.data, BadRows())
