@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 from pathlib import Path
 from typing import Any
 
@@ -88,4 +89,12 @@ def _convert(path: Path, directory: Path) -> None:
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
+    _drop_added_tokens(directory / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
     (directory / SOURCE).write_text(str(path.resolve()), encoding="utf-8")
+
+
+def _drop_added_tokens(file: Path, vocabulary: int) -> None:
+    """Takes out tokens behind the embeddings: transformers adds those that a tokenizer's class usually has."""
+    content = json.loads(file.read_text(encoding="utf-8"))
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
+    file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

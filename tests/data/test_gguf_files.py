@@ -15,7 +15,7 @@ from llmft.data.gguf_files import as_directory
 pytest.importorskip("gguf")
 
 
-def test_a_gguf_file_is_read_back_as_what_it_was_made_from(tmp_path: Path) -> None:
+def test_a_gguf_file_is_read_back_as_what_it_was_made_from_and_made_again(tmp_path: Path) -> None:
     from llmft.export import gguf
     from tests.export.test_gguf import made
 
@@ -26,6 +26,8 @@ def test_a_gguf_file_is_read_back_as_what_it_was_made_from(tmp_path: Path) -> No
     before, after = (load_file(folder / "model.safetensors") for folder in (source, directory))
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
+    gguf.convert(directory, tmp_path / "again.gguf", "f16")
+    assert (tmp_path / "again.gguf").stat().st_size > 0
 
 
 def test_a_file_that_is_none_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:
