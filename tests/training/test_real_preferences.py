@@ -51,8 +51,9 @@ def trained(*overrides: str) -> tuple[list[float], dict[str, Any], Path]:
 
 def test_the_loss_of_dpo_falls_from_ln_2(rows: list[str], tmp_path: Path) -> None:
     losses, result, _ = trained("task=dpo", *rows, *FEW, "learning_rate.peak=2e-4", f"output_dir={tmp_path}")
-    assert losses[0] == pytest.approx(np.log(2), abs=1e-5)
-    assert np.mean(losses[-3:]) < losses[0] - 0.02
+    assert losses[0] == pytest.approx(np.log(2), abs=5e-3)  # bf16 rounds otherwise in other groups than the reference's
+    assert np.mean(losses[-3:]) < losses[0] - 0.1
+    assert result["before"]["val/loss_nats"] == pytest.approx(np.log(2), abs=1e-12)
     assert result["before"]["val/accuracy"] == 0.5
     assert result["before"]["val/drift_nats"] == 0
     assert result["after"]["val/margin"] != 0
@@ -63,7 +64,7 @@ def test_a_reward_model_learns_and_stands_beside_the_rule_of_length(rows: list[s
     losses, result, run = trained("task=reward", *rows, *FEW, "learning_rate.peak=2e-4", f"output_dir={tmp_path}")
     assert np.mean(losses[-3:]) < np.mean(losses[:3])
     facts = result["length"]
-    table = read_table(run / "row_losses" / f"val-{result['step']}.parquet")
+    table = read_table(run / "row_losses" / f"val-{result['step']:08d}.parquet")
     more = np.asarray(table["more_tokens"])
     assert facts["rows"] == len(more)
     assert facts["longer_wins"] == pytest.approx(float(((np.sign(more) + 1) / 2).mean()))
