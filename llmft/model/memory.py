@@ -74,7 +74,8 @@ class StepMemory:
         families.prepare(hf_config.model_type)
         base = meta_model(auto_class, hf_config, dtype=dtype if lora.enabled else torch.float32)
         quantization = agreed(config.quantization, hf_config, f"model={config.model.label}")
-        self.base, dequantized = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0)
+        frozen = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0, 0)
+        self.base, self.scales, dequantized = frozen
         four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
         stacks = sum(math.prod(shape) for shape in fused_shapes(base).values()) if four_bit else 0
         base.requires_grad_(not lora.enabled)
@@ -141,7 +142,7 @@ class StepMemory:
         logits = 2 * FP32_BYTES * self.vocabulary * min(labelled, self.chunk or labelled)
         again = level is Checkpointing.full
         return MemoryEstimate(
-            base=self.base // share,
+            base=(self.base - self.scales) // share + self.scales,  # every device holds all scales
             adapter=self.adapter // share,
             gradients=self.adapter // share,
             optimizer=self.optimizer // share,
@@ -210,8 +211,8 @@ def _widths(module: Any) -> tuple[int, int] | None:
     return (module.weight.shape[0], module.nf) if hasattr(module, "nf") else None
 
 
-def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[str]) -> tuple[int, int]:
-    """Bytes of the frozen weights as they are held, and how many the largest one has that is quantised."""
+def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[str]) -> tuple[int, int, int]:
+    """Bytes of the frozen weights as they are held, of their scales, and weights of the largest that is quantised."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -223,7 +224,7 @@ def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[
             if (type(module) is torch.nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, skip):
                 outputs[f"{name}.weight"] = (_widths(module) or (0, 0))[1]
         outputs |= {} if eight_bit else dict.fromkeys(fused_shapes(base), 1)  # bitsandbytes has no 8-bit experts
-    total = largest = 0
+    total = scales = largest = 0
     for name, parameter in base.named_parameters():
         count, blocks = parameter.numel(), math.ceil(parameter.numel() / BLOCK)
         if name not in outputs:
@@ -231,12 +232,13 @@ def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[
             continue
         largest = max(largest, count)
         if eight_bit:
-            total += count + FP32_BYTES * outputs[name]
-        else:  # the packed weights, their scales, and the 16 values of the format
-            scales = blocks + FP32_BYTES * (math.ceil(blocks / SCALE_BLOCK) + 1)
-            scales = scales if quantization.double_quant else FP32_BYTES * blocks
-            total += math.ceil(count / 2) + scales + 16 * FP32_BYTES
-    return total, largest
+            total += count
+            scales += FP32_BYTES * outputs[name]
+        else:  # the packed weights, and beside their scales the 16 values of the format
+            total += math.ceil(count / 2)
+            doubly = blocks + FP32_BYTES * (math.ceil(blocks / SCALE_BLOCK) + 1)
+            scales += (doubly if quantization.double_quant else FP32_BYTES * blocks) + 16 * FP32_BYTES
+    return total + scales, scales, largest
 
 
 def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:

@@ -45,7 +45,8 @@ def test_the_base_takes_what_arithmetic_by_hand_says(double: bool) -> None:
     scales = (1 + 4 / 256) / 64 if double else 4 / 64  # bytes a weight
     assert memory.base == pytest.approx(quantised * (1 / 2 + scales) + 2 * in_16_bits, rel=1e-4)
     one, two = (memory.at(1000, 1000, 100, Checkpointing.full, share=share) for share in (1, 2))
-    assert two.base == pytest.approx(one.base / 2, abs=1), "scales are counted as divided, which they are not yet"
+    whole = quantised * scales  # which each of the cards holds
+    assert two.base == pytest.approx((one.base - whole) / 2 + whole, rel=1e-4)
 
 
 def test_a_larger_card_takes_no_less_and_a_faster_one_no_longer() -> None:
