@@ -82,7 +82,8 @@ def overrides_of(options: argparse.Namespace, task: str, steps: int) -> list[str
         "model=local", f"model.path={options.model}", "prompt=native", "data=preference_degrees",
         f"data.files={SHARED}/preference/pandalm_degrees.jsonl", f"data.max_tokens={options.max_tokens}",
         "data.max_dropped_fraction=1", "data.truncation=drop", "data.validation_fraction=0.002",
-        "data.max_overlap_fraction=1.0", f"data.limit={steps * options.batch}",
+        "data.max_overlap_fraction=1.0",
+        f"data.limit={(steps + 1) * options.batch}",  # whole batches, and rows for validation
     ]  # fmt: skip
     return [
         f"task={task}", *(pandalm if options.model else embedded), "quantization=none", "logger=none",
