@@ -548,6 +548,7 @@ def test_a_worker_that_ends_its_trial_before_it_hears_of_the_limit_is_replaced(t
     assert statuses(tmp_path / "outputs") == ["done", "done"]
 
 
+@pytest.mark.slow
 def test_a_sweep_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
     def ignore() -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)

@@ -203,6 +203,7 @@ class TestR5FullDisk:
         assert sorted(path for path in place.rglob("*") if path.is_file()) == before
 
 
+@pytest.mark.slow
 def test_r6_a_full_tmpdir_does_not_matter(
     mounted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

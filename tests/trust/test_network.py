@@ -154,6 +154,7 @@ def stub() -> Iterator[str]:
     server.shutdown()
 
 
+@pytest.mark.slow
 def test_w4_a_server_that_dies_in_mid_run_delays_the_end_by_its_limit_only(
     plain: Path, stub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
