@@ -72,9 +72,9 @@ class _RmsNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> torch.Tensor:
-        found, root = fused(rms_norm, x.device)(x, weight, epsilon)
+        output, root = fused(rms_norm, x.device)(x, weight, epsilon)
         ctx.save_for_backward(x, weight, root)
-        return found
+        return output
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:
@@ -98,8 +98,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[tor
     """What `_RmsNorm` gives, and (…, 1) the reciprocal of the root."""
     wide = x.float()
     root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    found = (wide * root).to(x.dtype)
-    return found.mul_(weight) if weight.dtype is found.dtype else weight * found, root
+    normed = (wide * root).to(x.dtype)
+    return normed.mul_(weight) if weight.dtype is normed.dtype else weight * normed, root
 
 
 def rms_norm_backward(
@@ -107,9 +107,9 @@ def rms_norm_backward(
 ) -> torch.Tensor:
     """The gradient of x."""
     wide = x.float()
-    found = (gradient * weight).to(x.dtype).float()
-    share = (found * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
-    return found.mul_(root).addcmul_(wide, share, value=-1).to(x.dtype)
+    scaled = (gradient * weight).to(x.dtype).float()
+    share = (scaled * wide).sum(-1, keepdim=True) * root.pow(3) / x.shape[-1]
+    return scaled.mul_(root).addcmul_(wide, share, value=-1).to(x.dtype)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

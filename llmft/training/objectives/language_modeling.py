@@ -71,12 +71,7 @@ def _logits(model: Any, arguments: dict[str, Any], places: torch.Tensor) -> torc
 
 
 def _chunked_nll(
-    base: Any,
-    arguments: dict[str, Any],
-    places: torch.Tensor,
-    targets: torch.Tensor,
-    most: int,
-    temperature: float,
+    base: Any, arguments: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, most: int, temperature: float
 ) -> torch.Tensor:
     hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
     losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
