@@ -271,6 +271,11 @@ class ColumnMap:
             messages = self._to_classify(messages) if self.targets is not None else self._to_learn(messages)
         else:
             tools = None
+            if isinstance(row.values.get(columns.prompt or ""), list):
+                raise ValueError(
+                    f"column '{columns.prompt}' holds a list, text was expected; a conversation is read with "
+                    f"data.columns.prompt=null data.columns.messages={columns.prompt}"
+                )
             content = self._fill(columns.text or columns.prompt or "", row)
             if columns.text and not content.strip() and not self.lenient:
                 raise ValueError("the text is empty")
@@ -323,6 +328,8 @@ class ColumnMap:
         assert chosen
         messages = conversation_of(row.values.get(chosen), chosen, self.keys)
         check_turns(messages)
+        if self.feedback is None and not self.lenient and not messages[-1]["content"]:
+            raise ValueError(f"the answer in '{chosen}' is empty")
         if self.feedback is None or rejected is None or (self.lenient and row.values.get(rejected) is None):
             comparison = None if self.feedback is None else Comparison()  # of one answer, which is asked about
             return Conversation(self._with_system_prompt(row, messages), row.where, comparison=comparison)
@@ -364,7 +371,10 @@ class ColumnMap:
                 assert self.task is not None
                 comparison = replace(comparison, degree=degree, margin=self.task.margins(degrees)[degree])
             if columns.margin:
-                comparison = replace(comparison, margin=number_of(row.values.get(columns.margin), columns.margin))
+                margin = number_of(row.values.get(columns.margin), columns.margin)
+                if margin < 0:
+                    raise ValueError(f"'{columns.margin}' holds {margin:g}: a margin is 0 or more")
+                comparison = replace(comparison, margin=margin)
             if columns.label:
                 comparison = replace(comparison, desirable=label_of(row.values.get(columns.label), columns.label))
         return Conversation([*messages, _answer(answers[0])], row.where, comparison=comparison)
@@ -383,6 +393,11 @@ class ColumnMap:
         """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""
         value = row.values.get(name)
         if isinstance(value, list) and value:
+            if isinstance(value[-1], str):
+                raise ValueError(
+                    f"'{name}' holds a list of {len(value)} texts, one answer was expected; several answers of a "
+                    "prompt are read with data.columns.candidates and data.columns.scores"
+                )
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
             prompt, given = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
             if given and prompt[-len(given) :] != given:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def as_directory(path: Path) -> Path:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            digest = hashlib.sha256(f"1:{size}:".encode() + file.read(HEAD_BYTES))
+            digest = hashlib.sha256(f"2:{size}:".encode() + file.read(HEAD_BYTES))
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
                 digest.update(file.read(PIECE_BYTES))
@@ -64,14 +65,24 @@ def _convert(path: Path, directory: Path) -> None:
 
     load_libraries(training=False)
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    from llmft.data.gguf_parameters import KNOWN, Stated, correct, differences
 
     with quiet_warnings():
         try:
+            stated = Stated(path)
+            if stated.arch not in KNOWN:
+                print(f"model.path={path}: transformers reads it, which is not checked here.", file=sys.stderr)
+            config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            correct(config, stated)
+            if different := differences(config, stated):
+                raise ValueError(f"it reads {'; '.join(different)}")
             for dtype in (torch.float16, torch.bfloat16):
                 model: Any = AutoModelForCausalLM.from_pretrained(
                     path.parent,
                     gguf_file=path.name,
+                    config=config,
                     dtype=dtype,
                     quantization_config=GgufConfig(dequantize=True),
                     local_files_only=True,

@@ -85,7 +85,8 @@ def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
 
 def label_of(value: Any, column: str) -> bool:
     """Whether an answer is good. Raises ValueError for anything but a truth value."""
-    label = (GOOD | BAD).get(str(value).strip().casefold())
+    text = str(int(value)) if value in (0.0, 1.0) else str(value)  # numbers of a column with gaps are floats
+    label = (GOOD | BAD).get(text.strip().casefold())
     if label is None:
         raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
     return label
@@ -111,7 +112,11 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
         raise ValueError(
             f"'{column}' holds no whole conversation; where it is an answer alone, name its prompt: data.columns.prompt"
         )
-    messages = read_messages(value, column, keys)
+    last = value[-1]
+    is_silent = isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == ""
+    messages = read_messages(value[:-1] if is_silent and len(value) > 1 else value, column, keys)
+    if is_silent:  # people may well have compared an answer with none
+        messages.append({"role": "assistant", "content": ""})
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise ValueError(f"the conversation in '{column}' does not end with an answer to something")
     if set(messages[-1]) > {"role", "content"}:

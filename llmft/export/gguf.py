@@ -21,6 +21,7 @@ from safetensors import safe_open
 
 from llmft.core.errors import ConfigError
 from llmft.core.files import check_space
+from llmft.data.gguf_parameters import parameters, rope_tensors
 from llmft.export import vocabulary
 
 SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
@@ -91,7 +92,11 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     names = tensor_names(config, family)
     writer = gguf.GGUFWriter(path, family.arch)
     planned = []
-    for name, shape, load in [*_extra(config, family), *_tensors(pieces(directory), config)]:
+    rope: list[Loaded] = [
+        (name, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
+        for name, tensor in rope_tensors(config, family.arch)
+    ]
+    for name, shape, load in [*rope, *_tensors(pieces(directory), config)]:
         new = name if name.startswith("rope_") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
             raise ConfigError(f"{directory}: llama.cpp has no place for {name} in a {family.arch}.")
@@ -108,7 +113,7 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     if source:
         writer.add_string(SOURCE, source)
-    for method, value in _parameters(config, family.arch).items():
+    for method, value in parameters(config, family.arch).items():
         if value is not None:
             getattr(writer, f"add_{method}")(value)
     _write_vocabulary(writer, words, directory)
@@ -225,134 +230,6 @@ def _turned_shape(name: str, config: dict[str, Any]) -> bool:
     return config["model_type"] == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
 
 
-# ------------------------------------------------------------------------------------------------------- parameters
-
-
-def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    parameters = config.get("rope_parameters") or {}
-    return parameters.get("full_attention", parameters)
-
-
-def _parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
-    """What llama.cpp must know to compute, by the names of gguf's writer."""
-    get = config.get
-    if arch == "gpt2":
-        return {
-            "block_count": config["n_layer"],
-            "context_length": config["n_positions"],
-            "embedding_length": config["n_embd"],
-            "feed_forward_length": get("n_inner") or 4 * config["n_embd"],
-            "head_count": config["n_head"],
-            "layer_norm_eps": config["layer_norm_epsilon"],
-        }
-    rope = _rope(config)
-    heads, width = int(config["num_attention_heads"]), int(config["hidden_size"])
-    values = {
-        "block_count": config["num_hidden_layers"],
-        "context_length": config["max_position_embeddings"],
-        "embedding_length": width,
-        "feed_forward_length": config["intermediate_size"],
-        "head_count": heads,
-        "head_count_kv": get("num_key_value_heads") or heads,
-        "layer_norm_rms_eps": config["rms_norm_eps"],
-        "key_length": get("head_dim"),
-        "value_length": get("head_dim"),
-    }
-    scale = get("query_pre_attn_scalar")
-    if arch in ("gemma2", "gemma3") and scale not in (None, get("head_dim"), width // heads):
-        raise ConfigError(f"format=gguf: query_pre_attn_scalar={scale} is no size of a head, which llama.cpp assumes.")
-    if arch in ("gemma", "gemma2"):
-        if arch == "gemma2":
-            values |= {
-                "attn_logit_softcapping": config["attn_logit_softcapping"],
-                "final_logit_softcapping": config["final_logit_softcapping"],
-                "sliding_window": config["sliding_window"],
-            }
-        return values
-    values |= {"rope_freq_base": rope.get("rope_theta"), **_scaling(rope)}
-    if arch == "phi3":
-        values |= _phi3(config, rope)
-    if arch == "llama":
-        values |= {
-            "vocab_size": config["vocab_size"],
-            "rope_dimension_count": get("head_dim") or width // heads,
-            "expert_count": get("num_local_experts"),
-            "expert_used_count": get("num_experts_per_tok") if get("num_local_experts") else None,
-        }
-    if arch == "gemma3":
-        local = (get("rope_parameters") or {}).get("sliding_attention", {}).get("rope_theta")
-        values |= {"sliding_window": get("sliding_window"), "rope_freq_base_swa": local}
-        values |= {"final_logit_softcapping": get("final_logit_softcapping")}
-    return values
-
-
-def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Phi 3's: partly rotated heads, and positions squeezed by factors of two kinds."""
-    longest, width = config["max_position_embeddings"], int(config["hidden_size"])
-    share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    trained = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
-    scale = longest / (trained or longest)
-    attention = math.sqrt(1 + math.log(scale) / math.log(trained)) if trained and scale > 1 else 1.0
-    return {
-        "key_length": None,
-        "value_length": None,
-        "rope_scaling_type": None,
-        "rope_scaling_orig_ctx_len": trained or longest,
-        "rope_dimension_count": int(share * width) // int(config["num_attention_heads"]),
-        "sliding_window": config.get("sliding_window") or 0,
-        "rope_scaling_attn_factors": attention if rope.get("long_factor") else None,
-    }
-
-
-def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    """How positions beyond the trained ones are squeezed; Llama 3's way is a tensor."""
-    import gguf
-
-    kind, factor = rope.get("rope_type", "default"), rope.get("factor")
-    if kind == "linear":
-        return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": factor}
-    if kind == "yarn":
-        return {
-            "rope_scaling_type": gguf.RopeScalingType.YARN,
-            "rope_scaling_factor": factor,
-            "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_ext_factor": rope.get("extrapolation_factor"),
-            "rope_scaling_yarn_attn_factor": rope.get("attention_factor", rope.get("attn_factor")),
-            "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
-            "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
-        }
-    if kind in ("default", "llama3", "longrope", "su"):
-        return {}
-    raise ConfigError(f"format=gguf: rotary positions of the kind {kind} have no form in llama.cpp; set converter=DIR.")
-
-
-def _extra(config: dict[str, Any], family: Family) -> Iterator[Loaded]:
-    """Tensors that no file of the directory holds: frequencies of rotary positions."""
-    rope = _rope(config)
-    if family.arch == "llama" and rope.get("rope_type") == "llama3":
-        factors = _llama3_factors(config, rope)
-        yield "rope_freqs.weight", tuple(factors.shape), lambda: factors
-    for key, name in (("long_factor", "rope_factors_long.weight"), ("short_factor", "rope_factors_short.weight")):
-        if family.arch == "phi3" and rope.get(key):
-            tensor = torch.tensor(rope[key], dtype=torch.float32)
-            yield name, tuple(tensor.shape), lambda tensor=tensor: tensor  # type: ignore[misc]
-
-
-def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tensor:
-    """What each frequency is divided by (transformers' `_compute_llama3_parameters`, turned round)."""
-    dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
-    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
-    trained = rope["original_max_position_embeddings"]
-    factors = []
-    for frequency in frequencies:
-        length = 2 * math.pi / frequency
-        smooth = (trained / length - low) / (high - low)
-        inside = 1 / ((1 - smooth) / factor + smooth)
-        factors.append(1 if length < trained / high else factor if length > trained / low else inside)
-    return torch.tensor(factors, dtype=torch.float32)
-
-
 # ------------------------------------------------------------------------------------------------------- vocabulary
 
 
@@ -371,7 +248,7 @@ def _write_vocabulary(writer: Any, words: vocabulary.Vocabulary, directory: Path
         writer.add_token_merges(words.merges)
     for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"):
         number = getattr(tokenizer, f"{name}_token_id", None)
-        if number is not None and hasattr(writer, f"add_{name}_token_id"):
+        if number is not None and number < len(words.tokens) and hasattr(writer, f"add_{name}_token_id"):
             getattr(writer, f"add_{name}_token_id")(number)
     ends = (
         GenerationConfig.from_pretrained(directory).eos_token_id

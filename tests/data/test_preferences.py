@@ -61,6 +61,18 @@ def test_every_form_of_a_pair_is_the_same_row(columns: dict[str, Any], values: d
     assert made.comparison.pairs == [(0, 1)]
 
 
+def test_a_compared_answer_may_be_silence_and_a_label_a_number_of_a_column_with_gaps() -> None:
+    silent = {"c": "\n\nHuman: Q\n\nAssistant: good", "r": "\n\nHuman: Q\n\nAssistant:"}
+    comparison = read(PAIRS, {"chosen": "c", "rejected": "r"}, silent).comparison
+    assert comparison is not None
+    assert comparison.others == ("",)
+    for label, desirable in ((1.0, True), (0.0, False)):
+        columns = {"prompt": "p", "response": "r", "label": "l"}
+        labelled = read(LABELS, columns, {"p": "Q", "r": "a", "l": label}).comparison
+        assert labelled is not None
+        assert labelled.desirable is desirable
+
+
 def test_candidates_of_one_score_are_not_compared() -> None:
     columns = {"prompt": "p", "candidates": "a", "scores": "s"}
     made = read(PAIRS, columns, {"p": "Q", "a": ["x", "y", "z"], "s": [1, 3, 1]})
@@ -93,6 +105,10 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
         (PAIRS, {"chosen": "c", "rejected": "r"}, {"c": "no turns", "r": "b"}, "'c' holds no whole conversation"),
         (PAIRS, {**PROMPTED, "degree": "d"}, {"p": "Q", "c": "a", "r": "b", "d": "beter"}, "did you mean better"),
         (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": "much"}, "'m' holds 'much'"),
+        (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": -1}, "a margin is 0 or more"),
+        (PAIRS, PROMPTED, {"p": "Q", "c": ["a", "b"], "r": "b"}, "a list of 2 texts, one answer was expected"),
+        (PAIRS, PROMPTED, {"p": [USER], "c": [turn("a")], "r": [turn("b")]},
+         "data.columns.prompt=null data.columns.messages=p"),
         (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "x ", "y"], "s": [1, 2, 3]},
          "answers 1 and 2 are equal"),
         (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "y"], "s": [1]},
@@ -100,6 +116,8 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
         (PAIRS, {"prompt": "p", "candidates": "a", "scores": "s"}, {"p": "Q", "a": ["x", "y"], "s": [1, 1]},
          "same score"),
         (LABELS, {"prompt": "p", "response": "r", "label": "l"}, {"p": "Q", "r": "a", "l": "perhaps"}, "'perhaps'"),
+        (LABELS, {"prompt": "p", "response": "r", "label": "l"}, {"p": "Q", "r": "a", "l": 0.5}, "0.5; true"),
+        (TEXT, {"chosen": "c"}, {"c": "\n\nHuman: Q\n\nAssistant:"}, "the answer in 'c' is empty"),
     ],
 )  # fmt: skip
 def test_a_row_that_says_nothing_is_refused_by_name(

@@ -49,13 +49,15 @@ REAL = ("gpt2", "llama2", "mistral_v3")
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "/nowhere")) / "convert_hf_to_gguf.py"
 
 
-def made(folder: Path, family: str, tokenizer: Path = TINY, dtype: torch.dtype = torch.float32) -> Path:
+def made(folder: Path, family: str, tokenizer: Path = TINY, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
     """A small random model of a family, with norms that are not 1."""
     kind, sizes = FAMILIES[family]
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=len(words), **ids, **sizes))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, vocab_size=len(words), **{**ids, **sizes, **config})
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(4) if "norm" not in name else parameter.add_(0.1 * torch.randn_like(parameter))
