@@ -61,9 +61,9 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    from llmft.benchmarks.answers import Answered, Wish
+    from llmft.benchmarks.estimates import Estimate, Workload
     from llmft.benchmarks.measure import Case
-    from llmft.benchmarks.report import write_answers
+    from llmft.benchmarks.report import write_estimates
     from llmft.benchmarks.run import run_case
     from llmft.core.console import Screen
     from llmft.core.imports import load_libraries
@@ -78,7 +78,7 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
         )
     folder = str(Path(config.output_dir).absolute())
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
-    answered: list[Answered] = []
+    estimates: list[Estimate] = []
     for_programs = config.format is OutputFormat.json
     screen = Screen(quiet=for_programs)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -86,22 +86,24 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
         *columns, console=Console(stderr=True), disable=for_programs or not config.progress, transient=True
     ) as bar:
         task = bar.add_task("", total=sum(map(len, points)))
-        for place, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
-            begun = itertools.count(len(answered))
+        for index, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
+            begun = itertools.count(len(estimates))
 
-            def tell(told: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
-                bar.update(task, description=f"{label}: {told}", completed=next(begun))
+            def tell(status: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
+                bar.update(task, description=f"{label}: {status}", completed=next(begun))
 
-            share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
+            share = max(1.0, (ends - time.monotonic()) / (len(subjects) - index))
             case = Case(to_plain(subject.config), lengths, share, config.repeats, config.inference_rows, folder)
             results, about = run_case(case, tell)
             model, quantization = subject.config.model.label, subject.config.quantization.format.value
             facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
-            answered += [Answered(model, quantization, *facts, result) for result in results]
-            bar.update(task, completed=len(answered))
-    wish = Wish(config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows)
+            estimates += [Estimate(model, quantization, *facts, result) for result in results]
+            bar.update(task, completed=len(estimates))
+    workload = Workload(
+        config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows
+    )
     name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
-    rows = write_answers(answered, wish, Path(config.output_dir) / "bench", name, screen)
+    rows = write_estimates(estimates, workload, Path(config.output_dir) / "bench", name, screen)
     if for_programs:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
@@ -109,11 +111,11 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
 
 def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     """A training's config for every model and quantisation, in this order."""
-    given = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+    overrides = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     common = [
         "logger=none",
         "prompt=plain" if config.models else "prompt=alpaca_short",
-        *given,
+        *overrides,
         f"trainer.batch_size={config.batch_size}",
         f"trainer.micro_batch={config.micro_batch}",
         f"trainer.gradient_checkpointing={config.gradient_checkpointing.value}",

@@ -79,7 +79,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
         ],
         "correlation": _correlation(values),
         "rows": len(first.ids),
-        "predictions": {name: len(own.ids) for name, own in blended.items()},
+        "predictions": {name: len(predictions.ids) for name, predictions in blended.items()},
     }
     fingerprints = [member.predictions.fingerprint for member in members]
     settings = [config.steps, config.num_folds, config.seed, config.predictions]
@@ -108,17 +108,17 @@ def _members(config: BlendConfig, screen: Any) -> list[Path]:
     return directories
 
 
-def _metric(wanted: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
+def _metric(name: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
     """The metric that is asked for, by its name or dotted path, or the first that fits."""
     from llmft.config.instantiate import metric_functions
 
-    if wanted is None:
+    if name is None:
         return next(iter(metrics.items()))
-    if "." in wanted:
-        return next(iter(metric_functions([wanted]).items()))
-    if wanted not in metrics:
-        raise ConfigError(f"metric={wanted}: no such metric{did_you_mean(wanted, metrics)}")
-    return wanted, metrics[wanted]
+    if "." in name:
+        return next(iter(metric_functions([name]).items()))
+    if name not in metrics:
+        raise ConfigError(f"metric={name}: no such metric{did_you_mean(name, metrics)}")
+    return name, metrics[name]
 
 
 def _parts(members: list[Any], config: BlendConfig) -> list[int]:
@@ -126,7 +126,7 @@ def _parts(members: list[Any], config: BlendConfig) -> list[int]:
     from llmft.data.select import assign_folds
 
     folds = [member.predictions.columns.get("fold") for member in members]
-    if folds[0] is not None and all(own == folds[0] for own in folds) and len(set(folds[0])) > 1:
+    if folds[0] is not None and all(fold == folds[0] for fold in folds) and len(set(folds[0])) > 1:
         return [int(part) for part in folds[0]]
     first = members[0].predictions
     groups = first.columns.get("group")

@@ -167,9 +167,9 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     full_key = next((str(name) for link in chain if (name := getattr(link, "full_key", None))), None)
     if "Config group override must be a string" in str(error) or full_key == "_dummy_":
         named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
-        given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
-        if given is not None:
-            return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
+        argument = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
+        if argument is not None:
+            return ConfigError(f"{argument}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
@@ -178,8 +178,8 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         return None
     text = "\n".join(str(link) for link in chain)
     if "Ambiguous value" in text:
-        given = next((a for a in argv if "," in a), "")
-        return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
+        argument = next((a for a in argv if "," in a), "")
+        return ConfigError(f"{argument}: several values; add -m to run them all, or write a list as [a,b].")
     override = re.search(r"Could not override '([^']+)'", str(error))
     override_key = override[1] if override else None
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:

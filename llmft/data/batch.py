@@ -90,7 +90,7 @@ class Answers(OnDevice):
 
 @dataclass
 class PolicyRows(OnDevice):
-    """What is known of answers that a policy has drawn, at the places of `labels[:, 1:]`; 0 where there is no label.
+    """What is known of answers that a policy has drawn, at the positions of `labels[:, 1:]`; 0 where there is no label.
 
     Attributes:
         advantages: (rows, seq_len - 1).
@@ -129,9 +129,9 @@ class MicroBatch(OnDevice):
     policy: PolicyRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`; `lengths` and `places` stay on the host, which needs them without waiting."""
+        """The same batch on `device`; `lengths` and `positions` stay on the host, which needs them without waiting."""
         batch = super().to(device)
-        batch.lengths, batch.places = self.lengths, self.places
+        batch.lengths, batch.positions = self.lengths, self.positions
         return batch
 
     @cached_property
@@ -141,7 +141,7 @@ class MicroBatch(OnDevice):
         return lengths
 
     @cached_property
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of the token before each label, row by row: there the label is predicted."""
         rows, columns = np.nonzero(self.labels[:, 1:].cpu().numpy() != IGNORE)
         return rows, columns

@@ -288,10 +288,10 @@ class ColumnMap:
     def _with_system_prompt(self, row: Row, messages: list[Message]) -> list[Message]:
         """`messages` with the row's system prompt first."""
         system = self._optional_text(self.columns.system, row)
-        given = [message["content"].strip() for message in messages if message["role"] == "system"]
-        if system is None or given == [system.strip()]:
+        in_conversation = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if system is None or in_conversation == [system.strip()]:
             return messages
-        if given:
+        if in_conversation:
             raise ValueError(f"column '{self.columns.system}' and the conversation's own system message differ")
         return [{"role": "system", "content": system}, *messages]
 
@@ -384,16 +384,16 @@ class ColumnMap:
         value = row.values.get(name)
         if isinstance(value, list) and value:
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
-            prompt, given = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
-            if given and prompt[-len(given) :] != given:
+            prompt, repeated = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
+            if repeated and prompt[-len(repeated) :] != repeated:
                 raise ValueError(f"the messages before the answer in '{name}' are not those of the prompt")
             value = value[-1]
         if isinstance(value, dict):
             turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
             message = read_message(turn, 1, self.keys)
             if len(message) > 2 or message["role"] != "assistant":
-                rest = ", ".join(list(message)[2:]) or f"the role {message['role']}"
-                raise ValueError(f"the answer in '{name}' has {rest}: only the assistant's text can be used")
+                unusable = ", ".join(list(message)[2:]) or f"the role {message['role']}"
+                raise ValueError(f"the answer in '{name}' has {unusable}: only the assistant's text can be used")
             return str(message["content"])
         answer = self._fill(name, row)
         if not answer.strip() and self.feedback is None:  # people may well have compared an answer with none

@@ -290,11 +290,11 @@ class Encoder:
         if len(full.spans) != len(answers):
             return [Part(conversation, full, full.spans)]
         parts = []
-        for number in sorted(full.apart.intersection(learned)):
+        for number in sorted(full.rewritten.intersection(learned)):
             prefix = replace(conversation, messages=conversation.messages[: answers[number] + 1])
             rendered = self.render(prefix, wanted=frozenset([number]))
             parts.append(Part(prefix, rendered, [rendered.spans[number]]))
-        spans = [full.spans[number] for number in learned if number not in full.apart]
+        spans = [full.spans[number] for number in learned if number not in full.rewritten]
         return [*parts, Part(conversation, full, spans)] if spans or not parts else parts
 
     def _answers(self, conversation: Conversation, others: Sequence[str]) -> list[Part]:

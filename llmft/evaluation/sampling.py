@@ -30,7 +30,7 @@ from llmft.evaluation.jobs import PredictionJob, plan_predictions
 from llmft.evaluation.picked import asked_messages, make_report, prompt_messages, training_rows
 from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
-from llmft.model.sampling import Draw, Drawn, sample
+from llmft.model.sampling import Draw, Sampled, sample
 from llmft.runs.directory import Run, directories, finished_run, slug
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
@@ -174,7 +174,7 @@ class _Writer:
         }
 
     @torch.no_grad()
-    def _logprobs(self, example: Example, answers: Sequence[Drawn]) -> list[float]:
+    def _logprobs(self, example: Example, answers: Sequence[Sampled]) -> list[float]:
         """Nats of each answer with its end under the run at temperature 1; the answers of a prompt together."""
         prompt = list(example.input_ids)
         rows = [Example([*prompt, *a.ids], [*[IGNORE] * len(prompt), *a.ids], example.conversation) for a in answers]
@@ -258,8 +258,8 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
 def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> PredictionJob:
     """The run's prompts: those of files or of the command line, else the run's own rows of config.split."""
     if config.data.files is not None or config.prompts is not None:
-        given = PredictConfig(run=config.run, prompts=config.prompts, data=config.data)
-        planned = plan_predictions(run.directory, given)
+        predict_config = PredictConfig(run=config.run, prompts=config.prompts, data=config.data)
+        planned = plan_predictions(run.directory, predict_config)
         assert isinstance(planned, PredictionJob)
         return planned
     from llmft.training.prepare import prepare

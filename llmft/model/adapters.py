@@ -20,7 +20,7 @@ from llmft.data.sandbox import match_bounded
 from llmft.model import families
 from llmft.model.heads import head_names
 from llmft.model.kernels import lora as lora_kernel
-from llmft.model.sharding import is_sharded, like, whole
+from llmft.model.sharding import full_tensor, is_sharded, sharded_like
 
 
 def attach(
@@ -228,7 +228,7 @@ def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor])
         raise KeyError(f"trained tensors differ: {sorted(current.keys() ^ state.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in current.items():
-            parameter.copy_(like(state[name], parameter))
+            parameter.copy_(sharded_like(state[name], parameter))
 
 
 CARD = """---
@@ -247,7 +247,7 @@ def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torc
     if not is_sharded(model):
         return None
     parameters = model.named_parameters()
-    return {name: whole(p.detach()).cpu() for name, p in parameters if p.requires_grad or not trained_only}
+    return {name: full_tensor(p.detach()).cpu() for name, p in parameters if p.requires_grad or not trained_only}
 
 
 def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -38,12 +38,12 @@ def shard(model: Any, mesh: Any) -> None:
     _divided.update(model.modules())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a tensor that may be divided; every process must ask."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+def sharded_like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """`value`, divided as `parameter` is."""
     if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
         return value

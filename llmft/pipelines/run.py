@@ -32,7 +32,7 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
     directory = Path(config.output_dir) / "pipelines" / slug(config.name)
     before = read_record(directory / "pipeline.json").get("stages", {})
     # A mistake in the last stage is told before the first one starts.
-    configs = [check_composes(stage, stage.arguments(_known(stage, before))) for stage in stages]
+    configs = [check_composes(stage, stage.arguments(_results_needed(stage, before))) for stage in stages]
     _show_plan(stages, configs, before, screen)
     if config.dry_run:
         return None
@@ -71,14 +71,14 @@ def _plan(stage: Stage, arguments: Sequence[str]) -> str:
     return hashlib.sha256(canonical([stage.module(), stage.sweep, list(arguments)]).encode()).hexdigest()[:16]
 
 
-def _known(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
+def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
     """What the stages that `stage` needs left last time, or stand-ins."""
-    known: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name in stage.needs:
         entry = before.get(name, {})
-        known[name] = entry.get("result") or f"stage-{name}"
-        known[f"{name}.runs"] = entry.get("runs") or f"[{known[name]}]"
-    return known
+        values[name] = entry.get("result") or f"stage-{name}"
+        values[f"{name}.runs"] = entry.get("runs") or f"[{values[name]}]"
+    return values
 
 
 def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str, Any], screen: Screen) -> None:
@@ -89,7 +89,7 @@ def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str
     stale: set[str] = set()
     for stage, config in zip(stages, configs, strict=True):
         entry = before.get(stage.name)
-        arguments = stage.arguments(_known(stage, before))
+        arguments = stage.arguments(_results_needed(stage, before))
         done = entry is not None and entry["plan"] == _plan(stage, arguments) and not stale & set(stage.needs)
         if not done:
             stale.add(stage.name)

@@ -16,7 +16,15 @@ from llmft.reports.configurations import Study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
 from llmft.reports.preferences import answers_table, at_length, at_units
-from llmft.reports.tables import Standing, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
+from llmft.reports.tables import (
+    LeaderboardLine,
+    board_table,
+    diagnose_all,
+    leaderboard,
+    markdown,
+    results_csv,
+    verdicts_csv,
+)
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
 MOST_LINES = 12
@@ -29,7 +37,7 @@ class Report:
 
     study: Study
     verdicts: Verdicts
-    board: list[Standing]
+    board: list[LeaderboardLine]
     diagnoses: dict[str, Diagnosis]
     directory: Path
 

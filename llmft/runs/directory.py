@@ -61,14 +61,16 @@ def adapter_directory(path: str) -> Path:
 
     Raises ConfigError where there is none.
     """
-    given = Path(path).expanduser()
-    if (given / "run.json").is_file():
-        run, _ = finished_run(given)
-        given = run.adapter
+    directory = Path(path).expanduser()
+    if (directory / "run.json").is_file():
+        run, _ = finished_run(directory)
+        directory = run.adapter
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (given / name).is_file():
-            raise ConfigError(f"lora.adapter={path}: no {name} in {given}; name a finished run, or PEFT's directory.")
-    return given
+        if not (directory / name).is_file():
+            raise ConfigError(
+                f"lora.adapter={path}: no {name} in {directory}; name a finished run, or PEFT's directory."
+            )
+    return directory
 
 
 def adapter_digest(path: str) -> str:

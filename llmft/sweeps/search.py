@@ -84,9 +84,9 @@ def _begin(
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
     supervisor = Supervisor(sweep, progress)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
-    search.workers = supervisor.count_workers(probes, search.wanted * search.num_seeds)
+    search.workers = supervisor.count_workers(probes, search.num_wanted * search.num_seeds)
     search.recall()
-    progress.total = max(search.wanted, search.asked) * search.num_seeds
+    progress.total = max(search.num_wanted, search.num_suggested) * search.num_seeds
     return search, supervisor
 
 
@@ -130,9 +130,9 @@ def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed
     swept = {parameter.key: [parameter.text] for parameter in space.parameters}
     keys = {*swept, "seed"} if settings.seeds else set(swept)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in keys]
-    asked = to_plain(replace(settings, n_trials=None, params=None))
+    requested = to_plain(replace(settings, n_trials=None, params=None))
     # The key of a run stands for all values that it shares with the others, and for the content of data and model.
-    identity = [*same, f"search={canonical(asked)}", f"run={probes[0].key}"]
+    identity = [*same, f"search={canonical(requested)}", f"run={probes[0].key}"]
     sweep = open_sweep(probes, swept, identity, command)
     sweep.sample, sweep.trials = probes[0], []
     return sweep
@@ -148,7 +148,7 @@ def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
     """What is about to happen."""
     question = sweep.config.sweep.question
     facts = {"question": question} if question else {}
-    facts["search"] = f"{settings.sampler}, {search.wanted} configurations" + (
+    facts["search"] = f"{settings.sampler}, {search.num_wanted} configurations" + (
         f" x seeds {','.join(map(str, settings.seeds))}" if settings.seeds else ""
     )
     facts["space"] = "  ".join(f"{parameter.key}={parameter.text}" for parameter in space.parameters)
@@ -156,9 +156,9 @@ def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
         facts["conditions"] = "  ".join(f"{key} if {text}" for key, text in settings.conditions.items())
     if settings.pruner != "none":
         facts["pruning"] = settings.pruner
-    known = search.asked
-    if known:
-        facts["known"] = f"{known} configurations from before"
+    num_known = search.num_suggested
+    if num_known:
+        facts["known"] = f"{num_known} configurations from before"
     facts["sweep"] = str(sweep.directory)
     screen.plan(facts)
     if settings.pruner != "none" and sweep.sample is not None and sweep.sample.distributed:

@@ -196,18 +196,18 @@ class Supervisor:
     def _check(self, trials: list[Trial]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""
         worker = self._processes[0]
-        # What hangs here hangs in its trial too, where it costs that one alone.
+        # A check that hangs is skipped: the trial's own timeout will catch it.
         limit = max(START_S, self._limits[1] or 0.0)
         while not worker.ready and worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
             self._await_ready(worker)
             if time.monotonic() - worker.since > limit:
                 worker.signal(signal.SIGKILL)
-        asked = time.monotonic()
+        started = time.monotonic()
         worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
         while worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
-            if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:
+            if self._limits[1] is not None and time.monotonic() - started > self._limits[1]:
                 worker.signal(signal.SIGKILL)
             for event in worker.events():
                 if event["event"] == "checked":
@@ -267,7 +267,7 @@ class Supervisor:
         while (trial := source.next()) is not None:
             if not trial.finished_before():
                 return trial
-            self.progress.found(trial)
+            self.progress.finished_before(trial)
             source.ended(trial)
         for busy in self.sweep.trials:
             if busy.status == "busy" and busy.number not in self._told_busy:
@@ -417,8 +417,8 @@ class Supervisor:
             return {}
         kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # What the caller ignores stays ignored: `nohup` asks to outlive its terminal.
-        heard = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
-        return {signum: signal.signal(signum, self._on_signal) for signum in heard}
+        handled = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
+        return {signum: signal.signal(signum, self._on_signal) for signum in handled}
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self.pending_signal:  # a second one: at once

@@ -89,12 +89,12 @@ def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[
     if not jobs:
         raise ConfigError("this sweep has no combination: give a key several values, as in seed=0,1,2.")
     trials = planner.plan(jobs, first=first)
-    apart = varying(jobs)
+    varied = varying(jobs)
     swept: dict[str, list[str]] = {}
     for job in jobs:
         for override in job:
             key, _, value = override.partition("=")
-            if key in apart and value not in swept.setdefault(key.lstrip("+"), []):
+            if key in varied and value not in swept.setdefault(key.lstrip("+"), []):
                 swept[key.lstrip("+")].append(value)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in swept]
     sweep = open_sweep(trials, swept, same, planner.invocation.command)

@@ -126,7 +126,7 @@ class Planner:
         self.compose = compose
         self.explain = explain
         self.invocation = invocation
-        self._known: dict[str, tuple[str, Located, int, int | None]] = {}
+        self._prepared: dict[str, tuple[str, Located, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
@@ -135,9 +135,9 @@ class Planner:
         """
         trials: list[Trial] = []
         wrong: list[tuple[Sequence[str], UserError]] = []
-        apart = varying(jobs)
+        varied_keys = varying(jobs)
         for index, overrides in enumerate(jobs):
-            varied = [override for override in overrides if override.partition("=")[0] in apart]
+            varied = [override for override in overrides if override.partition("=")[0] in varied_keys]
             try:
                 trials.append(self.trial(first + index, overrides, varied))
             except UserError as error:
@@ -152,14 +152,14 @@ class Planner:
         except Exception as error:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
-        if key not in self._known:
+        if key not in self._prepared:
             try:
                 prepared = prepare(config, open_directory=False)
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             size = weight_bytes(prepared.located)
-            self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
-        fingerprint, located, num_labels, size = self._known[key]
+            self._prepared[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
+        fingerprint, located, num_labels, size = self._prepared[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in varied]
         arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
@@ -294,16 +294,16 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
     sweep = Sweep(directory, identity, trials, swept, command)
     try:
-        known = json.loads(read_plain(sweep.record_file))
+        record = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
-        known = {}
-    if known and known.get("identity") != identity:
+        record = {}
+    if record and record.get("identity") != identity:
         raise ConfigError(
-            f"{directory} holds another sweep ({' x '.join(known.get('swept', {})) or 'no varied keys'}, "
-            f"{len(known.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
+            f"{directory} holds another sweep ({' x '.join(record.get('swept', {})) or 'no varied keys'}, "
+            f"{len(record.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
             f"{len(trials)} trials): set another sweep.name."
         )
-    sweep.created = known.get("created", sweep.created)
+    sweep.created = record.get("created", sweep.created)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -314,6 +314,6 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
     no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
-    kept = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
-    content = canonical([{key: sorted(values) for key, values in swept.items()}, kept])
+    identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
+    content = canonical([{key: sorted(values) for key, values in swept.items()}, identifying])
     return hashlib.sha256(content.encode()).hexdigest()[:8]

@@ -253,10 +253,10 @@ class Checkpointer(Callback):
 
     def _agree(self, trainer: L.Trainer, module: Any) -> int:
         """The strongest request of any process, so that all of them stop at the same step; 0 for none."""
-        mine = self.requests.strongest()
+        own_request = self.requests.strongest()
         if trainer.world_size == 1:
-            return mine
-        request = torch.tensor(mine, device=module.device)
+            return own_request
+        request = torch.tensor(own_request, device=module.device)
         torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
         return int(request)
 

@@ -23,20 +23,20 @@ _TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_f
 
 
 @dataclass(frozen=True)
-class Held:
+class LargestBatch:
     """What was at most computed at once when memory ran out: rows, their tokens, and the choice behind it."""
 
     rows: int
     tokens: int
-    fit: MicroBatchPlan
+    plan: MicroBatchPlan
 
 
 class OutOfMemory(Exception):
-    """No memory in `stage`: "loading", "training" or "validation"; `held` is None for the first."""
+    """No memory in `stage`: "loading", "training" or "validation"; `largest` is None for the first."""
 
-    def __init__(self, stage: str, error: BaseException, held: Held | None = None) -> None:
+    def __init__(self, stage: str, error: BaseException, largest: LargestBatch | None = None) -> None:
         super().__init__(first_line(error))
-        self.stage, self.held = stage, held
+        self.stage, self.largest = stage, largest
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -76,24 +76,28 @@ def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[
 
     Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
     """
-    held = error.held
+    largest = error.largest
     was: Any
     now: Any
-    if held is not None and held.rows > 1:
+    if largest is not None and largest.rows > 1:
         if error.stage == "validation":
-            key, was, now = "validation_batch_size", held.rows, held.rows // 2
-        elif held.fit.limit.rows is not None:
-            key, was, now = "micro_batch", held.rows, held.rows // 2
+            key, was, now = "validation_batch_size", largest.rows, largest.rows // 2
+        elif largest.plan.limit.rows is not None:
+            key, was, now = "micro_batch", largest.rows, largest.rows // 2
         else:
-            key, was, now = "micro_batch", f"{held.tokens}tokens", f"{held.tokens // 2}tokens"
-    elif held is not None and error.stage == "training" and held.fit.checkpointing is not Checkpointing.full:
-        key, was, now = "gradient_checkpointing", held.fit.checkpointing.value, Checkpointing.full.value
+            key, was, now = "micro_batch", f"{largest.tokens}tokens", f"{largest.tokens // 2}tokens"
+    elif largest is not None and error.stage == "training" and largest.plan.checkpointing is not Checkpointing.full:
+        key, was, now = "gradient_checkpointing", largest.plan.checkpointing.value, Checkpointing.full.value
     else:
         raise ConfigError(f"out of memory in {error.stage} ({error}); {_advice(config, error)}.")
     note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     values: dict[str, Any] = {key: now}
     if error.stage == "training":  # what was chosen stays, but for this
-        values = {"micro_batch": str(held.fit.limit), "gradient_checkpointing": held.fit.checkpointing, **values}
+        values = {
+            "micro_batch": str(largest.plan.limit),
+            "gradient_checkpointing": largest.plan.checkpointing,
+            **values,
+        }
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 

@@ -169,9 +169,9 @@ def check_room(config: TrainConfig, directory: Path, weights: int, states: int, 
     trainer.on_save_error says.
     """
     trainer = config.trainer
-    there = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
+    on_disk = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
     # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
-    needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - there
+    needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - on_disk
     try:
         check_space(directory, max(0, needed))
     except OSError as error:

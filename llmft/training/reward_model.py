@@ -75,8 +75,10 @@ def load_judges(
         for judge in judges
         if judge.is_run
     }
-    if apart := [name for name, model in models.items() if not model.shared]:
-        tell(f"{key}: {', '.join(apart)}: not of the policy's base, so that it is loaded beside it, with its memory.")
+    if unshared := [name for name, model in models.items() if not model.shared]:
+        tell(
+            f"{key}: {', '.join(unshared)}: not of the policy's base, so that it is loaded beside it, with its memory."
+        )
     return models
 
 

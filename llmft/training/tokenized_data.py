@@ -126,16 +126,16 @@ def _unlearned(prepared: RunInputs) -> str:
 def _pseudo(prepared: RunInputs) -> str:
     """Where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
-    others = [
+    sources = [
         source
         for source in prepared.pseudo.sources
         if source.get("rows_fingerprint") == prepared.rows_fingerprint
         and (source.get("fold") != fold or source.get("train_on") == "all")
     ]
-    if not others or not prepared.pseudo.used:
+    if not sources or not prepared.pseudo.used:
         return ""
     return (
-        f"{len(others)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
+        f"{len(sources)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
         "validation is a little too good: take the labels of this fold's own model"
     )
 

@@ -231,14 +231,14 @@ def _wandb_id(run: Run) -> str:
 
     It is the run's key and a random part: the same config in another directory, or run again, is another run there.
     """
-    given = os.environ.get("WANDB_RUN_ID")
-    if os.environ.get("WANDB_SWEEP_ID") and given:
-        return given
-    known = run.status().get("wandb_id")
-    if known is None:
-        known = f"{run.key}-{secrets.token_hex(4)}"
-        run.update(wandb_id=known)
-    return known
+    agent_id = os.environ.get("WANDB_RUN_ID")
+    if os.environ.get("WANDB_SWEEP_ID") and agent_id:
+        return agent_id
+    run_id = run.status().get("wandb_id")
+    if run_id is None:
+        run_id = f"{run.key}-{secrets.token_hex(4)}"
+        run.update(wandb_id=run_id)
+    return run_id
 
 
 def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 import llmft
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import NO_COMMAND, Invocation, taken
+from llmft.config.invocation import NO_COMMAND, Invocation, split_off
 from llmft.config.sections import DiskConfig
 
 
@@ -41,7 +41,7 @@ def test_the_words_of_a_key_are_those_of_the_command_line() -> None:
 
 
 def test_a_verbs_own_arguments_are_taken_from_the_others() -> None:
-    assert taken(["format=json", "lora.r=4", "format=text"], "format=") == (["json", "text"], ["lora.r=4"])
+    assert split_off(["format=json", "lora.r=4", "format=text"], "format=") == (["json", "text"], ["lora.r=4"])
 
 
 def test_a_job_runs_under_the_arguments_that_the_process_was_started_with(

@@ -205,7 +205,7 @@ def batch_of(task: str) -> Any:
     if task in ("dpo", "kto"):
         batch.answers.reference = torch.zeros(len(examples), 2, dtype=torch.float64)
     assert batch.lengths
-    assert len(batch.places)
+    assert len(batch.positions)
     return batch
 
 
