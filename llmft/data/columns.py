@@ -142,22 +142,7 @@ class ColumnMap:
             column_map.columns.target, column_map.columns.response = columns.target or columns.response, None
         elif columns.target and not columns.response:
             column_map.columns.target, column_map.columns.response = None, columns.target
-        existing = {name for row in train for name in row.values}
-        unknown = {}
-        for key, names in named_columns(replace(data, columns=column_map.columns)).items():
-            entry = key.removeprefix("data.columns.")
-            if lenient and entry not in ("prompt", "input", "system", "messages", "text"):
-                continue
-            if not column_map.reads(entry):
-                continue
-            missing = [name for name in names if name not in existing]
-            if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
-                setattr(column_map.columns, entry, None)
-                column_map.left_out += missing
-            elif missing:
-                unknown[key] = missing[0]
-        if unknown:
-            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
+        column_map._find_columns(data, train)
         is_unique = all(_is_unique(rows, columns.id or "id") for rows in (train, test))
         column_map.id = columns.id or ("id" if is_unique else None)
         if columns.id and not lenient and not is_unique:
@@ -167,6 +152,25 @@ class ColumnMap:
         if task.head is not None:
             column_map.targets = targets or Targets.of(data, task, train, column_map.columns.target, column_map._fill)
         return column_map
+
+    def _find_columns(self, data: DataConfig, train: list[Row]) -> None:
+        """Leaves out optional columns that no row has; raises DataError for others."""
+        existing = {name for row in train for name in row.values}
+        unknown = {}
+        for key, names in named_columns(replace(data, columns=self.columns)).items():
+            entry = key.removeprefix("data.columns.")
+            if self.lenient and entry not in ("prompt", "input", "system", "messages", "text"):
+                continue
+            if not self.reads(entry):
+                continue
+            missing = [name for name in names if name not in existing]
+            if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
+                setattr(self.columns, entry, None)
+                self.left_out += missing
+            elif missing:
+                unknown[key] = missing[0]
+        if unknown:
+            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
 
     def reads(self, entry: str) -> bool:
         """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""

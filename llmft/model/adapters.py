@@ -34,30 +34,7 @@ def attach(
     """
     import peft
 
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    if isinstance(targets, str) and targets != "all-linear":
-        try:
-            match_bounded(targets, (name for name, _ in base.named_modules()))
-        except (re.error, ValueError) as error:
-            raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
-    mixture = targets == "all-linear" and families.is_mixture(base)
-    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
-        targets = families.dense_layers(base)
-    classifies = auto_class == "sequence_classification"
-    # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
-    parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
-    config = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=families.NOT_ADAPTED if mixture else None,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        modules_to_save=[*lora.modules_to_save, *parts] or None,
-        task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=name,
-    )
+    config = _peft_config(base, lora, auto_class, name)
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     for module in lora.modules_to_save:
         if not any(f".{name}".endswith(f".{module}") for name, _ in base.named_modules()):
@@ -75,6 +52,36 @@ def attach(
     if kernels is Kernels.auto:
         lora_kernel.install(model)
     return model
+
+
+def _peft_config(base: Any, lora: LoraConfig, auto_class: str, name: str) -> Any:
+    """`lora` in PEFT's words; `name` is that of the base."""
+    import peft
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            match_bounded(targets, (name for name, _ in base.named_modules()))
+        except (re.error, ValueError) as error:
+            raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
+    mixture = targets == "all-linear" and families.is_mixture(base)
+    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
+        targets = families.dense_layers(base)
+    classifies = auto_class == "sequence_classification"
+    # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
+    parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=families.NOT_ADAPTED if mixture else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=[*lora.modules_to_save, *parts] or None,
+        task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
+        base_model_name_or_path=name,
+    )
 
 
 def detach(model: Any) -> Any:

@@ -36,8 +36,6 @@ def train(
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
-    from rich.markup import escape
-
     from llmft.config.instantiate import trust
     from llmft.core.console import Screen
     from llmft.core.machine import die_with_parent
@@ -58,21 +56,7 @@ def train(
     try:
         if run.done and not config.force:
             return _report_done(run, config, screen)
-        if config.force and run.status():
-            run.clear()
-        run.clear_requests()
-        run.update(
-            status="running",
-            key=run.key,
-            command=invocation.command,
-            overrides=list(invocation.overrides),
-            notes=config.notes,
-            tags=config.tags,
-        )
-        screen.open_log(run.log_file)
-        if config.model.trust_remote_code:
-            origin = config.model.path or f"{config.model.id} at {config.model.revision}"
-            screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
+        _begin(run, config, screen, invocation)
         try:
             value = _train(inputs, screen, reporter, invocation)
             tell_outcome(run.directory)
@@ -84,6 +68,27 @@ def train(
     finally:
         screen.close_log()
         run.unlock()
+
+
+def _begin(run: Run, config: TrainConfig, screen: Screen, invocation: Invocation) -> None:
+    """Opens the record and the log of a run that this process has locked."""
+    from rich.markup import escape
+
+    if config.force and run.status():
+        run.clear()
+    run.clear_requests()
+    run.update(
+        status="running",
+        key=run.key,
+        command=invocation.command,
+        overrides=list(invocation.overrides),
+        notes=config.notes,
+        tags=config.tags,
+    )
+    screen.open_log(run.log_file)
+    if config.model.trust_remote_code:
+        origin = config.model.path or f"{config.model.id} at {config.model.revision}"
+        screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
 
 
 def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
