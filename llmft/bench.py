@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft.config.commands import BenchConfig
+from llmft.config.commands import BenchConfig, OutputFormat
 from llmft.config.convert import to_config, to_plain
+from llmft.config.fields import seconds_of
 from llmft.config.hydra_app import explain, make_known, run_verb
 from llmft.config.invocation import Invocation, arguments_of_process
-from llmft.config.sections import ModelInit, OutputFormat, TrainConfig, seconds_of
+from llmft.config.model import ModelInit
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
 
 if TYPE_CHECKING:

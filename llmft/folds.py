@@ -65,7 +65,7 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     """Finished runs with folds, those together that differ in nothing else."""
     from llmft.config.convert import canonical, numbers_of
-    from llmft.config.sections import TrainOn
+    from llmft.config.data import TrainOn
     from llmft.runs.directory import finished_run, usable
     from llmft.runs.predictions import names_in
 

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import to_config
+from llmft.config.fields import Texts
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, split_off
-from llmft.config.sections import Mode, Texts
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError
 
 

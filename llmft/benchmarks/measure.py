@@ -170,7 +170,7 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
 
 def _short(config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, rows: int, repeats: int) -> TrainConfig:
     """A training of `rows` a step, one step that warms up and `repeats` more, on random words."""
-    from llmft.config.sections import Columns, DataConfig, Files
+    from llmft.config.data import Columns, DataConfig, Files
 
     files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
     for seed, (path, count) in enumerate(zip(files.values(), (rows * (repeats + 1), 1), strict=True)):
@@ -215,7 +215,7 @@ def random_rows(tokenizer: Any, count: int, point: Measured, seed: int) -> list[
 
 def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
     """Trains, and takes speed and memory from the run's record; returns the run's weights."""
-    from llmft.config.sections import Checkpointing
+    from llmft.config.trainer import Checkpointing
     from llmft.data.batch import Limit
     from llmft.training.micro_batching import MicroBatchPlan
     from llmft.training.run import train

@@ -18,7 +18,7 @@ from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
 from llmft.config.renamed import RENAMED
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 

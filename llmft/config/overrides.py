@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 from llmft.config.convert import schema_fields
 from llmft.config.renamed import with_new_names
-from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, nearest
 from llmft.core.redaction import redact
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config.sections import DEGREES, Columns, DataConfig, Feedback, Head, TaskConfig, TaskType
+from llmft.config.data import DEGREES, Columns, DataConfig
+from llmft.config.task import Feedback, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
     MEDIA,

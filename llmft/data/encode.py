@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import canonical, numbers_of
-from llmft.config.sections import DataConfig, Truncation, Turns
+from llmft.config.data import DataConfig, Truncation, Turns
 from llmft.core.errors import DataError
 from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation

@@ -26,7 +26,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 
-from llmft.config.sections import PromptConfig, SystemRole
+from llmft.config.data import PromptConfig, SystemRole
 from llmft.core.errors import ConfigError
 from llmft.data.messages import Message
 from llmft.data.sandbox import compile_bounded, make_environment, render_bounded

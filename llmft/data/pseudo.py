@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import canonical
-from llmft.config.sections import DataConfig, Head, TaskType
+from llmft.config.data import DataConfig
+from llmft.config.task import Head, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import message_text

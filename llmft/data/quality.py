@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Ends

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import canonical
+from llmft.config.data import BadRow, Columns, DataConfig
 from llmft.config.instantiate import SOURCE_ARGUMENTS, check_arguments, find
-from llmft.config.sections import BadRow, Columns, DataConfig
 from llmft.core.errors import ConfigError, DataError, UserError, nearest
 from llmft.data.naming import NotFinite, Unreadable, is_nested, names_in, nested_value
 

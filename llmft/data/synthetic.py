@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple, TypeVar
 
-from llmft.config.sections import DEGREES
+from llmft.config.data import DEGREES
 
 _T = TypeVar("_T")
 

@@ -12,7 +12,9 @@ from typing import Any
 
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import canonical
-from llmft.config.sections import Columns, TaskType, TrainConfig
+from llmft.config.data import Columns
+from llmft.config.sections import TrainConfig
+from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically

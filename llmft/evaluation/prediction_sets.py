@@ -15,7 +15,7 @@ import numpy as np
 
 from llmft.config.commands import Method
 from llmft.config.convert import canonical
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError
 from llmft.core.files import write_atomically

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from llmft.config.commands import PredictConfig
-from llmft.config.sections import Precision, Truncation
+from llmft.config.data import Truncation
+from llmft.config.model import Precision
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, MicroBatch, collate

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import metric_functions
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.runs.predictions import TEXT, Predictions
 

@@ -15,7 +15,7 @@ import numpy as np
 from rich.markup import escape
 
 from llmft.config.commands import PredictionFormat, SubmissionConfig
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmft import __version__
-from llmft.config.sections import Kernels, LoraConfig
+from llmft.config.model import Kernels, LoraConfig
 from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.files import staged_directory

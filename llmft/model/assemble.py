@@ -10,15 +10,10 @@ from typing import Any
 import torch
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import (
-    Checkpointing,
-    Head,
-    ModelInit,
-    Precision,
-    QuantizationConfig,
-    QuantizationFormat,
-    TrainConfig,
-)
+from llmft.config.model import ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Head
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
 from llmft.core.machine import sensible_threads
 from llmft.core.seeds import stream

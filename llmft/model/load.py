@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.model import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.config.untrusted import check_model, check_values
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.machine import versions

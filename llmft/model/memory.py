@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Checkpointing, Kernels, QuantizationConfig, QuantizationFormat, TrainConfig
+from llmft.config.model import Kernels, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.model import adapters, families, kernels
 from llmft.model.experts import BLOCK, SCALE_BLOCK, fused_shapes
 from llmft.model.heads import positions_at_a_time

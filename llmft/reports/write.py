@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.reports.classes import Table, at_chance, metric_tables

@@ -24,8 +24,9 @@ from typing import Any, TypeVar
 import filelock
 
 from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.data import TrainOn
 from llmft.config.renamed import RENAMED, move
-from llmft.config.sections import TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import check_plain_files, read_json, stored_config
 from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
 from llmft.core.files import existing_parent, read_plain, write_atomically

@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llmft.config.commands import ServeConfig
-from llmft.config.sections import seconds_of
+from llmft.config.fields import seconds_of
 from llmft.core.errors import did_you_mean
 from llmft.data.messages import Keys, read_messages
 from llmft.serving.engine import Engine, Request

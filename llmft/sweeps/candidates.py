@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.space import MOST_COMBINATIONS, Space

@@ -10,7 +10,7 @@ from typing import Any
 from rich.markup import escape
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, RunBusy, UserError
 from llmft.core.files import exclusive_lock

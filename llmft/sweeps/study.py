@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.space import Space

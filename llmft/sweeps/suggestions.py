@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress

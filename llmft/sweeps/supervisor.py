@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmft.config.convert import to_plain
-from llmft.config.sections import seconds_of
+from llmft.config.fields import seconds_of
 from llmft.core.errors import ConfigError, Interrupted
 from llmft.core.machine import allotted_cores, available_memory, visible_gpus
 from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine

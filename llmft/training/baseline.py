@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
-from llmft.config.sections import CLASSIFICATION, TaskType, TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.task import CLASSIFICATION, TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, did_you_mean

@@ -17,7 +17,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmft.config.sections import OnSaveError, TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import OnSaveError
 from llmft.core.console import Screen, StepProgress
 from llmft.core.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.data.batch import StepBatch

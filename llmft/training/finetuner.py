@@ -20,7 +20,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from llmft.config.sections import OnNan, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.trainer import OnNan
 from llmft.core.errors import DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream

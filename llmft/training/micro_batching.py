@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config.sections import Checkpointing, TrainConfig, checkpointing_of, rows_or_tokens
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing, checkpointing_of, rows_or_tokens
 from llmft.core.files import format_bytes
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples

@@ -10,7 +10,8 @@ import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
 from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan

@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmft.config.sections import Feedback, TaskType, TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Feedback, TaskType
 from llmft.core.errors import DataError
 from llmft.data.columns import ColumnMap, Conversation, prompt_of
 from llmft.data.hub import Located, locate

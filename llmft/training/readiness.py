@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmft.config.instantiate import build
-from llmft.config.sections import ModelInit, OnSaveError, Precision, QuantizationFormat, TrainConfig
+from llmft.config.model import ModelInit, Precision, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import OnSaveError
 from llmft.core.errors import ConfigError, DiskError
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors

@@ -21,7 +21,8 @@ import torch
 from rich.markup import escape
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import Reference, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Reference
 from llmft.core.console import Screen
 from llmft.core.files import staged_file
 from llmft.core.machine import describe

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import ModelInit, Precision, TrainConfig, Truncation
+from llmft.config.data import Truncation
+from llmft.config.model import ModelInit, Precision
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, collate
 from llmft.data.columns import Conversation

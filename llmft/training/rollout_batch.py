@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmft.config.sections import Advantage, KlWhere, TaskConfig
+from llmft.config.task import Advantage, KlWhere, TaskConfig
 from llmft.core.errors import DataError
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives import policy_gradient as pg

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config.sections import Advantage, KlWhere, TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Advantage, KlWhere, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.core.seeds import stream
 from llmft.data.batch import Limit, MicroBatch, PolicyRows, StepBatch, collate, rows_of_step

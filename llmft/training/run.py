@@ -94,7 +94,7 @@ def _begin(run: Run, config: TrainConfig, screen: Screen, invocation: Invocation
 def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
     from rich.markup import escape
 
-    from llmft.config.sections import TrainOn
+    from llmft.config.data import TrainOn
     from llmft.metrics.show import show_summary
 
     tell_outcome(run.directory)

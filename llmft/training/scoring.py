@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import check_arguments, find, reads_text
-from llmft.config.sections import Advantage, Head, KlWhere, Reference, TaskConfig
+from llmft.config.task import Advantage, Head, KlWhere, Reference, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples

@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Advantage, Export, Precision, TrainOn, seconds_of
+from llmft.config.data import TrainOn
+from llmft.config.fields import seconds_of
+from llmft.config.model import Precision
+from llmft.config.task import Advantage
+from llmft.config.trainer import Export
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, Interrupted, UserError
 from llmft.core.machine import describe

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import Feedback, PromptConfig, TaskType, Truncation
+from llmft.config.data import PromptConfig, Truncation
+from llmft.config.task import Feedback, TaskType
 from llmft.core.errors import ConfigError
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, Ends

@@ -25,7 +25,8 @@ from rich.markup import escape
 
 from llmft.config.convert import to_plain
 from llmft.config.instantiate import build, check_target
-from llmft.config.sections import LoggerConfig, TrainConfig, WandbConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import LoggerConfig, WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact

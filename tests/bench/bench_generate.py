@@ -19,7 +19,7 @@ from unittest import mock
 
 import torch
 
-from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig
+from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig
 from llmft.core.machine import versions
 from llmft.data.encode import Ends
 from llmft.data.hub import Located

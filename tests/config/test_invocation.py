@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import llmft
+from llmft.config.commands import DiskConfig
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import NO_COMMAND, Invocation, split_off
-from llmft.config.sections import DiskConfig
 
 
 def test_no_other_module_touches_the_arguments_of_the_process() -> None:

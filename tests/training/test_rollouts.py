@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmft.config.sections import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
+from llmft.config.task import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch, PolicyRows, collate
 from llmft.data.columns import Conversation

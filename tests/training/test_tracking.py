@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import WandbConfig
+from llmft.config.trainer import WandbConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.train import train

@@ -26,7 +26,8 @@ from llmft.config.convert import to_plain
 from llmft.config.hydra_app import config_of_command, explain
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
-from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, UserError, as_user_error
 
 if TYPE_CHECKING:
