@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmft.benchmarks.measure import Measured
+from llmft.reports.tables import to_csv
 
 
 @dataclass(frozen=True)
@@ -95,14 +94,10 @@ class Estimate:
         return f"{self.model} {self.quantization}"
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """`rows` with the columns of all of them."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    target = io.StringIO()
-    writer = csv.DictWriter(target, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
+    return to_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
 
 
 def hours(value: float) -> str:

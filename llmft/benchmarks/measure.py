@@ -101,7 +101,8 @@ def run_points(case: Case, tell: Callable[..., None]) -> None:
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import ConfigError
     from llmft.core.imports import load_libraries
-    from llmft.training.out_of_memory import free_memory, is_out_of_memory
+    from llmft.core.machine import free_memory
+    from llmft.training.out_of_memory import is_out_of_memory
 
     load_libraries()
     began = time.monotonic()

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import Estimate, Workload, hours, most_outputs, to_csv, training_hours
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, most_outputs, training_hours
 from llmft.benchmarks.figure import page
 from llmft.core.console import text_table
 from llmft.core.errors import DiskError
@@ -28,7 +28,7 @@ def write_estimates(
     directory = root / slug(name)[:80]
     content = {
         "bench.json": json.dumps({"asked": vars(workload), "rows": rows}, indent=1, ensure_ascii=False),
-        "bench.csv": to_csv(rows),
+        "bench.csv": as_csv(rows),
         "bench.html": page(estimates, workload, name, [cells(a, workload) for a in estimates], remarks(estimates)),
     }
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 import typing
@@ -195,6 +196,18 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level of dotted keys."""
+    if isinstance(value, dict) and (value or not prefix):
+        return {key: leaf for name, item in value.items() for key, leaf in flatten(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys: equal configs give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """64 hex digits (SHA-256) of plain data; equal data give equal digits."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()

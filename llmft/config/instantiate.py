@@ -30,7 +30,6 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
 }
 """By kind: the allowed packages, a description, and the base class."""
 SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
-ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
 HYDRA_KEYWORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
 LIBRARIES = ("torch", "lightning", "bitsandbytes", "llmft")
 _trusted: set[str] = set()

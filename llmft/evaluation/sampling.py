@@ -6,7 +6,6 @@ part, and a part that is there is not written again, so the same command goes on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from llmft.config.commands import PredictConfig, SampleConfig
-from llmft.config.convert import canonical
+from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
@@ -246,9 +245,7 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
         *(run.key, run.digests(), config.seed, config.samples, list(map(float, config.temperatures))),
         *(config.max_new_tokens, config.system, [[row.id, row.messages, row.tools] for row in rows]),
     ]
-    plan = hashlib.sha256(
-        canonical([answering, [_identity(judge) for judge in judges], config.combine, config.keep.value]).encode()
-    ).hexdigest()
+    plan = digest_of([answering, [_identity(judge) for judge in judges], config.combine, config.keep.value])
     name = slug(config.name or f"{job.directory.name.partition('-')[0]}-{plan[:8]}")
     return SampleJob(
         replace(job, conversations=rows, directory=run.directory / FOLDER / name, plan=plan), config, judges

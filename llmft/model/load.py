@@ -17,7 +17,7 @@ from llmft.config.convert import canonical, numbers_of, to_plain
 from llmft.config.model import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.config.untrusted import check_model, check_values
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.machine import versions
+from llmft.core.machine import free_memory, versions
 from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
 from llmft.model.experts import fused_shapes
@@ -285,9 +285,7 @@ def drop_base() -> None:
     _kept.key = _kept.model = None
     if not _kept.any_before:
         return  # a search for garbage among all that was imported takes longer than loading a small base
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 PIECEMEAL_WEIGHTS = 10**9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -15,14 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.commands import PipelineConfig, SampleConfig
-from llmft.config.convert import canonical
+from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import RunBusy, StageFailed
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.pipelines.process import run_command
-from llmft.pipelines.report import read_record, write_report
+from llmft.pipelines.report import write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
+from llmft.reports.read import read_dictionary
 from llmft.runs.directory import slug
 
 
@@ -30,7 +30,7 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
     """Runs what is not done; returns the directory of the record, None for a plan alone."""
     stages = stages_of(config)
     directory = Path(config.output_dir) / "pipelines" / slug(config.name)
-    before = read_record(directory / "pipeline.json").get("stages", {})
+    before = read_dictionary(directory / "pipeline.json", []).get("stages", {})
     # A mistake in the last stage is told before the first one starts.
     configs = [check_composes(stage, stage.arguments(_results_needed(stage, before))) for stage in stages]
     _show_plan(stages, configs, before, screen)
@@ -68,7 +68,7 @@ def _entry(
 
 
 def _plan(stage: Stage, arguments: Sequence[str]) -> str:
-    return hashlib.sha256(canonical([stage.module(), stage.sweep, list(arguments)]).encode()).hexdigest()[:16]
+    return digest_of([stage.module(), stage.sweep, list(arguments)])[:16]
 
 
 def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 
 import filelock
 
-from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.convert import digest_of, numbers_of, to_plain
 from llmft.config.data import TrainOn
 from llmft.config.renamed import RENAMED, move
 from llmft.config.sections import TrainConfig
@@ -54,7 +54,7 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
     content = [SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint]
     if config.lora.adapter is not None:
         numbers["lora"]["adapter"] = adapter_digest(config.lora.adapter)
-    return hashlib.sha256(canonical(content).encode()).hexdigest()[:10]
+    return digest_of(content)[:10]
 
 
 def adapter_directory(path: str) -> Path:

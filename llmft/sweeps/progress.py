@@ -23,7 +23,6 @@ class SweepProgress:
         self.enabled = enabled
         self.monitor = monitor
         self.ready = 0
-        self.found_before = 0
         self._bars: Progress | None = None
         self._overall: Any = None
         self._lines: dict[int, Any] = {}
@@ -78,7 +77,6 @@ class SweepProgress:
 
     def finished_before(self, trial: Trial) -> None:
         """A trial was finished before."""
-        self.found_before += 1
         self._ready(trial, "was done before")
 
     def waits(self, trial: Trial) -> None:

@@ -12,7 +12,7 @@ from rich.markup import escape
 from llmft.config.convert import canonical, to_plain
 from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, RunBusy, UserError
+from llmft.core.errors import ConfigError, RunBusy
 from llmft.core.files import exclusive_lock
 from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
@@ -22,7 +22,7 @@ from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.sweep import finish
-from llmft.sweeps.trials import Planner, Sweep, Trial, open_sweep, refuse
+from llmft.sweeps.trials import Planner, Sweep, Trial, all_of, open_sweep
 from llmft.sweeps.twin import twin_rule
 
 STUDY = "study.db"
@@ -110,16 +110,9 @@ class TrialMaker:
 
     def probes(self) -> list[Trial]:
         """Trials that take every choice and both ends of each range; raises UserError naming all that cannot run."""
-        trials: list[Trial] = []
-        wrong: list[tuple[Sequence[str], UserError]] = []
-        points = self.space.probes()
-        for number, point in enumerate(points):
-            try:
-                trials.append(self.trial(number, point, self.seeds[0] if self.seeds else None))
-            except UserError as error:
-                wrong.append((self.space.overrides(point), error))
-        refuse(wrong, len(points))
-        return trials
+        points, seed = self.space.probes(), self.seeds[0] if self.seeds else None
+        overrides = [self.space.overrides(point) for point in points]
+        return all_of(overrides, lambda number: self.trial(number, points[number], seed))
 
 
 def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed: Sequence[str], command: str) -> Sweep:

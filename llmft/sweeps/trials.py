@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import canonical, fields_not_in_key, to_plain
+from llmft.config.convert import canonical, digest_of, fields_not_in_key, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
@@ -133,17 +132,9 @@ class Planner:
 
         Raises ConfigError (or DataError) naming every combination that cannot run.
         """
-        trials: list[Trial] = []
-        wrong: list[tuple[Sequence[str], UserError]] = []
-        varied_keys = varying(jobs)
-        for index, overrides in enumerate(jobs):
-            varied = [override for override in overrides if override.partition("=")[0] in varied_keys]
-            try:
-                trials.append(self.trial(first + index, overrides, varied))
-            except UserError as error:
-                wrong.append((varied, error))
-        refuse(wrong, len(jobs))
-        return trials
+        keys = varying(jobs)
+        varied = [[override for override in job if override.partition("=")[0] in keys] for job in jobs]
+        return all_of(varied, lambda index: self.trial(first + index, jobs[index], varied[index]))
 
     def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
@@ -173,6 +164,19 @@ class Planner:
             num_labels=num_labels,
             weight_bytes=size,
         )
+
+
+def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
+    """What `make` makes of the number of each combination; raises one UserError naming all that cannot run."""
+    trials: list[Trial] = []
+    wrong: list[tuple[Sequence[str], UserError]] = []
+    for number, overrides in enumerate(combinations):
+        try:
+            trials.append(make(number))
+        except UserError as error:
+            wrong.append((overrides, error))
+    refuse(wrong, len(combinations))
+    return trials
 
 
 def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:
@@ -315,5 +319,4 @@ def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
     no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
     identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
-    content = canonical([{key: sorted(values) for key, values in swept.items()}, identifying])
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
+    return digest_of([{key: sorted(values) for key, values in swept.items()}, identifying])[:8]

@@ -5,7 +5,6 @@ The same up to rounding, that is; and where there is dropout, with other draws: 
 
 from __future__ import annotations
 
-import gc
 import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
+from llmft.core.machine import free_memory
 from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan
 
@@ -59,15 +59,6 @@ def let_go(error: BaseException, module: torch.nn.Module) -> None:
         errors += [e for e in (cause.__cause__, cause.__context__) if e is not None and e not in seen]
     module.zero_grad(set_to_none=True)
     free_memory()
-
-
-def free_memory() -> None:
-    """Gives back what nobody holds any more."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:

@@ -122,6 +122,7 @@ def _record_failure(run: Run, error: BaseException) -> None:
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.core.imports import load_libraries, quiet_warnings
+    from llmft.core.machine import free_memory
 
     if inputs.config.model.architecture == "tfidf":
         from llmft.training.baseline import run_baseline
@@ -129,7 +130,7 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
         with quiet_warnings():
             return run_baseline(inputs, screen)
     load_libraries()
-    from llmft.training.out_of_memory import OutOfMemory, free_memory, smaller
+    from llmft.training.out_of_memory import OutOfMemory, smaller
     from llmft.training.session import run_session
 
     while True:

@@ -23,7 +23,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
-from llmft.config.convert import to_plain
+from llmft.config.convert import flatten, to_plain
 from llmft.config.instantiate import build, check_target
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import LoggerConfig, WandbConfig
@@ -85,13 +85,6 @@ def has_key(host: str) -> bool:
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one level of dotted keys, for W&B's filters and parallel coordinates."""
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {name: leaf for key, item in value.items() for name, leaf in flatten(item, f"{prefix}{key}.").items()}
 
 
 class SafeWandbLogger(Logger):
@@ -255,7 +248,7 @@ def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
 
 def _start_wandb(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> SafeWandbLogger | None:
     settings = config.logger.wandb
-    flat = redact(flatten(to_plain(config)))
+    flat = redact(flatten(to_plain(config)))  # for W&B's filters and parallel coordinates
     flat["git.commit"] = environment.get("git", {}).get("commit")
     flat["run.key"] = run.key
     flat["overrides"] = redact(run.status().get("overrides", []))

@@ -16,7 +16,7 @@ import pytest
 
 from llmft import bench as verb
 from llmft.benchmarks import measure, run
-from llmft.benchmarks.estimates import Estimate, Workload, hours, inference_hours, most_outputs, to_csv, training_hours
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
 from llmft.benchmarks.figure import lines, page
 from llmft.benchmarks.measure import Case, Measured
 from llmft.benchmarks.report import cells, write_estimates
@@ -89,7 +89,7 @@ def test_a_name_from_outside_is_text_in_the_page() -> None:
 
 
 def test_csv_has_the_columns_of_all_rows() -> None:
-    assert to_csv([{"a": 1}, {"b": 2}]).splitlines() == ["a,b", "1,", ",2"]
+    assert as_csv([{"a": 1}, {"b": 2}]).splitlines() == ["a,b", "1,", ",2"]
 
 
 # ------------------------------------------------------------------------------------------------------ the processes
