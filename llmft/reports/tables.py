@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from llmft.reports.write import Report
 
 
-class LeaderboardLine:
+class BoardLine:
     """A line of the leaderboard: a configuration's place, its metric over the runs, and what these took."""
 
     def __init__(self, rank: int, c: Configuration, study: Study, diagnoses: Mapping[str, Diagnosis]) -> None:
@@ -39,9 +39,9 @@ class LeaderboardLine:
         self.other_metrics = {name: value for name, value in others.items() if value is not None}
 
 
-def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[LeaderboardLine]:
+def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[BoardLine]:
     """The configurations with a result, the best mean first."""
-    return [LeaderboardLine(rank, c, study, diagnoses) for rank, c in enumerate(study.configurations, 1)]
+    return [BoardLine(rank, c, study, diagnoses) for rank, c in enumerate(study.configurations, 1)]
 
 
 def diagnose_all(study: Study) -> dict[str, Diagnosis]:
@@ -84,7 +84,7 @@ def count(value: float | None) -> str:
     return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,.0f}"
 
 
-def spread_of(line: LeaderboardLine) -> str:
+def spread_of(line: BoardLine) -> str:
     """The standard deviation between runs."""
     return number(line.spread, 2) if line.spread is not None else "unknown"
 
@@ -93,14 +93,14 @@ NO_CURVES = Fit.unknown.value
 HEAD = ["", "configuration", "mean", "sd", "n", "best", "time", "tokens", "tokens/s", "memory", "curves"]
 
 
-def cells(line: LeaderboardLine) -> list[str]:
+def cells(line: BoardLine) -> list[str]:
     """A line of the leaderboard under `HEAD`, as text."""
     memory = f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else ""
     middle = [number(line.mean), spread_of(line), line.replications, number(line.best), duration(line.seconds)]
     return [str(line.rank), line.name, *middle, count(line.tokens), count(line.tokens_per_s), memory, line.fit]
 
 
-def board_table(board: Sequence[LeaderboardLine]) -> Table:
+def board_table(board: Sequence[BoardLine]) -> Table:
     """The leaderboard without columns that say nothing."""
     lines = [cells(line) for line in board]
     columns = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
@@ -129,7 +129,7 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(head), row(["---"] * len(head)), *map(row, lines)])
 
 
-def results_csv(study: Study, board: Sequence[LeaderboardLine]) -> str:
+def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
     metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
     facts = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]

@@ -16,15 +16,7 @@ from llmft.reports.configurations import Study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
 from llmft.reports.preferences import answers_table, at_length, at_units
-from llmft.reports.tables import (
-    LeaderboardLine,
-    board_table,
-    diagnose_all,
-    leaderboard,
-    markdown,
-    results_csv,
-    verdicts_csv,
-)
+from llmft.reports.tables import BoardLine, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
 MOST_LINES = 12
@@ -37,7 +29,7 @@ class Report:
 
     study: Study
     verdicts: Verdicts
-    board: list[LeaderboardLine]
+    board: list[BoardLine]
     diagnoses: dict[str, Diagnosis]
     directory: Path
 
