@@ -15,7 +15,7 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,7 +86,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     _show(screen, directory, record, mode.sign)
     if template is not None:
         write_fitting(blended, template, config.columns, directory, screen)
-    tell_outcome(directory)
+    write_outcome(directory)
     return directory
 
 

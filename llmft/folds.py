@@ -17,7 +17,7 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -58,7 +58,7 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
         screen.warn(f"{text}.")
     if not directories:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
-    tell_outcome(*directories)
+    write_outcome(*directories)
     return directories
 
 

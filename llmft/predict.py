@@ -19,7 +19,7 @@ from llmft.config.commands import PredictConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, split_off
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
@@ -81,7 +81,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
 
             drop_base()
     directories = [job.directory for job in jobs]
-    tell_outcome(*directories)
+    write_outcome(*directories)
     return directories
 
 

@@ -23,11 +23,11 @@ from llmft.data.examples import IGNORE, Example, Examples
 
 def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """One-dimensional `arrays` of int64 on `device`, by one copy that nobody waits for."""
-    flat = hand_over(torch.from_numpy(np.concatenate(arrays)), device)
+    flat = to_device(torch.from_numpy(np.concatenate(arrays)), device)
     return list(flat.split([len(array) for array in arrays]))
 
 
-def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on `device`. A GPU takes pinned memory when it gets there; for any other it is waited."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -43,7 +43,7 @@ class OnDevice:
         moved: dict[str, Any] = {}
         for name, part in vars(self).items():
             if isinstance(part, (torch.Tensor, OnDevice)):
-                moved[name] = part.to(device) if isinstance(part, OnDevice) else hand_over(part, device)
+                moved[name] = part.to(device) if isinstance(part, OnDevice) else to_device(part, device)
         return replace(self, **moved)
 
 

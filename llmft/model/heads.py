@@ -144,7 +144,7 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         packed, _ = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
         flat = _packed_scores(model, head, packed)
     else:
-        rows, _ = answers_apart(batch.input_ids, answers.lengths)
+        rows, _ = row_per_answer(batch.input_ids, answers.lengths)
         row_lengths = [prompt + answer for prompt, *in_answers in answers.lengths for answer in in_answers]
         (lengths,) = send([np.array(row_lengths)], rows.device)
         mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long()
@@ -155,7 +155,7 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     return scores.view(-1, answers.most).float()
 
 
-def answers_apart(
+def row_per_answer(
     input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Padded rows of a prompt and one of its answers each, and (end of the prompt, begin of the answer) of each.

@@ -97,12 +97,12 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> Figure | None
     height, log = 46.0 * len(shown) + 56, shown[0].rules.log
     of = f"how much lower {metric} is" if log else f"lead in {metric}"
     parts = _columns(x, 8, height, f"{of}, 95% interval", "{:.0%}".format if log else short)
-    start, aside = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
+    start, shift = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
     for rank, c in enumerate(shown):
         at, clear = 46.0 * rank + 36, c.verdict in (Verdict.better, Verdict.behind)
         shape = tag(
             "g",
-            text(x(0.0) + aside, at - 12, clip(f"over {c.second}", 40), start, class_="halo"),
+            text(x(0.0) + shift, at - 12, clip(f"over {c.second}", 40), start, class_="halo"),
             tag("line", x1=x(0.0), x2=x(0.0), y1=at - 24, y2=at + 22, class_="zero"),
             tag("line", x1=x(c.low or 0.0), x2=x(c.high or 0.0), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(c.lead), cy=at, r=5, class_="mark" if clear else "mark open"),

@@ -57,7 +57,7 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
             study_file.unlink(missing_ok=True)
         study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
         search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
-        tell_plan(search, sweep, space, settings, screen)
+        show_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
             if missing:
@@ -65,7 +65,7 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
             try:
                 finish(sweep, screen, supervisor.stopped_because, anew=missing)
             finally:
-                tell_best(search, sweep, screen)
+                show_best(search, sweep, screen)
         except BaseException:
             sweep.write()
             raise
@@ -137,7 +137,7 @@ def only_one(sweep: Sweep) -> AbstractContextManager[None]:
     return exclusive_lock(sweep.directory / ".lock", busy, timeout_s=1)
 
 
-def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
+def show_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
     """What is about to happen."""
     question = sweep.config.sweep.question
     facts = {"question": question} if question else {}
@@ -158,7 +158,7 @@ def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
         screen.warn("trials of several devices are not pruned: their processes take no orders.")
 
 
-def tell_best(search: Search, sweep: Sweep, screen: Screen) -> None:
+def show_best(search: Search, sweep: Sweep, screen: Screen) -> None:
     """The best configuration and the command that trains it."""
     best: Candidate | None = search.best()
     if best is None:

@@ -120,7 +120,7 @@ class Supervisor:
         self.pending_signal = 0
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
-        self._told_busy: set[int] = set()
+        self._reported_busy: set[int] = set()
         self._lost: Counter[int] = Counter()
         self._remote: tuple[str, ...] | None = None
         limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
@@ -150,7 +150,7 @@ class Supervisor:
                 self._start(slot, share)
             self._check(check)
             while not self._over(source):
-                self._hand_out(source, shares)
+                self._assign_trials(source, shares)
                 self._read_events(source)
                 self._enforce_timeouts(source)
         finally:
@@ -227,7 +227,7 @@ class Supervisor:
             self._processes.append(started)
         return started
 
-    def _hand_out(self, source: Source, shares: list[Share]) -> None:
+    def _assign_trials(self, source: Source, shares: list[Share]) -> None:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
             worker = self._processes[slot] if slot < len(self._processes) else None
@@ -270,8 +270,8 @@ class Supervisor:
             self.progress.finished_before(trial)
             source.ended(trial)
         for busy in self.sweep.trials:
-            if busy.status == "busy" and busy.number not in self._told_busy:
-                self._told_busy.add(busy.number)
+            if busy.status == "busy" and busy.number not in self._reported_busy:
+                self._reported_busy.add(busy.number)
                 self.progress.waits(busy)
         return None
 

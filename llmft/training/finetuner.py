@@ -215,7 +215,7 @@ class FineTuner(L.LightningModule):
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            self._tell_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            self._warn_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
         sharded = is_sharded(self.model)
@@ -270,7 +270,7 @@ class FineTuner(L.LightningModule):
                 row_losses.append((micro.rows, losses.nll.detach()))
         return total, row_losses
 
-    def _tell_not_deterministic(self, operation: str) -> None:
+    def _warn_not_deterministic(self, operation: str) -> None:
         if self.warn is not None:
             self.inputs.run.update(not_deterministic=operation)
             self.warn(

@@ -19,7 +19,7 @@ from llmft.training.micro_batching import MicroBatchPlan
 if TYPE_CHECKING:
     import torch
 
-_TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
 
 
@@ -44,7 +44,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device or the machine has no memory left."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TOLD)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
 def let_go(error: BaseException, module: torch.nn.Module) -> None:

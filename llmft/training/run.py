@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -59,7 +59,7 @@ def train(
         _begin(run, config, screen, invocation)
         try:
             value = _train(inputs, screen, reporter, invocation)
-            tell_outcome(run.directory)
+            write_outcome(run.directory)
             return value
         except BaseException as error:
             screen.log_error(error)
@@ -97,12 +97,12 @@ def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
     from llmft.config.data import TrainOn
     from llmft.metrics.show import show_summary
 
-    tell_outcome(run.directory)
+    write_outcome(run.directory)
     result = run.status().get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's waits for the numbers
-        from llmft.training.tracking import tell_agent
+        from llmft.training.tracking import report_to_agent
 
-        tell_agent(config, run, screen)
+        report_to_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
     blank = config.data.train_on is TrainOn.all
     show_summary(screen, result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)

@@ -235,7 +235,7 @@ def _wandb_id(run: Run) -> str:
     return run_id
 
 
-def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
+def report_to_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
     """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
     logger = _start_wandb(config, run, {}, screen) if config.logger.wandb.enabled else None
     if logger is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from llmft.core.errors import ConfigError
-from llmft.data.batch import MicroBatch, hand_over, send
+from llmft.data.batch import MicroBatch, send, to_device
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
@@ -75,7 +75,7 @@ class WordScores:
         prompts = columns[np.unique(rows, return_index=True)[1]] + 1
         behind = None
         if len(self.probes) > 1 and not torch.is_grad_enabled():
-            on_device = hand_over(torch.from_numpy(prompts), ids.device)
+            on_device = to_device(torch.from_numpy(prompts), ids.device)
             behind = logits_behind(model, ids, on_device, [fork.prefix for fork in self.forks])
         if behind is None:
             behind = self._by_forwards(model, ids, prompts)
