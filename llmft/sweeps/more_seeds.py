@@ -42,9 +42,8 @@ class Growing(Listed):
         if settings.seeds_until is not None and until <= num_seeds:
             raise ConfigError(f"sweep.seeds_until={until}: the grid has {num_seeds} seeds itself; set a larger number.")
         # One seed tells nothing, so that looking at it is no look.
-        self.sizes = [1] * (num_seeds == 1 < until) + look_sizes(
-            max(num_seeds, min(until, 2)), until, settings.declared_looks
-        )
+        sizes = look_sizes(max(num_seeds, min(until, 2)), until, settings.declared_looks)
+        self.sizes = [1] * (num_seeds == 1 < until) + sizes
         self.under_way = 0
 
     def missing(self) -> list[Trial]:

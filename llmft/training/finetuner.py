@@ -449,7 +449,7 @@ class FineTuner(L.LightningModule):
         optimizer = self.trainer.optimizers[0]
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {
-            names[id(p)]: {key: full_tensor(v) if isinstance(v, torch.Tensor) else v for key, v in state.items()}
+            names[id(p)]: {key: full_tensor(value) for key, value in state.items()}
             for p, state in optimizer.state.items()
         }
 
@@ -465,10 +465,7 @@ class FineTuner(L.LightningModule):
         current = optimizer.state_dict()
         parameters = dict(self.model.named_parameters())
         current["state"] = {
-            index: {
-                k: sharded_like(v, parameters[name]) if isinstance(v, torch.Tensor) else v
-                for k, v in state[name].items()
-            }
+            index: {key: sharded_like(value, parameters[name]) for key, value in state[name].items()}
             for index, name in enumerate(numbered)
             if name in state
         }

@@ -85,11 +85,8 @@ def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[
     note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     values: dict[str, Any] = {key: now}
     if error.stage == "training":  # what was chosen stays, but for this
-        values = {
-            "micro_batch": str(largest.plan.limit),
-            "gradient_checkpointing": largest.plan.checkpointing,
-            **values,
-        }
+        plan = largest.plan
+        values = {"micro_batch": str(plan.limit), "gradient_checkpointing": plan.checkpointing, **values}
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 
