@@ -14,14 +14,19 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmft.config.commands import BenchConfig
+from llmft.config.commands import BenchConfig, OutputFormat
 from llmft.config.convert import to_config, to_plain
+from llmft.config.fields import seconds_of
 from llmft.config.hydra_app import explain, make_known, run_verb
 from llmft.config.invocation import Invocation, arguments_of_process
-from llmft.config.sections import ModelInit, OutputFormat, TrainConfig, seconds_of
+from llmft.config.model import ModelInit
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llmft.benchmarks.estimates import Estimate
 
 GROUPS = ("model", "prompt", "lora", "optimizer")
 """Groups that are those of a training, with all their values."""
@@ -58,13 +63,8 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
 
     Raises ConfigError before anything is loaded where a model, a format or a length cannot be.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from llmft.benchmarks.answers import Answered, Wish
-    from llmft.benchmarks.measure import Case
-    from llmft.benchmarks.report import write_answers
-    from llmft.benchmarks.run import run_case
+    from llmft.benchmarks.estimates import Workload
+    from llmft.benchmarks.report import write_estimates
     from llmft.core.console import Screen
     from llmft.core.imports import load_libraries
 
@@ -76,44 +76,58 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
             f"input_tokens={config.input_tokens} with output_tokens={config.output_tokens}: more than the context of "
             f"{subjects[0].config.model.label} ({subjects[0].context_tokens} tokens); choose shorter ones."
         )
-    folder = str(Path(config.output_dir).absolute())
-    ends = time.monotonic() + seconds_of(config.max_time, "max_time")
-    answered: list[Answered] = []
     for_programs = config.format is OutputFormat.json
-    screen = Screen(quiet=for_programs)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(
-        *columns, console=Console(stderr=True), disable=for_programs or not config.progress, transient=True
-    ) as bar:
-        task = bar.add_task("", total=sum(map(len, points)))
-        for place, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
-            begun = itertools.count(len(answered))
-
-            def tell(told: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
-                bar.update(task, description=f"{label}: {told}", completed=next(begun))
-
-            share = max(1.0, (ends - time.monotonic()) / (len(subjects) - place))
-            case = Case(to_plain(subject.config), lengths, share, config.repeats, config.inference_rows, folder)
-            results, about = run_case(case, tell)
-            model, quantization = subject.config.model.label, subject.config.quantization.format.value
-            facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
-            answered += [Answered(model, quantization, *facts, result) for result in results]
-            bar.update(task, completed=len(answered))
-    wish = Wish(config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows)
+    estimates = _measure(config, subjects, points, quiet=for_programs or not config.progress)
+    workload = Workload(
+        config.samples, config.hours, config.rows, config.epochs, config.batch_size, config.inference_rows
+    )
     name = config.name or "-".join(dict.fromkeys(subject.config.model.label for subject in subjects))
-    rows = write_answers(answered, wish, Path(config.output_dir) / "bench", name, screen)
+    rows = write_estimates(estimates, workload, Path(config.output_dir) / "bench", name, Screen(quiet=for_programs))
     if for_programs:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
     return rows
 
 
+def _measure(
+    config: BenchConfig, subjects: Sequence[Subject], points: Sequence[list[tuple[int, int]]], *, quiet: bool
+) -> list[Estimate]:
+    """Measures each subject at its points, within max_time; a bar shows how far it is."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from llmft.benchmarks.estimates import Estimate
+    from llmft.benchmarks.measure import Case
+    from llmft.benchmarks.run import run_case
+
+    folder = str(Path(config.output_dir).absolute())
+    ends = time.monotonic() + seconds_of(config.max_time, "max_time")
+    estimates: list[Estimate] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
+        task = bar.add_task("", total=sum(map(len, points)))
+        for index, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
+            begun = itertools.count(len(estimates))
+
+            def tell(status: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
+                bar.update(task, description=f"{label}: {status}", completed=next(begun))
+
+            share = max(1.0, (ends - time.monotonic()) / (len(subjects) - index))
+            case = Case(to_plain(subject.config), lengths, share, config.repeats, config.inference_rows, folder)
+            results, about = run_case(case, tell)
+            model, quantization = subject.config.model.label, subject.config.quantization.format.value
+            facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
+            estimates += [Estimate(model, quantization, *facts, result) for result in results]
+            bar.update(task, completed=len(estimates))
+    return estimates
+
+
 def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     """A training's config for every model and quantisation, in this order."""
-    given = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
+    overrides = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     common = [
         "logger=none",
         "prompt=plain" if config.models else "prompt=alpaca_short",
-        *given,
+        *overrides,
         f"trainer.batch_size={config.batch_size}",
         f"trainer.micro_batch={config.micro_batch}",
         f"trainer.gradient_checkpointing={config.gradient_checkpointing.value}",

@@ -15,7 +15,7 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
@@ -47,24 +47,21 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     mode = mode_of(metric, name, key=None)
     values, references = sets.stack(members), scores.references_and_predictions(sets.joined(members, first.values))[0]
     parts = _parts(members, config)
+    settings: Any = (method, first.problem, (name, metric), config.steps)
 
-    def honest(members: Any) -> Any:
-        return blending.nested(members, references, parts, method, first.problem, (name, metric), config.steps)
+    def score_without(index: int) -> float:
+        rest = np.delete(values, index, axis=0)
+        return metric(references, blending.nested(rest, references, parts, *settings))
 
-    weights = blending.choose(values, references, method, first.problem, (name, metric), config.steps)
-    blended = {config.predictions: sets.joined(members, honest(values))}
-    for shared in sets.shared_names(directories):
-        if shared != config.predictions:
-            others = sets.open_prediction_sets(directories, shared)
-            mixed = blending.combine(sets.stack(others), weights, method, first.problem)
-            blended[shared] = sets.joined(others, mixed)
-    of_rows = blended[config.predictions]
-    all_metrics = scores.score(of_rows, metrics)
-    chance = against_prior(of_rows, {**metrics, name: metric})
+    weights = blending.choose(values, references, *settings)
+    out_of_fold = sets.joined(members, blending.nested(values, references, parts, *settings))
+    blended = {config.predictions: out_of_fold, **_other_sets(directories, config, weights, first.problem)}
+    all_metrics = scores.score(out_of_fold, metrics)
+    chance = against_prior(out_of_fold, {**metrics, name: metric})
     record: dict[str, Any] = {
         "method": method.value,
         "metric": name,
-        "score": metric(references, of_rows.values),
+        "score": metric(references, out_of_fold.values),
         "score_in_sample": metric(references, blending.combine(values, weights, method, first.problem)),
         "all_metrics": all_metrics,
         "chance": chance.to_plain() if chance is not None else None,
@@ -73,24 +70,38 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
                 "directory": str(member.directory),
                 "score": metric(references, member.predictions.values),
                 "weight": float(weights[index]),
-                "score_without": metric(references, honest(np.delete(values, index, axis=0))),
+                "score_without": score_without(index),
             }
             for index, member in enumerate(members)
         ],
         "correlation": _correlation(values),
         "rows": len(first.ids),
-        "predictions": {name: len(own.ids) for name, own in blended.items()},
+        "predictions": {name: len(predictions.ids) for name, predictions in blended.items()},
     }
     fingerprints = [member.predictions.fingerprint for member in members]
-    settings = [config.steps, config.num_folds, config.seed, config.predictions]
     default, root = f"{method.value}-of-{len(members)}", Path(config.output_dir) / "blends"
-    directory = sets.ensemble_directory(root, config.name, default, [method.value, name, *settings, fingerprints])
+    identity = [method.value, name, config.steps, config.num_folds, config.seed, config.predictions, fingerprints]
+    directory = sets.ensemble_directory(root, config.name, default, identity)
     sets.write_ensemble(directory, "blend", blended, record, {f"val/{key}": v for key, v in all_metrics.items()})
     _show(screen, directory, record, mode.sign)
     if template is not None:
         write_fitting(blended, template, config.columns, directory, screen)
-    tell_outcome(directory)
+    write_outcome(directory)
     return directory
+
+
+def _other_sets(directories: list[Path], config: BlendConfig, weights: Any, problem: str) -> dict[str, Any]:
+    """The members' other predictions, such as those of the test rows, mixed with the same weights."""
+    from llmft.evaluation import blending
+    from llmft.evaluation import prediction_sets as sets
+
+    mixed = {}
+    for name in sets.shared_names(directories):
+        if name != config.predictions:
+            members = sets.open_prediction_sets(directories, name)
+            values = blending.combine(sets.stack(members), weights, config.method, problem)
+            mixed[name] = sets.joined(members, values)
+    return mixed
 
 
 def _members(config: BlendConfig, screen: Any) -> list[Path]:
@@ -108,17 +119,17 @@ def _members(config: BlendConfig, screen: Any) -> list[Path]:
     return directories
 
 
-def _metric(wanted: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
+def _metric(name: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
     """The metric that is asked for, by its name or dotted path, or the first that fits."""
     from llmft.config.instantiate import metric_functions
 
-    if wanted is None:
+    if name is None:
         return next(iter(metrics.items()))
-    if "." in wanted:
-        return next(iter(metric_functions([wanted]).items()))
-    if wanted not in metrics:
-        raise ConfigError(f"metric={wanted}: no such metric{did_you_mean(wanted, metrics)}")
-    return wanted, metrics[wanted]
+    if "." in name:
+        return next(iter(metric_functions([name]).items()))
+    if name not in metrics:
+        raise ConfigError(f"metric={name}: no such metric{did_you_mean(name, metrics)}")
+    return name, metrics[name]
 
 
 def _parts(members: list[Any], config: BlendConfig) -> list[int]:
@@ -126,7 +137,7 @@ def _parts(members: list[Any], config: BlendConfig) -> list[int]:
     from llmft.data.select import assign_folds
 
     folds = [member.predictions.columns.get("fold") for member in members]
-    if folds[0] is not None and all(own == folds[0] for own in folds) and len(set(folds[0])) > 1:
+    if folds[0] is not None and all(fold == folds[0] for fold in folds) and len(set(folds[0])) > 1:
         return [int(part) for part in folds[0]]
     first = members[0].predictions
     groups = first.columns.get("group")

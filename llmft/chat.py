@@ -14,19 +14,19 @@ from typing import Any
 from llmft.config.commands import ChatConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import Invocation, arguments_of_process, taken, with_lists
+from llmft.config.invocation import Invocation, arguments_of_process, split_off, with_lists
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A message may hold any character, so no grammar of Hydra's sees it.
-    message, argv = taken(with_lists(argv, "run="), "message=")
-    system, argv = taken(argv, "system=")
+    messages, argv = split_off(with_lists(argv, "run="), "message=")
+    systems, argv = split_off(argv, "system=")
 
     def job(composed: Any, invocation: Invocation) -> None:
-        given = {key: values[-1] for key, values in (("message", message), ("system", system)) if values}
-        chat(replace(to_config(composed, ChatConfig), **given))
+        texts = {key: values[-1] for key, values in (("message", messages), ("system", systems)) if values}
+        chat(replace(to_config(composed, ChatConfig), **texts))
 
     run_verb("chat", ChatConfig, job, argv)
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmft.config.hydra_app import config_of_command, run_verb
-from llmft.config.invocation import Invocation, arguments_of_process, taken
+from llmft.config.invocation import Invocation, arguments_of_process, split_off
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, did_you_mean
 
@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # `format=` and `hours=` belong to this verb; all other arguments are those of training.
-    forms, argv = taken(argv, "format=")
-    bounds, argv = taken(argv, "hours=")
+    forms, argv = split_off(argv, "format=")
+    bounds, argv = split_off(argv, "hours=")
 
     def job(composed: Any, invocation: Invocation) -> None:
         hours = _number(bounds[-1]) if bounds else None

@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from llmft.config.commands import DoctorConfig, OutputFormat
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
-from llmft.config.sections import DoctorConfig, OutputFormat
 from llmft.core.errors import ConfigError
 
 

@@ -17,7 +17,7 @@ from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -58,14 +58,14 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
         screen.warn(f"{text}.")
     if not directories:
         raise ConfigError("no complete set of folds: run -m data.fold=0,1,2,3,4 with a task that has a head first.")
-    tell_outcome(*directories)
+    write_outcome(*directories)
     return directories
 
 
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     """Finished runs with folds, those together that differ in nothing else."""
     from llmft.config.convert import canonical, numbers_of
-    from llmft.config.sections import TrainOn
+    from llmft.config.data import TrainOn
     from llmft.runs.directory import finished_run, usable
     from llmft.runs.predictions import names_in
 

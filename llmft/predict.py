@@ -18,31 +18,31 @@ from typing import Any
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import Invocation, arguments_of_process, taken
-from llmft.core.outcome import tell_outcome
+from llmft.config.invocation import Invocation, arguments_of_process, split_off
+from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A prompt may hold any character, so no grammar of Hydra's sees it.
-    given, argv = taken(argv, "prompts=")
+    prompts, argv = split_off(argv, "prompts=")
 
     def job(composed: Any, invocation: Invocation) -> None:
         config = to_config(composed, PredictConfig)
-        predict(replace(config, prompts=texts_of(given[-1])) if given else config)
+        predict(replace(config, prompts=texts_of(prompts[-1])) if prompts else config)
 
-    run_verb("predict", PredictConfig, job, [*argv, "prompts=[]"] if given else argv)
+    run_verb("predict", PredictConfig, job, [*argv, "prompts=[]"] if prompts else argv)
 
 
-def texts_of(given: str) -> list[str]:
+def texts_of(argument: str) -> list[str]:
     """The texts of `prompts=` as a shell hands it over: one, or a list in brackets with or without its quotes.
 
     In a list whose quotes the shell took, a comma with white space behind it belongs to a text.
     """
-    inside = given.strip()
+    inside = argument.strip()
     if not (inside.startswith("[") and inside.endswith("]")):
-        return [given]
+        return [argument]
     inside = inside[1:-1].strip()
     if inside[:1] in ("'", '"'):
         import yaml
@@ -81,7 +81,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
 
             drop_base()
     directories = [job.directory for job in jobs]
-    tell_outcome(*directories)
+    write_outcome(*directories)
     return directories
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 from llmft.config.commands import RefitConfig
 from llmft.config.convert import to_config
+from llmft.config.data import TrainOn
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import NO_COMMAND, Invocation, arguments_of_process
-from llmft.config.sections import Export, TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Export
 from llmft.config.untrusted import stored_config
 from llmft.core.errors import ConfigError
 

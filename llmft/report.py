@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.convert import to_config
+from llmft.config.fields import Texts
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import arguments_of_process, taken
-from llmft.config.sections import Mode, Texts
+from llmft.config.invocation import arguments_of_process, split_off
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError
 
 
@@ -35,7 +36,7 @@ class ReportConfig:
 def main(argv: Sequence[str]) -> None:
     """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
-    scores, argv = taken(argv, "lb.")
+    scores, argv = split_off(argv, "lb.")
     run_verb("report", ReportConfig, lambda composed, _: report(to_config(composed, ReportConfig), scores), argv)
 
 
@@ -54,18 +55,18 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
     from llmft.reports.write import write_report
 
     selection = find(config.runs, config.sweep, Path(config.output_dir))
-    given = read_scores(Path(config.lb)) if config.lb is not None else {}
+    scores_by_run = read_scores(Path(config.lb)) if config.lb is not None else {}
     for score in scores or []:
         name, equals, value = score.rpartition("=")
         if not equals:
             raise ConfigError(f"lb.{score}: write lb.RUN=SCORE.")
-        given[name] = to_score(value, f"lb.{name}")
+        scores_by_run[name] = to_score(value, f"lb.{name}")
     page = write_report(
         selection.runs,
         Path(config.out) if config.out is not None else selection.directory,
         sweep=selection.sweep,
         logbook=selection.logbook,
-        leaderboard_scores=given,
+        leaderboard_scores=scores_by_run,
         clusters=config.clusters,
         mode=config.mode,
     )

@@ -16,7 +16,7 @@ from llmft.config.commands import SampleConfig
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
@@ -40,7 +40,7 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
     if not config.force and (report := finished(directory, job.job.plan)) is not None:
         screen.print(f"These samples are done: [bold]{directory}[/bold] (force=true makes them again)")
         _show(screen, report)
-        tell_outcome(directory)
+        write_outcome(directory)
         return directory
     directory.mkdir(parents=True, exist_ok=True)
     with job.job.locked():
@@ -58,7 +58,7 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
             drop_base()
     _show(screen, report)
     screen.print(f"[bold]samples[/bold]  {directory}")
-    tell_outcome(directory)
+    write_outcome(directory)
     return directory
 
 

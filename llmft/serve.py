@@ -17,14 +17,14 @@ from typing import Any
 from llmft.config.commands import ServeConfig, ServedBy
 from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import arguments_of_process, taken, with_lists
+from llmft.config.invocation import arguments_of_process, split_off, with_lists
 from llmft.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    engine, argv = taken(with_lists(argv, "run="), "with=")
+    engine, argv = split_off(with_lists(argv, "run="), "with=")
     argv = [*argv, *(f"engine={name}" for name in engine)]
     run_verb("serve", ServeConfig, lambda composed, _: serve(to_config(composed, ServeConfig)), argv)
 

@@ -105,7 +105,7 @@ def prompt_config(name: str) -> Any:
     """The config of one file of conf/prompt, with its defaults."""
     from omegaconf import OmegaConf
 
-    from llmft.config.sections import PromptConfig
+    from llmft.config.data import PromptConfig
 
     option = OmegaConf.load(ROOT / "conf" / "prompt" / f"{name}.yaml")
     return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(PromptConfig), option))

@@ -101,7 +101,8 @@ def run_points(case: Case, tell: Callable[..., None]) -> None:
     from llmft.config.sections import TrainConfig
     from llmft.core.errors import ConfigError
     from llmft.core.imports import load_libraries
-    from llmft.training.out_of_memory import free_memory, is_out_of_memory
+    from llmft.core.machine import free_memory
+    from llmft.training.out_of_memory import is_out_of_memory
 
     load_libraries()
     began = time.monotonic()
@@ -168,18 +169,18 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
     return measured, {"device": name, "precision": precision.value}
 
 
-def _short(config: TrainConfig, folder: Path, tokenizer: Any, asked: Measured, rows: int, repeats: int) -> TrainConfig:
+def _short(config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, rows: int, repeats: int) -> TrainConfig:
     """A training of `rows` a step, one step that warms up and `repeats` more, on random words."""
-    from llmft.config.sections import Columns, DataConfig, Files
+    from llmft.config.data import Columns, DataConfig, Files
 
     files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
     for seed, (path, count) in enumerate(zip(files.values(), (rows * (repeats + 1), 1), strict=True)):
-        path.write_text("\n".join(map(json.dumps, random_rows(tokenizer, count, asked, seed))))
+        path.write_text("\n".join(map(json.dumps, random_rows(tokenizer, count, point, seed))))
     data = DataConfig(
         name="bench",
         split_files=Files(**{split: str(path) for split, path in files.items()}),
         columns=Columns(prompt="prompt", response="response"),
-        max_tokens=max(8, getattr(tokenizer, "context_tokens", None) or 2 * (asked.input_tokens + asked.output_tokens)),
+        max_tokens=max(8, getattr(tokenizer, "context_tokens", None) or 2 * (point.input_tokens + point.output_tokens)),
         max_dropped_fraction=1.0,
         max_overlap_fraction=1.0,
         cache=False,
@@ -191,7 +192,7 @@ def _short(config: TrainConfig, folder: Path, tokenizer: Any, asked: Measured, r
     return replace(config, data=data, trainer=trainer, task=task, output_dir=str(folder), progress=False)
 
 
-def random_rows(tokenizer: Any, count: int, asked: Measured, seed: int) -> list[dict[str, str]]:
+def random_rows(tokenizer: Any, count: int, point: Measured, seed: int) -> list[dict[str, str]]:
     """Prompts and responses of about so many tokens; what is read varies by a tenth either way."""
     import random
 
@@ -207,15 +208,15 @@ def random_rows(tokenizer: Any, count: int, asked: Measured, seed: int) -> list[
         return " ".join(source.choices(words, k=max(1, round(length / tokens))))
 
     def row() -> dict[str, str]:
-        length = asked.input_tokens * source.uniform(1 - VARIATION, 1 + VARIATION)
-        return {"prompt": text(length), "response": text(asked.output_tokens)}
+        length = point.input_tokens * source.uniform(1 - VARIATION, 1 + VARIATION)
+        return {"prompt": text(length), "response": text(point.output_tokens)}
 
     return [row() for _ in range(count)]
 
 
 def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
     """Trains, and takes speed and memory from the run's record; returns the run's weights."""
-    from llmft.config.sections import Checkpointing
+    from llmft.config.trainer import Checkpointing
     from llmft.data.batch import Limit
     from llmft.training.micro_batching import MicroBatchPlan
     from llmft.training.run import train
@@ -257,7 +258,7 @@ def _answer(assembled: Any, measured: Measured, case: Case) -> None:
     lengths = (1, measured.output_tokens)
     times = [[seconds(length) for length in lengths] for _ in range(case.repeats + 1)][1:]
     measured.prompt_s, measured.spread["prompt"] = _median([first for first, _ in times])
-    further = [max(whole - first, 1e-9) / (measured.output_tokens - 1) for first, whole in times]
+    further = [max(total - first, 1e-9) / (measured.output_tokens - 1) for first, total in times]
     measured.token_s, measured.spread["generate"] = _median(further)
     measured.prompt_tokens_per_s = rows * measured.input_tokens / measured.prompt_s
     measured.generated_tokens_per_s = rows / measured.token_s

@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.markup import escape
 
-from llmft.benchmarks.answers import Answered, Wish, hours, most_outputs, to_csv, training_hours
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, most_outputs, training_hours
 from llmft.benchmarks.figure import page
 from llmft.core.console import text_table
 from llmft.core.errors import DiskError
@@ -17,48 +17,50 @@ from llmft.core.files import write_atomically
 from llmft.runs.directory import slug
 
 
-def write_answers(answered: Sequence[Answered], wish: Wish, root: Path, name: str, screen: Any) -> list[dict[str, Any]]:
+def write_estimates(
+    estimates: Sequence[Estimate], workload: Workload, root: Path, name: str, screen: Any
+) -> list[dict[str, Any]]:
     """Writes bench.json, bench.csv and bench.html below `root`, prints the table, and returns its rows.
 
     Raises DiskError where they cannot be written.
     """
-    rows = [a.to_row(wish) for a in answered]
+    rows = [a.to_row(workload) for a in estimates]
     directory = root / slug(name)[:80]
     content = {
-        "bench.json": json.dumps({"asked": vars(wish), "rows": rows}, indent=1, ensure_ascii=False),
-        "bench.csv": to_csv(rows),
-        "bench.html": page(answered, wish, name, [cells(a, wish) for a in answered], remarks(answered)),
+        "bench.json": json.dumps({"asked": vars(workload), "rows": rows}, indent=1, ensure_ascii=False),
+        "bench.csv": as_csv(rows),
+        "bench.html": page(estimates, workload, name, [cells(a, workload) for a in estimates], remarks(estimates)),
     }
     try:
         for file, text in content.items():
             write_atomically(directory / file, text.encode())
     except OSError as error:
         raise DiskError(f"{directory}: {error.strerror}; set output_dir to another disk.") from None
-    show(answered, wish, screen)
+    show(estimates, workload, screen)
     html = escape(str(directory / "bench.html"))
     screen.print(f"[bold]figure[/bold]  {html}, with bench.csv and bench.json beside it")
     return rows
 
 
-def show(answered: Sequence[Answered], wish: Wish, screen: Any) -> None:
+def show(estimates: Sequence[Estimate], workload: Workload, screen: Any) -> None:
     """Prints the table and what it means."""
     head = ("model", "tokens in + out", "trained/s", "read/s", "written/s", "memory", "tokens out", "training")
-    screen.print(text_table(head, [cells(a, wish) for a in answered]))
+    screen.print(text_table(head, [cells(a, workload) for a in estimates]))
     screen.print(
-        f"tokens per second; medians ± half the range of the repeats. Tokens out, at most: {wish.samples:,} samples in "
-        f"{wish.hours:g} hours, {wish.inference_rows} at once. Training: {wish.rows:,} rows x {wish.epochs:g} epochs "
-        f"in batches of {wish.batch_size}, validations not counted.",
-        *map(escape, remarks(answered)),
+        f"tokens per second; medians ± half the range of the repeats. Tokens out, at most: {workload.samples:,} "
+        f"samples in {workload.hours:g} hours, {workload.inference_rows} at once. Training: {workload.rows:,} rows x "
+        f"{workload.epochs:g} epochs in batches of {workload.batch_size}, validations not counted.",
+        *map(escape, remarks(estimates)),
     )
 
 
-def cells(answered: Answered, wish: Wish) -> list[str]:
+def cells(estimate: Estimate, workload: Workload) -> list[str]:
     """One line of the table."""
-    point = answered.measured
-    head = [answered.case, f"{point.input_tokens} + {point.output_tokens}"]
+    point = estimate.measured
+    head = [estimate.case, f"{point.input_tokens} + {point.output_tokens}"]
     if point.error is not None:
         return [*head, point.error, *[""] * 5]
-    most, by_context = most_outputs(point, wish, answered.context_tokens)
+    most, by_context = most_outputs(point, workload, estimate.context_tokens)
     speeds = {
         "train": point.train_tokens_per_s,
         "prompt": point.prompt_tokens_per_s,
@@ -69,14 +71,14 @@ def cells(answered: Answered, wish: Wish) -> list[str]:
         *(f"{value:,.0f} ±{100 * point.spread[name]:.0f}%" for name, value in speeds.items()),
         f"{point.peak_bytes / 2**30:.1f} GiB",
         f"{most:,}{' (context)' if by_context else ''}",
-        hours(training_hours(point, wish)),
+        hours(training_hours(point, workload)),
     ]
 
 
-def remarks(answered: Sequence[Answered]) -> list[str]:
+def remarks(estimates: Sequence[Estimate]) -> list[str]:
     """What to know of the numbers."""
-    random = dict.fromkeys(a.model for a in answered if a.weights == "random")
-    measured = [a for a in answered if a.measured.error is None]
+    random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
+    measured = [a for a in estimates if a.measured.error is None]
     devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)
     fits = {a.case: a.measured.at_once for a in measured}  # that of the longest rows
     return [

@@ -26,20 +26,20 @@ def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], d
     """
     results = [Measured(*point, error="no time left") for point in case.points]
     about: dict[str, Any] = {}
-    left = list(range(len(case.points)))
-    while left:
-        begun, ended, answers = _ask(replace(case, points=[case.points[number] for number in left]), tell, about)
+    remaining = list(range(len(case.points)))
+    while remaining:
+        current, ended, answers = _ask(replace(case, points=[case.points[number] for number in remaining]), tell, about)
         for index, line in answers.items():
-            result = results[left[index]]
+            result = results[remaining[index]]
             measured = line.get("measured")
-            results[left[index]] = Measured(**measured) if measured else replace(result, error=line["error"])
+            results[remaining[index]] = Measured(**measured) if measured else replace(result, error=line["error"])
         if ended != "killed":
             break
         # By the kernel, for want of memory. The point under way is the one that did not fit.
-        if begun is None or begun in answers:
+        if current is None or current in answers:
             return [replace(result, error="does not fit") if result.error else result for result in results], about
-        results[left[begun]] = replace(results[left[begun]], error="does not fit")
-        left = left[begun + 1 :]
+        results[remaining[current]] = replace(results[remaining[current]], error="does not fit")
+        remaining = remaining[current + 1 :]
     return results, about
 
 
@@ -48,7 +48,7 @@ def _ask(
 ) -> tuple[int | None, str, dict[int, dict[str, Any]]]:
     """(point under way, how it ended, answers by point) of one process."""
     answers: dict[int, dict[str, Any]] = {}
-    begun: int | None = None
+    current: int | None = None
     late = threading.Event()
     command = [sys.executable, "-m", "llmft.benchmarks.measure"]
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
@@ -76,8 +76,8 @@ def _ask(
                 if line["kind"] == "about":
                     about |= {"device": line["device"], "precision": line["precision"]}
                 elif line["kind"] == "begun":
-                    begun = int(line["number"])
-                    tell("{} tokens in, {} out".format(*case.points[begun]))
+                    current = int(line["number"])
+                    tell("{} tokens in, {} out".format(*case.points[current]))
                 elif line["kind"] == "point":
                     answers[int(line["number"])] = line
             code = process.wait()
@@ -85,7 +85,7 @@ def _ask(
             timer.cancel()
             process.kill()
         if late.is_set() or code <= 0:
-            return begun, "late" if late.is_set() else "killed" if code else "done", answers
+            return current, "late" if late.is_set() else "killed" if code else "done", answers
         errors.seek(0)
         last = [line.strip() for line in errors.read().splitlines() if line.strip()]
         raise RuntimeError(f"the measuring process ended with code {code}: {last[-1] if last else 'it said nothing'}")

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Checkpointing, Precision, TrainConfig
+from llmft.config.model import Precision
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.core.files import format_bytes
 from llmft.data.batch import Limit
 from llmft.data.examples import Examples

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmft.config.sections import Cleaning, DiskConfig, Keep
+from llmft.config.commands import Cleaning, DiskConfig, KeepCheckpoints
 from llmft.config.untrusted import read_yaml
 from llmft.core.errors import ConfigError
 from llmft.core.files import cache_directory, format_bytes, is_abandoned
@@ -155,9 +155,9 @@ def _facts(run: Run) -> RunFacts:
     return RunFacts(run.directory.name, state, *sizes, model, data, uploaded)
 
 
-def _old_checkpoints(run: Run, keep: list[Keep]) -> list[Deletable]:
+def _old_checkpoints(run: Run, keep: list[KeepCheckpoints]) -> list[Deletable]:
     result = run.status().get("result")
-    key_of = {Keep.best: "step", Keep.last: "steps"}
+    key_of = {KeepCheckpoints.best: "step", KeepCheckpoints.last: "steps"}
     if not isinstance(result, dict) or not all(name in result for name in key_of.values()):
         return []  # an incomplete record
     steps_to_keep = {result[key_of[which]] for which in keep}

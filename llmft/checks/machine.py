@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from llmft.config.sections import DoctorConfig, Precision
+from llmft.config.commands import DoctorConfig
+from llmft.config.model import Precision
 from llmft.core.files import existing_parent, format_bytes, write_atomically
 from llmft.core.machine import usable_cores
 from llmft.core.network import NoAnswer, ask, host_of

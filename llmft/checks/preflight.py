@@ -15,7 +15,9 @@ import torch
 
 from llmft.checks.cards import plan_cards, recomputation
 from llmft.config.convert import to_plain
-from llmft.config.sections import Feedback, TrainConfig, Truncation
+from llmft.config.data import Truncation
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Feedback
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples

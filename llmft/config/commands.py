@@ -1,4 +1,4 @@
-"""Config dataclasses of predict, evaluate, folds, blend, refit and bench."""
+"""Config dataclasses of the commands other than train."""
 
 from __future__ import annotations
 
@@ -11,28 +11,22 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from llmft.config.sections import (
-    Checkpointing,
-    LoggerConfig,
-    LoraConfig,
-    ModelConfig,
-    OutputFormat,
-    Precision,
-    PromptConfig,
-    QuantizationFormat,
-    Texts,
-    checkpointing_of,
-    require,
-    require_each,
-    rows_or_tokens,
-    seconds_of,
-)
+from llmft.config.data import PromptConfig
+from llmft.config.fields import Texts, require, require_each, seconds_of
+from llmft.config.model import LoraConfig, ModelConfig, Precision, QuantizationFormat
+from llmft.config.trainer import Checkpointing, LoggerConfig, checkpointing_of, rows_or_tokens
 from llmft.core.errors import ConfigError
 
 PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
 """What predict, folds and blend write besides the predictions."""
 Method = StrEnum("Method", "mean geometric rank hill_climbing convex")
 """How the members of a blend are combined."""
+OutputFormat = StrEnum("OutputFormat", "text json")
+"""The output of a command: text for people or JSON for programs."""
+KeepCheckpoints = StrEnum("KeepCheckpoints", "best last")
+"""The checkpoints of a finished run to keep."""
+Cleaning = StrEnum("Cleaning", "checkpoints leftovers tokens bases gguf merged wandb")
+"""The kinds of files that `python -m llmft.disk` deletes."""
 
 
 @dataclass(kw_only=True)
@@ -93,7 +87,7 @@ class PredictConfig(SubmissionConfig, Trusting):
         require_each(self, "", "name", lambda name: name not in ("val", "test"), reserved)
 
 
-Keep = StrEnum("Keep", "best all")
+KeepSamples = StrEnum("KeepSamples", "best all")
 """Which samples become training rows: of each prompt the best, or all of them too."""
 
 
@@ -112,7 +106,7 @@ class SampleConfig(Trusting):
     temperatures: list[float] = field(default_factory=lambda: [1.0])
     judge: Any = None
     combine: str | None = None
-    keep: Keep = Keep.best
+    keep: KeepSamples = KeepSamples.best
     seed: int = 0
     name: str | None = None
     batch_size: int = 8
@@ -399,3 +393,23 @@ class BundleConfig(Trusting):
     def __post_init__(self) -> None:
         version = "a version such as 3.11, or null for this one's."
         require_each(self, "", "python", lambda text: re.fullmatch(r"3\.\d+", text) is not None, version)
+
+
+@dataclass
+class DoctorConfig:
+    """Config of `python -m llmft.doctor`."""
+
+    output_dir: str = "outputs"
+    network: bool = True
+    format: OutputFormat = OutputFormat.text
+
+
+@dataclass
+class DiskConfig:
+    """Config of `python -m llmft.disk`."""
+
+    output_dir: str = "outputs"
+    clean: list[Cleaning] = field(default_factory=list)
+    keep: list[KeepCheckpoints] = field(default_factory=lambda: [*KeepCheckpoints])
+    dry_run: bool = True
+    format: OutputFormat = OutputFormat.text

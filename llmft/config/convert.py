@@ -1,12 +1,12 @@
-"""Conversion between Hydra's configs, the dataclasses of `llmft.config.sections`, and plain data."""
+"""Conversion between Hydra's configs, their dataclasses, and plain data."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
-import sys
 import typing
 from collections.abc import Iterator
 from enum import Enum
@@ -15,7 +15,6 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-import llmft.config.sections
 from llmft.core.errors import ConfigError, did_you_mean
 
 # For conf/: what a task advises beside what the model and the rows do.
@@ -55,7 +54,7 @@ def _value_from_json(value: Any, kind: Any) -> Any:
 def _field_types(schema: type) -> dict[str, type]:
     """The dataclass or enum of each field; `object` for types that JSON has."""
     kinds: dict[str, type] = {}
-    for name, hint in typing.get_type_hints(schema, vars(llmft.config.sections)).items():
+    for name, hint in typing.get_type_hints(schema).items():
         types_held = [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)]
         special_types = [kind for kind in types_held if dataclasses.is_dataclass(kind) or issubclass(kind, Enum)]
         if special_types and typing.get_origin(hint) in (list, dict):
@@ -80,7 +79,7 @@ def schema_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
         yield key, str(entry.type)
-        kind = dataclass_of(entry.type, schema)
+        kind = group_of(schema, entry.name)
         if kind is not None:
             yield from schema_fields(kind, f"{key}.")
 
@@ -95,12 +94,14 @@ def fields_not_in_key(schema: type) -> list[str]:
     return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("not_in_key")]
 
 
-def dataclass_of(annotation: Any, owner: type) -> type | None:
-    """The dataclass that a field of `owner` holds, from the module of `owner` or from `llmft.config.sections`."""
-    kind = annotation
-    if isinstance(annotation, str):
-        module = sys.modules.get(owner.__module__)
-        kind = getattr(module, annotation, None) or getattr(llmft.config.sections, annotation, None)
+@functools.cache
+def _type_hints(schema: type) -> dict[str, Any]:
+    return typing.get_type_hints(schema)
+
+
+def group_of(schema: type, name: str) -> type | None:
+    """The dataclass that the field `name` of `schema` holds; None for a plain value."""
+    kind = _type_hints(schema)[name]
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
 
@@ -152,12 +153,12 @@ def explain_error(error: OmegaConfBaseException, schema: type) -> str:
 
 
 def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
-    fields = {entry.name: entry for entry in dataclasses.fields(schema)}
+    fields = [entry.name for entry in dataclasses.fields(schema)]
     for key in node:
         name = f"{prefix}{key!s}"
         if key not in fields:
             raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
-        kind = dataclass_of(fields[str(key)].type, schema)
+        kind = group_of(schema, str(key))
         if kind is not None and not OmegaConf.is_missing(node, key):
             child = node[key]
             if isinstance(child, DictConfig):
@@ -195,6 +196,18 @@ def _default(entry: dataclasses.Field[Any]) -> Any:
     return entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
 
 
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one level of dotted keys."""
+    if isinstance(value, dict) and (value or not prefix):
+        return {key: leaf for name, item in value.items() for key, leaf in flatten(item, f"{prefix}{name}.").items()}
+    return {prefix.rstrip("."): value}
+
+
 def canonical(value: Any) -> str:
     """JSON with sorted keys: equal configs give equal text."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def digest_of(value: Any) -> str:
+    """64 hex digits (SHA-256) of plain data; equal data give equal digits."""
+    return hashlib.sha256(canonical(value).encode()).hexdigest()

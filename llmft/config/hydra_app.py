@@ -18,7 +18,7 @@ from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
 from llmft.config.renamed import RENAMED
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
 
@@ -54,60 +54,71 @@ def run_verb(
     what happened.
     """
 
+    def body() -> None:
+        make_known(name, schema)
+        arguments = hydra_arguments(argv, schema, multirun=multirun)
+        check_config_directories(arguments)
+        _run_app(name, schema, job, Invocation.of(arguments, verb or name))
+
     # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch. Files are closed by
     # then, not left to that.
     atexit.register(gc.freeze)
-
-    def body() -> None:
-        make_known(name, schema)
-        import hydra
-
-        arguments = hydra_arguments(argv, schema, multirun=multirun)
-        check_config_directories(arguments)
-        invocation = Invocation.of(arguments, verb or name)
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
-
-        failures: list[Exception] = []
-        here = os.getpid()
-
-        def task(config: Any) -> Any:
-            # Kept from Hydra's sight, so that what goes wrong in a job is not taken for a wrong command line.
-            try:
-                if os.getpid() == here:
-                    restore()
-                trust_typed(config.trusted_packages if "trusted_packages" in config else (), invocation)
-                return job(config, invocation)
-            except Interrupted as error:
-                raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
-            except Exception as error:
-                if os.getpid() != here:  # in a process of another launcher, which must see it fail
-                    raise RuntimeError(str(error)) from None
-                failures.append(error)
-                return None
-
-        task.__module__ = "__main__"
-        task.invocation = invocation  # type: ignore[attr-defined]
-        app = hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)
-        try:
-            with warnings.catch_warnings(), arguments_for_hydra(arguments) as restore:
-                # A directory that is not there.
-                warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
-                app()
-        except (UserError, BrokenPipeError):
-            raise
-        except SystemExit as end:
-            if end.code != 1 or "--cfg" not in (option[:5] for option in arguments):
-                raise
-            raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
-        except Exception as error:
-            sentence = explain(error, schema, arguments)
-            if sentence is None:
-                raise
-            raise sentence from error
-        if failures:
-            raise failures[0]
-
     exit_with(body)
+
+
+def _run_app(name: str, schema: type, job: Callable[[Any, Invocation], Any], invocation: Invocation) -> None:
+    """Composes with Hydra and runs `job`; raises its first error, or a sentence about a wrong command line."""
+    import hydra
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
+    failures: list[Exception] = []
+    try:
+        with warnings.catch_warnings(), arguments_for_hydra(invocation.argv) as restore:
+            # A directory that is not there.
+            warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
+            task = _task_function(job, invocation, restore, failures)
+            hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)()
+    except (UserError, BrokenPipeError):
+        raise
+    except SystemExit as end:
+        if end.code != 1 or "--cfg" not in (option[:5] for option in invocation.argv):
+            raise
+        raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
+    except Exception as error:
+        sentence = explain(error, schema, invocation.argv)
+        if sentence is None:
+            raise
+        raise sentence from error
+    if failures:
+        raise failures[0]
+
+
+def _task_function(
+    job: Callable[[Any, Invocation], Any],
+    invocation: Invocation,
+    restore_arguments: Callable[[], None],
+    failures: list[Exception],
+) -> Callable[[Any], Any]:
+    """`job` as Hydra calls it; its errors go to `failures`, so that they do not pass for a wrong command line."""
+    process = os.getpid()
+
+    def task(config: Any) -> Any:
+        try:
+            if os.getpid() == process:
+                restore_arguments()
+            trust_typed(config.trusted_packages if "trusted_packages" in config else (), invocation)
+            return job(config, invocation)
+        except Interrupted as error:
+            raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
+        except Exception as error:
+            if os.getpid() != process:  # in a process of another launcher, which must see it fail
+                raise RuntimeError(str(error)) from None
+            failures.append(error)
+            return None
+
+    task.__module__ = "__main__"
+    task.invocation = invocation  # type: ignore[attr-defined]
+    return task
 
 
 def config_of_command(composed: Any, schema: type, invocation: Invocation) -> Any:
@@ -167,9 +178,9 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     full_key = next((str(name) for link in chain if (name := getattr(link, "full_key", None))), None)
     if "Config group override must be a string" in str(error) or full_key == "_dummy_":
         named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
-        given = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
-        if given is not None:
-            return ConfigError(f"{given}: the name of one of the group's options is wanted, as in model=tiny.")
+        argument = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
+        if argument is not None:
+            return ConfigError(f"{argument}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
@@ -178,8 +189,8 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         return None
     text = "\n".join(str(link) for link in chain)
     if "Ambiguous value" in text:
-        given = next((a for a in argv if "," in a), "")
-        return ConfigError(f"{given}: several values; add -m to run them all, or write a list as [a,b].")
+        argument = next((a for a in argv if "," in a), "")
+        return ConfigError(f"{argument}: several values; add -m to run them all, or write a list as [a,b].")
     override = re.search(r"Could not override '([^']+)'", str(error))
     override_key = override[1] if override else None
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:

@@ -30,7 +30,6 @@ KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
 }
 """By kind: the allowed packages, a description, and the base class."""
 SOURCE_ARGUMENTS = ("split", "num_rows", "seed")
-ALLOWED_TARGETS = tuple(dict.fromkeys(prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes))
 HYDRA_KEYWORDS = ("_target_", "_args_", "_recursive_", "_convert_", "_partial_")
 LIBRARIES = ("torch", "lightning", "bitsandbytes", "llmft")
 _trusted: set[str] = set()
@@ -118,11 +117,11 @@ def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) ->
 
 
 def check_arguments(
-    target: Any, path: str, arguments: dict[str, Any], key: str, *given: str, complete: bool = False
+    target: Any, path: str, arguments: dict[str, Any], key: str, *positional: str, complete: bool = False
 ) -> None:
     """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take.
 
-    With `complete`, also for one that is missing: those and the `given` ones are all that there will be.
+    With `complete`, also for one that is missing: those and the `positional` ones are all that there will be.
     """
     try:
         signature = inspect.signature(target)
@@ -134,7 +133,7 @@ def check_arguments(
         if name not in parameters and not has_kwargs:
             raise ConfigError(f"{key}.{name}: {path} takes no such argument{did_you_mean(name, parameters)}")
     try:
-        (signature.bind if complete else signature.bind_partial)(*[None] * len(given), **arguments)
+        (signature.bind if complete else signature.bind_partial)(*[None] * len(positional), **arguments)
     except TypeError as error:
         raise ConfigError(f"{key}: {path}: {error}.") from None
 

@@ -59,7 +59,7 @@ def arguments_of_process() -> list[str]:
     return sys.argv[1:]
 
 
-def taken(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
+def split_off(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
     """What stands behind `prefix` in the arguments that begin with it, and the other arguments."""
     values = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
     return values, [argument for argument in argv if not argument.startswith(prefix)]

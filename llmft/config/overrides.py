@@ -22,7 +22,8 @@ from typing import Any, NoReturn
 
 from llmft.config.convert import schema_fields
 from llmft.config.renamed import with_new_names
-from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, nearest
 from llmft.core.redaction import redact
 
@@ -69,25 +70,25 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
         raise ConfigError(f"{option}: no such option; " + (f"did you mean {best}?" if best else "see `--help`."))
 
     parser.error = refuse  # type: ignore[method-assign]
-    given = parser.parse_intermixed_args(list(arguments))
-    if given.experimental_rerun is not None:
+    parsed = parser.parse_intermixed_args(list(arguments))
+    if parsed.experimental_rerun is not None:
         raise ConfigError("--experimental-rerun unpickles a file, which may run anything; it is not offered.")
-    if given.package is not None and given.cfg is None:
+    if parsed.package is not None and parsed.cfg is None:
         raise ConfigError("--package: the part of the config that --cfg shows; write --cfg job with it.")
-    several = given.multirun or "hydra.mode=MULTIRUN" in given.overrides
+    several = parsed.multirun or "hydra.mode=MULTIRUN" in parsed.overrides
     if several and not multirun:
         raise ConfigError("-m: only a training has several jobs; this command takes one config.")
-    for argument in (f"--config-name={given.config_name or ''}", *given.overrides):
+    for argument in (f"--config-name={parsed.config_name or ''}", *parsed.overrides):
         key, _, value = argument.partition("=")
         if chooses(key.lstrip("+~"), schema) and value[:1] != "{" and re.search(r"(^|[\[,'\"/\s])\.\.?(/|$)", value):
             raise ConfigError(f"{argument}: a name is wanted, not a path; --config-dir=DIR adds a directory of yours.")
-    waiting, options = list(given.overrides), []
+    waiting, options = list(parsed.overrides), []
     for argument in arguments:
         if waiting and argument == waiting[0]:
             waiting.pop(0)
         else:
             options.append(argument)
-    overrides = [as_override(argument, schema, several=several) for argument in given.overrides]
+    overrides = [as_override(argument, schema, several=several) for argument in parsed.overrides]
     # A file of sweeps/ may say otherwise.
     return [*options, *overrides, *([] if multirun else ["hydra.mode=RUN"])]
 
@@ -220,8 +221,8 @@ def _values(value: str) -> list[str]:
     pieces = split_at_commas(value)
     stripped = [piece.strip() for piece in pieces]
     pairs = zip(pieces, stripped, strict=True)
-    apart = all(s == "null" or _is_quoted(s) or (s and not re.search(r"\s", p)) for p, s in pairs)
-    return stripped if len(pieces) > 1 and apart else [value]
+    separable = all(s == "null" or _is_quoted(s) or (s and not re.search(r"\s", p)) for p, s in pairs)
+    return stripped if len(pieces) > 1 and separable else [value]
 
 
 def split_at_commas(text: str) -> list[str]:

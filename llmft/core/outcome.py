@@ -13,7 +13,7 @@ VARIABLE = "LLMFT_OUTCOME"
 """The file that a command writes its result's directories to."""
 
 
-def tell_outcome(*directories: Path) -> None:
+def write_outcome(*directories: Path) -> None:
     """Writes `directories` where the environment asks for them; what is told last counts."""
     if name := os.environ.get(VARIABLE):
         write_atomically(Path(name), json.dumps([str(path) for path in directories]).encode())

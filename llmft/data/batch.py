@@ -23,11 +23,11 @@ from llmft.data.examples import IGNORE, Example, Examples
 
 def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
     """One-dimensional `arrays` of int64 on `device`, by one copy that nobody waits for."""
-    flat = hand_over(torch.from_numpy(np.concatenate(arrays)), device)
+    flat = to_device(torch.from_numpy(np.concatenate(arrays)), device)
     return list(flat.split([len(array) for array in arrays]))
 
 
-def hand_over(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A tensor of the host on `device`. A GPU takes pinned memory when it gets there; for any other it is waited."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
@@ -43,7 +43,7 @@ class OnDevice:
         moved: dict[str, Any] = {}
         for name, part in vars(self).items():
             if isinstance(part, (torch.Tensor, OnDevice)):
-                moved[name] = part.to(device) if isinstance(part, OnDevice) else hand_over(part, device)
+                moved[name] = part.to(device) if isinstance(part, OnDevice) else to_device(part, device)
         return replace(self, **moved)
 
 
@@ -90,7 +90,7 @@ class Answers(OnDevice):
 
 @dataclass
 class PolicyRows(OnDevice):
-    """What is known of answers that a policy has drawn, at the places of `labels[:, 1:]`; 0 where there is no label.
+    """What is known of answers that a policy has drawn, at the positions of `labels[:, 1:]`; 0 where there is no label.
 
     Attributes:
         advantages: (rows, seq_len - 1).
@@ -129,9 +129,9 @@ class MicroBatch(OnDevice):
     policy: PolicyRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`; `lengths` and `places` stay on the host, which needs them without waiting."""
+        """The same batch on `device`; `lengths` and `positions` stay on the host, which needs them without waiting."""
         batch = super().to(device)
-        batch.lengths, batch.places = self.lengths, self.places
+        batch.lengths, batch.positions = self.lengths, self.positions
         return batch
 
     @cached_property
@@ -141,7 +141,7 @@ class MicroBatch(OnDevice):
         return lengths
 
     @cached_property
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
+    def positions(self) -> tuple[np.ndarray, np.ndarray]:
         """(row, column) of the token before each label, row by row: there the label is predicted."""
         rows, columns = np.nonzero(self.labels[:, 1:].cpu().numpy() != IGNORE)
         return rows, columns

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config.sections import DEGREES, Columns, DataConfig, Feedback, Head, TaskConfig, TaskType
+from llmft.config.data import DEGREES, Columns, DataConfig
+from llmft.config.task import Feedback, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
     MEDIA,
@@ -142,22 +143,7 @@ class ColumnMap:
             column_map.columns.target, column_map.columns.response = columns.target or columns.response, None
         elif columns.target and not columns.response:
             column_map.columns.target, column_map.columns.response = None, columns.target
-        existing = {name for row in train for name in row.values}
-        unknown = {}
-        for key, names in named_columns(replace(data, columns=column_map.columns)).items():
-            entry = key.removeprefix("data.columns.")
-            if lenient and entry not in ("prompt", "input", "system", "messages", "text"):
-                continue
-            if not column_map.reads(entry):
-                continue
-            missing = [name for name in names if name not in existing]
-            if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
-                setattr(column_map.columns, entry, None)
-                column_map.left_out += missing
-            elif missing:
-                unknown[key] = missing[0]
-        if unknown:
-            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
+        column_map._find_columns(data, train)
         is_unique = all(_is_unique(rows, columns.id or "id") for rows in (train, test))
         column_map.id = columns.id or ("id" if is_unique else None)
         if columns.id and not lenient and not is_unique:
@@ -167,6 +153,25 @@ class ColumnMap:
         if task.head is not None:
             column_map.targets = targets or Targets.of(data, task, train, column_map.columns.target, column_map._fill)
         return column_map
+
+    def _find_columns(self, data: DataConfig, train: list[Row]) -> None:
+        """Leaves out optional columns that no row has; raises DataError for others."""
+        existing = {name for row in train for name in row.values}
+        unknown = {}
+        for key, names in named_columns(replace(data, columns=self.columns)).items():
+            entry = key.removeprefix("data.columns.")
+            if self.lenient and entry not in ("prompt", "input", "system", "messages", "text"):
+                continue
+            if not self.reads(entry):
+                continue
+            missing = [name for name in names if name not in existing]
+            if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
+                setattr(self.columns, entry, None)
+                self.left_out += missing
+            elif missing:
+                unknown[key] = missing[0]
+        if unknown:
+            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
 
     def reads(self, entry: str) -> bool:
         """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""
@@ -293,10 +298,10 @@ class ColumnMap:
     def _with_system_prompt(self, row: Row, messages: list[Message]) -> list[Message]:
         """`messages` with the row's system prompt first."""
         system = self._optional_text(self.columns.system, row)
-        given = [message["content"].strip() for message in messages if message["role"] == "system"]
-        if system is None or given == [system.strip()]:
+        in_conversation = [message["content"].strip() for message in messages if message["role"] == "system"]
+        if system is None or in_conversation == [system.strip()]:
             return messages
-        if given:
+        if in_conversation:
             raise ValueError(f"column '{self.columns.system}' and the conversation's own system message differ")
         return [{"role": "system", "content": system}, *messages]
 
@@ -399,16 +404,16 @@ class ColumnMap:
                     "prompt are read with data.columns.candidates and data.columns.scores"
                 )
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
-            prompt, given = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
-            if given and prompt[-len(given) :] != given:
+            prompt, repeated = ([(m["role"], message_text(m).strip()) for m in part] for part in (messages, before))
+            if repeated and prompt[-len(repeated) :] != repeated:
                 raise ValueError(f"the messages before the answer in '{name}' are not those of the prompt")
             value = value[-1]
         if isinstance(value, dict):
             turn = value if {"role", "from"} & set(value) else {"role": "assistant", **value}
             message = read_message(turn, 1, self.keys)
             if len(message) > 2 or message["role"] != "assistant":
-                rest = ", ".join(list(message)[2:]) or f"the role {message['role']}"
-                raise ValueError(f"the answer in '{name}' has {rest}: only the assistant's text can be used")
+                unusable = ", ".join(list(message)[2:]) or f"the role {message['role']}"
+                raise ValueError(f"the answer in '{name}' has {unusable}: only the assistant's text can be used")
             return str(message["content"])
         answer = self._fill(name, row)
         if not answer.strip() and self.feedback is None:  # people may well have compared an answer with none

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.convert import canonical, numbers_of
-from llmft.config.sections import DataConfig, Truncation, Turns
+from llmft.config.convert import digest_of, numbers_of
+from llmft.config.data import DataConfig, Truncation, Turns
 from llmft.core.errors import DataError
 from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
@@ -225,8 +225,7 @@ class Encoder:
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token]
         numbers = numbers_of(self.data), numbers_of(self.prompt.config)
-        content = canonical([CACHE_VERSION, split, self.fingerprint, *numbers, backend, special])
-        return hashlib.sha256(content.encode()).hexdigest()[:24]
+        return digest_of([CACHE_VERSION, split, self.fingerprint, *numbers, backend, special])[:24]
 
     def _load(self, path: Any, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples | None:
         try:
@@ -290,11 +289,11 @@ class Encoder:
         if len(full.spans) != len(answers):
             return [Part(conversation, full, full.spans)]
         parts = []
-        for number in sorted(full.apart.intersection(learned)):
+        for number in sorted(full.rewritten.intersection(learned)):
             prefix = replace(conversation, messages=conversation.messages[: answers[number] + 1])
             rendered = self.render(prefix, wanted=frozenset([number]))
             parts.append(Part(prefix, rendered, [rendered.spans[number]]))
-        spans = [full.spans[number] for number in learned if number not in full.apart]
+        spans = [full.spans[number] for number in learned if number not in full.rewritten]
         return [*parts, Part(conversation, full, spans)] if spans or not parts else parts
 
     def _answers(self, conversation: Conversation, others: Sequence[str]) -> list[Part]:

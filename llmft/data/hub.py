@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from llmft.config.sections import ModelConfig, ModelInit
+from llmft.config.model import ModelConfig, ModelInit
 from llmft.config.untrusted import check_model
 from llmft.core.errors import ConfigError, nearest
 from llmft.core.network import NoAnswer, ask, download

@@ -7,6 +7,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 from llmft.core.errors import DataError, did_you_mean
@@ -130,16 +131,9 @@ def two_endings(chosen: list[Message], rejected: list[Message]) -> tuple[list[Me
     Raises ValueError where they part before their last answers.
     """
     if chosen[:-1] != rejected[:-1]:
-        shared = sum(1 for _ in _same_turns(chosen, rejected))
+        shared = sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], zip(chosen, rejected, strict=False)))
         raise ValueError(f"the two conversations part after message {shared}, before their last answers")
     return chosen[:-1], str(chosen[-1]["content"]), str(rejected[-1]["content"])
-
-
-def _same_turns(one: Sequence[Message], two: Sequence[Message]) -> Any:
-    for a, b in zip(one, two, strict=False):
-        if a != b:
-            return
-        yield a
 
 
 Conversations = Sequence[Any]

@@ -6,7 +6,7 @@ in Jinja's immutable sandbox, see `llmft.data.sandbox`.
 
 Most vendors' templates have no such marks, and may write earlier turns differently once later ones follow (Qwen 3
 drops earlier reasoning). There, an answer is what the template adds to the prompt that a server would send. An answer
-that the whole conversation's text writes differently is `apart`: it is learned from a text that ends with it.
+that the whole conversation's text writes differently is `rewritten`: it is learned from a text that ends with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import jinja2.nodes
 import jinja2.parser
 import jinja2.runtime
 
-from llmft.config.sections import PromptConfig, SystemRole
+from llmft.config.data import PromptConfig, SystemRole
 from llmft.core.errors import ConfigError
 from llmft.data.messages import Message
 from llmft.data.sandbox import compile_bounded, make_environment, render_bounded
@@ -43,14 +43,14 @@ class Rendered:
     """Rendered text, and the half-open character ranges of the answers in it.
 
     Attributes:
-        apart: numbers of the answers that this text writes differently than a server's; their spans are empty. Each is
-            the last answer of the text of the messages up to it.
+        rewritten: numbers of the answers that this text writes differently than a server's; their spans are empty.
+            Each is the last answer of the text of the messages up to it.
         unlike: whether the text before some answer is not a server's prompt in any text.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    apart: frozenset[int] = frozenset()
+    rewritten: frozenset[int] = frozenset()
     unlike: bool = False
 
 
@@ -187,14 +187,14 @@ class PromptFormat:
         signature = (tuple(map(_turn_signature, turns)), bool(values.get("tools")))
         if signature not in self._layouts:
             self._layouts[signature] = self._compare_with_serving(turns, values, text, spans, answers)
-        apart, unlike = self._layouts[signature]
-        return Rendered(text, [(0, 0) if n in apart else span for n, span in enumerate(spans)], apart, unlike)
+        rewritten, unlike = self._layouts[signature]
+        return Rendered(text, [(0, 0) if n in rewritten else span for n, span in enumerate(spans)], rewritten, unlike)
 
     def _compare_with_serving(
         self, turns: list[Message], values: dict[str, Any], text: str, spans: list[tuple[int, int]], answers: list[int]
     ) -> tuple[frozenset[int], bool]:
-        """(`Rendered.apart`, `Rendered.unlike`) of a text."""
-        apart, unlike = set(), False
+        """(`Rendered.rewritten`, `Rendered.unlike`) of a text."""
+        rewritten, unlike = set(), False
         for number, (turn, (start, end)) in enumerate(zip(answers, spans, strict=True)):
             prompt, _ = _without_marks(self._write(turns[:turn], values, True))
             alone, alone_spans = _without_marks(self._write(turns[: turn + 1], values, False))
@@ -202,16 +202,16 @@ class PromptFormat:
             if text[:start] == prompt and alone[:alone_end] == text[:end]:
                 continue
             if turn + 1 < len(turns) and alone[:alone_start] == prompt:
-                apart.add(number)
+                rewritten.add(number)
             else:
                 unlike = True
-        return frozenset(apart), unlike
+        return frozenset(rewritten), unlike
 
     def _by_prompts(
         self, turns: list[Message], values: dict[str, Any], text: str, answers: list[int], learned: list[int]
     ) -> Rendered:
         """Answers of a template without marks: the text that it adds to a server's prompt."""
-        spans, apart = [(0, 0)] * len(answers), set()
+        spans, rewritten = [(0, 0)] * len(answers), set()
         for number in reversed(learned):
             turn = answers[number]
             start, prefix = self._last_answer(turns[: turn + 1], values)
@@ -220,8 +220,8 @@ class PromptFormat:
             if text.startswith(prefix):
                 spans[number] = (start, len(prefix))
             else:
-                apart.add(number)
-        return Rendered(text, spans, frozenset(apart))
+                rewritten.add(number)
+        return Rendered(text, spans, frozenset(rewritten))
 
     def _last_answer(self, turns: list[Message], values: dict[str, Any]) -> tuple[int, str]:
         """(start of the last answer, a server's prompt with that answer).
@@ -279,7 +279,7 @@ class PromptFormat:
             text, content = rendered.text, turn["content"]
             if turn["role"] == "assistant":
                 number += 1
-                if (wanted is not None and number not in wanted) or number in rendered.apart:
+                if (wanted is not None and number not in wanted) or number in rendered.rewritten:
                     continue
                 spans = [rendered.spans[number]] if len(rendered.spans) == answers else rendered.spans
                 text = "".join(text[start:end] for start, end in spans)
@@ -328,7 +328,7 @@ class PromptFormat:
         for key, word, answer, learned in expected:
             text = rendered.text
             if answer is not None:
-                if answer in rendered.apart or (not learned and key == "reasoning_content"):
+                if answer in rendered.rewritten or (not learned and key == "reasoning_content"):
                     continue  # checked as a last answer; reasoning that is not learned may be left out
                 if learned and len(rendered.spans) == answers:
                     text = text[slice(*rendered.spans[answer])]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -12,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.convert import canonical
-from llmft.config.sections import DataConfig, Head, TaskType
+from llmft.config.convert import canonical, digest_of
+from llmft.config.data import DataConfig
+from llmft.config.task import Head, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import message_text
@@ -105,8 +105,7 @@ def add_pseudo(
     if has_classes:
         classes = Counter(str(columns.targets.name(row.target)) for row in accepted.values())
         result.classes = dict(sorted(classes.items()))
-    contents_used = [[row.messages, row.target, row.weight] for row in result.conversations]
-    result.fingerprint = hashlib.sha256(canonical(contents_used).encode()).hexdigest()
+    result.fingerprint = digest_of([[row.messages, row.target, row.weight] for row in result.conversations])
     return result
 
 

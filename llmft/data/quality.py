@@ -6,13 +6,14 @@ For example a doubled begin token, an end token that is never trained, or rows o
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import DataError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Ends
@@ -136,52 +137,59 @@ def findings(
 
     `context_tokens` is the model's number of positions; with `learned_positions` the model fails beyond it.
     """
-    result: list[Finding] = []
-
-    def add(level: str, key: str, message: str) -> None:
-        result.append(Finding(level, key, message))
-
     classifies = config.task.head is not None or config.task.auto_class == "sequence_classification"
-    for split, fact in facts.items():
-        if fact.doubled_begin:
-            add("error", "prompt", f"{fact.doubled_begin} {split} rows have two begin tokens side by side")
-        if fact.untrained and not classifies:
-            add("error", "data", f"{fact.untrained} {split} rows have no token to learn")
-        if not classifies and fact.rows and fact.ends_trained < MIN_ENDS * fact.rows:
-            share = 1 - fact.ends_trained / fact.rows
-            what = f"{share:.0%} of the {split} rows do not end in a trained end token, so the model would not learn to"
-            add("error", "prompt", what + " stop: put the end token inside {% generation %} in the prompt's template")
-        if fact.special_in_text:
-            add("warning", "data", f"{fact.special_in_text} {split} rows spell a special token in their own text")
+    result = [finding for split, fact in facts.items() for finding in _of_split(split, fact, classifies)]
     longest = max((fact.all_tokens.get(100, 0) for fact in facts.values()), default=0)
     if context_tokens is not None and longest > context_tokens:
         level = "error" if learned_positions else "warning"
         limit = f"more than the {context_tokens} positions of the model"
-        add(level, "data.max_tokens", f"the longest row has {longest} tokens, {limit}")
+        result.append(Finding(level, "data.max_tokens", f"the longest row has {longest} tokens, {limit}"))
     train = facts.get("train")
     if train is not None and train.begin_tokens.get(0):
-        count = train.begin_tokens[0]
-        add("warning", "prompt", f"{count} train rows have no begin token, although the tokenizer has one")
+        message = f"{train.begin_tokens[0]} train rows have no begin token, although the tokenizer has one"
+        result.append(Finding("warning", "prompt", message))
+    trains_on_all = config.data.train_on is TrainOn.all
     for overlap in overlaps:
-        if config.data.train_on is TrainOn.all and (overlap.first, overlap.second) == ("train", "validation"):
-            continue
-        within_split = overlap.first == overlap.second
-        if overlap.exact and within_split:
-            add("warning", "data", f"{overlap.exact} {overlap.first} rows are copies of others")
-        elif overlap.exact:
-            share = overlap.exact / max(1, facts[overlap.second].rows)
-            level = "error" if share > config.data.max_overlap_fraction else "warning"
-            example = " = ".join(overlap.examples[0]) if overlap.examples else ""
-            what = f"{overlap.exact} {overlap.second} rows ({share:.0%}) are also in {overlap.first} ({example})"
-            add(level, "data.max_overlap_fraction", f"{what}, so its numbers are too good")
-        if overlap.near and not within_split:
-            add("warning", "data", f"{overlap.near} {overlap.second} rows are near-duplicates of {overlap.first} rows")
-        elif overlap.exact_prompts > overlap.exact and not within_split and not classifies:
-            what = f"{overlap.exact_prompts - overlap.exact} {overlap.second} rows share their question"
-            add("warning", "data.group", f"{what} with {overlap.first} rows")
-    if config.data.train_on is TrainOn.all:
-        add("warning", "data.train_on", "validation rows are trained on too, so validation numbers mean nothing")
+        if not (trains_on_all and (overlap.first, overlap.second) == ("train", "validation")):
+            result += _of_overlap(overlap, facts, config.data.max_overlap_fraction, classifies)
+    if trains_on_all:
+        message = "validation rows are trained on too, so validation numbers mean nothing"
+        result.append(Finding("warning", "data.train_on", message))
     return sorted(result, key=lambda finding: finding.level != "error")
+
+
+def _of_split(split: str, fact: SplitFacts, classifies: bool) -> Iterator[Finding]:
+    if fact.doubled_begin:
+        yield Finding("error", "prompt", f"{fact.doubled_begin} {split} rows have two begin tokens side by side")
+    if fact.untrained and not classifies:
+        yield Finding("error", "data", f"{fact.untrained} {split} rows have no token to learn")
+    if not classifies and fact.rows and fact.ends_trained < MIN_ENDS * fact.rows:
+        share = 1 - fact.ends_trained / fact.rows
+        lack = f"{share:.0%} of the {split} rows do not end in a trained end token, so the model would not learn to"
+        advice = "put the end token inside {% generation %} in the prompt's template"
+        yield Finding("error", "prompt", f"{lack} stop: {advice}")
+    if fact.special_in_text:
+        message = f"{fact.special_in_text} {split} rows spell a special token in their own text"
+        yield Finding("warning", "data", message)
+
+
+def _of_overlap(
+    overlap: Overlap, facts: dict[str, SplitFacts], max_fraction: float, classifies: bool
+) -> Iterator[Finding]:
+    first, second = overlap.first, overlap.second
+    if overlap.exact and first == second:
+        yield Finding("warning", "data", f"{overlap.exact} {first} rows are copies of others")
+    elif overlap.exact:
+        share = overlap.exact / max(1, facts[second].rows)
+        level = "error" if share > max_fraction else "warning"
+        example = " = ".join(overlap.examples[0]) if overlap.examples else ""
+        message = f"{overlap.exact} {second} rows ({share:.0%}) are also in {first} ({example})"
+        yield Finding(level, "data.max_overlap_fraction", f"{message}, so its numbers are too good")
+    if overlap.near and first != second:
+        yield Finding("warning", "data", f"{overlap.near} {second} rows are near-duplicates of {first} rows")
+    elif overlap.exact_prompts > overlap.exact and first != second and not classifies:
+        shared = overlap.exact_prompts - overlap.exact
+        yield Finding("warning", "data.group", f"{shared} {second} rows share their question with {first} rows")
 
 
 def stop_on_errors(findings: Sequence[Finding]) -> None:

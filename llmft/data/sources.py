@@ -28,9 +28,9 @@ from os.path import isfile
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import canonical
+from llmft.config.convert import canonical, digest_of
+from llmft.config.data import BadRow, Columns, DataConfig
 from llmft.config.instantiate import SOURCE_ARGUMENTS, check_arguments, find
-from llmft.config.sections import BadRow, Columns, DataConfig
 from llmft.core.errors import ConfigError, DataError, UserError, nearest
 from llmft.data.naming import NotFinite, Unreadable, is_nested, names_in, nested_value
 
@@ -179,12 +179,12 @@ def _from_generator(data: DataConfig) -> Loaded:
             ]
             for split, count in wanted.items()
         }
-        content = canonical({split: [row.values for row in rows] for split, rows in splits.items()})
+        digest = digest_of({split: [row.values for row in rows] for split, rows in splits.items()})
     except UserError:
         raise
     except Exception as error:
         raise DataError(f"data.source={data.source}: {type(error).__name__}: {error}") from error
-    return Loaded(splits, _sha256(content.encode()))
+    return Loaded(splits, digest)
 
 
 # ----------------------------------------------------------------------------------------------------------- Hub
@@ -243,7 +243,7 @@ def _from_files(data: DataConfig, problems: BadRows) -> Loaded:
         if not files.rows and split != "train" and not problems.rejected:
             raise DataError(f"{sources[split][0]}={sources[split][1]}: no rows.")
     rows = {split: files.rows for split, files in results.items()}
-    return Loaded(rows, _sha256(canonical(digests).encode()))
+    return Loaded(rows, digest_of(digests))
 
 
 def _splits_of_directory(files: Any) -> dict[str, Path]:
@@ -310,7 +310,7 @@ def read_files(files: Any, key: str, problems: BadRows, csv_columns: Sequence[st
             digests.append(_sha256(content))
             file_rows, classes = list(read(path, content, problems, csv_columns)), _parquet_classes(path, content)
         if classes:  # the names may not be part of the file's content
-            digests.append(_sha256(canonical(classes).encode()))
+            digests.append(digest_of(classes))
         if root is not None:
             name = absolute.relative_to(root).as_posix()
             file_rows = [replace(row, name=name + row.where[len(str(path)) :]) for row in file_rows]

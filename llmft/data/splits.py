@@ -6,7 +6,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable
 
-from llmft.config.sections import DataConfig, Sampling, TrainOn
+from llmft.config.data import DataConfig, Sampling, TrainOn
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import stable_text
 from llmft.data.select import assign_folds, diverse, rank

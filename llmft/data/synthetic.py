@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import NamedTuple, TypeVar
 
-from llmft.config.sections import DEGREES
+from llmft.config.data import DEGREES
 
 _T = TypeVar("_T")
 
@@ -126,12 +126,12 @@ def _texts(split: str, num_rows: int, rng: Random, share_of_two: float = 0.0) ->
         if choice in seen or sum(choice) % len(_TASK_SPLITS) != _TASK_SPLITS.index(split):
             continue
         seen.add(choice)
-        animal, mood, other, deed, place, end = (words[i] for words, i in zip(lists, choice, strict=True))
+        animal, mood, other, deed, where, end = (words[i] for words, i in zip(lists, choice, strict=True))
         name = names[len(rows) % len(names)]
         style = _slip(rng, WRITERS[name]) if rng.random() < _SLIPS else WRITERS[name]
         if share_of_two and style is not WRITERS[name] and rng.random() < share_of_two:
             style = _slip(rng, style)
-        sentences = [_mood(style, f"the {animal}", mood), _deed(style, f"the {other}", deed, place, end)]
+        sentences = [_mood(style, f"the {animal}", mood), _deed(style, f"the {other}", deed, where, end)]
         rows.append((" ".join(_shuffled(rng, sentences)), name, style))
     return _shuffled(rng, rows)
 
@@ -191,8 +191,8 @@ def _story(rng: Random) -> str:
         if kind < 0.4:
             sentences.append(_mood(style, who, pick(rng, MOODS)))
         elif kind < 0.8:
-            deed, place, end = (pick(rng, words) for words in (DEEDS, PLACES, _ENDS))
-            sentences.append(_deed(style, who, deed, place, end))
+            deed, where, end = (pick(rng, words) for words in (DEEDS, PLACES, _ENDS))
+            sentences.append(_deed(style, who, deed, where, end))
         else:
             whom = pick(rng, [other for other in cast if other != who])
             sentences.append(_sentence(style, f"{who} {pick(rng, _VERBS)} {whom}"))
@@ -214,8 +214,8 @@ def _mood(style: Style, who: str, mood: str) -> str:
     return _sentence(style, f"{who} was {style.degree} {mood}")
 
 
-def _deed(style: Style, who: str, deed: str, place: str, end: str) -> str:
-    return _sentence(style, f"{who} {deed} {place} {style.joining} {end}")
+def _deed(style: Style, who: str, deed: str, where: str, end: str) -> str:
+    return _sentence(style, f"{who} {deed} {where} {style.joining} {end}")
 
 
 def _sentence(style: Style, body: str) -> str:

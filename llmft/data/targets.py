@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from llmft.config.sections import DataConfig, Head, TaskConfig, TaskType
+from llmft.config.data import DataConfig
+from llmft.config.task import Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import cell_text, missing_column
 from llmft.data.sources import Row

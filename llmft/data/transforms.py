@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from llmft.config.sections import Transform
+from llmft.config.data import Transform
 from llmft.data.columns import Conversation, Message
 
 

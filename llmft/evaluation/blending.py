@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from llmft.config.commands import Method
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError
 from llmft.evaluation.scores import Metric
 from llmft.metrics.monitor import mode_of

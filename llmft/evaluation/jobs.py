@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import PredictConfig
-from llmft.config.convert import canonical
-from llmft.config.sections import Columns, TaskType, TrainConfig
+from llmft.config.convert import canonical, digest_of
+from llmft.config.data import Columns
+from llmft.config.sections import TrainConfig
+from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically
@@ -194,7 +196,7 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
         raise DataError(f"data.files: two rows have one id in '{columns.id}'; every row needs its own.")
     name = config.name or f"{slug(name)}-{digest[:8]}"
     options = [config.batch_size, config.max_new_tokens, names, [str(row.id) for row in conversations]]
-    plan = hashlib.sha256(canonical([run.key, run.digests(), digest, options]).encode()).hexdigest()
+    plan = digest_of([run.key, run.digests(), digest, options])
     directory = run.directory / FOLDER / slug(name)
     fingerprint = run.fact("data", "rows_fingerprint")
     return PredictionJob(
@@ -208,7 +210,7 @@ def _from_prompts(prompts: Any) -> tuple[list[Row], list[str], str, str]:
     if not texts or not all(text.strip() for text in texts):
         raise ConfigError('prompts: no text, or an empty one; write prompts=["…"].')
     rows = [Row({PROMPT: text}, f"prompts:{number}") for number, text in enumerate(texts, start=1)]
-    return rows, [], hashlib.sha256(canonical(texts).encode()).hexdigest(), "prompts"
+    return rows, [], digest_of(texts), "prompts"
 
 
 def _from_files(config: PredictConfig, names: list[str], problems: BadRows) -> tuple[list[Row], list[str], str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.commands import Keep, SampleConfig
+from llmft.config.commands import KeepSamples, SampleConfig
 from llmft.core.seeds import stream
 from llmft.data.columns import Conversation
 from llmft.metrics.rewards import expected_best
@@ -35,7 +35,7 @@ def training_rows(
     pair. A system prompt of the command is left out: the answers are learned without it.
     """
     names = [] if reward is None else ["best.jsonl", "random.jsonl", "pairs.jsonl"]
-    if reward is None or config.keep is Keep.all:
+    if reward is None or config.keep is KeepSamples.all:
         names.append("all.jsonl")
     files: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for number, row in enumerate(rows):

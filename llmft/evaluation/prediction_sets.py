@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import time
@@ -14,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import Method
-from llmft.config.convert import canonical
-from llmft.config.sections import TaskType
+from llmft.config.convert import digest_of
+from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError
 from llmft.core.files import write_atomically
@@ -150,7 +149,7 @@ def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list
 
 def ensemble_directory(root: Path, name: str | None, default: str, content: Any) -> Path:
     """The directory of an ensemble, named by a hash of `content`."""
-    key = hashlib.sha256(canonical(content).encode()).hexdigest()[:10]
+    key = digest_of(content)[:10]
     return root / f"{slug(name or default)[:80]}-{key}"
 
 

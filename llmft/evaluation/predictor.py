@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from llmft.config.commands import PredictConfig
-from llmft.config.sections import Precision, Truncation
+from llmft.config.data import Truncation
+from llmft.config.model import Precision
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, MicroBatch, collate
@@ -183,9 +184,9 @@ def run_parts(job: PredictionJob, options: PredictConfig, screen: Screen) -> tup
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_PER_PART] for start in range(0, len(batches), BATCHES_PER_PART)]
-        there = sum((folder / _part_name(number)).is_file() for number in range(len(parts)))
-        if there:
-            screen.print(f"{there} of {len(parts)} parts are done already.")
+        num_done = sum((folder / _part_name(number)).is_file() for number in range(len(parts)))
+        if num_done:
+            screen.print(f"{num_done} of {len(parts)} parts are done already.")
         for number, part in enumerate(parts):
             path = folder / _part_name(number)
             if not path.is_file():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import EvaluateConfig
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.sources import BadRows, Row, read_files, with_nested
 from llmft.runs.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in

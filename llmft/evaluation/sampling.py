@@ -6,7 +6,6 @@ part, and a part that is there is not written again, so the same command goes on
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from llmft.config.commands import PredictConfig, SampleConfig
-from llmft.config.convert import canonical
+from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
@@ -30,7 +29,7 @@ from llmft.evaluation.jobs import PredictionJob, plan_predictions
 from llmft.evaluation.picked import asked_messages, make_report, prompt_messages, training_rows
 from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
-from llmft.model.sampling import Draw, Drawn, sample
+from llmft.model.sampling import Draw, Sampled, sample
 from llmft.runs.directory import Run, directories, finished_run, slug
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
@@ -174,7 +173,7 @@ class _Writer:
         }
 
     @torch.no_grad()
-    def _logprobs(self, example: Example, answers: Sequence[Drawn]) -> list[float]:
+    def _logprobs(self, example: Example, answers: Sequence[Sampled]) -> list[float]:
         """Nats of each answer with its end under the run at temperature 1; the answers of a prompt together."""
         prompt = list(example.input_ids)
         rows = [Example([*prompt, *a.ids], [*[IGNORE] * len(prompt), *a.ids], example.conversation) for a in answers]
@@ -246,9 +245,7 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
         *(run.key, run.digests(), config.seed, config.samples, list(map(float, config.temperatures))),
         *(config.max_new_tokens, config.system, [[row.id, row.messages, row.tools] for row in rows]),
     ]
-    plan = hashlib.sha256(
-        canonical([answering, [_identity(judge) for judge in judges], config.combine, config.keep.value]).encode()
-    ).hexdigest()
+    plan = digest_of([answering, [_identity(judge) for judge in judges], config.combine, config.keep.value])
     name = slug(config.name or f"{job.directory.name.partition('-')[0]}-{plan[:8]}")
     return SampleJob(
         replace(job, conversations=rows, directory=run.directory / FOLDER / name, plan=plan), config, judges
@@ -258,8 +255,8 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
 def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> PredictionJob:
     """The run's prompts: those of files or of the command line, else the run's own rows of config.split."""
     if config.data.files is not None or config.prompts is not None:
-        given = PredictConfig(run=config.run, prompts=config.prompts, data=config.data)
-        planned = plan_predictions(run.directory, given)
+        predict_config = PredictConfig(run=config.run, prompts=config.prompts, data=config.data)
+        planned = plan_predictions(run.directory, predict_config)
         assert isinstance(planned, PredictionJob)
         return planned
     from llmft.training.prepare import prepare

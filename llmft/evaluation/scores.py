@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import metric_functions
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.runs.predictions import TEXT, Predictions
 
@@ -58,11 +58,11 @@ def bootstrap(
     generator = np.random.Generator(np.random.PCG64([seed]))
     samples: dict[str, list[float]] = {name: [] for name in metrics}
     for _ in range(resamples):
-        drawn = np.concatenate([units[unit] for unit in generator.integers(len(units), size=len(units))])
-        drawn_references = [references[row] for row in drawn] if text else references[drawn]
-        drawn_values = [values[row] for row in drawn] if text else values[drawn]
+        chosen = np.concatenate([units[unit] for unit in generator.integers(len(units), size=len(units))])
+        chosen_references = [references[row] for row in chosen] if text else references[chosen]
+        chosen_values = [values[row] for row in chosen] if text else values[chosen]
         for name, metric in metrics.items():
-            samples[name].append(metric(drawn_references, drawn_values))
+            samples[name].append(metric(chosen_references, chosen_values))
     percentile = 100 * (1 - confidence) / 2
     intervals = {}
     for name, values_of_metric in samples.items():

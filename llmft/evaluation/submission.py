@@ -15,7 +15,7 @@ import numpy as np
 from rich.markup import escape
 
 from llmft.config.commands import PredictionFormat, SubmissionConfig
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv
@@ -75,8 +75,8 @@ def write_fitting(
             f"{member}: {', '.join(names)} are different predictions of the rows of template={template.path}; delete "
             f"all but one of the folders {FOLDER}/NAME of its members and give the same command again."
         )
-    others = [name for name in predictions if name not in ("val", "test")]
-    name = names[-1] if names else others[0] if len(others) == 1 else None
+    extra_names = [name for name in predictions if name not in ("val", "test")]
+    name = names[-1] if names else extra_names[0] if len(extra_names) == 1 else None
     if name is None:
         raise DataError(
             f"{member}: none of its predictions ({', '.join(predictions)}) are of the {len(template_ids):,} rows of "
@@ -96,15 +96,17 @@ def write_submission(
     """
     index_of = {name: number for number, name in enumerate(predictions.ids)}
     missing = [name for name in template.ids if name not in index_of]
-    others = set(predictions.ids) - set(template.ids)
+    unexpected = set(predictions.ids) - set(template.ids)
     if missing:
-        extra = next((name for name in predictions.ids if name in others), None)
+        extra = next((name for name in predictions.ids if name in unexpected), None)
         hint = f"; predicted rows have ids such as {extra}" if extra is not None else ""
         raise DataError(
             f"template={template.path}: {len(missing)} of its rows are not predicted ({missing[0]} first){hint}."
         )
-    if others:
-        raise DataError(f"template={template.path}: {len(others)} predicted rows are not in it ({min(others)} first).")
+    if unexpected:
+        raise DataError(
+            f"template={template.path}: {len(unexpected)} predicted rows are not in it ({min(unexpected)} first)."
+        )
     if not np.isfinite(predictions.values).all():
         row = predictions.ids[int(np.argmin(np.isfinite(predictions.values).all(axis=1)))]
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")

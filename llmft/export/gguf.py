@@ -316,8 +316,8 @@ def convert_by(checkout: str, directory: Path, path: Path, kind: str) -> None:
     command = [sys.executable, str(script), str(directory), "--outfile", str(path), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        said = (done.stderr.strip() or done.stdout.strip()).splitlines()
-        raise ConfigError(f"converter={checkout}: {said[-1] if said else 'it failed'}")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise ConfigError(f"converter={checkout}: {lines[-1] if lines else 'it failed'}")
 
 
 def quantize(source: Path, path: Path, kind: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 
 from llmft.config.commands import MergeBase, MergeConfig, MergeFormat
 from llmft.config.convert import canonical
-from llmft.config.sections import QuantizationFormat
+from llmft.config.model import QuantizationFormat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes, scratch_directory

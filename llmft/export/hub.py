@@ -63,12 +63,12 @@ def _without_paths(path: Path, config: TrainConfig) -> str:
 
 def _page(run: Run, config: TrainConfig, push: PushConfig) -> str:
     library = "peft" if push.what is Pushed.adapter and config.lora.enabled else "transformers"
-    what = {
+    description = {
         Pushed.adapter: "A LoRA adapter." if config.lora.enabled else "A fine-tuned language model.",
         Pushed.merged: card.merged(config),
         Pushed.gguf: "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
     }[push.what]
-    return card.text(push.repo.rpartition("/")[2], what, config, run, {}, library)
+    return card.text(push.repo.rpartition("/")[2], description, config, run, {}, library)
 
 
 def send(config: PushConfig, folder: Path) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from llmft import __version__
 from llmft.config.commands import MergeBase, MergeConfig, PredictConfig, Stored
-from llmft.config.sections import Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.model import Precision, QuantizationConfig, QuantizationFormat
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes, staged_directory

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import QuantizationFormat
+from llmft.config.model import QuantizationFormat
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation

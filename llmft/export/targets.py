@@ -127,8 +127,8 @@ def target_of(job: PredictionJob, config: MergeConfig, several: bool) -> Path:
         return lmstudio_folder() / "llmft" / run.name / file_name
     if config.to is None:
         return run / "gguf" / file_name
-    given = Path(config.to).expanduser()
-    return given if given.suffix == ".gguf" and not several else given / file_name
+    target = Path(config.to).expanduser()
+    return target if target.suffix == ".gguf" and not several else target / file_name
 
 
 def lmstudio_folder() -> Path:

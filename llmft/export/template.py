@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from llmft.config.sections import PromptConfig, SystemRole
+from llmft.config.data import PromptConfig, SystemRole
 from llmft.core.errors import ConfigError
 
 _MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")

@@ -60,7 +60,7 @@ def plain(model: Any, auto_class: str) -> Plain:
         empty, tied = meta_model(auto_class, config), {}
     result = Plain(config, auto_class, empty)
     names = [name for name in empty.state_dict() if name not in tied]
-    for group in _apart(empty, names):
+    for group in _independent_groups(empty, names):
         for target, tensor in _as_stored(empty, {name: empty.state_dict()[name] for name in group}).items():
             result.shapes[target] = tensor.shape
             result.sources[target] = group
@@ -114,12 +114,12 @@ def _as_stored(empty: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     return revert_weight_conversion(empty, dict(tensors))
 
 
-def _apart(empty: Any, names: list[str]) -> list[list[str]]:
+def _independent_groups(empty: Any, names: list[str]) -> list[list[str]]:
     """`names` in groups that can be stored without each other: mostly one each."""
     state = empty.state_dict()
-    whole = _as_stored(empty, {name: state[name] for name in names})
+    together = _as_stored(empty, {name: state[name] for name in names})
     alone = [set(_as_stored(empty, {name: state[name]})) for name in names]
-    return [[name] for name in names] if set().union(*alone) == whole.keys() else [names]
+    return [[name] for name in names] if set().union(*alone) == together.keys() else [names]
 
 
 def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None:

@@ -42,9 +42,9 @@ class Judge:
         function = find(self.path, f"judge.{self.name}", "reward")
         takes = inspect.signature(function).parameters
         texts = {"prompts": list(prompts), "references": list(references), "answers": list(answers)}
-        given = {name: value for name, value in texts.items() if name in takes}
+        columns = {name: value for name, value in texts.items() if name in takes}
         try:
-            scores = [float(value) for value in function(**given, **self.options)]
+            scores = [float(value) for value in function(**columns, **self.options)]
         except (TypeError, ValueError) as error:
             raise ConfigError(f"judge.{self.name}={self.path}: {error}.") from None
         if len(scores) != len(answers) or not np.isfinite(scores).all():
@@ -58,7 +58,7 @@ def _is_dotted(path: str) -> bool:
     return re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)+", path) is not None and not Path(path).expanduser().exists()
 
 
-def judges_of(given: Any, key: str = "judge") -> list[Judge]:
+def judges_of(value: Any, key: str = "judge") -> list[Judge]:
     """The judges that a config names: a path, a list of them, or a dictionary that calls them by names.
 
     A path may be a dictionary itself, {function: PATH, option: value}. In a list a function is called by its own name,
@@ -66,10 +66,10 @@ def judges_of(given: Any, key: str = "judge") -> list[Judge]:
 
     Raises ConfigError for functions, options or directories that cannot be used.
     """
-    if given is None or given == []:
+    if value is None or value == []:
         return []
-    single = isinstance(given, Mapping) and "function" in given
-    items = [given] if isinstance(given, str) or single else given
+    single = isinstance(value, Mapping) and "function" in value
+    items = [value] if isinstance(value, str) or single else value
     named = items.items() if isinstance(items, Mapping) else ((None, item) for item in items)
     judges: list[Judge] = []
     for number, (name, item) in enumerate(named, start=1):

@@ -12,7 +12,9 @@ from typing import Any
 
 import llmft.metrics
 from llmft.config.instantiate import find, metric_functions, reads_text
-from llmft.config.sections import Mode, TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import TaskConfig
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.metrics.rewards import mean_reward

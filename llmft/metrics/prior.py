@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.runs.predictions import TEXT, Predictions
 
 SMALLEST = 1e-15

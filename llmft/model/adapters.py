@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmft import __version__
-from llmft.config.sections import Kernels, LoraConfig
+from llmft.config.model import Kernels, LoraConfig
 from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.files import staged_directory
@@ -20,7 +20,7 @@ from llmft.data.sandbox import match_bounded
 from llmft.model import families
 from llmft.model.heads import head_names
 from llmft.model.kernels import lora as lora_kernel
-from llmft.model.sharding import is_sharded, like, whole
+from llmft.model.sharding import full_tensor, is_sharded, sharded_like
 
 
 def attach(
@@ -34,30 +34,7 @@ def attach(
     """
     import peft
 
-    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
-    if isinstance(targets, str) and targets != "all-linear":
-        try:
-            match_bounded(targets, (name for name, _ in base.named_modules()))
-        except (re.error, ValueError) as error:
-            raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
-    mixture = targets == "all-linear" and families.is_mixture(base)
-    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
-        targets = families.dense_layers(base)
-    classifies = auto_class == "sequence_classification"
-    # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
-    parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
-    config = peft.LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=families.NOT_ADAPTED if mixture else None,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        modules_to_save=[*lora.modules_to_save, *parts] or None,
-        task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=name,
-    )
+    config = _peft_config(base, lora, auto_class, name)
     names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
     for module in lora.modules_to_save:
         if not any(f".{name}".endswith(f".{module}") for name, _ in base.named_modules()):
@@ -75,6 +52,36 @@ def attach(
     if kernels is Kernels.auto:
         lora_kernel.install(model)
     return model
+
+
+def _peft_config(base: Any, lora: LoraConfig, auto_class: str, name: str) -> Any:
+    """`lora` in PEFT's words; `name` is that of the base."""
+    import peft
+
+    targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    if isinstance(targets, str) and targets != "all-linear":
+        try:
+            match_bounded(targets, (name for name, _ in base.named_modules()))
+        except (re.error, ValueError) as error:
+            raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
+    mixture = targets == "all-linear" and families.is_mixture(base)
+    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
+        targets = families.dense_layers(base)
+    classifies = auto_class == "sequence_classification"
+    # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
+    parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        exclude_modules=families.NOT_ADAPTED if mixture else None,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        modules_to_save=[*lora.modules_to_save, *parts] or None,
+        task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
+        base_model_name_or_path=name,
+    )
 
 
 def detach(model: Any) -> Any:
@@ -228,7 +235,7 @@ def load_trainable_state(model: torch.nn.Module, state: dict[str, torch.Tensor])
         raise KeyError(f"trained tensors differ: {sorted(current.keys() ^ state.keys())[:3]}")
     with torch.no_grad():
         for name, parameter in current.items():
-            parameter.copy_(like(state[name], parameter))
+            parameter.copy_(sharded_like(state[name], parameter))
 
 
 CARD = """---
@@ -247,7 +254,7 @@ def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torc
     if not is_sharded(model):
         return None
     parameters = model.named_parameters()
-    return {name: whole(p.detach()).cpu() for name, p in parameters if p.requires_grad or not trained_only}
+    return {name: full_tensor(p.detach()).cpu() for name, p in parameters if p.requires_grad or not trained_only}
 
 
 def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:

@@ -10,15 +10,10 @@ from typing import Any
 import torch
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import (
-    Checkpointing,
-    Head,
-    ModelInit,
-    Precision,
-    QuantizationConfig,
-    QuantizationFormat,
-    TrainConfig,
-)
+from llmft.config.model import ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Head
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
 from llmft.core.machine import sensible_threads
 from llmft.core.seeds import stream
@@ -81,8 +76,7 @@ def assemble(
 
     Raises ConfigError for files, targets or weights that do not fit the config.
     """
-    auto_class, lora = str(config.task.auto_class), config.lora
-    model, quantization = config.model, config.quantization
+    lora, model, quantization = config.lora, config.model, config.quantization
     if trained is not None and not lora.enabled:
         model = replace(model, path=str(trained), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None)
         located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
@@ -93,7 +87,7 @@ def assemble(
         model,
         located,
         quantization,
-        auto_class=auto_class,
+        auto_class=str(config.task.auto_class),
         num_labels=num_labels,
         dtype=TORCH_DTYPES[precision] if lora.enabled else torch.float32,
         device=device,
@@ -108,10 +102,9 @@ def assemble(
         renew_head(base, None if stored else stream(config.seed, "head"))
     counts = weight_counts(base)
     check_dora(config, device, int8=counts["8-bit"] > 0)
-    trainer = config.trainer
-    processes = trainer.devices if device.type == "cpu" and trained is None and isinstance(trainer.devices, int) else 1
-    weights = counts["4-bit"] + counts["8-bit"] + counts["full"]
-    torch.set_num_threads(threads or sensible_threads(weights, processes))
+    devices = config.trainer.devices
+    processes = devices if device.type == "cpu" and trained is None and isinstance(devices, int) else 1
+    torch.set_num_threads(threads or sensible_threads(counts["4-bit"] + counts["8-bit"] + counts["full"], processes))
     if pad_id is not None:
         base.config.pad_token_id = pad_id
     set_checkpointing(base, Checkpointing.none)  # PEFT would have the embeddings' output differentiated
@@ -119,19 +112,26 @@ def assemble(
     if foreign and trained is not None:
         attached = adapters.load_foreign(base, trained)
     elif lora.enabled:
-        attached = adapters.attach(
-            base,
-            lora,
-            auto_class=auto_class,
-            seed=stream(config.seed, "lora"),
-            name=str(located.directory) if config.model.path is not None else config.model.id,
-            kernels=config.model.kernels,
-        )
-        if trained is not None:
-            adapters.load_adapter(attached, trained)
-        elif lora.adapter is not None:
-            adapters.go_on_from(attached, adapter_directory(lora.adapter), lora)
+        attached = _with_adapter(base, config, located, trained)
     return Assembled(base, attached if trained is None else attached.eval(), base is before, keep)
+
+
+def _with_adapter(base: Any, config: TrainConfig, located: Located, trained: Path | None) -> Any:
+    """`base` with the adapter of `config`: that of `trained`, else that of lora.adapter, else a new one."""
+    lora = config.lora
+    model = adapters.attach(
+        base,
+        lora,
+        auto_class=str(config.task.auto_class),
+        seed=stream(config.seed, "lora"),
+        name=str(located.directory) if config.model.path is not None else config.model.id,
+        kernels=config.model.kernels,
+    )
+    if trained is not None:
+        adapters.load_adapter(model, trained)
+    elif lora.adapter is not None:
+        adapters.go_on_from(model, adapter_directory(lora.adapter), lora)
+    return model
 
 
 def base_key(config: TrainConfig, fingerprint: str) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from llmft.config.sections import Checkpointing
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
 
 

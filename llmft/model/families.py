@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import ModelConfig
+from llmft.config.model import ModelConfig
 from llmft.core.errors import ConfigError
 
 NOT_ADAPTED = r".*\.(router|gate|experts)(\..*)?"

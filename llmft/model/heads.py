@@ -117,7 +117,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     last = batch.attention_mask.sum(dim=1) - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
-        """The last real token's scores at all places, so that any place transformers takes is the right one.
+        """The last real token's scores at all positions, so that any position transformers takes is the right one.
 
         A hook inside an ordinary forward, because DDP and FSDP know a model by its own forward and output.
         """
@@ -144,29 +144,30 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         packed, _ = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
         flat = _packed_scores(model, head, packed)
     else:
-        rows, _ = answers_apart(batch.input_ids, answers.lengths)
-        (lengths,) = send([np.array([prompt + own for prompt, *rest in answers.lengths for own in rest])], rows.device)
+        rows, _ = row_per_answer(batch.input_ids, answers.lengths)
+        row_lengths = [prompt + answer for prompt, *in_answers in answers.lengths for answer in in_answers]
+        (lengths,) = send([np.array(row_lengths)], rows.device)
         mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long()
         flat = linear_scores(model, replace(batch, input_ids=rows, attention_mask=mask))
-    filled = [row * answers.most + place for row, own in enumerate(answers.lengths) for place in range(len(own) - 1)]
-    (places,) = send([np.array(filled)], flat.device)
-    scores = flat.new_zeros(len(answers.lengths) * answers.most).index_copy(0, places, flat.flatten())
+    filled = [row * answers.most + n for row, tokens in enumerate(answers.lengths) for n in range(len(tokens) - 1)]
+    (positions,) = send([np.array(filled)], flat.device)
+    scores = flat.new_zeros(len(answers.lengths) * answers.most).index_copy(0, positions, flat.flatten())
     return scores.view(-1, answers.most).float()
 
 
-def answers_apart(
+def row_per_answer(
     input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
     """Padded rows of a prompt and one of its answers each, and (end of the prompt, begin of the answer) of each.
 
-    The places are counted over all tokens of all rows. `lengths` as `pack_answers` takes them.
+    The positions are counted over all tokens of all rows. `lengths` as `pack_answers` takes them.
     """
-    width = max(prompt + answer for prompt, *rest in lengths for answer in rest)
+    width = max(prompt + answer for prompt, *in_answers in lengths for answer in in_answers)
     rows: list[torch.Tensor] = []
     spans = []
-    for row, (prompt, *rest) in zip(input_ids, lengths, strict=True):
+    for row, (prompt, *in_answers) in zip(input_ids, lengths, strict=True):
         first = prompt
-        for answer in rest:
+        for answer in in_answers:
             begin = len(rows) * width + prompt
             spans.append((begin - 1, begin))
             rows.append(torch.cat([row[:prompt], row[first : first + answer]]))

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
+from llmft.config.model import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
 from llmft.config.untrusted import check_model, check_values
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.machine import versions
+from llmft.core.machine import free_memory, versions
 from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
 from llmft.model.experts import fused_shapes
@@ -183,7 +183,7 @@ def first_line(error: BaseException) -> str:
 
 
 @dataclass(frozen=True)
-class _Wanted:
+class _BaseSpec:
     """What `load_base` is asked for."""
 
     model: ModelConfig
@@ -253,13 +253,13 @@ def load_base(
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
     quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
-    wanted = _Wanted(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
-    if keep and _kept.key == wanted.key:
+    spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
+    if keep and _kept.key == spec.key:
         return _kept.model
     drop_base()
     _kept.any_before = True
     try:
-        base = _random(wanted) if model.init is ModelInit.random else _pretrained(wanted, warn, mapped)
+        base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -272,7 +272,7 @@ def load_base(
     if model.kernels is Kernels.auto:
         kernels.install(base)
     if keep:
-        _kept.key, _kept.model = wanted.key, base
+        _kept.key, _kept.model = spec.key, base
     return base
 
 
@@ -285,101 +285,97 @@ def drop_base() -> None:
     _kept.key = _kept.model = None
     if not _kept.any_before:
         return  # a search for garbage among all that was imported takes longer than loading a small base
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_memory()
 
 
 PIECEMEAL_WEIGHTS = 10**9
 """A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
 
 
-def _random(wanted: _Wanted) -> Any:
-    config, attention = wanted.config(), _attention(wanted.model)
+def _random(spec: _BaseSpec) -> Any:
+    config, attention = spec.config(), _attention(spec.model)
 
     def fill(module: torch.nn.Module) -> None:
         if any(tensor.is_meta for tensor in (*module.parameters(False), *module.buffers(False))):
-            module.to_empty(device=wanted.device, recurse=False)
+            module.to_empty(device=spec.device, recurse=False)
             base._init_weights(module)
 
     piecemeal = False
-    if wanted.quantization.format is not QuantizationFormat.none:
-        base = meta_model(wanted.auto_class, config, dtype=wanted.dtype, **attention)
+    if spec.quantization.format is not QuantizationFormat.none:
+        base = meta_model(spec.auto_class, config, dtype=spec.dtype, **attention)
         piecemeal = sum(parameter.numel() for parameter in base.parameters()) > PIECEMEAL_WEIGHTS
-    with wanted.seeded():
+    with spec.seeded():
         if not piecemeal:
-            with torch.device(wanted.device):
-                base = auto_model(wanted.auto_class).from_config(config, dtype=wanted.dtype, **attention)
-        quantize_in_place(base, wanted.quantization, wanted.dtype, wanted.full_precision, wanted.device, fill)
+            with torch.device(spec.device):
+                base = auto_model(spec.auto_class).from_config(config, dtype=spec.dtype, **attention)
+        quantize_in_place(base, spec.quantization, spec.dtype, spec.full_precision, spec.device, fill)
     if piecemeal:
         base.tie_weights()
     return base
 
 
-def _pretrained(wanted: _Wanted, warn: Callable[[str], None], mapped: bool) -> Any:
+def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], mapped: bool) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
-    cache = _cache(wanted, warn)
+    cache = _cache(spec, warn)
     if cache is not None and mapped:
         with cache.alone():
             if cache.find() is None:
-                _cached_or_made(wanted, cache)
+                _cached_or_made(spec, cache)
                 gc.collect()
-    return _cached_or_made(wanted, cache)
+    return _cached_or_made(spec, cache)
 
 
-def _cached_or_made(wanted: _Wanted, cache: QuantizedCache | None) -> Any:
-    assert wanted.located.directory is not None
+def _cached_or_made(spec: _BaseSpec, cache: QuantizedCache | None) -> Any:
+    assert spec.located.directory is not None
     entry = None if cache is None else cache.find()
     if cache is not None and entry is not None:
         try:
-            base, _ = _read(wanted, entry, _stored_config(entry))
-            base.config.name_or_path = base.name_or_path = str(wanted.located.directory)
+            base, _ = _read(spec, entry, _stored_config(entry))
+            base.config.name_or_path = base.name_or_path = str(spec.located.directory)
             return base
         except (ConfigError, OSError, ValueError, KeyError) as error:
             cache.drop(first_line(error))
-    base, missing = _read(wanted, wanted.located.directory, _quantization(wanted))
+    base, missing = _read(spec, spec.located.directory, _quantization(spec))
     counts = weight_counts(base)
     if cache is not None and counts["4-bit"] + counts["8-bit"] >= LEAST_WEIGHTS:
         cache.write(base, missing)
     return base
 
 
-def _read(wanted: _Wanted, directory: Path, quantization: Any) -> tuple[Any, set[str]]:
+def _read(spec: _BaseSpec, directory: Path, quantization: Any) -> tuple[Any, set[str]]:
     """The model of a directory's files, and the names of weights that are new because the files have none."""
-    config = wanted.config()
+    config = spec.config()
     stored = stored_quantization(config)
     if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
-        stored["bnb_4bit_compute_dtype"] = str(wanted.dtype).removeprefix("torch.")
+        stored["bnb_4bit_compute_dtype"] = str(spec.dtype).removeprefix("torch.")
         config.quantization_config = stored
     elif isinstance(quantization, dict):
         config.quantization_config, quantization = quantization, None
-    with wanted.seeded():  # a new classification head is random
-        base, info = auto_model(wanted.auto_class).from_pretrained(
+    with spec.seeded():  # a new classification head is random
+        base, info = auto_model(spec.auto_class).from_pretrained(
             directory,
             config=config,
-            dtype=wanted.dtype,
+            dtype=spec.dtype,
             quantization_config=None if stored else quantization,
-            device_map={"": wanted.device},
+            device_map={"": spec.device},
             local_files_only=True,
             use_safetensors=True,
-            trust_remote_code=wanted.model.trust_remote_code,
+            trust_remote_code=spec.model.trust_remote_code,
             output_loading_info=True,
-            **_attention(wanted.model),
+            **_attention(spec.model),
         )
-    _refuse_missing(base, directory, info, wanted.auto_class)
+    _refuse_missing(base, directory, info, spec.auto_class)
     return base, set(info["missing_keys"])
 
 
-def _quantization(wanted: _Wanted) -> Any:
+def _quantization(spec: _BaseSpec) -> Any:
     """How transformers quantises the files that it reads; None where they stay as they are."""
-    config = wanted.config()
-    if stored_quantization(config) or wanted.quantization.format is QuantizationFormat.none:
+    config = spec.config()
+    if stored_quantization(config) or spec.quantization.format is QuantizationFormat.none:
         return None
-    empty = meta_model(wanted.auto_class, config, dtype=wanted.dtype)
-    quantization = bitsandbytes_config(
-        wanted.quantization, wanted.dtype, unquantized_modules(empty, wanted.full_precision)
-    )
-    if wanted.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
+    empty = meta_model(spec.auto_class, config, dtype=spec.dtype)
+    quantization = bitsandbytes_config(spec.quantization, spec.dtype, unquantized_modules(empty, spec.full_precision))
+    if spec.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
         from llmft.model.experts_quantizer import QUANTIZER
 
         quantization.quant_method = QUANTIZER
@@ -400,28 +396,28 @@ def _stored_config(entry: Path) -> Any:
     return quantization
 
 
-def _cache(wanted: _Wanted, warn: Callable[[str], None]) -> QuantizedCache | None:
+def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | None:
     """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted.
 
     Code of a repository is not run from there: its models are quantised every time.
     """
-    model, quantization = wanted.model, wanted.quantization
+    model, quantization = spec.model, spec.quantization
     if quantization.format is QuantizationFormat.none or not quantization.cache or model.trust_remote_code:
         return None
     installed = versions()
     identity = canonical(
         [
             [model.id, model.revision] if model.path is None else None,
-            wanted.located.fingerprint,
+            spec.located.fingerprint,
             [model.load_overrides, model.overrides],
             numbers_of(quantization),
-            wanted.full_precision,
-            [wanted.auto_class, wanted.num_labels],
-            [str(wanted.dtype), wanted.device.type],
+            spec.full_precision,
+            [spec.auto_class, spec.num_labels],
+            [str(spec.dtype), spec.device.type],
             [installed["bitsandbytes"], installed["transformers"]],
         ]
     )
-    label = f"{model.label} {quantization.format.value} {str(wanted.dtype).removeprefix('torch.')}"
+    label = f"{model.label} {quantization.format.value} {str(spec.dtype).removeprefix('torch.')}"
     return QuantizedCache(identity, label, int(quantization.cache_gib * 2**30), warn)
 
 

@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Checkpointing, Kernels, QuantizationConfig, QuantizationFormat, TrainConfig
+from llmft.config.model import Kernels, QuantizationConfig, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.model import adapters, families, kernels
 from llmft.model.experts import BLOCK, SCALE_BLOCK, fused_shapes
 from llmft.model.heads import positions_at_a_time
@@ -95,10 +97,10 @@ class StepMemory:
         if quantization.format is QuantizationFormat.int8:
             lora_kernel.uninstall(model)
         modules = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-        layers = [_kept_values(layer, text, dtype) for layer in modules]
+        layers = [_saved_values(layer, text, dtype) for layer in modules]
         self.hidden, self.num_layers = text.hidden_size, len(layers)
         self.widest = max(max(_widths(m) or (0,)) for layer in modules for m in layer.modules())
-        self.kept, self.largest = sum(layers), max(layers)
+        self.saved, self.largest = sum(layers), max(layers)
         # A fused kernel keeps no scores; dropout in attention keeps them, what is dropped, and what is left.
         drops = any(
             getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
@@ -136,7 +138,7 @@ class StepMemory:
         inputs = self.num_layers * self.hidden * tokens * self.itemsize
         layer = (self.largest + scores) * tokens * self.itemsize + self.copies
         outside = (2 * self.hidden * self.itemsize + self.logits_everywhere) * tokens
-        whole = (self.kept + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
+        whole = (self.saved + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
         backward = (2 * self.hidden + self.widest) * tokens * self.itemsize + self.dequantized
         # Two numbers in fp32 for each logit: itself and its log-probability, which becomes the gradient.
         logits = 2 * FP32_BYTES * self.vocabulary * min(labelled, self.chunk or labelled)
@@ -154,9 +156,9 @@ class StepMemory:
         )
 
 
-def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float:
+def _saved_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float:
     """Values in `dtype` that autograd keeps for each token that goes through `layer`."""
-    kept, wide = 0.0, FP32_BYTES / dtype.itemsize
+    saved, wide = 0.0, FP32_BYTES / dtype.itemsize
     inputs: dict[tuple[str, int], int] = {}
     blocks: dict[str, list[tuple[int, int]]] = defaultdict(list)
     parts = {"base_layer", "lora_A", "lora_B", "lora_dropout"}
@@ -168,9 +170,9 @@ def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float
         if widths is not None:
             blocks[parent].append(widths)
             if hasattr(module, "lora_A"):
-                kept += module.r["default"] + (widths[1] if module.lora_variant else 0)
+                saved += module.r["default"] + (widths[1] if module.lora_variant else 0)
                 if getattr(module.lora_dropout["default"], "p", 0.0):
-                    kept += widths[0] / dtype.itemsize if kernel else 2 * widths[0]
+                    saved += widths[0] / dtype.itemsize if kernel else 2 * widths[0]
             if hasattr(module, "lora_A") or weight.requires_grad:
                 shared = kernel or dtype is torch.float32  # PEFT casts each one's input
                 inputs[parent if shared else name, widths[0]] = widths[0]
@@ -180,28 +182,28 @@ def _kept_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> float
             width = projected[1] if projected else weight.numel()
             kernel = kernel and not weight.requires_grad
             rms = "RMS" in kind and not kernel
-            kept += width * (wide if rms else 1) * (2 if rms and weight.requires_grad else 1)
+            saved += width * (wide if rms else 1) * (2 if rms and weight.requires_grad else 1)
         elif isinstance(module, torch.nn.Dropout) and module.p:
-            kept += text.hidden_size
+            saved += text.hidden_size
         elif kind.endswith("Experts"):  # gate, up and their product, of each chosen one
             inner = getattr(text, "moe_intermediate_size", None) or text.intermediate_size
-            kept += 3 * inner * getattr(text, "num_experts_per_tok", 2)
+            saved += 3 * inner * getattr(text, "num_experts_per_tok", 2)
         elif "NewGELU" in kind:
-            kept += 3 * 4 * text.hidden_size
+            saved += 3 * 4 * text.hidden_size
     for parent, linear in blocks.items():
         *others, (inner, last) = linear
         first = sum(out for _, out in others)
-        kept += first + (last if last != text.hidden_size else 0)
+        saved += first + (last if last != text.hidden_size else 0)
         attention = "att" in parent
         if not attention and first == 2 * inner:  # gated
             network = modules[parent]
             kernel = "forward" in vars(network) and "SiLU" in type(network.act_fn).__name__
-            kept += 0 if kernel else inner
+            saved += 0 if kernel else inner
             if kernel and "forward" in vars(network.down_proj):
                 inputs.pop((parent, inner), None)  # made again
         elif attention and len(others) == 1 and not hasattr(text, "n_embd"):
-            kept += first * 2 / 3  # queries and keys leave the fused product by a rotation
-    return kept + sum(inputs.values())
+            saved += first * 2 / 3  # queries and keys leave the fused product by a rotation
+    return saved + sum(inputs.values())
 
 
 def _widths(module: Any) -> tuple[int, int] | None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import QuantizationConfig, QuantizationFormat
+from llmft.config.model import QuantizationConfig, QuantizationFormat
 from llmft.core.errors import ConfigError
 from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
 

@@ -34,7 +34,7 @@ class Draw:
 
 
 @dataclass
-class Drawn:
+class Sampled:
     """An answer's tokens, with what ends it; `finished` says whether anything did before it became too long."""
 
     ids: list[int] = field(default_factory=list)
@@ -81,14 +81,14 @@ def sample(
     max_new_tokens: int,
     batch_size: int = 8,
     context_tokens: int | None = None,
-) -> list[list[Drawn]]:
+) -> list[list[Sampled]]:
     """For each prompt an answer for each of its draws, of which all prompts have as many.
 
     A prompt is read once for all its answers; `batch_size` prompts of like length are computed at once. Answers end
     with the model's last position, `context_tokens`, where there is one.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
-    drawn: list[list[Drawn]] = [[] for _ in prompts]
+    sampled: list[list[Sampled]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         group = order[start : start + batch_size]
         batch = _Batch(model, [list(prompts[index]) for index in group], [draws[index] for index in group], ends)
@@ -96,8 +96,8 @@ def sample(
         answers = batch.run(pad_id, [max(0, min(max_new_tokens, room)) for room in rooms])
         each = len(draws[group[0]])
         for number, index in enumerate(group):
-            drawn[index] = answers[number * each : (number + 1) * each]
-    return drawn
+            sampled[index] = answers[number * each : (number + 1) * each]
+    return sampled
 
 
 class _Batch:
@@ -107,7 +107,7 @@ class _Batch:
         self.model, self.prompts, self.ends = model, prompts, ends
         self.each = len(draws[0])
         self.draws = [draw for draws_of_prompt in draws for draw in draws_of_prompt]
-        self.answers = [Drawn() for _ in self.draws]
+        self.answers = [Sampled() for _ in self.draws]
         self.temperature = torch.tensor([draw.temperature for draw in self.draws], dtype=torch.float64)
         base = base_of(model)
         takes = inspect.signature(base.forward).parameters
@@ -117,7 +117,7 @@ class _Batch:
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else base.dtype
         self.doubt = DOUBT.get(dtype, DOUBT[torch.bfloat16])
 
-    def run(self, pad_id: int, rooms: list[int]) -> list[Drawn]:
+    def run(self, pad_id: int, rooms: list[int]) -> list[Sampled]:
         """Draws until every answer has ended, or has the tokens that there is room for: `rooms` of each prompt."""
         from transformers import DynamicCache
 

@@ -38,14 +38,14 @@ def shard(model: Any, mesh: Any) -> None:
     _divided.update(model.modules())
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The whole of a tensor that may be divided; every process must ask."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def full_tensor(value: Any) -> Any:
+    """The whole of a tensor that may be divided, any other value as it is; every process must ask."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
-def like(value: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """`value`, divided as `parameter` is."""
-    if not hasattr(parameter, "full_tensor") or value.shape != parameter.shape:
+def sharded_like(value: Any, parameter: torch.Tensor) -> Any:
+    """`value`, divided as `parameter` is where it is a tensor of its shape."""
+    if not hasattr(parameter, "full_tensor") or getattr(value, "shape", None) != parameter.shape:
         return value
     from torch.distributed.tensor import distribute_tensor
 

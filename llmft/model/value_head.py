@@ -47,10 +47,10 @@ def token_values(model: Any, batch: MicroBatch, *, enabled: bool) -> Iterator[Va
     if not enabled:
         yield values
         return
-    _, places = inputs_of(base, batch.input_ids, batch.lengths, batch.places)
+    _, positions = inputs_of(base, batch.input_ids, batch.lengths, batch.positions)
 
     def read(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-        values.flat.append(getattr(model, NAME)(output.last_hidden_state.flatten(0, 1)[places])[:, 0])
+        values.flat.append(getattr(model, NAME)(output.last_hidden_state.flatten(0, 1)[positions])[:, 0])
 
     handle = body_of(base).register_forward_hook(read)
     try:

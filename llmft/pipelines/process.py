@@ -26,10 +26,10 @@ def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[i
         env={**os.environ, VARIABLE: str(outcome.absolute())},
         preexec_fn=die_with_parent if os.name == "posix" else None,
     )
-    asked: list[int] = []
+    signals_received: list[int] = []
 
     def hand_on(signum: int, _: Any) -> None:
-        asked.append(signum)
+        signals_received.append(signum)
         if signum != signal.SIGINT:  # a terminal sends that one to both
             child.send_signal(signum)
 
@@ -43,6 +43,6 @@ def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[i
             child.kill()
     directories = read_outcome(outcome)
     outcome.unlink(missing_ok=True)
-    if asked:
-        raise Interrupted("interrupted; the same command goes on with this stage.", asked[-1])
+    if signals_received:
+        raise Interrupted("interrupted; the same command goes on with this stage.", signals_received[-1])
     return code, directories

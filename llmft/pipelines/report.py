@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich import box
-from rich.table import Table
 
 from llmft.config.commands import PipelineConfig
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.core.errors import StageFailed
 from llmft.core.files import write_atomically
 from llmft.pipelines.process import run_command
 from llmft.pipelines.stages import Stage, filled
+from llmft.reports.read import read_dictionary
+from llmft.reports.tables import markdown_table
 from llmft.runs.predictions import read_table
 
 RESAMPLES, SHOWN = 2000, 3
@@ -96,13 +96,8 @@ def write_report(
     write_atomically(directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
     tables = _tables(content)
     for title, header, lines in tables:
-        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-        for name in header:
-            table.add_column(name, overflow="fold")
-        for line in lines:
-            table.add_row(*line)
-        screen.print(table)
-    text = "\n\n".join(_markdown(*table) for table in tables)
+        screen.print(text_table(header, lines, title, range(len(header))))
+    text = "\n\n".join(f"## {title}\n\n{markdown_table(header, lines)}" for title, header, lines in tables)
     write_atomically(directory / "report.md", f"# {config.name}\n\n{text}\n".encode())
     screen.print(f"[bold]chain[/bold]  {directory / 'report.md'}")
 
@@ -110,11 +105,11 @@ def write_report(
 def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     """What a stage's own record says: a training's monitored metric before and after, or the best of n of samples."""
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
-    status = read_record(result / "run.json").get("result", {})
+    status = read_dictionary(result / "run.json", []).get("result", {})
     if status:
         monitor = _monitor(result)
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
-    if best := read_record(result / "report.json").get("expected_best"):
+    if best := read_dictionary(result / "report.json", []).get("expected_best"):
         row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}
     return row
 
@@ -136,15 +131,6 @@ def _answers(stage: str, results: dict[str, str], config: PipelineConfig, direct
     each = max(table["sample"]) + 1
     rewards = np.asarray(table["reward"], np.float64).reshape(-1, each).mean(1)
     return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON object of a file; empty where it is not there or damaged."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 Shown = tuple[str, list[str], list[list[str]]]
@@ -177,10 +163,3 @@ def _tables(content: dict[str, Any]) -> list[Shown]:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
-
-
-def _markdown(title: str, header: list[str], lines: list[list[str]]) -> str:
-    def line(cells: list[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
-
-    return "\n".join([f"## {title}", "", line(header), line(["---"] * len(header)), *map(line, lines)])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import time
@@ -15,14 +14,15 @@ from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.commands import PipelineConfig, SampleConfig
-from llmft.config.convert import canonical
+from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import RunBusy, StageFailed
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.pipelines.process import run_command
-from llmft.pipelines.report import read_record, write_report
+from llmft.pipelines.report import write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
+from llmft.reports.read import read_dictionary
 from llmft.runs.directory import slug
 
 
@@ -30,9 +30,9 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
     """Runs what is not done; returns the directory of the record, None for a plan alone."""
     stages = stages_of(config)
     directory = Path(config.output_dir) / "pipelines" / slug(config.name)
-    before = read_record(directory / "pipeline.json").get("stages", {})
+    before = read_dictionary(directory / "pipeline.json", []).get("stages", {})
     # A mistake in the last stage is told before the first one starts.
-    configs = [check_composes(stage, stage.arguments(_known(stage, before))) for stage in stages]
+    configs = [check_composes(stage, stage.arguments(_results_needed(stage, before))) for stage in stages]
     _show_plan(stages, configs, before, screen)
     if config.dry_run:
         return None
@@ -68,17 +68,17 @@ def _entry(
 
 
 def _plan(stage: Stage, arguments: Sequence[str]) -> str:
-    return hashlib.sha256(canonical([stage.module(), stage.sweep, list(arguments)]).encode()).hexdigest()[:16]
+    return digest_of([stage.module(), stage.sweep, list(arguments)])[:16]
 
 
-def _known(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
+def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
     """What the stages that `stage` needs left last time, or stand-ins."""
-    known: dict[str, str] = {}
+    values: dict[str, str] = {}
     for name in stage.needs:
         entry = before.get(name, {})
-        known[name] = entry.get("result") or f"stage-{name}"
-        known[f"{name}.runs"] = entry.get("runs") or f"[{known[name]}]"
-    return known
+        values[name] = entry.get("result") or f"stage-{name}"
+        values[f"{name}.runs"] = entry.get("runs") or f"[{values[name]}]"
+    return values
 
 
 def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str, Any], screen: Screen) -> None:
@@ -89,7 +89,7 @@ def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str
     stale: set[str] = set()
     for stage, config in zip(stages, configs, strict=True):
         entry = before.get(stage.name)
-        arguments = stage.arguments(_known(stage, before))
+        arguments = stage.arguments(_results_needed(stage, before))
         done = entry is not None and entry["plan"] == _plan(stage, arguments) and not stale & set(stage.needs)
         if not done:
             stale.add(stage.name)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.reports.configurations import Study

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.metrics.prior import is_better
 from llmft.metrics.text import token_f1
 from llmft.reports.configurations import Study

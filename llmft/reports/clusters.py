@@ -9,13 +9,13 @@ import numpy as np
 
 from llmft.core.redaction import redact
 from llmft.reports.configurations import Study
-from llmft.reports.figures import Drawn, Point, scatter
+from llmft.reports.figures import Figure, Point, scatter
 from llmft.reports.svg import SERIES, clip
 
 FEWEST, MOST = 8, 400
 
 
-def text_clusters(study: Study) -> Drawn | None:
+def text_clusters(study: Study) -> Figure | None:
     """The best configuration's sampled validation rows; None where there are too few, or no words to tell them apart.
 
     TF-IDF of words and pairs of words, without those in nearly all rows, then the two strongest directions (singular
@@ -25,12 +25,12 @@ def text_clusters(study: Study) -> Drawn | None:
     if samples is None:
         return None
     samples = [s for s in samples if isinstance(s.get("prompt"), str)][:MOST]
-    places = _places([s["prompt"] for s in samples])
-    if places is None:
+    points_xy = _coordinates([s["prompt"] for s in samples])
+    if points_xy is None:
         return None
     classes = Counter(str(s.get("reference", "")).strip() for s in samples)
     known = [name for name, _ in classes.most_common()] if len(classes) <= SERIES else []
-    points = [_point(sample, position, known) for sample, position in zip(samples, places, strict=True)]
+    points = [_point(sample, position, known) for sample, position in zip(samples, points_xy, strict=True)]
     wrong = sum(point.wrong for point in points)
     colours = " Colours are references." if known else ""
     note = f"{len(points)} rows of the best configuration, {wrong} wrong (crosses); hover for the text.{colours}"
@@ -38,7 +38,7 @@ def text_clusters(study: Study) -> Drawn | None:
     return scatter(points, title, note, "TF-IDF, two dimensions", names=known)
 
 
-def _places(texts: list[str]) -> Any:
+def _coordinates(texts: list[str]) -> Any:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -49,8 +49,8 @@ def _places(texts: list[str]) -> Any:
         return None
     if min(table.shape) < 3:
         return None
-    places = TruncatedSVD(2, random_state=0).fit_transform(table)
-    return places if np.ptp(places, axis=0).min() > 0 else None
+    coordinates = TruncatedSVD(2, random_state=0).fit_transform(table)
+    return coordinates if np.ptp(coordinates, axis=0).min() > 0 else None
 
 
 def _point(sample: dict[str, Any], position: Any, known: list[str]) -> Point:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import dataclass_of
-from llmft.config.sections import Mode, TrainConfig
+from llmft.config.convert import group_of
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Mode
 from llmft.core.redaction import redact
 from llmft.metrics.monitor import declared, mode_of, named_metric
 from llmft.reports.read import RunRecord, read_dictionary
@@ -230,7 +231,7 @@ def _without_effect(schema: type = TrainConfig, prefix: str = "") -> frozenset[s
     """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
     keys: set[str] = set()
     for entry in dataclasses.fields(schema):
-        group = dataclass_of(entry.type, schema)
+        group = group_of(schema, entry.name)
         if entry.metadata.get("not_in_key"):
             keys.add(f"{prefix}{entry.name}")
         elif group is not None:

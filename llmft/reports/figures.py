@@ -23,7 +23,7 @@ LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Figure:
     """A figure with what stands above it."""
 
     title: str
@@ -36,7 +36,7 @@ def styles_of(study: Study) -> list[tuple[str, str]]:
     return [(c.name, f"s{rank}" if rank < SERIES else "rest") for rank, c in enumerate(study.configurations)]
 
 
-def curves(study: Study, metric: str) -> Drawn | None:
+def curves(study: Study, metric: str) -> Figure | None:
     """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
     bands = [(c, band([run.curve(metric) for run in c.runs])) for c in study.configurations[:MOST_LINES]]
     shown = [(c, line, style) for (c, line), (_, style) in zip(bands, styles_of(study), strict=False)
@@ -54,7 +54,7 @@ def curves(study: Study, metric: str) -> Drawn | None:
     description = f"{metric}: {len(shown)} configurations" + (", logarithmic scale" if log else "")
     description += f"{', the beginning is above the figure' if cut else ''}. {ends}"
     note = "Logarithmic scale." if log else "The beginning is above the figure." if cut else ""
-    return Drawn(metric, note, figure(276, metric, description, axes(x, y, "optimizer step", BOTTOM), inside))
+    return Figure(metric, note, figure(276, metric, description, axes(x, y, "optimizer step", BOTTOM), inside))
 
 
 def _heights(lines: Sequence[Band]) -> tuple[list[float], bool, bool]:
@@ -88,7 +88,7 @@ def _line(
     return tipped(tag("g", *shapes), tip, class_=f"series {style}")
 
 
-def differences(comparisons: Sequence[Comparison], metric: str) -> Drawn | None:
+def differences(comparisons: Sequence[Comparison], metric: str) -> Figure | None:
     """The lead of the best over each other one with its interval; one that holds 0 tells nothing apart."""
     shown = [c for c in comparisons if c.low is not None and c.high is not None][:MOST_LINES]
     if not shown:
@@ -97,12 +97,12 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> Drawn | None:
     height, log = 46.0 * len(shown) + 56, shown[0].rules.log
     of = f"how much lower {metric} is" if log else f"lead in {metric}"
     parts = _columns(x, 8, height, f"{of}, 95% interval", "{:.0%}".format if log else short)
-    start, aside = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
+    start, shift = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
     for rank, c in enumerate(shown):
         at, clear = 46.0 * rank + 36, c.verdict in (Verdict.better, Verdict.behind)
         shape = tag(
             "g",
-            text(x(0.0) + aside, at - 12, clip(f"over {c.second}", 40), start, class_="halo"),
+            text(x(0.0) + shift, at - 12, clip(f"over {c.second}", 40), start, class_="halo"),
             tag("line", x1=x(0.0), x2=x(0.0), y1=at - 24, y2=at + 22, class_="zero"),
             tag("line", x1=x(c.low or 0.0), x2=x(c.high or 0.0), y1=at, y2=at, class_="interval"),
             tag("circle", cx=x(c.lead), cy=at, r=5, class_="mark" if clear else "mark open"),
@@ -112,10 +112,10 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> Drawn | None:
     title = f"Lead of {comparisons[0].first}"
     description = f"{title}: {len(shown)} comparisons, each listed in the verdicts."
     note = "Where the mark is hollow, the difference may be noise."
-    return Drawn(title, note, figure(height, title, description, *parts))
+    return Figure(title, note, figure(height, title, description, *parts))
 
 
-def points(study: Study) -> Drawn | None:
+def points(study: Study) -> Figure | None:
     """A dot for every run and a bar for the mean, a line per configuration, the best on top."""
     shown = study.configurations[:MOST_LINES]
     if len(shown) < 2:
@@ -134,7 +134,7 @@ def points(study: Study) -> Drawn | None:
         tip = f"{name}: mean {number(mean)}; {', '.join(number(float(value)) for value in sample)}"
         parts.append(tipped(shape, tip, class_=f"series {style}"))
     svg = figure(height, "Every run", f"Every run of {len(shown)} configurations.", *parts)
-    return Drawn("Every run", "A dot is a run, the bar their mean.", svg)
+    return Figure("Every run", "A dot is a run, the bar their mean.", svg)
 
 
 def _columns(x: Scale, top: float, height: float, below: str, label: Callable[[float], str]) -> list[Markup]:
@@ -146,7 +146,7 @@ def _columns(x: Scale, top: float, height: float, below: str, label: Callable[[f
     return [*parts, text(WIDTH / 2, height - 6, below, "middle", class_="faint")]
 
 
-def parallel(study: Study) -> Drawn | None:
+def parallel(study: Study) -> Figure | None:
     """A line per configuration through its value of each key to its metric; the better, the darker."""
     keys = study.keys
     if len(keys) < 2 or len(study.configurations) < 2:
@@ -177,10 +177,10 @@ def parallel(study: Study) -> Drawn | None:
     title = "Every configuration, from its values to its metric"
     description = f"{title}. The best is {study.configurations[0].name} at {number(means[0])}."
     note = "A line is a configuration; the stronger, the better. Better metrics are at the top."
-    return Drawn("Parallel coordinates", note, figure(280, title, description, *parts, width=width))
+    return Figure("Parallel coordinates", note, figure(280, title, description, *parts, width=width))
 
 
-def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Drawn | None:
+def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Figure | None:
     """Each key's share of the variance; the bar of a key that no verdict tells from noise is hollow and says so."""
     parts, listed = [], []
     for rank, (name, share) in enumerate(shares.items()):
@@ -199,7 +199,7 @@ def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()
     description = f"Share of the variance: {'; '.join(listed)}."
     note = "Share of the variance that each key explains by itself in a random forest (Optuna's fANOVA)."
     svg = figure(44.0 * len(shares) + 4, "Importance of each key", description, *parts)
-    return Drawn("Importance", note, svg) if shares else None
+    return Figure("Importance", note, svg) if shares else None
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def _matrix(
     return figure(top + high * len(rows) + 6, title, description, *parts, width=whole)
 
 
-def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Drawn:
+def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Figure:
     """Rows by true class (down) and likeliest class (across); the larger its share of the true class, the darker."""
 
     def cell(i: int, j: int) -> Cell:
@@ -252,10 +252,10 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str,
     cells = [[cell(i, j) for j in indices] for i in indices]
     note = f"{name}, {runs} run{'s' if runs > 1 else ''}: true class down, likeliest across."
     svg = _matrix("true", labels, "predicted", labels, cells, "Confusion", description)
-    return Drawn("Confusion", note, svg)
+    return Figure("Confusion", note, svg)
 
 
-def heat_map(study: Study, first: str, second: str) -> Drawn:
+def heat_map(study: Study, first: str, second: str) -> Figure:
     """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
     rows, columns, table = interaction(study, first, second)
     down, across = (short_names(study.keys)[key] for key in (first, second))
@@ -272,7 +272,7 @@ def heat_map(study: Study, first: str, second: str) -> Drawn:
     title = f"{down} with {across}"
     description = f"{title}: {study.monitor}, best {number(known[0])}."
     svg = _matrix(down, rows, across, columns, cells, title, description)
-    return Drawn("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg)
+    return Figure("Interaction", f"{study.monitor}: the stronger the colour, the better.", svg)
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class Point:
 
 def scatter(
     points: Sequence[Point], title: str, note: str, across: str, up: str = "", *, names: Sequence[str] = ()
-) -> Drawn:
+) -> Figure:
     """Dots; wrong ones as crosses, so that colour is not all that tells. `names` are those of the colours, in order.
 
     Without a name for what goes `up`, distances alone mean something, and the axes have no numbers.
@@ -309,4 +309,4 @@ def scatter(
             shape = tag("circle", cx=px, cy=py, r=4, class_="point")
         parts.append(tipped(shape, p.tip, class_=f"series {p.style}"))
     svg = figure(326 + 22 * math.ceil(len(names) / 3), title, f"{title}: {len(points)} points.", *parts)
-    return Drawn(title, note, svg)
+    return Figure(title, note, svg)

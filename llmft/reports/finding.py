@@ -13,7 +13,7 @@ from llmft.reports.read import is_run
 
 
 @dataclass(frozen=True)
-class Found:
+class Selection:
     """Run directories, the sweep that they belong to if it is one, and where the report and the logbook go."""
 
     runs: list[Path]
@@ -22,7 +22,7 @@ class Found:
     logbook: Path | None
 
 
-def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
+def find(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
     """The runs that `runs` (paths and globs of run, sweep and output directories) and `sweep` name.
 
     With neither, the newest sweep of `output_dir`, or else all its runs.
@@ -30,7 +30,7 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
     """
     named = [str(item) for item in (runs if isinstance(runs, list) else [runs])] if runs else []
     expanded = {item: _expand(item) for item in named}
-    directories = [run for found, _ in expanded.values() for run in found]
+    directories = [run for below, _ in expanded.values() for run in below]
     if sweep is not None:
         directory = Path(sweep) if is_sweep(Path(sweep)) else output_dir / "sweeps" / sweep
         if not is_sweep(directory):
@@ -43,21 +43,21 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Found:
         directories = _runs_below(output_dir / "runs")
         if not directories:
             raise ConfigError(f"output_dir={output_dir}: no sweeps and no runs there; name them with runs=[DIR,…].")
-    nothing = next((item for item, found in expanded.items() if found == ([], [])), None)
+    nothing = next((item for item, below in expanded.items() if below == ([], [])), None)
     if nothing is not None:
         raise ConfigError(f"runs={nothing}: no run, sweep or output directory there.")
-    sweeps = [path for _, found in expanded.values() for path in found]
+    sweeps = [path for _, below in expanded.values() for path in below]
     if len(sweeps) == 1 and not directories:
         return _of_sweep(sweeps[0], [])
     directories += [run for path in sweeps for run in SweepRecord(path).run_directories]
     if not directories:
         raise ConfigError(f"runs={','.join(named)}: none of the trials there has begun.")
-    return Found(list(dict.fromkeys(directories)), None, output_dir / "report", None)
+    return Selection(list(dict.fromkeys(directories)), None, output_dir / "report", None)
 
 
-def _of_sweep(sweep: Path, runs: list[Path]) -> Found:
+def _of_sweep(sweep: Path, runs: list[Path]) -> Selection:
     sweeps = sweep.resolve().parent
-    return Found(runs, sweep, sweep, sweeps.parent / "LOGBOOK.md" if sweeps.name == "sweeps" else None)
+    return Selection(runs, sweep, sweep, sweeps.parent / "LOGBOOK.md" if sweeps.name == "sweeps" else None)
 
 
 def _expand(item: str) -> tuple[list[Path], list[Path]]:

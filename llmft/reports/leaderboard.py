@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmft.core.errors import DataError, did_you_mean
 from llmft.reports.configurations import Study
-from llmft.reports.figures import Drawn, Point, scatter
+from llmft.reports.figures import Figure, Point, scatter
 from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import number
 
@@ -63,7 +63,7 @@ def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRec
     return matched
 
 
-def against_local(study: Study, scores: Mapping[str, float]) -> Drawn | None:
+def against_local(study: Study, scores: Mapping[str, float]) -> Figure | None:
     """A figure of the runs' local values against `scores`; None for fewer than two runs. Raises as `match_scores`."""
     matched = match_scores(study, scores)
     if len(matched) < 2:

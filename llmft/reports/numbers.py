@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.metrics.monitor import mode_of, named_metric
 from llmft.reports.statistics import Replicate, Sample

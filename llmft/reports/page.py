@@ -71,7 +71,7 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
     return page
 
 
-def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[figures.Drawn]]:
+def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[figures.Figure]]:
     """The figures of each section."""
     study = report.study
     # Of a single value over another, the interval is said as well as drawn.
@@ -91,7 +91,7 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
         "metrics": [figures.confusion(*counts) if counts is not None and len(counts[0]) <= MOST_CLASSES else None],
         "clusters": [text_clusters(study) if clusters else None],
     }
-    return {section: [drawn for drawn in group if drawn is not None] for section, group in sections.items()}
+    return {section: [one for one in group if one is not None] for section, group in sections.items()}
 
 
 def side_by_side(study: Study) -> dict[str, Any] | None:

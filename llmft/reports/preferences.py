@@ -58,13 +58,13 @@ def at_length(study: Study) -> str:
     return f'{best.name} may have learned length alone. Accuracy beside the rule "the longer answer wins": {words}.'
 
 
-OWN_UNITS = ("task.beta", "task.loss", "task.margin", "task.label_smoothing", "task.sft_weight", "task.centre")
+KEYS_OF_UNIT = ("task.beta", "task.loss", "task.margin", "task.label_smoothing", "task.sft_weight", "task.centre")
 """Keys that a loss of compared answers has another unit or another least value for."""
 
 
 def at_units(study: Study) -> str:
     """What must be said where losses are compared that are not of one unit, as those of two betas; else nothing."""
-    keys = [key for key in study.keys if key.startswith(OWN_UNITS)]
+    keys = [key for key in study.keys if key.startswith(KEYS_OF_UNIT)]
     compares = any(run.config.get("task.feedback") for run in study.runs)
     if not keys or not compares or study.monitor != "val/loss_nats":
         return ""

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from llmft.config.convert import flatten
 from llmft.config.renamed import RENAMED, move
 from llmft.core.arrow import numbers
 from llmft.core.redaction import redact
@@ -225,13 +226,6 @@ def is_free_text(samples: list[dict[str, Any]]) -> bool:
 def is_run(directory: Path) -> bool:
     """Whether `directory` looks like a run's."""
     return (directory / "run.json").is_file() or (directory / "config.yaml").is_file()
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one level of dotted keys."""
-    if isinstance(value, dict) and (value or not prefix):
-        return {key: leaf for name, item in value.items() for key, leaf in flatten(item, f"{prefix}{name}.").items()}
-    return {prefix.rstrip("."): value}
 
 
 def _read(path: Path, faults: list[str], parse: Callable[[str], Any], limit: int = LARGEST_FILE) -> Any:

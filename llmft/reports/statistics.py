@@ -340,8 +340,8 @@ def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:
     if len(common) * 2 < max(len(run.rows) for run in runs):
         return None
     orders = [np.argsort(run.rows) for run in runs]
-    places = [o[np.searchsorted(r.rows, common, sorter=o)] for o, r in zip(orders, runs, strict=True)]
-    return [replace(r, rows=common, total=r.total[p], weight=r.weight[p]) for r, p in zip(runs, places, strict=True)]
+    indices = [o[np.searchsorted(r.rows, common, sorter=o)] for o, r in zip(orders, runs, strict=True)]
+    return [replace(r, rows=common, total=r.total[p], weight=r.weight[p]) for r, p in zip(runs, indices, strict=True)]
 
 
 def seeds_matter(samples: Sequence[Sample]) -> bool:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from llmft.reports.write import Report
 
 
-class Standing:
+class BoardLine:
     """A line of the leaderboard: a configuration's place, its metric over the runs, and what these took."""
 
-    def __init__(self, place: int, c: Configuration, study: Study, diagnoses: Mapping[str, Diagnosis]) -> None:
+    def __init__(self, rank: int, c: Configuration, study: Study, diagnoses: Mapping[str, Diagnosis]) -> None:
         values = c.sample(study.monitor).values
-        self.place, self.name, self.num_runs = place, c.name, len(values)
+        self.rank, self.name, self.num_runs = rank, c.name, len(values)
         self.mean = float(values.mean())
         self.spread = float(values.std(ddof=1)) if len(values) > 1 else None  # standard deviation between runs
         self.best = float(values.min() if study.lower_is_better else values.max())
@@ -39,9 +39,9 @@ class Standing:
         self.other_metrics = {name: value for name, value in others.items() if value is not None}
 
 
-def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[Standing]:
+def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[BoardLine]:
     """The configurations with a result, the best mean first."""
-    return [Standing(place, c, study, diagnoses) for place, c in enumerate(study.configurations, 1)]
+    return [BoardLine(rank, c, study, diagnoses) for rank, c in enumerate(study.configurations, 1)]
 
 
 def diagnose_all(study: Study) -> dict[str, Diagnosis]:
@@ -84,7 +84,7 @@ def count(value: float | None) -> str:
     return f"{value / 1e6:.1f} M" if value >= 1e6 else f"{value:,.0f}"
 
 
-def spread_of(line: Standing) -> str:
+def spread_of(line: BoardLine) -> str:
     """The standard deviation between runs."""
     return number(line.spread, 2) if line.spread is not None else "unknown"
 
@@ -93,14 +93,14 @@ NO_CURVES = Fit.unknown.value
 HEAD = ["", "configuration", "mean", "sd", "n", "best", "time", "tokens", "tokens/s", "memory", "curves"]
 
 
-def cells(line: Standing) -> list[str]:
+def cells(line: BoardLine) -> list[str]:
     """A line of the leaderboard under `HEAD`, as text."""
     memory = f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else ""
     middle = [number(line.mean), spread_of(line), line.replications, number(line.best), duration(line.seconds)]
-    return [str(line.place), line.name, *middle, count(line.tokens), count(line.tokens_per_s), memory, line.fit]
+    return [str(line.rank), line.name, *middle, count(line.tokens), count(line.tokens_per_s), memory, line.fit]
 
 
-def board_table(board: Sequence[Standing]) -> Table:
+def board_table(board: Sequence[BoardLine]) -> Table:
     """The leaderboard without columns that say nothing."""
     lines = [cells(line) for line in board]
     columns = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
@@ -129,17 +129,17 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join([row(head), row(["---"] * len(head)), *map(row, lines)])
 
 
-def results_csv(study: Study, board: Sequence[Standing]) -> str:
+def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
     metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
     facts = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
     head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *facts]
-    places = {name: line.place for line in board for name, *_ in line.commands}
+    rank_of = {name: line.rank for line in board for name, *_ in line.commands}
     owners = {run.name: c for c in study.configurations for run in c.runs}
     rows: list[list[Any]] = []
-    for run in sorted(study.runs, key=lambda run: (places.get(run.name, 10**9), run.part, run.seed)):
+    for run in sorted(study.runs, key=lambda run: (rank_of.get(run.name, 10**9), run.part, run.seed)):
         c = owners.get(run.name)
-        row = [places.get(run.name), c.name if c else None]
+        row = [rank_of.get(run.name), c.name if c else None]
         row += [c.values[key] if c else run.config.get(key) for key in study.keys]
         row += [run.seed, run.config.get("data.fold"), run.name, run.key, run.status]
         rows.append([*row, *map(run.value, metrics), *(getattr(run, name) for name in facts)])

@@ -207,16 +207,13 @@ def scope(study: Study) -> str:
 
 def judge_samples(
     samples: Sequence[Sample],
-    values: Mapping[str, Mapping[str, str]] | None = None,
-    keys: Sequence[str] = (),
     *,
     lower_is_better: bool = True,
     looks: Looks = 1,
     smallest_difference: float | None = None,
 ) -> Verdicts:
-    """The verdicts on samples whose configurations have `values` of `keys`."""
-    rules = Rules(looks, smallest_difference, lower_is_better)
-    return _judge(samples, values or {}, keys, "val/loss_nats", rules)
+    """The verdicts on samples of which nothing but the results is known."""
+    return _judge(samples, {}, (), "val/loss_nats", Rules(looks, smallest_difference, lower_is_better))
 
 
 def _judge(

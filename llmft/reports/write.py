@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.reports.classes import Table, at_chance, metric_tables
@@ -16,7 +16,7 @@ from llmft.reports.configurations import Study
 from llmft.reports.curves import Diagnosis, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
 from llmft.reports.preferences import answers_table, at_length, at_units
-from llmft.reports.tables import Standing, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
+from llmft.reports.tables import BoardLine, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
 MOST_LINES = 12
@@ -29,7 +29,7 @@ class Report:
 
     study: Study
     verdicts: Verdicts
-    board: list[Standing]
+    board: list[BoardLine]
     diagnoses: dict[str, Diagnosis]
     directory: Path
 

@@ -23,9 +23,10 @@ from typing import Any, TypeVar
 
 import filelock
 
-from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.convert import digest_of, numbers_of, to_plain
+from llmft.config.data import TrainOn
 from llmft.config.renamed import RENAMED, move
-from llmft.config.sections import TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import check_plain_files, read_json, stored_config
 from llmft.core.errors import ConfigError, DataError, DiskError, RunBusy, nearest
 from llmft.core.files import existing_parent, read_plain, write_atomically
@@ -53,7 +54,7 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
     content = [SCHEMA_VERSION, numbers, data_fingerprint, model_fingerprint]
     if config.lora.adapter is not None:
         numbers["lora"]["adapter"] = adapter_digest(config.lora.adapter)
-    return hashlib.sha256(canonical(content).encode()).hexdigest()[:10]
+    return digest_of(content)[:10]
 
 
 def adapter_directory(path: str) -> Path:
@@ -61,14 +62,16 @@ def adapter_directory(path: str) -> Path:
 
     Raises ConfigError where there is none.
     """
-    given = Path(path).expanduser()
-    if (given / "run.json").is_file():
-        run, _ = finished_run(given)
-        given = run.adapter
+    directory = Path(path).expanduser()
+    if (directory / "run.json").is_file():
+        run, _ = finished_run(directory)
+        directory = run.adapter
     for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (given / name).is_file():
-            raise ConfigError(f"lora.adapter={path}: no {name} in {given}; name a finished run, or PEFT's directory.")
-    return given
+        if not (directory / name).is_file():
+            raise ConfigError(
+                f"lora.adapter={path}: no {name} in {directory}; name a finished run, or PEFT's directory."
+            )
+    return directory
 
 
 def adapter_digest(path: str) -> str:

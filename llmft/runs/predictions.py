@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.convert import canonical
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.core.errors import DataError, did_you_mean
 from llmft.core.files import read_plain, staged_file, write_atomically
 

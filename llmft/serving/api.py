@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from llmft.config.commands import ServeConfig
-from llmft.config.sections import seconds_of
+from llmft.config.fields import seconds_of
 from llmft.core.errors import did_you_mean
 from llmft.data.messages import Keys, read_messages
 from llmft.serving.engine import Engine, Request
@@ -61,7 +61,7 @@ class Refused(Exception):
 
 
 @dataclass
-class Asked:
+class ParsedRequest:
     """A request of the API, understood."""
 
     run: OpenRun
@@ -97,8 +97,8 @@ class Api:
     def _guarded(self, endpoint: Callable[..., Any], *, open_to_all: bool = False) -> Callable[..., Any]:
         async def answer(http: HttpRequest) -> Response:
             try:
-                given = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
-                if self.key and not open_to_all and not hmac.compare_digest(given, self.key.encode()):
+                key = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
+                if self.key and not open_to_all and not hmac.compare_digest(key, self.key.encode()):
                     raise Refused("a valid key is wanted: Authorization: Bearer KEY", 401)
                 response: Response = await endpoint(http)
                 return response
@@ -139,7 +139,7 @@ class Api:
         except ValueError as error:
             raise Refused(f"messages: {error}", param="messages") from None
         ids = await self._encoded(run.prompt, messages, "messages")
-        return await self._answer(http, self._understood(body, run, [ids], chat=True))
+        return await self._answer(http, self._parse(body, run, [ids], chat=True))
 
     @staticmethod
     async def _encoded(encode: Callable[[Any], list[int]], content: Any, key: str) -> list[int]:
@@ -165,7 +165,7 @@ class Api:
                 ids.append(one)
             else:
                 raise Refused("prompt: a text, token ids, or a list of them is wanted", param="prompt")
-        return await self._answer(http, self._understood(body, run, ids, chat=False))
+        return await self._answer(http, self._parse(body, run, ids, chat=False))
 
     # --------------------------------------------------------------------------------------------------- requests
 
@@ -190,7 +190,7 @@ class Api:
             raise Refused("a JSON object is wanted")
         return body
 
-    def _understood(self, body: dict[str, Any], run: OpenRun, prompts: list[list[int]], *, chat: bool) -> Asked:
+    def _parse(self, body: dict[str, Any], run: OpenRun, prompts: list[list[int]], *, chat: bool) -> ParsedRequest:
         """The engine's requests for a body; keys that would change the text and are not known are refused."""
         known = {"messages" if chat else "prompt", *KNOWN}
         for key, value in body.items():
@@ -231,7 +231,7 @@ class Api:
 
                 requests.append(Request(run, ids, room, temperature, top_p, seed + number, stop, listen))
         usage = isinstance(body.get("stream_options"), dict) and bool(body["stream_options"].get("include_usage"))
-        return Asked(run, requests, pieces, bool(body.get("stream")), usage, chat)
+        return ParsedRequest(run, requests, pieces, bool(body.get("stream")), usage, chat)
 
     @staticmethod
     def _number(body: dict[str, Any], key: str, least: float, most: float, kind: type, usual: Any) -> Any:
@@ -248,98 +248,98 @@ class Api:
 
     # ---------------------------------------------------------------------------------------------------- answers
 
-    async def _answer(self, http: HttpRequest, asked: Asked) -> Response:
-        for request in asked.requests:
+    async def _answer(self, http: HttpRequest, parsed: ParsedRequest) -> Response:
+        for request in parsed.requests:
             self.engine.submit(request)
-        if asked.stream:
+        if parsed.stream:
             return StreamingResponse(
-                self._events(asked), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+                self._events(parsed), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
         gone = asyncio.ensure_future(self._gone(http))
-        left = len(asked.requests)
+        left = len(parsed.requests)
         deadline = time.monotonic() + self.timeout_s
         try:
             while left:
-                piece = asyncio.ensure_future(asked.pieces.get())
+                piece = asyncio.ensure_future(parsed.pieces.get())
                 wait = max(0.0, deadline - time.monotonic())
                 done, _ = await asyncio.wait({piece, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
                 if piece in done:
                     left -= piece.result()[1] is None
                     continue
                 piece.cancel()
-                asked.cancel()
+                parsed.cancel()
                 if gone in done:
                     raise ClientDisconnect()
                 deadline = time.monotonic() + 60.0  # what is written by then is sent when the next token is there
         finally:
-            asked.cancel()
+            parsed.cancel()
             gone.cancel()
-        if failed := next((request for request in asked.requests if request.error), None):
+        if failed := next((request for request in parsed.requests if request.error), None):
             raise Refused(failed.error, 500)
-        kind = "chat.completion" if asked.chat else "text_completion"
-        choices = [self._choice(asked, n, request.text, request) for n, request in enumerate(asked.requests)]
-        return JSONResponse({**self._head(asked, kind), "choices": choices, "usage": self._usage(asked)})
+        kind = "chat.completion" if parsed.chat else "text_completion"
+        choices = [self._choice(parsed, n, request.text, request) for n, request in enumerate(parsed.requests)]
+        return JSONResponse({**self._head(parsed, kind), "choices": choices, "usage": self._usage(parsed)})
 
     @staticmethod
     async def _gone(http: HttpRequest) -> None:
         while not await http.is_disconnected():
             await asyncio.sleep(0.25)
 
-    async def _events(self, asked: Asked) -> AsyncIterator[str]:
-        head = self._head(asked, "chat.completion.chunk" if asked.chat else "text_completion")
+    async def _events(self, parsed: ParsedRequest) -> AsyncIterator[str]:
+        head = self._head(parsed, "chat.completion.chunk" if parsed.chat else "text_completion")
 
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
             return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
-        left = len(asked.requests)
+        left = len(parsed.requests)
         deadline = time.monotonic() + self.timeout_s
         try:
-            if asked.chat:
+            if parsed.chat:
                 for n in range(left):
                     yield event([{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
             while left:
                 try:
-                    n, piece = await asyncio.wait_for(asked.pieces.get(), max(0.1, deadline - time.monotonic()))
+                    n, piece = await asyncio.wait_for(parsed.pieces.get(), max(0.1, deadline - time.monotonic()))
                 except TimeoutError:
-                    asked.cancel()
+                    parsed.cancel()
                     deadline = time.monotonic() + 60.0
                     continue
-                request = asked.requests[n]
+                request = parsed.requests[n]
                 if piece is None:
                     left -= 1
                     if request.error:
                         yield f"data: {json.dumps({'error': {'message': request.error, 'type': 'server_error'}})}\n\n"
                         continue
-                    yield event([self._choice(asked, n, "", request, delta=True)])
+                    yield event([self._choice(parsed, n, "", request, delta=True)])
                 else:
-                    yield event([self._choice(asked, n, piece, delta=True)])
-            if asked.usage:
-                yield event([], usage=self._usage(asked))
+                    yield event([self._choice(parsed, n, piece, delta=True)])
+            if parsed.usage:
+                yield event([], usage=self._usage(parsed))
             yield "data: [DONE]\n\n"
         finally:
-            asked.cancel()  # also where the client went away
+            parsed.cancel()  # also where the client went away
 
     @staticmethod
     def _choice(
-        asked: Asked, n: int, text: str, ended: Request | None = None, *, delta: bool = False
+        parsed: ParsedRequest, n: int, text: str, ended: Request | None = None, *, delta: bool = False
     ) -> dict[str, Any]:
         """A choice, or with `delta` a piece of it; `ended` is the request where this is its end."""
         content: dict[str, Any] = {"text": text}
-        if asked.chat and delta:
+        if parsed.chat and delta:
             content = {"delta": {"content": text} if text else {}}
-        elif asked.chat:
+        elif parsed.chat:
             content = {"message": {"role": "assistant", "content": text, "refusal": None}}
         reason = None if ended is None else "stop" if ended.finish == "stop" else "length"
         return {"index": n, **content, "finish_reason": reason, "logprobs": None}
 
     @staticmethod
-    def _head(asked: Asked, kind: str) -> dict[str, Any]:
-        name = "chatcmpl" if asked.chat else "cmpl"
+    def _head(parsed: ParsedRequest, kind: str) -> dict[str, Any]:
+        name = "chatcmpl" if parsed.chat else "cmpl"
         identity = f"{name}-{uuid.uuid4().hex}"
-        return {"id": identity, "object": kind, "created": int(time.time()), "model": asked.run.name}
+        return {"id": identity, "object": kind, "created": int(time.time()), "model": parsed.run.name}
 
     @staticmethod
-    def _usage(asked: Asked) -> dict[str, int]:
-        prompt = sum(len(request.ids) for request in asked.requests)
-        written = sum(len(request.tokens) for request in asked.requests)
+    def _usage(parsed: ParsedRequest) -> dict[str, int]:
+        prompt = sum(len(request.ids) for request in parsed.requests)
+        written = sum(len(request.tokens) for request in parsed.requests)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -47,7 +47,7 @@ class Dialogue:
     def reset(self) -> None:
         """Begins anew."""
         start: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        self.said: dict[str, list[Message]] = {run.name: list(start) for run in self.runs}
+        self.conversations: dict[str, list[Message]] = {run.name: list(start) for run in self.runs}
 
     def ask(self, text: str, show: Callable[[OpenRun, str], None] = lambda run, piece: None) -> list[Request]:
         """Every run's answer to `text`; `show` gets its pieces as they come.
@@ -74,12 +74,12 @@ class Dialogue:
             if request.error:
                 raise DataError(f"{request.run.name}: {request.error}")
             answer = {"role": "assistant", "content": request.text}
-            self.said[request.run.name] += [{"role": "user", "content": text}, answer]
+            self.conversations[request.run.name] += [{"role": "user", "content": text}, answer]
         return requests
 
     def _request(self, run: OpenRun, text: str, pieces: Any) -> Request:
         try:
-            ids = run.prompt([*self.said[run.name], {"role": "user", "content": text}])
+            ids = run.prompt([*self.conversations[run.name], {"role": "user", "content": text}])
             room = run.check_length(ids, self.config.max_new_tokens)
         except ValueError as error:
             raise DataError(f"{run.name}: {error}; /reset begins anew.") from None
@@ -100,8 +100,8 @@ class Dialogue:
         """Adds the conversation with each run to a file that data=messages reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for run in self.runs:
-            if any(turn["role"] == "assistant" for turn in self.said[run.name]):
-                append_line(path, {"messages": self.said[run.name], "run": run.name})
+            if any(turn["role"] == "assistant" for turn in self.conversations[run.name]):
+                append_line(path, {"messages": self.conversations[run.name], "run": run.name})
 
     # -------------------------------------------------------------------------------------------------- the terminal
 
@@ -192,7 +192,7 @@ class Dialogue:
     def _keep(self) -> None:
         """Keeps the transcript in each run's directory."""
         for run in self.runs:
-            turns = self.said[run.name]
+            turns = self.conversations[run.name]
             if any(turn["role"] == "assistant" for turn in turns):
                 folder = run.predictor.job.run.directory / "chats"
                 folder.mkdir(exist_ok=True)

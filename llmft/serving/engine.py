@@ -50,7 +50,7 @@ class Request:
         self.generator = torch.Generator().manual_seed(self.seed)
         self.stops = [*self.run.stop, *self.stop]
         self.done = threading.Event()
-        self._told = 0
+        self._num_sent = 0
 
     def accept(self, token: int) -> bool:
         """Takes the next token; returns whether the answer ends with it."""
@@ -69,10 +69,10 @@ class Request:
         self.text = text
         if len(self.tokens) >= self.max_new_tokens:
             return self._end("length")
-        self._tell(len(text) - self._held(text))
+        self._send_up_to(len(text) - self._num_undecided(text))
         return False
 
-    def _held(self, text: str) -> int:
+    def _num_undecided(self, text: str) -> int:
         """How many characters at the end may still change: half a character, or the beginning of a stop string."""
         if text.endswith("\ufffd"):
             return len(text) - len(text.rstrip("\ufffd"))
@@ -82,15 +82,15 @@ class Request:
             default=0,
         )
 
-    def _tell(self, upto: int) -> None:
-        if upto > self._told:
-            self.listen(self.text[self._told : upto])
-            self._told = upto
+    def _send_up_to(self, upto: int) -> None:
+        if upto > self._num_sent:
+            self.listen(self.text[self._num_sent : upto])
+            self._num_sent = upto
 
     def _end(self, finish: str) -> bool:
         self.finish = finish
         self.seconds = time.monotonic() - self.started
-        self._tell(len(self.text))
+        self._send_up_to(len(self.text))
         self.listen(None)
         self.done.set()
         return True

@@ -7,7 +7,7 @@ import math
 import statistics
 from dataclasses import dataclass, field
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.space import MOST_COMBINATIONS, Space
@@ -23,13 +23,13 @@ class Candidate:
 
     Attributes:
         number: of its trial in the study.
-        place: which of the configurations asked for it is; one that is tried again keeps its place.
+        index: which of the configurations asked for it is; one that is tried again keeps it.
         waiting: trials to run; emptied by one that fails or is pruned.
         curve: the monitored metric of the first seed's run by step, which is what a pruner judges.
     """
 
     number: int
-    place: int
+    index: int
     chosen: dict[str, Value]
     trials: list[Trial]
     waiting: list[Trial] = field(default_factory=list)

@@ -37,12 +37,13 @@ class Growing(Listed):
         self.sweep, self.planner, self.still_open, self.progress = sweep, planner, still_open, progress
         self.jobs = [list(job) for job in jobs]
         self.seeds = sorted({trial.config.seed for trial in sweep.trials})
-        settings, given = sweep.config.sweep, len(self.seeds)
-        until = settings.seeds_until or given
-        if settings.seeds_until is not None and until <= given:
-            raise ConfigError(f"sweep.seeds_until={until}: the grid has {given} seeds itself; set a larger number.")
+        settings, num_seeds = sweep.config.sweep, len(self.seeds)
+        until = settings.seeds_until or num_seeds
+        if settings.seeds_until is not None and until <= num_seeds:
+            raise ConfigError(f"sweep.seeds_until={until}: the grid has {num_seeds} seeds itself; set a larger number.")
         # One seed tells nothing, so that looking at it is no look.
-        self.sizes = [1] * (given == 1 < until) + look_sizes(max(given, min(until, 2)), until, settings.declared_looks)
+        sizes = look_sizes(max(num_seeds, min(until, 2)), until, settings.declared_looks)
+        self.sizes = [1] * (num_seeds == 1 < until) + sizes
         self.under_way = 0
 
     def missing(self) -> list[Trial]:

@@ -23,9 +23,8 @@ class SweepProgress:
         self.enabled = enabled
         self.monitor = monitor
         self.ready = 0
-        self.found_before = 0
         self._bars: Progress | None = None
-        self._whole: Any = None
+        self._overall: Any = None
         self._lines: dict[int, Any] = {}
         self._said_at: dict[int, float] = {}
 
@@ -43,7 +42,7 @@ class SweepProgress:
                 console=self.screen.terminal,
                 transient=True,
             )
-            self._whole = self._bars.add_task("[bold]trials[/bold]", total=self.total, completed=self.ready, shown="")
+            self._overall = self._bars.add_task("[bold]trials[/bold]", total=self.total, completed=self.ready, shown="")
             self._bars.start()
 
     def say(self, text: str) -> None:
@@ -76,9 +75,8 @@ class SweepProgress:
         if self._bars is not None and value is not None:
             self._bars.update(self._lines[trial.number], shown=f"{self.monitor} {value:.4f}")
 
-    def found(self, trial: Trial) -> None:
+    def finished_before(self, trial: Trial) -> None:
         """A trial was finished before."""
-        self.found_before += 1
         self._ready(trial, "was done before")
 
     def waits(self, trial: Trial) -> None:
@@ -98,7 +96,7 @@ class SweepProgress:
     def _ready(self, trial: Trial, took: str) -> None:
         self.ready += 1
         if self._bars is not None:
-            self._bars.update(self._whole, completed=self.ready)
+            self._bars.update(self._overall, completed=self.ready)
         colour = COLOURS.get(trial.status, "yellow")
         value = f"  {self.monitor} {trial.value:.4f}" if trial.value is not None else ""
         error = f"  {escape(trial.error)}" if trial.error and trial.status != "done" else ""

@@ -10,9 +10,9 @@ from typing import Any
 from rich.markup import escape
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, RunBusy, UserError
+from llmft.core.errors import ConfigError, RunBusy
 from llmft.core.files import exclusive_lock
 from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
@@ -22,7 +22,7 @@ from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.sweep import finish
-from llmft.sweeps.trials import Planner, Sweep, Trial, open_sweep, refuse
+from llmft.sweeps.trials import Planner, Sweep, Trial, all_of, open_sweep
 from llmft.sweeps.twin import twin_rule
 
 STUDY = "study.db"
@@ -57,7 +57,7 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
             study_file.unlink(missing_ok=True)
         study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
         search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
-        tell_plan(search, sweep, space, settings, screen)
+        show_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
             if missing:
@@ -65,7 +65,7 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
             try:
                 finish(sweep, screen, supervisor.stopped_because, anew=missing)
             finally:
-                tell_best(search, sweep, screen)
+                show_best(search, sweep, screen)
         except BaseException:
             sweep.write()
             raise
@@ -84,9 +84,9 @@ def _begin(
     progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
     supervisor = Supervisor(sweep, progress)
     search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
-    search.workers = supervisor.count_workers(probes, search.wanted * search.num_seeds)
+    search.workers = supervisor.count_workers(probes, search.num_wanted * search.num_seeds)
     search.recall()
-    progress.total = max(search.wanted, search.asked) * search.num_seeds
+    progress.total = max(search.num_wanted, search.num_suggested) * search.num_seeds
     return search, supervisor
 
 
@@ -110,16 +110,9 @@ class TrialMaker:
 
     def probes(self) -> list[Trial]:
         """Trials that take every choice and both ends of each range; raises UserError naming all that cannot run."""
-        trials: list[Trial] = []
-        wrong: list[tuple[Sequence[str], UserError]] = []
-        points = self.space.probes()
-        for number, point in enumerate(points):
-            try:
-                trials.append(self.trial(number, point, self.seeds[0] if self.seeds else None))
-            except UserError as error:
-                wrong.append((self.space.overrides(point), error))
-        refuse(wrong, len(points))
-        return trials
+        points, seed = self.space.probes(), self.seeds[0] if self.seeds else None
+        overrides = [self.space.overrides(point) for point in points]
+        return all_of(overrides, lambda number: self.trial(number, points[number], seed))
 
 
 def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed: Sequence[str], command: str) -> Sweep:
@@ -130,9 +123,9 @@ def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed
     swept = {parameter.key: [parameter.text] for parameter in space.parameters}
     keys = {*swept, "seed"} if settings.seeds else set(swept)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in keys]
-    asked = to_plain(replace(settings, n_trials=None, params=None))
+    requested = to_plain(replace(settings, n_trials=None, params=None))
     # The key of a run stands for all values that it shares with the others, and for the content of data and model.
-    identity = [*same, f"search={canonical(asked)}", f"run={probes[0].key}"]
+    identity = [*same, f"search={canonical(requested)}", f"run={probes[0].key}"]
     sweep = open_sweep(probes, swept, identity, command)
     sweep.sample, sweep.trials = probes[0], []
     return sweep
@@ -144,11 +137,11 @@ def only_one(sweep: Sweep) -> AbstractContextManager[None]:
     return exclusive_lock(sweep.directory / ".lock", busy, timeout_s=1)
 
 
-def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
+def show_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
     """What is about to happen."""
     question = sweep.config.sweep.question
     facts = {"question": question} if question else {}
-    facts["search"] = f"{settings.sampler}, {search.wanted} configurations" + (
+    facts["search"] = f"{settings.sampler}, {search.num_wanted} configurations" + (
         f" x seeds {','.join(map(str, settings.seeds))}" if settings.seeds else ""
     )
     facts["space"] = "  ".join(f"{parameter.key}={parameter.text}" for parameter in space.parameters)
@@ -156,16 +149,16 @@ def tell_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
         facts["conditions"] = "  ".join(f"{key} if {text}" for key, text in settings.conditions.items())
     if settings.pruner != "none":
         facts["pruning"] = settings.pruner
-    known = search.asked
-    if known:
-        facts["known"] = f"{known} configurations from before"
+    num_known = search.num_suggested
+    if num_known:
+        facts["known"] = f"{num_known} configurations from before"
     facts["sweep"] = str(sweep.directory)
     screen.plan(facts)
     if settings.pruner != "none" and sweep.sample is not None and sweep.sample.distributed:
         screen.warn("trials of several devices are not pruned: their processes take no orders.")
 
 
-def tell_best(search: Search, sweep: Sweep, screen: Screen) -> None:
+def show_best(search: Search, sweep: Sweep, screen: Screen) -> None:
     """The best configuration and the command that trains it."""
     best: Candidate | None = search.best()
     if best is None:

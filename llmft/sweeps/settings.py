@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmft.config.convert import from_plain
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, did_you_mean
 
 

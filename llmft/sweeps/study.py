@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.space import Space
@@ -71,30 +71,30 @@ class Study:
                 "begins anew, without training again what is done."
             ) from None
         memory = optuna.storages.InMemoryStorage()
-        self._mind = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
+        self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
         self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, kept)]
         for trial in before:
             trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
-            self._mind.add_trial(trial)
+            self._in_memory.add_trial(trial)
 
     @property
     def trials(self) -> list[FrozenTrial]:
         """All of them, by number."""
-        return self._mind.get_trials(deepcopy=False)
+        return self._in_memory.get_trials(deepcopy=False)
 
     def ask(self, attributes: Mapping[str, Any]) -> tuple[int, dict[str, Value]]:
         """(number, values) of a new trial."""
         number = len(self.trials)
-        self._mind.sampler = make_sampler(self.settings, self.space, number)
-        self._mind.pruner = make_pruner(self.settings)
-        asked = self._mind.ask()
-        assert asked.number == number
+        self._in_memory.sampler = make_sampler(self.settings, self.space, number)
+        self._in_memory.pruner = make_pruner(self.settings)
+        trial = self._in_memory.ask()
+        assert trial.number == number
         chosen: dict[str, Value] = {}
         for parameter in self.space.parameters:
             if self.space.active(parameter, chosen):
-                chosen[parameter.key] = parameter.suggest(asked)
+                chosen[parameter.key] = parameter.suggest(trial)
         for name, value in attributes.items():
-            asked.set_user_attr(name, value)
+            trial.set_user_attr(name, value)
         self._file.add_trial(self.trials[number])
         return number, chosen
 
@@ -107,7 +107,7 @@ class Study:
             distributions={key: self.distributions[key] for key in values},
             user_attrs=dict(attributes),
         )
-        for study in (self._file, self._mind):
+        for study in (self._file, self._in_memory):
             study.add_trial(trial)
         return len(self.trials) - 1
 
@@ -126,7 +126,7 @@ class Study:
         judged = self.trials[number].user_attrs.get("judged", {"step": -1, "ends": False})
         if step <= judged["step"]:
             return bool(judged["ends"] and step == judged["step"])
-        ends = bool(make_pruner(self.settings).prune(self._mind, self.trials[number]))
+        ends = bool(make_pruner(self.settings).prune(self._in_memory, self.trials[number]))
         rungs = {k: v for k, v in self.trials[number].system_attrs.items() if k.startswith("completed_rung_")}
         # The verdict and the pruner's own notes in one transaction: half of them would change later verdicts.
         self._note(number, {"judged": {"step": step, "ends": ends, "rungs": rungs}})

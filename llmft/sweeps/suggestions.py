@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from llmft.config.sections import SearchConfig
+from llmft.config.sweep import SearchConfig
 from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
@@ -41,7 +41,7 @@ class Search:
         self.workers = workers
         self.candidates: list[Candidate] = []
         self.repeated = 0
-        self.wanted, self.points = wanted_trials(settings, study.space)
+        self.num_wanted, self.points = wanted_trials(settings, study.space)
         self._of: dict[int, Candidate] = {}
         self._busy = BusyTrials()
 
@@ -54,11 +54,11 @@ class Search:
         for trial in known:
             if trial.number in superseded or "repeats" in trial.user_attrs:
                 continue
-            place, state = trial.user_attrs["place"], trial.state.name
+            index, state = trial.user_attrs["place"], trial.state.name
             number = trial.number
             if state == "FAIL":
-                number = self.study.put(trial.params, {"place": place, "again": trial.number})
-            candidate = self._candidate(number, place, dict(trial.params))
+                number = self.study.put(trial.params, {"place": index, "again": trial.number})
+            candidate = self._candidate(number, index, dict(trial.params))
             if state in ("COMPLETE", "PRUNED"):
                 self._restore(candidate, trial.user_attrs["outcome"])
             else:
@@ -85,7 +85,7 @@ class Search:
         return len(self.settings.seeds) if self.settings.seeds else 1
 
     @property
-    def asked(self) -> int:
+    def num_suggested(self) -> int:
         """Configurations asked for, not counting second tries."""
         return sum("again" not in trial.user_attrs for trial in self.study.trials)
 
@@ -95,14 +95,14 @@ class Search:
             # No more than can be trained: a suggestion is the better, the more results it knows. With one worker it
             # knows all, also where the last trial is still held by a process that a kill left behind.
             under_way = sum(bool(candidate.waiting or candidate.under_way) for candidate in self.candidates)
-            if self.asked >= self.wanted or under_way >= self.workers:
+            if self.num_suggested >= self.num_wanted or under_way >= self.workers:
                 return None
             self._ask()
         return trial
 
     def over(self) -> bool:
         """Whether all configurations were asked for and all of their trials handed out."""
-        return self.asked >= self.wanted and not any(candidate.waiting for candidate in self.candidates)
+        return self.num_suggested >= self.num_wanted and not any(candidate.waiting for candidate in self.candidates)
 
     def ended(self, trial: Trial) -> None:
         """Tells the study, once all trials of the configuration have ended."""
@@ -158,20 +158,20 @@ class Search:
 
     def _ask(self) -> None:
         """One more configuration; one that was tried before gets the value that is known."""
-        place = self.asked
+        index = self.num_suggested
         if self.points is not None:
-            chosen = self.points[place]
-            number = self.study.put(chosen, {"place": place})
+            chosen = self.points[index]
+            number = self.study.put(chosen, {"place": index})
         else:
-            number, chosen = self.study.ask({"place": place})
-        candidate = self._candidate(number, place, chosen)
+            number, chosen = self.study.ask({"place": index})
+        candidate = self._candidate(number, index, chosen)
         candidate.waiting = list(candidate.trials)
         self._repeat(candidate)
 
     def _repeat(self, candidate: Candidate) -> None:
         """Gives a configuration that was tried before the value that is known."""
-        settled = [other for other in self.candidates if other is not candidate and self._settled(other)]
-        twin = next((other for other in settled if other.keys == candidate.keys), None)
+        with_result = [other for other in self.candidates if other is not candidate and self._has_result(other)]
+        twin = next((other for other in with_result if other.keys == candidate.keys), None)
         if twin is None:
             return
         self._drop(candidate, candidate.trials)
@@ -182,18 +182,18 @@ class Search:
         state = "COMPLETE" if twin.value is not None else "PRUNED"
         self.study.tell(candidate.number, state, twin.value, {"repeats": twin.number})
         self.repeated += 1
-        self.progress.say(f"configuration {candidate.place + 1} repeats {twin.place + 1}: its value is known")
+        self.progress.say(f"configuration {candidate.index + 1} repeats {twin.index + 1}: its value is known")
 
-    def _settled(self, candidate: Candidate) -> bool:
+    def _has_result(self, candidate: Candidate) -> bool:
         return self.study.trials[candidate.number].state.name in ("COMPLETE", "PRUNED")
 
-    def _candidate(self, number: int, place: int, chosen: dict[str, Value]) -> Candidate:
+    def _candidate(self, number: int, index: int, chosen: dict[str, Value]) -> Candidate:
         seeds: list[int | None] = [None]
         if self.settings.seeds:
             seeds = [*self.settings.seeds]
-        first = place * len(seeds)
+        first = index * len(seeds)
         trials = [self.make_trial(first + shift, chosen, seed) for shift, seed in enumerate(seeds)]
-        candidate = Candidate(number, place, chosen, trials)
+        candidate = Candidate(number, index, chosen, trials)
         self.candidates.append(candidate)
         self.sweep.trials.extend(trials)
         self._of.update({trial.number: candidate for trial in trials})
@@ -250,14 +250,14 @@ class Search:
         """What the sweep's record says of the search."""
         settings, best = self.settings, self.best()
         keys = [parameter.key for parameter in self.study.space.parameters] + ["seed"] * bool(settings.seeds)
-        given = [override.partition("=") for trial in self.sweep.trials for override in trial.overrides]
-        self.sweep.swept = {key: list(dict.fromkeys(v for k, _, v in given if k == key)) for key in keys}
+        overrides = [override.partition("=") for trial in self.sweep.trials for override in trial.overrides]
+        self.sweep.swept = {key: list(dict.fromkeys(v for k, _, v in overrides if k == key)) for key in keys}
         self.sweep.facts["search"] = {
             "sampler": settings.sampler,
             "pruner": settings.pruner,
             "seed": settings.seed,
             "seeds": settings.seeds,
-            "n_trials": self.wanted,
+            "n_trials": self.num_wanted,
             "repeated": self.repeated,
             "space": {parameter.key: parameter.text for parameter in self.study.space.parameters},
             "conditions": settings.conditions or {},

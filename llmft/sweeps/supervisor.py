@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmft.config.convert import to_plain
-from llmft.config.sections import seconds_of
+from llmft.config.fields import seconds_of
 from llmft.core.errors import ConfigError, Interrupted
 from llmft.core.machine import allotted_cores, available_memory, visible_gpus
 from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
@@ -120,7 +120,7 @@ class Supervisor:
         self.pending_signal = 0
         self._processes: list[WorkerProcess] = []
         self._same_error: tuple[str, int] = ("", 0)
-        self._told_busy: set[int] = set()
+        self._reported_busy: set[int] = set()
         self._lost: Counter[int] = Counter()
         self._remote: tuple[str, ...] | None = None
         limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
@@ -150,7 +150,7 @@ class Supervisor:
                 self._start(slot, share)
             self._check(check)
             while not self._over(source):
-                self._hand_out(source, shares)
+                self._assign_trials(source, shares)
                 self._read_events(source)
                 self._enforce_timeouts(source)
         finally:
@@ -196,18 +196,18 @@ class Supervisor:
     def _check(self, trials: list[Trial]) -> None:
         """Lets a worker build the parts of every trial that need no weights."""
         worker = self._processes[0]
-        # What hangs here hangs in its trial too, where it costs that one alone.
+        # A check that hangs is skipped: the trial's own timeout will catch it.
         limit = max(START_S, self._limits[1] or 0.0)
         while not worker.ready and worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
             self._await_ready(worker)
             if time.monotonic() - worker.since > limit:
                 worker.signal(signal.SIGKILL)
-        asked = time.monotonic()
+        started = time.monotonic()
         worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
         while worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
-            if self._limits[1] is not None and time.monotonic() - asked > self._limits[1]:
+            if self._limits[1] is not None and time.monotonic() - started > self._limits[1]:
                 worker.signal(signal.SIGKILL)
             for event in worker.events():
                 if event["event"] == "checked":
@@ -227,7 +227,7 @@ class Supervisor:
             self._processes.append(started)
         return started
 
-    def _hand_out(self, source: Source, shares: list[Share]) -> None:
+    def _assign_trials(self, source: Source, shares: list[Share]) -> None:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
             worker = self._processes[slot] if slot < len(self._processes) else None
@@ -267,11 +267,11 @@ class Supervisor:
         while (trial := source.next()) is not None:
             if not trial.finished_before():
                 return trial
-            self.progress.found(trial)
+            self.progress.finished_before(trial)
             source.ended(trial)
         for busy in self.sweep.trials:
-            if busy.status == "busy" and busy.number not in self._told_busy:
-                self._told_busy.add(busy.number)
+            if busy.status == "busy" and busy.number not in self._reported_busy:
+                self._reported_busy.add(busy.number)
                 self.progress.waits(busy)
         return None
 
@@ -417,8 +417,8 @@ class Supervisor:
             return {}
         kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         # What the caller ignores stays ignored: `nohup` asks to outlive its terminal.
-        heard = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
-        return {signum: signal.signal(signum, self._on_signal) for signum in heard}
+        handled = [signum for signum in kinds if signal.getsignal(signum) is not signal.SIG_IGN]
+        return {signum: signal.signal(signum, self._on_signal) for signum in handled}
 
     def _on_signal(self, signum: int, frame: Any) -> None:
         if self.pending_signal:  # a second one: at once

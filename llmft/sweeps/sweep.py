@@ -13,7 +13,7 @@ from rich.table import Table
 
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, TrialsFailed
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 from llmft.reports.verdicts import still_open
 from llmft.sweeps.more_seeds import Growing
 from llmft.sweeps.progress import SweepProgress
@@ -34,7 +34,7 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
     trials = Growing(sweep, planner, jobs, twin_rule(sweep.config), still_open, progress)
-    tell_plan(sweep, screen)
+    show_plan(sweep, screen)
     supervisor = Supervisor(sweep, progress)
     missing = trials.missing()
     try:
@@ -67,7 +67,7 @@ def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequen
     if sweep.config.sweep.seeds_until is not None:
         raise ConfigError("sweep.seeds_until: trials of another launcher start all at once; use hydra/launcher=local.")
     screen = Screen()
-    tell_plan(sweep, screen)
+    show_plan(sweep, screen)
     missing = [index for index, trial in enumerate(sweep.trials) if not trial.finished_before()]
     if missing:
         sweep.write()
@@ -89,12 +89,12 @@ def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[
     if not jobs:
         raise ConfigError("this sweep has no combination: give a key several values, as in seed=0,1,2.")
     trials = planner.plan(jobs, first=first)
-    apart = varying(jobs)
+    varied = varying(jobs)
     swept: dict[str, list[str]] = {}
     for job in jobs:
         for override in job:
             key, _, value = override.partition("=")
-            if key in apart and value not in swept.setdefault(key.lstrip("+"), []):
+            if key in varied and value not in swept.setdefault(key.lstrip("+"), []):
                 swept[key.lstrip("+")].append(value)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in swept]
     sweep = open_sweep(trials, swept, same, planner.invocation.command)
@@ -104,7 +104,7 @@ def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[
     return sweep
 
 
-def tell_plan(sweep: Sweep, screen: Screen) -> None:
+def show_plan(sweep: Sweep, screen: Screen) -> None:
     """What is about to happen."""
     question = sweep.config.sweep.question
     keys = "  ".join(f"{key}={','.join(values)}" for key, values in sweep.swept.items())
@@ -126,7 +126,7 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
 
         give_answer(sweep, screen, anew=anew)
     if not failed and stopped_because is None:
-        tell_outcome(sweep.directory)
+        write_outcome(sweep.directory)
         return
     if not failed:
         raise TrialsFailed(f"ended early: {stopped_because}; the same command goes on.")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shlex
 import time
@@ -11,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import canonical, fields_not_in_key, to_plain
+from llmft.config.convert import canonical, digest_of, fields_not_in_key, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
@@ -126,24 +125,16 @@ class Planner:
         self.compose = compose
         self.explain = explain
         self.invocation = invocation
-        self._known: dict[str, tuple[str, Located, int, int | None]] = {}
+        self._prepared: dict[str, tuple[str, Located, int, int | None]] = {}
 
     def plan(self, jobs: Sequence[Sequence[str]], *, first: int = 0) -> list[Trial]:
         """One trial for each list of overrides, all of them checked.
 
         Raises ConfigError (or DataError) naming every combination that cannot run.
         """
-        trials: list[Trial] = []
-        wrong: list[tuple[Sequence[str], UserError]] = []
-        apart = varying(jobs)
-        for index, overrides in enumerate(jobs):
-            varied = [override for override in overrides if override.partition("=")[0] in apart]
-            try:
-                trials.append(self.trial(first + index, overrides, varied))
-            except UserError as error:
-                wrong.append((varied, error))
-        refuse(wrong, len(jobs))
-        return trials
+        keys = varying(jobs)
+        varied = [[override for override in job if override.partition("=")[0] in keys] for job in jobs]
+        return all_of(varied, lambda index: self.trial(first + index, jobs[index], varied[index]))
 
     def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
@@ -152,14 +143,14 @@ class Planner:
         except Exception as error:
             raise self.explain(error) from None
         key = canonical(to_plain([config.data, config.model, config.task]))
-        if key not in self._known:
+        if key not in self._prepared:
             try:
                 prepared = prepare(config, open_directory=False)
             except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             size = weight_bytes(prepared.located)
-            self._known[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
-        fingerprint, located, num_labels, size = self._known[key]
+            self._prepared[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
+        fingerprint, located, num_labels, size = self._prepared[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
         shown = [override.lstrip("+") for override in varied]
         arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
@@ -173,6 +164,19 @@ class Planner:
             num_labels=num_labels,
             weight_bytes=size,
         )
+
+
+def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
+    """What `make` makes of the number of each combination; raises one UserError naming all that cannot run."""
+    trials: list[Trial] = []
+    wrong: list[tuple[Sequence[str], UserError]] = []
+    for number, overrides in enumerate(combinations):
+        try:
+            trials.append(make(number))
+        except UserError as error:
+            wrong.append((overrides, error))
+    refuse(wrong, len(combinations))
+    return trials
 
 
 def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:
@@ -294,16 +298,16 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
     sweep = Sweep(directory, identity, trials, swept, command)
     try:
-        known = json.loads(read_plain(sweep.record_file))
+        record = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
-        known = {}
-    if known and known.get("identity") != identity:
+        record = {}
+    if record and record.get("identity") != identity:
         raise ConfigError(
-            f"{directory} holds another sweep ({' x '.join(known.get('swept', {})) or 'no varied keys'}, "
-            f"{len(known.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
+            f"{directory} holds another sweep ({' x '.join(record.get('swept', {})) or 'no varied keys'}, "
+            f"{len(record.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
             f"{len(trials)} trials): set another sweep.name."
         )
-    sweep.created = known.get("created", sweep.created)
+    sweep.created = record.get("created", sweep.created)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -314,6 +318,5 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
     no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
-    kept = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
-    content = canonical([{key: sorted(values) for key, values in swept.items()}, kept])
-    return hashlib.sha256(content.encode()).hexdigest()[:8]
+    identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
+    return digest_of([{key: sorted(values) for key, values in swept.items()}, identifying])[:8]

@@ -104,8 +104,8 @@ def work(events: int) -> None:
 
 
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
-    with open(0, closefd=False) as given:
-        for line in given:
+    with open(0, closefd=False) as stdin:
+        for line in stdin:
             orders.put(json.loads(line))
     orders.put(None)
     # Between trials the end of the orders ends the process; a run under way saves first.
@@ -158,10 +158,10 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
         return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
-        known = as_user_error(raised)
-        message = str(known).splitlines()[0] if str(known) else type(known).__name__
-        user = isinstance(known, UserError)
-        text = message if user else f"{type(known).__name__}: {message}"
+        shown_error = as_user_error(raised)
+        message = str(shown_error).splitlines()[0] if str(shown_error) else type(shown_error).__name__
+        user = isinstance(shown_error, UserError)
+        text = message if user else f"{type(shown_error).__name__}: {message}"
         return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
     finally:
         sys.stdout.flush()

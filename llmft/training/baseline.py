@@ -13,8 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
-from llmft.config.sections import CLASSIFICATION, TaskType, TrainConfig, TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.task import CLASSIFICATION, TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, did_you_mean
@@ -139,20 +141,20 @@ def _linear(
         weights = np.zeros((len(targets.labels), features.shape[1]))
         bias = np.full(len(targets.labels), np.log(0.5 / (len(rows) + 1)))
         for number, column in enumerate(columns):
-            there = np.unique(column)
-            if len(there) < 2:
+            present = np.unique(column)
+            if len(present) < 2:
                 if several:
-                    bias[number] = np.log((len(rows) + 0.5) / 0.5) * (1 if there[0] else -1)
+                    bias[number] = np.log((len(rows) + 0.5) / 0.5) * (1 if present[0] else -1)
                     continue
                 raise ConfigError("model=tfidf: the training rows have one class alone.")
             fitted = LogisticRegression(C=c, max_iter=1000, random_state=seed % 2**32)
             fitted.fit(features, column, sample_weight=counts_for)
             if several:
                 weights[number], bias[number] = fitted.coef_[0], fitted.intercept_[0]
-            elif len(there) == 2:  # scikit-learn gives one row, of the second class against the first
-                weights[there[1]], bias[there[1]], bias[there[0]] = fitted.coef_[0], fitted.intercept_[0], 0.0
+            elif len(present) == 2:  # scikit-learn gives one row, of the second class against the first
+                weights[present[1]], bias[present[1]], bias[present[0]] = fitted.coef_[0], fitted.intercept_[0], 0.0
             else:
-                weights[there], bias[there] = fitted.coef_, fitted.intercept_
+                weights[present], bias[present] = fitted.coef_, fitted.intercept_
     return weights, bias
 
 

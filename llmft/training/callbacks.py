@@ -17,7 +17,9 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from llmft.config.sections import OnSaveError, TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import OnSaveError
 from llmft.core.console import Screen, StepProgress
 from llmft.core.errors import ConfigError, DiskError, DivergedError, Interrupted, Paused, did_you_mean
 from llmft.data.batch import StepBatch
@@ -253,10 +255,10 @@ class Checkpointer(Callback):
 
     def _agree(self, trainer: L.Trainer, module: Any) -> int:
         """The strongest request of any process, so that all of them stop at the same step; 0 for none."""
-        mine = self.requests.strongest()
+        own_request = self.requests.strongest()
         if trainer.world_size == 1:
-            return mine
-        request = torch.tensor(mine, device=module.device)
+            return own_request
+        request = torch.tensor(own_request, device=module.device)
         torch.distributed.all_reduce(request, op=torch.distributed.ReduceOp.MAX)
         return int(request)
 

@@ -20,7 +20,8 @@ import lightning as L
 import numpy as np
 import torch
 
-from llmft.config.sections import OnNan, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.trainer import OnNan
 from llmft.core.errors import DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
@@ -29,7 +30,7 @@ from llmft.metrics import score
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.checkpointing import Offloaded
-from llmft.model.sharding import is_sharded, like, shard, whole
+from llmft.model.sharding import full_tensor, is_sharded, shard, sharded_like
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped, write_bad_step
 from llmft.training.objectives.base import RowLosses
 from llmft.training.parts import Parts
@@ -214,7 +215,7 @@ class FineTuner(L.LightningModule):
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            self._tell_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            self._warn_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
         sharded = is_sharded(self.model)
@@ -238,7 +239,7 @@ class FineTuner(L.LightningModule):
             "train/gradient_norm": self._grad_norm,
         }
         if self.rollouts is not None:
-            self.train_metrics |= self.rollouts.told()
+            self.train_metrics |= self.rollouts.step_metrics()
         if self.skipped:
             self.train_metrics["train/skipped_steps"] = len(self.skipped)
         if self.tells_steps:
@@ -269,7 +270,7 @@ class FineTuner(L.LightningModule):
                 row_losses.append((micro.rows, losses.nll.detach()))
         return total, row_losses
 
-    def _tell_not_deterministic(self, operation: str) -> None:
+    def _warn_not_deterministic(self, operation: str) -> None:
         if self.warn is not None:
             self.inputs.run.update(not_deterministic=operation)
             self.warn(
@@ -286,7 +287,7 @@ class FineTuner(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
         norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
-        self._grad_norm = float(whole(norm))
+        self._grad_norm = float(full_tensor(norm))
         if not math.isfinite(self._grad_norm):
             self._unscaled += 1
             if self._scales and self._unscaled < MOST_UNSCALED:
@@ -441,14 +442,14 @@ class FineTuner(L.LightningModule):
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The trained tensors by name."""
-        return {name: whole(tensor) for name, tensor in trainable_state(self.model).items()}
+        return {name: full_tensor(tensor) for name, tensor in trainable_state(self.model).items()}
 
     def optimizer_state(self) -> dict[str, dict[str, Any]]:
         """The optimizer's state by parameter name."""
         optimizer = self.trainer.optimizers[0]
         names = {id(p): name for name, p in self.model.named_parameters()}
         return {
-            names[id(p)]: {key: whole(v) if isinstance(v, torch.Tensor) else v for key, v in state.items()}
+            names[id(p)]: {key: full_tensor(value) for key, value in state.items()}
             for p, state in optimizer.state.items()
         }
 
@@ -464,7 +465,7 @@ class FineTuner(L.LightningModule):
         current = optimizer.state_dict()
         parameters = dict(self.model.named_parameters())
         current["state"] = {
-            index: {k: like(v, parameters[name]) if isinstance(v, torch.Tensor) else v for k, v in state[name].items()}
+            index: {key: sharded_like(value, parameters[name]) for key, value in state[name].items()}
             for index, name in enumerate(numbered)
             if name in state
         }

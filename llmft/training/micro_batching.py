@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config.sections import Checkpointing, TrainConfig, checkpointing_of, rows_or_tokens
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing, checkpointing_of, rows_or_tokens
 from llmft.core.files import format_bytes
 from llmft.data.batch import PADDED, Limit
 from llmft.data.examples import Examples
@@ -137,7 +138,7 @@ def choose(
     memory, of which each process has its share and the base passes through.
     """
     limit, level = Limit(*rows_or_tokens(config.trainer.micro_batch)), config.trainer.gradient_checkpointing
-    given, cap = limit != Limit(), MOST_TOKENS.get(device_type, ENOUGH_TOKENS)
+    configured, cap = limit != Limit(), MOST_TOKENS.get(device_type, ENOUGH_TOKENS)
     peak = _peaks(config, examples, memory, device_type, flash=flash)
     kept = _peaks(config, examples, memory, device_type, flash=flash, offload=False)
     host = device_memory(torch.device("cpu")) or 0
@@ -149,10 +150,10 @@ def choose(
 
     levels = LEVELS if level is Checkpointing.auto else (level,)
     enough = min(ENOUGH_TOKENS, cap, int(np.sort(examples.lengths)[::-1][: _process_rows(config)].sum()))
-    sizes = [limit] if given else [Limit(tokens=tokens) for tokens in range(cap, 0, -STEP)]
+    sizes = [limit] if configured else [Limit(tokens=tokens) for tokens in range(cap, 0, -STEP)]
     for level in levels:
         fitting = next((size for size in sizes if fits(size, level)), None)
-        if fitting is not None and (given or (fitting.tokens or 0) >= enough):
+        if fitting is not None and (configured or (fitting.tokens or 0) >= enough):
             break
     chosen = fitting or sizes[-1]
     return chosen, level, peak(chosen, level), fitting is not None
@@ -172,12 +173,12 @@ def plan_micro_batches(
     whatever the config leaves to us.
     """
     level, limit = config.trainer.gradient_checkpointing, Limit(*rows_or_tokens(config.trainer.micro_batch))
-    given = limit != Limit()
+    configured = limit != Limit()
     if before is not None:
-        limit = limit if given else Limit(before["rows"], before["tokens"])
+        limit = limit if configured else Limit(before["rows"], before["tokens"])
         level = checkpointing_of(before["checkpointing"]) if level is Checkpointing.auto else level
         return MicroBatchPlan(limit, level, "as before")
-    if given and level is not Checkpointing.auto:
+    if configured and level is not Checkpointing.auto:
         return MicroBatchPlan(limit, level, "as configured")
     total = _memory(config, device)
     try:
@@ -186,7 +187,7 @@ def plan_micro_batches(
         memory = StepMemory(config, architecture(), dtype, device.type)
     except Exception as error:  # code of others, which may ask for anything; what it said is shown
         reason = f"the memory cannot be told: {type(error).__name__}: {str(error).splitlines()[0][:120]}"
-        limit = limit if given else Limit(tokens=min(MOST_TOKENS.get(device.type, ENOUGH_TOKENS), ENOUGH_TOKENS))
+        limit = limit if configured else Limit(tokens=min(MOST_TOKENS.get(device.type, ENOUGH_TOKENS), ENOUGH_TOKENS))
         return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
     flash = has_flash(device, dtype)
     limit, level, needed, fits = choose(config, examples, memory, device.type, total, flash=flash)

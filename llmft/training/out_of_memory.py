@@ -5,45 +5,46 @@ The same up to rounding, that is; and where there is dropout, with other draws: 
 
 from __future__ import annotations
 
-import gc
 import traceback
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
+from llmft.core.machine import free_memory
 from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan
 
 if TYPE_CHECKING:
     import torch
 
-_TOLD = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
+_MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
 """What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
 
 
 @dataclass(frozen=True)
-class Held:
+class LargestBatch:
     """What was at most computed at once when memory ran out: rows, their tokens, and the choice behind it."""
 
     rows: int
     tokens: int
-    fit: MicroBatchPlan
+    plan: MicroBatchPlan
 
 
 class OutOfMemory(Exception):
-    """No memory in `stage`: "loading", "training" or "validation"; `held` is None for the first."""
+    """No memory in `stage`: "loading", "training" or "validation"; `largest` is None for the first."""
 
-    def __init__(self, stage: str, error: BaseException, held: Held | None = None) -> None:
+    def __init__(self, stage: str, error: BaseException, largest: LargestBatch | None = None) -> None:
         super().__init__(first_line(error))
-        self.stage, self.held = stage, held
+        self.stage, self.largest = stage, largest
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether `error` says that the device or the machine has no memory left."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _TOLD)
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
 def let_go(error: BaseException, module: torch.nn.Module) -> None:
@@ -60,15 +61,6 @@ def let_go(error: BaseException, module: torch.nn.Module) -> None:
     free_memory()
 
 
-def free_memory() -> None:
-    """Gives back what nobody holds any more."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
     """`config` with half of what was computed at once where memory ran out, and a note of it for the record.
 
@@ -76,24 +68,25 @@ def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[
 
     Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
     """
-    held = error.held
+    largest = error.largest
     was: Any
     now: Any
-    if held is not None and held.rows > 1:
+    if largest is not None and largest.rows > 1:
         if error.stage == "validation":
-            key, was, now = "validation_batch_size", held.rows, held.rows // 2
-        elif held.fit.limit.rows is not None:
-            key, was, now = "micro_batch", held.rows, held.rows // 2
+            key, was, now = "validation_batch_size", largest.rows, largest.rows // 2
+        elif largest.plan.limit.rows is not None:
+            key, was, now = "micro_batch", largest.rows, largest.rows // 2
         else:
-            key, was, now = "micro_batch", f"{held.tokens}tokens", f"{held.tokens // 2}tokens"
-    elif held is not None and error.stage == "training" and held.fit.checkpointing is not Checkpointing.full:
-        key, was, now = "gradient_checkpointing", held.fit.checkpointing.value, Checkpointing.full.value
+            key, was, now = "micro_batch", f"{largest.tokens}tokens", f"{largest.tokens // 2}tokens"
+    elif largest is not None and error.stage == "training" and largest.plan.checkpointing is not Checkpointing.full:
+        key, was, now = "gradient_checkpointing", largest.plan.checkpointing.value, Checkpointing.full.value
     else:
         raise ConfigError(f"out of memory in {error.stage} ({error}); {_advice(config, error)}.")
     note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     values: dict[str, Any] = {key: now}
     if error.stage == "training":  # what was chosen stays, but for this
-        values = {"micro_batch": str(held.fit.limit), "gradient_checkpointing": held.fit.checkpointing, **values}
+        plan = largest.plan
+        values = {"micro_batch": str(plan.limit), "gradient_checkpointing": plan.checkpointing, **values}
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import callbacks as lightning
 
 from llmft.config.instantiate import build, check_target, find, metric_functions, optimizer_factory
-from llmft.config.sections import Mode, TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import TaskConfig
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.monitor import mode_of, validation_metrics, with_mode
 from llmft.training.scoring import check_objective

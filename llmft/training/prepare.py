@@ -11,7 +11,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from llmft.config.sections import Feedback, TaskType, TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Feedback, TaskType
 from llmft.core.errors import DataError
 from llmft.data.columns import ColumnMap, Conversation, prompt_of
 from llmft.data.hub import Located, locate
@@ -122,16 +124,16 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
         conversations,
         columns.labels,
         located,
-        fingerprint,
-        run,
-        problems,
-        columns.targets,
-        loaded.fingerprint,
-        pseudo,
-        columns.id,
-        num_rows,
-        columns.usage([row for part in loaded.splits.values() for row in part]),
-        columns.keys,
+        data_fingerprint=fingerprint,
+        run=run,
+        problems=problems,
+        targets=columns.targets,
+        rows_fingerprint=loaded.fingerprint,
+        pseudo=pseudo,
+        id_column=columns.id,
+        num_rows=num_rows,
+        usage=columns.usage([row for part in loaded.splits.values() for row in part]),
+        message_keys=columns.keys,
     )
 
 

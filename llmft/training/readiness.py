@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from llmft.config.instantiate import build
-from llmft.config.sections import ModelInit, OnSaveError, Precision, QuantizationFormat, TrainConfig
+from llmft.config.model import ModelInit, Precision, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import OnSaveError
 from llmft.core.errors import ConfigError, DiskError
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
@@ -169,9 +171,9 @@ def check_room(config: TrainConfig, directory: Path, weights: int, states: int, 
     trainer.on_save_error says.
     """
     trainer = config.trainer
-    there = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
+    on_disk = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
     # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
-    needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - there
+    needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - on_disk
     try:
         check_space(directory, max(0, needed))
     except OSError as error:

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.sections import Feedback, TrainConfig, TrainOn
+from llmft.config.data import TrainOn
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Feedback
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
 from llmft.data.columns import Conversation

@@ -20,8 +20,9 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.sections import Reference, TrainConfig
+from llmft.config.convert import canonical, digest_of, numbers_of, to_plain
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Reference
 from llmft.core.console import Screen
 from llmft.core.files import staged_file
 from llmft.core.machine import describe
@@ -95,7 +96,7 @@ def reference_key(
         [str(dtype), device],
         digest.hexdigest(),
     ]
-    return hashlib.sha256(canonical(parts).encode()).hexdigest()[:20]
+    return digest_of(parts)[:20]
 
 
 def policy_before(model: Any, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import ModelInit, Precision, TrainConfig, Truncation
+from llmft.config.data import Truncation
+from llmft.config.model import ModelInit, Precision
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, collate
 from llmft.data.columns import Conversation
@@ -75,8 +77,10 @@ def load_judges(
         for judge in judges
         if judge.is_run
     }
-    if apart := [name for name, model in models.items() if not model.shared]:
-        tell(f"{key}: {', '.join(apart)}: not of the policy's base, so that it is loaded beside it, with its memory.")
+    if unshared := [name for name, model in models.items() if not model.shared]:
+        tell(
+            f"{key}: {', '.join(unshared)}: not of the policy's base, so that it is loaded beside it, with its memory."
+        )
     return models
 
 

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config.sections import Advantage, KlWhere, TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import Advantage, KlWhere, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.core.seeds import stream
 from llmft.data.batch import Limit, MicroBatch, PolicyRows, StepBatch, collate, rows_of_step
@@ -28,10 +29,10 @@ from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.sampling import Draw, sample
 from llmft.model.value_head import token_values
 from llmft.runs.directory import Run
-from llmft.training.drawn import Drawn, PerToken, learned_from
 from llmft.training.objectives import policy_gradient as pg
 from llmft.training.objectives.policy import PolicyGradient, token_log_probs
 from llmft.training.reward_model import Host, RewardModel, load_judges
+from llmft.training.rollout_batch import PerToken, RolloutBatch, advantages_and_returns
 
 
 @dataclass
@@ -62,7 +63,7 @@ class Rollouts:
     context_tokens: int | None
     start: dict[str, torch.Tensor] = field(default_factory=dict)
     _prompts: dict[int, list[int]] = field(default_factory=dict)
-    _window: tuple[int, Drawn] | None = None
+    _window: tuple[int, RolloutBatch] | None = None
 
     def begin(self, model: Any) -> None:
         """Notes the reference: the policy as it is before the first step; call before a checkpoint is restored."""
@@ -74,19 +75,19 @@ class Rollouts:
         first = step - step % self.task.updates
         if self._window is None or self._window[0] != first:
             path = self.directory / f"step-{first:08d}.parquet"
-            drawn = Drawn.read(path) if step != first else None
-            if drawn is None:
+            rollout = RolloutBatch.read(path) if step != first else None
+            if rollout is None:
                 training = model.training
                 model.eval()
                 try:
-                    drawn = self._draw(model, first, device)
+                    rollout = self._draw(model, first, device)
                 finally:
                     model.train(training)
-                drawn.write(path)
-            self._window = (first, drawn)
+                rollout.write(path)
+            self._window = (first, rollout)
         return self._batch(self._window[1], step, device)
 
-    def told(self) -> dict[str, float]:
+    def step_metrics(self) -> dict[str, float]:
         """Numbers of the step that was taken last."""
         assert self._window is not None
         return self._window[1].metrics(self.task.group) | self.objective.step_metrics()
@@ -114,7 +115,7 @@ class Rollouts:
     # ------------------------------------------------------------------------------------------------------ drawing
 
     @torch.no_grad()
-    def _draw(self, model: Any, step: int, device: torch.device) -> Drawn:
+    def _draw(self, model: Any, step: int, device: torch.device) -> RolloutBatch:
         task, rows = self.task, self.rows_of_step(step)
         draws = [
             [Draw(task.temperature, stream(self.seed, "rollout", step, row, number)) for number in range(task.group)]
@@ -135,41 +136,43 @@ class Rollouts:
         texts = [self.decode(self.encoder.ends.cut(answer.ids)) for answer in answers]
         scores = self._scores([self.examples[row].conversation for row in row_of], texts)
         ids, finished = [answer.ids for answer in answers], [answer.finished for answer in answers]
-        drawn = Drawn(row_of, ids, texts, finished, self._rewards(scores).tolist(), scores)
+        rollout = RolloutBatch(row_of, ids, texts, finished, self._rewards(scores).tolist(), scores)
         needs_values = task.advantage is Advantage.gae
         if task.updates > 1 or (task.kl.beta > 0 and task.kl.where is KlWhere.reward) or needs_values:
-            drawn.old, drawn.values = self._known(model, drawn, device, values=needs_values)
+            rollout.old, rollout.values = self._numbers_per_token(model, rollout, device, values=needs_values)
         if self.start:
-            drawn.reference = self._reference(model, drawn, device)
-        return drawn
+            rollout.reference = self._reference(model, rollout, device)
+        return rollout
 
-    def _reference(self, model: Any, drawn: Drawn, device: torch.device) -> PerToken:
+    def _reference(self, model: Any, rollout: RolloutBatch, device: torch.device) -> PerToken:
         """Log-probabilities of the policy as it began; `model` is as before afterwards."""
         now = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
         load_trainable_state(model, {name: self.start.get(name, tensor) for name, tensor in now.items()})
         try:
-            return self._known(model, drawn, device, values=False)[0]
+            return self._numbers_per_token(model, rollout, device, values=False)[0]
         finally:
             load_trainable_state(model, now)
 
-    def _known(self, model: Any, drawn: Drawn, device: torch.device, *, values: bool) -> tuple[PerToken, PerToken]:
+    def _numbers_per_token(
+        self, model: Any, rollout: RolloutBatch, device: torch.device, *, values: bool
+    ) -> tuple[PerToken, PerToken]:
         """Log-probabilities, and values where asked, of every token of every answer."""
-        log_probs: PerToken = [[] for _ in drawn.ids]
-        worths: PerToken = [[] for _ in drawn.ids] if values else []
-        for group in self._groups(drawn):
-            batch = self._plain(drawn, group).to(device)
+        log_probs: PerToken = [[] for _ in rollout.ids]
+        values_of_answers: PerToken = [[] for _ in rollout.ids] if values else []
+        for group in self._groups(rollout):
+            batch = self._plain(rollout, group).to(device)
             with token_values(model, batch, enabled=values) as heads:
                 table, mask = token_log_probs(model, batch, self.task.temperature)
-            tables = [(log_probs, table), *([(worths, heads.of(mask))] if values else [])]
+            tables = [(log_probs, table), *([(values_of_answers, heads.of(mask))] if values else [])]
             for answers, numbers in tables:
                 for index, answer in enumerate(group):
                     answers[answer] = numbers[index][mask[index] > 0].double().cpu().tolist()
-        return log_probs, worths
+        return log_probs, values_of_answers
 
     # --------------------------------------------------------------------------------------------------- the batch
 
-    def _groups(self, drawn: Drawn) -> list[list[int]]:
-        lengths = [len(self._prompt(row)) + len(ids) for row, ids in zip(drawn.row, drawn.ids, strict=True)]
+    def _groups(self, rollout: RolloutBatch) -> list[list[int]]:
+        lengths = [len(self._prompt(row)) + len(ids) for row, ids in zip(rollout.row, rollout.ids, strict=True)]
         return self.micro_batch.groups(lengths, range(len(lengths)))
 
     def _prompt(self, row: int) -> list[int]:
@@ -177,38 +180,38 @@ class Rollouts:
             self._prompts[row] = list(self.encoder.prompt_ids(self.examples[row].conversation))
         return self._prompts[row]
 
-    def _plain(self, drawn: Drawn, group: Sequence[int]) -> MicroBatch:
+    def _plain(self, rollout: RolloutBatch, group: Sequence[int]) -> MicroBatch:
         """Answers behind their prompts, labelled."""
         examples = []
         for answer in group:
-            prompt, ids = self._prompt(drawn.row[answer]), drawn.ids[answer]
-            conversation = self.examples[drawn.row[answer]].conversation
+            prompt, ids = self._prompt(rollout.row[answer]), rollout.ids[answer]
+            conversation = self.examples[rollout.row[answer]].conversation
             examples.append(Example([*prompt, *ids], [*[IGNORE] * len(prompt), *ids], conversation))
-        batch = collate(examples, [drawn.row[answer] for answer in group], self.pad_id)
+        batch = collate(examples, [rollout.row[answer] for answer in group], self.pad_id)
         batch.weights = torch.ones_like(batch.weights)
         return batch
 
-    def _batch(self, drawn: Drawn, step: int, device: torch.device) -> StepBatch:
-        advantages, returns = learned_from(drawn, self.task)
-        old = drawn.old if self.task.updates > 1 else []
-        known = {"old": old, "reference": drawn.reference, "values": drawn.values, "returns": returns}
+    def _batch(self, rollout: RolloutBatch, step: int, device: torch.device) -> StepBatch:
+        advantages, returns = advantages_and_returns(rollout, self.task)
+        old = rollout.old if self.task.updates > 1 else []
+        numbers_of = {"old": old, "reference": rollout.reference, "values": rollout.values, "returns": returns}
         micro_batches = []
-        for group in self._groups(drawn):
-            batch = self._plain(drawn, group)
+        for group in self._groups(rollout):
+            batch = self._plain(rollout, group)
             labelled = batch.labels[:, 1:] != IGNORE
             tables = {
                 name: _table([numbers[answer] for answer in group], labelled) if numbers else None
-                for name, numbers in known.items()
+                for name, numbers in numbers_of.items()
             }
             batch.policy = PolicyRows(_table([advantages[answer] for answer in group], labelled), **tables)
             micro_batches.append(batch.to(device))
-        lengths = torch.tensor([len(ids) for ids in drawn.ids])
+        lengths = torch.tensor([len(ids) for ids in rollout.ids])
         weight = float(pg.weights(lengths, self.task.aggregate.value, self.task.max_new_tokens).sum())
         return StepBatch(step, micro_batches, weight)
 
 
 def _table(numbers: PerToken, labelled: torch.Tensor) -> torch.Tensor:
-    """(rows, seq_len - 1) with each row's numbers at its labelled places."""
+    """(rows, seq_len - 1) with each row's numbers at its labelled positions."""
     flat = torch.tensor([value for row in numbers for value in row], dtype=torch.float32)
     return torch.zeros(labelled.shape).masked_scatter(labelled, flat)
 

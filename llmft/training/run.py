@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
-from llmft.core.outcome import tell_outcome
+from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
     from llmft.config.sections import TrainConfig
@@ -36,8 +36,6 @@ def train(
 
     Raises UserError for what the user can mend; everything else is a defect.
     """
-    from rich.markup import escape
-
     from llmft.config.instantiate import trust
     from llmft.core.console import Screen
     from llmft.core.machine import die_with_parent
@@ -58,24 +56,10 @@ def train(
     try:
         if run.done and not config.force:
             return _report_done(run, config, screen)
-        if config.force and run.status():
-            run.clear()
-        run.clear_requests()
-        run.update(
-            status="running",
-            key=run.key,
-            command=invocation.command,
-            overrides=list(invocation.overrides),
-            notes=config.notes,
-            tags=config.tags,
-        )
-        screen.open_log(run.log_file)
-        if config.model.trust_remote_code:
-            origin = config.model.path or f"{config.model.id} at {config.model.revision}"
-            screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
+        _begin(run, config, screen, invocation)
         try:
             value = _train(inputs, screen, reporter, invocation)
-            tell_outcome(run.directory)
+            write_outcome(run.directory)
             return value
         except BaseException as error:
             screen.log_error(error)
@@ -86,18 +70,39 @@ def train(
         run.unlock()
 
 
+def _begin(run: Run, config: TrainConfig, screen: Screen, invocation: Invocation) -> None:
+    """Opens the record and the log of a run that this process has locked."""
+    from rich.markup import escape
+
+    if config.force and run.status():
+        run.clear()
+    run.clear_requests()
+    run.update(
+        status="running",
+        key=run.key,
+        command=invocation.command,
+        overrides=list(invocation.overrides),
+        notes=config.notes,
+        tags=config.tags,
+    )
+    screen.open_log(run.log_file)
+    if config.model.trust_remote_code:
+        origin = config.model.path or f"{config.model.id} at {config.model.revision}"
+        screen.print(f"[bold red]This run executes the Python code of {escape(origin)}.[/bold red]")
+
+
 def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
     from rich.markup import escape
 
-    from llmft.config.sections import TrainOn
+    from llmft.config.data import TrainOn
     from llmft.metrics.show import show_summary
 
-    tell_outcome(run.directory)
+    write_outcome(run.directory)
     result = run.status().get("result", {})
     if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's waits for the numbers
-        from llmft.training.tracking import tell_agent
+        from llmft.training.tracking import report_to_agent
 
-        tell_agent(config, run, screen)
+        report_to_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
     blank = config.data.train_on is TrainOn.all
     show_summary(screen, result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
@@ -117,6 +122,7 @@ def _record_failure(run: Run, error: BaseException) -> None:
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:
     """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
     from llmft.core.imports import load_libraries, quiet_warnings
+    from llmft.core.machine import free_memory
 
     if inputs.config.model.architecture == "tfidf":
         from llmft.training.baseline import run_baseline
@@ -124,7 +130,7 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
         with quiet_warnings():
             return run_baseline(inputs, screen)
     load_libraries()
-    from llmft.training.out_of_memory import OutOfMemory, free_memory, smaller
+    from llmft.training.out_of_memory import OutOfMemory, smaller
     from llmft.training.session import run_session
 
     while True:

@@ -80,7 +80,7 @@ def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
 
     def decode(ids: list[int]) -> str:
         text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text[: min((place for place in map(text.find, filter(None, stop)) if place >= 0), default=len(text))]
+        return text[: min((index for index in map(text.find, filter(None, stop)) if index >= 0), default=len(text))]
 
     return decode
 

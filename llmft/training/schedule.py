@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from llmft.config.sections import LearningRateConfig, Schedule
+from llmft.config.trainer import LearningRateConfig, Schedule
 
 
 def make_schedule(config: LearningRateConfig, total_steps: int) -> Callable[[int], float]:

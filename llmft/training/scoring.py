@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmft.config.instantiate import check_arguments, find, reads_text
-from llmft.config.sections import Advantage, Head, KlWhere, Reference, TaskConfig
+from llmft.config.task import Advantage, Head, KlWhere, Reference, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.encode import Encoder
 from llmft.data.examples import Examples
@@ -38,15 +38,15 @@ def check_objective(task: TaskConfig) -> None:
             f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
             "set task.head=null."
         )
-    given = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else _feedback(task)
-    for name in task.objective_options.keys() & given.keys():
+    settings = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else _feedback(task)
+    for name in task.objective_options.keys() & settings.keys():
         raise ConfigError(f"task.objective_options.{name}: this is given by the task; leave it out.")
-    for name in sorted(given.keys() - takes.keys()):
-        if given[name] or (name == "scores" and task.head is Head.tokens):
+    for name in sorted(settings.keys() - takes.keys()):
+        if settings[name] or (name == "scores" and task.head is Head.tokens):
             raise ConfigError(f"task.objective={path} takes no {name}, which this task gives it.")
     _check_loss(task, takes)
     try:
-        inspect.signature(objective).bind(**{n: v for n, v in given.items() if n in takes}, **task.objective_options)
+        inspect.signature(objective).bind(**{n: v for n, v in settings.items() if n in takes}, **task.objective_options)
     except TypeError as error:
         raise ConfigError(f"task.objective={path}: {error} (task.objective_options).") from None
 

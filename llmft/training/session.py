@@ -9,7 +9,11 @@ from typing import Any
 
 import torch
 
-from llmft.config.sections import Advantage, Export, Precision, TrainOn, seconds_of
+from llmft.config.data import TrainOn
+from llmft.config.fields import seconds_of
+from llmft.config.model import Precision
+from llmft.config.task import Advantage
+from llmft.config.trainer import Export
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, Interrupted, UserError
 from llmft.core.machine import describe
@@ -28,7 +32,7 @@ from llmft.training import record
 from llmft.training.callbacks import Checkpointer, Recorder, ShowProgress, count_from
 from llmft.training.finetuner import FineTuner
 from llmft.training.micro_batching import MicroBatchPlan, architecture_of, divides_weights, plan_micro_batches
-from llmft.training.out_of_memory import Held, OutOfMemory, is_out_of_memory
+from llmft.training.out_of_memory import LargestBatch, OutOfMemory, is_out_of_memory
 from llmft.training.parts import check_parts, failed_callback
 from llmft.training.plan import show_plan, what_ran
 from llmft.training.prepare import RunInputs, process_rank
@@ -283,10 +287,10 @@ class Session:
         if stage == "training":
             step = self.data.groups_of_step(self.module.step)
             largest = max((group for share in step for group in share), key=lambda group: int(lengths[group].sum()))
-            return OutOfMemory(stage, error, Held(len(largest), int(lengths[largest].sum()), self.plan))
+            return OutOfMemory(stage, error, LargestBatch(len(largest), int(lengths[largest].sum()), self.plan))
         sizes = [len(group) for split in ("validation", "test") for group in self.data.groups_of(split)]
         generated = len(self.module.generation.samples) if self.module.generation is not None else 0
-        return OutOfMemory(stage, error, Held(max(*sizes, generated), 0, self.plan))
+        return OutOfMemory(stage, error, LargestBatch(max(*sizes, generated), 0, self.plan))
 
     def finish(self) -> float | None:
         """Tests, hands over weights and predictions, writes the result; returns the monitored metric."""

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from llmft.config.convert import canonical, to_plain
-from llmft.config.sections import Feedback, PromptConfig, TaskType, Truncation
+from llmft.config.data import PromptConfig, Truncation
+from llmft.config.task import Feedback, TaskType
 from llmft.core.errors import ConfigError
 from llmft.data.batch import steps_per_epoch
 from llmft.data.encode import Encoder, Ends
@@ -126,16 +127,16 @@ def _unlearned(prepared: RunInputs) -> str:
 def _pseudo(prepared: RunInputs) -> str:
     """Where pseudo-labels come from models that were trained on rows that are held out here."""
     fold = prepared.config.data.fold
-    others = [
+    sources = [
         source
         for source in prepared.pseudo.sources
         if source.get("rows_fingerprint") == prepared.rows_fingerprint
         and (source.get("fold") != fold or source.get("train_on") == "all")
     ]
-    if not others or not prepared.pseudo.used:
+    if not sources or not prepared.pseudo.used:
         return ""
     return (
-        f"{len(others)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
+        f"{len(sources)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
         "validation is a little too good: take the labels of this fold's own model"
     )
 

@@ -23,9 +23,10 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
-from llmft.config.convert import to_plain
+from llmft.config.convert import flatten, to_plain
 from llmft.config.instantiate import build, check_target
-from llmft.config.sections import LoggerConfig, TrainConfig, WandbConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import LoggerConfig, WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact
@@ -84,13 +85,6 @@ def has_key(host: str) -> bool:
         return netrc.netrc(path).authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one level of dotted keys, for W&B's filters and parallel coordinates."""
-    if not isinstance(value, dict) or not value:
-        return {prefix.rstrip("."): value}
-    return {name: leaf for key, item in value.items() for name, leaf in flatten(item, f"{prefix}{key}.").items()}
 
 
 class SafeWandbLogger(Logger):
@@ -231,17 +225,17 @@ def _wandb_id(run: Run) -> str:
 
     It is the run's key and a random part: the same config in another directory, or run again, is another run there.
     """
-    given = os.environ.get("WANDB_RUN_ID")
-    if os.environ.get("WANDB_SWEEP_ID") and given:
-        return given
-    known = run.status().get("wandb_id")
-    if known is None:
-        known = f"{run.key}-{secrets.token_hex(4)}"
-        run.update(wandb_id=known)
-    return known
+    agent_id = os.environ.get("WANDB_RUN_ID")
+    if os.environ.get("WANDB_SWEEP_ID") and agent_id:
+        return agent_id
+    run_id = run.status().get("wandb_id")
+    if run_id is None:
+        run_id = f"{run.key}-{secrets.token_hex(4)}"
+        run.update(wandb_id=run_id)
+    return run_id
 
 
-def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
+def report_to_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
     """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
     logger = _start_wandb(config, run, {}, screen) if config.logger.wandb.enabled else None
     if logger is not None:
@@ -254,7 +248,7 @@ def tell_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
 
 def _start_wandb(config: TrainConfig, run: Run, environment: dict[str, Any], screen: Screen) -> SafeWandbLogger | None:
     settings = config.logger.wandb
-    flat = redact(flatten(to_plain(config)))
+    flat = redact(flatten(to_plain(config)))  # for W&B's filters and parallel coordinates
     flat["git.commit"] = environment.get("git", {}).get("commit")
     flat["run.key"] = run.key
     flat["overrides"] = redact(run.status().get("overrides", []))

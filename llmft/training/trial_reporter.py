@@ -34,13 +34,13 @@ class ReportTrial(Callback):
         self, reporter: TrialReporter, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None
     ) -> None:
         self.reporter, self.total_steps, self.speed, self.resumed_at = reporter, total_steps, speed, resumed_at
-        self._told_at = 0.0
+        self._reported_at = 0.0
 
     def _due(self) -> bool:
         now = time.monotonic()
-        if now - self._told_at < STEP_EVERY_S:
+        if now - self._reported_at < STEP_EVERY_S:
             return False
-        self._told_at = now
+        self._reported_at = now
         return True
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:

@@ -131,9 +131,9 @@ class Setting:
     """
 
     def __init__(self, model: str, form: str, device: torch.device) -> None:
-        from llmft.config.sections import Kernels, LoraConfig, ModelConfig, ModelInit, Precision
-        from llmft.config.sections import QuantizationConfig as Quantization
-        from llmft.config.sections import QuantizationFormat as Format
+        from llmft.config.model import Kernels, LoraConfig, ModelConfig, ModelInit, Precision
+        from llmft.config.model import QuantizationConfig as Quantization
+        from llmft.config.model import QuantizationFormat as Format
         from llmft.data.hub import Located
         from llmft.model.load import TORCH_DTYPES, load_base, pick_precision
         from llmft.model.quantization import weight_counts
@@ -167,7 +167,7 @@ class Setting:
     @contextmanager
     def adapted(self, *, plain: bool, recompute: bool) -> Iterator[Any]:
         """A model with an adapter around the base; `plain` as PEFT itself makes it."""
-        from llmft.config.sections import Kernels
+        from llmft.config.model import Kernels
         from llmft.model import kernels
         from llmft.model.adapters import attach
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from llmft.config.sections import LoraConfig, ModelConfig, QuantizationConfig, QuantizationFormat
+from llmft.config.model import LoraConfig, ModelConfig, QuantizationConfig, QuantizationFormat
 from llmft.core.imports import load_libraries, quiet_warnings
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import locate

@@ -28,7 +28,7 @@ from llmft.core.imports import load_libraries
 
 load_libraries(training=False)
 import torch, transformers.models.llama.modeling_llama
-from llmft.config.sections import ModelConfig, QuantizationConfig, QuantizationFormat
+from llmft.config.model import ModelConfig, QuantizationConfig, QuantizationFormat
 from llmft.data.hub import locate
 from llmft.model.load import load_base
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping

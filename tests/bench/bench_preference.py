@@ -17,8 +17,8 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -34,9 +34,9 @@ from llmft.model.assemble import assemble
 from llmft.training.parts import check_parts
 from llmft.training.prepare import prepare
 from llmft.training.readiness import make_ready
-from tests.bench.bench_sweep import environment, used
+from tests.bench.bench_sweep import Losses, environment, llmft_sweep, used
 from tests.bench.systems import HERE, Runner, System, compile_package, machine, versions
-from tests.conftest import ROOT, SHARED, compose
+from tests.conftest import SHARED, compose
 
 PARITY = 1e-5
 BETAS, SEEDS = (0.03, 0.1, 0.3, 1.0), (0, 1)
@@ -50,7 +50,7 @@ VARIANTS = {
     ),
     "reward": (TRL, replace(TRL, name="TRL, checkpointing", settings={**TRL.settings, "checkpointing": True})),
 }
-Losses = dict[tuple[float, int], list[float]]
+SWEPT: dict[str, Sequence[float]] = {"task.beta": BETAS, "seed": SEEDS}
 
 
 @dataclass
@@ -191,26 +191,6 @@ def table(measured: list[Measured], *, batch: int, steps: int) -> list[str]:
     return lines
 
 
-def llmft_sweep(options: argparse.Namespace, directory: Path, steps: int) -> Losses:
-    """One command; the losses of its trials."""
-    with tempfile.TemporaryDirectory(dir=directory) as out:
-        betas, seeds = (",".join(map(str, values)) for values in (BETAS, SEEDS))
-        command = [sys.executable, "-m", "llmft", "-m", f"task.beta={betas}", f"seed={seeds}", f"output_dir={out}"]
-        command += [*overrides_of(options, "dpo", steps), "progress=false"]
-        env = {**environment(directory), "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
-        if done.returncode:
-            raise RuntimeError(f"llmft: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}")
-        (record,) = Path(out).glob("sweeps/*/sweep.json")
-        losses: Losses = {}
-        for trial in json.loads(record.read_text())["trials"]:
-            values = dict(item.split("=") for item in trial["overrides"])
-            records = map(json.loads, (Path(out) / trial["run"] / "metrics.jsonl").read_text().splitlines())
-            steps_of_trial = [record["train/loss_nats"] for record in records if "train/loss_nats" in record]
-            losses[float(values["task.beta"]), int(values["seed"])] = steps_of_trial
-        return losses
-
-
 def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: bool) -> Losses:
     """A process for each trial, one after the other."""
     losses: Losses = {}
@@ -236,7 +216,7 @@ def sweep(options: argparse.Namespace, directory: Path) -> None:
     micro = fastest_micro(works[SEEDS[0]], options.micro, directory)
     works = {seed: {**work, "micro": micro} for seed, work in works.items()}
     print(f"\nsweep: {len(BETAS)} betas x {len(SEEDS)} seeds of {steps} steps of {options.batch} pairs")
-    wall, cpu, ours = used(lambda: llmft_sweep(options, directory, steps))
+    wall, cpu, ours = used(lambda: llmft_sweep(directory, SWEPT, overrides))
     print(f"{'llmft -m':32} {wall:7.1f} s {cpu:7.1f} CPU s")
     for name, precompute in (("8 x TRL, reference before", True), ("8 x TRL", False)):
         their_wall, their_cpu, theirs = used(partial(trl_sweep, works, directory, precompute=precompute))

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -34,7 +34,9 @@ from tests.conftest import ROOT, SHARED
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RANKS = (4, 8)
-Losses = dict[tuple[float, int], list[float]]
+SWEPT: dict[str, Sequence[float]] = {"learning_rate.peak": RATES, "lora.r": RANKS}
+Losses = dict[tuple[float, ...], list[float]]
+"""By the values of what was swept: the losses of a trial's steps."""
 
 
 def overrides(steps: int, quantization: str, model: Path | None) -> list[str]:
@@ -46,7 +48,6 @@ def overrides(steps: int, quantization: str, model: Path | None) -> list[str]:
         *(embedded if model is None else [*real, "data.validation_fraction=0.016", "data.max_tokens=1024"]),
         f"quantization={quantization}",
         "logger=none",
-        "progress=false",
         "task.generate_rows=0",
         "task.metrics=[]",
         "learning_rate=constant",
@@ -72,25 +73,23 @@ def environment(folder: Path) -> dict[str, str]:
     return {**kept, **own}
 
 
-def llmft_sweep(folder: Path, shared: list[str], *more: str) -> Losses:
-    """One command, in a new output directory; the losses of its trials."""
+def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequence[str]) -> Losses:
+    """One command over all combinations of `swept`, in a new output directory; its trials' losses by their values."""
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        rates, ranks = (",".join(map(str, values)) for values in (RATES, RANKS))
-        command = [sys.executable, "-m", "llmft", "-m", f"learning_rate.peak={rates}", f"lora.r={ranks}"]
-        command += [*shared, f"output_dir={out}", *more]
+        varied = [f"{key}={','.join(map(str, values))}" for key, values in swept.items()]
+        command = [sys.executable, "-m", "llmft", "-m", *varied, *shared, "progress=false", f"output_dir={out}"]
         env = {**environment(folder), "PYTHONPATH": str(ROOT)}
         done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT)
         if done.returncode:
             raise RuntimeError(f"llmft: {(done.stderr or done.stdout).strip().splitlines()[-1][:300]}")
         (record,) = Path(out).glob("sweeps/*/sweep.json")
-        found: Losses = {}
+        losses: Losses = {}
         for trial in json.loads(record.read_text())["trials"]:
-            told = dict(item.split("=") for item in trial["overrides"])
-            lines = (Path(out) / trial["run"] / "metrics.jsonl").read_text().splitlines()
-            records = [json.loads(line) for line in lines]
-            losses = [r["train/loss_nats"] for r in records if "train/loss_nats" in r]
-            found[float(told["learning_rate.peak"]), int(told["lora.r"])] = losses
-        return found
+            values = dict(override.split("=") for override in trial["overrides"])
+            steps = map(json.loads, (Path(out) / trial["run"] / "metrics.jsonl").read_text().splitlines())
+            of_trial = [step["train/loss_nats"] for step in steps if "train/loss_nats" in step]
+            losses[tuple(float(values[key]) for key in swept)] = of_trial
+        return losses
 
 
 def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) -> Losses:
@@ -161,7 +160,7 @@ def main() -> None:
         (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
         chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]
         actions: dict[str, Callable[[], Losses]] = {
-            "llmft -m": lambda: llmft_sweep(folder, shared),
+            "llmft -m": lambda: llmft_sweep(folder, SWEPT, shared),
         }
         for peer in chosen:
             actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)

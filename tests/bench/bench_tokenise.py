@@ -19,7 +19,7 @@ from typing import Any
 
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
-from llmft.config.sections import BadRow, Columns, DataConfig
+from llmft.config.data import BadRow, Columns, DataConfig
 from llmft.core.machine import versions
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmft.checks.cards import CARDS, MOST_CARDS, SHARE_OF_RATE, cells, plan_cards, recomputation
-from llmft.config.sections import Checkpointing
+from llmft.config.trainer import Checkpointing
 from llmft.data.hub import Located
 from llmft.model.load import model_config
 from llmft.model.memory import StepMemory

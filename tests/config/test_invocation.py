@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import llmft
+from llmft.config.commands import DiskConfig
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import NO_COMMAND, Invocation, taken
-from llmft.config.sections import DiskConfig
+from llmft.config.invocation import NO_COMMAND, Invocation, split_off
 
 
 def test_no_other_module_touches_the_arguments_of_the_process() -> None:
@@ -41,7 +41,7 @@ def test_the_words_of_a_key_are_those_of_the_command_line() -> None:
 
 
 def test_a_verbs_own_arguments_are_taken_from_the_others() -> None:
-    assert taken(["format=json", "lora.r=4", "format=text"], "format=") == (["json", "text"], ["lora.r=4"])
+    assert split_off(["format=json", "lora.r=4", "format=text"], "format=") == (["json", "text"], ["lora.r=4"])
 
 
 def test_a_job_runs_under_the_arguments_that_the_process_was_started_with(

@@ -83,8 +83,10 @@ def compose_words(command: str, words: Sequence[str]) -> Any:
     from hydra_plugins.llmft_sweeping import combinations
 
     name, schema = schema_of(command)
-    taken = {"check": "format=", "report": "lb.", "serve": "with="}.get(command, "\0")  # taken before Hydra
-    arguments = hydra_arguments([w for w in words if not w.startswith(taken)], schema, multirun=command == "train")
+    before_hydra = {"check": "format=", "report": "lb.", "serve": "with="}.get(command, "\0")  # taken before Hydra
+    arguments = hydra_arguments(
+        [w for w in words if not w.startswith(before_hydra)], schema, multirun=command == "train"
+    )
     overrides = [a for a in arguments if "=" in a and not a.startswith("-")]
     parsed = OverridesParser.create().parse_overrides(overrides)
     assert any(a in ("-m", "--multirun") for a in arguments) or not any(o.is_sweep_override() for o in parsed)

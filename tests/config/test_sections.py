@@ -9,15 +9,10 @@ from pathlib import Path
 import pytest
 
 from llmft.config.convert import canonical, from_json, from_plain, numbers_of, schema_fields, schema_keys, to_plain
-from llmft.config.sections import (
-    Checkpointing,
-    LoraConfig,
-    Precision,
-    QuantizationFormat,
-    TrainConfig,
-    rows_or_tokens,
-    seconds_of,
-)
+from llmft.config.fields import seconds_of
+from llmft.config.model import LoraConfig, Precision, QuantizationFormat
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing, rows_or_tokens
 from llmft.core.errors import ConfigError
 from llmft.data.prompt import PromptFormat
 from tests.conftest import ROOT, compose

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import BadRow, Columns, DataConfig, Head, TaskConfig, TaskType
+from llmft.config.data import BadRow, Columns, DataConfig
+from llmft.config.task import Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import BadRows, Row

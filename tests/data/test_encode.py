@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.config.data import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder

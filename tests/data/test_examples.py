@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import DataConfig
+from llmft.config.data import DataConfig
 from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder

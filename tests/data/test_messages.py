@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import Columns
+from llmft.config.data import Columns
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import message_text
 from llmft.data.sources import Row

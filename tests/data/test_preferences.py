@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import Columns, DataConfig, Feedback, TaskConfig
+from llmft.config.data import Columns, DataConfig
+from llmft.config.task import Feedback, TaskConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.preferences import contradictions, longer_wins

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.config.data import DataConfig, PromptConfig, SystemRole, Truncation, Turns
 from llmft.core.errors import ConfigError
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder, Ends

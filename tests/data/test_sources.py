@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import BadRow, Columns, DataConfig, Files
+from llmft.config.data import BadRow, Columns, DataConfig, Files
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.naming import NotFinite
 from llmft.data.sources import BadRows, load_rows, read, read_files

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from llmft.config.sections import DataConfig, TrainOn
+from llmft.config.data import DataConfig, TrainOn
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.sources import Loaded, Row
 from llmft.data.splits import hold_out, make_splits, sample

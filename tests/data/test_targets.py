@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import Columns, DataConfig, Head, TaskConfig, TaskType
+from llmft.config.data import Columns, DataConfig
+from llmft.config.task import Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import BadRows, Row, load_rows, read

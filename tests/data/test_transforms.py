@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from llmft.config.sections import Transform
+from llmft.config.data import Transform
 from llmft.data.columns import Conversation
 from llmft.data.transforms import apply
 

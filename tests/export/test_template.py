@@ -9,7 +9,7 @@ import pytest
 from omegaconf import OmegaConf
 from transformers import AutoTokenizer
 
-from llmft.config.sections import PromptConfig
+from llmft.config.data import PromptConfig
 from llmft.data.prompt import PromptFormat
 from llmft.export.template import exported_template, without_marks
 from tests.conftest import ROOT

@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from llmft.config.sections import QuantizationConfig, QuantizationFormat
+from llmft.config.model import QuantizationConfig, QuantizationFormat
 from llmft.export import weights
 from llmft.model.quantization import keep_packing, quantize_in_place
 

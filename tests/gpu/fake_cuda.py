@@ -145,7 +145,8 @@ def load(architecture: str, dtype: Any, change: str, task: str) -> tuple[Any, An
     """(base, adapted model), on the CPU."""
     import torch
 
-    from llmft.config.sections import Checkpointing, LoraConfig, QuantizationConfig, QuantizationFormat
+    from llmft.config.model import LoraConfig, QuantizationConfig, QuantizationFormat
+    from llmft.config.trainer import Checkpointing
     from llmft.data.hub import Located
     from llmft.model import adapters
     from llmft.model.checkpointing import set_checkpointing
@@ -205,7 +206,7 @@ def batch_of(task: str) -> Any:
     if task in ("dpo", "kto"):
         batch.answers.reference = torch.zeros(len(examples), 2, dtype=torch.float64)
     assert batch.lengths
-    assert len(batch.places)
+    assert len(batch.positions)
     return batch
 
 

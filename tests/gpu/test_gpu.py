@@ -18,7 +18,8 @@ from typing import Any, ClassVar, NamedTuple
 import pytest
 import torch
 
-from llmft.config.sections import Checkpointing, LoraConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.model import LoraConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.trainer import Checkpointing
 from llmft.core.machine import versions
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located, locate

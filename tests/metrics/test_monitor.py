@@ -19,7 +19,7 @@ import yaml
 import llmft.metrics
 from llmft.blend import blend
 from llmft.config.commands import BlendConfig, Method, RefitConfig
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError
 from llmft.metrics import higher_is_better, lower_is_better
 from llmft.metrics.monitor import declared, mode_of, with_mode

@@ -12,7 +12,7 @@ from sklearn.dummy import DummyClassifier, DummyRegressor
 from sklearn.metrics import log_loss
 
 from llmft.config.commands import EvaluateConfig, FoldsConfig
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.evaluate import evaluate
 from llmft.folds import folds
 from llmft.metrics import classification, regression

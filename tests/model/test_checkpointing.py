@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config.sections import Checkpointing
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError
 from llmft.model.checkpointing import LEAST_OFFLOADED, Offloaded, set_checkpointing
 from tests.model.test_memory import LiveBytes, Training, resident, training

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from llmft.config.sections import LoraConfig
+from llmft.config.model import LoraConfig
 from llmft.model import adapters
 from llmft.model.compiling import compile_layers
 from llmft.model.kernels import lora as lora_kernel

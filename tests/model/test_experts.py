@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmft.config.sections import LoraConfig, ModelConfig, QuantizationConfig
-from llmft.config.sections import QuantizationFormat as Form
+from llmft.config.model import LoraConfig, ModelConfig, QuantizationConfig
+from llmft.config.model import QuantizationFormat as Form
 from llmft.core.errors import ConfigError
 from llmft.data.hub import locate
 from llmft.model import adapters

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.core.errors import ConfigError
 from llmft.data.hub import Located, fingerprint, locate
 from llmft.model import load

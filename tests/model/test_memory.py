@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmft.config.instantiate import optimizer_factory
-from llmft.config.sections import Checkpointing, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing
 from llmft.core.files import format_bytes
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config.sections import ModelConfig, QuantizationConfig
-from llmft.config.sections import QuantizationFormat as Form
+from llmft.config.model import ModelConfig, QuantizationConfig
+from llmft.config.model import QuantizationFormat as Form
 from llmft.core.errors import ConfigError
 from llmft.data.hub import locate
 from llmft.model.load import load_base, load_tokenizer

@@ -12,8 +12,9 @@ import filelock
 import pytest
 import torch
 
-from llmft.config.sections import Cleaning, DiskConfig, LoraConfig, ModelInit, QuantizationConfig
-from llmft.config.sections import QuantizationFormat as Form
+from llmft.config.commands import Cleaning, DiskConfig
+from llmft.config.model import LoraConfig, ModelInit, QuantizationConfig
+from llmft.config.model import QuantizationFormat as Form
 from llmft.data.hub import Located, locate
 from llmft.disk import disk
 from llmft.model import adapters

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.data.hub import Located
 from llmft.model.load import load_base
 from tests.conftest import ROOT, SMALL, llmft, run_directory
@@ -52,7 +52,7 @@ SHARE = """
 import json, sys, torch
 from llmft.core.imports import load_libraries
 load_libraries(training=False)
-from llmft.config.sections import LoraConfig, ModelConfig, ModelInit, QuantizationConfig
+from llmft.config.model import LoraConfig, ModelConfig, ModelInit, QuantizationConfig
 from llmft.data.hub import locate
 from llmft.model import adapters
 from llmft.model.load import load_base

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from llmft.config.sections import LoraConfig, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.model import LoraConfig, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located, locate
 from llmft.model import adapters

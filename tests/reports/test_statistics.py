@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from llmft.config.sections import Mode
+from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, DataError
 from llmft.metrics import classification
 from llmft.reports.numbers import Published, judge_numbers

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import SweepConfig
+from llmft.config.sweep import SweepConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.reports.verdicts import still_open

@@ -19,7 +19,8 @@ import pytest
 import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.metrics.monitor import with_mode

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
 
-from llmft.config.sections import LoraConfig, TaskType
+from llmft.config.model import LoraConfig
+from llmft.config.task import TaskType
 from llmft.data.batch import MicroBatch, collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
@@ -161,7 +162,7 @@ def test_several_classes_are_a_mean_of_binary_losses_and_numbers_half_a_squared_
 
 def test_an_encoders_pooler_and_classifier_stay_unquantised_are_trained_and_saved(tmp_path: Path) -> None:
     """Also where no file of ours names them: a directory of somebody's model."""
-    from llmft.config.sections import ModelConfig, ModelInit, QuantizationConfig
+    from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig
     from llmft.data.hub import Located
     from llmft.model.load import load_base
     from tests.model.twins import TWINS

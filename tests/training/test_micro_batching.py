@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmft.config.sections import Checkpointing
+from llmft.config.trainer import Checkpointing
 from llmft.data.batch import Limit
 from llmft.data.examples import Examples
 from llmft.data.hub import Located

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from llmft.config.task import Aggregate
 from llmft.training.objectives import policy_gradient as pg
 
 LOGP = torch.tensor([[-1.0, -2.0, -0.5, 0.0], [-0.7, -1.5, 0.0, 0.0]], dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_generalized_advantage_estimates_and_what_is_padded_changes_nothing():
     assert pg.gae(rewards, values, mask)[0].tolist() == pytest.approx([0.451, 0.58, 0.4, 0.0], abs=1e-9)
 
 
-@pytest.mark.parametrize("aggregate", pg.AGGREGATES)
+@pytest.mark.parametrize("aggregate", [*Aggregate])
 def test_before_the_policy_has_moved_the_gradient_is_reinforces(aggregate):
     advantage = pg.advantages(REWARDS, "group").view(-1, 1)
     total = pg.weights(MASK.sum(-1), aggregate, 4).sum()
@@ -84,7 +85,7 @@ def test_before_the_policy_has_moved_the_gradient_is_reinforces(aggregate):
     assert torch.allclose(clipped, reinforce, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("aggregate", pg.AGGREGATES)
+@pytest.mark.parametrize("aggregate", [*Aggregate])
 def test_answers_one_by_one_add_up_to_all_at_once(aggregate):
     advantage = pg.advantages(REWARDS, "group").view(-1, 1)
     per_token = pg.clipped_loss(pg.ratios(LOGP, OLD, MASK), advantage)

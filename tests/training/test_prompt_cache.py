@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config.sections import LoraConfig
+from llmft.config.model import LoraConfig
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
 from llmft.data.hub import Located

@@ -14,15 +14,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmft.config.sections import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
+from llmft.config.task import Advantage, KlConfig, KlEstimator, KlWhere, TaskConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch, PolicyRows, collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
 from llmft.train import train
-from llmft.training.drawn import Drawn, learned_from
 from llmft.training.objectives import language_modeling
 from llmft.training.objectives.policy import PolicyGradient, token_log_probs
+from llmft.training.rollout_batch import RolloutBatch, advantages_and_returns
 from tests.conftest import SMALL, compose
 
 OBJECTIVE = "llmft.training.objectives.policy.PolicyGradient"
@@ -106,27 +106,27 @@ def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
     )
 
 
-def drawn(**more: Any) -> Drawn:
+def rollout(**more: Any) -> RolloutBatch:
     ids = [[5, 1], [6, 7, 1]]
-    return Drawn([0, 0], ids, ["a", "b"], [True, True], [1.0, 0.0], {"x": [1.0, 0.0]}, **more)
+    return RolloutBatch([0, 0], ids, ["a", "b"], [True, True], [1.0, 0.0], {"x": [1.0, 0.0]}, **more)
 
 
 def test_divergence_in_the_reward_is_taken_from_it_before_advantages() -> None:
     old, reference = [[-1.0, -1.0], [-1.0, -1.0, -1.0]], [[-1.5, -1.0], [-1.0, -1.0, -2.0]]
     held = task(group=2, advantage=Advantage.leave_one_out, kl=KlConfig(0.1, KlWhere.reward, KlEstimator.k1))
-    found, _ = learned_from(drawn(old=old, reference=reference), held)
+    found, _ = advantages_and_returns(rollout(old=old, reference=reference), held)
     first, second = 1.0 - 0.1 * 0.5, 0.0 - 0.1 * 1.0
     assert found[0] == pytest.approx([first - second] * 2, abs=1e-7)
     assert found[1] == pytest.approx([second - first] * 3, abs=1e-7)
 
 
 def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Path) -> None:
-    one = drawn(old=[[-1.0, -0.1], [-2.0, -0.5, -0.25]])
+    one = rollout(old=[[-1.0, -0.1], [-2.0, -0.5, -0.25]])
     one.write(tmp_path / "a.parquet")
-    assert Drawn.read(tmp_path / "a.parquet") == one
+    assert RolloutBatch.read(tmp_path / "a.parquet") == one
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
-    assert Drawn.read(tmp_path / "a.parquet") is None
-    assert Drawn.read(tmp_path / "b.parquet") is None
+    assert RolloutBatch.read(tmp_path / "a.parquet") is None
+    assert RolloutBatch.read(tmp_path / "b.parquet") is None
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_linear_schedule_with_warmup
 
-from llmft.config.sections import LearningRateConfig, Schedule
+from llmft.config.trainer import LearningRateConfig, Schedule
 from llmft.training.schedule import make_schedule
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import WandbConfig
+from llmft.config.convert import flatten
+from llmft.config.trainer import WandbConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.train import train
-from llmft.training.tracking import SafeWandbLogger, flatten, open_wandb, wandb_mode
+from llmft.training.tracking import SafeWandbLogger, open_wandb, wandb_mode
 from tests.conftest import SMALL, compose, run_directory
 from tests.servers import BAD, server
 

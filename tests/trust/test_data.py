@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmft.config.sections import Columns, DataConfig, Truncation
+from llmft.config.data import Columns, DataConfig, Truncation
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 
+from llmft.config.data import BadRow
 from llmft.config.overrides import config_directory
-from llmft.config.sections import BadRow
 from llmft.core.errors import DataError, UserError, report
 from llmft.data.prompt import PromptFormat
 from llmft.data.sources import BadRows, Row, read

@@ -17,7 +17,8 @@ import llmft.config.instantiate as builder
 from llmft.config.commands import PredictConfig, PredictData, RefitConfig
 from llmft.config.convert import to_plain
 from llmft.config.instantiate import build, check_target, trust
-from llmft.config.sections import TaskConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.task import TaskConfig
 from llmft.config.untrusted import check_config_directories, check_inside, check_model, stored_config
 from llmft.core.errors import ConfigError, DataError, UserError
 from llmft.data.hub import fingerprint
@@ -440,7 +441,7 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
 def test_an_objective_goes_with_its_task_and_options_or_is_refused(
     mine: str, task: dict[str, Any], sentence: str | None
 ) -> None:
-    from llmft.config.sections import Head
+    from llmft.config.task import Head
 
     trust([mine])
     values = {k: v.format(mine=mine) if isinstance(v, str) else v for k, v in task.items()}

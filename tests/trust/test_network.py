@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from llmft.config.sections import ModelConfig
+from llmft.config.model import ModelConfig
 from llmft.core.errors import ConfigError
 from llmft.data.hub import locate
 from llmft.train import train

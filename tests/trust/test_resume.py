@@ -23,7 +23,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmft.config.sections import Checkpointing
+from llmft.config.trainer import Checkpointing
 from llmft.core.errors import ConfigError, DivergedError, Interrupted, Paused
 from llmft.runs.checkpoint import Checkpoint, load_checkpoint, path_of, save_checkpoint, steps_on_disk, verify
 from llmft.train import train

@@ -19,9 +19,10 @@ from omegaconf import OmegaConf
 
 import llmft.data.sandbox as sandbox
 from llmft.config.convert import from_plain, to_plain
-from llmft.config.instantiate import ALLOWED_TARGETS, KINDS, build, check_target, find
+from llmft.config.data import PromptConfig
+from llmft.config.instantiate import KINDS, build, check_target, find
 from llmft.config.overrides import hydra_arguments
-from llmft.config.sections import PromptConfig, TrainConfig
+from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import (
     check_adapter,
     check_config_directories,
@@ -176,7 +177,8 @@ class TestTargets:
                 build(node, "optimizer", "optimizer")
 
     def test_every_allowed_package_is_named_to_its_end(self) -> None:
-        assert all(prefix.endswith(".") for prefix in ALLOWED_TARGETS), "torch.optimx is not torch.optim"
+        named = [prefix for prefixes, _, _ in KINDS.values() for prefix in prefixes]
+        assert all(prefix.endswith(".") for prefix in named), "torch.optimx is not torch.optim"
 
     def test_a_stored_config_is_read_without_building_and_checked_when_built(self, tmp_path: Path) -> None:
         config = compose(*SMALL, f"output_dir={tmp_path}")
@@ -770,7 +772,7 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
     """`python -m llmft.disk` opens what others wrote."""
     from llmft.checks.disk import scan as look
-    from llmft.config.sections import Cleaning, DiskConfig
+    from llmft.config.commands import Cleaning, DiskConfig
 
     directory = tmp_path / "runs" / "evil-0123456789"
     (directory / "checkpoints").mkdir(parents=True)

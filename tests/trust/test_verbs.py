@@ -15,7 +15,7 @@ import pytest
 
 from llmft.checks import machine
 from llmft.checks.disk import size_of
-from llmft.config.sections import Cleaning, DiskConfig, DoctorConfig, Keep, OutputFormat
+from llmft.config.commands import Cleaning, DiskConfig, DoctorConfig, KeepCheckpoints, OutputFormat
 from llmft.core.errors import ConfigError
 from llmft.data import gguf_files
 from llmft.disk import disk
@@ -217,7 +217,9 @@ class TestDisk:
         (directory / "gguf" / f".model.gguf.{dead.pid}.tmp").mkdir()
         being_written = directory / f".merged.{os.getppid()}.tmp"
         being_written.mkdir()
-        report = self.look(root, clean=[Cleaning.leftovers, Cleaning.tokens], keep=[Keep.best], dry_run=False)
+        report = self.look(
+            root, clean=[Cleaning.leftovers, Cleaning.tokens], keep=[KeepCheckpoints.best], dry_run=False
+        )
         gone = [entry["path"] for entry in report["doomed"] if entry["gone"]]
         assert any(path.endswith(".bad") for path in gone)
         assert [Path(path).name for path in gone if path.endswith(".tmp")] == [

@@ -31,9 +31,9 @@ BLOCK_COST_TOKENS = 48
 """What one more attention call costs, in tokens of padding: measured on the CPU with hidden sizes of 64 and 256."""
 MOST_VARLEN_HEAD_DIM = 256
 LENGTH_STEP = 256
-Places = tuple[np.ndarray, np.ndarray]
+Positions = tuple[np.ndarray, np.ndarray]
 """Rows and columns of tokens in a padded batch, row by row."""
-NO_PLACES: Places = (np.zeros(0, np.int64), np.zeros(0, np.int64))
+NO_POSITIONS: Positions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 
 @dataclass(frozen=True)
@@ -61,14 +61,14 @@ class PackedBatch:
     Attributes:
         input_ids, position_ids: (1, tokens).
         last: (rows,) where each row's last real token stands in the packed sequence; of answers, their ends.
-        places: (places,) where those stand that `pack` was asked for.
+        positions: (positions,) where those stand that `pack` was asked for.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     last: torch.Tensor
     blocks: Blocks
-    places: torch.Tensor | None = None
+    positions: torch.Tensor | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -119,38 +119,38 @@ def uses_packing(model: Any) -> bool:
 
 
 def pack(
-    input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False, places: Places = NO_PLACES
+    input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False, positions: Positions = NO_POSITIONS
 ) -> PackedBatch:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
 
-    `places` are rows and columns of tokens that the caller wants to find in it.
+    `positions` are rows and columns of tokens that the caller wants to find in it.
     """
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
     starts = np.cumsum([0, *widths])
-    positions = np.concatenate([np.arange(width) for width in widths])
-    index = np.repeat(np.arange(len(widths)) * input_ids.shape[1], widths) + positions
-    rows, columns = places
-    sent = [index, positions, starts[:-1] + np.array(lengths) - 1, starts[rows] + columns, starts]
-    flat, positions_, last, kept, seqlens = send(sent, input_ids.device)
+    position_ids = np.concatenate([np.arange(width) for width in widths])
+    index = np.repeat(np.arange(len(widths)) * input_ids.shape[1], widths) + position_ids
+    rows, columns = positions
+    arrays = [index, position_ids, starts[:-1] + np.array(lengths) - 1, starts[rows] + columns, starts]
+    source, ids, last, wanted, seqlens = send(arrays, input_ids.device)
     blocks = Blocks(shapes, seqlens.to(torch.int32) if varlen else None, _coarse(max(lengths)))
-    return PackedBatch(input_ids.reshape(-1)[flat][None], positions_[None], last, blocks, kept)
+    return PackedBatch(input_ids.reshape(-1)[source][None], ids[None], last, blocks, wanted)
 
 
 def inputs_of(
-    base: Any, input_ids: torch.Tensor, lengths: Sequence[int], places: Places
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[int], positions: Positions
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """What a model's forward takes, and where `places` then stand, counted over all rows of its tokens.
+    """What a model's forward takes, and where `positions` then stand, counted over all rows of its tokens.
 
     Packed rows where the family can, else padded ones.
     """
     if not uses_packing(base):
-        rows, columns = places
-        (kept,) = send([rows * input_ids.shape[1] + columns], input_ids.device)
-        return {"input_ids": input_ids, "use_cache": False}, kept
-    packed = pack(input_ids, lengths, varlen=takes_varlen(base), places=places)
-    assert packed.places is not None
-    return packed.arguments, packed.places
+        rows, columns = positions
+        (indices,) = send([rows * input_ids.shape[1] + columns], input_ids.device)
+        return {"input_ids": input_ids, "use_cache": False}, indices
+    packed = pack(input_ids, lengths, varlen=takes_varlen(base), positions=positions)
+    assert packed.positions is not None
+    return packed.arguments, packed.positions
 
 
 def pack_answers(

@@ -26,7 +26,8 @@ from llmft.config.convert import to_plain
 from llmft.config.hydra_app import config_of_command, explain
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
-from llmft.config.sections import SearchConfig, TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -73,9 +74,9 @@ class LocalLauncher(Launcher):
         trials = run_grid(planner, job_overrides, fixed, first=initial_job_idx).trials
         returns = []
         for trial in trials[-len(job_overrides) :]:
-            made = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
-            made.return_value = trial.value
-            returns.append(made)
+            job = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
+            job.return_value = trial.value
+            returns.append(job)
         return returns
 
 
@@ -109,23 +110,23 @@ class OwnSweeper(Sweeper):
         try:
             return self._sweep(arguments)
         except (OSError, ValueError) as error:
-            known = as_user_error(error)
-            if isinstance(known, UserError):
-                raise known from error
+            shown_error = as_user_error(error)
+            if isinstance(shown_error, UserError):
+                raise shown_error from error
             # Not to be taken for a command line that cannot be read: what began has its record.
             raise RuntimeError(f"the sweep broke off: {error}") from error
 
     def _sweep(self, arguments: list[str]) -> Any:
         from llmft.sweeps.sweep import run_elsewhere, run_grid
 
-        here = isinstance(self.launcher, LocalLauncher)
+        is_local = isinstance(self.launcher, LocalLauncher)
         overrides = parsed(self.loader, self.settings.params or {}, arguments)
         planner = make_planner(self.loader, self.config, self.invocation)
         fixed = fixed_overrides(self.config)
         if self.settings.sampler is None:
             jobs = combinations(overrides)
-            return run_grid(planner, jobs, fixed) if here else run_elsewhere(planner, jobs, fixed, self.launcher)
-        if not here:
+            return run_grid(planner, jobs, fixed) if is_local else run_elsewhere(planner, jobs, fixed, self.launcher)
+        if not is_local:
             name = self.config.hydra.runtime.choices.get("hydra/launcher")
             raise ConfigError(
                 f"hydra/launcher={name}: a search hears from its trials while they run, which only "
@@ -197,9 +198,9 @@ def make_planner(loader: Any, master: Any, invocation: Invocation) -> Planner:
             config.sweep.ray.address = "auto"
         return config
 
-    def told(error: Exception) -> Exception:
+    def in_a_sentence(error: Exception) -> Exception:
         if isinstance(error, UserError):
             return error
         return explain(error, TrainConfig, invocation.argv) or error
 
-    return Planner(compose, told, invocation)
+    return Planner(compose, in_a_sentence, invocation)

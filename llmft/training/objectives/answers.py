@@ -9,7 +9,7 @@ import torch
 
 from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
-from llmft.model.heads import answers_apart
+from llmft.model.heads import row_per_answer
 from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
 from llmft.training.objectives.language_modeling import nll_behind
 
@@ -25,7 +25,7 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         packed, spans = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
         arguments = packed.arguments
     else:
-        rows, spans = answers_apart(batch.input_ids, answers.lengths)
+        rows, spans = row_per_answer(batch.input_ids, answers.lengths)
         arguments = {"input_ids": rows, "use_cache": False}
     predictors, predicted, indices = [], [], []
     for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from llmft.core.errors import ConfigError
-from llmft.data.batch import MicroBatch, hand_over, send
+from llmft.data.batch import MicroBatch, send, to_device
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.sources import BadRows
-from llmft.model.kernels.packing import Places
+from llmft.model.kernels.packing import Positions
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
 
@@ -71,25 +71,25 @@ class WordScores:
         self.probes = [p for p in prefixes if not any(q != p and q[: len(p)] == p for q in prefixes)]
 
     def __call__(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        ids, (rows, columns) = batch.input_ids, batch.places
+        ids, (rows, columns) = batch.input_ids, batch.positions
         prompts = columns[np.unique(rows, return_index=True)[1]] + 1
         behind = None
         if len(self.probes) > 1 and not torch.is_grad_enabled():
-            on_device = hand_over(torch.from_numpy(prompts), ids.device)
+            on_device = to_device(torch.from_numpy(prompts), ids.device)
             behind = logits_behind(model, ids, on_device, [fork.prefix for fork in self.forks])
         if behind is None:
-            behind = self._whole(model, ids, prompts)
+            behind = self._by_forwards(model, ids, prompts)
         else:
             behind = {fork.prefix: _columns(behind[fork.prefix], fork.tokens) for fork in self.forks}
         scores = torch.zeros(len(prompts), self.num_classes, device=ids.device)
         for fork in self.forks:
-            ways = behind[fork.prefix].float().log_softmax(dim=-1)
-            way_of = {number: way for way, classes in enumerate(fork.classes) for number in classes}
-            (chosen,) = send([np.array([way_of.get(number, -1) for number in range(self.num_classes)])], ids.device)
-            scores = scores + torch.where(chosen >= 0, ways[:, chosen], 0.0)
+            branches = behind[fork.prefix].float().log_softmax(dim=-1)
+            branch_of = {number: branch for branch, classes in enumerate(fork.classes) for number in classes}
+            (chosen,) = send([np.array([branch_of.get(number, -1) for number in range(self.num_classes)])], ids.device)
+            scores = scores + torch.where(chosen >= 0, branches[:, chosen], 0.0)
         return scores
 
-    def _whole(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> dict[Path, torch.Tensor]:
+    def _by_forwards(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> dict[Path, torch.Tensor]:
         """(rows, ways) logits of every fork's tokens, by one forward of prompt and answer per probe."""
         behind: dict[Path, torch.Tensor] = {}
         for probe in self.probes:
@@ -104,15 +104,15 @@ class WordScores:
         """(rows, 1 + len(probe), vocabulary) logits behind each prompt and each token of `probe`."""
         rows, width = np.arange(len(ids)), int(prompts.max()) + len(probe)
         inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
-        whole = min(width, ids.shape[1])
-        inputs[:, :whole] = ids[:, :whole]
+        copied = min(width, ids.shape[1])
+        inputs[:, :copied] = ids[:, :copied]
         (begins,) = send([rows * width + prompts], ids.device)
         for depth, token in enumerate(probe):
             inputs.view(-1).index_fill_(0, begins + depth, token)
         # What stands behind is never looked at by causal attention.
-        kept = prompts[:, None] - 1 + np.arange(1 + len(probe))
-        places: Places = (np.repeat(rows, kept.shape[1]), kept.reshape(-1))
-        logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), places)
+        columns = prompts[:, None] - 1 + np.arange(1 + len(probe))
+        positions: Positions = (np.repeat(rows, columns.shape[1]), columns.reshape(-1))
+        logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), positions)
         return logits.view(len(ids), 1 + len(probe), -1)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from llmft.config.sections import TaskType
+from llmft.config.task import TaskType
 from llmft.data.batch import MicroBatch
 from llmft.data.targets import Targets
 from llmft.model.heads import linear_scores

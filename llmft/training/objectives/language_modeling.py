@@ -13,17 +13,17 @@ from llmft.data.batch import MicroBatch, send
 from llmft.data.examples import IGNORE
 from llmft.model.families import base_of, body_of, selects_positions
 from llmft.model.heads import positions_at_a_time
-from llmft.model.kernels.packing import Places, inputs_of
+from llmft.model.kernels.packing import Positions, inputs_of
 from llmft.model.sharding import is_sharded
 from llmft.training.objectives.base import RowLosses
 
 
-def logits_at(model: Any, input_ids: torch.Tensor, lengths: Sequence[int], places: Places) -> torch.Tensor:
-    """(places, vocabulary) logits at `places`, rows and columns of `input_ids`, (rows, seq_len), row by row.
+def logits_at(model: Any, input_ids: torch.Tensor, lengths: Sequence[int], positions: Positions) -> torch.Tensor:
+    """(positions, vocabulary) logits at `positions`, rows and columns of `input_ids`, (rows, seq_len), row by row.
 
     `lengths` are the rows' tokens without their padding, which families that can never see.
     """
-    return _logits(model, *inputs_of(base_of(model), input_ids, lengths, places))
+    return _logits(model, *inputs_of(base_of(model), input_ids, lengths, positions))
 
 
 def nll_at(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Tensor:
@@ -34,46 +34,46 @@ def nll_at(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Ten
     Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
     for hidden states instead of the vocabulary, and the same numbers.
     """
-    base, (rows, columns) = base_of(model), batch.places
+    base, (rows, columns) = base_of(model), batch.positions
     (labelled,) = send([rows * batch.labels.shape[1] + columns + 1], batch.labels.device)
     targets = batch.labels.reshape(-1)[labelled]
-    arguments, places = inputs_of(base, batch.input_ids, batch.lengths, batch.places)
+    arguments, positions = inputs_of(base, batch.input_ids, batch.lengths, batch.positions)
     most = positions_at_a_time(base.config.get_text_config().vocab_size, targets.device.type)
     if len(targets) <= most or not _in_chunks(base):
-        return _nll(_tempered(_logits(model, arguments, places).float(), temperature), targets)
-    return _chunked_nll(base, arguments, places, targets, most, temperature)
+        return _nll(_tempered(_logits(model, arguments, positions).float(), temperature), targets)
+    return _chunked_nll(base, arguments, positions, targets, most, temperature)
 
 
-def nll_behind(model: Any, arguments: dict[str, Any], places: np.ndarray, targets: torch.Tensor) -> torch.Tensor:
-    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `places` in a forward's tokens.
+def nll_behind(model: Any, arguments: dict[str, Any], positions: np.ndarray, targets: torch.Tensor) -> torch.Tensor:
+    """(targets,) negative log-likelihoods in nats of `targets`, each behind one of `positions` in a forward's tokens.
 
     Like `nll_at`, but a position, counted over all rows of the forward's tokens, may have several targets.
     """
     base = base_of(model)
     vocabulary = base.config.get_text_config().vocab_size
     if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
-        (positions,) = send([places], targets.device)
-        return _chunked_nll(base, arguments, positions, targets, most, 1.0)
-    once, order = send(np.unique(places, return_inverse=True), targets.device)
+        (indices,) = send([positions], targets.device)
+        return _chunked_nll(base, arguments, indices, targets, most, 1.0)
+    once, order = send(np.unique(positions, return_inverse=True), targets.device)
     return _nll(_wide(_logits(model, arguments, once)[order]), targets)
 
 
-def _logits(model: Any, arguments: dict[str, Any], places: torch.Tensor) -> torch.Tensor:
-    """(places, vocabulary) logits at ascending places, counted over all rows of the forward's tokens."""
+def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """(positions, vocabulary) logits at ascending places, counted over all rows of the forward's tokens."""
     model_class: type = type(base_of(model))
     if not selects_positions(model_class):
-        return model(**arguments).logits.flatten(0, 1)[places]
+        return model(**arguments).logits.flatten(0, 1)[positions]
     ids = arguments["input_ids"]
     if len(ids) == 1:
-        return model(**arguments, logits_to_keep=places).logits[0]
-    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, places, True)
+        return model(**arguments, logits_to_keep=positions).logits[0]
+    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, positions, True)
     return model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
 
 
 def _chunked_nll(
-    base: Any, arguments: dict[str, Any], places: torch.Tensor, targets: torch.Tensor, most: int, temperature: float
+    base: Any, arguments: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor, most: int, temperature: float
 ) -> torch.Tensor:
-    hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
+    hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[positions]
     losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
     return losses
 
@@ -192,6 +192,6 @@ class LanguageModeling:
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
         """See RowLosses; `batch.labels` is not shifted, the shift happens here."""
         nll = nll_at(model, batch)
-        (rows,) = send(batch.places[:1], nll.device)
+        (rows,) = send(batch.positions[:1], nll.device)
         sums = torch.zeros(len(batch.labels), dtype=nll.dtype, device=nll.device).index_add(0, rows, nll)
         return RowLosses(sums, (batch.labels[:, 1:] != IGNORE).sum(dim=1))

@@ -9,8 +9,6 @@ from __future__ import annotations
 import torch
 
 ADVANTAGES = ("group", "centred", "leave_one_out", "gae")
-AGGREGATES = ("token", "sequence", "constant")
-ESTIMATORS = ("k1", "k3")
 GROUP_EPSILON = 1e-4
 """Added to a group's standard deviation, as TRL does; a group without spread has advantages of 0."""
 

@@ -112,8 +112,8 @@ def _group(
     depths = torch.tensor([len(node) for node in nodes], device=ids.device)
     branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
     of_prompt = (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1)
-    seen = torch.cat([of_prompt, branch[None].expand(len(ids), -1, -1)], dim=-1)[:, None]
-    mask = _additive(seen) if base.config._attn_implementation == "eager" else seen
+    visible = torch.cat([of_prompt, branch[None].expand(len(ids), -1, -1)], dim=-1)[:, None]
+    mask = _additive(visible) if base.config._attn_implementation == "eager" else visible
     keep = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
     behind = model(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
@@ -127,7 +127,7 @@ def _group(
     return logits | ({(): first} if () in prefixes else {})
 
 
-def _additive(seen: torch.Tensor) -> torch.Tensor:
-    """0 where `seen` and a very low number elsewhere, which attention without a fused kernel adds to its scores."""
+def _additive(visible: torch.Tensor) -> torch.Tensor:
+    """0 where `visible` and a very low number elsewhere, which attention without a fused kernel adds to its scores."""
     low = torch.finfo(torch.float32).min
-    return torch.zeros(seen.shape, device=seen.device).masked_fill(~seen, low)
+    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, low)

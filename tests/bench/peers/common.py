@@ -11,6 +11,7 @@ import json
 import os
 import resource
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -74,6 +75,49 @@ def peft_model(work: dict[str, Any]) -> Any:
     model = peft.get_peft_model(base, lora)
     load_adapter(model, work)
     return model
+
+
+def rows_in_order(work: dict[str, Any]) -> list[Any]:
+    """The rows of all steps, one after the other."""
+    return [work["rows"][row] for batch in work["batches"] for row in batch]
+
+
+def tokenizer_of(work: dict[str, Any]) -> Any:
+    """The model's tokenizer, which pads on the right."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"], padding_side="right")
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
+    return tokenizer
+
+
+def trainer_arguments(work: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """What trainers of transformers and TRL take alike: fp32 on the CPU, a constant rate, nothing logged or saved."""
+    steps = {}
+    if "batches" in work:
+        steps = {
+            "per_device_train_batch_size": work["micro"],
+            "gradient_accumulation_steps": len(work["batches"][0]) // work["micro"],
+            "max_steps": len(work["batches"]),
+        }
+    return {
+        **steps,
+        "output_dir": tempfile.mkdtemp(),
+        "learning_rate": work["rate"],
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": work["clip"],
+        "optim": "adamw_torch",
+        "weight_decay": 0.0,
+        "use_cpu": True,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "eval_strategy": "no",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        **more,
+    }
 
 
 class Gate:

@@ -7,7 +7,7 @@ import tempfile
 from typing import Any
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
-from common import Gate, gated, peft_model, read_work, set_threads
+from common import Gate, gated, peft_model, read_work, set_threads, trainer_arguments
 
 work = read_work()
 import datasets
@@ -41,9 +41,9 @@ Told, told = gated(Given, Gate(), in_order=False)
 tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"])
 tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
 more: dict[str, Any] = {"use_bias_correction_kl": False, "loss_type": "dapo"} if grpo else {}
-settings = (GRPOConfig if grpo else RLOOConfig)(
+settings = trainer_arguments(
+    work,
     **more,
-    output_dir=tempfile.mkdtemp(),
     beta=work["beta"],
     num_iterations=work["updates"],
     num_generations=work["group"],
@@ -51,25 +51,12 @@ settings = (GRPOConfig if grpo else RLOOConfig)(
     max_completion_length=work["most"],
     per_device_train_batch_size=answers,
     max_steps=len(work["windows"]) * work["updates"],
-    learning_rate=work["rate"],
-    lr_scheduler_type="constant",
-    max_grad_norm=work["clip"],
-    optim="adamw_torch",
-    weight_decay=0.0,
-    use_cpu=True,
-    bf16=False,
     gradient_checkpointing=False,
-    report_to=[],
-    save_strategy="no",
-    logging_strategy="no",
-    eval_strategy="no",
-    disable_tqdm=True,
-    dataloader_pin_memory=False,
 )
 rows = datasets.Dataset.from_dict({"prompt": ["x"] * answers})
 trainer = Told(
     model=peft_model(work),
-    args=settings,
+    args=(GRPOConfig if grpo else RLOOConfig)(**settings),
     train_dataset=rows,
     processing_class=tokenizer,
     reward_funcs=rewards,

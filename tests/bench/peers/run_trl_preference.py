@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp())
-from common import Gate, gated, load_adapter, read_work, set_threads
+from common import Gate, gated, load_adapter, read_work, set_threads, tokenizer_of, trainer_arguments
 
 work = read_work()
 import datasets
 import peft
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 from trl import DPOConfig, DPOTrainer, RewardConfig, RewardTrainer
 
 datasets.disable_progress_bars()
@@ -67,43 +67,19 @@ def rows_in_order() -> Any:
     return datasets.load_from_disk(path)
 
 
-tokenizer = PreTrainedTokenizerFast.from_pretrained(work["model"])
-tokenizer.padding_side = "right"
-# A reward is read at the last token that is not padding, so what pads must not end an answer.
-tokenizer.pad_token = tokenizer.convert_ids_to_tokens(work["pad"])
 config, options, model_class = DPOConfig, {"precompute_ref_log_probs": work["precompute"]}, AutoModelForCausalLM
 if rewards:
     config, options, model_class = RewardConfig, {}, AutoModelForSequenceClassification
 else:
     options["beta"] = work["beta"]
-settings = config(
-    **options,
-    output_dir=tempfile.mkdtemp(),
-    per_device_train_batch_size=work["micro"],
-    gradient_accumulation_steps=len(work["batches"][0]) // work["micro"],
-    max_steps=len(work["batches"]),
-    max_length=None,
-    learning_rate=work["rate"],
-    lr_scheduler_type="constant",
-    max_grad_norm=work["clip"],
-    optim="adamw_torch",
-    weight_decay=0.0,
-    use_cpu=True,
-    bf16=False,
-    gradient_checkpointing=work["checkpointing"],
-    report_to=[],
-    save_strategy="no",
-    logging_strategy="no",
-    eval_strategy="no",
-    disable_tqdm=True,
-    dataloader_pin_memory=False,
-)
+settings = trainer_arguments(work, **options, max_length=None, gradient_checkpointing=work["checkpointing"])
 InOrder, told = gated(Ready, gate, mean=True)
 trainer = InOrder(
     model=model_class.from_pretrained(work["model"], dtype=torch.float32, **({"num_labels": 1} if rewards else {})),
-    args=settings,
+    args=config(**settings),
     train_dataset=rows_in_order(),
-    processing_class=tokenizer,
+    # A reward is read at the last token that is not padding, so what pads does not end an answer.
+    processing_class=tokenizer_of(work),
     callbacks=[told],
     # Given to the trainer, so that the reference is the base itself and no copy of the adapter on it.
     peft_config=peft.LoraConfig(

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from llmft.config.sections import LoraConfig
+from llmft.config.model import LoraConfig
 from llmft.model import adapters
 from llmft.model.kernels import lora
 from tests.model.kernels.test_packing import base

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 
-from llmft.config.sections import LoraConfig
+from llmft.config.model import LoraConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located

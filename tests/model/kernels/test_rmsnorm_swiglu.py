@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoConfig
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
-from llmft.config.sections import Kernels, LoraConfig
+from llmft.config.model import Kernels, LoraConfig
 from llmft.data.hub import Located
 from llmft.model import adapters
 from llmft.model.kernels import lora as lora_kernel

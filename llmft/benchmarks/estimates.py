@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llmft.benchmarks.measure import Measured
+from llmft.reports.tables import to_csv
 
 
 @dataclass(frozen=True)
-class Wish:
+class Workload:
     """What the speeds are asked for.
 
     Attributes:
@@ -35,26 +34,26 @@ class Wish:
         return math.ceil(self.samples / self.inference_rows)
 
 
-def inference_hours(point: Measured, wish: Wish, outputs: int) -> float:
+def inference_hours(point: Measured, workload: Workload, outputs: int) -> float:
     """Hours for answers of `outputs` tokens each, as long as a token takes as long as it did."""
-    return wish.batches * (point.prompt_s + (outputs - 1) * point.token_s) / 3600
+    return workload.batches * (point.prompt_s + (outputs - 1) * point.token_s) / 3600
 
 
-def most_outputs(point: Measured, wish: Wish, context_tokens: int | None) -> tuple[int, bool]:
+def most_outputs(point: Measured, workload: Workload, context_tokens: int | None) -> tuple[int, bool]:
     """The most tokens of an answer within the hours, and whether it is the model's context that ends them."""
-    each = 3600 * wish.hours / wish.batches
+    each = 3600 * workload.hours / workload.batches
     within = 0 if each < point.prompt_s else 1 + math.floor((each - point.prompt_s) / point.token_s)
     room = math.inf if context_tokens is None else context_tokens - point.input_tokens
     return int(min(within, room)), within > room
 
 
-def training_hours(point: Measured, wish: Wish) -> float:
+def training_hours(point: Measured, workload: Workload) -> float:
     """Hours for the rows and epochs, validations not counted."""
-    return wish.epochs * math.ceil(wish.rows / wish.batch_size) * point.step_s / 3600
+    return workload.epochs * math.ceil(workload.rows / workload.batch_size) * point.step_s / 3600
 
 
 @dataclass(frozen=True)
-class Answered:
+class Estimate:
     """A measured point with what follows from it."""
 
     model: str
@@ -65,7 +64,7 @@ class Answered:
     context_tokens: int | None
     measured: Measured
 
-    def to_row(self, wish: Wish) -> dict[str, Any]:
+    def to_row(self, workload: Workload) -> dict[str, Any]:
         """For tables of programs; empty where nothing was measured."""
         point = self.measured
         names = ("model", "quantization", "weights", "device", "precision")
@@ -73,7 +72,7 @@ class Answered:
         row |= {"input_tokens": point.input_tokens, "output_tokens": point.output_tokens, "error": point.error or ""}
         if point.error is not None:
             return row
-        most, by_context = most_outputs(point, wish, self.context_tokens)
+        most, by_context = most_outputs(point, workload, self.context_tokens)
         return row | {
             "train_tokens_per_s": round(point.train_tokens_per_s, 1),
             "prompt_tokens_per_s": round(point.prompt_tokens_per_s, 1),
@@ -82,8 +81,8 @@ class Answered:
             "peak_gib": round(point.peak_bytes / 2**30, 3),
             "max_output_tokens": most,
             "ended_by": "context" if by_context else "time",
-            "inference_hours": inference_hours(point, wish, point.output_tokens),
-            "training_hours": training_hours(point, wish),
+            "inference_hours": inference_hours(point, workload, point.output_tokens),
+            "training_hours": training_hours(point, workload),
             "at_once": point.at_once,
             "repeats": point.repeats,
             **{f"spread_{name}": round(value, 4) for name, value in point.spread.items()},
@@ -95,14 +94,10 @@ class Answered:
         return f"{self.model} {self.quantization}"
 
 
-def to_csv(rows: Sequence[dict[str, Any]]) -> str:
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """`rows` with the columns of all of them."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    target = io.StringIO()
-    writer = csv.DictWriter(target, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    return target.getvalue()
+    return to_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
 
 
 def hours(value: float) -> str:

@@ -16,10 +16,10 @@ import pytest
 
 from llmft import bench as verb
 from llmft.benchmarks import measure, run
-from llmft.benchmarks.answers import Answered, Wish, hours, inference_hours, most_outputs, to_csv, training_hours
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
 from llmft.benchmarks.figure import lines, page
 from llmft.benchmarks.measure import Case, Measured
-from llmft.benchmarks.report import cells, write_answers
+from llmft.benchmarks.report import cells, write_estimates
 from llmft.benchmarks.run import run_case
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_plain
@@ -27,7 +27,7 @@ from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from tests.conftest import ROOT, compose
 
-WISH = Wish(samples=1300, hours=9.0, rows=1000, epochs=3.0, batch_size=16, inference_rows=16)
+WORKLOAD = Workload(samples=1300, hours=9.0, rows=1000, epochs=3.0, batch_size=16, inference_rows=16)
 SPREAD = {"train": 0.01, "prompt": 0.02, "generate": 0.03}
 
 
@@ -36,20 +36,20 @@ def measured(inputs: int, outputs: int, **changes: Any) -> Measured:
     return replace(made, **changes)
 
 
-def answered(inputs: int, outputs: int, quantization: str = "nf4", **changes: Any) -> Answered:
-    return Answered("tiny", quantization, "own", "CPU, 1 threads", "fp32", 4096, measured(inputs, outputs, **changes))
+def estimate(inputs: int, outputs: int, quantization: str = "nf4", **changes: Any) -> Estimate:
+    return Estimate("tiny", quantization, "own", "CPU, 1 threads", "fp32", 4096, measured(inputs, outputs, **changes))
 
 
 def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
     """1,300 samples, 16 at once, are 82 batches of 395 s: 2 for the prompts, the rest at 0.4 s a token."""
     found = measured(128, 32)
-    most, by_context = most_outputs(found, WISH, None)
+    most, by_context = most_outputs(found, WORKLOAD, None)
     assert most == 1 + int((9 * 3600 / 82 - 2.0) / 0.4) == 983
     assert not by_context
-    assert inference_hours(found, WISH, most) <= 9.0 < inference_hours(found, WISH, most + 1)
-    assert most_outputs(found, WISH, 512) == (384, True)
-    assert most_outputs(found, replace(WISH, hours=0.01), None) == (0, False)
-    assert training_hours(found, WISH) == pytest.approx(3 * 63 * 0.5 / 3600)
+    assert inference_hours(found, WORKLOAD, most) <= 9.0 < inference_hours(found, WORKLOAD, most + 1)
+    assert most_outputs(found, WORKLOAD, 512) == (384, True)
+    assert most_outputs(found, replace(WORKLOAD, hours=0.01), None) == (0, False)
+    assert training_hours(found, WORKLOAD) == pytest.approx(3 * 63 * 0.5 / 3600)
 
 
 def test_durations_are_shown_as_people_say_them() -> None:
@@ -57,15 +57,20 @@ def test_durations_are_shown_as_people_say_them() -> None:
 
 
 def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
-    rows = [answered(128, 32), answered(128, 64), answered(512, 32), answered(512, 64, "none", error="does not fit")]
-    told = write_answers(rows, WISH, tmp_path, "Tiny/one", Screen(quiet=True))
+    rows = [
+        estimate(128, 32),
+        estimate(128, 64),
+        estimate(512, 32),
+        estimate(512, 64, "none", error="does not fit"),
+    ]
+    told = write_estimates(rows, WORKLOAD, tmp_path, "Tiny/one", Screen(quiet=True))
     directory = tmp_path / "tiny-one"
     assert json.loads((directory / "bench.json").read_text())["rows"] == json.loads(json.dumps(told))
     table = list(csv.DictReader(io.StringIO((directory / "bench.csv").read_text())))
     assert [line["max_output_tokens"] for line in table] == ["983", "983", "983", ""]
     assert table[3]["error"] == "does not fit"
     html = (directory / "bench.html").read_text()
-    for cell in [cell for own in rows for cell in cells(own, WISH)]:
+    for cell in [cell for own in rows for cell in cells(own, WORKLOAD)]:
         assert cell in html
     assert "http" not in html.replace("http-equiv", "")
     assert html.count("<svg") == 1, "nothing was measured of the other"
@@ -73,18 +78,18 @@ def test_table_csv_json_and_page_tell_the_same(tmp_path: Path) -> None:
 
 
 def test_the_figure_has_a_line_per_length_of_the_question_and_only_what_was_measured() -> None:
-    found = lines([answered(512, 32), answered(128, 64), answered(128, 32)], WISH)
+    found = lines([estimate(512, 32), estimate(128, 64), estimate(128, 32)], WORKLOAD)
     assert {inputs: [outputs for outputs, _ in line] for inputs, line in found.items()} == {128: [32, 64], 512: [32]}
-    assert page([answered(8, 8, error="no time left")], WISH, "x", [], []).count("<svg") == 0
+    assert page([estimate(8, 8, error="no time left")], WORKLOAD, "x", [], []).count("<svg") == 0
 
 
 def test_a_name_from_outside_is_text_in_the_page() -> None:
-    bad = replace(answered(8, 8), model="<script>alert(1)</script>")
-    assert "<script>alert" not in page([bad], WISH, "<script>alert(2)</script>", [cells(bad, WISH)], [])
+    bad = replace(estimate(8, 8), model="<script>alert(1)</script>")
+    assert "<script>alert" not in page([bad], WORKLOAD, "<script>alert(2)</script>", [cells(bad, WORKLOAD)], [])
 
 
 def test_csv_has_the_columns_of_all_rows() -> None:
-    assert to_csv([{"a": 1}, {"b": 2}]).splitlines() == ["a,b", "1,", ",2"]
+    assert as_csv([{"a": 1}, {"b": 2}]).splitlines() == ["a,b", "1,", ",2"]
 
 
 # ------------------------------------------------------------------------------------------------------ the processes

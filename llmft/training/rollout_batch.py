@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmft.config.sections import Advantage, KlWhere, TaskConfig
+from llmft.config.task import Advantage, KlWhere, TaskConfig
 from llmft.core.errors import DataError
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives import policy_gradient as pg
@@ -18,7 +18,7 @@ SCORE = "score_"
 
 
 @dataclass
-class Drawn:
+class RolloutBatch:
     """The answers to one window's prompts, a row each; those of one prompt stand together.
 
     Attributes:
@@ -43,7 +43,7 @@ class Drawn:
         write_table(path, columns | {f"{SCORE}{name}": scores for name, scores in self.scores.items()})
 
     @classmethod
-    def read(cls, path: Path) -> Drawn | None:
+    def read(cls, path: Path) -> RolloutBatch | None:
         """What `write` wrote; None where it is not there or damaged."""
         try:
             columns = read_table(path)
@@ -70,19 +70,19 @@ PerToken = list[list[float]]
 """Of each answer a number per token."""
 
 
-def learned_from(drawn: Drawn, task: TaskConfig) -> tuple[PerToken, PerToken]:
+def advantages_and_returns(rollout: RolloutBatch, task: TaskConfig) -> tuple[PerToken, PerToken]:
     """Each answer's advantages, and what the value head should have said; [] without one."""
-    lengths = [len(ids) for ids in drawn.ids]
-    rewards = torch.tensor(drawn.reward, dtype=torch.float64)
+    lengths = [len(ids) for ids in rollout.ids]
+    rewards = torch.tensor(rollout.reward, dtype=torch.float64)
     penalties = _padded([[0.0] * length for length in lengths])
     if task.kl.beta > 0 and task.kl.where is KlWhere.reward:
-        drift = pg.kl(_padded(drawn.old), _padded(drawn.reference), task.kl.estimator.value)
+        drift = pg.kl(_padded(rollout.old), _padded(rollout.reference), task.kl.estimator.value)
         penalties = task.kl.beta * drift  # 0 behind an answer's end, where both are
     if task.advantage is not Advantage.gae:
         grouped = (rewards - penalties.sum(-1)).view(-1, task.group)
         advantages = pg.advantages(grouped, task.advantage.value).flatten().tolist()
         return [[value] * length for value, length in zip(advantages, lengths, strict=True)], []
-    mask, values = _padded([[1.0] * length for length in lengths]), _padded(drawn.values)
+    mask, values = _padded([[1.0] * length for length in lengths]), _padded(rollout.values)
     rewards_per_token = -penalties
     rewards_per_token[torch.arange(len(lengths)), torch.tensor(lengths) - 1] += rewards
     estimates = pg.gae(rewards_per_token, values, mask, task.gamma, task.decay)

@@ -1,0 +1,191 @@
+"""The group task of a training: what is learned, and from which judgements."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from typing import Any
+
+from llmft.config.fields import later, not_in_key, require, require_each
+from llmft.core.errors import ConfigError, did_you_mean
+
+Head = StrEnum("Head", "linear tokens")
+"""How a model classifies: with new weights on its last state, or with its own words for the classes."""
+TaskType = StrEnum("TaskType", "single_label multi_label regression")
+"""The kind of target: one class, any number of classes, or a number."""
+Feedback = StrEnum("Feedback", "pairs labels")
+"""What people said of answers: which of a prompt's answers is better, or of each answer whether it is good."""
+Reference = StrEnum("Reference", "start base none")
+"""What a policy is measured against: itself before the first step, its base without any adapter, or nothing."""
+Advantage = StrEnum("Advantage", "group centred leave_one_out gae")
+"""By what an answer's reward is measured: its prompt's other answers, or a value head's expectation."""
+Aggregate = StrEnum("Aggregate", "token sequence constant")
+"""How tokens of answers add up to a step's loss."""
+KlWhere = StrEnum("KlWhere", "loss reward")
+"""Where the divergence from the reference counts."""
+KlEstimator = StrEnum("KlEstimator", "k1 k3")
+"""How the divergence is estimated at a drawn token."""
+Ratio = StrEnum("Ratio", "token sequence product")
+"""Whether the clip looks at tokens, or at whole answers by the geometric mean or the product of their tokens."""
+CLASSIFICATION = "llmft.training.objectives.classification.Classification"
+
+
+@dataclass
+class KlConfig:
+    """What holds a policy to the one that it began as."""
+
+    beta: float = 0.0
+    where: KlWhere = KlWhere.loss
+    estimator: KlEstimator = KlEstimator.k3
+
+    def __post_init__(self) -> None:
+        require_each(self, "task.kl.", "beta", lambda x: 0 <= x < math.inf, "0 or more.")
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How a policy that learns from rewards answers, and how its answers are judged and learned from."""
+
+    rollouts: bool = later(False)
+    judges: Any = later(None)
+    combine: str | None = later(None)
+    group: int = later(8)
+    advantage: Advantage = later(Advantage.group)
+    aggregate: Aggregate = later(Aggregate.token)
+    ratio: Ratio = later(Ratio.token)
+    clip: list[float] = later(factory=lambda: [0.2, 0.2])
+    kl: KlConfig = later(factory=KlConfig)
+    updates: int = later(1)
+    temperature: float = later(1.0)
+    gamma: float = later(1.0)
+    decay: float = later(0.95)
+    value_weight: float = later(0.1)
+    prompts_at_once: int = not_in_key(8)
+
+    def check_rollouts(self) -> None:
+        """Raises ConfigError for values out of range."""
+        check = partial(require_each, self, "task.")
+        check("group updates prompts_at_once", lambda n: n >= 1, "1 or more.")
+        bounds = "how far below and above 1 a ratio may go, such as [0.2,0.2]."
+        check("clip", lambda clip: len(clip) == 2 and 0 < clip[0] < 1 and 0 < clip[1] < math.inf, bounds)
+        check("temperature value_weight", lambda x: 0 < x < math.inf, "above 0.")
+        check("gamma decay", lambda x: 0 <= x <= 1, "0 to 1.")
+        if not self.rollouts:
+            require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
+            return
+        require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
+        require(
+            self.group > 1 or self.advantage not in (Advantage.group, Advantage.centred),
+            f"task.group=1 with task.advantage={self.advantage.value}: an answer is measured by the others of its "
+            "prompt; 2 or more.",
+        )
+
+
+@dataclass
+class TaskConfig(RolloutConfig):
+    name: str = not_in_key()
+    head: Head | None = None
+    problem: TaskType = TaskType.single_label
+    words: Any = "labels"
+    class_weights: Any = None
+    label_smoothing: float = 0.0
+    text_loss: float = 0.0
+    objective: str | None = None
+    objective_options: dict[str, Any] = later(factory=dict)
+    feedback: Feedback | None = later(None)
+    loss: str | None = later(None)
+    loss_options: dict[str, Any] = later(factory=dict)
+    beta: float = later(0.1)
+    sft_weight: float = later(0.0)
+    margin: Any = later("none")
+    centre: float = later(0.0)
+    reference: Reference = later(Reference.none)
+    epochs: float | None = not_in_key(None)
+    rate: float = not_in_key(1.0)
+    auto_class: str | None = None
+    metrics: list[str] = field(default_factory=list)
+    metric_options: dict[str, Any] = field(default_factory=dict)
+    generate_rows: int = 128
+    max_new_tokens: int = 128
+    show_rows: int = not_in_key(8)
+    monitor: str | None = not_in_key(None)
+
+    def __post_init__(self) -> None:
+        if self.head is not None:
+            self.objective = self.objective or CLASSIFICATION
+            model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
+            other = f"task.head={self.head} sits on a {model}; leave it out."
+            require_each(self, "task.", "auto_class", lambda name: name == model, other)
+            self.auto_class = model
+        require(self.objective is not None, f"task={self.name} has no task.objective.")
+        self._check_feedback()
+        self.check_rollouts()
+        self.auto_class = self.auto_class or "causal_lm"
+        options = ("causal_lm", "sequence_classification")
+        hint = did_you_mean(self.auto_class, options)
+        require(self.auto_class in options, f"task.auto_class={self.auto_class}: no such kind of model{hint}")
+        check = partial(require_each, self, "task.")
+        check("generate_rows show_rows", lambda n: n >= 0, "0 or more.")
+        check("max_new_tokens", lambda n: n >= 1, "1 or more.")
+        check("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1.")
+        tokens_alone = "0 or more, and for task.head=tokens alone."
+        check("text_loss", lambda x: x == 0 or (x > 0 and self.head is Head.tokens), tokens_alone)
+        several = self.problem is not TaskType.single_label
+        if several and self.head is Head.tokens:
+            raise ConfigError(
+                f"task.head=tokens chooses one class: task.problem={self.problem} needs task.head=linear."
+            )
+        if several and self.class_weights is not None:
+            raise ConfigError(
+                f"task.class_weights: task.problem={self.problem} has no classes to weigh against each other."
+            )
+        if self.label_smoothing and self.problem is TaskType.regression:
+            raise ConfigError("task.label_smoothing: a regression has no labels to smooth.")
+        weights = "balanced, a dictionary of weights by class, or null."
+        check("class_weights", lambda value: value == "balanced" or isinstance(value, dict), weights)
+        if self.words not in ("labels", "letters") and not isinstance(self.words, dict):
+            raise ConfigError(f"task.words={self.words}: labels, letters, or a dictionary of a word for each class.")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether rows have numbers that are predicted, of classes or of answers, and not their text alone."""
+        return self.head is not None or self.feedback is not None
+
+    @property
+    def scores_answers(self) -> bool:
+        """Whether the task learns a reward model: a head with one score an answer."""
+        return self.feedback is not None and self.auto_class == "sequence_classification"
+
+    @property
+    def writes(self) -> bool:
+        """Whether what is asked of a trained model is text, and no class, number or score."""
+        return self.head is None and not self.scores_answers
+
+    def margins(self, degrees: list[str]) -> list[float]:
+        """What each of `degrees` asks the chosen answer to be ahead by; Llama 2's small ones are 1, 2/3, 1/3, 0."""
+        if isinstance(self.margin, dict):
+            return [float(self.margin[name]) for name in degrees]
+        last = len(degrees) - 1
+        unit = {"none": math.inf, "small": last, "large": 1}[self.margin]
+        return [step / unit for step in range(last, -1, -1)]
+
+    def _check_feedback(self) -> None:
+        check = partial(require_each, self, "task.")
+        check("epochs", lambda x: x > 0, "above 0, or null for data.epochs.")
+        check("rate", lambda x: 0 < x < math.inf, "a factor of the model's rate, above 0.")
+        check("beta", lambda x: 0 < x < math.inf, "above 0.")
+        check("sft_weight centre", lambda x: 0 <= x < math.inf, "0 or more.")
+        known = ("none", "small", "large")
+        numbers = self.margin.values() if isinstance(self.margin, dict) else ()
+        require(
+            (isinstance(self.margin, dict) or self.margin in known)
+            and all(isinstance(number, (int, float)) and 0 <= number < math.inf for number in numbers),
+            f"task.margin={self.margin}: none, small, large, or a number of 0 or more for each of data.degrees"
+            f"{did_you_mean(str(self.margin), known)}",
+        )
+        if self.head is not None and self.feedback is not None:
+            raise ConfigError(f"task.head={self.head}: task.feedback compares answers; set one to null.")
+        less = "of a comparison less than 0.5, where it says nothing."
+        check("label_smoothing", lambda x: x < 0.5 or self.feedback is None, less)
