@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -29,6 +29,11 @@ class Table:
     head: list[str]
     lines: list[list[str]]
     sentences: bool = False
+
+    def turned(self) -> Table:
+        """The same with lines as columns."""
+        lines = [list(line) for line in zip(self.head[1:], *(line[1:] for line in self.lines), strict=True)]
+        return replace(self, head=["", *(line[0] for line in self.lines)], lines=lines)
 
 
 def metric_tables(study: Study) -> list[Table]:

@@ -299,7 +299,7 @@ def _key_family(
 def _plan(c: Contrast, level: float, rules: Rules) -> str:
     """What would settle an open comparison, planned for the smallest difference that matters."""
     if c.identical:
-        return "identical in every run: the difference between them has no effect"
+        return "the same in every run: what differs has no effect, or the metric is too coarse to see it"
     if c.seeds is None:
         return "" if c.folds else "run each with 2 seeds or more"
     if c.folds:
@@ -328,7 +328,10 @@ def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -
     if family.winner is not None:
         return f"{best} is better than {'every other' if len(comparisons) > 1 else comparisons[0].second}.{survivors}"
     if comparisons and all(c.contrast.identical for c in comparisons):
-        return f"No winner: {_listed([best, *others])} are identical in every run, so what differs has no effect."
+        return (
+            f"No winner: {_listed([best, *others])} are the same in every run: what differs has no effect, or the "
+            "metric is too coarse to see it."
+        )
     if best in lost:
         return f"No winner: {best} leads only among the runs that finished.{survivors}"
     if smallest and family.settled_by(smallest):

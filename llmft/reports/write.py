@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from llmft.reports.tables import BoardLine, board_table, diagnose_all, leaderboa
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
 MOST_LINES = 12
+MOST_COLUMNS = 7
 """Of a table on the console."""
 
 
@@ -74,7 +75,11 @@ class Report:
             if len(self.board) > MOST_LINES:
                 screen.print(f"and {len(self.board) - MOST_LINES} more, see the page")
         for table in self.metrics:
-            screen.print(text_table(table.head, redact(table.lines[:MOST_LINES]), table.title.lower()))
+            table = replace(table, lines=redact(table.lines[:MOST_LINES]))
+            if len(table.head) > MOST_COLUMNS and len(table.lines) < MOST_COLUMNS:
+                table = table.turned()
+            sides = range(len(table.head)) if table.sentences else (0,)
+            screen.print(text_table(table.head, table.lines, table.title.lower(), sides))
         for name, warning in self.warnings.items():
             screen.print(f"[red]{name}[/red]  {escape(warning)}")
         if self.study.question:

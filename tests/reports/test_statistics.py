@@ -172,7 +172,7 @@ def test_nothing_wins_by_one_run_by_zero_width_or_by_survivors() -> None:
 
 def test_identical_runs_under_another_name_say_that_the_key_has_no_effect() -> None:
     found = judge_samples([sample("kernels=auto", A), sample("kernels=none", A)])
-    assert "identical in every run" in found.answer
+    assert "the same in every run" in found.answer
     assert "no effect" in sentence(found.families[0].comparisons[0])
 
 
