@@ -20,7 +20,7 @@ from llmft.config.commands import BenchConfig, OutputFormat
 from llmft.config.convert import to_config, to_plain
 from llmft.config.fields import seconds_of
 from llmft.config.hydra_app import explain, make_known, run_verb
-from llmft.config.invocation import Invocation, arguments_of_process
+from llmft.config.invocation import arguments_of_process
 from llmft.config.model import ModelInit
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
@@ -35,11 +35,7 @@ GROUPS = ("model", "prompt", "lora", "optimizer")
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ["HF_HUB_OFFLINE"] = "1"
-
-    def job(composed: Any, invocation: Invocation) -> None:
-        bench(to_config(composed, BenchConfig), invocation.argv)
-
-    run_verb("bench", BenchConfig, job, argv)
+    run_verb("bench", BenchConfig, lambda config, invocation: bench(config, invocation.argv), argv)
 
 
 @dataclass(frozen=True)

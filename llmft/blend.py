@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import BlendConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean
@@ -20,7 +19,7 @@ from llmft.core.outcome import write_outcome
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("blend", BlendConfig, lambda composed, _: blend(to_config(composed, BlendConfig)), argv)
+    run_verb("blend", BlendConfig, lambda config, _: blend(config), argv)
 
 
 def blend(config: BlendConfig, *, quiet: bool = False) -> Path:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmft.config.commands import BundleConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("bundle", BundleConfig, lambda composed, _: bundle(to_config(composed, BundleConfig)), argv)
+    run_verb("bundle", BundleConfig, lambda config, _: bundle(config), argv)
 
 
 def bundle(config: BundleConfig) -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import ChatConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, split_off, with_lists
 
@@ -24,9 +23,11 @@ def main(argv: Sequence[str]) -> None:
     messages, argv = split_off(with_lists(argv, "run="), "message=")
     systems, argv = split_off(argv, "system=")
 
-    def job(composed: Any, invocation: Invocation) -> None:
-        texts = {key: values[-1] for key, values in (("message", messages), ("system", systems)) if values}
-        chat(replace(to_config(composed, ChatConfig), **texts))
+    def job(config: ChatConfig, invocation: Invocation) -> None:
+        texts: dict[str, Any] = {
+            key: values[-1] for key, values in (("message", messages), ("system", systems)) if values
+        }
+        chat(replace(config, **texts))
 
     run_verb("chat", ChatConfig, job, argv)
 

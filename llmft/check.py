@@ -12,7 +12,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from llmft.config.hydra_app import config_of_command, run_verb
+from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, split_off
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, did_you_mean
@@ -27,9 +27,9 @@ def main(argv: Sequence[str]) -> None:
     forms, argv = split_off(argv, "format=")
     bounds, argv = split_off(argv, "hours=")
 
-    def job(composed: Any, invocation: Invocation) -> None:
+    def job(config: TrainConfig, invocation: Invocation) -> None:
         hours = _number(bounds[-1]) if bounds else None
-        check(config_of_command(composed, TrainConfig, invocation), (forms or ["text"])[-1], hours)
+        check(config, (forms or ["text"])[-1], hours)
 
     run_verb("train", TrainConfig, job, argv, verb="check")
 

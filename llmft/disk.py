@@ -10,14 +10,13 @@ import json
 from collections.abc import Sequence
 
 from llmft.config.commands import DiskConfig, OutputFormat
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("disk", DiskConfig, lambda composed, _: disk(to_config(composed, DiskConfig)), argv)
+    run_verb("disk", DiskConfig, lambda config, _: disk(config), argv)
 
 
 def disk(config: DiskConfig) -> dict[str, object]:

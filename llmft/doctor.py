@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 
 from llmft.config.commands import DoctorConfig, OutputFormat
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError
@@ -17,7 +16,7 @@ from llmft.core.errors import ConfigError
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("doctor", DoctorConfig, lambda composed, _: doctor(to_config(composed, DoctorConfig)), argv)
+    run_verb("doctor", DoctorConfig, lambda config, _: doctor(config), argv)
 
 
 def doctor(config: DoctorConfig) -> list[dict[str, str]]:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import EvaluateConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
@@ -23,7 +22,7 @@ MOST_CLASSES = 12
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("evaluate", EvaluateConfig, lambda composed, _: evaluate(to_config(composed, EvaluateConfig)), argv)
+    run_verb("evaluate", EvaluateConfig, lambda config, _: evaluate(config), argv)
 
 
 def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:

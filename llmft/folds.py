@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.commands import FoldsConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, DataError
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("folds", FoldsConfig, lambda composed, _: folds(to_config(composed, FoldsConfig)), argv)
+    run_verb("folds", FoldsConfig, lambda config, _: folds(config), argv)
 
 
 def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmft.config.commands import MergeConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
@@ -19,7 +18,7 @@ from llmft.config.invocation import arguments_of_process
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run_verb("merge", MergeConfig, lambda composed, _: merge(to_config(composed, MergeConfig)), argv)
+    run_verb("merge", MergeConfig, lambda config, _: merge(config), argv)
 
 
 def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from llmft.config.commands import PipelineConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
@@ -25,7 +24,7 @@ OmegaConf.register_new_resolver("stage", lambda name: f"${{stage:{name}}}", repl
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run_verb("pipeline", PipelineConfig, lambda composed, _: pipeline(to_config(composed, PipelineConfig)), argv)
+    run_verb("pipeline", PipelineConfig, lambda config, _: pipeline(config), argv)
 
 
 def pipeline(config: PipelineConfig, *, quiet: bool = False) -> Path | None:

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import PredictConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, split_off
 from llmft.core.outcome import write_outcome
@@ -28,8 +27,7 @@ def main(argv: Sequence[str]) -> None:
     # A prompt may hold any character, so no grammar of Hydra's sees it.
     prompts, argv = split_off(argv, "prompts=")
 
-    def job(composed: Any, invocation: Invocation) -> None:
-        config = to_config(composed, PredictConfig)
+    def job(config: PredictConfig, invocation: Invocation) -> None:
         predict(replace(config, prompts=texts_of(prompts[-1])) if prompts else config)
 
     run_verb("predict", PredictConfig, job, [*argv, "prompts=[]"] if prompts else argv)

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from llmft.config.commands import PushConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
-    run_verb("push", PushConfig, lambda composed, _: push(to_config(composed, PushConfig)), argv)
+    run_verb("push", PushConfig, lambda config, _: push(config), argv)
 
 
 def push(config: PushConfig) -> None:

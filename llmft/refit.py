@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import RefitConfig
-from llmft.config.convert import to_config
 from llmft.config.data import TrainOn
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import NO_COMMAND, Invocation, arguments_of_process
@@ -28,10 +27,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-    def job(composed: Any, invocation: Invocation) -> None:
-        refit(to_config(composed, RefitConfig), invocation=invocation)
-
-    run_verb("refit", RefitConfig, job, argv)
+    run_verb("refit", RefitConfig, lambda config, invocation: refit(config, invocation=invocation), argv)
 
 
 def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = NO_COMMAND) -> None:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import to_config
 from llmft.config.fields import Texts
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, split_off
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> None:
     """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
     scores, argv = split_off(argv, "lb.")
-    run_verb("report", ReportConfig, lambda composed, _: report(to_config(composed, ReportConfig), scores), argv)
+    run_verb("report", ReportConfig, lambda config, _: report(config, scores), argv)
 
 
 def report(config: ReportConfig, scores: list[str] | None = None) -> Any:

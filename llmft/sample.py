@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.commands import SampleConfig
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 from llmft.core.outcome import write_outcome
@@ -22,7 +21,7 @@ from llmft.core.outcome import write_outcome
 def main(argv: Sequence[str]) -> None:
     """The command."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    run_verb("sample", SampleConfig, lambda composed, _: sample(to_config(composed, SampleConfig)), argv)
+    run_verb("sample", SampleConfig, lambda config, _: sample(config), argv)
 
 
 def sample(config: SampleConfig, *, quiet: bool = False) -> Path:

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmft.config.commands import ServeConfig, ServedBy
-from llmft.config.convert import to_config
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, split_off, with_lists
 from llmft.core.errors import ConfigError
@@ -26,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     engine, argv = split_off(with_lists(argv, "run="), "with=")
     argv = [*argv, *(f"engine={name}" for name in engine)]
-    run_verb("serve", ServeConfig, lambda composed, _: serve(to_config(composed, ServeConfig)), argv)
+    run_verb("serve", ServeConfig, lambda config, _: serve(config), argv)
 
 
 def serve(config: ServeConfig) -> None:

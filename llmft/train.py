@@ -10,11 +10,14 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmft.config.invocation import Invocation, arguments_of_process
 from llmft.core.machine import set_allocator
 from llmft.training.run import train
+
+if TYPE_CHECKING:
+    from llmft.config.sections import TrainConfig
 
 __all__ = ["main", "train"]
 
@@ -33,16 +36,13 @@ def main(argv: Sequence[str]) -> None:
     from llmft.config.hydra_app import run_verb
     from llmft.config.sections import TrainConfig
 
-    run_verb("train", TrainConfig, _train_composed, argv, multirun=True)
+    run_verb("train", TrainConfig, _train, argv, multirun=True)
 
 
-def _train_composed(composed: Any, invocation: Invocation) -> float | None:
-    from llmft.config.hydra_app import config_of_command
-    from llmft.config.sections import TrainConfig
+def _train(config: TrainConfig, invocation: Invocation) -> float | None:
     from llmft.core.machine import die_with_parent
     from llmft.sweeps.worker import reporter_of_environment
 
-    config = config_of_command(composed, TrainConfig, invocation)
     reporter = reporter_of_environment()
     if reporter is not None:
         die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and lets its devices go

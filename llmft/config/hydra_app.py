@@ -18,6 +18,7 @@ from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
 from llmft.config.renamed import RENAMED
+from llmft.config.sections import TrainConfig
 from llmft.config.sweep import SearchConfig
 from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
@@ -49,9 +50,9 @@ def run_verb(
 ) -> None:
     """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and `argv`, then calls `job`.
 
-    `job` gets the composed config and the command's invocation; `verb` is the command's name where that is another.
-    Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that fits
-    what happened.
+    `job` gets the config, as `schema`, and the command's invocation; `verb` is the command's name where that is
+    another. Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that
+    fits what happened.
     """
 
     def body() -> None:
@@ -76,7 +77,7 @@ def _run_app(name: str, schema: type, job: Callable[[Any, Invocation], Any], inv
         with warnings.catch_warnings(), arguments_for_hydra(invocation.argv) as restore:
             # A directory that is not there.
             warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
-            task = _task_function(job, invocation, restore, failures)
+            task = _task_function(job, schema, invocation, restore, failures)
             hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)()
     except (UserError, BrokenPipeError):
         raise
@@ -95,6 +96,7 @@ def _run_app(name: str, schema: type, job: Callable[[Any, Invocation], Any], inv
 
 def _task_function(
     job: Callable[[Any, Invocation], Any],
+    schema: type,
     invocation: Invocation,
     restore_arguments: Callable[[], None],
     failures: list[Exception],
@@ -106,8 +108,7 @@ def _task_function(
         try:
             if os.getpid() == process:
                 restore_arguments()
-            trust_typed(config.trusted_packages if "trusted_packages" in config else (), invocation)
-            return job(config, invocation)
+            return job(config_of_command(config, schema, invocation), invocation)
         except Interrupted as error:
             raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
         except Exception as error:
@@ -126,10 +127,10 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
 
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
+    trust_typed(composed.trusted_packages if "trusted_packages" in composed else (), invocation)
     config = to_config(composed, schema)
-    if config.model.trust_remote_code:
+    if schema is TrainConfig and config.model.trust_remote_code:
         _require_typed("model.trust_remote_code", "true", "true", invocation)
-    trust_typed(config.trusted_packages, invocation)
     return config
 
 
