@@ -216,8 +216,8 @@ def sweep(options: argparse.Namespace, directory: Path) -> None:
     micro = fastest_micro(works[SEEDS[0]], options.micro, directory)
     works = {seed: {**work, "micro": micro} for seed, work in works.items()}
     print(f"\nsweep: {len(BETAS)} betas x {len(SEEDS)} seeds of {steps} steps of {options.batch} pairs")
-    wall, cpu, ours = used(lambda: llmft_sweep(directory, SWEPT, overrides))
-    print(f"{'llmft -m':32} {wall:7.1f} s {cpu:7.1f} CPU s")
+    wall, cpu, ours = used(lambda: llmft_sweep(directory, SWEPT, [*overrides, f"sweep.workers={options.workers}"]))
+    print(f"{f'llmft -m sweep.workers={options.workers}':32} {wall:7.1f} s {cpu:7.1f} CPU s", flush=True)
     for name, precompute in (("8 x TRL, reference before", True), ("8 x TRL", False)):
         their_wall, their_cpu, theirs = used(partial(trl_sweep, works, directory, precompute=precompute))
         # A loss is a function of beta times log-probabilities, and so is what rounds in them.
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="steps of each round, in turn")
     parser.add_argument("--sweep-steps", type=int, default=4)
+    parser.add_argument("--workers", default="auto", help="trials of llmft's sweep at a time; auto: one on a CPU")
     parser.add_argument("--max-tokens", type=int, default=1024, help="of a prompt with its longer answer")
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--parity", action="store_true", help="ten steps in one round, losses alone")
