@@ -40,7 +40,7 @@ def as_directory(path: Path) -> Path:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            digest = hashlib.sha256(f"2:{size}:".encode() + file.read(HEAD_BYTES))
+            digest = hashlib.sha256(f"3:{size}:".encode() + file.read(HEAD_BYTES))
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
                 digest.update(file.read(PIECE_BYTES))
@@ -100,12 +100,20 @@ def _convert(path: Path, directory: Path) -> None:
         model.hf_quantizer, model.is_quantized = None, False
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    _drop_added_tokens(directory / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
+    _mend_tokenizer(directory / "tokenizer.json", model.get_input_embeddings().weight.shape[0])
     (directory / SOURCE).write_text(str(path.resolve()), encoding="utf-8")
 
 
-def _drop_added_tokens(file: Path, vocabulary: int) -> None:
-    """Takes out tokens behind the embeddings: transformers adds those that a tokenizer's class usually has."""
+def _mend_tokenizer(file: Path, vocabulary: int) -> None:
+    """Takes out tokens behind the embeddings: transformers adds those that a tokenizer's class usually has.
+
+    SentencePiece's space before a text is put there whatever the text begins with, and behind special tokens, as
+    llama.cpp does it; transformers leaves it out before a space.
+    """
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]
+    if (content["pre_tokenizer"] or {}).get("prepend_scheme") == "first" and content["normalizer"] is None:
+        replaced = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        content["normalizer"] = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replaced]}
+        content["pre_tokenizer"] = None
     file.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmft.core.errors import ConfigError
 from llmft.data.gguf_files import as_directory
@@ -17,7 +17,8 @@ pytest.importorskip("gguf")
 
 from llmft.data.gguf_parameters import Stated, correct, differences
 from llmft.export import gguf
-from tests.export.test_gguf import FAMILIES, made
+from tests.conftest import SHARED
+from tests.export.test_gguf import FAMILIES, TEXTS, made
 
 
 def test_a_gguf_file_is_read_back_as_what_it_was_made_from_and_made_again(tmp_path: Path) -> None:
@@ -60,6 +61,20 @@ def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(name: str, tmp_p
         with torch.no_grad():
             logits.append(model(ids).logits)
     assert torch.allclose(*logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gpt2", "llama2", "mistral_v3"])
+def test_a_text_has_the_tokens_that_it_had_before(name: str, tmp_path: Path) -> None:
+    tokenizer = SHARED / "tokenizers" / name
+    if not tokenizer.is_dir():
+        pytest.skip(f"the tokenizer is not here: {tokenizer}")
+    source = made(tmp_path / "model", "llama", tokenizer, torch.float16)
+    gguf.convert(source, tmp_path / "model.gguf", "f16")
+    before, after = (AutoTokenizer.from_pretrained(d) for d in (source, as_directory(tmp_path / "model.gguf")))
+    for text in (*TEXTS, " lead", "trail  ", f"one{before.eos_token} two{before.eos_token}three"):
+        assert after(text).input_ids == before(text).input_ids, text
+        assert after.decode(after(text).input_ids) == before.decode(before(text).input_ids)
 
 
 def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None:
