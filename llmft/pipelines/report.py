@@ -106,7 +106,7 @@ def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     """What a stage's own record says: a training's monitored metric before and after, or the best of n of samples."""
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
     status = read_dictionary(result / "run.json", []).get("result", {})
-    if status:
+    if status and (result / "config.yaml").is_file():  # of a training; folds and blends have no metric before
         monitor = _monitor(result)
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
     if best := read_dictionary(result / "report.json", []).get("expected_best"):

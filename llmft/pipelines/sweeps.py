@@ -33,6 +33,10 @@ def winner(sweep: Path, screen: Screen) -> Path:
     best = min(done, key=lambda trial: sign * trial["value"])
     study = Study([sweep.parent.parent / trial["run"] for trial in done], sweep)
     ties = [c for key, c in judge(study).all if key is None and c.verdict is not Verdict.better]
-    tie = f"; a tie: {len(ties)} others are not told apart from it" if ties else ""
-    screen.print(f"[bold]goes on with[/bold]  {escape(' '.join(best['overrides']) or best['run'])}{tie}")
+    others = "1 other is" if len(ties) == 1 else f"{len(ties)} others are"
+    tie = f"; a tie: {others} not told apart from it" if ties else ""
+    name = " ".join(best["overrides"]) or best["run"]
+    if len(study.configurations) == 1 and len(done) > 1:
+        name = f"{len(done)} runs of one configuration; where one is asked for, {name}"
+    screen.print(f"[bold]goes on with[/bold]  {escape(name)}{tie}")
     return Path(record["output_dir"]) / best["run"]
