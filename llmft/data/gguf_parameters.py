@@ -189,6 +189,8 @@ def correct(config: Any, stated: Stated) -> None:
         config.query_pre_attn_scalar = width if is_27b else head or width
         config.attn_logit_softcapping = stated.get("attn_logit_softcapping")
         config.final_logit_softcapping = stated.get("final_logit_softcapping")
+    if stated.arch == "phi3":
+        config.sliding_window = stated.get("attention.sliding_window") or None
     if getattr(config, "rope_parameters", None) is not None:
         rope = config.rope_parameters
         rope.get("full_attention", rope).update(_stated_rope(config, stated))

@@ -43,6 +43,7 @@ SQUEEZED: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2 yarn": ("qwen2", {"rope_parameters": YARN}),
     "llama linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}}),
     "gemma3 linear": ("gemma3", {"rope_parameters": LINEAR, "num_hidden_layers": 6}),
+    "phi3 window": ("phi3", {"sliding_window": 32}),
     "phi3 long": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
 }
 READ = [family for family in FAMILIES if family not in ("mixtral", "gemma")]
