@@ -136,7 +136,6 @@ def moved(model: Any) -> None:
 
 AUTO_CLASS = {
     "classify": "sequence_classification",
-    "encoder": "sequence_classification",
     "reward": "sequence_classification",
 }
 
@@ -193,7 +192,7 @@ def batch_of(task: str) -> Any:
     examples = []
     for row, length in enumerate(LENGTHS):
         comparison = Comparison(("b",), (0, 1), desirable=bool(row % 2) if task == "kto" else None)
-        target = row % 3 if task in ("classify", "encoder", "words") else None
+        target = row % 3 if task in ("classify", "words") else None
         conversation = Conversation([], f"x:{row}", target, comparison if compared else None)
         ids = [5 + n % 100 for n in range(length)]
         labels = [IGNORE] * (length - 3) + ids[-3:]
@@ -224,7 +223,6 @@ def objective_of(task: str) -> Any:
         "kto": Kto,
         "reward": Reward,
         "classify": Classification,
-        "encoder": Classification,
         "words": lambda: Classification(scores=WordScores([(7, 2), (8, 2), (8, 9)])),
         "grpo": lambda: PolicyGradient(kl=0.1),
     }

@@ -63,11 +63,18 @@ def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> t
     model_class: type = type(base_of(model))
     if not selects_positions(model_class):
         return model(**arguments).logits.flatten(0, 1)[positions]
-    ids = arguments["input_ids"]
-    if len(ids) == 1:
+    if len(arguments["input_ids"]) == 1:
         return model(**arguments, logits_to_keep=positions).logits[0]
-    keep = torch.zeros(ids.numel(), dtype=torch.bool, device=ids.device).index_fill(0, positions, True)
-    return model(**arguments, logits_to_keep=keep.view(ids.shape)).logits
+
+    def at_positions(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        return inputs[0].flatten(0, 1)[positions]
+
+    # A mask as logits_to_keep would have a GPU waited for, to learn how many it keeps.
+    hook = base_of(model).get_output_embeddings().register_forward_pre_hook(at_positions)
+    try:
+        return model(**arguments).logits
+    finally:
+        hook.remove()
 
 
 def _chunked_nll(
