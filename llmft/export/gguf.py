@@ -57,7 +57,7 @@ def _permuted(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.
 
 def _shifted(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
     """Gemma's norms multiply by one more than their weight."""
-    return tensor.float() + 1 if name.endswith("norm.weight") else tensor
+    return tensor + 1 if name.endswith("norm.weight") else tensor
 
 
 def _turned(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:

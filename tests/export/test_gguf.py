@@ -36,7 +36,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2": ("gemma2", {**TIED, "sliding_window": 32, "query_pre_attn_scalar": 16}),
     "gemma3": ("gemma3_text", {**TIED, "sliding_window": 32, "query_pre_attn_scalar": 16}),
     "phi3": ("phi3", {**SIZES, "original_max_position_embeddings": 128, "pad_token_id": 0}),
-    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+    "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_ctx": 128}),
 }
 TEXTS = (
     "Hello, World! 123 it's",
