@@ -49,8 +49,16 @@ REAL = ("gpt2", "llama2", "mistral_v3")
 CONVERTER = Path(os.environ.get("LLAMA_CPP", "/nowhere")) / "convert_hf_to_gguf.py"
 
 
-def made(folder: Path, family: str, tokenizer: Path = TINY, dtype: torch.dtype = torch.float32, **config: Any) -> Path:
-    """A small random model of a family, with norms that are not 1."""
+def made(
+    folder: Path,
+    family: str,
+    tokenizer: Path = TINY,
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact_norms: bool = False,
+    **config: Any,
+) -> Path:
+    """A small random model of a family, with norms that are not 1; `exact_norms` are so in 16 bits with 1 added too."""
     kind, sizes = FAMILIES[family]
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
@@ -60,7 +68,12 @@ def made(folder: Path, family: str, tokenizer: Path = TINY, dtype: torch.dtype =
     )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(4) if "norm" not in name else parameter.add_(0.1 * torch.randn_like(parameter))
+            if "norm" not in name:
+                parameter.mul_(4)
+                continue
+            parameter.add_(0.1 * torch.randn_like(parameter))
+            if exact_norms:
+                parameter.copy_((parameter * 1024).round() / 1024)
     model.to(dtype).save_pretrained(folder)
     words.save_pretrained(folder)
     if (tokenizer / "tokenizer.model").is_file():
