@@ -113,6 +113,19 @@ def test_heads_and_full_fine_tunings_are_merged_too(tmp_path: Path) -> None:
     assert facts["proof"]["kl_nats"] < 1e-5
 
 
+def test_a_file_for_lm_studio_is_where_it_looks(two_runs: list[Path], tmp_path: Path, monkeypatch: Any) -> None:
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = two_runs[0]
+    given = MergeConfig(run=str(run), format=MergeFormat.gguf, type="q8_0", to="lmstudio")
+    (path,) = merge(given, quiet=True)
+    assert path == tmp_path / ".lmstudio" / "models" / "llmft" / run.name / f"{run.name}-q8_0.gguf"
+    assert path.read_bytes()[:4] == b"GGUF"
+    (tmp_path / ".lmstudio-home-pointer").write_text(f"{tmp_path / 'elsewhere'}\n")
+    (path,) = merge(given, quiet=True)
+    assert path.is_relative_to(tmp_path / "elsewhere" / "models")
+
+
 def test_what_cannot_be_exported_is_named_before_weights_load(two_runs: list[Path], monkeypatch: Any) -> None:
     run = str(two_runs[0])
     with pytest.raises(ConfigError, match="type=q8: no such type; did you mean q8_0"):
