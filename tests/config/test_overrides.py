@@ -138,6 +138,7 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
     ways = [("train", ["-m"]), ("train", ["-m", "data.files=x"]), ("predict", ["run=x", "data.files=x"])]
     ways += [("train", ["-m", "task=reward"])]
     ways += [(command, []) for command in ("bench", "report", "disk")]
+    ways += [("merge", ["run=x"]), ("merge", ["run=x", "format=gguf"])]
     wrong = []
     for line, words in zip(spans, split_by_bash(spans, tmp_path), strict=True):
         told = []
