@@ -164,8 +164,8 @@ class Stated:
 
     def tensor(self, name: str) -> torch.Tensor | None:
         """A small tensor in full precision; None where the file has none of the name."""
-        found = self.tensors.get(name)
-        return None if found is None else torch.tensor(found.data, dtype=torch.float32)
+        tensor = self.tensors.get(name)
+        return None if tensor is None else torch.tensor(tensor.data, dtype=torch.float32)
 
 
 def correct(config: Any, stated: Stated) -> None:
@@ -187,8 +187,10 @@ def correct(config: Any, stated: Stated) -> None:
         width = config.hidden_size // config.num_attention_heads
         is_27b = stated.get("block_count") == {"gemma2": 46, "gemma3": 62}[stated.arch]
         config.query_pre_attn_scalar = width if is_27b else head or width
-        config.attn_logit_softcapping = stated.get("attn_logit_softcapping")
-        config.final_logit_softcapping = stated.get("final_logit_softcapping")
+        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
+            setattr(
+                config, cap, stated.get(cap) or getattr(config, cap)
+            )  # the first files had none, and its usual ones
     if stated.arch == "phi3":
         config.sliding_window = stated.get("attention.sliding_window") or None
     if getattr(config, "rope_parameters", None) is not None:
@@ -204,19 +206,19 @@ def _stated_rope(config: Any, stated: Stated) -> dict[str, Any]:
     rope = _rope(config.to_dict())
     if factors is not None:
         for power in range(5, 21):
-            found = {**LLAMA3, "factor": float(factors.max()), "original_max_position_embeddings": 2**power}
-            if torch.allclose(_llama3_factors(config.to_dict(), {**rope, **found}), factors, rtol=1e-4):
-                return found
+            llama3 = {**LLAMA3, "factor": float(factors.max()), "original_max_position_embeddings": 2**power}
+            if torch.allclose(_llama3_factors(config.to_dict(), {**rope, **llama3}), factors, rtol=1e-4):
+                return llama3
         raise ValueError("its rotary positions are divided by factors (rope_freqs) that are not those of Llama 3")
     if stated.arch == "phi3":
         head = config.hidden_size // config.num_attention_heads
         config.original_max_position_embeddings = trained or config.max_position_embeddings
-        found = {"partial_rotary_factor": stated.get("rope.dimension_count") / head}
+        phi3 = {"partial_rotary_factor": stated.get("rope.dimension_count") / head}
         long, short = (stated.tensor(f"rope_factors_{name}.weight") for name in ("long", "short"))
         if long is not None and short is not None:
-            found |= {"rope_type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
-            found |= {"original_max_position_embeddings": trained}
-        return found
+            phi3 |= {"rope_type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
+            phi3 |= {"original_max_position_embeddings": trained}
+        return phi3
     if kind in (None, "none"):
         return {}
     if kind == "linear":
