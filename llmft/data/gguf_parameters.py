@@ -187,10 +187,9 @@ def correct(config: Any, stated: Stated) -> None:
         width = config.hidden_size // config.num_attention_heads
         is_27b = stated.get("block_count") == {"gemma2": 46, "gemma3": 62}[stated.arch]
         config.query_pre_attn_scalar = width if is_27b else head or width
+        # The first files of Gemma 2 state no caps, and mean the usual ones.
         for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-            setattr(
-                config, cap, stated.get(cap) or getattr(config, cap)
-            )  # the first files had none, and its usual ones
+            setattr(config, cap, stated.get(cap) or getattr(config, cap))
     if stated.arch == "phi3":
         config.sliding_window = stated.get("attention.sliding_window") or None
     if getattr(config, "rope_parameters", None) is not None:
