@@ -13,6 +13,9 @@ from llmft.core.errors import ConfigError
 
 KNOWN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 """The families of llama.cpp whose files transformers reads and that are compared with what it read."""
+YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow"}  # fmt: skip
+"""transformers' parameters of the way "yarn" to squeeze positions, and llama.cpp's."""
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 DECISIVE = ("rope.scaling.factor", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "attention.scale", "logit_scale", "embedding_scale", "residual_scale")  # fmt: skip
@@ -103,14 +106,12 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_scaling_type": gguf.RopeScalingType.LINEAR, "rope_scaling_factor": factor}
     if kind == "yarn":
+        rope = {"attention_factor": rope.get("attn_factor"), **rope}
         return {
             "rope_scaling_type": gguf.RopeScalingType.YARN,
             "rope_scaling_factor": factor,
             "rope_scaling_orig_ctx_len": rope["original_max_position_embeddings"],
-            "rope_scaling_yarn_ext_factor": rope.get("extrapolation_factor"),
-            "rope_scaling_yarn_attn_factor": rope.get("attention_factor", rope.get("attn_factor")),
-            "rope_scaling_yarn_beta_fast": rope.get("beta_fast"),
-            "rope_scaling_yarn_beta_slow": rope.get("beta_slow"),
+            **{f"rope_scaling_yarn_{key}": rope.get(name) for name, key in YARN.items()},
         }
     if kind in ("default", "llama3", "longrope", "su"):
         return {}
@@ -188,8 +189,8 @@ def correct(config: Any, stated: Stated) -> None:
         is_27b = stated.get("block_count") == {"gemma2": 46, "gemma3": 62}[stated.arch]
         config.query_pre_attn_scalar = width if is_27b else head or width
         # The first files of Gemma 2 state no caps, and mean the usual ones.
-        for cap in ("attn_logit_softcapping", "final_logit_softcapping"):
-            setattr(config, cap, stated.get(cap) or getattr(config, cap))
+        caps = {cap: stated.get(cap) for cap in ("attn_logit_softcapping", "final_logit_softcapping")}
+        config.update({cap: value for cap, value in caps.items() if value})
     if stated.arch == "phi3":
         config.sliding_window = stated.get("attention.sliding_window") or None
     if getattr(config, "rope_parameters", None) is not None:
@@ -223,10 +224,7 @@ def _stated_rope(config: Any, stated: Stated) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        yarn = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast"}
-        values = {
-            name: stated.get(f"rope.scaling.yarn_{key}") for name, key in {**yarn, "beta_slow": "beta_slow"}.items()
-        }
+        values = {name: stated.get(f"rope.scaling.yarn_{key}") for name, key in YARN.items()}
         values = {name: value for name, value in values.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **values}
     raise ValueError(f"its rotary positions are squeezed in the way '{kind}'")
