@@ -1,6 +1,6 @@
 """Wall and CPU seconds of a sweep of 8 short trials: one command of llmft against 8 processes of peers.
 
-    python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--model DIR] [--quick]
+    python -m tests.bench.bench_sweep [--steps 20] [--base nf4|none] [--rounds 3] [--model DIR [--batch 16]] [--quick]
 
 The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows; with --model a
 real one on rows of Alpaca. Each takes the same tokens in the same order from the same adapter in all systems, and its
@@ -39,7 +39,7 @@ Losses = dict[tuple[float, ...], list[float]]
 """By the values of what was swept: the losses of a trial's steps."""
 
 
-def overrides(steps: int, quantization: str, model: Path | None) -> list[str]:
+def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> list[str]:
     """What all trials share."""
     alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
     embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
@@ -52,6 +52,8 @@ def overrides(steps: int, quantization: str, model: Path | None) -> list[str]:
         "task.metrics=[]",
         "learning_rate=constant",
         "learning_rate.warmup_steps=0",
+        f"trainer.batch_size={batch}",
+        "trainer.precision=fp32",
         f"trainer.max_steps={steps}",
         f"trainer.validate_every={steps}",
         "trainer.accelerator=cpu",
@@ -141,6 +143,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default="bare,hf,trl", help="names of peers with a comma between them")
     parser.add_argument("--model", type=Path, help="directory of a real model, trained on rows of Alpaca")
+    parser.add_argument("--batch", type=int, default=BATCH_SIZE, help="rows of a step")
     parser.add_argument("--quick", action="store_true", help="one round, one peer")
     asked = parser.parse_args()
     compile_package()
@@ -155,12 +158,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")
-        shared = overrides(asked.steps, asked.base, asked.model)
+        shared = overrides(asked.steps, asked.base, asked.model, asked.batch)
         works = {rank: dump(folder, [*shared, f"lora.r={rank}"], asked.steps, f"adapter-{rank}") for rank in RANKS}
         (folder / "work.json").write_text((folder / f"work-{RANKS[0]}.json").read_text())
-        chosen = [best_of(peer, works[RANKS[0]], (BATCH_SIZE,), (None, 1)) for peer in peers]
+        micros = [micro for micro in (1, 4, 16) if micro <= asked.batch]
+        chosen = [best_of(peer, works[RANKS[0]], micros, (None, 1)) for peer in peers]
         actions: dict[str, Callable[[], Losses]] = {
             "llmft -m": lambda: llmft_sweep(folder, SWEPT, shared),
+            "llmft -m sweep.workers=2": lambda: llmft_sweep(folder, SWEPT, [*shared, "sweep.workers=2"]),
         }
         for peer in chosen:
             actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)
@@ -173,7 +178,7 @@ def main() -> None:
                     found[name].append(used(action))
                 except RuntimeError as error:
                     print(f"left out: {name}: {error}")
-        show(found, f"8 trials of {asked.steps} steps of {BATCH_SIZE} rows, base in {asked.base}")
+        show(found, f"8 trials of {asked.steps} steps of {asked.batch} rows, base in {asked.base}")
 
 
 def show(found: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:

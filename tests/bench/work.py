@@ -224,7 +224,7 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
     config = compose(*overrides)
     prepared = prepare(config, open_directory=False)
     examples = read_rows(prepared, print).splits["train"]
-    batches = [rows_of_step(step, len(examples), BATCH_SIZE, config.seed) for step in range(steps)]
+    batches = [rows_of_step(step, len(examples), config.trainer.batch_size, config.seed) for step in range(steps)]
     used = sorted({row for batch in batches for row in batch})
     place = {row: number for number, row in enumerate(used)}
     rows = [[list(map(int, examples[row].input_ids)), list(map(int, examples[row].labels))] for row in used]
