@@ -140,15 +140,13 @@ def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor
 @contextlib.contextmanager
 def active(model: Any, name: str) -> Iterator[None]:
     """Inside, the adapter `name` computes alone and without dropout; afterwards all is as before."""
-    before, training = model.active_adapter, model.training
-    with _same_trainable(model):
+    before = model.active_adapter
+    with _same_trainable(model), families.evaluating(model):
         model.set_adapter(name, inference_mode=True)
-        model.eval()
         try:
             yield
         finally:
             model.set_adapter(before, inference_mode=True)
-            model.train(training)
 
 
 @contextlib.contextmanager

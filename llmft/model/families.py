@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -85,6 +87,17 @@ def base_of(model: Any) -> Any:
 def body_of(model: Any) -> Any:
     """The part of a transformers model below its head, under any adapter."""
     return base_of(model).base_model
+
+
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` computes without dropout; afterwards it is in its mode again."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 @lru_cache(maxsize=8)

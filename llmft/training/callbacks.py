@@ -47,14 +47,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
-    """Lets Lightning's own counts (global_step, current_epoch, validations) go on after `step` steps of a run."""
+    """Lets a new trainer's counts (global_step, current_epoch, batch_idx) go on after `step` steps of a run."""
     loop = trainer.fit_loop.epoch_loop
-    for count in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):
-        for name in vars(count):
-            setattr(count, name, step)
-    epochs = trainer.fit_loop.epoch_progress.current
-    for name in vars(epochs):
-        setattr(epochs, name, step // steps_per_epoch)
+    loop.batch_progress.total.increment_by(step)
+    loop.manual_optimization.optim_step_progress.total.increment_by(step)
+    trainer.fit_loop.epoch_progress.current.increment_by(step // steps_per_epoch)
 
 
 class Recorder(Callback):

@@ -30,6 +30,7 @@ from llmft.metrics import score
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.checkpointing import Offloaded
+from llmft.model.families import evaluating
 from llmft.model.sharding import full_tensor, is_sharded, shard, sharded_like
 from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped, write_bad_step
 from llmft.training.objectives.base import RowLosses
@@ -57,17 +58,6 @@ class Validation:
     """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Each row's score of a metric that is a mean over rows, by the metric's name."""
-
-
-def seed_device(device: torch.device, seed: int) -> None:
-    """What is drawn on `device` from here on follows from `seed`.
-
-    `torch.manual_seed` on a CPU notes for GPUs that nobody uses where it was called from, which takes 2 ms.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 @contextmanager
@@ -215,7 +205,13 @@ class FineTuner(L.LightningModule):
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            self._warn_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            if self.warn is not None:
+                operation = str(error).partition(" does not have")[0].partition(",")[0]
+                self.inputs.run.update(not_deterministic=operation)
+                self.warn(
+                    f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated "
+                    "run may differ in the last bits."
+                )
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
         sharded = is_sharded(self.model)
@@ -249,8 +245,10 @@ class FineTuner(L.LightningModule):
 
     def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]]]:
         """Adds up the gradients of `batch`; its loss, and (rows, losses of these rows) of each micro-batch."""
-        # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
-        seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
+        # Dropout is a function of (seed, step, process): no generator state has to survive a crash. `torch.manual_seed`
+        # would also note for GPUs that nobody uses where it was called from, which takes 2 ms.
+        generator = torch.default_generator if self.device.type == "cpu" else torch
+        generator.manual_seed(stream(self.seed, "dropout", batch.step, self.global_rank))
         # FSDP averages the gradients of the processes; elsewhere they are summed afterwards.
         scale = self.trainer.world_size if is_sharded(self.model) else 1
         total = torch.zeros((), device=self.device)
@@ -260,7 +258,8 @@ class FineTuner(L.LightningModule):
             shared = batched.before_step(self.model, batch.micro_batches)
             self._sum_over_processes([shared])
             batched.begin_step(shared)
-        with self._no_gradient_sync():
+        several = self.trainer.world_size > 1 and hasattr(self.trainer.strategy, "block_backward_sync")
+        with self.trainer.strategy.block_backward_sync() if several else nullcontext():
             for micro in batch.micro_batches:
                 with self.keeping():
                     losses = self.objective.losses(self.model, micro)
@@ -269,14 +268,6 @@ class FineTuner(L.LightningModule):
                 total += loss.detach()
                 row_losses.append((micro.rows, losses.nll.detach()))
         return total, row_losses
-
-    def _warn_not_deterministic(self, operation: str) -> None:
-        if self.warn is not None:
-            self.inputs.run.update(not_deterministic=operation)
-            self.warn(
-                f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated run "
-                "may differ in the last bits."
-            )
 
     def _set_rate(self, optimizer: Any, step: int) -> float:
         rate = self.learning_rate(step)
@@ -330,10 +321,6 @@ class FineTuner(L.LightningModule):
     def _scales(self) -> bool:
         """Whether losses are scaled, as fp16 needs it."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _no_gradient_sync(self) -> Any:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if block is not None and self.trainer.world_size > 1 else nullcontext()
 
     def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
         """Sums each tensor over all processes, in one message: the loss is already a share of the whole batch's."""
@@ -430,14 +417,9 @@ class FineTuner(L.LightningModule):
 
     def probe(self, batch: MicroBatch) -> float:
         """Nats per labelled token of `batch` without dropout; nothing of the training changes by it."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
-                losses = score(self.model, batch.to(self.device))
-        finally:
-            self.model.train(training)
+        score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
+        with evaluating(self.model), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            losses = score(self.model, batch.to(self.device))
         return float(losses.nll.sum()) / max(1.0, float(losses.counts.sum()))
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -197,14 +197,14 @@ def plan_micro_batches(
     return MicroBatchPlan(limit, level, why if fits else f"{why}: may not fit", needed)
 
 
-def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
+def architecture_of(inputs: RunInputs, vocabulary: int) -> Any:
     """transformers' config of the model that a run builds; `vocabulary` is that of its tokenizer."""
-    config = prepared.config
-    architecture = model_config(config.model, prepared.located)
+    config = inputs.config
+    architecture = model_config(config.model, inputs.located)
     if config.model.train_tokenizer_vocab is not None:
         architecture.vocab_size = vocabulary
     if config.task.auto_class == "sequence_classification":
-        architecture.num_labels = prepared.num_outputs
+        architecture.num_labels = inputs.num_outputs
     return architecture
 
 

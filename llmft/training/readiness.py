@@ -47,14 +47,14 @@ class Ready:
 
 
 def make_ready(
-    prepared: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
+    inputs: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
 ) -> Ready:
     """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
 
     Raises ConfigError or DataError for the first thing that a training could not go on with; for errors of the rows
     only with `stop`.
     """
-    config = prepared.config
+    config = inputs.config
     device, precision = choose_device(config)
     trainer = config.trainer
     if device.type == "cpu" and trainer.accelerator == "auto" and torch.backends.mps.is_available():
@@ -62,14 +62,14 @@ def make_ready(
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
         callbacks = [*parts.callbacks.values()]
         lightning_trainer(config, device, precision, callbacks=callbacks, logger=False, val_check_interval=1)
-    rows = read_rows(prepared, warn)
-    ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
+    rows = read_rows(inputs, warn)
+    ready = Ready(device, precision, rows, inspect_rows(inputs, rows, near=near))
     if stop:
         stop_on_errors(ready.inspection.findings)
     elif any(finding.level == "error" for finding in ready.inspection.findings):
         return ready
-    ready.objective = make_objective(config.task, prepared.targets, rows.encoder, rows.splits)
-    _check_model(prepared, rows)
+    ready.objective = make_objective(config.task, inputs.targets, rows.encoder, rows.splits)
+    _check_model(inputs, rows)
     return ready
 
 
@@ -124,15 +124,15 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
         raise ConfigError(f"trainer: {first_line(error)}") from None
 
 
-def _check_model(prepared: RunInputs, rows: TokenizedData) -> None:
+def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
     """What a model's files and its shapes alone tell."""
-    config = prepared.config
-    architecture = architecture_of(prepared, len(rows.tokenizer))
+    config = inputs.config
+    architecture = architecture_of(inputs, len(rows.tokenizer))
     families.check_task(config.model, architecture, str(config.task.auto_class))
     text_config = architecture.get_text_config() if hasattr(architecture, "get_text_config") else architecture
     check_vocabulary(config, rows, getattr(text_config, "vocab_size", None))
-    if prepared.located.directory is not None and config.model.init is ModelInit.pretrained:
-        _check_files(prepared.located.directory)
+    if inputs.located.directory is not None and config.model.init is ModelInit.pretrained:
+        _check_files(inputs.located.directory)
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
         families.prepare(architecture.model_type)
         try:

@@ -28,6 +28,7 @@ from llmft.core.files import staged_file
 from llmft.core.machine import describe
 from llmft.data.batch import Limit, collate
 from llmft.data.examples import Examples
+from llmft.model.families import evaluating
 from llmft.model.load import TORCH_DTYPES
 from llmft.runs.directory import adapter_digest
 from llmft.runs.predictions import read_table
@@ -149,28 +150,17 @@ def compute_references(
     model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, precision: Any
 ) -> dict[str, torch.Tensor]:
     """Every split's rows under `model`, without dropout and gradients; `precision` is a context such as autocast."""
-    training = model.training
-    model.eval()
     references = {}
-    try:
-        with torch.no_grad(), precision:
-            for split, examples in splits.items():
-                lengths = examples.lengths.tolist()
-                groups = GROUP.groups(lengths, range(len(examples)))
-                parts = [_group(model, examples, rows, pad_id, device) for rows in groups]
-                most = max(part.shape[1] for part in parts)
-                table = torch.zeros(len(examples), most, dtype=torch.float64)
-                for rows, part in zip(groups, parts, strict=True):
-                    table[rows, : part.shape[1]] = part
-                references[split] = table
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), precision:
+        for split, examples in splits.items():
+            groups = GROUP.groups(examples.lengths.tolist(), range(len(examples)))
+            batches = (collate([examples[row] for row in rows], rows, pad_id).to(device) for rows in groups)
+            parts = [answer_log_probs(model, batch).cpu() for batch in batches]
+            table = torch.zeros(len(examples), max(part.shape[1] for part in parts), dtype=torch.float64)
+            for rows, part in zip(groups, parts, strict=True):
+                table[rows, : part.shape[1]] = part
+            references[split] = table
     return references
-
-
-def _group(model: Any, examples: Examples, rows: list[int], pad_id: int, device: torch.device) -> torch.Tensor:
-    batch = collate([examples[row] for row in rows], rows, pad_id).to(device)
-    return answer_log_probs(model, batch).cpu()
 
 
 def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None:

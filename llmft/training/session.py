@@ -26,7 +26,7 @@ from llmft.model.compiling import compile_layers
 from llmft.model.load import TORCH_DTYPES, first_line
 from llmft.model.memory import optimizer_bytes
 from llmft.model.value_head import add_value_head
-from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, path_of, verify
+from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.runs.predictions import PREFIX
 from llmft.training import record
 from llmft.training.callbacks import Checkpointer, Recorder, ShowProgress, count_from
@@ -39,9 +39,7 @@ from llmft.training.prepare import RunInputs, process_rank
 from llmft.training.processes import is_lost_process
 from llmft.training.readiness import check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.references import GROUP, make_references
-from llmft.training.reward_model import host_of
-from llmft.training.rollouts import make_rollouts
-from llmft.training.samples import decoder
+from llmft.training.rollouts import Rollouts
 from llmft.training.stopping import Signals, StopRequests
 from llmft.training.tracking import finish_loggers, make_loggers, summarise
 from llmft.training.trial_reporter import ReportTrial, TrialReporter
@@ -80,18 +78,18 @@ class Session:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         assembled = self._assemble()
         cleanup.callback(assembled.release)
-        checkpoint = newest_sound(self.run.checkpoints, screen.warn, mend=self.main_process)
-        state = checkpoint.state if checkpoint is not None else {}
-        self.plan = self._plan_memory(assembled, state.get("fit"))
+        self.checkpoint = newest_sound(self.run.checkpoints, screen.warn, mend=self.main_process)
+        self.state = self.checkpoint.state if self.checkpoint is not None else {}
+        self.plan = self._plan_memory(assembled)
         self.loggers: list[Any] = []
         if self.main_process:
-            self._record(assembled, None if checkpoint is None else checkpoint.step)
+            self._record(assembled, None if self.checkpoint is None else self.checkpoint.step)
             cleanup.push(partial(finish_loggers, self.loggers))
         self.signals = Signals()
         cleanup.callback(self.signals.release)
         self.data = self._data(assembled.model)
-        self.module = self._module(assembled.model, checkpoint)
-        self._make_trainer(reporter, command, checkpoint)
+        self.module = self._module(assembled.model)
+        self._make_trainer(reporter, command)
 
     def _assemble(self) -> Assembled:
         config, ready = self.config, self.ready
@@ -119,17 +117,16 @@ class Session:
             add_value_head(assembled.model)
         return assembled
 
-    def _plan_memory(self, assembled: Assembled, before: dict[str, Any] | None) -> MicroBatchPlan:
-        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says (`before`)."""
-        config, device = self.config, self.ready.device
-        dtype = TORCH_DTYPES[self.ready.precision]
+    def _plan_memory(self, assembled: Assembled) -> MicroBatchPlan:
+        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says."""
+        config, device, dtype = self.config, self.ready.device, TORCH_DTYPES[self.ready.precision]
         plan = plan_micro_batches(
             config,
             self.rows.splits["train"],
             lambda: architecture_of(self.inputs, len(self.rows.tokenizer)),
             device,
             dtype if config.lora.enabled else torch.float32,
-            before=before,
+            before=self.state.get("fit"),
         )
         set_checkpointing(assembled.base, plan.checkpointing)
         if config.trainer.compile:
@@ -168,25 +165,13 @@ class Session:
         data.stops = [*range(rows.validate_every, rows.total_steps, rows.validate_every), rows.total_steps]
         return data
 
-    def _module(self, model: Any, checkpoint: Checkpoint | None) -> FineTuner:
+    def _module(self, model: Any) -> FineTuner:
         """The LightningModule, where the checkpoint left it, with room on the disk for what it will save."""
-        config, rows, run, warn = self.config, self.rows, self.run, self.screen.warn
+        config, run, warn, checkpoint = self.config, self.run, self.screen.warn, self.checkpoint
         rollouts = None
         if config.task.rollouts:
-            rollouts = make_rollouts(
-                config,
-                run,
-                rows.splits["train"],
-                rows.encoder,
-                self.ready.objective,
-                host_of(model, config, self.inputs.located.fingerprint),
-                self.screen.print,
-                decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
-                micro_batch=self.plan.limit,
-                pad_id=rows.tokenizer.pad_token_id,
-                context_tokens=rows.context_tokens,
-            )
-            rollouts.begin(model)
+            limit, tell = self.plan.limit, self.screen.print
+            rollouts = Rollouts(self.inputs, self.rows, self.ready.objective, model, limit, tell)
         module = FineTuner(self.inputs, self.ready, self.parts, model, rollouts, warn if self.main_process else None)
         if self.main_process:
             sizes = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -202,10 +187,9 @@ class Session:
                 ) from None
         return module
 
-    def _make_trainer(self, reporter: TrialReporter | None, command: str, checkpoint: Checkpoint | None) -> None:
+    def _make_trainer(self, reporter: TrialReporter | None, command: str) -> None:
         """Lightning's trainer, with the callbacks that record, save, show and report."""
-        config, rows, screen = self.config, self.rows, self.screen
-        state = checkpoint.state if checkpoint is not None else {}
+        config, rows, screen, state, checkpoint = self.config, self.rows, self.screen, self.state, self.checkpoint
         columns = getattr(self.ready.objective, "columns", [f"{PREFIX}{label}" for label in self.inputs.labels])
         self.recorder = recorder = Recorder(self.run, rows.splits, columns, state.get("seconds", 0.0))
         limit = config.trainer.max_time
@@ -247,9 +231,9 @@ class Session:
             return
         self._guarded(self.trainer.fit)
         if self.module.step < total_steps:
-            trainer = self.config.trainer
-            reason = f"trainer.patience={trainer.patience} validations without a better {trainer.monitor}"
-            reason = reason if self.checkpointer.stopped_early else "a callback of trainer.callbacks asked for it"
+            trainer, reason = self.config.trainer, "a callback of trainer.callbacks asked for it"
+            if self.checkpointer.stopped_early:
+                reason = f"trainer.patience={trainer.patience} validations without a better {trainer.monitor}"
             self.screen.print(f"stopped early after step {self.module.step} of {total_steps}: {reason}.")
 
     def _guarded(self, loop: Callable[..., Any], **arguments: Any) -> None:

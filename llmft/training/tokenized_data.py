@@ -49,30 +49,30 @@ class Inspection:
     findings: list[Finding]
 
 
-def inspect_rows(prepared: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
+def inspect_rows(inputs: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
     facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
-    overlaps = find_overlaps({split: part for split, part in prepared.conversations.items() if part}, near=near)
-    of_rows = [*_dropped(prepared, rows), *row_findings(prepared), *_unread(prepared), *_serving(rows)]
-    all_findings = findings(prepared.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    overlaps = find_overlaps({split: part for split, part in inputs.conversations.items() if part}, near=near)
+    of_rows = [*_dropped(inputs, rows), *row_findings(inputs), *_unread(inputs), *_serving(rows)]
+    all_findings = findings(inputs.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
     return Inspection(facts, overlaps, [*of_rows, *all_findings])
 
 
-def row_findings(prepared: RunInputs) -> list[Finding]:
+def row_findings(inputs: RunInputs) -> list[Finding]:
     """What is to be told of the rows before they are tokenised."""
-    messages = {"data.columns.target": _unlearned(prepared), "data.pseudo": _pseudo(prepared)}
+    messages = {"data.columns.target": _unlearned(inputs), "data.pseudo": _pseudo(inputs)}
     of_rows = [Finding("warning", key, message) for key, message in messages.items() if message]
-    return [*of_rows, *_feedback(prepared)]
+    return [*of_rows, *_feedback(inputs)]
 
 
-def _feedback(prepared: RunInputs) -> list[Finding]:
+def _feedback(inputs: RunInputs) -> list[Finding]:
     """Warns of compared answers that contradict each other or are empty, and of labels that are nearly all the same."""
-    feedback = prepared.config.task.feedback
+    feedback = inputs.config.task.feedback
     if feedback is None:
         return []
     if feedback is Feedback.labels:
-        return _imbalance(prepared)
-    rows = [row for part in prepared.conversations.values() for row in part]
+        return _imbalance(inputs)
+    rows = [row for part in inputs.conversations.values() for row in part]
     result = []
     if reversed_rows := contradictions(rows):
         one, two = reversed_rows[0]
@@ -91,11 +91,11 @@ LABEL_RATIO = 2.0
 4.2 of arXiv:2402.01306)."""
 
 
-def _imbalance(prepared: RunInputs) -> list[Finding]:
+def _imbalance(inputs: RunInputs) -> list[Finding]:
     """Warns where good or bad answers, with their weights, are so few that a policy learns next to nothing of them."""
-    counts = label_counts(prepared.conversations["train"])
+    counts = label_counts(inputs.conversations["train"])
     names = {"good": "desirable", "bad": "undesirable"}
-    weights = {kind: prepared.config.task.loss_options.get(name, 1.0) for kind, name in names.items()}
+    weights = {kind: inputs.config.task.loss_options.get(name, 1.0) for kind, name in names.items()}
     sums = {kind: weights[kind] * count for kind, count in counts.items()}
     rare, common = sorted(sums, key=lambda kind: sums[kind])
     if sums[rare] * LABEL_RATIO >= sums[common]:
@@ -109,12 +109,12 @@ def _imbalance(prepared: RunInputs) -> list[Finding]:
     return [Finding("warning", "task.loss_options", message)]
 
 
-def _unlearned(prepared: RunInputs) -> str:
+def _unlearned(inputs: RunInputs) -> str:
     """Of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
-    targets = prepared.targets
+    targets = inputs.targets
     if targets is None or targets.problem is TaskType.regression:
         return ""
-    counts = {split: label_balance(rows, targets.labels) for split, rows in prepared.conversations.items()}
+    counts = {split: label_balance(rows, targets.labels) for split, rows in inputs.conversations.items()}
     lacking = [label for label in targets.labels if not counts["train"].get(label)]
     if not lacking:
         return ""
@@ -124,16 +124,16 @@ def _unlearned(prepared: RunInputs) -> str:
     return f"{len(lacking)} of {len(targets.labels)} classes have no training row and cannot be learned: {named}"
 
 
-def _pseudo(prepared: RunInputs) -> str:
+def _pseudo(inputs: RunInputs) -> str:
     """Where pseudo-labels come from models that were trained on rows that are held out here."""
-    fold = prepared.config.data.fold
+    fold = inputs.config.data.fold
     sources = [
         source
-        for source in prepared.pseudo.sources
-        if source.get("rows_fingerprint") == prepared.rows_fingerprint
+        for source in inputs.pseudo.sources
+        if source.get("rows_fingerprint") == inputs.rows_fingerprint
         and (source.get("fold") != fold or source.get("train_on") == "all")
     ]
-    if not sources or not prepared.pseudo.used:
+    if not sources or not inputs.pseudo.used:
         return ""
     return (
         f"{len(sources)} of the models that made the pseudo-labels were trained on rows that are held out here, so the "
@@ -152,9 +152,9 @@ def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
     return replace(prompt, instruction=prompt.instruction.replace("{options}", "\n".join(listed)))
 
 
-def _unread(prepared: RunInputs) -> list[Finding]:
+def _unread(inputs: RunInputs) -> list[Finding]:
     """The keys of messages that nothing reads, once."""
-    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(prepared.message_keys.unused.items()))
+    unused = ", ".join(f"{key} ({count:,})" for key, count in sorted(inputs.message_keys.unused.items()))
     message = f"these keys of messages are not used (messages that have them): {unused}"
     return [Finding("warning", "data.columns.messages", message)] if unused else []
 
@@ -186,9 +186,9 @@ def _serving(rows: TokenizedData) -> list[Finding]:
     return [Finding("warning", "prompt", message) for message in messages]
 
 
-def _dropped(prepared: RunInputs, rows: TokenizedData) -> list[Finding]:
+def _dropped(inputs: RunInputs, rows: TokenizedData) -> list[Finding]:
     """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
-    data, limits = prepared.config.data, rows.encoder.lengths["train"]
+    data, limits = inputs.config.data, rows.encoder.lengths["train"]
     lost = sum(limits.dropped_by.get(key, 0) for key in ("data.max_tokens", "data.max_prompt_tokens"))
     total = limits.rows + limits.rows_dropped
     share = lost / max(1, total)
@@ -201,28 +201,28 @@ def _dropped(prepared: RunInputs, rows: TokenizedData) -> list[Finding]:
     return [Finding("error", "data.max_tokens", message)]
 
 
-def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
+def read_rows(inputs: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
     """Loads (or trains) the tokenizer and encodes every split.
 
     Raises ConfigError for a tokenizer or prompt format that cannot be used, DataError for rows that cannot.
     """
-    config, conversations = prepared.config, prepared.conversations
-    architecture = model_config(config.model, prepared.located)
+    config, conversations = inputs.config, inputs.conversations
+    architecture = model_config(config.model, inputs.located)
     agreed(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
         texts = [message_text(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra
         tokenizer = train_tokenizer(texts, config.model.train_tokenizer_vocab, config.data.max_tokens)
     else:
-        tokenizer = load_tokenizer(config.model, prepared.located)
-    prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
+        tokenizer = load_tokenizer(config.model, inputs.located)
+    prompt = prompt_format(with_options(config.prompt, inputs.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
-    targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
+    targets = replace(inputs.targets, prior=[]).to_plain() if inputs.targets is not None else None
     kind = to_plain(config.task.feedback or config.task.head)
-    fingerprint = canonical([prepared.data_fingerprint, targets, kind])
+    fingerprint = canonical([inputs.data_fingerprint, targets, kind])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)
-    splits = {split: encoder.encode(split, rows, prepared.problems) for split, rows in conversations.items() if rows}
-    check_rejected(prepared.problems, sum(map(len, conversations.values())), config)
+    splits = {split: encoder.encode(split, rows, inputs.problems) for split, rows in conversations.items() if rows}
+    check_rejected(inputs.problems, sum(map(len, conversations.values())), config)
     per_epoch, every = steps_per_epoch(len(splits["train"]), config.trainer.batch_size), config.trainer.validate_every
     total = config.trainer.max_steps or max(1, round(config.trainer.epochs * per_epoch))
     every = max(1, round(every * total if every < 1 else every))

@@ -28,7 +28,8 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         rows, spans = row_per_answer(batch.input_ids, answers.lengths)
         arguments = {"input_ids": rows, "use_cache": False}
     predictors, predicted, indices = [], [], []
-    for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
+    lengths = [(row, n, length) for row, (_, *each) in enumerate(answers.lengths) for n, length in enumerate(each)]
+    for (row, number, length), (end, begin) in zip(lengths, spans, strict=True):
         predictors.append([end, *range(begin, begin + length - 1)])
         predicted.append(np.arange(begin, begin + length))
         indices.append(np.full(length, row * answers.most + number))
@@ -38,11 +39,6 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
     return -sums.index_add(0, index, nll.double()).view(-1, answers.most)
-
-
-def _answers(answers: Answers) -> list[tuple[int, int, int]]:
-    """(row, number among the row's answers, tokens) of every answer."""
-    return [(row, n, length) for row, (_, *lengths) in enumerate(answers.lengths) for n, length in enumerate(lengths)]
 
 
 def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:

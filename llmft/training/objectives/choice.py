@@ -132,24 +132,16 @@ def cost(objective: Any) -> str | None:
     )
 
 
-def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
-    """The tokens that the prompt format makes of each word as an answer, its end token with it."""
-    paths = []
-    for word in words:
-        probe = Conversation(
-            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}], "task.words"
-        )
-        ids, marks = encoder.tokens(probe, BadRows())
-        paths.append(tuple(int(token) for token in np.asarray(ids)[marks != 0]))
-    return paths
-
-
 def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Examples]) -> WordScores:
     """The scores of `words` under the encoder's tokenizer and prompt format.
 
     Raises ConfigError for words that their tokens do not tell apart, or that no row spells so: the prompt runs into it.
     """
-    paths = word_paths(encoder, words)
+    paths: list[Path] = []  # of each word as an answer, its end token with it
+    for word in words:
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}]
+        ids, marks = encoder.tokens(Conversation(probe, "task.words"), BadRows())
+        paths.append(tuple(np.asarray(ids)[marks != 0].tolist()))
     known = set(paths)
     for example in chain.from_iterable(splits.values()):
         labels = np.asarray(example.labels)
