@@ -20,7 +20,6 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.machine import free_memory, versions
 from llmft.data.hub import PACKAGED, Located, locate
 from llmft.model import families, heads, kernels
-from llmft.model.experts import fused_shapes
 from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
     agreed,
@@ -28,7 +27,6 @@ from llmft.model.quantization import (
     keep_packing,
     quantize_in_place,
     stored_quantization,
-    unquantized_modules,
     weight_counts,
 )
 from llmft.model.quantized_cache import LEAST_WEIGHTS, QuantizedCache
@@ -40,7 +38,6 @@ class _Kept:
 
     key: str | None = None
     model: Any = None
-    any_before: bool = False
 
 
 _kept = _Kept()
@@ -81,6 +78,11 @@ def pick_precision(precision: Precision, device: torch.device) -> Precision:
 
 
 TORCH_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
+
+
+def mixed_precision(device: torch.device, precision: Precision) -> torch.autocast:
+    """Inside, `device` computes in `precision`, with weights in fp32 left as they are."""
+    return torch.autocast(device.type, TORCH_DTYPES[precision], enabled=precision is not Precision.fp32)
 
 
 def load_tokenizer(model: ModelConfig, located: Located) -> Any:
@@ -149,10 +151,9 @@ def model_config(model: ModelConfig, located: Located) -> Any:
             raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
         _check_overrides(config, model)
         check_values("model.overrides", overrides)
-        for key, value in overrides.items():
-            setattr(config, key, value)
+        config.update(overrides)
         if model.init is ModelInit.random and hasattr(config, "quantization_config"):
-            del config.quantization_config  # of weights that are not read
+            del config.quantization_config  # of weights that are not read; as transformers' HfQuantizer removes it
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
@@ -256,8 +257,8 @@ def load_base(
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep and _kept.key == spec.key:
         return _kept.model
-    drop_base()
-    _kept.any_before = True
+    if _kept.model is not None:
+        drop_base()
     try:
         base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
@@ -282,9 +283,8 @@ def kept_base() -> Any:
 
 
 def drop_base() -> None:
+    """Gives back the memory of the base that was kept, and of any other that nobody holds."""
     _kept.key = _kept.model = None
-    if not _kept.any_before:
-        return  # a search for garbage among all that was imported takes longer than loading a small base
     free_memory()
 
 
@@ -374,12 +374,7 @@ def _quantization(spec: _BaseSpec) -> Any:
     if stored_quantization(config) or spec.quantization.format is QuantizationFormat.none:
         return None
     empty = meta_model(spec.auto_class, config, dtype=spec.dtype)
-    quantization = bitsandbytes_config(spec.quantization, spec.dtype, unquantized_modules(empty, spec.full_precision))
-    if spec.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
-        from llmft.model.experts_quantizer import QUANTIZER
-
-        quantization.quant_method = QUANTIZER
-    return quantization
+    return bitsandbytes_config(empty, spec.quantization, spec.dtype, spec.full_precision)
 
 
 def _stored_config(entry: Path) -> Any:

@@ -22,7 +22,7 @@ import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.trainer import OnNan
-from llmft.core.errors import DivergedError
+from llmft.core.errors import ConfigError, DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
@@ -36,7 +36,6 @@ from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_man
 from llmft.training.objectives.base import RowLosses
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
-from llmft.training.processes import check_same_start
 from llmft.training.readiness import Ready
 from llmft.training.rollouts import Rollouts
 from llmft.training.samples import Generation, make_generation
@@ -180,9 +179,16 @@ class FineTuner(L.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Several processes go on from the same step, or none does."""
+        """Raises ConfigError, in all processes, where they have not read the same checkpoint."""
         if self.trainer.world_size > 1:
-            check_same_start(self.step, self.device)
+            steps = torch.tensor([self.step, -self.step], device=self.device)
+            torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+            most, least = int(steps[0]), -int(steps[1])
+            if most != least:
+                raise ConfigError(
+                    f"trainer.num_nodes: one machine would go on after step {most}, another after step {least}; set "
+                    "output_dir to a directory that all of them share."
+                )
 
     def on_train_epoch_start(self) -> None:
         """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
@@ -258,8 +264,9 @@ class FineTuner(L.LightningModule):
             shared = batched.before_step(self.model, batch.micro_batches)
             self._sum_over_processes([shared])
             batched.begin_step(shared)
-        several = self.trainer.world_size > 1 and hasattr(self.trainer.strategy, "block_backward_sync")
-        with self.trainer.strategy.block_backward_sync() if several else nullcontext():
+        strategy: Any = self.trainer.strategy
+        syncs = self.trainer.world_size > 1 and hasattr(strategy, "block_backward_sync")
+        with strategy.block_backward_sync() if syncs else nullcontext():
             for micro in batch.micro_batches:
                 with self.keeping():
                     losses = self.objective.losses(self.model, micro)

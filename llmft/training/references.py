@@ -29,7 +29,7 @@ from llmft.core.machine import describe
 from llmft.data.batch import Limit, collate
 from llmft.data.examples import Examples
 from llmft.model.families import evaluating
-from llmft.model.load import TORCH_DTYPES
+from llmft.model.load import TORCH_DTYPES, mixed_precision
 from llmft.runs.directory import adapter_digest
 from llmft.runs.predictions import read_table
 from llmft.training.objectives.answers import answer_log_probs
@@ -53,9 +53,10 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
     key = reference_key(config, inputs.located.fingerprint, rows.splits, dtype, str(describe(device)["device"]))
 
     def compute() -> dict[str, torch.Tensor]:
-        mixed = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        with policy_before(model, config):
-            return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device, mixed)
+        # The base is the adapted model without its adapter.
+        alone = model.disable_adapter() if config.lora.enabled and _is_base(config) else contextlib.nullcontext()
+        with alone, mixed_precision(device, ready.precision):
+            return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device)
 
     run_file = inputs.run.reference_file
     shared_file = Path(config.output_dir) / "references" / f"{key}.parquet"
@@ -100,13 +101,6 @@ def reference_key(
     return digest_of(parts)[:20]
 
 
-def policy_before(model: Any, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
-    """`model` as its reference, while it has not been trained."""
-    if config.lora.enabled and _is_base(config):
-        return model.disable_adapter()  # type: ignore[no-any-return]
-    return contextlib.nullcontext()
-
-
 def _is_base(config: TrainConfig) -> bool:
     """Whether the reference is the base alone: DoRA's new adapter already rounds otherwise."""
     if config.task.reference is Reference.base:
@@ -147,11 +141,11 @@ def references_of(
 
 
 def compute_references(
-    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, precision: Any
+    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Every split's rows under `model`, without dropout and gradients; `precision` is a context such as autocast."""
+    """Every split's rows under `model`, without dropout and gradients."""
     references = {}
-    with evaluating(model), torch.no_grad(), precision:
+    with evaluating(model), torch.no_grad():
         for split, examples in splits.items():
             groups = GROUP.groups(examples.lengths.tolist(), range(len(examples)))
             batches = (collate([examples[row] for row in rows], rows, pad_id).to(device) for rows in groups)

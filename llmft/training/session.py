@@ -11,7 +11,6 @@ import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.fields import seconds_of
-from llmft.config.model import Precision
 from llmft.config.task import Advantage
 from llmft.config.trainer import Export
 from llmft.core.console import Screen
@@ -23,7 +22,7 @@ from llmft.model import adapters
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.checkpointing import set_checkpointing
 from llmft.model.compiling import compile_layers
-from llmft.model.load import TORCH_DTYPES, first_line
+from llmft.model.load import TORCH_DTYPES, first_line, mixed_precision
 from llmft.model.memory import optimizer_bytes
 from llmft.model.value_head import add_value_head
 from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify
@@ -32,17 +31,19 @@ from llmft.training import record
 from llmft.training.callbacks import Checkpointer, Recorder, ShowProgress, count_from
 from llmft.training.finetuner import FineTuner
 from llmft.training.micro_batching import MicroBatchPlan, architecture_of, divides_weights, plan_micro_batches
-from llmft.training.out_of_memory import LargestBatch, OutOfMemory, is_out_of_memory
+from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.parts import check_parts, failed_callback
 from llmft.training.plan import show_plan, what_ran
 from llmft.training.prepare import RunInputs, process_rank
-from llmft.training.processes import is_lost_process
 from llmft.training.readiness import check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.references import GROUP, make_references
 from llmft.training.rollouts import Rollouts
 from llmft.training.stopping import Signals, StopRequests
 from llmft.training.tracking import finish_loggers, make_loggers, summarise
 from llmft.training.trial_reporter import ReportTrial, TrialReporter
+
+LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket")
+"""What errors without a type of their own say where another process of the run no longer answers."""
 
 
 def run_session(
@@ -130,7 +131,7 @@ class Session:
         )
         set_checkpointing(assembled.base, plan.checkpointing)
         if config.trainer.compile:
-            with torch.autocast(device.type, dtype, enabled=self.ready.precision is not Precision.fp32):
+            with mixed_precision(device, self.ready.precision):
                 compile_layers(assembled.model, self.screen.warn)
         return plan
 
@@ -251,7 +252,8 @@ class Session:
         except Exception as error:
             if (failure := failed_callback(error, self.parts.callbacks)) is not None:
                 raise failure from error
-            if self.trainer.world_size > 1 and is_lost_process(error):
+            lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_PROCESS)
+            if self.trainer.world_size > 1 and (lost or isinstance(error, torch.distributed.DistError)):
                 raise UserError(
                     f"another process of this run is gone ({first_line(error)}); the same command goes on from the "
                     "newest checkpoint."
@@ -271,10 +273,10 @@ class Session:
         if stage == "training":
             step = self.data.groups_of_step(self.module.step)
             largest = max((group for share in step for group in share), key=lambda group: int(lengths[group].sum()))
-            return OutOfMemory(stage, error, LargestBatch(len(largest), int(lengths[largest].sum()), self.plan))
+            return OutOfMemory(stage, error, self.plan, len(largest), int(lengths[largest].sum()))
         sizes = [len(group) for split in ("validation", "test") for group in self.data.groups_of(split)]
         generated = len(self.module.generation.samples) if self.module.generation is not None else 0
-        return OutOfMemory(stage, error, LargestBatch(max(*sizes, generated), 0, self.plan))
+        return OutOfMemory(stage, error, self.plan, max(*sizes, generated))
 
     def finish(self) -> float | None:
         """Tests, hands over weights and predictions, writes the result; returns the monitored metric."""
