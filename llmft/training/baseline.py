@@ -30,9 +30,9 @@ from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
 from llmft.runs.directory import append_line, write_config, write_row_losses
 from llmft.runs.predictions import FOLDER, PREFIX
+from llmft.training.inspection import row_findings
 from llmft.training.prepare import RunInputs
 from llmft.training.record import chance_of, data_facts, predictions_of
-from llmft.training.tokenized_data import row_findings
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""

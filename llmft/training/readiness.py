@@ -22,11 +22,12 @@ from llmft.model import adapters, families
 from llmft.model.assemble import check_dora
 from llmft.model.load import first_line, pick_device, pick_precision
 from llmft.model.meta import meta_model
+from llmft.training.inspection import Inspection, inspect_rows
 from llmft.training.micro_batching import architecture_of
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs, several
 from llmft.training.scoring import make_objective
-from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
+from llmft.training.tokenized_data import TokenizedData, read_rows
 
 if TYPE_CHECKING:
     import lightning as L

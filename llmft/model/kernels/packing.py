@@ -119,12 +119,13 @@ def uses_packing(model: Any) -> bool:
 
 
 def pack(
-    input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False, positions: Positions = NO_POSITIONS
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[int], positions: Positions = NO_POSITIONS
 ) -> PackedBatch:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
 
-    `positions` are rows and columns of tokens that the caller wants to find in it.
+    `positions` are rows and columns of tokens that the caller wants to find in it; `base` will read it.
     """
+    varlen = takes_varlen(base)
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
     starts = np.cumsum([0, *widths])
@@ -148,13 +149,13 @@ def inputs_of(
         rows, columns = positions
         (indices,) = send([rows * input_ids.shape[1] + columns], input_ids.device)
         return {"input_ids": input_ids, "use_cache": False}, indices
-    packed = pack(input_ids, lengths, varlen=takes_varlen(base), positions=positions)
+    packed = pack(base, input_ids, lengths, positions)
     assert packed.positions is not None
     return packed.arguments, packed.positions
 
 
 def pack_answers(
-    input_ids: torch.Tensor, lengths: Sequence[Sequence[int]], *, varlen: bool = False
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[PackedBatch, list[tuple[int, int]]]:
     """Prompts with several answers each as one sequence, and (end of the prompt, begin of the answer) of each answer.
 
@@ -163,9 +164,11 @@ def pack_answers(
     answer, which costs little while rows are short beside the model's width.
 
     Args:
+        base: the model that will read it.
         input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
         lengths: of each row the tokens of its prompt and of each answer.
     """
+    varlen = takes_varlen(base)
     index, positions, spans, ends, start = [], [], [], [], 0
     for row, (prompt, *answers) in enumerate(lengths):
         index.append(row * input_ids.shape[1] + np.arange(prompt + sum(answers)))

@@ -10,7 +10,7 @@ import torch
 from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.heads import row_per_answer
-from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
+from llmft.model.kernels.packing import pack_answers, uses_packing
 from llmft.training.objectives.language_modeling import nll_behind
 
 
@@ -22,7 +22,7 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     answers, base, device = batch.answers, base_of(model), batch.input_ids.device
     assert answers is not None, "the rows have no answers that are compared"
     if uses_packing(base):
-        packed, spans = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
+        packed, spans = pack_answers(base, batch.input_ids, answers.lengths)
         arguments = packed.arguments
     else:
         rows, spans = row_per_answer(batch.input_ids, answers.lengths)
