@@ -184,21 +184,22 @@ class Checkpointer(Callback):
     on_test_start = on_sanity_check_start  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Takes the signals for the training; puts the loss scale back under fp16."""
+        """Takes the signals for the training; puts the loss scale back under fp16.
+
+        Raises DivergedError where the run that goes on is not the one that was saved.
+        """
         self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
         trainer.should_stop = self.stopped_early
-        self._check_next_loss(self._next_loss(trainer, module) if self.next_loss is not None else None, module.step)
-
-    def _check_next_loss(self, loss: float | None, step: int) -> None:
-        """Raises DivergedError when the run that goes on is not the one that was saved."""
         saved, self.next_loss = self.next_loss, None
+        loss = self._next_loss(trainer, module) if saved is not None else None
         if saved is None or loss is None:
             return
         difference = abs(loss - saved) / max(abs(saved), 0.1)
-        message = f"after step {step} the next row's loss was {saved:.6f} when it was saved and is {loss:.6f} now"
+        losses = f"{saved:.6f} when it was saved and is {loss:.6f} now"
+        message = f"after step {module.step} the next row's loss was {losses}"
         if difference > OTHER_RUN:
             raise DivergedError(
                 f"{message}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
@@ -242,10 +243,9 @@ class Checkpointer(Callback):
         if module.step == 0:
             where = "stopped before the first step"
         elif self.saved != module.step and trainer.is_global_zero:
-            newest = steps_on_disk(self.directory)
-            where = f"stopped after step {module.step}, not saved; " + (
-                f"the newest checkpoint is of step {newest[-1]}" if newest else "there is no checkpoint"
-            )
+            steps = steps_on_disk(self.directory)
+            newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+            where = f"stopped after step {module.step}, not saved; {newest}"
         message = f"{described(request, self.seconds)}: {where}; the same command goes on from there"
         message += f": {self.command}" if self.command else "."
         raise Interrupted(message, request - SIGNAL) if request >= SIGNAL else Paused(message)

@@ -65,13 +65,13 @@ def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Example], tokenize
     rows = [
         {
             "row": row,
-            "where": example.where,
+            "where": examples[row].where,
             "loss_nats": loss if math.isfinite(loss) else str(loss),
-            "tokens": len(example.input_ids),
-            "labelled_tokens": example.labelled_tokens,
-            "text": tokenizer.decode(list(map(int, example.input_ids))),
+            "tokens": len(examples[row].input_ids),
+            "labelled_tokens": examples[row].labelled_tokens,
+            "text": tokenizer.decode(list(map(int, examples[row].input_ids))),
         }
-        for row, loss, example in [(row, loss, examples[row]) for row, loss in bad.rows]
+        for row, loss in bad.rows
     ]
     path = run.directory / "not_finite" / f"step-{bad.step:08d}.json"
     record = {"step": bad.step, "reason": bad.reason, "learning_rate": bad.learning_rate, "rows": rows}
