@@ -61,14 +61,12 @@ def _peft_config(base: Any, lora: LoraConfig, auto_class: str) -> Any:
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    dense = families.dense_layers(base) if targets == "all-linear" else None
     if isinstance(targets, str) and targets != "all-linear":
         try:
             match_bounded(targets, (name for name, _ in base.named_modules()))
         except (re.error, ValueError) as error:
             raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
-    mixture = targets == "all-linear" and families.is_mixture(base)
-    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
-        targets = families.dense_layers(base)
     classifies = auto_class == "sequence_classification"
     # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
     parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
@@ -76,8 +74,9 @@ def _peft_config(base: Any, lora: LoraConfig, auto_class: str) -> Any:
         r=lora.r,
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=families.NOT_ADAPTED if mixture else None,
+        # PEFT would take "all-linear" to mean router and experts too, past exclude_modules.
+        target_modules=targets if dense is None else dense,
+        exclude_modules=None if dense is None else families.NOT_ADAPTED,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=[*lora.modules_to_save, *parts] or None,

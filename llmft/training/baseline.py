@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
@@ -28,11 +29,11 @@ from llmft.data.targets import Targets
 from llmft.metrics import score
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
-from llmft.runs.directory import append_line, write_config, write_row_losses
+from llmft.runs.directory import append_line, write_row_losses
 from llmft.runs.predictions import FOLDER, PREFIX
 from llmft.training.inspection import row_findings
 from llmft.training.prepare import RunInputs
-from llmft.training.record import chance_of, data_facts, predictions_of
+from llmft.training.record import chance_of, predictions_of, write_records
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -64,8 +65,8 @@ class Baseline:
             if name not in OPTIONS:
                 raise ConfigError(f"model.config.{name}: no such option of tfidf{did_you_mean(name, OPTIONS)}")
         chosen = {**OPTIONS, **options}
-        vectorizer = _vectorizer(int(chosen["ngrams"]), min_df=min(int(chosen["min_rows"]), max(1, len(rows) // 2)))
-        vectorizer.max_features = int(chosen["max_words"])
+        least = min(int(chosen["min_rows"]), max(1, len(rows) // 2))
+        vectorizer = _vectorizer(int(chosen["ngrams"]), min_df=least, max_features=int(chosen["max_words"]))
         try:
             features = vectorizer.fit_transform([text_of(row) for row in rows])
         except ValueError as error:
@@ -163,7 +164,9 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     config, run, rows = inputs.config, inputs.run, inputs.conversations
     targets = _check(config, inputs.targets)
     began = time.monotonic()
-    _record(inputs, targets)
+    for path in (run.metrics_file, run.timing_file):
+        path.unlink(missing_ok=True)
+    write_records(inputs, {**describe(torch.device("cpu")), "precision": "fp64"})
     screen.plan(
         {
             "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
@@ -190,23 +193,6 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
     show_summary(screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
     return after.get(config.trainer.monitor)
-
-
-def _record(inputs: RunInputs, targets: Targets) -> None:
-    import torch
-
-    run = inputs.run
-    for path in (run.metrics_file, run.timing_file):
-        path.unlink(missing_ok=True)
-    write_config(run, inputs.config)
-    record = {
-        **describe(torch.device("cpu")),
-        "precision": "fp64",
-        "data": data_facts(inputs),
-        "model": {"fingerprint": inputs.located.fingerprint},
-    }
-    write_atomically(run.environment_file, json.dumps(record, indent=1).encode())
-    write_atomically(run.targets_file, json.dumps(targets.to_plain(), indent=1).encode())
 
 
 def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -84,13 +84,9 @@ def restore_pages(optimizer: Any) -> None:
                 state[name] = pages.copy_(state[name])
 
 
-def _moved(optimizer: Any) -> list[Any]:
+def _with_gradient(optimizer: Any) -> list[Any]:
     """The parameters that have a gradient."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _gradients(optimizer: Any) -> list[torch.Tensor]:
-    return [p.grad for p in _moved(optimizer)]
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -220,8 +216,8 @@ class FineTuner(L.LightningModule):
                 )
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
-        sharded = is_sharded(self.model)
-        self._sum_over_processes([total] if sharded else [total, *_gradients(optimizer)])
+        gradients = [] if is_sharded(self.model) else [p.grad for p in _with_gradient(optimizer)]
+        self._sum_over_processes([total, *gradients])
         value = float(total)
         try:
             if not math.isfinite(value):
@@ -259,11 +255,11 @@ class FineTuner(L.LightningModule):
         scale = self.trainer.world_size if is_sharded(self.model) else 1
         total = torch.zeros((), device=self.device)
         row_losses: list[tuple[list[int], torch.Tensor]] = []
-        batched: Any = self.objective if hasattr(self.objective, "before_step") else None
-        if batched is not None:
-            shared = batched.before_step(self.model, batch.micro_batches)
+        objective: Any = self.objective
+        if hasattr(objective, "before_step"):
+            shared = objective.before_step(self.model, batch.micro_batches)
             self._sum_over_processes([shared])
-            batched.begin_step(shared)
+            objective.begin_step(shared)
         strategy: Any = self.trainer.strategy
         syncs = self.trainer.world_size > 1 and hasattr(strategy, "block_backward_sync")
         with strategy.block_backward_sync() if syncs else nullcontext():
@@ -284,7 +280,8 @@ class FineTuner(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
-        norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
+        parameters = _with_gradient(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._grad_norm = float(full_tensor(norm))
         if not math.isfinite(self._grad_norm):
             self._unscaled += 1
@@ -293,7 +290,7 @@ class FineTuner(L.LightningModule):
             raise NotFinite("gradient norm", self._grad_norm, final=self._scales)
         self._unscaled = 0
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(_moved(optimizer), self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     def _skip(
         self, reason: NotFinite, step: int, rate: float, row_losses: Sequence[tuple[list[int], torch.Tensor]]

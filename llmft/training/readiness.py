@@ -130,8 +130,7 @@ def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
     config = inputs.config
     architecture = architecture_of(inputs, len(rows.tokenizer))
     families.check_task(config.model, architecture, str(config.task.auto_class))
-    text_config = architecture.get_text_config() if hasattr(architecture, "get_text_config") else architecture
-    check_vocabulary(config, rows, getattr(text_config, "vocab_size", None))
+    check_vocabulary(config, rows, getattr(architecture.get_text_config(), "vocab_size", None))
     if inputs.located.directory is not None and config.model.init is ModelInit.pretrained:
         _check_files(inputs.located.directory)
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from llmft.config.data import TrainOn
-from llmft.config.sections import TrainConfig
 from llmft.config.task import Feedback
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
@@ -26,35 +25,15 @@ from llmft.training.tokenized_data import TokenizedData
 
 
 def write_records(
-    inputs: RunInputs, rows: TokenizedData, overlaps: Sequence[Overlap], environment: dict[str, Any]
+    inputs: RunInputs,
+    environment: dict[str, Any],
+    rows: TokenizedData | None = None,
+    overlaps: Sequence[Overlap] = (),
 ) -> None:
-    """Writes the config, the environment with what the limits cost, and the rejected rows."""
+    """Writes the config, the environment with what the limits cost, the classes, and the rejected rows."""
     run, model = inputs.run, inputs.config.model
     write_config(run, inputs.config)
-    # Whose code ran with the training, if anybody's: a pinned revision or a directory.
-    remote_code = (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
-    record = {
-        **environment,
-        "data": {
-            **data_facts(inputs),
-            "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
-            "overlaps": [asdict(overlap) for overlap in overlaps],
-        },
-        "model": {"fingerprint": inputs.located.fingerprint, "remote_code": remote_code},
-        "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
-    }
-    write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
-    if inputs.targets is not None:
-        write_atomically(run.targets_file, json.dumps(inputs.targets.to_plain(), indent=1).encode())
-    if inputs.problems.rejected:
-        run.rejected_file.unlink(missing_ok=True)
-        for entry in inputs.problems.rejected:
-            append_line(run.rejected_file, redact(entry))
-
-
-def data_facts(inputs: RunInputs) -> dict[str, Any]:
-    """Where the rows come from and what was left out."""
-    return {
+    data: dict[str, Any] = {
         "fingerprint": inputs.data_fingerprint,
         "rows_fingerprint": inputs.rows_fingerprint,
         "labels": inputs.labels,
@@ -62,6 +41,21 @@ def data_facts(inputs: RunInputs) -> dict[str, Any]:
         "left_out": inputs.problems.reasons(),
         "train_on": inputs.config.data.train_on.value,
     }
+    # Whose code ran with the training, if anybody's: a pinned revision or a directory.
+    remote_code = (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
+    facts = {"fingerprint": inputs.located.fingerprint, "remote_code": remote_code}
+    record = {**environment, "data": data, "model": facts}
+    if rows is not None:
+        data["splits"] = {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()}
+        data["overlaps"] = [asdict(overlap) for overlap in overlaps]
+        record["tokenizer"] = {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token}
+    write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
+    if inputs.targets is not None:
+        write_atomically(run.targets_file, json.dumps(inputs.targets.to_plain(), indent=1).encode())
+    if inputs.problems.rejected:
+        run.rejected_file.unlink(missing_ok=True)
+        for entry in inputs.problems.rejected:
+            append_line(run.rejected_file, redact(entry))
 
 
 def write_predictions(inputs: RunInputs, splits: Mapping[str, Examples], step: int) -> None:
@@ -122,24 +116,26 @@ def chance_of(inputs: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[s
     return chances
 
 
-def length_of(inputs: RunInputs, step: int) -> dict[str, float]:
-    """See `against_length`, of the validation at `step`; nothing where no answers are compared on rows of its own."""
-    path = inputs.run.row_losses_file("val", step)
-    compared = inputs.config.task.feedback is Feedback.pairs and inputs.config.data.train_on is not TrainOn.all
-    if not compared or not path.is_file():
-        return {}
-    table = read_table(path)
-    ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
-    return against_length(ahead, longer)
+def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has learned: its metrics before training and after `step`, and what was found besides.
 
-
-def words_of(
-    config: TrainConfig, before: Mapping[str, Any], after: Mapping[str, Any], length: Mapping[str, float]
-) -> list[str]:
-    """What a task of compared answers did, in sentences: to the answers' probabilities, and beside their length."""
-    judged = config.task.feedback is not None and config.data.train_on is not TrainOn.all
-    moved = movement(before, after) if judged else None
-    return [*([moved] if moved else []), *([length_sentence(length)] if length else [])]
+    `metrics` are those of predictions, which have a chance level. Of compared answers there are sentences about the
+    answers' probabilities (`words`), and the numbers that tell preference from length.
+    """
+    config, run = inputs.config, inputs.run
+    before, after = before_and_after(run, step)
+    words, length = [], {}
+    if config.task.feedback is not None and config.data.train_on is not TrainOn.all:
+        moved = movement(before, after)
+        words += [moved] if moved else []
+        path = run.row_losses_file("val", step)
+        if config.task.feedback is Feedback.pairs and path.is_file():
+            table = read_table(path)
+            ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
+            length = against_length(ahead, longer)
+            words += [length_sentence(length)] if length else []
+    besides = {"words": words, "length": length, "chance": chance_of(inputs, metrics)}
+    return {"before": before, "after": after, **{name: value for name, value in besides.items() if value}}
 
 
 def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:

@@ -145,7 +145,7 @@ class Session:
             "micro_batch": self.plan.to_plain(),
             "ran": what_ran(self.config, ready, assembled, self.plan),
         }
-        record.write_records(self.inputs, self.rows, ready.inspection.overlaps, environment)
+        record.write_records(self.inputs, environment, self.rows, ready.inspection.overlaps)
         run.keep_until(-1 if resumed_at is None else resumed_at)
         show_plan(self.screen, self.inputs, ready, assembled, self.plan, resumed_at)
         self.loggers += make_loggers(self.config, run, environment, self.screen)
@@ -294,30 +294,26 @@ class Session:
         rows.tokenizer.chat_template = rows.prompt.config.template
         adapters.save(module.model, rows.tokenizer, directory, weights)
         record.write_predictions(self.inputs, rows.splits, step)
-        before, after = record.before_and_after(run, step)
-        length = record.length_of(self.inputs, step)
-        words = record.words_of(config, before, after, length)
-        chance = record.chance_of(self.inputs, module.scoring.metrics if module.scoring is not None else {})
-        more = {"words": words, "length": length, "chance": chance, "skipped_steps": module.skipped}
-        run.finish(
-            {
-                "before": before,
-                "after": after,
-                "step": step,
-                "steps": module.step,
-                "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
-                "seconds": round(self.recorder.seconds, 3),
-                **{name: value for name, value in more.items() if value},
-            }
-        )
+        metrics = module.scoring.metrics if module.scoring is not None else {}
+        result = record.result_of(self.inputs, step, metrics)
+        result |= {
+            "step": step,
+            "steps": module.step,
+            "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
+            "seconds": round(self.recorder.seconds, 3),
+            **({"skipped_steps": module.skipped} if module.skipped else {}),
+        }
+        run.finish(result)
+        before, after = result["before"], result["after"]
         summarise(self.loggers, {**{f"best/{name}": value for name, value in after.items()}, "best/step": step})
         facts = {
             "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
             **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.writes else {}),
         }
-        show_summary(self.screen, before, after, facts, chance, words, blank=config.data.train_on is TrainOn.all)
-        return after.get(config.trainer.monitor)
+        blank, words = config.data.train_on is TrainOn.all, result.get("words", [])
+        show_summary(self.screen, before, after, facts, result.get("chance"), words, blank=blank)
+        return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
     def _take_best(self) -> int:
         """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""

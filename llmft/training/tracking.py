@@ -167,9 +167,6 @@ class SafeWandbLogger(Logger):
     def summarise(self, values: Mapping[str, Any]) -> None:
         self.attempt(lambda run: run.summary.update(dict(values)))
 
-    def finalize(self, status: str) -> None:
-        """Nothing: the run ends in `finish`, after the summary is written."""
-
     def finish(self, exit_code: int) -> None:
         """Closes the run, so that the next job of this process gets its own; waits at most `longest_end_s`."""
         self._exit_code = exit_code

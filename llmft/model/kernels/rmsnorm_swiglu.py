@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import SiLUActivation
 
 from llmft.model.kernels.lora import Recipe
 
@@ -43,7 +44,7 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_plain(args, kwargs) or type(self.act_fn) not in _silu_classes():
+    if _is_plain(args, kwargs) or type(self.act_fn) not in (torch.nn.SiLU, SiLUActivation):
         return type(self).forward(self, *args, **kwargs)
     gate, up = self.gate_proj(*args), self.up_proj(*args)
     if gate.dtype is not up.dtype:
@@ -51,13 +52,6 @@ def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     product = _SwiGlu.apply(gate, up)
     product.llmft_recipe = Recipe((gate.detach(), up.detach()), swiglu)
     return self.down_proj(product)
-
-
-@lru_cache(maxsize=1)
-def _silu_classes() -> tuple[type, ...]:
-    from transformers.activations import SiLUActivation
-
-    return torch.nn.SiLU, SiLUActivation
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
