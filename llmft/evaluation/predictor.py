@@ -25,8 +25,10 @@ from llmft.data.sources import BadRows
 from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
+from llmft.model.device import mixed_precision, pick_device, pick_precision
 from llmft.model.generate import generate
-from llmft.model.load import load_tokenizer, mixed_precision, model_config, pick_device, pick_precision
+from llmft.model.load import model_config
+from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import ForeignRun
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Checkpointing
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.machine import free_memory
-from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan
 
 if TYPE_CHECKING:

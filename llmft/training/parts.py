@@ -16,7 +16,6 @@ from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.monitor import mode_of, validation_metrics, with_mode
 from llmft.training.scoring import check_objective
-from llmft.training.tracking import check_loggers
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +55,8 @@ class Parts:
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
     with_mode(config)
-    check_loggers(config.logger)
+    for name, node in config.logger.loggers.items():
+        check_target(node, f"logger.loggers.{name}", "logger")
     metrics = metric_functions(config.task.metrics, config.task.metric_options)
     for metric in metrics.values() if config.task.generate_rows else ():
         # An encoder that is missing is told before the weights load, not after.

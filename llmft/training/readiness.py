@@ -15,12 +15,12 @@ from llmft.config.instantiate import build
 from llmft.config.model import ModelInit, Precision, QuantizationFormat
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import OnSaveError
-from llmft.core.errors import ConfigError, DiskError
+from llmft.core.errors import ConfigError, DiskError, first_line
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
 from llmft.model.assemble import check_dora
-from llmft.model.load import first_line, pick_device, pick_precision
+from llmft.model.device import pick_device, pick_precision
 from llmft.model.meta import meta_model
 from llmft.training.inspection import Inspection, inspect_rows
 from llmft.training.micro_batching import architecture_of

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,15 +21,15 @@ import torch
 from rich.markup import escape
 
 from llmft.config.convert import canonical, digest_of, numbers_of, to_plain
+from llmft.config.model import ModelInit
 from llmft.config.sections import TrainConfig
 from llmft.config.task import Reference
 from llmft.core.console import Screen
 from llmft.core.files import staged_file
-from llmft.core.machine import describe
 from llmft.data.batch import Limit, collate
 from llmft.data.examples import Examples
+from llmft.model.device import TORCH_DTYPES, mixed_precision
 from llmft.model.families import evaluating
-from llmft.model.load import TORCH_DTYPES, mixed_precision
 from llmft.runs.directory import adapter_digest
 from llmft.runs.predictions import read_table
 from llmft.training.objectives.answers import answer_log_probs
@@ -49,8 +49,9 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
     config, rows = inputs.config, ready.rows
     if config.task.reference is Reference.none:
         return {}
-    dtype, device = TORCH_DTYPES[ready.precision], ready.device
-    key = reference_key(config, inputs.located.fingerprint, rows.splits, dtype, str(describe(device)["device"]))
+    device = ready.device
+    kind = [str(TORCH_DTYPES[ready.precision]), str(device)]
+    key = reference_key(config, inputs.located.fingerprint, rows.splits, kind)
 
     def compute() -> dict[str, torch.Tensor]:
         # The base is the adapted model without its adapter.
@@ -74,9 +75,12 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
 
 
 def reference_key(
-    config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], dtype: torch.dtype, device: str
+    config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], kind: Sequence[str]
 ) -> str:
-    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss."""
+    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss.
+
+    `kind` are the dtype and the device that it is computed in and on.
+    """
     model = config.model
     digest = hashlib.sha256()
     for split, examples in sorted(splits.items()):
@@ -87,15 +91,14 @@ def reference_key(
     if not _is_base(config):
         digests = [adapter_digest(config.lora.adapter)] if config.lora.adapter is not None else [config.seed]
         adapter = [*digests, numbers_of(replace(config.lora, adapter=None))]
-    random = [config.seed] if model.init.value == "random" else []
     parts = [
         VERSION,
         model_fingerprint,
         to_plain([model.init, model.architecture, model.config, model.overrides, model.load_overrides, model.kernels]),
         numbers_of(config.quantization),
         adapter,
-        random,
-        [str(dtype), device],
+        [config.seed] if model.init is ModelInit.random else [],
+        kind,
         digest.hexdigest(),
     ]
     return digest_of(parts)[:20]

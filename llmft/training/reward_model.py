@@ -25,9 +25,10 @@ from llmft.data.sources import BadRows
 from llmft.metrics.judging import Judge
 from llmft.model import adapters
 from llmft.model.assemble import assemble, base_key
+from llmft.model.device import mixed_precision, pick_device, pick_precision
 from llmft.model.families import body_of
 from llmft.model.heads import ScoreHead
-from llmft.model.load import load_tokenizer, mixed_precision, pick_device, pick_precision
+from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import finished_run
 from llmft.training.micro_batching import divides_weights
 from llmft.training.objectives.reward import Reward

@@ -14,7 +14,7 @@ from llmft.config.fields import seconds_of
 from llmft.config.task import Advantage
 from llmft.config.trainer import Export
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, Interrupted, UserError
+from llmft.core.errors import ConfigError, Interrupted, UserError, first_line
 from llmft.core.machine import describe
 from llmft.data.datamodule import DataModule
 from llmft.metrics.show import show_summary
@@ -22,7 +22,7 @@ from llmft.model import adapters
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.checkpointing import set_checkpointing
 from llmft.model.compiling import compile_layers
-from llmft.model.load import TORCH_DTYPES, first_line, mixed_precision
+from llmft.model.device import TORCH_DTYPES, mixed_precision
 from llmft.model.memory import optimizer_bytes
 from llmft.model.value_head import add_value_head
 from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify

@@ -16,8 +16,9 @@ from llmft.data.messages import message_text
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.targets import Targets
 from llmft.model.families import positions
-from llmft.model.load import load_tokenizer, model_config, train_tokenizer
+from llmft.model.load import model_config
 from llmft.model.quantization import agreed
+from llmft.model.tokenizer import load_tokenizer, train_tokenizer
 from llmft.training.prepare import RunInputs, check_rejected
 
 

@@ -24,9 +24,9 @@ from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
 from llmft.config.convert import flatten, to_plain
-from llmft.config.instantiate import build, check_target
+from llmft.config.instantiate import build
 from llmft.config.sections import TrainConfig
-from llmft.config.trainer import LoggerConfig, WandbConfig
+from llmft.config.trainer import WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact
@@ -209,12 +209,6 @@ def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
     for logger in loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.summarise(values)
-
-
-def check_loggers(config: LoggerConfig) -> None:
-    """Refuses a logger that cannot be built, before any weights load."""
-    for name, node in config.loggers.items():
-        check_target(node, f"logger.loggers.{name}", "logger")
 
 
 def _wandb_id(run: Run) -> str:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import SiLUActivation
 
+from llmft.core.errors import first_line
 from llmft.model.kernels.lora import Recipe
 
 NORM = ("weight", "variance_epsilon")
@@ -152,10 +153,8 @@ def can_fuse(device: torch.device) -> bool:
         for function, arguments in calls:
             torch.testing.assert_close(compiled(function)(*arguments), function(*arguments), rtol=2e-2, atol=2e-2)
     except Exception as error:  # whatever compilers and drivers say
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(
-            f"RMSNorm and SwiGLU are computed step by step: no kernel could be compiled ({reason})", stacklevel=2
-        )
+        reason = f"no kernel could be compiled ({first_line(error)})"
+        warnings.warn(f"RMSNorm and SwiGLU are computed step by step: {reason}", stacklevel=2)
         return False
     return True
 
