@@ -128,7 +128,7 @@ def quantize_in_place(
         fill(module)
         path, _, attribute = name.rpartition(".")
         value = module.get_parameter(attribute).data.to(device)
-        packed = operation.convert({name: value}, model=model, full_layer_name=name)[name]
+        packed = operation.convert({name: [value]}, model=model, full_layer_name=name)[name]
         if not isinstance(packed, torch.nn.Parameter):
             packed = torch.nn.Parameter(packed, requires_grad=False)
         model.get_submodule(path).register_parameter(attribute, packed)

@@ -32,7 +32,7 @@ from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.checkpointing import Offloaded
 from llmft.model.families import evaluating
 from llmft.model.sharding import full_tensor, is_sharded, shard, sharded_like
-from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped, write_bad_step
+from llmft.training.divergence import MOST_UNSCALED, NotFinite, too_many_skipped, write_bad_step
 from llmft.training.objectives.base import RowLosses
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
@@ -119,8 +119,8 @@ class FineTuner(L.LightningModule):
         ready: Ready,
         parts: Parts,
         model: Any,
-        rollouts: Rollouts | None = None,
-        warn: Callable[[str], None] | None = None,
+        rollouts: Rollouts | None,
+        warn: Callable[[str], None] | None,
     ) -> None:
         """Sets up; `rollouts` make a step's batch of answers that the model draws itself.
 
@@ -297,17 +297,19 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """Keeps a record of the bad step; raises DivergedError unless it may be skipped."""
         self.stepping = False
-        losses = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
-        bad = BadStep(step, str(reason), rate, sorted(self._gather(losses)))
+        pairs = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
+        losses = sorted(self._gather(pairs))
         train, path = self.rows.splits["train"], ""
         if self.warn is not None:
-            path = str(write_bad_step(self.inputs.run, bad, train, self.rows.tokenizer))
+            facts = {"step": step, "reason": str(reason), "learning_rate": rate}
+            path = str(write_bad_step(self.inputs.run, facts, losses, train, self.rows.tokenizer))
             if self.skips:
                 self.warn(f"{reason} at step {step}, which is skipped; its rows are in {path}.")
         self.skipped.append(step)
         if self.skips and not reason.final and not too_many_skipped(self.skipped, self.rows.total_steps):
             return
-        suspects = [train[row].where for row in bad.suspects]
+        not_finite = [row for row, loss in losses if not math.isfinite(loss)]
+        suspects = [train[row].where for row in not_finite or [row for row, _ in losses]]
         shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
         before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
         advice = "Lower learning_rate.peak, look at these rows, or set trainer.on_nan=skip."

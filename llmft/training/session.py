@@ -46,9 +46,7 @@ LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset",
 """What errors without a type of their own say where another process of the run no longer answers."""
 
 
-def run_session(
-    inputs: RunInputs, screen: Screen, reporter: TrialReporter | None = None, command: str = ""
-) -> float | None:
+def run_session(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, command: str) -> float | None:
     """Trains, or goes on training, and finishes the run directory; returns the monitored metric.
 
     `command` is the line that goes on with the run, for who interrupts it.

@@ -78,22 +78,18 @@ class PackedBatch:
         return {**tokens, "attention_mask": dummy, "use_cache": False, "llmft_blocks": self.blocks}
 
 
-def register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 ATTENTION = {"full_attention", "sliding_attention"}
 """Kinds of layers in which tokens meet in attention alone, and that `packed_attention` computes."""
 
 
 def enable(model: Any) -> None:
     """Lets `model` take packed rows where its family can; whether it can tells `uses_packing` from then on."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
     if model.config._attn_implementation == "sdpa" and supports_packing(model):
-        register()
+        AttentionInterface.register(NAME, packed_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 

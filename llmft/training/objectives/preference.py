@@ -41,6 +41,12 @@ def share_ahead(difference: torch.Tensor) -> torch.Tensor:
     return (torch.sign(difference) + 1) / 2
 
 
+def pair_columns(chosen: torch.Tensor, rejected: torch.Tensor, longer_by: torch.Tensor) -> list[torch.Tensor]:
+    """What validations keep of each pair: who is ahead, by how much, both rewards, and the same of lengths."""
+    margin = chosen - rejected
+    return [share_ahead(margin), margin, chosen, rejected, longer_by, share_ahead(longer_by)]
+
+
 class Preference:
     """The loss `loss` of each pair of answers; of a prompt with more than two answers the mean over its pairs.
 
@@ -93,11 +99,8 @@ class Preference:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
         chosen, rejected = self.beta * chosen.double(), self.beta * rejected.double()
         drift = pairs.chosen_ratio / pairs.chosen_tokens
-        more = pairs.chosen_tokens - pairs.rejected_tokens
-        margin = chosen - rejected
-        columns = [
-            share_ahead(margin), margin, chosen, rejected, more, share_ahead(more), pairs.chosen, pairs.rejected, drift
-        ]  # fmt: skip
+        longer_by = pairs.chosen_tokens - pairs.rejected_tokens
+        columns = [*pair_columns(chosen, rejected, longer_by), pairs.chosen, pairs.rejected, drift]
         return torch.stack([column.double() for column in columns], dim=1)
 
 
