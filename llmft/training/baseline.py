@@ -21,7 +21,7 @@ from llmft.config.task import CLASSIFICATION, TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.files import staged_file, write_atomically
+from llmft.core.files import write_atomically
 from llmft.core.machine import describe
 from llmft.data.columns import Conversation
 from llmft.data.messages import message_text
@@ -33,7 +33,7 @@ from llmft.runs.directory import append_line, write_row_losses
 from llmft.runs.predictions import FOLDER, PREFIX
 from llmft.training.inspection import row_findings
 from llmft.training.prepare import RunInputs
-from llmft.training.record import chance_of, predictions_of, write_records
+from llmft.training.record import predictions_of, result_of, write_records
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -93,8 +93,8 @@ class Baseline:
 
         words = {"targets": self.targets.to_plain(), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
         write_atomically(directory / "tfidf.json", json.dumps(words, ensure_ascii=False).encode())
-        with staged_file(directory / "model.safetensors") as file:
-            file.write(save({"idf": self.idf, "weights": self.weights, "bias": self.bias}))
+        numbers = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
+        write_atomically(directory / "model.safetensors", save(numbers))
 
     @classmethod
     def load(cls, directory: Path) -> Baseline:
@@ -176,23 +176,19 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     )
     for finding in row_findings(inputs):
         screen.warn(f"{finding.key}: {finding.message}.")
-    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
     functions = metric_functions(config.task.metrics, config.task.metric_options)
-    metrics = {name: metric for name, metric in functions.items() if name not in text}
+    names = [path.rpartition(".")[2] for path in config.task.metrics if not reads_text(path)]
+    metrics = {name: functions[name] for name in names}
     model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
     model.save(run.model)
-    after = _evaluate(inputs, model, metrics)
-    append_line(run.metrics_file, {"step": 1, **after})
+    append_line(run.metrics_file, {"step": 1, **_evaluate(inputs, model, metrics)})
     seconds = time.monotonic() - began
     append_line(run.timing_file, {"step": 1, "val/elapsed_s": seconds})
-    # As metrics.jsonl has them: what is not finite is blank.
-    after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
-    result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
-    chance = chance_of(inputs, metrics)
-    run.finish({**result, "chance": chance} if chance else result)
-    facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-    show_summary(screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
-    return after.get(config.trainer.monitor)
+    result = result_of(inputs, 1, metrics)
+    run.finish({**result, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds})
+    after, facts = result["after"], {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+    show_summary(screen, {}, after, facts, result.get("chance"), blank=config.data.train_on is TrainOn.all)
+    return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
 
 def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_d
 from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 from llmft.training.out_of_memory import is_out_of_memory, let_go
-from llmft.training.stopping import SAVE, SIGNAL, StopRequests, described
+from llmft.training.stopping import SAVE, SIGNAL, StopRequests, describe_request
 
 OTHER_MACHINE = 1e-3
 """Relative difference of a loss that one machine does not make, and another in bf16 may."""
@@ -246,7 +246,7 @@ class Checkpointer(Callback):
             steps = steps_on_disk(self.directory)
             newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
             where = f"stopped after step {module.step}, not saved; {newest}"
-        message = f"{described(request, self.seconds)}: {where}; the same command goes on from there"
+        message = f"{describe_request(request, self.seconds)}: {where}; the same command goes on from there"
         message += f": {self.command}" if self.command else "."
         raise Interrupted(message, request - SIGNAL) if request >= SIGNAL else Paused(message)
 

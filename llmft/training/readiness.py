@@ -25,7 +25,7 @@ from llmft.model.meta import meta_model
 from llmft.training.inspection import Inspection, inspect_rows
 from llmft.training.micro_batching import architecture_of
 from llmft.training.parts import Parts
-from llmft.training.prepare import RunInputs, several
+from llmft.training.prepare import RunInputs, may_be_distributed
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import TokenizedData, read_rows
 
@@ -77,7 +77,9 @@ def make_ready(
 def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     """Where a training computes and in what. Raises ConfigError for what the machine does not have."""
     trainer = config.trainer
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if several(config) else 0
+    local_rank = (
+        int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if may_be_distributed(config) else 0
+    )
     if isinstance(trainer.devices, list) and local_rank >= len(trainer.devices):
         raise ConfigError(f"trainer.devices={trainer.devices}: {local_rank + 1} processes were started for them.")
     device = pick_device(trainer.accelerator, local_rank, trainer.devices)
@@ -126,13 +128,20 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
 
 
 def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
-    """What a model's files and its shapes alone tell."""
+    """Raises ConfigError for what a model's files and its shapes alone tell."""
+    from safetensors import SafetensorError, safe_open
+
     config = inputs.config
     architecture = architecture_of(inputs, len(rows.tokenizer))
     families.check_task(config.model, architecture, str(config.task.auto_class))
     check_vocabulary(config, rows, getattr(architecture.get_text_config(), "vocab_size", None))
     if inputs.located.directory is not None and config.model.init is ModelInit.pretrained:
-        _check_files(inputs.located.directory)
+        for path in sorted(inputs.located.directory.glob("model*.safetensors")):
+            try:
+                with safe_open(path, framework="pt"):  # reads nothing but the header
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
         families.prepare(architecture.model_type)
         try:
@@ -150,18 +159,6 @@ def check_vocabulary(config: TrainConfig, rows: TokenizedData, size: int | None)
             f"model={config.model.label}: its tokenizer makes token {highest} but the model knows only {size}; "
             "tokenizer and weights do not belong together."
         )
-
-
-def _check_files(directory: Path) -> None:
-    """Raises ConfigError for a weights file that is cut off or none; nothing of it is read but its header."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(directory.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
 
 
 def check_room(config: TrainConfig, directory: Path, weights: int, states: int, warn: Callable[[str], None]) -> None:

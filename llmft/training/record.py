@@ -123,7 +123,12 @@ def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[
     answers' probabilities (`words`), and the numbers that tell preference from length.
     """
     config, run = inputs.config, inputs.run
-    before, after = before_and_after(run, step)
+    before: dict[str, float | None] = {}
+    after: dict[str, float | None] = {}
+    for record in _metrics(run):
+        values = {key: value for key, value in record.items() if key.startswith(("val/", "test/"))}
+        before |= values if record["step"] == 0 else {}
+        after |= values if record["step"] == step or "test/loss_nats" in values else {}
     words, length = [], {}
     if config.task.feedback is not None and config.data.train_on is not TrainOn.all:
         moved = movement(before, after)
@@ -136,19 +141,6 @@ def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[
             words += [length_sentence(length)] if length else []
     besides = {"words": words, "length": length, "chance": chance_of(inputs, metrics)}
     return {"before": before, "after": after, **{name: value for name, value in besides.items() if value}}
-
-
-def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Metrics of the validation before training, and of the one at `step` with the test's."""
-    before: dict[str, float | None] = {}
-    after: dict[str, float | None] = {}
-    for record in _metrics(run):
-        values = {key: value for key, value in record.items() if key.startswith(("val/", "test/"))}
-        if record["step"] == 0:
-            before.update(values)
-        if record["step"] == step or "test/loss_nats" in values:
-            after.update(values)
-    return before, after
 
 
 def validated_at(run: Run, step: int) -> dict[str, float] | None:
