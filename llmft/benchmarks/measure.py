@@ -136,7 +136,8 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
     from llmft.core.console import Screen
     from llmft.data.hub import locate
     from llmft.model.assemble import assemble
-    from llmft.model.load import TORCH_DTYPES, load_tokenizer, pick_device, pick_precision
+    from llmft.model.device import mixed_precision, pick_device, pick_precision
+    from llmft.model.tokenizer import load_tokenizer
 
     device = pick_device(config.trainer.accelerator)
     precision = pick_precision(config.trainer.precision, device)
@@ -161,7 +162,7 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
             warn=Screen(quiet=True).warn,
         )
     try:
-        with torch.autocast(device.type, TORCH_DTYPES[precision], enabled=precision.value != "fp32"):
+        with mixed_precision(device, precision):
             _answer(assembled, measured, case)
     finally:
         assembled.release()

@@ -155,7 +155,7 @@ def _version_of(arch: str) -> int:
 
 def precision() -> Iterator[CheckResult]:
     """The precision that trainer.precision=auto takes."""
-    from llmft.model.load import pick_device, pick_precision
+    from llmft.model.device import pick_device, pick_precision
 
     device = pick_device("auto")
     chosen = pick_precision(Precision.auto, device)
@@ -182,7 +182,7 @@ def four_bit_error() -> tuple[float, float, str]:
     import bitsandbytes
     import torch
 
-    from llmft.model.load import TORCH_DTYPES, pick_device, pick_precision
+    from llmft.model.device import TORCH_DTYPES, pick_device, pick_precision
 
     device = pick_device("auto")
     dtype = TORCH_DTYPES[pick_precision(Precision.auto, device)]
@@ -198,7 +198,7 @@ def four_bit_error() -> tuple[float, float, str]:
 
 def memory() -> Iterator[CheckResult]:
     """The memory of the device, or of this container."""
-    from llmft.model.load import pick_device
+    from llmft.model.device import pick_device
     from llmft.model.memory import device_memory
 
     device = pick_device("auto")

@@ -25,7 +25,7 @@ from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
 from llmft.data.sources import BadRows
-from llmft.model.load import TORCH_DTYPES
+from llmft.model.device import TORCH_DTYPES
 from llmft.model.memory import device_memory
 from llmft.model.meta import meta_model
 from llmft.training.micro_batching import MEMORY_MARGIN, architecture_of, estimator, plan_micro_batches

@@ -111,6 +111,12 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
     return f"; choose from {', '.join(options)}" if options else ""
 
 
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its pages of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__)[:300]
+
+
 def as_user_error(error: BaseException) -> BaseException:
     """A DiskError for a full or unwritable disk; other errors unchanged."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):

@@ -13,7 +13,6 @@ import torch
 
 from llmft.config.commands import PredictConfig
 from llmft.config.data import Truncation
-from llmft.config.model import Precision
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, MicroBatch, collate
@@ -26,8 +25,10 @@ from llmft.data.sources import BadRows
 from llmft.evaluation.jobs import PredictionJob
 from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
+from llmft.model.device import mixed_precision, pick_device, pick_precision
 from llmft.model.generate import generate
-from llmft.model.load import TORCH_DTYPES, load_tokenizer, model_config, pick_device, pick_precision
+from llmft.model.load import model_config
+from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import ForeignRun
 from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
@@ -133,8 +134,7 @@ class Predictor:
 
     def autocast(self) -> torch.autocast:
         """Computes in the precision of the run's validation."""
-        mixed = self.precision is not Precision.fp32
-        return torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed)
+        return mixed_precision(self.device, self.precision)
 
     def _generate(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
         """Text, its log-probability in nats, and its number of tokens, without the end token."""

@@ -22,8 +22,9 @@ from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import card, proof, template, weights
 from llmft.export.targets import DTYPE_NAMES, FACTS, NotProved
+from llmft.model.device import pick_device, pick_precision
 from llmft.model.families import base_of
-from llmft.model.load import drop_base, pick_device, pick_precision
+from llmft.model.load import drop_base
 from llmft.model.meta import auto_model
 
 FP16_HEADROOM = 65504 / 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -34,18 +35,19 @@ def attach(
     """
     import peft
 
-    config = _peft_config(base, lora, auto_class, name)
-    names = {name.rpartition(".")[2] for name, _ in base.named_modules()}
+    config = _peft_config(base, lora, auto_class)
+    names = [name for name, _ in base.named_modules()]
     for module in lora.modules_to_save:
-        if not any(f".{name}".endswith(f".{module}") for name, _ in base.named_modules()):
-            raise ConfigError(f"lora.modules_to_save: no module named {module}{did_you_mean(module, names)}")
+        if not any(f".{name}".endswith(f".{module}") for name in names):
+            hint = did_you_mean(module, {name.rpartition(".")[2] for name in names})
+            raise ConfigError(f"lora.modules_to_save: no module named {module}{hint}")
     with torch.random.fork_rng(devices=[base.device] if base.device.type == "cuda" else []):
         torch.manual_seed(seed)
         try:
             model = peft.get_peft_model(base, config)
         except ValueError as error:
             raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
-    model.peft_config["default"].base_model_name_or_path = name
+    model.peft_config["default"].base_model_name_or_path = name  # PEFT takes the base's own, a directory
     for parameter in model.parameters():  # PEFT leaves whole modules in 16 bits, in which small steps are lost
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -54,19 +56,17 @@ def attach(
     return model
 
 
-def _peft_config(base: Any, lora: LoraConfig, auto_class: str, name: str) -> Any:
-    """`lora` in PEFT's words; `name` is that of the base."""
+def _peft_config(base: Any, lora: LoraConfig, auto_class: str) -> Any:
+    """`lora` in PEFT's words."""
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
+    dense = families.dense_layers(base) if targets == "all-linear" else None
     if isinstance(targets, str) and targets != "all-linear":
         try:
             match_bounded(targets, (name for name, _ in base.named_modules()))
         except (re.error, ValueError) as error:
             raise ConfigError(f"lora.targets={targets}: {error}; write another regular expression.") from None
-    mixture = targets == "all-linear" and families.is_mixture(base)
-    if mixture:  # PEFT would take "all-linear" to mean router and experts too, past exclude_modules
-        targets = families.dense_layers(base)
     classifies = auto_class == "sequence_classification"
     # PEFT trains and saves a `score` or `classifier` by itself, and would leave an encoder's new pooler as it is.
     parts = [name for name in head_names(base) if name not in ("score", "classifier")] if classifies else []
@@ -74,13 +74,13 @@ def _peft_config(base: Any, lora: LoraConfig, auto_class: str, name: str) -> Any
         r=lora.r,
         lora_alpha=lora.scaling_alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=families.NOT_ADAPTED if mixture else None,
+        # PEFT would take "all-linear" to mean router and experts too, past exclude_modules.
+        target_modules=targets if dense is None else dense,
+        exclude_modules=None if dense is None else families.NOT_ADAPTED,
         use_rslora=lora.rslora,
         use_dora=lora.dora,
         modules_to_save=[*lora.modules_to_save, *parts] or None,
         task_type=peft.TaskType.SEQ_CLS if classifies else peft.TaskType.CAUSAL_LM,
-        base_model_name_or_path=name,
     )
 
 
@@ -101,16 +101,10 @@ def load_adapter(model: Any, directory: Path) -> None:
     """
     import peft
 
-    path = directory / "adapter_model.safetensors"
-    current, stored = _states(model, path)
-    if strange := sorted(current.keys() ^ stored.keys()):
-        raise ConfigError(f"{path}: not the weights of this run's adapter ({strange[0]}).")
-    try:
-        peft.set_peft_model_state_dict(model, stored)
-    except RuntimeError as error:
-        raise ConfigError(
-            f"{path}: its weights do not fit this run's config ({str(error).splitlines()[-1].strip()})"
-        ) from None
+    current, stored, unlike = _states(model, directory)
+    if strange := sorted(current.keys() ^ stored.keys()) + unlike:
+        raise ConfigError(f"{directory}: not the weights of this run's adapter ({strange[0]}).")
+    peft.set_peft_model_state_dict(model, stored)
 
 
 def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor]:
@@ -140,15 +134,13 @@ def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor
 @contextlib.contextmanager
 def active(model: Any, name: str) -> Iterator[None]:
     """Inside, the adapter `name` computes alone and without dropout; afterwards all is as before."""
-    before, training = model.active_adapter, model.training
-    with _same_trainable(model):
+    before = model.active_adapter
+    with _same_trainable(model), families.evaluating(model):
         model.set_adapter(name, inference_mode=True)
-        model.eval()
         try:
             yield
         finally:
             model.set_adapter(before, inference_mode=True)
-            model.train(training)
 
 
 @contextlib.contextmanager
@@ -191,36 +183,35 @@ def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     """
     import peft
 
-    check_shape(directory, lora)
-    current, stored = _states(model, directory / "adapter_model.safetensors")
+    options = check_adapter(directory)
+    shape = [("r", "r", lora.r), ("alpha", "lora_alpha", lora.scaling_alpha)]
+    shape += [("rslora", "use_rslora", lora.rslora), ("dora", "use_dora", lora.dora)]
+    stored_shape = [(key, options.get(name, value), value) for key, name, value in shape]
+    if others := [f"lora.{key}={str(stored).lower()}" for key, stored, value in stored_shape if stored != value]:
+        raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(others)}.")
+    current, stored, unlike = _states(model, directory)
     adapted = {name for name in current if ".lora_" in name}
-    strange = sorted((adapted - stored.keys()) | (stored.keys() - current.keys()))
-    strange += sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
-    if strange:
+    if strange := sorted((adapted - stored.keys()) | (stored.keys() - current.keys())) + unlike:
         raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({strange[0]}).")
     peft.set_peft_model_state_dict(model, {**current, **stored})
 
 
-def _states(model: Any, path: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """The tensors of an attached adapter, and those of a file. Raises ConfigError where it cannot be read."""
+def _states(model: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], list[str]]:
+    """The tensors of an attached adapter, those of a stored one, and the names of those that differ in shape.
+
+    Raises ConfigError for a file that cannot be read.
+    """
     import peft
     from safetensors.torch import load_file
 
+    path = directory / "adapter_model.safetensors"
     try:
-        return peft.get_peft_model_state_dict(model, save_embedding_layers=False), load_file(path)
+        stored = load_file(path)
     except Exception as error:
         raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
-
-
-def check_shape(directory: Path, lora: LoraConfig) -> None:
-    """Raises ConfigError naming what of `lora` the adapter in `directory` has otherwise, and how to set it."""
-    stored = check_adapter(directory)
-    wanted = {"r": lora.r, "alpha": lora.scaling_alpha, "rslora": lora.rslora, "dora": lora.dora}
-    names = {"r": "r", "alpha": "lora_alpha", "rslora": "use_rslora", "dora": "use_dora"}
-    values = {key: stored.get(name, wanted[key]) for key, name in names.items()}
-    others = [f"lora.{key}={str(value).lower()}" for key, value in values.items() if value != wanted[key]]
-    if others:
-        raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(others)}.")
+    current = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    unlike = sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
+    return current, stored, unlike
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -271,11 +262,14 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
             options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
             # PEFT adds the base and its version to a card that is there, else to a form to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
-            for config in model.peft_config.values():  # PEFT keeps names in sets, of another order in each process
-                for name, value in vars(config).items():
-                    if isinstance(value, set):
-                        setattr(config, name, sorted(value))
         model.save_pretrained(staged, **options)
+        if hasattr(model, "peft_config"):
+            path = staged / "adapter_config.json"
+            config = json.loads(path.read_text())
+            for key in ("target_modules", "exclude_modules"):  # PEFT has sets of them, of another order in each process
+                if isinstance(config[key], list):
+                    config[key].sort()
+            path.write_text(json.dumps(config, indent=2, sort_keys=True))
         tokenizer.save_pretrained(staged)
         for path in staged.iterdir():
             path.chmod(0o644)

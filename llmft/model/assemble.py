@@ -20,8 +20,9 @@ from llmft.core.seeds import stream
 from llmft.data.hub import Located, locate
 from llmft.model import adapters
 from llmft.model.checkpointing import set_checkpointing
+from llmft.model.device import TORCH_DTYPES
 from llmft.model.heads import renew_head
-from llmft.model.load import TORCH_DTYPES, drop_base, kept_base, load_base
+from llmft.model.load import drop_base, kept_base, load_base
 from llmft.model.quantization import weight_counts
 from llmft.model.sharding import is_sharded
 from llmft.runs.directory import adapter_directory

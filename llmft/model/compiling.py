@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
+from llmft.core.errors import first_line
 from llmft.model.families import base_of, body_of, layers_of
 from llmft.model.kernels import lora
 from llmft.model.kernels.packing import takes_varlen, uses_packing
-from llmft.model.load import first_line
 
 FIRST_TOKENS = 16
 

@@ -30,12 +30,11 @@ def quantize_4bit(weight: torch.Tensor, quant_type: str, double_quant: bool) -> 
     flat = weight.reshape(-1)
     pieces = flat.split(PIECE_WEIGHTS if weight.device.type == "cpu" else len(flat))
     parts = [functional.quantize_4bit(piece, blocksize=BLOCK, quant_type=quant_type) for piece in pieces]
-    state = parts[0][1]
-    state.shape, state.absmax = weight.shape, torch.cat([part.absmax for _, part in parts])
+    absmax, offset, nested, first = torch.cat([part.absmax for _, part in parts]), None, None, parts[0][1]
     if double_quant:
-        state.offset = state.absmax.mean()
-        state.absmax, state.state2 = functional.quantize_blockwise(state.absmax - state.offset, blocksize=SCALE_BLOCK)
-        state.nested = True
+        offset = absmax.mean()
+        absmax, nested = functional.quantize_blockwise(absmax - offset, blocksize=SCALE_BLOCK)
+    state = functional.QuantState(absmax, weight.shape, first.code, BLOCK, quant_type, first.dtype, offset, nested)
     return torch.cat([packed for packed, _ in parts]), state
 
 
@@ -48,5 +47,5 @@ def put_fused(model: torch.nn.Module, name: str, packed: torch.Tensor, parts: di
 
     path, _, attribute = name.rpartition(".")
     module = model.get_submodule(path)
-    setattr(module, attribute, torch.nn.Parameter(packed, requires_grad=False))
+    module.register_parameter(attribute, torch.nn.Parameter(packed, requires_grad=False))
     replace_parameter_4bit_prequantized(module, attribute, dict(parts), packed.device)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -58,15 +60,16 @@ FIRST_BEHIND_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer"
 def positions(config: Any) -> tuple[int | None, bool]:
     """How many positions a model of transformers' `config` knows, and whether it fails on any other."""
     kind = str(config.model_type)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    count = getattr(text, "max_position_embeddings", None)
+    count = getattr(config.get_text_config(), "max_position_embeddings", None)
     if count is not None and kind in FIRST_BEHIND_PAD:
         count -= (getattr(config, "pad_token_id", None) or 0) + 1
     return count, kind in LEARNED_POSITIONS and getattr(config, "position_biased_input", True)
 
 
-def dense_layers(model: Any) -> list[str]:
-    """Last names of a mixture's linear layers outside router, experts and head."""
+def dense_layers(model: Any) -> list[str] | None:
+    """Last names of a mixture of experts' linear layers outside router, experts and head; None of other models."""
+    if not any(name.endswith(".experts") for name, _ in model.named_modules()):
+        return None
     head = model.get_output_embeddings()
     return sorted(
         {
@@ -87,6 +90,17 @@ def body_of(model: Any) -> Any:
     return base_of(model).base_model
 
 
+@contextlib.contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """Inside, `model` computes without dropout; afterwards it is in its mode again."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
 @lru_cache(maxsize=8)
 def selects_positions(model_class: Any) -> bool:
     """Whether the model's forward takes a boolean mask of the positions to compute logits at.
@@ -99,9 +113,6 @@ def selects_positions(model_class: Any) -> bool:
 
 
 def layers_of(model: Any) -> list[Any]:
-    names = set(getattr(base_of(model), "_no_split_modules", None) or ())
+    """The decoder layers of a transformers model, under any adapter."""
+    names = set(base_of(model)._no_split_modules or ())
     return [module for module in body_of(model).modules() if type(module).__name__ in names]
-
-
-def is_mixture(model: torch.nn.Module) -> bool:
-    return any(re.fullmatch(r".*\.experts", name) for name, _ in model.named_modules())

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from llmft.data.batch import MicroBatch, send
 from llmft.model.families import base_of
-from llmft.model.kernels.packing import PackedBatch, pack, pack_answers, takes_varlen, uses_packing
+from llmft.model.kernels.packing import PackedBatch, pack, pack_answers, uses_packing
 from llmft.model.sharding import is_sharded
 
 NAMES = ("score", "classifier", "classification_head", "pooler")
@@ -113,7 +113,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     if head is None:
         return model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).logits
     if uses_packing(base) and not is_sharded(head):
-        return _packed_scores(model, head, pack(batch.input_ids, batch.lengths, varlen=takes_varlen(base)))
+        return _packed_scores(model, head, pack(base, batch.input_ids, batch.lengths))
     last = batch.attention_mask.sum(dim=1) - 1
 
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
@@ -141,7 +141,7 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     assert answers is not None
     head = getattr(base, "score", None)
     if head is not None and uses_packing(base) and not is_sharded(head):
-        packed, _ = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
+        packed, _ = pack_answers(base, batch.input_ids, answers.lengths)
         flat = _packed_scores(model, head, packed)
     else:
         rows, _ = row_per_answer(batch.input_ids, answers.lengths)

@@ -1,4 +1,4 @@
-"""Names to tokenizer and base model; the base is kept for the next run in the process."""
+"""A model's config and its (quantised) base, which is kept for the next run in the process."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ import gc
 import json
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from llmft.config.convert import canonical, numbers_of, to_plain
-from llmft.config.model import Kernels, ModelConfig, ModelInit, Precision, QuantizationConfig, QuantizationFormat
-from llmft.config.untrusted import check_model, check_values
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.config.model import Kernels, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
+from llmft.config.untrusted import check_values
+from llmft.core.errors import ConfigError, did_you_mean, first_line
 from llmft.core.machine import free_memory, versions
-from llmft.data.hub import PACKAGED, Located, locate
+from llmft.data.hub import Located
 from llmft.model import families, heads, kernels
-from llmft.model.experts import fused_shapes
 from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
     agreed,
@@ -28,7 +27,6 @@ from llmft.model.quantization import (
     keep_packing,
     quantize_in_place,
     stored_quantization,
-    unquantized_modules,
     weight_counts,
 )
 from llmft.model.quantized_cache import LEAST_WEIGHTS, QuantizedCache
@@ -40,99 +38,9 @@ class _Kept:
 
     key: str | None = None
     model: Any = None
-    any_before: bool = False
 
 
 _kept = _Kept()
-
-
-def pick_device(accelerator: str, local_rank: int = 0, devices: Any = "auto") -> torch.device:
-    """The device this process computes on; `devices` as trainer.devices: a list names the GPUs by number."""
-    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
-        return torch.device("cuda", devices[local_rank] if isinstance(devices, list) else local_rank)
-    if accelerator in ("gpu", "cuda"):
-        raise ConfigError(f"trainer.accelerator={accelerator}: no CUDA device found; use trainer=cpu.")
-    if accelerator not in ("auto", "cpu"):
-        raise ConfigError(
-            f"trainer.accelerator={accelerator}: no such device{did_you_mean(accelerator, ('auto', 'cpu', 'gpu'))}"
-        )
-    return torch.device("cpu")
-
-
-def _cpu_computes_bf16() -> bool:
-    """Whether the processor multiplies bf16 natively; without, it is 4 to 16 times slower than fp32."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def pick_precision(precision: Precision, device: torch.device) -> Precision:
-    """Resolves `auto`: bf16 where the device has it, fp16 on older GPUs, fp32 on a CPU without bf16 units."""
-    if precision is Precision.fp16 and device.type == "cpu":
-        raise ConfigError("trainer.precision=fp16: a CPU does not compute in fp16; use fp32, bf16 or auto.")
-    if precision is not Precision.auto:
-        return precision
-    if device.type == "cuda":
-        # is_bf16_supported() says yes to emulation; Ampere (8.0) is the first to compute it.
-        return Precision.bf16 if torch.cuda.get_device_capability(device)[0] >= 8 else Precision.fp16
-    return Precision.bf16 if _cpu_computes_bf16() else Precision.fp32
-
-
-TORCH_DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
-
-
-def load_tokenizer(model: ModelConfig, located: Located) -> Any:
-    """The model's fast tokenizer, with a padding token.
-
-    Padding is masked and never a label here, so which token pads changes nothing; it is the tokenizer's own,
-    else the unknown token, else the end token, and no embedding is added.
-    """
-    from transformers import AutoTokenizer
-
-    directory = located.directory
-    if directory is None:
-        directory = locate(replace(model, path=PACKAGED + "tiny")).directory
-    assert directory is not None
-    check_model(directory)
-    trust = model.trust_remote_code
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=trust)
-    except Exception as error:
-        raise ConfigError(
-            f"model={model.name}: its tokenizer in {directory} cannot be loaded ({first_line(error)})."
-        ) from None
-    if not tokenizer.is_fast:
-        raise ConfigError(f"model={model.name}: its tokenizer has no fast form (tokenizer.json), which is needed.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
-    return tokenizer
-
-
-def train_tokenizer(texts: list[str], vocab_size: int, context_tokens: int) -> Any:
-    """A byte-level BPE tokenizer of `vocab_size` tokens trained on `texts`, with <pad>, <s> and </s>."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=["<pad>", "<s>", "</s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
-        model_max_length=context_tokens,
-        clean_up_tokenization_spaces=False,
-    )
 
 
 def model_config(model: ModelConfig, located: Located) -> Any:
@@ -149,10 +57,9 @@ def model_config(model: ModelConfig, located: Located) -> Any:
             raise ConfigError(f"{located.directory}/config.json cannot be used: {first_line(error)}") from None
         _check_overrides(config, model)
         check_values("model.overrides", overrides)
-        for key, value in overrides.items():
-            setattr(config, key, value)
+        config.update(overrides)
         if model.init is ModelInit.random and hasattr(config, "quantization_config"):
-            del config.quantization_config  # of weights that are not read
+            del config.quantization_config  # of weights that are not read; as transformers' HfQuantizer removes it
         return config
     if model.requires_remote_code:
         raise ConfigError(f"model={model.name} has no architecture in transformers to make at random: use model.path.")
@@ -174,12 +81,6 @@ def _check_overrides(config: Any, model: ModelConfig) -> None:
             raise ConfigError(
                 f"model.overrides.{key}: {type(config).__name__} has no such value{did_you_mean(key, known)}"
             )
-
-
-def first_line(error: BaseException) -> str:
-    """What a library's error says, without its pages of advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
 
 
 @dataclass(frozen=True)
@@ -256,8 +157,8 @@ def load_base(
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep and _kept.key == spec.key:
         return _kept.model
-    drop_base()
-    _kept.any_before = True
+    if _kept.model is not None:
+        drop_base()
     try:
         base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
@@ -282,9 +183,8 @@ def kept_base() -> Any:
 
 
 def drop_base() -> None:
+    """Gives back the memory of the base that was kept, and of any other that nobody holds."""
     _kept.key = _kept.model = None
-    if not _kept.any_before:
-        return  # a search for garbage among all that was imported takes longer than loading a small base
     free_memory()
 
 
@@ -374,12 +274,7 @@ def _quantization(spec: _BaseSpec) -> Any:
     if stored_quantization(config) or spec.quantization.format is QuantizationFormat.none:
         return None
     empty = meta_model(spec.auto_class, config, dtype=spec.dtype)
-    quantization = bitsandbytes_config(spec.quantization, spec.dtype, unquantized_modules(empty, spec.full_precision))
-    if spec.quantization.format is not QuantizationFormat.int8 and fused_shapes(empty):
-        from llmft.model.experts_quantizer import QUANTIZER
-
-        quantization.quant_method = QUANTIZER
-    return quantization
+    return bitsandbytes_config(empty, spec.quantization, spec.dtype, spec.full_precision)
 
 
 def _stored_config(entry: Path) -> Any:

@@ -1,9 +1,8 @@
 """4-bit and 8-bit bases, fused experts too, by bitsandbytes.
 
-`BitsAndBytesConfig` quantises while transformers loads. Random models have no files and are quantised in place.
-Mixtures of experts have fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave
-them unquantised (96% of Mixtral's weights) without a word (bitsandbytes issue 1849); `llmft.model.experts` quantises
-them both ways.
+transformers quantises while it loads. Random models have no files and are quantised in place. Mixtures of experts have
+fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave them unquantised (96% of
+Mixtral's weights) without a word (bitsandbytes issue 1849); `llmft.model.experts_quantizer` takes them too.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 
 from llmft.config.model import QuantizationConfig, QuantizationFormat
 from llmft.core.errors import ConfigError
-from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
+from llmft.model.experts import fused_shapes
 
 
 def stored_quantization(hf_config: Any) -> dict[str, Any]:
@@ -69,21 +68,27 @@ def held_as(model: torch.nn.Module) -> str:
     return "+".join(sorted(kinds)) or "none"
 
 
-def bitsandbytes_config(quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str]) -> Any:
-    """transformers' config for `quantization`, or None for none. `skip` are modules that stay as they are."""
+def bitsandbytes_config(model: Any, quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str]) -> Any:
+    """transformers' config for a quantised `model`, of which the modules `skip` stay as they are; None for none."""
     from transformers import BitsAndBytesConfig
 
     if quantization.format in (QuantizationFormat.none, QuantizationFormat.checkpoint):
         return None
+    skip = unquantized_modules(model, skip)
     if quantization.format is QuantizationFormat.int8:
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skip)
-    return BitsAndBytesConfig(
+    config: Any = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.format.value,
         bnb_4bit_use_double_quant=quantization.double_quant,
         bnb_4bit_compute_dtype=dtype,
         llm_int8_skip_modules=skip,
     )
+    if fused_shapes(model):
+        from llmft.model.experts_quantizer import QUANTIZER
+
+        config.quant_method = QUANTIZER
+    return config
 
 
 def unquantized_modules(model: torch.nn.Module, skip: list[str]) -> list[str]:
@@ -94,7 +99,7 @@ def unquantized_modules(model: torch.nn.Module, skip: list[str]) -> list[str]:
 
 
 def quantize_in_place(
-    model: torch.nn.Module,
+    model: Any,
     quantization: QuantizationConfig,
     dtype: torch.dtype,
     skip: list[str],
@@ -103,46 +108,43 @@ def quantize_in_place(
 ) -> None:
     """Quantises the linear layers and fused experts of a model, one by one, and moves it to `device`.
 
-    `fill` makes a module's own tensors just before they are needed, where the model has none yet.
+    transformers' quantizer does it, as when it reads files. `fill` makes a module's own tensors just before they are
+    needed, where the model has none yet.
     """
-    import bitsandbytes as bnb
-    from transformers.integrations.bitsandbytes import replace_with_bnb_linear
     from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers import AutoHfQuantizer
 
-    config = bitsandbytes_config(quantization, dtype, skip)
+    config = bitsandbytes_config(model, quantization, dtype, skip)
     if config is None:
         model.to(device)
         return
-    keep = unquantized_modules(model, skip)
+    quantizer = AutoHfQuantizer.from_config(config, pre_quantized=False)
     dense = {name: module for name, module in model.named_modules() if isinstance(module, (torch.nn.Linear, Conv1D))}
-    replace_with_bnb_linear(model, modules_to_not_convert=keep, quantization_config=config)
-    for name, old in dense.items():
-        new = model.get_submodule(name)
-        if new is old:
-            continue
-        fill(old)
-        value = old.weight.data.T.contiguous() if isinstance(old, Conv1D) else old.weight.data
-        arguments = dict(new.weight.__dict__)
-        arguments.pop("SCB", None)
-        if quantization.format is QuantizationFormat.int8:
-            new.weight = bnb.nn.Int8Params(value.cpu(), requires_grad=False, **arguments).to(device)  # type: ignore[misc]
-        else:
-            new.weight = bnb.nn.Params4bit(value, requires_grad=False, **arguments).to(device)  # type: ignore[misc]
-        if old.bias is not None:
-            new.bias = torch.nn.Parameter(old.bias.data.to(device), requires_grad=False)
-        old.weight.data = torch.empty(0)
-    if quantization.format is not QuantizationFormat.int8:
-        for name in fused_shapes(model):
-            fill(model.get_submodule(name.rpartition(".")[0]))
-            weight = model.get_parameter(name).data.to(device)
-            packed, state = quantize_4bit(weight, quantization.format.value, quantization.double_quant)
-            put_fused(model, name, packed, state.as_dict(packed=True))
+    quantizer.preprocess_model(model, device_map={"": device})
+    operation = quantizer.get_quantize_ops()
+
+    def quantize(name: str, module: torch.nn.Module) -> None:
+        """Makes the weight `name` of the model of the same weight of `module`."""
+        fill(module)
+        path, _, attribute = name.rpartition(".")
+        value = module.get_parameter(attribute).data.to(device)
+        packed = operation.convert({name: [value]}, model=model, full_layer_name=name)[name]
+        if not isinstance(packed, torch.nn.Parameter):
+            packed = torch.nn.Parameter(packed, requires_grad=False)
+        model.get_submodule(path).register_parameter(attribute, packed)
+
+    for name in list(dense):
+        old, new = dense.pop(name), model.get_submodule(name)
+        if new is not old:
+            quantize(f"{name}.weight", old)
+            if old.bias is not None:
+                new.register_parameter("bias", torch.nn.Parameter(old.bias.data.to(device), requires_grad=False))
+    for name in getattr(quantizer, "shapes", ()):
+        quantize(name, model.get_submodule(name.rpartition(".")[0]))
     for module in model.modules():
         fill(module)
     model.to(device)
-    model.config.quantization_config = config  # type: ignore[union-attr]
-    flag = "is_loaded_in_8bit" if quantization.format is QuantizationFormat.int8 else "is_loaded_in_4bit"
-    setattr(model, flag, True)
+    quantizer.postprocess_model(model)
 
 
 def keep_packing(model: torch.nn.Module) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from llmft.model.families import base_of
+from llmft.model.families import base_of, layers_of
 
 _divided: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 
@@ -27,12 +27,9 @@ def shard(model: Any, mesh: Any) -> None:
     from llmft.model.kernels import lora
 
     lora.uninstall(model)  # its backward reads weights that FSDP has taken away again by then
-    # The root is the model that `generate` calls, below PEFT's wrapper.
-    root = base_of(model)
-    layers = set(getattr(root, "_no_split_modules", None) or [])
-    for module in list(root.modules()):
-        if type(module).__name__ in layers:
-            fully_shard(module, mesh=mesh)
+    root = base_of(model)  # which `generate` calls, below PEFT's wrapper
+    for layer in layers_of(model):
+        fully_shard(layer, mesh=mesh)
     # By default the root keeps its weights whole after a forward, and a head among them could not be saved then.
     fully_shard(root, mesh=mesh, reshard_after_forward=True)
     _divided.update(model.modules())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
@@ -20,7 +21,7 @@ from llmft.config.task import CLASSIFICATION, TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, did_you_mean
-from llmft.core.files import staged_file, write_atomically
+from llmft.core.files import write_atomically
 from llmft.core.machine import describe
 from llmft.data.columns import Conversation
 from llmft.data.messages import message_text
@@ -28,11 +29,11 @@ from llmft.data.targets import Targets
 from llmft.metrics import score
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
-from llmft.runs.directory import append_line, write_config, write_row_losses
+from llmft.runs.directory import append_line, write_row_losses
 from llmft.runs.predictions import FOLDER, PREFIX
+from llmft.training.inspection import row_findings
 from llmft.training.prepare import RunInputs
-from llmft.training.record import chance_of, data_facts, predictions_of
-from llmft.training.tokenized_data import row_findings
+from llmft.training.record import predictions_of, result_of, write_records
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
 """Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
@@ -64,8 +65,8 @@ class Baseline:
             if name not in OPTIONS:
                 raise ConfigError(f"model.config.{name}: no such option of tfidf{did_you_mean(name, OPTIONS)}")
         chosen = {**OPTIONS, **options}
-        vectorizer = _vectorizer(int(chosen["ngrams"]), min_df=min(int(chosen["min_rows"]), max(1, len(rows) // 2)))
-        vectorizer.max_features = int(chosen["max_words"])
+        least = min(int(chosen["min_rows"]), max(1, len(rows) // 2))
+        vectorizer = _vectorizer(int(chosen["ngrams"]), min_df=least, max_features=int(chosen["max_words"]))
         try:
             features = vectorizer.fit_transform([text_of(row) for row in rows])
         except ValueError as error:
@@ -92,8 +93,8 @@ class Baseline:
 
         words = {"targets": self.targets.to_plain(), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
         write_atomically(directory / "tfidf.json", json.dumps(words, ensure_ascii=False).encode())
-        with staged_file(directory / "model.safetensors") as file:
-            file.write(save({"idf": self.idf, "weights": self.weights, "bias": self.bias}))
+        numbers = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
+        write_atomically(directory / "model.safetensors", save(numbers))
 
     @classmethod
     def load(cls, directory: Path) -> Baseline:
@@ -163,7 +164,9 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     config, run, rows = inputs.config, inputs.run, inputs.conversations
     targets = _check(config, inputs.targets)
     began = time.monotonic()
-    _record(inputs, targets)
+    for path in (run.metrics_file, run.timing_file):
+        path.unlink(missing_ok=True)
+    write_records(inputs, {**describe(torch.device("cpu")), "precision": "fp64"})
     screen.plan(
         {
             "model": f"tfidf: words and marks, {targets.problem.value.replace('_', ' ')}",
@@ -173,40 +176,19 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     )
     for finding in row_findings(inputs):
         screen.warn(f"{finding.key}: {finding.message}.")
-    text = {path.rpartition(".")[2] for path in config.task.metrics if reads_text(path)}
     functions = metric_functions(config.task.metrics, config.task.metric_options)
-    metrics = {name: metric for name, metric in functions.items() if name not in text}
+    names = [path.rpartition(".")[2] for path in config.task.metrics if not reads_text(path)]
+    metrics = {name: functions[name] for name in names}
     model = Baseline.fit(rows["train"], targets, dict(config.model.config), config.seed)
     model.save(run.model)
-    after = _evaluate(inputs, model, metrics)
-    append_line(run.metrics_file, {"step": 1, **after})
+    append_line(run.metrics_file, {"step": 1, **_evaluate(inputs, model, metrics)})
     seconds = time.monotonic() - began
     append_line(run.timing_file, {"step": 1, "val/elapsed_s": seconds})
-    # As metrics.jsonl has them: what is not finite is blank.
-    after = {name: value if value is not None and np.isfinite(value) else None for name, value in after.items()}
-    result = {"before": {}, "after": after, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds}
-    chance = chance_of(inputs, metrics)
-    run.finish({**result, "chance": chance} if chance else result)
-    facts = {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-    show_summary(screen, {}, after, facts, chance, blank=config.data.train_on is TrainOn.all)
-    return after.get(config.trainer.monitor)
-
-
-def _record(inputs: RunInputs, targets: Targets) -> None:
-    import torch
-
-    run = inputs.run
-    for path in (run.metrics_file, run.timing_file):
-        path.unlink(missing_ok=True)
-    write_config(run, inputs.config)
-    record = {
-        **describe(torch.device("cpu")),
-        "precision": "fp64",
-        "data": data_facts(inputs),
-        "model": {"fingerprint": inputs.located.fingerprint},
-    }
-    write_atomically(run.environment_file, json.dumps(record, indent=1).encode())
-    write_atomically(run.targets_file, json.dumps(targets.to_plain(), indent=1).encode())
+    result = result_of(inputs, 1, metrics)
+    run.finish({**result, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds})
+    after, facts = result["after"], {"weights": str(run.model), "time": f"{seconds:.1f} s"}
+    show_summary(screen, {}, after, facts, result.get("chance"), blank=config.data.train_on is TrainOn.all)
+    return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
 
 def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> dict[str, Any]:

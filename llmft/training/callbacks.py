@@ -28,7 +28,7 @@ from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_d
 from llmft.runs.directory import Run, append_line, write_row_losses
 from llmft.training.finetuner import FineTuner, Validation
 from llmft.training.out_of_memory import is_out_of_memory, let_go
-from llmft.training.stopping import SAVE, SIGNAL, StopRequests, described
+from llmft.training.stopping import SAVE, SIGNAL, StopRequests, describe_request
 
 OTHER_MACHINE = 1e-3
 """Relative difference of a loss that one machine does not make, and another in bf16 may."""
@@ -47,14 +47,11 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
-    """Lets Lightning's own counts (global_step, current_epoch, validations) go on after `step` steps of a run."""
+    """Lets a new trainer's counts (global_step, current_epoch, batch_idx) go on after `step` steps of a run."""
     loop = trainer.fit_loop.epoch_loop
-    for count in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):
-        for name in vars(count):
-            setattr(count, name, step)
-    epochs = trainer.fit_loop.epoch_progress.current
-    for name in vars(epochs):
-        setattr(epochs, name, step // steps_per_epoch)
+    loop.batch_progress.total.increment_by(step)
+    loop.manual_optimization.optim_step_progress.total.increment_by(step)
+    trainer.fit_loop.epoch_progress.current.increment_by(step // steps_per_epoch)
 
 
 class Recorder(Callback):
@@ -187,21 +184,22 @@ class Checkpointer(Callback):
     on_test_start = on_sanity_check_start  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Takes the signals for the training; puts the loss scale back under fp16."""
+        """Takes the signals for the training; puts the loss scale back under fp16.
+
+        Raises DivergedError where the run that goes on is not the one that was saved.
+        """
         self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is not None and self.loss_scale:
             scaler.load_state_dict(self.loss_scale)
         trainer.should_stop = self.stopped_early
-        self._check_next_loss(self._next_loss(trainer, module) if self.next_loss is not None else None, module.step)
-
-    def _check_next_loss(self, loss: float | None, step: int) -> None:
-        """Raises DivergedError when the run that goes on is not the one that was saved."""
         saved, self.next_loss = self.next_loss, None
+        loss = self._next_loss(trainer, module) if saved is not None else None
         if saved is None or loss is None:
             return
         difference = abs(loss - saved) / max(abs(saved), 0.1)
-        message = f"after step {step} the next row's loss was {saved:.6f} when it was saved and is {loss:.6f} now"
+        losses = f"{saved:.6f} when it was saved and is {loss:.6f} now"
+        message = f"after step {module.step} the next row's loss was {losses}"
         if difference > OTHER_RUN:
             raise DivergedError(
                 f"{message}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
@@ -245,11 +243,10 @@ class Checkpointer(Callback):
         if module.step == 0:
             where = "stopped before the first step"
         elif self.saved != module.step and trainer.is_global_zero:
-            newest = steps_on_disk(self.directory)
-            where = f"stopped after step {module.step}, not saved; " + (
-                f"the newest checkpoint is of step {newest[-1]}" if newest else "there is no checkpoint"
-            )
-        message = f"{described(request, self.seconds)}: {where}; the same command goes on from there"
+            steps = steps_on_disk(self.directory)
+            newest = f"the newest checkpoint is of step {steps[-1]}" if steps else "there is no checkpoint"
+            where = f"stopped after step {module.step}, not saved; {newest}"
+        message = f"{describe_request(request, self.seconds)}: {where}; the same command goes on from there"
         message += f": {self.command}" if self.command else "."
         raise Interrupted(message, request - SIGNAL) if request >= SIGNAL else Paused(message)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,29 +29,6 @@ class NotFinite(Exception):
         self.final = final
 
 
-@dataclass(frozen=True)
-class BadStep:
-    """A step that was not taken.
-
-    Attributes:
-        step: its number, from 1.
-        reason: "the loss is nan".
-        learning_rate: of this step.
-        rows: (row of the training split, its summed loss in nats) over all processes.
-    """
-
-    step: int
-    reason: str
-    learning_rate: float
-    rows: list[tuple[int, float]]
-
-    @property
-    def suspects(self) -> list[int]:
-        """The rows whose own loss is no finite number; all of them where that is none's."""
-        bad = [row for row, loss in self.rows if not math.isfinite(loss)]
-        return bad or [row for row, _ in self.rows]
-
-
 def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
     """Whether a run that skipped these steps (the last one just now) had better stop."""
     last = list(skipped[-MOST_IN_A_ROW:])
@@ -60,20 +36,25 @@ def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
     return in_a_row or len(skipped) > max(MOST_IN_A_ROW, MOST_SHARE * total_steps)
 
 
-def write_bad_step(run: Run, bad: BadStep, examples: Sequence[Example], tokenizer: Any) -> Path:
-    """Writes the rows of `bad` with their place, loss and text to the run directory; returns the file."""
+def write_bad_step(
+    run: Run, step: dict[str, Any], losses: Sequence[tuple[int, float]], examples: Sequence[Example], tokenizer: Any
+) -> Path:
+    """Writes what is known of a `step` that was not taken to the run directory; returns the file.
+
+    `losses` are rows of `examples`, with place, text and their summed loss in nats there, over all processes.
+    """
     rows = [
         {
             "row": row,
-            "where": example.where,
+            "where": examples[row].where,
             "loss_nats": loss if math.isfinite(loss) else str(loss),
-            "tokens": len(example.input_ids),
-            "labelled_tokens": example.labelled_tokens,
-            "text": tokenizer.decode(list(map(int, example.input_ids))),
+            "tokens": len(examples[row].input_ids),
+            "labelled_tokens": examples[row].labelled_tokens,
+            "text": tokenizer.decode(list(map(int, examples[row].input_ids))),
         }
-        for row, loss, example in [(row, loss, examples[row]) for row, loss in bad.rows]
+        for row, loss in losses
     ]
-    path = run.directory / "not_finite" / f"step-{bad.step:08d}.json"
-    record = {"step": bad.step, "reason": bad.reason, "learning_rate": bad.learning_rate, "rows": rows}
-    write_atomically(path, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+    path = run.directory / "not_finite" / f"step-{step['step']:08d}.json"
+    content = json.dumps(redact({**step, "rows": rows}), indent=1, ensure_ascii=False)
+    write_atomically(path, content.encode())
     return path

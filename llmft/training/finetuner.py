@@ -22,7 +22,7 @@ import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.trainer import OnNan
-from llmft.core.errors import DivergedError
+from llmft.core.errors import ConfigError, DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
@@ -30,12 +30,12 @@ from llmft.metrics import score
 from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.checkpointing import Offloaded
+from llmft.model.families import evaluating
 from llmft.model.sharding import full_tensor, is_sharded, shard, sharded_like
-from llmft.training.divergence import MOST_UNSCALED, BadStep, NotFinite, too_many_skipped, write_bad_step
+from llmft.training.divergence import MOST_UNSCALED, NotFinite, too_many_skipped, write_bad_step
 from llmft.training.objectives.base import RowLosses
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
-from llmft.training.processes import check_same_start
 from llmft.training.readiness import Ready
 from llmft.training.rollouts import Rollouts
 from llmft.training.samples import Generation, make_generation
@@ -57,17 +57,6 @@ class Validation:
     """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
     scores: dict[str, list[float]] = field(default_factory=dict)
     """Each row's score of a metric that is a mean over rows, by the metric's name."""
-
-
-def seed_device(device: torch.device, seed: int) -> None:
-    """What is drawn on `device` from here on follows from `seed`.
-
-    `torch.manual_seed` on a CPU notes for GPUs that nobody uses where it was called from, which takes 2 ms.
-    """
-    if device.type == "cpu":
-        torch.default_generator.manual_seed(seed)
-    else:
-        torch.manual_seed(seed)
 
 
 @contextmanager
@@ -95,13 +84,9 @@ def restore_pages(optimizer: Any) -> None:
                 state[name] = pages.copy_(state[name])
 
 
-def _moved(optimizer: Any) -> list[Any]:
+def _with_gradient(optimizer: Any) -> list[Any]:
     """The parameters that have a gradient."""
     return [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-
-
-def _gradients(optimizer: Any) -> list[torch.Tensor]:
-    return [p.grad for p in _moved(optimizer)]
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -134,8 +119,8 @@ class FineTuner(L.LightningModule):
         ready: Ready,
         parts: Parts,
         model: Any,
-        rollouts: Rollouts | None = None,
-        warn: Callable[[str], None] | None = None,
+        rollouts: Rollouts | None,
+        warn: Callable[[str], None] | None,
     ) -> None:
         """Sets up; `rollouts` make a step's batch of answers that the model draws itself.
 
@@ -190,9 +175,16 @@ class FineTuner(L.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Several processes go on from the same step, or none does."""
+        """Raises ConfigError, in all processes, where they have not read the same checkpoint."""
         if self.trainer.world_size > 1:
-            check_same_start(self.step, self.device)
+            steps = torch.tensor([self.step, -self.step], device=self.device)
+            torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
+            most, least = int(steps[0]), -int(steps[1])
+            if most != least:
+                raise ConfigError(
+                    f"trainer.num_nodes: one machine would go on after step {most}, another after step {least}; set "
+                    "output_dir to a directory that all of them share."
+                )
 
     def on_train_epoch_start(self) -> None:
         """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
@@ -215,11 +207,17 @@ class FineTuner(L.LightningModule):
             if not self.strict or "deterministic" not in str(error):
                 raise
             self.strict = False
-            self._warn_not_deterministic(str(error).partition(" does not have")[0].partition(",")[0])
+            if self.warn is not None:
+                operation = str(error).partition(" does not have")[0].partition(",")[0]
+                self.inputs.run.update(not_deterministic=operation)
+                self.warn(
+                    f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated "
+                    "run may differ in the last bits."
+                )
             optimizer.zero_grad(set_to_none=True)
             total, row_losses = self._accumulate(batch)
-        sharded = is_sharded(self.model)
-        self._sum_over_processes([total] if sharded else [total, *_gradients(optimizer)])
+        gradients = [] if is_sharded(self.model) else [p.grad for p in _with_gradient(optimizer)]
+        self._sum_over_processes([total, *gradients])
         value = float(total)
         try:
             if not math.isfinite(value):
@@ -249,18 +247,22 @@ class FineTuner(L.LightningModule):
 
     def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]]]:
         """Adds up the gradients of `batch`; its loss, and (rows, losses of these rows) of each micro-batch."""
-        # Dropout is a function of (seed, step, process): no generator state has to survive a crash.
-        seed_device(self.device, stream(self.seed, "dropout", batch.step, self.global_rank))
+        # Dropout is a function of (seed, step, process): no generator state has to survive a crash. `torch.manual_seed`
+        # would also note for GPUs that nobody uses where it was called from, which takes 2 ms.
+        generator = torch.default_generator if self.device.type == "cpu" else torch
+        generator.manual_seed(stream(self.seed, "dropout", batch.step, self.global_rank))
         # FSDP averages the gradients of the processes; elsewhere they are summed afterwards.
         scale = self.trainer.world_size if is_sharded(self.model) else 1
         total = torch.zeros((), device=self.device)
         row_losses: list[tuple[list[int], torch.Tensor]] = []
-        batched: Any = self.objective if hasattr(self.objective, "before_step") else None
-        if batched is not None:
-            shared = batched.before_step(self.model, batch.micro_batches)
+        objective: Any = self.objective
+        if hasattr(objective, "before_step"):
+            shared = objective.before_step(self.model, batch.micro_batches)
             self._sum_over_processes([shared])
-            batched.begin_step(shared)
-        with self._no_gradient_sync():
+            objective.begin_step(shared)
+        strategy: Any = self.trainer.strategy
+        syncs = self.trainer.world_size > 1 and hasattr(strategy, "block_backward_sync")
+        with strategy.block_backward_sync() if syncs else nullcontext():
             for micro in batch.micro_batches:
                 with self.keeping():
                     losses = self.objective.losses(self.model, micro)
@@ -270,14 +272,6 @@ class FineTuner(L.LightningModule):
                 row_losses.append((micro.rows, losses.nll.detach()))
         return total, row_losses
 
-    def _warn_not_deterministic(self, operation: str) -> None:
-        if self.warn is not None:
-            self.inputs.run.update(not_deterministic=operation)
-            self.warn(
-                f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated run "
-                "may differ in the last bits."
-            )
-
     def _set_rate(self, optimizer: Any, step: int) -> float:
         rate = self.learning_rate(step)
         for group in optimizer.param_groups:
@@ -286,7 +280,8 @@ class FineTuner(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
-        norm = torch.nn.utils.get_total_norm(_gradients(optimizer))
+        parameters = _with_gradient(optimizer)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._grad_norm = float(full_tensor(norm))
         if not math.isfinite(self._grad_norm):
             self._unscaled += 1
@@ -295,24 +290,26 @@ class FineTuner(L.LightningModule):
             raise NotFinite("gradient norm", self._grad_norm, final=self._scales)
         self._unscaled = 0
         if self.gradient_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(_moved(optimizer), self.gradient_clip, norm)
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     def _skip(
         self, reason: NotFinite, step: int, rate: float, row_losses: Sequence[tuple[list[int], torch.Tensor]]
     ) -> None:
         """Keeps a record of the bad step; raises DivergedError unless it may be skipped."""
         self.stepping = False
-        losses = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
-        bad = BadStep(step, str(reason), rate, sorted(self._gather(losses)))
+        pairs = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
+        losses = sorted(self._gather(pairs))
         train, path = self.rows.splits["train"], ""
         if self.warn is not None:
-            path = str(write_bad_step(self.inputs.run, bad, train, self.rows.tokenizer))
+            facts = {"step": step, "reason": str(reason), "learning_rate": rate}
+            path = str(write_bad_step(self.inputs.run, facts, losses, train, self.rows.tokenizer))
             if self.skips:
                 self.warn(f"{reason} at step {step}, which is skipped; its rows are in {path}.")
         self.skipped.append(step)
         if self.skips and not reason.final and not too_many_skipped(self.skipped, self.rows.total_steps):
             return
-        suspects = [train[row].where for row in bad.suspects]
+        not_finite = [row for row, loss in losses if not math.isfinite(loss)]
+        suspects = [train[row].where for row in not_finite or [row for row, _ in losses]]
         shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
         before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
         advice = "Lower learning_rate.peak, look at these rows, or set trainer.on_nan=skip."
@@ -330,10 +327,6 @@ class FineTuner(L.LightningModule):
     def _scales(self) -> bool:
         """Whether losses are scaled, as fp16 needs it."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
-
-    def _no_gradient_sync(self) -> Any:
-        block = getattr(self.trainer.strategy, "block_backward_sync", None)
-        return block() if block is not None and self.trainer.world_size > 1 else nullcontext()
 
     def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
         """Sums each tensor over all processes, in one message: the loss is already a share of the whole batch's."""
@@ -430,14 +423,9 @@ class FineTuner(L.LightningModule):
 
     def probe(self, batch: MicroBatch) -> float:
         """Nats per labelled token of `batch` without dropout; nothing of the training changes by it."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
-                losses = score(self.model, batch.to(self.device))
-        finally:
-            self.model.train(training)
+        score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
+        with evaluating(self.model), torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            losses = score(self.model, batch.to(self.device))
         return float(losses.nll.sum()) / max(1.0, float(losses.counts.sum()))
 
     def weights(self) -> dict[str, torch.Tensor]:

@@ -107,8 +107,8 @@ class StepRows:
         return positions, self.longest, math.ceil(labels)
 
 
-Peak = Callable[[Limit, Checkpointing], MemoryEstimate]
-"""The peak memory of the largest micro-batch within a limit."""
+Peak = Callable[..., MemoryEstimate]
+"""From a limit and a level, the peak memory of the largest micro-batch; `offload=False` for all that it keeps."""
 
 
 def estimator(
@@ -119,14 +119,15 @@ def estimator(
     return _peaks(config, examples, memory, device.type, flash=has_flash(device, dtype))
 
 
-def _peaks(
-    config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool, offload: bool = True
-) -> Peak:
-    """`offload` lets activations leave the device where the config says so; a CPU's are in its memory already."""
+def _peaks(config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool) -> Peak:
     rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
     share = _processes(config) if divides_weights(config) else 1
-    offloaded = offload and config.trainer.offload_activations and device_type == "cuda"
-    return lambda limit, level: memory.at(*rows.largest(limit), level, offloaded=offloaded, share=share, flash=flash)
+    offloads = config.trainer.offload_activations and device_type == "cuda"  # a CPU's are in its memory already
+
+    def peak(limit: Limit, level: Checkpointing, *, offload: bool = offloads) -> MemoryEstimate:
+        return memory.at(*rows.largest(limit), level, offloaded=offload, share=share, flash=flash)
+
+    return peak
 
 
 def choose(
@@ -140,13 +141,12 @@ def choose(
     limit, level = Limit(*rows_or_tokens(config.trainer.micro_batch)), config.trainer.gradient_checkpointing
     configured, cap = limit != Limit(), MOST_TOKENS.get(device_type, ENOUGH_TOKENS)
     peak = _peaks(config, examples, memory, device_type, flash=flash)
-    kept = _peaks(config, examples, memory, device_type, flash=flash, offload=False)
     host = device_memory(torch.device("cpu")) or 0
 
     def fits(size: Limit, level: Checkpointing) -> bool:
         needed = peak(size, level)
-        offloads = kept(size, level).activations - needed.activations
-        return needed.total <= (1 - MEMORY_MARGIN) * total and offloads * _local_processes(config) <= host / 2
+        offloaded = peak(size, level, offload=False).activations - needed.activations
+        return needed.total <= (1 - MEMORY_MARGIN) * total and offloaded * _local_processes(config) <= host / 2
 
     levels = LEVELS if level is Checkpointing.auto else (level,)
     enough = min(ENOUGH_TOKENS, cap, int(np.sort(examples.lengths)[::-1][: _process_rows(config)].sum()))
@@ -197,14 +197,14 @@ def plan_micro_batches(
     return MicroBatchPlan(limit, level, why if fits else f"{why}: may not fit", needed)
 
 
-def architecture_of(prepared: RunInputs, vocabulary: int) -> Any:
+def architecture_of(inputs: RunInputs, vocabulary: int) -> Any:
     """transformers' config of the model that a run builds; `vocabulary` is that of its tokenizer."""
-    config = prepared.config
-    architecture = model_config(config.model, prepared.located)
+    config = inputs.config
+    architecture = model_config(config.model, inputs.located)
     if config.model.train_tokenizer_vocab is not None:
         architecture.vocab_size = vocabulary
     if config.task.auto_class == "sequence_classification":
-        architecture.num_labels = prepared.num_outputs
+        architecture.num_labels = inputs.num_outputs
     return architecture
 
 

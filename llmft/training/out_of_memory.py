@@ -6,14 +6,13 @@ The same up to rounding, that is; and where there is dropout, with other draws: 
 from __future__ import annotations
 
 import traceback
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Checkpointing
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.machine import free_memory
-from llmft.model.load import first_line
 from llmft.training.micro_batching import MicroBatchPlan
 
 if TYPE_CHECKING:
@@ -23,21 +22,20 @@ _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "all
 """What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
 
 
-@dataclass(frozen=True)
-class LargestBatch:
-    """What was at most computed at once when memory ran out: rows, their tokens, and the choice behind it."""
-
-    rows: int
-    tokens: int
-    plan: MicroBatchPlan
-
-
 class OutOfMemory(Exception):
-    """No memory in `stage`: "loading", "training" or "validation"; `largest` is None for the first."""
+    """No memory in a stage of a run.
 
-    def __init__(self, stage: str, error: BaseException, largest: LargestBatch | None = None) -> None:
+    Attributes:
+        stage: "loading", "training" or "validation".
+        plan: how steps were cut; None while loading.
+        rows, tokens: what was at most computed at once when memory ran out.
+    """
+
+    def __init__(
+        self, stage: str, error: BaseException, plan: MicroBatchPlan | None = None, rows: int = 0, tokens: int = 0
+    ) -> None:
         super().__init__(first_line(error))
-        self.stage, self.largest = stage, largest
+        self.stage, self.plan, self.rows, self.tokens = stage, plan, rows, tokens
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -68,25 +66,22 @@ def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[
 
     Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
     """
-    largest = error.largest
-    was: Any
-    now: Any
-    if largest is not None and largest.rows > 1:
+    plan, key = error.plan, "micro_batch"
+    was: Any = error.rows
+    now: Any = error.rows // 2
+    if plan is not None and error.rows > 1:
         if error.stage == "validation":
-            key, was, now = "validation_batch_size", largest.rows, largest.rows // 2
-        elif largest.plan.limit.rows is not None:
-            key, was, now = "micro_batch", largest.rows, largest.rows // 2
-        else:
-            key, was, now = "micro_batch", f"{largest.tokens}tokens", f"{largest.tokens // 2}tokens"
-    elif largest is not None and error.stage == "training" and largest.plan.checkpointing is not Checkpointing.full:
-        key, was, now = "gradient_checkpointing", largest.plan.checkpointing.value, Checkpointing.full.value
+            key = "validation_batch_size"
+        elif plan.limit.rows is None:
+            was, now = f"{error.tokens}tokens", f"{error.tokens // 2}tokens"
+    elif plan is not None and error.stage == "training" and plan.checkpointing is not Checkpointing.full:
+        key, was, now = "gradient_checkpointing", plan.checkpointing.value, Checkpointing.full.value
     else:
         raise ConfigError(f"out of memory in {error.stage} ({error}); {_advice(config, error)}.")
-    note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     values: dict[str, Any] = {key: now}
     if error.stage == "training":  # what was chosen stays, but for this
-        plan = largest.plan
         values = {"micro_batch": str(plan.limit), "gradient_checkpointing": plan.checkpointing, **values}
+    note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 

@@ -12,12 +12,10 @@ from lightning.pytorch import callbacks as lightning
 
 from llmft.config.instantiate import build, check_target, find, metric_functions, optimizer_factory
 from llmft.config.sections import TrainConfig
-from llmft.config.task import TaskConfig
 from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics.monitor import mode_of, validation_metrics, with_mode
 from llmft.training.scoring import check_objective
-from llmft.training.tracking import check_loggers
 
 if TYPE_CHECKING:
     import torch
@@ -57,7 +55,8 @@ class Parts:
 def check_parts(config: TrainConfig) -> Parts:
     """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
     with_mode(config)
-    check_loggers(config.logger)
+    for name, node in config.logger.loggers.items():
+        check_target(node, f"logger.loggers.{name}", "logger")
     metrics = metric_functions(config.task.metrics, config.task.metric_options)
     for metric in metrics.values() if config.task.generate_rows else ():
         # An encoder that is missing is told before the weights load, not after.
@@ -73,21 +72,14 @@ def check_parts(config: TrainConfig) -> Parts:
         check_target(config.trainer.strategy, "trainer.strategy", "strategy")
     make_optimizer = optimizer_factory(config.optimizer, config.learning_rate.peak)
     nodes = config.trainer.callbacks.items()
-    callbacks = {name: _callback(node, f"trainer.callbacks.{name}", config.task) for name, node in nodes}
-    for name, callback in callbacks.items():
-        key, kind = f"trainer.callbacks.{name}", type(callback).__name__
-        for kinds, reason in REFUSED:
-            if isinstance(callback, kinds):
-                raise ConfigError(f"{key}: {kind} has no place here: {reason}.")
-        if isinstance(callback, NEED_LOGGER) and not (config.logger.wandb.enabled or config.logger.loggers):
-            raise ConfigError(f"{key}: {kind} needs a logger; set logger=csv, tensorboard or wandb, or leave it out.")
+    callbacks = {name: _callback(node, f"trainer.callbacks.{name}", config) for name, node in nodes}
     return Parts(make_optimizer, metrics, callbacks)
 
 
-def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
+def _callback(node: dict[str, Any], key: str, config: TrainConfig) -> Any:
     """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
     check_target(node, key, "callback")
-    monitor, metrics = node.get("monitor"), validation_metrics(task)
+    monitor, metrics = node.get("monitor"), validation_metrics(config.task)
     if isinstance(monitor, str) and monitor.startswith("val/"):
         if monitor not in metrics:
             raise ConfigError(f"{key}.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
@@ -95,7 +87,14 @@ def _callback(node: dict[str, Any], key: str, task: TaskConfig) -> Any:
         if "mode" in takes and node.get("mode", "auto") in ("auto", "min", "max"):
             mode = mode_of(metrics[monitor], monitor, Mode(node.get("mode", "auto")), key=f"{key}.mode")
             node = {**node, "mode": mode.value}
-    return build(node, key, "callback")
+    callback = build(node, key, "callback")
+    kind = type(callback).__name__
+    for kinds, reason in REFUSED:
+        if isinstance(callback, kinds):
+            raise ConfigError(f"{key}: {kind} has no place here: {reason}.")
+    if isinstance(callback, NEED_LOGGER) and not (config.logger.wandb.enabled or config.logger.loggers):
+        raise ConfigError(f"{key}: {kind} needs a logger; set logger=csv, tensorboard or wandb, or leave it out.")
+    return callback
 
 
 def failed_callback(error: BaseException, callbacks: dict[str, Any]) -> ConfigError | None:

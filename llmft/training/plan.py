@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import Any
 
 from llmft.config.sections import TrainConfig
@@ -44,14 +43,22 @@ def show_plan(
 
 def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[str, str]:
     """Lines of the plan: model, what is trained, data, steps; of the model what it is, whatever was asked for."""
-    counts, lengths = weight_counts(assembled.model), ready.rows.encoder.lengths
-    train, rate, total_steps = lengths["train"], config.learning_rate, ready.rows.total_steps
+    counts, held, lora = weight_counts(assembled.model), held_as(assembled.base), config.lora
+    quantized = counts["4-bit"] + counts["8-bit"]
+    frozen = quantized + counts["full"]
+    weights = f"{frozen:,} weights, {quantized / max(1, frozen):.1%} of them {held}"
+    if held == "none":
+        weights = f"{frozen + counts['trainable']:,} weights, none quantised"
+    method, modules = "full fine-tuning", lora_modules(assembled.model)
+    if lora.enabled:
+        method = f"{'DoRA' if lora.dora else 'LoRA'} r={lora.r} alpha={lora.scaling_alpha:g}"
+        method += f" on {modules['count']} modules: {', '.join(modules['names'])}"
+    lengths, rate, total_steps = ready.rows.encoder.lengths, config.learning_rate, ready.rows.total_steps
+    train, rows = lengths["train"], ", ".join(f"{part.rows:,} {split}" for split, part in lengths.items())
     epochs = total_steps * config.trainer.batch_size / max(1, train.rows)
-    rows = ", ".join(f"{part.rows:,} {split}" for split, part in lengths.items())
     return {
-        "model": f"{config.model.label}: {_weights(held_as(assembled.base), counts)}, computing in "
-        f"{ready.precision.value}",
-        "trained": f"{counts['trainable']:,} weights ({_method(config, lora_modules(assembled.model))})",
+        "model": f"{config.model.label}: {weights}, computing in {ready.precision.value}",
+        "trained": f"{counts['trainable']:,} weights ({method})",
         "data": f"{config.data.name}: {rows} rows; {train.tokens / max(1, train.rows):.0f} tokens a row, "
         f"{train.labelled_tokens / max(1, train.tokens):.1%} of them learned; prompt format {config.prompt.name}",
         "steps": f"{total_steps:,} of {config.trainer.batch_size} rows ({epochs:.1f} epochs), "
@@ -59,26 +66,9 @@ def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[
     }
 
 
-def _weights(quantization: str, counts: dict[str, int]) -> str:
-    quantized = counts["4-bit"] + counts["8-bit"]
-    frozen = quantized + counts["full"]
-    if quantization == "none":
-        return f"{frozen + counts['trainable']:,} weights, none quantised"
-    return f"{frozen:,} weights, {quantized / max(1, frozen):.1%} of them {quantization}"
-
-
-def _method(config: TrainConfig, targets: Sequence[str]) -> str:
-    lora = config.lora
-    if not lora.enabled:
-        return "full fine-tuning"
-    kind = "DoRA" if lora.dora else "LoRA"
-    return f"{kind} r={lora.r} alpha={lora.scaling_alpha:g} on {len(targets)} modules: {', '.join(last_names(targets))}"
-
-
 def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: MicroBatchPlan) -> dict[str, Any]:
     """What the model is and does, read from it and not from what was asked for."""
     objective, template = type(ready.objective), str(ready.rows.prompt.config.template)
-    modules = lora_modules(assembled.model)
     return {
         "quantization": held_as(assembled.base),
         "weights": weight_counts(assembled.model),
@@ -91,13 +81,11 @@ def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: Micr
             "of_the_tokenizer": not config.prompt.template,
             "template_sha256": hashlib.sha256(template.encode()).hexdigest(),
         },
-        "lora_modules": {"count": len(modules), "names": last_names(modules)},
+        "lora_modules": lora_modules(assembled.model),
     }
 
 
-def lora_modules(model: Any) -> list[str]:
-    return sorted(getattr(model, "targeted_module_names", []))
-
-
-def last_names(modules: Sequence[str]) -> list[str]:
-    return sorted({name.rpartition(".")[2] for name in modules})
+def lora_modules(model: Any) -> dict[str, Any]:
+    """How many modules PEFT has adapted, and their last names."""
+    modules = getattr(model, "targeted_module_names", [])
+    return {"count": len(modules), "names": sorted({name.rpartition(".")[2] for name in modules})}

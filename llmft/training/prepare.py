@@ -58,7 +58,7 @@ class RunInputs:
         return 1 if self.config.task.scores_answers else len(self.labels)
 
 
-def several(config: TrainConfig) -> bool:
+def may_be_distributed(config: TrainConfig) -> bool:
     """Whether the run may be distributed; several of one device may have been started side by side."""
     return bool(config.trainer.devices != 1) or config.trainer.num_nodes > 1
 
@@ -68,7 +68,7 @@ def process_rank(config: TrainConfig) -> int:
 
     Without a launcher that numbers all of them, the first of every other machine counts as none of the first.
     """
-    if not several(config):
+    if not may_be_distributed(config):
         return 0
     for name in ("RANK", "SLURM_PROCID", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
         value = os.environ.get(name)

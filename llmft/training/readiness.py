@@ -15,18 +15,19 @@ from llmft.config.instantiate import build
 from llmft.config.model import ModelInit, Precision, QuantizationFormat
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import OnSaveError
-from llmft.core.errors import ConfigError, DiskError
+from llmft.core.errors import ConfigError, DiskError, first_line
 from llmft.core.files import check_space
 from llmft.data.quality import stop_on_errors
 from llmft.model import adapters, families
 from llmft.model.assemble import check_dora
-from llmft.model.load import first_line, pick_device, pick_precision
+from llmft.model.device import pick_device, pick_precision
 from llmft.model.meta import meta_model
+from llmft.training.inspection import Inspection, inspect_rows
 from llmft.training.micro_batching import architecture_of
 from llmft.training.parts import Parts
-from llmft.training.prepare import RunInputs, several
+from llmft.training.prepare import RunInputs, may_be_distributed
 from llmft.training.scoring import make_objective
-from llmft.training.tokenized_data import Inspection, TokenizedData, inspect_rows, read_rows
+from llmft.training.tokenized_data import TokenizedData, read_rows
 
 if TYPE_CHECKING:
     import lightning as L
@@ -47,14 +48,14 @@ class Ready:
 
 
 def make_ready(
-    prepared: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
+    inputs: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
 ) -> Ready:
     """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
 
     Raises ConfigError or DataError for the first thing that a training could not go on with; for errors of the rows
     only with `stop`.
     """
-    config = prepared.config
+    config = inputs.config
     device, precision = choose_device(config)
     trainer = config.trainer
     if device.type == "cpu" and trainer.accelerator == "auto" and torch.backends.mps.is_available():
@@ -62,21 +63,23 @@ def make_ready(
     if parts.callbacks or trainer.strategy != "auto" or trainer.devices != 1 or trainer.num_nodes != 1:
         callbacks = [*parts.callbacks.values()]
         lightning_trainer(config, device, precision, callbacks=callbacks, logger=False, val_check_interval=1)
-    rows = read_rows(prepared, warn)
-    ready = Ready(device, precision, rows, inspect_rows(prepared, rows, near=near))
+    rows = read_rows(inputs, warn)
+    ready = Ready(device, precision, rows, inspect_rows(inputs, rows, near=near))
     if stop:
         stop_on_errors(ready.inspection.findings)
     elif any(finding.level == "error" for finding in ready.inspection.findings):
         return ready
-    ready.objective = make_objective(config.task, prepared.targets, rows.encoder, rows.splits)
-    _check_model(prepared, rows)
+    ready.objective = make_objective(config.task, inputs.targets, rows.encoder, rows.splits)
+    _check_model(inputs, rows)
     return ready
 
 
 def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
     """Where a training computes and in what. Raises ConfigError for what the machine does not have."""
     trainer = config.trainer
-    local_rank = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if several(config) else 0
+    local_rank = (
+        int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if may_be_distributed(config) else 0
+    )
     if isinstance(trainer.devices, list) and local_rank >= len(trainer.devices):
         raise ConfigError(f"trainer.devices={trainer.devices}: {local_rank + 1} processes were started for them.")
     device = pick_device(trainer.accelerator, local_rank, trainer.devices)
@@ -124,15 +127,21 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
         raise ConfigError(f"trainer: {first_line(error)}") from None
 
 
-def _check_model(prepared: RunInputs, rows: TokenizedData) -> None:
-    """What a model's files and its shapes alone tell."""
-    config = prepared.config
-    architecture = architecture_of(prepared, len(rows.tokenizer))
+def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
+    """Raises ConfigError for what a model's files and its shapes alone tell."""
+    from safetensors import SafetensorError, safe_open
+
+    config = inputs.config
+    architecture = architecture_of(inputs, len(rows.tokenizer))
     families.check_task(config.model, architecture, str(config.task.auto_class))
-    text_config = architecture.get_text_config() if hasattr(architecture, "get_text_config") else architecture
-    check_vocabulary(config, rows, getattr(text_config, "vocab_size", None))
-    if prepared.located.directory is not None and config.model.init is ModelInit.pretrained:
-        _check_files(prepared.located.directory)
+    check_vocabulary(config, rows, getattr(architecture.get_text_config(), "vocab_size", None))
+    if inputs.located.directory is not None and config.model.init is ModelInit.pretrained:
+        for path in sorted(inputs.located.directory.glob("model*.safetensors")):
+            try:
+                with safe_open(path, framework="pt"):  # reads nothing but the header
+                    pass
+            except (SafetensorError, OSError) as error:
+                raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
     if config.lora.enabled and (config.lora.targets != "all-linear" or config.lora.modules_to_save):
         families.prepare(architecture.model_type)
         try:
@@ -150,18 +159,6 @@ def check_vocabulary(config: TrainConfig, rows: TokenizedData, size: int | None)
             f"model={config.model.label}: its tokenizer makes token {highest} but the model knows only {size}; "
             "tokenizer and weights do not belong together."
         )
-
-
-def _check_files(directory: Path) -> None:
-    """Raises ConfigError for a weights file that is cut off or none; nothing of it is read but its header."""
-    from safetensors import SafetensorError, safe_open
-
-    for path in sorted(directory.glob("model*.safetensors")):
-        try:
-            with safe_open(path, framework="pt"):
-                pass
-        except (SafetensorError, OSError) as error:
-            raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
 
 
 def check_room(config: TrainConfig, directory: Path, weights: int, states: int, warn: Callable[[str], None]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from llmft.config.data import TrainOn
-from llmft.config.sections import TrainConfig
 from llmft.config.task import Feedback
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
@@ -26,50 +25,45 @@ from llmft.training.tokenized_data import TokenizedData
 
 
 def write_records(
-    prepared: RunInputs, rows: TokenizedData, overlaps: Sequence[Overlap], environment: dict[str, Any]
+    inputs: RunInputs,
+    environment: dict[str, Any],
+    rows: TokenizedData | None = None,
+    overlaps: Sequence[Overlap] = (),
 ) -> None:
-    """Writes the config, the environment with what the limits cost, and the rejected rows."""
-    run, model = prepared.run, prepared.config.model
-    write_config(run, prepared.config)
+    """Writes the config, the environment with what the limits cost, the classes, and the rejected rows."""
+    run, model = inputs.run, inputs.config.model
+    write_config(run, inputs.config)
+    data: dict[str, Any] = {
+        "fingerprint": inputs.data_fingerprint,
+        "rows_fingerprint": inputs.rows_fingerprint,
+        "labels": inputs.labels,
+        "pseudo": inputs.pseudo.counts() if inputs.pseudo.fingerprint else None,
+        "left_out": inputs.problems.reasons(),
+        "train_on": inputs.config.data.train_on.value,
+    }
     # Whose code ran with the training, if anybody's: a pinned revision or a directory.
     remote_code = (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
-    record = {
-        **environment,
-        "data": {
-            **data_facts(prepared),
-            "splits": {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()},
-            "overlaps": [asdict(overlap) for overlap in overlaps],
-        },
-        "model": {"fingerprint": prepared.located.fingerprint, "remote_code": remote_code},
-        "tokenizer": {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token},
-    }
+    facts = {"fingerprint": inputs.located.fingerprint, "remote_code": remote_code}
+    record = {**environment, "data": data, "model": facts}
+    if rows is not None:
+        data["splits"] = {split: asdict(lengths) for split, lengths in rows.encoder.lengths.items()}
+        data["overlaps"] = [asdict(overlap) for overlap in overlaps]
+        record["tokenizer"] = {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token}
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
-    if prepared.targets is not None:
-        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
-    if prepared.problems.rejected:
+    if inputs.targets is not None:
+        write_atomically(run.targets_file, json.dumps(inputs.targets.to_plain(), indent=1).encode())
+    if inputs.problems.rejected:
         run.rejected_file.unlink(missing_ok=True)
-        for entry in prepared.problems.rejected:
+        for entry in inputs.problems.rejected:
             append_line(run.rejected_file, redact(entry))
 
 
-def data_facts(prepared: RunInputs) -> dict[str, Any]:
-    """Where the rows come from and what was left out."""
-    return {
-        "fingerprint": prepared.data_fingerprint,
-        "rows_fingerprint": prepared.rows_fingerprint,
-        "labels": prepared.labels,
-        "pseudo": prepared.pseudo.counts() if prepared.pseudo.fingerprint else None,
-        "left_out": prepared.problems.reasons(),
-        "train_on": prepared.config.data.train_on.value,
-    }
-
-
-def write_predictions(prepared: RunInputs, splits: Mapping[str, Examples], step: int) -> None:
+def write_predictions(inputs: RunInputs, splits: Mapping[str, Examples], step: int) -> None:
     """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
 
     They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
     """
-    run, targets = prepared.run, prepared.targets
+    run, targets = inputs.run, inputs.targets
     if targets is None:
         return
     for split, name in (("validation", "val"), ("test", "test")):
@@ -79,11 +73,11 @@ def write_predictions(prepared: RunInputs, splits: Mapping[str, Examples], step:
         table = read_table(path)
         values = np.asarray([table[f"{PREFIX}{label}"] for label in targets.labels], dtype=np.float64).T.copy()
         rows = [example.conversation for example in splits[split]]
-        predictions_of(prepared, rows, split, values, table["loss_nats"], step).save(run.directory / FOLDER / name)
+        predictions_of(inputs, rows, split, values, table["loss_nats"], step).save(run.directory / FOLDER / name)
 
 
 def predictions_of(
-    prepared: RunInputs,
+    inputs: RunInputs,
     rows: Sequence[Conversation],
     split: str,
     values: np.ndarray,
@@ -91,7 +85,7 @@ def predictions_of(
     step: int,
 ) -> Predictions:
     """The predictions of one of the run's own splits, with what folds and blends need to know of its rows."""
-    targets, data = prepared.targets, prepared.config.data
+    targets, data = inputs.targets, inputs.config.data
     assert targets is not None
     columns: dict[str, list[Any]] = {"where": [row.where for row in rows]}
     if data.group:
@@ -100,59 +94,53 @@ def predictions_of(
         columns["fold"] = [data.fold] * len(rows)
     columns["loss_nats"] = list(losses)
     facts = {
-        "sources": [source_facts(prepared.run, prepared.config, prepared.rows_fingerprint, targets.prior)],
-        "id_column": prepared.id_column,
+        "sources": [source_facts(inputs.run, inputs.config, inputs.rows_fingerprint, targets.prior)],
+        "id_column": inputs.id_column,
         "step": step,
-        "held_out_rows": prepared.num_rows.get(split, 0),
-        "all_rows": prepared.num_rows.get("all", 0),
+        "held_out_rows": inputs.num_rows.get(split, 0),
+        "all_rows": inputs.num_rows.get("all", 0),
     }
     names = [targets.name(row.target) for row in rows]
     return Predictions([row.id for row in rows], targets.labels, values, targets.problem.value, names, columns, facts)
 
 
-def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def chance_of(inputs: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
     chances: dict[str, dict[str, Any]] = {}
-    targets, trained_on = prepared.targets, prepared.config.data.train_on is TrainOn.all
+    targets, trained_on = inputs.targets, inputs.config.data.train_on is TrainOn.all
     for split in ("test",) if trained_on else ("val", "test"):
-        if targets is not None and split in names_in(prepared.run.directory):
-            chance = against_prior(load_predictions(prepared.run.directory, split), metrics, targets.scale)
+        if targets is not None and split in names_in(inputs.run.directory):
+            chance = against_prior(load_predictions(inputs.run.directory, split), metrics, targets.scale)
             if chance is not None:
                 chances[split] = chance.to_plain()
     return chances
 
 
-def length_of(inputs: RunInputs, step: int) -> dict[str, float]:
-    """See `against_length`, of the validation at `step`; nothing where no answers are compared on rows of its own."""
-    path = inputs.run.row_losses_file("val", step)
-    compared = inputs.config.task.feedback is Feedback.pairs and inputs.config.data.train_on is not TrainOn.all
-    if not compared or not path.is_file():
-        return {}
-    table = read_table(path)
-    ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
-    return against_length(ahead, longer)
+def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
+    """What a run has learned: its metrics before training and after `step`, and what was found besides.
 
-
-def words_of(
-    config: TrainConfig, before: Mapping[str, Any], after: Mapping[str, Any], length: Mapping[str, float]
-) -> list[str]:
-    """What a task of compared answers did, in sentences: to the answers' probabilities, and beside their length."""
-    judged = config.task.feedback is not None and config.data.train_on is not TrainOn.all
-    moved = movement(before, after) if judged else None
-    return [*([moved] if moved else []), *([length_sentence(length)] if length else [])]
-
-
-def before_and_after(run: Run, step: int) -> tuple[dict[str, float | None], dict[str, float | None]]:
-    """Metrics of the validation before training, and of the one at `step` with the test's."""
+    `metrics` are those of predictions, which have a chance level. Of compared answers there are sentences about the
+    answers' probabilities (`words`), and the numbers that tell preference from length.
+    """
+    config, run = inputs.config, inputs.run
     before: dict[str, float | None] = {}
     after: dict[str, float | None] = {}
     for record in _metrics(run):
         values = {key: value for key, value in record.items() if key.startswith(("val/", "test/"))}
-        if record["step"] == 0:
-            before.update(values)
-        if record["step"] == step or "test/loss_nats" in values:
-            after.update(values)
-    return before, after
+        before |= values if record["step"] == 0 else {}
+        after |= values if record["step"] == step or "test/loss_nats" in values else {}
+    words, length = [], {}
+    if config.task.feedback is not None and config.data.train_on is not TrainOn.all:
+        moved = movement(before, after)
+        words += [moved] if moved else []
+        path = run.row_losses_file("val", step)
+        if config.task.feedback is Feedback.pairs and path.is_file():
+            table = read_table(path)
+            ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
+            length = against_length(ahead, longer)
+            words += [length_sentence(length)] if length else []
+    besides = {"words": words, "length": length, "chance": chance_of(inputs, metrics)}
+    return {"before": before, "after": after, **{name: value for name, value in besides.items() if value}}
 
 
 def validated_at(run: Run, step: int) -> dict[str, float] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,15 @@ import torch
 from rich.markup import escape
 
 from llmft.config.convert import canonical, digest_of, numbers_of, to_plain
+from llmft.config.model import ModelInit
 from llmft.config.sections import TrainConfig
 from llmft.config.task import Reference
 from llmft.core.console import Screen
 from llmft.core.files import staged_file
-from llmft.core.machine import describe
 from llmft.data.batch import Limit, collate
 from llmft.data.examples import Examples
-from llmft.model.load import TORCH_DTYPES
+from llmft.model.device import TORCH_DTYPES, mixed_precision
+from llmft.model.families import evaluating
 from llmft.runs.directory import adapter_digest
 from llmft.runs.predictions import read_table
 from llmft.training.objectives.answers import answer_log_probs
@@ -48,13 +49,15 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
     config, rows = inputs.config, ready.rows
     if config.task.reference is Reference.none:
         return {}
-    dtype, device = TORCH_DTYPES[ready.precision], ready.device
-    key = reference_key(config, inputs.located.fingerprint, rows.splits, dtype, str(describe(device)["device"]))
+    device = ready.device
+    kind = [str(TORCH_DTYPES[ready.precision]), str(device)]
+    key = reference_key(config, inputs.located.fingerprint, rows.splits, kind)
 
     def compute() -> dict[str, torch.Tensor]:
-        mixed = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-        with policy_before(model, config):
-            return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device, mixed)
+        # The base is the adapted model without its adapter.
+        alone = model.disable_adapter() if config.lora.enabled and _is_base(config) else contextlib.nullcontext()
+        with alone, mixed_precision(device, ready.precision):
+            return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device)
 
     run_file = inputs.run.reference_file
     shared_file = Path(config.output_dir) / "references" / f"{key}.parquet"
@@ -72,9 +75,12 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
 
 
 def reference_key(
-    config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], dtype: torch.dtype, device: str
+    config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], kind: Sequence[str]
 ) -> str:
-    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss."""
+    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss.
+
+    `kind` are the dtype and the device that it is computed in and on.
+    """
     model = config.model
     digest = hashlib.sha256()
     for split, examples in sorted(splits.items()):
@@ -85,25 +91,17 @@ def reference_key(
     if not _is_base(config):
         digests = [adapter_digest(config.lora.adapter)] if config.lora.adapter is not None else [config.seed]
         adapter = [*digests, numbers_of(replace(config.lora, adapter=None))]
-    random = [config.seed] if model.init.value == "random" else []
     parts = [
         VERSION,
         model_fingerprint,
         to_plain([model.init, model.architecture, model.config, model.overrides, model.load_overrides, model.kernels]),
         numbers_of(config.quantization),
         adapter,
-        random,
-        [str(dtype), device],
+        [config.seed] if model.init is ModelInit.random else [],
+        kind,
         digest.hexdigest(),
     ]
     return digest_of(parts)[:20]
-
-
-def policy_before(model: Any, config: TrainConfig) -> contextlib.AbstractContextManager[Any]:
-    """`model` as its reference, while it has not been trained."""
-    if config.lora.enabled and _is_base(config):
-        return model.disable_adapter()  # type: ignore[no-any-return]
-    return contextlib.nullcontext()
 
 
 def _is_base(config: TrainConfig) -> bool:
@@ -146,31 +144,20 @@ def references_of(
 
 
 def compute_references(
-    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device, precision: Any
+    model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Every split's rows under `model`, without dropout and gradients; `precision` is a context such as autocast."""
-    training = model.training
-    model.eval()
+    """Every split's rows under `model`, without dropout and gradients."""
     references = {}
-    try:
-        with torch.no_grad(), precision:
-            for split, examples in splits.items():
-                lengths = examples.lengths.tolist()
-                groups = GROUP.groups(lengths, range(len(examples)))
-                parts = [_group(model, examples, rows, pad_id, device) for rows in groups]
-                most = max(part.shape[1] for part in parts)
-                table = torch.zeros(len(examples), most, dtype=torch.float64)
-                for rows, part in zip(groups, parts, strict=True):
-                    table[rows, : part.shape[1]] = part
-                references[split] = table
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad():
+        for split, examples in splits.items():
+            groups = GROUP.groups(examples.lengths.tolist(), range(len(examples)))
+            batches = (collate([examples[row] for row in rows], rows, pad_id).to(device) for rows in groups)
+            parts = [answer_log_probs(model, batch).cpu() for batch in batches]
+            table = torch.zeros(len(examples), max(part.shape[1] for part in parts), dtype=torch.float64)
+            for rows, part in zip(groups, parts, strict=True):
+                table[rows, : part.shape[1]] = part
+            references[split] = table
     return references
-
-
-def _group(model: Any, examples: Examples, rows: list[int], pad_id: int, device: torch.device) -> torch.Tensor:
-    batch = collate([examples[row] for row in rows], rows, pad_id).to(device)
-    return answer_log_probs(model, batch).cpu()
 
 
 def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from llmft.config.data import Truncation
-from llmft.config.model import ModelInit, Precision
+from llmft.config.model import ModelInit
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, collate
@@ -25,9 +25,10 @@ from llmft.data.sources import BadRows
 from llmft.metrics.judging import Judge
 from llmft.model import adapters
 from llmft.model.assemble import assemble, base_key
+from llmft.model.device import mixed_precision, pick_device, pick_precision
 from llmft.model.families import body_of
 from llmft.model.heads import ScoreHead
-from llmft.model.load import TORCH_DTYPES, load_tokenizer, pick_device, pick_precision
+from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import finished_run
 from llmft.training.micro_batching import divides_weights
 from llmft.training.objectives.reward import Reward
@@ -143,23 +144,19 @@ class RewardModel:
     @torch.no_grad()
     def scores(self, rows: Sequence[Conversation], texts: Sequence[str]) -> list[float]:
         """The score of an answer to each prompt; an answer that ends a row already is left out."""
-        answered = [_answered(row, text) for row, text in zip(rows, texts, strict=True)]
+        answered = []
+        for row, text in zip(rows, texts, strict=True):
+            prompt = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
+            messages = [*prompt, {"role": "assistant", "content": text}]
+            answered.append(replace(row, messages=messages, target=None, comparison=Comparison()))
         examples = self.encoder.encode("judged", answered, BadRows())
         if len(examples) < len(answered):
             lost = next(n for n in range(len(answered)) if n not in {int(row) for row in examples.rows})
             raise DataError(f"{self.key}: an answer to {answered[lost].where} is longer than the judge reads.")
         scores = torch.zeros(len(answered), dtype=torch.float64)
-        mixed = self.precision is not Precision.fp32
-        with self._active(), torch.autocast(self.device.type, dtype=TORCH_DTYPES[self.precision], enabled=mixed):
+        with self._active(), mixed_precision(self.device, self.precision):
             for group in GROUP.groups(examples.lengths.tolist(), range(len(examples))):
                 batch = collate([examples[index] for index in group], group, self.tokenizer.pad_token_id)
                 predicted = Reward().predict(self.model, batch.to(self.device))[:, 0].cpu()
                 scores[[int(examples.rows[index]) for index in group]] = predicted
         return scores.tolist()
-
-
-def _answered(row: Conversation, text: str) -> Conversation:
-    prompt = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
-    return replace(
-        row, messages=[*prompt, {"role": "assistant", "content": text}], target=None, comparison=Comparison()
-    )

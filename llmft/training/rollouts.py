@@ -7,68 +7,71 @@ policy writes on the devices that train it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from llmft.config.sections import TrainConfig
-from llmft.config.task import Advantage, KlWhere, TaskConfig
+from llmft.config.task import Advantage, KlWhere
 from llmft.core.errors import ConfigError
 from llmft.core.seeds import stream
 from llmft.data.batch import Limit, MicroBatch, PolicyRows, StepBatch, collate, rows_of_step
 from llmft.data.columns import Conversation
-from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Example
 from llmft.data.messages import message_text
-from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
+from llmft.metrics.judging import check_combination, combine_scores, judges_of
 from llmft.model.adapters import load_trainable_state, trainable_state
+from llmft.model.families import evaluating
 from llmft.model.sampling import Draw, sample
 from llmft.model.value_head import token_values
-from llmft.runs.directory import Run
 from llmft.training.objectives import policy_gradient as pg
 from llmft.training.objectives.policy import PolicyGradient, token_log_probs
-from llmft.training.reward_model import Host, RewardModel, load_judges
+from llmft.training.prepare import RunInputs
+from llmft.training.reward_model import host_of, load_judges
 from llmft.training.rollout_batch import PerToken, RolloutBatch, advantages_and_returns
+from llmft.training.samples import decoder
+from llmft.training.tokenized_data import TokenizedData
 
 
-@dataclass
 class Rollouts:
     """Makes the batch of a step from the prompts that the data gives it.
 
     Attributes:
-        models: the judges that are reward runs, by name.
-        rows_of_step: the training rows of a step.
-        directory: the run's, which keeps what was drawn.
-        micro_batch: what is computed at once.
-        pad_id, context_tokens: of the model.
         start: what is trained as it was before the first step; empty where nothing is held to it.
     """
 
-    task: TaskConfig
-    judges: Sequence[Judge]
-    models: Mapping[str, RewardModel]
-    seed: int
-    examples: Sequence[Example]
-    rows_of_step: Callable[[int], list[int]]
-    encoder: Encoder
-    objective: PolicyGradient
-    directory: Path
-    decode: Callable[[list[int]], str]
-    micro_batch: Limit
-    pad_id: int
-    context_tokens: int | None
-    start: dict[str, torch.Tensor] = field(default_factory=dict)
-    _prompts: dict[int, list[int]] = field(default_factory=dict)
-    _window: tuple[int, RolloutBatch] | None = None
+    def __init__(
+        self,
+        inputs: RunInputs,
+        rows: TokenizedData,
+        objective: PolicyGradient,
+        model: Any,
+        micro_batch: Limit,
+        tell: Callable[[str], None],
+    ) -> None:
+        """Computes `micro_batch` at once; `model` is the policy before its first step, the reference.
 
-    def begin(self, model: Any) -> None:
-        """Notes the reference: the policy as it is before the first step; call before a checkpoint is restored."""
-        if self.task.kl.beta > 0:
-            self.start = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+        `tell` is told of judges that take memory of their own. Raises ConfigError for judges that cannot be loaded, and
+        for rows without prompt and answer.
+        """
+        config = inputs.config
+        self.config, self.task, self.objective, self.micro_batch = config, config.task, objective, micro_batch
+        self.rows, self.examples, self.directory = rows, rows.splits["train"], inputs.run.rollouts
+        first = self.examples[0].conversation
+        if [message["role"] for message in first.messages][-2:] != ["user", "assistant"]:
+            raise ConfigError(
+                f"task={config.task.name}: {first.where} has no prompt and answer; data={config.data.name} has none."
+            )
+        self.judges, trainer = judges_of(config.task.judges, "task.judges"), config.trainer
+        host = host_of(model, config, inputs.located.fingerprint)
+        self.models = load_judges(self.judges, "task.judges", host, tell, trainer.accelerator, trainer.threads)
+        self.decode = decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text])
+        held = trainable_state(model) if config.task.kl.beta > 0 else {}
+        self.start = {name: tensor.clone() for name, tensor in held.items()}
+        self._prompts: dict[int, list[int]] = {}
+        self._window: tuple[int, RolloutBatch] | None = None
 
     def batch(self, model: Any, step: int, device: torch.device) -> StepBatch:
         """The batch of optimizer step `step`, whose answers are drawn now where a window of updates begins."""
@@ -77,12 +80,8 @@ class Rollouts:
             path = self.directory / f"step-{first:08d}.parquet"
             rollout = RolloutBatch.read(path) if step != first else None
             if rollout is None:
-                training = model.training
-                model.eval()
-                try:
+                with evaluating(model):
                     rollout = self._draw(model, first, device)
-                finally:
-                    model.train(training)
                 rollout.write(path)
             self._window = (first, rollout)
         return self._batch(self._window[1], step, device)
@@ -96,7 +95,7 @@ class Rollouts:
 
     def judge(self, rows: Sequence[Conversation], texts: Sequence[str]) -> np.ndarray:
         """(rows,) what the judges together say of an answer to each prompt."""
-        return self._rewards(self._scores(rows, texts))
+        return combine_scores(self.task.combine, self.judges, self._scores(rows, texts), "task.combine")
 
     def _scores(self, rows: Sequence[Conversation], texts: Sequence[str]) -> dict[str, list[float]]:
         """By judge. For functions, prompts are the last turns of users, and references the rows' own answers."""
@@ -109,34 +108,33 @@ class Rollouts:
             for judge in self.judges
         }
 
-    def _rewards(self, scores: dict[str, list[float]]) -> np.ndarray:
-        return combine_scores(self.task.combine, self.judges, scores, "task.combine")
-
     # ------------------------------------------------------------------------------------------------------ drawing
 
     @torch.no_grad()
     def _draw(self, model: Any, step: int, device: torch.device) -> RolloutBatch:
-        task, rows = self.task, self.rows_of_step(step)
+        task, seed = self.task, self.config.seed
+        rows = rows_of_step(step, len(self.examples), self.config.trainer.batch_size, seed)
         draws = [
-            [Draw(task.temperature, stream(self.seed, "rollout", step, row, number)) for number in range(task.group)]
+            [Draw(task.temperature, stream(seed, "rollout", step, row, number)) for number in range(task.group)]
             for row in rows
         ]
         groups = sample(
             model,
             [self._prompt(row) for row in rows],
             draws,
-            pad_id=self.pad_id,
-            ends=self.encoder.ends,
+            pad_id=self.rows.tokenizer.pad_token_id,
+            ends=self.rows.ends,
             max_new_tokens=task.max_new_tokens,
             batch_size=task.prompts_at_once,
-            context_tokens=self.context_tokens,
+            context_tokens=self.rows.context_tokens,
         )
         answers = [answer for group in groups for answer in group]
         row_of = [row for row in rows for _ in range(task.group)]
-        texts = [self.decode(self.encoder.ends.cut(answer.ids)) for answer in answers]
+        texts = [self.decode(self.rows.ends.cut(answer.ids)) for answer in answers]
         scores = self._scores([self.examples[row].conversation for row in row_of], texts)
+        rewards = combine_scores(task.combine, self.judges, scores, "task.combine").tolist()
         ids, finished = [answer.ids for answer in answers], [answer.finished for answer in answers]
-        rollout = RolloutBatch(row_of, ids, texts, finished, self._rewards(scores).tolist(), scores)
+        rollout = RolloutBatch(row_of, ids, texts, finished, rewards, scores)
         needs_values = task.advantage is Advantage.gae
         if task.updates > 1 or (task.kl.beta > 0 and task.kl.where is KlWhere.reward) or needs_values:
             rollout.old, rollout.values = self._numbers_per_token(model, rollout, device, values=needs_values)
@@ -177,7 +175,7 @@ class Rollouts:
 
     def _prompt(self, row: int) -> list[int]:
         if row not in self._prompts:
-            self._prompts[row] = list(self.encoder.prompt_ids(self.examples[row].conversation))
+            self._prompts[row] = list(self.rows.encoder.prompt_ids(self.examples[row].conversation))
         return self._prompts[row]
 
     def _plain(self, rollout: RolloutBatch, group: Sequence[int]) -> MicroBatch:
@@ -187,7 +185,7 @@ class Rollouts:
             prompt, ids = self._prompt(rollout.row[answer]), rollout.ids[answer]
             conversation = self.examples[rollout.row[answer]].conversation
             examples.append(Example([*prompt, *ids], [*[IGNORE] * len(prompt), *ids], conversation))
-        batch = collate(examples, [rollout.row[answer] for answer in group], self.pad_id)
+        batch = collate(examples, [rollout.row[answer] for answer in group], self.rows.tokenizer.pad_token_id)
         batch.weights = torch.ones_like(batch.weights)
         return batch
 
@@ -214,41 +212,6 @@ def _table(numbers: PerToken, labelled: torch.Tensor) -> torch.Tensor:
     """(rows, seq_len - 1) with each row's numbers at its labelled positions."""
     flat = torch.tensor([value for row in numbers for value in row], dtype=torch.float32)
     return torch.zeros(labelled.shape).masked_scatter(labelled, flat)
-
-
-def make_rollouts(
-    config: TrainConfig,
-    run: Run,
-    examples: Sequence[Example],
-    encoder: Encoder,
-    objective: Any,
-    host: Host | None,
-    tell: Callable[[str], None],
-    **more: Any,
-) -> Rollouts:
-    """The rollouts of a training; raises ConfigError for what they cannot do.
-
-    Reward runs judge on the base of `host` where it is theirs; `tell` is told of others.
-    """
-    check_rollouts(config)
-    judges, trainer = judges_of(config.task.judges, "task.judges"), config.trainer
-    first = examples[0].conversation
-    if [message["role"] for message in first.messages][-2:] != ["user", "assistant"]:
-        raise ConfigError(
-            f"task={config.task.name}: {first.where} has no prompt and answer; data={config.data.name} has none."
-        )
-    return Rollouts(
-        config.task,
-        judges,
-        load_judges(judges, "task.judges", host, tell, trainer.accelerator, trainer.threads),
-        config.seed,
-        examples,
-        lambda step: rows_of_step(step, len(examples), trainer.batch_size, config.seed),
-        encoder,
-        objective,
-        run.rollouts,
-        **more,
-    )
 
 
 def check_rollouts(config: TrainConfig) -> None:

@@ -110,13 +110,18 @@ def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
 
 
 def _record_failure(run: Run, error: BaseException) -> None:
-    stopped = isinstance(error, (Interrupted, KeyboardInterrupt))
-    line = str(error).splitlines()[0] if str(error) else type(error).__name__
-    status = "interrupted" if stopped else "diverged" if isinstance(error, DivergedError) else "failed"
-    status = error.status if isinstance(error, Stopped) else status
+    status = "failed"
+    if isinstance(error, Stopped):
+        status = error.status
+    elif isinstance(error, DivergedError):
+        status = "diverged"
+    elif isinstance(error, (Interrupted, KeyboardInterrupt)):
+        status = "interrupted"
+    kind = type(error).__name__
+    line = str(error).splitlines()[0] if str(error) else kind
     # The disk that failed the run may not take the note either; the error itself is on its way out.
     with contextlib.suppress(OSError):
-        run.update(status=status, error=f"{'' if isinstance(error, UserError) else type(error).__name__ + ': '}{line}")
+        run.update(status=status, error=line if isinstance(error, UserError) else f"{kind}: {line}")
 
 
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 from llmft.config.instantiate import reads_text
 from llmft.config.sections import TrainConfig
 from llmft.data.columns import Conversation
+from llmft.data.encode import Encoder
 from llmft.data.examples import Example
 from llmft.model.generate import generate
 from llmft.training.tokenized_data import TokenizedData
@@ -50,7 +51,10 @@ def make_generation(
     """
     examples: Sequence[Example] = rows.splits.get(split, [])
     wanted = min(config.task.generate_rows, len(examples))
-    if wanted == 0 or config.task.auto_class != "causal_lm" or not _has_prompt(examples[0].conversation):
+    if wanted == 0 or config.task.auto_class != "causal_lm":
+        return None
+    roles = [message["role"] for message in examples[0].conversation.messages]
+    if roles[-1] != "assistant" or "user" not in roles:
         return None
     # Of a task that predicts numbers, the metrics of llmft.metrics.text alone compare generated text.
     paths = [path for path in config.task.metrics if not config.task.predicts or reads_text(path)]
@@ -61,7 +65,7 @@ def make_generation(
         conversations = [examples[index].conversation for index in chosen]
         named["reward"] = lambda _, answers: float(judged(conversations, answers).mean())
     return Generation(
-        [_sample(rows, examples[index]) for index in chosen],
+        [_sample(rows.encoder, examples[index]) for index in chosen],
         named,
         decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
         partial(
@@ -85,12 +89,8 @@ def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
     return decode
 
 
-def _sample(rows: TokenizedData, example: Example) -> Sample:
-    prompt = rows.encoder.render(example.conversation, generation=True).text
-    texts = {"where": example.where, "prompt": prompt, "reference": rows.encoder.reference(example.conversation)}
-    return Sample(rows.encoder.prompt_ids(example.conversation), texts)
-
-
-def _has_prompt(conversation: Conversation) -> bool:
-    roles = [message["role"] for message in conversation.messages]
-    return roles[-1] == "assistant" and "user" in roles
+def _sample(encoder: Encoder, example: Example) -> Sample:
+    conversation = example.conversation
+    prompt, reference = encoder.render(conversation, generation=True).text, encoder.reference(conversation)
+    texts = {"where": example.where, "prompt": prompt, "reference": reference}
+    return Sample(encoder.prompt_ids(conversation), texts)

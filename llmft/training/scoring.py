@@ -38,7 +38,7 @@ def check_objective(task: TaskConfig) -> None:
             f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
             "set task.head=null."
         )
-    settings = {"targets": None, "scores": None, **_settings(task)} if task.head is not None else _feedback(task)
+    settings = {"targets": None, "scores": None, **_of_head(task)} if task.head is not None else _of_feedback(task)
     for name in task.objective_options.keys() & settings.keys():
         raise ConfigError(f"task.objective_options.{name}: this is given by the task; leave it out.")
     for name in sorted(settings.keys() - takes.keys()):
@@ -51,15 +51,13 @@ def check_objective(task: TaskConfig) -> None:
         raise ConfigError(f"task.objective={path}: {error} (task.objective_options).") from None
 
 
-def _settings(task: TaskConfig) -> dict[str, float]:
+def _of_head(task: TaskConfig) -> dict[str, Any]:
+    """What of the task's keys an objective of targets takes."""
     return {"label_smoothing": task.label_smoothing, "text_loss": task.text_loss}
 
 
-def _feedback(task: TaskConfig) -> dict[str, Any]:
-    """What of the task's own keys its objective of feedback takes; those at their defaults it may lack.
-
-    Without feedback nothing uses them.
-    """
+def _of_feedback(task: TaskConfig) -> dict[str, Any]:
+    """What of the task's keys an objective of feedback takes; those at their defaults it may lack."""
     keys = ("loss", "loss_options", "beta", "sft_weight", "centre", "label_smoothing")
     defaults = TaskConfig(name="", objective="")
     return {key: getattr(task, key) for key in keys if getattr(task, key) != getattr(defaults, key)}
@@ -87,14 +85,21 @@ def make_objective(
     task: TaskConfig, targets: Targets | None, encoder: Encoder, splits: Mapping[str, Examples]
 ) -> Objective:
     """What is learned. Raises ConfigError for class words that the tokenizer does not tell apart."""
-    check_objective(task)
     objective = find(str(task.objective), "task.objective", "objective")
-    takes = inspect.signature(objective).parameters
-    options = dict(task.objective_options) | (_feedback(task) if task.feedback is not None else {})
+    options = dict(task.objective_options) | (_of_feedback(task) if task.feedback is not None else {})
     if task.rollouts:
-        options |= policy_options(task)
+        options |= {
+            "aggregate": task.aggregate.value,
+            "clip": (task.clip[0], task.clip[1]),
+            "ratio": task.ratio.value,
+            "kl": task.kl.beta if task.kl.where is KlWhere.loss else 0.0,
+            "estimator": task.kl.estimator.value,
+            "value_weight": task.value_weight if task.advantage is Advantage.gae else 0.0,
+            "temperature": task.temperature,
+        }
     if task.head is not None:
-        options |= {name: value for name, value in _settings(task).items() if name in takes}
+        takes = inspect.signature(objective).parameters
+        options |= {name: value for name, value in _of_head(task).items() if name in takes}
         options["targets"] = targets
     if task.head is Head.tokens:
         from llmft.training.objectives.choice import make_scores
@@ -105,19 +110,6 @@ def make_objective(
         return objective(**options)
     except Exception as error:
         raise ConfigError(f"task.objective={task.objective}: cannot be built ({error}).") from None
-
-
-def policy_options(task: TaskConfig) -> dict[str, Any]:
-    """What an objective that learns from rewards takes of its task."""
-    return {
-        "aggregate": task.aggregate.value,
-        "clip": (task.clip[0], task.clip[1]),
-        "ratio": task.ratio.value,
-        "kl": task.kl.beta if task.kl.where is KlWhere.loss else 0.0,
-        "estimator": task.kl.estimator.value,
-        "value_weight": task.value_weight if task.advantage is Advantage.gae else 0.0,
-        "temperature": task.temperature,
-    }
 
 
 @dataclass

@@ -11,11 +11,10 @@ import torch
 
 from llmft.config.data import TrainOn
 from llmft.config.fields import seconds_of
-from llmft.config.model import Precision
 from llmft.config.task import Advantage
 from llmft.config.trainer import Export
 from llmft.core.console import Screen
-from llmft.core.errors import ConfigError, Interrupted, UserError
+from llmft.core.errors import ConfigError, Interrupted, UserError, first_line
 from llmft.core.machine import describe
 from llmft.data.datamodule import DataModule
 from llmft.metrics.show import show_summary
@@ -23,33 +22,31 @@ from llmft.model import adapters
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.checkpointing import set_checkpointing
 from llmft.model.compiling import compile_layers
-from llmft.model.load import TORCH_DTYPES, first_line
+from llmft.model.device import TORCH_DTYPES, mixed_precision
 from llmft.model.memory import optimizer_bytes
 from llmft.model.value_head import add_value_head
-from llmft.runs.checkpoint import Checkpoint, load_checkpoint, newest_sound, path_of, verify
+from llmft.runs.checkpoint import load_checkpoint, newest_sound, path_of, verify
 from llmft.runs.predictions import PREFIX
 from llmft.training import record
 from llmft.training.callbacks import Checkpointer, Recorder, ShowProgress, count_from
 from llmft.training.finetuner import FineTuner
 from llmft.training.micro_batching import MicroBatchPlan, architecture_of, divides_weights, plan_micro_batches
-from llmft.training.out_of_memory import LargestBatch, OutOfMemory, is_out_of_memory
+from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.parts import check_parts, failed_callback
 from llmft.training.plan import show_plan, what_ran
 from llmft.training.prepare import RunInputs, process_rank
-from llmft.training.processes import is_lost_process
 from llmft.training.readiness import check_room, check_vocabulary, lightning_trainer, make_ready
 from llmft.training.references import GROUP, make_references
-from llmft.training.reward_model import host_of
-from llmft.training.rollouts import make_rollouts
-from llmft.training.samples import decoder
+from llmft.training.rollouts import Rollouts
 from llmft.training.stopping import Signals, StopRequests
 from llmft.training.tracking import finish_loggers, make_loggers, summarise
 from llmft.training.trial_reporter import ReportTrial, TrialReporter
 
+LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket")
+"""What errors without a type of their own say where another process of the run no longer answers."""
 
-def run_session(
-    inputs: RunInputs, screen: Screen, reporter: TrialReporter | None = None, command: str = ""
-) -> float | None:
+
+def run_session(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, command: str) -> float | None:
     """Trains, or goes on training, and finishes the run directory; returns the monitored metric.
 
     `command` is the line that goes on with the run, for who interrupts it.
@@ -80,18 +77,18 @@ class Session:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         assembled = self._assemble()
         cleanup.callback(assembled.release)
-        checkpoint = newest_sound(self.run.checkpoints, screen.warn, mend=self.main_process)
-        state = checkpoint.state if checkpoint is not None else {}
-        self.plan = self._plan_memory(assembled, state.get("fit"))
+        self.checkpoint = newest_sound(self.run.checkpoints, screen.warn, mend=self.main_process)
+        self.state = self.checkpoint.state if self.checkpoint is not None else {}
+        self.plan = self._plan_memory(assembled)
         self.loggers: list[Any] = []
         if self.main_process:
-            self._record(assembled, None if checkpoint is None else checkpoint.step)
+            self._record(assembled, None if self.checkpoint is None else self.checkpoint.step)
             cleanup.push(partial(finish_loggers, self.loggers))
         self.signals = Signals()
         cleanup.callback(self.signals.release)
         self.data = self._data(assembled.model)
-        self.module = self._module(assembled.model, checkpoint)
-        self._make_trainer(reporter, command, checkpoint)
+        self.module = self._module(assembled.model)
+        self._make_trainer(reporter, command)
 
     def _assemble(self) -> Assembled:
         config, ready = self.config, self.ready
@@ -119,21 +116,20 @@ class Session:
             add_value_head(assembled.model)
         return assembled
 
-    def _plan_memory(self, assembled: Assembled, before: dict[str, Any] | None) -> MicroBatchPlan:
-        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says (`before`)."""
-        config, device = self.config, self.ready.device
-        dtype = TORCH_DTYPES[self.ready.precision]
+    def _plan_memory(self, assembled: Assembled) -> MicroBatchPlan:
+        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says."""
+        config, device, dtype = self.config, self.ready.device, TORCH_DTYPES[self.ready.precision]
         plan = plan_micro_batches(
             config,
             self.rows.splits["train"],
             lambda: architecture_of(self.inputs, len(self.rows.tokenizer)),
             device,
             dtype if config.lora.enabled else torch.float32,
-            before=before,
+            before=self.state.get("fit"),
         )
         set_checkpointing(assembled.base, plan.checkpointing)
         if config.trainer.compile:
-            with torch.autocast(device.type, dtype, enabled=self.ready.precision is not Precision.fp32):
+            with mixed_precision(device, self.ready.precision):
                 compile_layers(assembled.model, self.screen.warn)
         return plan
 
@@ -147,7 +143,7 @@ class Session:
             "micro_batch": self.plan.to_plain(),
             "ran": what_ran(self.config, ready, assembled, self.plan),
         }
-        record.write_records(self.inputs, self.rows, ready.inspection.overlaps, environment)
+        record.write_records(self.inputs, environment, self.rows, ready.inspection.overlaps)
         run.keep_until(-1 if resumed_at is None else resumed_at)
         show_plan(self.screen, self.inputs, ready, assembled, self.plan, resumed_at)
         self.loggers += make_loggers(self.config, run, environment, self.screen)
@@ -168,25 +164,13 @@ class Session:
         data.stops = [*range(rows.validate_every, rows.total_steps, rows.validate_every), rows.total_steps]
         return data
 
-    def _module(self, model: Any, checkpoint: Checkpoint | None) -> FineTuner:
+    def _module(self, model: Any) -> FineTuner:
         """The LightningModule, where the checkpoint left it, with room on the disk for what it will save."""
-        config, rows, run, warn = self.config, self.rows, self.run, self.screen.warn
+        config, run, warn, checkpoint = self.config, self.run, self.screen.warn, self.checkpoint
         rollouts = None
         if config.task.rollouts:
-            rollouts = make_rollouts(
-                config,
-                run,
-                rows.splits["train"],
-                rows.encoder,
-                self.ready.objective,
-                host_of(model, config, self.inputs.located.fingerprint),
-                self.screen.print,
-                decode=decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text]),
-                micro_batch=self.plan.limit,
-                pad_id=rows.tokenizer.pad_token_id,
-                context_tokens=rows.context_tokens,
-            )
-            rollouts.begin(model)
+            limit, tell = self.plan.limit, self.screen.print
+            rollouts = Rollouts(self.inputs, self.rows, self.ready.objective, model, limit, tell)
         module = FineTuner(self.inputs, self.ready, self.parts, model, rollouts, warn if self.main_process else None)
         if self.main_process:
             sizes = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -202,10 +186,9 @@ class Session:
                 ) from None
         return module
 
-    def _make_trainer(self, reporter: TrialReporter | None, command: str, checkpoint: Checkpoint | None) -> None:
+    def _make_trainer(self, reporter: TrialReporter | None, command: str) -> None:
         """Lightning's trainer, with the callbacks that record, save, show and report."""
-        config, rows, screen = self.config, self.rows, self.screen
-        state = checkpoint.state if checkpoint is not None else {}
+        config, rows, screen, state, checkpoint = self.config, self.rows, self.screen, self.state, self.checkpoint
         columns = getattr(self.ready.objective, "columns", [f"{PREFIX}{label}" for label in self.inputs.labels])
         self.recorder = recorder = Recorder(self.run, rows.splits, columns, state.get("seconds", 0.0))
         limit = config.trainer.max_time
@@ -247,9 +230,9 @@ class Session:
             return
         self._guarded(self.trainer.fit)
         if self.module.step < total_steps:
-            trainer = self.config.trainer
-            reason = f"trainer.patience={trainer.patience} validations without a better {trainer.monitor}"
-            reason = reason if self.checkpointer.stopped_early else "a callback of trainer.callbacks asked for it"
+            trainer, reason = self.config.trainer, "a callback of trainer.callbacks asked for it"
+            if self.checkpointer.stopped_early:
+                reason = f"trainer.patience={trainer.patience} validations without a better {trainer.monitor}"
             self.screen.print(f"stopped early after step {self.module.step} of {total_steps}: {reason}.")
 
     def _guarded(self, loop: Callable[..., Any], **arguments: Any) -> None:
@@ -267,7 +250,8 @@ class Session:
         except Exception as error:
             if (failure := failed_callback(error, self.parts.callbacks)) is not None:
                 raise failure from error
-            if self.trainer.world_size > 1 and is_lost_process(error):
+            lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST_PROCESS)
+            if self.trainer.world_size > 1 and (lost or isinstance(error, torch.distributed.DistError)):
                 raise UserError(
                     f"another process of this run is gone ({first_line(error)}); the same command goes on from the "
                     "newest checkpoint."
@@ -287,10 +271,10 @@ class Session:
         if stage == "training":
             step = self.data.groups_of_step(self.module.step)
             largest = max((group for share in step for group in share), key=lambda group: int(lengths[group].sum()))
-            return OutOfMemory(stage, error, LargestBatch(len(largest), int(lengths[largest].sum()), self.plan))
+            return OutOfMemory(stage, error, self.plan, len(largest), int(lengths[largest].sum()))
         sizes = [len(group) for split in ("validation", "test") for group in self.data.groups_of(split)]
         generated = len(self.module.generation.samples) if self.module.generation is not None else 0
-        return OutOfMemory(stage, error, LargestBatch(max(*sizes, generated), 0, self.plan))
+        return OutOfMemory(stage, error, self.plan, max(*sizes, generated))
 
     def finish(self) -> float | None:
         """Tests, hands over weights and predictions, writes the result; returns the monitored metric."""
@@ -308,30 +292,26 @@ class Session:
         rows.tokenizer.chat_template = rows.prompt.config.template
         adapters.save(module.model, rows.tokenizer, directory, weights)
         record.write_predictions(self.inputs, rows.splits, step)
-        before, after = record.before_and_after(run, step)
-        length = record.length_of(self.inputs, step)
-        words = record.words_of(config, before, after, length)
-        chance = record.chance_of(self.inputs, module.scoring.metrics if module.scoring is not None else {})
-        more = {"words": words, "length": length, "chance": chance, "skipped_steps": module.skipped}
-        run.finish(
-            {
-                "before": before,
-                "after": after,
-                "step": step,
-                "steps": module.step,
-                "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
-                "seconds": round(self.recorder.seconds, 3),
-                **{name: value for name, value in more.items() if value},
-            }
-        )
+        metrics = module.scoring.metrics if module.scoring is not None else {}
+        result = record.result_of(self.inputs, step, metrics)
+        result |= {
+            "step": step,
+            "steps": module.step,
+            "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
+            "seconds": round(self.recorder.seconds, 3),
+            **({"skipped_steps": module.skipped} if module.skipped else {}),
+        }
+        run.finish(result)
+        before, after = result["before"], result["after"]
         summarise(self.loggers, {**{f"best/{name}": value for name, value in after.items()}, "best/step": step})
         facts = {
             "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
             **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.writes else {}),
         }
-        show_summary(self.screen, before, after, facts, chance, words, blank=config.data.train_on is TrainOn.all)
-        return after.get(config.trainer.monitor)
+        blank, words = config.data.train_on is TrainOn.all, result.get("words", [])
+        show_summary(self.screen, before, after, facts, result.get("chance"), words, blank=blank)
+        return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
     def _take_best(self) -> int:
         """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""

@@ -28,28 +28,23 @@ SAME_S = 0.5
 class Signals:
     """Notes a signal until a step boundary; a second one ends the process at once."""
 
-    KINDS = tuple(  # Windows has but the first two
-        getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)
-    )
-
     def __init__(self) -> None:
+        names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has but the first two
+        main = threading.current_thread() is threading.main_thread()  # the only one that may take signals
+        self._kinds = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
         self.received = 0
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def take(self) -> None:
         """Takes the signals over; again and again, since Lightning takes SIGTERM for itself when a loop begins."""
-        if threading.current_thread() is not threading.main_thread():
-            return
-        for signum in self.KINDS:
-            if signal.getsignal(signum) is signal.SIG_IGN:
-                continue  # as `nohup` wants it
-            before = signal.signal(signum, self._note)
-            self._before.setdefault(signum, before)
+        for signum in self._kinds:
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # as `nohup` wants it
+                before = signal.signal(signum, self._note)
+                self._before.setdefault(signum, before)
 
     def release(self) -> None:
-        if threading.current_thread() is not threading.main_thread():
-            return
+        """Gives the signals back."""
         while self._before:
             signum, handler = self._before.popitem()
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
@@ -87,7 +82,7 @@ class StopRequests:
         return strongest
 
 
-def described(request: int, seconds: Callable[[], float]) -> str:
+def describe_request(request: int, seconds: Callable[[], float]) -> str:
     """A request to stop in words."""
     if request >= SIGNAL:
         return signal.Signals(request - SIGNAL).name

@@ -24,9 +24,9 @@ from lightning.pytorch.loggers import Logger
 from rich.markup import escape
 
 from llmft.config.convert import flatten, to_plain
-from llmft.config.instantiate import build, check_target
+from llmft.config.instantiate import build
 from llmft.config.sections import TrainConfig
-from llmft.config.trainer import LoggerConfig, WandbConfig
+from llmft.config.trainer import WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact
@@ -167,9 +167,6 @@ class SafeWandbLogger(Logger):
     def summarise(self, values: Mapping[str, Any]) -> None:
         self.attempt(lambda run: run.summary.update(dict(values)))
 
-    def finalize(self, status: str) -> None:
-        """Nothing: the run ends in `finish`, after the summary is written."""
-
     def finish(self, exit_code: int) -> None:
         """Closes the run, so that the next job of this process gets its own; waits at most `longest_end_s`."""
         self._exit_code = exit_code
@@ -212,12 +209,6 @@ def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
     for logger in loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.summarise(values)
-
-
-def check_loggers(config: LoggerConfig) -> None:
-    """Refuses a logger that cannot be built, before any weights load."""
-    for name, node in config.loggers.items():
-        check_target(node, f"logger.loggers.{name}", "logger")
 
 
 def _wandb_id(run: Run) -> str:

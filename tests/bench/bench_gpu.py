@@ -135,7 +135,8 @@ class Setting:
         from llmft.config.model import QuantizationConfig as Quantization
         from llmft.config.model import QuantizationFormat as Format
         from llmft.data.hub import Located
-        from llmft.model.load import TORCH_DTYPES, load_base, pick_precision
+        from llmft.model.device import TORCH_DTYPES, pick_precision
+        from llmft.model.load import load_base
         from llmft.model.quantization import weight_counts
 
         self.device = device

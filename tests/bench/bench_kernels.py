@@ -26,7 +26,8 @@ from llmft.data.batch import MicroBatch
 from llmft.data.hub import locate
 from llmft.model import adapters
 from llmft.model.kernels import lora, packing
-from llmft.model.load import load_base, load_tokenizer
+from llmft.model.load import load_base
+from llmft.model.tokenizer import load_tokenizer
 from llmft.training.objectives.language_modeling import LanguageModeling
 
 DATA = Path(__file__).resolve().parents[3] / "shared/data/instruction/llamafactory_alpaca_en_demo.json"

@@ -225,7 +225,7 @@ def test_a_point_without_room_is_told_as_one_that_does_not_fit(
 
 def test_random_rows_have_about_the_tokens_that_are_asked_for() -> None:
     from llmft.data.hub import locate
-    from llmft.model.load import load_tokenizer
+    from llmft.model.tokenizer import load_tokenizer
 
     model = compose("logger=none").model
     tokenizer = load_tokenizer(model, locate(model))

@@ -15,8 +15,8 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
 from llmft.data.sources import BadRows, Row, load_rows, read
 from llmft.data.targets import LETTERS, Targets, class_weights
+from llmft.training.inspection import row_findings
 from llmft.training.prepare import prepare
-from llmft.training.tokenized_data import row_findings
 from tests.conftest import compose
 
 

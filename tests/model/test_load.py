@@ -16,6 +16,7 @@ from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig, Quant
 from llmft.core.errors import ConfigError
 from llmft.data.hub import Located, fingerprint, locate
 from llmft.model import load
+from llmft.model.device import pick_device
 from llmft.train import train
 from tests.conftest import ROOT
 
@@ -102,9 +103,9 @@ def test_w7_an_uncached_hub_model_says_what_to_do_without_network() -> None:
 
 def test_a_list_of_devices_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert load.pick_device("auto", 0, [1]) == torch.device("cuda", 1)
-    assert load.pick_device("gpu", 1, [2, 3]) == torch.device("cuda", 3)
-    assert load.pick_device("gpu", 1, 2) == torch.device("cuda", 1)
+    assert pick_device("auto", 0, [1]) == torch.device("cuda", 1)
+    assert pick_device("gpu", 1, [2, 3]) == torch.device("cuda", 3)
+    assert pick_device("gpu", 1, 2) == torch.device("cuda", 1)
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])

@@ -14,8 +14,9 @@ from llmft.config.model import ModelConfig, QuantizationConfig
 from llmft.config.model import QuantizationFormat as Form
 from llmft.core.errors import ConfigError
 from llmft.data.hub import locate
-from llmft.model.load import load_base, load_tokenizer
+from llmft.model.load import load_base
 from llmft.model.quantization import agreed, held_as, weight_counts
+from llmft.model.tokenizer import load_tokenizer
 from llmft.train import train
 from tests.conftest import SMALL, compose, run_directory
 

@@ -13,7 +13,7 @@ from llmft.data.hub import locate
 from llmft.metrics.judging import judges_of
 from llmft.model.adapters import save, trainable_state
 from llmft.model.assemble import assemble
-from llmft.model.load import load_tokenizer
+from llmft.model.tokenizer import load_tokenizer
 from llmft.train import train
 from llmft.training.reward_model import Host, RewardModel, host_of, load_judges, shares_base
 from tests.conftest import SMALL, compose, run_directory

@@ -21,8 +21,9 @@ from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.sources import BadRows
 from llmft.train import train
+from llmft.training.inspection import inspect_rows
 from llmft.training.prepare import prepare
-from llmft.training.tokenized_data import inspect_rows, read_rows
+from llmft.training.tokenized_data import read_rows
 from tests.conftest import ROOT, SMALL, compose, prompt_config, run_directory
 from tests.trust.helpers import records
 

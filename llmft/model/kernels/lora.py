@@ -47,21 +47,15 @@ def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
 
 def is_plain(layer: Any) -> bool:
     """Whether `lora_linear` computes this layer of PEFT's: ordinary LoRA on a dense or 4-bit linear layer."""
-    adapters = list(layer.lora_A)
+    import bitsandbytes as bnb
+
     return (
-        adapters == ["default"]
+        list(layer.lora_A) == ["default"]
         and not layer.lora_variant
         and not layer.lora_bias.get("default", False)
         and type(layer.lora_A["default"]) is torch.nn.Linear
-        and is_dense(layer.base_layer)
+        and (type(layer.base_layer) is torch.nn.Linear or isinstance(layer.base_layer, bnb.nn.Linear4bit))
     )
-
-
-def is_dense(layer: torch.nn.Module) -> bool:
-    """Whether `weight_of` gives the layer's weight: an ordinary linear layer, or a 4-bit one."""
-    import bitsandbytes as bnb
-
-    return type(layer) is torch.nn.Linear or isinstance(layer, bnb.nn.Linear4bit)
 
 
 def weight_of(layer: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -78,22 +78,18 @@ class PackedBatch:
         return {**tokens, "attention_mask": dummy, "use_cache": False, "llmft_blocks": self.blocks}
 
 
-def register() -> None:
-    from transformers import AttentionInterface
-    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
-
-    AttentionInterface.register(NAME, packed_attention)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 ATTENTION = {"full_attention", "sliding_attention"}
 """Kinds of layers in which tokens meet in attention alone, and that `packed_attention` computes."""
 
 
 def enable(model: Any) -> None:
     """Lets `model` take packed rows where its family can; whether it can tells `uses_packing` from then on."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
     if model.config._attn_implementation == "sdpa" and supports_packing(model):
-        register()
+        AttentionInterface.register(NAME, packed_attention)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
 
 
@@ -119,12 +115,13 @@ def uses_packing(model: Any) -> bool:
 
 
 def pack(
-    input_ids: torch.Tensor, lengths: Sequence[int], *, varlen: bool = False, positions: Positions = NO_POSITIONS
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[int], positions: Positions = NO_POSITIONS
 ) -> PackedBatch:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
 
-    `positions` are rows and columns of tokens that the caller wants to find in it.
+    `positions` are rows and columns of tokens that the caller wants to find in it; `base` will read it.
     """
+    varlen = takes_varlen(base)
     shapes = () if varlen else plan_blocks(lengths)
     widths = list(lengths) if varlen else [width for rows, width in shapes for _ in range(rows)]
     starts = np.cumsum([0, *widths])
@@ -148,13 +145,13 @@ def inputs_of(
         rows, columns = positions
         (indices,) = send([rows * input_ids.shape[1] + columns], input_ids.device)
         return {"input_ids": input_ids, "use_cache": False}, indices
-    packed = pack(input_ids, lengths, varlen=takes_varlen(base), positions=positions)
+    packed = pack(base, input_ids, lengths, positions)
     assert packed.positions is not None
     return packed.arguments, packed.positions
 
 
 def pack_answers(
-    input_ids: torch.Tensor, lengths: Sequence[Sequence[int]], *, varlen: bool = False
+    base: Any, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[PackedBatch, list[tuple[int, int]]]:
     """Prompts with several answers each as one sequence, and (end of the prompt, begin of the answer) of each answer.
 
@@ -163,9 +160,11 @@ def pack_answers(
     answer, which costs little while rows are short beside the model's width.
 
     Args:
+        base: the model that will read it.
         input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
         lengths: of each row the tokens of its prompt and of each answer.
     """
+    varlen = takes_varlen(base)
     index, positions, spans, ends, start = [], [], [], [], 0
     for row, (prompt, *answers) in enumerate(lengths):
         index.append(row * input_ids.shape[1] + np.arange(prompt + sum(answers)))

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from transformers.activations import SiLUActivation
 
+from llmft.core.errors import first_line
 from llmft.model.kernels.lora import Recipe
 
 NORM = ("weight", "variance_epsilon")
@@ -43,7 +45,7 @@ def _norm_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    if _is_plain(args, kwargs) or type(self.act_fn) not in _silu_classes():
+    if _is_plain(args, kwargs) or type(self.act_fn) not in (torch.nn.SiLU, SiLUActivation):
         return type(self).forward(self, *args, **kwargs)
     gate, up = self.gate_proj(*args), self.up_proj(*args)
     if gate.dtype is not up.dtype:
@@ -51,13 +53,6 @@ def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     product = _SwiGlu.apply(gate, up)
     product.llmft_recipe = Recipe((gate.detach(), up.detach()), swiglu)
     return self.down_proj(product)
-
-
-@lru_cache(maxsize=1)
-def _silu_classes() -> tuple[type, ...]:
-    from transformers.activations import SiLUActivation
-
-    return torch.nn.SiLU, SiLUActivation
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -158,10 +153,8 @@ def can_fuse(device: torch.device) -> bool:
         for function, arguments in calls:
             torch.testing.assert_close(compiled(function)(*arguments), function(*arguments), rtol=2e-2, atol=2e-2)
     except Exception as error:  # whatever compilers and drivers say
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        warnings.warn(
-            f"RMSNorm and SwiGLU are computed step by step: no kernel could be compiled ({reason})", stacklevel=2
-        )
+        reason = f"no kernel could be compiled ({first_line(error)})"
+        warnings.warn(f"RMSNorm and SwiGLU are computed step by step: {reason}", stacklevel=2)
         return False
     return True
 

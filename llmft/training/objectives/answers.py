@@ -10,7 +10,7 @@ import torch
 from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.heads import row_per_answer
-from llmft.model.kernels.packing import pack_answers, takes_varlen, uses_packing
+from llmft.model.kernels.packing import pack_answers, uses_packing
 from llmft.training.objectives.language_modeling import nll_behind
 
 
@@ -22,13 +22,14 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     answers, base, device = batch.answers, base_of(model), batch.input_ids.device
     assert answers is not None, "the rows have no answers that are compared"
     if uses_packing(base):
-        packed, spans = pack_answers(batch.input_ids, answers.lengths, varlen=takes_varlen(base))
+        packed, spans = pack_answers(base, batch.input_ids, answers.lengths)
         arguments = packed.arguments
     else:
         rows, spans = row_per_answer(batch.input_ids, answers.lengths)
         arguments = {"input_ids": rows, "use_cache": False}
     predictors, predicted, indices = [], [], []
-    for (row, number, length), (end, begin) in zip(_answers(answers), spans, strict=True):
+    lengths = [(row, n, length) for row, (_, *each) in enumerate(answers.lengths) for n, length in enumerate(each)]
+    for (row, number, length), (end, begin) in zip(lengths, spans, strict=True):
         predictors.append([end, *range(begin, begin + length - 1)])
         predicted.append(np.arange(begin, begin + length))
         indices.append(np.full(length, row * answers.most + number))
@@ -38,11 +39,6 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
     return -sums.index_add(0, index, nll.double()).view(-1, answers.most)
-
-
-def _answers(answers: Answers) -> list[tuple[int, int, int]]:
-    """(row, number among the row's answers, tokens) of every answer."""
-    return [(row, n, length) for row, (_, *lengths) in enumerate(answers.lengths) for n, length in enumerate(lengths)]
 
 
 def token_counts(answers: Answers, device: torch.device) -> torch.Tensor:

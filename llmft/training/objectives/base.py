@@ -24,6 +24,11 @@ class RowLosses:
     counts: torch.Tensor
     outputs: torch.Tensor | None = None
 
+    @classmethod
+    def per_row(cls, nll: torch.Tensor, outputs: torch.Tensor | None = None) -> RowLosses:
+        """Of (rows,) losses that are no sums over tokens: every row counts 1."""
+        return cls(nll, torch.ones(len(nll), dtype=torch.long, device=nll.device), outputs)
+
 
 class Objective(Protocol):
     """Scores a batch: the one thing that differs between what is learned.

@@ -22,7 +22,6 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
 from llmft.data.sources import BadRows
-from llmft.model.kernels.packing import Positions
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
 
@@ -92,28 +91,24 @@ class WordScores:
     def _by_forwards(self, model: Any, ids: torch.Tensor, prompts: np.ndarray) -> dict[Path, torch.Tensor]:
         """(rows, ways) logits of every fork's tokens, by one forward of prompt and answer per probe."""
         behind: dict[Path, torch.Tensor] = {}
+        rows = np.arange(len(ids))
         for probe in self.probes:
-            logits = self._logits(model, ids, prompts, probe)
+            width = int(prompts.max()) + len(probe)
+            inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
+            copied = min(width, ids.shape[1])
+            inputs[:, :copied] = ids[:, :copied]
+            (begins,) = send([rows * width + prompts], ids.device)
+            for depth, token in enumerate(probe):
+                inputs.view(-1).index_fill_(0, begins + depth, token)
+            # What stands behind is never looked at by causal attention.
+            columns = prompts[:, None] - 1 + np.arange(1 + len(probe))
+            positions = (np.repeat(rows, columns.shape[1]), columns.reshape(-1))
+            logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), positions)
+            logits = logits.view(len(ids), 1 + len(probe), -1)
             for fork in self.forks:
                 if fork.prefix not in behind and probe[: len(fork.prefix)] == fork.prefix:
                     behind[fork.prefix] = _columns(logits[:, len(fork.prefix)], fork.tokens)
         return behind
-
-    @staticmethod
-    def _logits(model: Any, ids: torch.Tensor, prompts: np.ndarray, probe: Path) -> torch.Tensor:
-        """(rows, 1 + len(probe), vocabulary) logits behind each prompt and each token of `probe`."""
-        rows, width = np.arange(len(ids)), int(prompts.max()) + len(probe)
-        inputs = torch.zeros(len(ids), width, dtype=ids.dtype, device=ids.device)
-        copied = min(width, ids.shape[1])
-        inputs[:, :copied] = ids[:, :copied]
-        (begins,) = send([rows * width + prompts], ids.device)
-        for depth, token in enumerate(probe):
-            inputs.view(-1).index_fill_(0, begins + depth, token)
-        # What stands behind is never looked at by causal attention.
-        columns = prompts[:, None] - 1 + np.arange(1 + len(probe))
-        positions: Positions = (np.repeat(rows, columns.shape[1]), columns.reshape(-1))
-        logits = logits_at(model, inputs, (prompts + len(probe)).tolist(), positions)
-        return logits.view(len(ids), 1 + len(probe), -1)
 
 
 def _columns(logits: torch.Tensor, tokens: list[int]) -> torch.Tensor:
@@ -132,24 +127,16 @@ def cost(objective: Any) -> str | None:
     )
 
 
-def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
-    """The tokens that the prompt format makes of each word as an answer, its end token with it."""
-    paths = []
-    for word in words:
-        probe = Conversation(
-            [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}], "task.words"
-        )
-        ids, marks = encoder.tokens(probe, BadRows())
-        paths.append(tuple(int(token) for token in np.asarray(ids)[marks != 0]))
-    return paths
-
-
 def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Examples]) -> WordScores:
     """The scores of `words` under the encoder's tokenizer and prompt format.
 
     Raises ConfigError for words that their tokens do not tell apart, or that no row spells so: the prompt runs into it.
     """
-    paths = word_paths(encoder, words)
+    paths: list[Path] = []  # of each word as an answer, its end token with it
+    for word in words:
+        probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}]
+        ids, marks = encoder.tokens(Conversation(probe, "task.words"), BadRows())
+        paths.append(tuple(np.asarray(ids)[marks != 0].tolist()))
     known = set(paths)
     for example in chain.from_iterable(splits.values()):
         labels = np.asarray(example.labels)

@@ -47,13 +47,13 @@ class Classification:
         nll = self._nll(scores, batch.targets, self.label_smoothing)
         if self.text_loss:
             nll = nll + self.text_loss * LanguageModeling().losses(model, batch).nll
-        return RowLosses(nll, _ones(scores))
+        return RowLosses.per_row(nll)
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
         """The same without label smoothing, with the predictions."""
         assert batch.targets is not None, "classification needs data.columns.target"
         scores = self.scores(model, batch).double()
-        return RowLosses(self._nll(scores, batch.targets, 0.0), _ones(scores), self.outputs(scores))
+        return RowLosses.per_row(self._nll(scores, batch.targets, 0.0), self.outputs(scores))
 
     def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """(rows, classes) float64 probabilities, or (rows, 1) numbers."""
@@ -75,7 +75,3 @@ class Classification:
             expected = targets.to(scores.dtype) * (1 - smoothing) + smoothing / 2
             return F.binary_cross_entropy_with_logits(scores, expected, reduction="none").mean(dim=-1)
         return F.cross_entropy(scores, targets, reduction="none", label_smoothing=smoothing)
-
-
-def _ones(scores: torch.Tensor) -> torch.Tensor:
-    return torch.ones(len(scores), dtype=torch.long, device=scores.device)

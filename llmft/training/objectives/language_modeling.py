@@ -11,7 +11,7 @@ import torch
 
 from llmft.data.batch import MicroBatch, send
 from llmft.data.examples import IGNORE
-from llmft.model.families import base_of, body_of, selects_positions
+from llmft.model.families import base_of, body_of, evaluating, selects_positions
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels.packing import Positions, inputs_of
 from llmft.model.sharding import is_sharded
@@ -30,18 +30,12 @@ def nll_at(model: Any, batch: MicroBatch, temperature: float = 1.0) -> torch.Ten
     """(labelled tokens,) negative log-likelihoods in nats of the labels of `batch`, row by row.
 
     They are those of softmax(logits / temperature).
-
-    Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
-    for hidden states instead of the vocabulary, and the same numbers.
     """
-    base, (rows, columns) = base_of(model), batch.positions
+    rows, columns = batch.positions
     (labelled,) = send([rows * batch.labels.shape[1] + columns + 1], batch.labels.device)
     targets = batch.labels.reshape(-1)[labelled]
-    arguments, positions = inputs_of(base, batch.input_ids, batch.lengths, batch.positions)
-    most = positions_at_a_time(base.config.get_text_config().vocab_size, targets.device.type)
-    if len(targets) <= most or not _in_chunks(base):
-        return _nll(_tempered(_logits(model, arguments, positions).float(), temperature), targets)
-    return _chunked_nll(base, arguments, positions, targets, most, temperature)
+    arguments, positions = inputs_of(base_of(model), batch.input_ids, batch.lengths, batch.positions)
+    return _nll_at(model, arguments, positions, None, targets, temperature)
 
 
 def nll_behind(model: Any, arguments: dict[str, Any], positions: np.ndarray, targets: torch.Tensor) -> torch.Tensor:
@@ -49,13 +43,33 @@ def nll_behind(model: Any, arguments: dict[str, Any], positions: np.ndarray, tar
 
     Like `nll_at`, but a position, counted over all rows of the forward's tokens, may have several targets.
     """
-    base = base_of(model)
-    vocabulary = base.config.get_text_config().vocab_size
-    if len(targets) > (most := positions_at_a_time(vocabulary, targets.device.type)) and _in_chunks(base):
-        (indices,) = send([positions], targets.device)
-        return _chunked_nll(base, arguments, indices, targets, most, 1.0)
     once, order = send(np.unique(positions, return_inverse=True), targets.device)
-    return _nll(_wide(_logits(model, arguments, once)[order]), targets)
+    return _nll_at(model, arguments, once, order, targets, 1.0)
+
+
+def _nll_at(
+    model: Any,
+    arguments: dict[str, Any],
+    positions: torch.Tensor,
+    order: torch.Tensor | None,
+    targets: torch.Tensor,
+    temperature: float,
+) -> torch.Tensor:
+    """(targets,) nats of `targets` behind `positions`, or behind `positions[order]`.
+
+    Where there are many, the logits of a part of them exist at a time, and what goes back is computed with them: memory
+    for hidden states instead of the vocabulary, and the same numbers.
+    """
+    base = base_of(model)
+    most = positions_at_a_time(base.config.get_text_config().vocab_size, targets.device.type)
+    if len(targets) > most and _in_chunks(base):
+        places = positions if order is None else positions[order]
+        hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[places]
+        losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
+        return losses
+    if order is None:
+        return _nll(_logits(model, arguments, positions), targets, temperature)
+    return _nll(_logits(model, arguments, positions)[order], targets, temperature)
 
 
 def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
@@ -75,22 +89,6 @@ def _logits(model: Any, arguments: dict[str, Any], positions: torch.Tensor) -> t
         return model(**arguments).logits
     finally:
         hook.remove()
-
-
-def _chunked_nll(
-    base: Any, arguments: dict[str, Any], positions: torch.Tensor, targets: torch.Tensor, most: int, temperature: float
-) -> torch.Tensor:
-    hidden = body_of(base)(**arguments).last_hidden_state.flatten(0, 1)[positions]
-    losses: torch.Tensor = _ChunkedNll.apply(hidden, targets, base, most, temperature)
-    return losses
-
-
-def _tempered(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    return logits if temperature == 1 else logits / temperature
-
-
-def _wide(logits: torch.Tensor) -> torch.Tensor:
-    return logits if logits.dtype is torch.float64 else logits.float()
 
 
 def _in_chunks(base: Any) -> bool:
@@ -115,13 +113,9 @@ _plain_heads: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 def _has_plain_head(base: Any) -> bool:
     """Whether a model does no more behind its body than `_logits_of`: some scale logits by values of their own."""
     ids = torch.arange(4, device=base.device)[None]
-    training = base.training
-    base.eval()
-    try:
+    with evaluating(base):
         logits = base(input_ids=ids, use_cache=False).logits[0].float()
         same = _logits_of(base, body_of(base)(input_ids=ids, use_cache=False).last_hidden_state[0]).float()
-    finally:
-        base.train(training)
     return torch.allclose(same, logits, rtol=0, atol=1e-2 * float(logits.abs().max()))
 
 
@@ -132,9 +126,10 @@ def _logits_of(base: Any, hidden: torch.Tensor) -> torch.Tensor:
     return logits if cap is None else torch.tanh(logits / cap) * cap
 
 
-def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def _nll(logits: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
     """(positions,) cross-entropy in nats of (positions, vocabulary) logits: torch's numbers in less memory."""
-    nll: torch.Tensor = _Nll.apply(logits, targets)
+    logits = logits if logits.dtype is torch.float64 else logits.float()
+    nll: torch.Tensor = _Nll.apply(logits if temperature == 1 else logits / temperature, targets)
     return nll
 
 
@@ -173,7 +168,7 @@ class _ChunkedNll(torch.autograd.Function):
             with torch.set_grad_enabled(needs_gradient):
                 part = hidden[start : start + most].detach().requires_grad_(needs_gradient)
                 # No name for the logits: they leave once their log-probabilities are there.
-                nll = _nll(_tempered(_logits_of(base, part).float(), temperature), targets[start : start + most])
+                nll = _nll(_logits_of(base, part), targets[start : start + most], temperature)
                 if needs_gradient:
                     gradients += torch.autograd.grad(nll.sum(), part)
             losses.append(nll.detach())

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from llmft.data.batch import MicroBatch, PolicyRows
+from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
 from llmft.model.value_head import token_values
 from llmft.training.objectives import policy_gradient as pg
@@ -78,18 +78,16 @@ class PolicyGradient:
             assert rows.values is not None
             assert rows.returns is not None
             losses = losses + self.value_weight * pg.value_loss(values.of(mask), rows.values, rows.returns)
-        self._add(ratio.detach(), log_probs.detach(), rows, mask)
+        with torch.no_grad():
+            stopped = pg.clipped(ratio, rows.advantages, self.clip)
+            drift = torch.zeros_like(mask) if rows.reference is None else pg.kl(log_probs, rows.reference, "k1")
+            sums = [mask.sum(), *((part * mask).sum() for part in (stopped, drift, -log_probs))]
+            self.sums.append(torch.stack([part.double() for part in sums]))
         return RowLosses(pg.summed(losses, mask, self.aggregate), mask.sum(-1))
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
         """The language model's losses of the rows' own answers."""
         return LanguageModeling().losses(model, batch)
-
-    def _add(self, ratio: torch.Tensor, log_probs: torch.Tensor, rows: PolicyRows, mask: torch.Tensor) -> None:
-        stopped = pg.clipped(ratio, rows.advantages, self.clip)
-        drift = torch.zeros_like(mask) if rows.reference is None else pg.kl(log_probs, rows.reference, "k1")
-        sums = [mask.sum(), *((part * mask).sum() for part in (stopped, drift, -log_probs))]
-        self.sums.append(torch.stack([part.double() for part in sums]))
 
     def step_metrics(self) -> dict[str, float]:
         """Of a step the share of clipped tokens, and in nats a token divergence from the reference and entropy.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import torch
 
-ADVANTAGES = ("group", "centred", "leave_one_out", "gae")
 GROUP_EPSILON = 1e-4
 """Added to a group's standard deviation, as TRL does; a group without spread has advantages of 0."""
 
@@ -26,10 +25,8 @@ def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
         return centred
     if kind == "leave_one_out":
         return centred * (count / (count - 1)) if count > 1 else rewards
-    if kind == "group":
-        spread = rewards.std(-1, keepdim=True) if count > 1 else torch.zeros_like(centred)
-        return centred / (spread + GROUP_EPSILON)
-    raise ValueError(f"unknown advantage {kind}: one of {', '.join(ADVANTAGES)}")
+    spread = rewards.std(-1, keepdim=True) if count > 1 else torch.zeros_like(centred)
+    return centred / (spread + GROUP_EPSILON)
 
 
 def gae(

@@ -27,16 +27,6 @@ def find_loss(name: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]
     return loss
 
 
-def pairs_of(log_probs: torch.Tensor, answers: Answers) -> Pairs:
-    """The pairs of a micro-batch, from (rows, answers) log-probabilities of the policy."""
-    row, better, worse = answers.pairs.unbind(1)
-    tokens = token_counts(answers, log_probs.device).to(log_probs.dtype)
-    reference = answers.reference
-    ref_log_probs = torch.zeros_like(log_probs) if reference is None else reference.to(log_probs.dtype)
-    columns = [values[row, answer] for values in (log_probs, ref_log_probs, tokens) for answer in (better, worse)]
-    return Pairs(*columns)
-
-
 def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
     """(rows, …) means of (pairs, …) values over each row's pairs."""
     row = answers.pairs[:, 0]
@@ -49,6 +39,12 @@ def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
 def share_ahead(difference: torch.Tensor) -> torch.Tensor:
     """1 where the chosen answer has more, one half where both have the same, else 0."""
     return (torch.sign(difference) + 1) / 2
+
+
+def pair_columns(chosen: torch.Tensor, rejected: torch.Tensor, longer_by: torch.Tensor) -> list[torch.Tensor]:
+    """What validations keep of each pair: who is ahead, by how much, both rewards, and the same of lengths."""
+    margin = chosen - rejected
+    return [share_ahead(margin), margin, chosen, rejected, longer_by, share_ahead(longer_by)]
 
 
 class Preference:
@@ -83,14 +79,17 @@ class Preference:
         """See RowLosses."""
         answers = batch.answers
         assert answers is not None, "task.feedback=pairs brings rows with answers"
-        pairs = pairs_of(answer_log_probs(model, batch), answers)
-        margins = answers.margins[answers.pairs[:, 0]]
-        margin = {"margin": margins} if answers.has_margins else {}
+        row, better, worse = answers.pairs.unbind(1)
+        log_probs = answer_log_probs(model, batch)
+        reference = torch.zeros_like(log_probs) if answers.reference is None else answers.reference.to(log_probs.dtype)
+        tokens = token_counts(answers, log_probs.device).to(log_probs.dtype)
+        pairs = Pairs(*(table[row, answer] for table in (log_probs, reference, tokens) for answer in (better, worse)))
+        margin = {"margin": answers.margins[row]} if answers.has_margins else {}
         losses = self.loss(pairs, self.beta, **margin, **self.options)
         if self.sft_weight:
             losses = losses - self.sft_weight * pairs.chosen / pairs.chosen_tokens
         outputs = over_rows(self._outputs(pairs, answers), answers)
-        return RowLosses(over_rows(losses, answers), ones(answers, losses), outputs)
+        return RowLosses.per_row(over_rows(losses, answers), outputs)
 
     @torch.no_grad()
     def _outputs(self, pairs: Pairs, answers: Answers) -> torch.Tensor:
@@ -100,11 +99,8 @@ class Preference:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
         chosen, rejected = self.beta * chosen.double(), self.beta * rejected.double()
         drift = pairs.chosen_ratio / pairs.chosen_tokens
-        more = pairs.chosen_tokens - pairs.rejected_tokens
-        margin = chosen - rejected
-        columns = [
-            share_ahead(margin), margin, chosen, rejected, more, share_ahead(more), pairs.chosen, pairs.rejected, drift
-        ]  # fmt: skip
+        longer_by = pairs.chosen_tokens - pairs.rejected_tokens
+        columns = [*pair_columns(chosen, rejected, longer_by), pairs.chosen, pairs.rejected, drift]
         return torch.stack([column.double() for column in columns], dim=1)
 
 
@@ -128,7 +124,8 @@ class Kto:
         self.weights = (float(options.pop("desirable", 1.0)), float(options.pop("undesirable", 1.0)))
         if options:
             name = next(iter(options))
-            raise ConfigError(f"task.loss_options.{name}: no such option{did_you_mean(name, KTO_OPTIONS)}")
+            hint = did_you_mean(name, ("desirable", "undesirable"))
+            raise ConfigError(f"task.loss_options.{name}: no such option{hint}")
         self.distance: torch.Tensor | None = None
 
     @torch.no_grad()
@@ -173,12 +170,4 @@ class Kto:
             sides = [torch.where(good == side, value, missing) for value in (reward, logp) for side in (True, False)]
             lengths = [torch.zeros_like(ratio), torch.full_like(ratio, 0.5)]  # one answer is not longer than another
             columns = [share_ahead(sign * ratio), sign * reward, *sides[:2], *lengths, *sides[2:], drift]
-        return RowLosses(losses, ones(answers, losses), torch.stack(columns, dim=1).double())
-
-
-KTO_OPTIONS = ("desirable", "undesirable")
-
-
-def ones(answers: Answers, like: torch.Tensor) -> torch.Tensor:
-    """(rows,) what each row counts for."""
-    return torch.ones(len(answers.lengths), dtype=torch.long, device=like.device)
+        return RowLosses.per_row(losses, torch.stack(columns, dim=1).double())

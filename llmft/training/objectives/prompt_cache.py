@@ -41,12 +41,13 @@ def can_share(model: Any, tokens: int) -> bool:
     rotary = [module for module in base.modules() if type(module).__name__.endswith("RotaryEmbedding")]
     if not rotary or getattr(config, "alibi", False):
         return False
-    ropes = {kind for module in rotary for kind in _rope_types(module)}
-    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    types = [getattr(module, "rope_type", "default") for module in rotary]
+    ropes = {kind for kinds in types for kind in (kinds.values() if isinstance(kinds, dict) else [kinds])}
+    layers = set(getattr(config, "layer_types", None) or ["full_attention"])
     window = getattr(config, "sliding_window", None)
     return (
         ropes <= set(FIXED_ROPE)
-        and kinds <= {"full_attention", "sliding_attention"}
+        and layers <= packing.ATTENTION
         and (window is None or tokens < window)
         and getattr(config, "_attn_implementation", None) in ("sdpa", packing.NAME, "eager")
     )
@@ -59,11 +60,6 @@ def _cache_argument(model_class: Any) -> str | None:
     if not selects_positions(model_class) or not all(name in parameters for name in NEEDED):
         return None
     return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
-
-
-def _rope_types(module: Any) -> list[str]:
-    kinds = getattr(module, "rope_type", "default")
-    return list(kinds.values()) if isinstance(kinds, dict) else [kinds]
 
 
 def logits_behind(
@@ -113,7 +109,9 @@ def _group(
     branch = torch.tensor([[other == node[: len(other)] for other in nodes] for node in nodes], device=ids.device)
     of_prompt = (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1)
     visible = torch.cat([of_prompt, branch[None].expand(len(ids), -1, -1)], dim=-1)[:, None]
-    mask = _additive(visible) if base.config._attn_implementation == "eager" else visible
+    mask = visible
+    if base.config._attn_implementation == "eager":  # which adds its mask to the scores
+        mask = torch.zeros(visible.shape, device=ids.device).masked_fill(~visible, torch.finfo(torch.float32).min)
     keep = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
     behind = model(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
@@ -125,9 +123,3 @@ def _group(
     order = [node for node in nodes if node in prefixes]
     logits = {node: behind[:, number] for number, node in enumerate(order)}
     return logits | ({(): first} if () in prefixes else {})
-
-
-def _additive(visible: torch.Tensor) -> torch.Tensor:
-    """0 where `visible` and a very low number elsewhere, which attention without a fused kernel adds to its scores."""
-    low = torch.finfo(torch.float32).min
-    return torch.zeros(visible.shape, device=visible.device).masked_fill(~visible, low)

@@ -11,7 +11,7 @@ from llmft.metrics.preference import REWARD_COLUMNS
 from llmft.model.heads import answer_scores
 from llmft.training.objectives.answers import token_counts
 from llmft.training.objectives.base import RowLosses
-from llmft.training.objectives.preference import ones, over_rows, share_ahead
+from llmft.training.objectives.preference import over_rows, pair_columns
 from llmft.training.objectives.preference_losses import reward
 
 
@@ -36,11 +36,9 @@ class Reward:
         chosen, rejected = scores[row, better], scores[row, worse]
         losses = reward(chosen, rejected, answers.margins[row], self.centre)
         counts = token_counts(answers, scores.device)
-        more = counts[row, better] - counts[row, worse]
-        margin = chosen - rejected
-        columns = (share_ahead(margin), margin, chosen, rejected, more, share_ahead(more))
-        outputs = torch.stack([column.detach().double() for column in columns], dim=1)
-        return RowLosses(over_rows(losses, answers), ones(answers, losses), over_rows(outputs, answers))
+        columns = pair_columns(chosen.detach(), rejected.detach(), counts[row, better] - counts[row, worse])
+        outputs = torch.stack([column.double() for column in columns], dim=1)
+        return RowLosses.per_row(over_rows(losses, answers), over_rows(outputs, answers))
 
     def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
         """(rows, answers) float64 scores; nothing (NaN) where a row has fewer answers."""

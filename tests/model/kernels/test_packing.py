@@ -86,7 +86,7 @@ def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
 
 def test_a_model_that_does_not_tell_attention_of_rows_is_refused() -> None:
     model, ids = base("llama"), rows()
-    arguments = packing.pack(ids, LENGTHS).arguments
+    arguments = packing.pack(model, ids, LENGTHS).arguments
     del arguments["llmft_blocks"]
     with pytest.raises(ConfigError, match="where rows end"):
         model(**arguments)
@@ -101,7 +101,7 @@ def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
 def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
     # The control: what the tests above would look like if rows were not kept apart.
     model, ids = base("llama"), rows()
-    flattened = packing.pack(ids, LENGTHS)
+    flattened = packing.pack(model, ids, LENGTHS)
     careless = {**flattened.arguments, "attention_mask": torch.ones_like(flattened.input_ids)}
     del careless["llmft_blocks"]
     with torch.no_grad():

@@ -29,10 +29,10 @@ NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3"
 """Gemma's network has the common form and another function, which is asked in each forward; Beam's computes in fp32."""
 
 
-def rows() -> packing.PackedBatch:
+def rows(model: Any) -> packing.PackedBatch:
     lengths = [61]
     ids = torch.randint(5, 512, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(1))
-    return packing.pack(ids, lengths)
+    return packing.pack(model, ids, lengths)
 
 
 def class_of(family: str, suffix: str) -> Any:
@@ -124,7 +124,7 @@ def saved(model: Any) -> list[torch.Tensor]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        state = model(**rows().arguments).logits
+        state = model(**rows(model).arguments).logits
     state.sum().backward()
     return list(kept.values())
 
@@ -142,7 +142,7 @@ def test_of_a_layers_network_its_two_products_are_kept_and_what_is_made_of_them_
         with pytest.MonkeyPatch.context() as patch:
             if not again:
                 patch.setattr(rmsnorm_swiglu, "Recipe", lambda *args: None)
-            tokens = rows().input_ids.numel()
+            tokens = rows(model).input_ids.numel()
             wide = [tensor for tensor in saved(model) if tensor.shape[-1] == 72 and tensor.numel() == 72 * tokens]
         masks = 3 if dropout else 0
         assert len([tensor for tensor in wide if tensor.dtype is torch.float32]) == (2 if again else 3) * 3
