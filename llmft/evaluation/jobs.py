@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import canonical, digest_of
@@ -16,6 +17,7 @@ from llmft.config.data import Columns
 from llmft.config.sections import TrainConfig
 from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
+from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
@@ -24,8 +26,9 @@ from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, r
 from llmft.data.targets import Targets
 from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import Run, finished_run, slug, source_facts
-from llmft.runs.predictions import FOLDER, TEXT, Predictions
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, read_table, write_table
 
+T = TypeVar("T")
 PLAN = "plan.json"
 PROMPT = "prompt"
 
@@ -118,8 +121,6 @@ class PredictionJob:
         busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
         return exclusive_lock(self.directory / ".lock", busy)
 
-    # A kill costs only the part that was being computed.
-
     def open_parts(self, size: str) -> Path:
         """The folder of finished parts; emptied where they belong to other weights, rows or sizes."""
         folder = self.directory / "parts"
@@ -134,6 +135,27 @@ class PredictionJob:
 
     def clear_parts(self) -> None:
         shutil.rmtree(self.directory / "parts", ignore_errors=True)
+
+
+def compute_parts(
+    folder: Path, parts: Sequence[T], compute: Callable[[T], dict[str, list[Any]]], screen: Screen
+) -> dict[str, list[Any]]:
+    """The columns of all parts in their order; those that are in `folder` are read, the others computed and written.
+
+    So a kill costs only the part that was being computed.
+    """
+    paths = [folder / f"part-{number:06d}.parquet" for number in range(len(parts))]
+    if num_done := sum(path.is_file() for path in paths):
+        screen.print(f"{num_done} of {len(parts)} parts are done already.")
+    for part, path in zip(parts, paths, strict=True):
+        if not path.is_file():
+            write_table(path, compute(part))
+    return concatenated([read_table(path) for path in paths])
+
+
+def concatenated(tables: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Tables of the same columns, one below the other."""
+    return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
 @dataclass
@@ -196,11 +218,18 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
         raise DataError(f"data.files: two rows have one id in '{columns.id}'; every row needs its own.")
     name = config.name or f"{slug(name)}-{digest[:8]}"
     options = [config.batch_size, config.max_new_tokens, names, [str(row.id) for row in conversations]]
-    plan = digest_of([run.key, run.digests(), digest, options])
-    directory = run.directory / FOLDER / slug(name)
-    fingerprint = run.fact("data", "rows_fingerprint")
     return PredictionJob(
-        run, trained, directory, conversations, files, digest, columns.id, targets, fingerprint, plan, notes
+        run=run,
+        config=trained,
+        directory=run.directory / FOLDER / slug(name),
+        conversations=conversations,
+        files=files,
+        digest=digest,
+        id_column=columns.id,
+        target_model=targets,
+        rows_fingerprint=run.fact("data", "rows_fingerprint"),
+        plan=digest_of([run.key, run.digests(), digest, options]),
+        notes=notes,
     )
 
 
