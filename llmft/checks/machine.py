@@ -11,15 +11,14 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.commands import DoctorConfig
 from llmft.config.model import Precision
+from llmft.core.console import Screen
 from llmft.core.files import existing_parent, format_bytes, write_atomically
 from llmft.core.machine import usable_cores
 from llmft.core.network import NoAnswer, ask, host_of
@@ -319,15 +318,10 @@ def _check_hub(url: str, seconds: float) -> str | None:
 
 def show(verdicts: list[CheckResult]) -> None:
     """Prints a line per result, with its fix."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    table = Table(box=box.SIMPLE_HEAD, title="llmft doctor", title_justify="left")
-    table.add_column("")
-    table.add_column("part")
+    table = Table("", "part", box=box.SIMPLE_HEAD, title="llmft doctor", title_justify="left")
     table.add_column("found", overflow="fold")
-    colours: dict[str, Any] = {"good": "green", "warning": "yellow", "bad": "red"}
+    colours = {"good": "green", "warning": "yellow", "bad": "red"}
     for verdict in verdicts:
         text = escape(verdict.found) + (f"\n[bold]{escape(verdict.fix)}[/bold]" if verdict.fix else "")
-        table.add_row(f"[{colours[verdict.level]}]{verdict.level}[/{colours[verdict.level]}]", verdict.part, text)
-    console.print(table)
+        table.add_row(f"[{colours[verdict.level]}]{verdict.level}[/]", verdict.part, text)
+    Screen().print(table)

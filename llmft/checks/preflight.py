@@ -16,11 +16,10 @@ import torch
 from llmft.checks.cards import plan_cards, recomputation
 from llmft.config.convert import to_plain
 from llmft.config.data import Truncation
-from llmft.config.sections import TrainConfig
 from llmft.config.task import Feedback
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Examples
+from llmft.data.examples import IGNORE
 from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
@@ -219,6 +218,7 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     operations = (4 if config.lora.enabled else 6) * weights * trained_tokens  # see `recomputation`
     seconds = operations * recomputation(config, plan.checkpointing) / _product_rate(device, dtype)
     checkpoint = estimate.adapter + estimate.optimizer
+    cards = plan_cards(config, examples, architecture, operations) if weights >= CARDS_FROM else []
     return {
         "device": str(device),
         "precision": precision.value,
@@ -230,12 +230,8 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         "disk_free": shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         "seconds_at_least": seconds,
         "weights": weights,
-        "cards": _cards(config, examples, architecture, operations) if weights >= CARDS_FROM else [],
+        "cards": [card.to_plain() for card in cards],
     }
-
-
-def _cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
-    return [plan.to_plain() for plan in plan_cards(config, examples, architecture, operations)]
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -258,21 +254,15 @@ def _matrix_weights(auto_class: str, architecture: Any) -> int:
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
-def _smaller_options(needs: dict[str, Any]) -> str:
-    """The remaining options that need less memory."""
-    chosen = needs["micro_batch"]
+def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
+    """A warning where memory does not suffice, with what is left to make it do."""
+    total, available, chosen = needs["memory"]["total"], needs["device_memory"], needs["micro_batch"]
+    if available is None or total <= (1 - MEMORY_MARGIN) * available:
+        return []
     options = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
     options += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
-    return " or ".join([*options, "lower data.max_tokens", "choose a smaller model"])
-
-
-def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
-    findings = []
-    total, available = needs["memory"]["total"], needs["device_memory"]
-    if available is not None and total > (1 - MEMORY_MARGIN) * available:
-        message = (
-            f"about {format_bytes(total)} are needed, give or take 15%, and "
-            f"{needs['device']} has {format_bytes(available)}: {_smaller_options(needs)}"
-        )
-        findings.append(Finding("warning", "trainer.micro_batch", message))
-    return findings
+    message = (
+        f"about {format_bytes(total)} are needed, give or take 15%, and {needs['device']} has "
+        f"{format_bytes(available)}: {' or '.join([*options, 'lower data.max_tokens', 'choose a smaller model'])}"
+    )
+    return [Finding("warning", "trainer.micro_batch", message)]
