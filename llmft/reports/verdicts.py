@@ -170,8 +170,14 @@ def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
     samples = [c.sample(study.monitor, rows=True) for c in study.configurations]
     values = {c.name: c.values for c in study.configurations}
-    rules = Rules(study.looks, study.smallest_difference, study.lower_is_better)
-    verdicts = _judge(samples, values, study.keys, study.monitor, rules)
+    verdicts = judge_samples(
+        samples,
+        lower_is_better=study.lower_is_better,
+        looks=study.looks,
+        smallest_difference=study.smallest_difference,
+        monitor=study.monitor,
+        values=values,
+    )
     if study.configurations:
         verdicts.basis = f"{verdicts.basis} {scope(study)}".strip()
     return verdicts
@@ -211,14 +217,12 @@ def judge_samples(
     lower_is_better: bool = True,
     looks: Looks = 1,
     smallest_difference: float | None = None,
+    monitor: str = "val/loss_nats",
+    values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Verdicts:
-    """The verdicts on samples of which nothing but the results is known."""
-    return _judge(samples, {}, (), "val/loss_nats", Rules(looks, smallest_difference, lower_is_better))
-
-
-def _judge(
-    samples: Sequence[Sample], values: Mapping[str, Mapping[str, str]], keys: Sequence[str], monitor: str, rules: Rules
-) -> Verdicts:
+    """The verdicts on samples of `monitor`; also on each varied key, where `values` has those of every sample."""
+    rules, values = Rules(looks, smallest_difference, lower_is_better), values or {}
+    keys = list(next(iter(values.values()), {}))
     samples = [s for sample in samples if (s := sample.finite()).replicates]
     if len(samples) < 2:
         nothing = "No run finished with a result: see the failures."
@@ -229,7 +233,7 @@ def _judge(
     rules = replace(rules, log=log, level=level, paired=rules.looks == "any" or seeds_matter(compared))
     contrasts = [contrast([compared[0], other], [1.0, -1.0], paired=rules.paired) for other in compared[1:]]
     lost = {s.name: s.lost for s in samples if s.lost}
-    several = len(keys) > 1 and bool(values)
+    several = len(keys) > 1
     others = {s.name: c for s, c in zip(compared[1:], contrasts, strict=True)}
     best = _family(None, compared[0].name, others, rules, ALPHA / 2 if several else ALPHA, lost)
     cells = {s.name: s for s in compared}
@@ -324,7 +328,8 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
 
 def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -> str:
     best, others, comparisons = family.among[0], family.among[1:], family.comparisons
-    survivors = f" {_survivors(lost)}" if lost else ""
+    lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
+    survivors = f" {_listed(lost_runs)} diverged or failed: what is left may be the lucky ones." if lost else ""
     if family.winner is not None:
         return f"{best} is better than {'every other' if len(comparisons) > 1 else comparisons[0].second}.{survivors}"
     if comparisons and all(c.contrast.identical for c in comparisons):
@@ -347,11 +352,6 @@ def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -
     them = f"{best} leads, but any of the {len(family.among)} may be the best" if whole and len(others) > 2 else (
         f"the best is among {{{', '.join(family.among)}}}")  # fmt: skip
     return f"No winner yet: {them}.{survivors}"
-
-
-def _survivors(lost: Mapping[str, int]) -> str:
-    lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
-    return f"{_listed(lost_runs)} diverged or failed: what is left may be the lucky ones."
 
 
 def _listed(names: Sequence[str]) -> str:
