@@ -63,7 +63,6 @@ def write_estimates(
 
 
 def cells(estimate: Estimate, workload: Workload) -> list[str]:
-    """One line of the table."""
     point = estimate.measured
     head = [estimate.case, f"{point.input_tokens} + {point.output_tokens}"]
     if point.error is not None:
@@ -84,7 +83,6 @@ def cells(estimate: Estimate, workload: Workload) -> list[str]:
 
 
 def remarks(estimates: Sequence[Estimate]) -> list[str]:
-    """What to know of the numbers."""
     random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
     measured = [a for a in estimates if a.measured.error is None]
     devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)

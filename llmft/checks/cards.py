@@ -69,7 +69,6 @@ class CardPlan:
 
     @property
     def precision(self) -> Precision:
-        """What is computed in."""
         return Precision.bf16 if self.card.bf16 else Precision.fp16
 
     def to_plain(self) -> dict[str, Any]:

@@ -63,15 +63,12 @@ class Deletable:
 
 @dataclass
 class DiskReport:
-    """Free space, runs, caches and what can be deleted."""
-
     free: int
     runs: list[RunFacts]
     cached: list[Cached]
     doomed: list[Deletable]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data."""
         plain = asdict(self)
         for entry in plain["doomed"]:
             entry["path"] = str(entry["path"])
@@ -250,7 +247,6 @@ def delete(report: DiskReport) -> None:
 
 
 def show(report: DiskReport, config: DiskConfig) -> None:
-    """Prints the report."""
     screen = Screen()
     total = sum(run.size for run in report.runs)
     screen.print(

@@ -11,6 +11,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import canonical, digest_of
 from llmft.config.data import Columns
@@ -35,37 +37,33 @@ PROMPT = "prompt"
 
 @dataclass
 class PredictionJob:
-    """The rows that one run predicts."""
+    """The rows that one run predicts, and where the predictions go.
+
+    Attributes:
+        digest: of the files' content.
+        target_model: the classes or the scale of numbers; None where the run writes text or scores answers.
+        plan: a hash of all that the predictions depend on.
+        notes: messages to print before predicting.
+        references: the known answers as the prompt format writes them; set once the tokenizer is loaded.
+    """
 
     run: Run
     config: TrainConfig
     directory: Path
-    conversations: list[Conversation]
-    files: list[str]
-    digest: str
-    id_column: str | None
-    target_model: Targets | None
-    rows_fingerprint: str
-    plan: str
+    conversations: list[Conversation] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    digest: str = ""
+    id_column: str | None = None
+    target_model: Targets | None = None
+    rows_fingerprint: str = ""
+    plan: str = ""
     notes: list[str] = field(default_factory=list)
-    """Messages to print before predicting."""
     references: list[Any] | None = None
-    """The known answers as the prompt format writes them; set once the tokenizer is loaded."""
-    recipe: None = None
 
     @property
     def baseline(self) -> bool:
         """Whether the run is a baseline without a language model."""
         return self.config.model.architecture == "tfidf"
-
-    @property
-    def prompts(self) -> bool:
-        """Whether the rows are prompts from the command line."""
-        return not self.files
-
-    @property
-    def ids(self) -> list[str]:
-        return [row.id for row in self.conversations]
 
     @property
     def labels(self) -> list[str]:
@@ -80,8 +78,26 @@ class PredictionJob:
             return TaskType.regression.value
         return self.target_model.problem.value if self.target_model is not None else TEXT
 
-    @property
-    def targets(self) -> list[Any]:
+    def predictions(self, values: np.ndarray, columns: dict[str, list[Any]]) -> Predictions:
+        """`values` and further `columns` of the rows, with their ids, known targets, and where all comes from."""
+        rows = self.conversations
+        known: dict[str, list[Any]] = {"where": [row.where for row in rows]}
+        if any(row.group is not None for row in rows):
+            known["group"] = [row.group for row in rows]
+        if not self.files:
+            known[PROMPT] = [row.messages[0]["content"] for row in rows]
+        prior = self.target_model.prior if self.target_model is not None else []
+        facts = {
+            "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
+            "files": self.files,
+            "files_digest": self.digest,
+            "id_column": self.id_column,
+            "plan": self.plan,
+        }
+        ids = [row.id for row in rows]
+        return Predictions(ids, self.labels, values, self.problem, self._targets(), known | columns, facts)
+
+    def _targets(self) -> list[Any]:
         """The true targets or answers; None for rows without one."""
         if self.config.task.scores_answers:
             return [None] * len(self.conversations)
@@ -91,22 +107,6 @@ class PredictionJob:
             return self.references
         last = [row.messages[-1] for row in self.conversations]
         return [message["content"] if message["role"] == "assistant" else None for message in last]
-
-    @property
-    def columns(self) -> dict[str, list[Any]]:
-        """Further columns of the rows: group and prompt."""
-        groups = [row.group for row in self.conversations]
-        columns: dict[str, list[Any]] = {"group": groups} if any(group is not None for group in groups) else {}
-        if self.prompts:
-            columns["prompt"] = [row.messages[0]["content"] for row in self.conversations]
-        return columns
-
-    def facts(self) -> dict[str, Any]:
-        """The record of where the predictions come from."""
-        prior = self.target_model.prior if self.target_model is not None else []
-        sources = [source_facts(self.run, self.config, self.rows_fingerprint, prior)]
-        files = {"files": self.files, "files_digest": self.digest, "id_column": self.id_column}
-        return {"sources": sources, **files, "plan": self.plan}
 
     def finished(self) -> Predictions | None:
         """The existing predictions of the same weights and rows; None where there are none."""

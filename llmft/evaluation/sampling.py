@@ -53,7 +53,6 @@ class SampleJob:
 
     @property
     def directory(self) -> Path:
-        """Where the samples go."""
         return self.job.directory
 
 
@@ -115,14 +114,12 @@ class _Writer:
 
     @functools.cached_property
     def predictor(self) -> Predictor:
-        """The model with its tokenizer."""
         config = self.job.config
         options = PredictConfig(run=config.run, prompts=["-"], accelerator=config.accelerator, threads=config.threads)
         return Predictor(self.job.job, options)
 
     @functools.cached_property
     def examples(self) -> list[Example]:
-        """The prompts as tokens."""
         return self.predictor.encode(self.job.job.conversations)
 
     def host(self) -> Any:
@@ -250,8 +247,9 @@ def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> Prediction
     rows = prepare(owner, open_directory=False).conversations.get(config.split, [])
     if not rows:
         raise ConfigError(f"split={config.split}: this run has no such rows; name files in data.files.")
-    facts = run.fact("data", "rows_fingerprint")
-    return PredictionJob(run, trained, run.directory / FOLDER / config.split, rows, [], facts, None, None, facts, "")
+    fingerprint = run.fact("data", "rows_fingerprint")
+    directory = run.directory / FOLDER / config.split
+    return PredictionJob(run, trained, directory, rows, digest=fingerprint, rows_fingerprint=fingerprint)
 
 
 def _identity(judge: Judge) -> list[Any]:

@@ -24,8 +24,6 @@ LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with what stands above it."""
-
     title: str
     note: str
     svg: Markup

@@ -79,7 +79,6 @@ def _runs_below(directory: Path) -> list[Path]:
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether `directory` is a sweep's."""
     return (directory / "sweep.json").is_file()
 
 

@@ -54,7 +54,6 @@ def template(name: str = "page.html.jinja") -> Any:
 
 
 def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True) -> str:
-    """The page."""
     study = report.study
     page: str = template().render(
         report=report,
@@ -72,7 +71,6 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
 
 
 def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[figures.Figure]]:
-    """The figures of each section."""
     study = report.study
     # Of a single value over another, the interval is said as well as drawn.
     families = [f for f in report.verdicts.families if f.key is None or len(f.comparisons) > 1]

@@ -224,7 +224,6 @@ def is_free_text(samples: list[dict[str, Any]]) -> bool:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` looks like a run's."""
     return (directory / "run.json").is_file() or (directory / "config.yaml").is_file()
 
 

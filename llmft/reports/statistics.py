@@ -142,12 +142,10 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """The mean metric."""
         return float(self.values.mean())
 
     @property
     def labels(self) -> set[tuple[str, str]]:
-        """Seeds and parts of its replicates."""
         return {replicate.label for replicate in self.replicates}
 
     def only(self, labels: set[tuple[str, str]]) -> Sample:

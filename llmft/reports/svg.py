@@ -26,7 +26,6 @@ def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **attributes: object) -> Markup:
-    """A line of text."""
     return tag("text", words, x=float(x), y=float(y), text_anchor=anchor, **attributes)
 
 
@@ -93,7 +92,6 @@ class Scale:
         return self.start + (position - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Where to put labels."""
         if self.log:
             return log_ticks(math.exp(self.low), math.exp(self.high))
         return ticks(self.low, self.high, count)

@@ -35,7 +35,6 @@ class Report:
 
     @property
     def html(self) -> Path:
-        """The page."""
         return self.directory / "report.html"
 
     @functools.cached_property

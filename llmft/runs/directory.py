@@ -321,7 +321,6 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
 
 def unwritable(where: str, error: OSError) -> DiskError:
-    """The error for a directory that cannot be written."""
     return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
 
 
