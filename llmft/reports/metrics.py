@@ -91,16 +91,15 @@ def at_chance(study: Study) -> str:
 
 def confusion(study: Study) -> tuple[list[str], list[list[int]], str, int] | None:
     """(classes, rows by true and likeliest class, name, runs) of the best configuration; None without classes."""
-    best = study.configurations[0] if study.configurations else None
-    predictions = [run.predictions() for run in best.runs] if best is not None else []
-    predictions = [p for p in predictions if p is not None and p.problem == SINGLE_LABEL and p.known and p.labels]
-    predictions = [p for p in predictions if p.labels == predictions[0].labels]
-    if best is None or not predictions:
-        return None
     from llmft.evaluation.scores import confusion as counts
 
-    total = np.sum([counts(p) for p in predictions], axis=0)
-    return predictions[0].labels, total.tolist(), best.name, len(predictions)
+    of_runs = [run.predictions() for c in study.configurations[:1] for run in c.runs]
+    known = [p for p in of_runs if p is not None and p.problem == SINGLE_LABEL and p.known and p.labels]
+    known = [p for p in known if p.labels == known[0].labels]
+    if not known:
+        return None
+    total = np.sum([counts(p) for p in known], axis=0)
+    return known[0].labels, total.tolist(), study.configurations[0].name, len(known)
 
 
 def _prior(run: RunRecord, name: str) -> float | None:

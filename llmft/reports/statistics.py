@@ -49,6 +49,8 @@ PAIRING_LEVEL = 0.01
 FEW = 5
 LOG_FROM = 1.5
 PRIOR_VARIANCE = 1.0
+MOST_RUNS = 50
+"""More runs than that of each configuration are not worth counting."""
 MOST_BLOCKS = 100
 """Blocks of rows that a jackknife leaves out in turn."""
 
@@ -390,8 +392,8 @@ def set_level(count: int, alpha: float = ALPHA) -> float:
     return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
 
 
-def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1, most: int = 50) -> int | None:
-    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `most`.
+def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1) -> int | None:
+    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `MOST_RUNS`.
 
     The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.
     """
@@ -402,7 +404,7 @@ def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1, most: 
     df = c.seeds.df
     one = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
     rows = c.rows or Variance(0.0, math.inf)
-    for count in range(max(c.runs, 2), most + 1):
+    for count in range(max(c.runs, 2), MOST_RUNS + 1):
         grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
         half = math.hypot(grown.half_width(level, looks), rows.half_width(level, looks))
         if ndtr((size - half) / math.sqrt(grown.value + rows.value)) >= POWER:

@@ -17,6 +17,7 @@ from pathlib import Path
 from llmft.reports.configurations import Study, short_names, show
 from llmft.reports.statistics import (
     ALPHA,
+    MOST_RUNS,
     Contrast,
     Looks,
     Sample,
@@ -28,8 +29,6 @@ from llmft.reports.statistics import (
     set_level,
 )
 
-MOST_RUNS = 50
-"""More runs than that of each configuration are not worth counting."""
 SHARE = 1.5
 """The difference that more runs are planned for where sweep.smallest_difference is not set, in standard deviations."""
 MOST_PAIRS = 28
@@ -277,8 +276,8 @@ def _key_family(
     cells: dict[str, dict[tuple[str, ...], Sample]] = {}
     for name, setting in values.items():
         if name in samples:
-            rest = tuple(setting.get(other, "") for other in keys if other != key)
-            cells.setdefault(setting.get(key, ""), {})[rest] = samples[name]
+            rest = tuple(setting[other] for other in keys if other != key)
+            cells.setdefault(setting[key], {})[rest] = samples[name]
 
     def versus(first: str, second: str) -> Contrast | None:
         both = sorted(cells[first].keys() & cells[second].keys())
@@ -317,7 +316,7 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
     rows = rows_needed(c, size, level)
     if rows is not None and c.rows is not None:
         return f"more seeds would not find a difference of {amount}; about {rows:,} {c.rows.unit} would"
-    runs = runs_needed(c, size, level, rules.looks, MOST_RUNS)
+    runs = runs_needed(c, size, level, rules.looks)
     if runs is None:
         return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {amount}"
     if runs <= c.runs:
