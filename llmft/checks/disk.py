@@ -17,7 +17,7 @@ from rich.table import Table
 
 from llmft.config.commands import Cleaning, DiskConfig, KeepCheckpoints
 from llmft.config.untrusted import read_yaml
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.core.errors import ConfigError
 from llmft.core.files import cache_directory, format_bytes, is_abandoned
 from llmft.data import gguf_files
@@ -111,14 +111,13 @@ def scan(config: DiskConfig) -> DiskReport:
             continue
         facts = _facts(run)
         runs.append(facts)
-        if facts.state == "training":
-            continue
-        if Cleaning.leftovers in config.clean:
+        if Cleaning.leftovers in config.clean and facts.state != "training":
             deletable += _leftovers(run)
         if Cleaning.checkpoints in config.clean and facts.state == "done":
             deletable += _old_checkpoints(run, config.keep)
         if Cleaning.merged in config.clean and facts.state == "done":
-            deletable += _merged(run)
+            deletable += _all_of(run.directory, "merged", "made again by llmft.merge")
+            deletable += _all_of(run.directory / "gguf", "*.gguf", "made again by llmft.merge")
     cached = [*_hub(runs), *_gguf_files(runs), *_other_caches()]
     for kind, folder, pattern, reason in (
         (Cleaning.tokens, cache_directory(), "tokens-*.arrow", "made again by the next run"),
@@ -164,12 +163,6 @@ def _old_checkpoints(run: Run, keep: list[KeepCheckpoints]) -> list[Deletable]:
         if step and int(step[1]) not in steps_to_keep:
             deletable.append(Deletable(path, size_of(path), "steps of a finished run"))
     return deletable
-
-
-def _merged(run: Run) -> list[Deletable]:
-    """What `merge` wrote into a run directory."""
-    reason = "made again by llmft.merge"
-    return [*_all_of(run.directory, "merged", reason), *_all_of(run.directory / "gguf", "*.gguf", reason)]
 
 
 def _leftovers(run: Run) -> list[Deletable]:
@@ -280,13 +273,11 @@ def _run_table(runs: list[RunFacts]) -> Table:
 
 
 def _cache_table(cached: list[Cached]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="caches", title_justify="left")
-    for name in ("kind", "what", "size", "used by"):
-        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    rows = []
     for entry in sorted(cached, key=lambda entry: -entry.size):
         used = f"{len(entry.used_by)} runs" if entry.used_by else ("no run" if entry.kind.startswith("Hub") else "")
-        table.add_row(entry.kind, escape(entry.name), format_bytes(entry.size), used)
-    return table
+        rows.append([entry.kind, entry.name, format_bytes(entry.size), used])
+    return text_table(["kind", "what", "size", "used by"], rows, "caches", left=(0, 1, 3))
 
 
 def _show_deletable(screen: Screen, deletable: list[Deletable], config: DiskConfig) -> None:

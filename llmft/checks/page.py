@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from llmft.checks.cards import cells
-from llmft.core.console import Screen
+from llmft.core.console import Screen, text_table
 from llmft.core.files import format_bytes
 
 LONG_TEXT, BEGIN, END = 700, 350, 330
@@ -68,16 +67,14 @@ def _show_rows(screen: Screen, rows: Sequence[Sequence[dict[str, Any]]]) -> None
 
 
 def _split_table(splits: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
     learns_tokens = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a linear head learns none
-    of_tokens = ("end token trained", "no trained token") if learns_tokens else ()
-    for name in ("split", "rows", "begin tokens a row", *of_tokens, "longest"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    of_tokens = ["end token trained", "no trained token"] if learns_tokens else []
+    rows = []
     for split, facts in splits.items():
         begins = ", ".join(f"{count}" for count in facts["begin_tokens"]) or "-"
-        ends = (f"{facts['ends_trained']:,}", str(facts["untrained"])) if learns_tokens else ()
-        table.add_row(split, f"{facts['rows']:,}", begins, *ends, str(facts["all_tokens"].get("100", "-")))
-    return table
+        ends = [f"{facts['ends_trained']:,}", str(facts["untrained"])] if learns_tokens else []
+        rows.append([split, f"{facts['rows']:,}", begins, *ends, str(facts["all_tokens"].get("100", "-"))])
+    return text_table(["split", "rows", "begin tokens a row", *of_tokens, "longest"], rows)
 
 
 def _show_tokens(screen: Screen, prompt: dict[str, Any], keys: dict[str, dict[str, int]]) -> None:
@@ -141,11 +138,8 @@ def _show_needs(screen: Screen, steps: dict[str, Any], needs: dict[str, Any], av
     screen.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{of}: {parts}")
     screen.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
     if needs["cards"]:
+        head = ["card", "precision", "cards", "micro-batch", "peak of each", "training"]
+        rows = [cells(plan, available_hours) for plan in needs["cards"]]
         title = "on other cards: arithmetic, never measured on such a card"
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-        for name in ("card", "precision", "cards", "micro-batch", "peak of each", "training"):
-            table.add_column(name)
-        for plan in needs["cards"]:
-            table.add_row(*cells(plan, available_hours))
-        screen.print(table)
+        screen.print(text_table(head, rows, title, range(len(head))))
     screen.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")

@@ -83,9 +83,9 @@ def _of_curves(run: RunRecord) -> Diagnosis:
     validation, train = run.curve(LOSS), run.curve(TRAIN)
     if run.config.get("data.train_on") == "all":
         return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
-    if any(LOSS in r and r[LOSS] is None for r in run.metrics):
-        step = next(r["step"] for r in run.metrics if LOSS in r and r[LOSS] is None)
-        return Diagnosis(Fit.diverged, step, f"the validation loss of step {step} is not finite")
+    blank = [record["step"] for record in run.metrics if LOSS in record and record[LOSS] is None]
+    if blank:
+        return Diagnosis(Fit.diverged, blank[0], f"the validation loss of step {blank[0]} is not finite")
     if len(validation) < 2:
         return Diagnosis(Fit.unknown, detail="fewer than two validations")
     first, (last_step, last) = validation[0], validation[-1]

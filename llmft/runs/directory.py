@@ -64,8 +64,7 @@ def adapter_directory(path: str) -> Path:
     """
     directory = Path(path).expanduser()
     if (directory / "run.json").is_file():
-        run, _ = finished_run(directory)
-        directory = run.adapter
+        directory = finished_run(directory)[0].adapter
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (directory / name).is_file():
             raise ConfigError(
