@@ -27,8 +27,10 @@ def combine(values: np.ndarray, weights: Weights, method: Method, problem: str) 
     """Blends (members, rows, classes) with (members,) weights that sum to 1 to (rows, classes)."""
     if method is Method.geometric:
         return _geometric(values, weights, problem)
-    if method is Method.rank:
-        values = _ranks(values)
+    if method is Method.rank:  # of the rows of each member and class, in (0, 1]; ties share a rank
+        from scipy.stats import rankdata
+
+        values = rankdata(values, axis=1) / values.shape[1]
     mixed = np.tensordot(weights, values, axes=1)
     single = problem == TaskType.single_label.value
     return mixed / mixed.sum(axis=1, keepdims=True) if single else mixed
@@ -41,13 +43,6 @@ def _geometric(values: np.ndarray, weights: Weights, problem: str) -> np.ndarray
         return 1 / (1 + np.exp(others - logs))
     odds = np.exp(logs - logs.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Each value's rank among the rows of its member and class, in (0, 1]; ties share a rank."""
-    from scipy.stats import rankdata
-
-    return rankdata(values, axis=1) / values.shape[1]
 
 
 def choose(
@@ -132,10 +127,10 @@ def nested(
     steps: int,
 ) -> np.ndarray:
     """(rows, classes): each part of the rows is blended with weights chosen on the other parts."""
-    part_of_row = np.asarray(parts)
-    blended = np.empty(values.shape[1:])
     if method not in FITTED:
         return combine(values, np.full(len(values), 1 / len(values)), method, problem)
+    part_of_row = np.asarray(parts)
+    blended = np.empty(values.shape[1:])
     for part in np.unique(part_of_row):
         rest, held_out = part_of_row != part, part_of_row == part
         weights = choose(values[:, rest], references[rest], method, problem, metric, steps)

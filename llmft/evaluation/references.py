@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 from collections import Counter
 from collections.abc import Sequence
@@ -34,8 +35,9 @@ def open_predictions(path_or_glob: str) -> tuple[Predictions, Path]:
     if (folder / "predictions.json").is_file():
         return Predictions.load(folder), folder / "evaluation.json"
     if path.is_dir():
-        names = ", ".join(str(path / FOLDER / name) for name in names_in(path))
-        names = names or "a folder such as RUN/predictions/val"
+        names = (
+            ", ".join(str(path / FOLDER / name) for name in names_in(path)) or "a folder such as RUN/predictions/val"
+        )
         raise ConfigError(f"predictions={path_or_glob}: no predictions.json there; name {names}.")
     rows = _rows(path_or_glob, "predictions")
     return _from_rows(rows, path_or_glob), path.with_name(f"{path.stem}.evaluation.json")
@@ -104,12 +106,12 @@ def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[P
         raise ConfigError(f"target={target}: the references have no such column{hint}")
     joined = [row_of[row_id] for row_id in predictions.ids]
     targets = [_target(row, target, predictions.problem) for row in joined]
-    columns = {}
-    for column in config.slice:
-        if column in rows[0].values:
-            columns[column] = [row.values.get(column) for row in joined]
-        else:
-            columns[column] = _prediction_column(predictions, column)
+    columns = {
+        column: [row.values.get(column) for row in joined]
+        if column in rows[0].values
+        else _prediction_column(predictions, column)
+        for column in config.slice
+    }
     return replace(predictions, targets=targets), columns
 
 
@@ -129,13 +131,10 @@ def _target(row: Row, column: str, problem: str) -> Any:
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise DataError(f"{row.where}: its '{column}' is empty or not a finite number.")
     if problem == TaskType.regression.value:
-        try:
-            number = float(value)
-            if np.isfinite(number):
+        with contextlib.suppress(TypeError, ValueError):
+            if np.isfinite(number := float(value)):
                 return number
-            raise ValueError
-        except (TypeError, ValueError):
-            raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
+        raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.")
     if problem == TaskType.multi_label.value:
         names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
         return "|".join(str(name).strip() for name in names if str(name).strip())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +23,7 @@ from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv
 
 @dataclass
 class Template:
-    """A sample submission.
-
-    Attributes:
-        columns: its header; the first column holds the row ids.
-        ids: the rows' ids.
-        cells: the sample's second column, which shows what belongs there.
-    """
+    """A sample submission: its header, whose first column holds the row ids, the ids, and the cells beside them."""
 
     path: Path
     columns: list[str]
@@ -95,18 +89,16 @@ def write_submission(
     cannot be filled.
     """
     index_of = {name: number for number, name in enumerate(predictions.ids)}
+    template_ids = set(template.ids)
     missing = [name for name in template.ids if name not in index_of]
-    unexpected = set(predictions.ids) - set(template.ids)
+    extra = [name for name in predictions.ids if name not in template_ids]
     if missing:
-        extra = next((name for name in predictions.ids if name in unexpected), None)
-        hint = f"; predicted rows have ids such as {extra}" if extra is not None else ""
+        hint = f"; predicted rows have ids such as {extra[0]}" if extra else ""
         raise DataError(
             f"template={template.path}: {len(missing)} of its rows are not predicted ({missing[0]} first){hint}."
         )
-    if unexpected:
-        raise DataError(
-            f"template={template.path}: {len(unexpected)} predicted rows are not in it ({min(unexpected)} first)."
-        )
+    if extra:
+        raise DataError(f"template={template.path}: {len(extra)} predicted rows are not in it ({min(extra)} first).")
     if not np.isfinite(predictions.values).all():
         row = predictions.ids[int(np.argmin(np.isfinite(predictions.values).all(axis=1)))]
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")
@@ -130,12 +122,12 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
             raise ConfigError(
                 f"columns.{label}={column}: the template has no such column{did_you_mean(column, to_fill)}"
             )
-    label_of = {column: label for label, column in column_of.items()}
-    if len(to_fill) == 1 and not column_of and _label_of_column(to_fill[0], list(values)) is None:
+    if len(to_fill) == 1 and not column_of and _label_of_column(to_fill[0], values) is None:
         return _one_column(predictions, template)
+    label_of = {column: label for label, column in column_of.items()}
     used: list[str] = []
     for column in to_fill:
-        chosen: str | None = label_of.get(column) or _label_of_column(column, list(values))
+        chosen = label_of.get(column) or _label_of_column(column, values)
         if chosen is None or chosen in used:
             raise ConfigError(
                 f"template={template.path}: no class matches the column {column}; name one with "
@@ -164,9 +156,9 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     )
     if predictions.problem == TaskType.multi_label.value:
         mark = separator or "|"
-        rows = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
-        written = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
-        return [[mark.join(labels_of_row) for labels_of_row in rows]], written
+        chosen = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
+        description = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
+        return [[mark.join(labels_of_row) for labels_of_row in chosen]], description
     if separator is not None:
         num_classes = max(len(_split_cell(cell, separator)) for cell in not_a_class)
         order = np.argsort(-predictions.values, axis=1, kind="stable")[:, :num_classes]
@@ -197,7 +189,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) is not None
 
 
-def _label_of_column(column: str, labels: list[str]) -> str | None:
+def _label_of_column(column: str, labels: Iterable[str]) -> str | None:
     """The class that a column is named after, alone or as in target_3 after an underscore."""
     suffixes = [label for label in labels if f"_{column}".endswith(f"_{label}")]
     return max(suffixes, key=len, default=None)
