@@ -24,6 +24,8 @@ from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, 
 
 MOST_RECORD_BYTES = 2**24
 """Largest folds.json or blend.json."""
+ROW_COLUMNS = ("where", "group", "fold", "prompt")
+"""Columns that say something of the row, and not of its prediction."""
 
 
 @dataclass
@@ -133,7 +135,7 @@ def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list
     first, all_facts = members[0].predictions, [member.predictions.facts for member in members]
     known = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in candidates if target is not None), None) for candidates in known]
-    shared = {name: first.columns[name] for name in ("where", "group", "fold", "prompt") if name in first.columns}
+    shared = {name: first.columns[name] for name in ROW_COLUMNS if name in first.columns}
     sources: list[Any] = []
     for facts in all_facts:
         sources += [source for source in facts.get("sources", []) if source not in sources]

@@ -106,12 +106,12 @@ def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[P
         raise ConfigError(f"target={target}: the references have no such column{hint}")
     joined = [row_of[row_id] for row_id in predictions.ids]
     targets = [_target(row, target, predictions.problem) for row in joined]
-    columns = {
-        column: [row.values.get(column) for row in joined]
-        if column in rows[0].values
-        else _prediction_column(predictions, column)
-        for column in config.slice
-    }
+    columns = {}
+    for column in config.slice:
+        if column in rows[0].values:
+            columns[column] = [row.values.get(column) for row in joined]
+        else:
+            columns[column] = _prediction_column(predictions, column)
     return replace(predictions, targets=targets), columns
 
 
