@@ -35,10 +35,8 @@ def open_predictions(path_or_glob: str) -> tuple[Predictions, Path]:
     if (folder / "predictions.json").is_file():
         return Predictions.load(folder), folder / "evaluation.json"
     if path.is_dir():
-        names = (
-            ", ".join(str(path / FOLDER / name) for name in names_in(path)) or "a folder such as RUN/predictions/val"
-        )
-        raise ConfigError(f"predictions={path_or_glob}: no predictions.json there; name {names}.")
+        folders = [str(path / FOLDER / name) for name in names_in(path)] or ["a folder such as RUN/predictions/val"]
+        raise ConfigError(f"predictions={path_or_glob}: no predictions.json there; name {', '.join(folders)}.")
     rows = _rows(path_or_glob, "predictions")
     return _from_rows(rows, path_or_glob), path.with_name(f"{path.stem}.evaluation.json")
 
