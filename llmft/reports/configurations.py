@@ -155,6 +155,17 @@ class Study:
             for name in ("question", "notes", "command", "created")
         )
 
+    def values_of(self, key: str) -> list[str]:
+        """Its values in the configurations: numbers by size, then words by letter."""
+
+        def order(value: str) -> tuple[int, float, str]:
+            try:
+                return 0, float(value), value
+            except ValueError:
+                return 1, 0.0, value
+
+        return sorted({c.values[key] for c in self.configurations}, key=order)
+
 
 def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], requested: Mode) -> tuple[str, bool]:
     """(metric, whether less is better): as the metric declares, else as the records say that it was taken."""
@@ -287,18 +298,6 @@ def show(value: Any) -> str:
     if isinstance(value, (bool, list, dict)) or value is None:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def sorted_values(values: set[str]) -> list[str]:
-    """Numbers by size, then words by letter."""
-
-    def order(value: str) -> tuple[int, float, str]:
-        try:
-            return 0, float(value), value
-        except ValueError:
-            return 1, 0.0, value
-
-    return sorted(values, key=order)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:

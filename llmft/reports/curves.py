@@ -26,6 +26,8 @@ LATE_SHARE = 0.02
 """Share of the whole improvement that the last stretch must bring for the training to count as too short."""
 LITTLE = 0.1
 """Share of the loss before training; a run that took off less has hardly learned."""
+MOST_POINTS = 120
+"""Of a curve that is drawn."""
 
 
 class Fit(Enum):
@@ -178,9 +180,9 @@ class Band:
     spread: list[float]
 
 
-def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) -> Band | None:
+def band(curves: Sequence[Sequence[tuple[int, float]]]) -> Band | None:
     """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
-    values = [dict(_thinned(curve, most_points)) for curve in curves if curve]
+    values = [dict(_thinned(curve)) for curve in curves if curve]
     if not values:
         return None
     steps = sorted(set.intersection(*map(set, values)))
@@ -191,9 +193,7 @@ def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) 
     return Band(steps, table.mean(axis=0).tolist(), spread.tolist())
 
 
-def _thinned(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    stride = math.ceil(len(curve) / most)
-    if stride <= 1:
-        return list(curve)
+def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    stride = math.ceil(len(curve) / MOST_POINTS)
     stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
     return [(stretch[-1][0], float(np.mean([value for _, value in stretch]))) for stretch in stretches]

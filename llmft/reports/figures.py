@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from llmft.reports.configurations import Configuration, Study, short_names, sorted_values
+from llmft.reports.configurations import Configuration, Study, short_names
 from llmft.reports.curves import Band, band
 from llmft.reports.svg import SERIES, WIDTH, Scale, axes, clip, figure, path, short, tag, text, tipped
 from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
@@ -150,7 +150,7 @@ def parallel(study: Study) -> Figure | None:
     names = short_names(keys)
     width = max(WIDTH, 124.0 * len(keys) + 150)
     at = [24 + (width - 94) * rank / len(keys) for rank in range(len(keys) + 1)]
-    levels = [sorted_values({c.values[key] for c in study.configurations}) for key in keys]
+    levels = [study.values_of(key) for key in keys]
     spots = [{v: 155.0 if len(level) == 1 else 250 - 190 * i / (len(level) - 1) for i, v in enumerate(level)}
              for level in levels]  # fmt: skip
     means = [c.sample(study.monitor).mean for c in study.configurations]
@@ -253,7 +253,7 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str,
 
 def heat_map(study: Study, first: str, second: str) -> Figure:
     """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
-    rows, columns = (sorted_values({c.values[key] for c in study.configurations}) for key in (first, second))
+    rows, columns = (study.values_of(key) for key in (first, second))
     down, across = (short_names(study.keys)[key] for key in (first, second))
     tried: dict[tuple[str, str], list[float]] = {}
     for c in study.configurations:

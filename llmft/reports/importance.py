@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from llmft.reports.configurations import Study, sorted_values
+from llmft.reports.configurations import Study
 
 
 def importance(study: Study) -> dict[str, float]:
@@ -21,7 +21,7 @@ def importance(study: Study) -> dict[str, float]:
     except ImportError:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    levels = {key: sorted_values({c.values[key] for c in study.configurations}) for key in study.keys}
+    levels = {key: study.values_of(key) for key in study.keys}
     distributions: dict[str, Any] = {
         key: optuna.distributions.IntDistribution(0, len(values)) for key, values in levels.items()
     }
