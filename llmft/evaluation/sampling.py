@@ -41,7 +41,7 @@ PROMPTS_PER_PART = 16
 class SampleJob:
     """A run's prompts, how they are answered, and by whom the answers are judged."""
 
-    job: PredictionJob
+    prompts: PredictionJob
     config: SampleConfig
     judges: list[Judge]
 
@@ -53,12 +53,12 @@ class SampleJob:
 
     @property
     def directory(self) -> Path:
-        return self.job.directory
+        return self.prompts.directory
 
 
 def run_samples(job: SampleJob, screen: Screen) -> dict[str, Any]:
     """Writes and judges the samples; returns the report."""
-    folder, rows = job.job.open_parts("samples"), job.job.conversations
+    folder, rows = job.prompts.open_parts("samples"), job.prompts.conversations
     parts = [range(start, min(start + PROMPTS_PER_PART, len(rows))) for start in range(0, len(rows), PROMPTS_PER_PART)]
     unjudged = [judge for judge in job.judges if judge.is_run and not _scores_file(folder, judge).is_file()]
     writer = _Writer(job)
@@ -96,7 +96,7 @@ def _scored(
         return
     config, host = job.config, writer.host()
     # Rows without a system prompt that only the answers were written under.
-    rows = [replace(row, messages=asked_messages(row, config)) for row in job.job.conversations]
+    rows = [replace(row, messages=asked_messages(row, config)) for row in job.prompts.conversations]
     prompts = [rows[row] for row in columns["row"]]
     for judge in sorted(judges, key=lambda judge: not shares_base(judge.path, host)):
         if not shares_base(judge.path, host):
@@ -116,11 +116,11 @@ class _Writer:
     def predictor(self) -> Predictor:
         config = self.job.config
         options = PredictConfig(run=config.run, prompts=["-"], accelerator=config.accelerator, threads=config.threads)
-        return Predictor(self.job.job, options)
+        return Predictor(self.job.prompts, options)
 
     @functools.cached_property
     def examples(self) -> list[Example]:
-        return self.predictor.encode(self.job.job.conversations)
+        return self.predictor.encode(self.job.prompts.conversations)
 
     def host(self) -> Any:
         """The model as judges may share it."""
@@ -182,7 +182,7 @@ def _write_all(
     job: SampleJob, columns: dict[str, list[Any]], scores: dict[str, list[float]], reward: list[float] | None
 ) -> dict[str, Any]:
     """samples.parquet, the rows to train on, and last report.json, which says that all is there."""
-    rows, directory = job.job.conversations, job.directory
+    rows, directory = job.prompts.conversations, job.directory
     table: dict[str, list[Any]] = {
         "id": [rows[row].id for row in columns["row"]],
         "prompt": [_prompt_text(rows[row]) for row in columns["row"]],
@@ -197,9 +197,9 @@ def _write_all(
     for name, lines in files.items():
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(directory / name, content.encode())
-    report |= {"plan": job.job.plan, "rows": {name: len(lines) for name, lines in files.items()}}
+    report |= {"plan": job.prompts.plan, "rows": {name: len(lines) for name, lines in files.items()}}
     write_atomically(directory / "report.json", json.dumps(report, indent=1).encode())
-    job.job.clear_parts()
+    job.prompts.clear_parts()
     return report
 
 
