@@ -84,18 +84,18 @@ def packages() -> Iterator[CheckResult]:
 
     wrong, missing = [], 0
     for text in requirements():
-        wanted = Requirement(text)
+        requirement = Requirement(text)
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             missing += 1
-            yield CheckResult("packages", "bad", f"{wanted.name} is missing", f"pip install '{text}'")
+            yield CheckResult("packages", "bad", f"{requirement.name} is missing", f"pip install '{text}'")
             continue
-        if (wanted.name, version) in MALICIOUS:
+        if (requirement.name, version) in MALICIOUS:
             fix = f"pip install '{text}', and change every password and token on this machine"
-            yield CheckResult("packages", "bad", f"{wanted.name} {version} was malware", fix)
-        elif not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} {version} (tested: {wanted.specifier})")
+            yield CheckResult("packages", "bad", f"{requirement.name} {version} was malware", fix)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
     if wrong:
         yield CheckResult("packages", "warning", ", ".join(wrong), "pip install -U llmft, in an environment of its own")
     elif not missing:

@@ -33,8 +33,9 @@ class Template:
 
 def load_template(config: SubmissionConfig) -> Template | None:
     """The sample submission of format=submission, read before anything is computed; None for other formats."""
-    wanted = config.format is PredictionFormat.submission
-    return read_template(Path(str(config.template)).expanduser()) if wanted else None
+    if config.format is not PredictionFormat.submission:
+        return None
+    return read_template(Path(str(config.template)).expanduser())
 
 
 def read_template(path: Path) -> Template:

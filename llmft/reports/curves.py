@@ -101,8 +101,8 @@ def _of_curves(run: RunRecord) -> Diagnosis:
         return Diagnosis(Fit.overfitting, best_step, f"{rise}; the training loss did not fall with it")
     if len(validation) >= 3:
         before_step, before = validation[-2]
-        gained, whole = before - last, first[1] - last
-        if gained > LATE_SHARE * whole > 0 and _clear(run, validation, before_step, last_step):
+        gained, in_all = before - last, first[1] - last
+        if gained > LATE_SHARE * in_all > 0 and _clear(run, validation, before_step, last_step):
             more = f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate"
             return Diagnosis(Fit.short, last_step, more)
     if first[0] == 0 and first[1] - best < LITTLE * first[1]:

@@ -230,8 +230,8 @@ def _matrix(
             style = "strong" if cell.strong else None
             words = text(x + width / 2, y + 0.64 * high, cell.words, "middle", class_=style)
             parts.append(tipped(tag("g", tag("rect", **box), words), cell.tip, class_=f"cell h{cell.shade}"))
-    whole = max(WIDTH, left + len(columns) * width + 6)
-    return figure(top + high * len(rows) + 6, title, description, *parts, width=whole)
+    total_width = max(WIDTH, left + len(columns) * width + 6)
+    return figure(top + high * len(rows) + 6, title, description, *parts, width=total_width)
 
 
 def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Figure:

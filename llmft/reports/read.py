@@ -80,8 +80,8 @@ class RunRecord:
         self.content = [str(_at(self.environment, name, "fingerprint") or "") for name in ("data", "model")]
         chance: Any = _at(self.result, "chance", "val")
         length: Any = self.result.get("length")
-        whole = _all_numbers(chance, "loss", "prior_loss", *BOUNDS) and isinstance(chance.get("metrics"), dict)
-        self.chance: dict[str, Any] = chance if whole else {}
+        complete = _all_numbers(chance, "loss", "prior_loss", *BOUNDS) and isinstance(chance.get("metrics"), dict)
+        self.chance: dict[str, Any] = chance if complete else {}
         self.length: dict[str, Any] = length if _all_numbers(length, "accuracy", "longer_wins", *BOUNDS) else {}
 
     def setting(self, key: str, otherwise: float) -> float:
@@ -161,8 +161,8 @@ class RunRecord:
         folder = self.directory / "predictions" / "val"
         files = [folder / "predictions.json", folder / "predictions.parquet"]
         try:
-            whole = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
-            return Predictions.load(folder) if whole else None
+            readable = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
+            return Predictions.load(folder) if readable else None
         except Exception as error:  # a run directory may hold anything
             self.faults.append(f"predictions/val: {_line(error)}")
             return None
@@ -171,8 +171,8 @@ class RunRecord:
         """Generations of the step whose weights the run hands over, or else of the last one."""
         samples = [s for s in _lines(self.directory / "samples.jsonl", self.faults) if s.get("split", "val") == "val"]
         steps = {s["step"] for s in samples if _is_step(s.get("step"))}
-        wanted = self.step if self.step in steps else max(steps, default=None)
-        return [s for s in samples if s.get("step") == wanted]
+        step = self.step if self.step in steps else max(steps, default=None)
+        return [s for s in samples if s.get("step") == step]
 
 
 def _of_table(table: dict[str, Any], total: str, weight: str | None = None) -> RowScores | None:

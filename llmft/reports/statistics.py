@@ -96,9 +96,9 @@ def jackknife(
     if count < 2:
         return None
     block = index % count
-    whole = metric(references, predictions)
+    of_all = metric(references, predictions)
     left = np.array([metric(references[block != b], predictions[block != b]) for b in range(count)])
-    pseudo = count * whole - (count - 1) * left
+    pseudo = count * of_all - (count - 1) * left
     # The same rows make the same blocks; others share no name with them.
     labels = np.array([f"{count} blocks of {len(unique)} rows {unique[0]} to {unique[-1]}: {b}" for b in range(count)])
     kind = "blocks of " if count < len(unique) else "groups of " if count < len(references) else ""
@@ -402,10 +402,10 @@ def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1) -> int
     if c.seeds is None or c.seeds.value <= 0 or c.folds:
         return None
     df = c.seeds.df
-    one = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
+    variance = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
     rows = c.rows or Variance(0.0, math.inf)
     for count in range(max(c.runs, 2), MOST_RUNS + 1):
-        grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
+        grown = Variance(variance / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
         half = math.hypot(grown.half_width(level, looks), rows.half_width(level, looks))
         if ndtr((size - half) / math.sqrt(grown.value + rows.value)) >= POWER:
             return count

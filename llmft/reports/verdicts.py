@@ -309,8 +309,8 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
         return "more rows or folds"
     if c.seeds.value <= 0:
         return "all runs of each are alike, so their noise is not known: try more seeds, or more validation rows"
-    one = math.sqrt(c.seeds.value * c.runs / 2)
-    size = rules.smallest / rules.level if rules.smallest else SHARE * one
+    sd = math.sqrt(c.seeds.value * c.runs / 2)
+    size = rules.smallest / rules.level if rules.smallest else SHARE * sd
     in_spreads = f"{rules.amount(rules.share(size))} ({SHARE:g} standard deviations between runs)"
     amount = number(rules.smallest) if rules.smallest else in_spreads
     rows = rows_needed(c, size, level)
@@ -342,15 +342,14 @@ def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -
         return f"No winner, and no difference that matters: {_listed([best, *others])} are within {number(smallest)}."
     unknown = [c for c in comparisons if c.verdict in (Verdict.rows_only, Verdict.unknown)]
     if unknown and len(unknown) == len(comparisons):
-        rows = "on these rows, but the seed noise is unknown" if unknown[0].verdict is Verdict.rows_only else (
-            "by a difference whose noise is unknown")  # fmt: skip
-        return f"No winner: {best} leads {rows}.{survivors}"
+        if unknown[0].verdict is Verdict.rows_only:
+            return f"No winner: {best} leads on these rows, but the seed noise is unknown.{survivors}"
+        return f"No winner: {best} leads by a difference whose noise is unknown.{survivors}"
     if len(comparisons) == 1:
         return f"No winner: {best} leads, but is not distinguishable from {others[0]}.{survivors}"
-    whole = len(family.among) == len(comparisons) + 1
-    them = f"{best} leads, but any of the {len(family.among)} may be the best" if whole and len(others) > 2 else (
-        f"the best is among {{{', '.join(family.among)}}}")  # fmt: skip
-    return f"No winner yet: {them}.{survivors}"
+    if len(others) == len(comparisons) > 2:
+        return f"No winner yet: {best} leads, but any of the {len(family.among)} may be the best.{survivors}"
+    return f"No winner yet: the best is among {{{', '.join(family.among)}}}.{survivors}"
 
 
 def _listed(names: Sequence[str]) -> str:
