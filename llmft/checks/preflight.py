@@ -218,7 +218,6 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
     operations = (4 if config.lora.enabled else 6) * weights * trained_tokens  # see `recomputation`
     seconds = operations * recomputation(config, plan.checkpointing) / _product_rate(device, dtype)
     checkpoint = estimate.adapter + estimate.optimizer
-    cards = plan_cards(config, examples, architecture, operations) if weights >= CARDS_FROM else []
     return {
         "device": str(device),
         "precision": precision.value,
@@ -230,7 +229,7 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         "disk_free": shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         "seconds_at_least": seconds,
         "weights": weights,
-        "cards": [card.to_plain() for card in cards],
+        "cards": plan_cards(config, examples, architecture, operations) if weights >= CARDS_FROM else [],
     }
 
 

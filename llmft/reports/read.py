@@ -106,7 +106,7 @@ class RunRecord:
             columns = read_table(path)
             return {name: np.array(v, str if name in ("row", "group") else float) for name, v in columns.items()}
         except (DataError, ValueError, TypeError) as error:
-            self.faults.append(f"{path.name}: {_line(error)}")
+            self.faults.append(f"{path.name}: {_line(error).removeprefix(f'{path}: ')}")
             return {}
 
     def row_losses(self, step: int) -> RowScores | None:
