@@ -18,7 +18,8 @@ from llmft.config.commands import PredictionFormat, SubmissionConfig
 from llmft.config.task import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv
+from llmft.core.files import write_atomically
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, csv_text
 
 
 @dataclass
@@ -105,7 +106,7 @@ def write_submission(
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")
     columns, description = _columns(predictions, template, column_of)
     rows = ([name, *(column[index_of[name]] for column in columns)] for name in template.ids)
-    write_csv(path, template.columns, rows)
+    write_atomically(path, csv_text(template.columns, rows).encode())
     screen.print(f"[bold]submission[/bold]  {escape(str(path))} ({len(template.ids):,} rows; {escape(description)})")
     return path
 

@@ -240,9 +240,9 @@ class Contrast:
         """Whether the noise of runs is known, and not 0 by the chance of a few runs."""
         return self.seeds is not None and (self.seeds.value > 0 or (self.folds and self.rows is not None))
 
-    def half_width(self, level: float, looks: Looks = 1, means: int = 2) -> float | None:
+    def half_width(self, level: float, looks: Looks) -> float | None:
         """Half of the interval; of the rows alone where the runs' noise is not known, None where neither is."""
-        known = [v.half_width(level, looks, means) for v in (self.seeds, self.rows) if v is not None]
+        known = [v.half_width(level, looks) for v in (self.seeds, self.rows) if v is not None]
         return math.hypot(*known) if known else None
 
 
@@ -387,12 +387,12 @@ def look_sizes(first: int, until: int, looks: Looks) -> list[int]:
     return sorted({first + round((until - first) * step / max(looks - 1, 1)) for step in range(looks)} | {until})
 
 
-def set_level(count: int, alpha: float = ALPHA) -> float:
+def set_level(count: int, alpha: float) -> float:
     """The two-sided level at which one of `count` configurations is left out of those that may be the best."""
     return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
 
 
-def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1) -> int | None:
+def runs_needed(c: Contrast, size: float, level: float, looks: Looks) -> int | None:
     """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `MOST_RUNS`.
 
     The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.

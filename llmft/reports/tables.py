@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +13,7 @@ from llmft.reports.configurations import Configuration, Study
 from llmft.reports.curves import Diagnosis, Fit, summed_up
 from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import Verdicts, ends_of, number, sentence
+from llmft.runs.predictions import csv_text
 
 if TYPE_CHECKING:
     from llmft.reports.write import Report
@@ -186,13 +185,9 @@ def verdicts_csv(verdicts: Verdicts) -> str:
 
 
 def to_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """CSV, with nothing for None; a text that a spreadsheet would take for a formula gets a quote in front."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    for row in rows:
-        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row])
-    return out.getvalue()
+    """CSV; a text that a spreadsheet would take for a formula gets a quote in front."""
+    formulas = ("=", "+", "-", "@")
+    return csv_text(head, ([f"'{v}" if isinstance(v, str) and v.startswith(formulas) else v for v in r] for r in rows))
 
 
 def markdown(report: Report) -> str:

@@ -130,7 +130,8 @@ class Predictions:
             raise DataError(f"two rows have the id '{repeated[0]}': set data.columns.id to a column of unique values.")
         columns = self.table()
         write_table(directory / "predictions.parquet", columns)
-        write_csv(directory / "predictions.csv", columns, zip(*columns.values(), strict=True))
+        table = csv_text(columns, zip(*columns.values(), strict=True))
+        write_atomically(directory / "predictions.csv", table.encode())
         facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
         facts |= self.facts
         write_atomically(directory / "predictions.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
@@ -145,8 +146,8 @@ class Predictions:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
         predictions = from_table(read_table(directory / "predictions.parquet"), labels, problem)
-        own_keys = {"problem", "labels", "rows", "fingerprint"}
-        predictions.facts = {key: value for key, value in facts.items() if key not in own_keys}
+        ours = ("problem", "labels", "rows", "fingerprint")
+        predictions.facts = {key: value for key, value in facts.items() if key not in ours}
         if predictions.fingerprint != facts.get("fingerprint"):
             raise DataError(
                 f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
@@ -163,13 +164,11 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         pq.write_table(pa.table(dict(columns)), file, compression="zstd")
 
 
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table with a header; the file appears whole."""
+def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table with a header as CSV, with nothing for None."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
