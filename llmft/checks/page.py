@@ -27,7 +27,11 @@ def show(report: dict[str, Any], available_hours: float | None = None) -> None:
     screen.print(_split_table(report["splits"]))
     _show_tokens(screen, report["prompt"], report["message_keys"])
     _show_lengths(screen, report["limits"])
-    _show_columns(screen, report["columns"])
+    usage = report["columns"]
+    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
+    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+        read += f"; {kind}: {', '.join(names)}" if names else ""
+    screen.print(f"[bold]columns[/bold] read: {escape(read)}")
     if report["comparisons"] is not None:
         _show_comparisons(screen, report["comparisons"])
     if report["labels"]:
@@ -104,13 +108,6 @@ def _show_lengths(screen: Screen, limits: dict[str, Any]) -> None:
     for name, values in limits["uncut"].items():
         table.add_row(name, "", "  ".join(f"{percent}%: {value}" for percent, value in values.items()))
     screen.print(table)
-
-
-def _show_columns(screen: Screen, usage: dict[str, Any]) -> None:
-    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
-    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
-        read += f"; {kind}: {', '.join(names)}" if names else ""
-    screen.print(f"[bold]columns[/bold] read: {escape(read)}")
 
 
 def _show_comparisons(screen: Screen, comparisons: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     slow = cost(ready.objective) if ready.objective is not None else None
     if slow is not None:
         findings.append(Finding("warning", "task.head", slow))
+    trained, by_label = prepared.conversations["train"], config.task.feedback is Feedback.labels
     needs = _needs(prepared, ready)
     findings += _memory_findings(needs)
     report = {
@@ -71,7 +72,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
         "findings": [asdict(finding) for finding in sorted(findings, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
-        "labels": _labels(prepared),
+        "labels": label_counts(trained) if by_label else label_balance(trained, prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
         "message_keys": {
@@ -116,14 +117,6 @@ def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
             segment |= {"good": comparison.desirable} if labelled else {"answer": int(marks[start])}
         segments.append(segment)
     return segments
-
-
-def _labels(inputs: RunInputs) -> dict[str, int]:
-    """Training rows by class or label."""
-    rows = inputs.conversations["train"]
-    if inputs.config.task.feedback is Feedback.labels:
-        return label_counts(rows)
-    return label_balance(rows, inputs.labels)
 
 
 def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | None:

@@ -54,7 +54,11 @@ def bootstrap(
     """
     references, values = references_and_predictions(predictions)
     text = predictions.problem == TEXT
-    units = _resampling_units(predictions)
+    rows = range(len(predictions.ids))
+    groups: dict[str, list[int]] = {}
+    for row, group in zip(rows, predictions.columns.get("group", rows), strict=True):
+        groups.setdefault(str(group), []).append(row)
+    units = [np.asarray(rows_of_group) for rows_of_group in groups.values()]
     generator = np.random.Generator(np.random.PCG64([seed]))
     samples: dict[str, list[float]] = {name: [] for name in metrics}
     for _ in range(resamples):
@@ -70,14 +74,6 @@ def bootstrap(
             low, high = np.nanpercentile(values_of_metric, [percentile, 100 - percentile])
             intervals[name] = (float(low), float(high))
     return intervals
-
-
-def _resampling_units(predictions: Predictions) -> list[np.ndarray]:
-    rows = range(len(predictions.ids))
-    members: dict[Any, list[int]] = {}
-    for row, group in zip(rows, predictions.columns.get("group", rows), strict=True):
-        members.setdefault(str(group), []).append(row)
-    return [np.asarray(rows_of_group) for rows_of_group in members.values()]
 
 
 def per_class(predictions: Predictions) -> dict[str, dict[str, float]]:

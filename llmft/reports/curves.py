@@ -17,7 +17,6 @@ import numpy as np
 
 from llmft.metrics.prior import chance_sentence, is_better
 from llmft.reports.read import RunRecord
-from llmft.reports.statistics import RowScores
 
 LOSS, TRAIN = "val/loss_nats", "train/loss_nats"
 ERRORS = 2.0
@@ -115,19 +114,13 @@ def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: i
     """Whether the validation loss at step `high` is above that at step `low` by more than noise."""
     if high == low:
         return False
-    values = dict(curve)
+    error = _scatter(curve)
     first, second = run.row_losses(high), run.row_losses(low)
-    rows = paired_error(first, second) if first is not None and second is not None else None
-    error = rows if rows is not None else _scatter(curve)
+    if first is not None and second is not None and len(first.rows) > 1 and np.array_equal(first.rows, second.rows):
+        changes = first.influences() - second.influences()
+        error = float(changes.std(ddof=1) / math.sqrt(len(changes)))
+    values = dict(curve)
     return values[high] - values[low] > ERRORS * error
-
-
-def paired_error(first: RowScores, second: RowScores) -> float | None:
-    """The standard error of the difference of two validations on the same rows; None where the rows differ."""
-    if not np.array_equal(first.rows, second.rows) or len(first.rows) < 2:
-        return None
-    changes = first.influences() - second.influences()
-    return float(changes.std(ddof=1) / math.sqrt(len(changes)))
 
 
 def _scatter(curve: Sequence[tuple[int, float]]) -> float:
@@ -182,7 +175,11 @@ class Band:
 
 def band(curves: Sequence[Sequence[tuple[int, float]]]) -> Band | None:
     """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
-    values = [dict(_thinned(curve)) for curve in curves if curve]
+    values = []
+    for curve in filter(None, curves):
+        stride = math.ceil(len(curve) / MOST_POINTS)
+        stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
+        values.append({stretch[-1][0]: float(np.mean([value for _, value in stretch])) for stretch in stretches})
     if not values:
         return None
     steps = sorted(set.intersection(*map(set, values)))
@@ -191,9 +188,3 @@ def band(curves: Sequence[Sequence[tuple[int, float]]]) -> Band | None:
     table = np.array([[of_run[step] for step in steps] for of_run in values])
     spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(steps))
     return Band(steps, table.mean(axis=0).tolist(), spread.tolist())
-
-
-def _thinned(curve: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
-    stride = math.ceil(len(curve) / MOST_POINTS)
-    stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
-    return [(stretch[-1][0], float(np.mean([value for _, value in stretch]))) for stretch in stretches]

@@ -91,14 +91,14 @@ def at_chance(study: Study) -> str:
 
 def confusion(study: Study) -> tuple[list[str], list[list[int]], str, int] | None:
     """(classes, rows by true and likeliest class, name, runs) of the best configuration; None without classes."""
-    from llmft.evaluation.scores import confusion as counts
+    from llmft.metrics.classification import confusion as counts
 
     of_runs = [run.predictions() for c in study.configurations[:1] for run in c.runs]
     known = [p for p in of_runs if p is not None and p.problem == SINGLE_LABEL and p.known and p.labels]
     known = [p for p in known if p.labels == known[0].labels]
     if not known:
         return None
-    total = np.sum([counts(p) for p in known], axis=0)
+    total = np.sum([counts(p.references(), p.values) for p in known], axis=0)
     return known[0].labels, total.tolist(), study.configurations[0].name, len(known)
 
 

@@ -61,7 +61,11 @@ class BoardLine:
         self.memory_gib = max((run.memory_gib for run in c.runs if run.memory_gib is not None), default=None)
         fits = [diagnoses[str(run.directory)] for run in c.runs if str(run.directory) in diagnoses]
         self.fit = str(fits[0]) if len(set(map(str, fits))) == 1 else summed_up(fits)
-        self.commands = [(r.name, _replication(r), r.command, r.value(study.monitor) or math.nan) for r in c.runs]
+        self.commands = []
+        for run in c.runs:
+            fold = run.config.get("data.fold")
+            replication = f"seed {run.seed}" + (f", fold {fold}" if fold is not None else "")
+            self.commands.append((run.name, replication, run.command, run.value(study.monitor) or math.nan))
         names = dict.fromkeys(name for run in c.runs for name in run.result["after"] if name != study.monitor)
         others = {name: mean([run.value(name) for run in c.runs]) for name in names}
         self.other_metrics = {name: value for name, value in others.items() if value is not None}
@@ -75,11 +79,6 @@ def replications(runs: Sequence[RunRecord]) -> str:
         if key == "seed" or number > 1:
             parts.append(f"{number} {word}{'s' if number > 1 else ''}")
     return " x ".join(parts)
-
-
-def _replication(run: RunRecord) -> str:
-    fold = run.config.get("data.fold")
-    return f"seed {run.seed}" + (f", fold {fold}" if fold is not None else "")
 
 
 def duration(seconds: float | None) -> str:
