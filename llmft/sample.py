@@ -35,7 +35,7 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
     from llmft.evaluation.sampling import plan_samples, run_samples
 
     job = plan_samples(config, screen.warn)
-    directory = job.directory
+    directory = job.prompts.directory
     if not config.force and (report := finished(directory, job.prompts.plan)) is not None:
         screen.print(f"These samples are done: [bold]{directory}[/bold] (force=true makes them again)")
         _show(screen, report)

@@ -51,10 +51,6 @@ class SampleJob:
         turns = self.config.samples // len(self.config.temperatures)
         return [float(t) for t in self.config.temperatures for _ in range(turns)]
 
-    @property
-    def directory(self) -> Path:
-        return self.prompts.directory
-
 
 def run_samples(job: SampleJob, screen: Screen) -> dict[str, Any]:
     """Writes and judges the samples; returns the report."""
@@ -182,7 +178,7 @@ def _write_all(
     job: SampleJob, columns: dict[str, list[Any]], scores: dict[str, list[float]], reward: list[float] | None
 ) -> dict[str, Any]:
     """samples.parquet, the rows to train on, and last report.json, which says that all is there."""
-    rows, directory = job.prompts.conversations, job.directory
+    rows, directory = job.prompts.conversations, job.prompts.directory
     table: dict[str, list[Any]] = {
         "id": [rows[row].id for row in columns["row"]],
         "prompt": [_prompt_text(rows[row]) for row in columns["row"]],
