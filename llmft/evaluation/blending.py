@@ -33,7 +33,7 @@ class Blender:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.problem == TaskType.regression.value and self.method in (Method.geometric, Method.rank):
+        if self.problem == TaskType.regression and self.method in (Method.geometric, Method.rank):
             raise ConfigError(
                 f"method={self.method.value} is for probabilities; numbers take mean, hill_climbing or convex."
             )
@@ -69,13 +69,13 @@ def combine(values: np.ndarray, weights: Weights, method: Method, problem: str) 
 
         values = rankdata(values, axis=1) / values.shape[1]
     mixed = np.tensordot(weights, values, axes=1)
-    single = problem == TaskType.single_label.value
+    single = problem == TaskType.single_label
     return mixed / mixed.sum(axis=1, keepdims=True) if single else mixed
 
 
 def _geometric(values: np.ndarray, weights: Weights, problem: str) -> np.ndarray:
     logs = np.tensordot(weights, np.log(np.clip(values, SMALLEST, 1)), axes=1)
-    if problem == TaskType.multi_label.value:  # each class is a yes or a no
+    if problem == TaskType.multi_label:  # each class is a yes or a no
         others = np.tensordot(weights, np.log(np.clip(1 - values, SMALLEST, 1)), axes=1)
         return 1 / (1 + np.exp(others - logs))
     odds = np.exp(logs - logs.max(axis=1, keepdims=True))
@@ -109,7 +109,7 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
     from scipy.optimize import minimize
 
     count = len(values)
-    if problem == TaskType.regression.value:
+    if problem == TaskType.regression:
         numbers = values[:, :, 0]
         scale = float(np.var(references)) or 1.0
 
@@ -118,7 +118,7 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
             return float((errors**2).mean() / scale), 2 * (numbers * errors).mean(axis=1) / scale
 
     else:
-        if problem == TaskType.single_label.value:
+        if problem == TaskType.single_label:
             of_truth = values[:, np.arange(values.shape[1]), references]
         else:
             of_truth = np.where(references == 1, values, 1 - values)

@@ -75,8 +75,8 @@ class PredictionJob:
     @property
     def problem(self) -> str:
         if self.config.task.scores_answers:
-            return TaskType.regression.value
-        return self.target_model.problem.value if self.target_model is not None else TEXT
+            return TaskType.regression
+        return self.target_model.problem if self.target_model is not None else TEXT
 
     def predictions(self, values: np.ndarray, columns: dict[str, list[Any]]) -> Predictions:
         """`values` and further `columns` of the rows, with their ids, known targets, and where all comes from."""

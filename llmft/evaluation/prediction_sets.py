@@ -54,7 +54,7 @@ def open_prediction_sets(directories: Sequence[Path], name: str) -> list[Predict
         where, predictions = member.directory, member.predictions
         if predictions.problem != expected.problem:
             raise DataError(f"{where}: predicts {predictions.problem}, and {first.name} {expected.problem}.")
-        if predictions.labels != expected.labels and predictions.problem != TaskType.regression.value:
+        if predictions.labels != expected.labels and predictions.problem != TaskType.regression:
             raise DataError(
                 f"{where}: its classes are {_shortened(predictions.labels)}, those of {first.name} "
                 f"{_shortened(expected.labels)}; they must be the same in the same order (data.labels)."

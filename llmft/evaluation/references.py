@@ -59,7 +59,7 @@ def _from_rows(rows: list[Row], source: str) -> Predictions:
     labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     try:
         if labels:
-            return from_table(table, labels, TaskType.single_label.value)
+            return from_table(table, labels, TaskType.single_label)
         if "generated" not in table:
             if "predicted" not in table:
                 raise ConfigError(
@@ -128,12 +128,12 @@ def _target(row: Row, column: str, problem: str) -> Any:
     value = row.values.get(column)
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise DataError(f"{row.where}: its '{column}' is empty or not a finite number.")
-    if problem == TaskType.regression.value:
+    if problem == TaskType.regression:
         with contextlib.suppress(TypeError, ValueError):
             if np.isfinite(number := float(value)):
                 return number
         raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.")
-    if problem == TaskType.multi_label.value:
+    if problem == TaskType.multi_label:
         names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
         return "|".join(str(name).strip() for name in names if str(name).strip())
     return str(value)

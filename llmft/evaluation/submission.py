@@ -115,7 +115,7 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
     """The values of each column after the id, and a short description of them."""
     to_fill = template.columns[1:]
     values: dict[str, list[object]] = {}
-    if predictions.problem not in (TEXT, TaskType.regression.value):
+    if predictions.problem not in (TEXT, TaskType.regression):
         values = dict(zip(predictions.labels, predictions.values.T.tolist(), strict=True))
     for label, column in column_of.items():
         if label not in values:
@@ -148,7 +148,7 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     That is a text or number, the likeliest class, a list of the likeliest classes, or the probability of a yes.
     """
     column, labels = template.columns[1], predictions.labels
-    if predictions.problem in (TEXT, TaskType.regression.value):
+    if predictions.problem in (TEXT, TaskType.regression):
         kind = "the text generated" if predictions.problem == TEXT else "the number predicted"
         return [list(predictions.predicted)], f"{column}: {kind}"
     cells = [cell.strip() for cell in template.cells]
@@ -156,7 +156,7 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     separator = next(
         (mark for mark in (" ", ",", "|", ";") if not_a_class and _are_lists_of_labels(not_a_class, labels, mark)), None
     )
-    if predictions.problem == TaskType.multi_label.value:
+    if predictions.problem == TaskType.multi_label:
         mark = separator or "|"
         chosen = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
         description = f"{column}: the classes with a probability of at least one half, with '{mark}' between"

@@ -21,7 +21,6 @@ from llmft.reports.verdicts import number
 MOST_FOLDED = 4
 """Configurations whose folds are shown one by one."""
 PRIOR = "prior"
-SINGLE_LABEL = TaskType.single_label.value
 KEYS_OF_UNIT = ("task.beta", "task.loss", "task.margin", "task.label_smoothing", "task.sft_weight", "task.centre")
 """Keys that a loss of compared answers has another unit or another least value for."""
 
@@ -94,7 +93,7 @@ def confusion(study: Study) -> tuple[list[str], list[list[int]], str, int] | Non
     from llmft.metrics.classification import confusion as counts
 
     of_runs = [run.predictions() for c in study.configurations[:1] for run in c.runs]
-    known = [p for p in of_runs if p is not None and p.problem == SINGLE_LABEL and p.known and p.labels]
+    known = [p for p in of_runs if p is not None and p.problem == TaskType.single_label and p.known and p.labels]
     known = [p for p in known if p.labels == known[0].labels]
     if not known:
         return None

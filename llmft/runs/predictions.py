@@ -46,7 +46,7 @@ class Predictions:
     ids: list[str]
     labels: list[str]
     values: np.ndarray
-    problem: str = TaskType.single_label.value
+    problem: str = TaskType.single_label
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Predictions:
         """The likeliest class, the classes with at least 0.5, the number, or the text."""
         if self.problem == TEXT:
             return self.columns["generated"]
-        if self.problem == TaskType.regression.value:
+        if self.problem == TaskType.regression:
             return [float(value) for value in self.values[:, 0]]
-        if self.problem == TaskType.multi_label.value:
+        if self.problem == TaskType.multi_label:
             return ["|".join(np.asarray(self.labels)[row >= 0.5]) for row in self.values]
         return [self.labels[index] for index in self.values.argmax(axis=1)]
 
@@ -76,9 +76,9 @@ class Predictions:
 
         Raises DataError for a target that is not a class.
         """
-        if self.problem == TaskType.regression.value:
+        if self.problem == TaskType.regression:
             return np.asarray(self.targets, dtype=np.float64)
-        if self.problem == TaskType.multi_label.value:
+        if self.problem == TaskType.multi_label:
             names_of_row = [set(str(target).split("|")) - {""} for target in self.targets]
             self._check_labels({name for names in names_of_row for name in names})
             return np.asarray([[label in names for label in self.labels] for names in names_of_row], dtype=np.int64)
@@ -115,7 +115,7 @@ class Predictions:
             table["target"] = self.targets
         if self.problem != TEXT:
             table["predicted"] = self.predicted
-        if self.problem != TaskType.regression.value:
+        if self.problem != TaskType.regression:
             for index, label in enumerate(self.labels):
                 table[f"{PREFIX}{label}"] = self.values[:, index].tolist()
         return {**table, **{name: column for name, column in self.columns.items() if name not in table}}
@@ -188,7 +188,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:
     """Predictions from the columns of `Predictions.table`."""
     rows = len(table["id"])
-    if problem == TaskType.regression.value:
+    if problem == TaskType.regression:
         values = np.asarray(table["predicted"], dtype=np.float64).reshape(rows, 1)
     else:
         names = [f"{PREFIX}{label}" for label in labels]
