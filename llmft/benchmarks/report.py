@@ -12,15 +12,7 @@ from typing import Any
 from markupsafe import Markup
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import (
-    Estimate,
-    Workload,
-    as_csv,
-    hours,
-    inference_hours,
-    most_outputs,
-    training_hours,
-)
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
 from llmft.core.console import text_table
 from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically

@@ -75,10 +75,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
         "labels": label_counts(trained) if by_label else label_balance(trained, prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
-        "message_keys": {
-            "read": dict(prepared.message_keys.read),
-            "unused": dict(prepared.message_keys.unused),
-        },
+        "message_keys": {"read": dict(prepared.message_keys.read), "unused": dict(prepared.message_keys.unused)},
         "steps": {
             "total": rows.total_steps,
             "batch_rows": config.trainer.batch_size,
