@@ -148,8 +148,7 @@ class Study:
         lost = [run for run in self.runs if run.status in ("diverged", "failed")] + self.others
         self.configurations = _configurations(with_value, lost, self.keys)
         self.configurations.sort(key=lambda c: c.sample(self.monitor).mean * (1 if self.lower_is_better else -1))
-        valid = looks == "any" or (isinstance(looks, int) and looks > 0)
-        self.looks: Looks = looks if valid else 1
+        self.looks: Looks = "any" if looks == "any" else looks if isinstance(looks, int) and looks > 0 else 1
         self.smallest_difference = float(smallest) if isinstance(smallest, (int, float)) and smallest > 0 else None
         self.question, self.notes, self.command, self.created = (
             str(redact(str(record[name]))) if record.get(name) else None
