@@ -19,7 +19,7 @@ from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.metrics.monitor import mode_of, named_metric
 from llmft.reports.statistics import Replicate, Sample
-from llmft.reports.verdicts import Verdicts, judge_samples
+from llmft.reports.verdicts import Rules, Verdicts, judge_samples
 
 COLUMNS = ("configuration", "value", "seeds", "sd", "sd_seeds", "comparison", "metric")
 
@@ -68,7 +68,7 @@ def judge_numbers(
         direction = mode_of(named_metric(measured) if measured else None, measured or "the values", mode, key="mode")
         spread = _pooled_spread([line for line in lines if line.sd is not None] or published)
         samples = [_sample(line, spread) for line in lines]
-        verdicts[name] = judge_samples(samples, lower_is_better=direction is Mode.min)
+        verdicts[name] = judge_samples(samples, Rules(lower_is_better=direction is Mode.min))
     return verdicts
 
 

@@ -46,16 +46,19 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a sweep is judged: its looks, the smallest difference that matters, which way is better, on what scale."""
+    """How a sweep is judged: which way is better, its looks, the smallest difference that matters.
 
+    Attributes:
+        log, level: whether logarithms are compared, and the best's mean then, which a difference is a share of.
+        paired: whether runs are compared seed by seed. All three are found by looking at the samples.
+    """
+
+    lower_is_better: bool = True
     looks: Looks = 1
     smallest: float | None = None
-    lower_is_better: bool = True
     log: bool = False
     level: float = 1.0
-    """The best's mean where logarithms are compared: what a difference is a share of."""
     paired: bool = False
-    """Whether runs are compared seed by seed."""
 
     def lead(self, estimate: float) -> float:
         """How far the first is ahead."""
@@ -169,14 +172,8 @@ def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
     samples = [c.sample(study.monitor, rows=True) for c in study.configurations]
     values = {c.name: c.values for c in study.configurations}
-    verdicts = judge_samples(
-        samples,
-        lower_is_better=study.lower_is_better,
-        looks=study.looks,
-        smallest_difference=study.smallest_difference,
-        monitor=study.monitor,
-        values=values,
-    )
+    rules = Rules(study.lower_is_better, study.looks, study.smallest_difference)
+    verdicts = judge_samples(samples, rules, study.monitor, values)
     if study.configurations:
         verdicts.basis = f"{verdicts.basis} {scope(study)}".strip()
     return verdicts
@@ -212,15 +209,12 @@ def scope(study: Study) -> str:
 
 def judge_samples(
     samples: Sequence[Sample],
-    *,
-    lower_is_better: bool = True,
-    looks: Looks = 1,
-    smallest_difference: float | None = None,
+    rules: Rules = Rules(),
     monitor: str = "val/loss_nats",
     values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Verdicts:
     """The verdicts on samples of `monitor`; also on each varied key, where `values` has those of every sample."""
-    rules, values = Rules(looks, smallest_difference, lower_is_better), values or {}
+    values = values or {}
     keys = list(next(iter(values.values()), {}))
     samples = [s for sample in samples if (s := sample.finite()).replicates]
     if len(samples) < 2:
