@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.commands import BenchConfig, OutputFormat
-from llmft.config.convert import to_config, to_plain
+from llmft.config.convert import to_config
 from llmft.config.fields import seconds_of
 from llmft.config.hydra_app import explain, make_known, run_verb
 from llmft.config.invocation import arguments_of_process
@@ -92,8 +92,7 @@ def _measure(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from llmft.benchmarks.estimates import Estimate
-    from llmft.benchmarks.measure import Case
-    from llmft.benchmarks.run import run_case
+    from llmft.benchmarks.measure import Case, run_case
 
     folder = str(Path(config.output_dir).absolute())
     ends = time.monotonic() + seconds_of(config.max_time, "max_time")
@@ -108,7 +107,7 @@ def _measure(
                 bar.update(task, description=f"{label}: {status}", completed=next(begun))
 
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - index))
-            case = Case(to_plain(subject.config), lengths, share, config.repeats, config.inference_rows, folder)
+            case = Case(subject.config, lengths, share, config.repeats, config.inference_rows, folder)
             results, about = run_case(case, tell)
             model, quantization = subject.config.model.label, subject.config.quantization.format.value
             facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)

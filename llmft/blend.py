@@ -40,20 +40,18 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     directories = _members(config, screen)
     members = sets.open_prediction_sets(directories, config.predictions)
     first = members[0].predictions
-    blending.check_method(method, first.problem)
     metrics = scores.metrics_for(first, [])
     name, metric = _metric(config.metric, metrics)
+    blender = blending.Blender(method, first.problem, name, metric, config.steps)
     mode = mode_of(metric, name, key=None)
     values, references = sets.stack(members), scores.references_and_predictions(sets.joined(members, first.values))[0]
     parts = _parts(members, config)
-    settings: Any = (method, first.problem, (name, metric), config.steps)
 
     def score_without(index: int) -> float:
-        rest = np.delete(values, index, axis=0)
-        return metric(references, blending.nested(rest, references, parts, *settings))
+        return metric(references, blender.out_of_fold(np.delete(values, index, axis=0), references, parts))
 
-    weights = blending.choose(values, references, *settings)
-    out_of_fold = sets.joined(members, blending.nested(values, references, parts, *settings))
+    weights = blender.weights(values, references)
+    out_of_fold = sets.joined(members, blender.out_of_fold(values, references, parts))
     blended = {config.predictions: out_of_fold, **_other_sets(directories, config, weights, first.problem)}
     all_metrics = scores.score(out_of_fold, metrics)
     chance = against_prior(out_of_fold, {**metrics, name: metric})

@@ -85,28 +85,28 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
 
 def _answer(job: Any, config: PredictConfig, screen: Any, answers: dict[Path, Any]) -> Any:
     """The predictions of one run, joined folds or blend: those that are there already, or new ones."""
+    from llmft.evaluation.jobs import EnsembleJob
+
     if job.directory in answers:
         return answers[job.directory]
-    finished = None if config.force or job.recipe is not None else job.finished()
-    if finished is not None:
+    ensemble = isinstance(job, EnsembleJob)
+    predictions = None if config.force or ensemble else job.finished()
+    if predictions is not None:
         screen.print(f"These predictions are done: [bold]{job.directory}[/bold] (force=true makes them again)")
-        predictions = finished
     else:
-        if job.recipe is None:
-            predictions = _predict_run(job, config, screen)
-        else:
+        if ensemble:
             for part in job.parts:
                 _answer(part, config, screen, answers)
             predictions = job.recipe.combined(job.directory.name)
             predictions.save(job.directory)
+        else:
+            predictions = _predict_run(job, config, screen)
         screen.print(f"[bold]predictions[/bold]  {job.directory} ({len(predictions.ids):,} rows)")
     answers[job.directory] = predictions
     return predictions
 
 
 def _predict_run(job: Any, config: PredictConfig, screen: Any) -> Any:
-    from llmft.runs.predictions import Predictions
-
     columns: dict[str, list[Any]] = {}
     job.directory.mkdir(parents=True, exist_ok=True)
     with job.locked():
@@ -122,8 +122,7 @@ def _predict_run(job: Any, config: PredictConfig, screen: Any) -> Any:
 
             with quiet_warnings():
                 values, columns = run_parts(job, config, screen)
-        columns = {"where": [row.where for row in job.conversations], **job.columns, **columns}
-        predictions = Predictions(job.ids, job.labels, values, job.problem, job.targets, columns, job.facts())
+        predictions = job.predictions(values, columns)
         predictions.save(job.directory)
         job.clear_parts()
     return predictions

@@ -35,16 +35,16 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
     from llmft.evaluation.sampling import plan_samples, run_samples
 
     job = plan_samples(config, screen.warn)
-    directory = job.directory
-    if not config.force and (report := finished(directory, job.job.plan)) is not None:
+    directory = job.prompts.directory
+    if not config.force and (report := finished(directory, job.prompts.plan)) is not None:
         screen.print(f"These samples are done: [bold]{directory}[/bold] (force=true makes them again)")
         _show(screen, report)
         write_outcome(directory)
         return directory
     directory.mkdir(parents=True, exist_ok=True)
-    with job.job.locked():
+    with job.prompts.locked():
         if config.force:
-            job.job.clear_parts()
+            job.prompts.clear_parts()
         from llmft.core.imports import load_libraries, quiet_warnings
 
         load_libraries()

@@ -102,8 +102,6 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 def hours(value: float) -> str:
     """A duration as people say it."""
-    if value >= 10:
-        return f"{value:,.0f} h"
     if value >= 1:
-        return f"{value:.1f} h"
+        return f"{value:,.0f} h" if value >= 10 else f"{value:.1f} h"
     return f"{60 * value:.1f} min" if value >= 1 / 60 else f"{3600 * value:.1f} s"

@@ -1,38 +1,45 @@
-"""One model in one number format, measured point by point in a process of its own.
+"""Models measured point by point, in a process of their own.
 
 Each point is a short training of random words by `train`, whose record has the times, and answers by the model that it
-leaves, as `predict` loads it. A point that finds no memory costs itself, and where it takes the process along, the one
-who asked starts another. What is asked comes as JSON on the standard input; answers go out line by line behind `MARK`.
+leaves, as `predict` loads it. A point that finds no memory costs itself; where it takes the process along, another
+process goes on.
 """
 
 from __future__ import annotations
 
 import json
-import sys
+import multiprocessing
+import os
+import random
+import statistics
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from llmft.config.sections import TrainConfig
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import ConfigError, UserError
 
-MARK = "llmft-bench "
 VARIATION = 0.1
 """Of the length of what is read, between the rows of a training; rows of one length would be 15% faster on a CPU."""
 MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
 """Of a step that is measured; the time of more is told from theirs."""
-SEVERAL_WORDS = 200
+NUM_WORDS = 200
+"""Different words of the random rows."""
+GRACE, GRACE_S = 1.5, 30.0
+"""A process that is not done after so many times its seconds, and so many more, is ended: a point may take long."""
 
 
 @dataclass
 class Case:
-    """What is asked of a process.
+    """One model in one number format, and what is measured of it.
 
     Attributes:
-        config: a training's, as plain data.
+        config: a training's.
         points: (input tokens, output tokens) of a row.
         seconds: after so many, no further point is begun.
         repeats: measurements of each point behind the one that warms up.
@@ -40,7 +47,7 @@ class Case:
         folder: where the trainings are, for as long as they take.
     """
 
-    config: dict[str, Any]
+    config: TrainConfig
     points: list[tuple[int, int]]
     seconds: float
     repeats: int
@@ -75,58 +82,80 @@ class Measured:
     error: str | None = None
 
 
-def main() -> None:
-    """Measures the case of the standard input."""
-    import os
+def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
+    """Each point of `case` in its order, and on what device in which precision they were measured.
 
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    case = Case(**json.loads(sys.stdin.read()))
+    `tell` hears what is under way. Raises ConfigError for what cannot be measured.
+    """
+    results = [Measured(*point, error="no time left") for point in case.points]
+    about: dict[str, str] = {}
+    started = time.monotonic()
+    context = multiprocessing.get_context("spawn")
+    process = None
+    try:
+        for number, point in enumerate(case.points):
+            if time.monotonic() - started > case.seconds:
+                break
+            tell(f"{point[0]} tokens in, {point[1]} out")
+            if process is None:
+                ours, theirs = context.Pipe()
+                process = context.Process(target=serve, args=(theirs, case))
+                process.start()
+                theirs.close()
+            try:
+                ours.send(point)
+                if not ours.poll(GRACE * case.seconds + GRACE_S - (time.monotonic() - started)):
+                    break
+                answer = ours.recv()
+            except (EOFError, OSError):  # the kernel has killed the process for want of memory
+                answer, process = None, None
+            if isinstance(answer, Exception):
+                raise answer
+            if answer is None:
+                results[number].error = "does not fit"
+            else:
+                results[number], about = answer
+    finally:
+        if process is not None:
+            process.kill()
+            process.join()
+    return results, about
 
-    def tell(kind: str, **values: Any) -> None:
-        print(MARK + json.dumps({"kind": kind, **values}), flush=True)
 
-    from llmft.core.errors import UserError
-    from llmft.core.imports import quiet_warnings
+def serve(connection: Connection, case: Case) -> None:
+    """Answers each point that arrives with what `measure_if_it_fits` returns, or with an error to raise."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2):  # the caller's JSON and progress bar stand there
+        os.dup2(silence, stream)
+    from llmft.core.imports import load_libraries, quiet_warnings
 
     try:
         with quiet_warnings():
-            run_points(case, tell)
+            load_libraries()
+            while True:
+                connection.send(measure_if_it_fits(case, *connection.recv()))
     except UserError as error:
-        tell("error", message=str(error))
+        connection.send(ConfigError(str(error)))
+    except Exception:
+        connection.send(RuntimeError(f"the measuring process failed:\n{traceback.format_exc()}"))
 
 
-def run_points(case: Case, tell: Callable[..., None]) -> None:
-    """Measures the points of `case` one by one; `tell` hears of each."""
-    from llmft.config.convert import from_plain
-    from llmft.config.sections import TrainConfig
-    from llmft.core.errors import ConfigError
-    from llmft.core.imports import load_libraries
+def measure_if_it_fits(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]] | None:
+    """What `measure` returns; None where memory does not suffice."""
     from llmft.core.machine import free_memory
     from llmft.training.out_of_memory import is_out_of_memory
 
-    load_libraries()
-    began = time.monotonic()
-    config: TrainConfig = from_plain(case.config, TrainConfig)
-    for number, (inputs, outputs) in enumerate(case.points):
-        if time.monotonic() - began > case.seconds:
-            tell("point", number=number, error="no time left")
-            continue
-        tell("begun", number=number)
-        measured = None
-        try:
-            measured, about = measure(config, case, inputs, outputs)
-        except Exception as error:
-            if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and "out of memory" in str(error)):
-                raise
-        if measured is None:  # here the error is gone, and with it what its frames held
-            free_memory()
-            tell("point", number=number, error="does not fit")
-        else:
-            tell("about", **about)
-            tell("point", number=number, measured=asdict(measured))
+    try:
+        return measure(case, inputs, outputs)
+    except Exception as error:
+        if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and "out of memory" in str(error)):
+            raise
+    free_memory()  # here the error is gone, and with it what its frames held
+    return None
 
 
-def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]]:
+def measure(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]]:
     """One point, and on what device in which precision it was measured.
 
     Raises ConfigError or an error of a library where memory does not suffice.
@@ -139,6 +168,7 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
     from llmft.model.device import mixed_precision, pick_device, pick_precision
     from llmft.model.tokenizer import load_tokenizer
 
+    config = case.config
     device = pick_device(config.trainer.accelerator)
     precision = pick_precision(config.trainer.precision, device)
     located = locate(config.model)
@@ -146,9 +176,9 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
     measured = Measured(inputs, outputs)
     Path(case.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="llmft-bench-", dir=case.folder) as folder:
-        most = max(1, MOST_TOKENS[device.type] // (inputs + outputs))
-        rows = min(config.trainer.batch_size, most)
-        trained = _train(_short(config, Path(folder), tokenizer, measured, rows, case.repeats), measured, case.repeats)
+        rows = min(config.trainer.batch_size, max(1, MOST_TOKENS[device.type] // (inputs + outputs)))
+        training = _short_training(config, Path(folder), tokenizer, measured, rows, case.repeats)
+        trained = _train(training, measured, case.repeats)
         measured.step_s = config.trainer.batch_size * (inputs + outputs) / measured.train_tokens_per_s
         assembled = assemble(
             config,
@@ -170,7 +200,9 @@ def measure(config: TrainConfig, case: Case, inputs: int, outputs: int) -> tuple
     return measured, {"device": name, "precision": precision.value}
 
 
-def _short(config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, rows: int, repeats: int) -> TrainConfig:
+def _short_training(
+    config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, rows: int, repeats: int
+) -> TrainConfig:
     """A training of `rows` a step, one step that warms up and `repeats` more, on random words."""
     from llmft.config.data import Columns, DataConfig, Files
 
@@ -195,11 +227,9 @@ def _short(config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, r
 
 def random_rows(tokenizer: Any, count: int, point: Measured, seed: int) -> list[dict[str, str]]:
     """Prompts and responses of about so many tokens; what is read varies by a tenth either way."""
-    import random
-
     source = random.Random(seed)
     words: list[str] = []
-    while len(words) < SEVERAL_WORDS:
+    while len(words) < NUM_WORDS:
         word = tokenizer.decode([source.randrange(len(tokenizer))]).strip()
         if word.isalpha() and word.isascii():
             words.append(word)
@@ -267,11 +297,5 @@ def _answer(assembled: Any, measured: Measured, case: Case) -> None:
 
 def _median(values: list[float]) -> tuple[float, float]:
     """The median, and half of the range relative to it."""
-    import statistics
-
     middle = statistics.median(values)
     return middle, (max(values) - min(values)) / 2 / middle if middle > 0 else 0.0
-
-
-if __name__ == "__main__":
-    main()

@@ -1,20 +1,26 @@
-"""The answers as a table, as JSON and CSV, and as a page with a figure of time against length."""
+"""The answers as a table, as JSON and CSV, and as a page with figures of time against the length of answers."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from markupsafe import Markup
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, most_outputs, training_hours
-from llmft.benchmarks.figure import page
+from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
 from llmft.core.console import text_table
 from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically
+from llmft.reports.page import template
+from llmft.reports.svg import SERIES, WIDTH, Scale, axes, figure, path, tag, text, tipped
 from llmft.runs.directory import slug
+
+TOP, BOTTOM = 34, 236
 
 
 def write_estimates(
@@ -24,38 +30,31 @@ def write_estimates(
 
     Raises DiskError where they cannot be written.
     """
-    rows = [a.to_row(workload) for a in estimates]
+    rows, table = [a.to_row(workload) for a in estimates], [cells(a, workload) for a in estimates]
     directory = root / slug(name)[:80]
     content = {
         "bench.json": json.dumps({"asked": vars(workload), "rows": rows}, indent=1, ensure_ascii=False),
         "bench.csv": as_csv(rows),
-        "bench.html": page(estimates, workload, name, [cells(a, workload) for a in estimates], remarks(estimates)),
+        "bench.html": page(estimates, workload, name, table, remarks(estimates)),
     }
     try:
-        for file, text in content.items():
-            write_atomically(directory / file, text.encode())
+        for file, words in content.items():
+            write_atomically(directory / file, words.encode())
     except OSError as error:
         raise DiskError(f"{directory}: {error.strerror}; set output_dir to another disk.") from None
-    show(estimates, workload, screen)
-    html = escape(str(directory / "bench.html"))
-    screen.print(f"[bold]figure[/bold]  {html}, with bench.csv and bench.json beside it")
-    return rows
-
-
-def show(estimates: Sequence[Estimate], workload: Workload, screen: Any) -> None:
-    """Prints the table and what it means."""
     head = ("model", "tokens in + out", "trained/s", "read/s", "written/s", "memory", "tokens out", "training")
-    screen.print(text_table(head, [cells(a, workload) for a in estimates]))
     screen.print(
+        text_table(head, table),
         f"tokens per second; medians ± half the range of the repeats. Tokens out, at most: {workload.samples:,} "
         f"samples in {workload.hours:g} hours, {workload.inference_rows} at once. Training: {workload.rows:,} rows x "
         f"{workload.epochs:g} epochs in batches of {workload.batch_size}, validations not counted.",
         *map(escape, remarks(estimates)),
+        f"[bold]figure[/bold]  {escape(str(directory / 'bench.html'))}, with bench.csv and bench.json beside it",
     )
+    return rows
 
 
 def cells(estimate: Estimate, workload: Workload) -> list[str]:
-    """One line of the table."""
     point = estimate.measured
     head = [estimate.case, f"{point.input_tokens} + {point.output_tokens}"]
     if point.error is not None:
@@ -76,7 +75,6 @@ def cells(estimate: Estimate, workload: Workload) -> list[str]:
 
 
 def remarks(estimates: Sequence[Estimate]) -> list[str]:
-    """What to know of the numbers."""
     random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
     measured = [a for a in estimates if a.measured.error is None]
     devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)
@@ -86,3 +84,59 @@ def remarks(estimates: Sequence[Estimate]) -> list[str]:
         *(f"On {device}." for device in devices),
         *(f"{case}: {fit}." for case, fit in fits.items()),
     ]
+
+
+def page(
+    estimates: Sequence[Estimate], workload: Workload, name: str, rows: Sequence[Sequence[str]], remarks: Sequence[str]
+) -> str:
+    """An HTML page that asks nobody for anything: figures, a table of `rows`, and `remarks`."""
+    measured = [a for a in estimates if a.measured.error is None]
+    cases = {title: lines(list(group), workload) for title, group in groupby(measured, key=lambda a: a.case)}
+    heights = [value for case in cases.values() for line in case.values() for _, value in line]
+    figures = [(title, times(case, workload, title, [*heights, workload.hours])) for title, case in cases.items()]
+    html: str = template("bench.html.jinja").render(
+        name=name, workload=workload, figures=figures, rows=rows, remarks=remarks
+    )
+    return html
+
+
+def lines(estimates: Sequence[Estimate], workload: Workload) -> dict[int, list[tuple[int, float]]]:
+    """Hours for all samples by length of the answer, for each length of the question; measured pairs alone."""
+    by_inputs: dict[int, list[tuple[int, float]]] = {}
+    for point in (a.measured for a in estimates):
+        value = inference_hours(point, workload, point.output_tokens)
+        by_inputs.setdefault(point.input_tokens, []).append((point.output_tokens, value))
+    return {inputs: sorted(line) for inputs, line in sorted(by_inputs.items())}
+
+
+def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: str, heights: Sequence[float]) -> Markup:
+    """One figure of `lines`; `heights` are those of all, so that figures beside each other have one scale."""
+    x = Scale([outputs for line in case.values() for outputs, _ in line], 58, WIDTH - 64)
+    y = Scale(heights, BOTTOM, TOP, log=True)
+    limit = y(workload.hours)
+    parts = [
+        text(8, 16, "hours, logarithmic", class_="faint"),
+        axes(x, y, "tokens of an answer", BOTTOM),
+        tag("line", x1=58, x2=WIDTH - 10, y1=limit, y2=limit, class_="zero"),
+        text(62, limit - 6, f"the {workload.hours:g} hours there are", class_="halo"),
+    ]
+    ends = _without_overlap({inputs: y(line[-1][1]) for inputs, line in case.items()})
+    for index, (inputs, line) in enumerate(case.items()):
+        points = [(x(outputs), y(value)) for outputs, value in line]
+        shapes = [tag("path", d=path(points), class_="line")] if len(points) > 1 else []
+        shapes += [tag("circle", cx=px, cy=py, r=4, class_="point") for px, py in points]
+        label = text(points[-1][0] + 8, ends[inputs] + 4, f"{inputs:,} in", class_="halo")
+        values = "; ".join(f"{outputs} out: {hours(value)}" for outputs, value in line)
+        style = f"series s{index % SERIES}"
+        parts.append(tipped(tag("g", *shapes, label), f"{inputs:,} tokens in, {values}", class_=style))
+    described = f"hours for {workload.samples:,} samples by length of the answer, one line per length of the question."
+    return figure(BOTTOM + 44, title, f"{title}: {described}", *parts)
+
+
+def _without_overlap(heights: dict[int, float], least: float = 15.0) -> dict[int, float]:
+    """`heights` from the lowest in the figure upwards, each at least so far above the one before."""
+    spaced: dict[int, float] = {}
+    below = math.inf
+    for key, height in sorted(heights.items(), key=lambda item: -item[1]):
+        below = spaced[key] = min(height, below - least)
+    return spaced

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -50,60 +49,33 @@ CARDS = (
 )
 
 
-@dataclass(frozen=True)
-class CardPlan:
-    """How a training runs on cards of one kind.
-
-    Attributes:
-        cards: the fewest that do; weights are divided among several (FSDP2). None where MOST_CARDS do not.
-        limit, checkpointing, peak: the largest micro-batch of each card, what is kept of it, and its bytes.
-        hours: (least, most), see SHARE_OF_RATE.
-    """
-
-    card: Card
-    cards: int | None = None
-    limit: Limit = Limit()
-    checkpointing: Checkpointing = Checkpointing.none
-    peak: int = 0
-    hours: tuple[float, float] = (math.inf, math.inf)
-
-    @property
-    def precision(self) -> Precision:
-        """What is computed in."""
-        return Precision.bf16 if self.card.bf16 else Precision.fp16
-
-    def to_plain(self) -> dict[str, Any]:
-        """For the JSON form of the report."""
-        plain = {"card": self.card.name, "precision": self.precision.value, "cards": self.cards}
-        if self.cards is None:
-            return plain
-        return plain | {
-            "micro_batch": {"rows": self.limit.rows, "tokens": self.limit.tokens},
-            "gradient_checkpointing": self.checkpointing.value,
-            "peak": self.peak,
-            "hours": list(self.hours),
-        }
-
-
-def plan_cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[CardPlan]:
-    """A plan for every card; `operations` are those of the whole training without gradient checkpointing."""
+def plan_cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
+    """How the training runs on cards of each kind; `operations` are all of it without gradient checkpointing."""
     dtype = torch.bfloat16 if config.lora.enabled else torch.float32
     memory = StepMemory(config, architecture, dtype, "cuda")
     return [_plan(card, config, examples, memory, operations) for card in CARDS]
 
 
-def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemory, operations: float) -> CardPlan:
+def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemory, operations: float) -> dict[str, Any]:
+    """The fewest `cards` that suffice, the largest micro-batch of each, its peak in bytes, and [least, most] hours.
+
+    Weights are divided among several cards (FSDP2). `cards` is None where MOST_CARDS do not suffice.
+    """
+    plan = {"card": card.name, "precision": (Precision.bf16 if card.bf16 else Precision.fp16).value, "cards": None}
     for cards in (2**power for power in range(MOST_CARDS.bit_length())):
         strategy: Any = FSDP if cards > 1 else "auto"
         distributed = replace(config, trainer=replace(config.trainer, devices=cards, num_nodes=1, strategy=strategy))
         limit, level, estimate, fits = choose(distributed, examples, memory, "cuda", card.gib * 2**30, flash=card.bf16)
         if fits:
-            recomputed = recomputation(config, level)
-            at_full_rate = operations * recomputed / (card.flops * cards) / 3600
-            lowest, highest = SHARE_OF_RATE
-            hours = (at_full_rate / highest, at_full_rate / lowest)
-            return CardPlan(card, cards, limit, level, estimate.total, hours)
-    return CardPlan(card)
+            at_full_rate = operations * recomputation(config, level) / (card.flops * cards) / 3600
+            return plan | {
+                "cards": cards,
+                "micro_batch": {"rows": limit.rows, "tokens": limit.tokens},
+                "gradient_checkpointing": level.value,
+                "peak": estimate.total,
+                "hours": [at_full_rate / share for share in reversed(SHARE_OF_RATE)],
+            }
+    return plan
 
 
 def recomputation(config: TrainConfig, level: Checkpointing) -> float:
@@ -118,7 +90,7 @@ def recomputation(config: TrainConfig, level: Checkpointing) -> float:
 
 
 def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
-    """A plan's row in the table, of its plain form."""
+    """A plan's row in the table."""
     if plan["cards"] is None:
         return [plan["card"], plan["precision"], f"not on {MOST_CARDS}", "", "", ""]
     limit = Limit(**plan["micro_batch"])

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.commands import Cleaning, DiskConfig, KeepCheckpoints
 from llmft.config.untrusted import read_yaml
+from llmft.core.console import Screen, text_table
 from llmft.core.errors import ConfigError
 from llmft.core.files import cache_directory, format_bytes, is_abandoned
 from llmft.data import gguf_files
@@ -63,15 +63,12 @@ class Deletable:
 
 @dataclass
 class DiskReport:
-    """Free space, runs, caches and what can be deleted."""
-
     free: int
     runs: list[RunFacts]
     cached: list[Cached]
     doomed: list[Deletable]
 
     def plain(self) -> dict[str, Any]:
-        """As JSON data."""
         plain = asdict(self)
         for entry in plain["doomed"]:
             entry["path"] = str(entry["path"])
@@ -114,23 +111,22 @@ def scan(config: DiskConfig) -> DiskReport:
             continue
         facts = _facts(run)
         runs.append(facts)
-        if facts.state == "training":
-            continue
-        if Cleaning.leftovers in config.clean:
+        if Cleaning.leftovers in config.clean and facts.state != "training":
             deletable += _leftovers(run)
         if Cleaning.checkpoints in config.clean and facts.state == "done":
             deletable += _old_checkpoints(run, config.keep)
         if Cleaning.merged in config.clean and facts.state == "done":
-            deletable += _merged(run)
+            deletable += _all_of(run.directory, "merged", "made again by llmft.merge")
+            deletable += _all_of(run.directory / "gguf", "*.gguf", "made again by llmft.merge")
     cached = [*_hub(runs), *_gguf_files(runs), *_other_caches()]
-    if Cleaning.tokens in config.clean:
-        deletable += _all_of(cache_directory(), "tokens-*.arrow", "made again by the next run")
-    if Cleaning.bases in config.clean:
-        deletable += _all_of(quantized_cache.bases_directory(), "*", "quantised again by the next run")
-    if Cleaning.gguf in config.clean:
-        deletable += _all_of(gguf_files.directories(), "*", "dequantised again by the next run")
-    if Cleaning.wandb in config.clean:
-        deletable += _all_of(_wandb_cache(), "*", "downloaded again when needed")
+    for kind, folder, pattern, reason in (
+        (Cleaning.tokens, cache_directory(), "tokens-*.arrow", "made again by the next run"),
+        (Cleaning.bases, quantized_cache.bases_directory(), "*", "quantised again by the next run"),
+        (Cleaning.gguf, gguf_files.directories(), "*", "dequantised again by the next run"),
+        (Cleaning.wandb, _wandb_cache(), "*", "downloaded again when needed"),
+    ):
+        if kind in config.clean:
+            deletable += _all_of(folder, pattern, reason)
     return DiskReport(shutil.disk_usage(root).free, runs, cached, deletable)
 
 
@@ -169,21 +165,13 @@ def _old_checkpoints(run: Run, keep: list[KeepCheckpoints]) -> list[Deletable]:
     return deletable
 
 
-def _merged(run: Run) -> list[Deletable]:
-    """What `merge` wrote into a run directory."""
-    paths = [run.directory / "merged", *sorted((run.directory / "gguf").glob("*.gguf"))]
-    return [Deletable(path, size_of(path), "made again by llmft.merge") for path in paths if path.exists()]
-
-
 def _leftovers(run: Run) -> list[Deletable]:
-    """Leftovers of kills and damage: damaged checkpoints, and half-written files of processes that are gone."""
-    unfinished = [
-        path for folder in ("", "checkpoints", "gguf") for path in sorted((run.directory / folder).glob(".*.tmp"))
-    ]
-    damaged = [*_all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")]
-    return damaged + [
-        Deletable(path, size_of(path), "what a kill left half written") for path in unfinished if is_abandoned(path)
-    ]
+    """Damaged checkpoints, and half-written files of processes that are gone."""
+    leftovers = _all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")
+    for folder in ("", "checkpoints", "gguf"):
+        unfinished = _all_of(run.directory / folder, ".*.tmp", "what a kill left half written")
+        leftovers += [entry for entry in unfinished if is_abandoned(entry.path)]
+    return leftovers
 
 
 def _all_of(folder: Path, pattern: str, reason: str) -> list[Deletable]:
@@ -252,26 +240,23 @@ def delete(report: DiskReport) -> None:
 
 
 def show(report: DiskReport, config: DiskConfig) -> None:
-    """Prints the report."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
+    screen = Screen()
     total = sum(run.size for run in report.runs)
-    console.print(
+    screen.print(
         f"[bold]llmft disk[/bold]  {escape(config.output_dir)} on {socket.gethostname()}: "
         f"{format_bytes(report.free)} free, runs take {format_bytes(total)}"
     )
     if report.runs:
-        console.print(_run_table(report.runs))
+        screen.print(_run_table(report.runs))
     if report.cached:
-        console.print(_cache_table(report.cached))
+        screen.print(_cache_table(report.cached))
         unused = [entry.name for entry in report.cached if entry.kind.startswith("Hub") and not entry.used_by]
         if unused:
-            console.print(
+            screen.print(
                 f"{len(unused)} repositories in the Hub's cache are used by no run here; other programs may use them. "
                 f"`hf cache rm` deletes one, such as [bold]{escape(unused[0])}[/bold]."
             )
-    _show_deletable(console, report.doomed, config)
+    _show_deletable(screen, report.doomed, config)
 
 
 def _run_table(runs: list[RunFacts]) -> Table:
@@ -288,18 +273,16 @@ def _run_table(runs: list[RunFacts]) -> Table:
 
 
 def _cache_table(cached: list[Cached]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, title="caches", title_justify="left")
-    for name in ("kind", "what", "size", "used by"):
-        table.add_column(name, justify="right" if name == "size" else "left", overflow="fold")
+    rows = []
     for entry in sorted(cached, key=lambda entry: -entry.size):
         used = f"{len(entry.used_by)} runs" if entry.used_by else ("no run" if entry.kind.startswith("Hub") else "")
-        table.add_row(entry.kind, escape(entry.name), format_bytes(entry.size), used)
-    return table
+        rows.append([entry.kind, entry.name, format_bytes(entry.size), used])
+    return text_table(["kind", "what", "size", "used by"], rows, "caches", left=(0, 1, 3))
 
 
-def _show_deletable(console: Console, deletable: list[Deletable], config: DiskConfig) -> None:
+def _show_deletable(screen: Screen, deletable: list[Deletable], config: DiskConfig) -> None:
     if not config.clean:
-        console.print(
+        screen.print(
             f"Nothing is deleted. clean=\\[{','.join(kind.value for kind in Cleaning)}] shows what can be deleted; "
             "dry_run=false deletes it."
         )
@@ -312,11 +295,9 @@ def _show_deletable(console: Console, deletable: list[Deletable], config: DiskCo
         size = format_bytes(sum(entry.size for entry in entries))
         count = f"{len(entries)} files of " if len(entries) > 1 else ""
         path = folder if len(entries) > 1 else entries[0].path
-        console.print(f"{mark}  {size:>10}  {count}{escape(str(path))}  [dim]({reason})[/dim]", soft_wrap=True)
+        screen.print(f"{mark}  {size:>10}  {count}{escape(str(path))}  [dim]({reason})[/dim]")
     size = format_bytes(sum(entry.size for entry in deletable if entry.gone or config.dry_run))
     if config.dry_run:
-        console.print(
-            f"[bold]{size}[/bold] in {len(deletable)} files would be freed; add dry_run=false to delete them."
-        )
+        screen.print(f"[bold]{size}[/bold] in {len(deletable)} files would be freed; add dry_run=false to delete them.")
     else:
-        console.print(f"[bold]{size}[/bold] freed.")
+        screen.print(f"[bold]{size}[/bold] freed.")

@@ -11,15 +11,14 @@ import tomllib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from llmft.config.commands import DoctorConfig
 from llmft.config.model import Precision
+from llmft.core.console import Screen
 from llmft.core.files import existing_parent, format_bytes, write_atomically
 from llmft.core.machine import usable_cores
 from llmft.core.network import NoAnswer, ask, host_of
@@ -57,14 +56,14 @@ def examine(config: DoctorConfig) -> list[CheckResult]:
     ]
     if config.network:
         parts.append(("network", network))
-    verdicts: list[CheckResult] = []
-    for part, examination in parts:
+    results: list[CheckResult] = []
+    for part, check in parts:
         try:
-            verdicts += examination()
+            results += check()
         except Exception as error:  # a broken library is what this command looks for
-            message = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            verdicts.append(CheckResult(part, "bad", message, "install llmft again in a fresh environment"))
-    return verdicts
+            message, _, _ = f"{type(error).__name__}: {error}".partition("\n")
+            results.append(CheckResult(part, "bad", message, "install llmft again in a fresh environment"))
+    return results
 
 
 # ---------------------------------------------------------------------------------------------------------- packages
@@ -85,18 +84,18 @@ def packages() -> Iterator[CheckResult]:
 
     wrong, missing = [], 0
     for text in requirements():
-        wanted = Requirement(text)
+        requirement = Requirement(text)
         try:
-            version = importlib.metadata.version(wanted.name)
+            version = importlib.metadata.version(requirement.name)
         except importlib.metadata.PackageNotFoundError:
             missing += 1
-            yield CheckResult("packages", "bad", f"{wanted.name} is missing", f"pip install '{text}'")
+            yield CheckResult("packages", "bad", f"{requirement.name} is missing", f"pip install '{text}'")
             continue
-        if (wanted.name, version) in MALICIOUS:
+        if (requirement.name, version) in MALICIOUS:
             fix = f"pip install '{text}', and change every password and token on this machine"
-            yield CheckResult("packages", "bad", f"{wanted.name} {version} was malware", fix)
-        elif not wanted.specifier.contains(version, prereleases=True):
-            wrong.append(f"{wanted.name} {version} (tested: {wanted.specifier})")
+            yield CheckResult("packages", "bad", f"{requirement.name} {version} was malware", fix)
+        elif not requirement.specifier.contains(version, prereleases=True):
+            wrong.append(f"{requirement.name} {version} (tested: {requirement.specifier})")
     if wrong:
         yield CheckResult("packages", "warning", ", ".join(wrong), "pip install -U llmft, in an environment of its own")
     elif not missing:
@@ -231,14 +230,8 @@ def output(directory: Path) -> Iterator[CheckResult]:
         return
     message = f"{format_bytes(free)} free on the disk of {directory}"
     fix = f"`python -m llmft.disk` shows what can be deleted, or {fix}"
-    yield _space_result("output_dir", free, message, fix, bad_below=TINY_BYTES, warning_below=LITTLE_BYTES)
-
-
-def _space_result(
-    part: str, free: int, message: str, fix: str, *, bad_below: int = 0, warning_below: int
-) -> CheckResult:
-    level = "bad" if free < bad_below else "warning" if free < warning_below else "good"
-    return CheckResult(part, level, message, "" if level == "good" else fix)
+    level = "bad" if free < TINY_BYTES else "warning" if free < LITTLE_BYTES else "good"
+    yield CheckResult("output_dir", level, message, "" if level == "good" else fix)
 
 
 def temporary() -> Iterator[CheckResult]:
@@ -246,8 +239,11 @@ def temporary() -> Iterator[CheckResult]:
     directory = Path(tempfile.gettempdir())
     free = shutil.disk_usage(directory).free
     message = f"{format_bytes(free)} free in {directory}"
-    fix = "export TMPDIR=DIR on a disk with space (runs do not need it, but W&B's tables do)"
-    yield _space_result("TMPDIR", free, message, fix, warning_below=TINY_BYTES)
+    if free >= TINY_BYTES:
+        yield CheckResult("TMPDIR", "good", message)
+    else:
+        fix = "export TMPDIR=DIR on a disk with space (runs do not need it, but W&B's tables do)"
+        yield CheckResult("TMPDIR", "warning", message, fix)
 
 
 def caches() -> Iterator[CheckResult]:
@@ -258,8 +254,10 @@ def caches() -> Iterator[CheckResult]:
     free = shutil.disk_usage(existing_parent(folder)).free
     message = f"the Hub's cache {folder} takes {format_bytes(size_of(folder) if folder.is_dir() else 0)}"
     message += f", {format_bytes(free)} are free there"
-    fix = "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk"
-    yield _space_result("caches", free, message, fix, warning_below=LITTLE_BYTES)
+    if free >= LITTLE_BYTES:
+        yield CheckResult("caches", "good", message)
+    else:
+        yield CheckResult("caches", "warning", message, "a 7B downloads 14 GiB: export HF_HOME=DIR on a larger disk")
 
 
 # ---------------------------------------------------------------------------------------------------------- accounts
@@ -274,9 +272,8 @@ def accounts() -> Iterator[CheckResult]:
     if get_token():
         yield CheckResult("Hub", "good", "a token is set")
     else:
-        yield CheckResult(
-            "Hub", "warning", "no token", "`hf auth login`, for models with a licence to accept (Llama, Gemma)"
-        )
+        fix = "`hf auth login`, for models with a licence to accept (Llama, Gemma)"
+        yield CheckResult("Hub", "warning", "no token", fix)
     if has_key(host_of(wandb_url())):
         yield CheckResult("W&B", "good", "an API key is set")
     else:
@@ -317,17 +314,12 @@ def _check_hub(url: str, seconds: float) -> str | None:
 # ----------------------------------------------------------------------------------------------------------- showing
 
 
-def show(verdicts: list[CheckResult]) -> None:
+def show(results: list[CheckResult]) -> None:
     """Prints a line per result, with its fix."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 120
-    table = Table(box=box.SIMPLE_HEAD, title="llmft doctor", title_justify="left")
-    table.add_column("")
-    table.add_column("part")
+    table = Table("", "part", box=box.SIMPLE_HEAD, title="llmft doctor", title_justify="left")
     table.add_column("found", overflow="fold")
-    colours: dict[str, Any] = {"good": "green", "warning": "yellow", "bad": "red"}
-    for verdict in verdicts:
-        text = escape(verdict.found) + (f"\n[bold]{escape(verdict.fix)}[/bold]" if verdict.fix else "")
-        table.add_row(f"[{colours[verdict.level]}]{verdict.level}[/{colours[verdict.level]}]", verdict.part, text)
-    console.print(table)
+    colours = {"good": "green", "warning": "yellow", "bad": "red"}
+    for result in results:
+        text = escape(result.found) + (f"\n[bold]{escape(result.fix)}[/bold]" if result.fix else "")
+        table.add_row(f"[{colours[result.level]}]{result.level}[/]", result.part, text)
+    Screen().print(table)

@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
 from llmft.checks.cards import cells
+from llmft.core.console import Screen, text_table
 from llmft.core.files import format_bytes
 
-WIDTH = 110
-"""Characters of a line where no terminal says how many it has."""
 LONG_TEXT, BEGIN, END = 700, 350, 330
 """Characters of a segment that is shown whole, and what is shown of a longer one."""
 BAR = 40
@@ -24,34 +21,42 @@ BAR = 40
 
 def show(report: dict[str, Any], available_hours: float | None = None) -> None:
     """Prints the report; `available_hours` are those that there are for the training."""
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
-    _show_rows(console, report["rows"])
-    console.print(_split_table(report["splits"]))
-    _show_tokens(console, report["prompt"], report["message_keys"])
-    _show_lengths(console, report["limits"])
-    _show_columns(console, report["columns"])
-    _show_comparisons(console, report["comparisons"])
+    screen = Screen()
+    screen.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
+    _show_rows(screen, report["rows"])
+    screen.print(_split_table(report["splits"]))
+    _show_tokens(screen, report["prompt"], report["message_keys"])
+    _show_lengths(screen, report["limits"])
+    usage = report["columns"]
+    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
+    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+        read += f"; {kind}: {', '.join(names)}" if names else ""
+    screen.print(f"[bold]columns[/bold] read: {escape(read)}")
+    if report["comparisons"] is not None:
+        _show_comparisons(screen, report["comparisons"])
     if report["labels"]:
         total = sum(report["labels"].values())
         shares = "  ".join(f"{escape(name)} {count / total:.1%}" for name, count in report["labels"].items())
-        console.print(f"[bold]answers[/bold]  {shares}")
-    _show_needs(console, report["steps"], report["needs"], available_hours)
-    _show_findings(console, report["findings"])
+        screen.print(f"[bold]answers[/bold]  {shares}")
+    _show_needs(screen, report["steps"], report["needs"], available_hours)
+    screen.print("")
+    for finding in report["findings"]:
+        colour = "red" if finding["level"] == "error" else "yellow"
+        screen.print(f"[{colour}]{finding['level']}[/{colour}] {escape(finding['key'])}: {escape(finding['message'])}")
+    if not report["findings"]:
+        screen.print("[green]no problems found[/green]")
 
 
-def _show_rows(console: Console, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
+def _show_rows(screen: Screen, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
     """Rows as they are trained, with what is learned of them marked; by signs where there are no colours."""
-    opening, closing = ("", "") if console.color_system else ("«", "»")
+    opening, closing = ("", "") if screen.terminal.color_system else ("«", "»")
     for number, segments in enumerate(rows, start=1):
         learned = f"[black on green]{opening}learned{closing}[/black on green]"
         if any("answer" in segment for segment in segments):
             learned = "[black on green]the better answer[/black on green], then [black on red]the others[/black on red]"
         elif "good" in segments[-1]:
             learned = "[black on green]a good answer[/]" if segments[-1]["good"] else "[black on red]a bad answer[/]"
-        console.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
+        screen.print(f"\n[bold]row {number}[/bold] as it is trained; {learned}:")
         line = Text()
         for segment in segments:
             text = segment["text"]
@@ -59,40 +64,38 @@ def _show_rows(console: Console, rows: Sequence[Sequence[dict[str, Any]]]) -> No
             if not segment["learned"]:
                 line.append(text, style="dim")
                 continue
-            name = f"answer {segment['answer']}: " if "answer" in segment and not console.color_system else ""
+            name = f"answer {segment['answer']}: " if "answer" in segment and not screen.terminal.color_system else ""
             colour = "red" if segment.get("answer", 1) > 1 or segment.get("good") is False else "green"
             line.append(f"{opening}{name}{text}{closing}", style=f"black on {colour}")
-        console.print(line)
+        screen.print(line)
 
 
 def _split_table(splits: dict[str, Any]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD)
     learns_tokens = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a linear head learns none
-    of_tokens = ("end token trained", "no trained token") if learns_tokens else ()
-    for name in ("split", "rows", "begin tokens a row", *of_tokens, "longest"):
-        table.add_column(name, justify="left" if name == "split" else "right")
+    of_tokens = ["end token trained", "no trained token"] if learns_tokens else []
+    rows = []
     for split, facts in splits.items():
         begins = ", ".join(f"{count}" for count in facts["begin_tokens"]) or "-"
-        ends = (f"{facts['ends_trained']:,}", str(facts["untrained"])) if learns_tokens else ()
-        table.add_row(split, f"{facts['rows']:,}", begins, *ends, str(facts["all_tokens"].get("100", "-")))
-    return table
+        ends = [f"{facts['ends_trained']:,}", str(facts["untrained"])] if learns_tokens else []
+        rows.append([split, f"{facts['rows']:,}", begins, *ends, str(facts["all_tokens"].get("100", "-"))])
+    return text_table(["split", "rows", "begin tokens a row", *of_tokens, "longest"], rows)
 
 
-def _show_tokens(console: Console, prompt: dict[str, Any], keys: dict[str, dict[str, int]]) -> None:
+def _show_tokens(screen: Screen, prompt: dict[str, Any], keys: dict[str, dict[str, int]]) -> None:
     ends, marker = ", ".join(prompt["end_tokens"]), prompt["end_marker"]
     ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
-    console.print(
+    screen.print(
         f"[bold]tokens[/bold]  pad {escape(str(prompt['pad_token']))} (masked, never learned), answers end with "
         f"{escape(ends)}"
     )
     if keys["read"]:
         read, unused = (", ".join(sorted(keys[kind])) or "none" for kind in ("read", "unused"))
-        console.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
+        screen.print(f"[bold]keys of messages[/bold]  read: {escape(read)}; not used: {escape(unused)}")
 
 
-def _show_lengths(console: Console, limits: dict[str, Any]) -> None:
+def _show_lengths(screen: Screen, limits: dict[str, Any]) -> None:
     largest = max((count for *_, count in limits["histogram"]), default=1)
-    console.print(
+    screen.print(
         f"tokens of the training rows before the limits; data.max_tokens={limits['max_tokens']} cuts "
         f"{limits['rows_cut']} and drops {limits['rows_dropped']} "
         f"({limits['answer_share_dropped']:.1%} of all answer tokens); "
@@ -104,20 +107,11 @@ def _show_lengths(console: Console, limits: dict[str, Any]) -> None:
         table.add_row(f"{start}-{stop}", f"{count:,}", f"[{colour}]{'█' * round(BAR * count / largest)}[/{colour}]")
     for name, values in limits["uncut"].items():
         table.add_row(name, "", "  ".join(f"{percent}%: {value}" for percent, value in values.items()))
-    console.print(table)
+    screen.print(table)
 
 
-def _show_columns(console: Console, usage: dict[str, Any]) -> None:
-    read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
-    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
-        read += f"; {kind}: {', '.join(names)}" if names else ""
-    console.print(f"[bold]columns[/bold] read: {escape(read)}")
-
-
-def _show_comparisons(console: Console, comparisons: dict[str, Any] | None) -> None:
-    if comparisons is None:
-        return
-    console.print(
+def _show_comparisons(screen: Screen, comparisons: dict[str, Any]) -> None:
+    screen.print(
         f"[bold]pairs[/bold]   {comparisons['pairs']:,}: the better answer has {comparisons['chosen_tokens']:.0f} "
         f"tokens, the other {comparisons['rejected_tokens']:.0f}; the longer one is better in "
         f"{comparisons['longer_wins']:.1%}"
@@ -125,11 +119,11 @@ def _show_comparisons(console: Console, comparisons: dict[str, Any] | None) -> N
     for name, degree in comparisons["degrees"].items():
         margin = f", margin {degree['margin']:.3g}" if degree["margin"] else ""
         wins = f"the longer wins in {degree['longer_wins']:.1%}{margin}"
-        console.print(f"        {escape(name)}: {degree['pairs']:,}, {wins}")
+        screen.print(f"        {escape(name)}: {degree['pairs']:,}, {wins}")
 
 
-def _show_needs(console: Console, steps: dict[str, Any], needs: dict[str, Any], available_hours: float | None) -> None:
-    console.print(
+def _show_needs(screen: Screen, steps: dict[str, Any], needs: dict[str, Any], available_hours: float | None) -> None:
+    screen.print(
         f"[bold]steps[/bold]  {steps['total']:,} of {steps['batch_rows']} rows, {steps['tokens']:,} tokens, "
         f"validation every {steps['validate_every']}; computing takes {needs['seconds_at_least']:,.0f} s at least "
         f"on {needs['device']}"
@@ -138,24 +132,11 @@ def _show_needs(console: Console, steps: dict[str, Any], needs: dict[str, Any], 
     names = ("base", "adapter", "gradients", "optimizer", "activations", "workspace", "libraries")
     parts = ", ".join(f"{name} {format_bytes(memory[name])}" for name in names)
     of = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
-    console.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{of}: {parts}")
-    console.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
+    screen.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{of}: {parts}")
+    screen.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
     if needs["cards"]:
+        head = ["card", "precision", "cards", "micro-batch", "peak of each", "training"]
+        rows = [cells(plan, available_hours) for plan in needs["cards"]]
         title = "on other cards: arithmetic, never measured on such a card"
-        table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left")
-        for name in ("card", "precision", "cards", "micro-batch", "peak of each", "training"):
-            table.add_column(name)
-        for plan in needs["cards"]:
-            table.add_row(*cells(plan, available_hours))
-        console.print(table)
-    console.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")
-
-
-def _show_findings(console: Console, findings: Sequence[dict[str, str]]) -> None:
-    console.print()
-    for finding in findings:
-        colour = "red" if finding["level"] == "error" else "yellow"
-        message = finding["message"]
-        console.print(f"[{colour}]{finding['level']}[/{colour}] {escape(finding['key'])}: {escape(message)}")
-    if not findings:
-        console.print("[green]no problems found[/green]")
+        screen.print(text_table(head, rows, title, range(len(head))))
+    screen.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")

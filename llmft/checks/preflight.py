@@ -16,11 +16,10 @@ import torch
 from llmft.checks.cards import plan_cards, recomputation
 from llmft.config.convert import to_plain
 from llmft.config.data import Truncation
-from llmft.config.sections import TrainConfig
 from llmft.config.task import Feedback
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
-from llmft.data.examples import IGNORE, Examples
+from llmft.data.examples import IGNORE
 from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
@@ -58,6 +57,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     slow = cost(ready.objective) if ready.objective is not None else None
     if slow is not None:
         findings.append(Finding("warning", "task.head", slow))
+    trained, by_label = prepared.conversations["train"], config.task.feedback is Feedback.labels
     needs = _needs(prepared, ready)
     findings += _memory_findings(needs)
     report = {
@@ -72,13 +72,10 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
         "findings": [asdict(finding) for finding in sorted(findings, key=lambda f: f.level != "error")],
         "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
         "limits": _limits(prepared, rows),
-        "labels": _labels(prepared),
+        "labels": label_counts(trained) if by_label else label_balance(trained, prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
         "left_out": prepared.problems.reasons(),
-        "message_keys": {
-            "read": dict(prepared.message_keys.read),
-            "unused": dict(prepared.message_keys.unused),
-        },
+        "message_keys": {"read": dict(prepared.message_keys.read), "unused": dict(prepared.message_keys.unused)},
         "steps": {
             "total": rows.total_steps,
             "batch_rows": config.trainer.batch_size,
@@ -117,14 +114,6 @@ def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
             segment |= {"good": comparison.desirable} if labelled else {"answer": int(marks[start])}
         segments.append(segment)
     return segments
-
-
-def _labels(inputs: RunInputs) -> dict[str, int]:
-    """Training rows by class or label."""
-    rows = inputs.conversations["train"]
-    if inputs.config.task.feedback is Feedback.labels:
-        return label_counts(rows)
-    return label_balance(rows, inputs.labels)
 
 
 def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | None:
@@ -230,12 +219,8 @@ def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
         "disk_free": shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
         "seconds_at_least": seconds,
         "weights": weights,
-        "cards": _cards(config, examples, architecture, operations) if weights >= CARDS_FROM else [],
+        "cards": plan_cards(config, examples, architecture, operations) if weights >= CARDS_FROM else [],
     }
-
-
-def _cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
-    return [plan.to_plain() for plan in plan_cards(config, examples, architecture, operations)]
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -258,21 +243,15 @@ def _matrix_weights(auto_class: str, architecture: Any) -> int:
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
-def _smaller_options(needs: dict[str, Any]) -> str:
-    """The remaining options that need less memory."""
-    chosen = needs["micro_batch"]
+def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
+    """A warning where memory does not suffice, with what is left to make it do."""
+    total, available, chosen = needs["memory"]["total"], needs["device_memory"], needs["micro_batch"]
+    if available is None or total <= (1 - MEMORY_MARGIN) * available:
+        return []
     options = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
     options += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
-    return " or ".join([*options, "lower data.max_tokens", "choose a smaller model"])
-
-
-def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
-    findings = []
-    total, available = needs["memory"]["total"], needs["device_memory"]
-    if available is not None and total > (1 - MEMORY_MARGIN) * available:
-        message = (
-            f"about {format_bytes(total)} are needed, give or take 15%, and "
-            f"{needs['device']} has {format_bytes(available)}: {_smaller_options(needs)}"
-        )
-        findings.append(Finding("warning", "trainer.micro_batch", message))
-    return findings
+    message = (
+        f"about {format_bytes(total)} are needed, give or take 15%, and {needs['device']} has "
+        f"{format_bytes(available)}: {' or '.join([*options, 'lower data.max_tokens', 'choose a smaller model'])}"
+    )
+    return [Finding("warning", "trainer.micro_batch", message)]

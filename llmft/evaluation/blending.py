@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,50 +18,68 @@ SMALLEST = 1e-15
 Weights = np.ndarray
 
 
-def check_method(method: Method, problem: str) -> None:
-    """Raises ConfigError for a method that is only for probabilities."""
-    if problem == TaskType.regression.value and method in (Method.geometric, Method.rank):
-        raise ConfigError(f"method={method.value} is for probabilities; numbers take mean, hill_climbing or convex.")
+@dataclass(frozen=True)
+class Blender:
+    """How predictions become one. Raises ConfigError for a method that is only for probabilities.
+
+    Attributes:
+        name, metric: what `hill_climbing` improves in at most so many `steps`.
+    """
+
+    method: Method
+    problem: str
+    name: str
+    metric: Metric
+    steps: int
+
+    def __post_init__(self) -> None:
+        if self.problem == TaskType.regression and self.method in (Method.geometric, Method.rank):
+            raise ConfigError(
+                f"method={self.method.value} is for probabilities; numbers take mean, hill_climbing or convex."
+            )
+
+    def weights(self, values: np.ndarray, references: np.ndarray) -> Weights:
+        """The members' weights, which sum to 1; equal ones but for hill_climbing and convex."""
+        if self.method not in FITTED or len(values) == 1:
+            return np.full(len(values), 1 / len(values))
+        if self.method is Method.convex:
+            return convex(values, references, self.problem)
+        sign = mode_of(self.metric, self.name, key=None).sign
+        return hill_climb(values, lambda mixed: sign * self.metric(references, mixed), self.steps)
+
+    def out_of_fold(self, values: np.ndarray, references: np.ndarray, parts: Sequence[int]) -> np.ndarray:
+        """(rows, classes): each part of the rows is blended with weights chosen on the other parts."""
+        if self.method not in FITTED:
+            return combine(values, self.weights(values, references), self.method, self.problem)
+        part_of_row = np.asarray(parts)
+        blended = np.empty(values.shape[1:])
+        for part in np.unique(part_of_row):
+            rest, held_out = part_of_row != part, part_of_row == part
+            weights = self.weights(values[:, rest], references[rest])
+            blended[held_out] = combine(values[:, held_out], weights, self.method, self.problem)
+        return blended
 
 
 def combine(values: np.ndarray, weights: Weights, method: Method, problem: str) -> np.ndarray:
     """Blends (members, rows, classes) with (members,) weights that sum to 1 to (rows, classes)."""
     if method is Method.geometric:
         return _geometric(values, weights, problem)
-    if method is Method.rank:
-        values = _ranks(values)
+    if method is Method.rank:  # of the rows of each member and class, in (0, 1]; ties share a rank
+        from scipy.stats import rankdata
+
+        values = rankdata(values, axis=1) / values.shape[1]
     mixed = np.tensordot(weights, values, axes=1)
-    single = problem == TaskType.single_label.value
+    single = problem == TaskType.single_label
     return mixed / mixed.sum(axis=1, keepdims=True) if single else mixed
 
 
 def _geometric(values: np.ndarray, weights: Weights, problem: str) -> np.ndarray:
     logs = np.tensordot(weights, np.log(np.clip(values, SMALLEST, 1)), axes=1)
-    if problem == TaskType.multi_label.value:  # each class is a yes or a no
+    if problem == TaskType.multi_label:  # each class is a yes or a no
         others = np.tensordot(weights, np.log(np.clip(1 - values, SMALLEST, 1)), axes=1)
         return 1 / (1 + np.exp(others - logs))
     odds = np.exp(logs - logs.max(axis=1, keepdims=True))
     return odds / odds.sum(axis=1, keepdims=True)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Each value's rank among the rows of its member and class, in (0, 1]; ties share a rank."""
-    from scipy.stats import rankdata
-
-    return rankdata(values, axis=1) / values.shape[1]
-
-
-def choose(
-    values: np.ndarray, references: np.ndarray, method: Method, problem: str, metric: tuple[str, Metric], steps: int
-) -> Weights:
-    """The members' weights, which sum to 1."""
-    count = len(values)
-    if method not in FITTED or count == 1:
-        return np.full(count, 1 / count)
-    if method is Method.convex:
-        return convex(values, references, problem)
-    sign = mode_of(metric[1], metric[0], key=None).sign
-    return hill_climb(values, lambda mixed: sign * metric[1](references, mixed), steps)
 
 
 def hill_climb(values: np.ndarray, cost: Callable[[np.ndarray], float], steps: int) -> Weights:
@@ -90,7 +109,7 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
     from scipy.optimize import minimize
 
     count = len(values)
-    if problem == TaskType.regression.value:
+    if problem == TaskType.regression:
         numbers = values[:, :, 0]
         scale = float(np.var(references)) or 1.0
 
@@ -99,7 +118,7 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
             return float((errors**2).mean() / scale), 2 * (numbers * errors).mean(axis=1) / scale
 
     else:
-        if problem == TaskType.single_label.value:
+        if problem == TaskType.single_label:
             of_truth = values[:, np.arange(values.shape[1]), references]
         else:
             of_truth = np.where(references == 1, values, 1 - values)
@@ -120,24 +139,3 @@ def convex(values: np.ndarray, references: np.ndarray, problem: str) -> Weights:
     )
     weights = np.clip(result.x, 0, None)
     return weights / weights.sum()
-
-
-def nested(
-    values: np.ndarray,
-    references: np.ndarray,
-    parts: Sequence[int],
-    method: Method,
-    problem: str,
-    metric: tuple[str, Metric],
-    steps: int,
-) -> np.ndarray:
-    """(rows, classes): each part of the rows is blended with weights chosen on the other parts."""
-    part_of_row = np.asarray(parts)
-    blended = np.empty(values.shape[1:])
-    if method not in FITTED:
-        return combine(values, np.full(len(values), 1 / len(values)), method, problem)
-    for part in np.unique(part_of_row):
-        rest, held_out = part_of_row != part, part_of_row == part
-        weights = choose(values[:, rest], references[rest], method, problem, metric, steps)
-        blended[held_out] = combine(values[:, held_out], weights, method, problem)
-    return blended

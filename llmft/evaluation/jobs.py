@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import numpy as np
 
 from llmft.config.commands import PredictConfig
 from llmft.config.convert import canonical, digest_of
@@ -16,6 +19,7 @@ from llmft.config.data import Columns
 from llmft.config.sections import TrainConfig
 from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
+from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
@@ -24,45 +28,42 @@ from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, r
 from llmft.data.targets import Targets
 from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import Run, finished_run, slug, source_facts
-from llmft.runs.predictions import FOLDER, TEXT, Predictions
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, read_table, write_table
 
+T = TypeVar("T")
 PLAN = "plan.json"
 PROMPT = "prompt"
 
 
 @dataclass
 class PredictionJob:
-    """The rows that one run predicts."""
+    """The rows that one run predicts, and where the predictions go.
+
+    Attributes:
+        digest: of the files' content.
+        target_model: the classes or the scale of numbers; None where the run writes text or scores answers.
+        plan: a hash of all that the predictions depend on.
+        notes: messages to print before predicting.
+        references: the known answers as the prompt format writes them; set once the tokenizer is loaded.
+    """
 
     run: Run
     config: TrainConfig
     directory: Path
-    conversations: list[Conversation]
-    files: list[str]
-    digest: str
-    id_column: str | None
-    target_model: Targets | None
-    rows_fingerprint: str
-    plan: str
+    conversations: list[Conversation] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
+    digest: str = ""
+    id_column: str | None = None
+    target_model: Targets | None = None
+    rows_fingerprint: str = ""
+    plan: str = ""
     notes: list[str] = field(default_factory=list)
-    """Messages to print before predicting."""
     references: list[Any] | None = None
-    """The known answers as the prompt format writes them; set once the tokenizer is loaded."""
-    recipe: None = None
 
     @property
     def baseline(self) -> bool:
         """Whether the run is a baseline without a language model."""
         return self.config.model.architecture == "tfidf"
-
-    @property
-    def prompts(self) -> bool:
-        """Whether the rows are prompts from the command line."""
-        return not self.files
-
-    @property
-    def ids(self) -> list[str]:
-        return [row.id for row in self.conversations]
 
     @property
     def labels(self) -> list[str]:
@@ -74,11 +75,29 @@ class PredictionJob:
     @property
     def problem(self) -> str:
         if self.config.task.scores_answers:
-            return TaskType.regression.value
-        return self.target_model.problem.value if self.target_model is not None else TEXT
+            return TaskType.regression
+        return self.target_model.problem if self.target_model is not None else TEXT
 
-    @property
-    def targets(self) -> list[Any]:
+    def predictions(self, values: np.ndarray, columns: dict[str, list[Any]]) -> Predictions:
+        """`values` and further `columns` of the rows, with their ids, known targets, and where all comes from."""
+        rows = self.conversations
+        known: dict[str, list[Any]] = {"where": [row.where for row in rows]}
+        if any(row.group is not None for row in rows):
+            known["group"] = [row.group for row in rows]
+        if not self.files:
+            known[PROMPT] = [row.messages[0]["content"] for row in rows]
+        prior = self.target_model.prior if self.target_model is not None else []
+        facts = {
+            "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
+            "files": self.files,
+            "files_digest": self.digest,
+            "id_column": self.id_column,
+            "plan": self.plan,
+        }
+        ids = [row.id for row in rows]
+        return Predictions(ids, self.labels, values, self.problem, self._targets(), known | columns, facts)
+
+    def _targets(self) -> list[Any]:
         """The true targets or answers; None for rows without one."""
         if self.config.task.scores_answers:
             return [None] * len(self.conversations)
@@ -88,22 +107,6 @@ class PredictionJob:
             return self.references
         last = [row.messages[-1] for row in self.conversations]
         return [message["content"] if message["role"] == "assistant" else None for message in last]
-
-    @property
-    def columns(self) -> dict[str, list[Any]]:
-        """Further columns of the rows: group and prompt."""
-        groups = [row.group for row in self.conversations]
-        columns: dict[str, list[Any]] = {"group": groups} if any(group is not None for group in groups) else {}
-        if self.prompts:
-            columns["prompt"] = [row.messages[0]["content"] for row in self.conversations]
-        return columns
-
-    def facts(self) -> dict[str, Any]:
-        """The record of where the predictions come from."""
-        prior = self.target_model.prior if self.target_model is not None else []
-        sources = [source_facts(self.run, self.config, self.rows_fingerprint, prior)]
-        files = {"files": self.files, "files_digest": self.digest, "id_column": self.id_column}
-        return {"sources": sources, **files, "plan": self.plan}
 
     def finished(self) -> Predictions | None:
         """The existing predictions of the same weights and rows; None where there are none."""
@@ -117,8 +120,6 @@ class PredictionJob:
         """Locks the directory. Raises ConfigError where another process holds it."""
         busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
         return exclusive_lock(self.directory / ".lock", busy)
-
-    # A kill costs only the part that was being computed.
 
     def open_parts(self, size: str) -> Path:
         """The folder of finished parts; emptied where they belong to other weights, rows or sizes."""
@@ -134,6 +135,27 @@ class PredictionJob:
 
     def clear_parts(self) -> None:
         shutil.rmtree(self.directory / "parts", ignore_errors=True)
+
+
+def compute_parts(
+    folder: Path, parts: Sequence[T], compute: Callable[[T], dict[str, list[Any]]], screen: Screen
+) -> dict[str, list[Any]]:
+    """The columns of all parts in their order; those that are in `folder` are read, the others computed and written.
+
+    So a kill costs only the part that was being computed.
+    """
+    paths = [folder / f"part-{number:06d}.parquet" for number in range(len(parts))]
+    if num_done := sum(path.is_file() for path in paths):
+        screen.print(f"{num_done} of {len(parts)} parts are done already.")
+    for part, path in zip(parts, paths, strict=True):
+        if not path.is_file():
+            write_table(path, compute(part))
+    return concatenated([read_table(path) for path in paths])
+
+
+def concatenated(tables: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
+    """Tables of the same columns, one below the other."""
+    return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
 @dataclass
@@ -196,11 +218,18 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
         raise DataError(f"data.files: two rows have one id in '{columns.id}'; every row needs its own.")
     name = config.name or f"{slug(name)}-{digest[:8]}"
     options = [config.batch_size, config.max_new_tokens, names, [str(row.id) for row in conversations]]
-    plan = digest_of([run.key, run.digests(), digest, options])
-    directory = run.directory / FOLDER / slug(name)
-    fingerprint = run.fact("data", "rows_fingerprint")
     return PredictionJob(
-        run, trained, directory, conversations, files, digest, columns.id, targets, fingerprint, plan, notes
+        run=run,
+        config=trained,
+        directory=run.directory / FOLDER / slug(name),
+        conversations=conversations,
+        files=files,
+        digest=digest,
+        id_column=columns.id,
+        target_model=targets,
+        rows_fingerprint=run.fact("data", "rows_fingerprint"),
+        plan=digest_of([run.key, run.digests(), digest, options]),
+        notes=notes,
     )
 
 

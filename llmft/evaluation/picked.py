@@ -112,11 +112,11 @@ def _by_temperature(table: dict[str, list[Any]], prompts: Sequence[slice]) -> di
     return entries
 
 
-def _within(prompts: Sequence[slice], one: Sequence[float], other: Sequence[float]) -> float | None:
+def _within(prompts: Sequence[slice], first: Sequence[float], second: Sequence[float]) -> float | None:
     """The correlation of two numbers of the answers within prompts; None where one of them does not vary."""
     centred = [
         np.concatenate([np.asarray(values[prompt], np.float64) - np.mean(values[prompt]) for prompt in prompts])
-        for values in (one, other)
+        for values in (first, second)
     ]
     spread = float(np.sqrt((centred[0] ** 2).sum() * (centred[1] ** 2).sum()))
     return float(centred[0] @ centred[1]) / spread if spread > 0 else None

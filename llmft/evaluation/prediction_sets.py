@@ -24,6 +24,8 @@ from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, 
 
 MOST_RECORD_BYTES = 2**24
 """Largest folds.json or blend.json."""
+ROW_COLUMNS = ("where", "group", "fold", "prompt")
+"""Columns that say something of the row, and not of its prediction."""
 
 
 @dataclass
@@ -52,7 +54,7 @@ def open_prediction_sets(directories: Sequence[Path], name: str) -> list[Predict
         where, predictions = member.directory, member.predictions
         if predictions.problem != expected.problem:
             raise DataError(f"{where}: predicts {predictions.problem}, and {first.name} {expected.problem}.")
-        if predictions.labels != expected.labels and predictions.problem != TaskType.regression.value:
+        if predictions.labels != expected.labels and predictions.problem != TaskType.regression:
             raise DataError(
                 f"{where}: its classes are {_shortened(predictions.labels)}, those of {first.name} "
                 f"{_shortened(expected.labels)}; they must be the same in the same order (data.labels)."
@@ -130,20 +132,17 @@ def stack(members: Sequence[PredictionSet]) -> np.ndarray:
 
 def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list[Any]) -> Predictions:
     """Predictions of the members' rows with new values, and the sources of all members."""
-    first = members[0].predictions
+    first, all_facts = members[0].predictions, [member.predictions.facts for member in members]
     known = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in candidates if target is not None), None) for candidates in known]
-    shared: dict[str, list[Any]] = {
-        name: first.columns[name] for name in ("where", "group", "fold", "prompt") if name in first.columns
-    }
+    shared = {name: first.columns[name] for name in ROW_COLUMNS if name in first.columns}
     sources: list[Any] = []
-    for member in members:
-        sources += [source for source in member.predictions.facts.get("sources", []) if source not in sources]
-    facts: dict[str, Any] = {"sources": sources, "members": [str(member.directory) for member in members]}
+    for facts in all_facts:
+        sources += [source for source in facts.get("sources", []) if source not in sources]
+    facts = {"sources": sources, "members": [str(member.directory) for member in members]}
     for name in ("files", "files_digest", "id_column"):
-        value = first.facts.get(name)
-        if all(member.predictions.facts.get(name) == value for member in members):
-            facts[name] = value
+        if all(of_member.get(name) == first.facts.get(name) for of_member in all_facts):
+            facts[name] = first.facts.get(name)
     return Predictions(first.ids, first.labels, values, first.problem, targets, {**shared, **columns}, facts)
 
 

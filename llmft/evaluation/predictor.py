@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,14 +14,14 @@ from llmft.config.commands import PredictConfig
 from llmft.config.data import Truncation
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
-from llmft.data.batch import Limit, MicroBatch, collate
+from llmft.data.batch import Limit, collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Example
 from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
 from llmft.data.sources import BadRows
-from llmft.evaluation.jobs import PredictionJob
+from llmft.evaluation.jobs import PredictionJob, compute_parts, concatenated
 from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.device import mixed_precision, pick_device, pick_precision
@@ -30,7 +29,6 @@ from llmft.model.generate import generate
 from llmft.model.load import model_config
 from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import ForeignRun
-from llmft.runs.predictions import read_table, write_table
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
@@ -101,8 +99,6 @@ class Predictor:
             self.assembled.release()
         self.model = None
 
-    # ------------------------------------------------------------------------------------------------- predicting
-
     def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
         """Every row as an example, cut where it is too long; for generation its prompt."""
         if self.config.task.writes:
@@ -150,20 +146,20 @@ class Predictor:
         decode = decoder(self.tokenizer, [*self.config.prompt.stop, self.encoder.ends.text])
         return {
             "generated": [decode(output) for output in outputs],
-            "logprob": self._logprobs(examples, outputs),
+            "logprob": self.logprobs(examples, outputs),
             "tokens": [len(output) for output in outputs],
         }
 
-    def _logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
-        written = [index for index, output in enumerate(outputs) if output]
+    @torch.no_grad()
+    def logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
+        """Nats of each output's tokens behind its example's prompt; 0 for an output without any."""
         logprobs = [0.0] * len(outputs)
-        if written:
+        if written := [index for index, output in enumerate(outputs) if output]:
             rows = []
             for index in written:
                 prompt, output = list(examples[index].input_ids), outputs[index]
-                labels = [IGNORE] * len(prompt) + output
-                rows.append(Example(prompt + output, labels, examples[index].conversation))
-            batch: MicroBatch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
+                rows.append(Example([*prompt, *output], [IGNORE] * len(prompt) + output, examples[index].conversation))
+            batch = collate(rows, range(len(rows)), self.tokenizer.pad_token_id).to(self.device)
             losses = LanguageModeling().losses(self.model, batch)
             for index, nll in zip(written, losses.nll.double().cpu().tolist(), strict=True):
                 logprobs[index] = -nll
@@ -184,37 +180,15 @@ def run_parts(job: PredictionJob, options: PredictConfig, screen: Screen) -> tup
         lengths = [len(example.input_ids) for example in examples]
         batches = Limit(rows=options.batch_size).groups(lengths, range(len(examples)))
         parts = [batches[start : start + BATCHES_PER_PART] for start in range(0, len(batches), BATCHES_PER_PART)]
-        num_done = sum((folder / _part_name(number)).is_file() for number in range(len(parts)))
-        if num_done:
-            screen.print(f"{num_done} of {len(parts)} parts are done already.")
-        for number, part in enumerate(parts):
-            path = folder / _part_name(number)
-            if not path.is_file():
-                _write_part(path, part, [predictor.predict([examples[row] for row in batch]) for batch in part])
+
+        def compute(part: list[list[int]]) -> dict[str, list[Any]]:
+            columns = concatenated([predictor.predict([examples[row] for row in batch]) for batch in part])
+            return {"row": [row for batch in part for row in batch], **columns}
+
+        columns = compute_parts(folder, parts, compute, screen)
     finally:
         predictor.close()
-    return _joined(folder, len(parts), len(examples))
-
-
-def _part_name(number: int) -> str:
-    return f"part-{number:06d}.parquet"
-
-
-def _write_part(path: Path, batches: list[list[int]], answers: list[dict[str, list[Any]]]) -> None:
-    columns: dict[str, list[Any]] = {"row": [row for batch in batches for row in batch]}
-    for name in answers[0]:
-        columns[name] = [value for answer in answers for value in answer[name]]
-    write_table(path, columns)
-
-
-def _joined(folder: Path, parts: int, rows: int) -> tuple[np.ndarray, dict[str, list[Any]]]:
-    """All parts in the rows' order."""
-    columns: dict[str, list[Any]] = {}
-    for number in range(parts):
-        for name, values in read_table(folder / _part_name(number)).items():
-            columns.setdefault(name, []).extend(values)
     order = np.argsort(columns.pop("row"), kind="stable")
-    assert len(order) == rows
+    assert len(order) == len(examples)
     columns = {name: [values[index] for index in order] for name, values in columns.items()}
-    values = columns.pop("values", [[]] * rows)
-    return np.asarray(values, dtype=np.float64), columns
+    return np.asarray(columns.pop("values", [[]] * len(order)), dtype=np.float64), columns

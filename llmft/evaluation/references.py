@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 from collections import Counter
 from collections.abc import Sequence
@@ -34,9 +35,8 @@ def open_predictions(path_or_glob: str) -> tuple[Predictions, Path]:
     if (folder / "predictions.json").is_file():
         return Predictions.load(folder), folder / "evaluation.json"
     if path.is_dir():
-        names = ", ".join(str(path / FOLDER / name) for name in names_in(path))
-        names = names or "a folder such as RUN/predictions/val"
-        raise ConfigError(f"predictions={path_or_glob}: no predictions.json there; name {names}.")
+        folders = [str(path / FOLDER / name) for name in names_in(path)] or ["a folder such as RUN/predictions/val"]
+        raise ConfigError(f"predictions={path_or_glob}: no predictions.json there; name {', '.join(folders)}.")
     rows = _rows(path_or_glob, "predictions")
     return _from_rows(rows, path_or_glob), path.with_name(f"{path.stem}.evaluation.json")
 
@@ -59,7 +59,7 @@ def _from_rows(rows: list[Row], source: str) -> Predictions:
     labels = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
     try:
         if labels:
-            return from_table(table, labels, TaskType.single_label.value)
+            return from_table(table, labels, TaskType.single_label)
         if "generated" not in table:
             if "predicted" not in table:
                 raise ConfigError(
@@ -128,15 +128,12 @@ def _target(row: Row, column: str, problem: str) -> Any:
     value = row.values.get(column)
     if value is None or (isinstance(value, float) and not np.isfinite(value)):
         raise DataError(f"{row.where}: its '{column}' is empty or not a finite number.")
-    if problem == TaskType.regression.value:
-        try:
-            number = float(value)
-            if np.isfinite(number):
+    if problem == TaskType.regression:
+        with contextlib.suppress(TypeError, ValueError):
+            if np.isfinite(number := float(value)):
                 return number
-            raise ValueError
-        except (TypeError, ValueError):
-            raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.") from None
-    if problem == TaskType.multi_label.value:
+        raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.")
+    if problem == TaskType.multi_label:
         names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
         return "|".join(str(name).strip() for name in names if str(name).strip())
     return str(value)

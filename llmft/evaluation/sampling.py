@@ -6,13 +6,12 @@ part, and a part that is there is not written again, so the same command goes on
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from llmft.config.commands import PredictConfig, SampleConfig
 from llmft.config.convert import digest_of
@@ -21,18 +20,16 @@ from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import write_atomically
 from llmft.core.seeds import stream
-from llmft.data.batch import collate
 from llmft.data.columns import Conversation
-from llmft.data.examples import IGNORE, Example
+from llmft.data.examples import Example
 from llmft.data.messages import message_text
-from llmft.evaluation.jobs import PredictionJob, plan_predictions
+from llmft.evaluation.jobs import PredictionJob, compute_parts, plan_predictions
 from llmft.evaluation.picked import asked_messages, make_report, prompt_messages, training_rows
 from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
-from llmft.model.sampling import Draw, Sampled, sample
+from llmft.model.sampling import Draw, sample
 from llmft.runs.directory import Run, directories, finished_run, slug
 from llmft.runs.predictions import read_table, write_table
-from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.samples import decoder
 
 FOLDER = "samples"
@@ -44,7 +41,7 @@ PROMPTS_PER_PART = 16
 class SampleJob:
     """A run's prompts, how they are answered, and by whom the answers are judged."""
 
-    job: PredictionJob
+    prompts: PredictionJob
     config: SampleConfig
     judges: list[Judge]
 
@@ -54,35 +51,22 @@ class SampleJob:
         turns = self.config.samples // len(self.config.temperatures)
         return [float(t) for t in self.config.temperatures for _ in range(turns)]
 
-    @property
-    def directory(self) -> Path:
-        """Where the samples go."""
-        return self.job.directory
-
 
 def run_samples(job: SampleJob, screen: Screen) -> dict[str, Any]:
     """Writes and judges the samples; returns the report."""
-    folder = job.job.open_parts("samples")
-    rows = job.job.conversations
+    folder, rows = job.prompts.open_parts("samples"), job.prompts.conversations
     parts = [range(start, min(start + PROMPTS_PER_PART, len(rows))) for start in range(0, len(rows), PROMPTS_PER_PART)]
-    paths = [folder / f"part-{part.start:08d}.parquet" for part in parts]
-    missing = [(part, path) for part, path in zip(parts, paths, strict=True) if not path.is_file()]
-    if 0 < len(missing) < len(parts):
-        screen.print(f"{len(parts) - len(missing)} of {len(parts)} parts are done already.")
     unjudged = [judge for judge in job.judges if judge.is_run and not _scores_file(folder, judge).is_file()]
-    if missing or unjudged:
-        writer = _Writer(job)
-        try:
-            for part, path in missing:
-                write_table(path, writer.part(part))
-            columns = _joined([read_table(path) for path in paths])
-            for judge, column in _scored(unjudged, job, columns, writer, screen):
-                write_table(_scores_file(folder, judge), {"score": column})
-        finally:
-            writer.close()
-    columns = _joined([read_table(path) for path in paths])
+    writer = _Writer(job)
+    try:
+        columns = compute_parts(folder, parts, writer.part, screen)
+        for judge, scores_of_judge in _scored(unjudged, job, columns, writer, screen):
+            write_table(_scores_file(folder, judge), {"score": scores_of_judge})
+    finally:
+        writer.close()
     prompts = [_prompt_text(rows[row]) for row in columns["row"]]
-    references = [_reference(rows[row]) for row in columns["row"]]
+    last = [rows[row].messages[-1] for row in columns["row"]]
+    references = [message_text(message) if message["role"] == "assistant" else "" for message in last]
     scores: dict[str, list[float]] = {}
     for judge in job.judges:
         if judge.is_run:
@@ -104,9 +88,11 @@ def _scored(
     """What reward runs say of every answer: first those of the writer's base, then the others, which follow it."""
     from llmft.training.reward_model import load_judges, shares_base
 
+    if not judges:
+        return
     config, host = job.config, writer.host()
     # Rows without a system prompt that only the answers were written under.
-    rows = [replace(row, messages=asked_messages(row, config)) for row in job.job.conversations]
+    rows = [replace(row, messages=asked_messages(row, config)) for row in job.prompts.conversations]
     prompts = [rows[row] for row in columns["row"]]
     for judge in sorted(judges, key=lambda judge: not shares_base(judge.path, host)):
         if not shares_base(judge.path, host):
@@ -117,19 +103,20 @@ def _scored(
 
 
 class _Writer:
-    """The run's model, which answers."""
+    """The run's model, which answers; loaded where a sample or a judge is missing."""
 
     def __init__(self, job: SampleJob) -> None:
-        from llmft.core.imports import load_libraries
-
-        load_libraries()
-        config = job.config
-        options = PredictConfig(run=config.run, prompts=["-"], accelerator=config.accelerator, threads=config.threads)
         self.job = job
-        self.predictor = Predictor(job.job, options)
-        self.examples = self.predictor.encode(job.job.conversations)
-        stops = [*self.predictor.config.prompt.stop, self.predictor.encoder.ends.text]
-        self.decode = decoder(self.predictor.tokenizer, stops)
+
+    @functools.cached_property
+    def predictor(self) -> Predictor:
+        config = self.job.config
+        options = PredictConfig(run=config.run, prompts=["-"], accelerator=config.accelerator, threads=config.threads)
+        return Predictor(self.job.prompts, options)
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        return self.predictor.encode(self.job.prompts.conversations)
 
     def host(self) -> Any:
         """The model as judges may share it."""
@@ -139,20 +126,24 @@ class _Writer:
 
     def close(self) -> None:
         """Gives the base back."""
-        self.predictor.close()
+        if "predictor" in vars(self):
+            self.predictor.close()
 
     def part(self, rows: range) -> dict[str, list[Any]]:
         """The samples of some prompts as columns."""
         predictor, config, temperatures = self.predictor, self.job.config, self.job.temperatures
-        names = [self.job.job.conversations[row].id for row in rows]
-        ends = predictor.encoder.ends
+        ends, examples = predictor.encoder.ends, [self.examples[row] for row in rows]
+        decode = decoder(predictor.tokenizer, [*predictor.config.prompt.stop, ends.text])
         with predictor.autocast():
             groups = sample(
                 predictor.model,
-                [list(self.examples[row].input_ids) for row in rows],
+                [list(example.input_ids) for example in examples],
                 [
-                    [Draw(t, stream(config.seed, "sample", name, number)) for number, t in enumerate(temperatures)]
-                    for name in names
+                    [
+                        Draw(t, stream(config.seed, "sample", example.conversation.id, number))
+                        for number, t in enumerate(temperatures)
+                    ]
+                    for example in examples
                 ],
                 pad_id=predictor.tokenizer.pad_token_id,
                 ends=ends,
@@ -160,38 +151,24 @@ class _Writer:
                 batch_size=config.batch_size,
                 context_tokens=predictor.context_tokens,
             )
-            logprobs = [self._logprobs(self.examples[row], group) for row, group in zip(rows, groups, strict=True)]
+            logprobs = [  # of the answers to one prompt together, at temperature 1, with their ends
+                predictor.logprobs([example] * len(group), [answer.ids for answer in group])
+                for example, group in zip(examples, groups, strict=True)
+            ]
         answers = [answer for group in groups for answer in group]
         return {
             "row": [row for row in rows for _ in temperatures],
             "sample": [*range(len(temperatures))] * len(rows),
             "temperature": temperatures * len(rows),
-            "text": [self.decode(ends.cut(answer.ids)) for answer in answers],
+            "text": [decode(ends.cut(answer.ids)) for answer in answers],
             "logprob": [nats for group in logprobs for nats in group],
             "tokens": [len(answer.ids) for answer in answers],
             "finished": [answer.finished for answer in answers],
         }
 
-    @torch.no_grad()
-    def _logprobs(self, example: Example, answers: Sequence[Sampled]) -> list[float]:
-        """Nats of each answer with its end under the run at temperature 1; the answers of a prompt together."""
-        prompt = list(example.input_ids)
-        rows = [Example([*prompt, *a.ids], [*[IGNORE] * len(prompt), *a.ids], example.conversation) for a in answers]
-        batch = collate(rows, range(len(rows)), self.predictor.tokenizer.pad_token_id).to(self.predictor.device)
-        nll: torch.Tensor = LanguageModeling().losses(self.predictor.model, batch).nll
-        return (-nll.double().cpu()).tolist()
-
-
-def _joined(tables: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    return {name: [value for table in tables for value in table[name]] for name in tables[0]}
-
 
 def _prompt_text(row: Conversation) -> str:
     return message_text(prompt_messages(row)[-1])
-
-
-def _reference(row: Conversation) -> str:
-    return message_text(row.messages[-1]) if row.messages[-1]["role"] == "assistant" else ""
 
 
 # ------------------------------------------------------------------------------------------------------- what is kept
@@ -201,7 +178,7 @@ def _write_all(
     job: SampleJob, columns: dict[str, list[Any]], scores: dict[str, list[float]], reward: list[float] | None
 ) -> dict[str, Any]:
     """samples.parquet, the rows to train on, and last report.json, which says that all is there."""
-    rows, directory = job.job.conversations, job.directory
+    rows, directory = job.prompts.conversations, job.prompts.directory
     table: dict[str, list[Any]] = {
         "id": [rows[row].id for row in columns["row"]],
         "prompt": [_prompt_text(rows[row]) for row in columns["row"]],
@@ -216,9 +193,9 @@ def _write_all(
     for name, lines in files.items():
         content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         write_atomically(directory / name, content.encode())
-    report |= {"plan": job.job.plan, "rows": {name: len(lines) for name, lines in files.items()}}
+    report |= {"plan": job.prompts.plan, "rows": {name: len(lines) for name, lines in files.items()}}
     write_atomically(directory / "report.json", json.dumps(report, indent=1).encode())
-    job.job.clear_parts()
+    job.prompts.clear_parts()
     return report
 
 
@@ -240,7 +217,8 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
         warn(note)
     rows = job.conversations[: config.limit]
     if config.system is not None:
-        rows = [replace(row, messages=_with_system(row.messages, config.system)) for row in rows]
+        first = {"role": "system", "content": config.system}
+        rows = [replace(row, messages=[first, *(m for m in row.messages if m["role"] != "system")]) for row in rows]
     answering = [
         *(run.key, run.digests(), config.seed, config.samples, list(map(float, config.temperatures))),
         *(config.max_new_tokens, config.system, [[row.id, row.messages, row.tools] for row in rows]),
@@ -265,12 +243,9 @@ def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> Prediction
     rows = prepare(owner, open_directory=False).conversations.get(config.split, [])
     if not rows:
         raise ConfigError(f"split={config.split}: this run has no such rows; name files in data.files.")
-    facts = run.fact("data", "rows_fingerprint")
-    return PredictionJob(run, trained, run.directory / FOLDER / config.split, rows, [], facts, None, None, facts, "")
-
-
-def _with_system(messages: list[Any], system: str) -> list[Any]:
-    return [{"role": "system", "content": system}, *(m for m in messages if m["role"] != "system")]
+    fingerprint = run.fact("data", "rows_fingerprint")
+    directory = run.directory / FOLDER / config.split
+    return PredictionJob(run, trained, directory, rows, digest=fingerprint, rows_fingerprint=fingerprint)
 
 
 def _identity(judge: Judge) -> list[Any]:

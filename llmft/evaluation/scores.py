@@ -14,9 +14,9 @@ from llmft.runs.predictions import TEXT, Predictions
 
 Metric = Callable[[Any, Any], float]
 _NAMES = {
-    TaskType.single_label.value: ("classification", "logloss accuracy macro_f1 auc calibration_error"),
-    TaskType.multi_label.value: ("multilabel", "logloss accuracy macro_f1 auc"),
-    TaskType.regression.value: ("regression", "rmse mae pearson spearman"),
+    TaskType.single_label: ("classification", "logloss accuracy macro_f1 auc calibration_error"),
+    TaskType.multi_label: ("multilabel", "logloss accuracy macro_f1 auc"),
+    TaskType.regression: ("regression", "rmse mae pearson spearman"),
     TEXT: ("text", "exact_match token_f1 bleu rouge_l"),
 }
 DEFAULTS = {kind: [f"llmft.metrics.{file}.{name}" for name in names.split()] for kind, (file, names) in _NAMES.items()}
@@ -54,7 +54,11 @@ def bootstrap(
     """
     references, values = references_and_predictions(predictions)
     text = predictions.problem == TEXT
-    units = _resampling_units(predictions)
+    rows = range(len(predictions.ids))
+    groups: dict[str, list[int]] = {}
+    for row, group in zip(rows, predictions.columns.get("group", rows), strict=True):
+        groups.setdefault(str(group), []).append(row)
+    units = [np.asarray(rows_of_group) for rows_of_group in groups.values()]
     generator = np.random.Generator(np.random.PCG64([seed]))
     samples: dict[str, list[float]] = {name: [] for name in metrics}
     for _ in range(resamples):
@@ -72,22 +76,14 @@ def bootstrap(
     return intervals
 
 
-def _resampling_units(predictions: Predictions) -> list[np.ndarray]:
-    rows = range(len(predictions.ids))
-    members: dict[Any, list[int]] = {}
-    for row, group in zip(rows, predictions.columns.get("group", rows), strict=True):
-        members.setdefault(str(group), []).append(row)
-    return [np.asarray(rows_of_group) for rows_of_group in members.values()]
-
-
 def per_class(predictions: Predictions) -> dict[str, dict[str, float]]:
     """Rows, precision, recall and F1 of each class; empty for a task without classes."""
-    if predictions.problem not in (TaskType.single_label.value, TaskType.multi_label.value):
+    if predictions.problem not in (TaskType.single_label, TaskType.multi_label):
         return {}
     from sklearn.metrics import precision_recall_fscore_support
 
     references, values = references_and_predictions(predictions)
-    single = predictions.problem == TaskType.single_label.value
+    single = predictions.problem == TaskType.single_label
     guesses = values.argmax(axis=1) if single else (values >= 0.5).astype(int)
     labels = np.arange(len(predictions.labels))
     numbers = precision_recall_fscore_support(references, guesses, labels=labels, zero_division=0.0)
@@ -116,7 +112,7 @@ def per_slice(
 
 def confusion(predictions: Predictions) -> list[list[int]]:
     """Rows by true class and likeliest class; empty for other tasks."""
-    if predictions.problem != TaskType.single_label.value:
+    if predictions.problem != TaskType.single_label:
         return []
     from llmft.metrics.classification import confusion as matrix
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,18 +18,13 @@ from llmft.config.commands import PredictionFormat, SubmissionConfig
 from llmft.config.task import TaskType
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.runs.predictions import FOLDER, TEXT, Predictions, write_csv
+from llmft.core.files import write_atomically
+from llmft.runs.predictions import FOLDER, TEXT, Predictions, csv_text
 
 
 @dataclass
 class Template:
-    """A sample submission.
-
-    Attributes:
-        columns: its header; the first column holds the row ids.
-        ids: the rows' ids.
-        cells: the sample's second column, which shows what belongs there.
-    """
+    """A sample submission: its header, whose first column holds the row ids, the ids, and the cells beside them."""
 
     path: Path
     columns: list[str]
@@ -39,8 +34,9 @@ class Template:
 
 def load_template(config: SubmissionConfig) -> Template | None:
     """The sample submission of format=submission, read before anything is computed; None for other formats."""
-    wanted = config.format is PredictionFormat.submission
-    return read_template(Path(str(config.template)).expanduser()) if wanted else None
+    if config.format is not PredictionFormat.submission:
+        return None
+    return read_template(Path(str(config.template)).expanduser())
 
 
 def read_template(path: Path) -> Template:
@@ -95,24 +91,22 @@ def write_submission(
     cannot be filled.
     """
     index_of = {name: number for number, name in enumerate(predictions.ids)}
+    template_ids = set(template.ids)
     missing = [name for name in template.ids if name not in index_of]
-    unexpected = set(predictions.ids) - set(template.ids)
+    extra = [name for name in predictions.ids if name not in template_ids]
     if missing:
-        extra = next((name for name in predictions.ids if name in unexpected), None)
-        hint = f"; predicted rows have ids such as {extra}" if extra is not None else ""
+        hint = f"; predicted rows have ids such as {extra[0]}" if extra else ""
         raise DataError(
             f"template={template.path}: {len(missing)} of its rows are not predicted ({missing[0]} first){hint}."
         )
-    if unexpected:
-        raise DataError(
-            f"template={template.path}: {len(unexpected)} predicted rows are not in it ({min(unexpected)} first)."
-        )
+    if extra:
+        raise DataError(f"template={template.path}: {len(extra)} predicted rows are not in it ({min(extra)} first).")
     if not np.isfinite(predictions.values).all():
         row = predictions.ids[int(np.argmin(np.isfinite(predictions.values).all(axis=1)))]
         raise DataError(f"{path.parent}: the prediction of the row {row} is not finite, so no submission is written.")
     columns, description = _columns(predictions, template, column_of)
     rows = ([name, *(column[index_of[name]] for column in columns)] for name in template.ids)
-    write_csv(path, template.columns, rows)
+    write_atomically(path, csv_text(template.columns, rows).encode())
     screen.print(f"[bold]submission[/bold]  {escape(str(path))} ({len(template.ids):,} rows; {escape(description)})")
     return path
 
@@ -121,7 +115,7 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
     """The values of each column after the id, and a short description of them."""
     to_fill = template.columns[1:]
     values: dict[str, list[object]] = {}
-    if predictions.problem not in (TEXT, TaskType.regression.value):
+    if predictions.problem not in (TEXT, TaskType.regression):
         values = dict(zip(predictions.labels, predictions.values.T.tolist(), strict=True))
     for label, column in column_of.items():
         if label not in values:
@@ -130,12 +124,12 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
             raise ConfigError(
                 f"columns.{label}={column}: the template has no such column{did_you_mean(column, to_fill)}"
             )
-    label_of = {column: label for label, column in column_of.items()}
-    if len(to_fill) == 1 and not column_of and _label_of_column(to_fill[0], list(values)) is None:
+    if len(to_fill) == 1 and not column_of and _label_of_column(to_fill[0], values) is None:
         return _one_column(predictions, template)
+    label_of = {column: label for label, column in column_of.items()}
     used: list[str] = []
     for column in to_fill:
-        chosen: str | None = label_of.get(column) or _label_of_column(column, list(values))
+        chosen = label_of.get(column) or _label_of_column(column, values)
         if chosen is None or chosen in used:
             raise ConfigError(
                 f"template={template.path}: no class matches the column {column}; name one with "
@@ -154,7 +148,7 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     That is a text or number, the likeliest class, a list of the likeliest classes, or the probability of a yes.
     """
     column, labels = template.columns[1], predictions.labels
-    if predictions.problem in (TEXT, TaskType.regression.value):
+    if predictions.problem in (TEXT, TaskType.regression):
         kind = "the text generated" if predictions.problem == TEXT else "the number predicted"
         return [list(predictions.predicted)], f"{column}: {kind}"
     cells = [cell.strip() for cell in template.cells]
@@ -162,11 +156,11 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     separator = next(
         (mark for mark in (" ", ",", "|", ";") if not_a_class and _are_lists_of_labels(not_a_class, labels, mark)), None
     )
-    if predictions.problem == TaskType.multi_label.value:
+    if predictions.problem == TaskType.multi_label:
         mark = separator or "|"
-        rows = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
-        written = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
-        return [[mark.join(labels_of_row) for labels_of_row in rows]], written
+        chosen = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
+        description = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
+        return [[mark.join(labels_of_row) for labels_of_row in chosen]], description
     if separator is not None:
         num_classes = max(len(_split_cell(cell, separator)) for cell in not_a_class)
         order = np.argsort(-predictions.values, axis=1, kind="stable")[:, :num_classes]
@@ -197,7 +191,7 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", text) is not None
 
 
-def _label_of_column(column: str, labels: list[str]) -> str | None:
+def _label_of_column(column: str, labels: Iterable[str]) -> str | None:
     """The class that a column is named after, alone or as in target_3 after an underscore."""
     suffixes = [label for label in labels if f"_{column}".endswith(f"_{label}")]
     return max(suffixes, key=len, default=None)

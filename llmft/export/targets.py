@@ -47,7 +47,7 @@ def opened(directory: Path) -> PredictionJob:
     if EnsembleRecipe.of(directory) is not None:
         raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
     run, trained = finished_run(directory)
-    job = PredictionJob(run, trained, directory, [], [], "", None, targets_of(run, trained), "", "")
+    job = PredictionJob(run, trained, directory, target_model=targets_of(run, trained))
     if job.baseline:
         raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
     return job
@@ -84,7 +84,7 @@ def foreign(directory: Path) -> PredictionJob:
     except ConfigError as error:
         raise ConfigError(f"{path}: base_model_name_or_path={base} (a path may stand there, too): {error}") from None
     run = ForeignRun(directory, "", fingerprint=located.fingerprint)
-    return PredictionJob(run, config, directory, [], [], "", None, None, "", "")
+    return PredictionJob(run, config, directory)
 
 
 def check_format(config: MergeConfig) -> None:

@@ -79,29 +79,26 @@ class Configuration:
 
 
 class SweepRecord:
-    """What a sweep's sweep.json says; of None, nothing."""
+    """What a sweep's sweep.json says: `content`, and `trials`, each with where its run lies; of None, nothing."""
 
     def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
         self.content: dict[str, Any] = read_dictionary(directory / "sweep.json", []) if directory is not None else {}
-        trials = self.content.get("trials")
-        self.trials = [trial for trial in trials if isinstance(trial, dict)] if isinstance(trials, list) else []
+        # Below the output_dir that was recorded, or the one that the sweep lies in now.
+        self.roots = [Path(str(self.content.get("output_dir") or "."))]
+        self.roots += [directory.parent.parent] if directory is not None else []
+        entries = self.content.get("trials")
+        entries = [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+        self.trials = [(entry, self._run_directory(entry.get("run"))) for entry in entries]
 
-    def run_directory(self, trial: Mapping[str, Any]) -> Path | None:
-        """Where a trial's run lies: below the output_dir that the sweep recorded, or the one that it lies in now."""
-        run = trial.get("run")
-        if self.directory is None or not isinstance(run, str) or not run or "\0" in run:
+    def _run_directory(self, run: Any) -> Path | None:
+        if not isinstance(run, str) or not run or "\0" in run or Path(run).is_absolute() or ".." in Path(run).parts:
             return None
-        if Path(run).is_absolute() or ".." in Path(run).parts:
-            return None
-        roots = [Path(str(self.content.get("output_dir") or ".")), self.directory.parent.parent]
-        return next((root / run for root in roots if (root / run).is_dir()), roots[-1] / run)
+        return next((root / run for root in self.roots if (root / run).is_dir()), self.roots[-1] / run)
 
     @property
     def run_directories(self) -> list[Path]:
         """Those of the trials that have begun."""
-        paths = [self.run_directory(trial) for trial in self.trials]
-        return [path for path in paths if path is not None and path.is_dir()]
+        return [path for _, path in self.trials if path is not None and path.is_dir()]
 
 
 Trial = tuple[dict[str, Any], Path | None, RunRecord | None]
@@ -135,8 +132,7 @@ class Study:
         self.monitor, self.lower_is_better = _monitor(self.runs, record, mode)
         by_path = {run.directory.resolve(): run for run in self.runs}
         trials: list[Trial] = []
-        for entry in sweep_record.trials:
-            directory = sweep_record.run_directory(entry)
+        for entry, directory in sweep_record.trials:
             resolved = directory.resolve() if directory is not None else None
             run = by_path.get(resolved) if resolved is not None else None
             if run is not None and entry.get("command"):  # the run's own record may hold that of the whole sweep
@@ -149,15 +145,26 @@ class Study:
         self.others = [run for run in done if run.value(self.monitor) is None]
         swept, looks, smallest = (record.get(name) for name in ("swept", "looks", "smallest_difference"))
         self.keys, self.follows = varied_keys(with_value or self.runs, swept if isinstance(swept, dict) else {})
-        self.configurations = _configurations(with_value, self.keys, self.monitor, self.lower_is_better)
         lost = [run for run in self.runs if run.status in ("diverged", "failed")] + self.others
-        _count_lost(self.configurations, self.keys, lost)
+        self.configurations = _configurations(with_value, lost, self.keys)
+        self.configurations.sort(key=lambda c: c.sample(self.monitor).mean * (1 if self.lower_is_better else -1))
         self.looks: Looks = "any" if looks == "any" else looks if isinstance(looks, int) and looks > 0 else 1
         self.smallest_difference = float(smallest) if isinstance(smallest, (int, float)) and smallest > 0 else None
         self.question, self.notes, self.command, self.created = (
             str(redact(str(record[name]))) if record.get(name) else None
             for name in ("question", "notes", "command", "created")
         )
+
+    def values_of(self, key: str) -> list[str]:
+        """Its values in the configurations: numbers by size, then words by letter."""
+
+        def order(value: str) -> tuple[int, float, str]:
+            try:
+                return 0, float(value), value
+            except ValueError:
+                return 1, 0.0, value
+
+        return sorted({c.values[key] for c in self.configurations}, key=order)
 
 
 def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], requested: Mode) -> tuple[str, bool]:
@@ -293,18 +300,6 @@ def show(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def sorted_values(values: set[str]) -> list[str]:
-    """Numbers by size, then words by letter."""
-
-    def order(value: str) -> tuple[int, float, str]:
-        try:
-            return 0, float(value), value
-        except ValueError:
-            return 1, 0.0, value
-
-    return sorted(values, key=order)
-
-
 def short_names(keys: Sequence[str]) -> dict[str, str]:
     """Each key by its last part, or whole where two end alike."""
     last = Counter(key.rpartition(".")[2] for key in keys)
@@ -317,29 +312,25 @@ def _setting(run: RunRecord, keys: Sequence[str]) -> tuple[str, ...]:
     return tuple(values.get(key, "unset") for key in keys)
 
 
-def _configurations(runs: Sequence[RunRecord], keys: Sequence[str], monitor: str, lower: bool) -> list[Configuration]:
+def _configurations(runs: Sequence[RunRecord], lost: Sequence[RunRecord], keys: Sequence[str]) -> list[Configuration]:
+    """`runs` by their values of the varied `keys`, each with the number of `lost` ones of the same values."""
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(_setting(run, keys), []).append(run)
+    lost_settings = [(run, _setting(run, keys)) for run in lost if run.config]
     configurations = []
     for values, members in groups.items():
         setting = dict(zip(keys, values, strict=True))
         members.sort(key=lambda run: (run.part, run.seed, run.name))
         name = ", ".join(f"{short}={clip(setting[key], 40)}" for key, short in short_names(keys).items())
         name = name or (members[0].name if len(members) == 1 else "all runs")
-        configurations.append(Configuration(name, setting, members))
+        there = {(run.seed, run.part) for run in members}
+        num_lost = sum(other == values and (run.seed, run.part) not in there for run, other in lost_settings)
+        configurations.append(Configuration(name, setting, members, num_lost))
     names = Counter(c.name for c in configurations)
     count: Counter[str] = Counter()
     for c in configurations:  # clipped values may read alike: a number tells them apart
         if names[name := c.name] > 1:
             count[name] += 1
             c.name = f"{name} ({count[name]})"
-    return sorted(configurations, key=lambda c: c.sample(monitor).mean * (1 if lower else -1))
-
-
-def _count_lost(configurations: Sequence[Configuration], keys: Sequence[str], runs: Sequence[RunRecord]) -> None:
-    by_setting = {tuple(c.values.values()): c for c in configurations}
-    for run in runs:
-        c = by_setting.get(_setting(run, keys))
-        if c is not None and run.config and (run.seed, run.part) not in {(r.seed, r.part) for r in c.runs}:
-            c.lost += 1
+    return configurations

@@ -17,7 +17,6 @@ import numpy as np
 
 from llmft.metrics.prior import chance_sentence, is_better
 from llmft.reports.read import RunRecord
-from llmft.reports.statistics import RowScores
 
 LOSS, TRAIN = "val/loss_nats", "train/loss_nats"
 ERRORS = 2.0
@@ -26,6 +25,8 @@ LATE_SHARE = 0.02
 """Share of the whole improvement that the last stretch must bring for the training to count as too short."""
 LITTLE = 0.1
 """Share of the loss before training; a run that took off less has hardly learned."""
+MOST_POINTS = 120
+"""Of a curve that is drawn."""
 
 
 class Fit(Enum):
@@ -83,9 +84,9 @@ def _of_curves(run: RunRecord) -> Diagnosis:
     validation, train = run.curve(LOSS), run.curve(TRAIN)
     if run.config.get("data.train_on") == "all":
         return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
-    if any(LOSS in r and r[LOSS] is None for r in run.metrics):
-        step = next(r["step"] for r in run.metrics if LOSS in r and r[LOSS] is None)
-        return Diagnosis(Fit.diverged, step, f"the validation loss of step {step} is not finite")
+    blank = [record["step"] for record in run.metrics if LOSS in record and record[LOSS] is None]
+    if blank:
+        return Diagnosis(Fit.diverged, blank[0], f"the validation loss of step {blank[0]} is not finite")
     if len(validation) < 2:
         return Diagnosis(Fit.unknown, detail="fewer than two validations")
     first, (last_step, last) = validation[0], validation[-1]
@@ -99,8 +100,8 @@ def _of_curves(run: RunRecord) -> Diagnosis:
         return Diagnosis(Fit.overfitting, best_step, f"{rise}; the training loss did not fall with it")
     if len(validation) >= 3:
         before_step, before = validation[-2]
-        gained, whole = before - last, first[1] - last
-        if gained > LATE_SHARE * whole > 0 and _clear(run, validation, before_step, last_step):
+        gained, in_all = before - last, first[1] - last
+        if gained > LATE_SHARE * in_all > 0 and _clear(run, validation, before_step, last_step):
             more = f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate"
             return Diagnosis(Fit.short, last_step, more)
     if first[0] == 0 and first[1] - best < LITTLE * first[1]:
@@ -113,19 +114,13 @@ def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: i
     """Whether the validation loss at step `high` is above that at step `low` by more than noise."""
     if high == low:
         return False
-    values = dict(curve)
+    error = _scatter(curve)
     first, second = run.row_losses(high), run.row_losses(low)
-    rows = paired_error(first, second) if first is not None and second is not None else None
-    error = rows if rows is not None else _scatter(curve)
+    if first is not None and second is not None and len(first.rows) > 1 and np.array_equal(first.rows, second.rows):
+        changes = first.influences() - second.influences()
+        error = float(changes.std(ddof=1) / math.sqrt(len(changes)))
+    values = dict(curve)
     return values[high] - values[low] > ERRORS * error
-
-
-def paired_error(first: RowScores, second: RowScores) -> float | None:
-    """The standard error of the difference of two validations on the same rows; None where the rows differ."""
-    if not np.array_equal(first.rows, second.rows) or len(first.rows) < 2:
-        return None
-    changes = first.influences() - second.influences()
-    return float(changes.std(ddof=1) / math.sqrt(len(changes)))
 
 
 def _scatter(curve: Sequence[tuple[int, float]]) -> float:
@@ -178,9 +173,13 @@ class Band:
     spread: list[float]
 
 
-def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) -> Band | None:
+def band(curves: Sequence[Sequence[tuple[int, float]]]) -> Band | None:
     """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
-    values = [dict(_thinned(curve, most_points)) for curve in curves if curve]
+    values = []
+    for curve in filter(None, curves):
+        stride = math.ceil(len(curve) / MOST_POINTS)
+        stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
+        values.append({stretch[-1][0]: float(np.mean([value for _, value in stretch])) for stretch in stretches})
     if not values:
         return None
     steps = sorted(set.intersection(*map(set, values)))
@@ -189,11 +188,3 @@ def band(curves: Sequence[Sequence[tuple[int, float]]], most_points: int = 120) 
     table = np.array([[of_run[step] for step in steps] for of_run in values])
     spread = table.std(axis=0, ddof=1) if len(table) > 1 else np.zeros(len(steps))
     return Band(steps, table.mean(axis=0).tolist(), spread.tolist())
-
-
-def _thinned(curve: Sequence[tuple[int, float]], most: int) -> list[tuple[int, float]]:
-    stride = math.ceil(len(curve) / most)
-    if stride <= 1:
-        return list(curve)
-    stretches = [curve[at : at + stride] for at in range(0, len(curve), stride)]
-    return [(stretch[-1][0], float(np.mean([value for _, value in stretch]))) for stretch in stretches]

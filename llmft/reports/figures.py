@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from markupsafe import Markup
 
-from llmft.reports.configurations import Configuration, Study, short_names, sorted_values
+from llmft.reports.configurations import Configuration, Study, short_names
 from llmft.reports.curves import Band, band
-from llmft.reports.importance import interaction
 from llmft.reports.svg import SERIES, WIDTH, Scale, axes, clip, figure, path, short, tag, text, tipped
 from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
 
@@ -24,32 +24,29 @@ LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with what stands above it."""
-
     title: str
     note: str
     svg: Markup
 
 
-def styles_of(study: Study) -> list[tuple[str, str]]:
+def styled(study: Study) -> list[tuple[Configuration, str]]:
     """(configuration, class of its colour): the best ones in colour, the rest in grey."""
-    return [(c.name, f"s{rank}" if rank < SERIES else "rest") for rank, c in enumerate(study.configurations)]
+    return [(c, f"s{rank}" if rank < SERIES else "rest") for rank, c in enumerate(study.configurations)]
 
 
 def curves(study: Study, metric: str) -> Figure | None:
     """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
-    bands = [(c, band([run.curve(metric) for run in c.runs])) for c in study.configurations[:MOST_LINES]]
-    shown = [(c, line, style) for (c, line), (_, style) in zip(bands, styles_of(study), strict=False)
-             if line is not None and len(line.steps) > 1]  # fmt: skip
+    lines = [(c, band([run.curve(metric) for run in c.runs]), style) for c, style in styled(study)[:MOST_LINES]]
+    shown = [(c, line, style) for c, line, style in lines if line is not None and len(line.steps) > 1]
     if not shown:
         return None
     x = Scale([s for _, line, _ in shown for s in line.steps], 52, WIDTH - 10, pad=0.01)
     edges, log, cut = _heights([line for _, line, _ in shown])
     y = Scale(edges, BOTTOM, TOP, log=log)
     best = max if metric == study.monitor and not study.lower_is_better else min
-    lines = [_line(c, style, line, metric, x, y, best) for c, line, style in reversed(shown)]
+    shapes = [_line(c, style, line, metric, x, y, best) for c, line, style in reversed(shown)]
     # What lies above the highest tick is cut off by a picture of its own.
-    inside = tag("svg", *lines, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
+    inside = tag("svg", *shapes, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
     ends = "; ".join(f"{c.name} ends at {number(line.mean[-1])}" for c, line, _ in shown[:SERIES])
     description = f"{metric}: {len(shown)} configurations" + (", logarithmic scale" if log else "")
     description += f"{', the beginning is above the figure' if cut else ''}. {ends}"
@@ -117,21 +114,20 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> Figure | None
 
 def points(study: Study) -> Figure | None:
     """A dot for every run and a bar for the mean, a line per configuration, the best on top."""
-    shown = study.configurations[:MOST_LINES]
+    shown = [(c.name, style, c.sample(study.monitor).values.tolist()) for c, style in styled(study)[:MOST_LINES]]
     if len(shown) < 2:
         return None
-    samples = [c.sample(study.monitor).values for c in shown]
-    values = [float(value) for sample in samples for value in sample]
+    values = [value for *_, of_runs in shown for value in of_runs]
     log = min(values) > 0 and max(values) / min(values) > DOTS_LOG_FROM
     x = Scale(values, 14, WIDTH - 14, log=log)
     height = 40.0 * len(shown) + 48
     parts = _columns(x, 4, height, f"{study.monitor}{', logarithmic' if log else ''}", short)
-    for rank, ((name, style), sample) in enumerate(zip(styles_of(study), samples, strict=False)):
-        at, mean = 40.0 * rank + 32, float(sample.mean())
-        dots = [tag("circle", cx=x(float(value)), cy=at, r=4, class_="dot") for value in sample]
+    for rank, (name, style, of_runs) in enumerate(shown):
+        at, mean = 40.0 * rank + 32, float(np.mean(of_runs))
+        dots = [tag("circle", cx=x(value), cy=at, r=4, class_="dot") for value in of_runs]
         bar = tag("line", x1=x(mean), x2=x(mean), y1=at - 9, y2=at + 9, class_="line")
         shape = tag("g", text(14, at - 12, clip(name, 56), class_="halo"), *dots, bar)
-        tip = f"{name}: mean {number(mean)}; {', '.join(number(float(value)) for value in sample)}"
+        tip = f"{name}: mean {number(mean)}; {', '.join(map(number, of_runs))}"
         parts.append(tipped(shape, tip, class_=f"series {style}"))
     svg = figure(height, "Every run", f"Every run of {len(shown)} configurations.", *parts)
     return Figure("Every run", "A dot is a run, the bar their mean.", svg)
@@ -154,7 +150,7 @@ def parallel(study: Study) -> Figure | None:
     names = short_names(keys)
     width = max(WIDTH, 124.0 * len(keys) + 150)
     at = [24 + (width - 94) * rank / len(keys) for rank in range(len(keys) + 1)]
-    levels = [sorted_values({c.values[key] for c in study.configurations}) for key in keys]
+    levels = [study.values_of(key) for key in keys]
     spots = [{v: 155.0 if len(level) == 1 else 250 - 190 * i / (len(level) - 1) for i, v in enumerate(level)}
              for level in levels]  # fmt: skip
     means = [c.sample(study.monitor).mean for c in study.configurations]
@@ -234,8 +230,8 @@ def _matrix(
             style = "strong" if cell.strong else None
             words = text(x + width / 2, y + 0.64 * high, cell.words, "middle", class_=style)
             parts.append(tipped(tag("g", tag("rect", **box), words), cell.tip, class_=f"cell h{cell.shade}"))
-    whole = max(WIDTH, left + len(columns) * width + 6)
-    return figure(top + high * len(rows) + 6, title, description, *parts, width=whole)
+    total_width = max(WIDTH, left + len(columns) * width + 6)
+    return figure(top + high * len(rows) + 6, title, description, *parts, width=total_width)
 
 
 def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Figure:
@@ -257,18 +253,22 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str,
 
 def heat_map(study: Study, first: str, second: str) -> Figure:
     """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
-    rows, columns, table = interaction(study, first, second)
+    rows, columns = (study.values_of(key) for key in (first, second))
     down, across = (short_names(study.keys)[key] for key in (first, second))
-    known = sorted((v for row in table for v in row if v is not None), reverse=not study.lower_is_better)
+    tried: dict[tuple[str, str], list[float]] = {}
+    for c in study.configurations:
+        tried.setdefault((c.values[first], c.values[second]), []).append(c.sample(study.monitor).mean)
+    means = {pair: float(np.mean(values)) for pair, values in tried.items()}
+    known = sorted(means.values(), reverse=not study.lower_is_better)
 
-    def cell(row: str, column: str, value: float | None) -> Cell | None:
+    def cell(row: str, column: str) -> Cell | None:
+        value = means.get((row, column))
         if value is None:
             return None
         tip = f"{down}={row}, {across}={column}: {study.monitor} {number(value)}"
         return Cell(number(value, 3), tip, min(4, 5 * known.index(value) // len(known)))
 
-    cells = [[cell(row, column, value) for column, value in zip(columns, values, strict=True)]
-             for row, values in zip(rows, table, strict=True)]  # fmt: skip
+    cells = [[cell(row, column) for column in columns] for row in rows]
     title = f"{down} with {across}"
     description = f"{title}: {study.monitor}, best {number(known[0])}."
     svg = _matrix(down, rows, across, columns, cells, title, description)

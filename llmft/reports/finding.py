@@ -32,13 +32,15 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
     expanded = {item: _expand(item) for item in named}
     directories = [run for below, _ in expanded.values() for run in below]
     if sweep is not None:
-        directory = Path(sweep) if is_sweep(Path(sweep)) else output_dir / "sweeps" / sweep
-        if not is_sweep(directory):
-            raise ConfigError(f"sweep={sweep}: no sweep.json there, nor in {output_dir / 'sweeps' / sweep}.")
+        in_output_dir = output_dir / "sweeps" / sweep
+        directory = next((path for path in (Path(sweep), in_output_dir) if is_sweep(path)), None)
+        if directory is None:
+            raise ConfigError(f"sweep={sweep}: no sweep.json there, nor in {in_output_dir}.")
         return _of_sweep(directory, directories)
     if not named:
-        newest = newest_sweep(output_dir / "sweeps")
-        if newest is not None:
+        sweeps = [path for path in (output_dir / "sweeps").glob("*") if is_sweep(path)]
+        if sweeps:
+            newest = max(sweeps, key=lambda path: (str(SweepRecord(path).content.get("created") or ""), path.name))
             return _of_sweep(newest, [])
         directories = _runs_below(output_dir / "runs")
         if not directories:
@@ -79,15 +81,4 @@ def _runs_below(directory: Path) -> list[Path]:
 
 
 def is_sweep(directory: Path) -> bool:
-    """Whether `directory` is a sweep's."""
     return (directory / "sweep.json").is_file()
-
-
-def newest_sweep(sweeps: Path) -> Path | None:
-    """The sweep that was begun last."""
-    begun = [
-        (str(SweepRecord(path).content.get("created") or ""), path.name, path)
-        for path in sweeps.glob("*")
-        if is_sweep(path)
-    ]
-    return max(begun)[-1] if begun else None

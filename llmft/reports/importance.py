@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
-from llmft.reports.configurations import Study, sorted_values
+from llmft.reports.configurations import Study
 
 
 def importance(study: Study) -> dict[str, float]:
@@ -23,7 +21,7 @@ def importance(study: Study) -> dict[str, float]:
     except ImportError:
         return {}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    levels = {key: sorted_values({c.values[key] for c in study.configurations}) for key in study.keys}
+    levels = {key: study.values_of(key) for key in study.keys}
     distributions: dict[str, Any] = {
         key: optuna.distributions.IntDistribution(0, len(values)) for key, values in levels.items()
     }
@@ -38,14 +36,3 @@ def importance(study: Study) -> dict[str, float]:
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     shares: dict[str, float] = optuna.importance.get_param_importances(of_runs, evaluator=evaluator)
     return {key: float(share) for key, share in shares.items()}
-
-
-def interaction(study: Study, first: str, second: str) -> tuple[list[str], list[str], list[list[float | None]]]:
-    """(values of `first`, of `second`, mean metric of each combination over all others; None where never tried)."""
-    rows = sorted_values({c.values[first] for c in study.configurations})
-    columns = sorted_values({c.values[second] for c in study.configurations})
-    cells: dict[tuple[str, str], list[float]] = {}
-    for c in study.configurations:
-        cells.setdefault((c.values[first], c.values[second]), []).append(c.sample(study.monitor).mean)
-    table = [[float(np.mean(means)) if (means := cells.get((r, c))) else None for c in columns] for r in rows]
-    return rows, columns, table

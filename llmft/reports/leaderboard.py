@@ -75,7 +75,6 @@ def against_local(study: Study, scores: Mapping[str, float]) -> Figure | None:
 
 
 def rank_correlation(local: Sequence[float], board: Sequence[float]) -> str:
-    """Spearman's rank correlation in words."""
     from scipy.stats import spearmanr
 
     if len(set(local)) < 2 or len(set(board)) < 2:

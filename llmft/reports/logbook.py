@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import filelock
 
 from llmft.core.files import write_atomically
-from llmft.reports.configurations import Study, sorted_values
+from llmft.reports.configurations import Study
 from llmft.reports.tables import spread_of
 from llmft.reports.verdicts import number, sentence
 
@@ -62,7 +62,7 @@ def entry(report: Report, root: Path) -> str:
 
 def setup(study: Study) -> str:
     """What was varied, and what in all runs differs from the defaults."""
-    varied = [f"{key}: {', '.join(sorted_values({c.values[key] for c in study.configurations}))}" for key in study.keys]
+    varied = [f"{key}: {', '.join(study.values_of(key))}" for key in study.keys]
     constant = baseline_difference(study)
     return _line(f"{'; '.join(varied) or 'nothing varied'}." + (f" In all runs: {constant}." if constant else ""))
 

@@ -19,7 +19,7 @@ from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.metrics.monitor import mode_of, named_metric
 from llmft.reports.statistics import Replicate, Sample
-from llmft.reports.verdicts import Verdicts, judge_samples
+from llmft.reports.verdicts import Rules, Verdicts, judge_samples
 
 COLUMNS = ("configuration", "value", "seeds", "sd", "sd_seeds", "comparison", "metric")
 
@@ -59,19 +59,17 @@ def judge_numbers(
         metrics = {line.metric or metric or "" for line in lines}
         if len(metrics) > 1:
             raise DataError(f"{where}: values of {' and '.join(sorted(metrics))} cannot be compared with each other.")
-        lower_is_better = _mode(metrics.pop(), mode, where) is Mode.min
+        measured = metrics.pop()
+        if not measured and mode is Mode.auto:
+            raise ConfigError(
+                f"{where}: nothing says what the values measure: set metric=accuracy, say (or a column `metric`), or "
+                "which direction is better, mode=max or mode=min."
+            )
+        direction = mode_of(named_metric(measured) if measured else None, measured or "the values", mode, key="mode")
         spread = _pooled_spread([line for line in lines if line.sd is not None] or published)
-        verdicts[name] = judge_samples([_sample(line, spread) for line in lines], lower_is_better=lower_is_better)
+        samples = [_sample(line, spread) for line in lines]
+        verdicts[name] = judge_samples(samples, Rules(lower_is_better=direction is Mode.min))
     return verdicts
-
-
-def _mode(metric: str, mode: Mode, where: str) -> Mode:
-    if not metric and mode is Mode.auto:
-        raise ConfigError(
-            f"{where}: nothing says what the values measure: set metric=accuracy, say (or a column `metric`), or which "
-            "direction is better, mode=max or mode=min."
-        )
-    return mode_of(named_metric(metric) if metric else None, metric or "the values", mode, key="mode")
 
 
 def _degrees(line: Published) -> float:
@@ -118,10 +116,11 @@ def read_numbers(path: Path) -> list[Published]:
             raise DataError(f"{path}:1: the column `{name}` is missing.")
     published = []
     for number, line in enumerate(lines[1:], 2):
-        if any(line) and len(line) != len(head):
+        if not any(line):
+            continue
+        if len(line) != len(head):
             raise DataError(f"{path}:{number}: {len(line)} values for {len(head)} columns.")
-        if any(line):
-            published.append(_published(dict(zip(head, line, strict=True)), f"{path}:{number}"))
+        published.append(_published(dict(zip(head, line, strict=True)), f"{path}:{number}"))
     if not published:
         raise DataError(f"{path}: no numbers.")
     return published

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 from llmft.core.redaction import redact
 from llmft.metrics.text import token_f1
 from llmft.reports import figures, tables
-from llmft.reports.classes import confusion
 from llmft.reports.clusters import text_clusters
 from llmft.reports.configurations import Study
 from llmft.reports.curves import TRAIN
 from llmft.reports.importance import importance
 from llmft.reports.leaderboard import against_local
+from llmft.reports.metrics import confusion
 from llmft.reports.read import is_free_text
 from llmft.reports.verdicts import finding, number, undecided
 
@@ -54,13 +54,12 @@ def template(name: str = "page.html.jinja") -> Any:
 
 
 def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True) -> str:
-    """The page."""
     study = report.study
     page: str = template().render(
         report=report,
         study=study,
         board=tables.board_table(report.board),
-        legend=figures.styles_of(study)[: figures.MOST_LINES],
+        legend=[(c.name, style) for c, style in figures.styled(study)[: figures.MOST_LINES]],
         figures=_figures(report, scores, clusters),
         samples=side_by_side(study),
         fits=_fits(report),
@@ -72,7 +71,6 @@ def render(report: Report, scores: Mapping[str, float], *, clusters: bool = True
 
 
 def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dict[str, list[figures.Figure]]:
-    """The figures of each section."""
     study = report.study
     # Of a single value over another, the interval is said as well as drawn.
     families = [f for f in report.verdicts.families if f.key is None or len(f.comparisons) > 1]
@@ -91,7 +89,7 @@ def _figures(report: Report, scores: Mapping[str, float], clusters: bool) -> dic
         "metrics": [figures.confusion(*counts) if counts is not None and len(counts[0]) <= MOST_CLASSES else None],
         "clusters": [text_clusters(study) if clusters else None],
     }
-    return {section: [one for one in group if one is not None] for section, group in sections.items()}
+    return {section: [drawn for drawn in group if drawn is not None] for section, group in sections.items()}
 
 
 def side_by_side(study: Study) -> dict[str, Any] | None:
@@ -132,7 +130,7 @@ def _shown(value: Any) -> str:
 
 def _fits(report: Report) -> Sequence[tuple[str, str, str]]:
     """(run, what its curves say, why), the best configurations first."""
-    order = [str(run.directory) for c in report.study.configurations for run in c.runs]
-    runs = {str(run.directory): run.name for run in report.study.runs}
-    pairs = [(runs[key], report.diagnoses.get(key)) for key in dict.fromkeys([*order, *runs])]
+    best_first = [run for c in report.study.configurations for run in c.runs]
+    runs = {str(run.directory): run.name for run in [*best_first, *report.study.runs]}
+    pairs = [(name, report.diagnoses.get(directory)) for directory, name in runs.items()]
     return [(name, str(diagnosis), diagnosis.detail) for name, diagnosis in pairs if diagnosis is not None]

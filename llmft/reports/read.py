@@ -17,9 +17,10 @@ import yaml
 
 from llmft.config.convert import flatten
 from llmft.config.renamed import RENAMED, move
-from llmft.core.arrow import numbers
+from llmft.core.errors import DataError
 from llmft.core.redaction import redact
 from llmft.reports.statistics import RowScores, jackknife
+from llmft.runs.predictions import Predictions, read_table
 
 LARGEST_FILE = 256 * 2**20
 LARGEST_CONFIG = 2 * 2**20
@@ -61,8 +62,7 @@ class RunRecord:
             self.result = {**self.result, "after": {}}
         config = read_dictionary(directory / "config.yaml", self.faults, _parse_yaml, LARGEST_CONFIG)
         self.config = flatten(redact(move(config, RENAMED)))
-        environment = read_dictionary(directory / "environment.json", self.faults)
-        self.environment: dict[str, Any] = environment
+        self.environment: dict[str, Any] = read_dictionary(directory / "environment.json", self.faults)
         self.metrics = [r for r in _lines(directory / "metrics.jsonl", self.faults) if _is_step(r.get("step"))]
         timing = _lines(directory / "timing.jsonl", self.faults)
         self.seed = str(self.config.get("seed", 0))
@@ -72,19 +72,17 @@ class RunRecord:
         step = self.result.get("step")
         self.step: int | None = step if _is_step(step) else None
         self.seconds = _number(self.result.get("seconds")) or _last(timing, "val/elapsed_s")
-        steps: list[tuple[Any, Any]] = [(r.get("train/tokens_per_s"), r.get("train/step_s")) for r in timing]
-        counts = [speed * time for speed, time in steps if _is_number(speed) and _is_number(time)]
-        self.tokens = round(sum(counts)) if counts else None
-        peaks: list[Any] = [record.get("memory/peak_gib") for record in timing]
-        self.memory_gib = max((peak for peak in peaks if _is_number(peak)), default=None)
+        steps = [r for r in timing if _all_numbers(r, "train/tokens_per_s", "train/step_s")]
+        self.tokens = round(sum(r["train/tokens_per_s"] * r["train/step_s"] for r in steps)) if steps else None
+        peaks = [r["memory/peak_gib"] for r in timing if _is_number(r.get("memory/peak_gib"))]
+        self.memory_gib: float | None = max(peaks, default=None)
         self.energy_wh = _last(timing, "energy/total_wh")
-        data, model = (_at(environment, name, "fingerprint") for name in ("data", "model"))
-        self.content = (str(data or ""), str(model or ""))
-        chance = _at(self.result, "chance", "val")
-        whole = isinstance(_at(chance, "metrics"), dict) and _all_numbers(chance, ("loss", "prior_loss", *BOUNDS))
-        self.chance: dict[str, Any] = chance if whole else {}
+        self.content = [str(_at(self.environment, name, "fingerprint") or "") for name in ("data", "model")]
+        chance: Any = _at(self.result, "chance", "val")
         length: Any = self.result.get("length")
-        self.length: dict[str, Any] = length if _all_numbers(length, ("accuracy", "longer_wins", *BOUNDS)) else {}
+        complete = _all_numbers(chance, "loss", "prior_loss", *BOUNDS) and isinstance(chance.get("metrics"), dict)
+        self.chance: dict[str, Any] = chance if complete else {}
+        self.length: dict[str, Any] = length if _all_numbers(length, "accuracy", "longer_wins", *BOUNDS) else {}
 
     def setting(self, key: str, otherwise: float) -> float:
         """A number of the config, or `otherwise` where it holds none."""
@@ -104,19 +102,11 @@ class RunRecord:
         path = self.directory / "row_losses" / f"val-{step:08d}.parquet"
         if not path.is_file():
             return {}
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         try:
-            with pq.ParquetFile(path) as file:  # `read_table` would import pandas
-                table = file.read()
-            columns = {name: table[name].combine_chunks() for name in table.column_names}
-            return {
-                name: np.array(column.to_pylist(), dtype=str) if name in ("row", "group") else numbers(column)
-                for name, column in columns.items()
-            }
-        except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
-            self.faults.append(f"{path.name}: {_line(error)}")
+            columns = read_table(path)
+            return {name: np.array(v, str if name in ("row", "group") else float) for name, v in columns.items()}
+        except (DataError, ValueError, TypeError) as error:
+            self.faults.append(f"{path.name}: {_line(error).removeprefix(f'{path}: ')}")
             return {}
 
     def row_losses(self, step: int) -> RowScores | None:
@@ -166,15 +156,13 @@ class RunRecord:
         except Exception:  # a metric of somebody's own may refuse what is left
             return None
 
-    def predictions(self) -> Any:
+    def predictions(self) -> Predictions | None:
         """Its predictions of the validation rows; None where there are none that can be read."""
-        from llmft.runs.predictions import Predictions
-
         folder = self.directory / "predictions" / "val"
         files = [folder / "predictions.json", folder / "predictions.parquet"]
         try:
-            whole = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
-            return Predictions.load(folder) if whole else None
+            readable = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
+            return Predictions.load(folder) if readable else None
         except Exception as error:  # a run directory may hold anything
             self.faults.append(f"predictions/val: {_line(error)}")
             return None
@@ -183,8 +171,8 @@ class RunRecord:
         """Generations of the step whose weights the run hands over, or else of the last one."""
         samples = [s for s in _lines(self.directory / "samples.jsonl", self.faults) if s.get("split", "val") == "val"]
         steps = {s["step"] for s in samples if _is_step(s.get("step"))}
-        wanted = self.step if self.step in steps else max(steps, default=None)
-        return [s for s in samples if s.get("step") == wanted]
+        step = self.step if self.step in steps else max(steps, default=None)
+        return [s for s in samples if s.get("step") == step]
 
 
 def _of_table(table: dict[str, Any], total: str, weight: str | None = None) -> RowScores | None:
@@ -224,7 +212,6 @@ def is_free_text(samples: list[dict[str, Any]]) -> bool:
 
 
 def is_run(directory: Path) -> bool:
-    """Whether `directory` looks like a run's."""
     return (directory / "run.json").is_file() or (directory / "config.yaml").is_file()
 
 
@@ -272,7 +259,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
-def _all_numbers(record: Any, names: Sequence[str]) -> bool:
+def _all_numbers(record: Any, *names: str) -> bool:
     return isinstance(record, dict) and all(_is_number(record.get(name)) for name in names)
 
 

@@ -49,6 +49,8 @@ PAIRING_LEVEL = 0.01
 FEW = 5
 LOG_FROM = 1.5
 PRIOR_VARIANCE = 1.0
+MOST_RUNS = 50
+"""More runs than that of each configuration are not worth counting."""
 MOST_BLOCKS = 100
 """Blocks of rows that a jackknife leaves out in turn."""
 
@@ -94,9 +96,9 @@ def jackknife(
     if count < 2:
         return None
     block = index % count
-    whole = metric(references, predictions)
+    of_all = metric(references, predictions)
     left = np.array([metric(references[block != b], predictions[block != b]) for b in range(count)])
-    pseudo = count * whole - (count - 1) * left
+    pseudo = count * of_all - (count - 1) * left
     # The same rows make the same blocks; others share no name with them.
     labels = np.array([f"{count} blocks of {len(unique)} rows {unique[0]} to {unique[-1]}: {b}" for b in range(count)])
     kind = "blocks of " if count < len(unique) else "groups of " if count < len(references) else ""
@@ -142,12 +144,10 @@ class Sample:
 
     @property
     def mean(self) -> float:
-        """The mean metric."""
         return float(self.values.mean())
 
     @property
     def labels(self) -> set[tuple[str, str]]:
-        """Seeds and parts of its replicates."""
         return {replicate.label for replicate in self.replicates}
 
     def only(self, labels: set[tuple[str, str]]) -> Sample:
@@ -240,9 +240,9 @@ class Contrast:
         """Whether the noise of runs is known, and not 0 by the chance of a few runs."""
         return self.seeds is not None and (self.seeds.value > 0 or (self.folds and self.rows is not None))
 
-    def half_width(self, level: float, looks: Looks = 1, means: int = 2) -> float | None:
+    def half_width(self, level: float, looks: Looks) -> float | None:
         """Half of the interval; of the rows alone where the runs' noise is not known, None where neither is."""
-        known = [v.half_width(level, looks, means) for v in (self.seeds, self.rows) if v is not None]
+        known = [v.half_width(level, looks) for v in (self.seeds, self.rows) if v is not None]
         return math.hypot(*known) if known else None
 
 
@@ -387,13 +387,13 @@ def look_sizes(first: int, until: int, looks: Looks) -> list[int]:
     return sorted({first + round((until - first) * step / max(looks - 1, 1)) for step in range(looks)} | {until})
 
 
-def set_level(count: int, alpha: float = ALPHA) -> float:
+def set_level(count: int, alpha: float) -> float:
     """The two-sided level at which one of `count` configurations is left out of those that may be the best."""
     return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
 
 
-def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1, most: int = 50) -> int | None:
-    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `most`.
+def runs_needed(c: Contrast, size: float, level: float, looks: Looks) -> int | None:
+    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `MOST_RUNS`.
 
     The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.
     """
@@ -402,10 +402,10 @@ def runs_needed(c: Contrast, size: float, level: float, looks: Looks = 1, most: 
     if c.seeds is None or c.seeds.value <= 0 or c.folds:
         return None
     df = c.seeds.df
-    one = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
+    variance = c.seeds.value * c.runs * (1.0 if math.isinf(df) else df / float(chdtri(df, 1 - 0.2)))
     rows = c.rows or Variance(0.0, math.inf)
-    for count in range(max(c.runs, 2), most + 1):
-        grown = Variance(one / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
+    for count in range(max(c.runs, 2), MOST_RUNS + 1):
+        grown = Variance(variance / count, float("inf") if math.isinf(df) else df / max(c.runs - 1, 1) * (count - 1))
         half = math.hypot(grown.half_width(level, looks), rows.half_width(level, looks))
         if ndtr((size - half) / math.sqrt(grown.value + rows.value)) >= POWER:
             return count

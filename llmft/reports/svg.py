@@ -26,7 +26,6 @@ def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
 
 
 def text(x: float, y: float, words: str, anchor: str = "start", **attributes: object) -> Markup:
-    """A line of text."""
     return tag("text", words, x=float(x), y=float(y), text_anchor=anchor, **attributes)
 
 
@@ -67,13 +66,6 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [round(number * step, 12) for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers within low..high for a logarithmic axis."""
-    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
-    return [value for value in values if low <= value <= high] or [low, high]
-
-
 class Scale:
     """Values to units along an axis."""
 
@@ -93,10 +85,12 @@ class Scale:
         return self.start + (position - self.low) / (self.high - self.low) * (self.end - self.start)
 
     def ticks(self, count: int = 5) -> list[float]:
-        """Where to put labels."""
-        if self.log:
-            return log_ticks(math.exp(self.low), math.exp(self.high))
-        return ticks(self.low, self.high, count)
+        if not self.log:
+            return ticks(self.low, self.high, count)
+        low, high = math.exp(self.low), math.exp(self.high)
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        values = [factor * 10.0**power for power in powers for factor in (1, 2, 5)]
+        return [value for value in values if low <= value <= high] or [low, high]
 
 
 def short(value: float) -> str:

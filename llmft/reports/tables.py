@@ -2,20 +2,48 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llmft.reports.classes import Table, mean
+import numpy as np
+
 from llmft.reports.configurations import Configuration, Study
-from llmft.reports.curves import Diagnosis, Fit, diagnose, summed_up
+from llmft.reports.curves import Diagnosis, Fit, summed_up
 from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import Verdicts, ends_of, number, sentence
+from llmft.runs.predictions import csv_text
 
 if TYPE_CHECKING:
     from llmft.reports.write import Report
+
+
+@dataclass(frozen=True)
+class Table:
+    """A heading, column titles and lines of text; `sentences` are wrapped where numbers stand right."""
+
+    title: str
+    note: str
+    head: list[str]
+    lines: list[list[str]]
+    sentences: bool = False
+
+    def turned(self) -> Table:
+        """The same with lines as columns."""
+        lines = [list(line) for line in zip(self.head[1:], *(line[1:] for line in self.lines), strict=True)]
+        return replace(self, head=["", *(line[0] for line in self.lines)], lines=lines)
+
+    def only(self, columns: Sequence[int]) -> Table:
+        """The same with these columns alone."""
+        lines = [[line[column] for column in columns] for line in self.lines]
+        return replace(self, head=[self.head[column] for column in columns], lines=lines)
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """The mean of those that are known; None without any."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
 
 
 class BoardLine:
@@ -33,20 +61,14 @@ class BoardLine:
         self.memory_gib = max((run.memory_gib for run in c.runs if run.memory_gib is not None), default=None)
         fits = [diagnoses[str(run.directory)] for run in c.runs if str(run.directory) in diagnoses]
         self.fit = str(fits[0]) if len(set(map(str, fits))) == 1 else summed_up(fits)
-        self.commands = [(r.name, _replication(r), r.command, r.value(study.monitor) or math.nan) for r in c.runs]
+        self.commands = []
+        for run in c.runs:
+            fold = run.config.get("data.fold")
+            replication = f"seed {run.seed}" + (f", fold {fold}" if fold is not None else "")
+            self.commands.append((run.name, replication, run.command, run.value(study.monitor) or math.nan))
         names = dict.fromkeys(name for run in c.runs for name in run.result["after"] if name != study.monitor)
         others = {name: mean([run.value(name) for run in c.runs]) for name in names}
         self.other_metrics = {name: value for name, value in others.items() if value is not None}
-
-
-def leaderboard(study: Study, diagnoses: Mapping[str, Diagnosis]) -> list[BoardLine]:
-    """The configurations with a result, the best mean first."""
-    return [BoardLine(rank, c, study, diagnoses) for rank, c in enumerate(study.configurations, 1)]
-
-
-def diagnose_all(study: Study) -> dict[str, Diagnosis]:
-    """What each run's curves say, by directory."""
-    return {str(run.directory): diagnose(run) for run in study.runs if run.metrics or run.status == "diverged"}
 
 
 def replications(runs: Sequence[RunRecord]) -> str:
@@ -57,11 +79,6 @@ def replications(runs: Sequence[RunRecord]) -> str:
         if key == "seed" or number > 1:
             parts.append(f"{number} {word}{'s' if number > 1 else ''}")
     return " x ".join(parts)
-
-
-def _replication(run: RunRecord) -> str:
-    fold = run.config.get("data.fold")
-    return f"seed {run.seed}" + (f", fold {fold}" if fold is not None else "")
 
 
 def duration(seconds: float | None) -> str:
@@ -89,22 +106,30 @@ def spread_of(line: BoardLine) -> str:
     return number(line.spread, 2) if line.spread is not None else "unknown"
 
 
-NO_CURVES = Fit.unknown.value
 HEAD = ["", "configuration", "mean", "sd", "n", "best", "time", "tokens", "tokens/s", "memory", "curves"]
-
-
-def cells(line: BoardLine) -> list[str]:
-    """A line of the leaderboard under `HEAD`, as text."""
-    memory = f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else ""
-    middle = [number(line.mean), spread_of(line), line.replications, number(line.best), duration(line.seconds)]
-    return [str(line.rank), line.name, *middle, count(line.tokens), count(line.tokens_per_s), memory, line.fit]
 
 
 def board_table(board: Sequence[BoardLine]) -> Table:
     """The leaderboard without columns that say nothing."""
-    lines = [cells(line) for line in board]
-    columns = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - {"", NO_CURVES}]
-    return Table("", "", [HEAD[i] for i in columns], [[line[i] for i in columns] for line in lines])
+    lines = [
+        [
+            str(line.rank),
+            line.name,
+            number(line.mean),
+            spread_of(line),
+            line.replications,
+            number(line.best),
+            duration(line.seconds),
+            count(line.tokens),
+            count(line.tokens_per_s),
+            f"{line.memory_gib:.1f} GiB" if line.memory_gib is not None else "",
+            line.fit,
+        ]
+        for line in board
+    ]
+    nothing = {"", Fit.unknown.value}
+    shown = [i for i, name in enumerate(HEAD) if name == "" or {line[i] for line in lines} - nothing]
+    return Table("", "", HEAD, lines).only(shown)
 
 
 def cost(study: Study) -> str:
@@ -151,22 +176,17 @@ def verdicts_csv(verdicts: Verdicts) -> str:
     head = ["key", "first", "second", "verdict", "lead", "low", "high", "unit", "runs", "rows", "plan", "words"]
     rows = []
     for key, c in verdicts.all:
-        unit, count = "share" if c.rules.log else "metric", c.contrast.rows.count if c.contrast.rows else 0
-        words = (c.plan, sentence(c))
-        rows.append(
-            [key, c.first, c.second, c.verdict.value, c.lead, c.low, c.high, unit, c.contrast.runs, count, *words]
-        )
+        num_rows = c.contrast.rows.count if c.contrast.rows else 0
+        interval = [c.lead, c.low, c.high, "share" if c.rules.log else "metric"]
+        basis = [c.contrast.runs, num_rows, c.plan, sentence(c)]
+        rows.append([key, c.first, c.second, c.verdict.value, *interval, *basis])
     return to_csv(head, rows)
 
 
 def to_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """CSV, with nothing for None; a text that a spreadsheet would take for a formula gets a quote in front."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(head)
-    for row in rows:
-        writer.writerow([f"'{v}" if isinstance(v, str) and v[:1] in ("=", "+", "-", "@") else v for v in row])
-    return out.getvalue()
+    """CSV; a text that a spreadsheet would take for a formula gets a quote in front."""
+    formulas = ("=", "+", "-", "@")
+    return csv_text(head, ([f"'{v}" if isinstance(v, str) and v.startswith(formulas) else v for v in r] for r in rows))
 
 
 def markdown(report: Report) -> str:

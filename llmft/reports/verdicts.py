@@ -17,6 +17,7 @@ from pathlib import Path
 from llmft.reports.configurations import Study, short_names, show
 from llmft.reports.statistics import (
     ALPHA,
+    MOST_RUNS,
     Contrast,
     Looks,
     Sample,
@@ -28,8 +29,6 @@ from llmft.reports.statistics import (
     set_level,
 )
 
-MOST_RUNS = 50
-"""More runs than that of each configuration are not worth counting."""
 SHARE = 1.5
 """The difference that more runs are planned for where sweep.smallest_difference is not set, in standard deviations."""
 MOST_PAIRS = 28
@@ -47,16 +46,19 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a sweep is judged: its looks, the smallest difference that matters, which way is better, on what scale."""
+    """How a sweep is judged: which way is better, its looks, the smallest difference that matters.
 
+    Attributes:
+        log, level: whether logarithms are compared, and the best's mean then, which a difference is a share of.
+        paired: whether runs are compared seed by seed. All three are found by looking at the samples.
+    """
+
+    lower_is_better: bool = True
     looks: Looks = 1
     smallest: float | None = None
-    lower_is_better: bool = True
     log: bool = False
     level: float = 1.0
-    """The best's mean where logarithms are compared: what a difference is a share of."""
     paired: bool = False
-    """Whether runs are compared seed by seed."""
 
     def lead(self, estimate: float) -> float:
         """How far the first is ahead."""
@@ -170,8 +172,8 @@ def judge(study: Study) -> Verdicts:
     """The verdicts on a study."""
     samples = [c.sample(study.monitor, rows=True) for c in study.configurations]
     values = {c.name: c.values for c in study.configurations}
-    rules = Rules(study.looks, study.smallest_difference, study.lower_is_better)
-    verdicts = _judge(samples, values, study.keys, study.monitor, rules)
+    rules = Rules(study.lower_is_better, study.looks, study.smallest_difference)
+    verdicts = judge_samples(samples, rules, study.monitor, values)
     if study.configurations:
         verdicts.basis = f"{verdicts.basis} {scope(study)}".strip()
     return verdicts
@@ -207,18 +209,13 @@ def scope(study: Study) -> str:
 
 def judge_samples(
     samples: Sequence[Sample],
-    *,
-    lower_is_better: bool = True,
-    looks: Looks = 1,
-    smallest_difference: float | None = None,
+    rules: Rules = Rules(),
+    monitor: str = "val/loss_nats",
+    values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Verdicts:
-    """The verdicts on samples of which nothing but the results is known."""
-    return _judge(samples, {}, (), "val/loss_nats", Rules(looks, smallest_difference, lower_is_better))
-
-
-def _judge(
-    samples: Sequence[Sample], values: Mapping[str, Mapping[str, str]], keys: Sequence[str], monitor: str, rules: Rules
-) -> Verdicts:
+    """The verdicts on samples of `monitor`; also on each varied key, where `values` has those of every sample."""
+    values = values or {}
+    keys = list(next(iter(values.values()), {}))
     samples = [s for sample in samples if (s := sample.finite()).replicates]
     if len(samples) < 2:
         nothing = "No run finished with a result: see the failures."
@@ -229,7 +226,7 @@ def _judge(
     rules = replace(rules, log=log, level=level, paired=rules.looks == "any" or seeds_matter(compared))
     contrasts = [contrast([compared[0], other], [1.0, -1.0], paired=rules.paired) for other in compared[1:]]
     lost = {s.name: s.lost for s in samples if s.lost}
-    several = len(keys) > 1 and bool(values)
+    several = len(keys) > 1
     others = {s.name: c for s, c in zip(compared[1:], contrasts, strict=True)}
     best = _family(None, compared[0].name, others, rules, ALPHA / 2 if several else ALPHA, lost)
     cells = {s.name: s for s in compared}
@@ -273,8 +270,8 @@ def _key_family(
     cells: dict[str, dict[tuple[str, ...], Sample]] = {}
     for name, setting in values.items():
         if name in samples:
-            rest = tuple(setting.get(other, "") for other in keys if other != key)
-            cells.setdefault(setting.get(key, ""), {})[rest] = samples[name]
+            rest = tuple(setting[other] for other in keys if other != key)
+            cells.setdefault(setting[key], {})[rest] = samples[name]
 
     def versus(first: str, second: str) -> Contrast | None:
         both = sorted(cells[first].keys() & cells[second].keys())
@@ -306,14 +303,14 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
         return "more rows or folds"
     if c.seeds.value <= 0:
         return "all runs of each are alike, so their noise is not known: try more seeds, or more validation rows"
-    one = math.sqrt(c.seeds.value * c.runs / 2)
-    size = rules.smallest / rules.level if rules.smallest else SHARE * one
+    sd = math.sqrt(c.seeds.value * c.runs / 2)
+    size = rules.smallest / rules.level if rules.smallest else SHARE * sd
     in_spreads = f"{rules.amount(rules.share(size))} ({SHARE:g} standard deviations between runs)"
     amount = number(rules.smallest) if rules.smallest else in_spreads
     rows = rows_needed(c, size, level)
     if rows is not None and c.rows is not None:
         return f"more seeds would not find a difference of {amount}; about {rows:,} {c.rows.unit} would"
-    runs = runs_needed(c, size, level, rules.looks, MOST_RUNS)
+    runs = runs_needed(c, size, level, rules.looks)
     if runs is None:
         return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {amount}"
     if runs <= c.runs:
@@ -324,7 +321,8 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
 
 def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -> str:
     best, others, comparisons = family.among[0], family.among[1:], family.comparisons
-    survivors = f" {_survivors(lost)}" if lost else ""
+    lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
+    survivors = f" {_listed(lost_runs)} diverged or failed: what is left may be the lucky ones." if lost else ""
     if family.winner is not None:
         return f"{best} is better than {'every other' if len(comparisons) > 1 else comparisons[0].second}.{survivors}"
     if comparisons and all(c.contrast.identical for c in comparisons):
@@ -338,20 +336,14 @@ def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -
         return f"No winner, and no difference that matters: {_listed([best, *others])} are within {number(smallest)}."
     unknown = [c for c in comparisons if c.verdict in (Verdict.rows_only, Verdict.unknown)]
     if unknown and len(unknown) == len(comparisons):
-        rows = "on these rows, but the seed noise is unknown" if unknown[0].verdict is Verdict.rows_only else (
-            "by a difference whose noise is unknown")  # fmt: skip
-        return f"No winner: {best} leads {rows}.{survivors}"
+        if unknown[0].verdict is Verdict.rows_only:
+            return f"No winner: {best} leads on these rows, but the seed noise is unknown.{survivors}"
+        return f"No winner: {best} leads by a difference whose noise is unknown.{survivors}"
     if len(comparisons) == 1:
         return f"No winner: {best} leads, but is not distinguishable from {others[0]}.{survivors}"
-    whole = len(family.among) == len(comparisons) + 1
-    them = f"{best} leads, but any of the {len(family.among)} may be the best" if whole and len(others) > 2 else (
-        f"the best is among {{{', '.join(family.among)}}}")  # fmt: skip
-    return f"No winner yet: {them}.{survivors}"
-
-
-def _survivors(lost: Mapping[str, int]) -> str:
-    lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
-    return f"{_listed(lost_runs)} diverged or failed: what is left may be the lucky ones."
+    if len(others) == len(comparisons) > 2:
+        return f"No winner yet: {best} leads, but any of the {len(family.among)} may be the best.{survivors}"
+    return f"No winner yet: the best is among {{{', '.join(family.among)}}}.{survivors}"
 
 
 def _listed(names: Sequence[str]) -> str:

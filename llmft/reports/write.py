@@ -11,12 +11,11 @@ from typing import Any
 from llmft.config.trainer import Mode
 from llmft.core.files import write_atomically
 from llmft.core.redaction import redact
-from llmft.reports.classes import Table, at_chance, metric_tables
 from llmft.reports.configurations import Study
-from llmft.reports.curves import Diagnosis, summed_up
+from llmft.reports.curves import Diagnosis, diagnose, summed_up
 from llmft.reports.logbook import ENTRY, entry, update_logbook
-from llmft.reports.preferences import answers_table, at_length, at_units
-from llmft.reports.tables import BoardLine, board_table, diagnose_all, leaderboard, markdown, results_csv, verdicts_csv
+from llmft.reports.metrics import answers_table, at_chance, at_length, at_units, metric_tables
+from llmft.reports.tables import BoardLine, Table, board_table, markdown, results_csv, verdicts_csv
 from llmft.reports.verdicts import Verdicts, judge, sentence
 
 MOST_LINES = 12
@@ -36,7 +35,6 @@ class Report:
 
     @property
     def html(self) -> Path:
-        """The page."""
         return self.directory / "report.html"
 
     @functools.cached_property
@@ -67,11 +65,9 @@ class Report:
 
         if self.board:
             board = board_table(self.board)
-            columns = [i for i, name in enumerate(board.head) if name not in ("tokens", "tokens/s", "memory")]
-            head = [board.head[i] for i in columns]
-            left = [i for i, name in enumerate(head) if name in ("configuration", "curves", "n")]
-            rows = redact([[line[i] for i in columns] for line in board.lines[:MOST_LINES]])
-            screen.print(text_table(head, rows, f"by {self.study.monitor}", left))
+            board = board.only([i for i, n in enumerate(board.head) if n not in ("tokens", "tokens/s", "memory")])
+            left = [i for i, name in enumerate(board.head) if name in ("configuration", "curves", "n")]
+            screen.print(text_table(board.head, redact(board.lines[:MOST_LINES]), f"by {self.study.monitor}", left))
             if len(self.board) > MOST_LINES:
                 screen.print(f"and {len(self.board) - MOST_LINES} more, see the page")
         for table in self.metrics:
@@ -119,8 +115,9 @@ def write_report(
     from llmft.reports.page import render
 
     study = Study(runs, sweep, mode)
-    diagnoses = diagnose_all(study)
-    report = Report(study, judge(study), leaderboard(study, diagnoses), diagnoses, directory)
+    diagnoses = {str(r.directory): diagnose(r) for r in study.runs if r.metrics or r.status == "diverged"}
+    board = [BoardLine(rank, c, study, diagnoses) for rank, c in enumerate(study.configurations, 1)]
+    report = Report(study, judge(study), board, diagnoses, directory)
     directory.mkdir(parents=True, exist_ok=True)
     _write(report.html, render(report, leaderboard_scores or {}, clusters=clusters))
     _write(directory / "report.md", markdown(report))

@@ -64,8 +64,7 @@ def adapter_directory(path: str) -> Path:
     """
     directory = Path(path).expanduser()
     if (directory / "run.json").is_file():
-        run, _ = finished_run(directory)
-        directory = run.adapter
+        directory = finished_run(directory)[0].adapter
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (directory / name).is_file():
             raise ConfigError(
@@ -294,7 +293,8 @@ def free_run(config: TrainConfig, key: str) -> Run:
     existing_path = existing_parent(run.directory)
     if not existing_path.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: there is a file in the way; choose another place.")
-    if run.directory.exists() and any(run.directory.iterdir()) and not _is_run(run.directory):
+    names = os.listdir(run.directory) if run.directory.exists() else []
+    if "run.json" not in names and any(not name.startswith(".") for name in names):
         raise ConfigError(
             f"{run.directory}: not empty, and not a run of llmft: move it away or set output_dir to another place."
         )
@@ -321,7 +321,6 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
 
 def unwritable(where: str, error: OSError) -> DiskError:
-    """The error for a directory that cannot be written."""
     return DiskError(f"{where}: {error.strerror}; set output_dir to another place.")
 
 
@@ -389,10 +388,6 @@ def directories(paths: Any, key: str) -> list[Path]:
             raise ConfigError(f"{key}={name}: no such directory{hint}")
         result += [match for match in existing if match not in result]
     return result
-
-
-def _is_run(directory: Path) -> bool:
-    return (directory / "run.json").exists() or all(p.name.startswith(".") for p in directory.iterdir())
 
 
 def source_facts(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class Predictions:
     ids: list[str]
     labels: list[str]
     values: np.ndarray
-    problem: str = TaskType.single_label.value
+    problem: str = TaskType.single_label
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -65,9 +65,9 @@ class Predictions:
         """The likeliest class, the classes with at least 0.5, the number, or the text."""
         if self.problem == TEXT:
             return self.columns["generated"]
-        if self.problem == TaskType.regression.value:
+        if self.problem == TaskType.regression:
             return [float(value) for value in self.values[:, 0]]
-        if self.problem == TaskType.multi_label.value:
+        if self.problem == TaskType.multi_label:
             return ["|".join(np.asarray(self.labels)[row >= 0.5]) for row in self.values]
         return [self.labels[index] for index in self.values.argmax(axis=1)]
 
@@ -76,9 +76,9 @@ class Predictions:
 
         Raises DataError for a target that is not a class.
         """
-        if self.problem == TaskType.regression.value:
+        if self.problem == TaskType.regression:
             return np.asarray(self.targets, dtype=np.float64)
-        if self.problem == TaskType.multi_label.value:
+        if self.problem == TaskType.multi_label:
             names_of_row = [set(str(target).split("|")) - {""} for target in self.targets]
             self._check_labels({name for names in names_of_row for name in names})
             return np.asarray([[label in names for label in self.labels] for names in names_of_row], dtype=np.int64)
@@ -115,7 +115,7 @@ class Predictions:
             table["target"] = self.targets
         if self.problem != TEXT:
             table["predicted"] = self.predicted
-        if self.problem != TaskType.regression.value:
+        if self.problem != TaskType.regression:
             for index, label in enumerate(self.labels):
                 table[f"{PREFIX}{label}"] = self.values[:, index].tolist()
         return {**table, **{name: column for name, column in self.columns.items() if name not in table}}
@@ -130,7 +130,8 @@ class Predictions:
             raise DataError(f"two rows have the id '{repeated[0]}': set data.columns.id to a column of unique values.")
         columns = self.table()
         write_table(directory / "predictions.parquet", columns)
-        write_csv(directory / "predictions.csv", columns, zip(*columns.values(), strict=True))
+        table = csv_text(columns, zip(*columns.values(), strict=True))
+        write_atomically(directory / "predictions.csv", table.encode())
         facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
         facts |= self.facts
         write_atomically(directory / "predictions.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
@@ -145,8 +146,8 @@ class Predictions:
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
         predictions = from_table(read_table(directory / "predictions.parquet"), labels, problem)
-        own_keys = {"problem", "labels", "rows", "fingerprint"}
-        predictions.facts = {key: value for key, value in facts.items() if key not in own_keys}
+        ours = ("problem", "labels", "rows", "fingerprint")
+        predictions.facts = {key: value for key, value in facts.items() if key not in ours}
         if predictions.fingerprint != facts.get("fingerprint"):
             raise DataError(
                 f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
@@ -163,13 +164,11 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
         pq.write_table(pa.table(dict(columns)), file, compression="zstd")
 
 
-def write_csv(path: Path, header: Iterable[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Writes a table with a header; the file appears whole."""
+def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    """A table with a header as CSV, with nothing for None."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    write_atomically(path, text.getvalue().encode())
+    csv.writer(text, lineterminator="\n").writerows([header, *rows])
+    return text.getvalue()
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
@@ -189,7 +188,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
 def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:
     """Predictions from the columns of `Predictions.table`."""
     rows = len(table["id"])
-    if problem == TaskType.regression.value:
+    if problem == TaskType.regression:
         values = np.asarray(table["predicted"], dtype=np.float64).reshape(rows, 1)
     else:
         names = [f"{PREFIX}{label}" for label in labels]

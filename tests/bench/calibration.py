@@ -24,7 +24,7 @@ import numpy as np
 
 from llmft.config.invocation import arguments_of_process
 from llmft.reports.statistics import Array, Looks, Replicate, RowScores, Sample, look_sizes
-from llmft.reports.verdicts import Verdicts, judge_samples
+from llmft.reports.verdicts import Rules, Verdicts, judge_samples
 
 LEVEL, SD = 1.0, 0.01
 FOLDS = 5
@@ -144,14 +144,14 @@ def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
     samples = simulate(setting, rng)
     lower = setting.measured != "accuracy"
     if not setting.until:
-        verdicts = judge_samples(samples, lower_is_better=lower, looks=setting.looks)
+        verdicts = judge_samples(samples, Rules(lower, setting.looks))
         return _said(setting, verdicts, sum(len(s.replicates) for s in samples))
     used = {s.name: setting.seeds for s in samples}
     among = list(used)
     for size in look_sizes(setting.seeds, setting.until, setting.looks):
         used |= dict.fromkeys(among, size)
         so_far = [replace(s, replicates=s.replicates[: used[s.name]]) for s in samples]
-        verdicts = judge_samples(so_far, lower_is_better=lower, looks=setting.looks)
+        verdicts = judge_samples(so_far, Rules(lower, setting.looks))
         among = verdicts.among
         if verdicts.winner is not None:
             break

@@ -6,21 +6,23 @@ import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmft import bench as verb
-from llmft.benchmarks import measure, run
+from llmft.benchmarks import measure
 from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
-from llmft.benchmarks.figure import lines, page
-from llmft.benchmarks.measure import Case, Measured
-from llmft.benchmarks.report import cells, write_estimates
-from llmft.benchmarks.run import run_case
+from llmft.benchmarks.measure import Case, Measured, run_case
+from llmft.benchmarks.report import cells, lines, page, write_estimates
 from llmft.config.commands import BenchConfig
 from llmft.config.convert import to_plain
 from llmft.core.console import Screen
@@ -95,41 +97,56 @@ def test_csv_has_the_columns_of_all_rows() -> None:
 # ------------------------------------------------------------------------------------------------------ the processes
 
 
-class Answers:
-    """Stands for the measuring process: each call of `_ask` ends as it is told to."""
-
-    def __init__(self, *ends: tuple[int | None, str, list[int]]) -> None:
-        self.ends = list(ends)
-        self.asked: list[list[tuple[int, int]]] = []
-
-    def __call__(self, case: Case, tell: Any, about: Any) -> tuple[int | None, str, dict[int, dict[str, Any]]]:
-        self.asked.append(case.points)
-        begun, ended, done = self.ends.pop(0)
-        told = {place: {"measured": vars(measured(*case.points[place]))} for place in done}
-        return begun, ended, told  # type: ignore[return-value]
+def three_points(seconds: float = 60.0) -> Case:
+    return Case(compose("logger=none"), [(1, 2), (3, 4), (5, 6)], seconds, repeats=1, inference_rows=1)
 
 
-CASE = Case({}, [(1, 2), (3, 4), (5, 6)], 60.0, 1, 1)
+def errors_of(case: Case, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
+    """What each point ends with where `serve` stands for the measuring process."""
+    monkeypatch.setattr(measure, "serve", serve)
+    return [point.error for point in run_case(case, lambda _: None)[0]]
+
+
+def killed_by_three_tokens(connection: Connection, case: Case) -> None:
+    while True:
+        inputs, outputs = connection.recv()
+        if inputs == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        connection.send((measured(inputs, outputs), {"device": "CPU", "precision": "fp32"}))
+
+
+def killed_before_a_point(connection: Connection, case: Case) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def silent_from_three_tokens_on(connection: Connection, case: Case) -> None:
+    connection.send((measured(*connection.recv()), {}))
+    time.sleep(60)
+
+
+def refusing(connection: Connection, case: Case) -> None:
+    connection.send(ConfigError("model=x: no such model."))
 
 
 def test_a_point_that_takes_the_process_along_costs_itself_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    ask = Answers((1, "killed", [0]), (0, "done", [0]))
-    monkeypatch.setattr(run, "_ask", ask)
-    found, _ = run_case(CASE, lambda told: None)
-    assert [own.error for own in found] == [None, "does not fit", None]
-    assert ask.asked == [CASE.points, [(5, 6)]]
+    assert errors_of(three_points(), killed_by_three_tokens, monkeypatch) == [None, "does not fit", None]
 
 
-def test_what_was_not_begun_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_ask", Answers((1, "late", [0])))
-    found, _ = run_case(CASE, lambda told: None)
-    assert [own.error for own in found] == [None, "no time left", "no time left"]
+def test_a_process_that_is_killed_before_it_measures_fits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert errors_of(three_points(), killed_before_a_point, monkeypatch) == ["does not fit"] * 3
 
 
-def test_a_base_that_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "_ask", Answers((None, "killed", [])))
-    found, _ = run_case(CASE, lambda told: None)
-    assert {own.error for own in found} == {"does not fit"}
+def test_what_was_not_measured_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measure, "GRACE_S", 5.0)
+    assert errors_of(three_points(0.5), silent_from_three_tokens_on, monkeypatch)[1:] == [
+        "no time left",
+        "no time left",
+    ]
+
+
+def test_what_cannot_be_measured_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="no such model"):
+        errors_of(three_points(), refusing, monkeypatch)
 
 
 # ------------------------------------------------------------------------------------------------------------ the verb
@@ -216,11 +233,7 @@ def test_a_point_without_room_is_told_as_one_that_does_not_fit(
         raise error
 
     monkeypatch.setattr(measure, "measure", without_room)
-    told: list[dict[str, Any]] = []
-    case = replace(CASE, config=to_plain(compose("logger=none")))
-    measure.run_points(case, lambda kind, **values: told.append({"kind": kind, **values}))
-    points = [line for line in told if line["kind"] == "point"]
-    assert points == [{"kind": "point", "number": number, "error": "does not fit"} for number in range(3)]
+    assert measure.measure_if_it_fits(three_points(), 1, 2) is None
 
 
 def test_random_rows_have_about_the_tokens_that_are_asked_for() -> None:

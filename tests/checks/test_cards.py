@@ -32,7 +32,7 @@ def planned(layers: int, *overrides: str) -> dict[str, dict[str, Any]]:
     """The plans of its training on rows of 1,000 tokens, by card."""
     config, architecture = wide(layers, *overrides)
     examples: Any = SimpleNamespace(lengths=np.full(100, 1000), labelled_tokens=np.full(100, 100))
-    return {plan.card.name: plan.to_plain() for plan in plan_cards(config, examples, architecture, OPERATIONS)}
+    return {plan["card"]: plan for plan in plan_cards(config, examples, architecture, OPERATIONS)}
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -17,11 +17,11 @@ import pytest
 from llmft.core.errors import ConfigError, DataError
 from llmft.metrics.classification import accuracy, auc
 from llmft.report import ReportConfig, report
-from llmft.reports.classes import metric_tables
 from llmft.reports.configurations import Study
 from llmft.reports.curves import Fit, diagnose
 from llmft.reports.finding import find
 from llmft.reports.importance import importance
+from llmft.reports.metrics import metric_tables
 from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report

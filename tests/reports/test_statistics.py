@@ -26,7 +26,7 @@ from llmft.reports.statistics import (
     row_variance,
     seeds_matter,
 )
-from llmft.reports.verdicts import Verdict, judge_samples, sentence
+from llmft.reports.verdicts import Rules, Verdict, judge_samples, sentence
 from tests.bench.calibration import Setting, false_winners, many, with_looks, without_difference
 
 
@@ -249,7 +249,9 @@ def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refuse
 
 
 def test_a_higher_metric_wins_where_higher_is_better() -> None:
-    found = judge_samples([sample("a", [0.5, 0.51, 0.49]), sample("b", [0.9, 0.91, 0.89])], lower_is_better=False)
+    found = judge_samples(
+        [sample("a", [0.5, 0.51, 0.49]), sample("b", [0.9, 0.91, 0.89])], Rules(lower_is_better=False)
+    )
     assert found.answer == "b is better than a."
 
 
@@ -258,7 +260,7 @@ def test_as_many_runs_as_are_planned_find_the_smallest_difference_that_matters()
     found = []
     while len(found) < 40:
         pair = [sample(n, rng.normal(1.0, 0.1, 4).tolist()) for n in "ab"]
-        (comparison,) = judge_samples(pair, smallest_difference=0.2).families[0].comparisons
+        (comparison,) = judge_samples(pair, Rules(smallest=0.2)).families[0].comparisons
         planned = re.search(r"\((\d+) in all\) would find a difference of 0.2000", sentence(comparison))
         if planned:
             count = int(planned[1])

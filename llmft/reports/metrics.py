@@ -1,39 +1,28 @@
-"""Every metric beside the loss, and what the prior scores: by configuration, by fold, and class against class."""
+"""Every metric beside the loss, what rules that read no row score, and what a reader must be warned of.
+
+The rules are the prior and, for compared answers, "the longer answer wins".
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmft.config.task import TaskType
+from llmft.metrics.preference import beats_length, movement
 from llmft.metrics.prior import is_better
 from llmft.metrics.text import token_f1
 from llmft.reports.configurations import Study
 from llmft.reports.read import RunRecord, is_free_text
+from llmft.reports.tables import Table, mean
 from llmft.reports.verdicts import number
 
 MOST_FOLDED = 4
 """Configurations whose folds are shown one by one."""
 PRIOR = "prior"
-SINGLE_LABEL = TaskType.single_label.value
-
-
-@dataclass(frozen=True)
-class Table:
-    """A heading, column titles and lines of text; `sentences` are wrapped where numbers stand right."""
-
-    title: str
-    note: str
-    head: list[str]
-    lines: list[list[str]]
-    sentences: bool = False
-
-    def turned(self) -> Table:
-        """The same with lines as columns."""
-        lines = [list(line) for line in zip(self.head[1:], *(line[1:] for line in self.lines), strict=True)]
-        return replace(self, head=["", *(line[0] for line in self.lines)], lines=lines)
+KEYS_OF_UNIT = ("task.beta", "task.loss", "task.margin", "task.label_smoothing", "task.sft_weight", "task.centre")
+"""Keys that a loss of compared answers has another unit or another least value for."""
 
 
 def metric_tables(study: Study) -> list[Table]:
@@ -45,15 +34,17 @@ def metric_tables(study: Study) -> list[Table]:
     values = {name: np.array([_value(run, name) for run in runs], float) for name in names}
     values = {name: column for name, column in values.items() if not np.isnan(column).all()}
     # A loss that is the log-loss, but for the rounding of another order of summing, is shown once.
-    loss = values.get("val/loss_nats", np.array([]))
-    shown = [n for n, v in values.items() if n == "val/loss_nats" or v.shape != loss.shape or not np.allclose(
-        v, loss, rtol=1e-9, atol=0.0, equal_nan=True)]  # fmt: skip
+    loss = values.get("val/loss_nats", np.full(len(runs), np.nan))
+    again = [name for name, column in values.items() if np.allclose(column, loss, 1e-9, 0.0, equal_nan=True)]
+    shown = [name for name in values if name == "val/loss_nats" or name not in again]
     known = any(run.chance for run in runs)
     if len(shown) < 2 and not known:
         return []
     head = [*(name.removeprefix("val/") for name in shown), *(["against chance"] if known else [])]
-    lines = [[c.name, *(_mean_and_spread([_value(run, n) for run in c.runs]) for n in shown), *_against(c.runs, known)]
-             for c in study.configurations]  # fmt: skip
+    lines = []
+    for c in study.configurations:
+        cells = [_mean_and_spread([_value(run, name) for run in c.runs]) for name in shown]
+        lines.append([c.name, *cells, *_against(c.runs, known)])
     note = "Means, with the standard deviation between runs in brackets."
     if known:
         lines.append([PRIOR, *(_shown(mean([_prior(run, name) for run in runs])) for name in shown), ""])
@@ -90,7 +81,7 @@ def at_chance(study: Study) -> str:
     if not bad:
         return ""
     which = "one run" if len(known) == 1 else f"{len(bad)} of {len(known)} runs"
-    loss, prior = (number(float(np.mean([chance[name] for chance in bad]))) for name in ("loss", "prior_loss"))
+    loss, prior = (_shown(mean([chance[name] for chance in bad])) for name in ("loss", "prior_loss"))
     return (
         f"{study.configurations[0].name} is not better than chance in {which}: loss {loss} against {prior} from the "
         "training rows' targets alone."
@@ -99,16 +90,15 @@ def at_chance(study: Study) -> str:
 
 def confusion(study: Study) -> tuple[list[str], list[list[int]], str, int] | None:
     """(classes, rows by true and likeliest class, name, runs) of the best configuration; None without classes."""
-    best = study.configurations[0] if study.configurations else None
-    predictions = [run.predictions() for run in best.runs] if best is not None else []
-    predictions = [p for p in predictions if p is not None and p.problem == SINGLE_LABEL and p.known and p.labels]
-    predictions = [p for p in predictions if p.labels == predictions[0].labels]
-    if best is None or not predictions:
-        return None
-    from llmft.evaluation.scores import confusion as counts
+    from llmft.metrics.classification import confusion as counts
 
-    total = np.sum([counts(p) for p in predictions], axis=0)
-    return predictions[0].labels, total.tolist(), best.name, len(predictions)
+    of_runs = [run.predictions() for c in study.configurations[:1] for run in c.runs]
+    known = [p for p in of_runs if p is not None and p.problem == TaskType.single_label and p.known and p.labels]
+    known = [p for p in known if p.labels == known[0].labels]
+    if not known:
+        return None
+    total = np.sum([counts(p.references(), p.values) for p in known], axis=0)
+    return known[0].labels, total.tolist(), study.configurations[0].name, len(known)
 
 
 def _prior(run: RunRecord, name: str) -> float | None:
@@ -126,13 +116,61 @@ def _against(runs: Sequence[RunRecord], known: bool) -> list[str]:
     return ["" if not better else "better" if better[0] else "NOT better"]
 
 
-def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are known; None without any."""
-    known = [value for value in values if value is not None]
-    return float(np.mean(known)) if known else None
-
-
 def _mean_and_spread(values: Sequence[float | None]) -> str:
     known = [value for value in values if value is not None]
     spread = f" ({number(float(np.std(known, ddof=1)), 2)})" if len(known) > 1 else ""
-    return f"{number(float(np.mean(known)))}{spread}" if known else ""
+    return _shown(mean(known)) + spread
+
+
+def answers_table(study: Study) -> Table | None:
+    """By configuration what became of both answers, and accuracy beside the rule of length; None without either."""
+    lines = [
+        [c.name, movement(_means(c.runs, "before"), _means(c.runs, "after")) or "", against_length(c.runs)]
+        for c in study.configurations
+    ]
+    head = ["configuration", "what became of the answers", 'against "the longer answer wins"']
+    note = "Means over the runs, on the validation rows; log-probabilities are those of whole answers."
+    shown = [column for column in range(len(head)) if column == 0 or any(line[column] for line in lines)]
+    return Table("Compared answers", note, head, lines, sentences=True).only(shown) if len(shown) > 1 else None
+
+
+def _means(runs: Sequence[RunRecord], when: str) -> dict[str, float]:
+    """Means over `runs` of the metrics `before` training or `after` it that all of them have."""
+    records = [values for run in runs if isinstance(values := run.result.get(when), dict)]
+    names = set.intersection(*map(set, records)) if records else set()
+    return {
+        name: float(np.mean([record[name] for record in records]))
+        for name in names
+        if all(isinstance(record[name], (int, float)) for record in records)
+    }
+
+
+def against_length(runs: Sequence[RunRecord]) -> str:
+    """Mean accuracy beside the rule's, and in how many of `runs` it is no better; nothing where they do not say."""
+    records = [run.length for run in runs if run.length]
+    if not records:
+        return ""
+    accuracy, rule = (_shown(mean([record[name] for record in records])) for name in ("accuracy", "longer_wins"))
+    worse = sum(not beats_length(record) for record in records)
+    return f"{f'NOT better in {worse} of {len(records)} runs' if worse else 'better'}: {accuracy} against {rule}"
+
+
+def at_length(study: Study) -> str:
+    """What must be said of the best configuration where "the longer answer wins" is as good; else nothing."""
+    words = against_length([run for c in study.configurations[:1] for run in c.runs])
+    if not words.startswith("NOT"):
+        return ""
+    name, rule = study.configurations[0].name, 'Accuracy beside the rule "the longer answer wins"'
+    return f"{name} may have learned length alone. {rule}: {words}."
+
+
+def at_units(study: Study) -> str:
+    """What must be said where losses are compared that are not of one unit, as those of two betas; else nothing."""
+    keys = [key for key in study.keys if key.startswith(KEYS_OF_UNIT)]
+    compares_answers = any(run.config.get("task.feedback") for run in study.runs)
+    if not keys or not compares_answers or study.monitor != "val/loss_nats":
+        return ""
+    return (
+        f"every {' and '.join(keys)} gives {study.monitor} another unit, so a lower one is not a better one; "
+        "trainer.monitor=val/accuracy judges by what is the same in all."
+    )
