@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config.convert import to_plain
 from llmft.config.data import TrainOn
 from llmft.config.sections import TrainConfig
 from llmft.config.task import Feedback
@@ -45,7 +46,7 @@ def write_records(
     }
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
     if prepared.targets is not None:
-        write_atomically(run.targets_file, json.dumps(prepared.targets.to_plain(), indent=1).encode())
+        write_atomically(run.targets_file, json.dumps(to_plain(prepared.targets), indent=1).encode())
     if prepared.problems.rejected:
         run.rejected_file.unlink(missing_ok=True)
         for entry in prepared.problems.rejected:
@@ -118,7 +119,7 @@ def chance_of(prepared: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict
         if targets is not None and split in names_in(prepared.run.directory):
             chance = against_prior(load_predictions(prepared.run.directory, split), metrics, targets.scale)
             if chance is not None:
-                chances[split] = chance.to_plain()
+                chances[split] = chance
     return chances
 
 

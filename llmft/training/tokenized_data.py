@@ -217,7 +217,7 @@ def read_rows(prepared: RunInputs, warn: Callable[[str], None]) -> TokenizedData
         tokenizer = load_tokenizer(config.model, prepared.located)
     prompt = prompt_format(with_options(config.prompt, prepared.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
-    targets = replace(prepared.targets, prior=[]).to_plain() if prepared.targets is not None else None
+    targets = to_plain(replace(prepared.targets, prior=[])) if prepared.targets is not None else None
     kind = to_plain(config.task.feedback or config.task.head)
     fingerprint = canonical([prepared.data_fingerprint, targets, kind])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)

@@ -21,7 +21,6 @@ from llmft.data.batch import MicroBatch, send, to_device
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
-from llmft.data.sources import BadRows
 from llmft.model.kernels.packing import Positions
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
@@ -139,7 +138,7 @@ def word_paths(encoder: Encoder, words: Sequence[str]) -> list[Path]:
         probe = Conversation(
             [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}], "task.words"
         )
-        ids, marks = encoder.tokens(probe, BadRows())
+        ids, marks = encoder.tokens(probe)
         paths.append(tuple(int(token) for token in np.asarray(ids)[marks != 0]))
     return paths
 
