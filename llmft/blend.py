@@ -61,7 +61,7 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
         "score": metric(references, out_of_fold.values),
         "score_in_sample": metric(references, blending.combine(values, weights, method, first.problem)),
         "all_metrics": all_metrics,
-        "chance": chance.to_plain() if chance is not None else None,
+        "chance": chance,
         "members": [
             {
                 "directory": str(member.directory),

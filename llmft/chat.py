@@ -38,17 +38,18 @@ def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
     Raises ConfigError for runs that cannot be talked to, DataError for a message that does not fit.
     """
     from llmft.core.console import Screen
+    from llmft.core.imports import load_libraries
     from llmft.export.targets import opened
     from llmft.runs.directory import usable
-    from llmft.serving.start import open_all
 
     screen = Screen(quiet=quiet or config.message is not None)
     jobs = usable(config.run, "run", opened, screen.warn)
     screen.print("[dim]loading …[/dim]")
-    runs = open_all(jobs, config)
+    load_libraries()
     from llmft.serving.dialogue import Dialogue, as_json
+    from llmft.serving.runs import open_runs
 
-    dialogue = Dialogue(runs, config, screen)
+    dialogue = Dialogue(open_runs(jobs, config), config, screen)
     try:
         if config.message is None:
             dialogue.talk()
@@ -60,7 +61,7 @@ def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
     finally:
         if config.save is not None:
             dialogue.save(Path(config.save).expanduser())
-        dialogue.close()
+        dialogue.engine.close()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
     if config.bootstrap:
         intervals = scores.bootstrap(predictions, metrics, config.bootstrap, config.confidence, config.seed)
     chance = against_prior(predictions, metrics)
-    prior = chance.metrics if chance is not None else {}
+    prior = chance["metrics"] if chance is not None else {}
     report = {
         "predictions": str(config.predictions),
         "rows": len(predictions.ids),
@@ -54,7 +54,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
             name: {"value": value, "interval": list(intervals.get(name, ())) or None, "prior": prior.get(name)}
             for name, value in scores.score(predictions, metrics).items()
         },
-        "chance": chance.to_plain() if chance is not None else None,
+        "chance": chance,
         "classes": scores.per_class(predictions),
         "slices": scores.per_slice(predictions, columns, metrics),
         "confusion": scores.confusion(predictions),

@@ -121,7 +121,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
         "score": total,
         "folds": folds,
         "spread": {name: float(np.std([scores[name] for scores in folds], ddof=1)) for name in total},
-        "chance": chance.to_plain() if chance is not None else None,
+        "chance": chance,
         "predictions": {name: len(split.ids) for name, split in predictions.items()},
     }
     after = {f"val/{name}": value for name, value in total.items()}

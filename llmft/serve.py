@@ -19,6 +19,8 @@ from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, split_off, with_lists
 from llmft.core.errors import ConfigError
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
 
 def main(argv: Sequence[str]) -> None:
     """The command."""
@@ -37,17 +39,18 @@ def serve(config: ServeConfig) -> None:
     from llmft.core.imports import missing
     from llmft.export.targets import opened
     from llmft.runs.directory import usable
+    from llmft.serving.engines import KEY, hand_over
 
     screen = Screen()
     if config.engine is ServedBy.llmft and missing("starlette", "uvicorn"):
         raise ConfigError('llmft.serve needs the packages starlette and uvicorn: pip install "llmft[serve]".')
-    jobs = usable(config.run, "run", opened, screen.warn)
-    if config.engine is not ServedBy.llmft:
-        from llmft.serving.engines import hand_over
-
-        hand_over(jobs, config, screen)
-        return
-    _answer(jobs, config, screen)
+    jobs, key = usable(config.run, "run", opened, screen.warn), os.environ.get(KEY)
+    if config.host not in LOOPBACK and not key:
+        screen.warn(f"host={config.host}: everybody who reaches this machine may ask; set {KEY}.")
+    if config.engine is ServedBy.llmft:
+        _answer(jobs, config, key, screen)
+    else:
+        hand_over(jobs, config, key, screen)
 
 
 def _bound(config: ServeConfig) -> socket.socket:
@@ -63,19 +66,21 @@ def _bound(config: ServeConfig) -> socket.socket:
     return listening
 
 
-def _answer(jobs: Any, config: ServeConfig, screen: Any) -> None:
-    from llmft.serving.start import KEY, api_key, open_all
+def _answer(jobs: Any, config: ServeConfig, key: str | None, screen: Any) -> None:
+    from llmft.core.imports import load_libraries
+    from llmft.serving.engines import KEY
 
-    key = api_key(config, screen)
     with _bound(config) as listening:
         screen.print("[dim]loading …[/dim]")
-        runs = open_all(jobs, config)
+        load_libraries()
         import uvicorn
         from rich.markup import escape
 
         from llmft.serving.api import Api
         from llmft.serving.engine import Engine
+        from llmft.serving.runs import open_runs
 
+        runs = open_runs(jobs, config)
         engine = Engine(runs, config.batch_size)
         host = f"[{config.host}]" if ":" in config.host else config.host
         address = f"http://{host}:{listening.getsockname()[1]}/v1"

@@ -23,7 +23,7 @@ from llmft.data.examples import IGNORE
 from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
 from llmft.data.quality import Finding, label_balance, split_facts
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from llmft.model.device import TORCH_DTYPES
 from llmft.model.memory import device_memory
 from llmft.model.meta import meta_model
@@ -148,11 +148,11 @@ def _template_findings(rows: TokenizedData) -> list[Finding]:
     template = getattr(rows.tokenizer, "chat_template", None)
     if not isinstance(template, str) or rows.prompt.config.name == "native":
         return []
-    special = {"bos_token": rows.tokenizer.bos_token, "eos_token": rows.tokenizer.eos_token}
+    tokens = {"bos_token": rows.tokenizer.bos_token, "eos_token": rows.tokenizer.eos_token}
     try:
-        native = PromptFormat(replace(rows.prompt.config, name="native", template=template, system=None), strict=False)
-        native_text = native.render(PROBE, **special, add_generation_prompt=True).text
-        text = rows.prompt.render(PROBE, **special, add_generation_prompt=True).text
+        config = replace(rows.prompt.config, name="native", template=template, system=None)
+        native_text = PromptFormat(config, **tokens, strict=False).render(PROBE, add_generation_prompt=True).text
+        text = rows.prompt.render(PROBE, add_generation_prompt=True).text
     except ValueError as error:
         return [Finding("warning", "prompt", f"the tokenizer's own chat template cannot be compared ({error})")]
     if text.strip() == native_text.strip():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from typing import Any
 
-from llmft.config.data import DEGREES, Columns, DataConfig
+from llmft.config.data import Columns, DataConfig
 from llmft.config.task import Feedback, Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.messages import (
@@ -35,7 +35,8 @@ from llmft.data.preferences import (
     ranked,
     two_endings,
 )
-from llmft.data.sources import BadRows, Row, named_columns
+from llmft.data.readers import BadRows, Row
+from llmft.data.sources import named_columns
 from llmft.data.targets import Target, Targets
 
 
@@ -76,34 +77,32 @@ class ColumnMap:
     """Turns rows into conversations as data.columns says.
 
     Attributes:
-        targets: the targets of a task with a head; None where text is learned.
+        data: its columns are those that the task reads and the rows have.
         task: what is learned.
+        targets: the targets of a task with a head; None where text is learned.
         id: the column with the rows' ids; None: file:line.
         lenient: for rows to predict, which need no target; an empty column is empty text.
         left_out: optional columns that no row has.
         keys: the keys of messages that were read, and those that were not.
     """
 
-    columns: Columns
-    data: DataConfig | None = None
+    data: DataConfig
+    task: TaskConfig
     targets: Targets | None = None
-    task: TaskConfig | None = None
     id: str | None = None
     lenient: bool = False
     left_out: list[str] = field(default_factory=list)
     keys: Keys = field(default_factory=Keys)
 
     @property
-    def head(self) -> Head | None:
-        """The task's head."""
-        return self.task.head if self.task is not None else None
+    def columns(self) -> Columns:
+        """The columns that are read."""
+        return self.data.columns
 
     @property
     def feedback(self) -> Feedback | None:
         """What rows say of their answers, where that is learned; rows to predict have answers only for a score."""
-        if self.task is None or (self.lenient and self.task.writes):
-            return None
-        return self.task.feedback
+        return None if self.lenient and self.task.writes else self.task.feedback
 
     @property
     def labels(self) -> list[str]:
@@ -115,7 +114,7 @@ class ColumnMap:
         cls,
         data: DataConfig,
         train: list[Row],
-        task: TaskConfig | None = None,
+        task: TaskConfig,
         *,
         targets: Targets | None = None,
         lenient: bool = False,
@@ -123,14 +122,12 @@ class ColumnMap:
     ) -> ColumnMap:
         """The map for `data`. Without data.labels, the classes are the sorted targets of the rows `train`.
 
-        Without a `task`, columns with a target are for a linear head. `targets` are those of a finished run. The rows
-        `test` are only checked for ids.
+        `targets` are those of a finished run. The rows `test` are only checked for ids.
 
         Raises ConfigError for a mapping without an answer or with a key that would not be used, DataError for a column
         that no row has.
         """
-        columns = data.columns
-        task = task or TaskConfig(name="classification", head=Head.linear if columns.target else None, objective="")
+        columns = replace(data.columns)
         if not any((columns.messages, columns.text, columns.prompt, columns.chosen)):
             raise ConfigError(
                 f"data={data.name} maps no columns: set data.columns.prompt and data.columns.response "
@@ -138,40 +135,41 @@ class ColumnMap:
             )
         if not lenient:
             _refuse_unused(data, task)
-        column_map = cls(replace(columns), data, task=task, lenient=lenient)
         if task.head is not None:  # the data options for generation name the target as the answer
-            column_map.columns.target, column_map.columns.response = columns.target or columns.response, None
+            columns.target, columns.response = columns.target or columns.response, None
         elif columns.target and not columns.response:
-            column_map.columns.target, column_map.columns.response = None, columns.target
-        column_map._find_columns(data, train)
+            columns.target, columns.response = None, columns.target
+        column_map = cls(replace(data, columns=columns), task, lenient=lenient)
+        column_map._leave_out(train, set(chain.from_iterable(named_columns(data).values())))
         is_unique = all(_is_unique(rows, columns.id or "id") for rows in (train, test))
         column_map.id = columns.id or ("id" if is_unique else None)
         if columns.id and not lenient and not is_unique:
             raise DataError(
-                f"data.columns.id={columns.id}: two rows have the same id, or one has none; every row needs its own."
+                f"data.columns.id={columns.id}: two rows have one id, or a row has none; each needs its own."
             )
         if task.head is not None:
-            column_map.targets = targets or Targets.of(data, task, train, column_map.columns.target, column_map._fill)
+            column_map.targets = targets or Targets.of(column_map.data, task, train, column_map._fill)
         return column_map
 
-    def _find_columns(self, data: DataConfig, train: list[Row]) -> None:
-        """Leaves out optional columns that no row has; raises DataError for others."""
+    def _leave_out(self, train: list[Row], named: set[str]) -> None:
+        """Leaves out optional columns that no row has; raises DataError for others. `named` are all in the config."""
         existing = {name for row in train for name in row.values}
         unknown = {}
-        for key, names in named_columns(replace(data, columns=self.columns)).items():
+        for key, names in named_columns(self.data).items():
             entry = key.removeprefix("data.columns.")
             if self.lenient and entry not in ("prompt", "input", "system", "messages", "text"):
                 continue
             if not self.reads(entry):
                 continue
             missing = [name for name in names if name not in existing]
-            if entry in ("input", "system") and missing and missing == names and {*names} <= {*data.optional_columns}:
+            optional = entry in ("input", "system") and {*names} <= {*self.data.optional_columns}
+            if missing and missing == names and optional:
                 setattr(self.columns, entry, None)
                 self.left_out += missing
             elif missing:
                 unknown[key] = missing[0]
         if unknown:
-            raise DataError(_no_columns(unknown, train[0], set(chain.from_iterable(named_columns(data).values()))))
+            raise DataError(_no_columns(unknown, train[0], named))
 
     def reads(self, entry: str) -> bool:
         """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""
@@ -179,7 +177,6 @@ class ColumnMap:
 
     def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The columns of `rows` that are read, with their keys; those that are not; and optional ones without any."""
-        assert self.data is not None
         read: dict[str, list[str]] = {}
         for key, names in named_columns(replace(self.data, columns=replace(self.columns, id=self.id))).items():
             entry = key.removeprefix("data.").removeprefix("columns.")
@@ -206,11 +203,10 @@ class ColumnMap:
 
     def _optional_text(self, template: str | None, row: Row) -> str | None:
         """A system prompt or an extra input; None where it is empty, or optional and missing."""
-        optional = self.data.optional_columns if self.data is not None else ()
         if not template or ("{" not in template and row.values.get(template, template) is None):
             return None
         missing = [name for name in names_in(template) if name not in row.values]
-        if missing and missing == names_in(template) and {*missing} <= {*optional}:
+        if missing and missing == names_in(template) and {*missing} <= {*self.data.optional_columns}:
             return None
         if missing:
             raise ValueError(
@@ -235,7 +231,7 @@ class ColumnMap:
         conversation = self._conversation(row)
         if self.id and row.values.get(self.id) is None:
             raise ValueError(f"no '{self.id}', the column of the rows' ids")
-        group = self.data.group if self.data is not None else None
+        group = self.data.group
         conversation = replace(
             conversation,
             id=str(row.values[self.id]) if self.id else row.id,
@@ -244,7 +240,7 @@ class ColumnMap:
         if self.targets is None:
             return conversation
         target = self._target(row)
-        if self.head is not Head.tokens:
+        if self.task.head is not Head.tokens:
             return replace(conversation, target=target, marked=False)
         word = self.targets.words[target if isinstance(target, int) else 0]
         messages = [*conversation.messages, _answer(word)]
@@ -252,12 +248,10 @@ class ColumnMap:
 
     def _target(self, row: Row) -> Target | None:
         assert self.targets is not None
-        assert self.data is not None
-        column = self.columns.target
-        names = self.data.target_columns or names_in(column)
+        names = self.data.target_columns or names_in(self.columns.target)
         if self.lenient and (not names or any(row.values.get(name) in (None, "") for name in names)):
             return None
-        return self.targets.read(row, self.data, column, self._fill)
+        return self.targets.read(row, self.data, self._fill)
 
     def _conversation(self, row: Row) -> Conversation:
         columns = self.columns
@@ -266,14 +260,18 @@ class ColumnMap:
             return self._whole_conversations(row)
         if columns.messages:
             # In an Arrow table every object has the keys of all rows' objects.
-            from_arrow = ":row " in row.where or (self.data is not None and self.data.hub is not None)
+            from_arrow = ":row " in row.where or self.data.hub is not None
             values = drop_nulls(row.values) if from_arrow else row.values
             messages = read_messages(values.get(columns.messages), columns.messages, self.keys)
             media = next((name for name in MEDIA[:3] if values.get(f"{name}s") or values.get(name)), None)
             if media:
                 raise ValueError(f"the row has {media}: this is a text trainer, leave rows with {media} out")
             tools = read_tools(values, values.get(columns.messages))
-            messages = self._to_classify(messages) if self.targets is not None else self._to_learn(messages)
+            if self.targets is None:
+                messages = self._to_learn(messages)
+            elif self.task.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
+                text = "\n\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
+                messages = [{"role": "user", "content": text}]  # to be answered with a class
         else:
             tools = None
             if isinstance(row.values.get(columns.prompt or ""), list):
@@ -313,19 +311,11 @@ class ColumnMap:
             return [*messages, _answer(self._answer_text(row, chosen, messages))]
         if not response or (self.lenient and any(name not in row.values for name in names_in(response))):
             return messages
-        if messages[-1]["role"] == "assistant":
-            raise ValueError(f"the conversation ends with an answer already, and '{response}' has another")
+        _refuse_answered(messages, f"the one of '{response}'")
         text = self._fill(response, row)
         if not text.strip() and not self.lenient:
             raise ValueError("the answer is empty")
         return [*messages, _answer(text)]
-
-    def _to_classify(self, messages: list[Message]) -> list[Message]:
-        """A conversation to classify; for task.head=tokens, as one text of the user."""
-        if self.head is Head.tokens and any(message["role"] == "assistant" for message in messages):
-            text = "\n\n".join(f"{message['role']}: {message_text(message)}" for message in messages)
-            return [{"role": "user", "content": text}]
-        return messages
 
     def _whole_conversations(self, row: Row) -> Conversation:
         """Columns of whole conversations: the chosen one, and one that ends with another answer."""
@@ -371,9 +361,8 @@ class ColumnMap:
         comparison = Comparison(tuple(answers[1:]), ranks)
         if not self.lenient:
             if columns.degree:
-                degrees = self.data.degrees if self.data is not None else list(DEGREES)
+                degrees = self.data.degrees
                 degree = degree_of(self._fill(columns.degree, row), degrees, columns.degree)
-                assert self.task is not None
                 comparison = replace(comparison, degree=degree, margin=self.task.margins(degrees)[degree])
             if columns.margin:
                 margin = number_of(row.values.get(columns.margin), columns.margin)
@@ -537,15 +526,11 @@ def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
 
 def _no_columns(unknown: dict[str, str], first: Row, used: set[str]) -> str:
     text = " ".join(f"{key}: {missing_column(name, first.values, used)}" for key, name in unknown.items())
-    text += f" (columns: {', '.join(map(_short, first.values))})."
+    # In a file without a header a column's name may be a whole text.
+    text += f" (columns: {', '.join(name if len(name) <= 40 else f'{name[:39]}…' for name in first.values)})."
     if re.search(r"\.[ct]sv(\.\w+)?:", first.where.lower()):
         text += " A csv file without a header line needs its columns' names in data.csv_columns."
     return text
-
-
-def _short(name: str) -> str:
-    """A column's name, shortened: in a file without a header it may be a whole text."""
-    return name if len(name) <= 40 else f"{name[:39]}…"
 
 
 def _is_unique(rows: Sequence[Row], column: str) -> bool:

@@ -13,6 +13,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from llmft.core.files import cache_directory
 from llmft.data.columns import Conversation
 from llmft.data.examples import Examples, load_examples, save_examples
 from llmft.data.prompt import PromptFormat, Rendered
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 
 Encoded = tuple[Sequence[int], np.ndarray]
 """A sequence's token ids, and a mark for each: 0, or 1 for a learned token (2, 3, … for those of further answers)."""
@@ -124,11 +125,6 @@ class Part:
     tokens: Tokens = field(default_factory=lambda: Tokens([], [], []))
 
 
-def _marks(prompt: int, answers: Sequence[Sequence[int]]) -> np.ndarray:
-    """0 for each token of the prompt, then 1 for those of the first answer, 2 for those of the second, …."""
-    return np.repeat(np.arange(len(answers) + 1), [prompt, *map(len, answers)]).astype(np.uint8)
-
-
 @dataclass
 class Encoder:
     """Turns conversations into examples with one tokenizer and one prompt format.
@@ -149,25 +145,19 @@ class Encoder:
         messages = conversation.messages
         if generation and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
-        return self.prompt.render(
-            messages, **self._special, tools=conversation.tools, add_generation_prompt=generation, **options
-        )
-
-    @property
-    def _special(self) -> dict[str, Any]:
-        return {"bos_token": self.tokenizer.bos_token, "eos_token": self.tokenizer.eos_token}
+        return self.prompt.render(messages, tools=conversation.tools, add_generation_prompt=generation, **options)
 
     @cached_property
     def marker(self) -> str:
         """What the format writes after an answer."""
-        return self.prompt.end_marker(**self._special)
+        return self.prompt.end_marker()
 
     @cached_property
     def ends(self) -> Ends:
         """What ends an answer: the tokenizer's end token, and the format's end marker."""
         eos = self.tokenizer.eos_token_id
         ids = [] if eos is None else [eos]
-        markers = self._tokens_after_text(self.prompt.end_marker(**self._special, call=True)).ids[-1:]
+        markers = self._tokens_after_text(self.prompt.end_marker(call=True)).ids[-1:]
         marker_ids = self._tokens_after_text(self.marker).ids if self.marker else []
         text = self.marker
         if len(marker_ids) == 1 or (marker_ids and marker_ids[-1] in self._added_tokens):
@@ -241,35 +231,28 @@ class Encoder:
 
     def _encode(self, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples:
         lengths = self.lengths[split] = Lengths()
-        ids: list[Sequence[int]] = []
-        marks: list[np.ndarray] = []
+        encoded: list[Encoded] = []
         rows: list[int] = []
         for start in range(0, len(conversations), BATCH_ROWS):
-            parts: list[Part] = []
-            indices: list[int] = []
-            sequences_of: dict[int, list[Part]] = {}
-            for index, conversation in enumerate(conversations[start : start + BATCH_ROWS], start):
+            parts_of: dict[int, list[Part]] = {}
+            for row, conversation in enumerate(conversations[start : start + BATCH_ROWS], start):
                 try:
-                    row_parts = self._parts(conversation)
+                    parts_of[row] = self._parts(conversation)
+                    lengths.rows_unlike += parts_of[row][0].rendered.unlike
                 except ValueError as error:
                     problems.add(conversation.where, str(error), conversation.messages)
-                    continue
-                lengths.rows_unlike += row_parts[0].rendered.unlike
-                parts += row_parts
-                indices += [index] * len(row_parts)
-            for index, sequences in zip(indices, self._tokenized(parts, lengths), strict=True):
-                sequences_of.setdefault(index, []).extend(sequences)
-            for index, sequences in sequences_of.items():
-                if conversations[index].comparison is not None:
-                    encoded = [self._compared(sequences, lengths, problems)]
+            tokenized = iter(self._tokenized(list(chain.from_iterable(parts_of.values())), lengths))
+            for row, parts in parts_of.items():
+                sequences = [sequence for _ in parts for sequence in next(tokenized)]
+                if conversations[row].comparison is not None:
+                    examples_of_row = [self._compared(sequences, lengths, problems)]
                 else:
                     lengths.rows_split += len(sequences) > 1
-                    encoded = [self._example(part, lengths, problems) for part in sequences]
-                for example in filter(None, encoded):
-                    ids.append(example[0])
-                    marks.append(example[1])
-                    rows.append(index)
-        examples = Examples.of(ids, marks, rows, conversations)
+                    examples_of_row = [self._example(part, lengths, problems) for part in sequences]
+                for example in filter(None, examples_of_row):
+                    encoded.append(example)
+                    rows.append(row)
+        examples = Examples.of([ids for ids, _ in encoded], [marks for _, marks in encoded], rows, conversations)
         lengths.rows = len(examples)
         lengths.tokens = int(examples.lengths.sum())
         lengths.labelled_tokens = int(examples.labelled_tokens.sum())
@@ -328,7 +311,8 @@ class Encoder:
         if region is None:
             return None
         prompt = [*prompt[: region[0]], *prompt[region[1] :]]
-        return [*prompt, *(token for answer in answers for token in answer)], _marks(len(prompt), answers)
+        marks = np.repeat(np.arange(len(answers) + 1), [len(prompt), *map(len, answers)]).astype(np.uint8)
+        return [*prompt, *(token for answer in answers for token in answer)], marks
 
     def _tokenized(self, parts: Sequence[Part], lengths: Lengths) -> list[list[Part]]:
         """Each part with its tokens; one part per answer where a single sequence would differ from a server's ids."""
@@ -399,17 +383,17 @@ class Encoder:
 
     def truncated(self, conversation: Conversation) -> tuple[list[int], np.ndarray]:
         """Ids and marks of a row that `data.truncation` cannot shorten: the beginning is cut off, never the answer."""
-        ids, marks = self.tokens(conversation, BadRows())
+        ids, marks = self.tokens(conversation)
         excess = max(0, len(ids) - self.data.max_tokens)
         return list(ids[excess:]), marks[excess:]
 
-    def tokens(self, conversation: Conversation, problems: BadRows) -> Encoded:
+    def tokens(self, conversation: Conversation) -> Encoded:
         """Ids and marks (1 for a learned token) of one conversation, without length limits."""
         try:
             (*_, last) = self._tokenized(self._parts(conversation), Lengths())[-1]
         except ValueError as error:
             raise DataError(f"{conversation.where}: {error}.") from None
-        example = self._example(last, Lengths(), problems, False)
+        example = self._example(last, Lengths(), BadRows(), limited=False)
         assert example is not None
         return example
 
@@ -424,7 +408,7 @@ class Encoder:
         backend.no_padding()
         return list(backend.encode_batch(list(texts), add_special_tokens=False))
 
-    def _example(self, part: Part, lengths: Lengths, problems: BadRows, limited: bool = True) -> Encoded | None:
+    def _example(self, part: Part, lengths: Lengths, problems: BadRows, *, limited: bool = True) -> Encoded | None:
         """Ids and marks of one sequence; None for one that is dropped."""
         conversation, ids = part.conversation, part.tokens.ids
         marks = np.zeros(len(ids), np.uint8)
@@ -497,9 +481,8 @@ class Encoder:
         if generation and messages[-1]["role"] == "assistant":
             messages = messages[:-1]
         text, spans = self.prompt.own_text(
-            messages, **self._special, tools=part.conversation.tools, add_generation_prompt=generation,
-            wanted=frozenset(),
-        )  # fmt: skip
+            messages, tools=part.conversation.tools, add_generation_prompt=generation, wanted=frozenset()
+        )
         tokens, rendered = part.tokens, part.rendered.text
         longest: list[int] = []
         for begin, end in spans:

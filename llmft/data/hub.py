@@ -27,7 +27,7 @@ MAX_HEADER_BYTES = 100 * 2**20
 """Longest header of a safetensors file; the library refuses a longer one."""
 PICKLED = (
     "there are no safetensors weights, and pickled weights are not loaded; convert them with transformers' "
-    "save_pretrained in an environment you trust, then set model.path=DIR."
+    "save_pretrained in an environment you trust, then set model.path=DIR"
 )
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*", "*.py"]
 
@@ -49,7 +49,21 @@ def locate(model: ModelConfig) -> Located:
         return _local(model.path, weights=model.init is ModelInit.pretrained)
     if model.init is ModelInit.random:
         return Located(None, "random")
-    directory = _cached(model.id, model.revision) or _download(model)
+    import huggingface_hub
+
+    files: dict[str, Any] = {"repo_id": model.id, "revision": model.revision}
+
+    def load() -> Path:
+        directory = Path(huggingface_hub.snapshot_download(**files, local_files_only=True))
+        if not (directory / "config.json").is_file() or not has_weights(directory):
+            raise FileNotFoundError(PICKLED)
+        return directory
+
+    patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
+    arguments = {**files, "allow_patterns": patterns}
+    advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
+    key, fetch = f"model.id={model.id}", "huggingface_hub.snapshot_download"
+    directory = online_or_cached(key, model.id, "model", load, fetch, arguments, advice)
     check_model(directory)
     return Located(directory, directory.name)
 
@@ -69,8 +83,8 @@ def _local(path: str, *, weights: bool) -> Located:
     check_model(directory)
     if weights and not has_weights(directory):
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt*"))
-        reason = PICKLED if pickled else "its safetensors weights are missing or incomplete."
-        raise ConfigError(f"model.path={path}: {reason}")
+        reason = PICKLED if pickled else "its safetensors weights are missing or incomplete"
+        raise ConfigError(f"model.path={path}: {reason}.")
     return Located(directory, fingerprint(directory))
 
 
@@ -112,17 +126,6 @@ def _sample_offsets(head: bytes, file: Any, size: int) -> list[int]:
         return [size * part // 256 for part in range(256)]
 
 
-def _cached(repo: str, revision: str) -> Path | None:
-    """The snapshot of `repo` in the cache, if its weights are complete."""
-    import huggingface_hub
-
-    try:
-        directory = Path(huggingface_hub.snapshot_download(repo, revision=revision, local_files_only=True))
-    except (OSError, ValueError):  # LocalEntryNotFoundError, or a malformed id
-        return None
-    return directory if (directory / "config.json").is_file() and has_weights(directory) else None
-
-
 def weight_bytes(located: Located) -> int | None:
     """Size of the weight files; None for a model without any."""
     files = [] if located.directory is None else list(located.directory.glob("*.safetensors"))
@@ -161,12 +164,11 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
     """Asks the Hub once whether `repo` can be read. Raises ConfigError that says why it cannot."""
     from huggingface_hub import constants, get_token
 
-    cached = cached_ids(kind)
-    similar = nearest(repo, cached)
+    endpoint, similar = constants.ENDPOINT, nearest(repo, cached_ids(kind))
     not_cached = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {similar})" if similar else "")
     if _offline():
         raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {not_cached}; unset it or {advice}.")
-    url = f"{constants.ENDPOINT}/api/{kind}s/{repo}?expand=gated"  # without the list of files
+    url = f"{endpoint}/api/{kind}s/{repo}?expand=gated"  # without the list of files
     token = get_token()
     try:
         status, content = ask(url, PROBE_TIMEOUT_S, headers={"Authorization": f"Bearer {token}"} if token else {})
@@ -174,42 +176,20 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
         if not isinstance(facts, dict):
             raise ValueError
     except NoAnswer as error:
-        raise ConfigError(
-            f"{key}: {constants.ENDPOINT} cannot be reached ({error}) and {not_cached}; {advice}."
-        ) from None
+        raise ConfigError(f"{key}: {endpoint} cannot be reached ({error}) and {not_cached}; {advice}.") from None
     except ValueError:
-        raise ConfigError(f"{key}: {constants.ENDPOINT} gives no Hub's answer and {not_cached}; {advice}.") from None
+        raise ConfigError(f"{key}: {endpoint} gives no Hub's answer and {not_cached}; {advice}.") from None
     if status != 200:
         reasons = dict.fromkeys((401, 403), "it does not exist, or is gated and needs `hf auth login` and its licence")
         reason = {**reasons, 404: "no such repository"}.get(status, f"it answered {status}")
-        raise ConfigError(f"{key}: {constants.ENDPOINT} refused ({reason}); or {advice}.")
+        raise ConfigError(f"{key}: {endpoint} refused ({reason}); or {advice}.")
     if facts.get("gated") and token is None:
-        raise ConfigError(
-            f"{key}: the {kind} is gated: accept its licence at {constants.ENDPOINT}/{repo}, "
-            f"log in with `hf auth login`, or {advice}."
-        )
-
-
-def _download(model: ModelConfig) -> Path:
-    import huggingface_hub
-
-    key = f"model.id={model.id}"
-    advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
-    ask_hub(key, model.id, "model", advice)
-    patterns = MODEL_FILES if model.trust_remote_code else [p for p in MODEL_FILES if p != "*.py"]
-    files: dict[str, Any] = {"repo_id": model.id, "revision": model.revision}
-    try:
-        download("huggingface_hub.snapshot_download", {**files, "allow_patterns": patterns}, _cache_directory())
-        directory = Path(huggingface_hub.snapshot_download(**files, local_files_only=True))
-    except Exception as error:
-        raise ConfigError(f"{key}: the download failed ({str(error).splitlines()[0]}); {advice}.") from None
-    if not has_weights(directory):
-        raise ConfigError(f"{key}: {PICKLED}")
-    return directory
+        licence = f"accept its licence at {endpoint}/{repo} and log in with `hf auth login`"
+        raise ConfigError(f"{key}: the {kind} is gated: {licence}, or {advice}.")
 
 
 def online_or_cached(
-    key: str, repo: str, kind: str, load: Callable[[], T], function: str, arguments: Mapping[str, Any]
+    key: str, repo: str, kind: str, load: Callable[[], T], function: str, arguments: Mapping[str, Any], advice: str
 ) -> T:
     """What `load` reads from a cache; what is not there is downloaded first, after asking the Hub once.
 
@@ -217,11 +197,11 @@ def online_or_cached(
     """
     from huggingface_hub import constants
 
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # not in the cache, or a malformed id
         return load()
-    ask_hub(key, repo, kind, "set data.files=FILE to a local copy, or HF_ENDPOINT to a mirror")
+    ask_hub(key, repo, kind, advice)
     try:
-        download(function, arguments, Path(constants.HF_HOME))
+        download(function, arguments, _cache_directory() if kind == "model" else Path(constants.HF_HOME))
         return load()
     except Exception as error:
-        raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}).") from None
+        raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}); {advice}.") from None

@@ -14,7 +14,7 @@ from __future__ import annotations
 from random import Random
 from typing import Any
 
-from llmft.data.synthetic import ANIMALS, DEEDS, MOODS, NAMES, PLACES, pick
+from llmft.data.synthetic import ANIMALS, DEEDS, MOODS, NAMES, PLACES, TASK_SPLITS, below, new_rng, pick
 
 POLITE = "friend"
 RUDE = tuple(mood for mood in MOODS if mood != "glad")
@@ -24,16 +24,7 @@ POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
 
 
 def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Requests with the answers of a careless crowd.
-
-    Args:
-        split: ``train``, ``validation`` or ``test``; they share no prompt.
-        num_rows: How many rows to make.
-        seed: The seed of the data (not of the training run).
-
-    Returns:
-        Rows with the columns ``prompt`` and ``response``.
-    """
+    """Requests with the answers of a careless crowd: columns prompt and response."""
     rows = []
     for rng, prompt, animal in _prompts("requests", split, num_rows, seed):
         polite, right = rng.random() < POLITE_SHARE, rng.random() < RIGHT_SHARE
@@ -42,12 +33,9 @@ def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> list[dict[str, Any]]:
-    """Requests with two answers that differ in one `aspect` of ``ASPECTS``; in the other both are alike, either way.
+    """Requests with two answers that differ in one `aspect` alone: columns prompt, chosen and rejected.
 
     Worse answers also name somebody else, or nobody, as a policy may that is new to this.
-
-    Returns:
-        Rows with the columns ``prompt``, ``chosen`` and ``rejected``.
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect={aspect}: one of {', '.join(ASPECTS)}")
@@ -71,24 +59,20 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
 
     The splits share no prompt: the sum of the choices' places modulo three decides the split.
     """
-    splits = ("train", "validation", "test")
-    if split not in splits:
-        raise ValueError(f"Unknown split '{split}': there are {', '.join(splits)}.")
-    rng = Random(f"{kind}/{split}/{seed}")
+    rng = new_rng(kind, split, TASK_SPLITS, seed)
     prompts: list[tuple[Random, str, str]] = []
     while len(prompts) < num_rows:
-        choice = [int(rng.random() * len(words)) for words in (ANIMALS, DEEDS, PLACES)]
-        if sum(choice) % len(splits) != splits.index(split):
-            continue
-        animal, deed, where = ANIMALS[choice[0]], DEEDS[choice[1]], PLACES[choice[2]]
-        prompts.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
+        choice = [below(rng, len(words)) for words in (ANIMALS, DEEDS, PLACES)]
+        if sum(choice) % len(TASK_SPLITS) == TASK_SPLITS.index(split):
+            animal, deed, where = ANIMALS[choice[0]], DEEDS[choice[1]], PLACES[choice[2]]
+            prompts.append((rng, f"The {animal} {deed} {where}. Who {deed}?", animal))
     return prompts
 
 
 def _stray(rng: Random) -> str:
     """What no crowd says, but a policy may try: another word, the beginning of one, or nothing."""
     word = pick(rng, (*NAMES, *ANIMALS, *DEEDS, *MOODS, "the", "and", "was"))
-    return word if rng.random() < 0.3 else word[: int(rng.random() * 4)]
+    return word if rng.random() < 0.3 else word[: below(rng, 4)]
 
 
 def _answer(rng: Random, animal: str, *, polite: bool, right: bool) -> str:

@@ -166,11 +166,8 @@ def _read_parts(message: Message, label: str, keys: Keys) -> None:
             raise ValueError(f"{label} has a part that is {type(part).__name__}, an object was expected")
         part = {key: value for key, value in part.items() if value is not None}
         kind = str(part.pop("type", "text" if "text" in part else next(iter(part), "nothing")))
-        medium = next((name for name in MEDIA if name in kind), None)
-        if medium:
-            raise ValueError(
-                f"{label} has a part of type '{kind}': this is a text trainer, leave rows with {medium} out"
-            )
+        if any(medium in kind for medium in MEDIA):
+            raise ValueError(f"{label} has a part of type '{kind}': this is a text trainer; leave the row out")
         part_type = kind.removeprefix("input_").removeprefix("output_")
         if part_type in ("text", "reasoning", "thinking", "think"):
             names = ("text", "value", "content", *((part_type, "thinking", "reasoning") if part_type != "text" else ()))

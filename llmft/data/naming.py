@@ -105,10 +105,9 @@ def cell_text(value: Any, name: str) -> str:
     Raises ValueError for bytes, objects and numbers that are not finite.
     """
     if isinstance(value, NotFinite) or (isinstance(value, (float, Decimal)) and not math.isfinite(value)):
-        empty = isinstance(value, float) and math.isnan(value)
-        raise ValueError(
-            f"column '{name}' {'is empty (not a number)' if empty else f'holds {value}, which is not a finite number'}"
-        )
+        if isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"column '{name}' is empty (not a number)")
+        raise ValueError(f"column '{name}' holds {value}, which is not a finite number")
     if isinstance(value, (str, int, float)):
         return str(value)
     if isinstance(value, Decimal):

@@ -56,10 +56,10 @@ def words(text: str) -> list[str]:
     return _WORD.findall(text.casefold())
 
 
-def shingles(text: str, size: int = 3) -> set[int]:
-    """32-bit hashes of all runs of `size` words; one hash of a shorter text, none of an empty one."""
+def shingles(text: str) -> set[int]:
+    """32-bit hashes of all runs of three words; one hash of a shorter text, none of an empty one."""
     tokens = words(text)
-    runs = (tokens[start : start + size] for start in range(max(len(tokens) - size, 0) + 1)) if tokens else ()
+    runs = (tokens[start : start + 3] for start in range(max(len(tokens) - 3, 0) + 1)) if tokens else ()
     return {zlib.crc32(" ".join(run).encode("utf-8", "surrogatepass")) for run in runs}
 
 

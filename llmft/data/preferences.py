@@ -13,8 +13,10 @@ from typing import Any
 from llmft.core.errors import DataError, did_you_mean
 from llmft.data.messages import Keys, Message, read_messages
 
-GOOD = {"true": True, "1": True, "good": True, "desirable": True, "chosen": True}
-BAD = {"false": False, "0": False, "bad": False, "undesirable": False, "rejected": False}
+LABELS = {
+    **dict.fromkeys(("true", "1", "good", "desirable", "chosen"), True),
+    **dict.fromkeys(("false", "0", "bad", "undesirable", "rejected"), False),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +89,9 @@ def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
 def label_of(value: Any, column: str) -> bool:
     """Whether an answer is good. Raises ValueError for anything but a truth value."""
     text = str(int(value)) if value in (0.0, 1.0) else str(value)  # numbers of a column with gaps are floats
-    label = (GOOD | BAD).get(text.strip().casefold())
-    if label is None:
+    if text.strip().casefold() not in LABELS:
         raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
-    return label
+    return LABELS[text.strip().casefold()]
 
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
@@ -110,9 +111,7 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
             {"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)
         ]
     if not isinstance(value, list) or not value:
-        raise ValueError(
-            f"'{column}' holds no whole conversation; where it is an answer alone, name its prompt: data.columns.prompt"
-        )
+        raise ValueError(f"'{column}' holds no whole conversation; name an answer's prompt in data.columns.prompt")
     last = value[-1]
     is_silent = isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == ""
     messages = read_messages(value[:-1] if is_silent and len(value) > 1 else value, column, keys)
@@ -147,21 +146,15 @@ def with_other_answers(conversations: Conversations) -> list[Any]:
     """
     result = []
     for index, row in enumerate(conversations):
-        around = (conversations[(index + step) % len(conversations)] for step in range(1, len(conversations)))
-        answer = str(row.messages[-1]["content"])
-        other = next(
-            (
-                text
-                for other_row in around
-                if other_row.messages[:-1] != row.messages[:-1]
-                and (text := str(other_row.messages[-1]["content"])) != answer
-            ),
-            None,
-        )
-        if other is None:
+        prompt, answer = row.messages[:-1], row.messages[-1]["content"]
+        for step in range(1, len(conversations)):
+            other = conversations[(index + step) % len(conversations)].messages
+            if other[:-1] != prompt and other[-1]["content"] != answer:
+                comparison = replace(row.comparison, others=(str(other[-1]["content"]),), ranks=(0, 0))
+                result.append(replace(row, comparison=comparison))
+                break
+        else:
             raise DataError(f"{row.where}: task=kto needs answers to two prompts or more in every split.")
-        comparison = replace(row.comparison, others=(other,), ranks=(0, 0))
-        result.append(replace(row, comparison=comparison))
     return result
 
 

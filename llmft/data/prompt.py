@@ -18,6 +18,7 @@ import json
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import jinja2
@@ -36,6 +37,7 @@ _OPEN = f"\ue000{secrets.randbits(64):020}\ue001"
 _CLOSE = f"\ue002{secrets.randbits(64):020}\ue003"
 _CUT = f"\ue004{secrets.randbits(64):020}\ue005"
 THINK, THOUGHT = "<think>", "</think>"
+Tools = list[Message] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,17 +73,22 @@ class _GenerationMarks(jinja2.ext.Extension):
 
 
 class PromptFormat:
-    """Renders conversations with the template of a PromptConfig."""
+    """Renders conversations with the template of a PromptConfig, and the special tokens that it asks for."""
 
-    def __init__(self, config: PromptConfig, *, strict: bool = True) -> None:
+    def __init__(
+        self, config: PromptConfig, *, bos_token: str | None = None, eos_token: str | None = None, strict: bool = True
+    ) -> None:
         """Compiles the template. Raises ConfigError for invalid Jinja, or where `strict` and no answer is marked."""
         if not config.template:
             raise ConfigError(f"prompt={config.name} has no template: set prompt.template or choose a format.")
         self.config = config
+        self.eos_token = eos_token or ""
+        self._variables = {"bos_token": bos_token or "", "eos_token": self.eos_token, "documents": None}
         try:
             environment = make_environment([_GenerationMarks], strict=strict)
             self._template = compile_bounded(environment, config.template)
-            self._reads_input = _names_input(environment.parse(config.template))
+            nodes = environment.parse(config.template).find_all((jinja2.nodes.Getattr, jinja2.nodes.Const))
+            self._reads_input = any(getattr(n, "attr", getattr(n, "value", None)) == "input" for n in nodes)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"prompt={config.name}: template line {error.lineno}: {error.message}") from None
         except Exception as error:
@@ -95,7 +102,6 @@ class PromptFormat:
             )
         self._call_forms = list(itertools.product((None, ""), (False, True), (False, True)))
         self._layouts: dict[Any, tuple[frozenset[int], bool]] = {}
-        self._closes_with_eos: dict[str, bool] = {}
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
         """Messages with the system prompt and the instruction where the format wants them.
@@ -147,8 +153,6 @@ class PromptFormat:
         messages: Sequence[Message],
         *,
         tools: list[Message] | None = None,
-        bos_token: str | None = None,
-        eos_token: str | None = None,
         add_generation_prompt: bool = False,
         wanted: frozenset[int] | None = None,
     ) -> Rendered:
@@ -160,23 +164,20 @@ class PromptFormat:
         messages that it does not write.
         """
         turns = self.prepare(messages)
-        values = {"bos_token": bos_token or "", "eos_token": eos_token or "", "tools": tools, "documents": None}
-        rendered = self._render(turns, values, add_generation_prompt, wanted)
+        rendered = self._render(turns, tools, add_generation_prompt, wanted)
         self._check_text(turns, rendered, wanted if not add_generation_prompt else frozenset())
         if tools or any("tool_calls" in turn or "reasoning_content" in turn for turn in turns):
-            self._check_words(turns, values, add_generation_prompt, wanted)
+            self._check_words(turns, tools, add_generation_prompt, wanted)
         return rendered
 
-    def _render(
-        self, turns: list[Message], values: dict[str, Any], generation: bool, wanted: frozenset[int] | None
-    ) -> Rendered:
-        text, spans = _without_marks(self._write(turns, values, generation))
+    def _render(self, turns: list[Message], tools: Tools, generation: bool, wanted: frozenset[int] | None) -> Rendered:
+        text, spans = _without_marks(self._write(turns, tools, generation))
         if generation:
             return Rendered(text, spans)
         answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
         learned = [number for number in range(len(answers)) if wanted is None or number in wanted]
         if not self.marked:
-            return self._by_prompts(turns, values, text, answers, learned)
+            return self._by_prompts(turns, tools, text, answers, learned)
         if len(spans) != len(answers):
             if len(learned) < len(answers):
                 raise ValueError(
@@ -184,20 +185,24 @@ class PromptFormat:
                     "and cannot train on some of them only"
                 )
             return Rendered(text, spans)
-        signature = (tuple(map(_turn_signature, turns)), bool(values.get("tools")))
+        layouts = (
+            (turn["role"], "reasoning_content" in turn, len(turn.get("tool_calls", ())), THOUGHT in turn["content"])
+            for turn in turns
+        )
+        signature = (tuple(layouts), bool(tools))
         if signature not in self._layouts:
-            self._layouts[signature] = self._compare_with_serving(turns, values, text, spans, answers)
+            self._layouts[signature] = self._compare_with_serving(turns, tools, text, spans, answers)
         rewritten, unlike = self._layouts[signature]
         return Rendered(text, [(0, 0) if n in rewritten else span for n, span in enumerate(spans)], rewritten, unlike)
 
     def _compare_with_serving(
-        self, turns: list[Message], values: dict[str, Any], text: str, spans: list[tuple[int, int]], answers: list[int]
+        self, turns: list[Message], tools: Tools, text: str, spans: list[tuple[int, int]], answers: list[int]
     ) -> tuple[frozenset[int], bool]:
         """(`Rendered.rewritten`, `Rendered.unlike`) of a text."""
         rewritten, unlike = set(), False
         for number, (turn, (start, end)) in enumerate(zip(answers, spans, strict=True)):
-            prompt, _ = _without_marks(self._write(turns[:turn], values, True))
-            alone, alone_spans = _without_marks(self._write(turns[: turn + 1], values, False))
+            prompt, _ = _without_marks(self._write(turns[:turn], tools, True))
+            alone, alone_spans = _without_marks(self._write(turns[: turn + 1], tools, False))
             alone_start, alone_end = alone_spans[-1]
             if text[:start] == prompt and alone[:alone_end] == text[:end]:
                 continue
@@ -208,13 +213,13 @@ class PromptFormat:
         return frozenset(rewritten), unlike
 
     def _by_prompts(
-        self, turns: list[Message], values: dict[str, Any], text: str, answers: list[int], learned: list[int]
+        self, turns: list[Message], tools: Tools, text: str, answers: list[int], learned: list[int]
     ) -> Rendered:
         """Answers of a template without marks: the text that it adds to a server's prompt."""
         spans, rewritten = [(0, 0)] * len(answers), set()
         for number in reversed(learned):
             turn = answers[number]
-            start, prefix = self._last_answer(turns[: turn + 1], values)
+            start, prefix = self._last_answer(turns[: turn + 1], tools)
             if turn + 1 == len(turns) and not text.startswith(prefix):
                 text = prefix
             if text.startswith(prefix):
@@ -223,13 +228,13 @@ class PromptFormat:
                 rewritten.add(number)
         return Rendered(text, spans, frozenset(rewritten))
 
-    def _last_answer(self, turns: list[Message], values: dict[str, Any]) -> tuple[int, str]:
+    def _last_answer(self, turns: list[Message], tools: Tools) -> tuple[int, str]:
         """(start of the last answer, a server's prompt with that answer).
 
         Raises ValueError for a template whose answer cannot be found.
         """
-        prompt = self._write(turns[:-1], values, True)
-        text = self._up_to_answer(turns, values)
+        prompt = self._write(turns[:-1], tools, True)
+        text = self._up_to_answer(turns, tools)
         if text.startswith(prompt) and len(text) > len(prompt):
             return len(prompt), text
         opening = prompt.rstrip()
@@ -240,10 +245,10 @@ class PromptFormat:
             if thoughts is None and THOUGHT in answer["content"]:
                 thoughts, _, answer["content"] = answer["content"].partition(THOUGHT)
                 thoughts = thoughts.strip().removeprefix(THINK)
-            rest = self._up_to_answer([*turns[:-1], answer], values)[len(opening) - len(THINK) :]
+            rest = self._up_to_answer([*turns[:-1], answer], tools)[len(opening) - len(THINK) :]
             newline = "" if prompt.endswith("\n") else "\n"
             return len(prompt), f"{prompt}{newline}{(thoughts or '').strip()}\n{THOUGHT}\n\n{rest.lstrip()}"
-        without_header = self._write(turns[:-1], values, False)
+        without_header = self._write(turns[:-1], tools, False)
         header = prompt[len(without_header) :] if prompt.startswith(without_header) else ""
         difference = next((n for n, (one, two) in enumerate(zip(prompt, text, strict=False)) if one != two), 0)
         start = text.find(header, max(0, difference - len(header))) if header.strip() else -1
@@ -254,20 +259,23 @@ class PromptFormat:
             "after its prompts, so they cannot be found; choose a format by name"
         )
 
-    def _up_to_answer(self, turns: list[Message], values: dict[str, Any]) -> str:
+    def _up_to_answer(self, turns: list[Message], tools: Tools) -> str:
         """The text up to the end of the last answer, without the end token of a finished conversation (Phi 3.5)."""
-        text = self._write(turns, values, False).rstrip()
-        eos = values["eos_token"]
-        if eos and eos not in self._closes_with_eos:
-            dialogue = [dict(zip(("role", "content"), message, strict=True)) for message in
-                     (("user", "Qa"), ("assistant", "Xanswer"), ("user", "Xquestion"))]  # fmt: skip
-            try:
-                last = self._write(dialogue[:2], values, False).rpartition("Xanswer")[2].strip()
-                middle = self._write(dialogue, values, False).rpartition("Xanswer")[2].partition("Xquestion")[0]
-                self._closes_with_eos[eos] = last.endswith(eos) and last != eos and eos not in middle
-            except ValueError:
-                self._closes_with_eos[eos] = False
-        return text.removesuffix(eos).rstrip() if eos and self._closes_with_eos[eos] else text
+        text = self._write(turns, tools, False).rstrip()
+        return text.removesuffix(self.eos_token).rstrip() if self._closes_with_eos else text
+
+    @cached_property
+    def _closes_with_eos(self) -> bool:
+        """Whether an end token stands behind a whole conversation, beside what ends each answer."""
+        texts = [("user", "Qa"), ("assistant", "Xanswer"), ("user", "Xquestion")]
+        dialogue = [{"role": role, "content": content} for role, content in texts]
+        try:
+            last = self._write(dialogue[:2], None, False).rpartition("Xanswer")[2].strip()
+            middle = self._write(dialogue, None, False).rpartition("Xanswer")[2].partition("Xquestion")[0]
+        except ValueError:
+            return False
+        eos = self.eos_token
+        return bool(eos) and last.endswith(eos) and last != eos and eos not in middle
 
     # ----------------------------------------------------------------------------------------------------- checking
 
@@ -292,19 +300,17 @@ class PromptFormat:
                         f"{_shortened(content_part)}); choose another format, or leave the row out"
                     )
 
-    def _check_words(
-        self, turns: list[Message], values: dict[str, Any], generation: bool, wanted: frozenset[int] | None
-    ) -> None:
+    def _check_words(self, turns: list[Message], tools: Tools, generation: bool, wanted: frozenset[int] | None) -> None:
         """Raises ValueError for tools, calls or reasoning that the template does not write, or not into the answer.
 
         Each of their names and texts is replaced by a unique word, and the words are searched in the text.
         """
         words = (f"Wq{number}x{secrets.token_hex(4)}" for number in itertools.count())
         expected: list[tuple[str, str, int | None, bool]] = []
-        tools: list[Message] = []
-        for tool in values["tools"] or ():
+        renamed_tools: list[Message] = []
+        for tool in tools or ():
             name = next(words)
-            tools.append({**tool, "function": {**tool["function"], "name": name}})
+            renamed_tools.append({**tool, "function": {**tool["function"], "name": name}})
             expected.append(("tools", name, None, True))
         copies, number = [], -1
         for turn in turns:
@@ -323,7 +329,7 @@ class PromptFormat:
                 turn["tool_calls"] = [{**call, "function": function} for call, function in pairs]
                 expected += [("tool_calls", word, number, learned) for word in replaced]
             copies.append(turn)
-        rendered = self._render(copies, {**values, "tools": tools or values["tools"]}, generation, wanted)
+        rendered = self._render(copies, renamed_tools or tools, generation, wanted)
         answers = sum(turn["role"] == "assistant" for turn in turns)
         for key, word, answer, learned in expected:
             text = rendered.text
@@ -341,10 +347,10 @@ class PromptFormat:
 
     # ------------------------------------------------------------------------------------------------------ writing
 
-    def _write(self, turns: list[Message], values: dict[str, Any], generation: bool) -> str:
+    def _write(self, turns: list[Message], tools: Tools, generation: bool) -> str:
         """The template's text. Templates expect calls in one of several forms; the first that works is kept."""
         if not any("tool_calls" in turn for turn in turns):
-            return self._render_template(turns, values, generation)
+            return self._render_template(turns, tools, generation)
         first_error: ValueError | None = None
         ids, number = [], 0
         for turn in turns:  # ids of calls and results without one: the number of the call
@@ -353,11 +359,11 @@ class PromptFormat:
         for form in list(self._call_forms):
             try:
                 forms = [_call_form(turn, name, *form) for turn, name in zip(turns, ids, strict=True)]
-                text = self._render_template(forms, values, generation)
+                text = self._render_template(forms, tools, generation)
             except ValueError as error:
                 first_error = first_error or error
                 continue
-            source = json.dumps([turns, values.get("tools")], default=str)
+            source = json.dumps([turns, tools], default=str)
             writes_none = form[0] is None and "None" in text and "None" not in source
             if writes_none or _has_python_arguments(turns, text):
                 continue
@@ -365,11 +371,11 @@ class PromptFormat:
             return text
         raise first_error or ValueError(f"prompt={self.config.name} does not write 'tool_calls' as JSON")
 
-    def _render_template(self, turns: list[Message], values: dict[str, Any], generation: bool) -> str:
-        variables = {"messages": turns, "add_generation_prompt": generation, **values}
+    def _render_template(self, turns: list[Message], tools: Tools, generation: bool) -> str:
+        variables = {**self._variables, "messages": turns, "tools": tools, "add_generation_prompt": generation}
         size = sum(len(turn["content"] or "") for turn in turns)
-        if variables.get("tools") or any(len(turn) > 2 for turn in turns):
-            size += len(json.dumps([variables.get("tools"), turns], default=str))
+        if tools or any(len(turn) > 2 for turn in turns):
+            size += len(json.dumps([tools, turns], default=str))
         try:
             return render_bounded(self._template, variables, size)
         except Exception as error:
@@ -388,13 +394,13 @@ class PromptFormat:
         ends = list(itertools.accumulate(map(len, segments)))
         return "".join(segments), [(ends[n], ends[n + 1]) for n in range(0, len(ends) - 1, 2) if n + 1 < len(ends)]
 
-    def end_marker(self, *, bos_token: str | None, eos_token: str | None, call: bool = False) -> str:
+    def end_marker(self, *, call: bool = False) -> str:
         """What the model learns to write after an answer; empty for a format without an end.
 
         With `call`, what follows a tool call; empty for a format without tool calls.
         """
         function = {"name": "Xtool", "description": "t", "parameters": {"type": "object", "properties": {}}}
-        tools: list[Message] = [{"type": "function", "function": function}]
+        tools: Tools = [{"type": "function", "function": function}]
         answer: Message = {"role": "assistant", "content": "" if call else "Xanswer"}
         if call:
             answer["tool_calls"] = [{"type": "function", "function": {"name": "Xtool", "arguments": {"a": "Xanswer"}}}]
@@ -402,7 +408,7 @@ class PromptFormat:
         for offered_tools in (tools,) if call else (None, tools):
             with contextlib.suppress(ValueError):
                 dialogue = [{"role": "user", "content": "Q"}, answer]
-                rendered = self.render(dialogue, tools=offered_tools, bos_token=bos_token, eos_token=eos_token)
+                rendered = self.render(dialogue, tools=offered_tools)
                 start, end = rendered.spans[-1]
                 return rendered.text[start:end].rpartition("Xanswer")[2].strip()
         return ""
@@ -421,20 +427,10 @@ def _without_marks(marked: str) -> tuple[str, list[tuple[int, int]]]:
     return text, spans
 
 
-def _names_input(template: jinja2.nodes.Template) -> bool:
-    """Whether a template reads Alpaca's `input` of a message."""
-    nodes = template.find_all((jinja2.nodes.Getattr, jinja2.nodes.Const))
-    return any(getattr(node, "attr", getattr(node, "value", None)) == "input" for node in nodes)
-
-
 def _describe(error: Exception) -> str:
     """The error of a template, with its type unless the message is enough."""
     known = isinstance(error, (jinja2.TemplateError, ValueError))
     return str(error) if known else f"the template fails with {type(error).__name__} ({error})"
-
-
-def _turn_signature(turn: Message) -> tuple[Any, ...]:
-    return turn["role"], "reasoning_content" in turn, len(turn.get("tool_calls", ())), THOUGHT in turn["content"]
 
 
 def _shortened(text: str) -> str:
@@ -508,4 +504,5 @@ def prompt_format(config: PromptConfig, tokenizer: Any) -> PromptFormat:
     if adds_bos and "bos_token" not in template and tokenizer.bos_token not in template:
         # The model never saw a text without a begin token, and a server reads the exported template.
         template = "{{- bos_token -}}" + template
-    return PromptFormat(replace(config, template=template), strict=bool(config.template))
+    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    return PromptFormat(replace(config, template=template), **tokens, strict=bool(config.template))

@@ -17,7 +17,8 @@ from llmft.config.task import Head, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import message_text
-from llmft.data.sources import BadRows, Row, named_columns, read_files, with_nested
+from llmft.data.readers import BadRows, Row
+from llmft.data.sources import named_columns, read_files, with_nested
 from llmft.data.targets import Target
 from llmft.runs.predictions import TEXT, Predictions
 
@@ -149,14 +150,13 @@ def _from_predictions(
     missing = [row_id for row_id in predictions.ids if row_id not in row_by_id]
     if missing:
         raise DataError(
-            f"data.pseudo={folder}: the row {missing[0]} is not in {files}; set data.pseudo_rows to the files that "
-            "were predicted."
+            f"data.pseudo={folder}: the row {missing[0]} is not in {files}; name its file: data.pseudo_rows."
         )
     rows_with_target = []
     for row_id, values in zip(predictions.ids, predictions.values, strict=True):
         target, confidence = _guess(values, targets.problem)
         row = row_by_id[row_id]
-        if columns.head is Head.tokens:
+        if columns.task.head is Head.tokens:
             messages = [*row.messages[:-1], {"role": "assistant", "content": targets.words[int(target)]}]  # type: ignore[arg-type]
             row = replace(row, messages=messages)
         rows_with_target.append((replace(row, target=target), confidence))

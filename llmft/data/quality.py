@@ -22,6 +22,9 @@ from llmft.data.messages import message_text
 from llmft.data.overlap import Overlap
 
 PERCENTILES = (50, 90, 99, 100)
+NUM_BINS = 8
+MAX_ANSWERS = 20
+"""Different answers that are counted one by one."""
 MIN_ENDS = 0.99
 """Least share of rows whose answer must end in an end token; without one a model does not learn to stop."""
 
@@ -40,7 +43,7 @@ class SplitFacts:
     """Counts over one split.
 
     Attributes:
-        begin_tokens: number of rows by their number of begin tokens.
+        begin_tokens: number of rows by their number of begin tokens; empty where the tokenizer has none.
         doubled_begin: rows with two begin tokens side by side.
         ends_trained: rows whose last learned token is an end token.
         untrained: rows without a learned token.
@@ -89,7 +92,9 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
     facts.prompt_tokens = _percentiles(lengths - answers)
     facts.answer_tokens = _percentiles(answers)
     facts.all_tokens = _percentiles(lengths)
-    facts.histogram = _histogram(lengths)
+    edges = np.unique(np.linspace(0, lengths.max() + 1, NUM_BINS + 1).astype(int))
+    rows = np.histogram(lengths, edges)[0]
+    facts.histogram = [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], rows, strict=True)]
     special = [token for token in (*tokenizer.all_special_tokens, ends.text) if len(token) > 2]
     facts.special_in_text = sum(
         any(token in message_text(message) for message in examples.conversations[row].messages for token in special)
@@ -102,15 +107,7 @@ def _percentiles(values: np.ndarray) -> dict[int, int]:
     return {p: int(np.percentile(values, p, method="higher")) for p in PERCENTILES}
 
 
-def _histogram(lengths: np.ndarray, bins: int = 8) -> list[tuple[int, int, int]]:
-    edges = np.unique(np.linspace(0, lengths.max() + 1, bins + 1).astype(int))
-    counts, _ = np.histogram(lengths, edges)
-    return [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], counts, strict=True)]
-
-
-def label_balance(
-    conversations: Sequence[Conversation], labels: Sequence[str], max_answers: int = 20
-) -> dict[str, int]:
+def label_balance(conversations: Sequence[Conversation], labels: Sequence[str]) -> dict[str, int]:
     """Rows by class, or by answer where there are few different ones; empty for free text and numbers."""
     if not conversations:
         return {}
@@ -123,7 +120,7 @@ def label_balance(
             counts.update([n for n, is_one in enumerate(row.target) if is_one] if is_multi_label else [row.target])  # type: ignore
         return {labels[number]: counts[number] for number in sorted(counts)}
     answers = Counter(message_text(c.messages[-1]).strip() for c in conversations)
-    return dict(answers.most_common()) if len(answers) <= max_answers else {}
+    return dict(answers.most_common()) if len(answers) <= MAX_ANSWERS else {}
 
 
 def findings(

@@ -33,9 +33,13 @@ def diverse(texts: Sequence[str], count: int, seed: int) -> list[int]:
     unique = sorted(copies, key=lambda text: rank(seed, text))
     if len(unique) > count:
         return sorted(copies[unique[position]][0] for position in _spread(unique, count, seed))
-    # Round by round: every text once, then second copies, and so on.
-    rounds = chain.from_iterable(zip_longest(*(copies[text] for text in unique)))
-    return sorted([index for index in rounds if index is not None][:count])
+    return sorted(_in_turn([copies[text] for text in unique], count))
+
+
+def _in_turn(groups: list[list[int]], count: int) -> list[int]:
+    """The first `count` of the first of each group, then the second of each, and so on."""
+    rounds = chain.from_iterable(zip_longest(*groups))
+    return [index for index in rounds if index is not None][:count]
 
 
 def _spread(texts: list[str], count: int, seed: int) -> list[int]:
@@ -56,8 +60,7 @@ def _spread(texts: list[str], count: int, seed: int) -> list[int]:
         clusters[cluster].append(index)
     for cluster_rows in clusters.values():
         cluster_rows.insert(0, cluster_rows.pop(int(np.argmin(distance[cluster_rows]))))
-    rounds = chain.from_iterable(zip_longest(*clusters.values()))
-    return [index for index in rounds if index is not None][:count]
+    return _in_turn(list(clusters.values()), count)
 
 
 def _far_apart(points: Any, count: int) -> Any:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from llmft.config.data import DataConfig, Sampling, TrainOn
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import stable_text
+from llmft.data.readers import Row
 from llmft.data.select import assign_folds, diverse, rank
-from llmft.data.sources import Loaded, Row
+from llmft.data.sources import Loaded
 
 Group = str | Callable[[Row], str]
 """A column whose rows stay together, or a function of the row."""

@@ -1,28 +1,13 @@
 """Synthetic English: a task of seven writers to tell apart, and stories to pretrain a tiny base model.
 
-All texts are short sentences about animals. Every writer has four habits: a word that opens each sentence, a
-word of degree, a word that joins two deeds, and a mark that ends each sentence.
+All texts are short sentences about animals. Every writer has four habits: a word that opens each sentence, a word of
+degree, a word that joins two deeds, and a mark that ends each sentence. Any two writers share exactly one of their four
+values. In one text of ten the writer slips: one habit takes a value of somebody else. Even then three habits point to
+the writer and at most two to anybody else, so every text has one right answer, but no single word or mark gives it
+away. What a text is about says nothing about its writer.
 
-**The task** (:func:`writers`). Seven writers each have one value of every habit (:data:`WRITERS`), and
-any two writers share exactly one of their four values. In one text of ten the writer slips: one of the
-four habits takes a value of somebody else. Even then three habits point to the writer and at most two
-to anybody else, so every text has one right answer, but no single word or mark gives it away: a model
-has to weigh all four habits together. What a text is about says nothing about its writer.
-
-**The pairs** (:func:`pairs`). The same question with two answers: the chosen one names the writer, the
-other does not. How clearly it is worse is the pair's degree: it names nobody who writes (significantly
-better), a writer with few of the text's habits (better), or one with more of them, after a slip (slightly
-better). In a few texts the writer slips twice, and the other answer names somebody with as many of its
-habits (unsure).
-
-**The stories** (:func:`stories`). Each story is told in one style, drawn at random from a larger choice
-of values, so a model that predicts the next word learns to notice habits and to expect them again. No
-story has more than two of its four values in common with any of the seven writers, and none asks who
-wrote it. The writers' names are among the names of the characters, so the model knows the answers as
-words, but not whom they stand for.
-
-Every draw goes through ``random.Random.random``, whose sequence Python guarantees for a given seed. So the
-same call gives the same rows everywhere.
+Every draw goes through `random.Random.random`, whose sequence Python guarantees for a seed, so the same call gives the
+same rows everywhere.
 """
 
 from __future__ import annotations
@@ -90,7 +75,7 @@ _ENDS = (
 # fmt: on
 _VERBS = ("asked", "heard", "helped", "liked", "met", "missed", "saw", "thanked")
 
-_TASK_SPLITS = ("train", "validation", "test")
+TASK_SPLITS = ("train", "validation", "test")
 _STORY_SPLITS = ("train", "validation")
 _SLIPS = 0.1  # the share of texts in which the writer slips
 _TWICE = 0.3  # of these, with pairs, the share in which two habits slip
@@ -98,20 +83,12 @@ _NOBODY = 0.3  # the share of worse answers that name none of the seven
 
 
 def writers(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """Texts of the seven writers, as many of each (within one), in random order.
+    """Texts of the seven writers, as many of each (within one), in random order: columns text and writer.
 
-    No two rows have the same subject matter, and the splits never share a text: every choice of words
-    has a number for each word, and the sum of these numbers modulo three decides the split.
-
-    Args:
-        split: ``train``, ``validation`` or ``test``.
-        num_rows: How many rows to make.
-        seed: The seed of the data (not of the training run).
-
-    Returns:
-        Rows with the columns ``text`` and ``writer``.
+    No two rows have the same subject matter, and the splits (train, validation, test) share no text: the sum of the
+    chosen words' numbers modulo three decides the split.
     """
-    rng = _rng("writers", split, _TASK_SPLITS, seed)
+    rng = new_rng("writers", split, TASK_SPLITS, seed)
     return [{"text": text, "writer": name} for text, name, _ in _texts(split, num_rows, rng)]
 
 
@@ -122,8 +99,8 @@ def _texts(split: str, num_rows: int, rng: Random, share_of_two: float = 0.0) ->
     rows: list[tuple[str, str, Style]] = []
     while len(rows) < num_rows:
         lists = (ANIMALS, MOODS, ANIMALS, DEEDS, PLACES, _ENDS)
-        choice = tuple(_below(rng, len(words)) for words in lists)
-        if choice in seen or sum(choice) % len(_TASK_SPLITS) != _TASK_SPLITS.index(split):
+        choice = tuple(below(rng, len(words)) for words in lists)
+        if choice in seen or sum(choice) % len(TASK_SPLITS) != TASK_SPLITS.index(split):
             continue
         seen.add(choice)
         animal, mood, other, deed, where, end = (words[i] for words, i in zip(lists, choice, strict=True))
@@ -137,17 +114,13 @@ def _texts(split: str, num_rows: int, rng: Random, share_of_two: float = 0.0) ->
 
 
 def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """Texts of the seven writers with a better and a worse answer to the question who wrote them.
+    """The same texts with two answers to the question who wrote them: columns text, chosen, rejected and degree.
 
-    Args:
-        split: ``train``, ``validation`` or ``test``; they share no text.
-        num_rows: How many rows to make.
-        seed: The seed of the data (not of the training run).
-
-    Returns:
-        Rows with the columns ``text``, ``chosen``, ``rejected`` and ``degree``.
+    The chosen answer names the writer. The other one names nobody who writes (significantly better), a writer with few
+    of the text's habits (better), or one with more of them, after a slip (slightly better). In a few texts the writer
+    slips twice, and the other answer names somebody with as many of its habits (unsure).
     """
-    rng = _rng("pairs", split, _TASK_SPLITS, seed)
+    rng = new_rng("pairs", split, TASK_SPLITS, seed)
     rows = []
     for text, name, style in _texts(split, num_rows, rng, _TWICE):
         num_common = _common(style, WRITERS[name])
@@ -164,17 +137,13 @@ def pairs(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
 
 
 def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
-    """Little stories to pretrain on, each with a title and in a style of its own.
+    """Little stories to pretrain on, each with a title: column text, splits train and validation.
 
-    Args:
-        split: ``train`` or ``validation``.
-        num_rows: How many rows to make.
-        seed: The seed of the data (not of the training run).
-
-    Returns:
-        Rows with the column ``text``.
+    Each is told in a style of its own, drawn from more values than the writers have, so that a model learns to notice
+    habits. No style has more than two values in common with a writer's, and no story asks who wrote it. The writers'
+    names are among the characters', so the model knows the answers as words, but not whom they stand for.
     """
-    rng = _rng("stories", split, _STORY_SPLITS, seed)
+    rng = new_rng("stories", split, _STORY_SPLITS, seed)
     return [{"text": _story(rng)} for _ in range(num_rows)]
 
 
@@ -186,7 +155,7 @@ def _story(rng: Random) -> str:
     cast = [hero, *_shuffled(rng, [friend, *(f"the {animal}" for animal in _shuffled(rng, ANIMALS)[:2])])]
     gap = pick(rng, (" ", "\n"))
     sentences = []
-    for _ in range(3 + _below(rng, 4)):
+    for _ in range(3 + below(rng, 4)):
         who, kind = pick(rng, cast), rng.random()
         if kind < 0.4:
             sentences.append(_mood(style, who, pick(rng, MOODS)))
@@ -223,18 +192,18 @@ def _sentence(style: Style, body: str) -> str:
     return text[0].upper() + text[1:] + style.ending
 
 
-def _rng(kind: str, split: str, splits: tuple[str, ...], seed: int) -> Random:
+def new_rng(kind: str, split: str, splits: tuple[str, ...], seed: int) -> Random:
     if split not in splits:
         raise ValueError(f"Unknown split '{split}' of the {kind}: there are {', '.join(splits)}.")
     return Random(f"{kind}/{split}/{seed}")
 
 
-def _below(rng: Random, limit: int) -> int:
+def below(rng: Random, limit: int) -> int:
     return int(rng.random() * limit)
 
 
 def pick(rng: Random, options: Sequence[_T]) -> _T:
-    return options[_below(rng, len(options))]
+    return options[below(rng, len(options))]
 
 
 def _shuffled(rng: Random, items: Sequence[_T]) -> list[_T]:

@@ -7,24 +7,18 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config.data import DataConfig
 from llmft.config.task import Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.data.naming import cell_text, missing_column
-from llmft.data.sources import Row
+from llmft.data.readers import Row
 
 Target = int | float | tuple[int, ...]
 LETTERS = string.ascii_uppercase + string.ascii_lowercase + string.digits
 Fill = Callable[[str, Row], str]
-
-
-def label_order(labels: set[str]) -> list[str]:
-    """Sorted labels; by value where all are integers, so that 10 follows 9."""
-    numbers = all(re.fullmatch(r"-?\d+", label) for label in labels)
-    return sorted(labels, key=lambda label: (int(label), label)) if numbers else sorted(labels)
 
 
 @dataclass
@@ -47,11 +41,12 @@ class Targets:
     prior: list[float] = field(default_factory=list)
 
     @classmethod
-    def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], column: str | None, fill: Fill) -> Targets:
+    def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], fill: Fill) -> Targets:
         """The targets of `data`. Without data.labels, the classes are the sorted targets of `rows`.
 
         Raises ConfigError where no column holds targets, DataError where there are too few classes.
         """
+        column = data.columns.target
         if data.target_columns and task.problem is not TaskType.multi_label:
             raise ConfigError(f"data.target_columns is for task=multi_label, not task.problem={task.problem.value}.")
         if column is None and not data.target_columns:
@@ -64,10 +59,11 @@ class Targets:
             names: set[str] = set()
             for row in rows:
                 try:
-                    names.update(targets.names(row, data, column, fill))
+                    names.update(targets.names(row, data, fill))
                 except ValueError as error:  # reported with its line when the row itself is read
                     first_error = first_error or f"; {row.where}: {error}"
-            targets.labels = label_order(names)
+            are_integers = all(re.fullmatch(r"-?\d+", name) for name in names)  # 10 follows 9
+            targets.labels = sorted(names, key=lambda name: (int(name), name)) if are_integers else sorted(names)
         minimum = 1 if task.problem is TaskType.multi_label else 2
         if len(targets.labels) < minimum:
             key = "data.labels" if data.labels else f"data.columns.target={column}"
@@ -75,11 +71,11 @@ class Targets:
         targets.words = _words(task, targets.labels) if task.head is Head.tokens else []
         return targets
 
-    def names(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> list[str]:
+    def names(self, row: Row, data: DataConfig, fill: Fill) -> list[str]:
         """The classes of `row`. Raises ValueError for an invalid value."""
         if data.target_columns:
             return [name for name in data.target_columns if _is_one(row, name)]
-        assert column is not None
+        column = data.columns.target or ""
         value = row.values.get(column)
         if self.problem is TaskType.multi_label and isinstance(value, (list, tuple)):
             return [cell_text(name, column) for name in value]
@@ -90,11 +86,10 @@ class Targets:
             return [text]
         return [name.strip() for name in text.split(data.target_separator) if name.strip()]
 
-    def read(self, row: Row, data: DataConfig, column: str | None, fill: Fill) -> Target:
+    def read(self, row: Row, data: DataConfig, fill: Fill) -> Target:
         """The target of `row`: a class's index, a 0 or 1 for each class, or a number. Raises ValueError."""
         if self.problem is TaskType.regression:
-            assert column is not None
-            text = fill(column, row)
+            text = fill(data.columns.target or "", row)
             try:
                 number = float(text)
             except ValueError:
@@ -102,7 +97,7 @@ class Targets:
             if not math.isfinite(number):
                 raise ValueError(f"the target '{text}' is not finite")
             return number
-        names = self.names(row, data, column, fill)
+        names = self.names(row, data, fill)
         for name in names:
             if name not in self.labels:
                 raise ValueError(f"target '{name}' is not among the classes{did_you_mean(name, self.labels)}")
@@ -118,34 +113,21 @@ class Targets:
             return "|".join(label for label, is_one in zip(self.labels, target, strict=True) if is_one)
         return self.labels[int(target)]
 
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON data."""
-        return {**asdict(self), "problem": self.problem.value}
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> Targets:
-        """The inverse of `to_plain`."""
-        return cls(**{**plain, "problem": TaskType(plain["problem"])})
-
 
 def _is_one(row: Row, name: str) -> bool:
     if name not in row.values:
         raise ValueError(missing_column(name, row.values))
-    value = row.values[name]
-    if str(value).strip().lower() in ("1", "1.0", "true"):
-        return True
-    if str(value).strip().lower() in ("0", "0.0", "false"):
-        return False
-    raise ValueError(f"column '{name}' of data.target_columns holds '{value}', 0 or 1 was expected")
+    text = str(row.values[name]).strip().lower()
+    if text not in ("0", "0.0", "false", "1", "1.0", "true"):
+        raise ValueError(f"column '{name}' of data.target_columns holds '{row.values[name]}', 0 or 1 was expected")
+    return text in ("1", "1.0", "true")
 
 
 def _words(task: TaskConfig, labels: list[str]) -> list[str]:
     """The word of each class. Raises ConfigError unless all are different."""
     if task.words == "letters":
         if len(labels) > len(LETTERS):
-            raise ConfigError(
-                f"task.words=letters: {len(labels)} classes, but there are only {len(LETTERS)} letters and digits."
-            )
+            raise ConfigError(f"task.words=letters: {len(labels)} classes, but only {len(LETTERS)} letters and digits.")
         return list(LETTERS[: len(labels)])
     words = labels
     if isinstance(task.words, dict):
@@ -156,9 +138,7 @@ def _words(task: TaskConfig, labels: list[str]) -> list[str]:
         words = [word_of[label] for label in labels]
     repeated = [word for word, count in Counter(word.strip() for word in words).items() if count > 1 or not word]
     if repeated:
-        raise ConfigError(
-            f"task.words: two classes have the word '{repeated[0]}', or it is empty: give each class its own word."
-        )
+        raise ConfigError(f"task.words: two classes have the word '{repeated[0]}', or it is empty: give each its own.")
     return words
 
 

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llmft.config.commands import PredictConfig
-from llmft.config.convert import canonical, digest_of
+from llmft.config.convert import canonical, digest_of, from_json
 from llmft.config.data import Columns
 from llmft.config.sections import TrainConfig
 from llmft.config.task import TaskType
@@ -24,7 +24,8 @@ from llmft.core.errors import ConfigError, DataError, did_you_mean
 from llmft.core.files import exclusive_lock, write_atomically
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.naming import names_in
-from llmft.data.sources import BadRows, Row, check_csv_columns, named_columns, read_files, with_nested
+from llmft.data.readers import BadRows, Row
+from llmft.data.sources import check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
 from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import Run, finished_run, slug, source_facts
@@ -291,6 +292,6 @@ def targets_of(run: Run, trained: TrainConfig) -> Targets | None:
     if trained.task.head is None:
         return None
     try:
-        return Targets.from_plain(read_json(run.targets_file))
+        return from_json(read_json(run.targets_file), Targets)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{run.targets_file}: the run's classes cannot be read ({error}).") from None

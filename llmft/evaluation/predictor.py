@@ -20,7 +20,7 @@ from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Example
 from llmft.data.hub import Located, locate
 from llmft.data.prompt import prompt_format
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from llmft.evaluation.jobs import PredictionJob, compute_parts, concatenated
 from llmft.model import families
 from llmft.model.assemble import Assembled, assemble

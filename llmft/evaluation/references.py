@@ -15,7 +15,8 @@ import numpy as np
 from llmft.config.commands import EvaluateConfig
 from llmft.config.task import TaskType
 from llmft.core.errors import ConfigError, DataError, did_you_mean
-from llmft.data.sources import BadRows, Row, read_files, with_nested
+from llmft.data.readers import BadRows, Row
+from llmft.data.sources import read_files, with_nested
 from llmft.runs.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table, names_in
 
 

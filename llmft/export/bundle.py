@@ -31,7 +31,7 @@ from llmft.core.redaction import redact
 from llmft.data.hub import MODEL_FILES, PACKAGED, fingerprint, locate
 from llmft.export.targets import NotProved
 from llmft.runs.directory import Run, directories, finished_run
-from llmft.runs.predictions import Predictions
+from llmft.runs.predictions import TEXT, Predictions
 
 MARK = "@BUNDLE@"
 PROMPT = "Is this a test?"
@@ -70,11 +70,6 @@ class Wheel:
     requires: tuple[str, ...]
 
     @property
-    def ready(self) -> bool:
-        """Whether it is a wheel already, and not a source to build one from."""
-        return self.url.partition("#")[0].endswith(".whl")
-
-    @property
     def size(self) -> int:
         """Of the file, as its server says it; 0 where it does not."""
         if self.url.startswith("file://"):
@@ -100,8 +95,8 @@ def make(config: BundleConfig, screen: Screen) -> Path:
         built = Path(folder)
         wheels = _wheels(config, built) if config.wheels else []
         sizes = {
-            "run": _size(path for path in _run_files(run)),
-            "base": _size(_base_files(base)) if base is not None else 0,
+            "run": sum(path.stat().st_size for path in _run_files(run)),
+            "base": sum(path.stat().st_size for path in _base_files(base)),
             "wheels": sum(ThreadPoolExecutor(8).map(lambda wheel: wheel.size, wheels)),
         }
         for name, size in sizes.items():
@@ -122,17 +117,15 @@ def make(config: BundleConfig, screen: Screen) -> Path:
     return target
 
 
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths)
-
-
 def _run_files(run: Run) -> list[Path]:
     files = [run.config_file, run.status_file, run.environment_file, run.targets_file]
     files += [path for folder in (run.adapter, run.model) for path in folder.glob("*")]
     return [path for path in files if path.is_file()]
 
 
-def _base_files(base: Path) -> list[Path]:
+def _base_files(base: Path | None) -> list[Path]:
+    if base is None:
+        return []
     return sorted({path for pattern in MODEL_FILES for path in base.glob(pattern) if path.suffix != ".py"})
 
 
@@ -145,10 +138,17 @@ def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], built
         (staged / "base").mkdir()
         for path in _base_files(base):
             shutil.copyfile(path, staged / "base" / path.name)
-        _point_to(staged)
-    package = Path(__file__).resolve().parents[1]
+        # The run's config names the bundle's base, and its record that base's fingerprint.
+        path = staged / "run" / "config.yaml"
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content["model"]["path"] = f"{MARK}/base"
+        path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        path = staged / "run" / "environment.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["model"]["fingerprint"] = fingerprint(staged / "base")
+        path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     site = staged / "site" / "llmft"
-    shutil.copytree(package, site, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(Path(__file__).resolve().parents[1], site, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("conf", "sweeps"):
         if not (site / "assets" / name).is_dir():
             shutil.copytree(shipped_directory(name), site / "assets" / name)
@@ -158,18 +158,6 @@ def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], built
     if wheels:
         pins = [f"{wheel.name}=={wheel.version}" for wheel in wheels]
         _pip("download", "--no-deps", "--dest", str(staged / "wheels"), *_target(config, built), *pins)
-
-
-def _point_to(staged: Path) -> None:
-    """Lets the run's config name the bundle's base, and its record that base's fingerprint."""
-    path = staged / "run" / "config.yaml"
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    content["model"]["path"] = f"{MARK}/base"
-    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    path = staged / "run" / "environment.json"
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["model"]["fingerprint"] = fingerprint(staged / "base")
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------- wheels
@@ -212,9 +200,7 @@ def _wheels(config: BundleConfig, built: Path) -> list[Wheel]:
     try:
         requirements = [Requirement(line) for line in importlib.metadata.requires("llmft") or []]
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError(
-            "wheels: llmft itself is not installed here (pip install -e .), so what it needs is unknown."
-        ) from None
+        raise ConfigError("wheels: llmft is not installed here (pip install -e .): its needs are unknown.") from None
     skip = {canonicalize_name(name) for name in config.installed}
     names = [
         canonicalize_name(requirement.name)
@@ -222,7 +208,8 @@ def _wheels(config: BundleConfig, built: Path) -> list[Wheel]:
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
     ]
     pins = {n: f"{n}=={importlib.metadata.version(n).partition('+')[0]}" for n in names if n not in skip}
-    sources = [f"{wheel.name}=={wheel.version}" for wheel in _resolved(pins.values(), []).values() if not wheel.ready]
+    resolved = _resolved(pins.values(), []).values()
+    sources = [f"{w.name}=={w.version}" for w in resolved if not w.url.partition("#")[0].endswith(".whl")]
     if sources:
         _pip("wheel", "--no-deps", "--wheel-dir", str(built), *sources)
     return reached(_resolved(pins.values(), _target(config, built)), list(pins), skip)
@@ -244,15 +231,14 @@ def _resolved(pins: Iterable[str], target: list[str]) -> dict[Any, Wheel]:
 
 def reached(wheels: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
     """The packages that `roots` need, past those that are there already and what only they need."""
-    kept: dict[Any, Wheel] = {}
+    needed: set[Any] = set()
     waiting = list(roots)
     while waiting:
         name = waiting.pop()
-        if name in kept or name in skip or name not in wheels:
-            continue
-        kept[name] = wheels[name]
-        waiting += [canonicalize_name(Requirement(line).name) for line in wheels[name].requires]
-    return [kept[name] for name in sorted(kept)]
+        if name in wheels and name not in needed | skip:
+            needed.add(name)
+            waiting += [canonicalize_name(Requirement(line).name) for line in wheels[name].requires]
+    return [wheels[name] for name in sorted(needed)]
 
 
 # ------------------------------------------------------------------------------------------------------------ proof
@@ -281,12 +267,12 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
             lines = redact(done.stderr.strip().splitlines() or ["no message"])
             raise NotProved(f"the bundle does not predict: {lines[-1]}; nothing was written.")
         predictions = Predictions.load(folder / "out" / "run" / "predictions" / "proof")
-    text = expected.problem == "text"
-    same = predictions.predicted == expected.predicted if text else _near(predictions, expected)
+    same = predictions.predicted == expected.predicted
+    if expected.problem != TEXT:
+        same = abs(predictions.values - expected.values).max() < 1e-3
     if not same:
-        raise NotProved(
-            f"the bundle predicts {predictions.predicted}, and the run {expected.predicted}; nothing was written."
-        )
+        wrong, right = predictions.predicted, expected.predicted
+        raise NotProved(f"the bundle predicts {wrong}, and the run {right}; nothing was written.")
     screen.print("  tried in an environment of its own, without an index: predicts as the run does")
 
 
@@ -306,7 +292,3 @@ def _expected(directory: Path, config: BundleConfig) -> Predictions:
 def _question(config: BundleConfig, name: str) -> list[str]:
     threads = [f"threads={config.threads}"] if config.threads else []
     return [f"prompts=[{PROMPT!r}]", f"name={name}", f"accelerator={config.accelerator}", *threads]
-
-
-def _near(one: Predictions, two: Predictions) -> bool:
-    return bool(abs(one.values - two.values).max() < 1e-3)

@@ -37,33 +37,27 @@ def text(name: str, what: str, config: TrainConfig, run: Run, facts: dict[str, s
         tags=["llmft"],
     )
     rows = {"base": model.id if on_hub else model.label, "licence of the base": model.license}
+    method = f"LoRA r={config.lora.r}" if config.lora.enabled else "all weights trained"
     if isinstance(run, ForeignRun):
-        rows["method"] = f"LoRA r={config.lora.r}"
+        rows["method"] = method
     else:
-        rows |= {"data": config.data.name, "method": _method(config), "seed": str(config.seed)}
+        if config.lora.enabled:
+            method += f" on a base in {config.quantization.format.value}, rate {config.learning_rate.peak:g}"
+        rows |= {"data": config.data.name, "method": method, "seed": str(config.seed)}
     result = run.status().get("result", {})
     before, after = (
-        {k: v for k, v in (result.get(n) or {}).items() if isinstance(v, float)} for n in ("before", "after")
+        {name: f"{value:.4f}" for name, value in (result.get(when) or {}).items() if isinstance(value, float)}
+        for when in ("before", "after")
     )
     table = ["| metric | before | after |", "|---|---|---|"]
-    table += [f"| {key} | {_number(before.get(key))} | {_number(value)} |" for key, value in sorted(after.items())]
+    table += [f"| {name} | {before.get(name, '')} | {value} |" for name, value in sorted(after.items())]
     return CARD.format(
         head=head.to_yaml(),
         name=name,
         what=what,
-        facts="\n".join(f"| {key} | {value} |" for key, value in {**rows, **facts}.items() if value),
+        facts="\n".join(f"| {fact} | {value} |" for fact, value in {**rows, **facts}.items() if value),
         metrics="\n".join(table) if after else "",
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
-
-
-def _method(config: TrainConfig) -> str:
-    if not config.lora.enabled:
-        return "all weights trained"
-    return f"LoRA r={config.lora.r} on a base in {config.quantization.format.value}, rate {config.learning_rate.peak:g}"
 
 
 def merged(config: TrainConfig) -> str:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,54 +31,28 @@ SMALL = ("q5_1", "q5_0", "q4_1", "q4_0")
 """Beside these, embeddings and head are kept in q8_0: they are most of what so few bits lose."""
 
 
-@dataclass
-class Family:
-    """How the tensors of a family of models are written.
-
-    Attributes:
-        arch: llama.cpp's name for it.
-        change: makes the tensors of the file of one of the directory.
-    """
-
-    arch: str
-    change: Callable[[str, torch.Tensor, dict[str, Any]], torch.Tensor] = lambda name, tensor, config: tensor
-
-
-def _permuted(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """llama.cpp turns pairs of neighbouring numbers, transformers the first half with the second."""
-    heads = config["num_attention_heads"]
-    if name.endswith(("k_proj.weight", "k_proj.bias")):
-        heads = config.get("num_key_value_heads") or heads
-    elif not name.endswith(("q_proj.weight", "q_proj.bias")):
-        return tensor
-    return (
-        tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-    )
-
-
-def _shifted(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """Gemma's norms multiply by one more than their weight."""
-    return tensor + 1 if name.endswith("norm.weight") else tensor
-
-
-def _turned(name: str, tensor: torch.Tensor, config: dict[str, Any]) -> torch.Tensor:
-    """GPT-2's layers have their weights the other way round."""
-    return tensor.T if name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")) else tensor
-
-
-FAMILIES = {
-    "llama": Family("llama", _permuted),
-    "mistral": Family("llama", _permuted),
-    "mixtral": Family("llama", _permuted),
-    "qwen2": Family("qwen2"),
-    "qwen3": Family("qwen3"),
-    "gemma": Family("gemma", _shifted),
-    "gemma2": Family("gemma2", _shifted),
-    "gemma3_text": Family("gemma3", _shifted),
-    "phi3": Family("phi3"),
-    "gpt2": Family("gpt2", _turned),
+ARCHITECTURES = {
+    **dict.fromkeys(("llama", "mistral", "mixtral"), "llama"),
+    **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")},
+    "gemma3_text": "gemma3",
 }
-"""By transformers' model_type."""
+"""llama.cpp's names of families by transformers' model_type."""
+
+
+def as_llamacpp(name: str, tensor: torch.Tensor, config: dict[str, Any], arch: str) -> torch.Tensor:
+    """A tensor of a model directory as llama.cpp has it."""
+    if arch == "llama" and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
+        # llama.cpp turns pairs of neighbouring numbers, transformers the first half with the second.
+        heads = config["num_attention_heads"]
+        if "k_proj" in name:
+            heads = config.get("num_key_value_heads") or heads
+        pairs = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
+        return pairs.swapaxes(1, 2).reshape(tensor.shape)
+    if arch.startswith("gemma") and name.endswith("norm.weight"):
+        return tensor + 1  # Gemma's norms multiply by one more than their weight
+    if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
+        return tensor.T  # GPT-2's layers have their weights the other way round
+    return tensor
 
 
 def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
@@ -87,24 +62,18 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     """
     import gguf
 
-    config, family = described(directory)
+    config, arch, names = described(directory)
     words = vocabulary.read(directory, config["vocab_size"])
-    names = tensor_names(config, family)
-    writer = gguf.GGUFWriter(path, family.arch)
+    writer = gguf.GGUFWriter(path, arch)
     planned = []
-    rope: list[Loaded] = [
-        (name, tuple(tensor.shape), lambda tensor=tensor: tensor)  # type: ignore[misc]
-        for name, tensor in rope_tensors(config, family.arch)
-    ]
-    for name, shape, load in [*rope, *_tensors(pieces(directory), config)]:
+    for name, shape, load in _tensors(pieces(directory), config, arch):
         new = name if name.startswith("rope_") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ConfigError(f"{directory}: llama.cpp has no place for {name} in a {family.arch}.")
+            raise ConfigError(f"{directory}: llama.cpp has no place for {name} in a {arch}.")
+        shape = tuple(as_llamacpp(name, torch.empty(shape, device="meta"), config, arch).shape)
         stored = _stored(new, shape, kind)
-        width = 4 if stored.name == "F32" else 2
-        packed = stored.name not in ("F32", "F16")
-        size = math.prod(gguf.quant_shape_to_byte_shape(shape, stored)) if packed else math.prod(shape) * width
         planned.append((name, load, stored))
+        size = math.prod(gguf.quant_shape_to_byte_shape(shape, stored))
         writer.add_tensor_info(new, shape, np.dtype(np.float32), size, stored)
     check_space(path.parent, sum(info.nbytes for info in writer.tensors[0].values()))
     writer.add_type(gguf.GGUFType.MODEL)
@@ -113,44 +82,38 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"])
     if source:
         writer.add_string(SOURCE, source)
-    for method, value in parameters(config, family.arch).items():
+    for method, value in parameters(config, arch).items():
         if value is not None:
             getattr(writer, f"add_{method}")(value)
     _write_vocabulary(writer, words, directory)
-    _begin(writer)
-    for name, load, stored in planned:
-        tensor = load()
-        tensor = tensor if tensor.dtype in (torch.float16, torch.float32) else tensor.float()
-        writer.write_tensor_data(gguf.quants.quantize(family.change(name, tensor, config).contiguous().numpy(), stored))
-    writer.close()
-
-
-def described(directory: Path) -> tuple[dict[str, Any], Family]:
-    """A model directory's config and family; raises ConfigError for a family that is not known here."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
-    family = FAMILIES.get(config["model_type"])
-    if family is None:
-        raise ConfigError(
-            f"format=gguf: models of type {config['model_type']} are not known here ({', '.join(FAMILIES)}): set "
-            "converter=DIR to a checkout of llama.cpp, whose converter knows more."
-        )
-    return config, family
-
-
-def tensor_names(config: dict[str, Any], family: Family) -> Any:
-    """llama.cpp's names of a family's tensors."""
-    import gguf
-
-    arch = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == family.arch)
-    return gguf.get_tensor_name_map(arch, config.get("num_hidden_layers") or config["n_layer"])
-
-
-def _begin(writer: Any) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    for name, load, stored in planned:
+        tensor = load()
+        tensor = tensor if tensor.dtype in (torch.float16, torch.float32) else tensor.float()
+        tensor = as_llamacpp(name, tensor, config, arch)
+        writer.write_tensor_data(gguf.quants.quantize(tensor.contiguous().numpy(), stored))
+    writer.close()
+
+
+def described(directory: Path) -> tuple[dict[str, Any], str, Any]:
+    """(config, llama.cpp's name of its family, its names of tensors) of a model directory.
+
+    Raises ConfigError for a family that is not known here.
+    """
+    import gguf
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True).to_dict()
+    arch = ARCHITECTURES.get(config["model_type"])
+    if arch is None:
+        raise ConfigError(
+            f"format=gguf: models of type {config['model_type']} are not known here ({', '.join(ARCHITECTURES)}): set "
+            "converter=DIR to a checkout of llama.cpp, whose converter knows more."
+        )
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
+    return config, arch, gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
 
 
 def source_of(path: Path) -> str | None:
@@ -203,11 +166,12 @@ def pieces(directory: Path) -> dict[str, Piece]:
     return tensors
 
 
-Loaded = tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]
-
-
-def _tensors(tensors: dict[str, Piece], config: dict[str, Any]) -> Iterator[Loaded]:
+def _tensors(
+    tensors: dict[str, Piece], config: dict[str, Any], arch: str
+) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
     """Name, shape and content of the tensors to write; the experts of a layer are stacked."""
+    for name, tensor in rope_tensors(config, arch):
+        yield name, tuple(tensor.shape), tensor.clone
     stacked: dict[str, list[Piece]] = {}
     count = config.get("num_local_experts") or 0
     for name, piece in tensors.items():
@@ -215,19 +179,17 @@ def _tensors(tensors: dict[str, Piece], config: dict[str, Any]) -> Iterator[Load
             continue
         expert = re.fullmatch(r"model\.layers\.(\d+)\.block_sparse_moe\.experts\.(\d+)\.(w[123])\.weight", name)
         if expert is None:
-            shape = tuple(reversed(piece.shape)) if _turned_shape(name, config) else piece.shape
-            yield name, shape, piece.load
+            yield name, piece.shape, piece.load
             continue
         together = f"layers.{expert[1]}.feed_forward.experts.{expert[3]}.weight"
         parts = stacked.setdefault(together, [piece] * count)
         parts[int(expert[2])] = piece
     for name, parts in stacked.items():
-        shape = (count, *parts[0].shape)
-        yield name, shape, lambda parts=parts: torch.stack([piece.load() for piece in parts])  # type: ignore[misc]
+        yield name, (count, *parts[0].shape), partial(_stack, parts)
 
 
-def _turned_shape(name: str, config: dict[str, Any]) -> bool:
-    return config["model_type"] == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))
+def _stack(parts: list[Piece]) -> torch.Tensor:
+    return torch.stack([piece.load() for piece in parts])
 
 
 # ------------------------------------------------------------------------------------------------------- vocabulary
@@ -250,27 +212,19 @@ def _write_vocabulary(writer: Any, words: vocabulary.Vocabulary, directory: Path
         number = getattr(tokenizer, f"{name}_token_id", None)
         if number is not None and number < len(words.tokens) and hasattr(writer, f"add_{name}_token_id"):
             getattr(writer, f"add_{name}_token_id")(number)
-    ends = (
-        GenerationConfig.from_pretrained(directory).eos_token_id
-        if (directory / "generation_config.json").is_file()
-        else []
-    )
-    others = [one for one in (ends if isinstance(ends, list) else [ends]) if one not in (None, tokenizer.eos_token_id)]
-    if others:
-        writer.add_eot_token_id(others[0])
+    if (directory / "generation_config.json").is_file():
+        ends = GenerationConfig.from_pretrained(directory).eos_token_id
+        ends = ends if isinstance(ends, list) else [ends]
+        if others := [end for end in ends if end not in (None, tokenizer.eos_token_id)]:
+            writer.add_eot_token_id(others[0])
     begins = tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-    written = tokenizer.bos_token is not None and _first_text(tokenizer).startswith(tokenizer.bos_token)
-    writer.add_add_bos_token(begins and not written)
+    if tokenizer.chat_template:
+        text = str(tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
+        begins = begins and not (tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token))
+        writer.add_chat_template(tokenizer.chat_template)
+    writer.add_add_bos_token(begins)
     if words.space is not None:
         writer.add_add_space_prefix(words.space)
-    if tokenizer.chat_template:
-        writer.add_chat_template(tokenizer.chat_template)
-
-
-def _first_text(tokenizer: Any) -> str:
-    if not tokenizer.chat_template:
-        return ""
-    return str(tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False))
 
 
 # ---------------------------------------------------------------------------------------------------------- adapter
@@ -285,19 +239,18 @@ def convert_adapter(
     """
     import gguf
 
-    config, family = described(directory)
-    names = tensor_names(config, family)
-    writer = gguf.GGUFWriter(path, family.arch)
+    config, arch, names = described(directory)
+    writer = gguf.GGUFWriter(path, arch)
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-    for name, (one, two) in factors.items():
+    for name, (a, b) in factors.items():
         new = names.get_name(name, try_suffixes=(".weight",))
         if new is None:
             raise ConfigError(f"format=gguf_adapter: llama.cpp has no place for a LoRA on {name}.")
-        if family.change is _permuted:
-            two = _permuted(name, two, config)
-        for tensor, end in ((one, "lora_a"), (two, "lora_b")):
+        if arch == "llama":  # whose q and k have their rows in another order
+            b = as_llamacpp(name, b, config, arch)
+        for tensor, end in ((a, "lora_a"), (b, "lora_b")):
             stored = gguf.GGMLQuantizationType[kind.upper()]
             packed = gguf.quants.quantize(tensor.float().contiguous().numpy(), stored)
             writer.add_tensor(f"{new}.{end}", packed, raw_dtype=stored)
@@ -320,12 +273,12 @@ def convert_by(checkout: str, directory: Path, path: Path, kind: str) -> None:
         raise ConfigError(f"converter={checkout}: {lines[-1] if lines else 'it failed'}")
 
 
-def quantize(source: Path, path: Path, kind: str) -> str | None:
-    """Runs llama.cpp's llama-quantize where it is on the path; returns the command where it is not."""
+def quantize(source: Path, path: Path, kind: str) -> bool:
+    """Runs llama.cpp's llama-quantize; returns whether it is on the path."""
     program = shutil.which("llama-quantize")
     if program is None:
-        return f"llama-quantize {source} {path} {kind.upper()}"
+        return False
     done = subprocess.run([program, str(source), str(path), kind.upper()], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"type={kind}: llama-quantize failed ({done.stderr.strip().splitlines()[-1:]}).")
-    return None
+    return True

@@ -16,7 +16,6 @@ from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.files import format_bytes, scratch_directory
 from llmft.evaluation.jobs import PredictionJob
-from llmft.evaluation.predictor import Predictor
 from llmft.export import gguf, merge
 from llmft.export.llamacpp import LlamaCpp, is_installed
 from llmft.export.targets import QUANTIZED, NotProved
@@ -54,9 +53,7 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
     Raises NotProved where llama.cpp reads other tokens, or gives other probabilities than the type allows.
     """
     if str(job.config.task.auto_class) != "causal_lm":
-        raise ConfigError(
-            f"{job.run.directory}: GGUF files hold language models, and this run has a head; leave out format."
-        )
+        raise ConfigError(f"{job.run.directory}: GGUF files hold language models, and this run has a head.")
     if config.format is MergeFormat.gguf_adapter:
         _export_adapter(job, config, screen, target)
         return
@@ -72,34 +69,34 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
         if not is_installed():
             screen.warn('not tried in llama.cpp: pip install "llmft[gguf]"; compared by transformers alone.')
             merge.prove(prepared, config, screen, directory)
-        whole_kind = "bf16" if prepared.facts["dtype"] == "bfloat16" else "f16"
-        kind = whole_kind if config.type in QUANTIZED else config.type
-        if kind == "f16" and prepared.facts["dtype"] == "bfloat16":
+        in_bf16 = prepared.facts["dtype"] == "bfloat16"
+        kind = config.type
+        if kind in QUANTIZED:  # made of a whole file
+            kind = "bf16" if in_bf16 else "f16"
+        elif kind == "f16" and in_bf16:
             screen.warn("type=f16: this model needs the range of bf16; type=bf16 is safer.")
         if config.converter is not None:
             gguf.convert_by(config.converter, directory, file, kind)
         else:
             gguf.convert(directory, file, kind, source)
-        command = None
-        if config.type in QUANTIZED:
+        if config.type in QUANTIZED and gguf.quantize(file, scratch / "quantized", config.type):
+            os.replace(scratch / "quantized", file)
+            kind = config.type
+        elif config.type in QUANTIZED:
             whole = target.with_name(target.name.replace(config.type, kind))
-            command = gguf.quantize(file, scratch / "quantized", config.type)
-            if command is None:
-                os.replace(scratch / "quantized", file)
-            else:
-                screen.warn(
-                    f"type={config.type}: llama-quantize is not on the path; this makes it: "
-                    f"llama-quantize {whole} {target} {config.type.upper()}"
-                )
-                target = whole
+            screen.warn(
+                f"type={config.type}: llama-quantize is not on the path; this makes it: "
+                f"llama-quantize {whole} {target} {config.type.upper()}"
+            )
+            target = whole
         if is_installed():
-            _prove(prepared, file, config.type if command is None else kind, config, screen)
+            _prove(prepared, file, kind, config, screen)
         os.replace(file, target)
     screen.print(f"[bold]gguf[/bold]  {target} ({format_bytes(target.stat().st_size)})")
 
 
 def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig, screen: Screen) -> None:
-    proof = compare(prepared, file)
+    proof = _compare(prepared, file)
     prepared.predictor.model = None
     screen.print(f"  {kind}; in llama.cpp, on {prepared.questions.source}: {proof}")
     bound = config.bound or BOUNDS.get(kind, float("inf"))
@@ -112,30 +109,24 @@ def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig,
         )
 
 
-def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -> Proof:
+def _compare(prepared: merge.Prepared, file: Path) -> Proof:
     """Asks llama.cpp what the run was asked."""
     predictor, questions, answers = prepared.predictor, prepared.questions, prepared.answers
     count = max((len(text) for text in answers.texts), default=0) + 1
     longest = max((len(ids) for ids in questions.prompts), default=1)
-    engine = LlamaCpp(file, max(256, longest + count + 8), adapter)
+    engine = LlamaCpp(file, max(256, longest + count + 8))
     tokens = texts = 0
     differences: list[float] = []
-    for number, ids in enumerate(questions.prompts):
+    for ids, expected, expected_logprobs in zip(questions.prompts, answers.texts, answers.probabilities, strict=True):
         text = predictor.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        expected_ids = predictor.tokenizer(text, add_special_tokens=False).input_ids
-        tokens += engine.tokens(text) == expected_ids
+        tokens += engine.tokens(text) == predictor.tokenizer(text, add_special_tokens=False).input_ids
         generated = engine.generate(ids, count)
-        expected = answers.texts[number]
-        same = 0
-        for (token, probability), expected_token, value in zip(
-            generated, expected, answers.probabilities[number], strict=False
-        ):
-            if probability is not None:  # of the best token, also where it is another one
-                differences.append(abs(probability - value))
+        texts += [token for token, _ in generated[: len(expected)]] == expected
+        for (token, logprob), expected_token, value in zip(generated, expected, expected_logprobs, strict=False):
+            if logprob is not None:  # of the best token, also where it is another one
+                differences.append(abs(logprob - value))
             if token != expected_token:
                 break
-            same += 1
-        texts += same == len(expected)
     mean = sum(differences) / max(1, len(differences))
     return Proof(tokens, texts, len(questions.prompts), mean, max(differences, default=0.0))
 
@@ -146,18 +137,15 @@ def compare(prepared: merge.Prepared, file: Path, adapter: Path | None = None) -
 def _export_adapter(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
     """Writes the LoRA alone, for the GGUF file of its original base, where nothing of it would be lost."""
     lora, run = job.config.lora, job.run.directory
-    reasons = {
-        "it trained all weights": not lora.enabled,
-        "it has DoRA's magnitudes": lora.dora,
-        f"it trained {', '.join(lora.modules_to_save)} whole": bool(lora.modules_to_save),
-    }
-    for reason, true in reasons.items():
-        if true:
-            raise ConfigError(
-                f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot hold; use format=gguf."
-            )
+    reasons = [
+        ("it trained all weights", not lora.enabled),
+        ("it has DoRA's magnitudes", lora.dora),
+        (f"it trained {', '.join(lora.modules_to_save)} whole", bool(lora.modules_to_save)),
+    ]
+    if reason := next((reason for reason, holds in reasons if holds), None):
+        raise ConfigError(f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot hold; use format=gguf.")
     with scratch_directory(target) as scratch:
-        predictor = Predictor(merge.in_fp32(job, config), merge.options_of(job, config))
+        predictor = merge.predictor_of(job, config)
         try:
             factors, alpha = _factors(predictor.model, job)
             base_of(predictor.model).config.save_pretrained(scratch)

@@ -9,14 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmft.config.commands import PushConfig, Pushed
-from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
 from llmft.core.network import STALLED_S, NoAnswer, ask
 from llmft.core.redaction import redact
 from llmft.data.hub import PROBE_TIMEOUT_S
 from llmft.export import card
 from llmft.export.template import without_marks
-from llmft.runs.directory import Run, directories, finished_run
+from llmft.runs.directory import directories, finished_run
 
 TEMPLATE = "chat_template.jinja"
 
@@ -26,16 +25,18 @@ def plan(config: PushConfig) -> Iterator[Path]:
     """A folder with what is to be sent, of links where files are large; it is gone afterwards."""
     (directory,) = directories(config.run, "run")
     run, trained = finished_run(directory)
-    source = {Pushed.adapter: run.adapter, Pushed.merged: directory / "merged", Pushed.gguf: directory / "gguf"}[
-        config.what
-    ]
-    if config.what is Pushed.adapter and not trained.lora.enabled:
-        source = run.model
+    is_adapter = config.what is Pushed.adapter and trained.lora.enabled
+    source, description = {
+        Pushed.adapter: (run.adapter, "A LoRA adapter.") if is_adapter else (run.model, card.merged(trained)),
+        Pushed.merged: (directory / "merged", card.merged(trained)),
+        Pushed.gguf: (
+            directory / "gguf",
+            "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
+        ),
+    }[config.what]
     if not source.is_dir():
-        form = " format=gguf" if config.what is Pushed.gguf else ""
-        raise ConfigError(
-            f"what={config.what.value}: not there yet; first `python -m llmft.merge run={directory}{form}`."
-        )
+        command = f"python -m llmft.merge run={directory}{' format=gguf' if config.what is Pushed.gguf else ''}"
+        raise ConfigError(f"what={config.what.value}: not there yet; first `{command}`.")
     with tempfile.TemporaryDirectory(prefix="llmft-push-") as name:
         folder = Path(name)
         for path in source.iterdir():
@@ -44,31 +45,18 @@ def plan(config: PushConfig) -> Iterator[Path]:
         if (folder / TEMPLATE).exists():
             _replace(folder / TEMPLATE, without_marks((source / TEMPLATE).read_text(encoding="utf-8")))
         if (folder / "adapter_config.json").exists():
-            _replace(folder / "adapter_config.json", _without_paths(source / "adapter_config.json", trained))
-        _replace(folder / "README.md", redact(_page(run, trained, config)))
+            content = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
+            # The base as others know it, and no directory of this machine.
+            content["base_model_name_or_path"] = trained.model.id if trained.model.path is None else trained.model.label
+            _replace(folder / "adapter_config.json", json.dumps(content, indent=2))
+        title, library = config.repo.rpartition("/")[2], "peft" if is_adapter else "transformers"
+        _replace(folder / "README.md", redact(card.text(title, description, trained, run, {}, library)))
         yield folder
 
 
 def _replace(path: Path, text: str) -> None:
     path.unlink(missing_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _without_paths(path: Path, config: TrainConfig) -> str:
-    """An adapter's config that names the base as others know it, and no directory of this machine."""
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content["base_model_name_or_path"] = config.model.label if config.model.path is not None else config.model.id
-    return json.dumps(content, indent=2)
-
-
-def _page(run: Run, config: TrainConfig, push: PushConfig) -> str:
-    library = "peft" if push.what is Pushed.adapter and config.lora.enabled else "transformers"
-    description = {
-        Pushed.adapter: "A LoRA adapter." if config.lora.enabled else "A fine-tuned language model.",
-        Pushed.merged: card.merged(config),
-        Pushed.gguf: "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
-    }[push.what]
-    return card.text(push.repo.rpartition("/")[2], description, config, run, {}, library)
 
 
 def send(config: PushConfig, folder: Path) -> str:

@@ -19,7 +19,7 @@ def is_installed() -> bool:
 class LlamaCpp:
     """A GGUF file loaded by llama.cpp on the CPU, with keys and values in full precision."""
 
-    def __init__(self, path: Path, context_tokens: int, adapter: Path | None = None) -> None:
+    def __init__(self, path: Path, context_tokens: int) -> None:
         import xllamacpp
 
         parameters = xllamacpp.CommonParams()
@@ -29,10 +29,6 @@ class LlamaCpp:
         parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = torch.get_num_threads()
         parameters.cache_type_k = parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        if adapter is not None:
-            lora = xllamacpp.CommonAdapterLoraInfo()
-            lora.path, lora.scale = str(adapter), 1.0
-            parameters.lora_adapters = [lora]
         self.server = xllamacpp.Server(parameters)
 
     def tokens(self, text: str) -> list[int]:
@@ -48,12 +44,10 @@ class LlamaCpp:
         """Greedy tokens behind `ids`, each with its log-probability, which parts of a character have none of."""
         request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}
         answer = self._post("/completion", {**request, "cache_prompt": False})
-        probabilities = [(int(one["id"]), float(one["logprob"])) for one in answer["completion_probabilities"]]
+        known = [(int(entry["id"]), float(entry["logprob"])) for entry in answer["completion_probabilities"]]
         tokens: list[tuple[int, float | None]] = []
         for token in answer["tokens"]:
-            tokens.append(
-                probabilities.pop(0) if probabilities and probabilities[0][0] == token else (int(token), None)
-            )
+            tokens.append(known.pop(0) if known and known[0][0] == token else (int(token), None))
         return tokens
 
     def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:

@@ -41,11 +41,6 @@ class Prepared:
     answers: proof.Answers
     facts: dict[str, Any]
 
-    @property
-    def name(self) -> str:
-        """What people call the run."""
-        return self.predictor.job.run.directory.name
-
 
 def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
     """Writes a directory of transformers, and proves it before it takes the place `target`.
@@ -62,7 +57,7 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
     """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
     run = job.run.directory
     screen.print(f"[bold]{run.name}[/bold]")
-    source = predictor = Predictor(in_fp32(job, config), options_of(job, config))
+    source = predictor = predictor_of(job, config)
     try:
         weights.check_mergeable(predictor.model, str(run))
         questions = proof.Questions.of(predictor)
@@ -72,7 +67,7 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
         plain = weights.plain(source.model, str(job.config.task.auto_class))
         _describe(plain.config, predictor, job)
         stored = _write_weights(source.model, plain, directory, config, answers, screen)
-        notes = _write_rest(predictor, source, directory, plain)
+        notes = _write_rest(predictor, source, directory)
         for note in notes:
             screen.warn(note)
     finally:
@@ -92,21 +87,15 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
     return Prepared(predictor, questions, answers, facts)
 
 
-def in_fp32(job: PredictionJob, config: MergeConfig) -> PredictionJob:
+def predictor_of(job: PredictionJob, config: MergeConfig) -> Predictor:
     """The run computed in fp32, so that rounding in bf16 is not taken for a difference of the merged model."""
     trainer = job.config.trainer
-    if pick_precision(trainer.precision, pick_device(config.accelerator)) is Precision.fp32:
-        return job
-    quantization = replace(job.config.quantization, cache=False)  # of numbers that trainings compute with
-    trainer = replace(trainer, precision=Precision.fp32)
-    return replace(job, config=replace(job.config, trainer=trainer, quantization=quantization))
-
-
-def options_of(job: PredictionJob, config: MergeConfig) -> PredictConfig:
-    """What opens a run's model as `predict` does."""
-    return PredictConfig(
-        run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
-    )
+    if pick_precision(trainer.precision, pick_device(config.accelerator)) is not Precision.fp32:
+        quantization = replace(job.config.quantization, cache=False)  # of numbers that trainings compute with
+        trainer = replace(trainer, precision=Precision.fp32)
+        job = replace(job, config=replace(job.config, trainer=trainer, quantization=quantization))
+    run = str(job.run.directory)
+    return Predictor(job, PredictConfig(run=run, accelerator=config.accelerator, threads=config.threads, prompts=["-"]))
 
 
 def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) -> Predictor:
@@ -115,9 +104,8 @@ def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) 
         raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
     predictor.close()
     drop_base()
-    job = in_fp32(job, config)
     whole = replace(job.config, quantization=QuantizationConfig(QuantizationFormat.none))
-    return Predictor(replace(job, config=whole), options_of(job, config))
+    return predictor_of(replace(job, config=whole), config)
 
 
 def _write_weights(
@@ -157,14 +145,13 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
 
-def _write_rest(predictor: Predictor, source: Predictor, directory: Path, plain: weights.Plain) -> list[str]:
+def _write_rest(predictor: Predictor, source: Predictor, directory: Path) -> list[str]:
     """Tokenizer, template and generation's defaults; returns what is to be told."""
     tokenizer = copy.deepcopy(predictor.tokenizer)
-    ends, prompt = predictor.encoder.ends, predictor.encoder.prompt.config
-    tokenizer.chat_template, notes = template.exported_template(prompt, predictor.tokenizer)
+    ends, prompt = predictor.encoder.ends, predictor.encoder.prompt
+    tokenizer.chat_template, notes = template.exported_template(prompt.config, predictor.tokenizer)
     if predictor.config.task.writes:
-        prompts = _prompts(predictor)
-        template.check_template(tokenizer, prompts, predictor.job.run.directory)
+        template.check_template(tokenizer, prompt, predictor.job.run.directory)
     tokenizer.save_pretrained(directory)
     original = predictor.located.directory
     trained = predictor.config.model.train_tokenizer_vocab
@@ -181,44 +168,16 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path, plain:
     return notes
 
 
-def _prompts(predictor: Predictor) -> list[tuple[list[dict[str, Any]], str]]:
-    """A conversation of two turns, and what the run's format makes of it."""
-    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
-    prompts = []
-    for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
-        special = {"bos_token": predictor.tokenizer.bos_token, "eos_token": predictor.tokenizer.eos_token}
-        try:
-            text = predictor.encoder.prompt.render(messages, add_generation_prompt=True, **special).text
-        except ValueError:
-            continue  # of one turn alone
-        prompts.append((messages, text))
-    return prompts
-
-
-def load_plain(directory: Path, auto_class: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """A merged directory as any user of transformers loads it."""
-    return (
-        auto_model(auto_class)
-        .from_pretrained(directory, dtype=dtype, local_files_only=True, use_safetensors=True)
-        .to(device)
-        .eval()
-    )
-
-
-def _fits(size: int, device: torch.device) -> bool:
-    """Whether a model of so many bytes finds room beside what is in memory now."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
-    return free is None or size < 0.8 * free
-
-
 def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
     """Loads what was written by plain transformers and compares it with the run."""
-    predictor = prepared.predictor
+    predictor, device = prepared.predictor, prepared.predictor.device
     stored = getattr(torch, prepared.facts["dtype"])
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
-    computed = torch.float32 if _fits(size * 4 // stored.itemsize, predictor.device) else stored
-    model = load_plain(directory, str(predictor.config.task.auto_class), computed, predictor.device)
-    result = proof.compare(prepared.answers, proof.answers_of_plain(model, predictor, prepared.questions))
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
+    computed = torch.float32 if free is None or size * 4 // stored.itemsize < 0.8 * free else stored
+    kind = auto_model(str(predictor.config.task.auto_class))
+    model = kind.from_pretrained(directory, dtype=computed, local_files_only=True, use_safetensors=True).to(device)
+    result = proof.compare(prepared.answers, proof.answers_of_plain(model.eval(), predictor, prepared.questions))
     del model
     bound = config.bound or proof.bound_of(stored, computed, predictor.config.quantization.format)
     prepared.facts["proof"] = {**asdict(result), "bound": bound, "rows": prepared.questions.source}

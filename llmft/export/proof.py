@@ -14,7 +14,7 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from llmft.evaluation.predictor import Predictor
 from llmft.model.generate import generate
 from llmft.model.heads import linear_scores
@@ -34,12 +34,12 @@ ROUNDED = 1e-2
 """The bound where one of the two is computed in 16 bits or with 8-bit activations, whose rounding costs 2e-3 itself."""
 LEAST_ARGMAX = 0.95
 QUESTIONS = ("Why is the sky blue?", "Write a short poem about rain.", "What is 17 + 25?", "Name three colours.")
-"""PredictionJob where the training's rows are no longer there."""
+"""Asked where the training's rows are no longer there."""
 
 
 @dataclass
 class Questions:
-    """What a run and its exported form are both job.
+    """What a run and its exported form are both asked.
 
     Attributes:
         rows: token ids, and which of them are compared; prompts: token ids to be gone on with.
@@ -180,19 +180,18 @@ def _largest_output(model: Any, answers: Answers) -> Iterator[None]:
 
 def compare(run: Answers, other: Answers) -> Proof:
     """How far `other` is from `run`."""
-    pairs = list(zip(run.outputs, other.outputs, strict=True))
-    one = torch.cat([first for first, _ in pairs]).double().log_softmax(-1)
-    two = torch.cat([second for _, second in pairs]).double().log_softmax(-1)
-    difference = max((float((first - second).abs().max()) for first, second in pairs), default=0.0)
-    kl = float((one.exp() * (one - two)).sum(-1).mean())
-    if one.shape[1] == 1:  # a number, which is no distribution
+    outputs, other_outputs = torch.cat(run.outputs), torch.cat(other.outputs)
+    difference = float((outputs - other_outputs).abs().max())
+    p, q = outputs.double().log_softmax(-1), other_outputs.double().log_softmax(-1)
+    kl = float((p.exp() * (p - q)).sum(-1).mean())
+    if p.shape[1] == 1:  # a number, which is no distribution
         kl = difference**2
     return Proof(
         kl_nats=max(0.0, kl),
-        argmax=float((one.argmax(-1) == two.argmax(-1)).double().mean()),
+        argmax=float((p.argmax(-1) == q.argmax(-1)).double().mean()),
         texts_same=sum(a == b for a, b in zip(run.texts, other.texts, strict=True)),
         texts=len(run.texts),
-        positions=len(one),
+        positions=len(p),
         largest_difference=difference,
     )
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from llmft.config.commands import MergeConfig, MergeFormat
 from llmft.core.console import Screen
 from llmft.core.imports import load_libraries, quiet_warnings
-from llmft.evaluation.jobs import PredictionJob
 from llmft.export.targets import NotProved, check_format, is_current, opened, target_of
 from llmft.runs.directory import usable
 
@@ -20,13 +19,22 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     check_format(config)
     jobs = usable(config.run, "run", opened, screen.warn)
     load_libraries()
+    from llmft.export.gguf_proof import export
+    from llmft.export.merge import merged
+
     targets: list[Path] = []
     failed: NotProved | None = None
     for job in jobs:
         target = target_of(job, config, several=len(jobs) > 1)
         try:
             with quiet_warnings():
-                _export(job, config, screen, target)
+                if config.format is not MergeFormat.hf:
+                    export(job, config, screen, target)
+                elif not config.force and is_current(target, job, config):
+                    screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
+                else:
+                    merged(job, config, screen, target)
+                    screen.print(f"[bold]merged[/bold]  {target}")
             targets.append(target)
         except NotProved as error:  # the others are made all the same
             if len(jobs) > 1:
@@ -35,16 +43,3 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     if failed is not None:
         raise failed
     return targets
-
-
-def _export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
-    from llmft.export.gguf_proof import export
-    from llmft.export.merge import merged
-
-    if config.format is not MergeFormat.hf:
-        export(job, config, screen, target)
-    elif not config.force and is_current(target, job, config):
-        screen.print(f"This is done: [bold]{target}[/bold] (force=true makes it again)")
-    else:
-        merged(job, config, screen, target)
-        screen.print(f"[bold]merged[/bold]  {target}")

@@ -124,15 +124,10 @@ def target_of(job: PredictionJob, config: MergeConfig, several: bool) -> Path:
     if config.format is MergeFormat.gguf_adapter:
         file_name = f"{run.name}-lora-{config.type}.gguf"
     if config.to == "lmstudio":
-        return lmstudio_folder() / "llmft" / run.name / file_name
+        pointer = Path.home() / ".lmstudio-home-pointer"
+        home = Path(pointer.read_text().strip()) if pointer.is_file() else Path.home() / ".lmstudio"
+        return home / "models" / "llmft" / run.name / file_name
     if config.to is None:
         return run / "gguf" / file_name
     target = Path(config.to).expanduser()
     return target if target.suffix == ".gguf" and not several else target / file_name
-
-
-def lmstudio_folder() -> Path:
-    """Where LM Studio looks for models."""
-    pointer = Path.home() / ".lmstudio-home-pointer"
-    home = Path(pointer.read_text().strip()) if pointer.is_file() else Path.home() / ".lmstudio"
-    return home / "models"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from llmft.config.data import PromptConfig, SystemRole
 from llmft.core.errors import ConfigError
+from llmft.data.prompt import PromptFormat
 
 _MARK = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
@@ -75,7 +77,8 @@ def exported_template(prompt: PromptConfig, tokenizer: Any) -> tuple[str, list[s
     values = {"SYSTEM": prompt.system or "", "INSTRUCTION": prompt.instruction or "", "JOINER": prompt.joiner}
     before = NATIVE if role is SystemRole.native else PREPARE
     for name, value in values.items():
-        before = before.replace(name, _quoted(value))
+        escaped = value.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
+        before = before.replace(name, f"'{escaped}'")
     return before.strip().replace("\n", "") + template, notes
 
 
@@ -89,22 +92,15 @@ def _takes_system(template: str, tokenizer: Any) -> bool:
     return all(word in text for word in words.values())
 
 
-def _quoted(text: str) -> str:
-    """A text of Jinja."""
-    escaped = text.replace("\\", "\\\\").replace("'", "\\'").replace("\n", "\\n")
-    return f"'{escaped}'"
-
-
-def check_template(tokenizer: Any, expected: list[tuple[list[dict[str, Any]], str]], run: Any) -> None:
-    """Raises ConfigError where the exported `tokenizer` writes a prompt otherwise than the run did.
-
-    `expected` are messages with the prompt that the run makes of them.
-    """
-    for messages, text in expected:
-        plain = [{key: value for key, value in turn.items() if key != "weight"} for turn in messages]
-        if any(turn.keys() - {"role", "content"} for turn in plain):
-            continue  # calls, thoughts and Alpaca's second text have forms of their own
-        exported = tokenizer.apply_chat_template(plain, tokenize=False, add_generation_prompt=True)
+def check_template(tokenizer: Any, prompt: PromptFormat, run: Path) -> None:
+    """Raises ConfigError where the exported `tokenizer` writes a prompt otherwise than the run's format does."""
+    turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
+    for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
+        try:
+            text = prompt.render(messages, add_generation_prompt=True).text
+        except ValueError:
+            continue  # a format of one turn alone
+        exported = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if exported != text:
             raise ConfigError(
                 f"{run}: plain transformers writes {exported[-80:]!r} where the run's format writes {text[-80:]!r}; "

@@ -91,9 +91,16 @@ def read(directory: Path, size: int) -> Vocabulary:
     if not model.get("byte_fallback"):
         raise ConfigError(f"{directory}: a tokenizer without bytes to fall back on, which llama.cpp has no form for.")
     scores = _scores(model["vocab"], merges, added, types)
-    if (directory / "tokenizer.model").is_file():
-        scores = _own_scores(directory / "tokenizer.model", scores)
-    return Vocabulary("llama", "default", tokens, types, scores, space=_puts_space(content))
+    if (directory / "tokenizer.model").is_file():  # SentencePiece's own scores, as far as its file goes
+        from sentencepiece import SentencePieceProcessor
+
+        processor = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
+        for number in range(min(size, processor.GetPieceSize())):
+            scores[number] = processor.GetScore(number)
+    # "first" puts a space at the beginning of all, where a begin token stands.
+    prepends = any(step["type"] == "Prepend" for step in _steps(content.get("normalizer")))
+    schemes = [s.get("prepend_scheme") for s in _steps(content.get("pre_tokenizer")) if s["type"] == "Metaspace"]
+    return Vocabulary("llama", "default", tokens, types, scores, space=prepends or "always" in schemes)
 
 
 def _steps(node: Any) -> list[dict[str, Any]]:
@@ -159,19 +166,3 @@ def _scores(vocab: dict[str, int], merges: list[list[str]], added: dict[int, Any
         else:
             scores.append(float(first - number if in_order else -rank.get(number, len(merges))))
     return scores
-
-
-def _own_scores(path: Path, scores: list[float]) -> list[float]:
-    """`scores` with those of SentencePiece's own file, as far as it goes."""
-    from sentencepiece import SentencePieceProcessor
-
-    pieces = SentencePieceProcessor(model_file=str(path))
-    exact = [pieces.GetScore(number) for number in range(min(len(scores), pieces.GetPieceSize()))]
-    return [*exact, *scores[len(exact) :]]
-
-
-def _puts_space(content: dict[str, Any]) -> bool:
-    """Whether a space is put before every text; "first" does so at the beginning of all, where a begin token stands."""
-    prepends = any(step["type"] == "Prepend" for step in _steps(content.get("normalizer")))
-    schemes = [s.get("prepend_scheme") for s in _steps(content.get("pre_tokenizer")) if s["type"] == "Metaspace"]
-    return prepends or "always" in schemes

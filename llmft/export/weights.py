@@ -1,11 +1,9 @@
-"""A run's weights as one plain model: dequantised base + LoRA, made and written tensor by tensor."""
+"""A run's weights as one plain model: dequantised base + LoRA, made tensor by tensor and written file by file."""
 
 from __future__ import annotations
 
 import copy
 import json
-import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,8 @@ from llmft.model import heads
 from llmft.model.families import base_of
 from llmft.model.meta import meta_model
 
-SHARD_BYTES = 5 * 10**9
-"""Largest file, as transformers writes them."""
-NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+SHARD_BYTES = 2 * 10**9
+"""Largest file; each is in memory until it is written."""
 
 
 class Overflow(Exception):
@@ -42,11 +39,6 @@ class Plain:
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
 
-    def dtype_of(self, name: str, dtype: torch.dtype) -> torch.dtype:
-        """The number format of a tensor: that of the model, but a head stays as exact as it was trained."""
-        head = self.auto_class == "sequence_classification" and name.startswith(heads.NAMES)
-        return torch.float32 if head else dtype
-
 
 def plain(model: Any, auto_class: str) -> Plain:
     """The plain form of a run's `model`; its embeddings stay tied where training left them equal."""
@@ -59,9 +51,13 @@ def plain(model: Any, auto_class: str) -> Plain:
             part.tie_word_embeddings = False
         empty, tied = meta_model(auto_class, config), {}
     result = Plain(config, auto_class, empty)
-    names = [name for name in empty.state_dict() if name not in tied]
-    for group in _independent_groups(empty, names):
-        for target, tensor in _as_stored(empty, {name: empty.state_dict()[name] for name in group}).items():
+    state = {name: tensor for name, tensor in empty.state_dict().items() if name not in tied}
+    together = _as_stored(empty, state)
+    groups = [[name] for name in state]
+    if set().union(*(_as_stored(empty, {name: tensor}) for name, tensor in state.items())) != together.keys():
+        groups = [list(state)]  # some are stored together
+    for group in groups:
+        for target, tensor in _as_stored(empty, {name: state[name] for name in group}).items():
             result.shapes[target] = tensor.shape
             result.sources[target] = group
     return result
@@ -114,67 +110,39 @@ def _as_stored(empty: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.
     return revert_weight_conversion(empty, dict(tensors))
 
 
-def _independent_groups(empty: Any, names: list[str]) -> list[list[str]]:
-    """`names` in groups that can be stored without each other: mostly one each."""
-    state = empty.state_dict()
-    together = _as_stored(empty, {name: state[name] for name in names})
-    alone = [set(_as_stored(empty, {name: state[name]})) for name in names]
-    return [[name] for name in names] if set().union(*alone) == together.keys() else [names]
-
-
 def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None:
     """Writes the weights of a run's `model` as safetensors of at most `SHARD_BYTES`, and the config.
 
     Raises Overflow for a weight beyond the range of `dtype`.
     """
-    sizes = {name: math.prod(shape) * plain.dtype_of(name, dtype).itemsize for name, shape in plain.shapes.items()}
-    shards: list[list[str]] = [[]]
-    for name in plain.shapes:  # tensors of one source follow each other
-        full = sum(sizes[other] for other in shards[-1]) + sizes[name] > SHARD_BYTES
-        if full and shards[-1] and plain.sources[name] is not plain.sources[shards[-1][-1]]:
-            shards.append([])
-        shards[-1].append(name)
-    check_space(directory, total := sum(sizes.values()))
-    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
-    files = files if len(files) > 1 else ["model.safetensors"]
-    for file_name, names in zip(files, shards, strict=True):
-        with (directory / file_name).open("wb") as file:
-            file.write(_header(plain, names, dtype))
-            for name, tensor in _tensors(model, plain, names):
-                stored = tensor.to(plain.dtype_of(name, dtype)).contiguous().cpu()
-                if not torch.isfinite(stored).all():
-                    raise Overflow(name)
-                file.write(stored.view(-1).view(torch.uint8).numpy().data)
-    if len(files) > 1:
-        placed = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from safetensors.torch import save_file
+
+    # A head stays as exact as it was trained.
+    exact = heads.NAMES if plain.auto_class == "sequence_classification" else ()
+    planned = {
+        name: torch.empty(shape, dtype=torch.float32 if name.startswith(exact) else dtype, device="meta")
+        for name, shape in plain.shapes.items()
+    }
+    shards = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD_BYTES)
+    check_space(directory, shards.metadata["total_size"])
+    of_source: dict[str, torch.Tensor] = {}  # tensors of one source follow each other, and are made together
+    for file_name, names in shards.filename_to_tensors.items():
+        tensors: dict[str, torch.Tensor] = {}
+        for name in names:
+            if name not in of_source:
+                parts = {part: effective(model, plain.empty, part) for part in plain.sources[name]}
+                of_source = _as_stored(plain.empty, parts)
+            tensors[name] = of_source.pop(name).to(planned[name].dtype).contiguous().cpu()
+            if not torch.isfinite(tensors[name]).all():
+                raise Overflow(name)
+        save_file(tensors, directory / file_name, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
     plain.config.dtype = dtype
     plain.config.architectures = [type(plain.empty).__name__]
     plain.config.save_pretrained(directory)
-
-
-def _header(plain: Plain, names: list[str], dtype: torch.dtype) -> bytes:
-    """The head of a safetensors file."""
-    offset, entries = 0, {"__metadata__": {"format": "pt"}}
-    for name in names:
-        stored, shape = plain.dtype_of(name, dtype), plain.shapes[name]
-        end = offset + math.prod(shape) * stored.itemsize
-        entries[name] = {"dtype": NAMES[stored], "shape": list(shape), "data_offsets": [offset, end]}  # type: ignore[dict-item]
-        offset = end
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _tensors(model: Any, plain: Plain, names: list[str]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors `names` in their order; those of one source are made together and then forgotten."""
-    stored: dict[str, torch.Tensor] = {}
-    for name in names:
-        if name not in stored:
-            parts = {part: effective(model, plain.empty, part) for part in plain.sources[name]}
-            stored = _as_stored(plain.empty, parts)
-        yield name, stored.pop(name)
 
 
 def check_mergeable(model: Any, label: str) -> None:

@@ -48,9 +48,7 @@ class Judge:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"judge.{self.name}={self.path}: {error}.") from None
         if len(scores) != len(answers) or not np.isfinite(scores).all():
-            raise ConfigError(
-                f"judge.{self.name}={self.path}: a finite number for each of {len(answers)} rows is wanted."
-            )
+            raise ConfigError(f"judge.{self.name}={self.path}: {len(answers)} rows want a finite number each.")
         return scores
 
 
@@ -91,9 +89,7 @@ def _checked(judge: Judge, key: str) -> Judge:
         if wrong is not None:
             raise ConfigError(f"{key}.{judge.name}.{wrong}: given by the rows; leave it out.")
     elif not Path(judge.path).expanduser().is_dir():
-        raise ConfigError(
-            f"{key}.{judge.name}={judge.path}: no directory of a reward run, and no function's dotted path."
-        )
+        raise ConfigError(f"{key}.{judge.name}={judge.path}: no directory of a reward run, and no dotted path.")
     elif judge.options:
         raise ConfigError(f"{key}.{judge.name}: a reward run takes no {next(iter(judge.options))}.")
     return judge
@@ -117,7 +113,7 @@ def combine_scores(
     if combine is None:
         if len(scores) > 1:
             raise ConfigError(
-                f'{key}: {len(scores)} judges; say how they are combined, such as {key}="{" + ".join(scores)}".'
+                f'{key}: {len(scores)} judges; say how they are combined, as {key}="{" + ".join(scores)}".'
             )
         return np.asarray(next(iter(scores.values())), np.float64)
     if not _is_dotted(combine):

@@ -78,11 +78,11 @@ def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
     return float(np.corrcoef(margins, more_tokens)[0, 1])
 
 
-def movement(before: Mapping[str, float | None], after: Mapping[str, float | None], split: str = "val") -> str | None:
+def movement(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> str | None:
     """What a policy did to the two answers, in words; None where their log-probabilities are not known."""
     changes = []
-    for name in ("chosen_logp", "rejected_logp"):
-        start, end = before.get(f"{split}/{name}"), after.get(f"{split}/{name}")
+    for name in ("val/chosen_logp", "val/rejected_logp"):
+        start, end = before.get(name), after.get(name)
         if start is None or end is None:
             return None
         changes.append(end - start)

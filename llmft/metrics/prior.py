@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -39,49 +38,15 @@ def row_losses(values: np.ndarray, references: np.ndarray, problem: TaskType, sc
     return -np.log(safe[np.arange(len(safe)), references])
 
 
-@dataclass(frozen=True)
-class Chance:
-    """A prediction compared with the prior on the same rows.
-
-    Attributes:
-        metrics: the prior's value of each metric; NaN where a constant prediction has none.
-        loss, prior_loss: mean row losses.
-        low, high: 95% interval of prior_loss - loss, over whole groups where rows have them.
-        trained: whether the prior is from the training rows; else it is from these rows and slightly too good.
-    """
-
-    metrics: dict[str, float]
-    loss: float
-    prior_loss: float
-    low: float
-    high: float
-    rows: int
-    trained: bool = True
-
-    @property
-    def better(self) -> bool:
-        """Whether the prediction is better than the prior by more than the rows' noise."""
-        return self.low > 0
-
-    def to_plain(self) -> dict[str, Any]:
-        """As JSON data, with None for numbers that are not finite."""
-        plain = asdict(self)
-        plain["metrics"] = {name: value if math.isfinite(value) else None for name, value in self.metrics.items()}
-        return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in plain.items()}
-
-    def __str__(self) -> str:
-        return chance_sentence(self.to_plain())
+def is_better(chance: Mapping[str, Any]) -> bool:
+    """Whether predictions are better than the prior by more than the rows' noise, by `against_prior`."""
+    return (chance.get("low") or 0.0) > 0
 
 
-def is_better(plain: Mapping[str, Any]) -> bool:
-    """`Chance.better` of a `Chance.to_plain`."""
-    return (plain.get("low") or 0.0) > 0
-
-
-def chance_sentence(plain: Mapping[str, Any]) -> str:
-    """A `Chance.to_plain` as a sentence."""
-    loss, prior, low, high = (plain[name] for name in ("loss", "prior_loss", "low", "high"))
-    source = "the training rows' targets alone" if plain.get("trained", True) else "these rows' own targets"
+def chance_sentence(chance: Mapping[str, Any]) -> str:
+    """What `against_prior` found, in words."""
+    loss, prior, low, high = (chance[name] for name in ("loss", "prior_loss", "low", "high"))
+    source = "the training rows' targets alone" if chance.get("trained", True) else "these rows' own targets"
     if loss is None or prior is None or low is None or high is None:
         return f"chance: too few rows to compare with the prior of {source}"
     verdict = "better than chance" if low > 0 else "WORSE than chance" if high < 0 else "NOT better than chance"
@@ -89,12 +54,23 @@ def chance_sentence(plain: Mapping[str, Any]) -> str:
     direction = "lower" if gap >= 0 else "higher"
     return (
         f"{verdict}: loss {loss:.4f} against {prior:.4f} from {source} ({abs(gap):.4f} {direction}, 95% interval "
-        f"{bounds[0]:.4f} to {bounds[1]:.4f}; {plain['rows']:,} rows)"
+        f"{bounds[0]:.4f} to {bounds[1]:.4f}; {chance['rows']:,} rows)"
     )
 
 
-def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: float = 1.0) -> Chance | None:
-    """`predictions` compared with the prior; None for texts. `scale` is a regression's unit of loss."""
+def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: float = 1.0) -> dict[str, Any] | None:
+    """`predictions` compared with the prior on the same rows, as JSON data; None for texts.
+
+    Args:
+        scale: a regression's unit of loss.
+
+    Returns:
+        metrics: the prior's value of each metric; None where a constant prediction has none.
+        loss, prior_loss: mean row losses.
+        low, high: 95% interval of prior_loss - loss, over whole groups where rows have them; None for too few rows.
+        rows: their number.
+        trained: whether the prior is from the training rows; else it is from these rows and slightly too good.
+    """
     if predictions.problem == TEXT or not predictions.known:
         return None
     problem, references = TaskType(predictions.problem), predictions.references()
@@ -109,7 +85,12 @@ def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: f
             prior_metrics[name] = float(metric(references, prior_values))
         except Exception:  # a user's metric may fail on a constant prediction; that must not end the run
             prior_metrics[name] = math.nan
-    return Chance(prior_metrics, float(losses.mean()), float(prior_losses.mean()), low, high, len(losses), trained)
+    numbers = {"loss": float(losses.mean()), "prior_loss": float(prior_losses.mean()), "low": low, "high": high}
+    return {"metrics": _finite(prior_metrics), **_finite(numbers), "rows": len(losses), "trained": trained}
+
+
+def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in numbers.items()}
 
 
 def _prior_values(predictions: Predictions, problem: TaskType, references: np.ndarray) -> tuple[np.ndarray, bool]:

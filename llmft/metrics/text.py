@@ -12,6 +12,11 @@ from llmft.core.errors import ConfigError
 from llmft.metrics import higher_is_better, mean_over_rows
 
 SENTENCE_ENCODER = "sentence-transformers/sentence-t5-base"
+ENCODER_KEY = "task.metric_options.sharpened_cosine.encoder"
+ENCODER_ADVICE = (
+    f"set {ENCODER_KEY}=DIR (of evaluate: {ENCODER_KEY.removeprefix('task.')}=DIR) to a local encoder, or HF_ENDPOINT "
+    "to a mirror"
+)
 
 
 def _check(references: Sequence[str], predictions: Sequence[str]) -> None:
@@ -96,16 +101,14 @@ def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
 
     from llmft.data.hub import ask_hub, cached_ids
 
-    key = "metric_options.sharpened_cosine.encoder"
     if importlib.util.find_spec("sentence_transformers") is None:
         raise ConfigError("sharpened_cosine needs sentence-transformers: pip install 'llmft[sentences]'.")
     directory = Path(encoder).expanduser()
     if directory.is_dir():
         if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
-            raise ConfigError(f"task.{key}={encoder}: no sentence-transformers model (it has no modules.json).")
+            raise ConfigError(f"{ENCODER_KEY}={encoder}: no sentence-transformers model (it has no modules.json).")
     elif encoder not in cached_ids("model"):
-        advice = f"set task.{key}=DIR (of evaluate: {key}=DIR) to a local encoder, or HF_ENDPOINT to a mirror"
-        ask_hub(f"task.{key}={encoder}", encoder, "model", advice)
+        ask_hub(f"{ENCODER_KEY}={encoder}", encoder, "model", ENCODER_ADVICE)
 
 
 sharpened_cosine.ready = encoder_ready  # type: ignore[attr-defined]
@@ -118,15 +121,13 @@ def _encoder(name: str) -> Any:
 
     from llmft.data.hub import online_or_cached
 
-    key = "task.metric_options.sharpened_cosine.encoder"
-
     def load() -> Any:
         return SentenceTransformer(str(Path(name).expanduser()), device="cpu", local_files_only=True)
 
-    if Path(name).expanduser().is_dir():
-        try:
-            return load()
-        except Exception as error:
-            raise ConfigError(f"{key}={name}: no sentence-transformers model ({str(error)[:200]}).") from None
-    fetch = "huggingface_hub.snapshot_download"
-    return online_or_cached(f"{key}={name}", name, "model", load, fetch, {"repo_id": name})
+    key, fetch = f"{ENCODER_KEY}={name}", "huggingface_hub.snapshot_download"
+    if not Path(name).expanduser().is_dir():
+        return online_or_cached(key, name, "model", load, fetch, {"repo_id": name}, ENCODER_ADVICE)
+    try:
+        return load()
+    except Exception as error:
+        raise ConfigError(f"{key}: no sentence-transformers model ({str(error)[:200]}).") from None

@@ -32,16 +32,8 @@ BODY_TIMEOUT_S = 30.0
 MOST_CHOICES = 8
 """Values of `n`, and of prompts in one request."""
 KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "n")
-IGNORED = (
-    "user",
-    "metadata",
-    "store",
-    "service_tier",
-    "safety_identifier",
-    "prompt_cache_key",
-    "stream_options",
-    "model",
-)
+IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
+           "model")  # fmt: skip
 """Keys that change no text."""
 
 
@@ -62,19 +54,48 @@ class Refused(Exception):
 
 @dataclass
 class ParsedRequest:
-    """A request of the API, understood."""
+    """A request of the API, understood.
+
+    Attributes:
+        requests: of the engine, one for each choice.
+        pieces: (number of the choice, a new piece of its text, or None at its end).
+    """
 
     run: OpenRun
     requests: list[Request]
     pieces: asyncio.Queue[tuple[int, str | None]]
     stream: bool
-    usage: bool
+    with_usage: bool
     chat: bool
+
+    async def written(self) -> AsyncIterator[tuple[int, str | None]]:
+        """The pieces as they come, until each choice has ended."""
+        left = len(self.requests)
+        while left:
+            number, piece = await self.pieces.get()
+            left -= piece is None
+            yield number, piece
 
     def cancel(self) -> None:
         """Ends what is still being written."""
         for request in self.requests:
             request.cancelled = True
+
+    def head(self, kind: str) -> dict[str, Any]:
+        """What an answer, or each event of it, begins with."""
+        identity = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        return {"id": identity, "object": kind, "created": int(time.time()), "model": self.run.name}
+
+    def choice(self, number: int, content: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
+        """A choice, or a piece of one that has not `ended` yet."""
+        reason = "stop" if self.requests[number].finish == "stop" else "length"
+        return {"index": number, **content, "finish_reason": reason if ended else None, "logprobs": None}
+
+    def usage(self) -> dict[str, int]:
+        """Numbers of tokens."""
+        prompt = sum(len(request.ids) for request in self.requests)
+        written = sum(len(request.tokens) for request in self.requests)
+        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 class Api:
@@ -124,9 +145,8 @@ class Api:
     def _run(self, name: Any) -> OpenRun:
         runs = self.engine.runs
         if not isinstance(name, str) or name not in runs:
-            raise Refused(
-                f"model: no run called {str(name)[:200]!r}{did_you_mean(str(name)[:200], runs)}", 404, "model"
-            )
+            shown = str(name)[:200]
+            raise Refused(f"model: no run called {shown!r}{did_you_mean(shown, runs)}", 404, "model")
         return runs[name]
 
     async def _chat(self, http: HttpRequest) -> Response:
@@ -158,11 +178,11 @@ class Api:
             raise Refused(f"prompt: {len(several)} of them, {MOST_CHOICES} at most", param="prompt")
         size = run.predictor.model.get_input_embeddings().weight.shape[0]
         ids = []
-        for one in several:
-            if isinstance(one, str):
-                ids.append(await self._encoded(run.tokens, one, "prompt"))
-            elif isinstance(one, list) and all(type(token) is int and 0 <= token < size for token in one):
-                ids.append(one)
+        for prompt in several:
+            if isinstance(prompt, str):
+                ids.append(await self._encoded(run.tokens, prompt, "prompt"))
+            elif isinstance(prompt, list) and all(type(token) is int and 0 <= token < size for token in prompt):
+                ids.append(prompt)
             else:
                 raise Refused("prompt: a text, token ids, or a list of them is wanted", param="prompt")
         return await self._answer(http, self._parse(body, run, ids, chat=False))
@@ -207,31 +227,29 @@ class Api:
         choices = self._number(body, "n", 1, MOST_CHOICES, int, 1)
         stop = body.get("stop") or []
         stop = [stop] if isinstance(stop, str) else stop
-        if (
-            not isinstance(stop, list)
-            or len(stop) > 16
-            or not all(isinstance(s, str) and 0 < len(s) <= 200 for s in stop)
-        ):
+        are_texts = isinstance(stop, list) and all(isinstance(text, str) and 0 < len(text) <= 200 for text in stop)
+        if not are_texts or len(stop) > 16:
             raise Refused("stop: up to 16 short texts are wanted", param="stop")
         if self.engine.load + len(prompts) * choices > config.max_requests:
             raise Refused("too many requests at a time; come again in a moment", 429)
         pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
-        requests = []
-        for position, ids in enumerate(prompts):
+        requests: list[Request] = []
+        deadline = time.monotonic() + self.timeout_s
+        for ids in prompts:
             try:
                 room = run.check_length(ids, wanted)
             except ValueError as error:
                 raise Refused(str(error), param="messages" if chat else "prompt") from None
             for number in range(choices):
-                index = position * choices + number
 
-                def listen(piece: str | None, index: int = index) -> None:
+                def listen(piece: str | None, index: int = len(requests)) -> None:
                     with contextlib.suppress(RuntimeError):  # the loop is closed
                         loop.call_soon_threadsafe(pieces.put_nowait, (index, piece))
 
-                requests.append(Request(run, ids, room, temperature, top_p, seed + number, stop, listen))
-        usage = isinstance(body.get("stream_options"), dict) and bool(body["stream_options"].get("include_usage"))
-        return ParsedRequest(run, requests, pieces, bool(body.get("stream")), usage, chat)
+                requests.append(Request(run, ids, room, temperature, top_p, seed + number, stop, listen, deadline))
+        options = body.get("stream_options")
+        with_usage = isinstance(options, dict) and bool(options.get("include_usage"))
+        return ParsedRequest(run, requests, pieces, bool(body.get("stream")), with_usage, chat)
 
     @staticmethod
     def _number(body: dict[str, Any], key: str, least: float, most: float, kind: type, usual: Any) -> Any:
@@ -255,91 +273,38 @@ class Api:
             return StreamingResponse(
                 self._events(parsed), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
-        gone = asyncio.ensure_future(self._gone(http))
-        left = len(parsed.requests)
-        deadline = time.monotonic() + self.timeout_s
         try:
-            while left:
-                piece = asyncio.ensure_future(parsed.pieces.get())
-                wait = max(0.0, deadline - time.monotonic())
-                done, _ = await asyncio.wait({piece, gone}, timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                if piece in done:
-                    left -= piece.result()[1] is None
-                    continue
-                piece.cancel()
-                parsed.cancel()
-                if gone in done:
+            async for _ in parsed.written():
+                if await http.is_disconnected():
                     raise ClientDisconnect()
-                deadline = time.monotonic() + 60.0  # what is written by then is sent when the next token is there
         finally:
             parsed.cancel()
-            gone.cancel()
         if failed := next((request for request in parsed.requests if request.error), None):
             raise Refused(failed.error, 500)
-        kind = "chat.completion" if parsed.chat else "text_completion"
-        choices = [self._choice(parsed, n, request.text, request) for n, request in enumerate(parsed.requests)]
-        return JSONResponse({**self._head(parsed, kind), "choices": choices, "usage": self._usage(parsed)})
-
-    @staticmethod
-    async def _gone(http: HttpRequest) -> None:
-        while not await http.is_disconnected():
-            await asyncio.sleep(0.25)
+        choices = []
+        for number, request in enumerate(parsed.requests):
+            message = {"role": "assistant", "content": request.text, "refusal": None}
+            choices.append(parsed.choice(number, {"message": message} if parsed.chat else {"text": request.text}))
+        head = parsed.head("chat.completion" if parsed.chat else "text_completion")
+        return JSONResponse({**head, "choices": choices, "usage": parsed.usage()})
 
     async def _events(self, parsed: ParsedRequest) -> AsyncIterator[str]:
-        head = self._head(parsed, "chat.completion.chunk" if parsed.chat else "text_completion")
+        head = parsed.head("chat.completion.chunk" if parsed.chat else "text_completion")
 
         def event(choices: list[dict[str, Any]], **more: Any) -> str:
             return f"data: {json.dumps({**head, 'choices': choices, **more}, ensure_ascii=False)}\n\n"
 
-        left = len(parsed.requests)
-        deadline = time.monotonic() + self.timeout_s
         try:
-            if parsed.chat:
-                for n in range(left):
-                    yield event([{"index": n, "delta": {"role": "assistant", "content": ""}, "finish_reason": None}])
-            while left:
-                try:
-                    n, piece = await asyncio.wait_for(parsed.pieces.get(), max(0.1, deadline - time.monotonic()))
-                except TimeoutError:
-                    parsed.cancel()
-                    deadline = time.monotonic() + 60.0
+            for number in range(len(parsed.requests) if parsed.chat else 0):
+                yield event([parsed.choice(number, {"delta": {"role": "assistant", "content": ""}}, ended=False)])
+            async for number, piece in parsed.written():
+                if piece is None and (error := parsed.requests[number].error):
+                    yield f"data: {json.dumps({'error': {'message': error, 'type': 'server_error'}})}\n\n"
                     continue
-                request = parsed.requests[n]
-                if piece is None:
-                    left -= 1
-                    if request.error:
-                        yield f"data: {json.dumps({'error': {'message': request.error, 'type': 'server_error'}})}\n\n"
-                        continue
-                    yield event([self._choice(parsed, n, "", request, delta=True)])
-                else:
-                    yield event([self._choice(parsed, n, piece, delta=True)])
-            if parsed.usage:
-                yield event([], usage=self._usage(parsed))
+                content = {"delta": {"content": piece} if piece else {}} if parsed.chat else {"text": piece or ""}
+                yield event([parsed.choice(number, content, ended=piece is None)])
+            if parsed.with_usage:
+                yield event([], usage=parsed.usage())
             yield "data: [DONE]\n\n"
         finally:
             parsed.cancel()  # also where the client went away
-
-    @staticmethod
-    def _choice(
-        parsed: ParsedRequest, n: int, text: str, ended: Request | None = None, *, delta: bool = False
-    ) -> dict[str, Any]:
-        """A choice, or with `delta` a piece of it; `ended` is the request where this is its end."""
-        content: dict[str, Any] = {"text": text}
-        if parsed.chat and delta:
-            content = {"delta": {"content": text} if text else {}}
-        elif parsed.chat:
-            content = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        reason = None if ended is None else "stop" if ended.finish == "stop" else "length"
-        return {"index": n, **content, "finish_reason": reason, "logprobs": None}
-
-    @staticmethod
-    def _head(parsed: ParsedRequest, kind: str) -> dict[str, Any]:
-        name = "chatcmpl" if parsed.chat else "cmpl"
-        identity = f"{name}-{uuid.uuid4().hex}"
-        return {"id": identity, "object": kind, "created": int(time.time()), "model": parsed.run.name}
-
-    @staticmethod
-    def _usage(parsed: ParsedRequest) -> dict[str, int]:
-        prompt = sum(len(request.ids) for request in parsed.requests)
-        written = sum(len(request.tokens) for request in parsed.requests)
-        return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}

@@ -99,9 +99,19 @@ class Dialogue:
     def save(self, path: Path) -> None:
         """Adds the conversation with each run to a file that data=messages reads."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        for run in self.runs:
-            if any(turn["role"] == "assistant" for turn in self.conversations[run.name]):
-                append_line(path, {"messages": self.conversations[run.name], "run": run.name})
+        for run, turns in self._answered():
+            append_line(path, {"messages": turns, "run": run.name})
+
+    def _answered(self) -> list[tuple[OpenRun, list[Message]]]:
+        conversations = [(run, self.conversations[run.name]) for run in self.runs]
+        return [(run, turns) for run, turns in conversations if any(turn["role"] == "assistant" for turn in turns)]
+
+    def _keep(self) -> None:
+        """Keeps the transcript in each run's directory."""
+        for run, turns in self._answered():
+            folder = run.predictor.job.run.directory / "chats"
+            folder.mkdir(exist_ok=True)
+            append_line(folder / f"{time.strftime('%Y-%m-%d')}.jsonl", {"messages": turns})
 
     # -------------------------------------------------------------------------------------------------- the terminal
 
@@ -134,14 +144,13 @@ class Dialogue:
             self.system = self.system if word == "/reset" else value or None
             self.reset()
         elif word in ("/temperature", "/seed"):
-            kind: Any = float if word == "/temperature" else int
             try:
-                setattr(self, word[1:], kind(value))
+                number = float(value) if word == "/temperature" else int(value)
             except ValueError:
                 raise DataError(f"{word} {value}: a number is wanted.") from None
-            if self.temperature < 0:
-                self.temperature = 0.0
+            if word == "/temperature" and not number >= 0:
                 raise DataError(f"{word} {value}: 0 or more.")
+            setattr(self, word[1:], number)
         elif word == "/save" and value:
             self.save(Path(value).expanduser())
             self.screen.print(f"[dim]added to {value}[/dim]")
@@ -188,19 +197,6 @@ class Dialogue:
             requests = self.ask(text, show)
             live.update(table(), refresh=True)
         return requests
-
-    def _keep(self) -> None:
-        """Keeps the transcript in each run's directory."""
-        for run in self.runs:
-            turns = self.conversations[run.name]
-            if any(turn["role"] == "assistant" for turn in turns):
-                folder = run.predictor.job.run.directory / "chats"
-                folder.mkdir(exist_ok=True)
-                append_line(folder / f"{time.strftime('%Y-%m-%d')}.jsonl", {"messages": turns})
-
-    def close(self) -> None:
-        """Ends the engine."""
-        self.engine.close()
 
 
 def _write(piece: str) -> None:

@@ -6,6 +6,7 @@ of their prompts, and all go on together. So nobody waits for a long answer of s
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ class Request:
 
     Attributes:
         listen: is called in the engine's thread with each new piece of text, and at last with None.
+        deadline: a time of `time.monotonic()`, at which the answer ends with what is written.
         text: what was written; `finish`: "stop" at an end, "length" at a limit, "cancelled", or "error".
     """
 
@@ -37,6 +39,7 @@ class Request:
     seed: int = 0
     stop: Sequence[str] = ()
     listen: Callable[[str | None], None] = lambda piece: None
+    deadline: float = math.inf
     cancelled: bool = False
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -52,25 +55,29 @@ class Request:
         self.done = threading.Event()
         self._num_sent = 0
 
-    def accept(self, token: int) -> bool:
-        """Takes the next token; returns whether the answer ends with it."""
+    @property
+    def is_given_up(self) -> bool:
+        """Whether nobody waits for more of the answer."""
+        return self.cancelled or time.monotonic() > self.deadline
+
+    def accept(self, token: int) -> None:
+        """Takes the next token, which may end the answer."""
         ends = self.run.predictor.encoder.ends
         self.first_token_s = self.first_token_s or time.monotonic() - self.started
-        if self.cancelled:
-            return self._end("cancelled")
+        if self.is_given_up:
+            return self.end("cancelled")
         if token in ends.ids:
-            return self._end("stop")
+            return self.end("stop")
         self.tokens.append(token)
         text = self.run.decode(ends.cut(self.tokens))
         begin = min((index for index in map(text.find, self.stops) if index >= 0), default=-1)
         if begin >= 0 or ends.reached(self.tokens):
             self.text = text[:begin] if begin >= 0 else text
-            return self._end("stop")
+            return self.end("stop")
         self.text = text
         if len(self.tokens) >= self.max_new_tokens:
-            return self._end("length")
-        self._send_up_to(len(text) - self._num_undecided(text))
-        return False
+            return self.end("length")
+        return self._send_up_to(len(text) - self._num_undecided(text))
 
     def _num_undecided(self, text: str) -> int:
         """How many characters at the end may still change: half a character, or the beginning of a stop string."""
@@ -87,19 +94,13 @@ class Request:
             self.listen(self.text[self._num_sent : upto])
             self._num_sent = upto
 
-    def _end(self, finish: str) -> bool:
-        self.finish = finish
+    def end(self, finish: str, error: str = "") -> None:
+        """Ends the answer with what is written."""
+        self.finish, self.error = finish, error
         self.seconds = time.monotonic() - self.started
         self._send_up_to(len(self.text))
         self.listen(None)
         self.done.set()
-        return True
-
-    def fail(self, error: str) -> None:
-        """Ends the request without an answer."""
-        self.error = error
-        if not self.done.is_set():
-            self._end("error")
 
 
 class Engine:
@@ -119,15 +120,14 @@ class Engine:
         """How many requests are not answered yet."""
         return len(self._waiting)
 
-    def submit(self, request: Request) -> Request:
+    def submit(self, request: Request) -> None:
         """Hands over a request, which is answered in its turn."""
         with self._changed:
             if self._closing:
-                request.fail("the server is closing")
+                request.end("error", "the server is closing")
             else:
                 self._waiting.append(request)
             self._changed.notify()
-        return request
 
     def close(self) -> None:
         """Ends all requests and the thread."""
@@ -145,27 +145,24 @@ class Engine:
                 self._changed.wait_for(lambda: self._waiting or self._closing)
                 if self._closing and not self._waiting:
                     return
-                last = self._next(last)
+                runs = list(dict.fromkeys(request.run for request in self._waiting))
+                last = runs[(runs.index(last) + 1) % len(runs)] if last in runs else runs[0]
                 turn = [request for request in self._waiting if request.run is last][: self.batch_size]
             try:
                 self._answer(last, turn)
             except Exception as error:
                 for request in turn:
-                    request.fail(f"{type(error).__name__}: {error}")
+                    if not request.done.is_set():
+                        request.end("error", f"{type(error).__name__}: {error}")
             with self._changed:
                 self._waiting = [request for request in self._waiting if not request.done.is_set()]
-
-    def _next(self, last: OpenRun | None) -> OpenRun:
-        """The run whose turn it is: the one behind `last`, of those that are asked."""
-        runs = list(dict.fromkeys(request.run for request in self._waiting))
-        return runs[(runs.index(last) + 1) % len(runs)] if last in runs else runs[0]
 
     @torch.no_grad()
     def _answer(self, run: OpenRun, requests: list[Request]) -> None:
         """Lets a run write until all of `requests` are answered, or others should have a turn."""
         for request in requests:
-            if request.cancelled:
-                request.accept(-1)
+            if request.is_given_up:
+                request.end("cancelled")
         requests = [request for request in requests if not request.done.is_set()]
         if not requests:
             return

@@ -18,7 +18,9 @@ from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.core.imports import missing
 from llmft.evaluation.jobs import PredictionJob
-from llmft.serving.start import KEY, api_key
+
+KEY = "LLMFT_API_KEY"
+"""The environment variable with the key that requests must have."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +52,19 @@ PROGRAMS = {
 }
 
 
-def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, screen: Screen) -> None:
+def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, key: str | None, screen: Screen) -> None:
     """Merges a run for the engine that `config` names, and becomes its command; prints it where it is not installed.
 
     Raises ConfigError for several runs, since each engine has one model, and for a key that it would not ask for.
     """
-    program, engine, key = PROGRAMS[config.engine], config.engine.value, api_key(config, screen)
+    program, engine = PROGRAMS[config.engine], config.engine.value
     if len(jobs) > 1:
         raise ConfigError(f"with={engine}: one run at a time; with=llmft serves several from one base.")
     if key and program.key is None:
-        raise ConfigError(
-            f"with={engine}: it asks nobody for a key; unset {KEY}, or choose with=vllm or with=llamacpp."
-        )
-    command = command_of(jobs[0], prepared(jobs[0], config), config)
+        raise ConfigError(f"with={engine}: it asks nobody for a key; unset {KEY}, or take with=vllm or llamacpp.")
+    names = {"model": prepared(jobs[0], config), "name": jobs[0].run.directory.name}
+    command = [word.format(**names) for word in program.command]
+    command += ["--host", config.host, "--port", str(config.port)]
     shown = (f'{program.key}="${KEY}" ' if key else "") + shlex.join(command)
     executable = shutil.which(command[0])
     if executable is None or missing(*program.packages):
@@ -84,9 +86,3 @@ def prepared(job: PredictionJob, config: ServeConfig) -> Path:
     merge = MergeConfig(run=str(job.run.directory), accelerator=config.accelerator, threads=config.threads, **wanted)
     export_runs(merge, Screen())
     return target_of(job, merge, several=False)
-
-
-def command_of(job: PredictionJob, model: Path, config: ServeConfig) -> list[str]:
-    """What starts the engine with `model`."""
-    words = [word.format(model=model, name=job.run.directory.name) for word in PROGRAMS[config.engine].command]
-    return [*words, "--host", config.host, "--port", str(config.port)]

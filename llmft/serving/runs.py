@@ -11,6 +11,7 @@ from typing import Any
 from llmft.config.commands import PredictConfig
 from llmft.config.untrusted import check_adapter
 from llmft.core.errors import ConfigError
+from llmft.core.imports import quiet_warnings
 from llmft.data.columns import Conversation
 from llmft.data.messages import Message
 from llmft.evaluation.jobs import PredictionJob
@@ -36,11 +37,6 @@ class OpenRun:
         self.stop = [text for text in [*self.predictor.config.prompt.stop, ends.text] if text]
         self.decode = decoder(self.predictor.tokenizer, [])
 
-    @property
-    def max_new_tokens(self) -> int:
-        """As many as the run's own validation wrote."""
-        return self.predictor.config.task.max_new_tokens
-
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
         """The model with this run's adapter, computing as `predict` does."""
@@ -63,8 +59,12 @@ class OpenRun:
         return list(self.predictor.tokenizer(text, add_special_tokens=False).input_ids)
 
     def check_length(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
-        """How many tokens may follow a prompt; raises ValueError where it fills the model's positions."""
-        positions, wanted = self.predictor.context_tokens, max_new_tokens or self.max_new_tokens
+        """How many tokens may follow a prompt, by default as many as the run's own validation wrote.
+
+        Raises ValueError where the prompt is empty, or fills the model's positions.
+        """
+        positions = self.predictor.context_tokens
+        wanted = max_new_tokens or self.predictor.config.task.max_new_tokens
         if not ids:
             raise ValueError("the prompt is empty")
         if positions is None:
@@ -77,41 +77,33 @@ class OpenRun:
 def open_runs(jobs: Sequence[PredictionJob], config: Any) -> list[OpenRun]:
     """Loads the runs' models, the base of those that have the same one once.
 
-    Raises ConfigError for runs that write no text, or two of one name.
+    Raises ConfigError for runs that write no text, or two of one name, before weights load.
     """
-    opened: list[OpenRun] = []
-    first: dict[str, Predictor] = {}
-    for job in jobs:
-        options = PredictConfig(
-            run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
-        )
-        base = _base_of(job)
-        known = first.get(base) if base is not None else None
-        predictor = Predictor(job, options, known.assembled if known is not None else None)
-        adapter = "default" if job.config.lora.enabled else None
-        if known is not None:
-            adapter = f"run{len(opened)}"
-            check_adapter(job.run.adapter)
-            known.model.load_adapter(job.run.adapter, adapter, torch_device=str(known.device))
-        elif base is not None:
-            first[base] = predictor
-        opened.append(OpenRun(job.run.directory.name, predictor, adapter))
-    return opened
-
-
-def check_talks(jobs: Sequence[PredictionJob]) -> None:
-    """Raises ConfigError for runs that write no text, or two that are called the same; before weights load."""
-    names: dict[str, Path] = {}
+    directories: dict[str, Path] = {}
     for job in jobs:
         directory = job.run.directory
         if not job.config.task.writes:
             raise ConfigError(f"{directory}: this run answers with classes or scores; ask it with llmft.predict.")
-        if directory.name in names:
-            raise ConfigError(f"{directory}: another run is called {directory.name} too ({names[directory.name]}).")
-        names[directory.name] = directory
-
-
-def _base_of(job: PredictionJob) -> str | None:
-    """What runs that share a base and its head have in common; None where a run has its own."""
-    base = base_key(job.config, str(job.run.fact("model", "fingerprint")))
-    return None if base is None else f"{job.config.task.auto_class} {base}"
+        if directory.name in directories:
+            other = directories[directory.name]
+            raise ConfigError(f"{directory}: another run is called {directory.name} too ({other}).")
+        directories[directory.name] = directory
+    opened: list[OpenRun] = []
+    first_on: dict[tuple[str, str], Predictor] = {}
+    for job in jobs:
+        options = PredictConfig(
+            run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
+        )
+        base = base_key(job.config, str(job.run.fact("model", "fingerprint")))
+        shared = (str(job.config.task.auto_class), base or str(job.run.directory))  # without a LoRA nothing is shared
+        first = first_on.get(shared)
+        adapter = "default" if job.config.lora.enabled else None
+        with quiet_warnings():
+            predictor = Predictor(job, options, first.assembled if first is not None else None)
+            if first is not None:
+                adapter = f"run{len(opened)}"
+                check_adapter(job.run.adapter)
+                first.model.load_adapter(job.run.adapter, adapter, torch_device=str(first.device))
+        first_on.setdefault(shared, predictor)
+        opened.append(OpenRun(job.run.directory.name, predictor, adapter))
+    return opened

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmft.config.convert import from_json, to_plain
 from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
 from llmft.config.sections import TrainConfig
@@ -91,7 +92,7 @@ class Baseline:
         """Writes the words as JSON and the numbers as safetensors: nothing that runs code when it is opened."""
         from safetensors.numpy import save
 
-        words = {"targets": self.targets.to_plain(), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
+        words = {"targets": to_plain(self.targets), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
         write_atomically(directory / "tfidf.json", json.dumps(words, ensure_ascii=False).encode())
         numbers = {"idf": self.idf, "weights": self.weights, "bias": self.bias}
         write_atomically(directory / "model.safetensors", save(numbers))
@@ -104,7 +105,7 @@ class Baseline:
         try:
             words = read_json(directory / "tfidf.json", 512 * 2**20)
             numbers = load_file(directory / "model.safetensors")
-            return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
+            return cls(from_json(words["targets"], Targets), words["ngrams"], words["vocabulary"], **numbers)
         except Exception as error:
             raise ConfigError(f"{directory}: no baseline can be read there ({error}).") from None
 

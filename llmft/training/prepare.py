@@ -20,7 +20,8 @@ from llmft.data.hub import Located, locate
 from llmft.data.messages import Keys
 from llmft.data.preferences import with_other_answers
 from llmft.data.pseudo import PseudoLabels, add_pseudo
-from llmft.data.sources import BadRows, load_rows
+from llmft.data.readers import BadRows
+from llmft.data.sources import load_rows
 from llmft.data.splits import make_splits
 from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply

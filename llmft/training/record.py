@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from llmft.config.convert import to_plain
 from llmft.config.data import TrainOn
 from llmft.config.task import Feedback
 from llmft.core.files import write_atomically
@@ -51,7 +52,7 @@ def write_records(
         record["tokenizer"] = {"pad": rows.tokenizer.pad_token, "end": rows.tokenizer.eos_token}
     write_atomically(run.environment_file, json.dumps(redact(record), indent=1).encode())
     if inputs.targets is not None:
-        write_atomically(run.targets_file, json.dumps(inputs.targets.to_plain(), indent=1).encode())
+        write_atomically(run.targets_file, json.dumps(to_plain(inputs.targets), indent=1).encode())
     if inputs.problems.rejected:
         run.rejected_file.unlink(missing_ok=True)
         for entry in inputs.problems.rejected:
@@ -112,7 +113,7 @@ def chance_of(inputs: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[s
         if targets is not None and split in names_in(inputs.run.directory):
             chance = against_prior(load_predictions(inputs.run.directory, split), metrics, targets.scale)
             if chance is not None:
-                chances[split] = chance.to_plain()
+                chances[split] = chance
     return chances
 
 

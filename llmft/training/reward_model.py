@@ -21,7 +21,7 @@ from llmft.data.encode import Encoder
 from llmft.data.hub import Located, locate
 from llmft.data.preferences import Comparison
 from llmft.data.prompt import prompt_format
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from llmft.metrics.judging import Judge
 from llmft.model import adapters
 from llmft.model.assemble import assemble, base_key

@@ -68,7 +68,7 @@ def read_rows(inputs: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
         tokenizer = load_tokenizer(config.model, inputs.located)
     prompt = prompt_format(with_options(config.prompt, inputs.targets), tokenizer)
     # All that decides on the text of a row besides the configuration of data and prompt.
-    targets = replace(inputs.targets, prior=[]).to_plain() if inputs.targets is not None else None
+    targets = to_plain(replace(inputs.targets, prior=[])) if inputs.targets is not None else None
     kind = to_plain(config.task.feedback or config.task.head)
     fingerprint = canonical([inputs.data_fingerprint, targets, kind])
     encoder = Encoder(tokenizer, prompt, config.data, fingerprint, warn)

@@ -20,11 +20,13 @@ from typing import Any
 os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1", HF_HUB_OFFLINE="1")
 
 from llmft.config.data import BadRow, Columns, DataConfig
+from llmft.config.task import TaskConfig
 from llmft.core.machine import versions
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import BadRows, load_rows
+from llmft.data.readers import BadRows
+from llmft.data.sources import load_rows
 from tests.conftest import SHARED, prompt_config
 
 FILES = [str(SHARED / "instruction" / name) for name in ("llamafactory_alpaca_en_demo.json", "code_alpaca_2k.json")]
@@ -41,8 +43,9 @@ def ours(tokenizer: Any) -> tuple[list[Conversation], Encoder, int]:
     data = DataConfig(name="alpaca", files=FILES, columns=columns, max_tokens=4096, cache=False)
     problems = BadRows(BadRow.skip)
     rows = load_rows(data, problems).splits["train"]
-    conversations = ColumnMap(columns).conversations(rows, problems)
-    encoder = Encoder(tokenizer, PromptFormat(prompt_config("alpaca")), data)
+    conversations = ColumnMap(data, TaskConfig(name="text", objective="x")).conversations(rows, problems)
+    tokens = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    encoder = Encoder(tokenizer, PromptFormat(prompt_config("alpaca"), **tokens), data)
     examples = encoder.encode("train", conversations, problems)
     return conversations, encoder, len(examples.ids)
 

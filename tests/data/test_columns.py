@@ -12,11 +12,15 @@ from llmft.config.data import BadRow, Columns, DataConfig
 from llmft.config.task import Head, TaskConfig, TaskType
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap
-from llmft.data.sources import BadRows, Row
+from llmft.data.readers import BadRows, Row
+
+
+def mapped(columns: Columns) -> ColumnMap:
+    return ColumnMap(DataConfig(name="d", files="f", columns=columns), HEADS["text"])
 
 
 def convert(columns: Columns, **values: object) -> list[dict[str, str]]:
-    return ColumnMap(columns).conversation(Row(dict(values), "f:1")).messages
+    return mapped(columns).conversation(Row(dict(values), "f:1")).messages
 
 
 def test_alpaca_prompt_response_messages_and_text_become_messages() -> None:
@@ -83,7 +87,7 @@ def test_bad_messages_say_why(turns: object, reason: str) -> None:
 def test_bad_rows_go_to_the_problems_with_their_place() -> None:
     problems = BadRows(BadRow.skip)
     rows = [Row({"q": "Q", "r": "A"}, "f:1"), Row({"q": "Q", "r": ""}, "f:2")]
-    assert len(ColumnMap(Columns(prompt="q", response="r")).conversations(rows, problems)) == 1
+    assert len(mapped(Columns(prompt="q", response="r")).conversations(rows, problems)) == 1
     assert problems.rejected == [{"where": "f:2", "reason": "the answer is empty", "row": {"q": "Q", "r": ""}}]
     assert problems.reasons() == {"the answer is empty": 1}
 
@@ -92,16 +96,16 @@ def test_a_column_that_is_not_there_is_named_with_those_that_are() -> None:
     rows = [Row({"question": "Q", "answer": "A"}, "f.csv:2")]
     data = DataConfig(name="d", files="f.csv", columns=Columns(prompt="quetsion", response="answer"))
     with pytest.raises(DataError, match=r"no column 'quetsion'; did you mean question\? \(columns: question, answer\)"):
-        ColumnMap.of(data, rows)
+        ColumnMap.of(data, rows, HEADS["text"])
     with pytest.raises(ConfigError, match=r"maps no columns.*question, answer"):
-        ColumnMap.of(DataConfig(name="d", files="f.csv"), rows)
+        ColumnMap.of(DataConfig(name="d", files="f.csv"), rows, HEADS["text"])
     with pytest.raises(ConfigError, match=r"data\.columns\.response"):
-        ColumnMap.of(DataConfig(name="d", files="f.csv", columns=Columns(prompt="question")), rows)
+        ColumnMap.of(DataConfig(name="d", files="f.csv", columns=Columns(prompt="question")), rows, HEADS["text"])
 
 
 def test_classes_are_the_sorted_targets_of_the_training_rows() -> None:
     rows = [Row({"t": "x", "y": label}, "f:1") for label in ("b", "a", "b")]
-    made = ColumnMap.of(DataConfig(name="d", files="f", columns=Columns(text="t", target="y")), rows)
+    made = ColumnMap.of(DataConfig(name="d", files="f", columns=Columns(text="t", target="y")), rows, HEADS["classes"])
     assert made.labels == ["a", "b"]
     assert made.conversation(rows[0]).target == 1
     with pytest.raises(ValueError, match="not among the classes"):
@@ -110,17 +114,17 @@ def test_classes_are_the_sorted_targets_of_the_training_rows() -> None:
 
 def test_preference_pairs_end_in_the_chosen_answer() -> None:
     columns = Columns(prompt="p", chosen="c", rejected="r")
-    made = ColumnMap(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
+    made = mapped(columns).conversation(Row({"p": "Q", "c": "good", "r": "bad"}, "f:1"))
     assert made.messages[-1] == {"role": "assistant", "content": "good"}
     sharegpt = Columns(messages="m", chosen="c", rejected="r")
     turns = [{"from": "human", "value": "Q"}]
     values = {"m": turns, "c": {"from": "gpt", "value": "good"}, "r": {"from": "gpt", "value": "bad"}}
-    made = ColumnMap(sharegpt).conversation(Row(values, "f:1"))
+    made = mapped(sharegpt).conversation(Row(values, "f:1"))
     assert [message["content"] for message in made.messages] == ["Q", "good"]
     with pytest.raises(ValueError, match="ends with an answer already"):
-        ColumnMap(sharegpt).conversation(Row({**values, "m": [*turns, {"from": "gpt", "value": "A"}]}, "f:1"))
+        mapped(sharegpt).conversation(Row({**values, "m": [*turns, {"from": "gpt", "value": "A"}]}, "f:1"))
     with pytest.raises(ValueError, match="'c' is empty"):
-        ColumnMap(columns).conversation(Row({"p": "Q", "c": " ", "r": "bad"}, "f:1"))
+        mapped(columns).conversation(Row({"p": "Q", "c": " ", "r": "bad"}, "f:1"))
 
 
 def test_numbers_and_booleans_are_text_and_not_a_number_is_empty() -> None:
@@ -208,14 +212,14 @@ def test_what_goes_together_is_used(task: str, keys: tuple[str, ...]) -> None:
 
 def test_a_last_question_is_answered_by_the_response_column_and_never_left_out() -> None:
     row = marked_rows(True)[0]
-    made = ColumnMap(Columns(messages="messages", response="response", system="system")).conversation(row)
+    made = mapped(Columns(messages="messages", response="response", system="system")).conversation(row)
     assert [(m["role"], m["content"]) for m in made.messages] == [
         ("system", "<system> 0"),
         ("user", "<messages> 0"),
         ("assistant", "<response> 0"),
     ]
     with pytest.raises(ValueError, match="ends with an answer already"):
-        ColumnMap(Columns(messages="messages", response="response")).conversation(marked_rows(False)[0])
+        mapped(Columns(messages="messages", response="response")).conversation(marked_rows(False)[0])
 
 
 def test_two_system_prompts_that_differ_are_refused_by_row() -> None:
@@ -235,7 +239,7 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
     rows = [Row({"prompt": "Q", "response": "A", "system_prompt": "S", "context": "C"}, "f.jsonl:1")]
     columns = Columns(prompt="prompt", response="response", input="contxt", system="sytem_prompt")
     with pytest.raises(DataError) as error:
-        ColumnMap.of(DataConfig(name="d", files="f", columns=columns), rows)
+        ColumnMap.of(DataConfig(name="d", files="f", columns=columns), rows, HEADS["text"])
     for words in ("no column 'sytem_prompt'; did you mean system_prompt?", "no column 'contxt'; did you mean context?"):
         assert words in str(error.value)
     assert "csv" not in str(error.value)
@@ -245,7 +249,7 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
         columns=Columns(prompt="prompt", input="input", response="response"),
         optional_columns=["input"],
     )
-    made = ColumnMap.of(optional, rows)
+    made = ColumnMap.of(optional, rows, HEADS["text"])
     assert len(made.conversation(rows[0]).messages) == 2
     assert made.usage(rows) == {
         "read": {"prompt": ["prompt"], "response": ["response"]},
@@ -254,7 +258,7 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
     }
     optional.columns.input = "inptu"
     with pytest.raises(DataError, match=r"data\.columns\.input: no column 'inptu'"):
-        ColumnMap.of(optional, rows)
+        ColumnMap.of(optional, rows, HEADS["text"])
 
 
 def test_a_column_that_some_rows_lack_makes_those_rows_bad_and_no_others() -> None:
@@ -263,7 +267,7 @@ def test_a_column_that_some_rows_lack_makes_those_rows_bad_and_no_others() -> No
     for first, second in ((full, bare), (bare, full)):
         rows = [Row(first, "f:1"), Row(second, "f:2")]
         problems = BadRows(BadRow.skip)
-        assert len(ColumnMap.of(data, rows).conversations(rows, problems)) == 1
+        assert len(ColumnMap.of(data, rows, HEADS["text"]).conversations(rows, problems)) == 1
         assert problems.rejected[0]["where"] == ("f:2" if second is bare else "f:1")
         assert "no column 'i'" in problems.rejected[0]["reason"]
 
@@ -272,7 +276,7 @@ def test_the_hint_on_csv_headers_is_given_for_csv_files_alone() -> None:
     data = DataConfig(name="d", files="f", columns=Columns(prompt="qu", response="r"))
     for where, hinted in (("a.csv:2", True), ("a.tsv.gz:2", True), ("a.jsonl:1", False), ("a.csv.d/b.json:1", False)):
         with pytest.raises(DataError) as error:
-            ColumnMap.of(data, [Row({"q": "Q", "r": "A"}, where)])
+            ColumnMap.of(data, [Row({"q": "Q", "r": "A"}, where)], HEADS["text"])
         assert ("data.csv_columns" in str(error.value)) is hinted, where
 
 
@@ -309,34 +313,35 @@ def test_templates_take_names_with_dots_and_colons_and_say_what_is_wrong_with_br
     for template in ("{a", "a}{"):
         data = DataConfig(name="d", files="f", columns=Columns(prompt=template, response="r"))
         with pytest.raises(ConfigError, match=r"data\.columns\.prompt=.*brace"):
-            ColumnMap.of(data, rows)
+            ColumnMap.of(data, rows, HEADS["text"])
     data = DataConfig(name="d", files="f", columns=Columns(prompt="{a.b} text", response="r"))
     with pytest.raises(DataError, match=r"data\.columns\.prompt: no column 'a\.b'"):
-        ColumnMap.of(data, rows)
+        ColumnMap.of(data, rows, HEADS["text"])
 
 
 def test_ids_must_tell_the_rows_of_every_split_apart() -> None:
     rows = [Row({"q": "Q", "r": "A", "id": n}, f"f:{n}") for n in range(3)]
     data = DataConfig(name="d", files="f", columns=Columns(prompt="q", response="r"))
-    assert ColumnMap.of(data, rows, test=rows[:1]).id == "id"
+    assert ColumnMap.of(data, rows, HEADS["text"], test=rows[:1]).id == "id"
     lacking = [Row({"q": "Q", "r": "A"}, "t:1")]
-    assert ColumnMap.of(data, rows, test=lacking).id is None
+    assert ColumnMap.of(data, rows, HEADS["text"], test=lacking).id is None
     data.columns.id = "id"
     with pytest.raises(DataError, match=r"data\.columns\.id=id"):
-        ColumnMap.of(data, rows, test=lacking)
+        ColumnMap.of(data, rows, HEADS["text"], test=lacking)
 
 
 def test_a_row_may_lack_an_optional_column_that_others_have() -> None:
     full, bare = Row({"q": "Q", "i": "I", "c": "C", "r": "A"}, "f:1"), Row({"q": "Q", "c": "C", "r": "A"}, "f:2")
     columns = Columns(prompt="q", input="i", response="r")
     data = DataConfig(name="d", files="f", columns=columns, optional_columns=["i"])
-    asked = [made.messages[0] for made in ColumnMap.of(data, [full, bare]).conversations([full, bare], BadRows())]
+    columns_of_both = ColumnMap.of(data, [full, bare], HEADS["text"])
+    asked = [made.messages[0] for made in columns_of_both.conversations([full, bare], BadRows())]
     assert asked == [{"role": "user", "content": "Q", "input": "I"}, {"role": "user", "content": "Q"}]
     data.columns.input = "{i} {c}"  # of a template that has another column nothing is left out
     with pytest.raises(DataError, match=r"f:2: no column 'i'.*data\.optional_columns=\[i\]"):
-        ColumnMap.of(data, [full, bare]).conversations([full, bare], BadRows())
+        ColumnMap.of(data, [full, bare], HEADS["text"]).conversations([full, bare], BadRows())
     with pytest.raises(DataError, match=r"data\.columns\.input: no column 'i'"):
-        ColumnMap.of(data, [bare])
+        ColumnMap.of(data, [bare], HEADS["text"])
 
 
 @pytest.mark.parametrize(

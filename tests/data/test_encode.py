@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 
 from llmft.config.data import Columns, DataConfig, PromptConfig, SystemRole, Truncation, Turns
+from llmft.config.task import TaskConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import BadRows, Row
+from llmft.data.readers import BadRows, Row
 from tests.conftest import ROOT, prompt_config
 
 LONG = " ".join(f"word{n}" for n in range(60))
@@ -27,7 +28,7 @@ def tokenizer() -> Any:
 
 
 def format_of(name: str) -> PromptFormat:
-    return PromptFormat(prompt_config(name))
+    return PromptFormat(prompt_config(name), bos_token="<s>", eos_token="</s>")
 
 
 def chat(question: str = "Who?", answer: str = "Ann") -> Conversation:
@@ -107,11 +108,10 @@ def test_answers_end_with_the_token_that_the_format_trains(tokenizer: Any) -> No
 
 
 def test_the_end_marker_is_what_is_trained_behind_an_answer() -> None:
-    special = {"bos_token": "<s>", "eos_token": "</s>"}
-    markers = {name: format_of(name).end_marker(**special) for name in ("alpaca_short", "chatml", "llama2", "mistral")}
+    markers = {name: format_of(name).end_marker() for name in ("alpaca_short", "chatml", "llama2", "mistral")}
     assert markers == {"alpaca_short": "</s>", "chatml": "<|im_end|>", "llama2": "</s>", "mistral": "</s>"}
     bare = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
-    assert PromptFormat(PromptConfig(name="p", template=bare)).end_marker(**special) == ""
+    assert PromptFormat(PromptConfig(name="p", template=bare), bos_token="<s>", eos_token="</s>").end_marker() == ""
 
 
 def test_a_format_without_begin_token_gets_one_where_the_tokenizer_adds_it(shared_data: Path) -> None:
@@ -140,8 +140,7 @@ class Vendor:
     """A tokenizer's chat template, which as most of them marks no answers."""
 
     chat_template: str | None = CHATML
-    bos_token_id = None
-    bos_token = None
+    bos_token_id = bos_token = eos_token = None
 
 
 def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
@@ -151,7 +150,7 @@ def test_a_vendors_template_without_marks_is_read_by_its_prefixes() -> None:
     assert [rendered.text[a:b] for a, b in rendered.spans] == ["A1<|im_end|>", "A2<|im_end|>"]
     marked = format_of("chatml").render(turns)
     assert (marked.text.rstrip(), marked.spans) == (rendered.text.rstrip(), rendered.spans)
-    assert made.end_marker(bos_token=None, eos_token=None) == "<|im_end|>"
+    assert made.end_marker() == "<|im_end|>"
 
 
 def test_a_vendors_template_that_rewrites_its_beginning_is_learned_behind_its_prompt(
@@ -213,7 +212,8 @@ def test_real_rows_keep_their_end_token_and_one_begin_token(tokenizer: Any, shar
     import json
 
     raw = json.loads((shared_data / "instruction" / "llamafactory_alpaca_en_demo.json").read_text())
-    columns = ColumnMap(Columns(prompt="instruction", input="input", response="output"))
+    data = DataConfig(name="d", files="f", columns=Columns(prompt="instruction", input="input", response="output"))
+    columns = ColumnMap(data, TaskConfig(name="text", objective="x"))
     conversations = columns.conversations([Row(values, f"f:{n}") for n, values in enumerate(raw)], BadRows())
     examples = encoder(tokenizer, "alpaca", max_tokens=2048).encode("train", conversations, BadRows())
     assert len(examples) > 700

@@ -14,7 +14,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples, load_examples, save_examples
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from tests.conftest import ROOT, prompt_config
 
 
@@ -38,7 +38,7 @@ def test_rows_come_back_as_they_went_in() -> None:
     assert [list(example.input_ids) for example in examples] == [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
     assert list(examples[0].labels) == [IGNORE, 4, 5]
     assert examples[1].where == "f:2"
-    assert list(examples[-1].labels) == [IGNORE, IGNORE, IGNORE, 11]
+    assert list(examples[2].labels) == [IGNORE, IGNORE, IGNORE, 11]
     assert examples.lengths.tolist() == [3, 2, 4]
     assert examples.labelled_tokens.tolist() == [e.labelled_tokens for e in examples] == [2, 1, 1]
     with pytest.raises(IndexError):
@@ -75,7 +75,7 @@ def encode(
 ) -> tuple[Examples, Encoder, list]:
     monkeypatch.setenv("HF_DATASETS_CACHE", str(root))
     warnings: list[str] = []
-    prompt = PromptFormat(prompt_config(values.pop("prompt", "alpaca_short")))
+    prompt = PromptFormat(prompt_config(values.pop("prompt", "alpaca_short")), bos_token="<s>", eos_token="</s>")
     fingerprint = values.pop("fingerprint", "rows")
     encoder = Encoder(tokenizer, prompt, DataConfig(name="d", files="f", **values), fingerprint, warnings.append)
     return encoder.encode("train", chats(), BadRows()), encoder, warnings

@@ -7,18 +7,24 @@ from typing import Any
 
 import pytest
 
-from llmft.config.data import Columns
+from llmft.config.data import Columns, DataConfig
+from llmft.config.task import TaskConfig
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.messages import message_text
-from llmft.data.sources import Row
+from llmft.data.readers import Row
 
 USER = {"role": "user", "content": "Q"}
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"town": "Rome"}}}
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {}}}
 
 
+def column_map() -> ColumnMap:
+    data = DataConfig(name="d", files="f", columns=Columns(messages="m"))
+    return ColumnMap(data, TaskConfig(name="text", objective="x"))
+
+
 def read(*messages: Any, where: str = "f:1", **more: Any) -> Conversation:
-    return ColumnMap(Columns(messages="m")).conversation(Row({"m": list(messages), **more}, where))
+    return column_map().conversation(Row({"m": list(messages), **more}, where))
 
 
 def said(**keys: Any) -> dict[str, Any]:
@@ -114,7 +120,7 @@ def test_a_row_beside_whose_messages_there_are_pictures_is_refused() -> None:
 
 
 def test_keys_that_nothing_reads_are_counted_and_null_is_no_key() -> None:
-    columns = ColumnMap(Columns(messages="m"))
+    columns = column_map()
     parts = [{"type": "text", "text": "Q", "cache_control": {"type": "x"}, "image_url": None}]
     asked = {"role": "user", "content": parts, "id": 1, "name": "Bo", "tool_calls": None}
     columns.conversation(Row({"m": [asked, said(timestamp=3, audio=None)]}, "f:1"))

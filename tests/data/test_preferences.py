@@ -14,7 +14,7 @@ from llmft.config.task import Feedback, TaskConfig
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.columns import ColumnMap, Conversation
 from llmft.data.preferences import contradictions, longer_wins
-from llmft.data.sources import Row
+from llmft.data.readers import Row
 from llmft.training.prepare import prepare
 from llmft.training.tokenized_data import read_rows
 from tests.conftest import compose

@@ -72,8 +72,8 @@ END = dict.fromkeys(FORMATS, "</s>") | {
 SPACE_BEFORE_ANSWER = {"falcon", "llama2", "mistral", "mistral_v3", "openchat", "phi2", "vicuna"}
 
 
-def prompt(name: str) -> PromptFormat:
-    return PromptFormat(prompt_config(name))
+def prompt(name: str, bos_token: str = "<s>", eos_token: str = "</s>") -> PromptFormat:
+    return PromptFormat(prompt_config(name), bos_token=bos_token, eos_token=eos_token)
 
 
 def shared(name: str):
@@ -96,12 +96,8 @@ def test_format_equals_llamacpp_vector(record_id):
     messages = record["messages_as_rendered" if record_id in MERGED_BY_LLAMACPP else "messages"]
     if VECTORS[record_id] == "mistral_v3":
         messages = with_system_in_last_question(messages)
-    rendered = prompt(VECTORS[record_id]).render(
-        messages,
-        bos_token=record["bos_token"],
-        eos_token=record["eos_token"],
-        add_generation_prompt=record["add_generation_prompt"],
-    )
+    form = prompt(VECTORS[record_id], record["bos_token"], record["eos_token"])
+    rendered = form.render(messages, add_generation_prompt=record["add_generation_prompt"])
     assert rendered.text == record["expected"]
 
 
@@ -114,25 +110,25 @@ def test_alpaca_equals_alpaca_vectors():
     records = [row for row in shared("chat_templates/vectors.json") if row["origin"] == "alpaca_text_column"]
     assert len(records) == 40
     for record in records:
-        assert prompt("alpaca").render(alpaca_messages(record)).text == record["expected"], record["id"]
+        assert prompt("alpaca", "", "").render(alpaca_messages(record)).text == record["expected"], record["id"]
 
 
 def test_alpaca_equals_published_text_column():
     for row in shared("instruction/torchtune_alpaca_tiny.json"):
-        rendered = prompt("alpaca").render(alpaca_messages(row))
+        rendered = prompt("alpaca", "", "").render(alpaca_messages(row))
         assert rendered.text == row["text"]
         assert [rendered.text[start:end] for start, end in rendered.spans] == [row["output"]]
 
 
 @pytest.mark.parametrize("name", LITERAL)
 def test_format_equals_its_source(name):
-    rendered = prompt(name).render(CHAT[:3], bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+    rendered = prompt(name).render(CHAT[:3], add_generation_prompt=True)
     assert rendered.text == LITERAL[name]
 
 
 def test_plain_renders_one_message_as_document():
     document = [{"role": "assistant", "content": " Some text.\n"}]
-    rendered = prompt("plain").render(document, bos_token="<s>", eos_token="</s>")
+    rendered = prompt("plain").render(document)
     assert rendered.text == "<s> Some text.\n</s>"
     assert rendered.spans == [(3, len(rendered.text))]
 
@@ -143,7 +139,7 @@ def test_every_format_is_compared_with_a_published_string():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_spans_are_answers_with_end_markers_and_nothing_else(name):
-    rendered = prompt(name).render(CHAT, bos_token="<s>", eos_token="</s>")
+    rendered = prompt(name).render(CHAT)
     text, spans = rendered.text, rendered.spans
     space = " " if name in SPACE_BEFORE_ANSWER else ""
     assert [text[start:end] for start, end in spans] == [f"{space}A1{END[name]}", f"{space}A2{END[name]}"]
@@ -157,9 +153,9 @@ def test_spans_are_answers_with_end_markers_and_nothing_else(name):
 def test_span_begins_where_generation_begins(name):
     """What the model sees before an answer in training is what it sees when it is asked for one."""
     form = prompt(name)
-    full = form.render(CHAT, bos_token="<s>", eos_token="</s>")
+    full = form.render(CHAT)
     for turn, (start, _) in enumerate(full.spans):
-        asked = form.render(CHAT[: 2 * turn + 1], bos_token="<s>", eos_token="</s>", add_generation_prompt=True)
+        asked = form.render(CHAT[: 2 * turn + 1], add_generation_prompt=True)
         assert asked.text == full.text[:start]
 
 
@@ -179,11 +175,11 @@ def test_transformers_renders_the_same_text_and_spans(name):
             bos_token="<s>",
             eos_token="</s>",
         )
-        ours = form.render(messages, bos_token="<s>", eos_token="</s>", add_generation_prompt=generate)
+        ours = form.render(messages, add_generation_prompt=generate)
         assert (texts[0], spans[0]) == (ours.text, ours.spans)
 
 
 @pytest.mark.parametrize("name", ["gemma", "llama2", "mistral", "mistral_v3", "falcon"])
 def test_roles_out_of_turn_are_refused(name):
     with pytest.raises(ValueError, match="alternate"):
-        prompt(name).render([ROUND[0], ROUND[0]], bos_token="<s>", eos_token="</s>")
+        prompt(name).render([ROUND[0], ROUND[0]])

@@ -13,7 +13,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder, Ends
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from tests.conftest import ROOT, prompt_config
 
 FORMATS = sorted(path.stem for path in (ROOT / "conf" / "prompt").glob("*.yaml") if path.stem != "native")
@@ -69,9 +69,8 @@ def check_law(encoder: Encoder, messages: list[dict[str, Any]]) -> None:
     places = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
     found = answers(encoder, Conversation(messages, "f:1"))
     assert len(found) == len(places)
-    special = {"bos_token": encoder.tokenizer.bos_token, "eos_token": encoder.tokenizer.eos_token}
     for place, (before, ids) in zip(places, found, strict=True):
-        prompt = encoder.prompt.render(messages[:place], **special, add_generation_prompt=True).text
+        prompt = encoder.prompt.render(messages[:place], add_generation_prompt=True).text
         assert before == backend.encode(prompt, add_special_tokens=False).ids, (prompt, messages[place])
         text = encoder.tokenizer.decode(ids, skip_special_tokens=False)
         assert "".join(messages[place]["content"].split()) in "".join(text.split())

@@ -13,7 +13,8 @@ import pytest
 from llmft.config.data import BadRow, Columns, DataConfig, Files
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.naming import NotFinite
-from llmft.data.sources import BadRows, load_rows, read, read_files
+from llmft.data.readers import BadRows, read
+from llmft.data.sources import load_rows, read_files
 
 
 def rows(path: Path, policy: BadRow = BadRow.error) -> tuple[list[dict], list[str], BadRows]:

@@ -7,7 +7,8 @@ import pytest
 
 from llmft.config.data import DataConfig, TrainOn
 from llmft.core.errors import ConfigError, DataError
-from llmft.data.sources import Loaded, Row
+from llmft.data.readers import Row
+from llmft.data.sources import Loaded
 from llmft.data.splits import hold_out, make_splits, sample
 
 

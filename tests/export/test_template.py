@@ -35,11 +35,11 @@ def test_every_format_writes_the_same_when_it_is_exported(path: Path, more: dict
     config = OmegaConf.to_object(node)
     template, _ = exported_template(config, tokenizer)
     assert "generation %}" not in template.replace("add_generation_prompt %}", "")
-    special = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    form = PromptFormat(config, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token)
     conversations = [TURNS[:1], TURNS, [{"role": "system", "content": "Own."}, *TURNS]]
     for messages in conversations:
         try:
-            expected = PromptFormat(config).render(messages, add_generation_prompt=True, **special).text
+            expected = form.render(messages, add_generation_prompt=True).text
         except ValueError:
             continue  # of one turn, or without a place for a system prompt
         given = {"chat_template": template, "tokenize": False, "add_generation_prompt": True}

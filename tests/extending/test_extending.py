@@ -11,7 +11,8 @@ import pytest
 from llmft.config import instantiate
 from llmft.config.instantiate import trust
 from llmft.core.errors import ConfigError, DataError, UserError
-from llmft.data.sources import BadRows, load_rows
+from llmft.data.readers import BadRows
+from llmft.data.sources import load_rows
 from tests.conftest import ROOT, compose, llmft, run_directory
 
 HERE = Path(__file__).resolve().parent

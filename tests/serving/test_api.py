@@ -19,7 +19,7 @@ from llmft.core.imports import missing
 from llmft.export.targets import opened
 from llmft.predict import predict
 from llmft.runs.predictions import Predictions
-from llmft.serving.start import open_all
+from llmft.serving.runs import open_runs
 
 if missing("openai", "uvicorn", "starlette"):
     pytest.skip("openai, uvicorn and starlette are not installed", allow_module_level=True)
@@ -36,7 +36,7 @@ def address(two_runs: list[Path]) -> Iterator[str]:
     from llmft.serving.engine import Engine
 
     config = ServeConfig(run=[str(run) for run in two_runs], accelerator="cpu", max_body_kib=64, max_requests=12)
-    engine = Engine(open_all([opened(run) for run in two_runs], config))
+    engine = Engine(open_runs([opened(run) for run in two_runs], config))
     server = uvicorn.Server(uvicorn.Config(Api(engine, config, "secret").app, log_level="warning", lifespan="off"))
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))

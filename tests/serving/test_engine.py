@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ from llmft.export.targets import opened
 from llmft.predict import predict
 from llmft.runs.predictions import Predictions
 from llmft.serving.engine import Engine, Request
-from llmft.serving.runs import OpenRun
-from llmft.serving.start import open_all
+from llmft.serving.runs import OpenRun, open_runs
 
 QUESTIONS = [
     f"Who wrote this text?\n\n{text}" for text in ("The fox was angry.", "Sue", "A dog, a cat and a long walk.", "x")
@@ -26,7 +26,7 @@ QUESTIONS = [
 @pytest.fixture(scope="module")
 def runs(two_runs: list[Path]) -> list[OpenRun]:
     config = ChatConfig(run=[str(run) for run in two_runs], accelerator="cpu")
-    return open_all([opened(run) for run in two_runs], config)
+    return open_runs([opened(run) for run in two_runs], config)
 
 
 @pytest.fixture
@@ -97,6 +97,13 @@ def test_a_request_joins_others_and_one_that_is_cancelled_ends(runs: list[OpenRu
     assert long[0].done.wait(60)
     assert long[0].finish in ("cancelled", "stop")
     assert long[1].done.wait(60)
+
+
+def test_a_request_past_its_deadline_ends_at_once(runs: list[OpenRun], engine: Engine) -> None:
+    pieces: list[str | None] = []
+    over = asked(runs[0], QUESTIONS[0], 150, temperature=8.0, deadline=time.monotonic(), listen=pieces.append)
+    (text,) = answers(engine, [over])
+    assert (over.finish, text, pieces) == ("cancelled", "", [None])
 
 
 def test_chat_for_scripts_prints_the_text_alone(two_runs: list[Path], tmp_path: Path, capsys: Any) -> None:

@@ -13,7 +13,7 @@ from llmft.core.errors import ConfigError
 from llmft.export.targets import opened
 from llmft.serve import serve
 from llmft.serving import engines
-from llmft.serving.start import KEY
+from llmft.serving.engines import KEY
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,7 @@ def test_what_an_engine_cannot_do_is_said_before_anything_is_merged(
     monkeypatch.setattr(engines, "prepared", lambda job, config: pytest.fail("merged"))
     jobs = [opened(run) for run in two_runs]
     with pytest.raises(ConfigError, match="with=vllm: one run at a time"):
-        engines.hand_over(jobs, config(two_runs[0], ServedBy.vllm), screen=None)  # type: ignore[arg-type]
+        engines.hand_over(jobs, config(two_runs[0], ServedBy.vllm), None, screen=None)  # type: ignore[arg-type]
     monkeypatch.setenv(KEY, "secret")
     with pytest.raises(ConfigError, match="with=transformers: it asks nobody for a key"):
         serve(config(two_runs[0], ServedBy.transformers))

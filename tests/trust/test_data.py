@@ -19,7 +19,7 @@ from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.prompt import PromptFormat, prompt_format
-from llmft.data.sources import BadRows
+from llmft.data.readers import BadRows
 from llmft.train import train
 from llmft.training.inspection import inspect_rows
 from llmft.training.prepare import prepare
@@ -173,7 +173,7 @@ def tokenizer() -> Any:
 
 
 def format_of(name: str) -> PromptFormat:
-    return PromptFormat(prompt_config(name))
+    return PromptFormat(prompt_config(name), bos_token="<s>", eos_token="</s>")
 
 
 def chat(question: str, answer: str) -> Conversation:

@@ -21,7 +21,7 @@ from llmft.config.data import BadRow
 from llmft.config.overrides import config_directory
 from llmft.core.errors import DataError, UserError, report
 from llmft.data.prompt import PromptFormat
-from llmft.data.sources import BadRows, Row, read
+from llmft.data.readers import BadRows, Row, read
 from tests.conftest import prompt_config
 
 FUZZ_S = float(os.environ.get("LLMFT_FUZZ_S", "0"))
@@ -139,7 +139,7 @@ class TestFuzzPrompts:
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_fuzz_spans_cover_exactly_the_answers_and_the_parts_make_the_text(self, name: str) -> None:
-        prompt = PromptFormat(prompt_config(name))
+        prompt = PromptFormat(prompt_config(name), bos_token="<s>", eos_token="</s>")
 
         @settings(SETTINGS, max_examples=40 if not FUZZ_S else 2000)
         @given(turns)
@@ -150,7 +150,7 @@ class TestFuzzPrompts:
                 for message in ({"role": "user", "content": question}, {"role": "assistant", "content": answer})
             ]
             try:
-                made = prompt.render(messages, bos_token="<s>", eos_token="</s>")
+                made = prompt.render(messages)
             except ValueError as error:
                 assert str(error).startswith(f"prompt={name}: ")
                 return
@@ -162,7 +162,7 @@ class TestFuzzPrompts:
             if name == "plain":  # a document: all of it is learned
                 return
             assert len(learned) == len(pairs)
-            marker = prompt.end_marker(bos_token="<s>", eos_token="</s>")
+            marker = prompt.end_marker()
             for (_, answer), part in zip(pairs, learned, strict=True):
                 assert part.strip().removesuffix(marker).strip() == answer.strip()
             assert not any(mark in made.text for mark in ("\ue000", "\ue002")) or any(

@@ -515,7 +515,7 @@ class TestTemplates:
         handler = signal.getsignal(signal.SIGVTALRM)
         with pytest.raises(ValueError, match="too much memory"):
             PromptFormat(PromptConfig(name="x", template="{{ 'a'*messages[0].n }}"), strict=False)._write(
-                [{"role": "user", "content": "q", "n": 10**11}], {}, False
+                [{"role": "user", "content": "q", "n": 10**11}], None, False
             )
         assert resource.getrlimit(resource.RLIMIT_AS) == limits
         assert signal.getsignal(signal.SIGVTALRM) is handler

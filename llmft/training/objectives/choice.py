@@ -21,7 +21,6 @@ from llmft.data.batch import MicroBatch, send, to_device
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples
-from llmft.data.sources import BadRows
 from llmft.training.objectives.language_modeling import logits_at
 from llmft.training.objectives.prompt_cache import logits_behind
 
@@ -135,7 +134,7 @@ def make_scores(encoder: Encoder, words: Sequence[str], splits: dict[str, Exampl
     paths: list[Path] = []  # of each word as an answer, its end token with it
     for word in words:
         probe = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": word}]
-        ids, marks = encoder.tokens(Conversation(probe, "task.words"), BadRows())
+        ids, marks = encoder.tokens(Conversation(probe, "task.words"))
         paths.append(tuple(np.asarray(ids)[marks != 0].tolist()))
     known = set(paths)
     for example in chain.from_iterable(splits.values()):
