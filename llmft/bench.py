@@ -33,7 +33,6 @@ GROUPS = ("model", "prompt", "lora", "optimizer")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     run_verb("bench", BenchConfig, lambda config, invocation: bench(config, invocation.argv), argv)
 

@@ -18,7 +18,6 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("blend", BlendConfig, lambda config, _: blend(config), argv)
 
 

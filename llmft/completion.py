@@ -20,7 +20,6 @@ SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     exit_with(lambda: complete(argv))
 
 

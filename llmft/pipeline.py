@@ -7,7 +7,6 @@ run. So the chain has no state of its own but a record of what it did.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,8 +21,6 @@ OmegaConf.register_new_resolver("stage", lambda name: f"${{stage:{name}}}", repl
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("pipeline", PipelineConfig, lambda config, _: pipeline(config), argv)
 
 

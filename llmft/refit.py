@@ -6,7 +6,6 @@ out it sees each row a little less often, and does not train longer. Its validat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +19,11 @@ from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Export
 from llmft.config.untrusted import stored_config
 from llmft.core.errors import ConfigError
+from llmft.core.machine import set_cuda_variables
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
+    set_cuda_variables()
     run_verb("refit", RefitConfig, lambda config, invocation: refit(config, invocation=invocation), argv)
 
 

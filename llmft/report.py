@@ -33,7 +33,6 @@ class ReportConfig:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
     scores, argv = split_off(argv, "lb.")
     run_verb("report", ReportConfig, lambda config, _: report(config, scores), argv)

@@ -7,7 +7,6 @@ pairs for DPO. A killed command goes on where it was, to the same files.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,6 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("sample", SampleConfig, lambda config, _: sample(config), argv)
 
 

@@ -7,7 +7,6 @@ Made for trying runs side by side. For many users an engine that is made for the
 from __future__ import annotations
 
 import json
-import os
 import shlex
 import socket
 import sys
@@ -21,8 +20,6 @@ from llmft.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     engine, argv = split_off(with_lists(argv, "run="), "with=")
     argv = [*argv, *(f"engine={name}" for name in engine)]
     run_verb("serve", ServeConfig, lambda config, _: serve(config), argv)

@@ -172,13 +172,11 @@ class EvaluateConfig(Trusting):
     bootstrap: int = 1000
     confidence: float = 0.95
     seed: int = 0
-    format: str = "text"
+    format: OutputFormat = OutputFormat.text
 
     def __post_init__(self) -> None:
-        check = partial(require_each, self, "")
-        check("bootstrap", lambda n: n >= 0, "resamples, 0 for none.")
-        check("confidence", lambda x: 0 < x < 1, "above 0 and below 1.")
-        check("format", lambda name: name in ("text", "json"), "text or json.")
+        require_each(self, "", "bootstrap", lambda n: n >= 0, "resamples, 0 for none.")
+        require_each(self, "", "confidence", lambda x: 0 < x < 1, "above 0 and below 1.")
 
 
 @dataclass

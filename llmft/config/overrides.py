@@ -96,8 +96,8 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
 @functools.cache
 def kinds_of(schema: type) -> dict[str, str]:
     """What each dotted key of a command holds, as it is annotated."""
-    kinds = dict(schema_fields(schema))
-    return kinds | dict(schema_fields(SearchConfig, "hydra.sweeper.")) if schema is TrainConfig else kinds
+    kinds = schema_fields(schema)
+    return kinds | schema_fields(SearchConfig, "hydra.sweeper.") if schema is TrainConfig else kinds
 
 
 def is_text(key: str, schema: type) -> bool:

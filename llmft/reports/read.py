@@ -17,7 +17,6 @@ import yaml
 
 from llmft.config.convert import flatten
 from llmft.config.renamed import RENAMED, move
-from llmft.core.arrow import numbers
 from llmft.core.redaction import redact
 from llmft.reports.statistics import RowScores, jackknife
 
@@ -112,7 +111,7 @@ class RunRecord:
                 table = file.read()
             columns = {name: table[name].combine_chunks() for name in table.column_names}
             return {
-                name: np.array(column.to_pylist(), dtype=str) if name in ("row", "group") else numbers(column)
+                name: np.array(column.to_pylist(), dtype=str) if name in ("row", "group") else column.to_numpy()
                 for name, column in columns.items()
             }
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:

@@ -431,18 +431,16 @@ def write_row_losses(
     """
     import numpy as np
 
-    from llmft.core.arrow import number_column, text_column
-
-    columns = {
-        "row": text_column([describe(row) for row, _, _ in rows]),
-        "loss_nats": number_column(np.array([loss for _, loss, _ in rows], np.float64)),
-        "tokens": number_column(np.array([tokens for _, _, tokens in rows], np.int32)),
+    columns: dict[str, Any] = {
+        "row": [describe(row) for row, _, _ in rows],
+        "loss_nats": np.array([loss for _, loss, _ in rows], np.float64),
+        "tokens": np.array([tokens for _, _, tokens in rows], np.int32),
     }
     if outputs is not None:
-        columns |= {name: number_column(outputs[:, index].astype(np.float64)) for index, name in enumerate(names)}
+        columns |= {name: outputs[:, index].astype(np.float64) for index, name in enumerate(names)}
     if any(group is not None for group in groups):
-        columns["group"] = text_column([str(group) for group in groups])
-    columns |= {f"score_{name}": number_column(np.array(values, np.float64)) for name, values in (scores or {}).items()}
+        columns["group"] = [str(group) for group in groups]
+    columns |= {f"score_{name}": np.array(values, np.float64) for name, values in (scores or {}).items()}
     write_table(path, columns)
 
 

@@ -82,8 +82,8 @@ class Study:
         """All of them, by number."""
         return self._in_memory.get_trials(deepcopy=False)
 
-    def ask(self, attributes: Mapping[str, Any]) -> tuple[int, dict[str, Value]]:
-        """(number, values) of a new trial."""
+    def ask(self, index: int) -> tuple[int, dict[str, Value]]:
+        """(number, values) of a new trial, for the configuration `index`."""
         number = len(self.trials)
         self._in_memory.sampler = make_sampler(self.settings, self.space, number)
         self._in_memory.pruner = make_pruner(self.settings)
@@ -93,8 +93,7 @@ class Study:
         for parameter in self.space.parameters:
             if self.space.active(parameter, chosen):
                 chosen[parameter.key] = parameter.suggest(trial)
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("place", index)
         self._file.add_trial(self.trials[number])
         return number, chosen
 
@@ -170,10 +169,7 @@ def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
         )
     conditional = any(parameter.condition for parameter in space.parameters)
     return samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=settings.startup_trials,
-        multivariate=True,
-        group=conditional,
+        seed=seed, n_startup_trials=settings.startup_trials, multivariate=True, group=conditional
     )
 
 

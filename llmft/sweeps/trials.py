@@ -6,11 +6,11 @@ import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import canonical, digest_of, fields_not_in_key, to_plain
+from llmft.config.convert import canonical, digest_of, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
@@ -152,18 +152,13 @@ class Planner:
             self._prepared[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
         fingerprint, located, num_labels, size = self._prepared[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
+        # Options with their values, such as --config-dir DIR, without those that ask for a multirun.
+        options = [a for a in self.invocation.argv if a.startswith("-") or "=" not in a]
+        arguments = [a for a in options if a not in ("-m", "--multirun")] + [*overrides]
+        if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides):
+            arguments.append("hydra.mode=RUN")  # else the file of sweeps/ would make a sweep of the one trial again
         shown = [override.lstrip("+") for override in varied]
-        arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
-        return Trial(
-            number,
-            shown,
-            arguments,
-            config,
-            run.key,
-            run,
-            num_labels=num_labels,
-            weight_bytes=size,
-        )
+        return Trial(number, shown, arguments, config, run.key, run, num_labels=num_labels, weight_bytes=size)
 
 
 def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
@@ -206,17 +201,6 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
     return {key for key, texts in values.items() if len(texts) > 1 or key not in everywhere}
 
 
-def _options(argv: Sequence[str]) -> list[str]:
-    """A command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
-    kept = [a for a in argv if a.startswith("-") or "=" not in a]
-    return [a for a in kept if a not in ("-m", "--multirun")]
-
-
-def _single(overrides: Sequence[str]) -> list[str]:
-    """What keeps a file of `sweeps/` from making a sweep of the one trial again."""
-    return ["hydra.mode=RUN"] if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides) else []
-
-
 @dataclass
 class Sweep:
     """A sweep's directory and record."""
@@ -245,6 +229,11 @@ class Sweep:
     def record_file(self) -> Path:
         """What ran, and how it ended."""
         return self.directory / "sweep.json"
+
+    def add(self, trial: Trial) -> None:
+        """Takes a trial in, also into the sweep's group in Weights & Biases."""
+        trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.name
+        self.trials.append(trial)
 
     def write(self) -> None:
         """Writes the record."""
@@ -296,7 +285,9 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / slug(redact(config.sweep.name))[:80]
     else:
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
-    sweep = Sweep(directory, identity, trials, swept, command)
+    sweep = Sweep(directory, identity, [], swept, command)
+    for trial in trials:
+        sweep.add(trial)
     try:
         record = json.loads(read_plain(sweep.record_file))
     except (OSError, ValueError):
@@ -317,6 +308,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
-    no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
+    names = [entry.name for entry in fields(TrainConfig) if entry.metadata.get("not_in_key")]
+    no_part = tuple(f"{name}{end}" for name in names for end in ".=")
     identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
     return digest_of([{key: sorted(values) for key, values in swept.items()}, identifying])[:8]

@@ -27,7 +27,7 @@ from llmft.config.hydra_app import config_of_command, explain
 from llmft.config.invocation import NO_COMMAND, Invocation
 from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
 from llmft.config.sections import TrainConfig
-from llmft.config.sweep import SearchConfig
+from llmft.config.sweep import SearchConfig, search_settings
 from llmft.core.errors import ConfigError, UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -88,8 +88,6 @@ class OwnSweeper(Sweeper):
     """
 
     def __init__(self, **settings: Any) -> None:
-        from llmft.sweeps.settings import search_settings
-
         plain: Any = OmegaConf.to_container(OmegaConf.create(settings))
         self.settings = search_settings(plain)
         self.config: Any = None
