@@ -14,7 +14,8 @@ from omegaconf import MISSING
 from llmft.config.data import PromptConfig
 from llmft.config.fields import Texts, require, require_each, seconds_of
 from llmft.config.model import LoraConfig, ModelConfig, Precision, QuantizationFormat
-from llmft.config.trainer import Checkpointing, LoggerConfig, checkpointing_of, rows_or_tokens
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing, LoggerConfig, Mode, checkpointing_of, rows_or_tokens
 from llmft.core.errors import ConfigError
 
 PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
@@ -394,6 +395,21 @@ class BundleConfig(Trusting):
 
 
 @dataclass
+class ReportConfig:
+    """What `python -m llmft.report` takes."""
+
+    runs: Texts = None
+    sweep: str | None = None
+    output_dir: str = "outputs"
+    out: str | None = None
+    lb: str | None = None
+    numbers: str | None = None
+    metric: str | None = None
+    mode: Mode = Mode.auto
+    clusters: bool = True
+
+
+@dataclass
 class DoctorConfig:
     """Config of `python -m llmft.doctor`."""
 
@@ -411,3 +427,8 @@ class DiskConfig:
     keep: list[KeepCheckpoints] = field(default_factory=lambda: [*KeepCheckpoints])
     dry_run: bool = True
     format: OutputFormat = OutputFormat.text
+
+
+def schema_of(command: str) -> type:
+    """The dataclass of a command's config; `check` takes that of a training."""
+    return TrainConfig if command in ("train", "check") else globals()[f"{command.capitalize()}Config"]

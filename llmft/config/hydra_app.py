@@ -125,7 +125,7 @@ def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> N
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
     """A mistake in keys, values or options of the command line `argv` as one sentence; None for any other error."""
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException):
@@ -169,9 +169,11 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     override = re.search(r"Could not override '([^']+)'", str(error))
     override_key = override[1] if override else None
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:
-        return _unknown_key(full_key or override_key, schema)
-    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
-        return _unknown_key(override_key or full_key, schema)
+        nodes = (getattr(link, "parent_node", None) for link in chain)
+        beside = next((list(map(str, node)) for node in nodes if node is not None), [])
+        return _unknown_key(full_key or override_key, schema, beside)
+    if override_key is not None:
+        return _unknown_key(override_key, schema)
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(explain_error(link, schema))
@@ -198,7 +200,8 @@ def _missing_option(error: Any) -> ConfigError:
     return ConfigError(f"{group}={option}: no such option; {hint}")
 
 
-def _unknown_key(key: str | None, schema: type) -> ConfigError:
+def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> ConfigError:
+    """The sentence for a key that does not exist; `beside` are those that stand in the same place."""
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = schema_fields(schema)
@@ -206,6 +209,8 @@ def _unknown_key(key: str | None, schema: type) -> ConfigError:
         return ConfigError(f"{key} is now called {RENAMED[key]}.")
     if key.startswith("hydra."):
         return _unknown_setting(key)
+    if beside and keys.get(key.partition(".")[0], "").startswith("dict["):  # a chain's stages, or keys of one
+        return ConfigError(f"{key}: no such key; choose from {', '.join(beside)}.")
     if key in keys:
         return ConfigError(f"{key}: not among this command's defaults; write +{key}=OPTION to add one.")
     best = nearest(key, keys)

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import PipelineConfig
+from llmft.config.sections import TrainConfig
+from llmft.config.untrusted import stored_config
 from llmft.core.console import Screen, text_table
 from llmft.core.errors import StageFailed
 from llmft.core.files import write_atomically
@@ -107,18 +109,11 @@ def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
     status = read_dictionary(result / "run.json", []).get("result", {})
     if status and (result / "config.yaml").is_file():  # of a training; folds and blends have no metric before
-        monitor = _monitor(result)
+        monitor = str(stored_config(result / "config.yaml", TrainConfig).trainer.monitor)
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
     if best := read_dictionary(result / "report.json", []).get("expected_best"):
         row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}
     return row
-
-
-def _monitor(result: Path) -> str:
-    from llmft.config.sections import TrainConfig
-    from llmft.config.untrusted import stored_config
-
-    return str(stored_config(result / "config.yaml", TrainConfig).trainer.monitor)
 
 
 def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> Answers:
@@ -133,33 +128,21 @@ def _answers(stage: str, results: dict[str, str], config: PipelineConfig, direct
     return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
 
 
-Shown = tuple[str, list[str], list[list[str]]]
-"""Title, header and lines of a table."""
-
-
-def _tables(content: dict[str, Any]) -> list[Shown]:
-    stages = [
-        [row["stage"], row["command"], row.get("metric", ""), _number(row.get("before")), _number(row.get("after"))]
-        for row in content["stages"]
-    ]
-    tables: list[Shown] = [("stages", ["stage", "command", "metric", "before", "after"], stages)]
+def _tables(content: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The title, header and lines of each table."""
+    lines = []
+    for row in content["stages"]:
+        values = ["" if row.get(key) is None else f"{row[key]:.4f}" for key in ("before", "after")]
+        lines.append([row["stage"], row["command"], row.get("metric", ""), *values])
+    tables = [("stages", ["stage", "command", "metric", "before", "after"], lines)]
     if content["rewards"]:
         lines = [[row["stage"], f"{row['reward']:.3f} ± {row['noise']:.3f}"] for row in content["rewards"]]
         tables.append(("reward on held-out prompts", ["stage", "reward"], lines))
-        lines = [
-            [
-                f"{row['to']} against {row['from']}",
-                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
-                f"{row['win_rate']:.0%}",
-                row["verdict"],
-            ]
-            for row in content["steps"]
-        ]
+        lines = []
+        for row in content["steps"]:
+            difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            lines.append([f"{row['to']} against {row['from']}", difference, f"{row['win_rate']:.0%}", row["verdict"]])
         tables.append(("what each stage gained", ["stages", "reward", "win rate", "verdict"], lines))
         header = list(content["samples"][0]) if content["samples"] else []
         tables.append(("samples", header, [list(map(str, sample.values())) for sample in content["samples"]]))
     return tables
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

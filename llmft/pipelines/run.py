@@ -129,10 +129,10 @@ def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: 
     if not directories:
         return {stage.name: str(directory / f"stage-{stage.name}")}  # a command that leaves nothing to go on from
     if stage.sweep:
-        from llmft.pipelines.sweeps import runs_of, winner
+        from llmft.pipelines.sweeps import best_run
 
-        runs = ",".join(map(str, runs_of(directories[0])))
-        return {stage.name: str(winner(directories[0], screen)), f"{stage.name}.runs": f"[{runs}]"}
+        best, runs = best_run(directories[0], screen)
+        return {stage.name: str(best), f"{stage.name}.runs": f"[{','.join(map(str, runs))}]"}
     return {stage.name: str(directories[0])}
 
 

@@ -331,7 +331,8 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     Raises ConfigError where there is no run, it is not finished, or its exported weights have changed.
     """
     run = Run(directory, "")
-    check_plain_files(directory)
+    if run.status_file.exists():  # else it is any directory, whose files do not matter
+        check_plain_files(directory)
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: not a run directory, since it has no run.json.")
