@@ -59,10 +59,8 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         setups.append(canonical(numbers))
     different = next((run for (run, _), setup in zip(runs, setups, strict=True) if setup != setups[0]), None)
     if different is not None:
-        raise ConfigError(
-            f"{different.directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
-            "name runs of one config."
-        )
+        other = runs[0][0].directory.name
+        raise ConfigError(f"{different.directory}: its config differs from {other}'s in more than seed and fold.")
     best, trained = min(runs, key=_rank)
     is_folds = len(runs) > 1 and all(each.data.fold is not None for _, each in runs)
     counted = [run for run, _ in runs] if is_folds else [best]
@@ -94,9 +92,7 @@ def _rank(run: tuple[Any, TrainConfig]) -> float:
     trainer = run[1].trainer
     value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)
     if value is None:
-        raise ConfigError(
-            f"{run[0].directory}: its validation has no {trainer.monitor}, so nothing tells how good it is."
-        )
+        raise ConfigError(f"{run[0].directory}: its validation has no {trainer.monitor} to compare it by.")
     metric = named_metric(trainer.monitor, run[1].task.metrics)
     # A run that kept the wrong end of its curve has the step of that, which no refit should take.
     mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")

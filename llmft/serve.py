@@ -54,9 +54,8 @@ def _bound(config: ServeConfig) -> socket.socket:
     try:
         listening.bind((config.host, config.port))
     except OSError as error:
-        raise ConfigError(
-            f"host={config.host} port={config.port}: {error.strerror}; choose another, or port=0."
-        ) from None
+        where = f"host={config.host} port={config.port}"
+        raise ConfigError(f"{where}: {error.strerror}; choose another, or port=0.") from None
     return listening
 
 

@@ -1,4 +1,4 @@
-"""Config dataclasses of the commands other than train."""
+"""The configs of the commands other than train: `PredictConfig` is that of `python -m llmft.predict`."""
 
 from __future__ import annotations
 
@@ -64,8 +64,6 @@ class PredictData:
 
 @dataclass
 class PredictConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.predict`."""
-
     run: Texts = MISSING
     prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
@@ -94,8 +92,6 @@ KeepSamples = StrEnum("KeepSamples", "best all")
 
 @dataclass
 class SampleConfig(Trusting):
-    """What `python -m llmft.sample` takes."""
-
     run: str = MISSING
     prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
@@ -142,8 +138,6 @@ class StageConfig:
 
 @dataclass
 class PipelineConfig(Trusting):
-    """What `python -m llmft.pipeline` takes."""
-
     name: str = MISSING
     stages: dict[str, StageConfig | None] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
@@ -161,8 +155,6 @@ class PipelineConfig(Trusting):
 
 @dataclass
 class EvaluateConfig(Trusting):
-    """Config of `python -m llmft.evaluate`."""
-
     predictions: str = MISSING
     references: Texts = None
     target: str | None = None
@@ -182,8 +174,6 @@ class EvaluateConfig(Trusting):
 
 @dataclass
 class FoldsConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.folds`."""
-
     runs: Texts = None
     output_dir: str = "outputs"
     name: str | None = None
@@ -192,8 +182,6 @@ class FoldsConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class BlendConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.blend`."""
-
     runs: Texts = MISSING
     method: Method = Method.mean
     predictions: str = "val"
@@ -212,8 +200,6 @@ class BlendConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class RefitConfig(Trusting):
-    """Config of `python -m llmft.refit`."""
-
     runs: Texts = MISSING
     output_dir: str | None = None
     progress: bool = True
@@ -222,8 +208,6 @@ class RefitConfig(Trusting):
 
 @dataclass
 class BenchConfig:
-    """Config of `python -m llmft.bench`."""
-
     model: ModelConfig = MISSING
     prompt: PromptConfig = MISSING
     lora: LoraConfig = MISSING
@@ -282,8 +266,6 @@ Stored = StrEnum("Stored", "auto fp16 bf16 fp32")
 
 @dataclass
 class MergeConfig(Trusting):
-    """What `python -m llmft.merge` takes."""
-
     run: Texts = MISSING
     to: str | None = None
     format: MergeFormat = MergeFormat.hf
@@ -311,7 +293,7 @@ class MergeConfig(Trusting):
 
 @dataclass(kw_only=True)
 class Serving(Trusting):
-    """What chat and serve take alike."""
+    """What chat and serve have in common."""
 
     run: Texts = MISSING
     max_new_tokens: int | None = None
@@ -330,8 +312,6 @@ class Serving(Trusting):
 
 @dataclass
 class ChatConfig(Serving):
-    """What `python -m llmft.chat` takes."""
-
     message: str | None = None
     system: str | None = None
     save: str | None = None
@@ -343,8 +323,6 @@ ServedBy = StrEnum("ServedBy", "llmft vllm llamacpp transformers")
 
 @dataclass
 class ServeConfig(Serving):
-    """What `python -m llmft.serve` takes."""
-
     host: str = "127.0.0.1"
     port: int = 8000
     engine: ServedBy = ServedBy.llmft
@@ -366,8 +344,6 @@ Pushed = StrEnum("Pushed", "adapter merged gguf")
 
 @dataclass
 class PushConfig(Trusting):
-    """What `python -m llmft.push` takes."""
-
     run: str = MISSING
     repo: str = MISSING
     what: Pushed = Pushed.adapter
@@ -377,8 +353,6 @@ class PushConfig(Trusting):
 
 @dataclass
 class BundleConfig(Trusting):
-    """What `python -m llmft.bundle` takes."""
-
     run: str = MISSING
     to: str = MISSING
     wheels: bool = True
@@ -396,8 +370,6 @@ class BundleConfig(Trusting):
 
 @dataclass
 class ReportConfig:
-    """What `python -m llmft.report` takes."""
-
     runs: Texts = None
     sweep: str | None = None
     output_dir: str = "outputs"
@@ -411,8 +383,6 @@ class ReportConfig:
 
 @dataclass
 class DoctorConfig:
-    """Config of `python -m llmft.doctor`."""
-
     output_dir: str = "outputs"
     network: bool = True
     format: OutputFormat = OutputFormat.text
@@ -420,8 +390,6 @@ class DoctorConfig:
 
 @dataclass
 class DiskConfig:
-    """Config of `python -m llmft.disk`."""
-
     output_dir: str = "outputs"
     clean: list[Cleaning] = field(default_factory=list)
     keep: list[KeepCheckpoints] = field(default_factory=lambda: [*KeepCheckpoints])

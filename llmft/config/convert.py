@@ -81,9 +81,7 @@ def to_config(composed: DictConfig, schema: type) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error, schema)) from None
     if not isinstance(config, schema):
-        raise ConfigError(
-            f"this config is not a {schema.__name__}: leave out --config-name, or name a config of that kind."
-        )
+        raise ConfigError(f"--config-name: not a config of this command, a {schema.__name__}; leave it out.")
     return config
 
 

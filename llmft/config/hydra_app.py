@@ -117,10 +117,8 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
 
 def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> None:
     if word not in invocation.words(key):
-        raise ConfigError(
-            f"{key}: a file cannot say whom you trust; write {key}={value} on the command line if you have read the "
-            "code."
-        )
+        advice = f"write {key}={value} on the command line if you have read the code."
+        raise ConfigError(f"{key}: a file cannot say whom you trust; {advice}")
 
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
@@ -131,9 +129,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"'{error.override}' is no override: write key=value, and quote values with spaces or commas."
-        )
+        return ConfigError(f"'{error.override}' is no override: write key=value, and quote spaces and commas.")
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:

@@ -143,9 +143,7 @@ def _check_plain(value: Any, key: str) -> None:
     if isinstance(value, dict):
         for name, item in value.items():
             if name in HYDRA_KEYWORDS or "${" in str(name):
-                raise ConfigError(
-                    f"{key}.{name}: arguments are plain data, and nothing is built from them; leave it out."
-                )
+                raise ConfigError(f"{key}.{name}: arguments are plain data, and nothing is built from them.")
             _check_plain(item, f"{key}.{name}")
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):

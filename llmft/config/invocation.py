@@ -55,7 +55,6 @@ NO_COMMAND = Invocation()
 
 
 def arguments_of_process() -> list[str]:
-    """This process's arguments."""
     return sys.argv[1:]
 
 

@@ -134,7 +134,6 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` through `staged_file`."""
     with staged_file(path) as file:
         file.write(content)
 

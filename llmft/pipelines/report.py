@@ -41,7 +41,6 @@ class Answers:
 
     @property
     def mean(self) -> float:
-        """The mean reward."""
         return float(self.rewards.mean())
 
     @property

@@ -69,8 +69,5 @@ def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[
     points = list(itertools.islice(space.combinations(), MOST_COMBINATIONS + 1))
     limit = settings.n_trials or len(points)
     if len(points) > MOST_COMBINATIONS and settings.n_trials is None:
-        raise ConfigError(
-            f"hydra.sweeper.sampler={settings.sampler}: more than {MOST_COMBINATIONS:,} combinations; set "
-            "hydra.sweeper.n_trials or take another sampler."
-        )
+        raise ConfigError(f"hydra.sweeper.n_trials: set it; there are more than {MOST_COMBINATIONS:,} combinations.")
     return min(limit, len(points)), points if settings.sampler == "grid" else None

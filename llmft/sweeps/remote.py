@@ -114,7 +114,6 @@ class RemoteWorker:
         return Path(path).is_file()
 
     def order(self, order: dict[str, Any]) -> None:
-        """Hands an order on."""
         self.worker.order(**order)
 
     def train(self, order: dict[str, Any], packed: bytes) -> None:
@@ -151,7 +150,6 @@ class RemoteWorker:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def signal(self, signum: int) -> None:
-        """Sends a signal to the worker."""
         self.worker.signal(signum)
 
     def news(self) -> tuple[list[bytes], bytes, int | None, list[str]]:

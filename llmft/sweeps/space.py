@@ -37,7 +37,6 @@ class Parameter:
 
     @property
     def key(self) -> str:
-        """The dotted key."""
         return self.spelled.lstrip("+")
 
     def override(self, value: Value) -> str:
@@ -131,10 +130,8 @@ class Space:
             offered += [] if parent is None or parent.choices else _inside(parent, clauses)
             value = next((v for v in offered if all(clause.holds(v) for clause in clauses)), None)
             if value is None:
-                raise ConfigError(
-                    f"hydra.sweeper.conditions: {parameter.key} never exists, since no value of {key} meets its "
-                    "condition; change the condition or the range."
-                )
+                never = f"{parameter.key} never exists, since no value of {key} meets its condition."
+                raise ConfigError(f"hydra.sweeper.conditions: {never}")
             if parent is not None:
                 met = {**met, **self._condition_met(parent), key: value}
         return met
@@ -146,10 +143,8 @@ class Space:
         """
         for parameter in self.parameters:
             if parameter.values() is None:
-                raise ConfigError(
-                    f"{parameter.key}={parameter.text}: a grid needs values; give choices or a range, or take "
-                    "hydra.sweeper.sampler=tpe."
-                )
+                advice = "give choices or a range, or take hydra.sweeper.sampler=tpe."
+                raise ConfigError(f"{parameter.key}={parameter.text}: a grid needs values; {advice}")
         return self._from(0, {})
 
     def _from(self, index: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
@@ -189,15 +184,11 @@ def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space
         for clause in clauses:
             if clause.key not in parameters and clause.key not in fixed:
                 others = [name for name in (*parameters, *fixed) if name != key]
-                raise ConfigError(
-                    f"hydra.sweeper.conditions: {key} depends on {clause.key}, which has no value here"
-                    f"{did_you_mean(clause.key, others)}"
-                )
+                depends = f"{key} depends on {clause.key}, which has no value{did_you_mean(clause.key, others)}"
+                raise ConfigError(f"hydra.sweeper.conditions: {depends}")
         parameters[key] = replace(parameters[key], condition=clauses)
     if not parameters:
-        raise ConfigError(
-            "this search has nothing to vary: give a range, as in learning_rate.peak=interval(1e-4,1e-2)."
-        )
+        raise ConfigError("nothing to vary: give a range, as in learning_rate.peak=interval(1e-4,1e-2).")
     space = Space(_parents_first(parameters), list(fixed.values()))
     space.probes()
     return space
@@ -252,9 +243,8 @@ def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
         placed = {parameter.key for parameter in ordered}
         free = [p for p in waiting if all(c.key in placed or c.key not in parameters for c in p.condition)]
         if not free:
-            raise ConfigError(
-                f"hydra.sweeper.conditions: {' and '.join(p.key for p in waiting)} depend on each other in a circle."
-            )
+            keys = " and ".join(parameter.key for parameter in waiting)
+            raise ConfigError(f"hydra.sweeper.conditions: {keys} depend on each other in a circle.")
         ordered += free
         waiting = [parameter for parameter in waiting if parameter not in free]
     return ordered

@@ -66,9 +66,9 @@ class Study:
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
+            reason = str(error).splitlines()[0]
             raise ConfigError(
-                f"{file}: not a study that can be read ({str(error).splitlines()[0]}); move it away and the search "
-                "begins anew, without training again what is done."
+                f"{file}: not a study that can be read ({reason}); without it the search begins anew."
             ) from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)

@@ -99,9 +99,7 @@ class Supervisor:
         Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
         """
         if os.name == "nt":
-            raise ConfigError(
-                "-m: Windows has no signals to stop a trial with; run sweeps in WSL2, single runs anywhere."
-            )
+            raise ConfigError("-m: Windows has no signals to stop a trial with; run sweeps in WSL2.")
         shares = [Share(remote=self._remote)] * workers if self._remote is not None else shares_of_machine(workers)
         if workers > 1 and self.settings.workers == "auto":
             self.progress.say(f"{workers} trials at a time (sweep.workers=1 for one).")

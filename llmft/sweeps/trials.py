@@ -104,7 +104,6 @@ class Trial:
         return self.status in FINISHED
 
     def mark(self, status: str, error: str | None, cause: str | None = None) -> None:
-        """Sets how it ended."""
         self.status, self.error, self.cause = status, error, cause
 
 
@@ -236,7 +235,6 @@ class Sweep:
         self.trials.append(trial)
 
     def write(self) -> None:
-        """Writes the record."""
         config = self.config
         record = {
             "name": self.name,
@@ -293,11 +291,11 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
     except (OSError, ValueError):
         record = {}
     if record and record.get("identity") != identity:
-        raise ConfigError(
-            f"{directory} holds another sweep ({' x '.join(record.get('swept', {})) or 'no varied keys'}, "
-            f"{len(record.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
-            f"{len(trials)} trials): set another sweep.name."
+        other, this = (
+            f"{' x '.join(keys) or 'no varied keys'}, {count} trials"
+            for keys, count in ((record.get("swept", {}), len(record.get("trials", []))), (swept, len(trials)))
         )
+        raise ConfigError(f"{directory} holds another sweep ({other}), not this one ({this}): set another sweep.name.")
     sweep.created = record.get("created", sweep.created)
     try:
         directory.mkdir(parents=True, exist_ok=True)

@@ -30,10 +30,8 @@ def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], t
         raise ConfigError(f"sweep.early_stop_if_same_as={directory}: not a run with validations of {monitor}.")
     bound = config.sweep.early_stop_noise
     if bound is None:
-        raise ConfigError(
-            "sweep.early_stop_if_same_as needs sweep.early_stop_noise: how far apart two runs may be and still count "
-            f"as the same, in {monitor}; twice the spread between seeds is a good choice."
-        )
+        advice = f"how far apart in {monitor} equal runs may be, such as twice the spread between seeds."
+        raise ConfigError(f"sweep.early_stop_if_same_as needs sweep.early_stop_noise: {advice}")
     alike: dict[int, int] = {}
 
     def decide(trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:

@@ -47,7 +47,6 @@ class ReadySweeps(SearchPathPlugin):
     """Finds the files of sweeps/ wherever llmft is installed."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra."""
         if llmft.config.hydra_app.has_ready_sweeps:
             search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
 
@@ -56,7 +55,6 @@ class LocalLauncher(Launcher):
     """Trials in worker processes on this machine, under a supervisor."""
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Called by Hydra."""
         self.planner = make_planner(hydra_context.config_loader, config, task_function.invocation)
         self.fixed = fixed_overrides(config)
 
@@ -85,7 +83,6 @@ class OwnSweeper(Sweeper):
         self.settings = search_settings(plain)
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Called by Hydra."""
         self.config, self.loader = config, hydra_context.config_loader
         self.planner = make_planner(self.loader, config, task_function.invocation)
         self.launcher = Plugins.instance().instantiate_launcher(
@@ -114,10 +111,7 @@ class OwnSweeper(Sweeper):
             return run_grid(planner, jobs, fixed) if is_local else run_elsewhere(planner, jobs, fixed, self.launcher)
         if not is_local:
             name = self.config.hydra.runtime.choices.get("hydra/launcher")
-            raise ConfigError(
-                f"hydra/launcher={name}: a search hears from its trials while they run, which only "
-                "hydra/launcher=local lets it; leave the launcher out, or use a grid."
-            )
+            raise ConfigError(f"hydra/launcher={name}: a search hears from running trials; only local ones tell it.")
         from llmft.sweeps.search import run_search
 
         return run_search(planner, self.settings, overrides, fixed)
