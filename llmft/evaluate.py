@@ -29,7 +29,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises ConfigError or DataError for files, columns or rows that do not fit each other.
     """
-    from llmft.core.files import write_atomically
+    from llmft.core.files import write_json
     from llmft.evaluation import scores
     from llmft.evaluation.references import open_predictions, with_references
     from llmft.metrics.prior import against_prior
@@ -59,7 +59,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
         "confusion": scores.confusion(predictions),
     }
     report = _plain(report)
-    write_atomically(beside, json.dumps(report, indent=1, ensure_ascii=False).encode())
+    write_json(beside, report)
     if config.format is OutputFormat.json and not quiet:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     elif not quiet:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +51,7 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     """
     from hydra._internal.utils import get_args_parser
 
-    arguments = with_new_names(yes_or_no(arguments), lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+    arguments = with_new_names(yes_or_no(arguments))
     for argument in arguments:
         shown = argument.encode(errors="backslashreplace").decode()
         if shown != argument:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 RENAMED = {
@@ -14,16 +15,15 @@ RENAMED = {
 }
 
 
-def with_new_names(arguments: Sequence[str], warn: Callable[[str], None]) -> list[str]:
-    """A command line's `arguments` with today's names; `warn` is told of each old one."""
+def with_new_names(arguments: Sequence[str]) -> list[str]:
+    """A command line's `arguments` with today's names; each old one is told."""
     renamed = []
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        new = RENAMED.get(key.lstrip("+~"))
-        if new is not None:
-            warn(f"{key.lstrip('+~')} is now called {new}; the old name ends with the next release.")
-            key = key.replace(key.lstrip("+~"), new)
-        renamed.append(f"{key}{equals}{value}")
+        old = argument.partition("=")[0].lstrip("+~")
+        if (new := RENAMED.get(old)) is not None:
+            print(f"warning: {old} is now called {new}; the old name ends with the next release.", file=sys.stderr)
+            argument = argument.replace(old, new, 1)
+        renamed.append(argument)
     return renamed
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +15,7 @@ from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import stored_config
 from llmft.core.console import Screen, text_table
 from llmft.core.errors import StageFailed
-from llmft.core.files import write_atomically
+from llmft.core.files import write_atomically, write_json
 from llmft.pipelines.process import run_command
 from llmft.pipelines.stages import Stage, filled
 from llmft.reports.read import read_dictionary
@@ -94,7 +93,7 @@ def write_report(
             for n in range(min(SHOWN, len(answers[0].texts) if answers else 0))
         ],
     }
-    write_atomically(directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_json(directory / "report.json", content)
     tables = _tables(content)
     for title, header, lines in tables:
         screen.print(text_table(header, lines, title, range(len(header))))

@@ -14,10 +14,9 @@ from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, RunBusy
 from llmft.core.files import exclusive_lock
-from llmft.sweeps.candidates import wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.space import Space, make_space
+from llmft.sweeps.space import Space, make_space, wanted_trials
 from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.supervisor import Supervisor

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.sweeps.conditions import Clause, Value, number_of, parse_condition
 
+DEFAULT_TRIALS = 20
 MOST_COMBINATIONS = 10_000
 """A grid of more is a mistake: no one trains so many models."""
 
@@ -157,6 +159,20 @@ class Space:
             return
         for value in parameter.values() or []:
             yield from self._from(index + 1, {**chosen, parameter.key: value})
+
+
+def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[str, Value]] | None]:
+    """(number of configurations to try, those of a grid in order).
+
+    Raises ConfigError for a grid over a range without steps, or over too many combinations.
+    """
+    if settings.sampler not in ("grid", "brute"):
+        return settings.n_trials or DEFAULT_TRIALS, None
+    points = list(itertools.islice(space.combinations(), MOST_COMBINATIONS + 1))
+    limit = settings.n_trials or len(points)
+    if len(points) > MOST_COMBINATIONS and settings.n_trials is None:
+        raise ConfigError(f"hydra.sweeper.n_trials: set it; there are more than {MOST_COMBINATIONS:,} combinations.")
+    return min(limit, len(points)), points if settings.sampler == "grid" else None
 
 
 def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space:

@@ -2,17 +2,62 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config.sweep import SearchConfig
-from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.space import wanted_trials
 from llmft.sweeps.study import Study
 from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Sweep, Trial
-from llmft.sweeps.twin import twin_rule
+from llmft.sweeps.twin import twin_rule, validations
+
+
+@dataclass
+class Candidate:
+    """A configuration that was suggested: one trial for each of its seeds.
+
+    Attributes:
+        number: of its trial in the study.
+        index: which of the configurations asked for it is; one that is tried again keeps it.
+        waiting: trials to run; emptied by one that fails or is pruned.
+        curve: the monitored metric of the first seed's run by step, which is what a pruner judges.
+    """
+
+    number: int
+    index: int
+    chosen: dict[str, Value]
+    trials: list[Trial]
+    waiting: list[Trial] = field(default_factory=list)
+    under_way: list[Trial] = field(default_factory=list)
+    curve: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Trial:
+        """The trial that a pruner judges."""
+        return self.trials[0]
+
+    @property
+    def value(self) -> float | None:
+        """The mean over the seeds, None unless all have a finite value."""
+        values = [trial.value for trial in self.trials if trial.status == "done"]
+        if len(values) < len(self.trials) or any(v is None or not math.isfinite(v) for v in values):
+            return None
+        return statistics.fmean(value for value in values if value is not None)
+
+    @property
+    def keys(self) -> list[str]:
+        """The runs that it is."""
+        return [trial.key for trial in self.trials]
+
+    def read_curve(self) -> None:
+        """Takes the first seed's validations from its run, whoever trained it."""
+        self.curve = validations(self.first.run.directory, self.first.config.trainer.monitor)
 
 
 class Search:

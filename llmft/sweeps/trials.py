@@ -14,7 +14,7 @@ from llmft.config.convert import canonical, digest_of, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
-from llmft.core.files import read_plain, write_atomically
+from llmft.core.files import read_plain, write_json
 from llmft.core.machine import sensible_threads
 from llmft.core.redaction import redact
 from llmft.data.hub import Located, weight_bytes
@@ -253,7 +253,7 @@ class Sweep:
             **self.facts,
             "trials": [self._trial_record(trial) for trial in self.trials],
         }
-        write_atomically(self.record_file, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+        write_json(self.record_file, redact(record))
 
     def _trial_record(self, trial: Trial) -> dict[str, Any]:
         return {

@@ -25,10 +25,9 @@ from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.metrics.monitor import with_mode
 from llmft.runs.directory import Run, append_line
-from llmft.sweeps.candidates import wanted_trials
 from llmft.sweeps.conditions import parse_condition
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.space import Space, make_space
+from llmft.sweeps.space import Space, make_space, wanted_trials
 from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.trials import Sweep, Trial

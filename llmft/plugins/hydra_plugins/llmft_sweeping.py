@@ -83,8 +83,9 @@ class OwnSweeper(Sweeper):
         self.settings = search_settings(plain)
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        self.config, self.loader = config, hydra_context.config_loader
+        self.loader, self.fixed = hydra_context.config_loader, fixed_overrides(config)
         self.planner = make_planner(self.loader, config, task_function.invocation)
+        self.launcher_name = config.hydra.runtime.choices.get("hydra/launcher")
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -105,13 +106,13 @@ class OwnSweeper(Sweeper):
 
         is_local = isinstance(self.launcher, LocalLauncher)
         overrides = parsed(self.loader, self.settings.params or {}, arguments)
-        planner, fixed = self.planner, fixed_overrides(self.config)
+        planner, fixed = self.planner, self.fixed
         if self.settings.sampler is None:
             jobs = combinations(overrides)
             return run_grid(planner, jobs, fixed) if is_local else run_elsewhere(planner, jobs, fixed, self.launcher)
         if not is_local:
-            name = self.config.hydra.runtime.choices.get("hydra/launcher")
-            raise ConfigError(f"hydra/launcher={name}: a search hears from running trials; only local ones tell it.")
+            local_alone = "a search hears from its trials while they run, which only local ones let it."
+            raise ConfigError(f"hydra/launcher={self.launcher_name}: {local_alone}")
         from llmft.sweeps.search import run_search
 
         return run_search(planner, self.settings, overrides, fixed)
