@@ -17,7 +17,7 @@ from llmft.config.invocation import Invocation, arguments_of_process, split_off,
 
 def main(argv: Sequence[str]) -> None:
     # A message may hold any character, so no grammar of Hydra's sees it.
-    messages, argv = split_off(with_lists(argv, "run="), "message=")
+    messages, argv = split_off(with_lists(argv), "message=")
     systems, argv = split_off(argv, "system=")
 
     def job(config: ChatConfig, invocation: Invocation) -> None:

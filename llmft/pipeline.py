@@ -24,7 +24,7 @@ def main(argv: Sequence[str]) -> None:
     run_verb("pipeline", PipelineConfig, lambda config, _: pipeline(config), argv)
 
 
-def pipeline(config: PipelineConfig, *, quiet: bool = False) -> Path | None:
+def pipeline(config: PipelineConfig) -> Path | None:
     """Runs every stage of `config` that is not done, then the report; returns the directory of the record.
 
     Raises ConfigError, before anything runs, for stages that cannot be composed; StageFailed where one ends in an
@@ -33,7 +33,7 @@ def pipeline(config: PipelineConfig, *, quiet: bool = False) -> Path | None:
     from llmft.core.console import Screen
     from llmft.pipelines.run import run_pipeline
 
-    return run_pipeline(config, Screen(quiet=quiet))
+    return run_pipeline(config, Screen())
 
 
 if __name__ == "__main__":

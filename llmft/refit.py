@@ -27,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     run_verb("refit", RefitConfig, lambda config, invocation: refit(config, invocation=invocation), argv)
 
 
-def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = NO_COMMAND) -> None:
+def refit(config: RefitConfig, *, invocation: Invocation = NO_COMMAND) -> None:
     """Trains the runs' config on all rows.
 
     Raises ConfigError where the runs are not validated ones of one config.
@@ -35,7 +35,7 @@ def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = 
     from llmft.core.console import Screen
     from llmft.training.run import train
 
-    train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet, invocation=invocation)
+    train(refit_config(config, Screen().warn), invocation=invocation)
 
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:

@@ -20,7 +20,7 @@ from llmft.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    engine, argv = split_off(with_lists(argv, "run="), "with=")
+    engine, argv = split_off(with_lists(argv), "with=")
     argv = [*argv, *(f"engine={name}" for name in engine)]
     run_verb("serve", ServeConfig, lambda config, _: serve(config), argv)
 

@@ -48,11 +48,11 @@ class Answers:
         return float(self.rewards.std(ddof=1) / np.sqrt(len(self.rewards))) if len(self.rewards) > 1 else 0.0
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The bootstrap interval of a mean over prompts."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean over prompts."""
     rng = np.random.Generator(np.random.PCG64(0))
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 

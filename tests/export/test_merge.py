@@ -134,9 +134,9 @@ def test_what_cannot_be_exported_is_named_before_weights_load(
     with pytest.raises(ConfigError, match="type=q8: no such type; did you mean q8_0"):
         merge(MergeConfig(run=run, format=MergeFormat.gguf, type="q8"))
     (tmp_path / "link").symlink_to("/")
-    with pytest.raises(ConfigError, match="no run directory and no adapter: neither run.json nor adapter_config.json"):
+    with pytest.raises(ConfigError, match="no run directory and no adapter"):
         merge(MergeConfig(run=str(tmp_path)))
-    with pytest.raises(ConfigError, match="not a run directory, since it has no run.json"):
+    with pytest.raises(ConfigError, match="not a run directory"):
         finished_run(tmp_path)
     with pytest.raises(ConfigError, match="to=lmstudio: LM Studio runs GGUF"):
         MergeConfig(run=run, to="lmstudio")
