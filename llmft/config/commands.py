@@ -46,11 +46,11 @@ class SubmissionConfig:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = self.format is PredictionFormat.submission
-        if wanted and self.template is None:
+        is_submission = self.format is PredictionFormat.submission
+        if is_submission and self.template is None:
             raise ConfigError("format=submission needs template=FILE, the competition's sample submission.")
         for key in ("template", "columns"):
-            require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
+            require(is_submission or not getattr(self, key), f"{key}: only format=submission has one; add it.")
 
 
 @dataclass

@@ -139,7 +139,7 @@ def as_override(argument: str, schema: type, *, several: bool = False) -> str:
     if inside is None:
         return argument
     if "Config" in kinds[inside]:  # a chain's stages, which its file declares: no key is added to those
-        return argument.lstrip("+")
+        return f"{key}={_list(value)}"
     if kinds[inside].startswith("dict[str, str]"):
         name, value = key.removeprefix(f"{inside}."), _text(value, optional=False)
         if "." in name or not PLAIN_NAME.fullmatch(name):  # a dot is part of it, as in a class's name

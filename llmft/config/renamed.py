@@ -30,8 +30,8 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
 def move(plain: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """A config as plain data in which the dotted keys of `names` have the name beside them, if they are there."""
     moved = {group: dict(values) if isinstance(values, dict) else values for group, values in plain.items()}
-    for name, other in names.items():
-        (group, key), new = name.split("."), other.rpartition(".")[2]
+    for old, new in names.items():
+        group, key = old.split(".")
         if isinstance(moved.get(group), dict) and key in moved[group]:
-            moved[group][new] = moved[group].pop(key)
+            moved[group][new.partition(".")[2]] = moved[group].pop(key)
     return moved

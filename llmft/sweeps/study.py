@@ -60,8 +60,8 @@ class Study:
         self.space = space
         self.distributions = {parameter.key: parameter.distribution() for parameter in space.parameters}
         try:
-            kept = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
-            self._file = optuna.create_study(storage=kept, study_name=NAME, direction=direction, load_if_exists=True)
+            on_disk = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+            self._file = optuna.create_study(storage=on_disk, study_name=NAME, direction=direction, load_if_exists=True)
             before = self._file.get_trials()
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
@@ -72,7 +72,7 @@ class Study:
             ) from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
-        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, kept)]
+        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, on_disk)]
         for trial in before:
             trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
             self._in_memory.add_trial(trial)

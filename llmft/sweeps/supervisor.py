@@ -203,7 +203,7 @@ class Supervisor:
         code = worker.process.poll()
         if code == LOST and any(other.process.poll() is None for other in self._processes):
             return False  # with its machine there is less room: another might wait for it for ever
-        return code is not None or worker.idle
+        return worker.idle if code is None else worker.trial is None  # else its end is still to be read
 
     def _next(self, source: Source) -> Trial | None:
         """The next trial that is not finished already."""
