@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
@@ -14,11 +13,12 @@ from llmft.config.convert import canonical, digest_of, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
-from llmft.core.files import read_plain, write_json
+from llmft.core.files import write_json
 from llmft.core.machine import sensible_threads
 from llmft.core.redaction import redact
 from llmft.data.hub import Located, weight_bytes
 from llmft.metrics.monitor import with_mode
+from llmft.reports.read import read_dictionary
 from llmft.runs.directory import Run, existing_run, run_key, slug, unwritable
 from llmft.training.prepare import prepare
 
@@ -286,10 +286,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
     sweep = Sweep(directory, identity, [], swept, command)
     for trial in trials:
         sweep.add(trial)
-    try:
-        record = json.loads(read_plain(sweep.record_file))
-    except (OSError, ValueError):
-        record = {}
+    record = read_dictionary(sweep.record_file, [])
     if record and record.get("identity") != identity:
         other, this = (
             f"{' x '.join(keys) or 'no varied keys'}, {count} trials"

@@ -71,6 +71,12 @@ def test_a_stage_that_is_not_there_is_answered_with_those_that_are(override, tol
     assert str(explain(raised.value, PipelineConfig)) == told
 
 
+def test_a_stages_overrides_may_be_typed_as_those_of_all_trainings_are():
+    typed = "stages.dpo.overrides=[data=writers,seed=1]"
+    config = compose("pipeline=sft_dpo", typed, verb="pipeline", kind=PipelineConfig)
+    assert config.stages["dpo"].overrides == ["data=writers", "seed=1"]
+
+
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_runs(tmp_path):
     config = chain(tmp_path, a={"overrides": ["data=writers"]}, b={"overrides": ["lora.rr=${stage:a}"]})
     with pytest.raises(ConfigError, match=r"stages.b: lora.rr: no such key; did you mean lora.r"):
