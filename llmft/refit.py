@@ -46,7 +46,7 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
 
     def validated(directory: Path) -> tuple[Any, TrainConfig]:
         file = directory / "config.yaml"
-        if file.is_file() and stored_config(file, TrainConfig).data.train_on is TrainOn.all:
+        if file.is_file() and stored_config(file).data.train_on is TrainOn.all:
             raise ConfigError(f"{directory}: trained on all rows, so nothing validated it; name the validated run.")
         return finished_run(directory)
 

@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from llmft.config.convert import from_plain
 from llmft.config.instantiate import HYDRA_KEYWORDS
 from llmft.config.renamed import RENAMED, move
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
 from llmft.core.files import read_plain
 
@@ -154,8 +155,8 @@ def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
                 yield Path(part.strip(" '\"").removeprefix("file://"))
 
 
-def stored_config(path: Path, schema: type) -> Any:
-    """The config of a run directory as `schema`. Builds nothing, and ignores its trusted packages.
+def stored_config(path: Path) -> TrainConfig:
+    """The config of a run directory. Builds nothing, and ignores its trusted packages.
 
     Raises ConfigError for one that is damaged, of another version, or that would run a repository's code.
     """
@@ -181,7 +182,8 @@ def stored_config(path: Path, schema: type) -> Any:
     if isinstance(sweep := plain.get("sweep"), dict):
         plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in REMOVED_KEYS}}
     try:
-        return from_plain(move(plain, RENAMED), schema)
+        config: TrainConfig = from_plain(move(plain, RENAMED), TrainConfig)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

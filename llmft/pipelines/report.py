@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import PipelineConfig
-from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import stored_config
 from llmft.core.console import Screen, text_table
 from llmft.core.errors import StageFailed
@@ -107,7 +106,7 @@ def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
     status = read_dictionary(result / "run.json", []).get("result", {})
     if status and (result / "config.yaml").is_file():  # of a training; folds and blends have no metric before
-        monitor = str(stored_config(result / "config.yaml", TrainConfig).trainer.monitor)
+        monitor = stored_config(result / "config.yaml").trainer.monitor
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
     if best := read_dictionary(result / "report.json", []).get("expected_best"):
         row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}

@@ -344,7 +344,7 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
         raise ConfigError(f"{directory}: its weights have changed since it finished; train it again with force=true.")
     if "key" not in status:
         raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
-    return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
+    return Run(directory, str(status["key"])), stored_config(run.config_file)
 
 
 def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
