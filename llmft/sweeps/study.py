@@ -67,9 +67,7 @@ class Study:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
             reason = str(error).splitlines()[0]
-            raise ConfigError(
-                f"{file}: not a study that can be read ({reason}); without it the search begins anew."
-            ) from None
+            raise ConfigError(f"{file}: not a study that can be read ({reason}); move it away to begin anew.") from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
         self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, on_disk)]
