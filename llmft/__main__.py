@@ -9,7 +9,6 @@ from llmft.config.invocation import COMMANDS, arguments_of_process
 
 
 def main() -> None:
-    """`llmft check …` is `python -m llmft.check …`."""
     command, *arguments = arguments_of_process() or [""]
     if command in COMMANDS:
         module = f"llmft.{command}"

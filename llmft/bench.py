@@ -33,7 +33,6 @@ GROUPS = ("model", "prompt", "lora", "optimizer")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     run_verb("bench", BenchConfig, lambda config, invocation: bench(config, invocation.argv), argv)
 
@@ -48,7 +47,6 @@ class Subject:
 
     @property
     def label(self) -> str:
-        """For people."""
         return f"{self.config.model.label} {self.config.quantization.format.value}"
 
 
@@ -132,15 +130,18 @@ def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
     if config.precision.value != "auto":
         common.append(f"trainer.precision={config.precision.value}")
     return [
-        _subject(_training([*common, *([f"model={model}"] if model else []), f"quantization={format.value}"]))
+        _subject([*common, *([f"model={model}"] if model else []), f"quantization={format.value}"])
         for model in config.models or [""]
         for format in config.quantizations
     ]
 
 
-def _training(overrides: list[str]) -> TrainConfig:
-    """What a training's command line with `overrides` gives."""
+def _subject(overrides: list[str]) -> Subject:
+    """A training's command line with `overrides`, on the weights that are here, or on random ones of their shape."""
     import hydra
+
+    from llmft.data.hub import Located, locate
+    from llmft.model.load import model_config
 
     make_known("train", TrainConfig)
     try:
@@ -151,14 +152,6 @@ def _training(overrides: list[str]) -> TrainConfig:
         raise explain(error, TrainConfig, overrides) or error from error
     if config.model.architecture == "tfidf":
         raise ConfigError(f"model={config.model.name} counts words, which takes seconds anywhere: nothing to measure.")
-    return config
-
-
-def _subject(config: TrainConfig) -> Subject:
-    """With the weights that are here, or with random ones of the model's shape."""
-    from llmft.data.hub import Located, locate
-    from llmft.model.load import model_config
-
     weights = "own" if config.model.init is ModelInit.pretrained else "random"
     try:
         located = locate(config.model)

@@ -18,7 +18,6 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("blend", BlendConfig, lambda config, _: blend(config), argv)
 
 
@@ -150,11 +149,8 @@ def _correlation(values: Any) -> list[list[float]]:
     """Pearson correlation of the members' predictions, over all rows and classes."""
     import numpy as np
 
-    flat = values.reshape(len(values), -1)
-    centred = flat - flat.mean(axis=1, keepdims=True)
-    spread = np.linalg.norm(centred, axis=1)
-    spread[spread == 0] = 1.0  # constant predictions go with nothing
-    return ((centred @ centred.T) / np.outer(spread, spread)).tolist()
+    with np.errstate(invalid="ignore"):  # constant predictions go with nothing
+        return np.nan_to_num(np.corrcoef(values.reshape(len(values), -1))).tolist()
 
 
 def _show(screen: Any, directory: Path, record: dict[str, Any], sign: float) -> None:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +16,8 @@ from llmft.config.invocation import Invocation, arguments_of_process, split_off,
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A message may hold any character, so no grammar of Hydra's sees it.
-    messages, argv = split_off(with_lists(argv, "run="), "message=")
+    messages, argv = split_off(with_lists(argv), "message=")
     systems, argv = split_off(argv, "system=")
 
     def job(config: ChatConfig, invocation: Invocation) -> None:

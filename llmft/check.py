@@ -8,46 +8,38 @@ programs. Exit code 2 or 4 when training would not start.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
+from llmft.config.commands import OutputFormat
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import Invocation, arguments_of_process, split_off
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, did_you_mean
 
-FORMATS = ("text", "json")
-
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # `format=` and `hours=` belong to this verb; all other arguments are those of training.
     forms, argv = split_off(argv, "format=")
     bounds, argv = split_off(argv, "hours=")
 
     def job(config: TrainConfig, invocation: Invocation) -> None:
-        hours = _number(bounds[-1]) if bounds else None
-        check(config, (forms or ["text"])[-1], hours)
+        try:
+            hours = float(bounds[-1]) if bounds else None
+        except ValueError:
+            raise ConfigError(f"hours={bounds[-1]}: not a number.") from None
+        check(config, forms[-1] if forms else OutputFormat.text, hours)
 
-    run_verb("train", TrainConfig, job, argv, verb="check")
-
-
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise ConfigError(f"hours={text}: not a number.") from None
+    run_verb("check", TrainConfig, job, argv)
 
 
-def check(config: TrainConfig, form: str = "text", hours: float | None = None) -> dict[str, Any]:
+def check(config: TrainConfig, form: str = OutputFormat.text, hours: float | None = None) -> dict[str, Any]:
     """Prints the report on `config` and returns it; `hours` are those that there are for the training.
 
     Raises ConfigError or DataError for the first fault that would stop training.
     """
-    if form not in FORMATS:
-        raise ConfigError(f"format={form}: no such form{did_you_mean(form, FORMATS)}")
+    if form not in [*OutputFormat]:
+        raise ConfigError(f"format={form}: no such form{did_you_mean(form, OutputFormat)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
     from llmft.core.imports import load_libraries, quiet_warnings
@@ -62,7 +54,7 @@ def check(config: TrainConfig, form: str = "text", hours: float | None = None) -
 
     with quiet_warnings():
         report, findings = examine(prepared)
-    if form == "json":
+    if form == OutputFormat.json:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     else:
         show(report, hours)

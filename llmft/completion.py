@@ -6,7 +6,6 @@ calls this module for each word: `query LINE` prints the possible last words of 
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 import sys
@@ -20,7 +19,6 @@ SHELLS = ("bash", "zsh")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     exit_with(lambda: complete(argv))
 
 
@@ -68,11 +66,11 @@ def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
 
+    from llmft.config.commands import schema_of
     from llmft.config.hydra_app import make_known
     from llmft.config.overrides import config_directory
 
-    home = "llmft.config.sections" if command == "train" else f"llmft.{command}"
-    make_known(command, getattr(importlib.import_module(home), f"{command.capitalize()}Config"))
+    make_known(command, schema_of(command))
     beside = [word for word in words if re.fullmatch(r"-m|--multirun|[+~]*[\w./]+=[\w./,-]*", word)]
     for other in (beside, []):  # a mistake in one word should not silence the next
         try:

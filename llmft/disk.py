@@ -15,7 +15,6 @@ from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("disk", DiskConfig, lambda config, _: disk(config), argv)
 
 

@@ -15,7 +15,6 @@ from llmft.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("doctor", DoctorConfig, lambda config, _: doctor(config), argv)
 
 

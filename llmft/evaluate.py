@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmft.config.commands import EvaluateConfig
+from llmft.config.commands import EvaluateConfig, OutputFormat
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
@@ -21,7 +21,6 @@ MOST_CLASSES = 12
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("evaluate", EvaluateConfig, lambda config, _: evaluate(config), argv)
 
 
@@ -30,7 +29,7 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
 
     Raises ConfigError or DataError for files, columns or rows that do not fit each other.
     """
-    from llmft.core.files import write_atomically
+    from llmft.core.files import write_json
     from llmft.evaluation import scores
     from llmft.evaluation.references import open_predictions, with_references
     from llmft.metrics.prior import against_prior
@@ -60,8 +59,8 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
         "confusion": scores.confusion(predictions),
     }
     report = _plain(report)
-    write_atomically(beside, json.dumps(report, indent=1, ensure_ascii=False).encode())
-    if config.format == "json" and not quiet:
+    write_json(beside, report)
+    if config.format is OutputFormat.json and not quiet:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     elif not quiet:
         _show(report, beside)

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("folds", FoldsConfig, lambda config, _: folds(config), argv)
 
 

@@ -6,7 +6,6 @@ left, and the exit code is 1.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,8 +15,6 @@ from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("merge", MergeConfig, lambda config, _: merge(config), argv)
 
 

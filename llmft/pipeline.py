@@ -7,7 +7,6 @@ run. So the chain has no state of its own but a record of what it did.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,12 +21,10 @@ OmegaConf.register_new_resolver("stage", lambda name: f"${{stage:{name}}}", repl
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("pipeline", PipelineConfig, lambda config, _: pipeline(config), argv)
 
 
-def pipeline(config: PipelineConfig, *, quiet: bool = False) -> Path | None:
+def pipeline(config: PipelineConfig) -> Path | None:
     """Runs every stage of `config` that is not done, then the report; returns the directory of the record.
 
     Raises ConfigError, before anything runs, for stages that cannot be composed; StageFailed where one ends in an
@@ -36,7 +33,7 @@ def pipeline(config: PipelineConfig, *, quiet: bool = False) -> Path | None:
     from llmft.core.console import Screen
     from llmft.pipelines.run import run_pipeline
 
-    return run_pipeline(config, Screen(quiet=quiet))
+    return run_pipeline(config, Screen())
 
 
 if __name__ == "__main__":

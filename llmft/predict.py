@@ -8,7 +8,6 @@ member predicts, and the answers are joined as the members' were.
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,8 +21,6 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # A prompt may hold any character, so no grammar of Hydra's sees it.
     prompts, argv = split_off(argv, "prompts=")
 

@@ -10,7 +10,6 @@ from llmft.config.invocation import arguments_of_process
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     run_verb("push", PushConfig, lambda config, _: push(config), argv)
 
 

@@ -6,7 +6,6 @@ out it sees each row a little less often, and does not train longer. Its validat
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +19,15 @@ from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Export
 from llmft.config.untrusted import stored_config
 from llmft.core.errors import ConfigError
+from llmft.core.machine import set_cuda_variables
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
+    set_cuda_variables()
     run_verb("refit", RefitConfig, lambda config, invocation: refit(config, invocation=invocation), argv)
 
 
-def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = NO_COMMAND) -> None:
+def refit(config: RefitConfig, *, invocation: Invocation = NO_COMMAND) -> None:
     """Trains the runs' config on all rows.
 
     Raises ConfigError where the runs are not validated ones of one config.
@@ -38,7 +35,7 @@ def refit(config: RefitConfig, *, quiet: bool = False, invocation: Invocation = 
     from llmft.core.console import Screen
     from llmft.training.run import train
 
-    train(refit_config(config, Screen(quiet=quiet).warn), quiet=quiet, invocation=invocation)
+    train(refit_config(config, Screen().warn), invocation=invocation)
 
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
@@ -49,7 +46,7 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
 
     def validated(directory: Path) -> tuple[Any, TrainConfig]:
         file = directory / "config.yaml"
-        if file.is_file() and stored_config(file, TrainConfig).data.train_on is TrainOn.all:
+        if file.is_file() and stored_config(file).data.train_on is TrainOn.all:
             raise ConfigError(f"{directory}: trained on all rows, so nothing validated it; name the validated run.")
         return finished_run(directory)
 
@@ -62,10 +59,8 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
         setups.append(canonical(numbers))
     different = next((run for (run, _), setup in zip(runs, setups, strict=True) if setup != setups[0]), None)
     if different is not None:
-        raise ConfigError(
-            f"{different.directory}: another config than {runs[0][0].directory.name} (besides seed and fold); "
-            "name runs of one config."
-        )
+        other = runs[0][0].directory.name
+        raise ConfigError(f"{different.directory}: its config differs from {other}'s in more than seed and fold.")
     best, trained = min(runs, key=_rank)
     is_folds = len(runs) > 1 and all(each.data.fold is not None for _, each in runs)
     counted = [run for run, _ in runs] if is_folds else [best]
@@ -97,9 +92,7 @@ def _rank(run: tuple[Any, TrainConfig]) -> float:
     trainer = run[1].trainer
     value = run[0].status().get("result", {}).get("after", {}).get(trainer.monitor)
     if value is None:
-        raise ConfigError(
-            f"{run[0].directory}: its validation has no {trainer.monitor}, so nothing tells how good it is."
-        )
+        raise ConfigError(f"{run[0].directory}: its validation has no {trainer.monitor} to compare it by.")
     metric = named_metric(trainer.monitor, run[1].task.metrics)
     # A run that kept the wrong end of its curve has the step of that, which no refit should take.
     mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")

@@ -6,34 +6,16 @@ By default of the newest sweep of `output_dir`, or else of all its runs. `lb.RUN
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmft.config.fields import Texts
+from llmft.config.commands import ReportConfig
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process, split_off
-from llmft.config.trainer import Mode
 from llmft.core.errors import ConfigError
 
 
-@dataclass
-class ReportConfig:
-    """What `python -m llmft.report` takes."""
-
-    runs: Texts = None
-    sweep: str | None = None
-    output_dir: str = "outputs"
-    out: str | None = None
-    lb: str | None = None
-    numbers: str | None = None
-    metric: str | None = None
-    mode: Mode = Mode.auto
-    clusters: bool = True
-
-
 def main(argv: Sequence[str]) -> None:
-    """The command."""
     # Names of runs hold dots, which Hydra would take for nested keys.
     scores, argv = split_off(argv, "lb.")
     run_verb("report", ReportConfig, lambda config, _: report(config, scores), argv)
@@ -48,7 +30,7 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
 
     screen = Screen()
     if config.numbers is not None:
-        return _report_numbers(config, screen)
+        return _report_numbers(Path(config.numbers), config, screen)
     from llmft.reports.finding import find
     from llmft.reports.leaderboard import read_scores, to_score
     from llmft.reports.write import write_report
@@ -73,14 +55,13 @@ def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
     return page
 
 
-def _report_numbers(config: ReportConfig, screen: Any) -> Any:
+def _report_numbers(file: Path, config: ReportConfig, screen: Any) -> Any:
     from rich.markup import escape
 
     from llmft.reports.numbers import judge_numbers, read_numbers
     from llmft.reports.verdicts import sentence
 
-    assert config.numbers is not None
-    judged = judge_numbers(read_numbers(Path(config.numbers)), metric=config.metric, mode=config.mode)
+    judged = judge_numbers(read_numbers(file), metric=config.metric, mode=config.mode)
     for name, verdicts in judged.items():
         screen.print(f"[bold]{escape(name or 'answer')}[/bold]  {escape(verdicts.answer)}")
         for _, verdict in verdicts.all:

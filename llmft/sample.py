@@ -6,8 +6,6 @@ pairs for DPO. A killed command goes on where it was, to the same files.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,8 +17,6 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     run_verb("sample", SampleConfig, lambda config, _: sample(config), argv)
 
 
@@ -30,13 +26,14 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
     Raises ConfigError or DataError for runs, judges or files that cannot be used.
     """
     from llmft.core.console import Screen
+    from llmft.evaluation.sampling import plan_samples, run_samples
+    from llmft.reports.read import read_dictionary
 
     screen = Screen(quiet=quiet)
-    from llmft.evaluation.sampling import plan_samples, run_samples
-
     job = plan_samples(config, screen.warn)
     directory = job.prompts.directory
-    if not config.force and (report := finished(directory, job.prompts.plan)) is not None:
+    report = read_dictionary(directory / "report.json", [])
+    if not config.force and report.get("plan") == job.prompts.plan:
         screen.print(f"These samples are done: [bold]{directory}[/bold] (force=true makes them again)")
         _show(screen, report)
         write_outcome(directory)
@@ -59,15 +56,6 @@ def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
     screen.print(f"[bold]samples[/bold]  {directory}")
     write_outcome(directory)
     return directory
-
-
-def finished(directory: Path, plan: str) -> dict[str, Any] | None:
-    """The report of samples that are there already; None where they are not, or others."""
-    try:
-        report = json.loads((directory / "report.json").read_text())
-    except (OSError, ValueError):
-        return None
-    return report if isinstance(report, dict) and report.get("plan") == plan else None
 
 
 def _show(screen: Any, report: dict[str, Any]) -> None:

@@ -23,9 +23,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    engine, argv = split_off(with_lists(argv, "run="), "with=")
+    engine, argv = split_off(with_lists(argv), "with=")
     argv = [*argv, *(f"engine={name}" for name in engine)]
     run_verb("serve", ServeConfig, lambda config, _: serve(config), argv)
 
@@ -60,9 +58,8 @@ def _bound(config: ServeConfig) -> socket.socket:
     try:
         listening.bind((config.host, config.port))
     except OSError as error:
-        raise ConfigError(
-            f"host={config.host} port={config.port}: {error.strerror}; choose another, or port=0."
-        ) from None
+        where = f"host={config.host} port={config.port}"
+        raise ConfigError(f"{where}: {error.strerror}; choose another, or port=0.") from None
     return listening
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from llmft.config.invocation import Invocation, arguments_of_process
-from llmft.core.machine import set_allocator
+from llmft.core.machine import set_cuda_variables
 from llmft.training.run import train
 
 if TYPE_CHECKING:
@@ -23,10 +23,7 @@ __all__ = ["main", "train"]
 
 
 def main(argv: Sequence[str]) -> None:
-    """The command."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    set_allocator()
+    set_cuda_variables()
     # The W&B service of a program around this one writes below that one's directory, and ends with it.
     os.environ.pop("WANDB_SERVICE", None)
     # A character that the terminal cannot show must not end a training.
@@ -36,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     from llmft.config.hydra_app import run_verb
     from llmft.config.sections import TrainConfig
 
-    run_verb("train", TrainConfig, _train, argv, multirun=True)
+    run_verb("train", TrainConfig, _train, argv)
 
 
 def _train(config: TrainConfig, invocation: Invocation) -> float | None:

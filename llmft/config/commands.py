@@ -1,4 +1,4 @@
-"""Config dataclasses of the commands other than train."""
+"""The configs of the commands other than train: `PredictConfig` is that of `python -m llmft.predict`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from omegaconf import MISSING
 from llmft.config.data import PromptConfig
 from llmft.config.fields import Texts, require, require_each, seconds_of
 from llmft.config.model import LoraConfig, ModelConfig, Precision, QuantizationFormat
-from llmft.config.trainer import Checkpointing, LoggerConfig, checkpointing_of, rows_or_tokens
+from llmft.config.sections import TrainConfig
+from llmft.config.trainer import Checkpointing, LoggerConfig, Mode, checkpointing_of, rows_or_tokens
 from llmft.core.errors import ConfigError
 
 PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
@@ -45,11 +46,11 @@ class SubmissionConfig:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        wanted = self.format is PredictionFormat.submission
-        if wanted and self.template is None:
+        is_submission = self.format is PredictionFormat.submission
+        if is_submission and self.template is None:
             raise ConfigError("format=submission needs template=FILE, the competition's sample submission.")
         for key in ("template", "columns"):
-            require(wanted or not getattr(self, key), f"{key}: only format=submission has one; add it.")
+            require(is_submission or not getattr(self, key), f"{key}: only format=submission has one; add it.")
 
 
 @dataclass
@@ -63,8 +64,6 @@ class PredictData:
 
 @dataclass
 class PredictConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.predict`."""
-
     run: Texts = MISSING
     prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
@@ -93,8 +92,6 @@ KeepSamples = StrEnum("KeepSamples", "best all")
 
 @dataclass
 class SampleConfig(Trusting):
-    """What `python -m llmft.sample` takes."""
-
     run: str = MISSING
     prompts: Any = None
     data: PredictData = field(default_factory=PredictData)
@@ -141,8 +138,6 @@ class StageConfig:
 
 @dataclass
 class PipelineConfig(Trusting):
-    """What `python -m llmft.pipeline` takes."""
-
     name: str = MISSING
     stages: dict[str, StageConfig | None] = field(default_factory=dict)
     files: dict[str, Any] = field(default_factory=dict)
@@ -160,8 +155,6 @@ class PipelineConfig(Trusting):
 
 @dataclass
 class EvaluateConfig(Trusting):
-    """Config of `python -m llmft.evaluate`."""
-
     predictions: str = MISSING
     references: Texts = None
     target: str | None = None
@@ -172,19 +165,15 @@ class EvaluateConfig(Trusting):
     bootstrap: int = 1000
     confidence: float = 0.95
     seed: int = 0
-    format: str = "text"
+    format: OutputFormat = OutputFormat.text
 
     def __post_init__(self) -> None:
-        check = partial(require_each, self, "")
-        check("bootstrap", lambda n: n >= 0, "resamples, 0 for none.")
-        check("confidence", lambda x: 0 < x < 1, "above 0 and below 1.")
-        check("format", lambda name: name in ("text", "json"), "text or json.")
+        require_each(self, "", "bootstrap", lambda n: n >= 0, "resamples, 0 for none.")
+        require_each(self, "", "confidence", lambda x: 0 < x < 1, "above 0 and below 1.")
 
 
 @dataclass
 class FoldsConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.folds`."""
-
     runs: Texts = None
     output_dir: str = "outputs"
     name: str | None = None
@@ -193,8 +182,6 @@ class FoldsConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class BlendConfig(SubmissionConfig, Trusting):
-    """Config of `python -m llmft.blend`."""
-
     runs: Texts = MISSING
     method: Method = Method.mean
     predictions: str = "val"
@@ -213,8 +200,6 @@ class BlendConfig(SubmissionConfig, Trusting):
 
 @dataclass
 class RefitConfig(Trusting):
-    """Config of `python -m llmft.refit`."""
-
     runs: Texts = MISSING
     output_dir: str | None = None
     progress: bool = True
@@ -223,8 +208,6 @@ class RefitConfig(Trusting):
 
 @dataclass
 class BenchConfig:
-    """Config of `python -m llmft.bench`."""
-
     model: ModelConfig = MISSING
     prompt: PromptConfig = MISSING
     lora: LoraConfig = MISSING
@@ -283,8 +266,6 @@ Stored = StrEnum("Stored", "auto fp16 bf16 fp32")
 
 @dataclass
 class MergeConfig(Trusting):
-    """What `python -m llmft.merge` takes."""
-
     run: Texts = MISSING
     to: str | None = None
     format: MergeFormat = MergeFormat.hf
@@ -312,7 +293,7 @@ class MergeConfig(Trusting):
 
 @dataclass(kw_only=True)
 class Serving(Trusting):
-    """What chat and serve take alike."""
+    """What chat and serve have in common."""
 
     run: Texts = MISSING
     max_new_tokens: int | None = None
@@ -331,8 +312,6 @@ class Serving(Trusting):
 
 @dataclass
 class ChatConfig(Serving):
-    """What `python -m llmft.chat` takes."""
-
     message: str | None = None
     system: str | None = None
     save: str | None = None
@@ -344,8 +323,6 @@ ServedBy = StrEnum("ServedBy", "llmft vllm llamacpp transformers")
 
 @dataclass
 class ServeConfig(Serving):
-    """What `python -m llmft.serve` takes."""
-
     host: str = "127.0.0.1"
     port: int = 8000
     engine: ServedBy = ServedBy.llmft
@@ -367,8 +344,6 @@ Pushed = StrEnum("Pushed", "adapter merged gguf")
 
 @dataclass
 class PushConfig(Trusting):
-    """What `python -m llmft.push` takes."""
-
     run: str = MISSING
     repo: str = MISSING
     what: Pushed = Pushed.adapter
@@ -378,8 +353,6 @@ class PushConfig(Trusting):
 
 @dataclass
 class BundleConfig(Trusting):
-    """What `python -m llmft.bundle` takes."""
-
     run: str = MISSING
     to: str = MISSING
     wheels: bool = True
@@ -396,9 +369,20 @@ class BundleConfig(Trusting):
 
 
 @dataclass
-class DoctorConfig:
-    """Config of `python -m llmft.doctor`."""
+class ReportConfig:
+    runs: Texts = None
+    sweep: str | None = None
+    output_dir: str = "outputs"
+    out: str | None = None
+    lb: str | None = None
+    numbers: str | None = None
+    metric: str | None = None
+    mode: Mode = Mode.auto
+    clusters: bool = True
 
+
+@dataclass
+class DoctorConfig:
     output_dir: str = "outputs"
     network: bool = True
     format: OutputFormat = OutputFormat.text
@@ -406,10 +390,13 @@ class DoctorConfig:
 
 @dataclass
 class DiskConfig:
-    """Config of `python -m llmft.disk`."""
-
     output_dir: str = "outputs"
     clean: list[Cleaning] = field(default_factory=list)
     keep: list[KeepCheckpoints] = field(default_factory=lambda: [*KeepCheckpoints])
     dry_run: bool = True
     format: OutputFormat = OutputFormat.text
+
+
+def schema_of(command: str) -> type:
+    """The dataclass of a command's config; `check` takes that of a training."""
+    return TrainConfig if command in ("train", "check") else globals()[f"{command.capitalize()}Config"]

@@ -8,7 +8,6 @@ import hashlib
 import json
 import re
 import typing
-from collections.abc import Iterator
 from enum import Enum
 from typing import Any
 
@@ -38,31 +37,6 @@ def from_plain(plain: Any, schema: type) -> Any:
         raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
 
 
-def from_json(plain: dict[str, Any], schema: type) -> Any:
-    """The inverse of `to_plain` without checks, a hundred times as fast, for a config that was checked before."""
-    kinds = _field_types(schema)
-    return schema(**{name: _value_from_json(value, kinds[name]) for name, value in plain.items()})
-
-
-def _value_from_json(value: Any, kind: Any) -> Any:
-    if isinstance(value, dict) and isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return from_json(value, kind)
-    return value if value is None or not issubclass(kind, Enum) else kind(value)
-
-
-@functools.cache
-def _field_types(schema: type) -> dict[str, type]:
-    """The dataclass or enum of each field; `object` for types that JSON has."""
-    kinds: dict[str, type] = {}
-    for name, hint in typing.get_type_hints(schema).items():
-        types_held = [kind for kind in (typing.get_args(hint) or (hint,)) if isinstance(kind, type)]
-        special_types = [kind for kind in types_held if dataclasses.is_dataclass(kind) or issubclass(kind, Enum)]
-        if special_types and typing.get_origin(hint) in (list, dict):
-            raise TypeError(f"{schema.__name__}.{name}: a list of {special_types[0].__name__} cannot be read from JSON")
-        kinds[name] = next(iter(special_types), object)
-    return kinds
-
-
 def _escape_interpolations(value: Any) -> Any:
     """`value` with `${` escaped, so that nothing in a stored config is resolved."""
     if isinstance(value, dict):
@@ -74,29 +48,17 @@ def _escape_interpolations(value: Any) -> Any:
     return value
 
 
-def schema_fields(schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+def schema_fields(schema: type, prefix: str = "") -> dict[str, str]:
     """Every dotted key of a schema, groups included, with its annotation."""
+    annotations: dict[str, str] = {}
     for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        yield key, str(entry.type)
-        kind = group_of(schema, entry.name)
-        if kind is not None:
-            yield from schema_fields(kind, f"{key}.")
+        annotations[f"{prefix}{entry.name}"] = str(entry.type)
+        if (group := group_of(schema, entry.name)) is not None:
+            annotations |= schema_fields(group, f"{prefix}{entry.name}.")
+    return annotations
 
 
-def schema_keys(schema: type) -> Iterator[str]:
-    """Every dotted key of a schema, groups included."""
-    return (key for key, _ in schema_fields(schema))
-
-
-def fields_not_in_key(schema: type) -> list[str]:
-    """The names of a schema's own fields that cannot change a run's results."""
-    return [entry.name for entry in dataclasses.fields(schema) if entry.metadata.get("not_in_key")]
-
-
-@functools.cache
-def _type_hints(schema: type) -> dict[str, Any]:
-    return typing.get_type_hints(schema)
+_type_hints = functools.cache(typing.get_type_hints)
 
 
 def group_of(schema: type, name: str) -> type | None:
@@ -119,9 +81,7 @@ def to_config(composed: DictConfig, schema: type) -> Any:
     except OmegaConfBaseException as error:
         raise ConfigError(explain_error(error, schema)) from None
     if not isinstance(config, schema):
-        raise ConfigError(
-            f"this config is not a {schema.__name__}: leave out --config-name, or name a config of that kind."
-        )
+        raise ConfigError(f"--config-name: not a config of this command, a {schema.__name__}; leave it out.")
     return config
 
 
@@ -147,7 +107,7 @@ def explain_error(error: OmegaConfBaseException, schema: type) -> str:
     if variable := re.fullmatch(r"Environment variable '(.+)' not found", message):
         message = f"no environment variable {variable[1]}; set it, or write a default: ${{oc.env:{variable[1]},…}}"
     if missing := re.fullmatch(r"Interpolation key '(.+)' not found", message):
-        message = f"${{{missing[1]}}} names no key{did_you_mean(missing[1], schema_keys(schema))[:100]}"
+        message = f"${{{missing[1]}}} names no key{did_you_mean(missing[1], schema_fields(schema))[:100]}"
     message = message.rstrip("?.") + ("?" if message.endswith("?") else ".")
     return f"{key}: {message}" if key and key not in message.split() else message
 
@@ -158,11 +118,9 @@ def _refuse_extra_keys(node: DictConfig, schema: type, prefix: str) -> None:
         name = f"{prefix}{key!s}"
         if key not in fields:
             raise ConfigError(f"{name}: no such key{did_you_mean(name, (prefix + f for f in fields))}")
-        kind = group_of(schema, str(key))
-        if kind is not None and not OmegaConf.is_missing(node, key):
-            child = node[key]
-            if isinstance(child, DictConfig):
-                _refuse_extra_keys(child, kind, f"{name}.")
+        group = group_of(schema, str(key))
+        if group is not None and not OmegaConf.is_missing(node, key) and isinstance(node[key], DictConfig):
+            _refuse_extra_keys(node[key], group, f"{name}.")
 
 
 def to_plain(value: Any) -> Any:

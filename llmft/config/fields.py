@@ -32,7 +32,6 @@ def later(default: Any = MISSING, *, factory: Any = None) -> Any:
 
 
 def require(condition: bool, message: str) -> None:
-    """Raises ConfigError(message) unless `condition` holds."""
     if not condition:
         raise ConfigError(message)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import explain_error, schema_keys, to_config
+from llmft.config.convert import explain_error, schema_fields, to_config
 from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_for_hydra
 from llmft.config.overrides import chooses, config_directory, hydra_arguments
@@ -39,70 +39,31 @@ def make_known(name: str, schema: type) -> None:
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
 
 
-def run_verb(
-    name: str,
-    schema: type,
-    job: Callable[[Any, Invocation], Any],
-    argv: Sequence[str],
-    *,
-    verb: str | None = None,
-    multirun: bool = False,
-) -> None:
-    """Runs the Hydra app `name`: composes conf/<name>.yaml under `schema` and `argv`, then calls `job`.
+def run_verb(verb: str, schema: type, job: Callable[[Any, Invocation], Any], argv: Sequence[str]) -> None:
+    """Runs the command `verb`: composes its file of conf/, that of `schema`, under `argv`, then calls `job`.
 
-    `job` gets the config, as `schema`, and the command's invocation; `verb` is the command's name where that is
-    another. Only with `multirun` may the command line ask for several jobs. Leaves the process with the exit code that
-    fits what happened.
+    `job` gets the config, as `schema`, and the command's invocation. Only a training's command line may ask for several
+    jobs. Leaves the process with the exit code that fits what happened.
     """
-
-    def body() -> None:
-        make_known(name, schema)
-        arguments = hydra_arguments(argv, schema, multirun=multirun)
-        check_config_directories(arguments)
-        _run_app(name, schema, job, Invocation.of(arguments, verb or name))
-
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at every later fork
     # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch. Files are closed by
     # then, not left to that.
     atexit.register(gc.freeze)
-    exit_with(body)
+    exit_with(lambda: _run_app(verb, schema, job, argv))
 
 
-def _run_app(name: str, schema: type, job: Callable[[Any, Invocation], Any], invocation: Invocation) -> None:
+def _run_app(verb: str, schema: type, job: Callable[[Any, Invocation], Any], argv: Sequence[str]) -> None:
     """Composes with Hydra and runs `job`; raises its first error, or a sentence about a wrong command line."""
     import hydra
 
+    name = "train" if schema is TrainConfig else verb
+    make_known(name, schema)
+    arguments = hydra_arguments(argv, schema, multirun=verb == "train")
+    check_config_directories(arguments)
+    invocation = Invocation.of(arguments, verb)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
-    failures: list[Exception] = []
-    try:
-        with warnings.catch_warnings(), arguments_for_hydra(invocation.argv) as restore:
-            # A directory that is not there.
-            warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
-            task = _task_function(job, schema, invocation, restore, failures)
-            hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)()
-    except (UserError, BrokenPipeError):
-        raise
-    except SystemExit as end:
-        if end.code != 1 or "--cfg" not in (option[:5] for option in invocation.argv):
-            raise
-        raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
-    except Exception as error:
-        sentence = explain(error, schema, invocation.argv)
-        if sentence is None:
-            raise
-        raise sentence from error
-    if failures:
-        raise failures[0]
-
-
-def _task_function(
-    job: Callable[[Any, Invocation], Any],
-    schema: type,
-    invocation: Invocation,
-    restore_arguments: Callable[[], None],
-    failures: list[Exception],
-) -> Callable[[Any], Any]:
-    """`job` as Hydra calls it; its errors go to `failures`, so that they do not pass for a wrong command line."""
     process = os.getpid()
+    failures: list[Exception] = []  # of the job: kept apart, so that they do not pass for a wrong command line
 
     def task(config: Any) -> Any:
         try:
@@ -119,7 +80,24 @@ def _task_function(
 
     task.__module__ = "__main__"
     task.invocation = invocation  # type: ignore[attr-defined]
-    return task
+    try:
+        with warnings.catch_warnings(), arguments_for_hydra(arguments) as restore_arguments:
+            # A directory that is not there.
+            warnings.filterwarnings("error", "provider=.* is not available", UserWarning)
+            hydra.main(config_path=str(config_directory()), config_name=name, version_base="1.3")(task)()
+    except (UserError, BrokenPipeError):
+        raise
+    except SystemExit as end:
+        if end.code != 1 or "--cfg" not in (option[:5] for option in arguments):
+            raise
+        raise ConfigError("--package: no such key, or nothing in it; `--cfg job` prints all keys.") from None
+    except Exception as error:
+        sentence = explain(error, schema, arguments)
+        if sentence is None:
+            raise
+        raise sentence from error
+    if failures:
+        raise failures[0]
 
 
 def config_of_command(composed: Any, schema: type, invocation: Invocation) -> Any:
@@ -127,39 +105,31 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
 
     Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
     """
-    trust_typed(composed.trusted_packages if "trusted_packages" in composed else (), invocation)
+    packages = composed.trusted_packages if "trusted_packages" in composed else ()
+    for package in filter(None, packages):
+        _require_typed("trusted_packages", str(package).lower(), f"[{package}]", invocation)
+    trust(packages)
     config = to_config(composed, schema)
     if schema is TrainConfig and config.model.trust_remote_code:
         _require_typed("model.trust_remote_code", "true", "true", invocation)
     return config
 
 
-def trust_typed(packages: Sequence[str], invocation: Invocation) -> None:
-    """Trusts `packages`; raises ConfigError for one that a file names and the command line does not."""
-    for package in filter(None, packages):
-        _require_typed("trusted_packages", str(package).lower(), f"[{package}]", invocation)
-    trust(packages)
-
-
 def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> None:
     if word not in invocation.words(key):
-        raise ConfigError(
-            f"{key}: a file cannot say whom you trust; write {key}={value} on the command line if you have read the "
-            "code."
-        )
+        advice = f"write {key}={value} on the command line if you have read the code."
+        raise ConfigError(f"{key}: a file cannot say whom you trust; {advice}")
 
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
     """A mistake in keys, values or options of the command line `argv` as one sentence; None for any other error."""
-    from hydra.errors import ConfigCompositionException, HydraException, MissingConfigException, OverrideParseException
+    from hydra.errors import HydraException, MissingConfigException, OverrideParseException
     from omegaconf.errors import OmegaConfBaseException
 
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
-        return ConfigError(
-            f"'{error.override}' is no override: write key=value, and quote values with spaces or commas."
-        )
+        return ConfigError(f"'{error.override}' is no override: write key=value, and quote spaces and commas.")
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -195,9 +165,11 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     override = re.search(r"Could not override '([^']+)'", str(error))
     override_key = override[1] if override else None
     if "is not in struct" in text or "Key not found" in text or "not in '" in text:
-        return _unknown_key(full_key or override_key, schema)
-    if isinstance(error, ConfigCompositionException) and "Could not override" in str(error):
-        return _unknown_key(override_key or full_key, schema)
+        nodes = (getattr(link, "parent_node", None) for link in chain)
+        beside = next((list(map(str, node)) for node in nodes if node is not None), [])
+        return _unknown_key(full_key or override_key, schema, beside)
+    if override_key is not None:
+        return _unknown_key(override_key, schema)
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(explain_error(link, schema))
@@ -224,14 +196,17 @@ def _missing_option(error: Any) -> ConfigError:
     return ConfigError(f"{group}={option}: no such option; {hint}")
 
 
-def _unknown_key(key: str | None, schema: type) -> ConfigError:
+def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> ConfigError:
+    """The sentence for a key that does not exist; `beside` are those that stand in the same place."""
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
-    keys = list(schema_keys(schema))
+    keys = schema_fields(schema)
     if key in RENAMED:
         return ConfigError(f"{key} is now called {RENAMED[key]}.")
     if key.startswith("hydra."):
         return _unknown_setting(key)
+    if beside and keys.get(key.partition(".")[0], "").startswith("dict["):  # a chain's stages, or keys of one
+        return ConfigError(f"{key}: no such key; choose from {', '.join(beside)}.")
     if key in keys:
         return ConfigError(f"{key}: not among this command's defaults; write +{key}=OPTION to add one.")
     best = nearest(key, keys)

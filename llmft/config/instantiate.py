@@ -78,28 +78,25 @@ def find(path: str, key: str, kind: str) -> Any:
     elif kind == "objective":
         fits = inspect.isclass(target) and callable(getattr(target, "losses", None))
     else:
-        fits = inspect.isfunction(target) and _FUNCTIONS[kind](inspect.signature(target))
+        fits = inspect.isfunction(target) and _has_arguments_of(kind, inspect.signature(target))
     if not fits:
         raise ConfigError(f"{key}={path}: {description} was expected.")
     return target
 
 
-def _takes_two_arguments(signature: inspect.Signature) -> bool:
+def _has_arguments_of(kind: str, signature: inspect.Signature) -> bool:
+    """Whether a function of this signature is one of `kind`."""
+    names = [*signature.parameters]
+    if kind in ("reward", "combination"):
+        return ("answers" in names) == (kind == "reward")
+    if kind in ("loss", "source"):
+        first = ["pairs", "beta"] if kind == "loss" else [*SOURCE_ARGUMENTS]
+        return names[: len(first)] == first
     try:
-        signature.bind(None, None)
+        signature.bind(None, None)  # a metric's references and predictions
     except TypeError:
         return False
     return True
-
-
-_FUNCTIONS: dict[str, Callable[[inspect.Signature], bool]] = {
-    "loss": lambda signature: [*signature.parameters][:2] == ["pairs", "beta"],
-    "metric": _takes_two_arguments,
-    "source": lambda signature: [*signature.parameters][:3] == [*SOURCE_ARGUMENTS],
-    "reward": lambda signature: "answers" in signature.parameters,
-    "combination": lambda signature: "answers" not in signature.parameters,
-}
-"""By kind: whether a function of this signature is one."""
 
 
 def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) -> tuple[Any, dict[str, Any]]:
@@ -143,9 +140,7 @@ def _check_plain(value: Any, key: str) -> None:
     if isinstance(value, dict):
         for name, item in value.items():
             if name in HYDRA_KEYWORDS or "${" in str(name):
-                raise ConfigError(
-                    f"{key}.{name}: arguments are plain data, and nothing is built from them; leave it out."
-                )
+                raise ConfigError(f"{key}.{name}: arguments are plain data, and nothing is built from them.")
             _check_plain(item, f"{key}.{name}")
     elif isinstance(value, (list, tuple)):
         for number, item in enumerate(value):

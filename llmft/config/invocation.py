@@ -55,7 +55,6 @@ NO_COMMAND = Invocation()
 
 
 def arguments_of_process() -> list[str]:
-    """This process's arguments."""
     return sys.argv[1:]
 
 
@@ -83,11 +82,6 @@ def arguments_for_hydra(argv: Sequence[str]) -> Iterator[Any]:
         restore()
 
 
-def with_lists(argv: Sequence[str], prefix: str) -> list[str]:
+def with_lists(argv: Sequence[str]) -> list[str]:
     """`argv` with `run=A,B` as the list `run=[A,B]`, for a command that has no sweeps."""
-    arguments = []
-    for argument in argv:
-        value = argument.removeprefix(prefix)
-        several = argument.startswith(prefix) and "," in value and value[:1] not in ("[", "'", '"')
-        arguments.append(f"{prefix}[{value}]" if several else argument)
-    return arguments
+    return [re.sub(r"\Arun=([^\['\"].*,.*)\Z", r"run=[\1]", argument, flags=re.DOTALL) for argument in argv]

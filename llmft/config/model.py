@@ -58,16 +58,9 @@ class ModelConfig:
         require(self.path is not None or self.id != "local", "model=local needs model.path=DIR, a model directory.")
         require(self.unsupported is None, f"model={self.name} cannot be trained: {self.unsupported}")
         pretrained = self.init is ModelInit.pretrained
-        require(
-            not (pretrained and self.overrides),
-            "model.overrides reshapes a model, which its pretrained weights would not fit: "
-            "set model.init=random or leave it out.",
-        )
-        require(
-            not pretrained or self.train_tokenizer_vocab is None,
-            "model.train_tokenizer_vocab makes a new vocabulary, which pretrained weights would not fit: "
-            "set model.init=random or leave it out.",
-        )
+        for key in ("overrides", "train_tokenizer_vocab") if pretrained else ():
+            unfit = f"model.{key}: pretrained weights would not fit it; set model.init=random or leave it out."
+            require(not getattr(self, key), unfit)
         expected = "260 at least (256 bytes and 3 special tokens)."
         require_each(self, "model.", "train_tokenizer_vocab", lambda n: n >= 260, expected)
         require(
@@ -77,8 +70,7 @@ class ModelConfig:
         )
         require(
             not self.trust_remote_code or self.path is not None or bool(re.fullmatch("[0-9a-f]{40}", self.revision)),
-            f"model.trust_remote_code=true needs model.revision as a 40-digit commit, not '{self.revision}': "
-            "otherwise the code may change under you.",
+            "model.trust_remote_code=true needs model.revision as a 40-digit commit, or the code may change under you.",
         )
 
 
@@ -120,7 +112,5 @@ class LoraConfig:
         check("r", lambda n: n <= MOST_RANK, f"{MOST_RANK:,} or less; no layer is so wide.")
         check("dropout", lambda x: 0 <= x < 1, "at least 0 and below 1.")
         check("alpha", lambda x: x > 0, "above 0, or null for 2 r.")
-        require(
-            isinstance(self.targets, str) or (isinstance(self.targets, list) and len(self.targets) > 0),
-            "lora.targets: 'all-linear', a regular expression, or a list of module names.",
-        )
+        names = "'all-linear', a regular expression, or a list of module names."
+        require(isinstance(self.targets, str | list) and len(self.targets) > 0, f"lora.targets: {names}")

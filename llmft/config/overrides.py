@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -52,7 +51,7 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     """
     from hydra._internal.utils import get_args_parser
 
-    arguments = with_new_names(yes_or_no(arguments), lambda sentence: print(f"warning: {sentence}", file=sys.stderr))
+    arguments = with_new_names(yes_or_no(arguments))
     for argument in arguments:
         shown = argument.encode(errors="backslashreplace").decode()
         if shown != argument:
@@ -96,8 +95,8 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
 @functools.cache
 def kinds_of(schema: type) -> dict[str, str]:
     """What each dotted key of a command holds, as it is annotated."""
-    kinds = dict(schema_fields(schema))
-    return kinds | dict(schema_fields(SearchConfig, "hydra.sweeper.")) if schema is TrainConfig else kinds
+    kinds = schema_fields(schema)
+    return kinds | schema_fields(SearchConfig, "hydra.sweeper.") if schema is TrainConfig else kinds
 
 
 def is_text(key: str, schema: type) -> bool:
@@ -105,15 +104,11 @@ def is_text(key: str, schema: type) -> bool:
     return kinds_of(schema).get(key.lstrip("+"), "").partition(" |")[0] == "str"
 
 
-def is_group(key: str, schema: type) -> bool:
-    """Whether a key chooses one of a group's files."""
-    kind = kinds_of(schema).get(key.lstrip("+"), "")
-    return "." not in key and (kind.endswith("Config") or kind.startswith("dict[") or key == "hydra")
-
-
 def chooses(key: str, schema: type) -> bool:
     """Whether a key or option names a file of the config, ours or one that `--config-dir` adds."""
-    return is_group(key, schema) or ("." not in key and key not in kinds_of(schema))
+    kind = kinds_of(schema).get(key.lstrip("+"))
+    is_group = kind is not None and (kind.endswith("Config") or kind.startswith("dict["))
+    return "." not in key and (is_group or key not in kinds_of(schema))
 
 
 def as_override(argument: str, schema: type, *, several: bool = False) -> str:
@@ -132,14 +127,19 @@ def as_override(argument: str, schema: type, *, several: bool = False) -> str:
         pieces = _values(value) if several or kind == "Texts" else []
         if kind == "Texts" and not several and len(pieces) > 1 and not os.path.exists(value):
             return argument  # more likely a list without its brackets, which Hydra's sentence explains
-        if not several or _is_function(value):
-            return argument if several else f"{spelled}={convert[kind](value)}"
+        if not several:
+            return f"{spelled}={convert[kind](value)}"
+        function = _read(value) if re.match(r"\w+\s*\(", value) else None
+        if function is not None and function.is_sweep_override():
+            return argument
         return f"{spelled}={','.join(map(convert[kind], pieces))}"
     if kind.startswith("dict[") and value.startswith("{"):
         return f"++{key}={value}"
     inside = next((name for name in kinds if key.startswith(f"{name}.") and kinds[name].startswith("dict[")), None)
     if inside is None:
         return argument
+    if "Config" in kinds[inside]:  # a chain's stages, which its file declares: no key is added to those
+        return f"{key}={_list(value)}"
     if kinds[inside].startswith("dict[str, str]"):
         name, value = key.removeprefix(f"{inside}."), _text(value, optional=False)
         if "." in name or not PLAIN_NAME.fullmatch(name):  # a dot is part of it, as in a class's name
@@ -187,11 +187,6 @@ def _read(value: str) -> Any:
 def _is_quoted(text: str) -> bool:
     override = _read(text) if text[:1] in ("'", '"') else None
     return override is not None and not override.is_sweep_override()
-
-
-def _is_function(value: str) -> bool:
-    override = _read(value) if re.match(r"\w+\s*\(", value) else None
-    return override is not None and override.is_sweep_override()
 
 
 def _is_list(value: str) -> bool:

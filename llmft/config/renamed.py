@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 RENAMED = {
@@ -14,24 +15,23 @@ RENAMED = {
 }
 
 
-def with_new_names(arguments: Sequence[str], warn: Callable[[str], None]) -> list[str]:
-    """A command line's `arguments` with today's names; `warn` is told of each old one."""
+def with_new_names(arguments: Sequence[str]) -> list[str]:
+    """A command line's `arguments` with today's names; each old one is told."""
     renamed = []
     for argument in arguments:
-        key, equals, value = argument.partition("=")
-        new = RENAMED.get(key.lstrip("+~"))
-        if new is not None:
-            warn(f"{key.lstrip('+~')} is now called {new}; the old name ends with the next release.")
-            key = key.replace(key.lstrip("+~"), new)
-        renamed.append(f"{key}{equals}{value}")
+        old = argument.partition("=")[0].lstrip("+~")
+        if (new := RENAMED.get(old)) is not None:
+            print(f"warning: {old} is now called {new}; the old name ends with the next release.", file=sys.stderr)
+            argument = argument.replace(old, new, 1)
+        renamed.append(argument)
     return renamed
 
 
 def move(plain: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """A config as plain data in which the dotted keys of `names` have the name beside them, if they are there."""
     moved = {group: dict(values) if isinstance(values, dict) else values for group, values in plain.items()}
-    for name, other in names.items():
-        (group, key), new = name.split("."), other.rpartition(".")[2]
+    for old, new in names.items():
+        group, key = old.split(".")
         if isinstance(moved.get(group), dict) and key in moved[group]:
-            moved[group][new] = moved[group].pop(key)
+            moved[group][new.partition(".")[2]] = moved[group].pop(key)
     return moved

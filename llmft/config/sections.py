@@ -65,11 +65,6 @@ class TrainConfig:
             advice = "name its column in data.columns.degree."
             raise ConfigError(f"task.margin={margin}: a pair's margin comes from its degree; {advice}")
         if columns.margin is not None:
-            raise ConfigError(
-                f"task.margin={margin} and data.columns.margin={columns.margin} both give a margin: keep one."
-            )
+            raise ConfigError(f"task.margin={margin}: data.columns.margin={columns.margin} gives one too; keep one.")
         for name in sorted(set(margin) ^ set(self.data.degrees)) if isinstance(margin, dict) else ():
-            raise ConfigError(
-                f"task.margin: {name} is not in both this dictionary and data.degrees={self.data.degrees}; "
-                "give each degree a number."
-            )
+            raise ConfigError(f"task.margin: {name}: give each of data.degrees={self.data.degrees} a number.")

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from llmft.config.convert import from_plain
 from llmft.config.fields import is_count, require, require_each, seconds_of
-from llmft.core.errors import did_you_mean
+from llmft.core.errors import ConfigError, did_you_mean
 
 
 @dataclass
@@ -104,3 +105,18 @@ class SearchConfig:
         check("max_validations", lambda n: n >= self.min_validations, least)
         different = "different numbers, as in [0,1,2], or null."
         check("seeds", lambda seeds: 1 <= len(seeds) == len(set(seeds)), different)
+
+
+def search_settings(plain: dict[str, Any]) -> SearchConfig:
+    """What stands below hydra.sweeper, as Hydra gives it.
+
+    Raises ConfigError naming the key of one that is wrong, or that only a search has where there is none.
+    """
+    try:
+        settings: SearchConfig = from_plain(plain, SearchConfig)
+    except ConfigError as error:
+        raise ConfigError(f"hydra.sweeper.{error}") from None
+    for key, default in vars(SearchConfig()).items() if settings.sampler is None else ():
+        if key != "params" and getattr(settings, key) != default:
+            raise ConfigError(f"hydra.sweeper.{key}: only a search has it; add hydra.sweeper.sampler=tpe.")
+    return settings

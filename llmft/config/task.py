@@ -76,11 +76,9 @@ class RolloutConfig:
             require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
             return
         require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
-        require(
-            self.group > 1 or self.advantage not in (Advantage.group, Advantage.centred),
-            f"task.group=1 with task.advantage={self.advantage.value}: an answer is measured by the others of its "
-            "prompt; 2 or more.",
-        )
+        compares = self.advantage in (Advantage.group, Advantage.centred)
+        others = f"2 or more: with task.advantage={self.advantage.value} an answer is measured by the others."
+        check("group", lambda n: n > 1 or not compares, others)
 
 
 @dataclass
@@ -138,9 +136,7 @@ class TaskConfig(RolloutConfig):
                 f"task.head=tokens chooses one class: task.problem={self.problem} needs task.head=linear."
             )
         if several and self.class_weights is not None:
-            raise ConfigError(
-                f"task.class_weights: task.problem={self.problem} has no classes to weigh against each other."
-            )
+            raise ConfigError(f"task.class_weights: task.problem={self.problem} has no classes to weigh.")
         if self.label_smoothing and self.problem is TaskType.regression:
             raise ConfigError("task.label_smoothing: a regression has no labels to smooth.")
         weights = "balanced, a dictionary of weights by class, or null."

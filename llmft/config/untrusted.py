@@ -18,6 +18,7 @@ from omegaconf import OmegaConf
 from llmft.config.convert import from_plain
 from llmft.config.instantiate import HYDRA_KEYWORDS
 from llmft.config.renamed import RENAMED, move
+from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
 from llmft.core.files import read_plain
 
@@ -96,9 +97,8 @@ def check_config_directories(arguments: Sequence[str]) -> None:
                 raise ConfigError(f"{path}: a config holds keys and values, not a {type(content).__name__}.")
             for key, text in _texts(content):
                 if "${" in _REFERENCE.sub("", _ESCAPED.sub("", text)):
-                    raise ConfigError(
-                        f"{path}: {key}={text}: a file may refer to another key as in ${{a.b}}; {NO_RESOLVER}"
-                    )
+                    advice = "a file may refer to another key as in ${a.b}; write other values on the command line."
+                    raise ConfigError(f"{path}: {key}={text}: {advice}")
                 if key.startswith("defaults") and re.search(r"(^|[\s/}])\.", text):
                     raise ConfigError(f"{path}: {key}={text}: a name is wanted, not a path out of the directory.")
             _check_hydra(path, path.relative_to(directory), content)
@@ -107,7 +107,6 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 _ESCAPED = re.compile(r"(?<!\\)\\\$\{")
 _REFERENCE = re.compile(r"\$\{(stage:)?[\w.\[\]-]+\}")
 """Another key, or an earlier stage of a chain, which stays as it is written until that has run."""
-NO_RESOLVER = "resolvers are refused in files: write the value on the command line."
 HYDRA_SETTINGS = {"mode", "sweeper", "launcher"}
 """The settings of hydra that a file may set; others (callbacks, logging, job, searchpath) run code or set variables."""
 
@@ -142,9 +141,7 @@ def _check_hydra(path: Path, inside: Path, content: Any) -> None:
         return
     checked = settings if set_by[-1].startswith("hydra.") and isinstance(settings, dict) else content
     if any(text in HYDRA_KEYWORDS or text.lstrip("+~").startswith("hydra.") for _, text in _texts(checked)):
-        raise ConfigError(
-            f"{path}: {set_by[0]}: only plain values are allowed; a file builds nothing and sets nothing in hydra."
-        )
+        raise ConfigError(f"{path}: {set_by[0]}: only plain values; a file builds nothing and sets nothing in hydra.")
 
 
 def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
@@ -158,8 +155,8 @@ def _added_directories(arguments: Sequence[str]) -> Iterator[Path]:
                 yield Path(part.strip(" '\"").removeprefix("file://"))
 
 
-def stored_config(path: Path, schema: type) -> Any:
-    """The config of a run directory as `schema`. Builds nothing, and ignores its trusted packages.
+def stored_config(path: Path) -> TrainConfig:
+    """The config of a run directory. Builds nothing, and ignores its trusted packages.
 
     Raises ConfigError for one that is damaged, of another version, or that would run a repository's code.
     """
@@ -168,10 +165,8 @@ def stored_config(path: Path, schema: type) -> Any:
         raise ConfigError(f"{path}: not a config of llmft.")
     model = plain.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code") not in (None, False):
-        raise ConfigError(
-            f"{path}: model.trust_remote_code: a file cannot say whom you trust, and this command runs no code of "
-            f"{model.get('path') or model.get('id')}, with which the run was trained; plain peft loads its adapter."
-        )
+        code = f"this command runs no code of {model.get('path') or model.get('id')}; plain peft loads its adapter."
+        raise ConfigError(f"{path}: model.trust_remote_code: a file cannot say whom you trust, and {code}")
     # A file cannot grant trust; only the command line can.
     plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
     for key, text in _texts(plain):
@@ -180,16 +175,15 @@ def stored_config(path: Path, schema: type) -> Any:
         names = re.findall(r"\$\{\s*([\w.]+)\s*:", text)
         is_resolved = any(name.startswith(("oc.", "hydra")) or OmegaConf.has_resolver(name) for name in names)
         if is_resolved or not key.startswith(TEXT_KEYS):
-            raise ConfigError(
-                f"{path}: {key}={text}: a run's config holds plain values, and nothing is resolved in it."
-            )
+            raise ConfigError(f"{path}: {key}={text}: a run's config holds plain values; nothing is resolved in it.")
     implementation = model.get("attn_implementation") if isinstance(model, dict) else None
     if implementation is not None and not _is_implementation(implementation):
         raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
     if isinstance(sweep := plain.get("sweep"), dict):
         plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in REMOVED_KEYS}}
     try:
-        return from_plain(move(plain, RENAMED), schema)
+        config: TrainConfig = from_plain(move(plain, RENAMED), TrainConfig)
+        return config
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
 

@@ -27,7 +27,6 @@ class RedactingFile(io.TextIOWrapper):
     """A text file that masks secrets, also those in tables."""
 
     def write(self, text: str) -> int:
-        """Writes `text` as others may read it."""
         super().write(redact(text))
         return len(text)
 
@@ -50,7 +49,6 @@ class Screen:
         self._log.print(time.strftime("--- %Y-%m-%d %H:%M:%S"))
 
     def close_log(self) -> None:
-        """Ends the copy."""
         if self._file is not None:
             self._file.close()
         self._file = self._log = None
@@ -73,7 +71,6 @@ class Screen:
             self._file.flush()
 
     def warn(self, message: str) -> None:
-        """One warning line."""
         self.print(f"[yellow]warning:[/yellow] {escape(message)}")
 
     def plan(self, facts: Mapping[str, str]) -> None:
@@ -137,7 +134,6 @@ class StepProgress:
             self._bar.start()
 
     def update(self, step: int, loss: float, tokens_per_s: float) -> None:
-        """Shows a step."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step, loss=f"{loss:.4f}", speed=f"{tokens_per_s:,.0f}")
             return
@@ -152,7 +148,6 @@ class StepProgress:
             )
 
     def stop(self) -> None:
-        """Takes the bar away."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None

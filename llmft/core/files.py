@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import json
 import os
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 
 @contextlib.contextmanager
@@ -134,9 +135,13 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes `content` to `path` through `staged_file`."""
     with staged_file(path) as file:
         file.write(content)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Plain data as a file that people can read; secrets are masked by the caller."""
+    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
 def cache_directory() -> Path:

@@ -179,10 +179,12 @@ def _amd_gpus() -> int:
     return sum(node.read_text().strip() not in ("", "0") for node in nodes)
 
 
-def set_allocator() -> None:
-    """Lets CUDA's memory segments grow, since micro-batches of varying lengths would fragment it.
+def set_cuda_variables() -> None:
+    """Makes matrix products deterministic, and lets memory grow in segments.
 
-    Call it before CUDA is initialised. A variable that is already set is kept. Windows and WSL2 do not support it.
+    Micro-batches of varying lengths would fragment it. Call it before CUDA is initialised. A variable that is already
+    set is kept. Windows and WSL2 have no such segments.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if sys.platform == "linux" and not Path("/dev/dxg").exists() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")

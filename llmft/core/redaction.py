@@ -75,9 +75,9 @@ _NOT_SECRET = re.compile(r"(pad|bos|eos|unk|sep|cls|mask|end|num|max|min|new|ima
 _HEX_KEY = re.compile(r"[0-9a-f]{32}|[0-9a-f]{40}", re.I)
 
 
-def redact(value: Any, key: str = "") -> Any:
+def redact(value: Any) -> Any:
     """`value` with all secrets masked; names such as `num_tokens` and `pad_token` are not secret."""
-    return _mask(value, key, _of_environment(tuple(sorted(_secrets()))))
+    return _mask(value, "", _of_environment(tuple(sorted(_secrets()))))
 
 
 def _mask(value: Any, key: str, known: re.Pattern[str] | None) -> Any:

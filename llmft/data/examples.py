@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from llmft.core.arrow import number_column, numbers
 from llmft.core.files import staged_file
 from llmft.data.columns import Conversation
 
@@ -97,11 +96,10 @@ def save_examples(path: Path, examples: Examples, facts: dict[str, Any]) -> None
     import pyarrow as pa
 
     def column(values: np.ndarray) -> pa.Array:
-        return pa.LargeListArray.from_arrays(number_column(examples.starts), number_column(values))
+        return pa.LargeListArray.from_arrays(pa.array(examples.starts), pa.array(values))
 
-    table = pa.table(
-        {"input_ids": column(examples.ids), "labelled": column(examples.labelled), "row": number_column(examples.rows)}
-    ).replace_schema_metadata({"llmft": json.dumps(facts)})
+    columns = {"input_ids": column(examples.ids), "labelled": column(examples.labelled), "row": examples.rows}
+    table = pa.table(columns, metadata={"llmft": json.dumps(facts)})
     with staged_file(path) as file, pa.ipc.new_stream(file, table.schema) as writer:
         writer.write_table(table)
 
@@ -115,8 +113,8 @@ def load_examples(path: Path, conversations: Sequence[Conversation]) -> tuple[Ex
         facts = json.loads(table.schema.metadata[b"llmft"])
         columns = [table.column(name).combine_chunks() for name in ("input_ids", "labelled", "row")]
         ids, labelled, row = (c.chunk(0) if isinstance(c, pa.ChunkedArray) else c for c in columns)
-        rows, starts = numbers(row), numbers(ids.offsets)
-        examples = Examples(numbers(ids.values), numbers(labelled.values), starts, rows, conversations)
+        rows, starts = row.to_numpy(), ids.offsets.to_numpy()
+        examples = Examples(ids.values.to_numpy(), labelled.values.to_numpy(), starts, rows, conversations)
         if len(rows) and (int(rows.max()) >= len(conversations) or len(examples.ids) != starts[-1]):
             raise ValueError("rows are missing")
         return examples, facts

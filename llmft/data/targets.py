@@ -41,6 +41,11 @@ class Targets:
     prior: list[float] = field(default_factory=list)
 
     @classmethod
+    def from_plain(cls, plain: dict[str, Any]) -> Targets:
+        """The inverse of `to_plain`; a class may be called anything, also "???"."""
+        return cls(**{**plain, "problem": TaskType(plain["problem"])})
+
+    @classmethod
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], fill: Fill) -> Targets:
         """The targets of `data`. Without data.labels, the classes are the sorted targets of `rows`.
 

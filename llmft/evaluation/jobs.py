@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from llmft.config.commands import PredictConfig
-from llmft.config.convert import canonical, digest_of, from_json
+from llmft.config.convert import canonical, digest_of
 from llmft.config.data import Columns
 from llmft.config.sections import TrainConfig
 from llmft.config.task import TaskType
@@ -292,6 +292,6 @@ def targets_of(run: Run, trained: TrainConfig) -> Targets | None:
     if trained.task.head is None:
         return None
     try:
-        return from_json(read_json(run.targets_file), Targets)
+        return Targets.from_plain(read_json(run.targets_file))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{run.targets_file}: the run's classes cannot be read ({error}).") from None

@@ -44,6 +44,10 @@ def opened(directory: Path) -> PredictionJob:
     """
     if (directory / "adapter_config.json").is_file():
         return opened(directory.parent) if (directory.parent / "run.json").is_file() else foreign(directory)
+    if not (directory / "run.json").exists():
+        raise ConfigError(
+            f"{directory}: no run directory and no adapter: neither run.json nor adapter_config.json there."
+        )
     if EnsembleRecipe.of(directory) is not None:
         raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
     run, trained = finished_run(directory)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -12,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from llmft.config.commands import PipelineConfig
+from llmft.config.untrusted import stored_config
 from llmft.core.console import Screen, text_table
 from llmft.core.errors import StageFailed
-from llmft.core.files import write_atomically
+from llmft.core.files import write_atomically, write_json
 from llmft.pipelines.process import run_command
 from llmft.pipelines.stages import Stage, filled
 from llmft.reports.read import read_dictionary
@@ -39,7 +39,6 @@ class Answers:
 
     @property
     def mean(self) -> float:
-        """The mean reward."""
         return float(self.rewards.mean())
 
     @property
@@ -48,11 +47,11 @@ class Answers:
         return float(self.rewards.std(ddof=1) / np.sqrt(len(self.rewards))) if len(self.rewards) > 1 else 0.0
 
 
-def interval(values: np.ndarray, level: float = 0.95) -> tuple[float, float]:
-    """The bootstrap interval of a mean over prompts."""
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95% bootstrap interval of a mean over prompts."""
     rng = np.random.Generator(np.random.PCG64(0))
     means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -93,7 +92,7 @@ def write_report(
             for n in range(min(SHOWN, len(answers[0].texts) if answers else 0))
         ],
     }
-    write_atomically(directory / "report.json", json.dumps(content, indent=1, ensure_ascii=False).encode())
+    write_json(directory / "report.json", content)
     tables = _tables(content)
     for title, header, lines in tables:
         screen.print(text_table(header, lines, title, range(len(header))))
@@ -107,18 +106,11 @@ def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
     status = read_dictionary(result / "run.json", []).get("result", {})
     if status and (result / "config.yaml").is_file():  # of a training; folds and blends have no metric before
-        monitor = _monitor(result)
+        monitor = stored_config(result / "config.yaml").trainer.monitor
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
     if best := read_dictionary(result / "report.json", []).get("expected_best"):
         row |= {"metric": f"reward, best of 1 and of {len(best)}", "before": best[0], "after": best[-1]}
     return row
-
-
-def _monitor(result: Path) -> str:
-    from llmft.config.sections import TrainConfig
-    from llmft.config.untrusted import stored_config
-
-    return str(stored_config(result / "config.yaml", TrainConfig).trainer.monitor)
 
 
 def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> Answers:
@@ -133,33 +125,21 @@ def _answers(stage: str, results: dict[str, str], config: PipelineConfig, direct
     return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
 
 
-Shown = tuple[str, list[str], list[list[str]]]
-"""Title, header and lines of a table."""
-
-
-def _tables(content: dict[str, Any]) -> list[Shown]:
-    stages = [
-        [row["stage"], row["command"], row.get("metric", ""), _number(row.get("before")), _number(row.get("after"))]
-        for row in content["stages"]
-    ]
-    tables: list[Shown] = [("stages", ["stage", "command", "metric", "before", "after"], stages)]
+def _tables(content: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:
+    """The title, header and lines of each table."""
+    lines = []
+    for row in content["stages"]:
+        values = ["" if row.get(key) is None else f"{row[key]:.4f}" for key in ("before", "after")]
+        lines.append([row["stage"], row["command"], row.get("metric", ""), *values])
+    tables = [("stages", ["stage", "command", "metric", "before", "after"], lines)]
     if content["rewards"]:
         lines = [[row["stage"], f"{row['reward']:.3f} ± {row['noise']:.3f}"] for row in content["rewards"]]
         tables.append(("reward on held-out prompts", ["stage", "reward"], lines))
-        lines = [
-            [
-                f"{row['to']} against {row['from']}",
-                f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]",
-                f"{row['win_rate']:.0%}",
-                row["verdict"],
-            ]
-            for row in content["steps"]
-        ]
+        lines = []
+        for row in content["steps"]:
+            difference = f"{row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            lines.append([f"{row['to']} against {row['from']}", difference, f"{row['win_rate']:.0%}", row["verdict"]])
         tables.append(("what each stage gained", ["stages", "reward", "win rate", "verdict"], lines))
         header = list(content["samples"][0]) if content["samples"] else []
         tables.append(("samples", header, [list(map(str, sample.values())) for sample in content["samples"]]))
     return tables
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from llmft.config.convert import digest_of
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.core.errors import RunBusy, StageFailed
-from llmft.core.files import exclusive_lock, write_atomically
+from llmft.core.files import exclusive_lock, write_json
 from llmft.pipelines.process import run_command
 from llmft.pipelines.report import write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
@@ -46,8 +45,8 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
             started = time.monotonic()
             results |= _run_stage(stage, arguments, directory, screen)
             entries[stage.name] = _entry(stage, arguments, results, before.get(stage.name, {}), started)
-            _write(directory / "pipeline.json", {"name": config.name, "stages": {**before, **entries}})
-        _write(directory / "pipeline.json", {"name": config.name, "stages": entries})
+            write_json(directory / "pipeline.json", {"name": config.name, "stages": {**before, **entries}})
+        write_json(directory / "pipeline.json", {"name": config.name, "stages": entries})
         write_report(config, stages, results, directory, screen)
     return directory
 
@@ -129,12 +128,8 @@ def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: 
     if not directories:
         return {stage.name: str(directory / f"stage-{stage.name}")}  # a command that leaves nothing to go on from
     if stage.sweep:
-        from llmft.pipelines.sweeps import runs_of, winner
+        from llmft.pipelines.sweeps import best_run
 
-        runs = ",".join(map(str, runs_of(directories[0])))
-        return {stage.name: str(winner(directories[0], screen)), f"{stage.name}.runs": f"[{runs}]"}
+        best, runs = best_run(directories[0], screen)
+        return {stage.name: str(best), f"{stage.name}.runs": f"[{','.join(map(str, runs))}]"}
     return {stage.name: str(directories[0])}
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())

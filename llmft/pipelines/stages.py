@@ -8,8 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmft.config.commands import PipelineConfig, StageConfig
+from llmft.config.commands import PipelineConfig, StageConfig, schema_of
+from llmft.config.convert import to_config
+from llmft.config.hydra_app import explain, make_known
 from llmft.config.invocation import COMMANDS
+from llmft.config.overrides import config_directory, hydra_arguments
 from llmft.core.errors import ConfigError, did_you_mean
 
 NAMED = re.compile(r"\$\{stage:([^}]*)\}")
@@ -94,35 +97,20 @@ def _key(override: str) -> str:
 def check_composes(stage: Stage, arguments: Sequence[str]) -> Any:
     """The config of a stage's command; raises ConfigError for one that cannot be composed, before anything runs.
 
-    A sweep's, and that of a command whose arguments Hydra does not read, is None.
+    A sweep's, and that of a command that takes arguments of its own beside Hydra's, is None.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
-    from llmft.config import commands
-    from llmft.config.convert import to_config
-    from llmft.config.hydra_app import explain, make_known
-    from llmft.config.overrides import config_directory, hydra_arguments
-    from llmft.config.sections import TrainConfig
-
-    schemas = {
-        "train": TrainConfig,
-        "sample": commands.SampleConfig,
-        "predict": commands.PredictConfig,
-        "folds": commands.FoldsConfig,
-        "blend": commands.BlendConfig,
-        "refit": commands.RefitConfig,
-        "evaluate": commands.EvaluateConfig,
-    }
-    schema = schemas.get(stage.command)
-    if schema is None or stage.sweep:
+    if stage.sweep or stage.command in ("check", "chat", "serve", "report", "completion"):
         return None
+    schema = schema_of(stage.command)
     make_known(stage.command, schema)
     GlobalHydra.instance().clear()
     try:
-        opened = hydra_arguments(arguments, schema, multirun=False)
+        overrides = hydra_arguments(arguments, schema, multirun=False)
         with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
-            return to_config(hydra.compose(stage.command, list(opened)), schema)
+            return to_config(hydra.compose(stage.command, overrides), schema)
     except Exception as error:
         sentence = explain(error, schema, arguments)
         if sentence is None:

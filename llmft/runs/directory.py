@@ -330,7 +330,8 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     Raises ConfigError where there is no run, it is not finished, or its exported weights have changed.
     """
     run = Run(directory, "")
-    check_plain_files(directory)
+    if run.status_file.exists():  # else it is any directory, whose files do not matter
+        check_plain_files(directory)
     status = run.status()
     if not status:
         raise ConfigError(f"{directory}: not a run directory, since it has no run.json.")
@@ -342,7 +343,7 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
         raise ConfigError(f"{directory}: its weights have changed since it finished; train it again with force=true.")
     if "key" not in status:
         raise ConfigError(f"{run.status_file}: damaged, it has no key; train the run again with force=true.")
-    return Run(directory, str(status["key"])), stored_config(run.config_file, TrainConfig)
+    return Run(directory, str(status["key"])), stored_config(run.config_file)
 
 
 def usable(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
@@ -426,18 +427,16 @@ def write_row_losses(
     """
     import numpy as np
 
-    from llmft.core.arrow import number_column, text_column
-
-    columns = {
-        "row": text_column([describe(row) for row, _, _ in rows]),
-        "loss_nats": number_column(np.array([loss for _, loss, _ in rows], np.float64)),
-        "tokens": number_column(np.array([tokens for _, _, tokens in rows], np.int32)),
+    columns: dict[str, Any] = {
+        "row": [describe(row) for row, _, _ in rows],
+        "loss_nats": np.array([loss for _, loss, _ in rows], np.float64),
+        "tokens": np.array([tokens for _, _, tokens in rows], np.int32),
     }
     if outputs is not None:
-        columns |= {name: number_column(outputs[:, index].astype(np.float64)) for index, name in enumerate(names)}
+        columns |= {name: outputs[:, index].astype(np.float64) for index, name in enumerate(names)}
     if any(group is not None for group in groups):
-        columns["group"] = text_column([str(group) for group in groups])
-    columns |= {f"score_{name}": number_column(np.array(values, np.float64)) for name, values in (scores or {}).items()}
+        columns["group"] = [str(group) for group in groups]
+    columns |= {f"score_{name}": np.array(values, np.float64) for name, values in (scores or {}).items()}
     write_table(path, columns)
 
 

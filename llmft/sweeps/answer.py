@@ -1,16 +1,23 @@
-"""What a sweep hands over at its end: the report, the logbook, Weights & Biases' summary and how to upload it all."""
+"""What a sweep hands over at its end: the report, the logbook, and in Weights & Biases a run with the results."""
 
 from __future__ import annotations
 
+import importlib.util
+import secrets
 import shlex
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from rich.markup import escape
 
 from llmft.core.console import Screen
 from llmft.core.files import write_atomically
+from llmft.core.redaction import redact
 from llmft.reports.write import write_report
 from llmft.sweeps.trials import Sweep
+
+REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 
 
 def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
@@ -23,11 +30,10 @@ def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
     report = write_report(runs, sweep.directory, sweep=sweep.directory, logbook=logbook)
     report.console(screen, failures=False)
     if anew and sweep.config.logger.wandb.enabled:
-        from llmft.sweeps.summary import log_sweep
-
-        log_sweep(sweep, screen, report.html, [report.verdicts.answer])
-    offline = offline_folders(sweep)
-    if offline:
+        log_sweep(sweep, screen, report.html, report.verdicts.answer)
+    folders = dict.fromkeys([*(run / "wandb" for run in runs), sweep.directory / "wandb"])
+    offline = [path for folder in folders for path in sorted(folder.glob("offline-run-*"))]
+    if offline := [path for path in offline if not any(path.glob("*.synced"))]:
         listing = sweep.directory / "wandb-offline.txt"
         write_atomically(listing, "".join(f"{folder}\n" for folder in offline).encode())
         # A folder's name may hold spaces, which `$(cat …)` would take apart.
@@ -35,8 +41,97 @@ def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
         screen.print("To upload the whole sweep to W&B later:", f"  {sync}")
 
 
-def offline_folders(sweep: Sweep) -> list[Path]:
-    """The W&B folders of the sweep's runs that were logged offline and are not uploaded."""
-    folders = [trial.run.directory / "wandb" for trial in sweep.trials] + [sweep.directory / "wandb"]
-    offline = [path for folder in dict.fromkeys(folders) for path in sorted(folder.glob("offline-run-*"))]
-    return [path for path in offline if not any(path.glob("*.synced"))]
+def log_sweep(sweep: Sweep, screen: Screen, page: Path, answer: str) -> None:
+    """Logs the results table, the answer and the report as one run of the sweep's group, and makes the dashboard."""
+    from llmft.training.tracking import open_wandb
+
+    settings = sweep.config.logger.wandb
+    logger = open_wandb(
+        settings,
+        screen,
+        name=f"sweep {sweep.name}",
+        group=settings.group or sweep.name,
+        job_type="sweep",
+        tags=redact(list(sweep.config.tags)),
+        notes=redact(sweep.config.sweep.question),
+        config=redact({"swept": sweep.swept, "command": sweep.command, "question": sweep.config.sweep.question}),
+        dir=sweep.directory,
+        # Every summary is a run of its own: an earlier one of the same sweep stays as it was.
+        id=lambda: f"sweep-{sweep.identity}-{secrets.token_hex(4)}",
+    )
+    if logger is None:
+        return
+    import wandb
+
+    def log(run: Any) -> None:
+        columns: list[str | int] = [*sweep.swept, sweep.config.trainer.monitor, "status", "seconds", "run", "error"]
+        run.log({"trials": wandb.Table(columns=columns, data=trial_rows(sweep))})
+        if page.is_file():
+            run.log({"report": wandb.Html(str(page), inject=False)})
+        statuses = Counter(trial.status for trial in sweep.trials)
+        counts = {f"trials/{status}": statuses[status] for status in sorted(statuses)}
+        run.summary.update({"verdicts": [redact(answer)], "trials/all": len(sweep.trials), **counts})
+
+    logger.attempt(log)
+    logger.finish(0)
+    if not logger.offline:
+        make_dashboard(sweep, logger.experiment.entity, screen)
+
+
+def trial_rows(sweep: Sweep) -> list[list[Any]]:
+    """One row per trial: its swept values, result, status, seconds, run and error."""
+    rows = []
+    for trial in sweep.trials:
+        values = dict(override.split("=", 1) for override in trial.overrides)
+        columns = [trial.value, trial.status, trial.seconds, trial.run.directory.name, redact(trial.error)]
+        rows.append([*(values.get(key) for key in sweep.swept), *columns])
+    return rows
+
+
+def dashboard(sweep: Sweep, entity: str) -> Any:
+    """A wandb_workspaces workspace of the sweep's group: what matters, how it went, what was generated."""
+    import wandb_workspaces.reports.v2 as panels
+    import wandb_workspaces.workspaces as workspaces
+
+    from llmft.training.tracking import fitting
+
+    monitor = sweep.config.trainer.monitor
+    keys = [key for key in sweep.swept if key not in REPLICATIONS]
+    columns = [panels.ParallelCoordinatesPlotColumn(metric=panels.Config(key)) for key in keys]
+    columns.append(panels.ParallelCoordinatesPlotColumn(metric=panels.SummaryMetric(f"best/{monitor}")))
+    overview: list[Any] = [
+        panels.ParallelCoordinatesPlot(columns=columns),
+        panels.ParameterImportancePlot(with_respect_to=f"best/{monitor}"),
+    ]
+    curves: list[Any] = [
+        panels.LinePlot(title=f"{name} by {key}", x="step", y=[name], groupby=f"config.{key}", groupby_aggfunc="mean")
+        for key in keys or ["seed"]
+        for name in (monitor, "train/loss_nats")
+    ]
+    samples: list[Any] = [panels.WeavePanelSummaryTable(table_name="samples")]
+    return workspaces.Workspace(
+        entity=entity,
+        project=sweep.config.logger.wandb.project,
+        name=f"sweep {sweep.name}",
+        sections=[
+            workspaces.Section(name="what matters", panels=overview, is_open=True),
+            workspaces.Section(name="curves", panels=curves, is_open=True),
+            workspaces.Section(name="samples", panels=samples, is_open=False),
+        ],
+        runset_settings=workspaces.RunsetSettings(
+            filters=f"Metric('group') == '{fitting(sweep.config.logger.wandb.group or sweep.name)}'"
+        ),
+    )
+
+
+def make_dashboard(sweep: Sweep, entity: str, screen: Screen) -> None:
+    """Saves the dashboard where wandb-workspaces is installed; a service that refuses costs a warning."""
+    if importlib.util.find_spec("wandb_workspaces") is None:
+        screen.print("For a W&B dashboard of each sweep: pip install wandb-workspaces")
+        return
+    try:
+        saved = dashboard(sweep, entity).save()
+    except Exception as error:  # whatever the service raises must not spoil a finished sweep
+        screen.warn(f"W&B made no dashboard ({type(error).__name__}: {error}).")
+        return
+    screen.print(f"W&B dashboard {escape(str(saved.url))}")

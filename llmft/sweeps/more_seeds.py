@@ -1,41 +1,36 @@
-"""More seeds where the answer is open: `sweep.seeds_until=10` adds seeds to the configurations that may be the best.
+"""Where the trials of a grid come from, with more seeds where the answer is open.
 
-The grid's own seeds run first. Then the sweep is looked at, at numbers of seeds that are known beforehand. What cannot
-be the best gets no further seeds. When the verdict stands, or all seeds are used, the sweep ends. A look sees what was
-planned before it and nothing else, so that the same command goes on where it was.
+Trials of one base come after each other; one that another process holds comes again later.
+
+`sweep.seeds_until=10` adds seeds to the configurations that may be the best. The grid's own seeds run first. Then the
+sweep is looked at, at numbers of seeds that are known beforehand. What cannot be the best gets no further seeds. When
+the verdict stands, or all seeds are used, the sweep ends. A look sees what was planned before it and nothing else, so
+that the same command goes on where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
 from llmft.core.errors import ConfigError
 from llmft.reports.statistics import look_sizes
+from llmft.reports.verdicts import still_open
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.supervisor import Listed
+from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Planner, Sweep, Trial
+from llmft.sweeps.twin import twin_rule
 
 
-class Growing(Listed):
-    """The supervisor's source of a grid whose open configurations get more seeds at each look.
+class Grid:
+    """The supervisor's source of a grid, whose open configurations get more seeds at each look."""
 
-    `still_open` takes the sweep's directory; it gives the runs of the configurations that need more seeds, none where
-    the verdict stands, and what to say.
-    """
-
-    def __init__(
-        self,
-        sweep: Sweep,
-        planner: Planner,
-        jobs: Sequence[Sequence[str]],
-        decide: Callable[..., tuple[str, str] | None],
-        still_open: Callable[[Path], tuple[set[Path], str]],
-        progress: SweepProgress,
-    ) -> None:
-        super().__init__(sweep.trials, decide)
-        self.sweep, self.planner, self.still_open, self.progress = sweep, planner, still_open, progress
+    def __init__(self, sweep: Sweep, planner: Planner, jobs: Sequence[Sequence[str]], progress: SweepProgress) -> None:
+        self.sweep, self.planner, self.progress = sweep, planner, progress
         self.jobs = [list(job) for job in jobs]
+        self.decide = twin_rule(sweep.config)
+        bases = list(dict.fromkeys(trial.base for trial in sweep.trials))
+        self.waiting = sorted(sweep.trials, key=lambda trial: bases.index(trial.base))
+        self._busy = BusyTrials()
         self.seeds = sorted({trial.config.seed for trial in sweep.trials})
         settings, num_seeds = sweep.config.sweep, len(self.seeds)
         until = settings.seeds_until or num_seeds
@@ -58,25 +53,30 @@ class Growing(Listed):
         """The next that is free; where all have ended, one of those that the next look asks for."""
         if not self.waiting and not self.under_way and len(self.sizes) > 1:
             self._look()
-        trial = super().next()
-        self.under_way += trial is not None
+        trial = next((trial for trial in self.waiting if not self._busy.has(trial)), None)
+        if trial is not None:
+            self.waiting.remove(trial)
+            self.under_way += 1
         return trial
 
     def over(self) -> bool:
         """Whether all have been handed out and no look is to come."""
-        return super().over() and len(self.sizes) <= 1
+        return not self.waiting and len(self.sizes) <= 1
 
     def ended(self, trial: Trial) -> None:
-        """Takes back what is to run again."""
+        """Takes back one that another process snatched away, or that is to run again by itself."""
         self.under_way -= 1
-        super().ended(trial)
+        if trial.status in ("busy", "pending"):
+            self.waiting.append(trial)
+        if trial.status == "busy":
+            self._busy.add(trial)
 
     def _look(self) -> None:
         """Gives the open configurations their next seeds, or ends the looks."""
         size = self.sizes.pop(0)
         self.sweep.write()
-        still_open, words = self.still_open(self.sweep.directory)
-        directories = {path.resolve() for path in still_open}
+        open_runs, words = still_open(self.sweep.directory)
+        directories = {path.resolve() for path in open_runs}
         pairs = zip(self.sweep.trials, self.jobs, strict=True)
         jobs = {_without_seed(job): trial for trial, job in pairs if trial.run.directory.resolve() in directories}
         if not jobs:
@@ -89,8 +89,7 @@ class Growing(Listed):
             for job, sibling in jobs.items():
                 varied = [*_without_seed(sibling.overrides), f"seed={seed}"]
                 trial = self.planner.trial(len(self.sweep.trials), [*job, f"seed={seed}"], varied)
-                trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.sweep.name
-                self.sweep.trials.append(trial)
+                self.sweep.add(trial)
                 self.jobs.append([*job, f"seed={seed}"])
                 self.waiting.append(trial)
         self.sweep.swept["seed"] = [str(seed) for seed in self.seeds]

@@ -48,7 +48,8 @@ class WorkerProcess:
 
     @classmethod
     def start(cls, log: Path, share: Share, trial: Trial | None = None) -> WorkerProcess:
-        """A worker that waits for orders; with `trial`, a process of that trial's own command line."""
+        """A worker that gets orders, `trial` when it is ready; for a distributed one, a process of its command line."""
+        alone = trial is not None and trial.distributed
         reading, writing = os.pipe()
         package = str(Path(llmft.__file__).resolve().parent.parent)
         python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
@@ -56,14 +57,14 @@ class WorkerProcess:
         arguments = ["llmft.sweeps.worker", str(writing), *map(str, share.cores or ())]
         if share.remote is not None:
             arguments = ["llmft.sweeps.remote", str(writing), *share.remote]
-        if trial is not None:
+        if trial is not None and alone:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = ["llmft", *trial.arguments]
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *arguments],
-                stdin=subprocess.DEVNULL if trial is not None else subprocess.PIPE,
+                stdin=subprocess.DEVNULL if alone else subprocess.PIPE,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[writing],
@@ -72,7 +73,7 @@ class WorkerProcess:
             )
         os.close(writing)
         os.set_blocking(reading, False)
-        return cls(process, process.stdin, reading, log, trial, ready=trial is not None)
+        return cls(process, process.stdin, reading, log, trial, ready=alone)
 
     @property
     def idle(self) -> bool:

@@ -29,7 +29,6 @@ class SweepProgress:
         self._said_at: dict[int, float] = {}
 
     def start(self) -> None:
-        """Shows the bars."""
         if self.enabled and self.screen.terminal.is_terminal:
             self._bars = Progress(
                 TextColumn("{task.description}"),
@@ -50,7 +49,6 @@ class SweepProgress:
         self.screen.print(escape(text))
 
     def begins(self, trial: Trial) -> None:
-        """A trial is handed to a worker."""
         slot = trial.number
         self._said_at[slot] = time.monotonic()
         if self._bars is not None:
@@ -60,7 +58,6 @@ class SweepProgress:
             self.say(f"trial {trial.number + 1}/{self.total} begins: {trial.label}")
 
     def step(self, trial: Trial, event: dict[str, Any]) -> None:
-        """A trial took a step."""
         slot = trial.number
         shown = f"loss {event['loss']:.4f}  {event['tokens_per_s']:,.0f} tokens/s"
         if self._bars is not None:
@@ -70,23 +67,19 @@ class SweepProgress:
             self.say(f"trial {trial.number + 1}/{self.total} step {event['step']}/{event['total']}  {shown}")
 
     def validation(self, trial: Trial, event: dict[str, Any]) -> None:
-        """A trial validated."""
         value = event["metrics"].get(self.monitor)
         if self._bars is not None and value is not None:
             self._bars.update(self._lines[trial.number], shown=f"{self.monitor} {value:.4f}")
 
     def finished_before(self, trial: Trial) -> None:
-        """A trial was finished before."""
         self._ready(trial, "was done before")
 
     def waits(self, trial: Trial) -> None:
-        """Another process holds a trial."""
         owner = trial.run.status().get("owner", {})
         who = f"process {owner.get('pid', '?')} on {owner.get('host', '?')}"
         self.say(f"trial {trial.number + 1}/{self.total} waits: {who} is training it  {trial.label}")
 
     def ended(self, trial: Trial) -> None:
-        """A trial ended."""
         self._drop(trial.number)
         if trial.status in ("busy", "pending"):
             return
@@ -111,7 +104,6 @@ class SweepProgress:
             self._bars.remove_task(line)
 
     def stop(self) -> None:
-        """Takes the bars away."""
         if self._bars is not None:
             self._bars.stop()
             self._bars = None

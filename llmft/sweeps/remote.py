@@ -24,9 +24,9 @@ import tempfile
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from llmft.config.convert import from_json
+from llmft.config.convert import from_plain
 from llmft.config.invocation import arguments_of_process
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, RunBusy
@@ -97,21 +97,6 @@ def checkpoints_of(run: Path) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").glob("*.safetensors"))
 
 
-class News(NamedTuple):
-    """What happened at a worker since the last call.
-
-    Attributes:
-        events: whole lines of JSON.
-        code: its exit code; None while it lives.
-        checkpoints: of its run, which nobody else sees.
-    """
-
-    events: list[bytes]
-    printed: bytes
-    code: int | None
-    checkpoints: list[str]
-
-
 class RemoteWorker:
     """A worker beside the actor that this is; methods may be called at the same time."""
 
@@ -128,19 +113,15 @@ class RemoteWorker:
         """Whether a file of the caller's is here too."""
         return Path(path).is_file()
 
-    def order(self, line: bytes) -> None:
-        """Hands an order on; a process that just died is noticed by its end."""
-        assert self.worker.orders is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.worker.orders.write(line)
-            self.worker.orders.flush()
+    def order(self, order: dict[str, Any]) -> None:
+        self.worker.order(**order)
 
     def train(self, order: dict[str, Any], packed: bytes) -> None:
         """Orders a trial, of which the run is here alone."""
         self.run = self.home / "runs" / Path(order["run"]).name
         unpack(packed, self.run)
         order["config"]["output_dir"] = str(self.home)
-        self.order(json.dumps(order).encode() + b"\n")
+        self.order(order)
 
     def packed_run(self) -> bytes:
         """The run as it is."""
@@ -169,18 +150,20 @@ class RemoteWorker:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def signal(self, signum: int) -> None:
-        """See WorkerProcess."""
         self.worker.signal(signum)
 
-    def news(self) -> News:
-        """What happened since the last call."""
+    def news(self) -> tuple[list[bytes], bytes, int | None, list[str]]:
+        """(events, whole lines of JSON; what was printed; exit code; checkpoints of the run) since the last call.
+
+        The exit code is None while the worker lives, and nobody else sees the checkpoints.
+        """
         code = self.worker.process.poll()
         *events, self._rest = (self._rest + self.worker.read_events()).split(b"\n")
         with self.log.open("rb") as file:
             file.seek(self._read)
             printed = file.read()
         self._read += len(printed)
-        return News(events, printed, code, [] if self.run is None else checkpoints_of(self.run))
+        return events, printed, code, [] if self.run is None else checkpoints_of(self.run)
 
 
 class RunCopy:
@@ -196,7 +179,7 @@ class RunCopy:
         run = Run(Path(order["run"]), "")
         run.directory.mkdir(parents=True, exist_ok=True)
         run.lock()
-        self.run, self._config = run, from_json(order["config"], TrainConfig)
+        self.run, self._config = run, from_plain(order["config"], TrainConfig)
         self._checkpoints = checkpoints_of(run.directory)
         self.ray.get(self.actor.train.remote(order, pack(run.directory)))
 
@@ -235,13 +218,8 @@ def main(argv: Sequence[str]) -> None:
     except ConfigError as error:
         print(error, flush=True)
         os._exit(NO_CLUSTER)
-    options: dict[str, Any] = {
-        "num_gpus": gpus,
-        "num_cpus": 0 if gpus else 1,
-        "max_concurrency": 4,
-        "scheduling_strategy": "SPREAD",
-    }
-    actor = ray.remote(**options)(RemoteWorker).remote(os.getcwd())
+    share = ray.remote(num_gpus=gpus, num_cpus=0 if gpus else 1, max_concurrency=4, scheduling_strategy="SPREAD")
+    actor = share(RemoteWorker).remote(os.getcwd())
     signal.signal(signal.SIGTERM, lambda *_: actor.signal.remote(signal.SIGTERM))
     try:
         if shared is None:
@@ -264,33 +242,33 @@ def _relay(ray: Any, actor: Any, events: int, copy: RunCopy | None) -> int:
     while True:
         with contextlib.suppress(queue.Empty):
             _order(ray, actor, orders.get(timeout=ASK_S), events, copy)
-        news = News(*ray.get(actor.news.remote()))
-        sys.stdout.buffer.write(news.printed)
+        lines, printed, code, checkpoints = ray.get(actor.news.remote())
+        sys.stdout.buffer.write(printed)
         sys.stdout.flush()
         if copy is not None:
-            copy.update(news.checkpoints)
-        for line in news.events:
+            copy.update(checkpoints)
+        for line in lines:
             if copy is not None and json.loads(line)["event"] == "end":
                 copy.end()  # the supervisor reads what is there when it hears of it
             _tell(events, line)
-        if news.code is not None:
+        if code is not None:
             if copy is not None:
                 copy.end()
             ray.get(actor.clear.remote())
-            return news.code
+            return int(code)
 
 
 def _order(ray: Any, actor: Any, line: bytes, events: int, copy: RunCopy | None) -> None:
     if not line:
         ray.get(actor.end.remote())
-    elif copy is not None and (order := json.loads(line))["do"] == "train":
+    elif (order := json.loads(line))["do"] == "train" and copy is not None:
         try:
             copy.train(order)
         except RunBusy as error:
             end = {"event": "end", "status": "busy", "value": None, "error": str(error), "cause": None, "sound": True}
             _tell(events, json.dumps(end).encode())
     else:
-        ray.get(actor.order.remote(line))
+        ray.get(actor.order.remote(order))
 
 
 def _tell(events: int, line: bytes) -> None:

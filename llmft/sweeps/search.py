@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from rich.markup import escape
@@ -14,16 +14,14 @@ from llmft.config.sweep import SearchConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, RunBusy
 from llmft.core.files import exclusive_lock
-from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.space import Space, make_space
+from llmft.sweeps.space import Space, make_space, wanted_trials
 from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.sweep import finish
 from llmft.sweeps.trials import Planner, Sweep, Trial, all_of, open_sweep
-from llmft.sweeps.twin import twin_rule
 
 STUDY = "study.db"
 """Optuna's study in the sweep's directory; `optuna-dashboard sqlite:///PATH` opens it."""
@@ -44,24 +42,30 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
     if settings.seeds and any(parameter.key == "seed" for parameter in space.parameters):
         raise ConfigError("seed: varied and in hydra.sweeper.seeds too; leave one out.")
     wanted_trials(settings, space)
-    maker = TrialMaker(planner, space, settings)
-    probes = maker.probes()
+    make = partial(make_trial, planner, space)
+    points, seed = space.probes(), settings.seeds[0] if settings.seeds else None
+    probes = all_of([space.overrides(point) for point in points], lambda number: make(number, points[number], seed))
     if len({(probe.config.trainer.monitor, probe.config.trainer.mode) for probe in probes}) > 1:
         raise ConfigError("trainer.monitor: varied, but it is what a search compares its trials by; keep it fixed.")
     sweep = open_search(probes, space, settings, fixed, planner.invocation.command)
-    maker.sweep = sweep
-    screen = Screen()
-    with only_one(sweep):
+    config, screen = sweep.config, Screen()
+    busy = RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.")
+    with exclusive_lock(sweep.directory / ".lock", busy, timeout_s=1):
         study_file = sweep.directory / STUDY
-        if sweep.config.force:
+        if config.force:
             study_file.unlink(missing_ok=True)
-        study = Study(study_file, settings, space, f"{sweep.config.trainer.mode.value}imize")
-        search, supervisor = _begin(study, settings, sweep, maker, screen, probes)
+        study = Study(study_file, settings, space, f"{config.trainer.mode.value}imize")
+        progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
+        supervisor = Supervisor(sweep, progress)
+        search = Search(study, settings, sweep, progress, make)
+        search.workers = supervisor.count_workers(probes, search.num_wanted * search.num_seeds)
+        search.recall()
+        progress.total = max(search.num_wanted, search.num_suggested) * search.num_seeds
         show_plan(search, sweep, space, settings, screen)
         missing = not search.over()
         try:
             if missing:
-                supervisor.run(search, check=probes, at_most=search.workers)
+                supervisor.run(search, check=probes, workers=search.workers)
             try:
                 finish(sweep, screen, supervisor.stopped_because, anew=missing)
             finally:
@@ -72,47 +76,11 @@ def run_search(planner: Planner, settings: SearchConfig, overrides: Sequence[Any
     return sweep
 
 
-def _begin(
-    study: Study,
-    settings: SearchConfig,
-    sweep: Sweep,
-    maker: TrialMaker,
-    screen: Screen,
-    probes: list[Trial],
-) -> tuple[Search, Supervisor]:
-    config = sweep.config
-    progress = SweepProgress(screen, 0, enabled=config.progress, monitor=config.trainer.monitor)
-    supervisor = Supervisor(sweep, progress)
-    search = Search(study, settings, sweep, progress, maker.trial, twin_rule(config))
-    search.workers = supervisor.count_workers(probes, search.num_wanted * search.num_seeds)
-    search.recall()
-    progress.total = max(search.num_wanted, search.num_suggested) * search.num_seeds
-    return search, supervisor
-
-
-class TrialMaker:
-    """Composes the trials of a search."""
-
-    def __init__(self, planner: Planner, space: Space, settings: SearchConfig) -> None:
-        self.planner = planner
-        self.space = space
-        self.seeds = settings.seeds
-        self.sweep: Sweep | None = None
-
-    def trial(self, number: int, chosen: dict[str, Value], seed: int | None) -> Trial:
-        """The trial of one point of the space and one seed."""
-        varied = self.space.overrides(chosen) + ([f"seed={seed}"] if seed is not None else [])
-        fixed = [override for override in self.space.fixed if seed is None or not override.startswith("seed=")]
-        trial = self.planner.trial(number, [*fixed, *varied], varied)
-        if self.sweep is not None and trial.config.logger.wandb.group is None:
-            trial.config.logger.wandb.group = self.sweep.name
-        return trial
-
-    def probes(self) -> list[Trial]:
-        """Trials that take every choice and both ends of each range; raises UserError naming all that cannot run."""
-        points, seed = self.space.probes(), self.seeds[0] if self.seeds else None
-        overrides = [self.space.overrides(point) for point in points]
-        return all_of(overrides, lambda number: self.trial(number, points[number], seed))
+def make_trial(planner: Planner, space: Space, number: int, chosen: dict[str, Value], seed: int | None) -> Trial:
+    """The trial of one point of the space and one seed."""
+    varied = space.overrides(chosen) + ([f"seed={seed}"] if seed is not None else [])
+    fixed = [override for override in space.fixed if seed is None or not override.startswith("seed=")]
+    return planner.trial(number, [*fixed, *varied], varied)
 
 
 def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed: Sequence[str], command: str) -> Sweep:
@@ -131,12 +99,6 @@ def open_search(probes: list[Trial], space: Space, settings: SearchConfig, fixed
     return sweep
 
 
-def only_one(sweep: Sweep) -> AbstractContextManager[None]:
-    """Keeps a second process from the same study; raises RunBusy there."""
-    busy = RunBusy(f"{sweep.directory}: another process runs this very search; wait for it.")
-    return exclusive_lock(sweep.directory / ".lock", busy, timeout_s=1)
-
-
 def show_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig, screen: Screen) -> None:
     """What is about to happen."""
     question = sweep.config.sweep.question
@@ -149,9 +111,8 @@ def show_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
         facts["conditions"] = "  ".join(f"{key} if {text}" for key, text in settings.conditions.items())
     if settings.pruner != "none":
         facts["pruning"] = settings.pruner
-    num_known = search.num_suggested
-    if num_known:
-        facts["known"] = f"{num_known} configurations from before"
+    if search.num_suggested:
+        facts["known"] = f"{search.num_suggested} configurations from before"
     facts["sweep"] = str(sweep.directory)
     screen.plan(facts)
     if settings.pruner != "none" and sweep.sample is not None and sweep.sample.distributed:
@@ -160,14 +121,11 @@ def show_plan(search: Search, sweep: Sweep, space: Space, settings: SearchConfig
 
 def show_best(search: Search, sweep: Sweep, screen: Screen) -> None:
     """The best configuration and the command that trains it."""
-    best: Candidate | None = search.best()
+    best = search.best()
     if best is None:
         return
     monitor = sweep.config.trainer.monitor
     over = f", mean of {search.num_seeds} seeds" if search.num_seeds > 1 else ""
     shown = " ".join(search.study.space.overrides(best.chosen))
     answer = f"best of {len(search.candidates)} configurations: {monitor} {best.value:.4f}{over}"
-    screen.print(
-        f"{answer}  [bold]{escape(shown)}[/bold]",
-        f"  {escape(best.first.command)}",
-    )
+    screen.print(f"{answer}  [bold]{escape(shown)}[/bold]", f"  {escape(best.first.command)}")

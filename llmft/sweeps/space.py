@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from llmft.config.sweep import SearchConfig
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.sweeps.conditions import Clause, Value, number_of, parse_condition
 
+DEFAULT_TRIALS = 20
 MOST_COMBINATIONS = 10_000
 """A grid of more is a mistake: no one trains so many models."""
 
@@ -37,7 +39,6 @@ class Parameter:
 
     @property
     def key(self) -> str:
-        """The dotted key."""
         return self.spelled.lstrip("+")
 
     def override(self, value: Value) -> str:
@@ -131,10 +132,8 @@ class Space:
             offered += [] if parent is None or parent.choices else _inside(parent, clauses)
             value = next((v for v in offered if all(clause.holds(v) for clause in clauses)), None)
             if value is None:
-                raise ConfigError(
-                    f"hydra.sweeper.conditions: {parameter.key} never exists, since no value of {key} meets its "
-                    "condition; change the condition or the range."
-                )
+                never = f"{parameter.key} never exists, since no value of {key} meets its condition."
+                raise ConfigError(f"hydra.sweeper.conditions: {never}")
             if parent is not None:
                 met = {**met, **self._condition_met(parent), key: value}
         return met
@@ -146,10 +145,8 @@ class Space:
         """
         for parameter in self.parameters:
             if parameter.values() is None:
-                raise ConfigError(
-                    f"{parameter.key}={parameter.text}: a grid needs values; give choices or a range, or take "
-                    "hydra.sweeper.sampler=tpe."
-                )
+                advice = "give choices or a range, or take hydra.sweeper.sampler=tpe."
+                raise ConfigError(f"{parameter.key}={parameter.text}: a grid needs values; {advice}")
         return self._from(0, {})
 
     def _from(self, index: int, chosen: dict[str, Value]) -> Iterator[dict[str, Value]]:
@@ -162,6 +159,20 @@ class Space:
             return
         for value in parameter.values() or []:
             yield from self._from(index + 1, {**chosen, parameter.key: value})
+
+
+def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[str, Value]] | None]:
+    """(number of configurations to try, those of a grid in order).
+
+    Raises ConfigError for a grid over a range without steps, or over too many combinations.
+    """
+    if settings.sampler not in ("grid", "brute"):
+        return settings.n_trials or DEFAULT_TRIALS, None
+    points = list(itertools.islice(space.combinations(), MOST_COMBINATIONS + 1))
+    limit = settings.n_trials or len(points)
+    if len(points) > MOST_COMBINATIONS and settings.n_trials is None:
+        raise ConfigError(f"hydra.sweeper.n_trials: set it; there are more than {MOST_COMBINATIONS:,} combinations.")
+    return min(limit, len(points)), points if settings.sampler == "grid" else None
 
 
 def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space:
@@ -189,15 +200,11 @@ def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space
         for clause in clauses:
             if clause.key not in parameters and clause.key not in fixed:
                 others = [name for name in (*parameters, *fixed) if name != key]
-                raise ConfigError(
-                    f"hydra.sweeper.conditions: {key} depends on {clause.key}, which has no value here"
-                    f"{did_you_mean(clause.key, others)}"
-                )
+                depends = f"{key} depends on {clause.key}, which has no value{did_you_mean(clause.key, others)}"
+                raise ConfigError(f"hydra.sweeper.conditions: {depends}")
         parameters[key] = replace(parameters[key], condition=clauses)
     if not parameters:
-        raise ConfigError(
-            "this search has nothing to vary: give a range, as in learning_rate.peak=interval(1e-4,1e-2)."
-        )
+        raise ConfigError("nothing to vary: give a range, as in learning_rate.peak=interval(1e-4,1e-2).")
     space = Space(_parents_first(parameters), list(fixed.values()))
     space.probes()
     return space
@@ -252,9 +259,8 @@ def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
         placed = {parameter.key for parameter in ordered}
         free = [p for p in waiting if all(c.key in placed or c.key not in parameters for c in p.condition)]
         if not free:
-            raise ConfigError(
-                f"hydra.sweeper.conditions: {' and '.join(p.key for p in waiting)} depend on each other in a circle."
-            )
+            keys = " and ".join(parameter.key for parameter in waiting)
+            raise ConfigError(f"hydra.sweeper.conditions: {keys} depend on each other in a circle.")
         ordered += free
         waiting = [parameter for parameter in waiting if parameter not in free]
     return ordered

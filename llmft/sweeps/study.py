@@ -60,19 +60,17 @@ class Study:
         self.space = space
         self.distributions = {parameter.key: parameter.distribution() for parameter in space.parameters}
         try:
-            kept = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
-            self._file = optuna.create_study(storage=kept, study_name=NAME, direction=direction, load_if_exists=True)
+            on_disk = optuna.storages.RDBStorage(f"sqlite:///{file.resolve()}")
+            self._file = optuna.create_study(storage=on_disk, study_name=NAME, direction=direction, load_if_exists=True)
             before = self._file.get_trials()
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
-            raise ConfigError(
-                f"{file}: not a study that can be read ({str(error).splitlines()[0]}); move it away and the search "
-                "begins anew, without training again what is done."
-            ) from None
+            reason = str(error).splitlines()[0]
+            raise ConfigError(f"{file}: not a study that can be read ({reason}); move it away to begin anew.") from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
-        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, kept)]
+        self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, on_disk)]
         for trial in before:
             trial.system_attrs.update(trial.user_attrs.get("judged", {}).get("rungs", {}))
             self._in_memory.add_trial(trial)
@@ -82,8 +80,8 @@ class Study:
         """All of them, by number."""
         return self._in_memory.get_trials(deepcopy=False)
 
-    def ask(self, attributes: Mapping[str, Any]) -> tuple[int, dict[str, Value]]:
-        """(number, values) of a new trial."""
+    def ask(self, index: int) -> tuple[int, dict[str, Value]]:
+        """(number, values) of a new trial, for the configuration `index`."""
         number = len(self.trials)
         self._in_memory.sampler = make_sampler(self.settings, self.space, number)
         self._in_memory.pruner = make_pruner(self.settings)
@@ -93,8 +91,7 @@ class Study:
         for parameter in self.space.parameters:
             if self.space.active(parameter, chosen):
                 chosen[parameter.key] = parameter.suggest(trial)
-        for name, value in attributes.items():
-            trial.set_user_attr(name, value)
+        trial.set_user_attr("place", index)
         self._file.add_trial(self.trials[number])
         return number, chosen
 
@@ -170,10 +167,7 @@ def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
         )
     conditional = any(parameter.condition for parameter in space.parameters)
     return samplers.TPESampler(
-        seed=seed,
-        n_startup_trials=settings.startup_trials,
-        multivariate=True,
-        group=conditional,
+        seed=seed, n_startup_trials=settings.startup_trials, multivariate=True, group=conditional
     )
 
 

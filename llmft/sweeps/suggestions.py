@@ -2,16 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from llmft.config.sweep import SearchConfig
-from llmft.sweeps.candidates import Candidate, wanted_trials
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.space import wanted_trials
 from llmft.sweeps.study import Study
 from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Sweep, Trial
+from llmft.sweeps.twin import twin_rule, validations
+
+
+@dataclass
+class Candidate:
+    """A configuration that was suggested: one trial for each of its seeds.
+
+    Attributes:
+        number: of its trial in the study.
+        index: which of the configurations asked for it is; one that is tried again keeps it.
+        waiting: trials to run; emptied by one that fails or is pruned.
+        curve: the monitored metric of the first seed's run by step, which is what a pruner judges.
+    """
+
+    number: int
+    index: int
+    chosen: dict[str, Value]
+    trials: list[Trial]
+    waiting: list[Trial] = field(default_factory=list)
+    under_way: list[Trial] = field(default_factory=list)
+    curve: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def first(self) -> Trial:
+        """The trial that a pruner judges."""
+        return self.trials[0]
+
+    @property
+    def value(self) -> float | None:
+        """The mean over the seeds, None unless all have a finite value."""
+        values = [trial.value for trial in self.trials if trial.status == "done"]
+        if len(values) < len(self.trials) or any(v is None or not math.isfinite(v) for v in values):
+            return None
+        return statistics.fmean(value for value in values if value is not None)
+
+    @property
+    def keys(self) -> list[str]:
+        """The runs that it is."""
+        return [trial.key for trial in self.trials]
+
+    def read_curve(self) -> None:
+        """Takes the first seed's validations from its run, whoever trained it."""
+        self.curve = validations(self.first.run.directory, self.first.config.trainer.monitor)
 
 
 class Search:
@@ -29,16 +75,14 @@ class Search:
         sweep: Sweep,
         progress: SweepProgress,
         make_trial: Callable[[int, dict[str, Value], int | None], Trial],
-        twin: Callable[[Trial, int, dict[str, float]], tuple[str, str] | None],
-        workers: int = 1,
     ) -> None:
         self.study = study
         self.settings = settings
         self.sweep = sweep
         self.progress = progress
         self.make_trial = make_trial
-        self.twin = twin
-        self.workers = workers
+        self.twin = twin_rule(sweep.config)
+        self.workers = 1
         self.candidates: list[Candidate] = []
         self.repeated = 0
         self.num_wanted, self.points = wanted_trials(settings, study.space)
@@ -54,8 +98,7 @@ class Search:
         for trial in known:
             if trial.number in superseded or "repeats" in trial.user_attrs:
                 continue
-            index, state = trial.user_attrs["place"], trial.state.name
-            number = trial.number
+            number, index, state = trial.number, trial.user_attrs["place"], trial.state.name
             if state == "FAIL":
                 number = self.study.put(trial.params, {"place": index, "again": trial.number})
             candidate = self._candidate(number, index, dict(trial.params))
@@ -118,10 +161,12 @@ class Search:
             return
         if trial.status == "failed" and trial.run.status().get("status") == "diverged":
             trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure
-        if trial is candidate.first and trial.status == "done":
-            self._note_curve(candidate)
         if trial.status != "done":
             self._drop(candidate, candidate.waiting)
+        elif trial is candidate.first:  # later verdicts know the whole curve, whoever trained it
+            candidate.read_curve()
+            for step in sorted(candidate.curve):
+                self.study.judge(candidate.number, candidate.curve, step)
         if not candidate.waiting and not candidate.under_way:
             self._tell(candidate)
         self._record()
@@ -132,8 +177,7 @@ class Search:
         value = metrics.get(trial.config.trainer.monitor)
         if trial is candidate.first and step > 0 and value is not None:
             candidate.curve[step] = value
-            reason = self._judge(candidate, step)
-            if reason is not None:
+            if (reason := self._judge(candidate, step)) is not None:
                 return "pruned", reason
         return self.twin(trial, step, metrics)
 
@@ -163,15 +207,15 @@ class Search:
             chosen = self.points[index]
             number = self.study.put(chosen, {"place": index})
         else:
-            number, chosen = self.study.ask({"place": index})
+            number, chosen = self.study.ask(index)
         candidate = self._candidate(number, index, chosen)
         candidate.waiting = list(candidate.trials)
         self._repeat(candidate)
 
     def _repeat(self, candidate: Candidate) -> None:
         """Gives a configuration that was tried before the value that is known."""
-        with_result = [other for other in self.candidates if other is not candidate and self._has_result(other)]
-        twin = next((other for other in with_result if other.keys == candidate.keys), None)
+        alike = (other for other in self.candidates if other is not candidate and other.keys == candidate.keys)
+        twin = next((c for c in alike if self.study.trials[c.number].state.name in ("COMPLETE", "PRUNED")), None)
         if twin is None:
             return
         self._drop(candidate, candidate.trials)
@@ -184,19 +228,14 @@ class Search:
         self.repeated += 1
         self.progress.say(f"configuration {candidate.index + 1} repeats {twin.index + 1}: its value is known")
 
-    def _has_result(self, candidate: Candidate) -> bool:
-        return self.study.trials[candidate.number].state.name in ("COMPLETE", "PRUNED")
-
     def _candidate(self, number: int, index: int, chosen: dict[str, Value]) -> Candidate:
-        seeds: list[int | None] = [None]
-        if self.settings.seeds:
-            seeds = [*self.settings.seeds]
-        first = index * len(seeds)
-        trials = [self.make_trial(first + shift, chosen, seed) for shift, seed in enumerate(seeds)]
+        seeds: Sequence[int | None] = self.settings.seeds or [None]
+        trials = [self.make_trial(index * len(seeds) + n, chosen, seed) for n, seed in enumerate(seeds)]
         candidate = Candidate(number, index, chosen, trials)
         self.candidates.append(candidate)
-        self.sweep.trials.extend(trials)
-        self._of.update({trial.number: candidate for trial in trials})
+        for trial in trials:
+            self.sweep.add(trial)
+            self._of[trial.number] = candidate
         return candidate
 
     def _drop(self, candidate: Candidate, trials: list[Trial]) -> None:
@@ -213,8 +252,7 @@ class Search:
         """
         candidate.read_curve()
         for step in sorted(candidate.curve)[:-1]:
-            reason = self._judge(candidate, step)
-            if reason is not None:
+            if (reason := self._judge(candidate, step)) is not None:
                 candidate.first.run.update(status="pruned", error=reason)
                 candidate.first.mark("pruned", reason)
                 return
@@ -222,15 +260,8 @@ class Search:
     def _judge(self, candidate: Candidate, step: int) -> str | None:
         if not self.study.judge(candidate.number, candidate.curve, step):
             return None
-        monitor = candidate.first.config.trainer.monitor
-        pruner = self.settings.pruner
-        return f"pruned by {pruner} after step {step}, {monitor} {candidate.curve[step]:.4f}"
-
-    def _note_curve(self, candidate: Candidate) -> None:
-        """Lets later verdicts know the whole curve of a run that is done, whoever trained it."""
-        candidate.read_curve()
-        for step in sorted(candidate.curve):
-            self.study.judge(candidate.number, candidate.curve, step)
+        monitor = self.sweep.config.trainer.monitor
+        return f"pruned by {self.settings.pruner} after step {step}, {monitor} {candidate.curve[step]:.4f}"
 
     def _tell(self, candidate: Candidate) -> None:
         ran = [trial for trial in candidate.trials if trial in self.sweep.trials]

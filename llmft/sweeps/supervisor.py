@@ -10,7 +10,6 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
 from typing import Any, Protocol
 
 from llmft.config.convert import to_plain
@@ -71,40 +70,6 @@ class BusyTrials:
         self._not_before[trial.number] = time.monotonic() + BUSY_AGAIN_S
 
 
-class Listed:
-    """The trials of a grid, those of one base after each other; one that another process holds comes again later."""
-
-    def __init__(
-        self,
-        trials: list[Trial],
-        decide: Callable[..., tuple[str, str] | None] = lambda *_: None,
-    ) -> None:
-        bases = list(dict.fromkeys(trial.base for trial in trials))
-        self.waiting = sorted(trials, key=lambda trial: bases.index(trial.base))
-        self.decide = decide
-        self._busy = BusyTrials()
-
-    def next(self) -> Trial | None:
-        """The next that is free."""
-        for trial in self.waiting:
-            if not self._busy.has(trial):
-                self.waiting.remove(trial)
-                return trial
-        return None
-
-    def over(self) -> bool:
-        """Whether all have been handed out."""
-        return not self.waiting
-
-    def ended(self, trial: Trial) -> None:
-        """Takes back one that another process snatched away, or that is to run again by itself."""
-        if trial.status == "pending":
-            self.waiting.append(trial)
-        elif trial.status == "busy":
-            self.waiting.append(trial)
-            self._busy.add(trial)
-
-
 class Supervisor:
     """Hands trials to workers and watches them.
 
@@ -124,35 +89,30 @@ class Supervisor:
         self._lost: Counter[int] = Counter()
         self._remote: tuple[str, ...] | None = None
         limits = (self.settings.time_limit, self.settings.heartbeat_timeout)
-        self._limits = [None if limit is None else seconds_of(limit, "sweep") for limit in limits]
+        self._longest_s, self._silence_s = (None if each is None else seconds_of(each, "sweep") for each in limits)
 
     # ------------------------------------------------------------------------------------------------ the loop
 
-    def run(self, source: Source, *, check: list[Trial], at_most: int | None = None) -> None:
-        """Runs what `source` gives, after a worker has found all of `check` fit to run, with `at_most` workers.
+    def run(self, source: Source, *, check: list[Trial], workers: int) -> None:
+        """Runs what `source` gives by so many workers, after one of them has found all of `check` fit to run.
 
         Raises ConfigError, before any trial starts, for one that is not; Interrupted when a signal ends the sweep.
         """
         if os.name == "nt":
-            raise ConfigError(
-                "-m: Windows has no signals to stop a trial with; run sweeps in WSL2, single runs anywhere."
-            )
-        count = (
-            self.count_workers(check, len(check), grid=True) if at_most is None else self.count_workers(check, at_most)
-        )
-        shares = [Share(remote=self._remote)] * count if self._remote is not None else shares_of_machine(count)
-        if count > 1 and self.settings.workers == "auto":
-            self.progress.say(f"{count} trials at a time (sweep.workers=1 for one).")
+            raise ConfigError("-m: Windows has no signals to stop a trial with; run sweeps in WSL2.")
+        shares = [Share(remote=self._remote)] * workers if self._remote is not None else shares_of_machine(workers)
+        if workers > 1 and self.settings.workers == "auto":
+            self.progress.say(f"{workers} trials at a time (sweep.workers=1 for one).")
         before = self._take_signals()
         self.progress.start()
         try:
             for slot, share in enumerate(shares):
-                self._start(slot, share)
+                self._processes.append(self._start(slot, share))
             self._check(check)
-            while not self._over(source):
+            while any(p.trial for p in self._processes) or not (self._ending or source.over()):
                 self._assign_trials(source, shares)
                 self._read_events(source)
-                self._enforce_timeouts(source)
+                self._enforce_timeouts()
         finally:
             for process in self._processes:
                 process.close()
@@ -164,9 +124,10 @@ class Supervisor:
         if self.pending_signal:
             raise Interrupted("interrupted; the same command goes on with what is missing.", self.pending_signal)
 
-    def _over(self, source: Source) -> bool:
-        busy = any(process.trial for process in self._processes)
-        return not busy and (source.over() or self.stopped_because is not None or self.pending_signal > 0)
+    @property
+    def _ending(self) -> bool:
+        """Whether no further trial is started."""
+        return self.stopped_because is not None or self.pending_signal > 0
 
     def count_workers(self, trials: list[Trial], at_most: int, *, grid: bool = False) -> int:
         """How many processes there is use for.
@@ -197,70 +158,52 @@ class Supervisor:
         """Lets a worker build the parts of every trial that need no weights."""
         worker = self._processes[0]
         # A check that hangs is skipped: the trial's own timeout will catch it.
-        limit = max(START_S, self._limits[1] or 0.0)
+        limit = max(START_S, self._silence_s or 0.0)
         while not worker.ready and worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
-            self._await_ready(worker)
+            worker.ready = any(event["event"] == "ready" for event in worker.events())
             if time.monotonic() - worker.since > limit:
                 worker.signal(signal.SIGKILL)
         started = time.monotonic()
         worker.order(do="check", configs={trial.number: to_plain(trial.config) for trial in trials})
         while worker.process.poll() is None and not self.pending_signal:
             self._wait([worker])
-            if self._limits[1] is not None and time.monotonic() - started > self._limits[1]:
+            if self._silence_s is not None and time.monotonic() - started > self._silence_s:
                 worker.signal(signal.SIGKILL)
             for event in worker.events():
                 if event["event"] == "checked":
                     by_number = {trial.number: trial for trial in trials}
                     wrong = event["wrong"].items()
-                    refuse([(by_number[int(n)].overrides, ConfigError(m)) for n, (m, _) in wrong], len(trials))
+                    refuse([(by_number[int(n)].overrides, ConfigError(message)) for n, message in wrong], len(trials))
                     return
 
     # ------------------------------------------------------------------------------------------------ its parts
 
     def _start(self, slot: int, share: Share, trial: Trial | None = None) -> WorkerProcess:
-        log = self.sweep.directory / f"worker-{slot}.log"
-        started = WorkerProcess.start(log, share, trial)
-        if slot < len(self._processes):
-            self._processes[slot] = started
-        else:
-            self._processes.append(started)
-        return started
+        return WorkerProcess.start(self.sweep.directory / f"worker-{slot}.log", share, trial)
 
     def _assign_trials(self, source: Source, shares: list[Share]) -> None:
         """Gives every free worker a trial."""
         for slot, share in enumerate(shares):
-            worker = self._processes[slot] if slot < len(self._processes) else None
-            if not self._free(slot) or self.pending_signal or self.stopped_because is not None:
-                continue
-            trial = self._next(source)
-            if trial is None:
+            worker = self._processes[slot]
+            if self._ending or not self._free(worker) or (trial := self._next(source)) is None:
                 continue
             trial.status, trial.log = "running", trial.run.log_file
             self.progress.begins(trial)
             self.sweep.write()
-            if trial.distributed:
-                if worker is not None:
-                    worker.close()
-                    worker.process.wait()
-                self._start(slot, share, trial)
-            elif worker is None or worker.process.poll() is not None:
-                if worker is not None:
-                    worker.close()
-                self._start(slot, share).trial = trial  # ordered when it is ready
+            if trial.distributed or worker.process.poll() is not None:
+                worker.close()
+                worker.process.wait()
+                self._processes[slot] = self._start(slot, share, trial)
             else:
                 worker.train(trial)
 
-    def _free(self, slot: int) -> bool:
-        """Whether a worker's place has nothing to do."""
-        worker = self._processes[slot] if slot < len(self._processes) else None
-        if (
-            worker is not None
-            and worker.process.poll() == LOST
-            and any(p.process.poll() is None for p in self._processes)
-        ):
+    def _free(self, worker: WorkerProcess) -> bool:
+        """Whether a worker, or the one that takes the place of one that has left, can have a trial."""
+        code = worker.process.poll()
+        if code == LOST and any(other.process.poll() is None for other in self._processes):
             return False  # with its machine there is less room: another might wait for it for ever
-        return worker is None or worker.process.poll() is not None or worker.idle
+        return worker.idle if code is None else worker.trial is None  # else its end is still to be read
 
     def _next(self, source: Source) -> Trial | None:
         """The next trial that is not finished already."""
@@ -287,18 +230,11 @@ class Supervisor:
     def _read_events(self, source: Source) -> None:
         self._wait(self._processes)
         for worker in self._processes:
+            code = worker.process.poll()  # first, so that all that it sent before it left is read
             for event in worker.events():
                 self._handle_event(worker, event, source)
-            code = worker.process.poll()
             if code is not None and worker.trial is not None:
-                for event in worker.events():  # sent before it exited
-                    self._handle_event(worker, event, source)
-                if worker.trial is not None:
-                    self._died(worker, worker.trial, code, source)
-
-    def _await_ready(self, worker: WorkerProcess) -> None:
-        for event in worker.events():
-            worker.ready = worker.ready or event["event"] == "ready"
+                self._died(worker, worker.trial, code, source)
 
     def _handle_event(self, worker: WorkerProcess, event: dict[str, Any], source: Source) -> None:
         kind = event["event"]
@@ -326,8 +262,6 @@ class Supervisor:
                 # It ended its trial before it heard: what stays would wait for orders that never come.
                 worker.exiting = True
                 worker.signal(signal.SIGKILL)
-            if trial.log is None or not trial.log.exists():
-                trial.log = worker.log
             self._ended(worker, trial, source)
 
     def _died(self, worker: WorkerProcess, trial: Trial, code: int, source: Source) -> None:
@@ -351,23 +285,18 @@ class Supervisor:
             trial.mark("failed", status["error"], "error")
         else:
             trial.mark("failed", *how_it_died(code))
-        if trial.log is None or not trial.log.exists():
-            trial.log = worker.log
-        if trial.status == "failed":
-            self._note(trial)
+        if trial.status == "failed" and trial.run.directory.is_dir() and not trial.run.busy:
+            trial.run.update(status="failed", error=trial.error)  # what its own process could not
         self._ended(worker, trial, source)
 
     def _overdue(self, worker: WorkerProcess, trial: Trial) -> None:
         why = str(worker.stopping)
         trial.mark("failed", why, "time" if "sweep.time_limit" in why else "silence")
 
-    def _note(self, trial: Trial) -> None:
-        """Writes into the run's own record what its process could not."""
-        if trial.run.directory.is_dir() and not trial.run.busy:
-            trial.run.update(status="failed", error=trial.error)
-
     def _ended(self, worker: WorkerProcess, trial: Trial, source: Source) -> None:
         worker.trial = None
+        if trial.log is None or not trial.log.exists():
+            trial.log = worker.log
         trial.seconds = round(time.monotonic() - worker.since, 1)
         self.progress.ended(trial)
         self._count_errors(trial)
@@ -382,17 +311,18 @@ class Supervisor:
         # The same mistake names other numbers and directories in every trial.
         form = re.sub(r"[0-9a-f]{10}|\d+(\.\d+)?(e-?\d+)?", "#", str(trial.error))
         known, count = self._same_error
-        self._same_error = (form, count + 1 if form == known else 1)
-        if self._same_error[1] >= self.settings.stop_after_same_error:
+        count = count + 1 if form == known else 1
+        self._same_error = (form, count)
+        if count >= self.settings.stop_after_same_error:
             self.stopped_because = (
-                f"{self._same_error[1]} trials in a row failed alike and none succeeded, so the rest was not started "
+                f"{count} trials in a row failed alike and none succeeded, so the rest was not started "
                 "(sweep.stop_after_same_error)"
             )
 
-    def _enforce_timeouts(self, source: Source) -> None:
+    def _enforce_timeouts(self) -> None:
         """Ends what takes too long, and all there is after a signal."""
-        now = time.monotonic()
-        longest, silence = self._limits
+        now, longest, silence = time.monotonic(), self._longest_s, self._silence_s
+        grace = min([GRACE_S, *(limit for limit in (longest, silence) if limit is not None)])
         for worker in self._processes:
             if worker.process.poll() is not None:
                 continue
@@ -406,7 +336,6 @@ class Supervisor:
                 worker.stop(f"took longer than sweep.time_limit={self.settings.time_limit}")
             elif silence is not None and now - worker.last_sign > (silence if worker.ready else max(silence, START_S)):
                 worker.stop(f"gave no sign of life for sweep.heartbeat_timeout={self.settings.heartbeat_timeout}")
-            grace = min(GRACE_S, *(limit for limit in self._limits if limit is not None), GRACE_S)
             if worker.stopping is not None and now - worker.stopping_since > grace:
                 worker.signal(signal.SIGKILL)
 

@@ -14,12 +14,10 @@ from rich.table import Table
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, TrialsFailed
 from llmft.core.outcome import write_outcome
-from llmft.reports.verdicts import still_open
-from llmft.sweeps.more_seeds import Growing
+from llmft.sweeps.more_seeds import Grid
 from llmft.sweeps.progress import SweepProgress
 from llmft.sweeps.supervisor import Supervisor
 from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, varying
-from llmft.sweeps.twin import twin_rule
 
 
 def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], *, first: int = 0) -> Sweep:
@@ -33,15 +31,15 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
     progress = SweepProgress(
         screen, len(sweep.trials), enabled=sweep.config.progress, monitor=sweep.config.trainer.monitor
     )
-    trials = Growing(sweep, planner, jobs, twin_rule(sweep.config), still_open, progress)
+    grid = Grid(sweep, planner, jobs, progress)
     show_plan(sweep, screen)
     supervisor = Supervisor(sweep, progress)
-    missing = trials.missing()
+    missing = grid.missing()
     try:
         if missing:
             if sweep.config.sweep.report:
                 threading.Thread(target=_import_report, daemon=True).start()
-            supervisor.run(trials, check=missing)
+            supervisor.run(grid, check=missing, workers=supervisor.count_workers(missing, len(missing), grid=True))
         finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
     except BaseException:
         sweep.write()
@@ -77,8 +75,8 @@ def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequen
         if not trial.finished_before():
             status = trial.run.status()
             ended = status.get("status")
-            kind = ended if ended in ("interrupted", "pruned", "twin") else "failed"
-            trial.mark(kind, status.get("error") or "no result was left", "error")
+            how = ended if ended in ("interrupted", "pruned", "twin") else "failed"
+            trial.mark(how, status.get("error") or "no result was left", "error")
             trial.log = trial.run.log_file
     finish(sweep, screen, None, anew=bool(missing))
     return sweep
@@ -97,11 +95,7 @@ def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[
             if key in varied and value not in swept.setdefault(key.lstrip("+"), []):
                 swept[key.lstrip("+")].append(value)
     same = [override for override in fixed if override.partition("=")[0].lstrip("+") not in swept]
-    sweep = open_sweep(trials, swept, same, planner.invocation.command)
-    for trial in trials:
-        if trial.config.logger.wandb.group is None:
-            trial.config.logger.wandb.group = sweep.name
-    return sweep
+    return open_sweep(trials, swept, same, planner.invocation.command)
 
 
 def show_plan(sweep: Sweep, screen: Screen) -> None:
@@ -109,9 +103,8 @@ def show_plan(sweep: Sweep, screen: Screen) -> None:
     question = sweep.config.sweep.question
     keys = "  ".join(f"{key}={','.join(values)}" for key, values in sweep.swept.items())
     facts = {"question": question} if question else {}
-    facts |= {"trials": f"{len(sweep.trials)}: {keys}" if keys else str(len(sweep.trials))}
-    facts |= {"sweep": str(sweep.directory)}
-    screen.plan(facts)
+    trials = f"{len(sweep.trials)}: {keys}" if keys else str(len(sweep.trials))
+    screen.plan({**facts, "trials": trials, "sweep": str(sweep.directory)})
 
 
 def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: bool = True) -> None:
@@ -125,16 +118,15 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
         from llmft.sweeps.answer import give_answer
 
         give_answer(sweep, screen, anew=anew)
-    if not failed and stopped_because is None:
-        write_outcome(sweep.directory)
-        return
-    if not failed:
-        raise TrialsFailed(f"ended early: {stopped_because}; the same command goes on.")
     because = f": {stopped_because}" if stopped_because else ""
-    not_run = sum(trial.status == "pending" for trial in failed)
-    parts = [f"{len(failed) - not_run} of {len(sweep.trials)} trials failed"]
-    parts += [f"{not_run} not run"] if not_run else []
-    raise TrialsFailed(f"{', '.join(parts)}{because}; the same command runs only those again.")
+    if failed:
+        num_pending = sum(trial.status == "pending" for trial in failed)
+        not_run = f", {num_pending} not run" if num_pending else ""
+        count = f"{len(failed) - num_pending} of {len(sweep.trials)} trials failed{not_run}"
+        raise TrialsFailed(f"{count}{because}; the same command runs only those again.")
+    if because:
+        raise TrialsFailed(f"ended early{because}; the same command goes on.")
+    write_outcome(sweep.directory)
 
 
 def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
@@ -146,10 +138,7 @@ def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
         table.add_row(escape(trial.label), trial.status, escape(trial.error or ""))
     screen.print(table)
     for trial in failed[:20]:
-        if trial.log is not None and trial.log.exists():
-            screen.print(f"[bold]{escape(trial.label)}[/bold]  its log: {escape(str(trial.log))}; alone:")
-        else:
-            screen.print(f"[bold]{escape(trial.label)}[/bold]  alone:")
-        screen.print(f"  {escape(trial.command)}")
+        log = f"its log: {escape(str(trial.log))}; " if trial.log is not None and trial.log.exists() else ""
+        screen.print(f"[bold]{escape(trial.label)}[/bold]  {log}alone:", f"  {escape(trial.command)}")
     if len(failed) > 20:
         screen.print(f"  … and {len(failed) - 20} more, in sweep.json")

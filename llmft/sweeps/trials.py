@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from llmft.config.convert import canonical, digest_of, fields_not_in_key, to_plain
+from llmft.config.convert import canonical, digest_of, to_plain
 from llmft.config.invocation import Invocation
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, DataError, UserError
-from llmft.core.files import read_plain, write_atomically
+from llmft.core.files import write_json
 from llmft.core.machine import sensible_threads
 from llmft.core.redaction import redact
 from llmft.data.hub import Located, weight_bytes
 from llmft.metrics.monitor import with_mode
+from llmft.reports.read import read_dictionary
 from llmft.runs.directory import Run, existing_run, run_key, slug, unwritable
 from llmft.training.prepare import prepare
 
@@ -104,7 +104,6 @@ class Trial:
         return self.status in FINISHED
 
     def mark(self, status: str, error: str | None, cause: str | None = None) -> None:
-        """Sets how it ended."""
         self.status, self.error, self.cause = status, error, cause
 
 
@@ -152,18 +151,13 @@ class Planner:
             self._prepared[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
         fingerprint, located, num_labels, size = self._prepared[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
+        # Options with their values, such as --config-dir DIR, without those that ask for a multirun.
+        options = [a for a in self.invocation.argv if a.startswith("-") or "=" not in a]
+        arguments = [a for a in options if a not in ("-m", "--multirun")] + [*overrides]
+        if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides):
+            arguments.append("hydra.mode=RUN")  # else the file of sweeps/ would make a sweep of the one trial again
         shown = [override.lstrip("+") for override in varied]
-        arguments = [*_options(self.invocation.argv), *overrides, *_single(overrides)]
-        return Trial(
-            number,
-            shown,
-            arguments,
-            config,
-            run.key,
-            run,
-            num_labels=num_labels,
-            weight_bytes=size,
-        )
+        return Trial(number, shown, arguments, config, run.key, run, num_labels=num_labels, weight_bytes=size)
 
 
 def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
@@ -206,17 +200,6 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
     return {key for key, texts in values.items() if len(texts) > 1 or key not in everywhere}
 
 
-def _options(argv: Sequence[str]) -> list[str]:
-    """A command's options with their values, such as --config-dir DIR, without those that ask for a multirun."""
-    kept = [a for a in argv if a.startswith("-") or "=" not in a]
-    return [a for a in kept if a not in ("-m", "--multirun")]
-
-
-def _single(overrides: Sequence[str]) -> list[str]:
-    """What keeps a file of `sweeps/` from making a sweep of the one trial again."""
-    return ["hydra.mode=RUN"] if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides) else []
-
-
 @dataclass
 class Sweep:
     """A sweep's directory and record."""
@@ -246,8 +229,12 @@ class Sweep:
         """What ran, and how it ended."""
         return self.directory / "sweep.json"
 
+    def add(self, trial: Trial) -> None:
+        """Takes a trial in, also into the sweep's group in Weights & Biases."""
+        trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.name
+        self.trials.append(trial)
+
     def write(self) -> None:
-        """Writes the record."""
         config = self.config
         record = {
             "name": self.name,
@@ -266,7 +253,7 @@ class Sweep:
             **self.facts,
             "trials": [self._trial_record(trial) for trial in self.trials],
         }
-        write_atomically(self.record_file, json.dumps(redact(record), indent=1, ensure_ascii=False).encode())
+        write_json(self.record_file, redact(record))
 
     def _trial_record(self, trial: Trial) -> dict[str, Any]:
         return {
@@ -296,17 +283,16 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
         directory = root / slug(redact(config.sweep.name))[:80]
     else:
         directory = root / f"{slug('_x_'.join(key.rpartition('.')[2] for key in swept) or 'runs')[:60]}-{identity}"
-    sweep = Sweep(directory, identity, trials, swept, command)
-    try:
-        record = json.loads(read_plain(sweep.record_file))
-    except (OSError, ValueError):
-        record = {}
+    sweep = Sweep(directory, identity, [], swept, command)
+    for trial in trials:
+        sweep.add(trial)
+    record = read_dictionary(sweep.record_file, [])
     if record and record.get("identity") != identity:
-        raise ConfigError(
-            f"{directory} holds another sweep ({' x '.join(record.get('swept', {})) or 'no varied keys'}, "
-            f"{len(record.get('trials', []))} trials), not this one ({' x '.join(swept) or 'no varied keys'}, "
-            f"{len(trials)} trials): set another sweep.name."
+        other, this = (
+            f"{' x '.join(keys) or 'no varied keys'}, {count} trials"
+            for keys, count in ((record.get("swept", {}), len(record.get("trials", []))), (swept, len(trials)))
         )
+        raise ConfigError(f"{directory} holds another sweep ({other}), not this one ({this}): set another sweep.name.")
     sweep.created = record.get("created", sweep.created)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -317,6 +303,7 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
     """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
-    no_part = tuple(f"{key}{end}" for key in (*fields_not_in_key(TrainConfig), "hydra.") for end in (".", "="))
+    names = [entry.name for entry in fields(TrainConfig) if entry.metadata.get("not_in_key")]
+    no_part = tuple(f"{name}{end}" for name in names for end in ".=")
     identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
     return digest_of([{key: sorted(values) for key, values in swept.items()}, identifying])[:8]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError
-from llmft.core.files import read_plain
-from llmft.runs.directory import Run
+from llmft.reports.read import RunRecord
 from llmft.sweeps.trials import Trial
 
 ALIKE_VALIDATIONS = 3
@@ -30,10 +28,8 @@ def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], t
         raise ConfigError(f"sweep.early_stop_if_same_as={directory}: not a run with validations of {monitor}.")
     bound = config.sweep.early_stop_noise
     if bound is None:
-        raise ConfigError(
-            "sweep.early_stop_if_same_as needs sweep.early_stop_noise: how far apart two runs may be and still count "
-            f"as the same, in {monitor}; twice the spread between seeds is a good choice."
-        )
+        advice = f"how far apart in {monitor} equal runs may be, such as twice the spread between seeds."
+        raise ConfigError(f"sweep.early_stop_if_same_as needs sweep.early_stop_noise: {advice}")
     alike: dict[int, int] = {}
 
     def decide(trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
@@ -53,16 +49,4 @@ def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], t
 
 def validations(directory: Path, monitor: str) -> dict[int, float]:
     """The monitored metric of a run by step, without that before training."""
-    try:
-        lines = read_plain(Run(directory, "").metrics_file).splitlines()
-    except OSError:
-        return {}
-    values: dict[int, float] = {}
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue  # a line that a kill cut off
-        if record["step"] > 0 and record.get(monitor) is not None:
-            values[record["step"]] = record[monitor]
-    return values
+    return {step: value for step, value in RunRecord(directory).curve(monitor) if step > 0}

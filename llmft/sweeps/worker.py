@@ -20,7 +20,12 @@ import traceback
 from collections.abc import Sequence
 from typing import IO, Any
 
+from llmft.config.convert import from_plain
+from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_of_process
+from llmft.config.sections import TrainConfig
+from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
+from llmft.core.imports import load_libraries
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
 """Where a training that is a process of its own tells its events."""
@@ -29,7 +34,7 @@ SAVE_S = 60.0
 
 
 class PipeReporter:
-    """Tells a supervisor what happens, and asks it after validations."""
+    """A TrialReporter that tells a supervisor what happens, and asks it after validations."""
 
     def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
         self.events = events
@@ -42,15 +47,13 @@ class PipeReporter:
             self.events.flush()
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
-        """See TrialReporter."""
         self.tell("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
 
     def alive(self) -> None:
-        """See TrialReporter."""
         self.tell("alive")
 
     def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
-        """See TrialReporter; waits for the supervisor's answer where there is a way for one."""
+        """Waits for the supervisor's answer where there is a way for one."""
         self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
         if self.orders is None:
             return None
@@ -68,22 +71,13 @@ def reporter_of_environment() -> PipeReporter | None:
 
 
 def main(argv: Sequence[str]) -> None:
-    """The process."""
     events, *cores = map(int, argv)
-    if cores:
-        take_cores(cores)
-    from llmft.core.imports import load_libraries
-
+    if cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, cores)  # of this thread and of those that it starts
     load_libraries()
     import llmft.training.session  # noqa: F401
 
     work(events)
-
-
-def take_cores(cores: list[int]) -> None:
-    """This thread, and those that it starts, computes on these cores only, where the system can be told."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)
 
 
 def work(events: int) -> None:
@@ -114,39 +108,31 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
     os._exit(128 + signal.SIGTERM)
 
 
-def _check(configs: dict[str, Any]) -> dict[str, tuple[str, int]]:
-    """(message, exit code) for every config of which some part cannot be built."""
-    from llmft.config.convert import from_json
-    from llmft.config.instantiate import trust
-    from llmft.config.sections import TrainConfig
-    from llmft.core.errors import UserError
+def _check(configs: dict[str, Any]) -> dict[str, str]:
+    """What is wrong with every config of which some part cannot be built."""
     from llmft.training.parts import check_parts
 
-    wrong: dict[str, tuple[str, int]] = {}
+    wrong: dict[str, str] = {}
     for number, plain in configs.items():
         try:
-            config = from_json(plain, TrainConfig)
+            config = from_plain(plain, TrainConfig)
             trust(config.trusted_packages)
             check_parts(config)
         except UserError as error:
-            wrong[number] = (str(error), error.exit_code)
+            wrong[number] = str(error)
     return wrong
 
 
 def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
-    from llmft.config.convert import from_json
-    from llmft.config.sections import TrainConfig
-    from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
     from llmft.training.run import train
 
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)
     ended: dict[str, Any] = {"sound": True, "value": None, "error": None, "cause": None}
     try:
-        config: TrainConfig = from_json(order["config"], TrainConfig)
+        config: TrainConfig = from_plain(order["config"], TrainConfig)
         invocation = Invocation.of(order["arguments"], overrides=order["overrides"])
-        value = train(config, reporter=reporter, invocation=invocation)
-        return {**ended, "status": "done", "value": value}
+        return {**ended, "status": "done", "value": train(config, reporter=reporter, invocation=invocation)}
     except RunBusy as error:
         return {**ended, "status": "busy", "error": str(error)}
     except Stopped as error:
@@ -158,11 +144,11 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
         return {**ended, "status": "failed", "error": message, "cause": "exit", "sound": False}
     except BaseException as raised:
         traceback.print_exception(raised)
-        shown_error = as_user_error(raised)
-        message = str(shown_error).splitlines()[0] if str(shown_error) else type(shown_error).__name__
-        user = isinstance(shown_error, UserError)
-        text = message if user else f"{type(shown_error).__name__}: {message}"
-        return {**ended, "status": "failed", "error": text, "cause": "error", "sound": user}
+        shown_error, kind = as_user_error(raised), type(raised).__name__
+        message = next(iter(str(shown_error).splitlines()), kind)
+        is_mistake = isinstance(shown_error, UserError)
+        text = message if is_mistake else f"{kind}: {message}"
+        return {**ended, "status": "failed", "error": text, "cause": "error", "sound": is_mistake}
     finally:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmft.config.convert import from_json, to_plain
+from llmft.config.convert import to_plain
 from llmft.config.data import TrainOn
 from llmft.config.instantiate import metric_functions, reads_text
 from llmft.config.sections import TrainConfig
@@ -105,7 +105,7 @@ class Baseline:
         try:
             words = read_json(directory / "tfidf.json", 512 * 2**20)
             numbers = load_file(directory / "model.safetensors")
-            return cls(from_json(words["targets"], Targets), words["ngrams"], words["vocabulary"], **numbers)
+            return cls(Targets.from_plain(words["targets"]), words["ngrams"], words["vocabulary"], **numbers)
         except Exception as error:
             raise ConfigError(f"{directory}: no baseline can be read there ({error}).") from None
 

@@ -36,7 +36,7 @@ from typing import Any, NamedTuple
 import torch
 
 from llmft.core.imports import load_libraries
-from llmft.core.machine import set_allocator, versions
+from llmft.core.machine import set_cuda_variables, versions
 
 SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
@@ -449,8 +449,7 @@ def main() -> None:
     asked = parser.parse_args()
     report = Report(asked.json, asked.deadline)
     report.end_in_time()
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    set_allocator()
+    set_cuda_variables()
     load_libraries()
     warnings.simplefilter("ignore")  # of peers that are called as they want to be
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

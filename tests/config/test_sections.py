@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config.convert import canonical, from_json, from_plain, numbers_of, schema_fields, schema_keys, to_plain
+from llmft.config.convert import canonical, from_plain, numbers_of, schema_fields, to_plain
 from llmft.config.fields import seconds_of
 from llmft.config.model import LoraConfig, Precision, QuantizationFormat
 from llmft.config.sections import TrainConfig
@@ -100,8 +100,8 @@ def test_the_micro_batch_is_rows_tokens_or_auto() -> None:
 
 def test_open_dictionaries_take_new_keys_and_typed_ones_do_not() -> None:
     assert compose("model.init=random", "model.overrides.hidden_size=64").model.overrides == {"hidden_size": 64}
-    assert dict(schema_fields(TrainConfig))["model.overrides"].startswith("dict[")
-    assert "lora.r" in set(schema_keys(TrainConfig))
+    assert schema_fields(TrainConfig)["model.overrides"].startswith("dict[")
+    assert "lora.r" in schema_fields(TrainConfig)
 
 
 @pytest.mark.parametrize(
@@ -174,4 +174,3 @@ def test_a_config_survives_the_way_to_plain_values_and_back(overrides: list[str]
     config = compose(*overrides)
     plain = json.loads(json.dumps(to_plain(config)))
     assert from_plain(plain, TrainConfig) == config
-    assert from_json(plain, TrainConfig) == config

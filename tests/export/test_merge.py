@@ -22,6 +22,7 @@ from llmft.export.llamacpp import is_installed
 from llmft.export.targets import NotProved
 from llmft.merge import merge
 from llmft.predict import predict
+from llmft.runs.directory import finished_run
 from llmft.runs.predictions import Predictions
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, run_directory
@@ -126,10 +127,17 @@ def test_a_file_for_lm_studio_is_where_it_looks(two_runs: list[Path], tmp_path: 
     assert path.is_relative_to(tmp_path / "elsewhere" / "models")
 
 
-def test_what_cannot_be_exported_is_named_before_weights_load(two_runs: list[Path], monkeypatch: Any) -> None:
+def test_what_cannot_be_exported_is_named_before_weights_load(
+    two_runs: list[Path], tmp_path: Path, monkeypatch: Any
+) -> None:
     run = str(two_runs[0])
     with pytest.raises(ConfigError, match="type=q8: no such type; did you mean q8_0"):
         merge(MergeConfig(run=run, format=MergeFormat.gguf, type="q8"))
+    (tmp_path / "link").symlink_to("/")
+    with pytest.raises(ConfigError, match="no run directory and no adapter"):
+        merge(MergeConfig(run=str(tmp_path)))
+    with pytest.raises(ConfigError, match="not a run directory"):
+        finished_run(tmp_path)
     with pytest.raises(ConfigError, match="to=lmstudio: LM Studio runs GGUF"):
         MergeConfig(run=run, to="lmstudio")
     with pytest.raises(ConfigError, match="converter=/nowhere: no convert_hf_to_gguf"):

@@ -27,8 +27,7 @@ from llmft.refit import refit_config
 from llmft.reports.configurations import Study
 from llmft.runs.directory import run_key
 from llmft.runs.predictions import Predictions
-from llmft.sweeps.candidates import Candidate
-from llmft.sweeps.suggestions import Search
+from llmft.sweeps.suggestions import Candidate, Search
 from llmft.train import train
 from llmft.training.prepare import prepare
 from tests.conftest import ROOT, SMALL, compose

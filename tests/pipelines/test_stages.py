@@ -5,6 +5,7 @@ import pytest
 
 import llmft.pipeline  # noqa: F401  (knows what ${stage:…} is)
 from llmft.config.commands import PipelineConfig, StageConfig
+from llmft.config.hydra_app import explain
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.pipelines.report import Answers, gain, verdict
@@ -54,6 +55,26 @@ def test_a_stages_own_overrides_come_before_those_of_all_trainings(tmp_path):
 def test_mistakes_are_one_sentence(tmp_path, stages, message):
     with pytest.raises(ConfigError, match=message):
         stages_of(chain(tmp_path, **stages))
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("stages.nope.x=1", "stages.nope: no such key; choose from sft, dpo."),
+        ("+stages.nope.command=train", "stages.nope: no such key; choose from sft, dpo."),
+        ("stages.dpo.overides=[seed=1]", "stages.dpo.overides: no such key; choose from command, overrides, sweep."),
+    ],
+)
+def test_a_stage_that_is_not_there_is_answered_with_those_that_are(override, told):
+    with pytest.raises(Exception) as raised:  # noqa: PT011 (Hydra's own)
+        compose("pipeline=sft_dpo", override, verb="pipeline", kind=PipelineConfig)
+    assert str(explain(raised.value, PipelineConfig)) == told
+
+
+def test_a_stages_overrides_may_be_typed_as_those_of_all_trainings_are():
+    typed = "stages.dpo.overrides=[data=writers,seed=1]"
+    config = compose("pipeline=sft_dpo", typed, verb="pipeline", kind=PipelineConfig)
+    assert config.stages["dpo"].overrides == ["data=writers", "seed=1"]
 
 
 def test_a_mistake_in_the_last_stage_is_told_before_the_first_runs(tmp_path):

@@ -14,9 +14,8 @@ import pytest
 from llmft.config.sweep import SweepConfig
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.reports.verdicts import still_open
 from llmft.runs.directory import Run
-from llmft.sweeps.more_seeds import Growing
+from llmft.sweeps.more_seeds import Grid
 from llmft.sweeps.progress import SweepProgress
 from llmft.sweeps.trials import Sweep, Trial
 from tests.conftest import SMALL, compose, llmft
@@ -59,7 +58,7 @@ def spend(plans: Plans, **settings: Any) -> dict[str, int]:
     """Runs all that the source gives; the number of seeds of each value."""
     jobs = [[f"lora.r={r}", f"seed={seed}"] for r in plans.means for seed in (0, 1, 2)]
     sweep = plans.sweep(jobs, **settings)
-    source = Growing(sweep, plans, jobs, lambda *_: None, still_open, SweepProgress(Screen(quiet=True), len(jobs)))  # type: ignore[arg-type]
+    source = Grid(sweep, plans, jobs, SweepProgress(Screen(quiet=True), len(jobs)))  # type: ignore[arg-type]
     source.missing()
     while not source.over():
         trial = source.next()

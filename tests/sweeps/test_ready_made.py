@@ -156,7 +156,7 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
 
 def test_the_dashboard_shows_the_swept_keys_of_the_group() -> None:
     pytest.importorskip("wandb_workspaces", reason="an optional package, for online sweeps only")
-    from llmft.sweeps.summary import dashboard
+    from llmft.sweeps.answer import dashboard
     from llmft.sweeps.trials import Sweep, Trial
 
     config = compose("logger.wandb.project=mine")

@@ -39,8 +39,8 @@ class Machine(RemoteWorker):
     def __init__(self, home: Path) -> None:
         self.home, self.run, self.orders = home, None, list[dict[str, Any]]()
 
-    def order(self, line: bytes) -> None:
-        self.orders.append(json.loads(line))
+    def order(self, order: dict[str, Any]) -> None:
+        self.orders.append(order)
 
     def __getattribute__(self, name: str) -> Any:
         value = super().__getattribute__(name)

@@ -20,20 +20,17 @@ import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from llmft.config.sections import TrainConfig
-from llmft.config.sweep import SearchConfig
+from llmft.config.sweep import SearchConfig, search_settings
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.metrics.monitor import with_mode
 from llmft.runs.directory import Run, append_line
-from llmft.sweeps.candidates import wanted_trials
 from llmft.sweeps.conditions import parse_condition
 from llmft.sweeps.progress import SweepProgress
-from llmft.sweeps.settings import search_settings
-from llmft.sweeps.space import Space, make_space
+from llmft.sweeps.space import Space, make_space, wanted_trials
 from llmft.sweeps.study import Study, import_optuna
 from llmft.sweeps.suggestions import Search
 from llmft.sweeps.trials import Sweep, Trial
-from llmft.sweeps.twin import twin_rule
 from tests.conftest import ROOT, SMALL, compose, llmft
 
 STEPS = 4
@@ -228,7 +225,7 @@ class World:
         sample = self.trial(0, {}, None)
         sweep = Sweep(self.root, "x", [], {}, "command", sample=sample)
         progress = SweepProgress(Screen(quiet=True), 0, enabled=False)
-        search = Search(study, self.settings, sweep, progress, self.trial, twin_rule(self.config))
+        search = Search(study, self.settings, sweep, progress, self.trial)
         search.recall()
         return search
 

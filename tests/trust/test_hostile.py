@@ -99,7 +99,7 @@ def stored(
 def test_a_question_in_a_stored_config_is_refused_by_its_key(stored: Callable[..., Path], place: str) -> None:
     for question in QUESTIONS:
         with pytest.raises(ConfigError, match=r"config\.yaml: .*nothing is resolved") as refused:
-            stored_config(stored(NODES[place](question)), TrainConfig)
+            stored_config(stored(NODES[place](question)))
         assert place.rpartition(".")[2] in str(refused.value)
         assert "planted-value" not in str(refused.value)
         assert not Path("ran").exists()
@@ -292,7 +292,7 @@ def test_a_damaged_record_is_one_sentence(run: Path, tmp_path: Path, name: str) 
 def test_an_attention_of_a_repository_is_refused_wherever_it_is_named(stored: Callable[..., Path]) -> None:
     for value in ("stranger/kernel", {"": "stranger/kernel"}, ["x"]):
         with pytest.raises(ConfigError, match="code of others"):
-            stored_config(stored({"model": {"attn_implementation": value}}), TrainConfig)
+            stored_config(stored({"model": {"attn_implementation": value}}))
         config = compose(*SMALL)
         config.model.load_overrides = {"_attn_implementation": value}
         with pytest.raises(ConfigError, match="code of others"):
@@ -398,7 +398,7 @@ def test_opening_a_run_trusts_nobody_again(mine: str, tmp_path: Path) -> None:
     train(compose(*arguments), quiet=True)
     directory = run_directory(tmp_path / "o")
     builder._trusted.clear()
-    assert stored_config(directory / "config.yaml", TrainConfig).trusted_packages == []
+    assert stored_config(directory / "config.yaml").trusted_packages == []
     with pytest.raises(ConfigError, match=rf"trusted_packages=\[{mine}\]"):
         predict(directory, tmp_path / "rows.jsonl")
     trust([mine])
@@ -469,7 +469,7 @@ def test_a_stored_config_of_ours_is_read_back(tmp_path: Path) -> None:
     config = compose(*SMALL, "notes='a \\${b:c} d'", f"output_dir={tmp_path}")
     run = open_run(config, "0123456789")
     write_config(run, config)
-    assert to_plain(stored_config(run.config_file, TrainConfig)) == to_plain(config)
+    assert to_plain(stored_config(run.config_file)) == to_plain(config)
 
 
 @pytest.mark.parametrize("value", ["/etc", "~/x", "../x", "http://stranger/x", "a/../../x"])

@@ -190,7 +190,7 @@ class TestTargets:
         node.optimizer, node.trainer.callbacks, node.logger.loggers = evil, {"x": evil}, {"y": evil}
         node.task.objective = "os.system"
         OmegaConf.save(node, run.config_file)
-        found = stored_config(run.config_file, TrainConfig)
+        found = stored_config(run.config_file)
         for part, key in ((found.optimizer, "optimizer"), (found.trainer.callbacks["x"], "trainer.callbacks.x")):
             with pytest.raises(ConfigError, match="may be named in a config"):
                 check_target(part, key, key.split(".")[-2][:-1] if "." in key else key)
@@ -204,10 +204,10 @@ class TestTargets:
         plain = to_plain(compose(*SMALL))
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump({**plain, "sweep": {**plain["sweep"], "stack": 8, "halving": True}}))
-        assert to_plain(stored_config(path, TrainConfig)) == plain
+        assert to_plain(stored_config(path)) == plain
         path.write_text(yaml.safe_dump({**plain, "sweep": {**plain["sweep"], "stuck": 8}}))
         with pytest.raises(ConfigError, match=rf"^{re.escape(str(path))}: sweep\.stuck: no such key"):
-            stored_config(path, TrainConfig)
+            stored_config(path)
 
     def test_a_stored_config_asks_the_environment_nothing(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,7 +219,7 @@ class TestTargets:
         plain = yaml.safe_load(run.config_file.read_text())
         for text in ("${seed}", "${VAR:-default} $ {x}", "\\${seed}"):
             run.config_file.write_text(yaml.safe_dump({**plain, "notes": text}))
-            assert stored_config(run.config_file, TrainConfig).notes == text
+            assert stored_config(run.config_file).notes == text
 
     @pytest.mark.parametrize("text", ["${oc.env:HOME}", "a ${b} c", "\\${x}", "\\\\${x}", "$ {x} $", "${", "price: $5"])
     def test_text_that_looks_like_a_question_survives_the_way_through_a_file(self, text: str) -> None:
@@ -253,7 +253,7 @@ class TestTrust:
         node.model.trust_remote_code = True
         OmegaConf.save(node, run.config_file)
         with pytest.raises(ConfigError, match="a file cannot say whom you trust"):
-            stored_config(run.config_file, TrainConfig)
+            stored_config(run.config_file)
 
     @pytest.mark.parametrize("revision", ["main", "v1.0", "0123456", REVISION[:-1] + "g"])
     def test_it_takes_a_pinned_revision(self, revision: str) -> None:
@@ -304,7 +304,7 @@ class TestForeignFiles:
         with pytest.raises(ConfigError, match="aliases"):
             read_yaml(tmp_path / "bomb.yaml")
         with pytest.raises(ConfigError, match="aliases"):
-            stored_config(tmp_path / "bomb.yaml", TrainConfig)
+            stored_config(tmp_path / "bomb.yaml")
         for arguments in (
             ["--config-dir", str(tmp_path)],
             [f"--config-dir={tmp_path}"],
@@ -372,14 +372,14 @@ class TestForeignFiles:
         path = tmp_path / "config.yaml"
         path.write_bytes(content)
         with pytest.raises(ConfigError, match=r"config\.yaml"):
-            stored_config(path, TrainConfig)
+            stored_config(path)
 
     @pytest.mark.parametrize("value", ["2020-01-01", "!!set {a}", "!!binary AAAA"])
     def test_yaml_values_that_are_no_plain_data_are_one_sentence(self, tmp_path: Path, value: str) -> None:
         path = tmp_path / "config.yaml"
         path.write_text(f"notes: {value}\n")
         with pytest.raises(ConfigError, match="notes"):
-            stored_config(path, TrainConfig)
+            stored_config(path)
 
     @pytest.mark.parametrize("pattern", ["(.*)*\\1(.*)*\\1x", "(a|a)*b", "("])
     def test_an_expression_for_modules_ends_in_time_or_is_refused(

@@ -7,7 +7,7 @@ Hydra takes plugins from the namespace package `hydra_plugins` only, wherever it
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.config_search_path import ConfigSearchPath
@@ -24,10 +24,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 import llmft.config.hydra_app
 from llmft.config.convert import to_plain
 from llmft.config.hydra_app import config_of_command, explain
-from llmft.config.invocation import NO_COMMAND, Invocation
+from llmft.config.invocation import Invocation
 from llmft.config.overrides import as_override, is_text, quoted, shipped_directory
 from llmft.config.sections import TrainConfig
-from llmft.config.sweep import SearchConfig
+from llmft.config.sweep import SearchConfig, search_settings
 from llmft.core.errors import ConfigError, UserError, as_user_error
 
 if TYPE_CHECKING:
@@ -47,7 +47,6 @@ class ReadySweeps(SearchPathPlugin):
     """Finds the files of sweeps/ wherever llmft is installed."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Called by Hydra."""
         if llmft.config.hydra_app.has_ready_sweeps:
             search_path.append("llmft", f"file://{shipped_directory('sweeps')}")
 
@@ -55,23 +54,15 @@ class ReadySweeps(SearchPathPlugin):
 class LocalLauncher(Launcher):
     """Trials in worker processes on this machine, under a supervisor."""
 
-    def __init__(self) -> None:
-        self.config: Any = None
-        self.loader: Any = None
-        self.invocation = NO_COMMAND
-
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Called by Hydra."""
-        self.config, self.loader = config, hydra_context.config_loader
-        self.invocation = task_function.invocation
+        self.planner = make_planner(hydra_context.config_loader, config, task_function.invocation)
+        self.fixed = fixed_overrides(config)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         """Runs one batch of another sweeper's; a value for each job, None for one that has none."""
         from llmft.sweeps.sweep import run_grid
 
-        fixed = fixed_overrides(self.config)
-        planner = make_planner(self.loader, self.config, self.invocation)
-        trials = run_grid(planner, job_overrides, fixed, first=initial_job_idx).trials
+        trials = run_grid(self.planner, job_overrides, self.fixed, first=initial_job_idx).trials
         returns = []
         for trial in trials[-len(job_overrides) :]:
             job = JobReturn(overrides=trial.arguments, status=JobStatus.COMPLETED)
@@ -88,19 +79,13 @@ class OwnSweeper(Sweeper):
     """
 
     def __init__(self, **settings: Any) -> None:
-        from llmft.sweeps.settings import search_settings
-
         plain: Any = OmegaConf.to_container(OmegaConf.create(settings))
         self.settings = search_settings(plain)
-        self.config: Any = None
-        self.launcher: Any = None
-        self.loader: Any = None
-        self.invocation = NO_COMMAND
 
     def setup(self, *, hydra_context: Any, task_function: Any, config: DictConfig) -> None:
-        """Called by Hydra."""
-        self.config, self.loader = config, hydra_context.config_loader
-        self.invocation = task_function.invocation
+        self.loader, self.fixed = hydra_context.config_loader, fixed_overrides(config)
+        self.planner = make_planner(self.loader, config, task_function.invocation)
+        self.launcher_name = config.hydra.runtime.choices.get("hydra/launcher")
         self.launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -121,17 +106,13 @@ class OwnSweeper(Sweeper):
 
         is_local = isinstance(self.launcher, LocalLauncher)
         overrides = parsed(self.loader, self.settings.params or {}, arguments)
-        planner = make_planner(self.loader, self.config, self.invocation)
-        fixed = fixed_overrides(self.config)
+        planner, fixed = self.planner, self.fixed
         if self.settings.sampler is None:
             jobs = combinations(overrides)
             return run_grid(planner, jobs, fixed) if is_local else run_elsewhere(planner, jobs, fixed, self.launcher)
         if not is_local:
-            name = self.config.hydra.runtime.choices.get("hydra/launcher")
-            raise ConfigError(
-                f"hydra/launcher={name}: a search hears from its trials while they run, which only "
-                "hydra/launcher=local lets it; leave the launcher out, or use a grid."
-            )
+            local_alone = "a search hears from its trials while they run, which only local ones let it."
+            raise ConfigError(f"hydra/launcher={self.launcher_name}: {local_alone}")
         from llmft.sweeps.search import run_search
 
         return run_search(planner, self.settings, overrides, fixed)
@@ -154,10 +135,9 @@ def combinations(overrides: Sequence[Any]) -> list[list[str]]:
     return [list(job) for job in itertools.product(*values.values())]
 
 
-def parsed(loader: Any, params: Any, arguments: Sequence[str]) -> list[Any]:
+def parsed(loader: Any, params: Mapping[str, Any], arguments: Sequence[str]) -> list[Any]:
     """Hydra's overrides of `params` and behind them of the command line."""
-    plain: Any = OmegaConf.to_container(params) if isinstance(params, DictConfig) else params
-    texts = [as_override(f"{key}={_values(key, value)}", TrainConfig, several=True) for key, value in plain.items()]
+    texts = [as_override(f"{key}={_values(key, value)}", TrainConfig, several=True) for key, value in params.items()]
     return list(OverridesParser.create(config_loader=loader).parse_overrides([*texts, *arguments]))
 
 
@@ -199,8 +179,6 @@ def make_planner(loader: Any, master: Any, invocation: Invocation) -> Planner:
         return config
 
     def in_a_sentence(error: Exception) -> Exception:
-        if isinstance(error, UserError):
-            return error
-        return explain(error, TrainConfig, invocation.argv) or error
+        return error if isinstance(error, UserError) else explain(error, TrainConfig, invocation.argv) or error
 
     return Planner(compose, in_a_sentence, invocation)
