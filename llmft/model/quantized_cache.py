@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +80,8 @@ class QuantizedCache:
             self.drop(damaged[0])
             return None
         with contextlib.suppress(OSError):  # somebody else's
-            os.utime(self.directory / FACTS)
+            now = time.time_ns()  # a file system's own clock ticks some milliseconds apart
+            os.utime(self.directory / FACTS, ns=(now, now))
         return self.directory
 
     def alone(self) -> contextlib.AbstractContextManager[None]:

@@ -228,7 +228,7 @@ def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) 
     file = pairs_file(tmp_path / "rows.jsonl", [{"prompt": "Q", "chosen": "a", "rejected": "b", "degree": "better"}])
     for overrides, told in (
         (["task.margin=small"], "data.columns.degree"),
-        (["task.margin={better: 1}", "data.columns.degree=degree"], "give each degree a number"),
+        (["task.margin={better: 1}", "data.columns.degree=degree"], "give each of data.degrees"),
         (["task.margin=smal"], "did you mean small"),
         (["task.beta=0"], "task.beta=0"),
         (["data.degrees=[one]"], "two different names"),
