@@ -151,7 +151,7 @@ def main() -> None:
     print(machine())
     if not BARE.installed:
         raise SystemExit("no peer to compare with: python -m tests.bench.peers hf")
-    wanted = ["bare"] if asked.quick else ["bare", *asked.only.split(",")]
+    wanted = ["bare"] if asked.quick else asked.only.split(",")
     peers = [peer for peer in (BARE, HF, TRL) if peer.installed and peer.runner in wanted]
     for system in (*peers, LLMFT):
         print(f"  {system.name}: {versions(system)}")
