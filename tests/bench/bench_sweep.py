@@ -45,7 +45,7 @@ def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> 
     embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
     real = ["model=local", f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}"]
     return [
-        *(embedded if model is None else [*real, "data.validation_fraction=0.016", "data.max_tokens=1024"]),
+        *(embedded if model is None else [*real, f"data.validation_fraction={batch / 1000}", "data.max_tokens=1024"]),
         f"quantization={quantization}",
         "logger=none",
         "task.generate_rows=0",
