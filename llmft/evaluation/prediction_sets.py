@@ -17,7 +17,7 @@ from llmft.config.convert import digest_of
 from llmft.config.task import TaskType
 from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError
-from llmft.core.files import write_atomically
+from llmft.core.files import write_atomically, write_json
 from llmft.evaluation.blending import combine
 from llmft.runs.directory import slug
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, names_in
@@ -158,7 +158,7 @@ def write_ensemble(
     """Writes the predictions, then `<kind>.json`, then a run.json with the scores."""
     for name, member_predictions in predictions.items():
         member_predictions.save(directory / FOLDER / name)
-    write_atomically(directory / f"{kind}.json", json.dumps(record, indent=1, ensure_ascii=False).encode())
+    write_json(directory / f"{kind}.json", record)
     finished = time.strftime("%Y-%m-%d %H:%M:%S")
     status = {"status": "done", "kind": kind, "finished": finished, "result": {"before": {}, "after": after}}
     write_atomically(directory / "run.json", json.dumps(status, indent=1).encode())

@@ -22,7 +22,7 @@ import numpy as np
 from llmft.config.convert import canonical
 from llmft.config.task import TaskType
 from llmft.core.errors import DataError, did_you_mean
-from llmft.core.files import read_plain, staged_file, write_atomically
+from llmft.core.files import read_plain, staged_file, write_atomically, write_json
 
 TEXT = "text"
 PREFIX = "p_"
@@ -134,7 +134,7 @@ class Predictions:
         write_atomically(directory / "predictions.csv", table.encode())
         facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
         facts |= self.facts
-        write_atomically(directory / "predictions.json", json.dumps(facts, indent=1, ensure_ascii=False).encode())
+        write_json(directory / "predictions.json", facts)
         return directory
 
     @classmethod

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from llmft.core.files import write_atomically
+from llmft.core.files import write_json
 from llmft.core.redaction import redact
 from llmft.data.examples import Example
 from llmft.runs.directory import Run
@@ -55,6 +54,5 @@ def write_bad_step(
         for row, loss in losses
     ]
     path = run.directory / "not_finite" / f"step-{step['step']:08d}.json"
-    content = json.dumps(redact({**step, "rows": rows}), indent=1, ensure_ascii=False)
-    write_atomically(path, content.encode())
+    write_json(path, redact({**step, "rows": rows}))
     return path

@@ -63,9 +63,9 @@ def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> 
 def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
     """(wall seconds, CPU seconds of all processes it started, what it returned)."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    found = action()
+    losses = action()
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, found
+    return wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, losses
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -96,7 +96,7 @@ def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequenc
 
 def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) -> Losses:
     """A process of `peer` for each trial, so many at a time."""
-    found: Losses = {}
+    losses: Losses = {}
     waiting, running = list(product(RATES, RANKS)), {}
     folder = works[RANKS[0]].directory
     while waiting or running:
@@ -125,10 +125,10 @@ def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) ->
                 process.stdout.close()
                 if not answer:
                     raise RuntimeError(f"{peer.name}: a process left with code {process.returncode} and no answer")
-                found[trial] = json.loads(answer)["losses"]
+                losses[trial] = json.loads(answer)["losses"]
                 del running[trial]
         time.sleep(0.005)
-    return found
+    return losses
 
 
 def apart(one: Losses, other: Losses) -> float:
@@ -171,24 +171,24 @@ def main() -> None:
             actions[f"8 x {peer.name}"] = partial(processes, peer, works, asked.steps, 1)
         fastest = chosen[0]
         actions[f"8 x {fastest.name}, 2 at a time"] = lambda: processes(fastest, works, asked.steps, 2)
-        found: dict[str, list[tuple[float, float, Losses]]] = {name: [] for name in actions}
+        measured: dict[str, list[tuple[float, float, Losses]]] = {name: [] for name in actions}
         for _ in range(1 if asked.quick else asked.rounds):
             for name, action in actions.items():
                 try:
-                    found[name].append(used(action))
+                    measured[name].append(used(action))
                 except RuntimeError as error:
                     print(f"left out: {name}: {error}")
-        show(found, f"8 trials of {asked.steps} steps of {asked.batch} rows, base in {asked.base}")
+        show(measured, f"8 trials of {asked.steps} steps of {asked.batch} rows, base in {asked.base}")
 
 
-def show(found: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:
-    """The table; a line whose losses are not the bare loop's is not shown."""
-    reference: Any = next(runs[0][2] for name, runs in found.items() if name.startswith("8 x") and runs)
-    ours = {name: runs for name, runs in found.items() if name.startswith("llmft") and runs}
+def show(measured: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:
+    """The table; a line whose losses are not the first peer's is not shown."""
+    reference: Any = next(runs[0][2] for name, runs in measured.items() if name.startswith("8 x") and runs)
+    ours = {name: runs for name, runs in measured.items() if name.startswith("llmft") and runs}
     heads = "".join(f"{'against ' + name.split()[-1]:>27}" for name in ours)
     print(f"{title}; ratios of wall (CPU) seconds")
     print(f"{'':36} {'wall s':>7} {'CPU s':>7}{heads}   max |loss difference|")
-    for name, runs in found.items():
+    for name, runs in measured.items():
         if not runs:
             continue
         worst = max(apart(losses, reference) for _, _, losses in runs)
