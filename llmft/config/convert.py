@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.errors import ConfigError, did_you_mean, first_line
 
 # For conf/: what a task advises beside what the model and the rows do.
 OmegaConf.register_new_resolver("llmft.times", lambda one, other: one * other, replace=True)
@@ -34,7 +34,7 @@ def from_plain(plain: Any, schema: type) -> Any:
         _refuse_extra_keys(node, schema, "")
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), node))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'config'}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{error.full_key or 'config'}: {first_line(error)}") from None
 
 
 def _escape_interpolations(value: Any) -> Any:
@@ -96,7 +96,7 @@ _PLAIN_MESSAGES = {
 
 def explain_error(error: OmegaConfBaseException, schema: type) -> str:
     """OmegaConf's error as one sentence that names the key."""
-    message, key = str(error).splitlines()[0].rstrip("."), error.full_key
+    message, key = first_line(error).rstrip("."), error.full_key
     if isinstance(error, GrammarParseError) or message.startswith("GrammarParseError"):
         message = (
             "${ begins an interpolation, such as ${seed}, and this is none; write \\${ for the characters themselves"

@@ -21,7 +21,7 @@ from llmft.config.renamed import RENAMED
 from llmft.config.sections import TrainConfig
 from llmft.config.sweep import SearchConfig
 from llmft.config.untrusted import check_config_directories
-from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, nearest, report
+from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, first_line, nearest, report
 
 has_ready_sweeps = False
 """Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
@@ -153,7 +153,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         if argument is not None:
             return ConfigError(f"{argument}: the name of one of the group's options is wanted, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
-        return ConfigError(f"the command line cannot be read: {str(error).splitlines()[0]}")
+        return ConfigError(f"the command line cannot be read: {first_line(error)}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
         return ConfigError("the command line cannot be read: an override is key=value, as in lora.r=4.")
     if not isinstance(error, (HydraException, OmegaConfBaseException)):
@@ -173,7 +173,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     for link in chain:
         if isinstance(link, OmegaConfBaseException):
             return ConfigError(explain_error(link, schema))
-    return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+    return ConfigError(f"{first_line(error).rstrip('.')}.")
 
 
 def _raised_in_hydra(error: BaseException) -> bool:
@@ -186,7 +186,7 @@ def _missing_option(error: Any) -> ConfigError:
     group, _, option = wanted.rpartition("/")
     options = [str(o) for o in error.options or []]
     if not wanted:
-        return ConfigError(f"{str(error).splitlines()[0].rstrip('.')}.")
+        return ConfigError(f"{first_line(error).rstrip('.')}.")
     if not group:
         return ConfigError(f"no config named {wanted}{did_you_mean(wanted, options)}")
     best = nearest(option, options)

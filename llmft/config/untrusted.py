@@ -19,7 +19,7 @@ from llmft.config.convert import from_plain
 from llmft.config.instantiate import HYDRA_KEYWORDS
 from llmft.config.renamed import RENAMED, move
 from llmft.config.sections import TrainConfig
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.files import read_plain
 
 MIB = 2**20
@@ -77,7 +77,7 @@ def read_yaml(path: Path) -> Any:
             raise ConfigError(f"{path}: {aliases} aliases (*name), more than {MAX_ALIASES}; it is not read.")
         return yaml.safe_load(text)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{path}: not YAML ({str(error).splitlines()[0]}).") from None
+        raise ConfigError(f"{path}: not YAML ({first_line(error)}).") from None
 
 
 def check_config_directories(arguments: Sequence[str]) -> None:

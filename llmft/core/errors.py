@@ -112,9 +112,10 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its pages of advice."""
+    """What an error says, or its kind; of a library's without its pages of advice."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__)[:300]
+    line = lines[0] if lines else type(error).__name__
+    return line if isinstance(error, UserError) else line[:300]
 
 
 def as_user_error(error: BaseException) -> BaseException:

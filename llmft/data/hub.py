@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from llmft.config.model import ModelConfig, ModelInit
 from llmft.config.untrusted import check_model
-from llmft.core.errors import ConfigError, nearest
+from llmft.core.errors import ConfigError, first_line, nearest
 from llmft.core.network import NoAnswer, ask, download
 
 T = TypeVar("T")
@@ -204,4 +204,4 @@ def online_or_cached(
         download(function, arguments, _cache_directory() if kind == "model" else Path(constants.HF_HOME))
         return load()
     except Exception as error:
-        raise ConfigError(f"{key}: cannot be loaded ({str(error).splitlines()[0]}); {advice}.") from None
+        raise ConfigError(f"{key}: cannot be loaded ({first_line(error)}); {advice}.") from None

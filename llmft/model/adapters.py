@@ -15,7 +15,7 @@ import torch
 from llmft import __version__
 from llmft.config.model import Kernels, LoraConfig
 from llmft.config.untrusted import check_adapter
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.errors import ConfigError, did_you_mean, first_line
 from llmft.core.files import staged_directory
 from llmft.data.sandbox import match_bounded
 from llmft.model import families
@@ -46,7 +46,7 @@ def attach(
         try:
             model = peft.get_peft_model(base, config)
         except ValueError as error:
-            raise ConfigError(f"lora.targets={lora.targets}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"lora.targets={lora.targets}: {first_line(error)}") from None
     model.peft_config["default"].base_model_name_or_path = name  # PEFT takes the base's own, a directory
     for parameter in model.parameters():  # PEFT leaves whole modules in 16 bits, in which small steps are lost
         if parameter.requires_grad:

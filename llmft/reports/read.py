@@ -17,7 +17,7 @@ import yaml
 
 from llmft.config.convert import flatten
 from llmft.config.renamed import RENAMED, move
-from llmft.core.errors import DataError
+from llmft.core.errors import DataError, first_line
 from llmft.core.redaction import redact
 from llmft.reports.statistics import RowScores, jackknife
 from llmft.runs.predictions import Predictions, read_table
@@ -106,7 +106,7 @@ class RunRecord:
             columns = read_table(path)
             return {name: np.array(v, str if name in ("row", "group") else float) for name, v in columns.items()}
         except (DataError, ValueError, TypeError) as error:
-            self.faults.append(f"{path.name}: {_line(error).removeprefix(f'{path}: ')}")
+            self.faults.append(f"{path.name}: {first_line(error).removeprefix(f'{path}: ')}")
             return {}
 
     def row_losses(self, step: int) -> RowScores | None:
@@ -164,7 +164,7 @@ class RunRecord:
             readable = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
             return Predictions.load(folder) if readable else None
         except Exception as error:  # a run directory may hold anything
-            self.faults.append(f"predictions/val: {_line(error)}")
+            self.faults.append(f"predictions/val: {first_line(error)}")
             return None
 
     def samples(self) -> list[dict[str, Any]]:
@@ -224,7 +224,7 @@ def _read(path: Path, faults: list[str], parse: Callable[[str], Any], limit: int
             raise ValueError(f"larger than {limit // 2**20} MiB, not read")
         return parse(path.read_text(encoding="utf-8", errors="replace"))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        faults.append(f"{path.name}: {_line(error)}")
+        faults.append(f"{path.name}: {first_line(error)}")
         return None
 
 
@@ -280,7 +280,3 @@ def _at(value: Any, *keys: str) -> Any:
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value
-
-
-def _line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -21,7 +21,7 @@ import numpy as np
 
 from llmft.config.convert import canonical
 from llmft.config.task import TaskType
-from llmft.core.errors import DataError, did_you_mean
+from llmft.core.errors import DataError, did_you_mean, first_line
 from llmft.core.files import read_plain, staged_file, write_atomically, write_json
 
 TEXT = "text"
@@ -182,7 +182,7 @@ def read_table(path: Path) -> dict[str, list[Any]]:
         with pq.ParquetFile(path) as file:  # its own `read_table` would import pandas
             return file.read().to_pydict()
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path}: cannot be read ({str(error).splitlines()[0]}).") from None
+        raise DataError(f"{path}: cannot be read ({first_line(error)}).") from None
 
 
 def from_table(table: dict[str, list[Any]], labels: Sequence[str], problem: str) -> Predictions:

@@ -29,7 +29,7 @@ from typing import Any
 from llmft.config.convert import from_plain
 from llmft.config.invocation import arguments_of_process
 from llmft.config.sections import TrainConfig
-from llmft.core.errors import ConfigError, RunBusy
+from llmft.core.errors import ConfigError, RunBusy, first_line
 from llmft.runs.archive import REQUESTS, pack, unpack
 from llmft.runs.directory import Run, write_config
 from llmft.sweeps.process import Share, WorkerProcess
@@ -53,9 +53,9 @@ def connect(address: str) -> Any:
             raise ConnectionError("nobody listens there")
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     except Exception as error:  # whatever a network, a token or another version make of it
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ConfigError(
-            f"sweep.ray.address={address}: no Ray cluster answers ({reason[:200]}); `ray start --head` starts one here."
+            f"sweep.ray.address={address}: no Ray cluster answers ({first_line(error)}); `ray start --head` "
+            "starts one here."
         ) from None
     return ray
 
@@ -227,7 +227,7 @@ def main(argv: Sequence[str]) -> None:
                 shared = ray.get(actor.sees.remote(file.name))
         code = _relay(ray, actor, events, None if shared else RunCopy(ray, actor))
     except (ray.exceptions.RayActorError, OSError) as error:  # or what it sent was damaged on its way
-        print(f"the worker's machine is gone ({str(error).splitlines()[0]})", flush=True)
+        print(f"the worker's machine is gone ({first_line(error)})", flush=True)
         os._exit(LOST)
     if code < 0:  # ended by a signal, as this process then is
         signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmft.config.sweep import SearchConfig
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.space import Space
 
@@ -66,7 +66,7 @@ class Study:
         except Exception as error:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             raise ConfigError(f"{file}: not a study that can be read ({reason}); move it away to begin anew.") from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)

@@ -24,7 +24,7 @@ from llmft.config.convert import from_plain
 from llmft.config.instantiate import trust
 from llmft.config.invocation import Invocation, arguments_of_process
 from llmft.config.sections import TrainConfig
-from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error
+from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_error, first_line
 from llmft.core.imports import load_libraries
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
@@ -145,7 +145,7 @@ def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
     except BaseException as raised:
         traceback.print_exception(raised)
         shown_error, kind = as_user_error(raised), type(raised).__name__
-        message = next(iter(str(shown_error).splitlines()), kind)
+        message = first_line(shown_error)
         is_mistake = isinstance(shown_error, UserError)
         text = message if is_mistake else f"{kind}: {message}"
         return {**ended, "status": "failed", "error": text, "cause": "error", "sound": is_mistake}

@@ -170,9 +170,14 @@ class Checkpointer(Callback):
 
     @staticmethod
     def _next_loss(trainer: L.Trainer, module: FineTuner) -> float | None:
-        """The loss of the next step's first row, by which a resumed run proves that it is where this one was."""
+        """The loss of the next step's first row, by which a resumed run proves that it is where this one was.
+
+        None after the last step.
+        """
         data = getattr(trainer, "datamodule", None)
-        loss = math.nan if data is None else module.probe(data.first_row(module.step))
+        if data is None or module.step >= trainer.max_steps:
+            return None
+        loss = module.probe(data.first_row(module.step))
         return loss if math.isfinite(loss) else None
 
     # Requests from outside are only noted; they are acted on at the end of the step or batch under way.

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmft.config.invocation import NO_COMMAND, Invocation
-from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError
+from llmft.core.errors import DivergedError, Interrupted, Stopped, UserError, first_line
 from llmft.core.outcome import write_outcome
 
 if TYPE_CHECKING:
@@ -117,11 +117,10 @@ def _record_failure(run: Run, error: BaseException) -> None:
         status = "diverged"
     elif isinstance(error, (Interrupted, KeyboardInterrupt)):
         status = "interrupted"
-    kind = type(error).__name__
-    line = str(error).splitlines()[0] if str(error) else kind
+    line = first_line(error)
     # The disk that failed the run may not take the note either; the error itself is on its way out.
     with contextlib.suppress(OSError):
-        run.update(status=status, error=line if isinstance(error, UserError) else f"{kind}: {line}")
+        run.update(status=status, error=line if isinstance(error, UserError) else f"{type(error).__name__}: {line}")
 
 
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:

@@ -5,8 +5,8 @@
 The trials (four rates, two ranks) train the embedded model, in NF4 as by default, on the embedded rows; with --model a
 real one on rows of Alpaca. Each takes the same tokens in the same order from the same adapter in all systems, and its
 losses are compared step by step. llmft's side is the whole command with what it always does: planning, a validation
-before and after each trial (on few rows, without generation), checkpoints, records, the report. Peers train and do
-nothing else.
+before and after each trial (of 16 embedded rows or two of Alpaca, without generation), checkpoints, records, the
+report. Peers train and do nothing else.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> 
     embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
     real = ["model=local", f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}"]
     return [
-        *(embedded if model is None else [*real, f"data.validation_fraction={batch / 1000}", "data.max_tokens=1024"]),
+        *(embedded if model is None else [*real, "data.validation_fraction=0.002", "data.max_tokens=1024"]),
         f"quantization={quantization}",
         "logger=none",
         "task.generate_rows=0",

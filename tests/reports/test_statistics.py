@@ -85,11 +85,11 @@ def test_row_variance_of_a_ratio_is_that_of_a_bootstrap_over_rows() -> None:
     tokens = rng.integers(5, 80, 400).astype(float)
     base = rng.lognormal(size=400)
     first, second = losses(base + rng.normal(size=400) * 0.3, tokens), losses(base, tokens)
-    found = row_variance([seeds("a", [first]), seeds("b", [second])], np.array([1.0, -1.0]))
-    assert found is not None
+    variance = row_variance([seeds("a", [first]), seeds("b", [second])], np.array([1.0, -1.0]))
+    assert variance is not None
     drawn = rng.integers(0, 400, (4000, 400))
     ratios = [r.total[drawn].sum(1) / r.weight[drawn].sum(1) for r in (first, second)]
-    assert math.sqrt(found.value) == pytest.approx((ratios[0] - ratios[1]).std(), rel=0.06)
+    assert math.sqrt(variance.value) == pytest.approx((ratios[0] - ratios[1]).std(), rel=0.06)
 
 
 @pytest.mark.parametrize("metric", [classification.auc, classification.macro_f1])
@@ -98,9 +98,9 @@ def test_the_jackknife_over_blocks_of_rows_is_scipys_bootstrap(metric: Any) -> N
     targets = rng.integers(0, 3, 300)
     probabilities = rng.dirichlet([1, 1, 1], 300) + 0.7 * np.eye(3)[targets]
     probabilities /= probabilities.sum(axis=1, keepdims=True)
-    found = jackknife(metric, targets, probabilities, [f"row {i}" for i in range(300)])
-    assert found is not None
-    error = math.sqrt(found.influences().var(ddof=1) / len(found.rows))
+    variance = jackknife(metric, targets, probabilities, [f"row {i}" for i in range(300)])
+    assert variance is not None
+    error = math.sqrt(variance.influences().var(ddof=1) / len(variance.rows))
     places = (np.arange(300),)
     drawn = stats.bootstrap(
         places, lambda rows: metric(targets[rows], probabilities[rows]), n_resamples=150, vectorized=False, rng=rng
@@ -124,9 +124,9 @@ def test_what_seeds_do_to_single_rows_is_not_counted_twice() -> None:
     tokens, base = np.full(500, 20.0), rng.lognormal(size=500)
     # Two names for one configuration: all that differs between them by rows is the seeds' doing.
     samples = [seeds(name, [losses(base + rng.normal(size=500), tokens) for _ in range(4)]) for name in "ab"]
-    found = row_variance(samples, np.array([1.0, -1.0]))
-    assert found is not None
-    assert found.value < 0.2 * 2 * 1.0 / 4 / 500
+    variance = row_variance(samples, np.array([1.0, -1.0]))
+    assert variance is not None
+    assert variance.value < 0.2 * 2 * 1.0 / 4 / 500
 
 
 def test_rows_in_another_order_are_paired_by_their_names() -> None:
@@ -144,12 +144,12 @@ def test_rows_in_another_order_are_paired_by_their_names() -> None:
 def test_a_hopeless_configuration_does_not_blur_the_others_and_losses_are_compared_as_logarithms() -> None:
     example = [sample("r=8", [0.068, 0.071, 0.077]), sample("r=1", [0.27, 0.52, 0.39])]
     assert logarithms_suit(example, lower_is_better=True)
-    found = judge_samples(example)
-    assert found.answer == "r=8 is better than r=1."
-    assert "%" in sentence(found.families[0].comparisons[0])
+    judged = judge_samples(example)
+    assert judged.answer == "r=8 is better than r=1."
+    assert "%" in sentence(judged.families[0].comparisons[0])
     rates = [[0.676, 0.684, 0.671], [0.701, 0.712, 0.706], [3.5, 4.4, 3.845]]
-    found = judge_samples([sample(f"rate {i}", values) for i, values in enumerate(rates)])
-    assert found.winner == "rate 0"
+    judged = judge_samples([sample(f"rate {i}", values) for i, values in enumerate(rates)])
+    assert judged.winner == "rate 0"
 
 
 def test_nothing_wins_by_one_run_by_zero_width_or_by_survivors() -> None:
@@ -166,38 +166,38 @@ def test_nothing_wins_by_one_run_by_zero_width_or_by_survivors() -> None:
     assert infinite.winner is None
     assert "1 run of r=8" in infinite.answer
     assert "nan" not in sentence(infinite.families[0].comparisons[0])
-    found = judge_samples([sample("r=8", [0.5, 0.51, 0.49]), sample("r=4", [0.9, 0.91], lost=1)])
-    assert found.answer.startswith("r=8 is better than r=4. 1 run of r=4 diverged or failed")
+    judged = judge_samples([sample("r=8", [0.5, 0.51, 0.49]), sample("r=4", [0.9, 0.91], lost=1)])
+    assert judged.answer.startswith("r=8 is better than r=4. 1 run of r=4 diverged or failed")
 
 
 def test_identical_runs_under_another_name_say_that_the_key_has_no_effect() -> None:
-    found = judge_samples([sample("kernels=auto", A), sample("kernels=none", A)])
-    assert "the same in every run" in found.answer
-    assert "no effect" in sentence(found.families[0].comparisons[0])
+    judged = judge_samples([sample("kernels=auto", A), sample("kernels=none", A)])
+    assert "the same in every run" in judged.answer
+    assert "no effect" in sentence(judged.families[0].comparisons[0])
 
 
 def test_an_open_answer_names_those_that_may_be_the_best() -> None:
     values = {"a": [1.00, 1.02, 0.98, 1.01], "b": [1.01, 1.03, 0.99, 1.02], "c": [1.3, 1.31, 1.29, 1.3]}
-    found = judge_samples([sample(name, v) for name, v in values.items()])
-    assert found.among == ["a", "b"]
-    assert "No winner yet: the best is among {a, b}." in found.answer
-    assert {c.second: c.verdict for c in found.families[0].comparisons} == {"b": Verdict.same, "c": Verdict.behind}
-    assert {pair[:2] for pair in found.pairs} == {("a", "b"), ("a", "c"), ("b", "c")}
+    judged = judge_samples([sample(name, v) for name, v in values.items()])
+    assert judged.among == ["a", "b"]
+    assert "No winner yet: the best is among {a, b}." in judged.answer
+    assert {c.second: c.verdict for c in judged.families[0].comparisons} == {"b": Verdict.same, "c": Verdict.behind}
+    assert {pair[:2] for pair in judged.pairs} == {("a", "b"), ("a", "c"), ("b", "c")}
 
 
 def test_one_seed_each_never_makes_a_winner_and_the_way_out_is_said() -> None:
     rng = np.random.default_rng(4)
     tokens, base = np.full(200, 10.0), rng.lognormal(size=200)
     runs = {n: losses(base + shift + rng.normal(size=200) * 0.01, tokens) for n, shift in (("a", 0.0), ("b", 0.5))}
-    found = judge_samples([seeds(n, [r]) for n, r in runs.items()])
-    (comparison,) = found.families[0].comparisons
+    judged = judge_samples([seeds(n, [r]) for n, r in runs.items()])
+    (comparison,) = judged.families[0].comparisons
     assert comparison.verdict is Verdict.rows_only
-    assert "No winner" in found.answer
+    assert "No winner" in judged.answer
     assert "the noise of seeds is unknown; run each with 2 seeds or more" in sentence(comparison)
 
 
 def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
-    found = judge_numbers(
+    judged = judge_numbers(
         [
             Published("r=4", 1.028, sd=0.015, comparison="rank"),
             Published("r=8", 1.08536, sd=0.015, comparison="rank"),
@@ -206,9 +206,9 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
         ],
         metric="loss_nats",
     )
-    assert found["rank"].winner == "r=4"
-    assert "Rests on the stated standard deviation of 0.01500" in found["rank"].basis
-    assert found["quantisation"].winner is None
+    assert judged["rank"].winner == "r=4"
+    assert "Rests on the stated standard deviation of 0.01500" in judged["rank"].basis
+    assert judged["quantisation"].winner is None
     # The same spread measured on two seeds is hardly known, and the first falls too.
     few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)], mode=Mode.min)
     assert few[""].winner is None
@@ -224,8 +224,8 @@ def test_a_measured_spread_counts_as_measured() -> None:
 
 
 def test_published_numbers_without_a_spread_make_no_winner_and_a_lone_one_is_refused() -> None:
-    found = judge_numbers([Published("a", 1.0), Published("b", 3.0)], mode=Mode.min)
-    assert found[""].families[0].comparisons[0].verdict is Verdict.unknown
+    judged = judge_numbers([Published("a", 1.0), Published("b", 3.0)], mode=Mode.min)
+    assert judged[""].families[0].comparisons[0].verdict is Verdict.unknown
     with pytest.raises(DataError, match="two configurations are needed"):
         judge_numbers([Published("a", 1.0, comparison="x")], mode=Mode.min)
 
@@ -249,24 +249,24 @@ def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refuse
 
 
 def test_a_higher_metric_wins_where_higher_is_better() -> None:
-    found = judge_samples(
+    judged = judge_samples(
         [sample("a", [0.5, 0.51, 0.49]), sample("b", [0.9, 0.91, 0.89])], Rules(lower_is_better=False)
     )
-    assert found.answer == "b is better than a."
+    assert judged.answer == "b is better than a."
 
 
 def test_as_many_runs_as_are_planned_find_the_smallest_difference_that_matters() -> None:
     rng = np.random.default_rng(5)
-    found = []
-    while len(found) < 40:
+    wins = []
+    while len(wins) < 40:
         pair = [sample(n, rng.normal(1.0, 0.1, 4).tolist()) for n in "ab"]
         (comparison,) = judge_samples(pair, Rules(smallest=0.2)).families[0].comparisons
         planned = re.search(r"\((\d+) in all\) would find a difference of 0.2000", sentence(comparison))
         if planned:
             count = int(planned[1])
             again = [sample(n, rng.normal(m, 0.1, count).tolist()) for n, m in (("a", 1.0), ("b", 1.2))]
-            found.append(judge_samples(again).winner == "a")
-    assert np.mean(found) > 0.75
+            wins.append(judge_samples(again).winner == "a")
+    assert np.mean(wins) > 0.75
 
 
 def test_folds_are_compared_fold_by_fold_and_one_fold_alone_says_nothing() -> None:
@@ -328,7 +328,7 @@ def test_false_winners_stay_below_five_percent(setting: Setting) -> None:
 @pytest.mark.slow
 def test_the_promised_power_and_coverage_are_reached() -> None:
     for setting, least in ((Setting(6, 5, effect=2.0), 0.41), (Setting(2, 5, effect=2.0), 0.73)):
-        found = many(setting, 1000, 10)
-        assert np.mean([o.winner == "c0" for o in found]) >= least
-        assert np.mean(["c0" in o.among for o in found]) >= 0.94
-        assert 0.93 <= np.mean([o.covered for o in found]) <= 0.995
+        outcomes = many(setting, 1000, 10)
+        assert np.mean([o.winner == "c0" for o in outcomes]) >= least
+        assert np.mean(["c0" in o.among for o in outcomes]) >= 0.94
+        assert 0.93 <= np.mean([o.covered for o in outcomes]) <= 0.995

@@ -71,23 +71,23 @@ class TestPickleAndCode:
     KEYWORDS = {"weights_only": False, "allow_pickle": True, "trust_remote_code": True, "shell": True}  # noqa: RUF012
 
     def offences(self, source: str) -> list[str]:
-        found = []
+        forbidden = []
         for node in ast.walk(ast.parse(source)):
             if isinstance(node, ast.Call):
                 name = ast.unparse(node.func)
                 if name in self.FORBIDDEN:
-                    found.append(f"{name} at line {node.lineno}")
+                    forbidden.append(f"{name} at line {node.lineno}")
                 for keyword in node.keywords:
                     value = keyword.value
                     bad = keyword.arg in self.KEYWORDS and isinstance(value, ast.Constant)
                     if bad and value.value is self.KEYWORDS[str(keyword.arg)]:
-                        found.append(f"{keyword.arg}={value.value} at line {node.lineno}")
+                        forbidden.append(f"{keyword.arg}={value.value} at line {node.lineno}")
             if isinstance(node, ast.Attribute) and node.attr in ("Loader", "FullLoader", "UnsafeLoader"):
-                found.append(f"{node.attr} at line {node.lineno}")
+                forbidden.append(f"{node.attr} at line {node.lineno}")
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            found += [f"import {name}" for name in names if name.partition(".")[0] in self.MODULES]
-        return found
+            forbidden += [f"import {name}" for name in names if name.partition(".")[0] in self.MODULES]
+        return forbidden
 
     def test_no_file_of_the_package_unpickles_or_evaluates(self) -> None:
         files = sorted(PACKAGE.rglob("*.py"))
@@ -190,12 +190,12 @@ class TestTargets:
         node.optimizer, node.trainer.callbacks, node.logger.loggers = evil, {"x": evil}, {"y": evil}
         node.task.objective = "os.system"
         OmegaConf.save(node, run.config_file)
-        found = stored_config(run.config_file)
-        for part, key in ((found.optimizer, "optimizer"), (found.trainer.callbacks["x"], "trainer.callbacks.x")):
+        stored = stored_config(run.config_file)
+        for part, key in ((stored.optimizer, "optimizer"), (stored.trainer.callbacks["x"], "trainer.callbacks.x")):
             with pytest.raises(ConfigError, match="may be named in a config"):
                 check_target(part, key, key.split(".")[-2][:-1] if "." in key else key)
         with pytest.raises(ConfigError, match="may be named in a config"):
-            train(found, quiet=True)
+            train(stored, quiet=True)
         assert not mark.exists()
 
     def test_a_stored_config_of_an_earlier_release_is_read_and_an_unknown_key_names_its_file(
@@ -760,10 +760,10 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
     def package(name: str, *fixes: str) -> dict[str, Any]:
         return {"name": name, "version": "1.0", "vulns": [{"id": f"CVE-{name}", "fix_versions": list(fixes)}]}
 
-    found = {"dependencies": [package("a", "1.5"), package("b", "2.1"), package("c"), package("d", "1.1", "x")]}
-    found["dependencies"].append({"name": "sound", "version": "1.0", "vulns": []})
+    audited = {"dependencies": [package("a", "1.5"), package("b", "2.1"), package("c"), package("d", "1.1", "x")]}
+    audited["dependencies"].append({"name": "sound", "version": "1.0", "vulns": []})
     wanted = {name: Requirement(f"{name}>=1,<2") for name in "abc"}
-    ours, others = audit.sort_out(found, wanted)
+    ours, others = audit.sort_out(audited, wanted)
     assert ours == ["a 1.0: CVE-a, closed by 1.5", "d 1.0: CVE-d, closed by 1.1"]
     assert others == ["b 1.0: CVE-b, closed by 2.1", "c 1.0: CVE-c, closed by no version"]
     assert "does not answer" in audit.why_not("http://127.0.0.1:1/")
