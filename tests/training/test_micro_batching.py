@@ -45,28 +45,28 @@ def chosen(
     config = compose("data=alpaca", "data.files=none", "logger=none", "quantization=none", *overrides)
     config.model = twin(FIRST["llama"], hidden_size=256, intermediate_size=704, num_hidden_layers=4, head_dim=64)
     architecture = model_config(config.model, Located(None, "random"))
-    examples = rows_of(lengths or [100 + 50 * n for n in range(16)] * 2)
+    examples = rows_of(lengths or [50 + 25 * n for n in range(16)] * 2)
     return plan_micro_batches(config, examples, lambda: architecture, CPU, torch.float32)
 
 
 def test_less_memory_means_layers_computed_again_and_then_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
-    fits = [chosen(monkeypatch, mebibytes * 2**20) for mebibytes in (2000, 87, 60, 45)]
+    fits = [chosen(monkeypatch, mebibytes * 2**20) for mebibytes in (2000, 60, 36, 25)]
     assert [fit.checkpointing.value for fit in fits] == ["none", "full", "full", "full"]
     tokens = [fit.limit.tokens or 0 for fit in fits]
     assert tokens[0] == micro_batching.MOST_TOKENS["cpu"]
     assert tokens[2] > tokens[3] > 0
-    for fit, mebibytes in zip(fits[:3], (2000, 87, 60), strict=True):
+    for fit, mebibytes in zip(fits[:3], (2000, 60, 36), strict=True):
         assert fit.estimate is not None
         assert fit.estimate.total <= 0.8 * mebibytes * 2**20
         assert "estimated peak" in str(fit)
-    assert chosen(monkeypatch, 87 * 2**20).to_plain() == fits[1].to_plain()
+    assert chosen(monkeypatch, 60 * 2**20).to_plain() == fits[1].to_plain()
     assert "may not fit" in str(chosen(monkeypatch, 2**20))
 
 
 def test_what_is_configured_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = chosen(monkeypatch, 2**20, "trainer.micro_batch=3", "trainer.gradient_checkpointing=full")
     assert (fit.limit, fit.checkpointing) == (Limit(rows=3), Checkpointing.full)
-    only = chosen(monkeypatch, 80 * 2**20, "trainer.gradient_checkpointing=none")
+    only = chosen(monkeypatch, 55 * 2**20, "trainer.gradient_checkpointing=none")
     assert only.checkpointing is Checkpointing.none
     assert (only.limit.tokens or 0) < micro_batching.MOST_TOKENS["cpu"]
     rows = chosen(monkeypatch, 110 * 2**20, "trainer.micro_batch=4")
