@@ -38,7 +38,8 @@ def complete(arguments: Sequence[str]) -> None:
 
 def script(shell: str) -> str:
     """What `shell` has to read, for the Python that runs this."""
-    return Path(__file__).with_suffix(f".{shell}").read_text().replace("PYTHON", shlex.quote(sys.executable))
+    path = Path(__file__).parent / "assets" / "completion" / f"llmft.{shell}"
+    return path.read_text().replace("PYTHON", shlex.quote(sys.executable))
 
 
 def candidates(line: str) -> list[str]:
