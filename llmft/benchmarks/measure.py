@@ -107,8 +107,11 @@ def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], d
                 if not ours.poll(GRACE * case.seconds + GRACE_S - (time.monotonic() - started)):
                     break
                 answer = ours.recv()
-            except (EOFError, OSError):  # the kernel has killed the process for want of memory
-                answer, process = None, None
+            except (EOFError, OSError):
+                process.join()
+                if (code := process.exitcode or 0) >= 0:
+                    raise RuntimeError(f"the measuring process ended with code {code}") from None
+                answer, process = None, None  # the kernel has killed it for want of memory
             if isinstance(answer, Exception):
                 raise answer
             if answer is None:

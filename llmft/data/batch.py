@@ -167,7 +167,8 @@ class StepBatch:
 
 def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:
     """Pads `examples` on the right to the longest one; padding is masked and never a label."""
-    ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
+    # Copies: those of a file are mapped and not writable, of which torch warns.
+    ids = [torch.from_numpy(np.array(example.input_ids, np.int64)) for example in examples]
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     labels = [torch.as_tensor(example.labels, dtype=torch.long) for example in examples]

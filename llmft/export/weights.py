@@ -137,6 +137,7 @@ def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None
             if not torch.isfinite(tensors[name]).all():
                 raise Overflow(name)
         save_file(tensors, directory / file_name, {"format": "pt"})
+        (directory / file_name).chmod(0o644)  # safetensors lets nobody else read it, such as a server
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))

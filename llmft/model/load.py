@@ -38,6 +38,7 @@ class _Kept:
 
     key: str | None = None
     model: Any = None
+    loaded_before: bool = False
 
 
 _kept = _Kept()
@@ -157,8 +158,9 @@ def load_base(
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep and _kept.key == spec.key:
         return _kept.model
-    if _kept.model is not None:
+    if _kept.loaded_before:  # also one that was not kept; a search for garbage takes longer than to load a small base
         drop_base()
+    _kept.loaded_before = True
     try:
         base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):

@@ -104,6 +104,8 @@ class RunRecord:
             return {}
         try:
             columns = read_table(path)
+            if blank := next((name for name, values in columns.items() if None in values), None):
+                raise ValueError(f"{blank} is blank in some rows")
             return {name: np.array(v, str if name in ("row", "group") else float) for name, v in columns.items()}
         except (DataError, ValueError, TypeError) as error:
             self.faults.append(f"{path.name}: {first_line(error).removeprefix(f'{path}: ')}")

@@ -273,12 +273,13 @@ class Api:
             return StreamingResponse(
                 self._events(parsed), media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
             )
+        gone = asyncio.ensure_future(self._cancel_when_gone(http, parsed))
         try:
             async for _ in parsed.written():
-                if await http.is_disconnected():
-                    raise ClientDisconnect()
+                pass
         finally:
             parsed.cancel()
+            gone.cancel()
         if failed := next((request for request in parsed.requests if request.error), None):
             raise Refused(failed.error, 500)
         choices = []
@@ -287,6 +288,13 @@ class Api:
             choices.append(parsed.choice(number, {"message": message} if parsed.chat else {"text": request.text}))
         head = parsed.head("chat.completion" if parsed.chat else "text_completion")
         return JSONResponse({**head, "choices": choices, "usage": parsed.usage()})
+
+    @staticmethod
+    async def _cancel_when_gone(http: HttpRequest, parsed: ParsedRequest) -> None:
+        """Ends an answer whose client has left, also one that waits for its turn, before it costs anything."""
+        while not await http.is_disconnected():
+            await asyncio.sleep(0.25)
+        parsed.cancel()
 
     async def _events(self, parsed: ParsedRequest) -> AsyncIterator[str]:
         head = parsed.head("chat.completion.chunk" if parsed.chat else "text_completion")

@@ -119,6 +119,10 @@ def killed_before_a_point(connection: Connection, case: Case) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leaving_before_a_point(connection: Connection, case: Case) -> None:
+    os._exit(3)
+
+
 def silent_from_three_tokens_on(connection: Connection, case: Case) -> None:
     connection.send((measured(*connection.recv()), {}))
     time.sleep(60)
@@ -134,6 +138,11 @@ def test_a_point_that_takes_the_process_along_costs_itself_alone(monkeypatch: py
 
 def test_a_process_that_is_killed_before_it_measures_fits_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     assert errors_of(three_points(), killed_before_a_point, monkeypatch) == ["does not fit"] * 3
+
+
+def test_a_process_that_leaves_by_itself_is_no_want_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RuntimeError, match="ended with code 3"):
+        errors_of(three_points(), leaving_before_a_point, monkeypatch)
 
 
 def test_what_was_not_measured_in_time_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

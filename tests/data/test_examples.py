@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 
 from llmft.config.data import DataConfig
 from llmft.core.files import cache_directory
+from llmft.data.batch import collate
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE, Examples, load_examples, save_examples
@@ -58,6 +60,9 @@ def test_a_file_is_mapped_and_datasets_opens_it_too(tmp_path: Path) -> None:
     assert facts == {"lengths": {"rows": 3}}
     assert [list(e.labels) for e in found] == [list(e.labels) for e in made()]
     assert not found.ids.flags.owndata
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as torch does of numbers that are not writable
+        assert collate([found[1]], [1], 0).input_ids.tolist() == [[6, 7]]
     import datasets
 
     assert datasets.Dataset.from_file(str(path))[1]["input_ids"] == [6, 7]

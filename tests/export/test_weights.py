@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,7 @@ def test_a_weight_beyond_fp16_is_refused_and_large_models_are_divided(tmp_path: 
     weights.write(model, made, tmp_path, torch.float16)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.glob("*.safetensors")} == {0o644}
     assert set(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"].values()) == set(files)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,43 @@ def test_a_list_of_devices_names_the_gpus(monkeypatch: pytest.MonkeyPatch) -> No
     assert pick_device("auto", 0, [1]) == torch.device("cuda", 1)
     assert pick_device("gpu", 1, [2, 3]) == torch.device("cuda", 3)
     assert pick_device("gpu", 1, 2) == torch.device("cuda", 1)
+
+
+def test_a_base_that_was_not_kept_is_gone_before_the_next_one_loads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trainer and its model hold each other; two models trained whole would not fit on a GPU side by side."""
+    import bitsandbytes  # noqa: F401  # the error that it logs would keep the frames that import it
+
+    made: list[weakref.ref[Any]] = []
+    gone: list[bool] = []
+    load_files = load._pretrained
+
+    def watched(*arguments: Any) -> Any:
+        gone.extend(base() is None for base in made)
+        return load_files(*arguments)
+
+    monkeypatch.setattr(load, "_pretrained", watched)
+    model = ModelConfig(name="tiny", id="tiny", path=str(TINY))
+    gc.disable()
+    try:
+        for seed in (1, 2):
+            base = load.load_base(
+                model,
+                locate(model),
+                QuantizationConfig(QuantizationFormat.none),
+                auto_class="causal_lm",
+                num_labels=0,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                seed=seed,
+                keep=False,
+            )
+            made.append(weakref.ref(base))
+            circle: list[Any] = [base]
+            circle.append(circle)
+            del base, circle
+    finally:
+        gc.enable()
+    assert gone == [True]
 
 
 @pytest.mark.parametrize("architecture", ["llama", pytest.param("mixtral", marks=pytest.mark.slow)])

@@ -26,7 +26,7 @@ from llmft.reports.read import RunRecord
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
 from llmft.runs.directory import write_row_losses
-from llmft.runs.predictions import Predictions
+from llmft.runs.predictions import Predictions, write_table
 from tests.conftest import ROOT
 from tests.reports.runs import make_run, make_sweep, trial
 
@@ -290,6 +290,15 @@ def test_every_metric_that_has_rows_tells_what_each_row_adds_to_it(tmp_path: Pat
         assert len(scores.rows) == rows, metric
         assert scores.metric == pytest.approx(run.value(f"val/{metric}"), abs=0.02), metric
     assert run.row_scores("val/bleu") is None, "another number than these samples give"
+
+
+def test_losses_that_are_blank_are_a_fault_and_no_losses(tmp_path: Path) -> None:
+    directory = make_run(tmp_path, 1.0)
+    path = directory / "row_losses" / "val-00000080.parquet"
+    write_table(path, {"row": ["a", "b", "c"], "loss_nats": [1.0, None, 2.0], "tokens": [1, 2, 3]})
+    run = RunRecord(directory)
+    assert run.row_losses(80) is None
+    assert run.faults == ["val-00000080.parquet: loss_nats is blank in some rows"]
 
 
 def test_a_configuration_that_lost_runs_does_not_win_by_its_survivors(tmp_path: Path) -> None:

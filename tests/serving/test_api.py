@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -10,7 +11,8 @@ import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -173,3 +175,25 @@ def test_a_client_that_goes_away_ends_its_request(address: str, two_runs: list[P
         deadline = time.monotonic() + 30
         while json.load(urllib.request.urlopen(f"{address}/health"))["requests"]:
             assert time.monotonic() < deadline
+
+
+def test_a_client_that_leaves_ends_a_request_that_waits_for_its_turn() -> None:
+    """No piece of it is there yet, and none should be computed."""
+    from llmft.serving.api import Api, ParsedRequest
+
+    class Left:
+        async def is_disconnected(self) -> bool:
+            return True
+
+    async def cancelled() -> bool:
+        request: Any = SimpleNamespace(cancelled=False, error="", text="", finish="", ids=[], tokens=[])
+        run, engine = (cast(Any, SimpleNamespace(name="a", submit=lambda request: None)) for _ in range(2))
+        parsed = ParsedRequest(run, [request], asyncio.Queue(), stream=False, with_usage=False, chat=False)
+        answering = asyncio.ensure_future(Api(engine, ServeConfig(run="a"))._answer(cast(Any, Left()), parsed))
+        await asyncio.sleep(0.2)
+        was_cancelled: bool = request.cancelled
+        parsed.pieces.put_nowait((0, None))
+        await answering
+        return was_cancelled
+
+    assert asyncio.run(cancelled())
