@@ -167,7 +167,8 @@ class StepBatch:
 
 def collate(examples: Sequence[Example], rows: Sequence[int], pad_id: int) -> MicroBatch:
     """Pads `examples` on the right to the longest one; padding is masked and never a label."""
-    ids = [torch.as_tensor(example.input_ids, dtype=torch.long) for example in examples]
+    # Copies: ids of the token cache are read-only, which as_tensor warns of.
+    ids = [torch.tensor(example.input_ids, dtype=torch.long) for example in examples]
     input_ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
     mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
     labels = [torch.as_tensor(example.labels, dtype=torch.long) for example in examples]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from itertools import pairwise
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,6 +29,20 @@ def test_padding_is_masked_and_never_a_label() -> None:
     assert batch.attention_mask.tolist() == [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]
     assert batch.labels[1].tolist() == [IGNORE, 4, 5, IGNORE, IGNORE]
     assert batch.num_tokens == 8
+
+
+def test_ids_of_a_read_only_cache_are_batched_without_a_warning() -> None:
+    row = example(4)
+    row.input_ids = np.array(row.input_ids, dtype=np.int32)
+    row.input_ids.setflags(write=False)
+    torch.set_warn_always(True)  # torch says it once a process
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            batch = collate([row], [0], pad_id=0)
+    finally:
+        torch.set_warn_always(False)
+    assert batch.input_ids.tolist() == [[3, 4, 5, 6]]
 
 
 def test_a_pad_token_that_is_also_the_end_token_stays_a_label_where_it_ends_an_answer() -> None:
