@@ -129,6 +129,9 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
     if isinstance(error, MissingConfigException):
         return _missing_option(error)
     if isinstance(error, OverrideParseException):
+        key = error.override.partition("=")[0].lstrip("+~")
+        if re.fullmatch(r"\w+(\.\w+)+", key) and key not in (keys := schema_fields(schema)) and nearest(key, keys):
+            return _unknown_key(key, schema)  # a text stands unquoted, which it may where its key is known
         return ConfigError(f"'{error.override}' is no override: write key=value, and quote spaces and commas.")
     chain: list[BaseException] = []
     current: BaseException | None = error

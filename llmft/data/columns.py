@@ -525,7 +525,8 @@ def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
 
 
 def _no_columns(unknown: dict[str, str], first: Row, used: set[str]) -> str:
-    text = " ".join(f"{key}: {missing_column(name, first.values, used)}" for key, name in unknown.items())
+    text = ". ".join(f"{key}: {missing_column(name, first.values, used)}" for key, name in unknown.items())
+    text = text.replace("?. ", "? ")
     # In a file without a header a column's name may be a whole text.
     text += f" (columns: {', '.join(name if len(name) <= 40 else f'{name[:39]}…' for name in first.values)})."
     if re.search(r"\.[ct]sv(\.\w+)?:", first.where.lower()):

@@ -28,6 +28,7 @@ MISTAKES = [
     (["learning_rate.peak=-1"], 2, "learning_rate.peak=-1.0: above 0"),
     (["lora=none"], 2, "lora=none leaves nothing to train"),
     (["lora.r=[1"], 2, "is no override"),
+    (["data.columns.promt={question} {context}"], 2, "no such key; did you mean data.columns.prompt?"),
     (["data=alpaca"], 2, "set data.files=FILE"),
     (["data=alpaca", "data.files=nowhere.json"], 2, "data.files=nowhere.json: no such file"),
     (["model.path=nowhere"], 2, "model.path=nowhere: no Hugging Face model directory there"),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+from dataclasses import replace
 from decimal import Decimal
 from itertools import combinations
 from typing import Any
@@ -243,6 +244,8 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
     for words in ("no column 'sytem_prompt'; did you mean system_prompt?", "no column 'contxt'; did you mean context?"):
         assert words in str(error.value)
     assert "csv" not in str(error.value)
+    with pytest.raises(DataError, match=r"no column 'a'; choose from .*?\. data\.columns\.system: no column"):
+        ColumnMap.of(DataConfig(name="d", files="f", columns=replace(columns, input="a")), rows, HEADS["text"])
     optional = DataConfig(
         name="d",
         files="f",
