@@ -64,7 +64,7 @@ class Measured:
         prompt_s: reading the prompts of `inference_rows` rows and writing a token each.
         token_s: one more token for all of them.
         peak_bytes: of the device's allocator, or of the process on a CPU.
-        micro_batch: what a micro-batch holds and what is computed again.
+        micro_batch: the limit of a micro-batch, and its gradient checkpointing, in words.
     """
 
     input_tokens: int
@@ -85,7 +85,7 @@ class Measured:
 def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
     """Each point of `case` in its order, and on what device in which precision they were measured.
 
-    `report` hears what is under way. Raises ConfigError for what cannot be measured.
+    `report` gets the point being measured. Raises ConfigError for what cannot be measured.
     """
     results = [Measured(*point, error="no time left") for point in case.points]
     about: dict[str, str] = {}

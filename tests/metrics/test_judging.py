@@ -35,7 +35,7 @@ def test_a_directory_is_a_reward_run(tmp_path):
         ("llmft.metrics.rewards.whiten", "was expected"),
         ({"function": MATCHES, "patern": "x"}, "did you mean pattern"),
         ({"function": MATCHES, "answers": []}, "comes from the rows"),
-        ("no/such/run", "no directory"),
+        ("no/such/run", "neither the directory"),
         ([EXACT, EXACT], "two judges are called"),
     ],
 )
