@@ -216,7 +216,7 @@ def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> di
             [f"{PREFIX}{label}" for label in targets.labels],
             values,
             groups=[row.group for row in rows],
-            scores={metric: of_rows for metric, (_, of_rows) in scored.items() if of_rows is not None},
+            scores={metric: row_scores for metric, (_, row_scores) in scored.items() if row_scores is not None},
         )
         predictions_of(inputs, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
     return after

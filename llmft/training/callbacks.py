@@ -160,7 +160,7 @@ class Checkpointer(Callback):
         self.failed_in = "training"
 
     def state(self, trainer: L.Trainer, module: FineTuner, *, probe: bool = True) -> dict[str, Any]:
-        """What a resumed run needs besides tensors; nothing is computed for it without `probe`."""
+        """What a resumed run needs besides tensors; with `probe` also the next loss, which takes a forward pass."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
             **{name: getattr(self, name) for name in STATE},

@@ -109,7 +109,7 @@ class FineTuner(L.LightningModule):
     ) -> None:
         """`rollouts` make a step's batch of answers that the model samples itself.
 
-        `warn` gets skipped steps and operations that are not deterministic; it is None but in the first process.
+        `warn` gets skipped steps and operations that are not deterministic; it is None except in the first process.
         """
         super().__init__()
         self.automatic_optimization = self.strict_loading = False

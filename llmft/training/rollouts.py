@@ -68,8 +68,8 @@ class Rollouts:
         host = host_of(model, config, inputs.located.fingerprint)
         self.models = load_judges(self.judges, "task.judges", host, report, trainer.accelerator, trainer.threads)
         self.decode = decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text])
-        held = trainable_state(model) if config.task.kl.beta > 0 else {}
-        self.start = {name: tensor.clone() for name, tensor in held.items()}
+        starting = trainable_state(model) if config.task.kl.beta > 0 else {}
+        self.start = {name: tensor.clone() for name, tensor in starting.items()}
         self._prompts: dict[int, list[int]] = {}
         self._window: tuple[int, RolloutBatch] | None = None
 
@@ -144,12 +144,12 @@ class Rollouts:
 
     def _reference(self, model: Any, rollout: RolloutBatch, device: torch.device) -> PerToken:
         """Log-probabilities under the starting weights; `model` gets its weights back."""
-        now = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
-        load_trainable_state(model, {name: self.start.get(name, tensor) for name, tensor in now.items()})
+        current = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+        load_trainable_state(model, {name: self.start.get(name, tensor) for name, tensor in current.items()})
         try:
             return self._numbers_per_token(model, rollout, device, values=False)[0]
         finally:
-            load_trainable_state(model, now)
+            load_trainable_state(model, current)
 
     def _numbers_per_token(
         self, model: Any, rollout: RolloutBatch, device: torch.device, *, values: bool

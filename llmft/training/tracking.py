@@ -1,7 +1,7 @@
 """Loggers: Weights & Biases, whose failures never stop or delay a run, and Lightning's others.
 
-W&B never prompts; it waits at most finish_timeout_s at the end. Without an API key or a connection it logs offline. The
-run's own files (`metrics.jsonl`, …) are complete in any case.
+W&B never prompts; it waits at most finish_timeout_s at the end (plus start_timeout_s where it has not started yet).
+Without an API key or a connection it logs offline. The run's own files (`metrics.jsonl`, …) are complete in any case.
 """
 
 from __future__ import annotations
