@@ -1,7 +1,7 @@
 """predictions + references -> metrics: `python -m llmft.evaluate predictions=DIR`.
 
-With bootstrap intervals, per class, per slice, and the confusion matrix; all of it also in evaluation.json beside the
-predictions.
+With bootstrap intervals, per class, per slice, and the confusion matrix; all of it is also written to evaluation.json
+next to the predictions.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
 MOST_CLASSES = 12
-"""Of a confusion matrix on the screen; evaluation.json holds it whole."""
+"""Largest confusion matrix on the screen; evaluation.json always has it."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,16 +25,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
-    """Scores predictions, shows and writes what it found, and returns it.
+    """Scores predictions, shows and writes the report, and returns it.
 
-    Raises ConfigError or DataError for files, columns or rows that do not fit each other.
+    Raises ConfigError or DataError for files, columns or rows that do not match.
     """
     from llmft.core.files import write_json
     from llmft.evaluation import scores
     from llmft.evaluation.references import open_predictions, with_references
     from llmft.metrics.prior import against_prior
 
-    predictions, beside = open_predictions(config.predictions)
+    predictions, report_file = open_predictions(config.predictions)
     predictions, columns = with_references(predictions, config)
     metrics = scores.metrics_for(predictions, config.metrics, config.metric_options)
     intervals = {}
@@ -59,16 +59,16 @@ def evaluate(config: EvaluateConfig, *, quiet: bool = False) -> dict[str, Any]:
         "confusion": scores.confusion(predictions),
     }
     report = _plain(report)
-    write_json(beside, report)
+    write_json(report_file, report)
     if config.format is OutputFormat.json and not quiet:
         print(json.dumps(report, indent=1, ensure_ascii=False))
     elif not quiet:
-        _show(report, beside)
+        _show(report, report_file)
     return report
 
 
 def _plain(value: Any) -> Any:
-    """JSON has no number for what is not one."""
+    """`value` with None for NaN and infinities, which JSON lacks."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list):

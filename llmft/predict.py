@@ -1,8 +1,8 @@
 """run + rows -> predictions: `python -m llmft.predict run=DIR data.files=test.csv`.
 
-The run's own config is opened again, so prompt, lengths and quantisation are those of its training. Row ids are kept,
-rows come out in the order of the files, and a killed prediction goes on where it was. Of joined folds or a blend every
-member predicts, and the answers are joined as the members' were.
+It uses the run's own config, so prompt, lengths and quantisation are those of its training. Row ids are kept, rows stay
+in the order of the files, and a killed prediction continues where it was. For joined folds or a blend every member
+predicts, and the predictions are combined as the members' were.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmft.core.outcome import write_outcome
 
 
 def main(argv: Sequence[str]) -> None:
-    # A prompt may hold any character, so no grammar of Hydra's sees it.
+    # A prompt may contain any character, so Hydra's grammar must not parse it.
     prompts, argv = split_off(argv, "prompts=")
 
     def job(config: PredictConfig, invocation: Invocation) -> None:
@@ -31,9 +31,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def texts_of(argument: str) -> list[str]:
-    """The texts of `prompts=` as a shell hands it over: one, or a list in brackets with or without its quotes.
+    """The texts of `prompts=` as a shell passes it: one, or a list in brackets with or without quotes.
 
-    In a list whose quotes the shell took, a comma with white space behind it belongs to a text.
+    In a list whose quotes the shell removed, a comma followed by white space belongs to a text.
     """
     inside = argument.strip()
     if not (inside.startswith("[") and inside.endswith("]")):
@@ -48,7 +48,7 @@ def texts_of(argument: str) -> list[str]:
 
 
 def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
-    """Predicts what `config` names with each run, joined folds or blend; returns their directories of predictions.
+    """Predicts the rows of `config` with each run, joined folds or blend; returns their directories of predictions.
 
     Raises ConfigError or DataError for runs, files or templates that cannot be used.
     """
@@ -81,7 +81,7 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
 
 
 def _answer(job: Any, config: PredictConfig, screen: Any, answers: dict[Path, Any]) -> Any:
-    """The predictions of one run, joined folds or blend: those that are there already, or new ones."""
+    """The predictions of one run, joined folds or blend: finished ones, or new ones."""
     from llmft.evaluation.jobs import EnsembleJob
 
     if job.directory in answers:
@@ -126,7 +126,7 @@ def _predict_run(job: Any, config: PredictConfig, screen: Any) -> Any:
 
 
 def _show(screen: Any, predictions: Any) -> None:
-    """Prompts with what the model says: its text, each class's probability, or the number."""
+    """Prints prompts with the model's text, each class's probability, or the number."""
     from rich.markup import escape
 
     for row, prompt in enumerate(predictions.columns["prompt"]):

@@ -1,7 +1,7 @@
 """validated runs -> a run on all rows: `python -m llmft.refit runs=DIR`.
 
-It takes as many steps as the best validated run took to its best (of folds, their mean): with the rows that were held
-out it sees each row a little less often, and does not train longer. Its validation metrics are blank.
+It takes as many steps as the best validated run had at its best validation (for folds, their mean), so that with the
+held-out rows it sees each row slightly less often. Its validation metrics are blank.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 from llmft.config.commands import RefitConfig
 from llmft.config.data import TrainOn
 from llmft.config.hydra_app import run_verb
-from llmft.config.invocation import NO_COMMAND, Invocation, arguments_of_process
+from llmft.config.invocation import Invocation, arguments_of_process
 from llmft.config.sections import TrainConfig
 from llmft.config.trainer import Export
 from llmft.config.untrusted import stored_config
@@ -27,10 +27,10 @@ def main(argv: Sequence[str]) -> None:
     run_verb("refit", RefitConfig, lambda config, invocation: refit(config, invocation=invocation), argv)
 
 
-def refit(config: RefitConfig, *, invocation: Invocation = NO_COMMAND) -> None:
+def refit(config: RefitConfig, *, invocation: Invocation) -> None:
     """Trains the runs' config on all rows.
 
-    Raises ConfigError where the runs are not validated ones of one config.
+    Raises ConfigError where the runs have no validation, or different configs.
     """
     from llmft.core.console import Screen
     from llmft.training.run import train
@@ -39,7 +39,7 @@ def refit(config: RefitConfig, *, invocation: Invocation = NO_COMMAND) -> None:
 
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
-    """The config of the run on all rows; `warn` is told of what a glob met and cannot be used."""
+    """The config of the run on all rows; `warn` gets messages about unusable directories of a glob."""
     from llmft.config.convert import canonical, numbers_of
     from llmft.config.untrusted import check_inside
     from llmft.runs.directory import finished_run, usable
@@ -68,9 +68,11 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
     steps = max(1, round(sum(max(1, step) for step in best_steps) / len(counted)))
     unlearned = [run.directory.name for run, step in zip(counted, best_steps, strict=True) if not step]
     if unlearned:
-        warn(f"{', '.join(unlearned)}: best before its first step, so training made it worse; look before you refit.")
+        warn(
+            f"{', '.join(unlearned)}: best before its first step, so training made it worse; check it before you refit."
+        )
     check_inside(trained.trainer.callbacks, "trainer.callbacks")
-    if config.logger is None:  # another logger goes without them
+    if config.logger is None:  # another logger replaces them
         check_inside(trained.logger.loggers, "logger.loggers")
     return replace(
         trained,
@@ -94,7 +96,7 @@ def _rank(run: tuple[Any, TrainConfig]) -> float:
     if value is None:
         raise ConfigError(f"{run[0].directory}: its validation has no {trainer.monitor} to compare it by.")
     metric = named_metric(trainer.monitor, run[1].task.metrics)
-    # A run that kept the wrong end of its curve has the step of that, which no refit should take.
+    # A run with the wrong trainer.mode kept its worst step, which a refit must not use.
     mode = mode_of(metric, trainer.monitor, trainer.mode, key=f"{run[0].config_file}: trainer.mode")
     return mode.sign * float(value)
 

@@ -1,7 +1,7 @@
 """run + prompts -> several answers each, judged: `python -m llmft.sample run=DIR data.files=prompts.jsonl judge=…`.
 
 It writes all samples, the best answer of each prompt as rows to train on, a random one as the matched control, and
-pairs for DPO. A killed command goes on where it was, to the same files.
+pairs for DPO. A killed command continues where it was, with the same files.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def sample(config: SampleConfig, *, quiet: bool = False) -> Path:
-    """Answers what `config` names; returns the directory of the samples.
+    """Answers the prompts of `config`; returns the directory of the samples.
 
     Raises ConfigError or DataError for runs, judges or files that cannot be used.
     """
@@ -63,8 +63,8 @@ def _show(screen: Any, report: dict[str, Any]) -> None:
     from rich.table import Table
 
     screen.print(
-        f"{report['prompts']:,} prompts with {report['samples']} answers each: {report['duplicates']:.0%} say what "
-        f"another says, {report['unfinished']:.0%} are unfinished, {report['tokens']:.1f} tokens on average."
+        f"{report['prompts']:,} prompts with {report['samples']} answers each: {report['duplicates']:.0%} repeat "
+        f"another, {report['unfinished']:.0%} are unfinished, {report['tokens']:.1f} tokens on average."
     )
     if "expected_best" not in report:
         return

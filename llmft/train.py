@@ -24,7 +24,7 @@ __all__ = ["main", "train"]
 
 def main(argv: Sequence[str]) -> None:
     set_cuda_variables()
-    # The W&B service of a program around this one writes below that one's directory, and ends with it.
+    # A parent process's W&B service writes to that process's directory, and ends with it.
     os.environ.pop("WANDB_SERVICE", None)
     # A character that the terminal cannot show must not end a training.
     for stream in (sys.stdout, sys.stderr):
@@ -42,7 +42,7 @@ def _train(config: TrainConfig, invocation: Invocation) -> float | None:
 
     reporter = reporter_of_environment()
     if reporter is not None:
-        die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and lets its devices go
+        die_with_parent(signal.SIGTERM)  # a trial whose supervisor was killed saves and frees its devices
     return train(config, invocation=invocation, reporter=reporter)
 
 

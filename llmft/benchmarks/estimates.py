@@ -83,7 +83,7 @@ class Estimate:
             "ended_by": "context" if by_context else "time",
             "inference_hours": inference_hours(point, workload, point.output_tokens),
             "training_hours": training_hours(point, workload),
-            "at_once": point.at_once,
+            "micro_batch": point.micro_batch,
             "repeats": point.repeats,
             **{f"spread_{name}": round(value, 4) for name, value in point.spread.items()},
         }

@@ -64,7 +64,7 @@ class Measured:
         prompt_s: reading the prompts of `inference_rows` rows and writing a token each.
         token_s: one more token for all of them.
         peak_bytes: of the device's allocator, or of the process on a CPU.
-        at_once: what a micro-batch holds and what is computed again.
+        micro_batch: the limit of a micro-batch, and its gradient checkpointing, in words.
     """
 
     input_tokens: int
@@ -76,16 +76,16 @@ class Measured:
     generated_tokens_per_s: float = 0.0
     token_s: float = 0.0
     peak_bytes: int = 0
-    at_once: str = ""
+    micro_batch: str = ""
     spread: dict[str, float] = field(default_factory=dict)
     repeats: int = 0
     error: str | None = None
 
 
-def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
+def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
     """Each point of `case` in its order, and on what device in which precision they were measured.
 
-    `tell` hears what is under way. Raises ConfigError for what cannot be measured.
+    `report` gets the point being measured. Raises ConfigError for what cannot be measured.
     """
     results = [Measured(*point, error="no time left") for point in case.points]
     about: dict[str, str] = {}
@@ -96,7 +96,7 @@ def run_case(case: Case, tell: Callable[[str], None]) -> tuple[list[Measured], d
         for number, point in enumerate(case.points):
             if time.monotonic() - started > case.seconds:
                 break
-            tell(f"{point[0]} tokens in, {point[1]} out")
+            report(f"{point[0]} tokens in, {point[1]} out")
             if process is None:
                 ours, theirs = context.Pipe()
                 process = context.Process(target=serve, args=(theirs, case))
@@ -265,7 +265,7 @@ def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
     measured.repeats = repeats
     plan = json.loads((directory / "environment.json").read_text())["micro_batch"]
     limit = Limit(plan["rows"], plan["tokens"])
-    measured.at_once = MicroBatchPlan(limit, Checkpointing(plan["checkpointing"]), "").size
+    measured.micro_batch = MicroBatchPlan(limit, Checkpointing(plan["checkpointing"]), "").size
     return directory / ("adapter" if config.lora.enabled else "model")
 
 

@@ -78,11 +78,11 @@ def remarks(estimates: Sequence[Estimate]) -> list[str]:
     random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
     measured = [a for a in estimates if a.measured.error is None]
     devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)
-    fits = {a.case: a.measured.at_once for a in measured}  # that of the longest rows
+    sizes = {a.case: a.measured.micro_batch for a in measured}  # that of the longest rows
     return [
         *(f"{name}: random weights of its shape, since its own are not here; they are as fast." for name in random),
         *(f"On {device}." for device in devices),
-        *(f"{case}: {fit}." for case, fit in fits.items()),
+        *(f"{case}: micro-batch {size}." for case, size in sizes.items()),
     ]
 
 

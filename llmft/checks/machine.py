@@ -282,12 +282,12 @@ def accounts() -> Iterator[CheckResult]:
 
 def network() -> Iterator[CheckResult]:
     """Checks whether the Hub and W&B answer."""
-    from llmft.training.tracking import look_at_wandb, wandb_url
+    from llmft.training.tracking import probe_wandb, wandb_url
 
     hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
     for part, url, check, consequence in (
         ("Hub", hub, _check_hub, "models must be cached, or model.path=DIR"),
-        ("W&B", wandb_url(), look_at_wandb, "runs are logged offline"),
+        ("W&B", wandb_url(), probe_wandb, "runs are logged offline"),
     ):
         cause = check(url, NETWORK_TIMEOUT_S)
         if cause is None:

@@ -28,10 +28,10 @@ from llmft.model.device import TORCH_DTYPES
 from llmft.model.memory import device_memory
 from llmft.model.meta import meta_model
 from llmft.training.micro_batching import MEMORY_MARGIN, architecture_of, estimator, plan_micro_batches
-from llmft.training.objectives.choice import cost
+from llmft.training.objectives.verbalizer import cost
 from llmft.training.parts import check_parts
 from llmft.training.prepare import RunInputs
-from llmft.training.readiness import Ready, make_ready
+from llmft.training.readiness import Readiness, check_readiness
 from llmft.training.tokenized_data import TokenizedData
 
 SHOWN_ROWS = 2
@@ -51,7 +51,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     """
     config = prepared.config
     started = time.monotonic()
-    ready = make_ready(prepared, check_parts(config), warn, near=True, stop=False)
+    ready = check_readiness(prepared, check_parts(config), warn, search_near_duplicates=True, stop_on_errors=False)
     rows, inspection = ready.rows, ready.inspection
     findings = [*inspection.findings, *_template_findings(rows)]
     slow = cost(ready.objective) if ready.objective is not None else None
@@ -193,7 +193,7 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
     }
 
 
-def _needs(prepared: RunInputs, ready: Ready) -> dict[str, Any]:
+def _needs(prepared: RunInputs, ready: Readiness) -> dict[str, Any]:
     """Memory, time and disk."""
     config, rows, device, precision = prepared.config, ready.rows, ready.device, ready.precision
     examples = rows.splits["train"]

@@ -31,8 +31,8 @@ def _loader(items: Sequence[Any], batch_of: Callable[[Any], object]) -> DataLoad
 class DataModule(L.LightningDataModule):
     """Hands out one effective batch per optimizer step.
 
-    Lightning calls `train_dataloader` once per epoch. It returns the steps from `position()` to the end of the epoch,
-    or to the last of `stops`, the steps at which a validation runs.
+    Lightning calls `train_dataloader` once per epoch. It returns the steps from `current_step()` to the end of the
+    epoch, or to the last of `validation_steps`, the steps at which a validation runs.
 
     Attributes:
         references: by split, (rows, answers) log-probabilities of the reference, which batches of answers get.
@@ -56,8 +56,8 @@ class DataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.micro_batch = micro_batch
         self.validation_batch = validation_batch
-        self.stops: list[int] = []
-        self.position: Callable[[], int] = lambda: 0
+        self.validation_steps: list[int] = []
+        self.current_step: Callable[[], int] = lambda: 0
         self.references = references or {}
         self._weights, self._lengths = {}, {}
         for split, examples in splits.items():
@@ -97,8 +97,8 @@ class DataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The steps from the current one to the end of the epoch or of the training."""
-        start, per_epoch = self.position(), self.steps_per_epoch
-        stop = min((start // per_epoch + 1) * per_epoch, self.stops[-1])
+        start, per_epoch = self.current_step(), self.steps_per_epoch
+        stop = min((start // per_epoch + 1) * per_epoch, self.validation_steps[-1])
         return _loader(range(start, stop), self.step_batch)
 
     def val_dataloader(self) -> DataLoader:

@@ -127,8 +127,8 @@ def findings(
     config: TrainConfig,
     facts: dict[str, SplitFacts],
     overlaps: Sequence[Overlap],
-    context_tokens: int | None = None,
-    learned_positions: bool = False,
+    context_tokens: int | None,
+    learned_positions: bool,
 ) -> list[Finding]:
     """All findings, errors first.
 

@@ -20,10 +20,10 @@ Weights = np.ndarray
 
 @dataclass(frozen=True)
 class Blender:
-    """How predictions become one. Raises ConfigError for a method that is only for probabilities.
+    """Combines predictions. Raises ConfigError for numbers with a method that is only for probabilities.
 
     Attributes:
-        name, metric: what `hill_climbing` improves in at most so many `steps`.
+        name, metric: the metric that `hill_climbing` improves in at most `steps` additions.
     """
 
     method: Method
@@ -39,7 +39,7 @@ class Blender:
             )
 
     def weights(self, values: np.ndarray, references: np.ndarray) -> Weights:
-        """The members' weights, which sum to 1; equal ones but for hill_climbing and convex."""
+        """The members' weights, which sum to 1; equal except for hill_climbing and convex."""
         if self.method not in FITTED or len(values) == 1:
             return np.full(len(values), 1 / len(values))
         if self.method is Method.convex:
@@ -48,7 +48,7 @@ class Blender:
         return hill_climb(values, lambda mixed: sign * self.metric(references, mixed), self.steps)
 
     def out_of_fold(self, values: np.ndarray, references: np.ndarray, parts: Sequence[int]) -> np.ndarray:
-        """(rows, classes): each part of the rows is blended with weights chosen on the other parts."""
+        """(rows, classes) blends, in which each part of the rows has weights chosen on the other parts."""
         if self.method not in FITTED:
             return combine(values, self.weights(values, references), self.method, self.problem)
         part_of_row = np.asarray(parts)

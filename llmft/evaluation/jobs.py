@@ -1,4 +1,4 @@
-"""Prediction jobs: which rows a run predicts and where the answers go. Needs no weights."""
+"""Prediction jobs: the rows that a run predicts and the directory of its predictions. Needs no weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PROMPT = "prompt"
 
 @dataclass
 class PredictionJob:
-    """The rows that one run predicts, and where the predictions go.
+    """The rows that one run predicts, and the directory of its predictions.
 
     Attributes:
         digest: of the files' content.
@@ -63,12 +63,12 @@ class PredictionJob:
 
     @property
     def baseline(self) -> bool:
-        """Whether the run is a baseline without a language model."""
+        """Whether the run is a baseline, not a language model."""
         return self.config.model.architecture == "tfidf"
 
     @property
     def labels(self) -> list[str]:
-        """The classes; none for text, and of a reward model the score alone."""
+        """The classes; none for text, and only "score" for a reward model."""
         if self.config.task.scores_answers:
             return ["score"]
         return self.target_model.labels if self.target_model is not None else []
@@ -80,7 +80,7 @@ class PredictionJob:
         return self.target_model.problem if self.target_model is not None else TEXT
 
     def predictions(self, values: np.ndarray, columns: dict[str, list[Any]]) -> Predictions:
-        """`values` and further `columns` of the rows, with their ids, known targets, and where all comes from."""
+        """The Predictions of `values` and further `columns`, with the rows' ids, known targets and sources."""
         rows = self.conversations
         known: dict[str, list[Any]] = {"where": [row.where for row in rows]}
         if any(row.group is not None for row in rows):
@@ -110,7 +110,7 @@ class PredictionJob:
         return [message["content"] if message["role"] == "assistant" else None for message in last]
 
     def finished(self) -> Predictions | None:
-        """The existing predictions of the same weights and rows; None where there are none."""
+        """The existing predictions of the same weights and rows; None if there are none."""
         try:
             predictions = Predictions.load(self.directory)
         except DataError:
@@ -118,12 +118,12 @@ class PredictionJob:
         return predictions if predictions.facts.get("plan") == self.plan else None
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """Locks the directory. Raises ConfigError where another process holds it."""
+        """Locks the directory. Raises ConfigError where another process has locked it."""
         busy = ConfigError(f"{self.directory}: another process is predicting these rows; wait for it.")
         return exclusive_lock(self.directory / ".lock", busy)
 
     def open_parts(self, size: str) -> Path:
-        """The folder of finished parts; emptied where they belong to other weights, rows or sizes."""
+        """The folder of finished parts; emptied first where they belong to other weights, rows or sizes."""
         folder = self.directory / "parts"
         plan = canonical([self.plan, size])
         with contextlib.suppress(OSError):
@@ -141,9 +141,9 @@ class PredictionJob:
 def compute_parts(
     folder: Path, parts: Sequence[T], compute: Callable[[T], dict[str, list[Any]]], screen: Screen
 ) -> dict[str, list[Any]]:
-    """The columns of all parts in their order; those that are in `folder` are read, the others computed and written.
+    """The columns of all parts in their order: reads those in `folder`, computes and writes the others.
 
-    So a kill costs only the part that was being computed.
+    So a kill loses only the part being computed.
     """
     paths = [folder / f"part-{number:06d}.parquet" for number in range(len(parts))]
     if num_done := sum(path.is_file() for path in paths):
@@ -155,13 +155,13 @@ def compute_parts(
 
 
 def concatenated(tables: Sequence[dict[str, list[Any]]]) -> dict[str, list[Any]]:
-    """Tables of the same columns, one below the other."""
+    """One table of the rows of all `tables`, which have the same columns."""
     return {name: [value for table in tables for value in table[name]] for name in tables[0]}
 
 
 @dataclass
 class EnsembleJob:
-    """The jobs of the members of joined folds or a blend, and how their predictions are combined."""
+    """The jobs of the members of joined folds or a blend, and the recipe that combines their predictions."""
 
     directory: Path
     recipe: EnsembleRecipe
@@ -199,7 +199,7 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
     names = trained.data.csv_columns if config.data.csv_columns is None else config.data.csv_columns
     data = replace(trained.data, csv_columns=names)
     if config.prompts is not None and trained.task.scores_answers:
-        raise ConfigError("prompts: this run scores answers; give rows with them in data.files.")
+        raise ConfigError("prompts: this run scores answers; give rows with answers in data.files.")
     if config.prompts is not None:
         rows, files, digest, name = _from_prompts(config.prompts)
         data = replace(data, columns=Columns(prompt=PROMPT), group=None)
@@ -260,7 +260,7 @@ def _prompt_column(columns: Columns, first: Row, notes: list[str]) -> Columns:
         return columns
     candidates = [name for name in first.values if name not in ("id", columns.id)]
     if PROMPT not in candidates and len(candidates) != 1:
-        return columns  # the missing column is reported later
+        return columns  # ColumnMap reports the missing column
     column = PROMPT if PROMPT in candidates else candidates[0]
     notes.append(f"data.files: the column '{column}' is used as the whole prompt ({trained_prompt!r} in the training).")
     return Columns(prompt=column, id=columns.id)

@@ -1,4 +1,4 @@
-"""What is made of judged samples: rows to train on, and what the samples are like."""
+"""Rows to train on from judged samples, and a report on the samples."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from llmft.metrics.rewards import expected_best
 
 
 def prompt_messages(row: Conversation) -> list[Any]:
-    """The messages that are answered."""
+    """The row's messages without its answer."""
     return row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages
 
 
 def asked_messages(row: Conversation, config: SampleConfig) -> list[Any]:
-    """The messages that are answered, without a system prompt of the command."""
+    """The row's messages without its answer and without the command's system prompt."""
     return [m for m in prompt_messages(row) if config.system is None or m["role"] != "system"]
 
 
 def training_rows(
     rows: Sequence[Conversation], texts: Sequence[str], reward: Sequence[float] | None, config: SampleConfig
 ) -> dict[str, list[dict[str, Any]]]:
-    """By file the rows that a training reads: best, random (the matched control), pairs, and all where asked.
+    """Training rows by file: best, random (the matched control), pairs, and all where configured.
 
-    Without a judge there are all alone. Of answers that are judged equal the first is the best. An empty answer is
-    nothing to learn. A prompt whose answers are all judged equal, or whose best and worst answer say the same, has no
-    pair. A system prompt of the command is left out: the answers are learned without it.
+    Without a judge there is only all. Ties go to the first answer. Empty answers are skipped. A prompt whose answers
+    all have the same reward, or whose best and worst answer have the same text, has no pair. A system prompt of the
+    command is left out: the answers are learned without it.
     """
     names = [] if reward is None else ["best.jsonl", "random.jsonl", "pairs.jsonl"]
     if reward is None or config.keep is KeepSamples.all:
@@ -68,7 +68,7 @@ def _rows_of_prompt(
 
 
 def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
-    """What the samples are like: expected best of n, picks per temperature, duplicates, unfinished, length."""
+    """Statistics of the samples: expected best of n, picks per temperature, duplicates, unfinished ones, length."""
     count = len(table["id"])
     prompts = [slice(start, start + each) for start in range(0, count, each)]
     report: dict[str, Any] = {
@@ -83,7 +83,7 @@ def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
     if reward is None:
         return report
     report["expected_best"] = np.mean([expected_best(reward[prompt]) for prompt in prompts], axis=0).tolist()
-    # How far the best of n may move from the policy: an upper bound (arXiv:2009.01325).
+    # An upper bound of the divergence of the best of n from the policy (arXiv:2009.01325).
     report["best_of_n_nats"] = math.log(each) - (each - 1) / each
     report["judge_against_length"] = _within(prompts, reward, table["tokens"])
     names = [name for name in table if name.startswith("score_")]
@@ -95,7 +95,7 @@ def make_report(table: dict[str, list[Any]], each: int) -> dict[str, Any]:
 
 
 def _by_temperature(table: dict[str, list[Any]], prompts: Sequence[slice]) -> dict[str, dict[str, float]]:
-    """Of each temperature its samples, their mean reward, and its share of the best; equal ones share a pick."""
+    """By temperature its samples, their mean reward, and its share of the best ones; ties share a pick."""
     reward: list[float] = table.get("reward", [])
     picks: list[float] = []
     for prompt in prompts if reward else ():
@@ -113,7 +113,7 @@ def _by_temperature(table: dict[str, list[Any]], prompts: Sequence[slice]) -> di
 
 
 def _within(prompts: Sequence[slice], first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The correlation of two numbers of the answers within prompts; None where one of them does not vary."""
+    """The correlation of two columns within prompts; None where one of them does not vary."""
     centred = [
         np.concatenate([np.asarray(values[prompt], np.float64) - np.mean(values[prompt]) for prompt in prompts])
         for values in (first, second)

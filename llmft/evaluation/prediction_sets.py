@@ -1,4 +1,4 @@
-"""Predictions of runs, joined folds and blends as members of an ensemble. Members that do not fit are refused."""
+"""Predictions of runs, joined folds and blends as members of an ensemble; refuses members that do not match."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from llmft.runs.directory import slug
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, names_in
 
 MOST_RECORD_BYTES = 2**24
-"""Largest folds.json or blend.json."""
+"""Most bytes of a folds.json or blend.json."""
 ROW_COLUMNS = ("where", "group", "fold", "prompt")
-"""Columns that say something of the row, and not of its prediction."""
+"""Columns that describe the row, not its prediction."""
 
 
 @dataclass
 class PredictionSet:
-    """A directory, and one of its predictions."""
+    """A directory and one of its sets of predictions."""
 
     directory: Path
     predictions: Predictions
@@ -41,7 +41,7 @@ class PredictionSet:
 
 
 def open_prediction_sets(directories: Sequence[Path], name: str) -> list[PredictionSet]:
-    """The predictions called `name` of each directory, with the rows in the order of the first.
+    """The predictions `name` of each directory, with rows in the order of the first.
 
     Raises DataError naming the directory whose task, classes, rows or targets differ from the first.
     """
@@ -77,7 +77,7 @@ def _shortened(labels: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class EnsembleRecipe:
-    """The members of joined folds or a blend, and how their predictions are combined."""
+    """The members of joined folds or a blend, and the method that combines their predictions."""
 
     members: list[Path]
     weights: list[float]
@@ -110,7 +110,7 @@ class EnsembleRecipe:
 
 
 def _member(directory: Path, name: Path) -> Path:
-    """A member's directory: the recorded one, or the same name below the same root."""
+    """A member's directory: the recorded one, or the one of the same name under the ensemble's root."""
     for path in (name, directory.parent.parent / name.parent.name / name.name):
         if path.is_dir():
             return path
@@ -131,7 +131,7 @@ def stack(members: Sequence[PredictionSet]) -> np.ndarray:
 
 
 def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list[Any]) -> Predictions:
-    """Predictions of the members' rows with new values, and the sources of all members."""
+    """Predictions of the members' rows with new values and the sources of all members."""
     first, all_facts = members[0].predictions, [member.predictions.facts for member in members]
     known = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in candidates if target is not None), None) for candidates in known]

@@ -25,24 +25,23 @@ from llmft.evaluation.jobs import PredictionJob, compute_parts, concatenated
 from llmft.model import families
 from llmft.model.assemble import Assembled, assemble
 from llmft.model.device import mixed_precision, pick_device, pick_precision
-from llmft.model.generate import generate
+from llmft.model.generate import decoder, generate
 from llmft.model.load import model_config
 from llmft.model.tokenizer import load_tokenizer
 from llmft.runs.directory import ForeignRun
 from llmft.training.objectives.language_modeling import LanguageModeling
-from llmft.training.samples import decoder
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import with_options
 
 BATCHES_PER_PART = 4
-"""Batches in a part, which is what a kill costs at most."""
+"""Batches in a part, the most that a kill loses."""
 
 
 class Predictor:
-    """A run's model and tokenizer. The base stays in the process for the next run with the same base."""
+    """A run's model and tokenizer. The base stays in memory for the next run with the same base."""
 
     def __init__(self, job: PredictionJob, options: PredictConfig, loaded: Assembled | None = None) -> None:
-        """Loads the run's model, unless another run with the same base has `loaded` it."""
+        """Loads the run's model, unless it is given as `loaded`."""
         self.job, self.config, self.options = job, job.config, options
         self.device = pick_device(options.accelerator)
         self.precision = pick_precision(self.config.trainer.precision, self.device)
@@ -54,10 +53,10 @@ class Predictor:
         self.tokenizer = load_tokenizer(self.config.model, Located(trained, "") if has_tokenizer else self.located)
         prompt = prompt_format(with_options(self.config.prompt, job.target_model), self.tokenizer)
         data = self.config.data
-        # Every row is predicted: one that training would have dropped is cut.
+        # Every row is predicted: rows that training would drop are cut.
         self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
-        # Answers are never cut: those that are scored may be as long as the model can read.
+        # Answers are never cut: scored ones may be as long as the model can read.
         most = 2**31 - 1 if self.config.task.scores_answers else data.max_tokens
         data = replace(
             data,
@@ -100,7 +99,7 @@ class Predictor:
         self.model = None
 
     def encode(self, conversations: Sequence[Conversation]) -> list[Example]:
-        """Every row as an example, cut where it is too long; for generation its prompt."""
+        """Every row as an example, cut where it is too long; for generation only its prompt."""
         if self.config.task.writes:
             prompts = [self.encoder.prompt_ids(row) for row in conversations]
             return [Example(ids, [IGNORE] * len(ids), row) for ids, row in zip(prompts, conversations, strict=True)]
@@ -129,11 +128,11 @@ class Predictor:
             return {"values": [row[:1] for row in scores], "scores": scores}
 
     def autocast(self) -> torch.autocast:
-        """Computes in the precision of the run's validation."""
+        """The autocast of the run's validation precision."""
         return mixed_precision(self.device, self.precision)
 
     def _generate(self, examples: Sequence[Example]) -> dict[str, list[Any]]:
-        """Text, its log-probability in nats, and its number of tokens, without the end token."""
+        """Columns of generated text, its log-probability in nats, and its tokens, both without the end token."""
         outputs = generate(
             self.model,
             [list(example.input_ids) for example in examples],
@@ -152,7 +151,7 @@ class Predictor:
 
     @torch.no_grad()
     def logprobs(self, examples: Sequence[Example], outputs: Sequence[list[int]]) -> list[float]:
-        """Nats of each output's tokens behind its example's prompt; 0 for an output without any."""
+        """Log-probability in nats of each output's tokens after its example's prompt; 0 for an empty output."""
         logprobs = [0.0] * len(outputs)
         if written := [index for index, output in enumerate(outputs) if output]:
             rows = []

@@ -1,4 +1,4 @@
-"""Predictions, joined by row id with the true targets of another file."""
+"""Predictions joined by row id with the true targets of another file."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from llmft.runs.predictions import FOLDER, PREFIX, TEXT, Predictions, from_table
 
 
 def open_predictions(path_or_glob: str) -> tuple[Predictions, Path]:
-    """The predictions of a directory or of any file, and the path of their evaluation.
+    """The predictions of a directory or file, and the path of their evaluation.
 
-    Raises ConfigError or DataError where there are none.
+    Raises ConfigError or DataError where there are no predictions.
     """
     path = Path(path_or_glob).expanduser()
     if glob.has_magic(str(path)) and not path.exists():
@@ -74,7 +74,7 @@ def _from_rows(rows: list[Row], source: str) -> Predictions:
 
 
 def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[Predictions, dict[str, list[Any]]]:
-    """The predictions with their true targets, and the columns to slice by.
+    """`predictions` with their true targets, and the columns to slice by.
 
     Raises ConfigError for columns that do not exist, DataError for rows with no reference or several.
     """
@@ -133,7 +133,7 @@ def _target(row: Row, column: str, problem: str) -> Any:
         with contextlib.suppress(TypeError, ValueError):
             if np.isfinite(number := float(value)):
                 return number
-        raise DataError(f"{row.where}: '{column}' holds '{value}', a number was expected.")
+        raise DataError(f"{row.where}: '{column}' is '{value}', a number was expected.")
     if problem == TaskType.multi_label:
         names = value if isinstance(value, (list, tuple)) else str(value).replace("|", ",").split(",")
         return "|".join(str(name).strip() for name in names if str(name).strip())

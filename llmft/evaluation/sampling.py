@@ -1,7 +1,7 @@
 """run + prompts -> several answers each, judged: `python -m llmft.sample`.
 
-What an answer says is a function of the command's seed, its prompt's id and its number. Prompts are answered part by
-part, and a part that is there is not written again, so the same command goes on after a kill to the same files.
+An answer is a function of the command's seed, its prompt's id and its number. Prompts are answered in parts, and a
+finished part is not computed again, so the same command continues after a kill with the same files.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from llmft.evaluation.jobs import PredictionJob, compute_parts, plan_predictions
 from llmft.evaluation.picked import asked_messages, make_report, prompt_messages, training_rows
 from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
+from llmft.model.generate import decoder
 from llmft.model.sampling import Draw, sample
 from llmft.runs.directory import Run, directories, finished_run, slug
 from llmft.runs.predictions import read_table, write_table
-from llmft.training.samples import decoder
 
 FOLDER = "samples"
 PROMPTS_PER_PART = 16
-"""What a kill costs at most."""
+"""The most that a kill loses."""
 
 
 @dataclass
 class SampleJob:
-    """A run's prompts, how they are answered, and by whom the answers are judged."""
+    """A run's prompts, the settings of the answers, and their judges."""
 
     prompts: PredictionJob
     config: SampleConfig
@@ -47,7 +47,7 @@ class SampleJob:
 
     @property
     def temperatures(self) -> list[float]:
-        """Of each of a prompt's samples."""
+        """The temperature of each of a prompt's samples."""
         turns = self.config.samples // len(self.config.temperatures)
         return [float(t) for t in self.config.temperatures for _ in range(turns)]
 
@@ -78,20 +78,20 @@ def run_samples(job: SampleJob, screen: Screen) -> dict[str, Any]:
 
 
 def _scores_file(folder: Path, judge: Judge) -> Path:
-    """What a reward run said of every answer; beside the parts, so that a kill costs no more than this."""
+    """The file of a reward run's scores of all answers, stored with the parts, so that a kill does not lose them."""
     return folder / f"judge-{slug(judge.name)}.parquet"
 
 
 def _scored(
     judges: Sequence[Judge], job: SampleJob, columns: dict[str, list[Any]], writer: _Writer, screen: Screen
 ) -> Iterator[tuple[Judge, list[float]]]:
-    """What reward runs say of every answer: first those of the writer's base, then the others, which follow it."""
+    """Yields each reward run with its scores of all answers. Judges that share the policy's base run first."""
     from llmft.training.reward_model import load_judges, shares_base
 
     if not judges:
         return
     config, host = job.config, writer.host()
-    # Rows without a system prompt that only the answers were written under.
+    # Rows without the command's system prompt, which only the answers were written under.
     rows = [replace(row, messages=asked_messages(row, config)) for row in job.prompts.conversations]
     prompts = [rows[row] for row in columns["row"]]
     for judge in sorted(judges, key=lambda judge: not shares_base(judge.path, host)):
@@ -103,7 +103,7 @@ def _scored(
 
 
 class _Writer:
-    """The run's model, which answers; loaded where a sample or a judge is missing."""
+    """The run's model, loaded where answers or scores are missing."""
 
     def __init__(self, job: SampleJob) -> None:
         self.job = job
@@ -119,18 +119,18 @@ class _Writer:
         return self.predictor.encode(self.job.prompts.conversations)
 
     def host(self) -> Any:
-        """The model as judges may share it."""
+        """The model as a host of judges; None where they cannot share its base."""
         from llmft.training.reward_model import host_of
 
         return host_of(self.predictor.model, self.predictor.config, self.predictor.located.fingerprint)
 
     def close(self) -> None:
-        """Gives the base back."""
+        """Releases the base."""
         if "predictor" in vars(self):
             self.predictor.close()
 
     def part(self, rows: range) -> dict[str, list[Any]]:
-        """The samples of some prompts as columns."""
+        """The samples of the prompts `rows` as columns."""
         predictor, config, temperatures = self.predictor, self.job.config, self.job.temperatures
         ends, examples = predictor.encoder.ends, [self.examples[row] for row in rows]
         decode = decoder(predictor.tokenizer, [*predictor.config.prompt.stop, ends.text])
@@ -177,7 +177,7 @@ def _prompt_text(row: Conversation) -> str:
 def _write_all(
     job: SampleJob, columns: dict[str, list[Any]], scores: dict[str, list[float]], reward: list[float] | None
 ) -> dict[str, Any]:
-    """samples.parquet, the rows to train on, and last report.json, which says that all is there."""
+    """Writes samples.parquet, the rows to train on, and last report.json, which marks the samples as complete."""
     rows, directory = job.prompts.conversations, job.prompts.directory
     table: dict[str, list[Any]] = {
         "id": [rows[row].id for row in columns["row"]],
@@ -202,11 +202,11 @@ def _write_all(
 # ----------------------------------------------------------------------------------------------------------- planning
 
 
-def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> SampleJob:
-    """The job of a command; needs no weights. Raises ConfigError or DataError for what cannot be answered."""
+def plan_samples(config: SampleConfig, warn: Callable[[str], None]) -> SampleJob:
+    """The job of a command; needs no weights. Raises ConfigError or DataError for unusable runs, judges or rows."""
     named = directories(config.run, "run")
     if len(named) != 1:
-        raise ConfigError(f"run={config.run}: one run answers; name its directory.")
+        raise ConfigError(f"run={config.run}: one run is needed; name its directory.")
     run, trained = finished_run(named[0])
     if not trained.task.writes:
         raise ConfigError(f"run={named[0]}: this run was not trained to write text (task={trained.task.name}).")
@@ -231,7 +231,7 @@ def plan_samples(config: SampleConfig, warn: Callable[[str], None] = print) -> S
 
 
 def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> PredictionJob:
-    """The run's prompts: those of files or of the command line, else the run's own rows of config.split."""
+    """The prompts: from files or the command line, else the run's own rows of config.split."""
     if config.data.files is not None or config.prompts is not None:
         predict_config = PredictConfig(run=config.run, prompts=config.prompts, data=config.data)
         planned = plan_predictions(run.directory, predict_config)
@@ -249,7 +249,7 @@ def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> Prediction
 
 
 def _identity(judge: Judge) -> list[Any]:
-    """What of a judge its scores depend on."""
+    """All that a judge's scores depend on."""
     if not judge.is_run:
         return [judge.name, judge.path, dict(judge.options)]
     run, trained = finished_run(Path(judge.path).expanduser())

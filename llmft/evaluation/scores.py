@@ -27,7 +27,7 @@ MAX_SLICES = 100
 def metrics_for(
     predictions: Predictions, paths: Sequence[str], options: dict[str, Any] | None = None
 ) -> dict[str, Metric]:
-    """The named metrics, or the default ones for these predictions."""
+    """The named metrics, or the defaults for these predictions."""
     return metric_functions(list(paths) or DEFAULTS[predictions.problem], options)
 
 
@@ -50,7 +50,7 @@ def bootstrap(
 ) -> dict[str, tuple[float, float]]:
     """Percentile intervals (Efron 1979) from `resamples` draws of the rows with replacement.
 
-    Rows with groups are drawn as whole groups, since the answers to one question are not independent.
+    Rows with groups are drawn by group, since the answers to one question are not independent.
     """
     references, values = references_and_predictions(predictions)
     text = predictions.problem == TEXT
@@ -96,7 +96,7 @@ def per_class(predictions: Predictions) -> dict[str, dict[str, float]]:
 def per_slice(
     predictions: Predictions, columns: dict[str, list[Any]], metrics: dict[str, Metric]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Rows and metrics for each value of each column. Raises ConfigError for a column of too many values."""
+    """Rows and metrics for each value of each column. Raises ConfigError for a column with too many values."""
     slices: dict[str, dict[str, dict[str, float]]] = {}
     for name, values in columns.items():
         texts = [str(value) for value in values]

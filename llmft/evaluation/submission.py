@@ -24,7 +24,7 @@ from llmft.runs.predictions import FOLDER, TEXT, Predictions, csv_text
 
 @dataclass
 class Template:
-    """A sample submission: its header, whose first column holds the row ids, the ids, and the cells beside them."""
+    """A sample submission: its header, the row ids in its first column, and the cells of its second."""
 
     path: Path
     columns: list[str]
@@ -60,9 +60,9 @@ def read_template(path: Path) -> Template:
 def write_fitting(
     predictions: Mapping[str, Predictions], template: Template, column_of: dict[str, str], member: Path, screen: Screen
 ) -> Path:
-    """Writes a submission from those predictions of the directory `member` that have `template`'s rows.
+    """Writes a submission from the predictions of the directory `member` whose rows are those of `template`.
 
-    Raises DataError where none has them.
+    Raises DataError where there are none.
     """
     template_ids = set(template.ids)
     names = [name for name, entry in predictions.items() if set(entry.ids) == template_ids]
@@ -85,7 +85,7 @@ def write_fitting(
 def write_submission(
     predictions: Predictions, template: Template, column_of: dict[str, str], path: Path, screen: Screen
 ) -> Path:
-    """Writes `predictions` in the form of `template`, and prints where and how.
+    """Writes `predictions` in the format of `template`, and prints the path and the columns.
 
     Raises DataError for missing or extra rows and for predictions that are not finite, ConfigError for a column that
     cannot be filled.
@@ -143,9 +143,9 @@ def _columns(predictions: Predictions, template: Template, column_of: dict[str, 
 
 
 def _one_column(predictions: Predictions, template: Template) -> tuple[list[list[object]], str]:
-    """The values of a single column whose name is not a class: the sample's cells show what belongs there.
+    """The values of a single column that is not named after a class, chosen by the sample's cells.
 
-    That is a text or number, the likeliest class, a list of the likeliest classes, or the probability of a yes.
+    They are texts or numbers, the likeliest class, a list of the likeliest classes, or the probability of "yes".
     """
     column, labels = template.columns[1], predictions.labels
     if predictions.problem in (TEXT, TaskType.regression):
@@ -159,7 +159,7 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
     if predictions.problem == TaskType.multi_label:
         mark = separator or "|"
         chosen = [[label for label, p in zip(labels, row, strict=True) if p >= 0.5] for row in predictions.values]
-        description = f"{column}: the classes with a probability of at least one half, with '{mark}' between"
+        description = f"{column}: the classes with a probability of at least one half, separated by '{mark}'"
         return [[mark.join(labels_of_row) for labels_of_row in chosen]], description
     if separator is not None:
         num_classes = max(len(_split_cell(cell, separator)) for cell in not_a_class)
@@ -167,10 +167,10 @@ def _one_column(predictions: Predictions, template: Template) -> tuple[list[list
         ranked: list[object] = [separator.join(labels[index] for index in row) for row in order]
         return [ranked], f"{column}: the {num_classes} likeliest classes, best first"
     if not_a_class and all(map(_is_number, not_a_class)):
-        # Probabilities, or classes under other names: that is not guessed, except for two classes that mean yes and no.
+        # Probabilities, or classes under other names: not guessed, except for two classes that mean yes and no.
         if [label.lower() for label in labels] not in (["0", "1"], ["false", "true"], ["no", "yes"]):
             raise ConfigError(
-                f"template={template.path}: the column {column} holds numbers such as {not_a_class[0]}, and the "
+                f"template={template.path}: the column {column} has numbers such as {not_a_class[0]}, and the "
                 f"classes are {', '.join(labels[:20])}; name the class of these probabilities: columns.CLASS={column}."
             )
         return [predictions.values[:, 1].tolist()], f"{column}: the probability of the class {labels[1]}"

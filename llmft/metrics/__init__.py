@@ -23,9 +23,9 @@ def lower_is_better(metric: Metric) -> Metric:
 
 
 def mean_over_rows(rows: Callable[..., Any]) -> Callable[..., float]:
-    """Makes a metric of a function that gives each row's score: their mean, without rows that have none (NaN).
+    """Makes a metric from a function that gives each row's score: their mean, without rows that have none (NaN).
 
-    The scores are kept with a validation, so that a verdict knows how much the metric owes to the choice of rows.
+    Validations store the scores, so that verdicts know the metric's noise over rows.
     """
 
     @functools.wraps(rows)
@@ -38,14 +38,14 @@ def mean_over_rows(rows: Callable[..., Any]) -> Callable[..., float]:
 
 
 def score(metric: Callable[..., float], references: Any, predictions: Any) -> tuple[float, list[float] | None]:
-    """(value, each row's score) of a metric; None for one that is no mean over rows, such as an area under a curve."""
+    """(value, each row's score) of a metric; None for the scores of one that is no mean over rows, such as an AUC."""
     options: dict[str, Any] = {}
-    whole = metric
+    original = metric
     while isinstance(metric, functools.partial):
         options, metric = {**metric.keywords, **options}, metric.func
     rows = getattr(metric, "row_scores", None)
     if rows is None:
-        return whole(references, predictions), None
+        return original(references, predictions), None
     scores = [float(value) for value in rows(references, predictions, **options)]
     return _mean(scores), scores
 

@@ -13,7 +13,7 @@ from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
 @lower_is_better
 def logloss(targets: Any, probabilities: Any) -> float:
     """Mean negative log-likelihood in nats; as on Kaggle, clipped to [1e-15, 1 - 1e-15], then normalised."""
-    # By hand, since scikit-learn's checks take fifty times as long in hill climbing and the bootstrap.
+    # Without scikit-learn, whose checks take fifty times as long in hill climbing and the bootstrap.
     clipped = np.clip(np.asarray(probabilities, dtype=np.float64), 1e-15, 1 - 1e-15)
     clipped /= clipped.sum(axis=1, keepdims=True)
     return float(-np.log(clipped[np.arange(len(clipped)), np.asarray(targets)]).mean())
@@ -38,7 +38,7 @@ def macro_f1(targets: Any, probabilities: Any) -> float:
 def auc(targets: Any, probabilities: Any) -> float:
     """Area under the ROC curve, one class against the rest, mean over the classes that some but not all rows have.
 
-    NaN where there is no such class.
+    NaN without such a class.
     """
     probabilities = np.asarray(probabilities)
     areas = areas_under_roc(np.asarray(targets)[:, None] == np.arange(probabilities.shape[1]), probabilities)
@@ -46,10 +46,10 @@ def auc(targets: Any, probabilities: Any) -> float:
 
 
 def areas_under_roc(truth: np.ndarray, scores: np.ndarray) -> list[float]:
-    """Shares of (positive, negative) pairs that `scores` rank correctly, ties count half, by class that has both.
+    """For each class with positives and negatives the share of their pairs in the right order; ties count half.
 
-    Of (rows, classes) bool and float. By ranks (Mann-Whitney), ten times as fast as from the curve, which matters in
-    the bootstrap.
+    `truth` and `scores`: (rows, classes) bool and float. From ranks (Mann-Whitney), ten times as fast as from the
+    curve, which matters in the bootstrap.
     """
     from scipy.stats import rankdata
 

@@ -1,4 +1,4 @@
-"""Who judges answers: functions by their dotted path and reward runs, by name, and how their scores become one."""
+"""Judges of answers, functions by dotted path and reward runs, and the combination of their scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Judge:
         return not _is_dotted(self.path)
 
     def scores(self, prompts: Sequence[str], references: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """A finite number for each row, of a judge that is a function. Raises ConfigError for anything else."""
+        """A finite number for each row, by a judge that is a function. Raises ConfigError for other results."""
         function = find(self.path, f"judge.{self.name}", "reward")
         takes = inspect.signature(function).parameters
         texts = {"prompts": list(prompts), "references": list(references), "answers": list(answers)}
@@ -48,7 +48,9 @@ class Judge:
         except (TypeError, ValueError) as error:
             raise ConfigError(f"judge.{self.name}={self.path}: {error}.") from None
         if len(scores) != len(answers) or not np.isfinite(scores).all():
-            raise ConfigError(f"judge.{self.name}={self.path}: {len(answers)} rows want a finite number each.")
+            raise ConfigError(
+                f"judge.{self.name}={self.path}: a finite number for each of {len(answers)} rows was expected."
+            )
         return scores
 
 
@@ -57,10 +59,10 @@ def _is_dotted(path: str) -> bool:
 
 
 def judges_of(value: Any, key: str = "judge") -> list[Judge]:
-    """The judges that a config names: a path, a list of them, or a dictionary that calls them by names.
+    """The judges that a config names: a path, a list of paths, or a dictionary of paths by name.
 
-    A path may be a dictionary itself, {function: PATH, option: value}. In a list a function is called by its own name,
-    a run judge1, judge2, ….
+    A path may also be a dictionary, {function: PATH, option: value}. In a list a function has its own name, a run
+    judge1, judge2, ….
 
     Raises ConfigError for functions, options or directories that cannot be used.
     """
@@ -87,16 +89,16 @@ def _checked(judge: Judge, key: str) -> Judge:
         check_arguments(find(judge.path, f"{key}.{judge.name}", "reward"), judge.path, dict(judge.options), key)
         wrong = next((name for name in judge.options if name in TEXTS), None)
         if wrong is not None:
-            raise ConfigError(f"{key}.{judge.name}.{wrong}: given by the rows; leave it out.")
+            raise ConfigError(f"{key}.{judge.name}.{wrong}: comes from the rows; leave it out.")
     elif not Path(judge.path).expanduser().is_dir():
-        raise ConfigError(f"{key}.{judge.name}={judge.path}: no directory of a reward run, and no dotted path.")
+        raise ConfigError(f"{key}.{judge.name}={judge.path}: neither the directory of a reward run nor a dotted path.")
     elif judge.options:
         raise ConfigError(f"{key}.{judge.name}: a reward run takes no {next(iter(judge.options))}.")
     return judge
 
 
 def check_combination(combine: str | None, judges: Sequence[Judge], key: str = "combine") -> None:
-    """Raises ConfigError where `combine` cannot be computed of these judges, or says nothing about several."""
+    """Raises ConfigError where `combine` cannot be computed from these judges, or is missing for several."""
     if judges:
         combine_scores(combine, judges, {judge.name: [0.25, 0.75] for judge in judges}, key)
 
@@ -104,16 +106,16 @@ def check_combination(combine: str | None, judges: Sequence[Judge], key: str = "
 def combine_scores(
     combine: str | None, judges: Sequence[Judge], scores: Mapping[str, Sequence[float]], key: str = "combine"
 ) -> np.ndarray:
-    """(rows,) what all judges say together.
+    """(rows,) the combined score of all judges.
 
     `combine` is an expression of their names, see `llmft.metrics.rewards.combined`, or the dotted path of a function
-    that takes them by name, or in their order where it knows none of the names. To a function that is marked so with
-    `takes_probabilities`, the score of a reward run goes through a sigmoid.
+    that takes them by name, or by position where it has none of the names. A function with the attribute
+    `takes_probabilities` gets the sigmoid of a reward run's score.
     """
     if combine is None:
         if len(scores) > 1:
             raise ConfigError(
-                f'{key}: {len(scores)} judges; say how they are combined, as {key}="{" + ".join(scores)}".'
+                f'{key}: {len(scores)} judges; set how they are combined, such as {key}="{" + ".join(scores)}".'
             )
         return np.asarray(next(iter(scores.values())), np.float64)
     if not _is_dotted(combine):
@@ -127,8 +129,8 @@ def combine_scores(
     }
     known = [name for name in values if name in takes]
     if known and len(known) < len(values):
-        strange = next(name for name in values if name not in takes)
-        raise ConfigError(f"{key}={combine}: takes no judge called {strange}{did_you_mean(strange, list(takes))}")
+        unknown = next(name for name in values if name not in takes)
+        raise ConfigError(f"{key}={combine}: takes no judge called {unknown}{did_you_mean(unknown, list(takes))}")
     try:
         return np.asarray(function(**values) if known else function(*values.values()), np.float64)
     except (TypeError, ValueError) as error:

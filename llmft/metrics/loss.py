@@ -16,5 +16,5 @@ def loss_nats(losses: Sequence[float], counts: Sequence[float]) -> float:
 
 @lower_is_better
 def perplexity(loss: float) -> float:
-    """exp of a loss in nats per token, with the loss bounded by 700 so that it stays finite."""
+    """exp of a loss in nats per token, with the loss limited to 700 so that it stays finite."""
     return math.exp(min(loss, 700.0))

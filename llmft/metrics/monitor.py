@@ -1,4 +1,4 @@
-"""The metrics of a validation, and the direction in which each one is better."""
+"""The metrics of a validation, and whether higher or lower is better."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def declared(metric: Any) -> bool | None:
 
 
 def mode_of(metric: Any, name: str, requested: Mode = Mode.auto, *, key: str | None = "trainer.mode") -> Mode:
-    """The direction that `metric` declares, or else the requested one.
+    """The direction that `metric` declares, else the requested one.
 
-    Raises ConfigError where they contradict each other, or where there is none. `key` is the config key of the request.
+    Raises ConfigError where they contradict each other, or where there is none. `key` is the request's config key.
     """
     direction = declared(metric)
     if direction is None and requested is Mode.auto:

@@ -1,4 +1,4 @@
-"""What an objective of compared answers says of each row, as numbers of a split: (degrees, outputs) to a number.
+"""Metrics of compared answers: (degrees, outputs) -> number.
 
 `outputs` is (rows, columns), named by `COLUMNS` for a policy and by `REWARD_COLUMNS` for a reward model.
 """
@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from llmft.metrics import higher_is_better, lower_is_better, mean_over_rows
+from llmft.metrics.intervals import mean_interval
 
 COLUMNS = (
     "ahead", "margin", "chosen_reward", "rejected_reward", "more_tokens", "longer", "chosen_logp", "rejected_logp",
     "drift_nats",
 )  # fmt: skip
-"""Whether the chosen answer is ahead (1, 0, or one half), by how much, both rewards, how many tokens longer it is,
-whether it is longer (1, 0, or one half), both log-probabilities in nats, and how far the policy is from its
-reference."""
+"""Whether the chosen answer is ahead (1, 0, or 0.5), its margin, both rewards, how many tokens longer it is, whether it
+is longer (1, 0, or 0.5), both log-probabilities in nats, and log pi/pi_ref per token of the chosen answer."""
 REWARD_COLUMNS = COLUMNS[:6]
 AHEAD, MARGIN, CHOSEN_REWARD, REJECTED_REWARD, MORE_TOKENS, _, CHOSEN_LOGP, REJECTED_LOGP, DRIFT = range(len(COLUMNS))
 
@@ -32,7 +32,7 @@ def accuracy(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 @higher_is_better
 @mean_over_rows
 def margin(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean of how far the chosen answer is ahead, in rewards."""
+    """Mean of the chosen answer's reward less the rejected one's."""
     return outputs[:, MARGIN]
 
 
@@ -66,12 +66,12 @@ def rejected_logp(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
 
 @mean_over_rows
 def drift_nats(degrees: np.ndarray, outputs: np.ndarray) -> np.ndarray:
-    """Mean log pi/pi_ref per token of the chosen answers: how far the policy went from its reference."""
+    """Mean log pi/pi_ref per token of the chosen answers: the policy's distance from its reference."""
     return outputs[:, DRIFT]
 
 
 def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
-    """Correlation of how far a chosen answer is ahead with how many tokens longer it is; 0 where one never varies."""
+    """Correlation of margins with how many tokens longer the chosen answer is; 0 where one of them never varies."""
     margins, more_tokens = outputs[:, MARGIN], outputs[:, MORE_TOKENS]
     if len(margins) < 2 or margins.std() == 0 or more_tokens.std() == 0:
         return 0.0
@@ -79,7 +79,7 @@ def length_correlation(degrees: np.ndarray, outputs: np.ndarray) -> float:
 
 
 def movement(before: Mapping[str, float | None], after: Mapping[str, float | None]) -> str | None:
-    """What a policy did to the two answers, in words; None where their log-probabilities are not known."""
+    """A sentence on how both answers' probabilities changed; None where their log-probabilities are not known."""
     changes = []
     for name in ("val/chosen_logp", "val/rejected_logp"):
         start, end = before.get(name), after.get(name)
@@ -103,41 +103,37 @@ def movement(before: Mapping[str, float | None], after: Mapping[str, float | Non
 
 
 def against_length(ahead: np.ndarray, longer: np.ndarray) -> dict[str, float]:
-    """The accuracy beside that of "the longer answer wins", and a 95% interval of the difference over rows.
+    """The accuracy, that of the rule "the longer answer wins", and a 95% interval of the difference over rows.
 
     Args:
         ahead, longer: (rows,) the columns of these names.
     """
-    from scipy.stats import t
-
-    gains = ahead - longer
-    spread = gains.std(ddof=1) / np.sqrt(len(gains)) if len(gains) > 1 else np.inf
-    half = float(t.ppf(0.975, max(1, len(gains) - 1)) * spread)
+    low, high = mean_interval(ahead - longer)
     return {
         "accuracy": float(ahead.mean()),
         "longer_wins": float(longer.mean()),
-        "low": float(gains.mean()) - half,
-        "high": float(gains.mean()) + half,
-        "rows": len(gains),
+        "low": low,
+        "high": high,
+        "rows": len(ahead),
     }
 
 
 def beats_length(facts: Mapping[str, float]) -> bool:
-    """Whether `against_length` leaves no doubt that a judge knows more than how long answers are."""
+    """Whether `against_length` found an accuracy above that of the length rule by more than the rows' noise."""
     return facts["low"] > 0
 
 
 def length_sentence(facts: Mapping[str, float]) -> str:
-    """What `against_length` found, in words."""
+    """The result of `against_length` in a sentence."""
     rule = (
         f'accuracy {facts["accuracy"]:.3f} against {facts["longer_wins"]:.3f} of the rule "the longer answer wins" '
         f"(95% interval of the difference {facts['low']:+.3f} to {facts['high']:+.3f}; {facts['rows']:,.0f} rows)"
     )
     if beats_length(facts):
         return f"better than length: {rule}"
-    return f"NOT better than length, so what it learned may be length alone: {rule}"
+    return f"NOT better than length, so it may have learned length alone: {rule}"
 
 
 def degree_names(degrees: Sequence[str]) -> list[str]:
-    """What the accuracy on each degree is called."""
+    """The name of the accuracy on each degree."""
     return [f"accuracy_{'_'.join(name.casefold().split())}" for name in degrees]

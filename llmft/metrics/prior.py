@@ -1,6 +1,6 @@
-"""Chance: the score of a constant prediction, made from the training rows' targets alone.
+"""Chance: the score of a constant prediction that is made from the training rows' targets only.
 
-For classes that is each class's share of the training rows, for numbers the mean. A model that is no better has learned
+For classes it is each class's share of the training rows, for numbers the mean. A model that is no better has learned
 nothing from its rows.
 """
 
@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 
 from llmft.config.task import TaskType
+from llmft.metrics.intervals import mean_interval
 from llmft.runs.predictions import TEXT, Predictions
 
 SMALLEST = 1e-15
 
 
 def prior_of(problem: TaskType, num_labels: int, targets: Sequence[Any]) -> list[float]:
-    """Each class's share of `targets`, or their mean; a class without any target counts as one target."""
+    """Each class's share of `targets`, or their mean; a class without targets counts as having one."""
     if problem is TaskType.single_label:
         counts = Counter(targets)
         rows_per_class = [max(1, counts[label]) for label in range(num_labels)]
@@ -39,12 +40,12 @@ def row_losses(values: np.ndarray, references: np.ndarray, problem: TaskType, sc
 
 
 def is_better(chance: Mapping[str, Any]) -> bool:
-    """Whether predictions are better than the prior by more than the rows' noise, by `against_prior`."""
+    """Whether `against_prior` found predictions better than the prior by more than the rows' noise."""
     return (chance.get("low") or 0.0) > 0
 
 
 def chance_sentence(chance: Mapping[str, Any]) -> str:
-    """What `against_prior` found, in words."""
+    """The result of `against_prior` in a sentence."""
     loss, prior, low, high = (chance[name] for name in ("loss", "prior_loss", "low", "high"))
     source = "the training rows' targets alone" if chance.get("trained", True) else "these rows' own targets"
     if loss is None or prior is None or low is None or high is None:
@@ -59,7 +60,7 @@ def chance_sentence(chance: Mapping[str, Any]) -> str:
 
 
 def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: float = 1.0) -> dict[str, Any] | None:
-    """`predictions` compared with the prior on the same rows, as JSON data; None for texts.
+    """Compares `predictions` with the prior on the same rows; returns JSON data, None for texts.
 
     Args:
         scale: a regression's unit of loss.
@@ -67,7 +68,7 @@ def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: f
     Returns:
         metrics: the prior's value of each metric; None where a constant prediction has none.
         loss, prior_loss: mean row losses.
-        low, high: 95% interval of prior_loss - loss, over whole groups where rows have them; None for too few rows.
+        low, high: 95% interval of prior_loss - loss, over groups where rows have them; None for too few rows.
         rows: their number.
         trained: whether the prior is from the training rows; else it is from these rows and slightly too good.
     """
@@ -78,7 +79,7 @@ def against_prior(predictions: Predictions, metrics: Mapping[str, Any], scale: f
     losses, prior_losses = (
         row_losses(predicted, references, problem, scale) for predicted in (predictions.values, prior_values)
     )
-    low, high = _interval(prior_losses - losses, predictions.columns.get("group"))
+    low, high = mean_interval(prior_losses - losses, predictions.columns.get("group"))
     prior_metrics = {}
     for name, metric in metrics.items():
         try:
@@ -94,7 +95,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
 
 
 def _prior_values(predictions: Predictions, problem: TaskType, references: np.ndarray) -> tuple[np.ndarray, bool]:
-    """((rows, classes) values of each fold's prior, or their mean; whether the training rows' prior is known)."""
+    """((rows, classes) each row's prior, of its fold or their mean; whether the training rows' prior is known)."""
     sources = predictions.facts.get("sources") or []
     priors = [(source.get("fold"), source.get("prior")) for source in sources]
     num_values = predictions.values.shape[1]
@@ -107,15 +108,3 @@ def _prior_values(predictions: Predictions, problem: TaskType, references: np.nd
     mean = np.mean([prior for _, prior in priors], axis=0)
     folds = predictions.columns.get("fold") or [None] * len(references)
     return np.asarray([np.mean(of_fold[fold], axis=0) if fold in of_fold else mean for fold in folds]), True
-
-
-def _interval(gains: np.ndarray, groups: Sequence[Any] | None) -> tuple[float, float]:
-    """95% interval of the mean by Student's t, over groups of rows where there are any."""
-    from scipy.stats import t
-
-    names = np.arange(len(gains)) if groups is None else np.array(list(map(str, groups)))
-    sums = np.bincount(np.unique(names, return_inverse=True)[1], weights=gains - gains.mean())
-    if len(sums) < 2:
-        return math.nan, math.nan
-    half = t.ppf(0.975, len(sums) - 1) * math.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(gains)
-    return float(gains.mean() - half), float(gains.mean() + half)

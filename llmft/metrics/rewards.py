@@ -1,7 +1,7 @@
-"""Rewards: a number for each answer, higher for a better one, and how several are combined.
+"""Rewards: a number for each answer, higher for a better one, and combinations of several.
 
 A reward is a function of any of `prompts`, `references` and `answers` (lists of texts, a row each) that returns a float
-for each row; what else it takes is given beside its dotted path. None of them runs code that a model wrote.
+for each row; the config sets its further arguments. None of them runs code that a model wrote.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 from llmft.metrics import higher_is_better
 
 THRESHOLD = 0.15
-"""Less safe answers are scored by their safety alone (Llama 2, arXiv:2307.09288, section 3.2.3)."""
+"""Less safe answers are scored by their safety only (Llama 2, arXiv:2307.09288, section 3.2.3)."""
 Numbers = Sequence[float] | np.ndarray
 
 
@@ -28,8 +28,7 @@ def llama2(
 ) -> np.ndarray:
     """(rows,) safety where the prompt is adversarial or safety is below `threshold`, else helpfulness.
 
-    Both are probabilities, 0 to 1. An answer at the threshold itself passes. So an unsafe answer gains nothing by being
-    helpful.
+    Both are probabilities, 0 to 1; an answer at the threshold passes. An unsafe answer gains nothing by being helpful.
     """
     safe, help_ = np.asarray(safety, np.float64), np.asarray(helpful, np.float64)
     attacked = np.zeros(safe.shape, bool) if adversarial is None else np.asarray(adversarial, np.float64) > 0
@@ -40,13 +39,13 @@ llama2.takes_probabilities = True  # type: ignore[attr-defined]
 
 
 def logit(probabilities: Numbers) -> np.ndarray:
-    """ln p / (1 - p) of probabilities; those of exactly 0 and 1 are taken as the nearest float between."""
+    """ln(p / (1 - p)) of probabilities; exactly 0 and 1 are replaced by the nearest floats between them."""
     edges = np.finfo(np.float64)
     return np.asarray(special.logit(np.clip(probabilities, edges.tiny, 1 - edges.epsneg)))
 
 
 def whiten(values: Numbers) -> np.ndarray:
-    """Values less their mean, over their standard deviation (of a population); all 0 where they do not differ."""
+    """Values less their mean, over their population standard deviation; all 0 where they do not differ."""
     numbers = np.asarray(values, np.float64)
     spread = numbers.std()
     return (numbers - numbers.mean()) / spread if spread > 0 else np.zeros_like(numbers)
@@ -74,13 +73,13 @@ def _value(text: str) -> float:
 
 
 def matches(answers: Sequence[str], pattern: str = r"\S", absent: bool = False) -> list[float]:
-    """1 where the regular expression `pattern` occurs in an answer, else 0; the other way round with `absent`."""
+    """1 where the regular expression `pattern` occurs in an answer, else 0; inverted with `absent`."""
     regex = _compiled(pattern)
     return [float((regex.search(answer) is None) == absent) for answer in answers]
 
 
 def repeats(prompts: Sequence[str], answers: Sequence[str], pattern: str) -> list[float]:
-    """1 where what `pattern` finds first in a prompt also stands in its answer, else 0."""
+    """1 where the first match of `pattern` in a prompt also occurs in its answer, else 0."""
     regex = _compiled(pattern)
     wanted = [regex.search(prompt) for prompt in prompts]
     return [float(match is not None and match[0] in answer) for match, answer in zip(wanted, answers, strict=True)]
@@ -90,11 +89,11 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ConfigError(f"pattern={pattern!r} is no regular expression ({error}).") from None
+        raise ConfigError(f"pattern={pattern!r} is not a regular expression ({error}).") from None
 
 
 def length(answers: Sequence[str], target: int = 0, unit: str = "words") -> list[float]:
-    """How many words, or characters with unit=characters, an answer is off `target`, as a number of 0 or below."""
+    """Minus the difference between an answer's length and `target`, in words, or characters with unit=characters."""
     sizes = [len(answer.split()) if unit == "words" else len(answer) for answer in answers]
     return [-float(abs(size - target)) for size in sizes]
 
@@ -133,16 +132,16 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
 
 
 def combined(expression: str, scores: Mapping[str, Numbers], key: str = "combine") -> np.ndarray:
-    """(rows,) what an expression makes of judges' scores by name, such as "whiten(llama2(safety, helpful)) - 0.1*long".
+    """(rows,) the value of an expression of judges' scores, such as "whiten(llama2(safety, helpful)) - 0.1*long".
 
-    Numbers, names, + - * / and the functions min, max, logit, sigmoid, whiten, llama2; nothing else is computed.
+    It may have numbers, judges' names, + - * / and the functions min, max, logit, sigmoid, whiten, llama2.
 
     Raises ConfigError for anything else.
     """
     try:
         tree = ast.parse(expression, mode="eval").body
     except SyntaxError:
-        raise ConfigError(f"{key}={expression}: no expression such as safety + 0.5 * helpful.") from None
+        raise ConfigError(f"{key}={expression}: not an expression such as safety + 0.5 * helpful.") from None
     columns = {name: np.asarray(values, np.float64) for name, values in scores.items()}
     rows = len(next(iter(columns.values())))
     return np.broadcast_to(np.asarray(_value_of(tree, columns, f"{key}={expression}"), np.float64), (rows,)).copy()
@@ -161,13 +160,13 @@ def _value_of(node: ast.AST, columns: Mapping[str, np.ndarray], key: str) -> Any
         return _BINARY[type(node.op)](_value_of(node.left, columns, key), _value_of(node.right, columns, key))
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _FUNCTIONS:
         if node.keywords:
-            raise ConfigError(f"{key}: {node.func.id} takes its arguments without names here.")
+            raise ConfigError(f"{key}: {node.func.id} takes positional arguments only.")
         arguments = [_value_of(argument, columns, key) for argument in node.args]
         try:
             return _FUNCTIONS[node.func.id](*arguments)
         except TypeError as error:
             raise ConfigError(f"{key}: {error}.") from None
-    raise ConfigError(f"{key}: only numbers, judges' names, + - * / and {', '.join(_FUNCTIONS)} are computed.")
+    raise ConfigError(f"{key}: only numbers, judges' names, + - * / and {', '.join(_FUNCTIONS)} are allowed.")
 
 
 # ------------------------------------------------------------------------------------------------------------ best of n
@@ -175,15 +174,15 @@ def _value_of(node: ast.AST, columns: Mapping[str, np.ndarray], key: str) -> Any
 
 @higher_is_better
 def mean_reward(references: Sequence[str], predictions: Sequence[str]) -> float:
-    """What the judges of a task say of generations on average; the task itself knows its judges."""
+    """The mean reward of generations by the task's judges; computed by the task itself."""
     raise NotImplementedError("a task with judges computes it")
 
 
 def expected_best(scores: Sequence[float]) -> list[float]:
-    """The expected highest score of n answers for n = 1, 2, …, N of N scored ones, without replacement: unbiased.
+    """The expected highest score of n of N scored answers, drawn without replacement, for n = 1, …, N; unbiased.
 
-    Of the sorted scores s_1 <= … <= s_N the k-th is the highest of n in C(k-1, n-1) of C(N, n) draws (the estimator of
-    pass@k, arXiv:2107.03374, of any score).
+    The k-th of the sorted scores s_1 <= … <= s_N is the highest of n in C(k-1, n-1) of C(N, n) draws (the estimator of
+    pass@k, arXiv:2107.03374, for any score).
     """
     descending = np.sort(np.asarray(scores, np.float64))[::-1]
     total = len(descending)

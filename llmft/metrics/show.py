@@ -16,16 +16,15 @@ def show_summary(
     before: Mapping[str, float | None],
     after: Mapping[str, float | None],
     facts: Mapping[str, str],
-    chance: Mapping[str, Mapping[str, Any]] | None = None,
-    words: Sequence[str] = (),
+    chance: Mapping[str, Mapping[str, Any]],
+    notes: Sequence[str] = (),
     *,
-    blank: bool = False,
+    blank: bool,
 ) -> None:
-    """Prints metrics before and after training, `words` about them, `facts` (a run's directory, …), and the prior.
+    """Prints metrics before and after training, the prior's, `notes` about them, and `facts` (a run's directory, …).
 
     With `blank`, validation metrics are left out.
     """
-    chance = chance or {}
     if blank:
         after = {name: value for name, value in after.items() if not name.startswith("val/")}
         screen.print("Validation metrics are not reported, because those rows are trained on.")
@@ -41,7 +40,7 @@ def show_summary(
     if after:
         screen.print(table)
     show_chance(screen, chance)
-    for sentence in words:
+    for sentence in notes:
         screen.print(escape(sentence))
     for name, text in facts.items():
         screen.print(f"[bold]{name}[/bold]  {escape(text)}")

@@ -37,7 +37,7 @@ def exact_match(references: Sequence[str], predictions: Sequence[str]) -> list[f
 @higher_is_better
 @mean_over_rows
 def token_f1(references: Sequence[str], predictions: Sequence[str]) -> list[float]:
-    """Mean F1 of the common words of a row, lower-cased and split at white space, 0 to 1.
+    """Mean over rows of the F1 of common words, lower-cased and split at white space, 0 to 1.
 
     This is SQuAD's F1 (arXiv:1606.05250) with articles and punctuation kept. Two empty texts count as equal.
     """
@@ -96,7 +96,7 @@ def sharpened_cosine(
 
 
 def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
-    """Raises ConfigError where `sharpened_cosine` would lack sentence-transformers or its `encoder`. Loads nothing."""
+    """Raises ConfigError where sentence-transformers or `sharpened_cosine`'s encoder is missing. Loads nothing."""
     import importlib.util
 
     from llmft.data.hub import ask_hub, cached_ids
@@ -106,7 +106,7 @@ def encoder_ready(encoder: str = SENTENCE_ENCODER, **_: Any) -> None:
     directory = Path(encoder).expanduser()
     if directory.is_dir():
         if not any((directory / name).is_file() for name in ("modules.json", "config.json")):
-            raise ConfigError(f"{ENCODER_KEY}={encoder}: no sentence-transformers model (it has no modules.json).")
+            raise ConfigError(f"{ENCODER_KEY}={encoder}: not a sentence-transformers model (it has no modules.json).")
     elif encoder not in cached_ids("model"):
         ask_hub(f"{ENCODER_KEY}={encoder}", encoder, "model", ENCODER_ADVICE)
 
@@ -130,4 +130,4 @@ def _encoder(name: str) -> Any:
     try:
         return load()
     except Exception as error:
-        raise ConfigError(f"{key}: no sentence-transformers model ({str(error)[:200]}).") from None
+        raise ConfigError(f"{key}: not a sentence-transformers model ({str(error)[:200]}).") from None

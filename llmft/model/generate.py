@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,16 @@ def generate(
         for index, written in zip(group, output[:, width:].tolist(), strict=True):
             results[index] = ends.cut(written)
     return results
+
+
+def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
+    """A function from an answer's tokens to its text, up to the first of the strings `stop`; empty ones are ignored."""
+
+    def decode(ids: list[int]) -> str:
+        text: str = tokenizer.decode(ids, skip_special_tokens=True)
+        return text[: min((index for index in map(text.find, filter(None, stop)) if index >= 0), default=len(text))]
+
+    return decode
 
 
 @dataclass

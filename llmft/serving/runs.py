@@ -17,7 +17,7 @@ from llmft.data.messages import Message
 from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.model.assemble import base_key
-from llmft.training.samples import decoder
+from llmft.model.generate import decoder
 
 
 @dataclass(eq=False)

@@ -1,6 +1,6 @@
-"""`model=tfidf`: counts of words and a linear model (scikit-learn), what a fine-tuned model has to beat.
+"""`model=tfidf`: word counts and a linear model (scikit-learn), the baseline that a fine-tuned model has to beat.
 
-A run of it has the directory, record and predictions of any other run, so the two are compared and blended alike.
+Its runs have the directory, record and predictions of any other run, so both are compared and blended alike.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from llmft.training.prepare import RunInputs
 from llmft.training.record import predictions_of, result_of, write_records
 
 OPTIONS = {"ngrams": 2, "min_rows": 2, "max_words": 100_000, "c": 10.0}
-"""Longest run of words, least rows a word is in, most words kept, and the inverse of the weights' penalty."""
+"""Longest n-gram, fewest rows a word is in, most words kept, and the inverse of the regularization strength."""
 
 
 class Baseline:
@@ -61,7 +61,7 @@ class Baseline:
 
     @classmethod
     def fit(cls, rows: Sequence[Conversation], targets: Targets, options: dict[str, Any], seed: int) -> Baseline:
-        """Learns `rows`, each with its weight. Raises ConfigError for options that do not exist or fit."""
+        """Fits `rows`, each with its weight. Raises ConfigError for options that are unknown or leave no words."""
         for name in options:
             if name not in OPTIONS:
                 raise ConfigError(f"model.config.{name}: no such option of tfidf{did_you_mean(name, OPTIONS)}")
@@ -89,7 +89,7 @@ class Baseline:
         return np.exp(scores) / np.exp(scores).sum(axis=1, keepdims=True)
 
     def save(self, directory: Path) -> None:
-        """Writes the words as JSON and the numbers as safetensors: nothing that runs code when it is opened."""
+        """Writes the words as JSON and the numbers as safetensors: formats that run no code when they are opened."""
         from safetensors.numpy import save
 
         words = {"targets": to_plain(self.targets), "ngrams": self.ngrams, "vocabulary": self.vocabulary}
@@ -111,7 +111,7 @@ class Baseline:
 
 
 def text_of(row: Conversation) -> str:
-    """All that a row says, without a class's word behind it."""
+    """The text of a row's messages, without the answer that names its class."""
     messages = row.messages[:-1] if row.learns_text and row.messages[-1]["role"] == "assistant" else row.messages
     return "\n".join(map(message_text, messages))
 
@@ -119,7 +119,7 @@ def text_of(row: Conversation) -> str:
 def _vectorizer(ngrams: int, **more: Any) -> Any:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    # Words and marks alike: how a text is punctuated says much about who wrote it.
+    # Words and punctuation marks: punctuation is a good feature of a text's author.
     return TfidfVectorizer(
         sublinear_tf=True, ngram_range=(1, ngrams), lowercase=False, token_pattern=r"\w+|[^\w\s]|\n", **more
     )
@@ -128,13 +128,13 @@ def _vectorizer(ngrams: int, **more: Any) -> Any:
 def _linear(
     features: Any, rows: Sequence[Conversation], targets: Targets, c: float, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(classes, words) weights and (classes,) biases; a class without rows gets what makes it unlikely."""
+    """(classes, words) weights and (classes,) biases; a class without rows gets a bias that makes it unlikely."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from threadpoolctl import threadpool_limits
 
     counts_for = np.asarray([row.weight for row in rows])
     values = np.asarray([row.target for row in rows])
-    with threadpool_limits(1):  # sums in another order would give other last digits on a machine with more cores
+    with threadpool_limits(1):  # more threads sum in another order, with other last digits
         if targets.problem is TaskType.regression:
             fitted = Ridge(alpha=1 / c).fit(features, (values - targets.mean) / targets.scale, sample_weight=counts_for)
             return fitted.coef_.reshape(1, -1), np.asarray(fitted.intercept_).reshape(1)
@@ -148,7 +148,7 @@ def _linear(
                 if several:
                     bias[number] = np.log((len(rows) + 0.5) / 0.5) * (1 if present[0] else -1)
                     continue
-                raise ConfigError("model=tfidf: the training rows have one class alone.")
+                raise ConfigError("model=tfidf: the training rows have only one class.")
             fitted = LogisticRegression(C=c, max_iter=1000, random_state=seed % 2**32)
             fitted.fit(features, column, sample_weight=counts_for)
             if several:
@@ -161,7 +161,7 @@ def _linear(
 
 
 def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
-    """One training of the baseline, with the record of any other run; returns the monitored metric."""
+    """Trains the baseline and writes the record of any other run; returns the monitored metric."""
     config, run, rows = inputs.config, inputs.run, inputs.conversations
     targets = _check(config, inputs.targets)
     began = time.monotonic()
@@ -188,12 +188,12 @@ def run_baseline(inputs: RunInputs, screen: Screen) -> float | None:
     result = result_of(inputs, 1, metrics)
     run.finish({**result, "step": 1, "steps": 1, "stopped_early": False, "seconds": seconds})
     after, facts = result["after"], {"weights": str(run.model), "time": f"{seconds:.1f} s"}
-    show_summary(screen, {}, after, facts, result.get("chance"), blank=config.data.train_on is TrainOn.all)
+    show_summary(screen, {}, after, facts, result.get("chance", {}), blank=config.data.train_on is TrainOn.all)
     return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
 
 def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> dict[str, Any]:
-    """Metrics of validation and test, whose predictions and row losses are written."""
+    """Metrics of validation and test; writes their predictions and row losses."""
     run, targets = inputs.run, model.targets
     after: dict[str, Any] = {}
     for split, name in (("validation", "val"), ("test", "test")):
@@ -216,7 +216,7 @@ def _evaluate(inputs: RunInputs, model: Baseline, metrics: dict[str, Any]) -> di
             [f"{PREFIX}{label}" for label in targets.labels],
             values,
             groups=[row.group for row in rows],
-            scores={metric: of_rows for metric, (_, of_rows) in scored.items() if of_rows is not None},
+            scores={metric: row_scores for metric, (_, row_scores) in scored.items() if row_scores is not None},
         )
         predictions_of(inputs, rows, split, values, losses.tolist(), 1).save(run.directory / FOLDER / name)
     return after
@@ -227,5 +227,5 @@ def _check(config: TrainConfig, targets: Targets | None) -> Targets:
     if targets is None:
         raise ConfigError("model=tfidf writes no text: set task=classification, multi_label or regression.")
     if config.task.objective != CLASSIFICATION or config.task.objective_options:
-        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has one of its own; leave it out.")
+        raise ConfigError(f"task.objective={config.task.objective}: model=tfidf has its own; leave it out.")
     return targets

@@ -1,4 +1,4 @@
-"""What happens around the steps: records, checkpoints, and the progress bar."""
+"""Lightning callbacks: records, checkpoints, and the progress bar."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from llmft.data.batch import StepBatch
 from llmft.data.examples import Example
 from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
 from llmft.runs.directory import Run, append_line, write_row_losses
-from llmft.training.finetuner import FineTuner, Validation
-from llmft.training.out_of_memory import is_out_of_memory, let_go
+from llmft.training.finetuner import FineTuner
+from llmft.training.out_of_memory import is_out_of_memory, release_tensors
 from llmft.training.stopping import SAVE, SIGNAL, StopRequests, describe_request
+from llmft.training.validation import Validation
 
 OTHER_MACHINE = 1e-3
-"""Relative difference of a loss that one machine does not make, and another in bf16 may."""
+"""Relative difference of a loss above what one machine repeats to; another one in bf16 may exceed it."""
 OTHER_RUN = 0.05
-"""Relative difference that no machine makes: other weights or other rows."""
+"""Relative difference that no change of machine explains: other weights or other rows."""
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -47,7 +48,7 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
-    """Lets a new trainer's counts (global_step, current_epoch, batch_idx) go on after `step` steps of a run."""
+    """Sets a new trainer's counts (global_step, current_epoch, batch_idx) to those after `step` steps of a run."""
     loop = trainer.fit_loop.epoch_loop
     loop.batch_progress.total.increment_by(step)
     loop.manual_optimization.optim_step_progress.total.increment_by(step)
@@ -55,9 +56,9 @@ def count_from(trainer: L.Trainer, step: int, steps_per_epoch: int) -> None:
 
 
 class Recorder(Callback):
-    """Writes every number to the run directory, and hands the same to the loggers.
+    """Writes every number to the run directory, and sends it to the loggers.
 
-    `metrics.jsonl` holds what the config determines and is the same on every run of it; `timing.jsonl` the rest.
+    `metrics.jsonl` has the numbers that the config determines, equal in every run of it; `timing.jsonl` the rest.
     """
 
     def __init__(
@@ -121,30 +122,31 @@ class Recorder(Callback):
             logger.log_metrics({**metrics, **timing}, step=step)
 
 
-STATE = ("best_value", "best_step", "waited", "stopped_early", "pending", "fit")
+STATE = ("best_value", "best_step", "waited", "stopped_early", "pending", "micro_batch_plan")
 
 
 class Checkpointer(Callback):
     """Saves at step boundaries, keeps the best, stops early, and saves before the run is stopped from outside.
 
-    A checkpoint of a step whose validation is still to come says so (`pending`): the resumed run begins with it.
+    A checkpoint is `pending` where its step is not validated yet: the resumed run validates first.
     """
 
     def __init__(
         self,
         run: Run,
         config: TrainConfig,
-        stops: Sequence[int],
+        validation_steps: Sequence[int],
         requests: StopRequests,
         state: dict[str, Any],
-        fit: dict[str, Any],
+        micro_batch_plan: dict[str, Any],
         seconds: Callable[[], float],
         command: str,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        """`stops` are the steps with a validation, the last of them the run's; `state` is a checkpoint's, or empty."""
+        """The last of `validation_steps` is the run's last step; `state` is a checkpoint's, or empty."""
         self.directory, self.settings, self.requests = run.checkpoints, config.trainer, requests
-        self.stops, self.fit, self.seconds, self.command, self.tell = stops, fit, seconds, command, tell
+        self.validation_steps, self.micro_batch_plan = validation_steps, micro_batch_plan
+        self.seconds, self.command, self.report = seconds, command, report
         # Blank metrics are never better.
         self.patience = None if config.data.train_on is TrainOn.all else config.trainer.patience
         self.saved: int | None = None
@@ -158,7 +160,7 @@ class Checkpointer(Callback):
         self.failed_in = "training"
 
     def state(self, trainer: L.Trainer, module: FineTuner, *, probe: bool = True) -> dict[str, Any]:
-        """What a resumed run needs besides tensors; nothing is computed for it without `probe`."""
+        """What a resumed run needs besides tensors; with `probe` also the next loss, which takes a forward pass."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         return {
             **{name: getattr(self, name) for name in STATE},
@@ -170,7 +172,7 @@ class Checkpointer(Callback):
 
     @staticmethod
     def _next_loss(trainer: L.Trainer, module: FineTuner) -> float | None:
-        """The loss of the next step's first row, by which a resumed run proves that it is where this one was.
+        """The loss of the next step's first row, by which a resumed run checks that its state is the saved one.
 
         None after the last step.
         """
@@ -180,18 +182,18 @@ class Checkpointer(Callback):
         loss = module.probe(data.first_row(module.step))
         return loss if math.isfinite(loss) else None
 
-    # Requests from outside are only noted; they are acted on at the end of the step or batch under way.
+    # Requests are only noted; they are acted on at the end of the current step or batch.
 
     def on_sanity_check_start(self, *_: Any) -> None:
-        """Takes the signals, as before each loop."""
+        """Installs the signal handlers, as before each loop."""
         self.requests.signals.take()
 
     on_test_start = on_sanity_check_start  # type: ignore[assignment]
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Takes the signals for the training; puts the loss scale back under fp16.
+        """Installs the signal handlers for the training; restores the loss scale under fp16.
 
-        Raises DivergedError where the run that goes on is not the one that was saved.
+        Raises DivergedError where the model or the rows are not those of the checkpoint.
         """
         self.requests.signals.take()
         scaler = getattr(trainer.precision_plugin, "scaler", None)
@@ -210,20 +212,20 @@ class Checkpointer(Callback):
                 f"{message}: this is not the model, data or adapter of the checkpoint; force=true starts the run again."
             )
         if difference > OTHER_MACHINE:
-            self.tell(f"warning: {message}; another device or version computes otherwise")
+            self.report(f"warning: {message}; another device or version gives other numbers")
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        """Saves when it is time, or when somebody asks."""
+        """Saves where trainer.checkpoint_every or a request asks for it."""
         request, every = self._agree(trainer, module), self.settings.checkpoint_every
-        self.pending = module.step in self.stops
-        if module.step >= self.stops[-1]:
-            trainer.should_stop = True  # after a validation, also where the steps are no multiple of its interval
+        self.pending = module.step in self.validation_steps
+        if module.step >= self.validation_steps[-1]:
+            trainer.should_stop = True  # after a validation, also where the last step is no multiple of its interval
         if request or (every is not None and module.step % every == 0 and not self.pending):
             self.save(trainer, module)
         self._act_on(request, trainer, module)
 
     def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        """Leaves a validation that is to stop; the step before it is saved and waits for its validation."""
+        """Leaves a validation on a request to stop; its step is saved, and validated once the run is resumed."""
         request = self._agree(trainer, module)
         if request > SAVE:
             if module.step > 0:
@@ -231,20 +233,20 @@ class Checkpointer(Callback):
             self._act_on(request, trainer, module)
 
     def on_test_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
-        """Leaves the test, which a resumed run takes again from its beginning."""
+        """Leaves the test, which a resumed run repeats from its start."""
         self._act_on(self._agree(trainer, module), trainer, module)
 
     def _act_on(self, request: int, trainer: L.Trainer, module: FineTuner) -> None:
-        """Ends the run where that is asked; a request to save was met by the caller."""
+        """Ends the run on a request to stop; the caller has met a request to save."""
         if not request:
             return
         if trainer.is_global_zero:
             self.requests.run.clear_requests()
         if request == SAVE:
             if trainer.is_global_zero and self.saved == module.step:
-                self.tell(f"saved after step {module.step}, as the file SAVE asked")
+                self.report(f"saved after step {module.step}, as the file SAVE asked")
             return
-        where = f"saved after step {module.step} of {self.stops[-1]}"
+        where = f"saved after step {module.step} of {self.validation_steps[-1]}"
         if module.step == 0:
             where = "stopped before the first step"
         elif self.saved != module.step and trainer.is_global_zero:
@@ -265,14 +267,14 @@ class Checkpointer(Callback):
         return int(request)
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Compares with the best, and saves; not before training, where there is nothing to save yet."""
+        """Compares with the best and saves; does nothing before training, where there is nothing to save."""
         monitor, metrics, sign = self.settings.monitor, module.validation.metrics, self.settings.mode.sign
         if monitor not in metrics:
             raise ConfigError(f"trainer.monitor={monitor}: no such metric{did_you_mean(monitor, metrics)}")
         if trainer.sanity_checking and not self.pending:
             return
         self.pending = False
-        # A loss that is not a number is no best value, and one that is beats it.
+        # NaN is never the best value.
         value = metrics[monitor]
         better = self.best_value is None or sign * value < sign * self.best_value
         if math.isfinite(value) and better:
@@ -286,22 +288,22 @@ class Checkpointer(Callback):
         self._act_on(self._agree(trainer, module), trainer, module)
 
     def on_exception(self, trainer: L.Trainer, module: Any, exception: BaseException) -> None:
-        """Keeps the last good state of a run that diverges or finds no memory: the next start goes on right there."""
+        """Saves the last good state of a run that diverges or runs out of memory: the next start resumes there."""
         self.failed_in = "training" if trainer.training else "validation"
-        # Other processes diverge alike, but may have memory left: then they do not come here.
+        # All processes diverge together, but others may have memory left: then they are not here.
         together = isinstance(exception, DivergedError) or (is_out_of_memory(exception) and trainer.world_size == 1)
         if together and trainer.training and not module.stepping and module.step > (self.saved or 0):
             module.skipped = [step for step in module.skipped if step <= module.step]
-            let_go(exception, module)
+            release_tensors(exception, module)
             try:
                 self.save(trainer, module, rescue=True)
-            except DiskError as error:  # the exception under way is the news
-                self.tell(f"warning: {error}")
+            except DiskError as error:  # the original exception is raised
+                self.report(f"warning: {error}")
 
     def save(self, trainer: L.Trainer, module: FineTuner, *, rescue: bool = False) -> None:
-        """Writes a checkpoint from the first process, then drops old ones.
+        """Writes a checkpoint in the first process, then deletes old ones.
 
-        With `rescue`, when the training has failed, nothing is computed and nothing dropped.
+        With `rescue`, when the training has failed, nothing is computed and nothing deleted.
         """
         weights, optimizer = module.weights(), module.optimizer_state()
         state = self.state(trainer, module, probe=not rescue)
@@ -318,7 +320,7 @@ class Checkpointer(Callback):
                 f"{intact}"
             )
             if self.settings.on_save_error is OnSaveError.warn:
-                self.tell(f"warning: {message}; training goes on (trainer.on_save_error=warn).")
+                self.report(f"warning: {message}; training goes on (trainer.on_save_error=warn).")
                 return
             raise DiskError(f"{message}: free some space and run the same command.") from error
         self.saved = module.step
@@ -347,13 +349,13 @@ class ShowProgress(Callback):
             return
         numbers = "  ".join(f"{name} {value:.4f}" for name, value in validation.metrics.items())
         if module.trained_on_validation and validation.split == "val":
-            numbers = "trained on all rows, so no validation tells anything"
+            numbers = "trained on all rows, so validations mean nothing"
         self.bar.screen.print(f"step {validation.step:>{len(str(self.total_steps))}}/{self.total_steps}  {numbers}")
         if validation.step == 0 or validation.step == self.total_steps:
             self.screen.samples(validation.samples, self.show_rows, validation.step)
 
     def teardown(self, *_: Any, **__: Any) -> None:
-        """Takes the bar away; after an exception, before the error is printed."""
+        """Removes the bar; after an exception, before the error is printed."""
         self.bar.stop()
 
     on_exception = teardown  # type: ignore[assignment]

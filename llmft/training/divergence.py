@@ -1,4 +1,4 @@
-"""A step whose loss or gradient is not a finite number: what is kept of it for the person who looks for the cause."""
+"""Steps whose loss or gradient norm is not finite: when a run stops, and the record that helps to find the cause."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from llmft.data.examples import Example
 from llmft.runs.directory import Run
 
 MOST_IN_A_ROW = 5
-"""Steps skipped one after the other before the run stops: the weights no longer learn."""
+"""Consecutive skipped steps at which the run stops: the weights no longer learn."""
 MOST_SHARE = 0.01
 """Share of all steps that may be skipped, where that is more than MOST_IN_A_ROW."""
 MOST_UNSCALED = 30
-"""Steps in a row that fp16's loss scaling may leave out: from 2^16 it needs 16 to reach a scale of 1."""
+"""Consecutive steps that fp16's loss scaling may skip: from 2^16 it needs 16 to reach a scale of 1."""
 
 
-class NotFinite(Exception):
-    """Raised before the optimizer's step; `what` is the loss or the gradient norm. `final`: never to be skipped."""
+class NonFiniteStep(Exception):
+    """Raised before the optimizer's step; `quantity` is the loss or the gradient norm. `final`: must not be skipped."""
 
-    def __init__(self, what: str, value: float, *, final: bool = False) -> None:
-        super().__init__(f"the {what} is {value}")
+    def __init__(self, quantity: str, value: float, *, final: bool = False) -> None:
+        super().__init__(f"the {quantity} is {value}")
         self.final = final
 
 
 def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
-    """Whether a run that skipped these steps (the last one just now) had better stop."""
+    """Whether a run that skipped these steps, the last one just now, has to stop."""
     last = list(skipped[-MOST_IN_A_ROW:])
     in_a_row = len(last) == MOST_IN_A_ROW and last[-1] - last[0] == MOST_IN_A_ROW - 1
     return in_a_row or len(skipped) > max(MOST_IN_A_ROW, MOST_SHARE * total_steps)
@@ -38,9 +38,9 @@ def too_many_skipped(skipped: Sequence[int], total_steps: int) -> bool:
 def write_bad_step(
     run: Run, step: dict[str, Any], losses: Sequence[tuple[int, float]], examples: Sequence[Example], tokenizer: Any
 ) -> Path:
-    """Writes what is known of a `step` that was not taken to the run directory; returns the file.
+    """Writes the record of a skipped `step` to the run directory; returns the file.
 
-    `losses` are rows of `examples`, with place, text and their summed loss in nats there, over all processes.
+    `losses` are (row of `examples`, summed loss in nats) over all processes; the file has each row's place and text.
     """
     rows = [
         {

@@ -1,8 +1,8 @@
-"""The one LightningModule: a model, an objective, an optimizer and a schedule, handed in.
+"""The LightningModule: trains a given model with a given objective, optimizer and schedule.
 
 One Lightning batch is one effective batch, hence one optimizer step: its micro-batches are accumulated inside
-`training_step` (manual optimization). So the loss is divided by the labelled tokens of the whole effective batch, over
-all micro-batches and devices, and no stop, save or validation can fall inside an accumulation window.
+`training_step` (manual optimization). So the loss is divided by the labelled tokens of the effective batch, over all
+micro-batches and devices, and no stop, save or validation can fall inside an accumulation window.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
 from operator import itemgetter
 from typing import Any
 
 import lightning as L
-import numpy as np
 import torch
 
 from llmft.config.data import TrainOn
@@ -26,57 +24,44 @@ from llmft.core.errors import ConfigError, DivergedError
 from llmft.core.machine import RETURN_EVERY_STEPS, return_freed_memory
 from llmft.core.seeds import stream
 from llmft.data.batch import MicroBatch, StepBatch
-from llmft.metrics import score
-from llmft.metrics.loss import loss_nats, perplexity
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.checkpointing import Offloaded
 from llmft.model.families import evaluating
 from llmft.model.sharding import full_tensor, is_sharded, shard, sharded_like
-from llmft.training.divergence import MOST_UNSCALED, NotFinite, too_many_skipped, write_bad_step
+from llmft.training.divergence import MOST_UNSCALED, NonFiniteStep, too_many_skipped, write_bad_step
 from llmft.training.objectives.base import RowLosses
 from llmft.training.parts import Parts
 from llmft.training.prepare import RunInputs
-from llmft.training.readiness import Ready
+from llmft.training.readiness import Readiness
 from llmft.training.rollouts import Rollouts
 from llmft.training.samples import Generation, make_generation
 from llmft.training.schedule import make_schedule
 from llmft.training.scoring import make_scoring
+from llmft.training.validation import ValidatedRow, Validation, validation_of
 
-
-@dataclass
-class Validation:
-    """What one validation found."""
-
-    step: int
-    split: str
-    metrics: dict[str, float]
-    samples: list[dict[str, Any]] = field(default_factory=list)
-    rows: list[tuple[int, float, float]] = field(default_factory=list)
-    """(row of the split, summed loss in nats, labelled tokens) of every row, in order."""
-    outputs: np.ndarray | None = None
-    """(rows, classes) float64 predictions of these rows, of an objective that makes any."""
-    scores: dict[str, list[float]] = field(default_factory=dict)
-    """Each row's score of a metric that is a mean over rows, by the metric's name."""
+Accumulated = tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]]]
 
 
 @contextmanager
 def deterministic_only(strict: bool) -> Iterator[None]:
-    """Inside, an operation without a deterministic form raises RuntimeError, where `strict`.
+    """With `strict`, operations without a deterministic form raise RuntimeError inside.
 
-    A warning alone would not do: fused attention takes its deterministic backward only where the other is forbidden.
+    A warning is not enough: fused attention uses its deterministic backward only where the other is forbidden.
     """
     if not strict:
         yield
         return
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def restore_pages(optimizer: Any) -> None:
-    """Moves the states that a paged optimizer of bitsandbytes has loaded into pages, which loading itself does not."""
+    """Moves the loaded states of a paged bitsandbytes optimizer into pages, which loading itself does not do."""
     for parameter, state in optimizer.state.items():
         for name in ("state1", "state2"):
             if name in state:
@@ -90,9 +75,9 @@ def _with_gradient(optimizer: Any) -> list[Any]:
 
 
 def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """What is trained, in two groups: biases, norms and embeddings are never decayed.
+    """The trained parameters in two groups: biases, norms and embeddings get no weight decay.
 
-    Decay on a tied embedding holds the logits of rare answers down: 0.19 against 0.03 nats on a small example.
+    Decay on a tied embedding keeps the logits of rare answers low: 0.19 against 0.03 nats on a small example.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Embedding)}
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -103,28 +88,28 @@ def parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
 
 
 class FineTuner(L.LightningModule):
-    """Trains what is trainable in `model`.
+    """Trains the trainable parameters of `model`.
 
     Attributes:
         step: optimizer steps taken since the run began, over all its processes and resumptions.
         train_metrics: loss, rate and gradient norm of the last step.
-        validation: what the last validation found.
+        validation: the last validation.
         skipped: steps left out because their loss or gradient was not finite, from 1.
-        stepping: whether the optimizer is at work: then weights and states do not belong together.
+        stepping: whether the optimizer is stepping: then weights and optimizer states are out of sync.
     """
 
     def __init__(
         self,
         inputs: RunInputs,
-        ready: Ready,
+        ready: Readiness,
         parts: Parts,
         model: Any,
         rollouts: Rollouts | None,
         warn: Callable[[str], None] | None,
     ) -> None:
-        """Sets up; `rollouts` make a step's batch of answers that the model draws itself.
+        """`rollouts` make a step's batch of answers that the model samples itself.
 
-        `warn` hears of steps that are skipped and of operations that are not deterministic: in the first process alone.
+        `warn` gets skipped steps and operations that are not deterministic; it is None except in the first process.
         """
         super().__init__()
         self.automatic_optimization = self.strict_loading = False
@@ -135,11 +120,11 @@ class FineTuner(L.LightningModule):
         self.seed, self.gradient_clip, self.strict = config.seed, trainer.gradient_clip, trainer.deterministic
         self.scoring = make_scoring(config.task, parts.metrics, rows.splits, config.data.degrees)
         self.trained_on_validation = config.data.train_on is TrainOn.all
-        self.skips = trainer.on_nan is OnNan.skip
+        self.skip_non_finite_steps = trainer.on_nan is OnNan.skip
         # The CPU's activations are in its memory already.
         offloads = trainer.offload_activations and ready.device.type == "cuda"
-        self.keeping = partial(Offloaded, model) if offloads else nullcontext
-        self.tells_steps = bool(trainer.callbacks)
+        self.saved_tensors_context = partial(Offloaded, model) if offloads else nullcontext
+        self.logs_step_metrics = bool(trainer.callbacks)
         self.skipped: list[int] = []
         self.stepping = False
         self.step = 0
@@ -152,14 +137,14 @@ class FineTuner(L.LightningModule):
         self.generate_for("validation")
 
     def generate_for(self, split: str) -> None:
-        """Lets validations generate for rows of `split`."""
+        """Sets which samples validations generate for: those of `split`."""
         judge = None if self.rollouts is None else self.rollouts.judge
         self.generation = make_generation(self.inputs.config, self.rows, self.metrics, split, judge)
 
     # ------------------------------------------------------------------------------------------------- training
 
     def configure_model(self) -> None:
-        """Divides the weights among the processes under FSDP2; Lightning may ask more than once."""
+        """Shards the weights among the processes under FSDP2; Lightning may call it more than once."""
         from lightning.pytorch.strategies import ModelParallelStrategy
 
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not is_sharded(self.model):
@@ -167,7 +152,7 @@ class FineTuner(L.LightningModule):
             shard(self.model, self.device_mesh["data_parallel"])
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """The optimizer over what is trainable, with its state of the last checkpoint if there is one."""
+        """The optimizer of the trainable parameters, with the state of the last checkpoint if there is one."""
         optimizer = self.make_optimizer(parameter_groups(self.model))
         if self._pending_optimizer is not None:
             self._load_optimizer(optimizer, self._pending_optimizer)
@@ -175,56 +160,41 @@ class FineTuner(L.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        """Raises ConfigError, in all processes, where they have not read the same checkpoint."""
+        """Raises ConfigError in all processes where they have read different checkpoints."""
         if self.trainer.world_size > 1:
             steps = torch.tensor([self.step, -self.step], device=self.device)
             torch.distributed.all_reduce(steps, op=torch.distributed.ReduceOp.MAX)
             most, least = int(steps[0]), -int(steps[1])
             if most != least:
                 raise ConfigError(
-                    f"trainer.num_nodes: one machine would go on after step {most}, another after step {least}; set "
+                    f"trainer.num_nodes: one machine would continue after step {most}, another after step {least}; set "
                     "output_dir to a directory that all of them share."
                 )
 
     def on_train_epoch_start(self) -> None:
-        """Dropout on; Lightning leaves frozen modules in the mode it found them in."""
+        """Switches dropout on: Lightning leaves frozen modules in the mode they are in."""
         self.model.train()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, torch.Tensor]:
         """One optimizer step over all micro-batches of `batch`; returns its loss for callbacks.
 
-        Raises DivergedError before the step when loss or gradient is not finite, and such steps are not skipped.
+        Raises DivergedError before the step where loss or gradient is not finite and such steps are not skipped.
         """
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.rollouts is not None:
             batch = self.rollouts.batch(self.model, batch.step, self.device)
         rate = self._set_rate(optimizer, batch.step)
-        try:
-            with deterministic_only(self.strict):
-                total, row_losses = self._accumulate(batch)
-        except RuntimeError as error:
-            if not self.strict or "deterministic" not in str(error):
-                raise
-            self.strict = False
-            if self.warn is not None:
-                operation = str(error).partition(" does not have")[0].partition(",")[0]
-                self.inputs.run.update(not_deterministic=operation)
-                self.warn(
-                    f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated "
-                    "run may differ in the last bits."
-                )
-            optimizer.zero_grad(set_to_none=True)
-            total, row_losses = self._accumulate(batch)
+        total, row_losses = self._accumulate_deterministically(batch, optimizer)
         gradients = [] if is_sharded(self.model) else [p.grad for p in _with_gradient(optimizer)]
         self._sum_over_processes([total, *gradients])
         value = float(total)
         try:
             if not math.isfinite(value):
-                raise NotFinite("loss", value)
+                raise NonFiniteStep("loss", value)
             self.stepping = True
             optimizer.step()
-        except NotFinite as reason:  # raised before any weight changed
+        except NonFiniteStep as reason:  # raised before any weight changed
             self._skip(reason, batch.step + 1, rate, row_losses)
         self.stepping = False
         optimizer.zero_grad(set_to_none=True)
@@ -240,15 +210,34 @@ class FineTuner(L.LightningModule):
             self.train_metrics |= self.rollouts.step_metrics()
         if self.skipped:
             self.train_metrics["train/skipped_steps"] = len(self.skipped)
-        if self.tells_steps:
+        if self.logs_step_metrics:
             self.log_dict(self.train_metrics, logger=False, batch_size=1)
             self._set_rate(optimizer, self.step)  # as a scheduler would have
         return {"loss": total}
 
-    def _accumulate(self, batch: StepBatch) -> tuple[torch.Tensor, list[tuple[list[int], torch.Tensor]]]:
-        """Adds up the gradients of `batch`; its loss, and (rows, losses of these rows) of each micro-batch."""
+    def _accumulate_deterministically(self, batch: StepBatch, optimizer: Any) -> Accumulated:
+        """`_accumulate` by deterministic operations; warns once, and computes again, where one has no such form."""
+        try:
+            with deterministic_only(self.strict):
+                return self._accumulate(batch)
+        except RuntimeError as error:
+            if not self.strict or "deterministic" not in str(error):
+                raise
+            self.strict = False
+            if self.warn is not None:
+                operation = str(error).partition(" does not have")[0].partition(",")[0]
+                self.inputs.run.update(not_deterministic=operation)
+                self.warn(
+                    f"trainer.deterministic: {operation} has no deterministic form here, so that a resumed or repeated "
+                    "run may differ in the last bits."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            return self._accumulate(batch)
+
+    def _accumulate(self, batch: StepBatch) -> Accumulated:
+        """Adds up the gradients of `batch`; returns its loss, and (rows, their losses) of each micro-batch."""
         # Dropout is a function of (seed, step, process): no generator state has to survive a crash. `torch.manual_seed`
-        # would also note for GPUs that nobody uses where it was called from, which takes 2 ms.
+        # would also record a stack trace for unused GPUs, which takes 2 ms.
         generator = torch.default_generator if self.device.type == "cpu" else torch
         generator.manual_seed(stream(self.seed, "dropout", batch.step, self.global_rank))
         # FSDP averages the gradients of the processes; elsewhere they are summed afterwards.
@@ -264,7 +253,7 @@ class FineTuner(L.LightningModule):
         syncs = self.trainer.world_size > 1 and hasattr(strategy, "block_backward_sync")
         with strategy.block_backward_sync() if syncs else nullcontext():
             for micro in batch.micro_batches:
-                with self.keeping():
+                with self.saved_tensors_context():
                     losses = self.objective.losses(self.model, micro)
                 loss = (losses.nll * micro.weights).sum() / batch.weight
                 self.manual_backward(loss * scale)
@@ -279,23 +268,23 @@ class FineTuner(L.LightningModule):
         return rate
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Clips the gradient, which is unscaled here also under fp16; refuses one that is not finite."""
+        """Clips the gradient, already unscaled under fp16; raises NonFiniteStep where its norm is not finite."""
         parameters = _with_gradient(optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         self._grad_norm = float(full_tensor(norm))
         if not math.isfinite(self._grad_norm):
             self._unscaled += 1
-            if self._scales and self._unscaled < MOST_UNSCALED:
+            if self.uses_loss_scaling and self._unscaled < MOST_UNSCALED:
                 return  # fp16: the scaler skips this step and lowers its scale
-            raise NotFinite("gradient norm", self._grad_norm, final=self._scales)
+            raise NonFiniteStep("gradient norm", self._grad_norm, final=self.uses_loss_scaling)
         self._unscaled = 0
         if self.gradient_clip is not None:
             torch.nn.utils.clip_grads_with_norm_(parameters, self.gradient_clip, norm)
 
     def _skip(
-        self, reason: NotFinite, step: int, rate: float, row_losses: Sequence[tuple[list[int], torch.Tensor]]
+        self, reason: NonFiniteStep, step: int, rate: float, row_losses: Sequence[tuple[list[int], torch.Tensor]]
     ) -> None:
-        """Keeps a record of the bad step; raises DivergedError unless it may be skipped."""
+        """Records the bad step; raises DivergedError unless it may be skipped."""
         self.stepping = False
         pairs = [pair for rows, nll in row_losses for pair in zip(rows, nll.double().cpu().tolist(), strict=False)]
         losses = sorted(self._gather(pairs))
@@ -303,17 +292,18 @@ class FineTuner(L.LightningModule):
         if self.warn is not None:
             facts = {"step": step, "reason": str(reason), "learning_rate": rate}
             path = str(write_bad_step(self.inputs.run, facts, losses, train, self.rows.tokenizer))
-            if self.skips:
+            if self.skip_non_finite_steps:
                 self.warn(f"{reason} at step {step}, which is skipped; its rows are in {path}.")
         self.skipped.append(step)
-        if self.skips and not reason.final and not too_many_skipped(self.skipped, self.rows.total_steps):
+        too_many = reason.final or too_many_skipped(self.skipped, self.rows.total_steps)
+        if self.skip_non_finite_steps and not too_many:
             return
         not_finite = [row for row, loss in losses if not math.isfinite(loss)]
         suspects = [train[row].where for row in not_finite or [row for row, _ in losses]]
         shown = ", ".join(suspects[:4]) + (f" and {len(suspects) - 4} more" if len(suspects) > 4 else "")
         before = f"; {len(self.skipped) - 1} steps were skipped before it" if len(self.skipped) > 1 else ""
         advice = "Lower learning_rate.peak, look at these rows, or set trainer.on_nan=skip."
-        if self._scales:
+        if self.uses_loss_scaling:
             advice = (
                 "fp16 ends at 65,504, which models made for bf16 (Gemma, Qwen, Phi) exceed on any rows: set "
                 f"trainer.precision=fp32, or take a GPU that computes bf16 (Ampere or later). Else: {advice}"
@@ -324,12 +314,12 @@ class FineTuner(L.LightningModule):
         )
 
     @property
-    def _scales(self) -> bool:
-        """Whether losses are scaled, as fp16 needs it."""
+    def uses_loss_scaling(self) -> bool:
+        """Whether a loss scaler is in use, as fp16 needs one."""
         return getattr(self.trainer.precision_plugin, "scaler", None) is not None
 
     def _sum_over_processes(self, tensors: list[torch.Tensor]) -> None:
-        """Sums each tensor over all processes, in one message: the loss is already a share of the whole batch's."""
+        """Sums each tensor over all processes in one message; losses are already divided by the batch's weight."""
         if self.trainer.world_size == 1:
             return
         flat = torch.cat([tensor.reshape(-1).float() for tensor in tensors])
@@ -344,9 +334,9 @@ class FineTuner(L.LightningModule):
         self._losses = []
 
     def validation_step(self, batch: MicroBatch, batch_idx: int) -> None:
-        """Collects row losses, and a number per class and row where the objective predicts; never logits of tokens."""
+        """Collects row losses, and the objective's predictions per row if it makes any; never logits of tokens."""
         losses = getattr(self.objective, "evaluate", self.objective.losses)(self.model, batch)
-        self._losses.append((batch.rows, losses))  # read at the end, so that no batch waits for the one before it
+        self._losses.append((batch.rows, losses))  # read at the end, so that no batch waits for its predecessor
 
     def on_validation_epoch_end(self) -> None:
         validation = self._evaluate("val")
@@ -361,68 +351,51 @@ class FineTuner(L.LightningModule):
         self._evaluate("test")
 
     def _evaluate(self, split: str) -> Validation:
-        """Loss in nats per labelled token over all rows and processes, perplexity, generations and their metrics."""
-        share: list[tuple[int, float, float, Any]] = []
+        """The validation of `split` from the row losses of all processes, with generations; keeps and returns it."""
+        local_rows: list[ValidatedRow] = []
         for numbers, losses in self._losses:
             predicted = [None] * len(numbers) if losses.outputs is None else losses.outputs.cpu().numpy()
-            share += zip(numbers, losses.nll.tolist(), losses.counts.double().tolist(), predicted, strict=True)
-        gathered = sorted(self._gather(share), key=itemgetter(0))
-        rows = [row[:3] for row in gathered]
-        loss = loss_nats([nll for _, nll, _ in rows], [count for _, _, count in rows])
-        outputs = np.stack([row[3] for row in gathered]) if gathered and gathered[0][3] is not None else None
-        metrics = {f"{split}/loss_nats": loss}
-        if self.scoring is None:
-            metrics[f"{split}/perplexity"] = perplexity(loss)
-        scores: dict[str, list[float]] = {}
-        if self.scoring is not None and outputs is not None:
-            for name, metric in self.scoring.metrics.items():
-                metrics[f"{split}/{name}"], of_rows = score(metric, self.scoring.references[split], outputs)
-                scores |= {name: of_rows} if of_rows is not None and len(of_rows) == len(rows) else {}
-        samples: list[dict[str, Any]] = []
+            local_rows += zip(numbers, losses.nll.tolist(), losses.counts.double().tolist(), predicted, strict=True)
+        rows = sorted(self._gather(local_rows), key=itemgetter(0))
+        validation = validation_of(self.step, split, rows, self.scoring)
         if self.generation is not None and self.generation.samples:
-            samples = self._generate(self.generation)
-            references = [sample["reference"] for sample in samples]
-            predictions = [sample["generated"] for sample in samples]
-            for name, metric in self.generation.metrics.items():
-                metrics[f"{split}/{name}"], of_rows = score(metric, references, predictions)
-                for sample, value in zip(samples, of_rows or [], strict=False):
-                    sample.setdefault("scores", {})[name] = value
+            validation.add_samples(self._generate(self.generation), self.generation.metrics)
         if split == "val" and self.trained_on_validation:
-            # Blank, not too good: these rows are trained on.
-            metrics, rows, outputs, scores = dict.fromkeys(metrics, math.nan), [], None, {}
-        self.validation = Validation(self.step, split, metrics, samples, rows, outputs, scores)
-        return self.validation
+            validation = validation.blank()
+        self.validation = validation
+        return validation
 
     def _generate(self, generation: Generation) -> list[dict[str, Any]]:
-        # Divided weights are gathered in every forward, so all processes must take the same ones: all take all.
+        """The samples of all processes with their generated text, in their order."""
+        # Sharded weights are gathered in every forward, so all processes must run the same ones: all samples.
         divided = is_sharded(self.model)
-        share = list(enumerate(generation.samples))
-        share = share if divided else share[self.global_rank :: self.trainer.world_size]
+        local_samples = list(enumerate(generation.samples))
+        local_samples = local_samples if divided else local_samples[self.global_rank :: self.trainer.world_size]
         with self.trainer.precision_plugin.forward_context():
-            outputs = generation.generate(self.model, [sample.prompt_ids for _, sample in share])
+            outputs = generation.generate(self.model, [sample.prompt_ids for _, sample in local_samples])
         samples = [
             (index, {**sample.texts, "generated": generation.decode(output)})
-            for (index, sample), output in zip(share, outputs, strict=True)
+            for (index, sample), output in zip(local_samples, outputs, strict=True)
         ]
         gathered = samples if divided else self._gather(samples)
         return [sample for _, sample in sorted(gathered, key=itemgetter(0))]
 
-    def _gather(self, share: list[Any]) -> list[Any]:
-        """What all processes have, one behind the other."""
+    def _gather(self, local: list[Any]) -> list[Any]:
+        """The concatenated lists of all processes, by rank."""
         if self.trainer.world_size == 1:
-            return share
-        shares: list[Any] = [None] * self.trainer.world_size
-        torch.distributed.all_gather_object(shares, share)
-        return list(chain.from_iterable(shares))
+            return local
+        gathered: list[Any] = [None] * self.trainer.world_size
+        torch.distributed.all_gather_object(gathered, local)
+        return list(chain.from_iterable(gathered))
 
     def cpu(self) -> FineTuner:
-        """Stays where it is: Lightning would move the base off its device, which the next run wants it on."""
+        """Does nothing: Lightning would move the base off the device that the next run needs it on."""
         return self
 
     # ------------------------------------------------------------------------------------------------- checkpoints
 
     def probe(self, batch: MicroBatch) -> float:
-        """Nats per labelled token of `batch` without dropout; nothing of the training changes by it."""
+        """Nats per labelled token of `batch` without dropout; leaves the training unchanged."""
         score = getattr(self.objective, "evaluate" if hasattr(self.objective, "before_step") else "losses")
         with evaluating(self.model), torch.no_grad(), self.trainer.precision_plugin.forward_context():
             losses = score(self.model, batch.to(self.device))
@@ -442,7 +415,7 @@ class FineTuner(L.LightningModule):
         }
 
     def restore(self, step: int, weights: dict[str, torch.Tensor], optimizer: dict[str, dict[str, Any]]) -> None:
-        """Goes back to a checkpoint; call before `fit`."""
+        """Loads a checkpoint; call before `fit`."""
         load_trainable_state(self.model, weights)
         self._pending_optimizer = optimizer
         self.step = step

@@ -1,4 +1,4 @@
-"""What the rows of a run say about themselves, and what of it should stop a training."""
+"""Checks a run's rows for mistakes: errors, which stop a training, and warnings."""
 
 from __future__ import annotations
 
@@ -13,30 +13,32 @@ from llmft.training.prepare import RunInputs
 from llmft.training.tokenized_data import TokenizedData
 
 LABEL_RATIO = 2.0
-"""Good and bad answers, times their weights, that differ by more are told of; KTO's authors advise 1 to 1.5 (section
-4.2 of arXiv:2402.01306)."""
+"""Weighted counts of good and bad answers with a larger ratio get a warning; KTO's authors advise 1 to 1.5 (section 4.2
+of arXiv:2402.01306)."""
 
 
 @dataclass
 class Inspection:
-    """What was found in the rows."""
+    """Facts of the rows, and the mistakes found in them."""
 
     facts: dict[str, SplitFacts]
     overlaps: list[Overlap]
     findings: list[Finding]
 
 
-def inspect_rows(inputs: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
-    """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
+def inspect_rows(inputs: RunInputs, rows: TokenizedData, *, search_near_duplicates: bool) -> Inspection:
+    """Facts and mistakes of the rows; near-duplicates, which take seconds, only with `search_near_duplicates`."""
     facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
-    overlaps = find_overlaps({split: part for split, part in inputs.conversations.items() if part}, near=near)
-    of_rows = [*_dropped(inputs, rows), *row_findings(inputs), *_serving(inputs, rows)]
-    of_tokens = findings(inputs.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    return Inspection(facts, overlaps, [*of_rows, *of_tokens])
+    overlaps = find_overlaps(
+        {split: part for split, part in inputs.conversations.items() if part}, near=search_near_duplicates
+    )
+    row_based = [*_dropped(inputs, rows), *row_findings(inputs), *_serving(inputs, rows)]
+    token_based = findings(inputs.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
+    return Inspection(facts, overlaps, [*row_based, *token_based])
 
 
 def row_findings(inputs: RunInputs) -> list[Finding]:
-    """What is to be told of the rows before they are tokenised."""
+    """The findings that need no tokens."""
     compared = _imbalance(inputs) if inputs.config.task.feedback is Feedback.labels else _comparisons(inputs)
     return [*_unlearned(inputs), *_pseudo(inputs), *compared]
 
@@ -50,17 +52,17 @@ def _comparisons(inputs: RunInputs) -> list[Finding]:
     if reversed_rows := contradictions(rows):
         one, two = reversed_rows[0]
         number = "row compares" if len(reversed_rows) == 1 else f"{len(reversed_rows)} rows compare"
-        message = f"{number} the same two answers the other way round than another row ({one} and {two})"
+        message = f"{number} the same two answers in the opposite order of another row ({one} and {two})"
         result.append(Finding("warning", "data.contradictions", message))
     empty = [row.where for row in rows if row.comparison is not None and not all(map(str.strip, answers_of(row)))]
     if empty:
         message = f"{len(empty)} of {len(rows)} rows compare an empty answer, the first in {empty[0]}"
-        result.append(Finding("warning", "data", f"{message}: all that can be learned of it is to end at once"))
+        result.append(Finding("warning", "data", f"{message}: the model can only learn from it to end at once"))
     return result
 
 
 def _imbalance(inputs: RunInputs) -> list[Finding]:
-    """Warns where good or bad answers, with their weights, are so few that a policy learns next to nothing of them."""
+    """Warns where weighted good or bad answers are so few that a policy learns almost nothing from them."""
     counts = label_counts(inputs.conversations["train"])
     names = {"good": "desirable", "bad": "undesirable"}
     weights = {kind: inputs.config.task.loss_options.get(name, 1.0) for kind, name in names.items()}
@@ -71,14 +73,14 @@ def _imbalance(inputs: RunInputs) -> list[Finding]:
     message = f"{counts['good']} of the training answers are good and {counts['bad']} bad"
     if counts[rare]:
         balanced = weights[rare] * sums[common] / sums[rare]
-        message += f"; task.loss_options.{names[rare]}={balanced:.3g} makes both kinds count alike"
+        message += f"; task.loss_options.{names[rare]}={balanced:.3g} gives both kinds equal weight"
     else:
-        message += f", so nothing says what a {'better' if rare == 'good' else 'worse'} answer is like"
+        message += f", so nothing shows what a {'better' if rare == 'good' else 'worse'} answer is like"
     return [Finding("warning", "task.loss_options", message)]
 
 
 def _unlearned(inputs: RunInputs) -> list[Finding]:
-    """Warns of classes without a training row, whatever took them: a file, a split, a fold, a limit."""
+    """Warns of classes without a training row, because of files, split, fold or limits."""
     targets = inputs.targets
     if targets is None or targets.problem is TaskType.regression:
         return []
@@ -94,7 +96,7 @@ def _unlearned(inputs: RunInputs) -> list[Finding]:
 
 
 def _pseudo(inputs: RunInputs) -> list[Finding]:
-    """Warns where pseudo-labels come from models that were trained on rows that are held out here."""
+    """Warns of pseudo-labels by models that were trained on rows that are held out here."""
     fold = inputs.config.data.fold
     sources = [
         source
@@ -112,7 +114,7 @@ def _pseudo(inputs: RunInputs) -> list[Finding]:
 
 
 def _serving(inputs: RunInputs, rows: TokenizedData) -> list[Finding]:
-    """Warns of keys of messages that nothing reads, and where a row's text or tokens are not those that serving has."""
+    """Warns of unused message keys, and of rows whose text or tokens differ from those of serving."""
     result = []
     if unused := ", ".join(f"{key} ({count:,})" for key, count in sorted(inputs.message_keys.unused.items())):
         message = f"these keys of messages are not used (messages that have them): {unused}"
@@ -121,29 +123,29 @@ def _serving(inputs: RunInputs, rows: TokenizedData) -> list[Finding]:
     for split, lengths in rows.encoder.lengths.items():
         if lengths.rows_joined:
             messages.append(
-                f"in {lengths.rows_joined} {split} rows this tokenizer joins a prompt with its answer, or an answer "
-                "with what follows: they are tokenised apart, as serving does"
+                f"this tokenizer merges tokens across the prompt/answer border in {lengths.rows_joined} {split} rows; "
+                "they are tokenised separately, as a server does"
             )
         if lengths.rows_split:
             messages.append(
-                f"{lengths.rows_split} {split} rows are learned as a sequence for each answer, since earlier answers "
-                "look otherwise once later turns follow"
+                f"{lengths.rows_split} {split} rows are trained on as one sequence per answer, since the template "
+                "writes earlier answers differently once later turns follow"
             )
         if lengths.rows_unlike:
             messages.append(
-                f"in {lengths.rows_unlike} {split} rows the template writes something else before an answer than it "
-                "writes as a prompt (add_generation_prompt), so serving will not see what is trained"
+                f"in {lengths.rows_unlike} {split} rows the text before an answer differs from the template's prompt "
+                "(add_generation_prompt), so a server's prompts will differ from the training's"
             )
     if rows.ends.text and rows.splits["train"].labelled.any():
         messages.append(
-            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched whole; a "
-            "server must be told it as a stop string"
+            f"the end marker {rows.ends.text!r} is {rows.ends.num_tokens} tokens with this tokenizer, matched as "
+            "a sequence; set it as a stop string in a server"
         )
     return [*result, *(Finding("warning", "prompt", message) for message in messages)]
 
 
 def _dropped(inputs: RunInputs, rows: TokenizedData) -> list[Finding]:
-    """Rows whose answer does not fit: nobody chose to lose them, unlike those of data.truncation=drop."""
+    """Finds rows whose answer does not fit, an error unless data.truncation=drop or max_dropped_fraction allows it."""
     data, limits = inputs.config.data, rows.encoder.lengths["train"]
     lost = sum(limits.dropped_by.get(key, 0) for key in ("data.max_tokens", "data.max_prompt_tokens"))
     total = limits.rows + limits.rows_dropped

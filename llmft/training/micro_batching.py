@@ -1,7 +1,7 @@
-"""How a step is cut into micro-batches, and what is kept of them, so that it fits into the memory of the device.
+"""Chooses micro-batch and gradient checkpointing so that a step fits into the memory of the device.
 
-The answer is a function of config, rows, model and the device's total memory (not of what is free at the moment), so
-that a run makes the same micro-batches alone, in a sweep and again; a resumed run takes those of its checkpoint.
+The choice is a function of config, rows, model and the device's total memory (not of what is free at the moment), so
+that a run makes the same micro-batches alone, in a sweep and repeatedly; a resumed run takes those of its checkpoint.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ MOST_TOKENS = {"cuda": 16_384, "cpu": 640}
 some 2% of the time at 16 thousand (arithmetic, not measured). A CPU's caches hold fewer: SmolLM2-135M on Alpaca rows in
 fp32 took 2.4 GiB with 640 tokens, 3.0 with 1,024 and 2.1 with 512, in 1.02, 1.00 and 1.09 of the CPU time."""
 ENOUGH_TOKENS = 2_048
-"""So many tokens at once are preferred to gradient checkpointing; fewer leave a GPU idle. Also the micro-batch where
-the memory cannot be told, with gradient checkpointing."""
+"""Tokens at once below which gradient checkpointing is used, since fewer leave a GPU idle. Also the micro-batch where
+the memory cannot be estimated, with gradient checkpointing."""
 STEP = 256
 LEVELS = (Checkpointing.none, Checkpointing.full)
 
 
 @dataclass(frozen=True)
 class MicroBatchPlan:
-    """What a micro-batch may hold, what is kept of its forward, and why.
+    """The largest micro-batch, its gradient checkpointing, and why.
 
     Attributes:
-        estimate: of the largest micro-batch; None where it was not needed or cannot be made.
+        estimate: of the largest micro-batch; None where it is not needed or impossible.
     """
 
     limit: Limit
@@ -56,16 +56,16 @@ class MicroBatchPlan:
         return {"rows": self.limit.rows, "tokens": self.limit.tokens, "checkpointing": self.checkpointing.value}
 
     def validation(self, rows: int) -> Limit:
-        """A batch of a validation, which keeps nothing for a backward: as many rows, or four times the tokens."""
+        """The limit of a validation batch, which keeps nothing for a backward: `rows`, and four times the tokens."""
         return Limit(rows, None if self.limit.tokens is None else 4 * self.limit.tokens)
 
     @property
     def size(self) -> str:
-        """For people, without the reason."""
+        """Limit and gradient checkpointing in words, without the reason."""
         limit = self.limit
         size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
         level = "full" if self.checkpointing is Checkpointing.full else "no"
-        return f"micro-batch up to {size}, {level} gradient checkpointing"
+        return f"up to {size}, {level} gradient checkpointing"
 
     def __str__(self) -> str:
         return f"{self.size} ({self.why})"
@@ -73,13 +73,13 @@ class MicroBatchPlan:
 
 @dataclass(frozen=True)
 class StepRows:
-    """The largest that a process can meet in one step.
+    """Upper bounds of what one process gets in a step.
 
     Attributes:
-        rows: of its share of the batch.
+        rows: of its part of the batch.
         longest: tokens of the longest row.
-        tokens, labelled: of as many rows, the longest and those with the most labels.
-        density: the largest share of labels in a row.
+        tokens, labelled: summed over the longest `rows`, and over those with the most labels.
+        density: the largest fraction of labels in a row.
     """
 
     rows: int
@@ -108,13 +108,13 @@ class StepRows:
 
 
 Peak = Callable[..., MemoryEstimate]
-"""From a limit and a level, the peak memory of the largest micro-batch; `offload=False` for all that it keeps."""
+"""From a limit and a level to the peak memory of the largest micro-batch; `offload=False`: without offloading."""
 
 
 def estimator(
     config: TrainConfig, examples: Examples, architecture: Any, device: torch.device, dtype: torch.dtype
 ) -> Peak:
-    """Tells the peak memory of the largest micro-batch that `examples` can give within a limit."""
+    """A function for the peak memory of the largest micro-batch of `examples` within a limit."""
     memory = StepMemory(config, architecture, dtype, device.type)
     return _peaks(config, examples, memory, device.type, flash=has_flash(device, dtype))
 
@@ -122,7 +122,7 @@ def estimator(
 def _peaks(config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool) -> Peak:
     rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
     share = _processes(config) if divides_weights(config) else 1
-    offloads = config.trainer.offload_activations and device_type == "cuda"  # a CPU's are in its memory already
+    offloads = config.trainer.offload_activations and device_type == "cuda"  # on a CPU they are in main memory already
 
     def peak(limit: Limit, level: Checkpointing, *, offload: bool = offloads) -> MemoryEstimate:
         return memory.at(*rows.largest(limit), level, offloaded=offload, share=share, flash=flash)
@@ -135,8 +135,8 @@ def choose(
 ) -> tuple[Limit, Checkpointing, MemoryEstimate, bool]:
     """(limit, level, their peak, whether that fits) on a device of `total` bytes.
 
-    The first level that has room for enough tokens, as many as fit. What is offloaded must fit into the machine's own
-    memory, of which each process has its share and the base passes through.
+    Takes the first level at which enough tokens fit, and as many as fit. Offloaded activations must fit into half of
+    the machine's main memory, which its processes share and the base passes through.
     """
     limit, level = Limit(*rows_or_tokens(config.trainer.micro_batch)), config.trainer.gradient_checkpointing
     configured, cap = limit != Limit(), MOST_TOKENS.get(device_type, ENOUGH_TOKENS)
@@ -165,18 +165,18 @@ def plan_micro_batches(
     architecture: Callable[[], Any],
     device: torch.device,
     dtype: torch.dtype,
-    before: dict[str, Any] | None = None,
+    saved: dict[str, Any] | None = None,
 ) -> MicroBatchPlan:
-    """How a step of `config` on `examples` is cut.
+    """The micro-batches of a step of `config` on `examples`.
 
-    `architecture` makes transformers' config of the model. `before`, what a checkpoint says was chosen, stands for
-    whatever the config leaves to us.
+    `architecture` makes transformers' config of the model. `saved`, the choice in a checkpoint, fills in what the
+    config leaves open.
     """
     level, limit = config.trainer.gradient_checkpointing, Limit(*rows_or_tokens(config.trainer.micro_batch))
     configured = limit != Limit()
-    if before is not None:
-        limit = limit if configured else Limit(before["rows"], before["tokens"])
-        level = checkpointing_of(before["checkpointing"]) if level is Checkpointing.auto else level
+    if saved is not None:
+        limit = limit if configured else Limit(saved["rows"], saved["tokens"])
+        level = checkpointing_of(saved["checkpointing"]) if level is Checkpointing.auto else level
         return MicroBatchPlan(limit, level, "as before")
     if configured and level is not Checkpointing.auto:
         return MicroBatchPlan(limit, level, "as configured")
@@ -185,8 +185,8 @@ def plan_micro_batches(
         if total is None:
             raise NotImplementedError(f"of {device}")
         memory = StepMemory(config, architecture(), dtype, device.type)
-    except Exception as error:  # code of others, which may ask for anything; what it said is shown
-        reason = f"the memory cannot be told: {type(error).__name__}: {first_line(error)}"
+    except Exception as error:  # third-party code may raise anything; its message is shown
+        reason = f"the memory cannot be estimated: {type(error).__name__}: {first_line(error)}"
         limit = limit if configured else Limit(tokens=min(MOST_TOKENS.get(device.type, ENOUGH_TOKENS), ENOUGH_TOKENS))
         return MicroBatchPlan(limit, Checkpointing.full if level is Checkpointing.auto else level, reason)
     flash = has_flash(device, dtype)
@@ -209,13 +209,13 @@ def architecture_of(inputs: RunInputs, vocabulary: int) -> Any:
 
 
 def divides_weights(config: TrainConfig) -> bool:
-    """Whether the strategy divides weights and optimizer among the devices (FSDP)."""
+    """Whether the strategy shards weights and optimizer states over the devices (FSDP)."""
     strategy = config.trainer.strategy
     return isinstance(strategy, dict) and str(strategy.get("_target_")).endswith("ModelParallelStrategy")
 
 
 def _processes(config: TrainConfig) -> int:
-    """Of the whole run, as far as the config says; "auto" is at least one."""
+    """The run's processes by its config; "auto" counts as one device."""
     devices = config.trainer.devices
     local = len(devices) if isinstance(devices, list) else devices if isinstance(devices, int) else 1
     return local * config.trainer.num_nodes
@@ -230,7 +230,7 @@ def _process_rows(config: TrainConfig) -> int:
 
 
 def _memory(config: TrainConfig, device: torch.device) -> int | None:
-    """Total bytes for one process: of the smallest GPU, so that all processes decide alike; its share of a CPU's."""
+    """Total bytes for one process: of the smallest GPU, so that all processes choose alike; on a CPU its share."""
     if device.type == "cuda":
         return min(device_memory(torch.device("cuda", index)) or 0 for index in range(torch.cuda.device_count()))
     total = device_memory(device)

@@ -1,6 +1,6 @@
-"""A training that finds no memory goes on with smaller micro-batches: the same numbers, in more pieces.
+"""Halves the micro-batch of a training that runs out of memory, which keeps its effective batch.
 
-The same up to rounding, that is; and where there is dropout, with other draws: each micro-batch has its own.
+The numbers stay the same up to rounding, but with dropout the masks change: each micro-batch draws its own.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     import torch
 
 _MESSAGES = ("out of memory", "can't allocate memory", "not enough memory", "alloc_failed")
-"""What errors without a type of their own say: the CPU's allocator, cuBLAS, other libraries on CUDA."""
+"""Parts of the messages of untyped errors: the CPU's allocator, cuBLAS, other libraries on CUDA."""
 
 
 class OutOfMemory(Exception):
-    """No memory in a stage of a run.
+    """A stage of a run ran out of memory.
 
     Attributes:
         stage: "loading", "training" or "validation".
-        plan: how steps were cut; None while loading.
-        rows, tokens: what was at most computed at once when memory ran out.
+        plan: the micro-batches; None while loading.
+        rows, tokens: the most that were computed at once.
     """
 
     def __init__(
@@ -39,16 +39,16 @@ class OutOfMemory(Exception):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that the device or the machine has no memory left."""
+    """Whether `error` means that the device or the machine has no memory left."""
     if isinstance(error, (MemoryError, OutOfMemory)) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _MESSAGES)
 
 
-def let_go(error: BaseException, module: torch.nn.Module) -> None:
-    """Gives back what a step that failed holds: the variables of the frames that `error` has passed, and gradients.
+def release_tensors(error: BaseException, module: torch.nn.Module) -> None:
+    """Frees what a failed step holds: the local variables of the frames in the traceback of `error`, and gradients.
 
-    What is still running keeps its own; so do the lines of a traceback.
+    Frames that still run keep their variables, and the traceback its lines.
     """
     errors, seen = [error], list[BaseException]()
     while errors:
@@ -59,12 +59,12 @@ def let_go(error: BaseException, module: torch.nn.Module) -> None:
     free_memory()
 
 
-def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
-    """`config` with half of what was computed at once where memory ran out, and a note of it for the record.
+def halve_micro_batch(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[str, Any]]:
+    """`config` with half the micro-batch or validation batch that ran out of memory, and a note for the record.
 
-    At one row, layers are computed again instead, whatever was configured.
+    At one row it switches on gradient checkpointing instead, whatever was configured.
 
-    Raises ConfigError with what is left to try where that is done already, or the base itself does not fit.
+    Raises ConfigError with further advice where that is on already, or where the base itself does not fit.
     """
     plan, key = error.plan, "micro_batch"
     was: Any = error.rows
@@ -79,14 +79,14 @@ def smaller(config: TrainConfig, error: OutOfMemory) -> tuple[TrainConfig, dict[
     else:
         raise ConfigError(f"out of memory in {error.stage} ({error}); {_advice(config, error)}.")
     values: dict[str, Any] = {key: now}
-    if error.stage == "training":  # what was chosen stays, but for this
+    if error.stage == "training":  # keeps the rest of the plan
         values = {"micro_batch": str(plan.limit), "gradient_checkpointing": plan.checkpointing, **values}
     note = {"stage": error.stage, "key": f"trainer.{key}", "from": was, "to": now}
     return replace(config, trainer=replace(config.trainer, **values)), note
 
 
 def _advice(config: TrainConfig, error: OutOfMemory) -> str:
-    """What is left to try, most harmless first."""
+    """Settings to try, those that change the training least first."""
     tries = []
     if error.stage == "training" and not config.trainer.offload_activations and config.trainer.accelerator != "cpu":
         tries.append("trainer.offload_activations=true")

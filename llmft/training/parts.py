@@ -1,4 +1,4 @@
-"""What a config names by dotted paths, built before rows are tokenised or weights loaded."""
+"""Builds what a config names by dotted paths, before rows are tokenised or weights loaded."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 REFUSED: tuple[tuple[tuple[type, ...], str], ...] = (
     (
         (lightning.Checkpoint,),
-        "llmft writes checkpoints itself; trainer.checkpoint_every and trainer.keep_checkpoints say when and how many",
+        "llmft writes checkpoints itself; trainer.checkpoint_every and trainer.keep_checkpoints set when and how many",
     ),
     ((lightning.ProgressBar, lightning.ModelSummary), "llmft shows plan and progress; progress=false shows none"),
     (
         (lightning.GradientAccumulationScheduler, lightning.BatchSizeFinder),
-        "llmft cuts steps itself; trainer.batch_size says how many rows, trainer.micro_batch how many at once",
+        "llmft splits steps itself; trainer.batch_size sets a step's rows, trainer.micro_batch those computed at once",
     ),
     ((lightning.LearningRateFinder,), "llmft sets the rate itself; learning_rate.peak may be varied in a sweep"),
     (
@@ -45,7 +45,7 @@ NEED_LOGGER = (lightning.LearningRateMonitor, lightning.DeviceStatsMonitor, ligh
 
 @dataclass
 class Parts:
-    """What the config names and others wrote, or a task brings."""
+    """The optimizer, metrics and callbacks that config and task name."""
 
     make_optimizer: Callable[[Any], torch.optim.Optimizer]
     metrics: dict[str, Callable[..., float]]
@@ -53,13 +53,13 @@ class Parts:
 
 
 def check_parts(config: TrainConfig) -> Parts:
-    """Builds what needs neither rows nor weights; raises ConfigError naming the key of a part that cannot be."""
+    """Builds the parts that need neither rows nor weights; raises ConfigError naming the key of an invalid one."""
     with_mode(config)
     for name, node in config.logger.loggers.items():
         check_target(node, f"logger.loggers.{name}", "logger")
     metrics = metric_functions(config.task.metrics, config.task.metric_options)
     for metric in metrics.values() if config.task.generate_rows else ():
-        # An encoder that is missing is told before the weights load, not after.
+        # Raises for a missing sentence encoder before the weights load.
         ready = getattr(getattr(metric, "func", metric), "ready", None)
         if ready is not None:
             ready(**getattr(metric, "keywords", {}))
@@ -77,7 +77,7 @@ def check_parts(config: TrainConfig) -> Parts:
 
 
 def _callback(node: dict[str, Any], key: str, config: TrainConfig) -> Any:
-    """A callback of Lightning's; one that monitors a metric gets that metric's direction, or is refused."""
+    """Builds a Lightning callback; one that monitors a metric gets that metric's direction, or is refused."""
     check_target(node, key, "callback")
     monitor, metrics = node.get("monitor"), validation_metrics(config.task)
     if isinstance(monitor, str) and monitor.startswith("val/"):
@@ -91,14 +91,14 @@ def _callback(node: dict[str, Any], key: str, config: TrainConfig) -> Any:
     kind = type(callback).__name__
     for kinds, reason in REFUSED:
         if isinstance(callback, kinds):
-            raise ConfigError(f"{key}: {kind} has no place here: {reason}.")
+            raise ConfigError(f"{key}: {kind} cannot be used: {reason}.")
     if isinstance(callback, NEED_LOGGER) and not (config.logger.wandb.enabled or config.logger.loggers):
         raise ConfigError(f"{key}: {kind} needs a logger; set logger=csv, tensorboard or wandb, or leave it out.")
     return callback
 
 
 def failed_callback(error: BaseException, callbacks: dict[str, Any]) -> ConfigError | None:
-    """What is told of an error that came out of one of `callbacks`; None for any other."""
+    """The ConfigError for an error raised by one of `callbacks`; None for any other."""
     for frame, _ in traceback.walk_tb(error.__traceback__):
         for name, callback in callbacks.items():
             if frame.f_locals.get("self") is callback:

@@ -1,4 +1,4 @@
-"""What is about to happen: for the screen, and for the run's record."""
+"""A training's plan, for the screen and for the run's record."""
 
 from __future__ import annotations
 
@@ -10,21 +10,26 @@ from llmft.core.console import Screen
 from llmft.model.assemble import Assembled
 from llmft.model.quantization import held_as, weight_counts
 from llmft.training.micro_batching import MicroBatchPlan
-from llmft.training.objectives.choice import cost
+from llmft.training.objectives.verbalizer import cost
 from llmft.training.prepare import RunInputs
-from llmft.training.readiness import Ready
+from llmft.training.readiness import Readiness
 from llmft.training.references import describe_reference
 
 
 def show_plan(
-    screen: Screen, inputs: RunInputs, ready: Ready, assembled: Assembled, plan: MicroBatchPlan, resumed_at: int | None
+    screen: Screen,
+    inputs: RunInputs,
+    ready: Readiness,
+    assembled: Assembled,
+    plan: MicroBatchPlan,
+    resumed_at: int | None,
 ) -> None:
-    """Prints model, data and steps, and what is doubtful about them. `resumed_at`: the step of the checkpoint."""
+    """Prints model, data, steps and warnings about them. `resumed_at`: the step of the checkpoint."""
     config, run, lengths = inputs.config, inputs.run, ready.rows.encoder.lengths
-    facts = plan_facts(config, ready, assembled) | {"at once": str(plan), "run": str(run.directory)}
+    lines = plan_lines(config, ready, assembled) | {"micro-batch": str(plan), "run": str(run.directory)}
     if resumed_at is not None:
-        facts["resumed"] = f"after step {resumed_at}"
-    screen.plan(facts)
+        lines["resumed"] = f"after step {resumed_at}"
+    screen.plan(lines)
     limits = lengths["train"]
     if limits.rows_cut or limits.rows_dropped:
         reasons = "".join(f", {count} by {key}" for key, count in limits.dropped_by.items())
@@ -41,8 +46,8 @@ def show_plan(
         screen.warn(f"{len(inputs.problems.rejected)} rows left out, see {run.rejected_file}.")
 
 
-def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[str, str]:
-    """Lines of the plan: model, what is trained, data, steps; of the model what it is, whatever was asked for."""
+def plan_lines(config: TrainConfig, ready: Readiness, assembled: Assembled) -> dict[str, str]:
+    """Lines of the plan by label: model, trained weights, data, steps; the model as it is, not as configured."""
     counts, held, lora = weight_counts(assembled.model), held_as(assembled.base), config.lora
     quantized = counts["4-bit"] + counts["8-bit"]
     frozen = quantized + counts["full"]
@@ -66,8 +71,8 @@ def plan_facts(config: TrainConfig, ready: Ready, assembled: Assembled) -> dict[
     }
 
 
-def what_ran(config: TrainConfig, ready: Ready, assembled: Assembled, plan: MicroBatchPlan) -> dict[str, Any]:
-    """What the model is and does, read from it and not from what was asked for."""
+def what_ran(config: TrainConfig, ready: Readiness, assembled: Assembled, plan: MicroBatchPlan) -> dict[str, Any]:
+    """The record of the model as it is, not as configured: formats, weights, kernels, objective, prompt."""
     objective, template = type(ready.objective), str(ready.rows.prompt.config.template)
     return {
         "quantization": held_as(assembled.base),

@@ -1,6 +1,6 @@
-"""What a run needs before torch is imported: rows, the model's files, the run directory.
+"""Prepares what a run needs before torch is imported: rows, the model's files, the run directory.
 
-`python -m llmft` answers a mistake, or finds a finished run, from here in about a second.
+So `python -m llmft` reports a mistake, or a finished run, in about a second.
 """
 
 from __future__ import annotations
@@ -43,31 +43,31 @@ class RunInputs:
     problems: BadRows = field(default_factory=BadRows)
     targets: Targets | None = None
     rows_fingerprint: str = ""
-    """Of the files alone, without pseudo-labels: the same in all folds."""
+    """Of the files only, without pseudo-labels: the same in all folds."""
     pseudo: PseudoLabels = field(default_factory=PseudoLabels)
     id_column: str | None = None
     num_rows: dict[str, int] = field(default_factory=dict)
-    """Rows of each split before any was left out, and "all": those that were dealt to training and validation."""
+    """Rows of each split before any was left out, and "all": those split into training and validation."""
     usage: dict[str, Any] = field(default_factory=dict)
-    """Which columns are read and which are not, as `ColumnMap.usage` says."""
+    """Which columns are read and which are not, from `ColumnMap.usage`."""
     message_keys: Keys = field(default_factory=Keys)
     started: float = field(default_factory=time.monotonic)
 
     @property
     def num_outputs(self) -> int:
-        """How many numbers the model's head has, if it has one: one a class, or one for an answer's score."""
+        """Outputs of the model's head, if it has one: one per class, or one for an answer's score."""
         return 1 if self.config.task.scores_answers else len(self.labels)
 
 
 def may_be_distributed(config: TrainConfig) -> bool:
-    """Whether the run may be distributed; several of one device may have been started side by side."""
+    """Whether the run may be distributed; several runs on one device each may have been started in parallel."""
     return bool(config.trainer.devices != 1) or config.trainer.num_nodes > 1
 
 
 def process_rank(config: TrainConfig) -> int:
-    """This process's place among those of a distributed run, before torch.distributed knows it.
+    """This process's rank in a distributed run, before torch.distributed is initialised.
 
-    Without a launcher that numbers all of them, the first of every other machine counts as none of the first.
+    Without a launcher's rank, NODE_RANK is used, so only the first machine has rank 0.
     """
     if not may_be_distributed(config):
         return 0
@@ -82,7 +82,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     """Reads and checks the rows, finds the model, and opens the run directory (or only names it).
 
     Raises:
-        ConfigError: for what the config names and is not there.
+        ConfigError: for files, columns or models that the config names and that are missing.
         DataError: for rows that cannot be used.
     """
     config = with_mode(config)
@@ -110,7 +110,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     others = [*conversations["validation"], *conversations["test"]]
     pseudo = add_pseudo(config.data, columns, conversations["train"], others)
     conversations["train"] = _weighted([*conversations["train"], *pseudo.conversations], config, columns.targets)
-    if config.data.train_on is TrainOn.all:  # these rows are trained on: a few show that the model still works
+    if config.data.train_on is TrainOn.all:  # these rows are trained on; a few suffice to see that the model works
         conversations["validation"] = conversations["validation"][: config.trainer.validation_batch_size]
     fingerprint = loaded.fingerprint
     if pseudo.fingerprint:
@@ -139,7 +139,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
 
 
 def _weighted(train: list[Conversation], config: TrainConfig, targets: Targets | None) -> list[Conversation]:
-    """The training rows with task.class_weights; `targets` notes their prior, and a regression's mean and spread."""
+    """The training rows with task.class_weights; sets in `targets` the prior, and a regression's mean and scale."""
     if targets is None:
         return train
     targets.prior = prior_of(targets.problem, len(targets.labels), [row.target for row in train])

@@ -1,4 +1,4 @@
-"""What would stop a training before its weights load: `Session` and `python -m llmft.check` ask it here alike."""
+"""Checks of device, rows and model before weights load, for both `Session` and `python -m llmft.check`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmft.config.sections import TrainConfig
 from llmft.config.trainer import OnSaveError
 from llmft.core.errors import ConfigError, DiskError, first_line
 from llmft.core.files import check_space
-from llmft.data.quality import stop_on_errors
+from llmft.data import quality
 from llmft.model import adapters, families
 from llmft.model.assemble import check_dora
 from llmft.model.device import pick_device, pick_precision
@@ -37,8 +37,8 @@ LIGHTNING_PRECISION = {Precision.bf16: "bf16-mixed", Precision.fp16: "16-mixed",
 
 
 @dataclass
-class Ready:
-    """A training up to its weights; `objective` is None where the rows' own errors already stop it."""
+class Readiness:
+    """All that a training needs besides its weights; `objective` is None where errors of the rows stop it."""
 
     device: torch.device
     precision: Precision
@@ -47,13 +47,18 @@ class Ready:
     objective: Any = None
 
 
-def make_ready(
-    inputs: RunInputs, parts: Parts, warn: Callable[[str], None], *, near: bool = False, stop: bool = True
-) -> Ready:
-    """Everything about device, rows and model that needs no weights; `near` as `inspect_rows` takes it.
+def check_readiness(
+    inputs: RunInputs,
+    parts: Parts,
+    warn: Callable[[str], None],
+    *,
+    search_near_duplicates: bool = False,
+    stop_on_errors: bool = True,
+) -> Readiness:
+    """Device, rows, inspection and objective; `search_near_duplicates` takes seconds.
 
-    Raises ConfigError or DataError for the first thing that a training could not go on with; for errors of the rows
-    only with `stop`.
+    Raises ConfigError or DataError for the first thing that makes a training impossible; for errors of the rows only
+    with `stop_on_errors`.
     """
     config = inputs.config
     device, precision = choose_device(config)
@@ -64,9 +69,10 @@ def make_ready(
         callbacks = [*parts.callbacks.values()]
         lightning_trainer(config, device, precision, callbacks=callbacks, logger=False, val_check_interval=1)
     rows = read_rows(inputs, warn)
-    ready = Ready(device, precision, rows, inspect_rows(inputs, rows, near=near))
-    if stop:
-        stop_on_errors(ready.inspection.findings)
+    inspection = inspect_rows(inputs, rows, search_near_duplicates=search_near_duplicates)
+    ready = Readiness(device, precision, rows, inspection)
+    if stop_on_errors:
+        quality.stop_on_errors(ready.inspection.findings)
     elif any(finding.level == "error" for finding in ready.inspection.findings):
         return ready
     ready.objective = make_objective(config.task, inputs.targets, rows.encoder, rows.splits)
@@ -75,7 +81,7 @@ def make_ready(
 
 
 def choose_device(config: TrainConfig) -> tuple[torch.device, Precision]:
-    """Where a training computes and in what. Raises ConfigError for what the machine does not have."""
+    """A training's device and precision. Raises ConfigError for what the machine does not have."""
     trainer = config.trainer
     local_rank = (
         int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0))) if may_be_distributed(config) else 0
@@ -117,7 +123,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
             reload_dataloaders_every_n_epochs=1,
             use_distributed_sampler=False,
             deterministic="warn" if trainer.deterministic else False,
-            log_every_n_steps=1,  # for callbacks that log at Lightning's interval: ours logs every step too
+            log_every_n_steps=1,  # for callbacks that log at Lightning's interval; llmft logs every step too
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -128,7 +134,7 @@ def lightning_trainer(config: TrainConfig, device: torch.device, precision: Prec
 
 
 def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
-    """Raises ConfigError for what a model's files and its shapes alone tell."""
+    """Raises ConfigError for faults that show in a model's files and shapes alone."""
     from safetensors import SafetensorError, safe_open
 
     config = inputs.config
@@ -138,7 +144,7 @@ def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
     if inputs.located.directory is not None and config.model.init is ModelInit.pretrained:
         for path in sorted(inputs.located.directory.glob("model*.safetensors")):
             try:
-                with safe_open(path, framework="pt"):  # reads nothing but the header
+                with safe_open(path, framework="pt"):  # reads only the header
                     pass
             except (SafetensorError, OSError) as error:
                 raise ConfigError(f"{path}: damaged or cut off ({first_line(error)}); fetch it again.") from None
@@ -146,7 +152,7 @@ def _check_model(inputs: RunInputs, rows: TokenizedData) -> None:
         families.prepare(architecture.model_type)
         try:
             base = meta_model(str(config.task.auto_class), copy.deepcopy(architecture), dtype=torch.float32)
-        except Exception:  # code of others may want values; loading will tell
+        except Exception:  # third-party code may need values; loading will show it
             return
         adapters.attach(base, config.lora, auto_class=str(config.task.auto_class), seed=0, name="")
 
@@ -162,14 +168,14 @@ def check_vocabulary(config: TrainConfig, rows: TokenizedData, size: int | None)
 
 
 def check_room(config: TrainConfig, directory: Path, weights: int, states: int, warn: Callable[[str], None]) -> None:
-    """Room for all checkpoints that will stand at once and for what is handed over, before the first step.
+    """Checks, before the first step, that all checkpoints kept at one time and the exported weights fit on the disk.
 
-    `weights` and `states`: bytes of what is trained, and of the optimizer. Raises DiskError, or warns as
-    trainer.on_save_error says.
+    `weights` and `states`: bytes of the trained weights and of the optimizer's states. Raises DiskError, or only warns
+    with trainer.on_save_error=warn.
     """
     trainer = config.trainer
     on_disk = sum(path.stat().st_size for path in directory.rglob("*.safetensors")) if directory.is_dir() else 0
-    # The newest, the best, and the one that is written while they all stay; then the adapter or the model.
+    # The newest, the best, and the one being written, all at one time; then the adapter or the model.
     needed = (weights + states) * (trainer.keep_checkpoints + 2) + weights - on_disk
     try:
         check_space(directory, max(0, needed))
@@ -180,4 +186,4 @@ def check_room(config: TrainConfig, directory: Path, weights: int, states: int, 
                 f"{message}: free some space, set output_dir to another disk, or lower trainer.keep_checkpoints="
                 f"{trainer.keep_checkpoints}."
             ) from None
-        warn(f"{message}; training all the same (trainer.on_save_error=warn).")
+        warn(f"{message}; training anyway (trainer.on_save_error=warn).")

@@ -1,4 +1,4 @@
-"""What a run directory says of its run, besides the numbers of each step."""
+"""The records of a run directory, except the numbers of each step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write_records(
     rows: TokenizedData | None = None,
     overlaps: Sequence[Overlap] = (),
 ) -> None:
-    """Writes the config, the environment with what the limits cost, the classes, and the rejected rows."""
+    """Writes the config, the environment with the rows cut by limits, the classes, and the rejected rows."""
     run, model = inputs.run, inputs.config.model
     write_config(run, inputs.config)
     data: dict[str, Any] = {
@@ -42,7 +42,7 @@ def write_records(
         "left_out": inputs.problems.reasons(),
         "train_on": inputs.config.data.train_on.value,
     }
-    # Whose code ran with the training, if anybody's: a pinned revision or a directory.
+    # The source of third-party code that the training ran: a pinned revision or a directory.
     remote_code = (model.path or f"{model.id}@{model.revision}") if model.trust_remote_code else None
     facts = {"fingerprint": inputs.located.fingerprint, "remote_code": remote_code}
     record = {**environment, "data": data, "model": facts}
@@ -60,9 +60,9 @@ def write_records(
 
 
 def write_predictions(inputs: RunInputs, splits: Mapping[str, Examples], step: int) -> None:
-    """Writes the predictions of validation and test after `step`, from the tables of these two evaluations.
+    """Writes the predictions of validation and test after `step`, from the row tables of these two evaluations.
 
-    They are those of the weights that the run hands over. Nothing is written for a split that was trained on.
+    They belong to the exported weights. Nothing is written for a split that was trained on.
     """
     run, targets = inputs.run, inputs.targets
     if targets is None:
@@ -85,7 +85,7 @@ def predictions_of(
     losses: Sequence[float],
     step: int,
 ) -> Predictions:
-    """The predictions of one of the run's own splits, with what folds and blends need to know of its rows."""
+    """The predictions of one of the run's own splits, with the columns and facts that folds and blends need."""
     targets, data = inputs.targets, inputs.config.data
     assert targets is not None
     columns: dict[str, list[Any]] = {"where": [row.where for row in rows]}
@@ -106,7 +106,7 @@ def predictions_of(
 
 
 def chance_of(inputs: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What the prior scores on the validation and test rows that predictions were written for, beside the model."""
+    """The comparison with the prior, by split, on the validation and test rows that have predictions."""
     chances: dict[str, dict[str, Any]] = {}
     targets, trained_on = inputs.targets, inputs.config.data.train_on is TrainOn.all
     for split in ("test",) if trained_on else ("val", "test"):
@@ -118,10 +118,10 @@ def chance_of(inputs: RunInputs, metrics: Mapping[str, Any]) -> dict[str, dict[s
 
 
 def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What a run has learned: its metrics before training and after `step`, and what was found besides.
+    """A run's result: its metrics before training and after `step`, and comparisons with chance.
 
-    `metrics` are those of predictions, which have a chance level. Of compared answers there are sentences about the
-    answers' probabilities (`words`), and the numbers that tell preference from length.
+    `metrics` are those of predictions, which have a chance level. Runs on compared answers also have sentences about
+    their probabilities (key `words`), and their accuracy compared with that of "the longer answer wins" (`length`).
     """
     config, run = inputs.config, inputs.run
     before: dict[str, float | None] = {}
@@ -130,22 +130,22 @@ def result_of(inputs: RunInputs, step: int, metrics: Mapping[str, Any]) -> dict[
         values = {key: value for key, value in record.items() if key.startswith(("val/", "test/"))}
         before |= values if record["step"] == 0 else {}
         after |= values if record["step"] == step or "test/loss_nats" in values else {}
-    words, length = [], {}
+    notes, length = [], {}
     if config.task.feedback is not None and config.data.train_on is not TrainOn.all:
         moved = movement(before, after)
-        words += [moved] if moved else []
+        notes += [moved] if moved else []
         path = run.row_losses_file("val", step)
         if config.task.feedback is Feedback.pairs and path.is_file():
             table = read_table(path)
             ahead, longer = (np.asarray(table[name], dtype=np.float64) for name in ("ahead", "longer"))
             length = against_length(ahead, longer)
-            words += [length_sentence(length)] if length else []
-    besides = {"words": words, "length": length, "chance": chance_of(inputs, metrics)}
-    return {"before": before, "after": after, **{name: value for name, value in besides.items() if value}}
+            notes += [length_sentence(length)] if length else []
+    comparisons = {"words": notes, "length": length, "chance": chance_of(inputs, metrics)}
+    return {"before": before, "after": after, **{name: value for name, value in comparisons.items() if value}}
 
 
 def validated_at(run: Run, step: int) -> dict[str, float] | None:
-    """Metrics of the validation at `step`, None where there was none."""
+    """Metrics of the validation at `step`; None if there was none."""
     for record in _metrics(run):
         if record["step"] == step and "val/loss_nats" in record:
             return {key: value for key, value in record.items() if key.startswith("val/")}

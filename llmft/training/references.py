@@ -1,9 +1,9 @@
-"""Log-probabilities of the answers under the reference: computed once for all runs that start from the same policy.
+"""Log-probabilities of the answers under the reference, computed once for all runs that start from the same policy.
 
-The reference is the policy before its first step. A fresh LoRA adds exactly nothing, so that is the base; a run that
-goes on from an adapter has that adapter. Rows are computed in groups that no micro-batch changes, and kept in
-`output_dir/references` under a key of all that the numbers depend on. A run keeps a copy, so that it goes on from the
-same numbers to the bit wherever it is resumed.
+The reference is the policy before its first step: the base, to which a new LoRA adds exactly nothing, or the adapter
+that the run starts from. Rows are computed in groups that do not depend on the micro-batch, and stored in
+`output_dir/references` under a key of all that the numbers depend on. A run keeps a copy, so that a resumed run has the
+same numbers to the bit on any machine.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from llmft.runs.directory import adapter_digest
 from llmft.runs.predictions import read_table
 from llmft.training.objectives.answers import answer_log_probs
 from llmft.training.prepare import RunInputs
-from llmft.training.readiness import Ready
+from llmft.training.readiness import Readiness
 
 VERSION = 1
 GROUP = Limit(tokens=2048)
-"""What is computed at once, here and in validations of a policy, so that before the first step both are the same."""
+"""Limit of a batch, here and in validations of a policy, so that both agree to the bit before the first step."""
 
 
-def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen | None) -> dict[str, torch.Tensor]:
-    """By split (rows, answers) float64 log-probabilities of `model`, which is not trained yet; {} without a reference.
+def make_references(inputs: RunInputs, ready: Readiness, model: Any, screen: Screen | None) -> dict[str, torch.Tensor]:
+    """By split (rows, answers) float64 log-probabilities of the untrained `model`; {} without a reference.
 
-    `screen` is told of them, and the run gets its copy, in the main process alone: it is None in the others.
+    The main process prints their source and writes the run's copy; in the others `screen` is None.
     """
     config, rows = inputs.config, ready.rows
     if config.task.reference is Reference.none:
@@ -55,8 +55,8 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
 
     def compute() -> dict[str, torch.Tensor]:
         # The base is the adapted model without its adapter.
-        alone = model.disable_adapter() if config.lora.enabled and _is_base(config) else contextlib.nullcontext()
-        with alone, mixed_precision(device, ready.precision):
+        adapter_off = model.disable_adapter() if config.lora.enabled and _is_base(config) else contextlib.nullcontext()
+        with adapter_off, mixed_precision(device, ready.precision):
             return compute_references(model, rows.splits, rows.tokenizer.pad_token_id, device)
 
     run_file = inputs.run.reference_file
@@ -77,9 +77,9 @@ def make_references(inputs: RunInputs, ready: Ready, model: Any, screen: Screen 
 def reference_key(
     config: TrainConfig, model_fingerprint: str, splits: Mapping[str, Examples], kind: Sequence[str]
 ) -> str:
-    """Equal for runs whose reference gives their rows the same numbers: any rate, rank, seed, beta or loss.
+    """A hash, equal for runs whose reference gives the same numbers, whatever their rate, rank, seed, beta or loss.
 
-    `kind` are the dtype and the device that it is computed in and on.
+    `kind` is the dtype and the device of the computation.
     """
     model = config.model
     digest = hashlib.sha256()
@@ -105,18 +105,18 @@ def reference_key(
 
 
 def _is_base(config: TrainConfig) -> bool:
-    """Whether the reference is the base alone: DoRA's new adapter already rounds otherwise."""
+    """Whether the reference is the base without any adapter; not with DoRA, whose new adapter rounds differently."""
     if config.task.reference is Reference.base:
         return True
     return config.lora.adapter is None and not (config.lora.enabled and config.lora.dora)
 
 
 def describe_reference(config: TrainConfig) -> str:
-    """Which reference a run has, for people."""
+    """A run's reference in words."""
     if config.task.reference is Reference.none:
         return "none"
     if config.lora.adapter is not None and not _is_base(config):
-        return f"the adapter it goes on from, {config.lora.adapter}"
+        return f"the adapter it starts from, {config.lora.adapter}"
     return "the base, without any adapter" if config.lora.enabled else "the model before its first step"
 
 
@@ -129,8 +129,8 @@ def references_of(
 ) -> tuple[dict[str, torch.Tensor], str]:
     """By split (rows, answers) float64 log-probabilities, and where they come from: run, shared or new.
 
-    `shared_file` is that of all runs with this `key`, `run_file` the copy of one; either may be missing or damaged.
-    Several processes that ask at once wait for the one that computes.
+    `shared_file` belongs to all runs with this `key`, `run_file` is one run's copy; either may be missing or damaged.
+    Concurrent processes wait for the one that computes.
     """
     if (references := _read(run_file, key, splits)) is not None:
         return references, "run"
@@ -146,7 +146,7 @@ def references_of(
 def compute_references(
     model: Any, splits: Mapping[str, Examples], pad_id: int, device: torch.device
 ) -> dict[str, torch.Tensor]:
-    """Every split's rows under `model`, without dropout and gradients."""
+    """By split (rows, answers) log-probabilities under `model`, without dropout and gradients."""
     references = {}
     with evaluating(model), torch.no_grad():
         for split, examples in splits.items():
@@ -161,7 +161,7 @@ def compute_references(
 
 
 def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None:
-    """A parquet table with a line for each answer."""
+    """Writes a parquet table with a row for each answer."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -179,7 +179,7 @@ def _write(path: Path, key: str, references: Mapping[str, torch.Tensor]) -> None
 
 
 def _read(path: Path, key: str, splits: Mapping[str, Examples]) -> dict[str, torch.Tensor] | None:
-    """What `_write` wrote under this key; None where it is not there, of other rows, or damaged."""
+    """What `_write` wrote under this key. None if missing, damaged, or for other rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""A finished reward run that scores answers: in rejection sampling, and of a policy's own answers while it learns."""
+"""Finished reward runs that score answers: in rejection sampling, and those of a policy during its training."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ from llmft.training.micro_batching import divides_weights
 from llmft.training.objectives.reward import Reward
 
 GROUP = Limit(tokens=4096)
-"""What is computed at once, whatever else is, so that a score depends on what is scored with it as little as may be."""
+"""Limit of a batch, independent of the config, so that a score hardly depends on the rows scored with it."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A loaded model with an adapter, on whose base the adapters of reward runs may stand too.
+    """A loaded model with an adapter, whose base the adapters of reward runs may share.
 
     Attributes:
         base: `assemble.base_key` of the model.
@@ -50,14 +50,14 @@ class Host:
 
 
 def host_of(model: Any, config: TrainConfig, fingerprint: str) -> Host | None:
-    """`model` as a host; None where it can be none: without an adapter, compiled, divided, or made at random."""
+    """`model` as a host; None where its base cannot be shared: without an adapter, compiled, sharded, or random."""
     base = base_key(config, fingerprint)
     fixed = config.trainer.compile or config.model.init is ModelInit.random or divides_weights(config)
     return None if base is None or fixed else Host(model, base)
 
 
 def shares_base(directory: str, host: Host | None) -> bool:
-    """Whether a reward run's adapter can stand on the base of `host`."""
+    """Whether a reward run's adapter can share the base of `host`."""
     if host is None:
         return False
     config = finished_run(Path(directory).expanduser())[1]
@@ -68,28 +68,26 @@ def load_judges(
     judges: Sequence[Judge],
     key: str,
     host: Host | None,
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     accelerator: str = "auto",
     threads: int | None = None,
 ) -> dict[str, RewardModel]:
-    """The reward runs among `judges` by name; `tell` is told of those that have a model of their own."""
+    """The models of the reward runs among `judges`, by name; reports those that need a base of their own."""
     models = {
         judge.name: RewardModel(judge.path, f"{key}.{judge.name}", accelerator, threads, host)
         for judge in judges
         if judge.is_run
     }
     if unshared := [name for name, model in models.items() if not model.shared]:
-        tell(
-            f"{key}: {', '.join(unshared)}: not of the policy's base, so that it is loaded beside it, with its memory."
-        )
+        report(f"{key}: {', '.join(unshared)}: not of the policy's base, so its base is loaded too and takes memory.")
     return models
 
 
 class RewardModel:
-    """A reward run's model: an adapter on the base of a `host` that has the same, else a model of its own.
+    """A reward run's model: an adapter on the base of `host` where both have the same base, else a separate model.
 
     Attributes:
-        shared: whether it stands on the host's base.
+        shared: whether it uses the host's base.
     """
 
     def __init__(
@@ -100,7 +98,7 @@ class RewardModel:
         threads: int | None = None,
         host: Host | None = None,
     ) -> None:
-        """Loads it. Raises ConfigError where the run is none that scores answers, or its base is not there."""
+        """Loads the model. Raises ConfigError where the run scores no answers, or its base is missing."""
         self.key = key
         run, config = finished_run(Path(directory).expanduser())
         if not config.task.scores_answers:
@@ -114,7 +112,7 @@ class RewardModel:
         self.device = pick_device(accelerator)
         self.precision = pick_precision(config.trainer.precision, self.device)
         self.tokenizer = load_tokenizer(config.model, Located(trained, ""))
-        # Prompts that are too long are cut, answers never.
+        # Prompts that are too long are cut, answers are not.
         data = replace(
             config.data, truncation=Truncation.cut_prompt_left, max_answer_tokens=None, min_prompt_tokens=0,
             min_answer_tokens=0,
@@ -143,7 +141,7 @@ class RewardModel:
 
     @torch.no_grad()
     def scores(self, rows: Sequence[Conversation], texts: Sequence[str]) -> list[float]:
-        """The score of an answer to each prompt; an answer that ends a row already is left out."""
+        """The scores of `texts`, one answer to each row's prompt; a row's own answer is ignored."""
         answered = []
         for row, text in zip(rows, texts, strict=True):
             prompt = row.messages[:-1] if row.messages[-1]["role"] == "assistant" else row.messages

@@ -1,4 +1,4 @@
-"""Answers that a policy has drawn, how they were judged, and what is learned from them; kept in a run's `rollouts/`."""
+"""Answers that a policy has sampled, with their rewards and advantages; stored in a run's `rollouts/`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ SCORE = "score_"
 
 @dataclass
 class RolloutBatch:
-    """The answers to one window's prompts, a row each; those of one prompt stand together.
+    """The answers to the prompts of one window of updates, a row each; those to one prompt are adjacent.
 
     Attributes:
-        row: of each answer its prompt's row in the training split.
-        ids: of each answer its tokens, with its end.
-        old, reference, values: of each answer a number per token; what is not needed is empty.
+        row: each answer's prompt, a row of the training split.
+        ids: each answer's tokens, with its end token.
+        old, reference, values: a number for each token of each answer; empty where not needed.
     """
 
     row: list[int]
@@ -38,13 +38,13 @@ class RolloutBatch:
     values: list[list[float]] = field(default_factory=list)
 
     def write(self, path: Path) -> None:
-        """A parquet table with a line for each answer."""
+        """Writes a parquet table with a row for each answer."""
         columns = {name: column for name, column in vars(self).items() if name != "scores" and column}
         write_table(path, columns | {f"{SCORE}{name}": scores for name, scores in self.scores.items()})
 
     @classmethod
     def read(cls, path: Path) -> RolloutBatch | None:
-        """What `write` wrote; None where it is not there or damaged."""
+        """What `write` wrote; None if missing or damaged."""
         try:
             columns = read_table(path)
             scores = {name: columns.pop(name) for name in list(columns) if name.startswith(SCORE)}
@@ -53,7 +53,7 @@ class RolloutBatch:
             return None
 
     def metrics(self, group: int) -> dict[str, float]:
-        """What the answers are like, `group` of each prompt."""
+        """Means over the answers, of which each prompt has `group`."""
         rewards = np.asarray(self.reward, np.float64).reshape(-1, group)
         metrics = {
             "train/reward": float(rewards.mean()),
@@ -67,17 +67,17 @@ class RolloutBatch:
 
 
 PerToken = list[list[float]]
-"""Of each answer a number per token."""
+"""A number for each token of each answer."""
 
 
 def advantages_and_returns(rollout: RolloutBatch, task: TaskConfig) -> tuple[PerToken, PerToken]:
-    """Each answer's advantages, and what the value head should have said; [] without one."""
+    """Each answer's advantages, and the targets (returns) of the value head; [] without one."""
     lengths = [len(ids) for ids in rollout.ids]
     rewards = torch.tensor(rollout.reward, dtype=torch.float64)
     penalties = _padded([[0.0] * length for length in lengths])
     if task.kl.beta > 0 and task.kl.where is KlWhere.reward:
         drift = pg.kl(_padded(rollout.old), _padded(rollout.reference), task.kl.estimator.value)
-        penalties = task.kl.beta * drift  # 0 behind an answer's end, where both are
+        penalties = task.kl.beta * drift  # 0 after an answer's end, where both are
     if task.advantage is not Advantage.gae:
         grouped = (rewards - penalties.sum(-1)).view(-1, task.group)
         advantages = pg.advantages(grouped, task.advantage.value).flatten().tolist()
@@ -86,7 +86,7 @@ def advantages_and_returns(rollout: RolloutBatch, task: TaskConfig) -> tuple[Per
     rewards_per_token = -penalties
     rewards_per_token[torch.arange(len(lengths)), torch.tensor(lengths) - 1] += rewards
     estimates = pg.gae(rewards_per_token, values, mask, task.gamma, task.decay)
-    # Over the tokens of the whole step (as in all of PPO's implementations, arXiv:2005.12729).
+    # Normalised over all tokens of the step (as PPO implementations do, arXiv:2005.12729).
     mean = estimates.sum() / mask.sum()
     spread = (((estimates - mean) ** 2 * mask).sum() / mask.sum()).sqrt()
     tables = ((estimates - mean) / (spread + 1e-8)).tolist(), (estimates + values).tolist()
@@ -95,6 +95,6 @@ def advantages_and_returns(rollout: RolloutBatch, task: TaskConfig) -> tuple[Per
 
 
 def _padded(rows: Sequence[Sequence[float]]) -> torch.Tensor:
-    """(answers, tokens) float64, with 0 behind each row's end."""
+    """(answers, tokens) float64, padded with 0 at the end of each row."""
     tensors = [torch.tensor(row, dtype=torch.float64) for row in rows]
     return torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True)

@@ -1,8 +1,8 @@
-"""The answers that a policy draws at the start of a step, how they are judged, and the batch that is learned from them.
+"""Samples a policy's answers at the start of a step, has them judged, and makes the step's batch of them.
 
-They are a function of (seed, step, weights). A run keeps them in `rollouts/`: for people, and so that a run that stops
-between two updates on the same answers goes on with these. Large rollouts belong to systems around vLLM: here the
-policy writes on the devices that train it.
+They are a function of (seed, step, weights). A run stores them in `rollouts/`: for readers, and so that a run that
+stops between two updates on the same answers resumes with these. Large rollouts need systems built on vLLM: here the
+policy samples on the devices that train it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from llmft.data.messages import message_text
 from llmft.metrics.judging import check_combination, combine_scores, judges_of
 from llmft.model.adapters import load_trainable_state, trainable_state
 from llmft.model.families import evaluating
+from llmft.model.generate import decoder
 from llmft.model.sampling import Draw, sample
 from llmft.model.value_head import token_values
 from llmft.training.objectives import policy_gradient as pg
@@ -31,15 +32,14 @@ from llmft.training.objectives.policy import PolicyGradient, token_log_probs
 from llmft.training.prepare import RunInputs
 from llmft.training.reward_model import host_of, load_judges
 from llmft.training.rollout_batch import PerToken, RolloutBatch, advantages_and_returns
-from llmft.training.samples import decoder
 from llmft.training.tokenized_data import TokenizedData
 
 
 class Rollouts:
-    """Makes the batch of a step from the prompts that the data gives it.
+    """Makes the batch of a step from the prompts of the training rows.
 
     Attributes:
-        start: what is trained as it was before the first step; empty where nothing is held to it.
+        start: the trained weights before the first step; empty without a divergence from them.
     """
 
     def __init__(
@@ -49,12 +49,12 @@ class Rollouts:
         objective: PolicyGradient,
         model: Any,
         micro_batch: Limit,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        """Computes `micro_batch` at once; `model` is the policy before its first step, the reference.
+        """`micro_batch` limits what is computed at once; `model` is the policy before its first step, the reference.
 
-        `tell` is told of judges that take memory of their own. Raises ConfigError for judges that cannot be loaded, and
-        for rows without prompt and answer.
+        `report` gets a message about judges that need a base of their own. Raises ConfigError for judges that cannot be
+        loaded, and for rows without prompt and answer.
         """
         config = inputs.config
         self.config, self.task, self.objective, self.micro_batch = config, config.task, objective, micro_batch
@@ -66,15 +66,15 @@ class Rollouts:
             )
         self.judges, trainer = judges_of(config.task.judges, "task.judges"), config.trainer
         host = host_of(model, config, inputs.located.fingerprint)
-        self.models = load_judges(self.judges, "task.judges", host, tell, trainer.accelerator, trainer.threads)
+        self.models = load_judges(self.judges, "task.judges", host, report, trainer.accelerator, trainer.threads)
         self.decode = decoder(rows.tokenizer, [*config.prompt.stop, rows.ends.text])
-        held = trainable_state(model) if config.task.kl.beta > 0 else {}
-        self.start = {name: tensor.clone() for name, tensor in held.items()}
+        starting = trainable_state(model) if config.task.kl.beta > 0 else {}
+        self.start = {name: tensor.clone() for name, tensor in starting.items()}
         self._prompts: dict[int, list[int]] = {}
         self._window: tuple[int, RolloutBatch] | None = None
 
     def batch(self, model: Any, step: int, device: torch.device) -> StepBatch:
-        """The batch of optimizer step `step`, whose answers are drawn now where a window of updates begins."""
+        """The batch of optimizer step `step`; samples its answers if the step is the first of a window of updates."""
         first = step - step % self.task.updates
         if self._window is None or self._window[0] != first:
             path = self.directory / f"step-{first:08d}.parquet"
@@ -87,18 +87,18 @@ class Rollouts:
         return self._batch(self._window[1], step, device)
 
     def step_metrics(self) -> dict[str, float]:
-        """Numbers of the step that was taken last."""
+        """Metrics of the last step."""
         assert self._window is not None
         return self._window[1].metrics(self.task.group) | self.objective.step_metrics()
 
     # ------------------------------------------------------------------------------------------------------ judging
 
     def judge(self, rows: Sequence[Conversation], texts: Sequence[str]) -> np.ndarray:
-        """(rows,) what the judges together say of an answer to each prompt."""
+        """(rows,) the judges' combined reward of an answer to each prompt."""
         return combine_scores(self.task.combine, self.judges, self._scores(rows, texts), "task.combine")
 
     def _scores(self, rows: Sequence[Conversation], texts: Sequence[str]) -> dict[str, list[float]]:
-        """By judge. For functions, prompts are the last turns of users, and references the rows' own answers."""
+        """Scores by judge. Functions get users' last turns as prompts, and the rows' own answers as references."""
         prompts = [message_text(row.messages[-2]) for row in rows]
         references = [message_text(row.messages[-1]) for row in rows]
         return {
@@ -143,18 +143,18 @@ class Rollouts:
         return rollout
 
     def _reference(self, model: Any, rollout: RolloutBatch, device: torch.device) -> PerToken:
-        """Log-probabilities of the policy as it began; `model` is as before afterwards."""
-        now = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
-        load_trainable_state(model, {name: self.start.get(name, tensor) for name, tensor in now.items()})
+        """Log-probabilities under the starting weights; `model` gets its weights back."""
+        current = {name: tensor.clone() for name, tensor in trainable_state(model).items()}
+        load_trainable_state(model, {name: self.start.get(name, tensor) for name, tensor in current.items()})
         try:
             return self._numbers_per_token(model, rollout, device, values=False)[0]
         finally:
-            load_trainable_state(model, now)
+            load_trainable_state(model, current)
 
     def _numbers_per_token(
         self, model: Any, rollout: RolloutBatch, device: torch.device, *, values: bool
     ) -> tuple[PerToken, PerToken]:
-        """Log-probabilities, and values where asked, of every token of every answer."""
+        """Log-probabilities, and with `values` the value head's values, of every token of every answer."""
         log_probs: PerToken = [[] for _ in rollout.ids]
         values_of_answers: PerToken = [[] for _ in rollout.ids] if values else []
         for group in self._groups(rollout):
@@ -179,7 +179,7 @@ class Rollouts:
         return self._prompts[row]
 
     def _plain(self, rollout: RolloutBatch, group: Sequence[int]) -> MicroBatch:
-        """Answers behind their prompts, labelled."""
+        """A batch of prompts followed by their answers, which are labelled."""
         examples = []
         for answer in group:
             prompt, ids = self._prompt(rollout.row[answer]), rollout.ids[answer]
@@ -209,7 +209,7 @@ class Rollouts:
 
 
 def _table(numbers: PerToken, labelled: torch.Tensor) -> torch.Tensor:
-    """(rows, seq_len - 1) with each row's numbers at its labelled positions."""
+    """(rows, seq_len - 1) with each row's numbers at its labelled positions, 0 elsewhere."""
     flat = torch.tensor([value for row in numbers for value in row], dtype=torch.float32)
     return torch.zeros(labelled.shape).masked_scatter(labelled, flat)
 
@@ -219,8 +219,6 @@ def check_rollouts(config: TrainConfig) -> None:
     judges = judges_of(config.task.judges, "task.judges")
     check_combination(config.task.combine, judges, "task.combine")
     if config.trainer.devices != 1 or config.trainer.num_nodes != 1:
-        raise ConfigError(f"task={config.task.name}: the policy draws on one device; set trainer.devices=1.")
+        raise ConfigError(f"task={config.task.name}: the policy samples on one device; set trainer.devices=1.")
     if config.task.advantage is Advantage.gae and not config.lora.enabled:
-        raise ConfigError(
-            "task.advantage=gae with lora=none: the value head stands beside a LoRA; choose lora=default."
-        )
+        raise ConfigError("task.advantage=gae with lora=none: the value head needs a LoRA; choose lora=default.")

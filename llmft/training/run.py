@@ -1,6 +1,6 @@
-"""A config trained to a finished run directory: what a notebook, a command and a sweep's worker call.
+"""Trains a config to a finished run directory: called by notebooks, commands and sweep workers.
 
-torch is imported only after rows and config are found good: a mistake, or a finished run, is told in about a second.
+torch is imported only after config and rows are checked: a mistake, or a finished run, shows in about a second.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ def train(
     reporter: TrialReporter | None = None,
     invocation: Invocation = NO_COMMAND,
 ) -> float | None:
-    """Trains what `config` says, or finds that it is done; returns the monitored metric.
+    """Trains `config`, or finds its finished run; returns the monitored metric.
 
-    `reporter` is told of steps and validations and may end the run after one; `invocation` is kept in the run's
-    record: the command that goes on with it, and what the user set.
+    `reporter` receives steps and validations and may end the run after a validation; `invocation` (the command that
+    resumes the run, and its overrides) is kept in the run's record.
 
-    Raises UserError for what the user can mend; everything else is a defect.
+    Raises UserError for what the user can fix; any other exception is a defect.
     """
     from llmft.config.instantiate import trust
     from llmft.core.console import Screen
@@ -48,7 +48,7 @@ def train(
     run = inputs.run
     if rank > 0:
         die_with_parent()
-        # Every process decides alike: a finished run needs nobody.
+        # Every process decides alike: a finished run needs no process.
         return None if run.done and not config.force else _train(inputs, screen, None, invocation)
     if run.done and not config.force:
         return _report_done(run, config, screen)
@@ -99,13 +99,13 @@ def _report_done(run: Run, config: TrainConfig, screen: Screen) -> float | None:
 
     write_outcome(run.directory)
     result = run.status().get("result", {})
-    if os.environ.get("WANDB_SWEEP_ID"):  # an agent of W&B's waits for the numbers
+    if os.environ.get("WANDB_SWEEP_ID"):  # a W&B agent waits for the numbers
         from llmft.training.tracking import report_to_agent
 
         report_to_agent(config, run, screen)
     screen.print(f"This run is done: [bold]{escape(str(run.directory))}[/bold] (force=true runs it again)")
     blank = config.data.train_on is TrainOn.all
-    show_summary(screen, result.get("before", {}), result.get("after", {}), {}, result.get("chance"), blank=blank)
+    show_summary(screen, result.get("before", {}), result.get("after", {}), {}, result.get("chance", {}), blank=blank)
     return result.get("after", {}).get(config.trainer.monitor)
 
 
@@ -118,13 +118,13 @@ def _record_failure(run: Run, error: BaseException) -> None:
     elif isinstance(error, (Interrupted, KeyboardInterrupt)):
         status = "interrupted"
     line = first_line(error)
-    # The disk that failed the run may not take the note either; the error itself is on its way out.
+    # A full disk may fail here again; the error itself is raised anyway.
     with contextlib.suppress(OSError):
         run.update(status=status, error=line if isinstance(error, UserError) else f"{type(error).__name__}: {line}")
 
 
 def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, invocation: Invocation) -> float | None:
-    """Everything that needs torch; again with smaller micro-batches where memory does not suffice."""
+    """Trains with torch; repeats with smaller micro-batches where memory runs out."""
     from llmft.core.imports import load_libraries, quiet_warnings
     from llmft.core.machine import free_memory
 
@@ -134,7 +134,7 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
         with quiet_warnings():
             return run_baseline(inputs, screen)
     load_libraries()
-    from llmft.training.out_of_memory import OutOfMemory, smaller
+    from llmft.training.out_of_memory import OutOfMemory, halve_micro_batch
     from llmft.training.session import run_session
 
     while True:
@@ -143,8 +143,8 @@ def _train(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, in
             with quiet_warnings():
                 return run_session(inputs, screen, reporter, invocation.command)
         except OutOfMemory as error:
-            config, note = smaller(inputs.config, error)
-        # Here the error is gone, and with it the frames that held its tensors.
+            config, note = halve_micro_batch(inputs.config, error)
+        # Here the error is gone, and with it the frames that referenced its tensors.
         free_memory()
         screen.warn(
             f"out of memory in {note['stage']}: going on with {note['key']}={note['to']}, the same effective batch."

@@ -1,4 +1,4 @@
-"""Which held-out rows a validation generates for, and how."""
+"""Chooses the held-out rows that a validation generates for, and how it does."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from llmft.config.sections import TrainConfig
 from llmft.data.columns import Conversation
 from llmft.data.encode import Encoder
 from llmft.data.examples import Example
-from llmft.model.generate import generate
+from llmft.model.generate import decoder, generate
 from llmft.training.tokenized_data import TokenizedData
 
 
 @dataclass
-class Sample:
+class GenerationSample:
     """A held-out row to generate for: its prompt, and `texts` (where, prompt, reference) for people."""
 
     prompt_ids: list[int]
@@ -28,13 +28,13 @@ class Sample:
 
 @dataclass
 class Generation:
-    """How validation generates."""
+    """The samples of a validation and how to generate for them."""
 
-    samples: list[Sample]
+    samples: list[GenerationSample]
     metrics: dict[str, Callable[[Sequence[str], Sequence[str]], float]]
     decode: Callable[[list[int]], str]
     generate: Callable[[Any, Sequence[list[int]]], list[list[int]]]
-    """From a model and prompts to the tokens of their answers."""
+    """(model, prompts) -> the tokens of their answers."""
 
 
 def make_generation(
@@ -42,12 +42,12 @@ def make_generation(
     rows: TokenizedData,
     metrics: dict[str, Callable[..., float]],
     split: str,
-    judged: Callable[[Sequence[Conversation], Sequence[str]], np.ndarray] | None = None,
+    judge: Callable[[Sequence[Conversation], Sequence[str]], np.ndarray] | None,
 ) -> Generation | None:
-    """The generation of `split`, or None where there is nothing to generate.
+    """The generation of `split`; None where there is nothing to generate.
 
-    The rows are a sample that depends on data.split_seed, so that runs of other seeds show the same ones. `judged` says
-    how good answers to prompts are; their mean is the metric reward.
+    The rows are a random sample by data.split_seed, so that runs of other seeds generate for the same ones. `judge`
+    gives the rewards of answers to prompts; their mean is the metric reward.
     """
     examples: Sequence[Example] = rows.splits.get(split, [])
     wanted = min(config.task.generate_rows, len(examples))
@@ -56,14 +56,14 @@ def make_generation(
     roles = [message["role"] for message in examples[0].conversation.messages]
     if roles[-1] != "assistant" or "user" not in roles:
         return None
-    # Of a task that predicts numbers, the metrics of llmft.metrics.text alone compare generated text.
+    # In a task that predicts numbers, only the metrics of llmft.metrics.text compare generated text.
     paths = [path for path in config.task.metrics if not config.task.predicts or reads_text(path)]
     named = {path.rpartition(".")[2]: metrics[path.rpartition(".")[2]] for path in paths}
     order = np.random.Generator(np.random.PCG64([config.data.split_seed])).permutation(len(examples))
     chosen = sorted(order[:wanted])
-    if judged is not None:
+    if judge is not None:
         conversations = [examples[index].conversation for index in chosen]
-        named["reward"] = lambda _, answers: float(judged(conversations, answers).mean())
+        named["reward"] = lambda _, answers: float(judge(conversations, answers).mean())
     return Generation(
         [_sample(rows.encoder, examples[index]) for index in chosen],
         named,
@@ -79,18 +79,8 @@ def make_generation(
     )
 
 
-def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
-    """From the tokens of an answer to its text, up to the first of the strings `stop`, of which empty ones are none."""
-
-    def decode(ids: list[int]) -> str:
-        text: str = tokenizer.decode(ids, skip_special_tokens=True)
-        return text[: min((index for index in map(text.find, filter(None, stop)) if index >= 0), default=len(text))]
-
-    return decode
-
-
-def _sample(encoder: Encoder, example: Example) -> Sample:
+def _sample(encoder: Encoder, example: Example) -> GenerationSample:
     conversation = example.conversation
     prompt, reference = encoder.render(conversation, generation=True).text, encoder.reference(conversation)
     texts = {"where": example.where, "prompt": prompt, "reference": reference}
-    return Sample(encoder.prompt_ids(conversation), texts)
+    return GenerationSample(encoder.prompt_ids(conversation), texts)

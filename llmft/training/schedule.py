@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step, so that nothing of it has to be saved."""
+"""The learning rate as a function of the step, without a state to save."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from llmft.config.trainer import LearningRateConfig, Schedule
 def make_schedule(config: LearningRateConfig, total_steps: int) -> Callable[[int], float]:
     """The rate at each optimizer step, counted from 0.
 
-    It rises linearly over the warm-up to `peak`, which the last warm-up step has, then falls towards `floor` x
-    `peak`, which the step after the last would have: on a line, on half a cosine (Loshchilov & Hutter 2017,
-    arXiv:1608.03983), or not at all.
+    It rises linearly to `peak` at the last warm-up step, then falls towards `floor` x `peak`, which the step after the
+    last would have: linearly, on half a cosine (Loshchilov & Hutter 2017, arXiv:1608.03983), or stays constant.
     """
     warmup = config.warmup_steps
     if warmup is None:

@@ -1,4 +1,4 @@
-"""From the task's configuration to an objective and the metrics of its predictions."""
+"""Builds the task's objective, and the metrics of its predictions."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ from llmft.training.objectives.base import Objective
 
 
 def check_objective(task: TaskConfig) -> None:
-    """Raises ConfigError for an objective, or one of its arguments, that does not go with the task; before rows."""
+    """Raises ConfigError for an objective, or one of its arguments, that does not fit the task; needs no rows."""
     objective, path = find(str(task.objective), "task.objective", "objective"), str(task.objective)
     check_arguments(objective, path, task.objective_options, "task.objective_options")
     takes = inspect.signature(objective).parameters
     if not task.predicts:
         if "targets" in takes:
             raise ConfigError(
-                f"task.objective={path} learns targets, which takes task.head=linear or task.head=tokens."
+                f"task.objective={path} learns targets, which needs task.head=linear or task.head=tokens."
             )
         for metric in task.metrics:
             if metric.startswith("llmft.metrics.") and not reads_text(metric):
-                raise ConfigError(f"task.metrics={metric} reads predictions, which without a task.head are not made.")
+                raise ConfigError(f"task.metrics={metric} reads predictions, which need a task.head.")
     elif task.head is not None and "targets" not in takes:
         raise ConfigError(
             f"task.objective={path} takes no targets, which task.head={task.head.value} learns: leave it out, or "
@@ -40,10 +40,10 @@ def check_objective(task: TaskConfig) -> None:
         )
     settings = {"targets": None, "scores": None, **_of_head(task)} if task.head is not None else _of_feedback(task)
     for name in task.objective_options.keys() & settings.keys():
-        raise ConfigError(f"task.objective_options.{name}: this is given by the task; leave it out.")
+        raise ConfigError(f"task.objective_options.{name}: the task sets it; leave it out.")
     for name in sorted(settings.keys() - takes.keys()):
         if settings[name] or (name == "scores" and task.head is Head.tokens):
-            raise ConfigError(f"task.objective={path} takes no {name}, which this task gives it.")
+            raise ConfigError(f"task.objective={path} takes no {name}, which this task passes.")
     _check_loss(task, takes)
     try:
         inspect.signature(objective).bind(**{n: v for n, v in settings.items() if n in takes}, **task.objective_options)
@@ -52,19 +52,19 @@ def check_objective(task: TaskConfig) -> None:
 
 
 def _of_head(task: TaskConfig) -> dict[str, Any]:
-    """What of the task's keys an objective of targets takes."""
+    """The task's settings for an objective of targets."""
     return {"label_smoothing": task.label_smoothing, "text_loss": task.text_loss}
 
 
 def _of_feedback(task: TaskConfig) -> dict[str, Any]:
-    """What of the task's keys an objective of feedback takes; those at their defaults it may lack."""
+    """The task's settings, other than defaults, for an objective of feedback."""
     keys = ("loss", "loss_options", "beta", "sft_weight", "centre", "label_smoothing")
     defaults = TaskConfig(name="", objective="")
     return {key: getattr(task, key) for key in keys if getattr(task, key) != getattr(defaults, key)}
 
 
 def _check_loss(task: TaskConfig, takes: Mapping[str, Any]) -> None:
-    """Raises ConfigError for a loss that does not exist, and for margins that it would not use."""
+    """Raises ConfigError for a loss that does not exist, and for settings that it would not use."""
     if task.feedback is None:
         for key, used in (("margin", task.margin != "none"), ("reference", task.reference is not Reference.none)):
             if used:
@@ -84,7 +84,7 @@ def _check_loss(task: TaskConfig, takes: Mapping[str, Any]) -> None:
 def make_objective(
     task: TaskConfig, targets: Targets | None, encoder: Encoder, splits: Mapping[str, Examples]
 ) -> Objective:
-    """What is learned. Raises ConfigError for class words that the tokenizer does not tell apart."""
+    """The task's objective. Raises ConfigError for class words whose tokens do not differ."""
     objective = find(str(task.objective), "task.objective", "objective")
     options = dict(task.objective_options) | (_of_feedback(task) if task.feedback is not None else {})
     if task.rollouts:
@@ -102,7 +102,7 @@ def make_objective(
         options |= {name: value for name, value in _of_head(task).items() if name in takes}
         options["targets"] = targets
     if task.head is Head.tokens:
-        from llmft.training.objectives.choice import make_scores
+        from llmft.training.objectives.verbalizer import make_scores
 
         assert targets is not None
         options["scores"] = make_scores(encoder, targets.words, dict(splits))
@@ -114,11 +114,11 @@ def make_objective(
 
 @dataclass
 class Scoring:
-    """How validation scores an objective's predictions.
+    """The metrics of an objective's predictions, and their references.
 
     Attributes:
         metrics: functions (references, predictions) -> float.
-        references: the targets of a split's rows as metrics take them, by the split's name in metrics (val, test).
+        references: the targets of a split's rows, by the split's name in metrics (val, test).
     """
 
     metrics: dict[str, Callable[[Any, Any], float]]
@@ -131,9 +131,9 @@ def make_scoring(
     splits: Mapping[str, Examples],
     degrees: Sequence[str],
 ) -> Scoring | None:
-    """How validation scores predictions; None where it only has losses and texts.
+    """How validation scores predictions; None where there are only losses and texts.
 
-    `degrees` of compared answers, where every split has them, have an accuracy each.
+    Each of the `degrees` of compared answers gets an accuracy, where every split has it.
     """
     if task.feedback is None and task.head is None:
         return None

@@ -1,4 +1,4 @@
-"""One training from prepared rows to a finished run directory: its parts are built first, then it runs."""
+"""One training from prepared rows to a finished run directory: builds its parts, then runs them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from llmft.training.out_of_memory import OutOfMemory, is_out_of_memory
 from llmft.training.parts import check_parts, failed_callback
 from llmft.training.plan import show_plan, what_ran
 from llmft.training.prepare import RunInputs, process_rank
-from llmft.training.readiness import check_room, check_vocabulary, lightning_trainer, make_ready
+from llmft.training.readiness import check_readiness, check_room, check_vocabulary, lightning_trainer
 from llmft.training.references import GROUP, make_references
 from llmft.training.rollouts import Rollouts
 from llmft.training.stopping import Signals, StopRequests
@@ -43,13 +43,13 @@ from llmft.training.tracking import finish_loggers, make_loggers, summarise
 from llmft.training.trial_reporter import ReportTrial, TrialReporter
 
 LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset", "broken pipe", "socket")
-"""What errors without a type of their own say where another process of the run no longer answers."""
+"""Words of untyped errors that mean that another process of the run no longer answers."""
 
 
 def run_session(inputs: RunInputs, screen: Screen, reporter: TrialReporter | None, command: str) -> float | None:
-    """Trains, or goes on training, and finishes the run directory; returns the monitored metric.
+    """Trains, or resumes training, and finishes the run directory; returns the monitored metric.
 
-    `command` is the line that goes on with the run, for who interrupts it.
+    `command` is the command line that resumes the run, shown where it is interrupted.
     """
     with ExitStack() as cleanup:
         session = Session(inputs, screen, reporter, command, cleanup)
@@ -58,9 +58,9 @@ def run_session(inputs: RunInputs, screen: Screen, reporter: TrialReporter | Non
 
 
 class Session:
-    """A training: its parts are built in the order in which a mistake is cheapest, then it runs.
+    """A training: its parts are built, those that find mistakes fastest first, then it runs.
 
-    `cleanup` is told what to give back.
+    Releases are registered on `cleanup`.
     """
 
     def __init__(
@@ -68,12 +68,16 @@ class Session:
     ) -> None:
         self.inputs, self.config, self.run, self.screen = inputs, inputs.config, inputs.run, screen
         self.main_process = process_rank(self.config) == 0
+        mode = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        cleanup.callback(torch.use_deterministic_algorithms, mode[0], warn_only=mode[1])  # Lightning leaves its own
         self.parts = check_parts(self.config)
-        self.ready = make_ready(inputs, self.parts, screen.warn)
-        self.rows = self.ready.rows
+        self.ready = check_readiness(inputs, self.parts, screen.warn)
+        self.tokenized = self.ready.rows
         if self.ready.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.ready.device)
-        # Deterministic mode would also write NaN over all memory that is handed out, 8% of a step on a CPU.
+        # Deterministic mode would also fill all allocated memory with NaN, 8% of a step on a CPU.
+        fills = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        cleanup.callback(setattr, torch.utils.deterministic, "fill_uninitialized_memory", fills)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         assembled = self._assemble()
         cleanup.callback(assembled.release)
@@ -92,7 +96,7 @@ class Session:
 
     def _assemble(self) -> Assembled:
         config, ready = self.config, self.ready
-        divided = divides_weights(config)  # whose parts go to the device when they are divided, layer by layer
+        divided = divides_weights(config)  # sharded weights go to the device layer by layer
         try:
             assembled = assemble(
                 config,
@@ -101,8 +105,8 @@ class Session:
                 mapped=divided,
                 precision=ready.precision,
                 num_labels=self.inputs.num_outputs,
-                vocabulary=len(self.rows.tokenizer),
-                pad_id=self.rows.tokenizer.pad_token_id,
+                vocabulary=len(self.tokenized.tokenizer),
+                pad_id=self.tokenized.tokenizer.pad_token_id,
                 threads=config.trainer.threads,
                 keep=not config.trainer.compile,  # compiled layers stay compiled
                 warn=self.screen.warn,
@@ -111,21 +115,21 @@ class Session:
             if is_out_of_memory(error):
                 raise OutOfMemory("loading", error) from error
             raise
-        check_vocabulary(config, self.rows, assembled.base.get_input_embeddings().weight.shape[0])
+        check_vocabulary(config, self.tokenized, assembled.base.get_input_embeddings().weight.shape[0])
         if config.task.rollouts and config.task.advantage is Advantage.gae:
             add_value_head(assembled.model)
         return assembled
 
     def _plan_memory(self, assembled: Assembled) -> MicroBatchPlan:
-        """Chooses the micro-batch and what is kept of it, or takes what the checkpoint says."""
+        """Chooses micro-batch and gradient checkpointing, or takes the checkpoint's."""
         config, device, dtype = self.config, self.ready.device, TORCH_DTYPES[self.ready.precision]
         plan = plan_micro_batches(
             config,
-            self.rows.splits["train"],
-            lambda: architecture_of(self.inputs, len(self.rows.tokenizer)),
+            self.tokenized.splits["train"],
+            lambda: architecture_of(self.inputs, len(self.tokenized.tokenizer)),
             device,
             dtype if config.lora.enabled else torch.float32,
-            before=self.state.get("fit"),
+            saved=self.state.get("micro_batch_plan", self.state.get("fit")),  # "fit": in older checkpoints
         )
         set_checkpointing(assembled.base, plan.checkpointing)
         if config.trainer.compile:
@@ -134,43 +138,44 @@ class Session:
         return plan
 
     def _record(self, assembled: Assembled, resumed_at: int | None) -> None:
-        """Writes and shows what is about to happen, and opens the loggers."""
+        """Writes the run's records, shows the plan, and opens the loggers."""
         ready, run = self.ready, self.run
         environment = {
             **describe(ready.device),
             "precision": ready.precision.value,
-            "reused": {"base": assembled.reused, "tokens": sorted(self.rows.encoder.cached)},
+            "reused": {"base": assembled.reused, "tokens": sorted(self.tokenized.encoder.cached)},
             "micro_batch": self.plan.to_plain(),
             "ran": what_ran(self.config, ready, assembled, self.plan),
         }
-        record.write_records(self.inputs, environment, self.rows, ready.inspection.overlaps)
+        record.write_records(self.inputs, environment, self.tokenized, ready.inspection.overlaps)
         run.keep_until(-1 if resumed_at is None else resumed_at)
         show_plan(self.screen, self.inputs, ready, assembled, self.plan, resumed_at)
         self.loggers += make_loggers(self.config, run, environment, self.screen)
 
     def _data(self, model: Any) -> DataModule:
-        config, rows = self.config, self.rows
+        config, tokenized = self.config, self.tokenized
         references = make_references(self.inputs, self.ready, model, self.screen if self.main_process else None)
         data = DataModule(
-            rows.splits,
-            pad_id=rows.tokenizer.pad_token_id,
+            tokenized.splits,
+            pad_id=tokenized.tokenizer.pad_token_id,
             seed=config.seed,
             batch_size=config.trainer.batch_size,
             micro_batch=self.plan.limit,
             validation_batch=GROUP if references else self.plan.validation(config.trainer.validation_batch_size),
             references=references,
         )
-        data.position = lambda: self.module.step
-        data.stops = [*range(rows.validate_every, rows.total_steps, rows.validate_every), rows.total_steps]
+        data.current_step = lambda: self.module.step
+        every, total_steps = tokenized.validate_every, tokenized.total_steps
+        data.validation_steps = [*range(every, total_steps, every), total_steps]
         return data
 
     def _module(self, model: Any) -> FineTuner:
-        """The LightningModule, where the checkpoint left it, with room on the disk for what it will save."""
+        """The LightningModule in the checkpoint's state. Raises DiskError where its checkpoints will not fit."""
         config, run, warn, checkpoint = self.config, self.run, self.screen.warn, self.checkpoint
         rollouts = None
         if config.task.rollouts:
-            limit, tell = self.plan.limit, self.screen.print
-            rollouts = Rollouts(self.inputs, self.rows, self.ready.objective, model, limit, tell)
+            limit, report = self.plan.limit, self.screen.print
+            rollouts = Rollouts(self.inputs, self.tokenized, self.ready.objective, model, limit, report)
         module = FineTuner(self.inputs, self.ready, self.parts, model, rollouts, warn if self.main_process else None)
         if self.main_process:
             sizes = [p.numel() for p in model.parameters() if p.requires_grad]
@@ -187,35 +192,36 @@ class Session:
         return module
 
     def _make_trainer(self, reporter: TrialReporter | None, command: str) -> None:
-        """Lightning's trainer, with the callbacks that record, save, show and report."""
-        config, rows, screen, state, checkpoint = self.config, self.rows, self.screen, self.state, self.checkpoint
+        """Makes Lightning's trainer, with the callbacks that record, save, show and report."""
+        config, tokenized, screen, state = self.config, self.tokenized, self.screen, self.state
+        checkpoint = self.checkpoint
         columns = getattr(self.ready.objective, "columns", [f"{PREFIX}{label}" for label in self.inputs.labels])
-        self.recorder = recorder = Recorder(self.run, rows.splits, columns, state.get("seconds", 0.0))
+        self.recorder = recorder = Recorder(self.run, tokenized.splits, columns, state.get("seconds", 0.0))
         limit = config.trainer.max_time
         deadline = None if limit is None else self.inputs.started + seconds_of(limit, "trainer.max_time")
         self.checkpointer = Checkpointer(
             self.run,
             config,
-            self.data.stops,
+            self.data.validation_steps,
             StopRequests(self.signals, self.run, deadline),
             state,
-            fit=self.plan.to_plain(),
+            micro_batch_plan=self.plan.to_plain(),
             seconds=lambda: recorder.seconds,
             command=command,
-            tell=screen.print,
+            report=screen.print,
         )
         bar = config.progress and self.main_process
-        progress = ShowProgress(screen, recorder, rows.total_steps, config.task.show_rows, bar)
+        progress = ShowProgress(screen, recorder, tokenized.total_steps, config.task.show_rows, bar)
         callbacks: list[Any] = [recorder, self.checkpointer, progress]
         if reporter is not None:
             resumed_at = None if checkpoint is None else record.validated_at(self.run, checkpoint.step)
-            callbacks.append(ReportTrial(reporter, rows.total_steps, lambda: recorder.tokens_per_s, resumed_at))
+            callbacks.append(ReportTrial(reporter, tokenized.total_steps, lambda: recorder.tokens_per_s, resumed_at))
         self.trainer = lightning_trainer(
             config,
             self.ready.device,
             self.ready.precision,
-            max_steps=rows.total_steps,
-            val_check_interval=rows.validate_every,
+            max_steps=tokenized.total_steps,
+            val_check_interval=tokenized.validate_every,
             num_sanity_val_steps=-1 if checkpoint is None or self.checkpointer.pending else 0,
             logger=self.loggers or False,
             callbacks=[*callbacks, *self.parts.callbacks.values()],
@@ -223,8 +229,8 @@ class Session:
         count_from(self.trainer, self.module.step, self.data.steps_per_epoch)
 
     def fit(self) -> None:
-        """Takes the steps that are left."""
-        total_steps = self.rows.total_steps
+        """Takes the remaining steps."""
+        total_steps = self.tokenized.total_steps
         finished = self.module.step >= total_steps or self.checkpointer.stopped_early
         if finished and not self.checkpointer.pending:
             return
@@ -236,7 +242,7 @@ class Session:
             self.screen.print(f"stopped early after step {self.module.step} of {total_steps}: {reason}.")
 
     def _guarded(self, loop: Callable[..., Any], **arguments: Any) -> None:
-        """Runs a loop of Lightning's; its own way of ending on a signal, `exit(1)`, becomes ours."""
+        """Runs a loop of Lightning's. Turns Lightning's exit(1) on a signal into Interrupted."""
         self.signals.take()
         try:
             loop(self.module, datamodule=self.data, **arguments)
@@ -266,38 +272,38 @@ class Session:
             raise self._out_of_memory(error) from error
 
     def _out_of_memory(self, error: BaseException) -> OutOfMemory:
-        """With what was at most computed at once, so that half of it is less."""
-        stage, lengths = self.checkpointer.failed_in, self.rows.splits["train"].lengths
+        """The error with the largest rows and tokens that were computed at once, so that half of them is less."""
+        stage, lengths = self.checkpointer.failed_in, self.tokenized.splits["train"].lengths
         if stage == "training":
             step = self.data.groups_of_step(self.module.step)
-            largest = max((group for share in step for group in share), key=lambda group: int(lengths[group].sum()))
+            largest = max((group for groups in step for group in groups), key=lambda group: int(lengths[group].sum()))
             return OutOfMemory(stage, error, self.plan, len(largest), int(lengths[largest].sum()))
         sizes = [len(group) for split in ("validation", "test") for group in self.data.groups_of(split)]
         generated = len(self.module.generation.samples) if self.module.generation is not None else 0
         return OutOfMemory(stage, error, self.plan, max(*sizes, generated))
 
     def finish(self) -> float | None:
-        """Tests, hands over weights and predictions, writes the result; returns the monitored metric."""
-        config, run, module, rows = self.config, self.run, self.module, self.rows
+        """Tests, exports weights and predictions, writes the result; returns the monitored metric."""
+        config, run, module, tokenized = self.config, self.run, self.module, self.tokenized
         step = self._take_best() if config.trainer.export is Export.best else module.step
         if self.main_process:
             run.keep_until(module.step)
-        if rows.splits.get("test"):
+        if tokenized.splits.get("test"):
             module.generate_for("test")
             self._guarded(self.trainer.test, verbose=False)
         weights = adapters.whole_state(module.model, trained_only=config.lora.enabled)
         if not self.main_process:
             return None
         directory = run.adapter if config.lora.enabled else run.model
-        rows.tokenizer.chat_template = rows.prompt.config.template
-        adapters.save(module.model, rows.tokenizer, directory, weights)
-        record.write_predictions(self.inputs, rows.splits, step)
+        tokenized.tokenizer.chat_template = tokenized.prompt.config.template
+        adapters.save(module.model, tokenized.tokenizer, directory, weights)
+        record.write_predictions(self.inputs, tokenized.splits, step)
         metrics = module.scoring.metrics if module.scoring is not None else {}
         result = record.result_of(self.inputs, step, metrics)
         result |= {
             "step": step,
             "steps": module.step,
-            "stopped_early": self.checkpointer.stopped_early or module.step < rows.total_steps,
+            "stopped_early": self.checkpointer.stopped_early or module.step < tokenized.total_steps,
             "seconds": round(self.recorder.seconds, 3),
             **({"skipped_steps": module.skipped} if module.skipped else {}),
         }
@@ -305,21 +311,21 @@ class Session:
         before, after = result["before"], result["after"]
         summarise(self.loggers, {**{f"best/{name}": value for name, value in after.items()}, "best/step": step})
         facts = {
-            "weights": f"{directory} (step {step} of {rows.total_steps}, {config.trainer.export.value})",
+            "weights": f"{directory} (step {step} of {tokenized.total_steps}, {config.trainer.export.value})",
             "time": f"{self.recorder.seconds:.1f} s in training and validation",
             **({"talk to it": f"python -m llmft.chat run={run.directory}"} if config.task.writes else {}),
         }
-        blank, words = config.data.train_on is TrainOn.all, result.get("words", [])
-        show_summary(self.screen, before, after, facts, result.get("chance"), words, blank=blank)
+        blank, notes = config.data.train_on is TrainOn.all, result.get("words", [])
+        show_summary(self.screen, before, after, facts, result.get("chance", {}), notes, blank=blank)
         return after.get(config.trainer.monitor)  # type: ignore[no-any-return]
 
     def _take_best(self) -> int:
-        """Puts the best checkpoint's weights back; the last ones stay where that file is damaged."""
+        """Loads the best checkpoint's weights and returns its step; keeps the last ones where that file is damaged."""
         config, best, last = self.config, self.checkpointer.best_step, self.module.step
         if best is None and config.data.train_on is not TrainOn.all:
             self.screen.warn(
                 f"no validation had a finite {config.trainer.monitor}, so none is the best: the last weights are "
-                "handed over."
+                "exported."
             )
         if best is None or best == last:
             return last

@@ -1,6 +1,6 @@
 """Requests to save or to stop: signals, files in the run directory, the clock.
 
-All are only noted, and met at the end of the optimizer step or batch under way, by all processes at the same one.
+All are only recorded, and obeyed at the end of the current optimizer step or batch, by all processes at the same one.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ SAVE = 1
 TIME_UP = 2
 STOP = 3
 SIGNAL = 16
-"""Requests, weakest first; a signal is SIGNAL + its number."""
+"""Requests, in rising order of strength; a signal is SIGNAL + its number."""
 
-LOOK_S = 0.5
-"""How often the run directory is looked at: on a mounted drive a look takes milliseconds."""
-SAME_S = 0.5
-"""`timeout` and service managers send a signal to the process and again to its group: that is one request."""
+CHECK_EVERY_S = 0.5
+"""Seconds between checks of the run directory, each of which takes milliseconds on a mounted drive."""
+SAME_REQUEST_S = 0.5
+"""Seconds within which signals are one request: `timeout` and service managers signal both a process and its group."""
 
 
 class Signals:
-    """Notes a signal until a step boundary; a second one ends the process at once."""
+    """Records a signal until a step boundary; a second one ends the process at once."""
 
     def __init__(self) -> None:
-        names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has but the first two
-        main = threading.current_thread() is threading.main_thread()  # the only one that may take signals
+        names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")  # Windows has only the first two
+        main = threading.current_thread() is threading.main_thread()  # only it may set signal handlers
         self._kinds = [getattr(signal, name) for name in names if main and hasattr(signal, name)]
         self.received = 0
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
     def take(self) -> None:
-        """Takes the signals over; again and again, since Lightning takes SIGTERM for itself when a loop begins."""
+        """Installs the handlers; to be repeated before each loop, since Lightning handles SIGTERM itself there."""
         for signum in self._kinds:
-            if signal.getsignal(signum) is not signal.SIG_IGN:  # as `nohup` wants it
+            if signal.getsignal(signum) is not signal.SIG_IGN:  # `nohup` ignores SIGHUP
                 before = signal.signal(signum, self._note)
                 self._before.setdefault(signum, before)
 
     def release(self) -> None:
-        """Gives the signals back."""
+        """Restores the earlier handlers."""
         while self._before:
             signum, handler = self._before.popitem()
             signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
     def _note(self, signum: int, frame: Any) -> None:
         now = time.monotonic()
-        if self.received and now - self._at > SAME_S:
+        if self.received and now - self._at > SAME_REQUEST_S:
             signal.signal(signum, signal.SIG_DFL)
             signal.raise_signal(signum)
         if not self.received:
@@ -59,12 +59,12 @@ class Signals:
 
 
 class StopRequests:
-    """What is asked of a training from outside: signals, the files SAVE and STOP in the run directory, a `deadline`.
+    """Requests to a training: signals, the files SAVE and STOP in the run directory, and a deadline.
 
-    `deadline` is a time of `time.monotonic`.
+    `deadline` is a value of `time.monotonic()`.
     """
 
-    def __init__(self, signals: Signals, run: Run, deadline: float | None = None) -> None:
+    def __init__(self, signals: Signals, run: Run, deadline: float | None) -> None:
         self.signals, self.run, self.deadline = signals, run, deadline
         self._looked = 0.0
 
@@ -74,7 +74,7 @@ class StopRequests:
             return SIGNAL + self.signals.received
         now = time.monotonic()
         strongest = TIME_UP if self.deadline is not None and now >= self.deadline else 0
-        if now - self._looked >= LOOK_S:
+        if now - self._looked >= CHECK_EVERY_S:
             self._looked = now
             for request, path in ((SAVE, self.run.save_file), (STOP, self.run.stop_file)):
                 if path.exists():

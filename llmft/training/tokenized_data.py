@@ -1,4 +1,4 @@
-"""Prepared conversations to token ids, and the number of steps they make: all about the data, before weights load."""
+"""Tokenises the prepared conversations and counts their steps, before weights load."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmft.training.prepare import RunInputs, check_rejected
 
 @dataclass
 class TokenizedData:
-    """Tokenised splits and what made them."""
+    """Tokenised splits, their tokenizer and prompt format, and the number of steps."""
 
     tokenizer: Any
     prompt: PromptFormat
@@ -42,7 +42,7 @@ class TokenizedData:
 
 
 def with_options(prompt: PromptConfig, targets: Targets | None) -> PromptConfig:
-    """`prompt` with the classes written for {options} in its instruction: "A: first class", one to a line."""
+    """`prompt` with {options} in its instruction replaced by the classes, one per line, such as "A: first class"."""
     if not prompt.instruction or "{options}" not in prompt.instruction:
         return prompt
     if targets is None:
@@ -67,7 +67,7 @@ def read_rows(inputs: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
     else:
         tokenizer = load_tokenizer(config.model, inputs.located)
     prompt = prompt_format(with_options(config.prompt, inputs.targets), tokenizer)
-    # All that decides on the text of a row besides the configuration of data and prompt.
+    # All that the text of a row depends on, except the configuration of data and prompt.
     targets = to_plain(replace(inputs.targets, prior=[])) if inputs.targets is not None else None
     kind = to_plain(config.task.feedback or config.task.head)
     fingerprint = canonical([inputs.data_fingerprint, targets, kind])

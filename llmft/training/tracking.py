@@ -1,7 +1,7 @@
-"""Loggers: Weights & Biases, which may fail and never stops or delays a run, and Lightning's others.
+"""Loggers: Weights & Biases, whose failures never stop or delay a run, and Lightning's others.
 
-Without an API key or a connection W&B logs offline: never a prompt, and no wait but a bounded one at the end. The run's
-own files (`metrics.jsonl`, …) are complete whatever happens here.
+W&B never prompts; it waits at most finish_timeout_s at the end (plus start_timeout_s where it has not started yet).
+Without an API key or a connection it logs offline. The run's own files (`metrics.jsonl`, …) are complete in any case.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact
 from llmft.runs.directory import Run, run_name
 
-LOOK_S = 2.5
-"""How long the server may take to answer that it is there."""
+ANSWER_S = 2.5
+"""Seconds that the server may take to answer."""
 GRACE_S = 2.0
-"""wandb keeps its time limits itself; after so much more it is left behind."""
+"""Seconds after wandb's own time limits at which it is given up."""
 OFFLINE_START_S = 20.0
-"""No server is waited for, but wandb's own process is, on a machine that may be busy."""
+"""Seconds to wait for wandb's own process to start offline, on a machine that may be busy."""
 LONGEST_TAG, LONGEST_NAME = 64, 128
-"""Characters that W&B takes."""
+"""W&B's limits, in characters."""
 
 
 def wandb_mode(config: WandbConfig) -> tuple[str, str | None]:
-    """(mode, why it is offline): found out within `start_timeout_s`, without importing wandb."""
+    """(mode, why it is offline or None), found within `start_timeout_s` without importing wandb."""
     wanted = os.environ.get("WANDB_MODE")
     if wanted in ("offline", "disabled", "dryrun"):
         return ("offline" if wanted == "dryrun" else wanted), None
     url = wandb_url()
     if not has_key(host_of(url)):
         return "offline", "no API key found (run `wandb login` to log online)"
-    cause = look_at_wandb(url, min(LOOK_S, config.start_timeout_s))
+    cause = probe_wandb(url, min(ANSWER_S, config.start_timeout_s))
     return ("online", None) if cause is None else ("offline", cause)
 
 
@@ -58,10 +58,10 @@ def wandb_url() -> str:
     return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
 
 
-def look_at_wandb(url: str, seconds: float) -> str | None:
-    """None where a W&B server seems to answer at `url`, else in one phrase what is there instead.
+def probe_wandb(url: str, seconds: float) -> str | None:
+    """None where a W&B server seems to answer at `url`, else the problem in one phrase.
 
-    A refusal (4xx) is an answer too: wandb itself says what it means.
+    A refusal (4xx) counts as an answer: wandb itself explains it.
     """
     question = {"Content-Type": "application/json"}
     try:
@@ -70,10 +70,10 @@ def look_at_wandb(url: str, seconds: float) -> str | None:
             return None
         return f"{url} answers with status {status}"
     except NoAnswer as error:
-        # wandb has certificates of its own.
+        # wandb brings its own certificates.
         return None if "CERTIFICATE_VERIFY_FAILED" in str(error) else f"{url} cannot be reached ({error})"
     except ValueError:
-        return f"{url} cannot be reached (what answers there is not W&B)"
+        return f"{url} cannot be reached (the server there is not W&B)"
 
 
 def has_key(host: str) -> bool:
@@ -88,9 +88,9 @@ def has_key(host: str) -> bool:
 
 
 class SafeWandbLogger(Logger):
-    """W&B as a sink that may fail and that nobody waits for: its run is started and written by a thread of its own.
+    """W&B's logger, which may fail and blocks nothing: its own thread starts and writes its run.
 
-    Its first error is said once, and nothing more is sent.
+    Its first error is shown once; after it nothing is sent.
     """
 
     def __init__(self, start: Callable[[], Any], screen: Screen, longest_end_s: float, id: str = "") -> None:
@@ -111,7 +111,7 @@ class SafeWandbLogger(Logger):
         try:
             run = start()
         except Exception as error:
-            self._screen.warn(f"W&B cannot log ({_in_words(error)}); the local records go on.")
+            self._screen.warn(f"W&B cannot log ({_message_of(error)}); the local records go on.")
         self._run.set_result(run)
         while (action := self._actions.get()) is not None:
             if run is not None and not self._broken:
@@ -124,16 +124,16 @@ class SafeWandbLogger(Logger):
             action()
         except Exception as error:  # whatever a logging service raises must not end a training
             self._broken = True
-            self._screen.warn(f"W&B stopped logging ({_in_words(error)}); the local records go on.")
+            self._screen.warn(f"W&B stopped logging ({_message_of(error)}); the local records go on.")
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, for callbacks of the user's: the first use of it waits until it has started."""
+        """The W&B run, for a user's callbacks; its first use waits until it has started."""
         return _Experiment(self._run)
 
     @property
     def offline(self) -> bool:
-        """Whether the run that has ended was written into a folder only, if at all."""
+        """Whether the ended run was written to a local folder only, or not at all."""
         return not self._run.done() or self._run.result() is None or self._run.result().settings.mode == "offline"
 
     @property
@@ -145,14 +145,14 @@ class SafeWandbLogger(Logger):
         return self._id
 
     def attempt(self, action: Callable[[Any], object]) -> None:
-        """Does it with the W&B run, in its turn, unless something failed before; the first failure is said once."""
+        """Queues `action` on the W&B run; it is skipped after a failure, of which only the first is shown."""
         self._actions.put(action)
 
     def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
-        """Nothing: the config was sent at the start."""
+        """Does nothing: the config was sent at the start."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Logs numbers against our own count of optimizer steps."""
+        """Logs numbers against llmft's count of optimizer steps."""
         numbers = {**metrics, "step": step}
         self.attempt(lambda run: run.log(numbers))
 
@@ -168,7 +168,7 @@ class SafeWandbLogger(Logger):
         self.attempt(lambda run: run.summary.update(dict(values)))
 
     def finish(self, exit_code: int) -> None:
-        """Closes the run, so that the next job of this process gets its own; waits at most `longest_end_s`."""
+        """Closes the run, so that the next job of this process opens its own; waits at most `longest_end_s`."""
         self._exit_code = exit_code
         self._actions.put(None)
         if not wait([self._done], self._longest_end_s).done:
@@ -176,7 +176,7 @@ class SafeWandbLogger(Logger):
 
 
 class _Experiment:
-    """A W&B run that may not have started: Lightning asks for it when a training begins, and must not wait."""
+    """A W&B run that may not have started: Lightning reads `experiment` when a training starts, and must not wait."""
 
     def __init__(self, run: Future[Any]) -> None:
         self._run = run
@@ -197,7 +197,7 @@ def make_loggers(config: TrainConfig, run: Run, environment: dict[str, Any], scr
 
 
 def finish_loggers(loggers: Sequence[Logger], kind: type[BaseException] | None, *_: Any) -> None:
-    """Ends the loggers of a run that ended by an error of `kind`, or well."""
+    """Closes the loggers of a run; `kind` is the type of the error that ended it, or None."""
     for logger in loggers:
         if isinstance(logger, SafeWandbLogger):
             logger.finish(0 if kind is None else 1)
@@ -212,9 +212,9 @@ def summarise(loggers: Sequence[Logger], values: Mapping[str, Any]) -> None:
 
 
 def _wandb_id(run: Run) -> str:
-    """The id that an agent of W&B gave; else the run's own, kept in its directory so that a resumed run goes on.
+    """The id from a W&B agent; else the run's own, kept in its directory so that a resumed run continues it.
 
-    It is the run's key and a random part: the same config in another directory, or run again, is another run there.
+    It is the run's key and a random part: the same config in another directory, or run again, is another W&B run.
     """
     agent_id = os.environ.get("WANDB_RUN_ID")
     if os.environ.get("WANDB_SWEEP_ID") and agent_id:
@@ -227,7 +227,7 @@ def _wandb_id(run: Run) -> str:
 
 
 def report_to_agent(config: TrainConfig, run: Run, screen: Screen) -> None:
-    """Gives W&B's agent, which asked for a trial that was done before, the result that it waits for."""
+    """Sends the result of a finished run to the W&B agent that asked for it again."""
     logger = _start_wandb(config, run, {}, screen) if config.logger.wandb.enabled else None
     if logger is not None:
         result = run.status().get("result", {})
@@ -258,25 +258,25 @@ def _start_wandb(config: TrainConfig, run: Run, environment: dict[str, Any], scr
 
 
 def fitting(text: str, longest: int = LONGEST_NAME) -> str:
-    """`text` as W&B takes it: an ellipsis in place of what is too much."""
+    """`text` cut to `longest` characters, with an ellipsis at its end where it was cut."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def open_wandb(
     settings: WandbConfig, screen: Screen, *, id: Callable[[], str], dir: Path, tags: Sequence[str], **arguments: Any
 ) -> SafeWandbLogger | None:
-    """A W&B run, online where that is possible, else offline; None where it is switched off or not installed."""
+    """A logger of a W&B run, online where possible, else offline; None where W&B is disabled or not installed."""
     if os.environ.get("WANDB_MODE") == "disabled":
         return None
     try:
         _without_telemetry()
-        import wandb  # noqa: F401 (here, and not in the thread beside other imports)
+        import wandb  # noqa: F401 (here, not in the thread, where other imports run too)
     except ImportError as error:
         screen.warn(f"W&B cannot log ({error}); the local records go on.")
         return None
     cut = [tag for tag in tags if len(tag) > LONGEST_TAG]
     if cut:
-        screen.warn(f"W&B takes tags of {LONGEST_TAG} characters: there, {', '.join(cut)} will be cut.")
+        screen.warn(f"W&B takes tags of {LONGEST_TAG} characters: {', '.join(cut)} will be cut there.")
     arguments |= {key: fitting(arguments[key]) for key in ("name", "group", "job_type")}
     arguments |= {"project": settings.project, "entity": settings.entity, "id": id()}
     arguments["tags"] = [*dict.fromkeys(fitting(tag, LONGEST_TAG) for tag in tags if tag)]
@@ -291,17 +291,17 @@ def open_wandb(
 def _without_telemetry() -> None:
     """Switches off W&B's reports about itself, unless the environment asks for them.
 
-    They are sent offline too, and a server that hangs holds the end of the process for them for half a minute.
+    They are sent offline too, and a server that hangs delays the end of the process by half a minute.
     """
     if os.environ.setdefault("WANDB_ERROR_REPORTING", "false").lower() in ("false", "0", "f", "n", "no", "off"):
-        with suppress(ImportError):  # older ones ask the variable
+        with suppress(ImportError):  # older versions read the variable
             from wandb.analytics.opentelemetry.opentelemetry_proxy import disable
 
             disable()
 
 
 def _begin(settings: WandbConfig, screen: Screen, dir: Path, arguments: dict[str, Any]) -> Any:
-    """Starts the W&B run, and says where it is; None, and why, where it cannot even be written offline."""
+    """Starts the W&B run and prints where it is; warns and returns None where even offline logging fails."""
     began = time.monotonic()
     mode, why = wandb_mode(settings)
     run: Any = None
@@ -313,16 +313,16 @@ def _begin(settings: WandbConfig, screen: Screen, dir: Path, arguments: dict[str
                 raise NoAnswer(f"{wandb_url()} did not take the run within {left:.0f} s")
             run = online.result()
     except Exception as error:
-        why = _in_words(error)
-        # W&B's service still holds the other one.
+        why = _message_of(error)
+        # W&B's service still has the other one open.
         arguments = {**arguments, "id": f"{arguments['id']}-offline"}
-    for around in (nullcontext, _without_settings):
+    for context in (nullcontext, _without_settings):
         if run is None:
             try:
-                with around():
+                with context():
                     run = _init(settings, dir, arguments, OFFLINE_START_S, mode="offline")
             except Exception as error:
-                why = why or _in_words(error)
+                why = why or _message_of(error)
     if run is None:
         screen.warn(f"W&B cannot log ({why}); the local records go on.")
     elif run.settings.mode == "offline":
@@ -343,15 +343,15 @@ def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], timeout_s
     return wandb.init(
         **arguments,
         **how,
-        # Absolute: the service that writes may have been started in another directory.
+        # Absolute, since the service that writes may have another working directory.
         dir=str(dir.resolve()),
-        reinit="create_new",  # trainings that share a base have their runs open side by side
+        reinit="create_new",  # trainings that share a base have several runs open
         settings=wandb.Settings(
             init_timeout=timeout_s,
             finish_timeout=settings.finish_timeout_s,
             console="off",
             silent=True,
-            x_disable_meta=True,  # it would send the raw command line
+            x_disable_meta=True,  # metadata would include the raw command line
             save_code=False,
         ),
     )
@@ -359,7 +359,7 @@ def _init(settings: WandbConfig, dir: Path, arguments: dict[str, Any], timeout_s
 
 @contextmanager
 def _without_settings() -> Iterator[None]:
-    """Without W&B's variables of the environment: one that it refuses would keep it from writing offline too."""
+    """Removes W&B's environment variables meanwhile: an invalid one would prevent offline logging too."""
     before = {name: os.environ.pop(name) for name in list(os.environ) if name.startswith("WANDB_")}
     try:
         yield
@@ -367,6 +367,6 @@ def _without_settings() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _in_words(error: BaseException) -> str:
+def _message_of(error: BaseException) -> str:
     kind = "" if isinstance(error, NoAnswer) else f"{type(error).__name__}: "
     return redact(f"{kind}{' '.join(str(error).split())}"[:300])

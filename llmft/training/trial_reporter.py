@@ -1,4 +1,4 @@
-"""Who looks on while a run trains: told of every step and validation, and free to end the run after one."""
+"""Interface that receives a run's progress and may stop it."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from lightning.pytorch.callbacks import Callback
 from llmft.core.errors import Stopped
 
 STEP_EVERY_S = 0.25
-"""Steps are told at most so often: a fast model makes hundreds a second."""
+"""Seconds between reported steps: a fast model makes hundreds of steps a second."""
 
 
 class TrialReporter(Protocol):
-    """Someone outside the run."""
+    """Receives a run's progress."""
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
         """An optimizer step was taken."""
 
     def alive(self) -> None:
-        """Something went on: a batch of a validation, a phase of the start."""
+        """The run made progress: a batch of a validation, a phase of the start."""
 
     def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
         """A validation is done and its checkpoint written; returns (status, reason) to end the run here."""
 
 
 class ReportTrial(Callback):
-    """Tells a TrialReporter. Of a distributed run the first process has one, and it is never told to stop."""
+    """Calls a TrialReporter. In a distributed run only the first process has one, and it never stops the run."""
 
     def __init__(
-        self, reporter: TrialReporter, total_steps: int, speed: Any, resumed_at: dict[str, float] | None = None
+        self, reporter: TrialReporter, total_steps: int, speed: Any, resumed_at: dict[str, float] | None
     ) -> None:
+        """`speed` returns tokens per second; `resumed_at`: metrics of the validation that a resumed run starts from."""
         self.reporter, self.total_steps, self.speed, self.resumed_at = reporter, total_steps, speed, resumed_at
         self._reported_at = 0.0
 
@@ -44,7 +45,7 @@ class ReportTrial(Callback):
         return True
 
     def on_train_start(self, trainer: L.Trainer, module: Any) -> None:
-        """Tells the validation after which the run goes on, once more: the answer may have been lost with a process."""
+        """Reports the validation that the run resumes from again: the answer may have been lost with a process."""
         if self.resumed_at is not None:
             self._ask(module, self.resumed_at)
 
@@ -59,7 +60,7 @@ class ReportTrial(Callback):
     on_test_batch_end = on_validation_batch_end  # type: ignore[assignment]
 
     def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
-        """Tells the numbers and obeys; the last validation ends nothing, since the run is over anyway."""
+        """Reports the metrics and obeys the answer, except at the last step."""
         self._ask(module, module.validation.metrics)
 
     def _ask(self, module: Any, metrics: dict[str, float]) -> None:

@@ -21,7 +21,7 @@ from llmft.runs.predictions import read_table
 from llmft.train import train
 from llmft.training.parts import check_parts
 from llmft.training.prepare import prepare
-from llmft.training.readiness import make_ready
+from llmft.training.readiness import check_readiness
 from tests.bench.systems import Runner, System, machine, versions
 from tests.conftest import compose, run_directory
 
@@ -43,7 +43,7 @@ def overrides_of(task: str, steps: int, beta: float, temperature: float, directo
 def work_of(config: Any, directory: Path) -> dict[str, Any]:
     """What TRL is told: the adapter that training begins with, and each window's prompts, answers and rewards."""
     inputs = prepare(config, open_directory=False)
-    ready = make_ready(inputs, check_parts(config), print)
+    ready = check_readiness(inputs, check_parts(config), print)
     pad = ready.rows.tokenizer.pad_token_id
     model = assemble(config, inputs.located, device=ready.device, precision=ready.precision, pad_id=pad).model
     save_file({n: t.contiguous() for n, t in trainable_state(model).items()}, directory / "start.safetensors")

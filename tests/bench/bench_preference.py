@@ -33,7 +33,7 @@ from llmft.model.adapters import trainable_state
 from llmft.model.assemble import assemble
 from llmft.training.parts import check_parts
 from llmft.training.prepare import prepare
-from llmft.training.readiness import make_ready
+from llmft.training.readiness import check_readiness
 from tests.bench.bench_sweep import Losses, environment, llmft_sweep, used
 from tests.bench.systems import HERE, Runner, System, compile_package, machine, versions
 from tests.conftest import SHARED, compose
@@ -97,7 +97,7 @@ def dump(overrides: list[str], directory: Path, name: str) -> dict[str, Any]:
     """What TRL takes: rows, their order and the adapter as llmft has them; written to `directory`, too."""
     config = compose(*overrides, f"output_dir={directory / 'outputs'}")
     inputs = prepare(config, open_directory=False)
-    ready = make_ready(inputs, check_parts(config), print)
+    ready = check_readiness(inputs, check_parts(config), print)
     tokenizer, examples = ready.rows.tokenizer, ready.rows.splits["train"]
     assembled = assemble(
         config, inputs.located, device=ready.device, precision=ready.precision, num_labels=inputs.num_outputs,

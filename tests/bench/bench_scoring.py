@@ -21,7 +21,7 @@ from llmft.core.machine import versions
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
 from llmft.training.objectives import prompt_cache
-from llmft.training.objectives.choice import WordScores
+from llmft.training.objectives.verbalizer import LabelWordScorer
 
 END = 2
 WORDS = {
@@ -44,7 +44,7 @@ def batch_of(rows: int, prompt_tokens: int, answer: tuple[int, ...]) -> MicroBat
     return MicroBatch(ids, (ids > 0).long(), labels, torch.ones(rows), None, list(range(rows)))
 
 
-def timed(scores: WordScores, model: Any, batch: MicroBatch, *, shared: bool) -> tuple[float, torch.Tensor]:
+def timed(scores: LabelWordScorer, model: Any, batch: MicroBatch, *, shared: bool) -> tuple[float, torch.Tensor]:
     with torch.no_grad(), mock.patch.object(prompt_cache, "can_share", return_value=shared):
         began = time.perf_counter()
         found = scores(model, batch)
@@ -62,7 +62,7 @@ def main() -> None:
     print(platform.processor() or platform.machine(), json.dumps(versions()))
     print(f"{rows} prompts of about {prompt_tokens} tokens, {rounds} rounds")
     for name, words in WORDS.items():
-        scores, batch = WordScores(words), batch_of(rows, prompt_tokens, words[0])
+        scores, batch = LabelWordScorer(words), batch_of(rows, prompt_tokens, words[0])
         times: dict[bool, list[float]] = {False: [], True: []}
         difference = 0.0
         for number in range(rounds + 1):

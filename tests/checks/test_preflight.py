@@ -209,7 +209,7 @@ COSINE = "task.metrics=[llmft.metrics.text.sharpened_cosine]"
             [COSINE, "task.metric_options.sharpened_cosine.encoder=nobody/knows"],
             r"set task\.metric_options\.sharpened_",
         ),
-        ([COSINE, "task.metric_options.sharpened_cosine.encoder=EMPTY"], "no sentence-transformers model"),
+        ([COSINE, "task.metric_options.sharpened_cosine.encoder=EMPTY"], "not a sentence-transformers model"),
         (SHORT_GPT2, "more than the 40 positions of the model"),
         (["model.path=SMALLER"], "the model knows only 300"),
         (["model.path=CUT_OFF"], "damaged or cut off"),

@@ -13,15 +13,15 @@ from llmft.checks.machine import network
 from llmft.core.errors import ConfigError
 from llmft.core.network import NoAnswer, ask, download
 from llmft.data.hub import ask_hub
-from llmft.training.tracking import look_at_wandb
+from llmft.training.tracking import probe_wandb
 from tests.servers import BAD, server
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_the_look_at_wandb_ends_in_its_time_and_names_what_is_there(kind: str) -> None:
+def test_the_probe_wandb_ends_in_its_time_and_names_what_is_there(kind: str) -> None:
     with server(kind) as url:
         began = time.monotonic()
-        cause = look_at_wandb(url, 0.5)
+        cause = probe_wandb(url, 0.5)
         assert time.monotonic() - began < 0.5 + 1
     assert (cause is None) == (kind == "healthy then hanging")
     if cause is not None:
@@ -72,7 +72,7 @@ def test_a_proxy_that_is_not_there_is_no_answer(monkeypatch: pytest.MonkeyPatch)
         free.bind(("127.0.0.1", 0))
         monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free.getsockname()[1]}")
         monkeypatch.delenv("no_proxy", raising=False)
-        assert "cannot be reached" in str(look_at_wandb("http://wandb.example", 2))
+        assert "cannot be reached" in str(probe_wandb("http://wandb.example", 2))
 
 
 def test_a_token_stays_with_the_server_that_it_is_for(monkeypatch: pytest.MonkeyPatch) -> None:

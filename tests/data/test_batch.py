@@ -110,12 +110,12 @@ def test_a_loader_goes_from_the_position_to_the_end_of_the_pass_or_of_the_traini
         micro_batch=Limit(2),
         validation_batch=Limit(2),
     )
-    data.stops = [4, 7]
-    data.position = lambda: 2
+    data.validation_steps = [4, 7]
+    data.current_step = lambda: 2
     assert data.steps_per_epoch == 3
     assert [batch.step for batch in data.train_dataloader()] == [2]
-    data.position = lambda: 4
+    data.current_step = lambda: 4
     assert [batch.step for batch in data.train_dataloader()] == [4, 5]
-    data.position = lambda: 6
+    data.current_step = lambda: 6
     assert [batch.step for batch in data.train_dataloader()] == [6]
     assert sum(len(batch.rows) for batch in data.val_dataloader()) == 6

@@ -48,7 +48,7 @@ def test_a_probability_is_written_where_the_sample_has_numbers_and_never_guessed
     sample = "id,generated\nx,0\ny,1\n"
     assert [row[1] for row in written(tmp_path, sample, two, **{"0": "generated"})[1:]] == ["0.1", "0.5"]
     names = Predictions(["x", "y"], ["human", "model"], VALUES[:, :2])
-    with pytest.raises(ConfigError, match=r"holds numbers such as 0\.1.*columns\.CLASS=generated"):
+    with pytest.raises(ConfigError, match=r"has numbers such as 0\.1.*columns\.CLASS=generated"):
         written(tmp_path, "id,generated\nx,0.1\ny,0.1\n", names)
     with pytest.raises(ConfigError, match=r"columns\.model=genrated: the template has no such column; did you mean"):
         written(tmp_path, "id,generated\nx,0.1\ny,0.1\n", names, model="genrated")

@@ -211,19 +211,19 @@ def batch_of(task: str) -> Any:
 
 def objective_of(task: str) -> Any:
     """What computes the loss of a task."""
-    from llmft.training.objectives.choice import WordScores
     from llmft.training.objectives.classification import Classification
     from llmft.training.objectives.language_modeling import LanguageModeling
     from llmft.training.objectives.policy import PolicyGradient
     from llmft.training.objectives.preference import Kto, Preference
     from llmft.training.objectives.reward import Reward
+    from llmft.training.objectives.verbalizer import LabelWordScorer
 
     makers: dict[str, Any] = {
         "dpo": Preference,
         "kto": Kto,
         "reward": Reward,
         "classify": Classification,
-        "words": lambda: Classification(scores=WordScores([(7, 2), (8, 2), (8, 9)])),
+        "words": lambda: Classification(scores=LabelWordScorer([(7, 2), (8, 2), (8, 9)])),
         "grpo": lambda: PolicyGradient(kl=0.1),
     }
     return makers.get(task, LanguageModeling)()

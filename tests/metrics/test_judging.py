@@ -34,8 +34,8 @@ def test_a_directory_is_a_reward_run(tmp_path):
         ("os.system", "only llmft.metrics.rewards"),
         ("llmft.metrics.rewards.whiten", "was expected"),
         ({"function": MATCHES, "patern": "x"}, "did you mean pattern"),
-        ({"function": MATCHES, "answers": []}, "given by the rows"),
-        ("no/such/run", "no directory"),
+        ({"function": MATCHES, "answers": []}, "comes from the rows"),
+        ("no/such/run", "neither the directory"),
         ([EXACT, EXACT], "two judges are called"),
     ],
 )
@@ -52,7 +52,7 @@ def test_several_judges_need_a_combination_and_names_that_it_knows():
     other = judges_of({"kind": EXACT, "useful": MATCHES})  # no names that it knows: in their order
     assert combine_scores("llmft.metrics.rewards.llama2", other, {"kind": [0.1], "useful": [0.8]}).tolist() == [0.1]
     for combine, message in (
-        (None, "say how they are combined"),
+        (None, "set how they are combined"),
         ("safty", "did you mean safety"),
         ("os.system", "only llmft.metrics"),
     ):

@@ -24,8 +24,8 @@ from llmft.model import adapters
 from llmft.model.heads import FullPrecisionLinear, linear_scores, renew_head
 from llmft.runs.predictions import Predictions
 from llmft.train import train
-from llmft.training.objectives.choice import WordScores, forks
 from llmft.training.objectives.classification import Classification
+from llmft.training.objectives.verbalizer import LabelWordScorer, trie_nodes
 from tests.conftest import SMALL, compose, run_directory
 
 CLASSIFY = ["task=classification", "task.generate_rows=0"]
@@ -98,7 +98,7 @@ def test_one_token_words_have_the_softmax_of_their_log_probabilities() -> None:
     model, words = word_model(), [(10, EOS), (11, EOS), (12, EOS)]
     rows = [[*row, 10, EOS] for row in random_rows()]
     with torch.no_grad():
-        found = WordScores(words)(model, batch_of(rows, answers=2))
+        found = LabelWordScorer(words)(model, batch_of(rows, answers=2))
     for place, row in enumerate(rows):
         wanted = [log_chance(model, row[:-2], word[0], [10, 11, 12]) for word in words]
         assert found[place].tolist() == pytest.approx(wanted, abs=1e-4)
@@ -109,7 +109,8 @@ def test_longer_words_have_the_product_along_their_way_whatever_word_the_row_cam
     prompts = random_rows()
     with torch.no_grad():
         found = [
-            WordScores(words)(model, batch_of([[*row, *word] for row in prompts], answers=len(word))) for word in words
+            LabelWordScorer(words)(model, batch_of([[*row, *word] for row in prompts], answers=len(word)))
+            for word in words
         ]
     for other in found[1:]:
         torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-5)
@@ -125,9 +126,9 @@ def test_longer_words_have_the_product_along_their_way_whatever_word_the_row_cam
 def test_words_that_tokens_do_not_tell_apart_are_refused() -> None:
     for words in permutations([(10,), (10, 11), (12,)]):
         with pytest.raises(ValueError, match="beginning of the other"):
-            forks(words)
+            trie_nodes(words)
     with pytest.raises(ValueError, match="the same"):
-        forks([(10,), (10,)])
+        trie_nodes([(10,), (10,)])
 
 
 def scores_of(values: torch.Tensor) -> Callable[[Any, MicroBatch], torch.Tensor]:

@@ -18,7 +18,7 @@ from llmft.data.batch import MicroBatch, StepBatch, collate, weight_of
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
 from llmft.model.families import selects_positions
-from llmft.training.finetuner import parameter_groups, restore_pages
+from llmft.training.finetuner import deterministic_only, parameter_groups, restore_pages
 from llmft.training.objectives.base import RowLosses
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.run import train
@@ -179,6 +179,32 @@ def test_a_step_forbids_what_is_not_deterministic_unless_there_is_nothing_else(
     assert status["not_deterministic"] == "unsure_cuda"
     assert Unsure.forbidden[0] is True
     assert not any(Unsure.forbidden[1:])
+
+
+def modes() -> tuple[bool, bool, bool]:
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+        torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
+    )
+
+
+@pytest.mark.parametrize(("enabled", "warn_only"), [(False, False), (True, True), (True, False)])
+def test_a_training_leaves_the_modes_of_the_process_as_they_were(
+    small: Callable[..., Any], enabled: bool, warn_only: bool
+) -> None:
+    earlier, filled = modes()[:2], modes()[2]
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        with deterministic_only(True):
+            assert modes()[:2] == (True, False)
+        assert modes() == (enabled, warn_only, True)
+        train(small("trainer.max_steps=1", "trainer.validate_every=1", "task.generate_rows=0"), quiet=True)
+        assert modes() == (enabled, warn_only, True)
+    finally:
+        torch.use_deterministic_algorithms(earlier[0], warn_only=earlier[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
 
 
 def test_states_of_a_paged_optimizer_go_back_into_pages() -> None:

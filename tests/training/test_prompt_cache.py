@@ -13,7 +13,7 @@ from llmft.data.examples import IGNORE
 from llmft.data.hub import Located
 from llmft.model import adapters
 from llmft.training.objectives import prompt_cache
-from llmft.training.objectives.choice import WordScores
+from llmft.training.objectives.verbalizer import LabelWordScorer
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
 END = 2
@@ -59,7 +59,7 @@ def batch_of(lengths: list[int]) -> MicroBatch:
 def whole(model: Any, batch: MicroBatch, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     with monkeypatch.context() as patch, torch.no_grad():
         patch.setattr(prompt_cache, "can_share", lambda *_: False)
-        return WordScores(WORDS)(model, batch)
+        return LabelWordScorer(WORDS)(model, batch)
 
 
 def forwards(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, int]:
@@ -69,7 +69,7 @@ def forwards(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, int]:
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     with torch.no_grad():
-        scores = WordScores(WORDS)(model, batch)
+        scores = LabelWordScorer(WORDS)(model, batch)
     hook.remove()
     return scores, sum(seen)
 
@@ -133,6 +133,6 @@ def test_the_kept_bytes_of_a_token_are_those_of_its_keys_and_values() -> None:
 def test_training_reads_whole_rows_and_its_gradients_flow() -> None:
     model, batch = model_of("llama"), batch_of([9, 22])
     model.requires_grad_(True)
-    scores = WordScores(WORDS)(model, batch)
+    scores = LabelWordScorer(WORDS)(model, batch)
     scores.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -19,8 +19,8 @@ from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch, PolicyRows, collate
 from llmft.data.columns import Conversation
 from llmft.data.examples import IGNORE, Example
+from llmft.model import logits
 from llmft.train import train
-from llmft.training.objectives import language_modeling
 from llmft.training.objectives.policy import PolicyGradient, token_log_probs
 from llmft.training.rollout_batch import RolloutBatch, advantages_and_returns
 from tests.conftest import SMALL, compose
@@ -95,7 +95,7 @@ def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
     model: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
     model.requires_grad_(False)  # a head that is not trained has its logits computed in parts
-    monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device: at_once)
+    monkeypatch.setattr(logits, "positions_at_a_time", lambda vocabulary, device: at_once)
     batch = answers(2)
     table, mask = token_log_probs(model, batch, temperature=0.7)
     whole = (model(batch.input_ids).logits / 0.7).log_softmax(-1)[0, :-1]
@@ -137,7 +137,7 @@ def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Pa
         (["task=grpo", "task.judges=os.system"], "only llmft.metrics.rewards"),
         (["task=grpo", LENGTH, "task.combine=lenght"], "did you mean length"),
         (["task=grpo", LENGTH, "task.clip=[0.2]"], "task.clip"),
-        (["task=ppo", LENGTH, "lora=none", "quantization=none"], "stands beside a LoRA"),
+        (["task=ppo", LENGTH, "lora=none", "quantization=none"], "needs a LoRA"),
         (["task.judges=x"], "draws no answers"),
     ],
 )

@@ -243,7 +243,9 @@ class TestD10D11D15Lengths:
             train(given(tmp_path, rows, *small).config, quiet=True)
         prepared = given(tmp_path, rows, *small, "data.max_dropped_fraction=0.1")
         found = read_rows(prepared, print)
-        assert not [f for f in inspect_rows(prepared, found, near=False).findings if f.level == "error"]
+        assert not [
+            f for f in inspect_rows(prepared, found, search_near_duplicates=False).findings if f.level == "error"
+        ]
 
     def test_d11_a_row_with_nothing_to_learn_never_makes_a_loss(self, tokenizer: Any) -> None:
         with pytest.raises(DataError, match="none of the 1 train rows is left"):
@@ -329,7 +331,9 @@ def test_d16_the_same_row_on_both_sides_is_counted_and_too_many_are_refused(tmp_
     with pytest.raises(DataError, match=r"10 validation rows \(100%\) are also in train"):
         train(compose(*small, *where), quiet=True)
     prepared = prepare(compose(*small, *where, "data.max_overlap_fraction=1"))
-    (overlap,) = [o for o in inspect_rows(prepared, read_rows(prepared, print), near=False).overlaps if o.exact]
+    (overlap,) = [
+        o for o in inspect_rows(prepared, read_rows(prepared, print), search_near_duplicates=False).overlaps if o.exact
+    ]
     assert (overlap.first, overlap.second, overlap.exact) == ("train", "validation", 10)
 
 

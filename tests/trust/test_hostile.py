@@ -420,11 +420,14 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
         ({"head": "linear", "objective": "{mine}.Focal"}, None),
         ({"head": "linear", "objective": "{mine}.Focal", "objective_options": {"gamma": 1.0}}, None),
         ({"head": "linear", "objective": "{mine}.Focal", "objective_options": {"gama": 1}}, r"did you mean gamma"),
-        ({"head": "linear", "objective": "{mine}.Focal", "objective_options": {"label_smoothing": 1}}, "given by the"),
+        (
+            {"head": "linear", "objective": "{mine}.Focal", "objective_options": {"label_smoothing": 1}},
+            "the task sets it",
+        ),
         ({"head": "linear", "objective": "{mine}.Scaled"}, "takes no targets"),
         ({"head": "linear", "objective": "{mine}.half"}, "was expected"),
-        ({"objective": "{mine}.Focal"}, r"takes task\.head"),
-        ({"objective": "llmft.training.objectives.classification.Classification"}, r"takes task\.head"),
+        ({"objective": "{mine}.Focal"}, r"needs task\.head"),
+        ({"objective": "llmft.training.objectives.classification.Classification"}, r"needs task\.head"),
         (
             {"objective": "llmft.training.objectives.language_modeling.LanguageModeling", "metrics": ["{mine}.half"]},
             None,
@@ -434,7 +437,7 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
                 "objective": "llmft.training.objectives.language_modeling.LanguageModeling",
                 "metrics": ["llmft.metrics.classification.accuracy"],
             },
-            r"without a task\.head",
+            r"need a task\.head",
         ),
     ],
 )

@@ -288,7 +288,7 @@ class TestR3Signals:
         wait_for_step(tmp_path, 2, child)
         time.sleep(0.2)
         os.kill(child.pid, signal.SIGTERM)
-        time.sleep(stopping.SAME_S + 0.3)
+        time.sleep(stopping.SAME_REQUEST_S + 0.3)
         assert child.poll() is None, "the first one waits for the step boundary"
         began = time.monotonic()
         os.kill(child.pid, signal.SIGTERM)
@@ -313,7 +313,7 @@ class TestR3Wishes:
 
     @pytest.fixture(autouse=True)
     def look_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(stopping, "LOOK_S", 0.0)
+        monkeypatch.setattr(stopping, "CHECK_EVERY_S", 0.0)
 
     def test_r3_touch_save_saves_and_the_run_goes_on(
         self, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -434,6 +434,24 @@ class TestR8OlderCheckpoints:
         metric = train(config, quiet=True)
         assert metric == pytest.approx(expected["val/loss_nats"], rel=1e-4)
         assert [r["step"] for r in records(directory) if "train/loss_nats" in r][-1] == STEP + 2
+
+    @pytest.mark.parametrize("key", ["fit", "micro_batch_plan"])
+    def test_r8_a_resumed_run_keeps_its_micro_batches_also_from_a_checkpoint_with_the_older_key(
+        self, key: str, tmp_path: Path
+    ) -> None:
+        from tests.trust.make_fixture import OVERRIDES, STEP
+
+        config = compose(*OVERRIDES, "trainer.micro_batch=auto", f"output_dir={tmp_path}")
+        train(config, quiet=True)
+        directory = run_directory(tmp_path)
+        saved = load_checkpoint(path_of(directory / "checkpoints", STEP))
+        assert saved.state.pop("micro_batch_plan")["tokens"] != 7
+        saved.state[key] = {"rows": None, "tokens": 7, "checkpointing": "none"}
+        shutil.rmtree(directory / "checkpoints")
+        save_checkpoint(directory / "checkpoints", saved)
+        (directory / "run.json").write_text(json.dumps({"status": "running"}))
+        train(config, quiet=True)
+        assert json.loads((directory / "environment.json").read_text())["micro_batch"] == saved.state[key]
 
     def test_r8_a_checkpoint_of_a_newer_llmft_says_so(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import llmft.runs.checkpoint

@@ -1,4 +1,4 @@
-"""How likely a language model is to give each of several answers to one prompt, which is read once."""
+"""Log-probabilities of several answers to one prompt, which is read once."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from llmft.data.batch import Answers, MicroBatch, send
 from llmft.model.families import base_of
 from llmft.model.heads import row_per_answer
 from llmft.model.kernels.packing import pack_answers, uses_packing
-from llmft.training.objectives.language_modeling import nll_behind
+from llmft.model.logits import nll_after
 
 
 def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
     """(rows, answers) float64 log-probabilities in nats of whole answers; 0 where a row has fewer answers.
 
-    Prompts are read once where the family takes packed rows, else before each of their answers.
+    Prompts are read once where the model family supports packed rows, else again for each answer.
     """
     answers, base, device = batch.answers, base_of(model), batch.input_ids.device
     assert answers is not None, "the rows have no answers that are compared"
@@ -35,8 +35,8 @@ def answer_log_probs(model: Any, batch: MicroBatch) -> torch.Tensor:
         indices.append(np.full(length, row * answers.most + number))
     labelled, index = send([np.concatenate(predicted), np.concatenate(indices)], device)
     targets = arguments["input_ids"].reshape(-1)[labelled]
-    nll = nll_behind(model, arguments, np.concatenate(predictors), targets)
-    # Sums of hundreds of nats in fp32 would be off by more than what a step moves.
+    nll = nll_after(model, arguments, np.concatenate(predictors), targets)
+    # Sums of hundreds of nats in fp32 would have errors larger than the change by one step.
     sums = torch.zeros(len(answers.lengths) * answers.most, dtype=torch.float64, device=device)
     return -sums.index_add(0, index, nll.double()).view(-1, answers.most)
 

@@ -1,4 +1,4 @@
-"""What every objective hands to the loop."""
+"""The interface of objectives, and the row losses that they return."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class RowLosses:
     """Losses of a micro-batch, row by row.
 
     Attributes:
-        nll: (rows,) negative log-likelihood in nats, summed over what is learned in the row; differentiable.
-        counts: (rows,) how many tokens (or classes) that sum is over.
-        outputs: (rows, classes) float64 predictions, where the objective makes any; validation keeps them.
+        nll: (rows,) negative log-likelihood in nats, summed over the row's labels; differentiable.
+        counts: (rows,) tokens (or classes) in that sum.
+        outputs: (rows, classes) float64 predictions, if the objective makes any; validation keeps them.
     """
 
     nll: torch.Tensor
@@ -26,18 +26,18 @@ class RowLosses:
 
     @classmethod
     def per_row(cls, nll: torch.Tensor, outputs: torch.Tensor | None = None) -> RowLosses:
-        """Of (rows,) losses that are no sums over tokens: every row counts 1."""
+        """From (rows,) losses that are not sums over tokens: every row counts 1."""
         return cls(nll, torch.ones(len(nll), dtype=torch.long, device=nll.device), outputs)
 
 
 class Objective(Protocol):
-    """Scores a batch: the one thing that differs between what is learned.
+    """Computes the losses of a batch.
 
-    One whose losses need a number of the whole effective batch has `before_step(model, micro_batches)`, a tensor that
-    is summed over all processes, and `begin_step(sum)`.
+    An objective whose losses need a statistic of the effective batch has `before_step(model, micro_batches)`, whose
+    tensor is summed over all processes, and `begin_step(sum)`.
 
-    An objective whose validation is scored otherwise than its training (without label smoothing, say) has a method
-    `evaluate` of the same form.
+    An objective whose validation loss differs from its training loss (no label smoothing, say) has a method `evaluate`
+    with the signature of `losses`.
     """
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:

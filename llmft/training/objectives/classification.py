@@ -1,4 +1,4 @@
-"""A target per row: one class, several, or a number; by a linear head or by the model's own words for the classes."""
+"""A target per row: one class, several, or a number; by a linear head or by the probabilities of label words."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ Scores = Callable[[Any, MicroBatch], torch.Tensor]
 
 
 class Classification:
-    """Cross-entropy in nats over the classes (of several classes a row, the mean over them), or half a squared error.
+    """Cross-entropy in nats (for several classes a row its mean over the classes), or half the squared error.
 
-    Half the squared error, in units of the targets' spread, is a Gaussian's negative log-likelihood up to a constant.
+    Half the squared error, in standard deviations, is a Gaussian's negative log-likelihood up to a constant.
 
     Args:
-        targets: the classes, or a regression's mean and spread.
-        scores: from a model and a batch to (rows, classes), whose softmax or sigmoid are the probabilities.
-        label_smoothing: share of the target spread over the classes; in training alone.
-        text_loss: what the loss of the answer as text, all its tokens among all others, is added with.
+        targets: the classes, or a regression's mean and standard deviation.
+        scores: (model, batch) -> (rows, classes) scores, whose softmax or sigmoid are the probabilities.
+        label_smoothing: share of the target spread over the classes; only in training.
+        text_loss: weight of the language-modeling loss on the label words.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class Classification:
         self.label_smoothing, self.text_loss = label_smoothing, text_loss
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """See RowLosses; `batch.targets` holds class indices, 0 and 1 for each class, or numbers."""
+        """See RowLosses; `batch.targets` are class indices, 0 and 1 for each class, or numbers."""
         assert batch.targets is not None, "classification needs data.columns.target"
         scores = self.scores(model, batch).float()
         nll = self._nll(scores, batch.targets, self.label_smoothing)
@@ -50,7 +50,7 @@ class Classification:
         return RowLosses.per_row(nll)
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """The same without label smoothing, with the predictions."""
+        """Like `losses`, without label smoothing and with the predictions."""
         assert batch.targets is not None, "classification needs data.columns.target"
         scores = self.scores(model, batch).double()
         return RowLosses.per_row(self._nll(scores, batch.targets, 0.0), self.outputs(scores))
@@ -60,7 +60,7 @@ class Classification:
         return self.outputs(self.scores(model, batch).double())
 
     def outputs(self, scores: torch.Tensor) -> torch.Tensor:
-        """What `scores` mean to people."""
+        """Probabilities from `scores`, or numbers in the target's unit."""
         if self.targets.problem is TaskType.regression:
             return scores * self.targets.scale + self.targets.mean
         if self.targets.problem is TaskType.multi_label:

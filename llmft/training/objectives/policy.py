@@ -1,7 +1,7 @@
-"""A policy that learns from the rewards of its own answers: GRPO, RLOO, PPO and what lies between them.
+"""A policy that learns from the rewards of its own answers: GRPO, RLOO, PPO and their combinations.
 
-Rows are answers that the policy has drawn, see `llmft.training.rollouts`. What a step is divided by was counted over
-all its answers when they were drawn, so micro-batches change nothing.
+Rows are answers that the policy has sampled, see `llmft.training.rollouts`. A step's denominator is counted over all
+its answers when they are sampled, so micro-batches do not change the loss.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import torch
 
 from llmft.data.batch import MicroBatch
 from llmft.data.examples import IGNORE
+from llmft.model.logits import nll_at
 from llmft.model.value_head import token_values
 from llmft.training.objectives import policy_gradient as pg
 from llmft.training.objectives.base import RowLosses
-from llmft.training.objectives.language_modeling import LanguageModeling, nll_at
+from llmft.training.objectives.language_modeling import LanguageModeling
 
 
 def token_log_probs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
     """(rows, seq_len - 1) log-probabilities in nats of the labelled tokens, and the mask of these; 0 elsewhere.
 
-    They are those of draws at `temperature`.
+    They are those of sampling at `temperature`.
     """
     labels = batch.labels[:, 1:]
     labelled = labels != IGNORE
@@ -31,20 +32,20 @@ def token_log_probs(model: Any, batch: MicroBatch, temperature: float = 1.0) -> 
 
 
 class PolicyGradient:
-    """The clipped loss of drawn answers, with what holds the policy to its reference, and a value head's if it has one.
+    """The clipped loss of sampled answers, plus the divergence from the reference, and the value head's loss if any.
 
-    A row is an answer; its nll is what it adds to the step's loss. Validation is that of a language model, on the rows'
-    own answers.
+    A row is an answer; its nll is its part of the step's loss. Validation computes the language-modeling loss of the
+    rows' own answers.
 
     Args:
         aggregate: how tokens count, see `policy_gradient.summed`.
-        clip: how far ratios may leave 1 to below and above.
+        clip: how far ratios may fall below and rise above 1.
         ratio: whether ratios are of tokens or of whole answers, see `policy_gradient.ratios`.
-        kl: what the divergence from the reference is added with, where it is part of the loss.
+        kl: KL coefficient in the loss; 0 where the divergence is in the reward.
         estimator: of that divergence, k1 or k3.
-        value_weight: what the value head's loss is added with.
-        temperature: of the draws. The policy that is improved is the one that answers, softmax(logits / temperature):
-            all log-probabilities here are its own, as in TRL.
+        value_weight: value loss coefficient.
+        temperature: of sampling. The trained policy is the sampling one, softmax(logits / temperature), which all
+            log-probabilities here belong to, as in TRL.
     """
 
     def __init__(
@@ -60,10 +61,10 @@ class PolicyGradient:
         self.aggregate, self.clip, self.ratio, self.temperature = aggregate, clip, ratio, temperature
         self.kl, self.estimator, self.value_weight = kl, estimator, value_weight
         self.sums: list[torch.Tensor] = []
-        """Of each micro-batch since the step began: tokens, clipped ones, summed nats of divergence and of surprise."""
+        """For each micro-batch of the step: tokens, clipped ones, summed nats of divergence and of surprisal."""
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """See RowLosses; of rows that nobody has judged, those of a language model."""
+        """See RowLosses; rows without rewards get the language-modeling loss."""
         rows = batch.policy
         if rows is None:
             return LanguageModeling().losses(model, batch)
@@ -86,13 +87,13 @@ class PolicyGradient:
         return RowLosses(pg.summed(losses, mask, self.aggregate), mask.sum(-1))
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """The language model's losses of the rows' own answers."""
+        """The language-modeling losses of the rows' own answers."""
         return LanguageModeling().losses(model, batch)
 
     def step_metrics(self) -> dict[str, float]:
-        """Of a step the share of clipped tokens, and in nats a token divergence from the reference and entropy.
+        """The step's share of clipped tokens, and divergence from the reference and entropy in nats per token.
 
-        The entropy is estimated by the drawn tokens' own log-probabilities.
+        The entropy is estimated from the sampled tokens' log-probabilities.
         """
         tokens, *sums = (sum(column) for column in zip(*torch.stack(self.sums).tolist(), strict=True))
         self.sums.clear()

@@ -1,7 +1,7 @@
 """Advantages and losses of policies that learn from rewards (GRPO, RLOO, PPO), as pure functions.
 
-Answers are padded tables, (answers, tokens) with a mask of 1 where a token is. Losses are sums beside what they are
-divided by, so that a step over several micro-batches, or several devices, divides once by the whole.
+Answers are padded tables, (answers, tokens) with a mask of 1 at tokens. Losses are sums with separate denominators, so
+that a step over several micro-batches or devices divides once by the total.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
     """(groups, answers) advantages of rewards of the same form.
 
     group: less the group's mean, over its standard deviation (GRPO, arXiv:2402.03300); centred: less the mean
-    (Dr. GRPO, arXiv:2503.20783); leave_one_out: less the mean of the others (RLOO, arXiv:2402.14740), so of a single
-    answer itself.
+    (Dr. GRPO, arXiv:2503.20783); leave_one_out: less the mean of the others (RLOO, arXiv:2402.14740), and of a single
+    answer the reward itself.
     """
     count = rewards.shape[-1]
     centred = rewards - rewards.mean(-1, keepdim=True)
@@ -32,10 +32,10 @@ def advantages(rewards: torch.Tensor, kind: str) -> torch.Tensor:
 def gae(
     rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float = 1.0, decay: float = 0.95
 ) -> torch.Tensor:
-    """(answers, tokens) generalized advantage estimates (arXiv:1506.02438); nothing is worth anything after the end.
+    """(answers, tokens) generalized advantage estimates (arXiv:1506.02438); the value after the end is 0.
 
     Args:
-        rewards: (answers, tokens), most often 0 but at an answer's last token.
+        rewards: (answers, tokens), usually 0 except at an answer's last token.
         values: (answers, tokens) what the value head expects at each token.
     """
     rewards, values = rewards * mask, values * mask
@@ -50,7 +50,7 @@ def gae(
 
 
 def kl(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str = "k3") -> torch.Tensor:
-    """Estimates of KL(policy || reference) in nats at each drawn token.
+    """Estimates of KL(policy || reference) in nats at each sampled token.
 
     k1: the difference of log-probabilities, unbiased; k3: exp(-d) - 1 + d, never below 0 and with a useful gradient
     (Schulman, joschu.net/blog/kl-approx.html).
@@ -60,7 +60,7 @@ def kl(log_probs: torch.Tensor, reference: torch.Tensor, estimator: str = "k3") 
 
 
 def ratios(log_probs: torch.Tensor, old: torch.Tensor, mask: torch.Tensor, level: str = "token") -> torch.Tensor:
-    """(answers, tokens) probability ratios of the policy to the one that drew.
+    """(answers, tokens) probability ratios of the policy to the one that sampled.
 
     token: of each token; sequence: the geometric mean of the answer's (GSPO, arXiv:2507.18071); product: of the whole
     answer, which is one action (RLOO, arXiv:2402.14740). A token's gradient goes through its answer's ratio.
@@ -90,17 +90,17 @@ def value_loss(values: torch.Tensor, old: torch.Tensor, returns: torch.Tensor, c
 
 
 def summed(losses: torch.Tensor, mask: torch.Tensor, aggregate: str) -> torch.Tensor:
-    """(answers,) what each answer adds to the loss, which `weights` of all answers divides.
+    """(answers,) each answer's part of the loss, to be divided by the sum of `weights` over all answers.
 
-    token: every token counts the same (DAPO, arXiv:2503.14476); sequence: every answer does; constant: tokens count the
-    same, and answers are as long as they may become (Dr. GRPO).
+    token: every token has equal weight (DAPO, arXiv:2503.14476); sequence: every answer; constant: every token, with a
+    denominator of the longest allowed answer (Dr. GRPO).
     """
     sums = (losses * mask).sum(-1)
     return sums / mask.sum(-1).clamp(min=1) if aggregate == "sequence" else sums
 
 
 def weights(lengths: torch.Tensor, aggregate: str, most: int) -> torch.Tensor:
-    """(answers,) what each answer of so many tokens adds to the loss's denominator; `most` tokens may be written."""
+    """(answers,) each answer's part of the loss's denominator, from its tokens; `most`: the longest allowed answer."""
     if aggregate == "token":
         return lengths.double()
     return torch.full(lengths.shape, float(most) if aggregate == "constant" else 1.0, dtype=torch.float64)

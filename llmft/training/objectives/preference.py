@@ -1,4 +1,4 @@
-"""Policies that learn from compared answers: DPO and its kin; and from answers that are marked good or bad: KTO."""
+"""Policies that learn from compared answers (DPO and its variants), or from answers labelled good or bad (KTO)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LOSSES = "llmft.training.objectives.preference_losses"
 
 
 def find_loss(name: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    """The loss of task.loss, a name of `preference_losses` or a dotted path, which takes task.loss_options."""
+    """The loss function named by task.loss, in `preference_losses` or by dotted path; checks task.loss_options."""
     path = name if "." in name else f"{LOSSES}.{name}"
     loss: Callable[..., torch.Tensor] = find(path, "task.loss", "loss")
     check_arguments(loss, path, options, "task.loss_options", "pairs", "beta")
@@ -37,27 +37,27 @@ def over_rows(values: torch.Tensor, answers: Answers) -> torch.Tensor:
 
 
 def share_ahead(difference: torch.Tensor) -> torch.Tensor:
-    """1 where the chosen answer has more, one half where both have the same, else 0."""
+    """1 where the chosen answer is ahead (`difference` > 0), 0.5 at a tie, else 0."""
     return (torch.sign(difference) + 1) / 2
 
 
 def pair_columns(chosen: torch.Tensor, rejected: torch.Tensor, longer_by: torch.Tensor) -> list[torch.Tensor]:
-    """What validations keep of each pair: who is ahead, by how much, both rewards, and the same of lengths."""
+    """Columns that validations keep of each pair: see `llmft.metrics.preference.REWARD_COLUMNS`."""
     margin = chosen - rejected
     return [share_ahead(margin), margin, chosen, rejected, longer_by, share_ahead(longer_by)]
 
 
 class Preference:
-    """The loss `loss` of each pair of answers; of a prompt with more than two answers the mean over its pairs.
+    """The mean of `loss` over the pairs of answers to a prompt.
 
     A row's nll is its loss, its count 1. Its outputs, means over its pairs, are named by `columns`.
 
     Args:
         loss: a name of `preference_losses`, or the dotted path of a function (pairs, beta, …) -> (pairs,) losses.
-        beta: how strongly the policy is held to its reference.
+        beta: strength of the pull to the reference.
         loss_options: further arguments of `loss`.
-        sft_weight: what the chosen answer's nats per token are added with (RPO, arXiv:2404.19733).
-        label_smoothing: an argument of `loss`, where it is above 0.
+        sft_weight: weight of the chosen answer's nats per token in the loss (RPO, arXiv:2404.19733).
+        label_smoothing: passed to `loss` where it is above 0.
     """
 
     columns = COLUMNS
@@ -93,7 +93,7 @@ class Preference:
 
     @torch.no_grad()
     def _outputs(self, pairs: Pairs, answers: Answers) -> torch.Tensor:
-        """(pairs, columns) float64: without a reference, rewards are of log-probabilities per token."""
+        """(pairs, columns) float64; without a reference, rewards are beta x log-probabilities per token."""
         chosen, rejected = pairs.chosen_ratio, pairs.rejected_ratio
         if answers.reference is None:
             chosen, rejected = chosen / pairs.chosen_tokens, rejected / pairs.rejected_tokens
@@ -105,15 +105,14 @@ class Preference:
 
 
 class Kto:
-    """Learns to give good answers rather than bad ones, each judged by itself (KTO, arXiv:2402.01306).
+    """The loss of single answers that are good or bad (KTO, arXiv:2402.01306).
 
-    How far the policy is from its reference is estimated on answers of other prompts, which stand behind each row's
-    own, over the whole effective batch: `before_step` takes a pass for it. A validation estimates it on each of its
-    groups.
+    The policy's divergence from its reference is estimated on answers to other prompts, which follow each row's own,
+    over the effective batch, in an extra pass by `before_step`. A validation estimates it on each of its batches.
 
     Args:
-        beta: how strongly the policy is held to its reference.
-        loss_options: `desirable` and `undesirable`, what good and bad answers' losses are multiplied with.
+        beta: strength of the pull to the reference.
+        loss_options: `desirable` and `undesirable`, the loss weights of good and bad answers.
     """
 
     columns = COLUMNS
@@ -130,28 +129,28 @@ class Kto:
 
     @torch.no_grad()
     def before_step(self, model: Any, batches: list[MicroBatch]) -> torch.Tensor:
-        """[sum, rows] of log pi/pi_ref of other prompts' answers; of all processes their sum goes to `begin_step`."""
+        """[sum, rows] of log pi/pi_ref of other prompts' answers; `begin_step` gets the sum over all processes."""
         sums = [self._ratios(model, batch)[:, 1].sum() * float(bool(batch.rows)) for batch in batches]
         return torch.stack([torch.stack(sums).sum(), sums[0].new_full((), sum(len(batch.rows) for batch in batches))])
 
     def begin_step(self, total: torch.Tensor) -> None:
-        """Takes the distance of a step."""
+        """Sets the step's divergence from `before_step` summed over all processes."""
         self.distance = (total[0] / total[1].clamp(min=1)).clamp(min=0)
 
     def losses(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """See RowLosses; needs `begin_step`. Other prompts' answers are left out: the distance is known."""
-        assert self.distance is not None, "before_step and begin_step come first"
+        """See RowLosses; needs `begin_step`. Does not compute other prompts' answers: the divergence is known."""
+        assert self.distance is not None, "call before_step and begin_step first"
         assert batch.answers is not None
         answers = replace(batch.answers, lengths=[lengths[:2] for lengths in batch.answers.lengths])
         return self._losses(batch, self._ratios(model, replace(batch, answers=answers))[:, 0], self.distance)
 
     def evaluate(self, model: Any, batch: MicroBatch) -> RowLosses:
-        """The same with the distance of these rows."""
+        """Like `losses`, with the divergence estimated on these rows."""
         ratios = self._ratios(model, batch)
         return self._losses(batch, ratios[:, 0], ratios[:, 1].mean().clamp(min=0))
 
     def _ratios(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        """(rows, answers) log pi/pi_ref of each row's answer, and of another prompt's behind it."""
+        """(rows, answers) log pi/pi_ref of each row's answer, and of another prompt's answer after it."""
         assert batch.answers is not None
         assert batch.answers.reference is not None, "KTO needs a reference"
         log_probs = answer_log_probs(model, batch)
@@ -168,6 +167,9 @@ class Kto:
             logp = ratio + answers.reference[:, 0]  # type: ignore[index]
             drift = ratio / token_counts(answers, ratio.device)[:, 0]
             sides = [torch.where(good == side, value, missing) for value in (reward, logp) for side in (True, False)]
-            lengths = [torch.zeros_like(ratio), torch.full_like(ratio, 0.5)]  # one answer is not longer than another
+            lengths = [
+                torch.zeros_like(ratio),
+                torch.full_like(ratio, 0.5),
+            ]  # a single answer has no other to be longer than
             columns = [share_ahead(sign * ratio), sign * reward, *sides[:2], *lengths, *sides[2:], drift]
         return RowLosses.per_row(losses, torch.stack(columns, dim=1).double())

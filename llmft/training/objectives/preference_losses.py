@@ -1,7 +1,7 @@
-"""Losses of pairs of answers: pure functions of log-probabilities, one number a pair.
+"""Losses of pairs of answers: pure functions of log-probabilities, one number per pair.
 
-Every function takes `Pairs` and `beta`. One that also takes a `margin` asks for that much more between the two answers
-(ODPO, arXiv:2402.10571); `task.margin` gives it. `task.loss` names one of these, or a function of your own by its path.
+Every function takes `Pairs` and `beta`; some take a `margin`, by which the chosen answer should be ahead (ODPO,
+arXiv:2402.10571), set by `task.margin`. `task.loss` names one of these, or your own function by its dotted path.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Pairs:
 
     @property
     def mean_delta(self) -> Tensor:
-        """The same of log-ratios per token."""
+        """Like `delta`, of log-ratios per token."""
         return self.chosen_ratio / self.chosen_tokens - self.rejected_ratio / self.rejected_tokens
 
 
@@ -64,7 +64,7 @@ def sigmoid(pairs: Pairs, beta: float, margin: Margin = 0.0, label_smoothing: fl
 
 
 def robust(pairs: Pairs, beta: float, margin: Margin = 0.0, label_smoothing: float = 0.1) -> Tensor:
-    """DPO whose mean is right although a share `label_smoothing` of the labels is wrong (arXiv:2403.00409)."""
+    """DPO, unbiased although a share `label_smoothing` of the labels is wrong (arXiv:2403.00409)."""
     z = beta * pairs.delta - margin
     wrong = label_smoothing * F.logsigmoid(-z)
     return (-(1 - label_smoothing) * F.logsigmoid(z) + wrong) / (1 - 2 * label_smoothing)
@@ -76,12 +76,12 @@ def sigmoid_norm(pairs: Pairs, beta: float, margin: Margin = 0.0, label_smoothin
 
 
 def ipo(pairs: Pairs, beta: float) -> Tensor:
-    """(mean_delta - 1 / (2 beta))^2 (arXiv:2310.12036), of log-ratios per token as its authors confirmed."""
+    """(mean_delta - 1 / (2 beta))^2 (arXiv:2310.12036), with log-ratios per token as its authors confirmed."""
     return (pairs.mean_delta - 1 / (2 * beta)) ** 2
 
 
 def ipo_sum(pairs: Pairs, beta: float) -> Tensor:
-    """IPO of summed log-ratios, as its paper writes it and some libraries compute it."""
+    """IPO with summed log-ratios, as in its paper and in some libraries."""
     return (pairs.delta - 1 / (2 * beta)) ** 2
 
 
@@ -91,7 +91,7 @@ def hinge(pairs: Pairs, beta: float, margin: Margin = 0.0) -> Tensor:
 
 
 def apo_zero(pairs: Pairs, beta: float) -> Tensor:
-    """Makes the chosen answer likelier and the rejected one less likely, each by itself (arXiv:2408.06266)."""
+    """Makes the chosen answer likelier and the rejected one less likely, independently (arXiv:2408.06266)."""
     return 1 - torch.sigmoid(beta * pairs.chosen_ratio) + torch.sigmoid(beta * pairs.rejected_ratio)
 
 
@@ -113,8 +113,8 @@ def orpo(pairs: Pairs, beta: float) -> Tensor:
 
 
 def log_odds(log_probability: Tensor) -> Tensor:
-    """log(p / (1 - p)), exact also where p is near 0 or 1."""
-    # Above -ln 2 the one form of log(1 - exp(x)) is exact, below it the other.
+    """log(p / (1 - p)), exact even where p is near 0 or 1."""
+    # Of the two forms of log(1 - exp(x)), the first is exact above -ln 2, the second below.
     x = log_probability.clamp(max=-torch.finfo(log_probability.dtype).eps)
     near_one = x > -0.6931471805599453
     small = torch.log(-torch.expm1(torch.where(near_one, x, -1.0)))
@@ -125,8 +125,8 @@ def log_odds(log_probability: Tensor) -> Tensor:
 def kto(ratio: Tensor, kl: Tensor | float, desirable: Tensor, beta: float) -> Tensor:
     """1 - sigmoid(beta (ratio - kl)) of a good answer, 1 - sigmoid(beta (kl - ratio)) of a bad one (arXiv:2402.01306).
 
-    `ratio`: (rows,) log pi/pi_ref; `desirable`: (rows,) true where the answer is good; `kl`: how far the policy is from
-    the reference on answers of other prompts, at least 0, without a gradient.
+    `ratio`: (rows,) log pi/pi_ref; `desirable`: (rows,) true where the answer is good; `kl`: the policy's
+    divergence from the reference on answers to other prompts, at least 0, without a gradient.
     """
     gain = beta * (ratio - kl)
     return 1 - torch.sigmoid(torch.where(desirable, gain, -gain))
@@ -135,7 +135,7 @@ def kto(ratio: Tensor, kl: Tensor | float, desirable: Tensor, beta: float) -> Te
 def reward(chosen: Tensor, rejected: Tensor, margin: Margin = 0.0, centre: float = 0.0) -> Tensor:
     """-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)^2 of a reward model's scores, (pairs,).
 
-    Bradley-Terry with Llama 2's margin (arXiv:2307.09288, section 3.2.2); centring holds the scores' mean near 0
+    Bradley-Terry with Llama 2's margin (arXiv:2307.09288, section 3.2.2); centring keeps the scores' mean near 0
     (arXiv:2312.09244).
     """
     return -F.logsigmoid(chosen - rejected - margin) + centre * (chosen + rejected) ** 2

@@ -1,8 +1,8 @@
-"""What a language model says behind a prompt and behind several beginnings of an answer, with the prompt read once.
+"""Next-token logits after a prompt and after several prefixes of its answer, with the prompt read once.
 
-The prompts' keys and values are computed once and kept; the beginnings, which form a tree, follow as one short row
-whose tokens look at their prompt and at the tokens before them in their own branch (tree attention, arXiv:2305.09781).
-For prompts of P tokens and K answers of a tokens that is P + K a tokens in place of K (P + a).
+The prompts' keys and values are computed once and cached; the prefixes, which form a trie, follow as one short row
+whose tokens attend to their prompt and to the earlier tokens of their own branch (tree attention, arXiv:2305.09781).
+For prompts of P tokens and K answers of a tokens that is P + K a tokens instead of K (P + a).
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from llmft.model.kernels import packing
 
 Prefix = tuple[int, ...]
 CACHE_BYTES = 2 * 2**30
-"""Of keys and values held at once; more rows are taken in groups, as large as keep a GPU busy."""
+"""Most bytes of cached keys and values; more rows are computed in groups, large enough to keep a GPU busy."""
 NEEDED = ("attention_mask", "position_ids", "logits_to_keep")
 CACHE_ARGUMENTS = ("cache", "past_key_values")
-"""What a forward calls its keys and values: since transformers 5.24, and before."""
+"""Names of a forward's argument for keys and values: since transformers 5.24, and before."""
 FIXED_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
-"""Rotary positions that do not depend on how long the row is."""
+"""Types of rotary positions that do not depend on the row's length."""
 
 
 def can_share(model: Any, tokens: int) -> bool:
-    """Whether rows of `tokens` tokens behind kept keys and values have the model's own numbers.
+    """Whether rows of `tokens` tokens computed after cached keys and values give the model's own numbers.
 
-    Not so where positions are added to embeddings or to scores (learned ones, ALiBi), which know places in the row
-    alone and the padding between prompt and answer would shift, where a window is shorter than the row, nor in
-    recurrent models or with attention kernels that take no mask of one's own.
+    Not with positions that count places in the row (learned ones, ALiBi), which the padding between prompt and answer
+    would shift, nor where a window is shorter than the row, in recurrent models, or with attention kernels that accept
+    no custom mask.
     """
     base = base_of(model)
     config = base.config
@@ -55,22 +55,22 @@ def can_share(model: Any, tokens: int) -> bool:
 
 @lru_cache(maxsize=8)
 def _cache_argument(model_class: Any) -> str | None:
-    """The name of the argument for keys and values; None for a forward that lacks what is needed here."""
+    """The name of the argument for keys and values; None for a forward without the arguments needed here."""
     parameters = inspect.signature(model_class.forward).parameters
     if not selects_positions(model_class) or not all(name in parameters for name in NEEDED):
         return None
     return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
 
 
-def logits_behind(
+def shared_prefix_logits(
     model: Any, ids: torch.Tensor, prompts: torch.Tensor, prefixes: Sequence[Prefix]
 ) -> dict[Prefix, torch.Tensor] | None:
-    """(rows, vocabulary) logits behind each prompt and each of `prefixes`, or None where `can_share` says no.
+    """By prefix (rows, vocabulary) next-token logits after each prompt and prefix; None where `can_share` is false.
 
     Args:
         ids: (rows, seq_len), padded on the right.
         prompts: (rows,) tokens of each row's prompt.
-        prefixes: the empty one is the prompt's own end.
+        prefixes: of an answer; the empty one gives the logits after the prompt.
     """
     nodes = sorted({prefix[:depth] for prefix in prefixes for depth in range(1, len(prefix) + 1)})
     width = int(prompts.max())
@@ -110,10 +110,10 @@ def _group(
     of_prompt = (positions < prompts[:, None])[:, None].expand(-1, len(nodes), -1)
     visible = torch.cat([of_prompt, branch[None].expand(len(ids), -1, -1)], dim=-1)[:, None]
     mask = visible
-    if base.config._attn_implementation == "eager":  # which adds its mask to the scores
+    if base.config._attn_implementation == "eager":  # it adds its mask to the scores
         mask = torch.zeros(visible.shape, device=ids.device).masked_fill(~visible, torch.finfo(torch.float32).min)
     keep = torch.tensor([node in prefixes for node in nodes], device=ids.device).expand(len(ids), -1)
-    behind = model(
+    next_logits = model(
         input_ids=torch.tensor([node[-1] for node in nodes], device=ids.device).expand(len(ids), -1),
         attention_mask=mask,
         position_ids=prompts[:, None] + depths - 1,
@@ -121,5 +121,5 @@ def _group(
         logits_to_keep=keep,
     ).logits.view(len(ids), -1, first.shape[-1])
     order = [node for node in nodes if node in prefixes]
-    logits = {node: behind[:, number] for number, node in enumerate(order)}
+    logits = {node: next_logits[:, number] for number, node in enumerate(order)}
     return logits | ({(): first} if () in prefixes else {})

@@ -1,4 +1,4 @@
-"""A reward model: one score an answer, read at the answer's last token, higher for the better answer."""
+"""A reward model: one score per answer, read at its last token, higher for the better answer."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from llmft.training.objectives.preference_losses import reward
 
 
 class Reward:
-    """-log sigmoid of how much higher the better answer's score is, less the margin; the mean over a row's pairs.
+    """-log sigmoid of the better answer's score less the worse one's and the margin; the mean over a row's pairs.
 
     Args:
-        centre: what the squared sum of a pair's scores is added with, so that scores stay near 0; 0.01 is usual.
+        centre: weight of a pair's squared sum of scores in the loss, which keeps scores near 0; 0.01 is usual.
     """
 
     columns = REWARD_COLUMNS
@@ -41,7 +41,7 @@ class Reward:
         return RowLosses.per_row(over_rows(losses, answers), over_rows(outputs, answers))
 
     def predict(self, model: Any, batch: MicroBatch) -> torch.Tensor:
-        """(rows, answers) float64 scores; nothing (NaN) where a row has fewer answers."""
+        """(rows, answers) float64 scores; NaN where a row has fewer answers."""
         answers = batch.answers
         assert answers is not None
         counts = torch.tensor([len(lengths) - 1 for lengths in answers.lengths], device=batch.input_ids.device)

@@ -13,11 +13,10 @@ from llmft.config.model import LoraConfig
 from llmft.core.errors import ConfigError
 from llmft.data.batch import MicroBatch
 from llmft.data.hub import Located
-from llmft.model import adapters, heads, kernels
+from llmft.model import adapters, heads, kernels, logits
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.kernels import packing
-from llmft.training.objectives import language_modeling
-from llmft.training.objectives.language_modeling import LanguageModeling, logits_at
+from llmft.training.objectives.language_modeling import LanguageModeling
 from tests.model.test_twins import FILES, FIRST, classifies, load, twin
 
 LENGTHS = [61, 40, 38, 23, 22, 21, 7, 1]
@@ -43,7 +42,7 @@ def everywhere(ids: torch.Tensor) -> torch.Tensor:
 def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> None:
     """Logits of packed rows at the places that `keep` marks are those of a forward of each row."""
     with torch.no_grad():
-        found = logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
+        found = logits.logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
         alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
     expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
     assert (found - expected).abs().max() < 1e-5
@@ -186,9 +185,9 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
 ) -> None:
     model = adapters.attach(base(architecture), lora, auto_class="causal_lm", seed=0, name="twin").train()
     seen: list[int] = []
-    original = language_modeling._logits_of
+    original = logits._logits_of
     spy = lambda *args: (seen.append(len(args[1])), original(*args))[1]  # noqa: E731
-    monkeypatch.setattr(language_modeling, "_logits_of", spy)
+    monkeypatch.setattr(logits, "_logits_of", spy)
     weights = torch.rand(len(LENGTHS), generator=torch.Generator().manual_seed(2))
 
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -200,7 +199,7 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
 
     whole, expected = run()
     assert not seen
-    monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device_type: 16)
+    monkeypatch.setattr(logits, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
     seen[:1] = []  # the head was asked once whether it is plain
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
@@ -214,7 +213,7 @@ def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
     for scale in (1.0, 0.0625):
         config = transformers.CohereConfig(**{**SIZES, "logit_scale": scale})
         model = transformers.CohereForCausalLM(config)
-        assert language_modeling._in_chunks(model.requires_grad_(False)) == (scale == 1.0)
+        assert logits._in_chunks(model.requires_grad_(False)) == (scale == 1.0)
 
 
 def reference_varlen(

@@ -19,7 +19,8 @@ from llmft.model import adapters
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.kernels import packing, rmsnorm_swiglu
 from llmft.model.kernels.packing import uses_packing
-from llmft.training.objectives.language_modeling import LanguageModeling, _nll
+from llmft.model.logits import _nll
+from llmft.training.objectives.language_modeling import LanguageModeling
 from tests.model.kernels.test_packing import micro_batch
 from tests.model.test_memory import FIRST
 from tests.model.test_twins import FILES, load, twin
