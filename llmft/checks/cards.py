@@ -1,4 +1,4 @@
-"""Estimates the needs of a training on GPUs that are not here: computed, never measured on such a card."""
+"""Estimates the needs of a training on GPUs that are not here; nothing is measured on them."""
 
 from __future__ import annotations
 

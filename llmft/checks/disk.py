@@ -283,7 +283,7 @@ def _show_deletable(screen: Screen, deletable: list[Deletable], config: DiskConf
         return
     groups: dict[tuple[str, Path, str], list[Deletable]] = {}
     for entry in deletable:
-        mark = "deleted" if entry.gone else "would go" if config.dry_run else "kept"
+        mark = "deleted" if entry.gone else "would be deleted" if config.dry_run else "kept"
         groups.setdefault((mark, entry.path.parent, entry.reason), []).append(entry)
     for (mark, folder, reason), entries in groups.items():
         size = format_bytes(sum(entry.size for entry in entries))

@@ -137,6 +137,6 @@ def _show_needs(screen: Screen, steps: dict[str, Any], needs: dict[str, Any], av
     if needs["cards"]:
         head = ["card", "precision", "cards", "micro-batch", "peak of each", "training"]
         rows = [cells(plan, available_hours) for plan in needs["cards"]]
-        title = "on other cards: computed, never measured on such a card"
+        title = "on other cards: estimated, not measured"
         screen.print(text_table(head, rows, title, range(len(head))))
     screen.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")

@@ -163,7 +163,7 @@ class RunRecord:
         try:
             readable = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
             return Predictions.load(folder) if readable else None
-        except Exception as error:  # a run directory may hold anything
+        except Exception as error:  # the file may contain anything
             self.faults.append(f"predictions/val: {first_line(error)}")
             return None
 

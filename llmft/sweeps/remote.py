@@ -50,7 +50,7 @@ def connect(address: str) -> Any:
         raise ConfigError('hydra/launcher=ray needs Ray: pip install "llmft[ray]"') from None
     try:
         if address.rpartition(":")[2].isdigit() and not answers(address):  # Ray itself would wait for a minute
-            raise ConnectionError("nobody listens there")
+            raise ConnectionError("connection refused")
         ray.init(address=address, log_to_driver=False, configure_logging=False, include_dashboard=False)
     except Exception as error:  # of the network, of authentication, or of another Ray version
         raise ConfigError(

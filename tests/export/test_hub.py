@@ -167,7 +167,7 @@ def test_the_size_is_told_and_nothing_written_where_that_is_asked(
     two_runs: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
     bundle(BundleConfig(run=str(two_runs[0]), to=str(tmp_path / "bundle"), wheels=False, write=False))
-    assert "KiB in all" in capsys.readouterr().out
+    assert "KiB in total" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
