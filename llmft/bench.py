@@ -1,8 +1,8 @@
-"""How fast models train and answer here: `python -m llmft.bench models=[mistral,qwen25_7b] samples=1300 hours=9`.
+"""Measures how fast models train and answer: `python -m llmft.bench models=[mistral,qwen25_7b] samples=1300 hours=9`.
 
-Measures the training step, the reading of prompts and the writing of answers of each model and quantisation, each in a
-process of its own, and says what follows: how many tokens an answer may have, how long a training takes. A model whose
-weights are not here is measured with random ones, which are as fast. Nothing is downloaded.
+Measures the training step, prompt processing and generation of each model and quantisation in a child process, and
+estimates the maximum tokens of an answer and the time of a training. A model whose weights are not here is measured
+with random ones, at the same speed. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmft.benchmarks.estimates import Estimate
 
 GROUPS = ("model", "prompt", "lora", "optimizer")
-"""Groups that are those of a training, with all their values."""
+"""Config groups of a training that can be overridden here."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Subject:
-    """One model in one number format: a training's config, and what is said of it."""
+    """One model in one number format: a training's config, the origin of its weights, and its context."""
 
     config: TrainConfig
     weights: str
@@ -50,12 +50,12 @@ class Subject:
         return f"{self.config.model.label} {self.config.quantization.format.value}"
 
 
-def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, Any]]:
-    """Measures what `config` asks for, prints and writes the answers, and returns them as plain rows.
+def bench(config: BenchConfig, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Measures the models in `config`, prints and writes the estimates, and returns them as plain rows.
 
-    `arguments` are those of the command line, of which the training's groups are taken.
+    `arguments` is the command line, from which overrides of the training's groups are taken.
 
-    Raises ConfigError before anything is loaded where a model, a format or a length cannot be.
+    Raises ConfigError before anything is loaded for an invalid model, format or length.
     """
     from llmft.benchmarks.estimates import Workload
     from llmft.benchmarks.report import write_estimates
@@ -85,7 +85,7 @@ def bench(config: BenchConfig, arguments: Sequence[str] = ()) -> list[dict[str, 
 def _measure(
     config: BenchConfig, subjects: Sequence[Subject], points: Sequence[list[tuple[int, int]]], *, quiet: bool
 ) -> list[Estimate]:
-    """Measures each subject at its points, within max_time; a bar shows how far it is."""
+    """Measures each subject at its points, within max_time, with a progress bar."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -99,23 +99,23 @@ def _measure(
     with Progress(*columns, console=Console(stderr=True), disable=quiet, transient=True) as bar:
         task = bar.add_task("", total=sum(map(len, points)))
         for index, (subject, lengths) in enumerate(zip(subjects, points, strict=True)):
-            begun = itertools.count(len(estimates))
+            started = itertools.count(len(estimates))
 
-            def tell(status: str, label: str = subject.label, begun: Iterator[int] = begun) -> None:
-                bar.update(task, description=f"{label}: {status}", completed=next(begun))
+            def report(status: str, label: str = subject.label, started: Iterator[int] = started) -> None:
+                bar.update(task, description=f"{label}: {status}", completed=next(started))
 
             share = max(1.0, (ends - time.monotonic()) / (len(subjects) - index))
             case = Case(subject.config, lengths, share, config.repeats, config.inference_rows, folder)
-            results, about = run_case(case, tell)
+            results, about = run_case(case, report)
             model, quantization = subject.config.model.label, subject.config.quantization.format.value
-            facts = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
-            estimates += [Estimate(model, quantization, *facts, result) for result in results]
+            origin = (subject.weights, about.get("device", ""), about.get("precision", ""), subject.context_tokens)
+            estimates += [Estimate(model, quantization, *origin, result) for result in results]
             bar.update(task, completed=len(estimates))
     return estimates
 
 
 def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
-    """A training's config for every model and quantisation, in this order."""
+    """A subject for each model and quantisation, in this order."""
     overrides = [a for a in arguments if a.lstrip("+~").partition("=")[0].partition(".")[0] in GROUPS]
     common = [
         "logger=none",
@@ -137,7 +137,7 @@ def _subjects(config: BenchConfig, arguments: Sequence[str]) -> list[Subject]:
 
 
 def _subject(overrides: list[str]) -> Subject:
-    """A training's command line with `overrides`, on the weights that are here, or on random ones of their shape."""
+    """The subject of a training with `overrides`, with local weights, or else random ones of the same shape."""
     import hydra
 
     from llmft.data.hub import Located, locate
@@ -167,8 +167,8 @@ def _subject(overrides: list[str]) -> Subject:
 def _points(config: BenchConfig, subject: Subject) -> list[tuple[int, int]]:
     """Pairs of lengths that fit into the model's context, shortest first."""
     pairs = [(inputs, outputs) for inputs in config.input_tokens for outputs in config.output_tokens]
-    most = subject.context_tokens
-    return sorted({pair for pair in pairs if most is None or sum(pair) <= most}, key=lambda pair: (sum(pair), pair))
+    limit = subject.context_tokens
+    return sorted({pair for pair in pairs if limit is None or sum(pair) <= limit}, key=lambda pair: (sum(pair), pair))
 
 
 if __name__ == "__main__":

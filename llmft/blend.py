@@ -1,14 +1,14 @@
 """several predictions -> one: `python -m llmft.blend runs='[A,B]' method=convex`.
 
-Weights are chosen on out-of-fold predictions, and the score told is of rows that had no part in choosing them. A blend
-has predictions like a run's, so a blend can be blended.
+Weights are fitted on out-of-fold predictions, and the reported score is cross-validated: each row's weights are fitted
+without it. A blend has predictions like a run's, so blends can be blended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmft.config.commands import BlendConfig
 from llmft.config.hydra_app import run_verb
@@ -16,18 +16,19 @@ from llmft.config.invocation import arguments_of_process
 from llmft.core.errors import ConfigError, did_you_mean
 from llmft.core.outcome import write_outcome
 
+if TYPE_CHECKING:
+    from llmft.evaluation.blending import Blender
+
 
 def main(argv: Sequence[str]) -> None:
     run_verb("blend", BlendConfig, lambda config, _: blend(config), argv)
 
 
 def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
-    """Blends the members' predictions; returns the directory written.
+    """Blends the members' predictions; returns the written directory.
 
-    Raises ConfigError or DataError naming the member that does not fit the others.
+    Raises ConfigError or DataError that names the member that does not match the others.
     """
-    import numpy as np
-
     from llmft.core.console import Screen
     from llmft.evaluation import blending, scores
     from llmft.evaluation import prediction_sets as sets
@@ -45,33 +46,14 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     mode = mode_of(metric, name, key=None)
     values, references = sets.stack(members), scores.references_and_predictions(sets.joined(members, first.values))[0]
     parts = _parts(members, config)
-
-    def score_without(index: int) -> float:
-        return metric(references, blender.out_of_fold(np.delete(values, index, axis=0), references, parts))
-
     weights = blender.weights(values, references)
     out_of_fold = sets.joined(members, blender.out_of_fold(values, references, parts))
     blended = {config.predictions: out_of_fold, **_other_sets(directories, config, weights, first.problem)}
     all_metrics = scores.score(out_of_fold, metrics)
-    chance = against_prior(out_of_fold, {**metrics, name: metric})
-    record: dict[str, Any] = {
-        "method": method.value,
-        "metric": name,
-        "score": metric(references, out_of_fold.values),
-        "score_in_sample": metric(references, blending.combine(values, weights, method, first.problem)),
+    record = {
+        **_record(blender, members, values, references, parts, weights, out_of_fold),
         "all_metrics": all_metrics,
-        "chance": chance,
-        "members": [
-            {
-                "directory": str(member.directory),
-                "score": metric(references, member.predictions.values),
-                "weight": float(weights[index]),
-                "score_without": score_without(index),
-            }
-            for index, member in enumerate(members)
-        ],
-        "correlation": _correlation(values),
-        "rows": len(first.ids),
+        "chance": against_prior(out_of_fold, {**metrics, name: metric}),
         "predictions": {name: len(predictions.ids) for name, predictions in blended.items()},
     }
     fingerprints = [member.predictions.fingerprint for member in members]
@@ -86,18 +68,50 @@ def blend(config: BlendConfig, *, quiet: bool = False) -> Path:
     return directory
 
 
+def _record(
+    blender: Blender, members: list[Any], values: Any, references: Any, parts: list[int], weights: Any, blended: Any
+) -> dict[str, Any]:
+    """Scores, members and correlations of a blend; `values` are the members' predictions, stacked."""
+    import numpy as np
+
+    from llmft.evaluation import blending
+
+    metric = blender.metric
+
+    def score_without(index: int) -> float:
+        return metric(references, blender.out_of_fold(np.delete(values, index, axis=0), references, parts))
+
+    return {
+        "method": blender.method.value,
+        "metric": blender.name,
+        "score": metric(references, blended.values),
+        "score_in_sample": metric(references, blending.combine(values, weights, blender.method, blender.problem)),
+        "members": [
+            {
+                "directory": str(member.directory),
+                "score": metric(references, member.predictions.values),
+                "weight": float(weights[index]),
+                "score_without": score_without(index),
+            }
+            for index, member in enumerate(members)
+        ],
+        "correlation": _correlation(values),
+        "rows": len(members[0].predictions.ids),
+    }
+
+
 def _other_sets(directories: list[Path], config: BlendConfig, weights: Any, problem: str) -> dict[str, Any]:
-    """The members' other predictions, such as those of the test rows, mixed with the same weights."""
+    """The members' other predictions, such as those of the test rows, blended with the same weights."""
     from llmft.evaluation import blending
     from llmft.evaluation import prediction_sets as sets
 
-    mixed = {}
+    blended = {}
     for name in sets.shared_names(directories):
         if name != config.predictions:
             members = sets.open_prediction_sets(directories, name)
             values = blending.combine(sets.stack(members), weights, config.method, problem)
-            mixed[name] = sets.joined(members, values)
-    return mixed
+            blended[name] = sets.joined(members, values)
+    return blended
 
 
 def _members(config: BlendConfig, screen: Any) -> list[Path]:
@@ -111,12 +125,12 @@ def _members(config: BlendConfig, screen: Any) -> list[Path]:
 
     directories = usable(config.runs, "runs", with_predictions, screen.warn)
     if len(directories) < 2:
-        raise ConfigError(f"runs={config.runs}: a blend needs two members at least.")
+        raise ConfigError(f"runs={config.runs}: a blend needs at least two members.")
     return directories
 
 
 def _metric(name: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
-    """The metric that is asked for, by its name or dotted path, or the first that fits."""
+    """(name, function) of the metric given by name or dotted path; by default the first of `metrics`."""
     from llmft.config.instantiate import metric_functions
 
     if name is None:
@@ -129,7 +143,7 @@ def _metric(name: str | None, metrics: dict[str, Any]) -> tuple[str, Any]:
 
 
 def _parts(members: list[Any], config: BlendConfig) -> list[int]:
-    """The part of each row for the honest score: the members' folds where they agree, else seeded ones by group."""
+    """The cross-validation part of each row: the members' folds if they agree, else random ones by group."""
     from llmft.data.select import assign_folds
 
     folds = [member.predictions.columns.get("fold") for member in members]
@@ -149,7 +163,7 @@ def _correlation(values: Any) -> list[list[float]]:
     """Pearson correlation of the members' predictions, over all rows and classes."""
     import numpy as np
 
-    with np.errstate(invalid="ignore"):  # constant predictions go with nothing
+    with np.errstate(invalid="ignore"):  # constant predictions have no correlation
         return np.nan_to_num(np.corrcoef(values.reshape(len(values), -1))).tolist()
 
 
@@ -162,13 +176,13 @@ def _show(screen: Any, directory: Path, record: dict[str, Any], sign: float) -> 
         gain = sign * (member["score_without"] - record["score"])
         numbers = [f"{member['score']:.4f}", f"{member['weight']:.3f}", f"{member['score_without']:.4f}"]
         rows.append([Path(member["directory"]).name, *numbers, f"{gain if abs(gain) >= 5e-5 else 0:.4f}"])
-    head = ["member", record["metric"], "weight", "blend without it", "it adds"]
+    head = ["member", record["metric"], "weight", "blend without it", "gain"]
     screen.print(text_table(head, rows, f"{record['method']} of {record['rows']:,} rows"))
     lines = [" ".join(f"{value:6.3f}" for value in row) for row in record["correlation"]]
     screen.print("[bold]correlation[/bold]\n" + "\n".join(lines))
     screen.print(
-        f"[bold]{record['metric']}[/bold]  {record['score']:.4f} on rows that chose no weights "
-        f"({record['score_in_sample']:.4f} on those that did)",
+        f"[bold]{record['metric']}[/bold]  {record['score']:.4f} cross-validated "
+        f"(in-sample: {record['score_in_sample']:.4f})",
         f"[bold]blend[/bold]  {directory}",
     )
     show_chance(screen, {record["method"]: record["chance"]} if record["chance"] else {})

@@ -1,4 +1,4 @@
-"""run -> all that a machine without network needs to predict: `python -m llmft.bundle run=DIR to=DIR`."""
+"""run -> everything that a machine without network needs to predict: `python -m llmft.bundle run=DIR to=DIR`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def bundle(config: BundleConfig) -> None:
-    """Says how large the bundle will be, writes it, and tries it where this machine can.
+    """Prints the size of the bundle, writes it, and tests it if this machine is of the target platform.
 
-    Raises ConfigError for a run or packages that cannot be bundled, NotProved where the bundle predicts otherwise.
+    Raises ConfigError for a run or packages that cannot be bundled, NotProved if the bundle's predictions differ.
     """
     from llmft.core.console import Screen
     from llmft.export.bundle import make

@@ -1,6 +1,6 @@
 """run -> a conversation in the terminal: `python -m llmft.chat run=DIR`, or with several runs side by side.
 
-`message="…"` asks once and prints the text alone, for scripts.
+`message="…"` asks once and prints only the answer, for scripts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmft.config.invocation import Invocation, arguments_of_process, split_off,
 
 
 def main(argv: Sequence[str]) -> None:
-    # A message may hold any character, so no grammar of Hydra's sees it.
+    # A message may contain any character, so it is not parsed by Hydra.
     messages, argv = split_off(with_lists(argv), "message=")
     systems, argv = split_off(argv, "system=")
 
@@ -30,9 +30,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
-    """Talks with the runs that `config` names until the input ends; with `message` returns and prints their answers.
+    """Runs a dialogue with the runs in `config` until the input ends; with `message` prints and returns the answers.
 
-    Raises ConfigError for runs that cannot be talked to, DataError for a message that does not fit.
+    Raises ConfigError for runs that generate no text, DataError for a message that is too long.
     """
     from llmft.core.console import Screen
     from llmft.core.imports import load_libraries

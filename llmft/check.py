@@ -1,8 +1,8 @@
-"""config -> what would happen: `python -m llmft.check <the arguments of training>`, before any weights load.
+"""config -> report before training: `python -m llmft.check <the arguments of training>`, without loading weights.
 
-One screen: the first rows as they would be trained, what is wrong with the data, what the length limits cut, whether
-memory and disk suffice, and what other cards would take (`hours=9`: is that enough?). `format=json` prints the same for
-programs. Exit code 2 or 4 when training would not start.
+Shows the first rows as they would be trained, problems of the data, the effect of length limits, whether memory and
+disk suffice, and estimates for other cards (`hours=9`: is that enough?). `format=json` prints the same as JSON.
+Exit code 2 or 4 if training would not start.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 
 
 def main(argv: Sequence[str]) -> None:
-    # `format=` and `hours=` belong to this verb; all other arguments are those of training.
+    # `format=` and `hours=` belong to this command; all other arguments are those of training.
     forms, argv = split_off(argv, "format=")
     bounds, argv = split_off(argv, "hours=")
 
@@ -34,12 +34,12 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check(config: TrainConfig, form: str = OutputFormat.text, hours: float | None = None) -> dict[str, Any]:
-    """Prints the report on `config` and returns it; `hours` are those that there are for the training.
+    """Prints the report on `config` and returns it; `hours` is the time available for the training.
 
-    Raises ConfigError or DataError for the first fault that would stop training.
+    Raises ConfigError or DataError for the first error that would stop training.
     """
     if form not in [*OutputFormat]:
-        raise ConfigError(f"format={form}: no such form{did_you_mean(form, OutputFormat)}")
+        raise ConfigError(f"format={form}: no such format{did_you_mean(form, OutputFormat)}")
     if config.model.architecture == "tfidf":
         raise ConfigError("model=tfidf reads words and has no tokens, templates or limits to check.")
     from llmft.core.imports import load_libraries, quiet_warnings

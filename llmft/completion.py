@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def complete(arguments: Sequence[str]) -> None:
-    """Prints a shell's script, or what may stand at the end of a line; raises ConfigError for anything else."""
+    """Prints a shell's script, or the candidates for a line; raises ConfigError for anything else."""
     shell = next(iter(arguments), "")
     if shell == "query" and len(arguments) == 2:
         print("\n".join(candidates(arguments[1])))
@@ -37,13 +37,13 @@ def complete(arguments: Sequence[str]) -> None:
 
 
 def script(shell: str) -> str:
-    """What `shell` has to read, for the Python that runs this."""
+    """The script for `shell`, which calls the current Python interpreter."""
     path = Path(__file__).parent / "assets" / "completion" / f"llmft.{shell}"
     return path.read_text().replace("PYTHON", shlex.quote(sys.executable))
 
 
 def candidates(line: str) -> list[str]:
-    """What the word at the end of a command line may be."""
+    """Possible completions of the last word of a command line."""
     match = re.search(r"(?:^|[\s/])llmft(?:\.(\w+))?\s+(.*)$", line, re.S)
     if match is None:
         return []
@@ -62,7 +62,7 @@ def candidates(line: str) -> list[str]:
 
 
 def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
-    """Keys and options of groups, as Hydra completes them beside what stands there already."""
+    """Keys and options of groups, as Hydra completes them after `words`."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.plugins.completion_plugin import DefaultCompletionPlugin
@@ -72,14 +72,14 @@ def _overrides(command: str, words: Sequence[str], last: str) -> list[str]:
     from llmft.config.overrides import config_directory
 
     make_known(command, schema_of(command))
-    beside = [word for word in words if re.fullmatch(r"-m|--multirun|[+~]*[\w./]+=[\w./,-]*", word)]
-    for other in (beside, []):  # a mistake in one word should not silence the next
+    valid = [word for word in words if re.fullmatch(r"-m|--multirun|[+~]*[\w./]+=[\w./,-]*", word)]
+    for other in (valid, []):  # an invalid word should not prevent completion
         try:
             with hydra.initialize_config_dir(str(config_directory()), version_base="1.3"):
                 plugin = DefaultCompletionPlugin(GlobalHydra.instance().config_loader())
                 if options := plugin._query(config_name=command, line=" ".join([*other, last])):
                     return options
-        except Exception:  # whatever is wrong with the line is said when it is run
+        except Exception:  # errors of the line are reported when it is run
             continue
     return []
 

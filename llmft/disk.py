@@ -1,7 +1,7 @@
-"""What lies on the disk, which run uses it, and what may go: `python -m llmft.disk [clean=[…] dry_run=false]`.
+"""Shows disk usage, the runs that need it, and what can be deleted: `python -m llmft.disk [clean=[…] dry_run=false]`.
 
-Never deleted: a checkpoint of a run that is not finished, anything of a run that is being trained, W&B runs that are
-not uploaded, models of the Hub's cache (other programs use them too).
+Never deleted: checkpoints of an unfinished run, anything of a run that is being trained, W&B runs that are not
+uploaded, models in the Hub's cache (other programs use them too).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def disk(config: DiskConfig) -> dict[str, object]:
-    """Prints what lies where, deletes what `config.clean` names unless it is a dry run, and returns the report."""
+    """Prints the report, deletes what `config.clean` names unless it is a dry run, and returns the report."""
     from llmft.checks.disk import delete, scan, show
 
     report = scan(config)

@@ -1,6 +1,6 @@
-"""What stands in the way of a training on this machine, and what to do about it: `python -m llmft.doctor`.
+"""Checks whether this machine can train, and how to fix it if not: `python -m llmft.doctor`.
 
-Exit code 0 when nothing does, 2 when something must be mended first.
+Exit code 0 if it can, 2 if something must be fixed first.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ def main(argv: Sequence[str]) -> None:
 
 
 def doctor(config: DoctorConfig) -> list[dict[str, str]]:
-    """Prints a verdict for each part of the machine, and returns them.
+    """Prints a result for each part of the machine, and returns them.
 
-    Raises ConfigError when one of them is bad enough to stop a training.
+    Raises ConfigError if one of them would stop a training.
     """
     from llmft.checks.machine import examine, show
 
-    verdicts = examine(config)
+    results = examine(config)
     if config.format is OutputFormat.json:
-        print(json.dumps([vars(verdict) for verdict in verdicts], indent=1, ensure_ascii=False))
+        print(json.dumps([vars(result) for result in results], indent=1, ensure_ascii=False))
     else:
-        show(verdicts)
-    bad = [verdict.part for verdict in verdicts if verdict.level == "bad"]
+        show(results)
+    bad = [result.part for result in results if result.level == "bad"]
     if bad:
-        raise ConfigError(f"{', '.join(bad)}: a training would fail here; see above what to do.")
-    return [vars(verdict) for verdict in verdicts]
+        raise ConfigError(f"{', '.join(bad)}: a training would fail here; see the fixes above.")
+    return [vars(result) for result in results]
 
 
 if __name__ == "__main__":

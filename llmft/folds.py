@@ -1,7 +1,7 @@
 """runs of all folds -> out-of-fold predictions: `python -m llmft.folds`.
 
-Every row is predicted by the one model that did not see it. Rows of other files, which all folds predicted, get the
-mean of the folds. What is written is a directory with predictions like a run's.
+Every row is predicted by the one model that was not trained on it. Rows of other files, predicted by all folds, get
+the mean of the folds. Writes a directory with predictions like a run's.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
-    """Joins every set of folds that `config` names; returns the directories written.
+    """Joins each set of folds that `config` names; returns the written directories.
 
-    Raises ConfigError where a set is not complete, DataError where rows are missing or seen twice.
+    Raises ConfigError if a set is not complete, DataError if rows are missing or duplicated.
     """
     from llmft.core.console import Screen
     from llmft.evaluation.submission import load_template
@@ -61,7 +61,7 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
 
 
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
-    """Finished runs with folds, those together that differ in nothing else."""
+    """Sets of finished runs that differ only in their fold."""
     from llmft.config.convert import canonical, numbers_of
     from llmft.config.data import TrainOn
     from llmft.runs.directory import finished_run, usable
@@ -70,10 +70,10 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     def of_fold(directory: Path) -> tuple[Run, TrainConfig, list[str]]:
         run, trained = finished_run(directory)
         if trained.data.train_on is TrainOn.all:
-            raise ConfigError(f"{directory}: trained on all rows, so none is out of fold.")
+            raise ConfigError(f"{directory}: trained on all rows, so it has no out-of-fold predictions.")
         if trained.data.fold is None or "val" not in names_in(directory):
             raise ConfigError(
-                f"{directory}: no run of a fold (data.fold) with a head, so nothing to join: train all with "
+                f"{directory}: not a run of a fold (data.fold) with a head, so it cannot be joined: train all with "
                 "-m data.fold=0,1,2,3,4 first."
             )
         return run, trained, [run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint")]
@@ -99,16 +99,16 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
     directories = [run.directory for run, _ in runs]
     parts = [load_predictions(directory, "val") for directory in directories]
     _check_once(runs, parts)
-    whole = _chained(parts)
-    whole = whole.at(sets.file_order(whole))
-    predictions: dict[str, Predictions] = {"val": whole}
+    out_of_fold = _concatenated(parts)
+    out_of_fold = out_of_fold.at(sets.file_order(out_of_fold))
+    predictions: dict[str, Predictions] = {"val": out_of_fold}
     for name in sets.shared_names(directories):
         if load_predictions(directories[0], name).problem != "text":
             recipe = sets.EnsembleRecipe(directories, [1 / len(runs)] * len(runs), Method.mean)
             predictions[name] = recipe.combined(name)
-    metrics = metrics_for(whole, config.metrics)
-    total, folds = score(whole, metrics), [score(part, metrics) for part in parts]
-    chance = against_prior(whole, metrics)
+    metrics = metrics_for(out_of_fold, config.metrics)
+    total, folds = score(out_of_fold, metrics), [score(part, metrics) for part in parts]
+    chance = against_prior(out_of_fold, metrics)
     keys, fold = [run.key for run, _ in runs], runs[0][1].data.fold
     default = directories[0].name.rpartition("-")[0].replace(f"-fold{fold}", "")
     root = Path(config.output_dir) / "folds"
@@ -116,7 +116,7 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
     record = {
         "runs": [str(run) for run in directories],
         "keys": keys,
-        "rows": len(whole.ids),
+        "rows": len(out_of_fold.ids),
         "score": total,
         "folds": folds,
         "spread": {name: float(np.std([scores[name] for scores in folds], ddof=1)) for name in total},
@@ -132,14 +132,14 @@ def _join(runs: list[Any], config: FoldsConfig, screen: Any, template: Template 
 
 
 def _check_once(runs: list[Any], parts: list[Any]) -> None:
-    """Every row of the data is held out in exactly one fold, and predicted there."""
+    """Raises DataError unless every row of the data is held out and predicted in exactly one fold."""
     seen = Counter(row for part in parts for row in part.ids)
     twice = [row for row, count in seen.items() if count > 1]
     if twice:
-        raise DataError(f"{runs[0][0].directory}: {len(twice)} rows are in two folds ({twice[0]} first).")
+        raise DataError(f"{runs[0][0].directory}: {len(twice)} rows are in two folds (first: {twice[0]}).")
     for (run, _), part in zip(runs, parts, strict=True):
         if part.labels != parts[0].labels:
-            raise DataError(f"{run.directory}: its classes are not those of fold 0 in the same order.")
+            raise DataError(f"{run.directory}: its classes or their order differ from those of fold 0.")
         lost = part.facts["held_out_rows"] - len(part.ids)
         if lost:
             raise DataError(
@@ -151,7 +151,7 @@ def _check_once(runs: list[Any], parts: list[Any]) -> None:
         raise DataError(f"{runs[0][0].directory}: {len(seen)} rows in all folds, but the data has {sorted(total)}.")
 
 
-def _chained(parts: list[Any]) -> Any:
+def _concatenated(parts: list[Any]) -> Any:
     import numpy as np
 
     from llmft.runs.predictions import Predictions

@@ -1,7 +1,7 @@
 """run -> a model for other programs: `python -m llmft.merge run=DIR`, a directory of transformers or a GGUF file.
 
-It ends with a proof: what was written is loaded by other code and compared with the run. Above the bound nothing is
-left, and the exit code is 1.
+The exported model is loaded by other code and compared with the run. If it differs by more than the bound, nothing is
+kept, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def merge(config: MergeConfig, *, quiet: bool = False) -> list[Path]:
-    """Writes each run that `config` names in the form it wants; returns where.
+    """Exports each run in `config` in the requested format; returns the paths.
 
-    Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that is not its run.
+    Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that differs from its run.
     """
     from llmft.core.console import Screen
     from llmft.export.runs import export_runs

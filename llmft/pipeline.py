@@ -1,8 +1,8 @@
 """stages -> one chain: `python -m llmft.pipeline pipeline=llama2`.
 
-A stage is a command with its overrides, in which `${stage:NAME}` is where an earlier one left its result. Every stage
-is asked every time, in its order: what is done says so at once, what was killed goes on, what has changed is another
-run. So the chain has no state of its own but a record of what it did.
+A stage is a command with its overrides, in which `${stage:NAME}` is the result directory of an earlier stage. Every
+stage's command is run every time, in order: a finished one returns at once, a killed one continues, a changed one is
+another run. So the chain has no state of its own except a record.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from llmft.config.commands import PipelineConfig
 from llmft.config.hydra_app import run_verb
 from llmft.config.invocation import arguments_of_process
 
-# What a stage is called stays as it is written until the stage has run.
+# References to stages are kept as text until the stage has run.
 OmegaConf.register_new_resolver("stage", lambda name: f"${{stage:{name}}}", replace=True)
 
 
@@ -25,10 +25,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def pipeline(config: PipelineConfig) -> Path | None:
-    """Runs every stage of `config` that is not done, then the report; returns the directory of the record.
+    """Runs the unfinished stages of `config` and writes the report; returns the directory of the record.
 
-    Raises ConfigError, before anything runs, for stages that cannot be composed; StageFailed where one ends in an
-    error.
+    Raises ConfigError, before anything runs, for stages that cannot be composed; StageFailed if one fails.
     """
     from llmft.core.console import Screen
     from llmft.pipelines.run import run_pipeline

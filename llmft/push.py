@@ -1,4 +1,4 @@
-"""run -> the Hub: `python -m llmft.push run=DIR repo=NAME/MODEL` shows what it would send; send=true sends it."""
+"""run -> the Hub: `python -m llmft.push run=DIR repo=NAME/MODEL` shows what would be sent; send=true sends it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def push(config: PushConfig) -> None:
-    """Shows the files and the page that go to the Hub, and with `send` sends them.
+    """Shows the files and the model card for the Hub, and sends them with `send`.
 
-    Raises ConfigError for a run without what is to be sent, and where the Hub cannot be reached or refuses.
+    Raises ConfigError if the requested export does not exist, or the Hub cannot be reached or refuses.
     """
     from llmft.core.console import Screen
     from llmft.export.hub import plan, send

@@ -1,6 +1,6 @@
-"""Runs -> what they say: `python -m llmft.report`, one page with tables, verdicts and figures.
+"""Runs -> one page with tables, verdicts and figures: `python -m llmft.report`.
 
-By default of the newest sweep of `output_dir`, or else of all its runs. `lb.RUN=0.736` adds a score from elsewhere.
+By default for the newest sweep in `output_dir`, or else all its runs. `lb.RUN=0.736` adds an external score.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from llmft.core.errors import ConfigError
 
 
 def main(argv: Sequence[str]) -> None:
-    # Names of runs hold dots, which Hydra would take for nested keys.
+    # Names of runs contain dots, which Hydra would read as nested keys.
     scores, argv = split_off(argv, "lb.")
     run_verb("report", ReportConfig, lambda config, _: report(config, scores), argv)
 
 
 def report(config: ReportConfig, scores: list[str] | None = None) -> Any:
-    """Writes the report that `config` asks for, prints its main table and the verdicts, and returns it.
+    """Writes the report for `config`, prints its main table and the verdicts, and returns it.
 
-    `scores` are "RUN=0.736". Raises ConfigError where nothing is found, DataError for a faulty csv.
+    `scores` are "RUN=0.736". Raises ConfigError if no runs are found, DataError for an invalid csv.
     """
     from llmft.core.console import Screen
 
     screen = Screen()
     if config.numbers is not None:
         return _report_numbers(Path(config.numbers), config, screen)
-    from llmft.reports.finding import find
     from llmft.reports.leaderboard import read_scores, to_score
+    from llmft.reports.run_selection import select_runs
     from llmft.reports.write import write_report
 
-    selection = find(config.runs, config.sweep, Path(config.output_dir))
+    selection = select_runs(config.runs, config.sweep, Path(config.output_dir))
     scores_by_run = read_scores(Path(config.lb)) if config.lb is not None else {}
     for score in scores or []:
         name, equals, value = score.rpartition("=")

@@ -1,7 +1,7 @@
-"""runs -> OpenAI's API: `python -m llmft.serve run=DIR port=8000`; every run is a model of its name.
+"""runs -> OpenAI's API: `python -m llmft.serve run=DIR port=8000`; each run is a model with its name.
 
-Made for trying runs side by side. For many users an engine that is made for them is the right thing: `with=vllm`,
-`llamacpp` or `transformers` merges the run where it must, and runs that engine's command, or prints it.
+Meant for trying runs side by side. For many users, `with=vllm`, `llamacpp` or `transformers` merges the run if needed,
+and runs or prints that engine's command.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
 
 
 def serve(config: ServeConfig) -> None:
-    """Answers until a signal ends it.
+    """Serves until a signal arrives.
 
-    Raises ConfigError for runs that cannot be served, a port that is taken, or packages that are missing.
+    Raises ConfigError for runs that cannot be served, a port in use, or missing packages.
     """
     from llmft.core.console import Screen
     from llmft.core.imports import missing
@@ -44,7 +44,7 @@ def serve(config: ServeConfig) -> None:
         raise ConfigError('llmft.serve needs the packages starlette and uvicorn: pip install "llmft[serve]".')
     jobs, key = usable(config.run, "run", opened, screen.warn), os.environ.get(KEY)
     if config.host not in LOOPBACK and not key:
-        screen.warn(f"host={config.host}: everybody who reaches this machine may ask; set {KEY}.")
+        screen.warn(f"host={config.host}: everybody who can reach this machine can send requests; set {KEY}.")
     if config.engine is ServedBy.llmft:
         _answer(jobs, config, key, screen)
     else:
@@ -52,7 +52,7 @@ def serve(config: ServeConfig) -> None:
 
 
 def _bound(config: ServeConfig) -> socket.socket:
-    """A socket at the address that is wanted; raises ConfigError where that is taken, before weights load."""
+    """A socket bound to the address; raises ConfigError if it is in use, before weights load."""
     listening = socket.socket(socket.AF_INET6 if ":" in config.host else socket.AF_INET)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -85,9 +85,7 @@ def _answer(jobs: Any, config: ServeConfig, key: str | None, screen: Any) -> Non
         body = json.dumps({"model": runs[0].name, "messages": [{"role": "user", "content": "Hello"}]})
         bearer = f'-H "Authorization: Bearer ${KEY}" ' if key else ""
         screen.print(f"try it  {escape(f'curl {address}/chat/completions {bearer}-d {shlex.quote(body)}')}")
-        screen.print(
-            f"key: {'as in ' + KEY if key else 'none is asked for; set ' + KEY + ' to ask for one'}; Ctrl-C ends"
-        )
+        screen.print(f"key: {'as in ' + KEY if key else 'none required; set ' + KEY + ' to require one'}; Ctrl-C stops")
         settings = uvicorn.Config(
             Api(engine, config, key).app,
             log_level="warning",

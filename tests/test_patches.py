@@ -21,9 +21,9 @@ ALLOWED = {
 
 
 def root_of(node: ast.expr) -> str | None:
-    """The name that `a.b[c].d` begins with."""
-    while isinstance(node, (ast.Attribute, ast.Subscript)):
-        node = node.value
+    """The name that `a.b[c].d` or `a.b().c` starts with."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
     return node.id if isinstance(node, ast.Name) else None
 
 
@@ -87,8 +87,15 @@ def test_the_search_sees_patches() -> None:
     source = (
         "import torch.nn.init as init\nimport sys\nfrom peft import tuners\n"
         "init.normal_ = None\nsetattr(tuners.lora, 'x', 1)\nsys.modules['scipy'] = None\nlayer.forward = f\nown.x = 1\n"
+        "tuners.session().timeout = 1\n"
     )
-    assert set(patches(source)) == {"init.normal_", "tuners.lora", "sys.modules['scipy']", "layer.forward"}
+    assert set(patches(source)) == {
+        "init.normal_",
+        "tuners.lora",
+        "sys.modules['scipy']",
+        "layer.forward",
+        "tuners.session().timeout",
+    }
     assert list(unguarded_filters(ast.parse("import warnings\nwarnings.filterwarnings('ignore')"))) == [2]
 
 

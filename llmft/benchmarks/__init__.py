@@ -1,1 +1,1 @@
-"""How fast a model trains and answers on this machine, and what follows from that."""
+"""Measures how fast models train and generate on this machine, with estimates for a workload."""

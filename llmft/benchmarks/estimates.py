@@ -1,4 +1,4 @@
-"""From measured speeds to what people work out by hand: tokens of an answer within given hours, hours of a training."""
+"""Estimates from measured speeds: answer tokens within given hours, and hours of a training."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from llmft.reports.tables import to_csv
 
 @dataclass(frozen=True)
 class Workload:
-    """What the speeds are asked for.
+    """The workload to estimate.
 
     Attributes:
-        samples, hours: rows to answer, and the time there is.
-        rows, epochs: of a training.
-        batch_size: rows of an optimizer step; `inference_rows` are answered at once.
+        samples, hours: rows to answer, and the available time.
+        rows, epochs: of the training.
+        batch_size: rows per optimizer step. inference_rows: rows answered at once.
     """
 
     samples: int
@@ -30,31 +30,31 @@ class Workload:
 
     @property
     def batches(self) -> int:
-        """Of the rows to answer."""
+        """Number of inference batches."""
         return math.ceil(self.samples / self.inference_rows)
 
 
 def inference_hours(point: Measured, workload: Workload, outputs: int) -> float:
-    """Hours for answers of `outputs` tokens each, as long as a token takes as long as it did."""
+    """Hours for answers of `outputs` tokens each, at the measured time per token."""
     return workload.batches * (point.prompt_s + (outputs - 1) * point.token_s) / 3600
 
 
-def most_outputs(point: Measured, workload: Workload, context_tokens: int | None) -> tuple[int, bool]:
-    """The most tokens of an answer within the hours, and whether it is the model's context that ends them."""
-    each = 3600 * workload.hours / workload.batches
-    within = 0 if each < point.prompt_s else 1 + math.floor((each - point.prompt_s) / point.token_s)
+def max_output_tokens(point: Measured, workload: Workload, context_tokens: int | None) -> tuple[int, bool]:
+    """(maximum tokens of an answer within the hours, whether the model's context is the limit)."""
+    batch_s = 3600 * workload.hours / workload.batches
+    within = 0 if batch_s < point.prompt_s else 1 + math.floor((batch_s - point.prompt_s) / point.token_s)
     room = math.inf if context_tokens is None else context_tokens - point.input_tokens
     return int(min(within, room)), within > room
 
 
 def training_hours(point: Measured, workload: Workload) -> float:
-    """Hours for the rows and epochs, validations not counted."""
+    """Hours of training for the rows and epochs, without validations."""
     return workload.epochs * math.ceil(workload.rows / workload.batch_size) * point.step_s / 3600
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A measured point with what follows from it."""
+    """A measured point of a model, with its estimates."""
 
     model: str
     quantization: str
@@ -65,21 +65,21 @@ class Estimate:
     measured: Measured
 
     def to_row(self, workload: Workload) -> dict[str, Any]:
-        """For tables of programs; empty where nothing was measured."""
+        """A row for JSON and CSV; without speeds if the measurement failed."""
         point = self.measured
         names = ("model", "quantization", "weights", "device", "precision")
         row: dict[str, Any] = {name: getattr(self, name) for name in names}
         row |= {"input_tokens": point.input_tokens, "output_tokens": point.output_tokens, "error": point.error or ""}
         if point.error is not None:
             return row
-        most, by_context = most_outputs(point, workload, self.context_tokens)
+        max_tokens, by_context = max_output_tokens(point, workload, self.context_tokens)
         return row | {
             "train_tokens_per_s": round(point.train_tokens_per_s, 1),
             "prompt_tokens_per_s": round(point.prompt_tokens_per_s, 1),
             "generated_tokens_per_s": round(point.generated_tokens_per_s, 1),
             **{name: getattr(point, name) for name in ("step_s", "prompt_s", "token_s")},
             "peak_gib": round(point.peak_bytes / 2**30, 3),
-            "max_output_tokens": most,
+            "max_output_tokens": max_tokens,
             "ended_by": "context" if by_context else "time",
             "inference_hours": inference_hours(point, workload, point.output_tokens),
             "training_hours": training_hours(point, workload),
@@ -90,18 +90,18 @@ class Estimate:
 
     @property
     def case(self) -> str:
-        """Model and number format, for people."""
+        """Model and number format as a label."""
         return f"{self.model} {self.quantization}"
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """`rows` with the columns of all of them."""
+    """`rows` as CSV with the union of their columns."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     return to_csv(columns, [[row.get(column, "") for column in columns] for row in rows])
 
 
 def hours(value: float) -> str:
-    """A duration as people say it."""
+    """A duration in readable units."""
     if value >= 1:
         return f"{value:,.0f} h" if value >= 10 else f"{value:.1f} h"
     return f"{60 * value:.1f} min" if value >= 1 / 60 else f"{3600 * value:.1f} s"

@@ -1,8 +1,7 @@
-"""Models measured point by point, in a process of their own.
+"""Measures models point by point in a child process.
 
-Each point is a short training of random words by `train`, whose record has the times, and answers by the model that it
-leaves, as `predict` loads it. A point that finds no memory costs itself; where it takes the process along, another
-process goes on.
+Each point is a short training on random words by `train`, which records the times, and answers of the resulting model,
+loaded as by `predict`. A point that runs out of memory fails alone; if its process is killed, another one continues.
 """
 
 from __future__ import annotations
@@ -25,26 +24,26 @@ from llmft.config.sections import TrainConfig
 from llmft.core.errors import ConfigError, UserError
 
 VARIATION = 0.1
-"""Of the length of what is read, between the rows of a training; rows of one length would be 15% faster on a CPU."""
+"""Relative variation of prompt lengths between rows; rows of equal length would be 15% faster on a CPU."""
 MOST_TOKENS = {"cpu": 4_096, "cuda": 65_536}
-"""Of a step that is measured; the time of more is told from theirs."""
+"""Tokens of a measured step; times of larger steps are extrapolated."""
 NUM_WORDS = 200
-"""Different words of the random rows."""
+"""Number of different words in the random rows."""
 GRACE, GRACE_S = 1.5, 30.0
-"""A process that is not done after so many times its seconds, and so many more, is ended: a point may take long."""
+"""A process is killed after GRACE times its seconds plus GRACE_S, since a point may take long."""
 
 
 @dataclass
 class Case:
-    """One model in one number format, and what is measured of it.
+    """One model in one number format, and its points to measure.
 
     Attributes:
-        config: a training's.
+        config: of a training.
         points: (input tokens, output tokens) of a row.
-        seconds: after so many, no further point is begun.
-        repeats: measurements of each point behind the one that warms up.
+        seconds: after this time no further point is started.
+        repeats: measurements of each point after a warm-up.
         inference_rows: rows that are answered at once.
-        folder: where the trainings are, for as long as they take.
+        folder: directory for the temporary trainings.
     """
 
     config: TrainConfig
@@ -57,12 +56,12 @@ class Case:
 
 @dataclass
 class Measured:
-    """One point: medians, the relative half range of their repeats, and what they took.
+    """One measured point: medians, and the relative half range of the repeats.
 
     Attributes:
-        step_s: an optimizer step over the effective batch.
-        prompt_s: reading the prompts of `inference_rows` rows and writing a token each.
-        token_s: one more token for all of them.
+        step_s: seconds of an optimizer step over the effective batch.
+        prompt_s: seconds to read the prompts of `inference_rows` rows and generate one token each.
+        token_s: seconds of each further token for all of them.
         peak_bytes: of the device's allocator, or of the process on a CPU.
         micro_batch: the limit of a micro-batch, and its gradient checkpointing, in words.
     """
@@ -83,9 +82,9 @@ class Measured:
 
 
 def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured], dict[str, str]]:
-    """Each point of `case` in its order, and on what device in which precision they were measured.
+    """Measures the points of `case` in order; returns them with their device and precision.
 
-    `report` gets the point being measured. Raises ConfigError for what cannot be measured.
+    `report` is called with the current point. Raises ConfigError for what cannot be measured.
     """
     results = [Measured(*point, error="no time left") for point in case.points]
     about: dict[str, str] = {}
@@ -126,10 +125,10 @@ def run_case(case: Case, report: Callable[[str], None]) -> tuple[list[Measured],
 
 
 def serve(connection: Connection, case: Case) -> None:
-    """Answers each point that arrives with what `measure_if_it_fits` returns, or with an error to raise."""
+    """Answers each received point with the result of `measure_if_it_fits`, or with an error to raise."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (1, 2):  # the caller's JSON and progress bar stand there
+    for stream in (1, 2):  # they carry the caller's JSON and progress bar
         os.dup2(silence, stream)
     from llmft.core.imports import load_libraries, quiet_warnings
 
@@ -145,7 +144,7 @@ def serve(connection: Connection, case: Case) -> None:
 
 
 def measure_if_it_fits(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]] | None:
-    """What `measure` returns; None where memory does not suffice."""
+    """The result of `measure`; None if memory does not suffice."""
     from llmft.core.machine import free_memory
     from llmft.training.out_of_memory import is_out_of_memory
 
@@ -154,14 +153,14 @@ def measure_if_it_fits(case: Case, inputs: int, outputs: int) -> tuple[Measured,
     except Exception as error:
         if not is_out_of_memory(error) and not (isinstance(error, ConfigError) and "out of memory" in str(error)):
             raise
-    free_memory()  # here the error is gone, and with it what its frames held
+    free_memory()  # only now, since the error's frames kept memory alive
     return None
 
 
 def measure(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, str]]:
-    """One point, and on what device in which precision it was measured.
+    """Measures one point; returns it with its device and precision.
 
-    Raises ConfigError or an error of a library where memory does not suffice.
+    Raises ConfigError or an error of a library if memory does not suffice.
     """
     import torch
 
@@ -206,7 +205,7 @@ def measure(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, 
 def _short_training(
     config: TrainConfig, folder: Path, tokenizer: Any, point: Measured, rows: int, repeats: int
 ) -> TrainConfig:
-    """A training of `rows` a step, one step that warms up and `repeats` more, on random words."""
+    """The config of a training on random words with `rows` per step, one warm-up step and `repeats` more."""
     from llmft.config.data import Columns, DataConfig, Files
 
     files = {"train": folder / "train.jsonl", "validation": folder / "validation.jsonl"}
@@ -229,7 +228,7 @@ def _short_training(
 
 
 def random_rows(tokenizer: Any, count: int, point: Measured, seed: int) -> list[dict[str, str]]:
-    """Prompts and responses of about so many tokens; what is read varies by a tenth either way."""
+    """`count` rows of about the point's lengths in tokens; prompt lengths vary by VARIATION."""
     source = random.Random(seed)
     words: list[str] = []
     while len(words) < NUM_WORDS:
@@ -249,7 +248,7 @@ def random_rows(tokenizer: Any, count: int, point: Measured, seed: int) -> list[
 
 
 def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
-    """Trains, and takes speed and memory from the run's record; returns the run's weights."""
+    """Trains, and reads speed and memory from the run's record; returns the directory of its weights."""
     from llmft.config.trainer import Checkpointing
     from llmft.data.batch import Limit
     from llmft.training.micro_batching import MicroBatchPlan
@@ -270,21 +269,21 @@ def _train(config: TrainConfig, measured: Measured, repeats: int) -> Path:
 
 
 def _answer(assembled: Any, measured: Measured, case: Case) -> None:
-    """The time of the first token of `inference_rows` answers, and of each further one."""
+    """Measures the time of the first token of `inference_rows` answers, and of each further one."""
     import torch
 
     from llmft.data.encode import Ends
     from llmft.model.generate import generate
 
     base, model, rows = assembled.base, assembled.model, case.inference_rows
-    base.generation_config.eos_token_id = None  # so that every repeat is as long
+    base.generation_config.eos_token_id = None  # so that all repeats have the same length
     vocabulary = int(base.get_input_embeddings().weight.shape[0])
     generator = torch.Generator().manual_seed(1)
     prompts = torch.randint(3, vocabulary, (rows, measured.input_tokens), generator=generator).tolist()
 
     def seconds(tokens: int) -> float:
         began = time.perf_counter()
-        # The answers come as lists, so a GPU is done by then.
+        # The answers are lists, so a GPU has finished by then.
         answers = generate(model, prompts, pad_id=0, ends=Ends([]), max_new_tokens=tokens, batch_size=rows)
         assert all(len(answer) == tokens for answer in answers)
         return max(time.perf_counter() - began, 1e-9)
@@ -299,6 +298,6 @@ def _answer(assembled: Any, measured: Measured, case: Case) -> None:
 
 
 def _median(values: list[float]) -> tuple[float, float]:
-    """The median, and half of the range relative to it."""
+    """(median, half the range relative to it)."""
     middle = statistics.median(values)
     return middle, (max(values) - min(values)) / 2 / middle if middle > 0 else 0.0

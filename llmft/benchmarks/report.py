@@ -1,4 +1,4 @@
-"""The answers as a table, as JSON and CSV, and as a page with figures of time against the length of answers."""
+"""Writes estimates as a table, as JSON and CSV, and as a page with figures of time against length of answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ from typing import Any
 from markupsafe import Markup
 from rich.markup import escape
 
-from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
+from llmft.benchmarks.estimates import (
+    Estimate,
+    Workload,
+    as_csv,
+    hours,
+    inference_hours,
+    max_output_tokens,
+    training_hours,
+)
 from llmft.core.console import text_table
 from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically
@@ -21,6 +29,7 @@ from llmft.reports.svg import SERIES, WIDTH, Scale, axes, figure, path, tag, tex
 from llmft.runs.directory import slug
 
 TOP, BOTTOM = 34, 236
+LABEL_DISTANCE = 15.0
 
 
 def write_estimates(
@@ -49,7 +58,7 @@ def write_estimates(
         f"samples in {workload.hours:g} hours, {workload.inference_rows} at once. Training: {workload.rows:,} rows x "
         f"{workload.epochs:g} epochs in batches of {workload.batch_size}, validations not counted.",
         *map(escape, remarks(estimates)),
-        f"[bold]figure[/bold]  {escape(str(directory / 'bench.html'))}, with bench.csv and bench.json beside it",
+        f"[bold]figure[/bold]  {escape(str(directory / 'bench.html'))}, with bench.csv and bench.json",
     )
     return rows
 
@@ -59,7 +68,7 @@ def cells(estimate: Estimate, workload: Workload) -> list[str]:
     head = [estimate.case, f"{point.input_tokens} + {point.output_tokens}"]
     if point.error is not None:
         return [*head, point.error, *[""] * 5]
-    most, by_context = most_outputs(point, workload, estimate.context_tokens)
+    max_tokens, by_context = max_output_tokens(point, workload, estimate.context_tokens)
     speeds = {
         "train": point.train_tokens_per_s,
         "prompt": point.prompt_tokens_per_s,
@@ -69,7 +78,7 @@ def cells(estimate: Estimate, workload: Workload) -> list[str]:
         *head,
         *(f"{value:,.0f} ±{100 * point.spread[name]:.0f}%" for name, value in speeds.items()),
         f"{point.peak_bytes / 2**30:.1f} GiB",
-        f"{most:,}{' (context)' if by_context else ''}",
+        f"{max_tokens:,}{' (context)' if by_context else ''}",
         hours(training_hours(point, workload)),
     ]
 
@@ -78,9 +87,9 @@ def remarks(estimates: Sequence[Estimate]) -> list[str]:
     random = dict.fromkeys(a.model for a in estimates if a.weights == "random")
     measured = [a for a in estimates if a.measured.error is None]
     devices = dict.fromkeys(f"{a.device}, {a.precision}" for a in measured)
-    sizes = {a.case: a.measured.micro_batch for a in measured}  # that of the longest rows
+    sizes = {a.case: a.measured.micro_batch for a in measured}  # of the longest rows
     return [
-        *(f"{name}: random weights of its shape, since its own are not here; they are as fast." for name in random),
+        *(f"{name}: random weights of its shape, since its own are not here, at the same speed." for name in random),
         *(f"On {device}." for device in devices),
         *(f"{case}: micro-batch {size}." for case, size in sizes.items()),
     ]
@@ -89,7 +98,7 @@ def remarks(estimates: Sequence[Estimate]) -> list[str]:
 def page(
     estimates: Sequence[Estimate], workload: Workload, name: str, rows: Sequence[Sequence[str]], remarks: Sequence[str]
 ) -> str:
-    """An HTML page that asks nobody for anything: figures, a table of `rows`, and `remarks`."""
+    """A self-contained HTML page with figures, a table of `rows`, and `remarks`."""
     measured = [a for a in estimates if a.measured.error is None]
     cases = {title: lines(list(group), workload) for title, group in groupby(measured, key=lambda a: a.case)}
     heights = [value for case in cases.values() for line in case.values() for _, value in line]
@@ -101,7 +110,7 @@ def page(
 
 
 def lines(estimates: Sequence[Estimate], workload: Workload) -> dict[int, list[tuple[int, float]]]:
-    """Hours for all samples by length of the answer, for each length of the question; measured pairs alone."""
+    """input tokens -> [(output tokens, hours for all samples)] of the measured pairs."""
     by_inputs: dict[int, list[tuple[int, float]]] = {}
     for point in (a.measured for a in estimates):
         value = inference_hours(point, workload, point.output_tokens)
@@ -110,7 +119,7 @@ def lines(estimates: Sequence[Estimate], workload: Workload) -> dict[int, list[t
 
 
 def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: str, heights: Sequence[float]) -> Markup:
-    """One figure of `lines`; `heights` are those of all, so that figures beside each other have one scale."""
+    """A figure of `lines`; `heights` are those of all figures, so that they have the same scale."""
     x = Scale([outputs for line in case.values() for outputs, _ in line], 58, WIDTH - 64)
     y = Scale(heights, BOTTOM, TOP, log=True)
     limit = y(workload.hours)
@@ -118,7 +127,7 @@ def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: s
         text(8, 16, "hours, logarithmic", class_="faint"),
         axes(x, y, "tokens of an answer", BOTTOM),
         tag("line", x1=58, x2=WIDTH - 10, y1=limit, y2=limit, class_="zero"),
-        text(62, limit - 6, f"the {workload.hours:g} hours there are", class_="halo"),
+        text(62, limit - 6, f"the available {workload.hours:g} hours", class_="halo"),
     ]
     ends = _without_overlap({inputs: y(line[-1][1]) for inputs, line in case.items()})
     for index, (inputs, line) in enumerate(case.items()):
@@ -133,10 +142,10 @@ def times(case: dict[int, list[tuple[int, float]]], workload: Workload, title: s
     return figure(BOTTOM + 44, title, f"{title}: {described}", *parts)
 
 
-def _without_overlap(heights: dict[int, float], least: float = 15.0) -> dict[int, float]:
-    """`heights` from the lowest in the figure upwards, each at least so far above the one before."""
+def _without_overlap(heights: dict[int, float]) -> dict[int, float]:
+    """`heights` of labels moved up so that they are at least LABEL_DISTANCE apart."""
     spaced: dict[int, float] = {}
     below = math.inf
     for key, height in sorted(heights.items(), key=lambda item: -item[1]):
-        below = spaced[key] = min(height, below - least)
+        below = spaced[key] = min(height, below - LABEL_DISTANCE)
     return spaced

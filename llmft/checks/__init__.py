@@ -1,1 +1,1 @@
-"""Before a training: a config, a machine and a disk, looked at."""
+"""Checks of a config, a machine and a disk."""

@@ -1,4 +1,4 @@
-"""What a training would take on GPUs that are not here: arithmetic, never measured on such a card."""
+"""Estimates the needs of a training on GPUs that are not here; nothing is measured on them."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from llmft.training.micro_batching import choose
 FSDP = {"_target_": "lightning.pytorch.strategies.ModelParallelStrategy"}
 MOST_CARDS = 8
 SHARE_OF_RATE = (0.2, 0.8)
-"""Of a card's rate that a training may reach: the bounds of what others report of theirs."""
+"""The range of a card's peak rate that trainings reach, from published reports."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its maker describes it.
+    """A GPU by its maker's specification.
 
     Attributes:
-        gib: that a program finds free on it.
-        flops: a second, of dense products in 16 bits that are added up in fp32.
-        bf16: whether it computes bf16, and has flash attention.
+        gib: memory available to a program.
+        flops: operations per second of dense 16-bit products with fp32 accumulation.
+        bf16: whether it supports bf16 and flash attention.
     """
 
     name: str
@@ -50,16 +50,16 @@ CARDS = (
 
 
 def plan_cards(config: TrainConfig, examples: Examples, architecture: Any, operations: float) -> list[dict[str, Any]]:
-    """How the training runs on cards of each kind; `operations` are all of it without gradient checkpointing."""
+    """A plan for each kind of card; `operations` are those of the whole training without gradient checkpointing."""
     dtype = torch.bfloat16 if config.lora.enabled else torch.float32
     memory = StepMemory(config, architecture, dtype, "cuda")
     return [_plan(card, config, examples, memory, operations) for card in CARDS]
 
 
 def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemory, operations: float) -> dict[str, Any]:
-    """The fewest `cards` that suffice, the largest micro-batch of each, its peak in bytes, and [least, most] hours.
+    """The smallest sufficient number of `cards`, micro-batch and peak bytes of each, and [minimum, maximum] hours.
 
-    Weights are divided among several cards (FSDP2). `cards` is None where MOST_CARDS do not suffice.
+    Weights are sharded over several cards (FSDP2). `cards` is None if MOST_CARDS do not suffice.
     """
     plan = {"card": card.name, "precision": (Precision.bf16 if card.bf16 else Precision.fp16).value, "cards": None}
     for cards in (2**power for power in range(MOST_CARDS.bit_length())):
@@ -79,10 +79,10 @@ def _plan(card: Card, config: TrainConfig, examples: Examples, memory: StepMemor
 
 
 def recomputation(config: TrainConfig, level: Checkpointing) -> float:
-    """What the operations of a training are multiplied with where its layers are computed again.
+    """The factor on a training's operations from gradient checkpointing.
 
-    A token and weight take 2 operations forward, 2 for the gradient of the activations and, without a LoRA, 2 for the
-    weight's own; layers that are computed again take the first 2 once more.
+    Each token and weight take 2 operations forward, 2 for the gradient of the activations and, without a LoRA, 2 for
+    the gradient of the weight; recomputed layers take the first 2 again.
     """
     if level is not Checkpointing.full:
         return 1.0
@@ -97,10 +97,10 @@ def cells(plan: dict[str, Any], available_hours: float | None) -> list[str]:
     size = f"{limit.rows} rows" if limit.rows is not None else f"{limit.tokens:,} tokens"
     size += ", checkpointing" if plan["gradient_checkpointing"] == "full" else ""
     number = "1" if plan["cards"] == 1 else f"{plan['cards']}, trainer=fsdp"
-    least, most = plan["hours"]
-    time = f"{_duration(least)} to {_duration(most)}"
+    lower, upper = plan["hours"]
+    time = f"{_duration(lower)} to {_duration(upper)}"
     if available_hours is not None:
-        time += f", {'enough' if most <= available_hours else 'perhaps' if least <= available_hours else 'too long'}"
+        time += f", {'enough' if upper <= available_hours else 'perhaps' if lower <= available_hours else 'too long'}"
     return [plan["card"], plan["precision"], number, size, format_bytes(plan["peak"]), time]
 
 

@@ -19,7 +19,7 @@ from llmft.config.commands import Cleaning, DiskConfig, KeepCheckpoints
 from llmft.config.untrusted import read_yaml
 from llmft.core.console import Screen, text_table
 from llmft.core.errors import ConfigError
-from llmft.core.files import cache_directory, format_bytes, is_abandoned
+from llmft.core.files import cache_directory, format_bytes, hub_cache, is_abandoned
 from llmft.data import gguf_files
 from llmft.model import quantized_cache
 from llmft.runs.directory import Run
@@ -28,8 +28,8 @@ _STEP = re.compile(r"step-(\d{8})\.(safetensors|sha256)")
 
 
 @dataclass
-class RunFacts:
-    """One run directory; sizes in bytes."""
+class RunUsage:
+    """A run directory's state and sizes in bytes."""
 
     name: str
     state: str
@@ -43,7 +43,7 @@ class RunFacts:
 
 @dataclass
 class Cached:
-    """One entry of a cache, and the runs that use it."""
+    """An entry of a cache, and the runs that use it."""
 
     kind: str
     name: str
@@ -64,7 +64,7 @@ class Deletable:
 @dataclass
 class DiskReport:
     free: int
-    runs: list[RunFacts]
+    runs: list[RunUsage]
     cached: list[Cached]
     doomed: list[Deletable]
 
@@ -76,7 +76,7 @@ class DiskReport:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of `path` on the disk. Hard links count once; symbolic links are not followed."""
+    """Disk usage of `path` in bytes. Hard links count once; symbolic links are not followed."""
     seen: set[tuple[int, int]] = set()
     total = 0
     pending = [path]
@@ -90,7 +90,7 @@ def size_of(path: Path) -> int:
             total += status.st_blocks * 512
             if current.is_dir() and not current.is_symlink():
                 pending.extend(current.iterdir())
-        except OSError:  # deleted meanwhile
+        except OSError:  # deleted in the meantime
             continue
     return total
 
@@ -103,24 +103,24 @@ def scan(config: DiskConfig) -> DiskReport:
     root = Path(config.output_dir)
     if not root.is_dir():
         raise ConfigError(f"output_dir={config.output_dir}: no such directory; name the directory of your runs.")
-    runs: list[RunFacts] = []
+    runs: list[RunUsage] = []
     deletable: list[Deletable] = []
     for directory in sorted((root / "runs").iterdir()) if (root / "runs").is_dir() else ():
         run = Run(directory, directory.name.rpartition("-")[2])
         if directory.is_symlink() or not run.status_file.is_file():
             continue
-        facts = _facts(run)
-        runs.append(facts)
-        if Cleaning.leftovers in config.clean and facts.state != "training":
+        usage = _usage(run)
+        runs.append(usage)
+        if Cleaning.leftovers in config.clean and usage.state != "training":
             deletable += _leftovers(run)
-        if Cleaning.checkpoints in config.clean and facts.state == "done":
+        if Cleaning.checkpoints in config.clean and usage.state == "done":
             deletable += _old_checkpoints(run, config.keep)
-        if Cleaning.merged in config.clean and facts.state == "done":
-            deletable += _all_of(run.directory, "merged", "made again by llmft.merge")
-            deletable += _all_of(run.directory / "gguf", "*.gguf", "made again by llmft.merge")
+        if Cleaning.merged in config.clean and usage.state == "done":
+            deletable += _all_of(run.directory, "merged", "written again by llmft.merge")
+            deletable += _all_of(run.directory / "gguf", "*.gguf", "written again by llmft.merge")
     cached = [*_hub(runs), *_gguf_files(runs), *_other_caches()]
     for kind, folder, pattern, reason in (
-        (Cleaning.tokens, cache_directory(), "tokens-*.arrow", "made again by the next run"),
+        (Cleaning.tokens, cache_directory(), "tokens-*.arrow", "written again by the next run"),
         (Cleaning.bases, quantized_cache.bases_directory(), "*", "quantised again by the next run"),
         (Cleaning.gguf, gguf_files.directories(), "*", "dequantised again by the next run"),
         (Cleaning.wandb, _wandb_cache(), "*", "downloaded again when needed"),
@@ -130,7 +130,7 @@ def scan(config: DiskConfig) -> DiskReport:
     return DiskReport(shutil.disk_usage(root).free, runs, cached, deletable)
 
 
-def _facts(run: Run) -> RunFacts:
+def _usage(run: Run) -> RunUsage:
     status = run.status()
     state = str(status.get("status", "unknown"))
     if run.busy:
@@ -148,7 +148,7 @@ def _facts(run: Run) -> RunFacts:
     uploaded = not any((run.directory / "wandb").glob("offline-run-*"))
     merged = sum(size_of(run.directory / name) for name in ("merged", "gguf"))
     sizes = size_of(run.directory), size_of(run.checkpoints), merged
-    return RunFacts(run.directory.name, state, *sizes, model, data, uploaded)
+    return RunUsage(run.directory.name, state, *sizes, model, data, uploaded)
 
 
 def _old_checkpoints(run: Run, keep: list[KeepCheckpoints]) -> list[Deletable]:
@@ -161,15 +161,15 @@ def _old_checkpoints(run: Run, keep: list[KeepCheckpoints]) -> list[Deletable]:
     for path in sorted(run.checkpoints.glob("step-*")):
         step = _STEP.fullmatch(path.name)
         if step and int(step[1]) not in steps_to_keep:
-            deletable.append(Deletable(path, size_of(path), "steps of a finished run"))
+            deletable.append(Deletable(path, size_of(path), "an old checkpoint of a finished run"))
     return deletable
 
 
 def _leftovers(run: Run) -> list[Deletable]:
-    """Damaged checkpoints, and half-written files of processes that are gone."""
-    leftovers = _all_of(run.checkpoints, "*.bad", "a damaged checkpoint that was set aside")
+    """Damaged checkpoints, and incomplete files of dead processes."""
+    leftovers = _all_of(run.checkpoints, "*.bad", "a damaged checkpoint")
     for folder in ("", "checkpoints", "gguf"):
-        unfinished = _all_of(run.directory / folder, ".*.tmp", "what a kill left half written")
+        unfinished = _all_of(run.directory / folder, ".*.tmp", "incomplete, left by a killed process")
         leftovers += [entry for entry in unfinished if is_abandoned(entry.path)]
     return leftovers
 
@@ -178,13 +178,7 @@ def _all_of(folder: Path, pattern: str, reason: str) -> list[Deletable]:
     return [Deletable(path, size_of(path), reason) for path in sorted(folder.glob(pattern))] if folder.is_dir() else []
 
 
-def hub_cache() -> Path:
-    """The cache of huggingface_hub, found by the same environment variables without importing it."""
-    home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    return Path(os.environ.get("HF_HUB_CACHE", os.path.join(home, "hub"))).expanduser()
-
-
-def _hub(runs: Iterable[RunFacts]) -> list[Cached]:
+def _hub(runs: Iterable[RunUsage]) -> list[Cached]:
     entries = []
     folder = hub_cache()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -197,7 +191,7 @@ def _hub(runs: Iterable[RunFacts]) -> list[Cached]:
     return entries
 
 
-def _gguf_files(runs: Iterable[RunFacts]) -> list[Cached]:
+def _gguf_files(runs: Iterable[RunUsage]) -> list[Cached]:
     folder = gguf_files.directories()
     entries = []
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
@@ -215,8 +209,8 @@ def _wandb_cache() -> Path:
 def _other_caches() -> list[Cached]:
     tokens = cache_directory()
     bases = [
-        Cached("quantised base", str(facts.get("label", path.name)), size_of(path))
-        for path, facts in quantized_cache.entries()
+        Cached("quantised base", str(record.get("label", path.name)), size_of(path))
+        for path, record in quantized_cache.entries()
     ]
     rows = size_of(tokens) - size_of(quantized_cache.bases_directory()) - size_of(gguf_files.directories())
     entries = [*bases, Cached("tokenised rows", str(tokens), rows)]
@@ -226,7 +220,7 @@ def _other_caches() -> list[Cached]:
 
 
 def delete(report: DiskReport) -> None:
-    """Deletes the listed files, except those of a run that has started to train meanwhile."""
+    """Deletes the listed files, except those of a run that is being trained now."""
     for entry in report.doomed:
         owner = next((p for p in entry.path.parents if (p / "run.json").is_file()), None)
         if owner is not None and Run(owner, "").busy:
@@ -259,7 +253,7 @@ def show(report: DiskReport, config: DiskConfig) -> None:
     _show_deletable(screen, report.doomed, config)
 
 
-def _run_table(runs: list[RunFacts]) -> Table:
+def _run_table(runs: list[RunUsage]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, title="runs", title_justify="left")
     for name in ("run", "state", "size", "checkpoints", "merged", "base"):
         table.add_column(name, justify="left" if name in ("run", "state", "base") else "right", overflow="fold")
@@ -289,7 +283,7 @@ def _show_deletable(screen: Screen, deletable: list[Deletable], config: DiskConf
         return
     groups: dict[tuple[str, Path, str], list[Deletable]] = {}
     for entry in deletable:
-        mark = "deleted" if entry.gone else "would go" if config.dry_run else "kept"
+        mark = "deleted" if entry.gone else "would be deleted" if config.dry_run else "kept"
         groups.setdefault((mark, entry.path.parent, entry.reason), []).append(entry)
     for (mark, folder, reason), entries in groups.items():
         size = format_bytes(sum(entry.size for entry in entries))

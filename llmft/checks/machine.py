@@ -1,4 +1,4 @@
-"""Checks of a machine: whether it can train, and how to fix it where it cannot."""
+"""Checks whether a machine can train, and how to fix it if not."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from rich.table import Table
 from llmft.config.commands import DoctorConfig
 from llmft.config.model import Precision
 from llmft.core.console import Screen
-from llmft.core.files import existing_parent, format_bytes, write_atomically
+from llmft.core.files import existing_parent, format_bytes, hub_cache, write_atomically
 from llmft.core.machine import usable_cores
 from llmft.core.network import NoAnswer, ask, host_of
 
 MALICIOUS = {("lightning", "2.6.2"), ("lightning", "2.6.3")}
 """Released with code that stole credentials when imported (GHSA-w37p-236h-pfx3)."""
 LITTLE_BYTES = 10 * 2**30
-"""A 7B base, its adapter and its checkpoints take more."""
+"""A 7B base with its adapter and checkpoints takes more."""
 TINY_BYTES = 2**28
 NETWORK_TIMEOUT_S = 3.0
 
 
 @dataclass
 class CheckResult:
-    """The result for one part: level "good", "warning" or "bad", and a `fix` for the latter two."""
+    """The result for one part: level "good", "warning" or "bad", with a `fix` for the latter two."""
 
     part: str
     level: str
@@ -42,7 +42,7 @@ class CheckResult:
 
 
 def examine(config: DoctorConfig) -> list[CheckResult]:
-    """All results. A check that raises an error is a bad result."""
+    """Runs all checks. A check that raises an error gives a bad result."""
     parts: list[tuple[str, Callable[[], Iterator[CheckResult]]]] = [
         ("packages", packages),
         ("device", device),
@@ -60,7 +60,7 @@ def examine(config: DoctorConfig) -> list[CheckResult]:
     for part, check in parts:
         try:
             results += check()
-        except Exception as error:  # a broken library is what this command looks for
+        except Exception as error:  # a broken library is a result too
             message, _, _ = f"{type(error).__name__}: {error}".partition("\n")
             results.append(CheckResult(part, "bad", message, "install llmft again in a fresh environment"))
     return results
@@ -79,7 +79,7 @@ def requirements() -> list[str]:
 
 
 def packages() -> Iterator[CheckResult]:
-    """Checks installed versions for the tested ranges and for known malware."""
+    """Checks that installed versions are in the tested ranges and are not known malware."""
     from packaging.requirements import Requirement
 
     wrong, missing = [], 0
@@ -117,12 +117,12 @@ def device() -> Iterator[CheckResult]:
         else:
             message = f"no GPU; {usable_cores()} cores"
             if torch.backends.mps.is_available():
-                message += "; Apple's GPU is not used"
-            yield CheckResult("device", "warning", message, "fine for small models; 7B takes a GPU of NVIDIA's")
+                message += "; the Apple GPU is not used"
+            yield CheckResult("device", "warning", message, "fine for small models; 7B needs an NVIDIA GPU")
         return
     for number in range(torch.cuda.device_count()):
         name = torch.cuda.get_device_name(number)
-        if torch.version.hip is not None:  # whose architectures have names of their own
+        if torch.version.hip is not None:  # its architectures have other names
             yield CheckResult("device", "good", f"{name} (ROCm {torch.version.hip}, on which llmft has not been tried)")
             continue
         yield gpu_verdict(name, torch.cuda.get_device_capability(number), torch.cuda.get_arch_list())
@@ -153,7 +153,7 @@ def _version_of(arch: str) -> int:
 
 
 def precision() -> Iterator[CheckResult]:
-    """The precision that trainer.precision=auto takes."""
+    """The precision chosen by trainer.precision=auto."""
     from llmft.model.device import pick_device, pick_precision
 
     device = pick_device("auto")
@@ -177,7 +177,7 @@ def four_bit() -> Iterator[CheckResult]:
 
 
 def four_bit_error() -> tuple[float, float, str]:
-    """(relative difference, tolerance, device) of an NF4 product and that of the dequantised weights."""
+    """(relative difference, tolerance, device) of an NF4 product from that of the dequantised weights."""
     import bitsandbytes
     import torch
 
@@ -248,7 +248,7 @@ def temporary() -> Iterator[CheckResult]:
 
 def caches() -> Iterator[CheckResult]:
     """Checks whether the disk of the Hub's cache has space for a model."""
-    from llmft.checks.disk import hub_cache, size_of
+    from llmft.checks.disk import size_of
 
     folder = hub_cache()
     free = shutil.disk_usage(existing_parent(folder)).free
@@ -264,7 +264,7 @@ def caches() -> Iterator[CheckResult]:
 
 
 def accounts() -> Iterator[CheckResult]:
-    """Checks for tokens of the Hub and W&B, without showing them."""
+    """Checks for the tokens of the Hub and W&B, without printing them."""
     from huggingface_hub import get_token
 
     from llmft.training.tracking import has_key, wandb_url
@@ -297,7 +297,7 @@ def network() -> Iterator[CheckResult]:
 
 
 def _check_hub(url: str, seconds: float) -> str | None:
-    """None if the Hub answers at `url`, else what is wrong."""
+    """None if the Hub answers at `url`, else the problem."""
     try:
         status, content = ask(f"{url}/api/models?limit=1", seconds)
         if 300 <= status < 400 or status >= 500:

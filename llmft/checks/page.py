@@ -1,4 +1,4 @@
-"""The report of `python -m llmft.check` on one screen, from the plain data of `llmft.checks.preflight`."""
+"""Prints the report of `python -m llmft.check` from the plain data of `llmft.checks.preflight`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from llmft.core.console import Screen, text_table
 from llmft.core.files import format_bytes
 
 LONG_TEXT, BEGIN, END = 700, 350, 330
-"""Characters of a segment that is shown whole, and what is shown of a longer one."""
+"""A segment longer than LONG_TEXT characters is shown as its first BEGIN and last END ones."""
 BAR = 40
-"""Characters of the longest bar."""
+"""Length of the longest bar in characters."""
 
 
 def show(report: dict[str, Any], available_hours: float | None = None) -> None:
-    """Prints the report; `available_hours` are those that there are for the training."""
+    """Prints the report; `available_hours` is the time available for the training."""
     screen = Screen()
     screen.print(f"[bold]llmft check[/bold]  {escape(report['model']['name'])}, prompt {report['prompt']['name']}")
     _show_rows(screen, report["rows"])
@@ -29,7 +29,7 @@ def show(report: dict[str, Any], available_hours: float | None = None) -> None:
     _show_lengths(screen, report["limits"])
     usage = report["columns"]
     read = ", ".join(f"{name} ({', '.join(keys)})" for name, keys in usage["read"].items())
-    for kind, names in (("not read", usage["not_read"]), ("optional and not there", usage["left_out"])):
+    for kind, names in (("not read", usage["not_read"]), ("optional and missing", usage["left_out"])):
         read += f"; {kind}: {', '.join(names)}" if names else ""
     screen.print(f"[bold]columns[/bold] read: {escape(read)}")
     if report["comparisons"] is not None:
@@ -48,7 +48,7 @@ def show(report: dict[str, Any], available_hours: float | None = None) -> None:
 
 
 def _show_rows(screen: Screen, rows: Sequence[Sequence[dict[str, Any]]]) -> None:
-    """Rows as they are trained, with what is learned of them marked; by signs where there are no colours."""
+    """Rows as they are trained; learned segments are coloured, or marked by signs without colours."""
     opening, closing = ("", "") if screen.terminal.color_system else ("«", "»")
     for number, segments in enumerate(rows, start=1):
         learned = f"[black on green]{opening}learned{closing}[/black on green]"
@@ -71,19 +71,19 @@ def _show_rows(screen: Screen, rows: Sequence[Sequence[dict[str, Any]]]) -> None
 
 
 def _split_table(splits: dict[str, Any]) -> Table:
-    learns_tokens = any(facts["rows"] > facts["untrained"] for facts in splits.values())  # a linear head learns none
+    learns_tokens = any(split["rows"] > split["untrained"] for split in splits.values())  # a linear head learns none
     of_tokens = ["end token trained", "no trained token"] if learns_tokens else []
     rows = []
-    for split, facts in splits.items():
-        begins = ", ".join(f"{count}" for count in facts["begin_tokens"]) or "-"
-        ends = [f"{facts['ends_trained']:,}", str(facts["untrained"])] if learns_tokens else []
-        rows.append([split, f"{facts['rows']:,}", begins, *ends, str(facts["all_tokens"].get("100", "-"))])
-    return text_table(["split", "rows", "begin tokens a row", *of_tokens, "longest"], rows)
+    for name, split in splits.items():
+        begins = ", ".join(f"{count}" for count in split["begin_tokens"]) or "-"
+        ends = [f"{split['ends_trained']:,}", str(split["untrained"])] if learns_tokens else []
+        rows.append([name, f"{split['rows']:,}", begins, *ends, str(split["all_tokens"].get("100", "-"))])
+    return text_table(["split", "rows", "begin tokens per row", *of_tokens, "longest"], rows)
 
 
 def _show_tokens(screen: Screen, prompt: dict[str, Any], keys: dict[str, dict[str, int]]) -> None:
     ends, marker = ", ".join(prompt["end_tokens"]), prompt["end_marker"]
-    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched whole)" if marker else ""
+    ends += f" or {marker['text']} ({marker['tokens']} tokens, matched as a whole)" if marker else ""
     screen.print(
         f"[bold]tokens[/bold]  pad {escape(str(prompt['pad_token']))} (masked, never learned), answers end with "
         f"{escape(ends)}"
@@ -133,10 +133,10 @@ def _show_needs(screen: Screen, steps: dict[str, Any], needs: dict[str, Any], av
     parts = ", ".join(f"{name} {format_bytes(memory[name])}" for name in names)
     of = "" if available is None else f" of {format_bytes(available)} on {needs['device']}"
     screen.print(f"[bold]memory[/bold] about {format_bytes(memory['total'])}{of}: {parts}")
-    screen.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['told'])}")
+    screen.print(f"[bold]step[/bold]   {escape(needs['micro_batch']['summary'])}")
     if needs["cards"]:
         head = ["card", "precision", "cards", "micro-batch", "peak of each", "training"]
         rows = [cells(plan, available_hours) for plan in needs["cards"]]
-        title = "on other cards: arithmetic, never measured on such a card"
+        title = "on other cards: estimated, not measured"
         screen.print(text_table(head, rows, title, range(len(head))))
     screen.print(f"[bold]disk[/bold]   {format_bytes(needs['disk'])} of {format_bytes(needs['disk_free'])} free")

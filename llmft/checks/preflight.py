@@ -1,4 +1,4 @@
-"""What `python -m llmft.check` finds out, as plain data; `llmft.checks.page` prints it."""
+"""The report of `python -m llmft.check` as plain data; `llmft.checks.page` prints it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from llmft.training.tokenized_data import TokenizedData
 
 SHOWN_ROWS = 2
 CARDS_FROM = 100_000_000
-"""Weights of a model from which on somebody may look for a larger card than what is here."""
+"""Number of weights from which other cards are considered."""
 PROBE = [
     {"role": "user", "content": "Question one?"},
     {"role": "assistant", "content": "Answer one."},
@@ -47,7 +47,7 @@ PROBE = [
 def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
     """The report as JSON-ready data, and its findings.
 
-    Raises ConfigError or DataError where the rows cannot even be tokenised.
+    Raises ConfigError or DataError if the rows cannot be tokenised.
     """
     config = prepared.config
     started = time.monotonic()
@@ -91,14 +91,14 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
 
 
 def warn(message: str) -> None:
-    """Prints to stderr, since a program may read the report."""
+    """Prints to stderr, since a program may read the report from stdout."""
     print(f"warning: {message}", file=sys.stderr)
 
 
 def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
-    """One training row as segments of text that are learned or not; every compared answer is one, by its number.
+    """A training row as segments of text, learned or not; each compared answer is a segment with its number.
 
-    Of a row with a label, the answer says whether it is good; the answer to another prompt behind it is left out.
+    The answer of a labelled row has `good`; the answer to another prompt after it is left out.
     """
     example = rows.splits["train"][row]
     marks = (np.asarray(example.labels) != IGNORE).astype(int) if example.segments is None else example.segments
@@ -117,7 +117,7 @@ def _segments(rows: TokenizedData, row: int) -> list[dict[str, Any]]:
 
 
 def _comparisons(inputs: RunInputs, rows: TokenizedData) -> dict[str, Any] | None:
-    """Lengths, degrees and how often the longer answer wins, of the training rows; None without compared answers."""
+    """Lengths, degrees and how often the longer answer wins in the training rows; None without compared answers."""
     if inputs.config.task.feedback is not Feedback.pairs:
         return None
     lengths: list[tuple[int, int]] = []
@@ -159,7 +159,7 @@ def _template_findings(rows: TokenizedData) -> list[Finding]:
         return []
     message = (
         f"prompt={rows.prompt.config.name} differs from the tokenizer's chat template: it writes {text!r} where the "
-        f"template writes {native_text!r}; a model tuned with that one does better with prompt=native or the "
+        f"template writes {native_text!r}; a model tuned with that template works better with prompt=native or the "
         "format of its name"
     )
     return [Finding("warning", "prompt", message)]
@@ -194,7 +194,7 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
 
 
 def _needs(prepared: RunInputs, ready: Readiness) -> dict[str, Any]:
-    """Memory, time and disk."""
+    """Estimates of memory, time and disk space."""
     config, rows, device, precision = prepared.config, ready.rows, ready.device, ready.precision
     examples = rows.splits["train"]
     dtype = TORCH_DTYPES[precision] if config.lora.enabled else torch.float32
@@ -213,7 +213,7 @@ def _needs(prepared: RunInputs, ready: Readiness) -> dict[str, Any]:
         "precision": precision.value,
         "memory": {**asdict(estimate), "total": estimate.total},
         "device_memory": device_memory(device),
-        "micro_batch": {**plan.to_plain(), "told": str(plan)},
+        "micro_batch": {**plan.to_plain(), "summary": str(plan)},
         "base": estimate.base,
         "disk": checkpoint * (config.trainer.keep_checkpoints + 2) + estimate.adapter,
         "disk_free": shutil.disk_usage(existing_parent(Path(config.output_dir))).free,
@@ -224,7 +224,7 @@ def _needs(prepared: RunInputs, ready: Readiness) -> dict[str, Any]:
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of one large product here: trainings are slower, those of small models by far."""
+    """Operations per second of one large matrix product; trainings are slower, especially of small models."""
     size = 1024 if device.type == "cpu" else 8192
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     (matrix @ matrix).sum().item()
@@ -237,21 +237,21 @@ def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def _matrix_weights(auto_class: str, architecture: Any) -> int:
-    """Number of weights that a token is multiplied with; all experts count, so a mixture is overestimated."""
+    """Number of weights that multiply each token; all experts count, so a mixture of experts is overestimated."""
     empty = meta_model(auto_class, architecture)
     tables = {id(m.weight) for m in empty.modules() if isinstance(m, torch.nn.Embedding)}
     return sum(p.numel() for p in empty.parameters() if p.ndim >= 2 and id(p) not in tables)
 
 
 def _memory_findings(needs: dict[str, Any]) -> list[Finding]:
-    """A warning where memory does not suffice, with what is left to make it do."""
+    """A warning if memory does not suffice, with the remaining options."""
     total, available, chosen = needs["memory"]["total"], needs["device_memory"], needs["micro_batch"]
     if available is None or total <= (1 - MEMORY_MARGIN) * available:
         return []
     options = ["lower trainer.micro_batch"] if (chosen["rows"] or 0) > 1 else []
     options += ["set trainer.gradient_checkpointing=full"] if chosen["checkpointing"] != "full" else []
     message = (
-        f"about {format_bytes(total)} are needed, give or take 15%, and {needs['device']} has "
+        f"about {format_bytes(total)} are needed (within 15%), and {needs['device']} has "
         f"{format_bytes(available)}: {' or '.join([*options, 'lower data.max_tokens', 'choose a smaller model'])}"
     )
     return [Finding("warning", "trainer.micro_batch", message)]

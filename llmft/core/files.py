@@ -144,10 +144,20 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, json.dumps(content, indent=1, ensure_ascii=False).encode())
 
 
-def cache_directory() -> Path:
-    """llmft's folder in the cache of `datasets`, found by the same environment variables without importing it."""
+def _hugging_face_cache(variable: str, folder: str) -> Path:
+    """The directory in the environment `variable`, or `folder` in Hugging Face's home; imports none of its packages."""
     home = os.environ.get("HF_HOME", os.path.join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))
-    return Path(os.environ.get("HF_DATASETS_CACHE", os.path.join(home, "datasets"))).expanduser() / "llmft"
+    return Path(os.environ.get(variable, os.path.join(home, folder))).expanduser()
+
+
+def hub_cache() -> Path:
+    """The cache of huggingface_hub."""
+    return _hugging_face_cache("HF_HUB_CACHE", "hub")
+
+
+def cache_directory() -> Path:
+    """llmft's folder in the cache of `datasets`."""
+    return _hugging_face_cache("HF_DATASETS_CACHE", "datasets") / "llmft"
 
 
 RECORDS_BYTES = 2**20

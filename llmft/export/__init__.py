@@ -1,1 +1,1 @@
-"""What was trained, for other programs: a directory of transformers, a GGUF file, a bundle; each is proved."""
+"""Exports for other programs: a transformers directory, a GGUF file, a bundle; each is compared with its run."""

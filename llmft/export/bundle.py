@@ -1,4 +1,4 @@
-"""A directory that predicts without network: run, base, wheels, this package, and one script; it is tried."""
+"""A tested directory that predicts without network: run, base, wheels, this package, and one script."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ MARK = "@BUNDLE@"
 PROMPT = "Is this a test?"
 SCRIPT = """\
 #!/bin/sh
-# Predicts without network: predict.sh OUT data.files=test.csv [what else `python -m llmft.predict` takes]
-# OUT is a folder to write to; predictions come to OUT/run/predictions. PYTHON names another interpreter than python3.
+# Predicts without network: predict.sh OUT data.files=test.csv [other arguments of `python -m llmft.predict`]
+# OUT is a folder to write to; predictions are written to OUT/run/predictions. PYTHON sets the interpreter (python3).
 set -eu
 here=$(cd "$(dirname "$0")" && pwd)
 out=$1; shift
@@ -71,7 +71,7 @@ class Wheel:
 
     @property
     def size(self) -> int:
-        """Of the file, as its server says it; 0 where it does not."""
+        """The file size in bytes; 0 if the server does not give it."""
         if self.url.startswith("file://"):
             return Path(urllib.request.url2pathname(self.url.removeprefix("file://"))).stat().st_size
         try:
@@ -82,12 +82,12 @@ class Wheel:
 
 
 def make(config: BundleConfig, screen: Screen) -> Path:
-    """Writes the bundle of a run; see `SCRIPT` for how it is used."""
+    """Writes the bundle of a run and returns its directory; see `SCRIPT` for its use."""
     (directory,) = directories(config.run, "run")
     run, trained = finished_run(directory)
     target = Path(config.to).expanduser()
     if target.exists() and not (target / "bundle.json").is_file():
-        raise ConfigError(f"to={config.to}: there is something else already; name a new directory.")
+        raise ConfigError(f"to={config.to}: exists and is not a bundle; name a new directory.")
     base = None
     if trained.lora.enabled and not str(trained.model.path or "").startswith(PACKAGED):
         base = locate(trained.model).directory
@@ -102,7 +102,7 @@ def make(config: BundleConfig, screen: Screen) -> Path:
         for name, size in sizes.items():
             count = f" ({len(wheels)} packages)" if name == "wheels" else ""
             screen.print(f"  {format_bytes(size):>10}  {name}{count}")
-        screen.print(f"[bold]{format_bytes(sum(sizes.values()))}[/bold] in all")
+        screen.print(f"[bold]{format_bytes(sum(sizes.values()))}[/bold] in total")
         if not config.write:
             return target
         check_space(target.parent, sum(sizes.values()))
@@ -112,8 +112,8 @@ def make(config: BundleConfig, screen: Screen) -> Path:
             if _matches(config):
                 _try(staged, directory, config, screen)
             else:
-                screen.warn(f"not tried: this machine is not python {config.python} on {', '.join(config.platform)}.")
-    screen.print(f"[bold]bundle[/bold]  {target}; there: sh predict.sh OUT data.files=test.csv")
+                screen.warn(f"not tested: this machine is not python {config.python} on {', '.join(config.platform)}.")
+    screen.print(f"[bold]bundle[/bold]  {target}; use it there by: sh predict.sh OUT data.files=test.csv")
     return target
 
 
@@ -138,7 +138,7 @@ def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], built
         (staged / "base").mkdir()
         for path in _base_files(base):
             shutil.copyfile(path, staged / "base" / path.name)
-        # The run's config names the bundle's base, and its record that base's fingerprint.
+        # The config gets the path of the bundle's base, the record its fingerprint.
         path = staged / "run" / "config.yaml"
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
         content["model"]["path"] = f"{MARK}/base"
@@ -164,14 +164,14 @@ def _write(staged: Path, run: Run, base: Path | None, wheels: list[Wheel], built
 
 
 def _target(config: BundleConfig, built: Path) -> list[str]:
-    """pip's arguments for wheels of the target, of which some are in `built`."""
+    """pip's arguments for the target platform; wheels in `built` are used too."""
     words = ["--only-binary=:all:", "--find-links", str(built)]
     words += [] if config.python is None else ["--python-version", config.python]
     return words + [word for name in config.platform for tag in tags_of(name) for word in ("--platform", tag)]
 
 
 def tags_of(platform: str) -> list[str]:
-    """The tags of the wheels that a platform takes: of older C libraries too (PEP 600), which pip does not add."""
+    """The wheel tags that a platform accepts, including older C libraries (PEP 600), which pip does not add."""
     match = re.fullmatch(r"manylinux_2_(\d+)_(\w+)", platform)
     if match is None:
         return [platform]
@@ -191,16 +191,18 @@ def _pip(*arguments: str) -> str:
 
 
 def _wheels(config: BundleConfig, built: Path) -> list[Wheel]:
-    """What llmft needs on the target, in the versions of this environment, without what is `installed` there.
+    """llmft's requirements on the target in the versions of this environment, except packages `installed` there.
 
-    What has no wheel anywhere is made one in the folder `built`.
+    Packages without a wheel are built in the folder `built`.
     """
     import importlib.metadata
 
     try:
         requirements = [Requirement(line) for line in importlib.metadata.requires("llmft") or []]
     except importlib.metadata.PackageNotFoundError:
-        raise ConfigError("wheels: llmft is not installed here (pip install -e .): its needs are unknown.") from None
+        raise ConfigError(
+            "wheels: llmft is not installed here (pip install -e .): its requirements are unknown."
+        ) from None
     skip = {canonicalize_name(name) for name in config.installed}
     names = [
         canonicalize_name(requirement.name)
@@ -216,21 +218,21 @@ def _wheels(config: BundleConfig, built: Path) -> list[Wheel]:
 
 
 def _resolved(pins: Iterable[str], target: list[str]) -> dict[Any, Wheel]:
-    """All packages that `pins` need, by name, as pip would install them."""
+    """name -> wheel of all packages that pip would install for `pins`."""
     with tempfile.TemporaryDirectory() as folder:
         target = [*target, "--target", folder] if target else []
         report = _pip("install", "--dry-run", "--ignore-installed", "--report", "-", *target, *pins)
     wheels = {}
     for entry in json.loads(report)["install"]:
-        facts = entry["metadata"]
-        requires = tuple(facts.get("requires_dist") or ())
-        wheel = Wheel(facts["name"], facts["version"], entry["download_info"]["url"], requires)
+        metadata = entry["metadata"]
+        requires = tuple(metadata.get("requires_dist") or ())
+        wheel = Wheel(metadata["name"], metadata["version"], entry["download_info"]["url"], requires)
         wheels[canonicalize_name(wheel.name)] = wheel
     return wheels
 
 
 def reached(wheels: dict[Any, Wheel], roots: list[Any], skip: set[Any]) -> list[Wheel]:
-    """The packages that `roots` need, past those that are there already and what only they need."""
+    """The packages that `roots` need, without those in `skip` and what only these need."""
     needed: set[Any] = set()
     waiting = list(roots)
     while waiting:
@@ -251,7 +253,7 @@ def _matches(config: BundleConfig) -> bool:
 
 
 def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) -> None:
-    """Predicts with the bundle in an environment of its own, without an index, and as the run does here."""
+    """Predicts with the bundle in a new environment without a package index; raises NotProved if the run differs."""
     expected = _expected(directory, config)
     with tempfile.TemporaryDirectory(prefix="llmft-bundle-") as name:
         folder = Path(name)
@@ -272,17 +274,17 @@ def _try(bundle: Path, directory: Path, config: BundleConfig, screen: Screen) ->
         same = abs(predictions.values - expected.values).max() < 1e-3
     if not same:
         wrong, right = predictions.predicted, expected.predicted
-        raise NotProved(f"the bundle predicts {wrong}, and the run {right}; nothing was written.")
-    screen.print("  tried in an environment of its own, without an index: predicts as the run does")
+        raise NotProved(f"the bundle predicts {wrong}, but the run {right}; nothing was written.")
+    screen.print("  tested in a new environment without a package index: its predictions are the run's")
 
 
 def _expected(directory: Path, config: BundleConfig) -> Predictions:
-    """What the run itself predicts here."""
+    """The run's own predictions here."""
     name = "bundle-proof"
     command = [sys.executable, "-m", "llmft.predict", f"run={directory}", *_question(config, name)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ConfigError(f"run={directory}: it does not predict here: {(done.stderr.splitlines() or ['?'])[-1]}")
+        raise ConfigError(f"run={directory}: its prediction fails here: {(done.stderr.splitlines() or ['?'])[-1]}")
     path = directory / "predictions" / name
     predictions = Predictions.load(path)
     shutil.rmtree(path)

@@ -1,4 +1,4 @@
-"""The page that goes with a model: what it was made of, from which data, and how good it is."""
+"""The model card: base, data, training and metrics."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ CARD = """---
 
 # {name}
 
-{what}
+{description}
 
 | | |
 |---|---|
-{facts}
+{properties}
 
 {metrics}
 """
 
 
-def text(name: str, what: str, config: TrainConfig, run: Run, facts: dict[str, str], library: str) -> str:
-    """A model card of the Hub; its numbers are those of run.json."""
+def text(name: str, description: str, config: TrainConfig, run: Run, properties: dict[str, str], library: str) -> str:
+    """A model card for the Hub with the numbers in run.json; `properties` are further rows of its table."""
     from huggingface_hub import ModelCardData
 
     model, on_hub = config.model, config.model.path is None
@@ -54,25 +54,25 @@ def text(name: str, what: str, config: TrainConfig, run: Run, facts: dict[str, s
     return CARD.format(
         head=head.to_yaml(),
         name=name,
-        what=what,
-        facts="\n".join(f"| {fact} | {value} |" for fact, value in {**rows, **facts}.items() if value),
+        description=description,
+        properties="\n".join(f"| {key} | {value} |" for key, value in {**rows, **properties}.items() if value),
         metrics="\n".join(table) if after else "",
     )
 
 
-def merged(config: TrainConfig) -> str:
-    """What a merged model is, in a sentence."""
+def describe_merged(config: TrainConfig) -> str:
+    """A sentence that describes a merged model."""
     return f"A fine-tuned language model{', its adapter merged into the weights' if config.lora.enabled else ''}."
 
 
-def write(directory: Path, facts: dict[str, Any], config: TrainConfig, run: Run) -> None:
-    """Writes README.md beside merged weights."""
-    proof = facts["proof"]
+def write(directory: Path, record: dict[str, Any], config: TrainConfig, run: Run) -> None:
+    """Writes README.md into the directory of merged weights; `record` is its llmft.json."""
+    proof = record["proof"]
     rows = {
-        "weights in": facts["dtype"],
+        "weights in": record["dtype"],
         "compared with the run": f"KL {proof['kl_nats']:.1e} nats per token, "
         f"{proof['argmax']:.2%} of {proof['positions']} argmaxes the same",
-        "stop strings": ", ".join(f"`{stop}`" for stop in facts["stop"]),
+        "stop strings": ", ".join(f"`{stop}`" for stop in record["stop"]),
     }
-    page = text(facts["run"], merged(config), config, run, rows, "transformers")
+    page = text(record["run"], describe_merged(config), config, run, rows, "transformers")
     (directory / "README.md").write_text(page, encoding="utf-8")

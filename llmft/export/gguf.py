@@ -1,6 +1,6 @@
-"""A model directory as a GGUF file, with the package gguf alone: its names of tensors and its quantisers.
+"""Converts a model directory to a GGUF file, with the tensor names and quantisers of the package gguf.
 
-What is written is, tensor by tensor and byte by byte, what llama.cpp's own convert_hf_to_gguf.py writes.
+The tensors are byte for byte those that llama.cpp's convert_hf_to_gguf.py writes.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llmft.export import vocabulary
 
 SKIPPED = (".attention.masked_bias", ".attention.bias", ".rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 SOURCE = "llmft.source"
-SMALL = ("q5_1", "q5_0", "q4_1", "q4_0")
-"""Beside these, embeddings and head are kept in q8_0: they are most of what so few bits lose."""
+SMALL_TYPES = ("q5_1", "q5_0", "q4_1", "q4_0")
+"""With these types, embeddings and head are stored in q8_0, since they would lose the most."""
 
 
 ARCHITECTURES = {
@@ -36,29 +36,29 @@ ARCHITECTURES = {
     **{name: name for name in ("qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt2")},
     "gemma3_text": "gemma3",
 }
-"""llama.cpp's names of families by transformers' model_type."""
+"""transformers' model_type -> llama.cpp's name of the architecture."""
 
 
 def as_llamacpp(name: str, tensor: torch.Tensor, config: dict[str, Any], arch: str) -> torch.Tensor:
-    """A tensor of a model directory as llama.cpp has it."""
+    """Converts a tensor of a model directory to llama.cpp's layout."""
     if arch == "llama" and name.endswith(("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias")):
-        # llama.cpp turns pairs of neighbouring numbers, transformers the first half with the second.
+        # RoPE: llama.cpp rotates adjacent pairs, transformers pairs the first half with the second.
         heads = config["num_attention_heads"]
         if "k_proj" in name:
             heads = config.get("num_key_value_heads") or heads
         pairs = tensor.reshape(heads, 2, tensor.shape[0] // heads // 2, *tensor.shape[1:])
         return pairs.swapaxes(1, 2).reshape(tensor.shape)
     if arch.startswith("gemma") and name.endswith("norm.weight"):
-        return tensor + 1  # Gemma's norms multiply by one more than their weight
+        return tensor + 1  # Gemma's norms multiply by weight + 1
     if arch == "gpt2" and name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
-        return tensor.T  # GPT-2's layers have their weights the other way round
+        return tensor.T  # GPT-2's layers have transposed weights
     return tensor
 
 
 def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
-    """Writes the model of `directory` to the file `path`, numbers as `kind` (f16, q8_0, ...) says.
+    """Writes the model in `directory` to the file `path` in the number format `kind` (f16, q8_0, ...).
 
-    `source` is a note of what it was made from. Raises ConfigError for a family or tokenizer that is not known here.
+    `source` identifies what it was made from. Raises ConfigError for an unknown architecture or tokenizer.
     """
     import gguf
 
@@ -66,10 +66,10 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
     words = vocabulary.read(directory, config["vocab_size"])
     writer = gguf.GGUFWriter(path, arch)
     planned = []
-    for name, shape, load in _tensors(pieces(directory), config, arch):
+    for name, shape, load in _tensors(stored_tensors(directory), config, arch):
         new = name if name.startswith("rope_") else names.get_name(name, try_suffixes=(".weight", ".bias"))
         if new is None:
-            raise ConfigError(f"{directory}: llama.cpp has no place for {name} in a {arch}.")
+            raise ConfigError(f"{directory}: llama.cpp has no tensor for {name} in a {arch} model.")
         shape = tuple(as_llamacpp(name, torch.empty(shape, device="meta"), config, arch).shape)
         stored = _stored(new, shape, kind)
         planned.append((name, load, stored))
@@ -98,9 +98,9 @@ def convert(directory: Path, path: Path, kind: str, source: str = "") -> None:
 
 
 def described(directory: Path) -> tuple[dict[str, Any], str, Any]:
-    """(config, llama.cpp's name of its family, its names of tensors) of a model directory.
+    """(config, llama.cpp's name of the architecture, its tensor names) of a model directory.
 
-    Raises ConfigError for a family that is not known here.
+    Raises ConfigError for an unknown architecture.
     """
     import gguf
     from transformers import AutoConfig
@@ -110,31 +110,31 @@ def described(directory: Path) -> tuple[dict[str, Any], str, Any]:
     if arch is None:
         raise ConfigError(
             f"format=gguf: models of type {config['model_type']} are not known here ({', '.join(ARCHITECTURES)}): set "
-            "converter=DIR to a checkout of llama.cpp, whose converter knows more."
+            "converter=DIR to a checkout of llama.cpp, whose converter supports more."
         )
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == arch)
     return config, arch, gguf.get_tensor_name_map(number, config.get("num_hidden_layers") or config["n_layer"])
 
 
 def source_of(path: Path) -> str | None:
-    """The note of what a GGUF file was made from; None for a file of others, or none."""
+    """The `source` of a GGUF file that llmft wrote; None for other files, or if there is none."""
     import gguf
 
     try:
         field = gguf.GGUFReader(path).fields.get(SOURCE)
         return None if field is None else str(field.contents())
     except Exception:
-        return None  # whatever the package says of a file that is none
+        return None  # the package's errors for a file that is not GGUF
 
 
 def _stored(name: str, shape: tuple[int, ...], kind: str) -> Any:
-    """The number format of a tensor; norms, biases, routers and positions are always in full precision."""
+    """The number format of a tensor; norms, biases, routers and positions are always fp32."""
     import gguf
 
     exact = len(shape) < 2 or name.endswith(("_norm.weight", "ffn_gate_inp.weight", "position_embd.weight"))
     if exact or not name.endswith(".weight"):
         return gguf.GGMLQuantizationType.F32
-    if kind in SMALL and name in ("token_embd.weight", "output.weight"):
+    if kind in SMALL_TYPES and name in ("token_embd.weight", "output.weight"):
         kind = "q8_0"
     stored = gguf.GGMLQuantizationType[kind.upper()]
     if shape[-1] % gguf.GGML_QUANT_SIZES[stored][0]:
@@ -143,36 +143,36 @@ def _stored(name: str, shape: tuple[int, ...], kind: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor of a model directory that is read when it is asked for."""
+class StoredTensor:
+    """A tensor of a model directory that is loaded on demand."""
 
     path: Path
     name: str
     shape: tuple[int, ...]
 
     def load(self) -> torch.Tensor:
-        """The tensor; a file is mapped anew each time, so that what was read leaves the memory."""
+        """Loads the tensor; the file is mapped each time, so that memory is released."""
         with safe_open(self.path, framework="pt") as file:
             return file.get_tensor(self.name)
 
 
-def pieces(directory: Path) -> dict[str, Piece]:
-    """All tensors of a model directory by name, unread."""
-    tensors: dict[str, Piece] = {}
+def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """name -> tensor of a model directory, not loaded."""
+    tensors: dict[str, StoredTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             names = file.keys()
-            tensors |= {name: Piece(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
+            tensors |= {name: StoredTensor(path, name, tuple(file.get_slice(name).get_shape())) for name in names}
     return tensors
 
 
 def _tensors(
-    tensors: dict[str, Piece], config: dict[str, Any], arch: str
+    tensors: dict[str, StoredTensor], config: dict[str, Any], arch: str
 ) -> Iterator[tuple[str, tuple[int, ...], Callable[[], torch.Tensor]]]:
-    """Name, shape and content of the tensors to write; the experts of a layer are stacked."""
+    """(name, shape, loader) of the tensors to write; the experts of a layer are stacked."""
     for name, tensor in rope_tensors(config, arch):
         yield name, tuple(tensor.shape), tensor.clone
-    stacked: dict[str, list[Piece]] = {}
+    stacked: dict[str, list[StoredTensor]] = {}
     count = config.get("num_local_experts") or 0
     for name, piece in tensors.items():
         if name.endswith(SKIPPED) or (name == "lm_head.weight" and config.get("tie_word_embeddings")):
@@ -188,7 +188,7 @@ def _tensors(
         yield name, (count, *parts[0].shape), partial(_stack, parts)
 
 
-def _stack(parts: list[Piece]) -> torch.Tensor:
+def _stack(parts: list[StoredTensor]) -> torch.Tensor:
     return torch.stack([piece.load() for piece in parts])
 
 
@@ -196,7 +196,7 @@ def _stack(parts: list[Piece]) -> torch.Tensor:
 
 
 def _write_vocabulary(writer: Any, words: vocabulary.Vocabulary, directory: Path) -> None:
-    """Tokens, special ones, and the chat template; a begin token that the template writes is not added again."""
+    """Writes tokens, special tokens and the chat template; a BOS token in the template is not added twice."""
     from transformers import AutoTokenizer, GenerationConfig
 
     tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -233,9 +233,9 @@ def _write_vocabulary(writer: Any, words: vocabulary.Vocabulary, directory: Path
 def convert_adapter(
     factors: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: float, directory: Path, path: Path, kind: str
 ) -> None:
-    """Writes LoRA's (A, B) by the name of the weight they belong to; llama.cpp adds alpha / rank * B A.
+    """Writes LoRA's `factors`, name of a weight -> (A, B); llama.cpp adds alpha / rank * B A.
 
-    `directory` has the config of the base.
+    `directory` contains the base's config.
     """
     import gguf
 
@@ -247,8 +247,8 @@ def convert_adapter(
     for name, (a, b) in factors.items():
         new = names.get_name(name, try_suffixes=(".weight",))
         if new is None:
-            raise ConfigError(f"format=gguf_adapter: llama.cpp has no place for a LoRA on {name}.")
-        if arch == "llama":  # whose q and k have their rows in another order
+            raise ConfigError(f"format=gguf_adapter: llama.cpp has no tensor for a LoRA on {name}.")
+        if arch == "llama":  # its q and k rows have another order
             b = as_llamacpp(name, b, config, arch)
         for tensor, end in ((a, "lora_a"), (b, "lora_b")):
             stored = gguf.GGMLQuantizationType[kind.upper()]
@@ -264,7 +264,7 @@ def convert_adapter(
 
 
 def convert_by(checkout: str, directory: Path, path: Path, kind: str) -> None:
-    """The same by llama.cpp's converter in `checkout`; raises ConfigError with what it says when it fails."""
+    """Like `convert`, by llama.cpp's converter in `checkout`; raises ConfigError with its message if it fails."""
     script = Path(checkout).expanduser() / "convert_hf_to_gguf.py"
     command = [sys.executable, str(script), str(directory), "--outfile", str(path), "--outtype", kind]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -274,11 +274,12 @@ def convert_by(checkout: str, directory: Path, path: Path, kind: str) -> None:
 
 
 def quantize(source: Path, path: Path, kind: str) -> bool:
-    """Runs llama.cpp's llama-quantize; returns whether it is on the path."""
+    """Runs llama.cpp's llama-quantize; returns False if it is not on the path."""
     program = shutil.which("llama-quantize")
     if program is None:
         return False
     done = subprocess.run([program, str(source), str(path), kind.upper()], capture_output=True, text=True)
     if done.returncode:
-        raise ConfigError(f"type={kind}: llama-quantize failed ({done.stderr.strip().splitlines()[-1:]}).")
+        lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
+        raise ConfigError(f"type={kind}: llama-quantize failed ({lines[-1] if lines else 'no message'}).")
     return True

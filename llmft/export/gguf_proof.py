@@ -1,4 +1,4 @@
-"""A run to a GGUF file that llama.cpp was asked about: the run's tokens, and its texts with their probabilities."""
+"""Exports a run to a GGUF file and compares llama.cpp's tokens, texts and probabilities with the run's."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from llmft.model.families import base_of
 from llmft.model.load import drop_base
 
 BOUNDS = {"f32": 1e-2, "f16": 1e-2, "bf16": 1e-1, "q8_0": 1e-1}
-"""Mean difference of the log-probabilities of greedy tokens; smaller formats cost more, and what they cost is told.
+"""Bounds on the mean difference of greedy tokens' log-probabilities; for smaller types it is only printed.
 
-llama.cpp rounds what goes into a layer to the weights' format: SmolLM2-135M in f16 has 1.2e-2 at the most.
+llama.cpp rounds a layer's input to the weights' format: SmolLM2-135M in f16 has 1.2e-2 at most.
 """
 
 
 @dataclass(frozen=True)
-class Proof:
-    """What llama.cpp made of the questions that the run was asked."""
+class GgufProof:
+    """llama.cpp's agreement with the run on the same questions."""
 
     tokens_same: int
     texts_same: int
@@ -42,18 +42,18 @@ class Proof:
     def __str__(self) -> str:
         return (
             f"tokens of {self.tokens_same} of {self.texts} prompts the same, {self.texts_same} of {self.texts} greedy "
-            f"texts the same, log-probabilities {self.mean_difference:.1e} apart in the mean, at the most "
+            f"texts the same, log-probabilities differ by {self.mean_difference:.1e} on average, at most "
             f"{self.largest_difference:.1e}"
         )
 
 
 def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
-    """Writes a run as a GGUF file to `target`, and proves it.
+    """Writes a run as a GGUF file to `target` and compares it with the run.
 
-    Raises NotProved where llama.cpp reads other tokens, or gives other probabilities than the type allows.
+    Raises NotProved if llama.cpp's tokens differ, or its probabilities differ by more than the type allows.
     """
     if str(job.config.task.auto_class) != "causal_lm":
-        raise ConfigError(f"{job.run.directory}: GGUF files hold language models, and this run has a head.")
+        raise ConfigError(f"{job.run.directory}: GGUF files contain language models, and this run has a head.")
     if config.format is MergeFormat.gguf_adapter:
         _export_adapter(job, config, screen, target)
         return
@@ -67,11 +67,11 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
         prepared = merge.write(job, config, screen, directory)
         drop_base()
         if not is_installed():
-            screen.warn('not tried in llama.cpp: pip install "llmft[gguf]"; compared by transformers alone.')
+            screen.warn('not tested in llama.cpp: pip install "llmft[gguf]"; compared by transformers only.')
             merge.prove(prepared, config, screen, directory)
-        in_bf16 = prepared.facts["dtype"] == "bfloat16"
+        in_bf16 = prepared.record["dtype"] == "bfloat16"
         kind = config.type
-        if kind in QUANTIZED:  # made of a whole file
+        if kind in QUANTIZED:  # made from a file in 16 bits
             kind = "bf16" if in_bf16 else "f16"
         elif kind == "f16" and in_bf16:
             screen.warn("type=f16: this model needs the range of bf16; type=bf16 is safer.")
@@ -83,12 +83,12 @@ def export(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
             os.replace(scratch / "quantized", file)
             kind = config.type
         elif config.type in QUANTIZED:
-            whole = target.with_name(target.name.replace(config.type, kind))
+            unquantized = target.with_name(target.name.replace(config.type, kind))
             screen.warn(
-                f"type={config.type}: llama-quantize is not on the path; this makes it: "
-                f"llama-quantize {whole} {target} {config.type.upper()}"
+                f"type={config.type}: llama-quantize is not on the path; this command writes it: "
+                f"llama-quantize {unquantized} {target} {config.type.upper()}"
             )
-            target = whole
+            target = unquantized
         if is_installed():
             _prove(prepared, file, kind, config, screen)
         os.replace(file, target)
@@ -104,13 +104,13 @@ def _prove(prepared: merge.Prepared, file: Path, kind: str, config: MergeConfig,
         screen.warn(merge.COST)
     elif proof.tokens_same < proof.texts or proof.mean_difference > bound:
         raise NotProved(
-            f"{prepared.predictor.job.run.directory}: in llama.cpp the model is not the run: {proof}, and the bound "
+            f"{prepared.predictor.job.run.directory}: the model in llama.cpp differs from the run: {proof}; the bound "
             f"is {bound:.0e}; nothing was written."
         )
 
 
-def _compare(prepared: merge.Prepared, file: Path) -> Proof:
-    """Asks llama.cpp what the run was asked."""
+def _compare(prepared: merge.Prepared, file: Path) -> GgufProof:
+    """Asks llama.cpp the same questions as the run."""
     predictor, questions, answers = prepared.predictor, prepared.questions, prepared.answers
     count = max((len(text) for text in answers.texts), default=0) + 1
     longest = max((len(ids) for ids in questions.prompts), default=1)
@@ -123,27 +123,27 @@ def _compare(prepared: merge.Prepared, file: Path) -> Proof:
         generated = engine.generate(ids, count)
         texts += [token for token, _ in generated[: len(expected)]] == expected
         for (token, logprob), expected_token, value in zip(generated, expected, expected_logprobs, strict=False):
-            if logprob is not None:  # of the best token, also where it is another one
+            if logprob is not None:  # of llama.cpp's best token, also if it is another one
                 differences.append(abs(logprob - value))
             if token != expected_token:
                 break
     mean = sum(differences) / max(1, len(differences))
-    return Proof(tokens, texts, len(questions.prompts), mean, max(differences, default=0.0))
+    return GgufProof(tokens, texts, len(questions.prompts), mean, max(differences, default=0.0))
 
 
 # ---------------------------------------------------------------------------------------------------------- adapter
 
 
 def _export_adapter(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
-    """Writes the LoRA alone, for the GGUF file of its original base, where nothing of it would be lost."""
+    """Writes only the LoRA, for a GGUF file of its original base; raises ConfigError if something would be lost."""
     lora, run = job.config.lora, job.run.directory
     reasons = [
         ("it trained all weights", not lora.enabled),
         ("it has DoRA's magnitudes", lora.dora),
-        (f"it trained {', '.join(lora.modules_to_save)} whole", bool(lora.modules_to_save)),
+        (f"it trained {', '.join(lora.modules_to_save)} in full", bool(lora.modules_to_save)),
     ]
-    if reason := next((reason for reason, holds in reasons if holds), None):
-        raise ConfigError(f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot hold; use format=gguf.")
+    if reason := next((reason for reason, applies in reasons if applies), None):
+        raise ConfigError(f"format=gguf_adapter: {run}: {reason}, which a GGUF adapter cannot have; use format=gguf.")
     with scratch_directory(target) as scratch:
         predictor = merge.predictor_of(job, config)
         try:
@@ -157,12 +157,12 @@ def _export_adapter(job: PredictionJob, config: MergeConfig, screen: Screen, tar
     screen.print(f"[bold]gguf adapter[/bold]  {target} ({format_bytes(target.stat().st_size)})")
     if job.config.quantization.format is not QuantizationFormat.none:
         screen.warn(
-            "it was trained on a quantised base and will sit on another: the merged file, format=gguf, is exact."
+            "it was trained on a quantised base and will be used on another: the merged file, format=gguf, is exact."
         )
 
 
 def _factors(model: Any, job: PredictionJob) -> tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], float]:
-    """LoRA's (A, B) by weight, and the alpha with which llama.cpp scales them as PEFT does."""
+    """name of a weight -> LoRA's (A, B), and the alpha with which llama.cpp scales like PEFT."""
     from peft.tuners.lora.layer import LoraLayer
 
     factors, scaling = {}, 1.0

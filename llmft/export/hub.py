@@ -1,4 +1,4 @@
-"""What of a run goes to the Hub: weights, tokenizer, a template that other programs read, and a page about it."""
+"""Uploads a run to the Hub: weights, tokenizer, a template that other programs read, and a model card."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ TEMPLATE = "chat_template.jinja"
 
 @contextmanager
 def plan(config: PushConfig) -> Iterator[Path]:
-    """A folder with what is to be sent, of links where files are large; it is gone afterwards."""
+    """A temporary folder with the files to send, mostly links."""
     (directory,) = directories(config.run, "run")
     run, trained = finished_run(directory)
     is_adapter = config.what is Pushed.adapter and trained.lora.enabled
     source, description = {
-        Pushed.adapter: (run.adapter, "A LoRA adapter.") if is_adapter else (run.model, card.merged(trained)),
-        Pushed.merged: (directory / "merged", card.merged(trained)),
+        Pushed.adapter: (run.adapter, "A LoRA adapter.") if is_adapter else (run.model, card.describe_merged(trained)),
+        Pushed.merged: (directory / "merged", card.describe_merged(trained)),
         Pushed.gguf: (
             directory / "gguf",
             "A fine-tuned language model as GGUF files for llama.cpp, LM Studio and Ollama.",
@@ -36,7 +36,7 @@ def plan(config: PushConfig) -> Iterator[Path]:
     }[config.what]
     if not source.is_dir():
         command = f"python -m llmft.merge run={directory}{' format=gguf' if config.what is Pushed.gguf else ''}"
-        raise ConfigError(f"what={config.what.value}: not there yet; first `{command}`.")
+        raise ConfigError(f"what={config.what.value}: does not exist yet; first `{command}`.")
     with tempfile.TemporaryDirectory(prefix="llmft-push-") as name:
         folder = Path(name)
         for path in source.iterdir():
@@ -46,7 +46,7 @@ def plan(config: PushConfig) -> Iterator[Path]:
             _replace(folder / TEMPLATE, without_marks((source / TEMPLATE).read_text(encoding="utf-8")))
         if (folder / "adapter_config.json").exists():
             content = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-            # The base as others know it, and no directory of this machine.
+            # The public name of the base instead of a local directory.
             content["base_model_name_or_path"] = trained.model.id if trained.model.path is None else trained.model.label
             _replace(folder / "adapter_config.json", json.dumps(content, indent=2))
         title, library = config.repo.rpartition("/")[2], "peft" if is_adapter else "transformers"
@@ -62,36 +62,39 @@ def _replace(path: Path, text: str) -> None:
 def send(config: PushConfig, folder: Path) -> str:
     """Uploads `folder`; returns its address and who can see it.
 
-    Raises ConfigError in one sentence where the Hub cannot be reached, or refuses.
+    Raises ConfigError if the Hub cannot be reached, or refuses.
     """
     import huggingface_hub
     from huggingface_hub import constants
 
     token = huggingface_hub.get_token()
     if constants.HF_HUB_OFFLINE:
-        raise ConfigError(f"repo={config.repo}: HF_HUB_OFFLINE is set; unset it to send something.")
+        raise ConfigError(f"repo={config.repo}: HF_HUB_OFFLINE is set; unset it to upload.")
     if token is None:
         raise ConfigError(f"repo={config.repo}: nobody is logged in; `hf auth login`, or HF_TOKEN in the environment.")
     _check_token(config.repo, constants.ENDPOINT, token)
-    huggingface_hub.get_session().timeout = STALLED_S  # it has none of its own
+    session = huggingface_hub.get_session()
+    before, session.timeout = session.timeout, STALLED_S  # the shared client has no timeout by default
     api = huggingface_hub.HfApi(endpoint=constants.ENDPOINT, token=token, library_name="llmft")
     try:
         address = api.create_repo(config.repo, private=config.private, exist_ok=True)
         private = api.repo_info(address.repo_id).private
         if config.private and not private:
-            raise ConfigError(f"repo={config.repo}: it is there already, and public; private=false sends to it.")
+            raise ConfigError(f"repo={config.repo}: the repository exists and is public; private=false uploads to it.")
         api.upload_folder(repo_id=address.repo_id, folder_path=folder, commit_message="llmft: a run")
     except ConfigError:
         raise
-    except Exception as error:  # of the Hub, of its client, and of the client's client
+    except Exception as error:  # of the Hub, its client, or the HTTP client
         reason = error.__cause__ or error
         line = (str(reason).splitlines() or [""])[0] or type(reason).__name__
-        raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} did not take it ({line[:200]}).") from None
+        raise ConfigError(f"repo={config.repo}: {constants.ENDPOINT} did not accept it ({line[:200]}).") from None
+    finally:
+        session.timeout = before
     return f"{address} ({'private' if private else 'PUBLIC'})"
 
 
 def _check_token(repo: str, endpoint: str, token: str) -> None:
-    """Asks the Hub who we are, before its client begins to try again and again."""
+    """Checks the token before the upload, since the Hub's client would retry many times; raises ConfigError."""
     try:
         headers = {"Authorization": f"Bearer {token}"}
         status, content = ask(f"{endpoint}/api/whoami-v2", PROBE_TIMEOUT_S, headers=headers)
@@ -101,6 +104,6 @@ def _check_token(repo: str, endpoint: str, token: str) -> None:
     except (ValueError, TypeError):
         known = False
     if status == 401:
-        raise ConfigError(f"repo={repo}: {endpoint} does not know this token; `hf auth login` with one that may write.")
+        raise ConfigError(f"repo={repo}: {endpoint} does not accept this token; `hf auth login` with one for writing.")
     if not known:
-        raise ConfigError(f"repo={repo}: {endpoint} gives no Hub's answer (status {status}); nothing was sent.")
+        raise ConfigError(f"repo={repo}: {endpoint} does not answer like a Hub (status {status}); nothing was sent.")

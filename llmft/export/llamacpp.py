@@ -1,4 +1,4 @@
-"""llama.cpp itself, by the package xllamacpp where it is installed: what it makes of a GGUF file's tokens and texts."""
+"""llama.cpp by the package xllamacpp: tokens and texts of a GGUF file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 
 def is_installed() -> bool:
-    """Whether GGUF files can be tried here."""
+    """Whether xllamacpp is installed."""
     return importlib.util.find_spec("xllamacpp") is not None
 
 
@@ -32,16 +32,16 @@ class LlamaCpp:
         self.server = xllamacpp.Server(parameters)
 
     def tokens(self, text: str) -> list[int]:
-        """The tokens of a prompt, in which special ones are written out."""
+        """The tokens of a prompt, in which special tokens are parsed."""
         request = {"content": text, "add_special": False, "parse_special": True}
         return list(self._post("/tokenize", request)["tokens"])
 
     def prompt(self, messages: list[dict[str, Any]]) -> str:
-        """What the file's own chat template makes of `messages`."""
+        """`messages` rendered by the file's chat template."""
         return str(self._post("/apply-template", {"messages": messages})["prompt"])
 
     def generate(self, ids: list[int], count: int) -> list[tuple[int, float | None]]:
-        """Greedy tokens behind `ids`, each with its log-probability, which parts of a character have none of."""
+        """(token, log-probability) of the greedy continuation of `ids`; None for tokens of partial characters."""
         request = {"prompt": ids, "n_predict": count, "temperature": 0, "n_probs": 1, "return_tokens": True}
         answer = self._post("/completion", {**request, "cache_prompt": False})
         known = [(int(entry["id"]), float(entry["logprob"])) for entry in answer["completion_probabilities"]]

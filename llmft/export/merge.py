@@ -1,4 +1,4 @@
-"""Runs to standalone models: a directory of transformers, compared with its run before it counts."""
+"""Exports runs as standalone transformers directories, each compared with its run before it is kept."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from llmft.core.machine import available_memory
 from llmft.evaluation.jobs import PredictionJob
 from llmft.evaluation.predictor import Predictor
 from llmft.export import card, proof, template, weights
-from llmft.export.targets import DTYPE_NAMES, FACTS, NotProved
+from llmft.export.targets import DTYPE_NAMES, RECORD, NotProved
 from llmft.model.device import pick_device, pick_precision
 from llmft.model.families import base_of
 from llmft.model.load import drop_base
 from llmft.model.meta import auto_model
 
 FP16_HEADROOM = 65504 / 2
-"""Numbers inside the model above it: computed in fp16, other texts would overflow."""
+"""Above this activation, other texts could overflow in fp16."""
 COST = "base=original: the adapter was trained on the quantised base; the numbers above are its cost."
 
 
 @dataclass
 class Prepared:
-    """A run whose merged weights are written and not proved yet, without its model."""
+    """A run whose merged weights are written but not compared yet; its model is released."""
 
     predictor: Predictor
     questions: proof.Questions
-    answers: proof.Answers
-    facts: dict[str, Any]
+    answers: proof.ModelAnswers
+    record: dict[str, Any]
 
 
 def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path) -> None:
-    """Writes a directory of transformers, and proves it before it takes the place `target`.
+    """Writes a transformers directory and compares it with the run before it is moved to `target`.
 
-    Raises NotProved above the bound.
+    Raises NotProved if the difference exceeds the bound.
     """
     with staged_directory(target) as staged:
         prepared = write(job, config, screen, staged)
@@ -54,7 +54,7 @@ def merged(job: PredictionJob, config: MergeConfig, screen: Screen, target: Path
 
 
 def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Path) -> Prepared:
-    """Writes a run's merged model into `directory`, and asks the run what the merged one is compared with."""
+    """Writes a run's merged model into `directory`, and computes the run's answers for the comparison."""
     run = job.run.directory
     screen.print(f"[bold]{run.name}[/bold]")
     source = predictor = predictor_of(job, config)
@@ -64,15 +64,15 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
         answers = proof.answers_of_run(predictor, questions)
         if config.base is MergeBase.original:
             source = _on_original(predictor, job, config)
-        plain = weights.plain(source.model, str(job.config.task.auto_class))
-        _describe(plain.config, predictor, job)
-        stored = _write_weights(source.model, plain, directory, config, answers, screen)
+        plan = weights.plan_export(source.model, str(job.config.task.auto_class))
+        _describe(plan.config, predictor, job)
+        stored = _write_weights(source.model, plan, directory, config, answers, screen)
         notes = _write_rest(predictor, source, directory)
         for note in notes:
             screen.warn(note)
     finally:
         source.close()
-    facts = {
+    record = {
         "run": run.name,
         "key": job.run.key,
         "weights": job.run.digests(),
@@ -84,14 +84,14 @@ def write(job: PredictionJob, config: MergeConfig, screen: Screen, directory: Pa
         "stop": [text for text in [predictor.encoder.ends.text, *job.config.prompt.stop] if text],
         "llmft": __version__,
     }
-    return Prepared(predictor, questions, answers, facts)
+    return Prepared(predictor, questions, answers, record)
 
 
 def predictor_of(job: PredictionJob, config: MergeConfig) -> Predictor:
-    """The run computed in fp32, so that rounding in bf16 is not taken for a difference of the merged model."""
+    """A predictor of the run in fp32, so that bf16 rounding does not count as a difference."""
     trainer = job.config.trainer
     if pick_precision(trainer.precision, pick_device(config.accelerator)) is not Precision.fp32:
-        quantization = replace(job.config.quantization, cache=False)  # of numbers that trainings compute with
+        quantization = replace(job.config.quantization, cache=False)  # the cache is for the training precision
         trainer = replace(trainer, precision=Precision.fp32)
         job = replace(job, config=replace(job.config, trainer=trainer, quantization=quantization))
     run = str(job.run.directory)
@@ -99,28 +99,33 @@ def predictor_of(job: PredictionJob, config: MergeConfig) -> Predictor:
 
 
 def _on_original(predictor: Predictor, job: PredictionJob, config: MergeConfig) -> Predictor:
-    """The run's adapter on the base before quantisation."""
+    """A predictor with the run's adapter on the unquantised base."""
     if not job.config.lora.enabled:
         raise ConfigError("base=original: this run trained all weights and has no base; leave it out.")
     predictor.close()
     drop_base()
-    whole = replace(job.config, quantization=QuantizationConfig(QuantizationFormat.none))
-    return predictor_of(replace(job, config=whole), config)
+    unquantized_config = replace(job.config, quantization=QuantizationConfig(QuantizationFormat.none))
+    return predictor_of(replace(job, config=unquantized_config), config)
 
 
 def _write_weights(
-    model: Any, plain: weights.Plain, directory: Path, config: MergeConfig, answers: proof.Answers, screen: Screen
+    model: Any,
+    plan: weights.ExportPlan,
+    directory: Path,
+    config: MergeConfig,
+    answers: proof.ModelAnswers,
+    screen: Screen,
 ) -> torch.dtype:
-    """Writes in fp16 where the range of weights and of what is computed allows, else in bf16; returns which."""
+    """Writes in fp16 if weights and activations are in its range, else in bf16; returns the dtype."""
     dtypes = [torch.float16, torch.bfloat16]
     if config.dtype is not Stored.auto:
         dtypes = [getattr(torch, DTYPE_NAMES[config.dtype])]
     elif answers.largest > FP16_HEADROOM:
-        screen.print(f"bf16: numbers up to {answers.largest:,.0f} are computed inside, near the end of fp16's range")
+        screen.print(f"bf16: activations reach {answers.largest:,.0f}, near the end of fp16's range")
         dtypes = [torch.bfloat16]
     for dtype in dtypes:
         try:
-            weights.write(model, plain, directory, dtype)
+            weights.write(model, plan, directory, dtype)
             return dtype
         except weights.Overflow as error:
             for path in directory.glob("*.safetensors"):
@@ -130,7 +135,7 @@ def _write_weights(
 
 
 def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
-    """Puts classes, and the end and padding tokens, into transformers' config."""
+    """Sets classes, end and padding tokens in the transformers config."""
     heads = str(job.config.task.auto_class) == "sequence_classification"
     if heads and job.labels:
         config.id2label = dict(enumerate(job.labels))
@@ -139,14 +144,14 @@ def _describe(config: Any, predictor: Predictor, job: PredictionJob) -> None:
         config.problem_type = kinds.get(job.problem, "regression")
     ids = predictor.encoder.ends.ids
     config.eos_token_id = (ids if len(ids) > 1 else ids[0]) if ids else None
-    # transformers reads a decoder's scores before the padding, so a token that ends rows must not be it.
+    # transformers reads a decoder's scores before the padding, so it must not be a token that ends rows.
     if heads and predictor.tokenizer.pad_token_id in ids:
         predictor.tokenizer.pad_token = predictor.tokenizer.bos_token or predictor.tokenizer.unk_token
     config.pad_token_id = predictor.tokenizer.pad_token_id
 
 
 def _write_rest(predictor: Predictor, source: Predictor, directory: Path) -> list[str]:
-    """Tokenizer, template and generation's defaults; returns what is to be told."""
+    """Writes tokenizer, template and generation config; returns notes for the user."""
     tokenizer = copy.deepcopy(predictor.tokenizer)
     ends, prompt = predictor.encoder.ends, predictor.encoder.prompt
     tokenizer.chat_template, notes = template.exported_template(prompt.config, predictor.tokenizer)
@@ -164,14 +169,14 @@ def _write_rest(predictor: Predictor, source: Predictor, directory: Path) -> lis
         generation.bos_token_id = tokenizer.bos_token_id
         generation.save_pretrained(directory)
     if ends.text:
-        notes.append(f"answers end in {ends.text!r}, several tokens: tell it to a server as a stop string")
+        notes.append(f"answers end in {ends.text!r}, several tokens: set it as a stop string in a server")
     return notes
 
 
 def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Path) -> None:
-    """Loads what was written by plain transformers and compares it with the run."""
+    """Loads the exported model by plain transformers and compares it with the run; raises NotProved."""
     predictor, device = prepared.predictor, prepared.predictor.device
-    stored = getattr(torch, prepared.facts["dtype"])
+    stored = getattr(torch, prepared.record["dtype"])
     size = sum(path.stat().st_size for path in directory.glob("*.safetensors"))
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else available_memory()
     computed = torch.float32 if free is None or size * 4 // stored.itemsize < 0.8 * free else stored
@@ -180,18 +185,18 @@ def prove(prepared: Prepared, config: MergeConfig, screen: Screen, directory: Pa
     result = proof.compare(prepared.answers, proof.answers_of_plain(model.eval(), predictor, prepared.questions))
     del model
     bound = config.bound or proof.bound_of(stored, computed, predictor.config.quantization.format)
-    prepared.facts["proof"] = {**asdict(result), "bound": bound, "rows": prepared.questions.source}
+    prepared.record["proof"] = {**asdict(result), "bound": bound, "rows": prepared.questions.source}
     screen.print(
-        f"  {prepared.facts['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
+        f"  {prepared.record['dtype']}, {format_bytes(size)}; against the run on {len(prepared.questions.rows)} "
         f"{prepared.questions.source}: {result}"
     )
     if config.base is MergeBase.original and config.bound is None:
         screen.warn(COST)
-    elif not result.holds(bound):
+    elif not result.is_within(bound):
         raise NotProved(
-            f"{predictor.job.run.directory}: the merged model is not the run: {result}, and the bound is {bound:.0e} "
+            f"{predictor.job.run.directory}: the merged model differs from the run: {result}; the bound is {bound:.0e} "
             "nats; nothing was written."
         )
     if predictor.config.task.auto_class == "causal_lm":
-        card.write(directory, prepared.facts, predictor.config, predictor.job.run)
-    (directory / FACTS).write_text(json.dumps(prepared.facts, indent=1, ensure_ascii=False))
+        card.write(directory, prepared.record, predictor.config, predictor.job.run)
+    (directory / RECORD).write_text(json.dumps(prepared.record, indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""A model's answers to a few of a run's validation rows, and how far another form of it is from them."""
+"""Compares the answers of a run and its exported model on a few validation rows."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from llmft.training.prepare import prepare
 
 ROWS = 8
 POSITIONS = 64
-"""Compared in each row, its last ones: a vocabulary of 256,000 takes a megabyte for each."""
+"""Positions compared per row, the last ones: each takes a megabyte for a vocabulary of 256,000."""
 NEW_TOKENS = 64
 BOUNDS = {torch.float32: 1e-5, torch.float16: 1e-4, torch.bfloat16: 3e-3}
-"""KL divergence in nats per token, by what is stored.
+"""Bounds on the KL divergence in nats per token, by stored dtype.
 
 Measured on trained 4-bit runs computed in fp32: 5e-7 stored in fp16, 3e-5 in bf16; 1.4e-2 and more for merges that
 requantise or take the original base.
 """
 ROUNDED = 1e-2
-"""The bound where one of the two is computed in 16 bits or with 8-bit activations, whose rounding costs 2e-3 itself."""
+"""The bound if one of the two computes in 16 bits or with 8-bit activations, whose rounding alone costs 2e-3."""
 LEAST_ARGMAX = 0.95
 QUESTIONS = ("Why is the sky blue?", "Write a short poem about rain.", "What is 17 + 25?", "Name three colours.")
-"""Asked where the training's rows are no longer there."""
+"""Asked if the training rows no longer exist."""
 
 
 @dataclass
 class Questions:
-    """What a run and its exported form are both asked.
+    """The inputs for both a run and its exported model.
 
     Attributes:
-        rows: token ids, and which of them are compared; prompts: token ids to be gone on with.
+        rows: token ids, labels mark the compared positions. prompts: token ids to be continued.
     """
 
     conversations: list[Conversation]
@@ -52,12 +52,12 @@ class Questions:
 
     @classmethod
     def of(cls, predictor: Predictor) -> Questions:
-        """The first validation rows of the run, read again; questions of our own where its files are gone."""
+        """The first validation rows of the run; fixed questions if its files no longer exist."""
         source, read = "validation rows", True
         try:
             conversations = prepare(predictor.config, open_directory=False).conversations["validation"][:ROWS]
         except (ConfigError, DataError, OSError):
-            source, read = "questions, since the rows of the training are not there", False
+            source, read = "questions, since the training rows no longer exist", False
             conversations = [
                 Conversation([{"role": "user", "content": text}], where=f"question {number}", target=0)
                 for number, text in enumerate(QUESTIONS, 1)
@@ -74,20 +74,20 @@ class Questions:
 
 
 @dataclass
-class Answers:
-    """Log-probabilities (positions, vocabulary) or scores (1, classes) of each row, and texts for each prompt."""
+class ModelAnswers:
+    """Log-probabilities (positions, vocabulary) or scores (1, classes) of each row, and a text for each prompt."""
 
     outputs: list[torch.Tensor] = field(default_factory=list)
     texts: list[list[int]] = field(default_factory=list)
     probabilities: list[list[float]] = field(default_factory=list)
     """Log-probabilities of the tokens of `texts`."""
     largest: float = 0.0
-    """The largest number that a layer put out: whether fp16 can hold it."""
+    """The largest absolute output of any layer, to check fp16's range."""
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far an exported model is from its run."""
+    """The difference between an exported model and its run."""
 
     kl_nats: float
     argmax: float
@@ -100,14 +100,14 @@ class Proof:
         texts = f", {self.texts_same} of {self.texts} greedy texts the same" if self.texts else ""
         return f"KL {self.kl_nats:.1e} nats per token, {self.argmax:.2%} of {self.positions} argmaxes the same{texts}"
 
-    def holds(self, bound: float) -> bool:
-        """Whether it is near enough."""
+    def is_within(self, bound: float) -> bool:
+        """Whether the difference is small enough."""
         return self.kl_nats <= bound and self.argmax >= LEAST_ARGMAX
 
 
-def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
-    """What the run itself says, computed as its validation was."""
-    model, answers = predictor.model, Answers()
+def answers_of_run(predictor: Predictor, questions: Questions) -> ModelAnswers:
+    """The run's answers, computed as in its validation."""
+    model, answers = predictor.model, ModelAnswers()
     with torch.no_grad(), predictor.autocast(), _largest_output(model, answers):
         for row in questions.rows:
             if str(predictor.config.task.auto_class) == "sequence_classification":
@@ -125,9 +125,9 @@ def answers_of_run(predictor: Predictor, questions: Questions) -> Answers:
     return answers
 
 
-def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> Answers:
-    """What plain transformers says with an exported model."""
-    answers = Answers()
+def answers_of_plain(model: Any, predictor: Predictor, questions: Questions) -> ModelAnswers:
+    """The answers of an exported model in plain transformers."""
+    answers = ModelAnswers()
     with torch.no_grad():
         for row in questions.rows:
             if str(predictor.config.task.auto_class) == "sequence_classification":
@@ -150,7 +150,7 @@ def _log_probabilities(model: Any, row: Example) -> torch.Tensor:
 
 
 def _texts(model: Any, predictor: Predictor, questions: Questions) -> list[list[int]]:
-    """Greedy continuations, one prompt at a time, so that padding changes nothing."""
+    """Greedy continuations, one prompt at a time to avoid effects of padding."""
     return generate(
         model,
         questions.prompts,
@@ -163,8 +163,8 @@ def _texts(model: Any, predictor: Predictor, questions: Questions) -> list[list[
 
 
 @contextmanager
-def _largest_output(model: Any, answers: Answers) -> Iterator[None]:
-    """Notes the largest number that any layer puts out."""
+def _largest_output(model: Any, answers: ModelAnswers) -> Iterator[None]:
+    """Records the largest absolute output of any layer in `answers.largest`."""
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.is_floating_point() and output.numel():
@@ -178,13 +178,13 @@ def _largest_output(model: Any, answers: Answers) -> Iterator[None]:
             handle.remove()
 
 
-def compare(run: Answers, other: Answers) -> Proof:
-    """How far `other` is from `run`."""
+def compare(run: ModelAnswers, other: ModelAnswers) -> Proof:
+    """The difference of `other` from `run`."""
     outputs, other_outputs = torch.cat(run.outputs), torch.cat(other.outputs)
     difference = float((outputs - other_outputs).abs().max())
     p, q = outputs.double().log_softmax(-1), other_outputs.double().log_softmax(-1)
     kl = float((p.exp() * (p - q)).sum(-1).mean())
-    if p.shape[1] == 1:  # a number, which is no distribution
+    if p.shape[1] == 1:  # regression: not a distribution
         kl = difference**2
     return Proof(
         kl_nats=max(0.0, kl),
@@ -197,6 +197,6 @@ def compare(run: Answers, other: Answers) -> Proof:
 
 
 def bound_of(stored: torch.dtype, computed: torch.dtype, quantization: QuantizationFormat) -> float:
-    """The largest KL divergence that is rounding alone."""
+    """The largest KL divergence that rounding alone can cause."""
     rounds = computed is not torch.float32 or quantization is QuantizationFormat.int8
     return ROUNDED if rounds else BOUNDS[stored]

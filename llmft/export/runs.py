@@ -1,4 +1,4 @@
-"""The runs of a command, each in the form that it asks for."""
+"""Exports the runs of a command in the requested format."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from llmft.runs.directory import usable
 
 
 def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
-    """Writes each run that `config` names; returns where. What is there already, of the same weights, stays.
+    """Exports each run that `config` names; returns the paths. Up-to-date exports are kept.
 
-    Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that is not its run.
+    Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that differs from its run.
     """
     check_format(config)
     jobs = usable(config.run, "run", opened, screen.warn)
@@ -36,7 +36,7 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
                     merged(job, config, screen, target)
                     screen.print(f"[bold]merged[/bold]  {target}")
             targets.append(target)
-        except NotProved as error:  # the others are made all the same
+        except NotProved as error:  # the others are still exported
             if len(jobs) > 1:
                 screen.warn(str(error))
             failed = error

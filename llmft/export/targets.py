@@ -1,4 +1,4 @@
-"""Which runs are exported, in which form and where to: all that is told before torch is imported."""
+"""Selects runs to export, their format and target path, without importing torch."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from llmft.evaluation.jobs import PredictionJob, targets_of
 from llmft.evaluation.prediction_sets import EnsembleRecipe
 from llmft.runs.directory import ForeignRun, finished_run
 
-FACTS = "llmft.json"
-"""What a merged directory says of itself."""
+RECORD = "llmft.json"
+"""The record in a merged directory."""
 WRITTEN = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 """Number formats that the package gguf writes."""
 QUANTIZED = (
     *("q2_k", "q3_k_s", "q3_k_m", "q3_k_l", "q4_k_s", "q4_k_m", "q5_k_s", "q5_k_m", "q6_k"),
     *("iq1_s", "iq1_m", "iq2_xxs", "iq2_xs", "iq2_s", "iq2_m", "iq3_xxs", "iq3_s", "iq3_m", "iq4_nl", "iq4_xs"),
 )
-"""Those that only llama.cpp's own llama-quantize writes."""
+"""Types that only llama.cpp's llama-quantize writes."""
 
 DTYPE_NAMES = {Stored.fp16: "float16", Stored.bf16: "bfloat16", Stored.fp32: "float32"}
 
 
 class NotProved(UserError):
-    """What was exported is not its run."""
+    """An exported model differs from its run."""
 
     exit_code = 1
 
 
 def opened(directory: Path) -> PredictionJob:
-    """A finished run's config, classes and weights as commands that export or serve want it.
+    """A finished run (or an adapter directory of PEFT) as a job for export or serving.
 
-    A directory that PEFT wrote counts as one. Raises ConfigError for what has no language model of its own.
+    Raises ConfigError for anything without a language model of its own.
     """
     if (directory / "adapter_config.json").is_file():
         return opened(directory.parent) if (directory.parent / "run.json").is_file() else foreign(directory)
     if not (directory / "run.json").exists():
         raise ConfigError(
-            f"{directory}: no run directory and no adapter: neither run.json nor adapter_config.json there."
+            f"{directory}: neither a run directory nor an adapter: it has no run.json and no adapter_config.json."
         )
     if EnsembleRecipe.of(directory) is not None:
-        raise ConfigError(f"{directory}: several runs joined; name one run directory of outputs/runs.")
+        raise ConfigError(f"{directory}: an ensemble of runs; name one run directory of outputs/runs.")
     run, trained = finished_run(directory)
     job = PredictionJob(run, trained, directory, target_model=targets_of(run, trained))
     if job.baseline:
-        raise ConfigError(f"{directory}: a baseline without a language model, which is nothing to export or talk to.")
+        raise ConfigError(f"{directory}: a baseline without a language model cannot be exported or served.")
     return job
 
 
 def foreign(directory: Path) -> PredictionJob:
-    """Somebody else's adapter on the base that it names, as it is stored, with the chat template of its tokenizer.
+    """An adapter from elsewhere on the base that it names, with the chat template of the base's tokenizer.
 
-    Raises ConfigError for an adapter of another kind, or a base that is not here.
+    Raises ConfigError for an unsupported adapter, or a base that is not found.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -71,7 +71,7 @@ def foreign(directory: Path) -> PredictionJob:
     if not base:
         raise ConfigError(f"{path}: base_model_name_or_path is empty; write the path or Hub id of its base there.")
     if adapter.get("task_type") not in ("CAUSAL_LM", None):
-        raise ConfigError(f"{path}: task_type={adapter['task_type']}; only adapters of language models are taken.")
+        raise ConfigError(f"{path}: task_type={adapter['task_type']}; only adapters of language models are supported.")
     make_known("train", TrainConfig)
     GlobalHydra.instance().clear()
     overrides = ["model=local", "quantization=none", "data=messages", "logger=none"]
@@ -79,26 +79,26 @@ def foreign(directory: Path) -> PredictionJob:
         composed = hydra.compose("train", overrides)
     local = Path(base).expanduser().is_dir()
     composed.model.update({"path": base} if local else {"path": None, "id": base})
-    composed.data.files = str(directory / "rows")  # which are not known
+    composed.data.files = str(directory / "rows")  # unknown
     composed.lora.update({"r": adapter["r"], "alpha": adapter["lora_alpha"], "dora": adapter.get("use_dora", False)})
     composed.lora.modules_to_save = adapter.get("modules_to_save") or []
     config = to_config(composed, TrainConfig)
     try:
         located = locate(config.model)
     except ConfigError as error:
-        raise ConfigError(f"{path}: base_model_name_or_path={base} (a path may stand there, too): {error}") from None
+        raise ConfigError(f"{path}: base_model_name_or_path={base} (a local path is possible too): {error}") from None
     run = ForeignRun(directory, "", fingerprint=located.fingerprint)
     return PredictionJob(run, config, directory)
 
 
 def check_format(config: MergeConfig) -> None:
-    """Raises ConfigError for a form that cannot be written here."""
+    """Raises ConfigError for a format that cannot be written."""
     if config.format is MergeFormat.hf:
         return
     if config.type not in (*WRITTEN, *QUANTIZED):
         raise ConfigError(f"type={config.type}: no such type{did_you_mean(config.type, (*WRITTEN, *QUANTIZED))}")
     if config.format is MergeFormat.gguf_adapter and config.type not in ("f32", "f16", "bf16"):
-        raise ConfigError(f"type={config.type}: an adapter is small and stays exact; choose f16, bf16 or f32.")
+        raise ConfigError(f"type={config.type}: adapters are not quantised; choose f16, bf16 or f32.")
     checkout = None if config.converter is None else Path(config.converter).expanduser()
     if checkout is not None and not (checkout / "convert_hf_to_gguf.py").is_file():
         raise ConfigError(f"converter={checkout}: no convert_hf_to_gguf.py there; name a checkout of llama.cpp.")
@@ -107,20 +107,22 @@ def check_format(config: MergeConfig) -> None:
 
 
 def is_current(directory: Path, job: PredictionJob, config: MergeConfig) -> bool:
-    """Whether a merged directory is of these weights and options."""
+    """Whether a merged directory has these weights and options."""
     try:
-        facts = json.loads((directory / FACTS).read_text())
+        record = json.loads((directory / RECORD).read_text())
     except (OSError, ValueError):
         return False
     wanted = None if config.dtype is Stored.auto else DTYPE_NAMES[config.dtype]
     base = config.base.value if job.config.lora.enabled else None
     return (
-        facts.get("weights") == job.run.digests() and facts.get("base") == base and wanted in (None, facts.get("dtype"))
+        record.get("weights") == job.run.digests()
+        and record.get("base") == base
+        and wanted in (None, record.get("dtype"))
     )
 
 
 def target_of(job: PredictionJob, config: MergeConfig, several: bool) -> Path:
-    """Where the merged model of a run goes."""
+    """The path of a run's exported model."""
     run = job.run.directory
     if config.format is MergeFormat.hf:
         return run / "merged" if config.to is None else Path(config.to).expanduser() / (run.name if several else "")

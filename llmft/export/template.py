@@ -1,4 +1,4 @@
-"""A run's prompt format as one chat template that other programs take."""
+"""Exports a run's prompt format as one chat template for other programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PREPARE = """\
 {%- endfor -%}
 {%- set messages = prep.turns -%}
 """
-"""What `PromptFormat.prepare` does to messages before the format's own template sees them."""
+"""Applies `PromptFormat.prepare` to the messages before the format's own template."""
 
 NATIVE = """\
 {%- set prep = namespace(turns=[], instruction=INSTRUCTION) -%}
@@ -47,28 +47,28 @@ NATIVE = """\
 {%- endfor -%}
 {%- set messages = prep.turns -%}
 """
-"""The same where the format has a place of its own for a system prompt."""
+"""The same for a format with a native system prompt."""
 
 
 def without_marks(template: str) -> str:
-    """`template` without `{% generation %}`, which other engines do not know; its white space stays as it was.
+    """`template` without `{% generation %}`, which other engines do not know, with the same white space.
 
-    A comment takes the tag's place, since it can trim white space on the same sides.
+    The tag is replaced by a comment, which trims white space on the same sides.
     """
     return _MARK.sub(r"{#\1 \2#}", template)
 
 
 def exported_template(prompt: PromptConfig, tokenizer: Any) -> tuple[str, list[str]]:
-    """The template of a run's format for other programs, and what is to be told of it.
+    """The template of a run's format for other programs, and notes for the user.
 
-    It puts a system prompt and an instruction where the run's format does, and takes a system prompt in any format,
-    since programs send one of their own.
+    It puts a system prompt and an instruction where the run's format does, and accepts a system prompt in any format,
+    since other programs send their own.
     """
     template, notes = without_marks(prompt.template or ""), []
     role = prompt.system_role
     if role is SystemRole.native and not _takes_system(template, tokenizer):
         role = SystemRole.merge
-        notes.append("its template has no place for a system prompt, so one is put before the question")
+        notes.append("its template has no system prompt, so one is put before the question")
     elif role is SystemRole.refuse:
         role = SystemRole.merge
         notes.append(f"prompt={prompt.name} refuses a system prompt; the exported template puts it before the question")
@@ -93,13 +93,13 @@ def _takes_system(template: str, tokenizer: Any) -> bool:
 
 
 def check_template(tokenizer: Any, prompt: PromptFormat, run: Path) -> None:
-    """Raises ConfigError where the exported `tokenizer` writes a prompt otherwise than the run's format does."""
+    """Raises ConfigError if the exported `tokenizer` renders a prompt differently from the run's format."""
     turns = [{"role": "user", "content": "One?"}, {"role": "assistant", "content": "Two."}]
     for messages in ([turns[0]], [*turns, {"role": "user", "content": "Three?"}]):
         try:
             text = prompt.render(messages, add_generation_prompt=True).text
         except ValueError:
-            continue  # a format of one turn alone
+            continue  # a single-turn format
         exported = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if exported != text:
             raise ConfigError(

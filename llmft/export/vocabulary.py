@@ -1,8 +1,8 @@
-"""A tokenizer as llama.cpp reads it, from tokenizer.json alone.
+"""Converts tokenizer.json to the vocabulary of a GGUF file.
 
-llama.cpp knows how a text is cut into words by a name, `tokenizer.ggml.pre`, for which its own converter asks a list of
-hashes of known tokenizers. Here the name follows from the regular expressions in tokenizer.json, so a tokenizer that
-somebody trained is as good as one on the list.
+llama.cpp selects its pre-tokenizer by a name, `tokenizer.ggml.pre`, which its own converter looks up in a list of
+hashes of known tokenizers. Here the name is derived from the regular expressions in tokenizer.json, so newly trained
+tokenizers work too.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ PRE = {
     (rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_CASED_REST}",): "tekken",
     (rf"{_CASED[0]}{_WORDS}?|{_CASED[1]}{_WORDS}?|\p{{N}}{{1,3}}|{_CASED_REST}",): "gpt-4o",
 }
-"""Names of llama.cpp (src/llama-vocab.cpp) by the steps that cut a text into words."""
+"""Steps of the pre-tokenizer -> its name in llama.cpp (src/llama-vocab.cpp)."""
 
 
 @dataclass
 class Vocabulary:
-    """What a GGUF file says of a tokenizer.
+    """A tokenizer as stored in a GGUF file.
 
     Attributes:
         kind: "gpt2" for byte-level BPE, "llama" for SentencePiece's.
-        scores: of SentencePiece's pieces: what is joined first.
-        space: whether a space is put before a text; None where the kind has no such thing.
+        scores: of SentencePiece's pieces; the highest are merged first.
+        space: whether a space is prepended to a text; None if the kind has no such option.
     """
 
     kind: str
@@ -57,14 +57,14 @@ class Vocabulary:
 
 
 def read(directory: Path, size: int) -> Vocabulary:
-    """The tokenizer of a model directory with `size` embeddings.
+    """Reads the tokenizer of a model directory with `size` embeddings.
 
-    Raises ConfigError for one that llama.cpp has no form for.
+    Raises ConfigError for one that llama.cpp does not support.
     """
     content = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
     model = content["model"]
     if model.get("type") != "BPE":
-        raise ConfigError(f"{directory}: a {model.get('type')} tokenizer, which format=gguf does not write.")
+        raise ConfigError(f"{directory}: format=gguf does not support a {model.get('type')} tokenizer.")
     added = {entry["id"]: entry for entry in content.get("added_tokens", [])}
     byte_level = any(step["type"] == "ByteLevel" for step in _steps(content.get("pre_tokenizer")))
     pieces = {number: piece for piece, number in model["vocab"].items()}
@@ -89,22 +89,22 @@ def read(directory: Path, size: int) -> Vocabulary:
         joined = [" ".join(part.replace(" ", "Ġ") for part in pair) for pair in merges]
         return Vocabulary("gpt2", _pre(content, directory), tokens, types, merges=joined)
     if not model.get("byte_fallback"):
-        raise ConfigError(f"{directory}: a tokenizer without bytes to fall back on, which llama.cpp has no form for.")
+        raise ConfigError(f"{directory}: llama.cpp does not support a tokenizer without byte fallback.")
     scores = _scores(model["vocab"], merges, added, types)
-    if (directory / "tokenizer.model").is_file():  # SentencePiece's own scores, as far as its file goes
+    if (directory / "tokenizer.model").is_file():  # SentencePiece's own scores for the tokens in its file
         from sentencepiece import SentencePieceProcessor
 
         processor = SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
         for number in range(min(size, processor.GetPieceSize())):
             scores[number] = processor.GetScore(number)
-    # "first" puts a space at the beginning of all, where a begin token stands.
+    # The scheme "first" prepends a space only at the very start, which is the BOS token.
     prepends = any(step["type"] == "Prepend" for step in _steps(content.get("normalizer")))
     schemes = [s.get("prepend_scheme") for s in _steps(content.get("pre_tokenizer")) if s["type"] == "Metaspace"]
     return Vocabulary("llama", "default", tokens, types, scores, space=prepends or "always" in schemes)
 
 
 def _steps(node: Any) -> list[dict[str, Any]]:
-    """The steps of a pre-tokenizer or normalizer, which may be a sequence or none."""
+    """The steps of a pre-tokenizer or normalizer, which may be a sequence or None."""
     if not node:
         return []
     inner = node.get("pretokenizers") or node.get("normalizers")
@@ -112,7 +112,7 @@ def _steps(node: Any) -> list[dict[str, Any]]:
 
 
 def _pre(content: dict[str, Any], directory: Path) -> str:
-    """llama.cpp's name for how a byte-level tokenizer cuts a text into words."""
+    """llama.cpp's name of a byte-level tokenizer's pre-tokenizer."""
     steps: list[str] = []
     for step in _steps(content.get("pre_tokenizer")):
         if step["type"] == "Split":
@@ -127,15 +127,15 @@ def _pre(content: dict[str, Any], directory: Path) -> str:
     name = PRE.get(tuple(steps))
     if name is None:
         raise ConfigError(
-            f"{directory}: its tokenizer cuts words by {' then '.join(steps) or 'nothing'}, for which llama.cpp has no "
-            "name here: set converter=DIR to a checkout of llama.cpp."
+            f"{directory}: its tokenizer splits words by {' then '.join(steps) or 'nothing'}, for which llama.cpp has "
+            "no name here: set converter=DIR to a checkout of llama.cpp."
         )
-    # The same words; Llama 3's name also says that whole words are looked up before any are joined.
+    # The same split; Llama 3's name also means that whole words are looked up before merging.
     return "llama-bpe" if name == "dbrx" and content["model"].get("ignore_merges") else name
 
 
 def _looks_special(text: str) -> bool:
-    """Whether an added token is a mark, though its tokenizer does not say so (llama.cpp's own rule)."""
+    """Whether an added token is a control token although it is not marked as special (llama.cpp's own rule)."""
     marks = (("<|", "|>"), ("<｜", "｜>"), ("<unused", ">"))
     return text in ("<pad>", "<mask>", "<2mass>", "[@BOS@]") or any(
         text.startswith(one) and text.endswith(two) for one, two in marks
@@ -143,9 +143,9 @@ def _looks_special(text: str) -> bool:
 
 
 def _scores(vocab: dict[str, int], merges: list[list[str]], added: dict[int, Any], types: list[int]) -> list[float]:
-    """SentencePiece's scores: the piece that is joined first has the highest.
+    """SentencePiece's scores: the piece that is merged first has the highest.
 
-    They are minus the place in the vocabulary, as SentencePiece has them, where the merges come in that order.
+    If the merges are in vocabulary order, they are minus the position in the vocabulary, as in SentencePiece.
     """
     rank: dict[int, int] = {}
     for index, pair in enumerate(merges):

@@ -1,4 +1,4 @@
-"""A run's weights as one plain model: dequantised base + LoRA, made tensor by tensor and written file by file."""
+"""A run's weights as one plain model: dequantised base + LoRA, merged by tensor and written by file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmft.model.families import base_of
 from llmft.model.meta import meta_model
 
 SHARD_BYTES = 2 * 10**9
-"""Largest file; each is in memory until it is written."""
+"""Maximum file size; each file is in memory until it is written."""
 
 
 class Overflow(Exception):
@@ -25,23 +25,24 @@ class Overflow(Exception):
 
 
 @dataclass
-class Plain:
-    """The model that is written: transformers' own classes, without adapter and quantisation.
+class ExportPlan:
+    """The exported model: transformers' own classes, without adapter and quantisation.
 
     Attributes:
-        config: transformers' config of it.
-        shapes: shape of every tensor of the files by name, and the parameters of the model that each is made of.
+        config: its transformers config.
+        meta_model: the model on the meta device.
+        shapes, sources: name of each stored tensor -> its shape, and the model's parameters that it is made of.
     """
 
     config: Any
     auto_class: str
-    empty: Any
+    meta_model: Any
     shapes: dict[str, torch.Size] = field(default_factory=dict)
     sources: dict[str, list[str]] = field(default_factory=dict)
 
 
-def plain(model: Any, auto_class: str) -> Plain:
-    """The plain form of a run's `model`; its embeddings stay tied where training left them equal."""
+def plan_export(model: Any, auto_class: str) -> ExportPlan:
+    """Plans the export of a run's `model`; its embeddings stay tied if training left them equal."""
     config = copy.deepcopy(base_of(model).config)
     vars(config).pop("quantization_config", None)
     empty = meta_model(auto_class, config)
@@ -50,7 +51,7 @@ def plain(model: Any, auto_class: str) -> Plain:
         for part in {id(part): part for part in (config, config.get_text_config())}.values():
             part.tie_word_embeddings = False
         empty, tied = meta_model(auto_class, config), {}
-    result = Plain(config, auto_class, empty)
+    plan = ExportPlan(config, auto_class, empty)
     state = {name: tensor for name, tensor in empty.state_dict().items() if name not in tied}
     together = _as_stored(empty, state)
     groups = [[name] for name in state]
@@ -58,13 +59,13 @@ def plain(model: Any, auto_class: str) -> Plain:
         groups = [list(state)]  # some are stored together
     for group in groups:
         for target, tensor in _as_stored(empty, {name: state[name] for name in group}).items():
-            result.shapes[target] = tensor.shape
-            result.sources[target] = group
-    return result
+            plan.shapes[target] = tensor.shape
+            plan.sources[target] = group
+    return plan
 
 
 def effective(model: Any, empty: Any, name: str) -> torch.Tensor:
-    """The fp32 tensor that the run computes with in place of the parameter or buffer `name` of the plain model."""
+    """The run's effective fp32 tensor for the parameter or buffer `name` of the exported model."""
     from peft.tuners.lora.layer import LoraLayer
     from peft.utils.integrations import dequantize_module_weight
     from peft.utils.other import ModulesToSaveWrapper
@@ -83,9 +84,9 @@ def effective(model: Any, empty: Any, name: str) -> torch.Tensor:
         weight = dequantize_module_weight(layer).detach().float()
         if isinstance(module, LoraLayer):
             weight = _adapted(module, weight)
-        # bitsandbytes' layers have GPT-2's weights the other way round.
-        turned = isinstance(empty.get_submodule(path), Conv1D) and not isinstance(layer, Conv1D)
-        return weight.T if turned else weight
+        # bitsandbytes' layers have GPT-2's weights transposed.
+        transposed = isinstance(empty.get_submodule(path), Conv1D) and not isinstance(layer, Conv1D)
+        return weight.T if transposed else weight
 
 
 def _adapted(layer: Any, weight: torch.Tensor) -> torch.Tensor:
@@ -96,21 +97,21 @@ def _adapted(layer: Any, weight: torch.Tensor) -> torch.Tensor:
         if magnitude is None:
             weight = weight + delta
             continue
-        turned = getattr(layer, "fan_in_fan_out", False)
-        norm = magnitude.get_weight_norm(weight, delta.T if turned else delta, scaling=1)
+        transposed = getattr(layer, "fan_in_fan_out", False)
+        norm = magnitude.get_weight_norm(weight, delta.T if transposed else delta, scaling=1)
         factor = (magnitude.weight / norm).view(-1, 1)
-        weight = (factor.T if turned else factor) * (weight + delta)
+        weight = (factor.T if transposed else factor) * (weight + delta)
     return weight
 
 
 def _as_stored(empty: Any, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tensors by the names that model directories have: transformers stacks experts only in memory."""
+    """Converts tensors to the names and shapes of model files; transformers stacks experts only in memory."""
     from transformers.core_model_loading import revert_weight_conversion
 
     return revert_weight_conversion(empty, dict(tensors))
 
 
-def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None:
+def write(model: Any, plan: ExportPlan, directory: Path, dtype: torch.dtype) -> None:
     """Writes the weights of a run's `model` as safetensors of at most `SHARD_BYTES`, and the config.
 
     Raises Overflow for a weight beyond the range of `dtype`.
@@ -118,21 +119,21 @@ def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None
     from huggingface_hub import split_torch_state_dict_into_shards
     from safetensors.torch import save_file
 
-    # A head stays as exact as it was trained.
-    exact = heads.NAMES if plain.auto_class == "sequence_classification" else ()
+    # A head keeps its trained precision.
+    exact = heads.NAMES if plan.auto_class == "sequence_classification" else ()
     planned = {
         name: torch.empty(shape, dtype=torch.float32 if name.startswith(exact) else dtype, device="meta")
-        for name, shape in plain.shapes.items()
+        for name, shape in plan.shapes.items()
     }
     shards = split_torch_state_dict_into_shards(planned, max_shard_size=SHARD_BYTES)
     check_space(directory, shards.metadata["total_size"])
-    of_source: dict[str, torch.Tensor] = {}  # tensors of one source follow each other, and are made together
+    of_source: dict[str, torch.Tensor] = {}  # tensors of one source are consecutive, and are created together
     for file_name, names in shards.filename_to_tensors.items():
         tensors: dict[str, torch.Tensor] = {}
         for name in names:
             if name not in of_source:
-                parts = {part: effective(model, plain.empty, part) for part in plain.sources[name]}
-                of_source = _as_stored(plain.empty, parts)
+                parts = {part: effective(model, plan.meta_model, part) for part in plan.sources[name]}
+                of_source = _as_stored(plan.meta_model, parts)
             tensors[name] = of_source.pop(name).to(planned[name].dtype).contiguous().cpu()
             if not torch.isfinite(tensors[name]).all():
                 raise Overflow(name)
@@ -141,17 +142,17 @@ def write(model: Any, plain: Plain, directory: Path, dtype: torch.dtype) -> None
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    plain.config.dtype = dtype
-    plain.config.architectures = [type(plain.empty).__name__]
-    plain.config.save_pretrained(directory)
+    plan.config.dtype = dtype
+    plan.config.architectures = [type(plan.meta_model).__name__]
+    plan.config.save_pretrained(directory)
 
 
 def check_mergeable(model: Any, label: str) -> None:
-    """Raises ConfigError for a base whose files have a number format that cannot be read back here."""
+    """Raises ConfigError for a base stored in a number format that cannot be dequantised here."""
     stored = getattr(base_of(model).config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     if stored is not None and "bitsandbytes" not in str(getattr(method, "value", method)):
         raise ConfigError(
-            f"{label}: its base is stored as {getattr(method, 'value', method)}, whose weights cannot be added to; "
-            "serve the adapter on that base, or train on a base that is not quantised beforehand."
+            f"{label}: its base is stored as {getattr(method, 'value', method)}, which no adapter can be merged into; "
+            "serve the adapter on that base, or train on a base that is not quantised already."
         )

@@ -1,1 +1,1 @@
-"""Chains of commands: what stages are, how they run, and what is told of them at the end."""
+"""Chains of commands: their stages, how these run, and the report at the end."""

@@ -1,4 +1,4 @@
-"""A command of ours as a process of its own, which ends with this one."""
+"""Runs an llmft command as a child process, which ends with this one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from llmft.core.outcome import VARIABLE, read_outcome
 
 
 def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[int, Sequence[Path]]:
-    """The exit code of `python -m module`, and the directories that it told of in the file `outcome`.
+    """Runs `python -m module`; returns its exit code and the directories that it listed in the file `outcome`.
 
-    It dies with this process; a signal that asks this one to end is handed on, and waited for.
+    The child dies with this process; SIGINT and SIGTERM are forwarded to it, then Interrupted is raised.
     """
     outcome.unlink(missing_ok=True)
     child = subprocess.Popen(
@@ -30,7 +30,7 @@ def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[i
 
     def hand_on(signum: int, _: Any) -> None:
         signals_received.append(signum)
-        if signum != signal.SIGINT:  # a terminal sends that one to both
+        if signum != signal.SIGINT:  # a terminal sends SIGINT to both
             child.send_signal(signum)
 
     before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -44,5 +44,5 @@ def run_command(module: str, arguments: Sequence[str], outcome: Path) -> tuple[i
     directories = read_outcome(outcome)
     outcome.unlink(missing_ok=True)
     if signals_received:
-        raise Interrupted("interrupted; the same command goes on with this stage.", signals_received[-1])
+        raise Interrupted("interrupted; the same command continues with this stage.", signals_received[-1])
     return code, directories

@@ -1,4 +1,4 @@
-"""One report over a chain: each stage before and after, how its policies' answers are judged, samples side by side."""
+"""The report of a chain: each stage before and after, rewards of its policies' answers, samples side by side."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ RESAMPLES, SHOWN = 2000, 3
 
 
 @dataclass
-class Answers:
-    """What one stage's policy answers to the held-out prompts.
+class PolicyAnswers:
+    """Answers of one stage's policy to the held-out prompts.
 
     Attributes:
         rewards: (prompts,) mean reward of each prompt's answers.
@@ -55,8 +55,8 @@ def interval(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def gain(before: Answers, after: Answers) -> dict[str, float]:
-    """By how much `after` is judged better than `before` on the same prompts, and how often it wins; ties are half."""
+def gain(before: PolicyAnswers, after: PolicyAnswers) -> dict[str, float]:
+    """Mean reward difference `after` - `before` on the same prompts, its interval, and win rate (ties count half)."""
     difference = after.rewards - before.rewards
     low, high = interval(difference)
     return {
@@ -68,14 +68,14 @@ def gain(before: Answers, after: Answers) -> dict[str, float]:
 
 
 def verdict(gained: dict[str, float]) -> str:
-    """Whether a gain is more than the noise of the prompts."""
+    """Whether a gain exceeds the noise of the prompts."""
     return "better" if gained["low"] > 0 else "worse" if gained["high"] < 0 else "not distinguishable"
 
 
 def write_report(
     config: PipelineConfig, stages: Sequence[Stage], results: dict[str, str], directory: Path, screen: Screen
 ) -> None:
-    """Judges the policies of config.compare, prints the report, and writes report.json and report.md."""
+    """Judges the policies in config.compare, prints the report, and writes report.json and report.md."""
     rows = [_stage_row(stage, Path(results[stage.name])) for stage in stages]
     answers = [_answers(name, results, config, directory) for name in config.compare]
     compared = [*pairwise(answers), *([(answers[0], answers[-1])] if len(answers) > 2 else [])]
@@ -102,10 +102,10 @@ def write_report(
 
 
 def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
-    """What a stage's own record says: a training's monitored metric before and after, or the best of n of samples."""
+    """A stage's row: a training's monitored metric before and after, or the expected best of n samples."""
     row: dict[str, Any] = {"stage": stage.name, "command": stage.command, "result": str(result)}
     status = read_dictionary(result / "run.json", []).get("result", {})
-    if status and (result / "config.yaml").is_file():  # of a training; folds and blends have no metric before
+    if status and (result / "config.yaml").is_file():  # a training; folds and blends have no metric before
         monitor = stored_config(result / "config.yaml").trainer.monitor
         row |= {"metric": monitor, "before": status["before"].get(monitor), "after": status["after"].get(monitor)}
     if best := read_dictionary(result / "report.json", []).get("expected_best"):
@@ -113,16 +113,16 @@ def _stage_row(stage: Stage, result: Path) -> dict[str, Any]:
     return row
 
 
-def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> Answers:
+def _answers(stage: str, results: dict[str, str], config: PipelineConfig, directory: Path) -> PolicyAnswers:
     run = results[stage]
     judged = filled(config.judged, results)
     code, directories = run_command("llmft.sample", [f"run={run}", *judged], directory / ".judged.outcome")
     if code != 0 or not directories:
-        raise StageFailed(f"compare: the answers of {stage} could not be judged, as told above.", code or 1)
+        raise StageFailed(f"compare: judging the answers of {stage} failed; see the error above.", code or 1)
     table = read_table(directories[0] / "samples.parquet")
     each = max(table["sample"]) + 1
     rewards = np.asarray(table["reward"], np.float64).reshape(-1, each).mean(1)
-    return Answers(stage, rewards, table["prompt"][::each], table["text"][::each])
+    return PolicyAnswers(stage, rewards, table["prompt"][::each], table["text"][::each])
 
 
 def _tables(content: dict[str, Any]) -> list[tuple[str, list[str], list[list[str]]]]:

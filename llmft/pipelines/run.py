@@ -1,4 +1,4 @@
-"""A chain from its plan to its report. Each stage is a process of its own, which ends with this one."""
+"""Plans and runs a chain, each stage as a child process, and writes its report."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from llmft.runs.directory import slug
 
 
 def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
-    """Runs what is not done; returns the directory of the record, None for a plan alone."""
+    """Runs the unfinished stages; returns the directory of the record, None for a dry run."""
     stages = stages_of(config)
     directory = Path(config.output_dir) / "pipelines" / slug(config.name)
     before = read_dictionary(directory / "pipeline.json", []).get("stages", {})
-    # A mistake in the last stage is told before the first one starts.
+    # A mistake in any stage is reported before the first one starts.
     configs = [check_composes(stage, stage.arguments(_results_needed(stage, before))) for stage in stages]
     _show_plan(stages, configs, before, screen)
     if config.dry_run:
@@ -54,7 +54,7 @@ def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:
 def _entry(
     stage: Stage, arguments: Sequence[str], results: dict[str, str], before: dict[str, Any], started: float
 ) -> dict[str, Any]:
-    """What the record says of a stage; a stage that was done already keeps the seconds that it took then."""
+    """A stage's entry in the record; a stage that was already done keeps its earlier seconds."""
     entry: dict[str, Any] = {
         "command": stage.line(arguments),
         "result": results[stage.name],
@@ -71,7 +71,7 @@ def _plan(stage: Stage, arguments: Sequence[str]) -> str:
 
 
 def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
-    """What the stages that `stage` needs left last time, or stand-ins."""
+    """The earlier results of the stages that `stage` needs, or placeholders."""
     values: dict[str, str] = {}
     for name in stage.needs:
         entry = before.get(name, {})
@@ -81,7 +81,7 @@ def _results_needed(stage: Stage, before: dict[str, Any]) -> dict[str, str]:
 
 
 def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str, Any], screen: Screen) -> None:
-    """The stages with what they take: how much work it is, and how long it took where it was done before."""
+    """Prints the stages with their amount of work, and how long they took before."""
     table = Table(title="plan", title_justify="left", box=box.SIMPLE_HEAD)
     for title in ("stage", "command", "needs", "work", "before"):
         table.add_column(title, overflow="fold")
@@ -100,7 +100,7 @@ def _show_plan(stages: Sequence[Stage], configs: Sequence[Any], before: dict[str
 
 
 def work_of(config: Any) -> str:
-    """How much a stage does, as far as its config alone says; empty for commands that do no more than read."""
+    """A stage's amount of work, as far as its config gives it; empty for commands that only read."""
     if isinstance(config, SampleConfig):
         prompts = "all prompts" if config.limit is None else f"up to {config.limit:,} prompts"
         return f"{config.samples} answers to {prompts}"
@@ -116,17 +116,17 @@ def work_of(config: Any) -> str:
 
 
 def _run_stage(stage: Stage, arguments: Sequence[str], directory: Path, screen: Screen) -> dict[str, str]:
-    """Runs a stage; returns its result under its name, and of a sweep the list of its runs too."""
+    """Runs a stage; returns name -> result, and for a sweep also name.runs -> list of its runs."""
     code, directories = run_command(
         stage.module(), [*(["-m"] if stage.sweep else []), *arguments], directory / f".{stage.name}.outcome"
     )
     if code != 0:
         raise StageFailed(
-            f"stage {stage.name} ended with exit code {code}, as told above; the same command goes on with it.",
+            f"stage {stage.name} ended with exit code {code}, see the error above; the same command continues with it.",
             code if code > 0 else 128 - code,
         )
     if not directories:
-        return {stage.name: str(directory / f"stage-{stage.name}")}  # a command that leaves nothing to go on from
+        return {stage.name: str(directory / f"stage-{stage.name}")}  # a command without a result directory
     if stage.sweep:
         from llmft.pipelines.sweeps import best_run
 

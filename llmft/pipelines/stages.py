@@ -1,4 +1,4 @@
-"""The stages of a chain: what they depend on, and their command lines."""
+"""The stages of a chain: their dependencies and command lines."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from llmft.config.overrides import config_directory, hydra_arguments
 from llmft.core.errors import ConfigError, did_you_mean
 
 NAMED = re.compile(r"\$\{stage:([^}]*)\}")
-"""An earlier stage's result in an override: its directory, or with .runs behind its name a list of a sweep's runs."""
+"""An earlier stage's result in an override: its directory, or with .runs after its name the runs of a sweep."""
 
 
 def filled(overrides: Sequence[str], results: Mapping[str, str]) -> list[str]:
-    """`overrides` with what earlier stages left."""
+    """`overrides` with the results of earlier stages filled in."""
     return [NAMED.sub(lambda match: results[match[1]], override) for override in overrides]
 
 
@@ -29,7 +29,7 @@ class Stage:
     """One command of a chain.
 
     Attributes:
-        needs: the earlier stages that its overrides name, in their order.
+        needs: the earlier stages that its overrides refer to, in order.
     """
 
     name: str
@@ -39,31 +39,31 @@ class Stage:
     needs: tuple[str, ...]
 
     def arguments(self, results: Mapping[str, str]) -> list[str]:
-        """The overrides with the directories of earlier stages in them."""
+        """The overrides with the results of earlier stages filled in."""
         return filled(self.overrides, results)
 
     def module(self) -> str:
-        """What `python -m` runs."""
+        """The module for `python -m`."""
         return "llmft" if self.command == "train" else f"llmft.{self.command}"
 
     def line(self, arguments: Sequence[str]) -> str:
-        """What a person would type."""
+        """The command line as text."""
         return shlex.join(["python", "-m", self.module(), *(["-m"] if self.sweep else []), *arguments])
 
 
 def stages_of(config: PipelineConfig) -> list[Stage]:
-    """The stages in their order. Raises ConfigError for unknown commands, and for stages that come later or never."""
+    """The stages in order. Raises ConfigError for unknown commands, and references to later or missing stages."""
     stages: list[Stage] = []
     for name, stage in config.stages.items():
         key = f"stages.{name}"
         if stage is None:  # left out
             continue
         if not re.fullmatch(r"[A-Za-z_]\w*", name):
-            raise ConfigError(f"{key}: a stage's name is letters, digits and underscores.")
+            raise ConfigError(f"{key}: a stage's name has only letters, digits and underscores.")
         if stage.command not in COMMANDS or stage.command == "pipeline":
             raise ConfigError(f"{key}.command={stage.command}: no command{did_you_mean(stage.command, COMMANDS)}")
         if stage.sweep and stage.command != "train":
-            raise ConfigError(f"{key}.sweep: only trainings are swept; leave it out.")
+            raise ConfigError(f"{key}.sweep: only trainings can be swept; leave it out.")
         overrides = _with_common(stage, config)
         names = (match for override in overrides for match in NAMED.findall(override))
         needs = tuple(dict.fromkeys(match.removesuffix(".runs") for match in names))
@@ -79,9 +79,9 @@ def stages_of(config: PipelineConfig) -> list[Stage]:
 
 
 def _with_common(stage: StageConfig, config: PipelineConfig) -> list[str]:
-    """A stage's overrides behind those that all trainings, or all commands that read runs, have in common.
+    """A stage's overrides after the common ones of trainings, or of commands that read runs.
 
-    A key that the stage sets itself is its own.
+    A key that the stage sets itself replaces the common one.
     """
     common = list(config.training) if stage.command == "train" else []
     if stage.command in ("train", "folds", "blend", "refit"):
@@ -95,9 +95,9 @@ def _key(override: str) -> str:
 
 
 def check_composes(stage: Stage, arguments: Sequence[str]) -> Any:
-    """The config of a stage's command; raises ConfigError for one that cannot be composed, before anything runs.
+    """The config of a stage's command; raises ConfigError if it cannot be composed.
 
-    A sweep's, and that of a command that takes arguments of its own beside Hydra's, is None.
+    None for a sweep, and for a command with arguments other than Hydra's.
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra

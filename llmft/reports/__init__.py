@@ -1,1 +1,1 @@
-"""Runs in, pages out: what a set of runs says, and whether a difference is more than noise."""
+"""Reports on a set of runs: tables, figures, and whether differences exceed the noise."""

@@ -1,4 +1,4 @@
-"""Validation rows in two dimensions by the words of their prompts: which kinds of rows a model gets wrong."""
+"""A 2D map of validation rows by the words of their prompts, to show which kinds of rows a model gets wrong."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FEWEST, MOST = 8, 400
 
 
 def text_clusters(study: Study) -> Figure | None:
-    """The best configuration's sampled validation rows; None where there are too few, or no words to tell them apart.
+    """A figure of the best configuration's sampled validation rows; None if they are too few or have the same words.
 
-    TF-IDF of words and pairs of words, without those in nearly all rows, then the two strongest directions (singular
-    value decomposition). Rows with few distinct references are coloured by them; wrong ones are crosses.
+    TF-IDF of words and bigrams, without those in nearly all rows, then the first two components of a truncated SVD.
+    If there are few distinct references, points are coloured by reference; wrong rows are crosses.
     """
     samples = next((s for c in study.configurations for run in c.runs if len(s := run.samples()) >= FEWEST), None)
     if samples is None:
@@ -45,7 +45,7 @@ def _coordinates(texts: list[str]) -> Any:
     try:
         words = TfidfVectorizer(ngram_range=(1, 2), max_df=0.95, sublinear_tf=True, max_features=20_000)
         table = words.fit_transform(texts)
-    except ValueError:  # no word tells rows apart
+    except ValueError:  # no words are left
         return None
     if min(table.shape) < 3:
         return None
@@ -58,5 +58,5 @@ def _point(sample: dict[str, Any], position: Any, known: list[str]) -> Point:
     wrong = reference != output
     style = f"s{known.index(reference)}" if known else "s1" if wrong else "s0"
     words = clip(str(sample["prompt"])[-240:], 240)
-    tip = redact(f"{sample.get('where', '')}: {words} | reference: {clip(reference, 80)} | told: {clip(output, 80)}")
+    tip = redact(f"{sample.get('where', '')}: {words} | reference: {clip(reference, 80)} | answer: {clip(output, 80)}")
     return Point(float(position[0]), float(position[1]), tip, style, wrong)

@@ -1,7 +1,7 @@
-"""Runs that belong together: their configurations, what was varied, and what failed.
+"""Runs grouped into configurations, the keys that were varied, and failures.
 
-A configuration is a set of runs that are equal but for replications (seed, fold, seed of the split). Which keys were
-varied comes from comparing the resolved configs, so that runs without a sweep and runs of several sweeps work alike.
+A configuration is a set of runs that differ only in replications (seed, fold, seed of the split). The varied keys are
+found by comparing resolved configs, so runs without a sweep and runs of several sweeps are treated the same.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from llmft.reports.svg import clip
 
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 NAMED = ("model", "prompt", "data", "task")
-"""Groups whose `name` stands for all that they set."""
+"""Groups whose `name` represents all their settings."""
 CONTENT = {"data": ("data.files", "data.source", "data.hub"), "model": ("model.path", "model.id")}
-"""Where files lie says nothing; their fingerprint decides whether two runs had the same ones."""
+"""Locations of files are ignored; fingerprints decide whether two runs used the same files."""
 STOPPED = ("pruned", "twin", "stopped")
 UNFINISHED = {
-    "running": "still running, or killed without a word",
+    "running": "still running, or killed",
     "not started": "was never started",
     "pending": "was not started",
 }
@@ -39,7 +39,7 @@ UNFINISHED = {
 
 @dataclass
 class Failure:
-    """A trial without a result: what happened to it and the command that runs it alone."""
+    """A trial without a result: its status and cause, and the command that runs it alone."""
 
     name: str
     status: str
@@ -50,27 +50,27 @@ class Failure:
 
 @dataclass
 class Configuration:
-    """Runs that are equal but for replications."""
+    """Runs that differ only in replications."""
 
     name: str
     values: dict[str, str]
     runs: list[RunRecord]
     lost: int = 0
-    """Runs of it that diverged or failed."""
+    """Number of its runs that diverged or failed."""
 
     def sample(self, metric: str, *, rows: bool = False) -> Sample:
-        """The metric of each run; with `rows`, which takes longer, what each validation row adds to it."""
+        """The metric of each run; with `rows` (slower) also the contribution of each validation row."""
         replicates: dict[tuple[str, str], Replicate] = {}
         for run in self.runs:
             value = run.value(metric)
-            if value is not None and (run.seed, run.part) not in replicates:  # a copy is no new draw
+            if value is not None and (run.seed, run.part) not in replicates:  # a copy is not an independent run
                 of_rows = run.row_scores(metric) if rows else None
                 replicates[run.seed, run.part] = Replicate(run.seed, run.part, value, of_rows)
         parts = {part for _, part in replicates}
         return Sample(self.name, tuple(replicates.values()), self._overlap() if len(parts) > 1 else 0.0, self.lost)
 
     def _overlap(self) -> float:
-        """Validation rows over training rows."""
+        """The number of validation rows divided by that of training rows."""
         run = self.runs[0]
         if run.config.get("data.fold") is not None:
             return 1.0 / max(run.setting("data.num_folds", 5.0) - 1.0, 1.0)
@@ -79,11 +79,11 @@ class Configuration:
 
 
 class SweepRecord:
-    """What a sweep's sweep.json says: `content`, and `trials`, each with where its run lies; of None, nothing."""
+    """A sweep's sweep.json: `content`, and `trials` with their run directories; empty for None."""
 
     def __init__(self, directory: Path | None) -> None:
         self.content: dict[str, Any] = read_dictionary(directory / "sweep.json", []) if directory is not None else {}
-        # Below the output_dir that was recorded, or the one that the sweep lies in now.
+        # Run directories are below the recorded output_dir, or the one that contains the sweep now.
         self.roots = [Path(str(self.content.get("output_dir") or "."))]
         self.roots += [directory.parent.parent] if directory is not None else []
         entries = self.content.get("trials")
@@ -97,29 +97,29 @@ class SweepRecord:
 
     @property
     def run_directories(self) -> list[Path]:
-        """Those of the trials that have begun."""
+        """The existing run directories of the trials."""
         return [path for _, path in self.trials if path is not None and path.is_dir()]
 
 
 Trial = tuple[dict[str, Any], Path | None, RunRecord | None]
-"""A trial as sweep.json has it, where its run lies, and the run if it is there."""
+"""A trial's entry in sweep.json, its run directory, and the run if it exists."""
 
 
 class Study:
-    """Run directories, and the sweep that they belong to where there is one: what a report is about.
+    """The runs that a report is about, and their sweep if there is one.
 
     Attributes:
         monitor, lower_is_better: the metric that is compared, and its direction.
-        keys: what was varied, without replications.
-        follows: keys that changed with one of `keys` and say nothing of their own.
-        configurations: those with a result, the best mean first.
-        others: runs that are done, but without the monitored metric.
-        stopped: trials that were ended on purpose: pruned, or the twin of another run.
-        looks: how often the sweep's results were to be looked at.
+        keys: the varied keys, without replications.
+        follows: keys that always changed together with one of `keys`, which they map to.
+        configurations: those with a result, best mean first.
+        others: finished runs without the monitored metric.
+        stopped: trials that were ended on purpose: pruned, or the same as a reference run.
+        looks: the declared number of looks at the sweep's results.
     """
 
     def __init__(self, runs: Sequence[Path], sweep: Path | None = None, mode: Mode = Mode.auto) -> None:
-        """Raises ConfigError where neither the metric, nor the records, nor `mode` says which direction is better."""
+        """Raises ConfigError if neither the metric, the records nor `mode` gives the better direction."""
         sweep_record = SweepRecord(sweep)
         record = sweep_record.content
         paths: dict[Path, Path] = {}
@@ -135,7 +135,7 @@ class Study:
         for entry, directory in sweep_record.trials:
             resolved = directory.resolve() if directory is not None else None
             run = by_path.get(resolved) if resolved is not None else None
-            if run is not None and entry.get("command"):  # the run's own record may hold that of the whole sweep
+            if run is not None and entry.get("command"):  # the run's own record may have the command of the whole sweep
                 run.command = str(redact(str(entry["command"])))
             trials.append((entry, resolved, run))
         ended = _ended(trials, by_path)
@@ -156,7 +156,7 @@ class Study:
         )
 
     def values_of(self, key: str) -> list[str]:
-        """Its values in the configurations: numbers by size, then words by letter."""
+        """The values of `key` in the configurations: numbers in order, then words alphabetically."""
 
         def order(value: str) -> tuple[int, float, str]:
             try:
@@ -168,7 +168,7 @@ class Study:
 
 
 def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], requested: Mode) -> tuple[str, bool]:
-    """(metric, whether less is better): as the metric declares, else as the records say that it was taken."""
+    """(metric, whether lower is better): as declared by the metric, else as recorded."""
     monitors = Counter(r.monitor for r in records if r.config)
     monitor = str(record.get("monitor") or next(iter(monitors.most_common(1)), ("val/loss_nats",))[0])
     monitored = [r for r in records if r.monitor == monitor]
@@ -179,18 +179,18 @@ def _monitor(records: Sequence[RunRecord], record: Mapping[str, Any], requested:
     if requested is Mode.auto and declared(metric) is None and len(modes) == 1:
         requested = Mode(modes.pop())
     lower = mode_of(metric, monitor, requested, key="mode") is Mode.min
-    for run in monitored:  # runs of a version that took trainer.mode=min for granted
+    for run in monitored:  # runs of a version that assumed trainer.mode=min
         if run.config.get("trainer.mode") == ("max" if lower else "min"):
             worst = "lowest" if run.config["trainer.mode"] == "min" else "highest"
             run.faults.append(
-                f"its trainer.mode={run.config['trainer.mode']} is the wrong way round for {monitor}: what it hands "
-                f"over is of its {worst} validation, not of its best; train it again"
+                f"its trainer.mode={run.config['trainer.mode']} is wrong for {monitor}: its weights are those "
+                f"of its {worst} validation, not of its best; train it again"
             )
     return monitor, lower
 
 
 def _ended(trials: Sequence[Trial], by_path: Mapping[Path, RunRecord]) -> dict[Path, str]:
-    """Runs that were stopped on purpose, with a word on why: their metric is not that of a whole run."""
+    """run directory -> reason of runs that were stopped on purpose: their metric is not that of a complete run."""
     ended = {p: f"{run.name} ({run.status})" for p, run in by_path.items() if run.status in STOPPED}
     for entry, path, _ in trials:
         if entry.get("status") in STOPPED and path is not None:
@@ -211,8 +211,8 @@ def _failures(trials: Sequence[Trial], by_path: Mapping[Path, RunRecord], ended:
     for entry, path, run in trials:
         status = str(entry.get("status") or "unknown")
         if status == "done" and run is None:
-            failures.append(_failure({**entry, "error": f"{entry.get('run')} is not there any more"}, "missing", run))
-        elif path not in ended and (run is None or run.status != "done"):  # else finished since, by hand or elsewhere
+            failures.append(_failure({**entry, "error": f"{entry.get('run')} no longer exists"}, "missing", run))
+        elif path not in ended and (run is None or run.status != "done"):  # else it finished later
             failures.append(_failure(entry, status, run))
     listed = {path for _, path, _ in trials} | ended.keys()
     return failures + [
@@ -230,12 +230,12 @@ def _failure(trial: Mapping[str, Any], status: str, run: RunRecord | None) -> Fa
     return Failure(*redact([name, status, cause, str(command or ""), str(log) if log else None]))
 
 
-# What was varied.
+# Varied keys.
 
 
 @functools.cache
 def _without_effect(schema: type = TrainConfig, prefix: str = "") -> frozenset[str]:
-    """Dotted keys of fields that cannot change a run's numbers; below a group that is one, all of them."""
+    """Dotted keys of fields and groups that cannot change a run's numbers."""
     keys: set[str] = set()
     for entry in dataclasses.fields(schema):
         group = group_of(schema, entry.name)
@@ -253,7 +253,7 @@ def _has_effect(key: str) -> bool:
 
 
 def _identity(run: RunRecord) -> dict[str, str]:
-    """All that can change the run's numbers, replications included, and the names of its groups."""
+    """The settings that can change the run's numbers, including replications and names of groups."""
     located = {name for names in CONTENT.values() for name in names}
     values = {k: show(value) for k, value in run.config.items() if k not in located and _has_effect(k)}
     for group in NAMED:
@@ -266,10 +266,10 @@ def _identity(run: RunRecord) -> dict[str, str]:
 
 
 def varied_keys(runs: Sequence[RunRecord], swept: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """(keys that were varied, replications left out; what follows from them: key -> the one it follows).
+    """(varied keys without replications; dependent keys: key -> the one that it follows).
 
-    A group with a name stands for its keys as long as these say no more; of keys that change together, those that the
-    sweep names come first, then names of groups, then single values in the config's order.
+    A named group represents its keys as long as they add no difference. Of keys that change together, those swept are
+    preferred, then names of groups, then single values in the config's order.
     """
     tables = [_identity(run) for run in runs]
     every = dict.fromkeys(key for table in tables for key in table)
@@ -294,14 +294,14 @@ def _follows(tables: Sequence[Mapping[str, str]], key: str, known: Sequence[str]
 
 
 def show(value: Any) -> str:
-    """A config's value as a person writes it."""
+    """A config value as text."""
     if isinstance(value, (bool, list, dict)) or value is None:
         return json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """Each key by its last part, or whole where two end alike."""
+    """key -> its last part, or the full key if another has the same last part."""
     last = Counter(key.rpartition(".")[2] for key in keys)
     return {key: tail if last[tail := key.rpartition(".")[2]] == 1 else key for key in keys}
 
@@ -313,7 +313,7 @@ def _setting(run: RunRecord, keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def _configurations(runs: Sequence[RunRecord], lost: Sequence[RunRecord], keys: Sequence[str]) -> list[Configuration]:
-    """`runs` by their values of the varied `keys`, each with the number of `lost` ones of the same values."""
+    """Groups `runs` by their values of `keys`, and counts the `lost` runs with the same values."""
     groups: dict[tuple[str, ...], list[RunRecord]] = {}
     for run in runs:
         groups.setdefault(_setting(run, keys), []).append(run)
@@ -324,12 +324,12 @@ def _configurations(runs: Sequence[RunRecord], lost: Sequence[RunRecord], keys: 
         members.sort(key=lambda run: (run.part, run.seed, run.name))
         name = ", ".join(f"{short}={clip(setting[key], 40)}" for key, short in short_names(keys).items())
         name = name or (members[0].name if len(members) == 1 else "all runs")
-        there = {(run.seed, run.part) for run in members}
-        num_lost = sum(other == values and (run.seed, run.part) not in there for run, other in lost_settings)
+        replicates = {(run.seed, run.part) for run in members}
+        num_lost = sum(other == values and (run.seed, run.part) not in replicates for run, other in lost_settings)
         configurations.append(Configuration(name, setting, members, num_lost))
     names = Counter(c.name for c in configurations)
     count: Counter[str] = Counter()
-    for c in configurations:  # clipped values may read alike: a number tells them apart
+    for c in configurations:  # clipped values may look the same: number them
         if names[name := c.name] > 1:
             count[name] += 1
             c.name = f"{name} ({count[name]})"

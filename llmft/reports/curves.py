@@ -1,8 +1,8 @@
-"""Over- and underfitting in words, from a run's train and validation curves.
+"""Diagnoses over- and underfitting from a run's training and validation curves.
 
-Changes are compared with their noise: where the row losses of two validations are kept, the standard error of their
-paired difference; else the scatter of the validation curve around a straight line through its neighbours. A change
-counts from two standard errors on. The training loss is a mean over the steps between two validations.
+Changes are compared with their noise: the standard error of the paired difference if the row losses of both validations
+were kept, else the scatter of each validation around the line through its neighbours. A change counts if it is larger
+than two standard errors. The training loss is a mean over the steps between two validations.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from llmft.reports.read import RunRecord
 
 LOSS, TRAIN = "val/loss_nats", "train/loss_nats"
 ERRORS = 2.0
-"""Standard errors from which on a change is one."""
+"""A change counts if it is larger than this many standard errors."""
 LATE_SHARE = 0.02
-"""Share of the whole improvement that the last stretch must bring for the training to count as too short."""
+"""The training was too short if the last interval brought more than this share of the whole improvement."""
 LITTLE = 0.1
-"""Share of the loss before training; a run that took off less has hardly learned."""
+"""A run underfits if it lowered the loss by less than this share of the loss before training."""
 MOST_POINTS = 120
-"""Of a curve that is drawn."""
+"""Points of a drawn curve."""
 
 
 class Fit(Enum):
-    """What a run's curves say."""
+    """The diagnosis of a run's curves."""
 
     fine = "fine"
     chance = "no better than chance"
@@ -43,7 +43,7 @@ class Fit(Enum):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What a run's curves say, and from which step on where that is a question."""
+    """The diagnosis of a run's curves, and the step from which it applies if there is one."""
 
     fit: Fit
     step: int | None = None
@@ -55,7 +55,7 @@ class Diagnosis:
 
 
 def diagnose(run: RunRecord) -> Diagnosis:
-    """What `run`'s curves say; of one that is at chance, or worse, that before all else."""
+    """Diagnoses `run`; a result that is no better than chance takes precedence."""
     diagnosis, chance = _of_curves(run), _at_chance(run)
     if chance is None or diagnosis.fit is Fit.diverged:
         return diagnosis
@@ -63,7 +63,7 @@ def diagnose(run: RunRecord) -> Diagnosis:
 
 
 def _at_chance(run: RunRecord) -> str | None:
-    """Why `run` has learned nothing of its rows: by its record, or an older one by equal chances for all classes."""
+    """The reason if `run` is no better than chance: by its record, or for older runs by equal class probabilities."""
     if run.chance:
         return None if is_better(run.chance) else chance_sentence(run.chance)
     loss, data = run.value(LOSS), run.environment.get("data")
@@ -75,15 +75,15 @@ def _at_chance(run: RunRecord) -> str | None:
     if not prior and isinstance(labels, list) and labels:
         prior = math.log(len(labels))
     at_chance = prior > 0 and loss >= prior * (1 - LITTLE / 10)
-    return f"loss {loss:.4f} where equal chances for all classes have {prior:.4f}" if at_chance else None
+    return f"loss {loss:.4f} against {prior:.4f} of equal probabilities for all classes" if at_chance else None
 
 
 def _of_curves(run: RunRecord) -> Diagnosis:
     if run.status == "diverged":
-        return Diagnosis(Fit.diverged, detail=run.error or "the loss was no number any more")
+        return Diagnosis(Fit.diverged, detail=run.error or "the loss was not finite")
     validation, train = run.curve(LOSS), run.curve(TRAIN)
     if run.config.get("data.train_on") == "all":
-        return Diagnosis(Fit.unknown, detail="trained on all rows, so nothing validates it")
+        return Diagnosis(Fit.unknown, detail="trained on all rows, so there is no validation")
     blank = [record["step"] for record in run.metrics if LOSS in record and record[LOSS] is None]
     if blank:
         return Diagnosis(Fit.diverged, blank[0], f"the validation loss of step {blank[0]} is not finite")
@@ -100,8 +100,8 @@ def _of_curves(run: RunRecord) -> Diagnosis:
         return Diagnosis(Fit.overfitting, best_step, f"{rise}; the training loss did not fall with it")
     if len(validation) >= 3:
         before_step, before = validation[-2]
-        gained, in_all = before - last, first[1] - last
-        if gained > LATE_SHARE * in_all > 0 and _clear(run, validation, before_step, last_step):
+        gained, total = before - last, first[1] - last
+        if gained > LATE_SHARE * total > 0 and _clear(run, validation, before_step, last_step):
             more = f"still {gained:.4f} better than at step {before_step}: more steps or a higher rate"
             return Diagnosis(Fit.short, last_step, more)
     if first[0] == 0 and first[1] - best < LITTLE * first[1]:
@@ -111,7 +111,7 @@ def _of_curves(run: RunRecord) -> Diagnosis:
 
 
 def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: int) -> bool:
-    """Whether the validation loss at step `high` is above that at step `low` by more than noise."""
+    """Whether the validation loss at step `high` exceeds that at step `low` by more than noise."""
     if high == low:
         return False
     error = _scatter(curve)
@@ -124,9 +124,9 @@ def _clear(run: RunRecord, curve: Sequence[tuple[int, float]], high: int, low: i
 
 
 def _scatter(curve: Sequence[tuple[int, float]]) -> float:
-    """The standard deviation of a validation around the line through its neighbours, from second differences.
+    """The standard deviation of validations around the line through their neighbours, from second differences.
 
-    The median, so that the steep beginning does not count; a hundredth of the last value where there are too few.
+    Based on the median, so the steep start has no effect; a hundredth of the last value if there are fewer than five.
     """
     values = np.array([value for _, value in curve])
     floor = abs(float(values[-1])) / 100
@@ -137,7 +137,7 @@ def _scatter(curve: Sequence[tuple[int, float]]) -> float:
 
 
 def _falls(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, float]], best_step: int) -> bool:
-    """Whether the training loss after `best_step` lies below that of the stretch before it."""
+    """Whether the training loss after `best_step` is below that of the interval before it."""
     stops = [step for step, _ in validation]
     before = max((step for step in stops if step < best_step), default=-1)
     earlier = [value for step, value in train if before < step <= best_step]
@@ -145,8 +145,8 @@ def _falls(train: Sequence[tuple[int, float]], validation: Sequence[tuple[int, f
     return bool(earlier) and bool(later) and float(np.mean(later)) < float(np.mean(earlier))
 
 
-def summed_up(diagnoses: Sequence[Diagnosis]) -> str:
-    """What a set of runs' curves say together: "2 of 6 runs overfit (since step 40 to 60); …"."""
+def summarize(diagnoses: Sequence[Diagnosis]) -> str:
+    """The diagnoses of several runs in one line: "2 of 6 overfit (since step 40 to 60); …"."""
     if all(diagnosis.fit is Fit.unknown for diagnosis in diagnoses):
         return ""
     steps = sorted({d.step for d in diagnoses if d.fit is Fit.overfitting and d.step is not None})
@@ -156,7 +156,7 @@ def summed_up(diagnoses: Sequence[Diagnosis]) -> str:
         Fit.chance: "are no better than chance",
         Fit.overfitting: f"overfit{since}",
         Fit.underfitting: "underfit",
-        Fit.short: "would gain from longer training",
+        Fit.short: "would benefit from longer training",
         Fit.fine: "have flattened",
         Fit.unknown: "have no training curve",
     }
@@ -166,7 +166,7 @@ def summed_up(diagnoses: Sequence[Diagnosis]) -> str:
 
 @dataclass(frozen=True)
 class Band:
-    """A curve over several runs: steps, mean, and the standard deviation between runs (0 where there is one)."""
+    """A curve over several runs: steps, mean, and standard deviation between runs (0 for a single run)."""
 
     steps: list[int]
     mean: list[float]
@@ -174,7 +174,7 @@ class Band:
 
 
 def band(curves: Sequence[Sequence[tuple[int, float]]]) -> Band | None:
-    """Mean and spread at the steps that every curve has, long curves averaged over stretches."""
+    """Mean and spread at the steps common to all curves; long curves are averaged over intervals."""
     values = []
     for curve in filter(None, curves):
         stride = math.ceil(len(curve) / MOST_POINTS)

@@ -1,4 +1,4 @@
-"""The report's figures, as SVG that needs nothing but itself."""
+"""The report's figures as self-contained SVG."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from markupsafe import Markup
 from llmft.reports.configurations import Configuration, Study, short_names
 from llmft.reports.curves import Band, band
 from llmft.reports.svg import SERIES, WIDTH, Scale, axes, clip, figure, path, short, tag, text, tipped
-from llmft.reports.verdicts import Comparison, Verdict, interval_of, number
+from llmft.reports.verdicts import ConfigComparison, Verdict, interval_of, number
 
 MOST_LINES = 24
 TOP, BOTTOM = 14, 236
 EARLY, CUT_FROM = 0.15, 3.0
-"""Where the first so much of the steps spans more than so many times the rest, the rest is shown."""
+"""If the first EARLY of the steps spans more than CUT_FROM times the range of the rest, the axis shows the rest."""
 LOG_FROM, DOTS_LOG_FROM = 20.0, 3.0
-"""Curves, and dots of runs, whose values span more than so many times the smallest get a logarithmic axis."""
+"""Curves, or dots of runs, get a logarithmic axis if their largest value is more than this times the smallest."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,12 @@ class Figure:
 
 
 def styled(study: Study) -> list[tuple[Configuration, str]]:
-    """(configuration, class of its colour): the best ones in colour, the rest in grey."""
+    """(configuration, CSS class): the best ones in colour, the rest in grey."""
     return [(c, f"s{rank}" if rank < SERIES else "rest") for rank, c in enumerate(study.configurations)]
 
 
 def curves(study: Study, metric: str) -> Figure | None:
-    """Mean of a metric over a configuration's runs by step, one standard deviation between runs as a band."""
+    """The mean of a metric over each configuration's runs by step; the band is one standard deviation between runs."""
     lines = [(c, band([run.curve(metric) for run in c.runs]), style) for c, style in styled(study)[:MOST_LINES]]
     shown = [(c, line, style) for c, line, style in lines if line is not None and len(line.steps) > 1]
     if not shown:
@@ -45,7 +45,7 @@ def curves(study: Study, metric: str) -> Figure | None:
     y = Scale(edges, BOTTOM, TOP, log=log)
     best = max if metric == study.monitor and not study.lower_is_better else min
     shapes = [_line(c, style, line, metric, x, y, best) for c, line, style in reversed(shown)]
-    # What lies above the highest tick is cut off by a picture of its own.
+    # A nested svg clips what lies above the axis.
     inside = tag("svg", *shapes, x=0, y=0, width=WIDTH, height=BOTTOM + 4, overflow="hidden")
     ends = "; ".join(f"{c.name} ends at {number(line.mean[-1])}" for c, line, _ in shown[:SERIES])
     description = f"{metric}: {len(shown)} configurations" + (", logarithmic scale" if log else "")
@@ -55,7 +55,7 @@ def curves(study: Study, metric: str) -> Figure | None:
 
 
 def _heights(lines: Sequence[Band]) -> tuple[list[float], bool, bool]:
-    """(values that the axis must hold, whether it is logarithmic, whether the curves' beginning is left out)."""
+    """(values that the axis must cover, whether it is logarithmic, whether the start of the curves is cut off)."""
     last = max(step for line in lines for step in line.steps)
     points = [(s, m, d) for line in lines for s, m, d in zip(line.steps, line.mean, line.spread, strict=True)]
     late = [v for s, m, d in points if s > last * EARLY for v in (m - d, m + d)]
@@ -85,15 +85,15 @@ def _line(
     return tipped(tag("g", *shapes), tip, class_=f"series {style}")
 
 
-def differences(comparisons: Sequence[Comparison], metric: str) -> Figure | None:
-    """The lead of the best over each other one with its interval; one that holds 0 tells nothing apart."""
+def differences(comparisons: Sequence[ConfigComparison], metric: str) -> Figure | None:
+    """The lead of the best over each other configuration with its interval; one that contains 0 is open."""
     shown = [c for c in comparisons if c.low is not None and c.high is not None][:MOST_LINES]
     if not shown:
         return None
     x = Scale([0.0, *(v for c in shown for v in (c.low, c.high) if v is not None)], 14, WIDTH - 14)
     height, log = 46.0 * len(shown) + 56, shown[0].rules.log
-    of = f"how much lower {metric} is" if log else f"lead in {metric}"
-    parts = _columns(x, 8, height, f"{of}, 95% interval", "{:.0%}".format if log else short)
+    label = f"how much lower {metric} is" if log else f"lead in {metric}"
+    parts = _columns(x, 8, height, f"{label}, 95% interval", "{:.0%}".format if log else short)
     start, shift = ("start", 8) if x(0.0) < WIDTH / 2 else ("end", -8)
     for rank, c in enumerate(shown):
         at, clear = 46.0 * rank + 36, c.verdict in (Verdict.better, Verdict.behind)
@@ -113,7 +113,7 @@ def differences(comparisons: Sequence[Comparison], metric: str) -> Figure | None
 
 
 def points(study: Study) -> Figure | None:
-    """A dot for every run and a bar for the mean, a line per configuration, the best on top."""
+    """A row per configuration, best on top, with a dot for each run and a bar for the mean."""
     shown = [(c.name, style, c.sample(study.monitor).values.tolist()) for c, style in styled(study)[:MOST_LINES]]
     if len(shown) < 2:
         return None
@@ -134,7 +134,7 @@ def points(study: Study) -> Figure | None:
 
 
 def _columns(x: Scale, top: float, height: float, below: str, label: Callable[[float], str]) -> list[Markup]:
-    """Lines through a figure at the ticks, with their labels and words below."""
+    """Vertical grid lines with tick labels, and `below` as the axis title."""
     parts = []
     for value in x.ticks():
         parts.append(tag("line", x1=x(value), x2=x(value), y1=top, y2=height - 44, class_="grid"))
@@ -143,7 +143,7 @@ def _columns(x: Scale, top: float, height: float, below: str, label: Callable[[f
 
 
 def parallel(study: Study) -> Figure | None:
-    """A line per configuration through its value of each key to its metric; the better, the darker."""
+    """Parallel coordinates: a line per configuration through its values to its metric; better is darker."""
     keys = study.keys
     if len(keys) < 2 or len(study.configurations) < 2:
         return None
@@ -176,8 +176,8 @@ def parallel(study: Study) -> Figure | None:
     return Figure("Parallel coordinates", note, figure(280, title, description, *parts, width=width))
 
 
-def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()) -> Figure | None:
-    """Each key's share of the variance; the bar of a key that no verdict tells from noise is hollow and says so."""
+def importance_bars(shares: Mapping[str, float], undecided: Collection[str]) -> Figure | None:
+    """Each key's share of the variance; keys without a clear verdict have a hollow bar that says so."""
     parts, listed = [], []
     for rank, (name, share) in enumerate(shares.items()):
         at, hollow = 44.0 * rank, name in undecided
@@ -200,7 +200,7 @@ def importance_bars(shares: Mapping[str, float], undecided: Collection[str] = ()
 
 @dataclass(frozen=True)
 class Cell:
-    """A rectangle of a matrix: its words, those on hover, and its shade, 0 (dark) to 4."""
+    """A cell of a matrix: its text, tooltip, and shade from 0 (dark) to 4."""
 
     words: str
     tip: str
@@ -212,7 +212,7 @@ def _matrix(
     down: str, rows: Sequence[str], across: str, columns: Sequence[str], cells: Sequence[Sequence[Cell | None]],
     title: str, description: str,
 ) -> Markup:  # fmt: skip
-    """A table in shades; `down` and `across` say what its rows and columns are, None leaves a cell empty."""
+    """A shaded matrix; `down` and `across` name its rows and columns, None is an empty cell."""
     left, top, high = 118.0, 62.0, 32.0
     width = max((WIDTH - left - 6) / max(len(columns), 2), 46.0)
     lefts = [left + width * j for j in range(len(columns))]
@@ -235,7 +235,7 @@ def _matrix(
 
 
 def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str, runs: int) -> Figure:
-    """Rows by true class (down) and likeliest class (across); the larger its share of the true class, the darker."""
+    """Confusion matrix: true class down, predicted class across; darker for a larger share of the true class."""
 
     def cell(i: int, j: int) -> Cell:
         value, share = counts[i][j], counts[i][j] / max(1, sum(counts[i]))
@@ -246,13 +246,13 @@ def confusion(labels: Sequence[str], counts: Sequence[Sequence[int]], name: str,
     right = sum(counts[i][i] for i in indices)
     description = f"Confusion of {len(labels)} classes: {right:,} of {sum(map(sum, counts)):,} rows right."
     cells = [[cell(i, j) for j in indices] for i in indices]
-    note = f"{name}, {runs} run{'s' if runs > 1 else ''}: true class down, likeliest across."
+    note = f"{name}, {runs} run{'s' if runs > 1 else ''}: true class down, predicted across."
     svg = _matrix("true", labels, "predicted", labels, cells, "Confusion", description)
     return Figure("Confusion", note, svg)
 
 
 def heat_map(study: Study, first: str, second: str) -> Figure:
-    """The metric for each pair of values of two keys, a mean over the others; the better, the darker."""
+    """The metric for each pair of values of two keys, averaged over other keys; better is darker."""
     rows, columns = (study.values_of(key) for key in (first, second))
     down, across = (short_names(study.keys)[key] for key in (first, second))
     tried: dict[tuple[str, str], list[float]] = {}
@@ -277,7 +277,7 @@ def heat_map(study: Study, first: str, second: str) -> Figure:
 
 @dataclass(frozen=True)
 class Point:
-    """A dot of a scatter: where it is, words on hover, class of its colour, and whether it is marked as wrong."""
+    """A point of a scatter plot: position, tooltip, CSS class of its colour, and whether it is marked as wrong."""
 
     x: float
     y: float
@@ -289,9 +289,9 @@ class Point:
 def scatter(
     points: Sequence[Point], title: str, note: str, across: str, up: str = "", *, names: Sequence[str] = ()
 ) -> Figure:
-    """Dots; wrong ones as crosses, so that colour is not all that tells. `names` are those of the colours, in order.
+    """A scatter plot; wrong points are crosses, so that colour is not the only mark. `names` label the colours.
 
-    Without a name for what goes `up`, distances alone mean something, and the axes have no numbers.
+    Without `up` (the y axis) only distances have a meaning, and the axes have no numbers.
     """
     x, y = Scale([p.x for p in points], 58, WIDTH - 12), Scale([p.y for p in points], 286, 26)
     parts = [axes(x, y, across, 286) if up else text((58 + WIDTH) / 2, 314, across, "middle", class_="faint")]

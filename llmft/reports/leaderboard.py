@@ -1,4 +1,4 @@
-"""Scores from elsewhere, such as a competition's leaderboard, beside the local validation."""
+"""Compares external scores, such as those of a competition's leaderboard, with local validation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RUN_COLUMNS, SCORE_COLUMNS = ("run", "key", "name"), ("score", "lb", "leaderboar
 def read_scores(path: Path) -> dict[str, float]:
     """Scores by run from a csv with a column `run` (directory's name or key) and a column `score`.
 
-    Raises DataError naming the line.
+    Raises DataError that names the line.
     """
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -35,20 +35,20 @@ def read_scores(path: Path) -> dict[str, float]:
 
 
 def to_score(text: str, where: str) -> float:
-    """`text` as a finite number. Raises DataError naming `where`."""
+    """`text` as a finite number. Raises DataError that names `where`."""
     try:
         value = float(text)
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise DataError(f"{where}: '{text}' is no score.")
+        raise DataError(f"{where}: '{text}' is not a number.")
     return value
 
 
 def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRecord, float]]:
-    """The runs with a local value that `scores` name: by directory, key, or a part that only one run has.
+    """The runs with a local value named in `scores`: by directory, key, or a unique part of the directory's name.
 
-    Raises DataError for a name that no run or more than one has.
+    Raises DataError for a name that matches no run, or several.
     """
     runs = [run for c in study.configurations for run in c.runs]
     matched = []
@@ -58,13 +58,15 @@ def match_scores(study: Study, scores: Mapping[str, float]) -> list[tuple[RunRec
         if not hits:
             raise DataError(f"lb.{name}: no such run with a local score{did_you_mean(name, [r.name for r in runs])}")
         if len(hits) > 1:
-            raise DataError(f"lb.{name}: fits {len(hits)} runs, {', '.join(r.name for r in hits[:3])}: say more of it.")
+            raise DataError(
+                f"lb.{name}: matches {len(hits)} runs, {', '.join(r.name for r in hits[:3])}: give more of it."
+            )
         matched.append((hits[0], score))
     return matched
 
 
 def against_local(study: Study, scores: Mapping[str, float]) -> Figure | None:
-    """A figure of the runs' local values against `scores`; None for fewer than two runs. Raises as `match_scores`."""
+    """A figure of the runs' local values against `scores`; None for fewer than two runs. Raises like `match_scores`."""
     matched = match_scores(study, scores)
     if len(matched) < 2:
         return None
@@ -78,7 +80,7 @@ def rank_correlation(local: Sequence[float], board: Sequence[float]) -> str:
     from scipy.stats import spearmanr
 
     if len(set(local)) < 2 or len(set(board)) < 2:
-        return f"{len(local)} runs; no rank correlation, since one side is constant."
+        return f"{len(local)} runs; no rank correlation, since one of the two is constant."
     rho = float(spearmanr(local, board).statistic)
     few = " Too few runs to trust it." if len(local) < 5 else ""
     return f"Rank correlation (Spearman) {rho:.2f} over {len(local)} runs.{few}"

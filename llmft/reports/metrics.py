@@ -1,6 +1,6 @@
-"""Every metric beside the loss, what rules that read no row score, and what a reader must be warned of.
+"""Tables of all metrics next to trivial baselines, and warnings.
 
-The rules are the prior and, for compared answers, "the longer answer wins".
+The baselines are the prior and, for compared answers, "the longer answer wins".
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from llmft.reports.tables import Table, mean
 from llmft.reports.verdicts import number
 
 MOST_FOLDED = 4
-"""Configurations whose folds are shown one by one."""
+"""Number of configurations that are shown by fold."""
 PRIOR = "prior"
 KEYS_OF_UNIT = ("task.beta", "task.loss", "task.margin", "task.label_smoothing", "task.sft_weight", "task.centre")
-"""Keys that a loss of compared answers has another unit or another least value for."""
+"""Keys that change the unit or the minimum of a loss on compared answers."""
 
 
 def metric_tables(study: Study) -> list[Table]:
-    """All metrics by configuration with the prior's, then by fold; nothing where there is one metric and no prior."""
+    """All metrics by configuration with the prior's, then by fold; empty for a single metric without a prior."""
     runs = [run for c in study.configurations for run in c.runs]
     names = dict.fromkeys(name for run in runs for name in run.result["after"] if str(name).startswith("val/"))
     if runs and is_free_text(runs[0].samples()):
         names = dict.fromkeys("val/token_f1" if name == "val/exact_match" else name for name in names)
     values = {name: np.array([_value(run, name) for run in runs], float) for name in names}
     values = {name: column for name, column in values.items() if not np.isnan(column).all()}
-    # A loss that is the log-loss, but for the rounding of another order of summing, is shown once.
+    # A log-loss that equals the loss up to rounding is shown once.
     loss = values.get("val/loss_nats", np.full(len(runs), np.nan))
-    again = [name for name, column in values.items() if np.allclose(column, loss, 1e-9, 0.0, equal_nan=True)]
-    shown = [name for name in values if name == "val/loss_nats" or name not in again]
+    duplicates = [name for name, column in values.items() if np.allclose(column, loss, 1e-9, 0.0, equal_nan=True)]
+    shown = [name for name in values if name == "val/loss_nats" or name not in duplicates]
     known = any(run.chance for run in runs)
     if len(shown) < 2 and not known:
         return []
@@ -48,7 +48,7 @@ def metric_tables(study: Study) -> list[Table]:
     note = "Means, with the standard deviation between runs in brackets."
     if known:
         lines.append([PRIOR, *(_shown(mean([_prior(run, name) for run in runs])) for name in shown), ""])
-        note += " The prior reads no row: it predicts the training rows' class shares, or their mean."
+        note += " The prior ignores the inputs: it predicts the class shares of the training rows, or their mean."
     tables = [Table("All metrics", note, ["configuration", *head], lines)]
     folded = [c for c in study.configurations if len({run.part for run in c.runs}) > 1][:MOST_FOLDED]
     lines = []
@@ -66,7 +66,7 @@ def _shown(value: float | None) -> str:
 
 
 def _value(run: RunRecord, name: str) -> float | None:
-    """A metric of the run; token F1 of its generations where it was not asked for."""
+    """A metric of the run; token F1 is computed from its generations if it was not recorded."""
     value = run.value(name)
     if value is None and name == "val/token_f1" and (samples := run.samples()):
         texts = [[str(sample.get(key) or "") for sample in samples] for key in ("reference", "generated")]
@@ -74,8 +74,8 @@ def _value(run: RunRecord, name: str) -> float | None:
     return value
 
 
-def at_chance(study: Study) -> str:
-    """What must be said of the best configuration where it is no better than the prior; else nothing."""
+def chance_warning(study: Study) -> str:
+    """A warning if the best configuration is no better than the prior; else empty."""
     known = [run.chance for c in study.configurations[:1] for run in c.runs if run.chance]
     bad = [chance for chance in known if not is_better(chance)]
     if not bad:
@@ -89,7 +89,7 @@ def at_chance(study: Study) -> str:
 
 
 def confusion(study: Study) -> tuple[list[str], list[list[int]], str, int] | None:
-    """(classes, rows by true and likeliest class, name, runs) of the best configuration; None without classes."""
+    """(classes, rows by true and predicted class, name, runs) of the best configuration; None without classes."""
     from llmft.metrics.classification import confusion as counts
 
     of_runs = [run.predictions() for c in study.configurations[:1] for run in c.runs]
@@ -123,19 +123,19 @@ def _mean_and_spread(values: Sequence[float | None]) -> str:
 
 
 def answers_table(study: Study) -> Table | None:
-    """By configuration what became of both answers, and accuracy beside the rule of length; None without either."""
+    """By configuration the change of both answers, and accuracy against the rule of length; None without either."""
     lines = [
         [c.name, movement(_means(c.runs, "before"), _means(c.runs, "after")) or "", against_length(c.runs)]
         for c in study.configurations
     ]
-    head = ["configuration", "what became of the answers", 'against "the longer answer wins"']
+    head = ["configuration", "change of the answers", 'against "the longer answer wins"']
     note = "Means over the runs, on the validation rows; log-probabilities are those of whole answers."
     shown = [column for column in range(len(head)) if column == 0 or any(line[column] for line in lines)]
     return Table("Compared answers", note, head, lines, sentences=True).only(shown) if len(shown) > 1 else None
 
 
 def _means(runs: Sequence[RunRecord], when: str) -> dict[str, float]:
-    """Means over `runs` of the metrics `before` training or `after` it that all of them have."""
+    """Means over `runs` of the metrics that all of them have `when`: "before" or "after" training."""
     records = [values for run in runs if isinstance(values := run.result.get(when), dict)]
     names = set.intersection(*map(set, records)) if records else set()
     return {
@@ -146,7 +146,7 @@ def _means(runs: Sequence[RunRecord], when: str) -> dict[str, float]:
 
 
 def against_length(runs: Sequence[RunRecord]) -> str:
-    """Mean accuracy beside the rule's, and in how many of `runs` it is no better; nothing where they do not say."""
+    """Mean accuracy against the rule's, and in how many of `runs` it is no better; empty if not recorded."""
     records = [run.length for run in runs if run.length]
     if not records:
         return ""
@@ -155,22 +155,22 @@ def against_length(runs: Sequence[RunRecord]) -> str:
     return f"{f'NOT better in {worse} of {len(records)} runs' if worse else 'better'}: {accuracy} against {rule}"
 
 
-def at_length(study: Study) -> str:
-    """What must be said of the best configuration where "the longer answer wins" is as good; else nothing."""
+def length_warning(study: Study) -> str:
+    """A warning if the best configuration is no better than "the longer answer wins"; else empty."""
     words = against_length([run for c in study.configurations[:1] for run in c.runs])
     if not words.startswith("NOT"):
         return ""
-    name, rule = study.configurations[0].name, 'Accuracy beside the rule "the longer answer wins"'
+    name, rule = study.configurations[0].name, 'Accuracy against the rule "the longer answer wins"'
     return f"{name} may have learned length alone. {rule}: {words}."
 
 
-def at_units(study: Study) -> str:
-    """What must be said where losses are compared that are not of one unit, as those of two betas; else nothing."""
+def unit_warning(study: Study) -> str:
+    """A warning if the compared losses have different units, such as those of two betas; else empty."""
     keys = [key for key in study.keys if key.startswith(KEYS_OF_UNIT)]
     compares_answers = any(run.config.get("task.feedback") for run in study.runs)
     if not keys or not compares_answers or study.monitor != "val/loss_nats":
         return ""
     return (
-        f"every {' and '.join(keys)} gives {study.monitor} another unit, so a lower one is not a better one; "
-        "trainer.monitor=val/accuracy judges by what is the same in all."
+        f"the unit of {study.monitor} depends on {' and '.join(keys)}, so a lower value is not better; "
+        "trainer.monitor=val/accuracy is comparable."
     )

@@ -1,10 +1,9 @@
-"""Verdicts on plain numbers, such as those of a paper or a notebook: a mean, how many runs, their spread.
+"""Verdicts on published numbers, such as those of a paper or a notebook: a mean, number of runs, their spread.
 
-A csv with the columns `configuration` and `value` (the mean over its runs), and, as far as known: `seeds` (runs
-behind the value; 1), `sd` (standard deviation between runs; one for all lines is enough), `sd_seeds` (on how many
-runs it was measured; empty: on the line's own, or taken as known where that is one), `comparison` (lines with the same
-word are compared with one another), `metric` (what the value measures, such as accuracy, which says whether more or
-less of it is better).
+A csv with the columns `configuration` and `value` (the mean over its runs), and optionally: `seeds` (number of runs of
+the value, default 1), `sd` (standard deviation between runs; one line with it is enough), `sd_seeds` (number of runs on
+which sd was measured; default: the line's seeds, and for a single seed sd is taken as known), `comparison` (lines with
+the same value are compared), `metric` (what the value measures, such as accuracy, which gives the better direction).
 """
 
 from __future__ import annotations
@@ -40,11 +39,11 @@ class Published:
 def judge_numbers(
     published: Sequence[Published], *, metric: str | None = None, mode: Mode = Mode.auto
 ) -> dict[str, Verdicts]:
-    """Verdicts per comparison of values of `metric`, where the lines do not name theirs.
+    """comparison -> verdicts; `metric` applies to lines that do not name theirs.
 
-    Spreads that were told are pooled within the comparison; where there are none, those of all lines.
-    Raises DataError for fewer than two configurations, two of one name, or two metrics; ConfigError where nothing says
-    which direction is better.
+    Given spreads are pooled within a comparison; if it has none, those of all lines are.
+    Raises DataError for fewer than two configurations, duplicate names, or two metrics; ConfigError if the better
+    direction is unknown.
     """
     groups: dict[str, list[Published]] = {}
     for line in published:
@@ -55,14 +54,14 @@ def judge_numbers(
         if len(lines) < 2:
             raise DataError(f"{where}: two configurations are needed, there is {len(lines)}.")
         if len({line.name for line in lines}) < len(lines):
-            raise DataError(f"{where}: a configuration stands twice; give its mean and the number of its runs (seeds).")
+            raise DataError(f"{where}: a configuration is listed twice; give its mean and its number of runs (seeds).")
         metrics = {line.metric or metric or "" for line in lines}
         if len(metrics) > 1:
             raise DataError(f"{where}: values of {' and '.join(sorted(metrics))} cannot be compared with each other.")
         measured = metrics.pop()
         if not measured and mode is Mode.auto:
             raise ConfigError(
-                f"{where}: nothing says what the values measure: set metric=accuracy, say (or a column `metric`), or "
+                f"{where}: what the values measure is unknown: set metric=accuracy, say (or a column `metric`), or "
                 "which direction is better, mode=max or mode=min."
             )
         direction = mode_of(named_metric(measured) if measured else None, measured or "the values", mode, key="mode")
@@ -73,20 +72,20 @@ def judge_numbers(
 
 
 def _degrees(line: Published) -> float:
-    """Of the line's spread; infinite for one that is taken as known."""
+    """Degrees of freedom of the line's spread; infinite if it is taken as known."""
     measured = line.sd_seeds or line.seeds
     return measured - 1.0 if measured > 1 else math.inf
 
 
 def _pooled_spread(lines: Sequence[Published]) -> tuple[float, float] | None:
-    """(pooled standard deviation, degrees of freedom) of the lines that tell one; None where none does."""
+    """(pooled standard deviation, degrees of freedom) of the lines with a spread; None if there are none."""
     spreads = [(line.sd, _degrees(line)) for line in lines if line.sd is not None]
     if not spreads:
         return None
     known = any(math.isinf(df) for _, df in spreads)
     weights = [1.0 if known else df for _, df in spreads]
     variance = sum(w * sd**2 for w, (sd, _) in zip(weights, spreads, strict=True)) / sum(weights)
-    # The same spread said on every line was measured once.
+    # The same spread on every line was measured once.
     once = len({(line.sd, line.sd_seeds) for line in lines if line.sd is not None}) == 1
     return math.sqrt(variance), spreads[0][1] if once and not known else sum(df for _, df in spreads)
 
@@ -94,14 +93,14 @@ def _pooled_spread(lines: Sequence[Published]) -> tuple[float, float] | None:
 def _sample(line: Published, spread: tuple[float, float] | None) -> Sample:
     stated = spread
     if spread is not None:
-        # Two lines with one estimate between them have its degrees of freedom together.
+        # Two lines with a common estimate share its degrees of freedom.
         stated = (line.sd, _degrees(line)) if line.sd and line.seeds > 1 else (spread[0], spread[1] / 2)
     runs = tuple(Replicate(str(run), "", line.value) for run in range(line.seeds))
     return Sample(line.name, runs, stated=stated)
 
 
 def read_numbers(path: Path) -> list[Published]:
-    """Reads the csv. Raises DataError naming the line."""
+    """Reads the csv. Raises DataError that names the line."""
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             lines = [[cell.strip() for cell in line] for line in csv.reader(file)]
@@ -127,14 +126,14 @@ def read_numbers(path: Path) -> list[Published]:
 
 
 def _published(line: dict[str, str], where: str) -> Published:
-    def number(column: str, least: float) -> float | None:
+    def number(column: str, minimum: float) -> float | None:
         text = line.get(column, "")
         try:
-            value = float(text or least)
+            value = float(text or minimum)
         except ValueError:
             value = math.nan
-        if text and not (math.isfinite(value) and value >= least):
-            raise DataError(f"{where}: {column} '{text}' is no such number.")
+        if text and not (math.isfinite(value) and value >= minimum):
+            raise DataError(f"{where}: {column} '{text}' is not a valid number.")
         return value if text else None
 
     value = number("value", -math.inf)

@@ -1,7 +1,7 @@
-"""A run directory as plain values, whatever state it is in.
+"""Reads a run directory as plain values, whatever state it is in.
 
-Nothing here raises on a run's files: what is missing, cut off or of another kind is left out and noted in `faults`.
-A run directory may come from somebody else, so sizes are bounded, YAML aliases are refused and nothing is executed.
+Faulty files raise no errors: what is missing, truncated or of the wrong type is left out and listed in `faults`.
+Run directories may be untrusted, so sizes are bounded, YAML aliases are refused and nothing is executed.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from llmft.runs.predictions import Predictions, read_table
 LARGEST_FILE = 256 * 2**20
 LARGEST_CONFIG = 2 * 2**20
 LONGEST_ANSWER = 5
-"""Words of a reference that a generation may be expected to equal."""
+"""Maximum words of a reference that a generation can be expected to match exactly."""
 LOSSES = ("val/loss_nats", "val/logloss")
-"""Metrics that are sum(loss) / sum(tokens) of the rows that `row_losses/val-<step>.parquet` keeps."""
+"""Metrics that are sum(loss) / sum(tokens) over the rows in `row_losses/val-<step>.parquet`."""
 BOUNDS = ("low", "high", "rows")
-"""Of the interval of a difference on the validation rows."""
+"""Keys of the interval of a difference on the validation rows."""
 TEXT_METRICS = ("exact_match", "token_f1", "rouge_l", "bleu")
-"""Metrics of generations that need no model to be computed again."""
+"""Metrics that can be recomputed from generations without a model."""
 
 
 class RunRecord:
-    """What a run directory says.
+    """The content of a run directory.
 
     Attributes:
-        faults: what is wrong with its files.
-        config: flat, dotted key to plain value.
-        part: which part of the data validates: the fold and the seed of the split.
-        monitor: the metric that the run was about.
-        step: the one whose weights the run hands over.
-        seconds, tokens: time in training and validation; tokens trained on, by speed and time of each step.
+        faults: problems of its files.
+        config: dotted key -> plain value.
+        part: the part of the data used for validation: fold and seed of the split.
+        monitor: the monitored metric.
+        step: the step whose weights are kept.
+        seconds, tokens: time in training and validation; tokens trained on, from speed and time of each step.
         content: fingerprints of data and model.
-        chance: the prior beside the weights handed over, on the validation rows; empty where it was not recorded.
-        length: accuracy beside the rule "the longer answer wins" on these rows; empty where it was not recorded.
+        chance: the kept weights against the prior on the validation rows; empty if not recorded.
+        length: accuracy against the rule "the longer answer wins" on these rows; empty if not recorded.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -84,21 +84,21 @@ class RunRecord:
         self.chance: dict[str, Any] = chance if complete else {}
         self.length: dict[str, Any] = length if _all_numbers(length, "accuracy", "longer_wins", *BOUNDS) else {}
 
-    def setting(self, key: str, otherwise: float) -> float:
-        """A number of the config, or `otherwise` where it holds none."""
+    def setting(self, key: str, default: float) -> float:
+        """A number of the config, or `default` if it has none."""
         value = _number(self.config.get(key))
-        return otherwise if value is None else value
+        return default if value is None else value
 
     def value(self, metric: str) -> float | None:
-        """`metric` of the weights that the run hands over; None where it has none."""
+        """`metric` of the kept weights; None if it was not recorded."""
         return _number(_at(self.result, "after", metric))
 
     def curve(self, metric: str) -> list[tuple[int, float]]:
-        """(step, value) in the order of steps; values that are not finite are left out."""
+        """(step, value) in order of steps, without values that are not finite."""
         return sorted({r["step"]: float(r[metric]) for r in self.metrics if _is_number(r.get(metric))}.items())
 
     def row_table(self, step: int) -> dict[str, Any]:
-        """The columns of the rows at a validation, arrays; nothing where they were not kept or cannot be read."""
+        """column -> array over the rows of a validation; empty if they were not kept or cannot be read."""
         path = self.directory / "row_losses" / f"val-{step:08d}.parquet"
         if not path.is_file():
             return {}
@@ -116,9 +116,9 @@ class RunRecord:
         return _of_table(self.row_table(step), "loss_nats", "tokens")
 
     def row_scores(self, metric: str) -> RowScores | None:
-        """What each validation row adds to `metric` of the weights that the run hands over, where it can be told.
+        """The contribution of each validation row to `metric` of the kept weights; None if it cannot be computed.
 
-        The rows' losses; the scores that the validation kept; else the metric without some rows in turn.
+        From the rows' losses, else from stored scores, else by a jackknife.
         """
         value, name = self.value(metric), metric.removeprefix("val/")
         if self.step is None or value is None:
@@ -131,7 +131,7 @@ class RunRecord:
         return self._without_rows(metric, value, table)
 
     def _without_rows(self, metric: str, value: float, table: dict[str, Any]) -> RowScores | None:
-        """By a jackknife over the predictions or generations, where these give the metric again."""
+        """Row scores by a jackknife over predictions or generations, if these reproduce the metric."""
         from llmft.metrics.monitor import named_metric
 
         function = named_metric(metric, [str(path) for path in self.config.get("task.metrics") or []])
@@ -155,22 +155,22 @@ class RunRecord:
         try:
             same = math.isclose(score(references, outputs), value, rel_tol=1e-3, abs_tol=1e-6)
             return jackknife(score, references, outputs, rows) if same else None
-        except Exception:  # a metric of somebody's own may refuse what is left
+        except Exception:  # a custom metric may refuse a subset of the rows
             return None
 
     def predictions(self) -> Predictions | None:
-        """Its predictions of the validation rows; None where there are none that can be read."""
+        """Its predictions of the validation rows; None if there are none or they cannot be read."""
         folder = self.directory / "predictions" / "val"
         files = [folder / "predictions.json", folder / "predictions.parquet"]
         try:
             readable = all(file.is_file() and file.stat().st_size <= LARGEST_FILE for file in files)
             return Predictions.load(folder) if readable else None
-        except Exception as error:  # a run directory may hold anything
+        except Exception as error:  # the file may contain anything
             self.faults.append(f"predictions/val: {first_line(error)}")
             return None
 
     def samples(self) -> list[dict[str, Any]]:
-        """Generations of the step whose weights the run hands over, or else of the last one."""
+        """Generations at the step whose weights are kept, or else at the last one."""
         samples = [s for s in _lines(self.directory / "samples.jsonl", self.faults) if s.get("split", "val") == "val"]
         steps = {s["step"] for s in samples if _is_step(s.get("step"))}
         step = self.step if self.step in steps else max(steps, default=None)
@@ -178,7 +178,7 @@ class RunRecord:
 
 
 def _of_table(table: dict[str, Any], total: str, weight: str | None = None) -> RowScores | None:
-    """Row scores from two columns, or from one of scores, of which rows without any (NaN) have no weight."""
+    """Row scores from two columns, or from one column of scores, in which NaN rows get no weight."""
     if not {"row", total, weight or total} <= table.keys() or not len(table["row"]):
         return None
     totals = np.asarray(table[total], float)
@@ -191,7 +191,7 @@ def _of_table(table: dict[str, Any], total: str, weight: str | None = None) -> R
 
 
 def _of_samples(samples: Sequence[dict[str, Any]], name: str, table: dict[str, Any]) -> RowScores | None:
-    """Row scores from those beside the generations."""
+    """Row scores from those stored with the generations."""
     scores = [_at(sample, "scores", name) for sample in samples]
     if not samples or not all(map(_is_number, scores)):
         return None
@@ -201,14 +201,14 @@ def _of_samples(samples: Sequence[dict[str, Any]], name: str, table: dict[str, A
 
 
 def _row_names(samples: Sequence[dict[str, Any]], table: dict[str, Any]) -> list[str]:
-    """The row of each sample, or its group where the rows have groups."""
+    """The row of each sample, or its group if rows have groups."""
     names = [str(sample.get("where", index)) for index, sample in enumerate(samples)]
     groups = dict(zip(table["row"], table["group"], strict=True)) if {"row", "group"} <= table.keys() else {}
     return [str(groups.get(name, name)) for name in names]
 
 
 def is_free_text(samples: list[dict[str, Any]]) -> bool:
-    """Whether answers are sentences, of which hardly one equals its reference: token F1 tells more than a match."""
+    """Whether references are long texts, for which token F1 is more informative than an exact match."""
     lengths = sorted(len(str(sample.get("reference") or "").split()) for sample in samples)
     return bool(lengths) and lengths[len(lengths) // 2] > LONGEST_ANSWER
 
@@ -218,7 +218,7 @@ def is_run(directory: Path) -> bool:
 
 
 def _read(path: Path, faults: list[str], parse: Callable[[str], Any], limit: int = LARGEST_FILE) -> Any:
-    """What `parse` makes of a file's text; None where there is no such file or it cannot be read."""
+    """`parse` applied to the file's text; None if the file is missing or cannot be read."""
     try:
         if not path.is_file():
             return None
@@ -231,14 +231,14 @@ def _read(path: Path, faults: list[str], parse: Callable[[str], Any], limit: int
 
 
 def read_dictionary(path: Path, faults: list[str], parse: Any = json.loads, limit: int = LARGEST_FILE) -> Any:
-    """The dictionary that a file holds, else an empty one."""
+    """The dictionary in a file, else an empty one."""
     content = _read(path, faults, parse, limit)
     return content if isinstance(content, dict) else {}
 
 
 def _parse_yaml(text: str) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    # A few aliases of aliases unfold to more than any memory holds; llmft itself writes none.
+    # Nested aliases can expand beyond any memory; llmft itself writes none.
     if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, loader)):
         raise ValueError("aliases are not read")
     return yaml.load(text, loader)
@@ -257,7 +257,7 @@ def _lines(path: Path, faults: list[str]) -> list[dict[str, Any]]:
 
 
 def _is_number(value: Any) -> bool:
-    """Beyond 1e100 nothing is a measurement, and a figure's axis would overflow."""
+    """Whether `value` is a number below 1e100 in size; larger ones would overflow a figure's axis."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
@@ -278,7 +278,7 @@ def _last(records: list[dict[str, Any]], key: str) -> float | None:
 
 
 def _at(value: Any, *keys: str) -> Any:
-    """What lies in nested dictionaries below `keys`; None where there is no such thing."""
+    """The value in nested dictionaries at `keys`; None if it does not exist."""
     for key in keys:
         value = value.get(key) if isinstance(value, dict) else None
     return value

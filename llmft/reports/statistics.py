@@ -1,31 +1,31 @@
-"""How far means differ, how far they would differ by chance, and which configuration is the best.
+"""Contrasts of means with their noise, and the choice of the best configuration.
 
-A `Sample` holds the results of one configuration, a `Replicate` per run. A contrast is a weighted sum of the samples'
-means (1 and -1 for two). A claim must hold for new seeds *and* new validation rows, so an interval has two parts, each
-at its own critical value, added in quadrature:
+A `Sample` has the results of one configuration, a `Replicate` per run. A contrast is a weighted sum of the samples'
+means (1 and -1 for two). A claim must be true for new seeds *and* new validation rows, so an interval has two parts,
+each at its own critical value, added in quadrature:
 
-- **Runs.** Welch's variance: the spread of each configuration by itself, so that a hopeless or noisy one does not blur
-  the others. Below `FEW` runs its degrees of freedom are half-way to those of the smaller side, since noise with two
-  modes or a long tail fools Welch's own there. Where the same seeds explain more of the spread than chance would (F
-  test at `PAIRING_LEVEL`), Student's paired t, seed by seed.
-- **Rows.** A metric is sum(total) / sum(weight) over rows: nats over tokens, right answers over one each. A row's
+- **Runs.** Welch's variance: each configuration has its own spread, so a noisy one does not affect the others. Below
+  `FEW` runs its degrees of freedom are averaged with those of the smaller side, since Welch's are too optimistic for
+  bimodal or heavy-tailed noise. If common seeds explain more of the spread than chance (F test at `PAIRING_LEVEL`),
+  Student's paired t by seed is used instead.
+- **Rows.** A metric is sum(total) / sum(weight) over rows: nats over tokens, correct answers over one each. A row's
   influence is (total - metric x weight) / mean(weight), by the delta method. Influences are averaged over a
-  configuration's runs and contrasted row by row. The share of it that runs do to single rows is in the first part, and
-  taken off (crossed random effects: Clark 1973). Rows of one `data.group` are summed first.
-- **Folds** have rows of their own, and are compared fold by fold. The spread between them holds the rows' noise; what
-  exceeds it is the first part. Folds share training rows, which the rows' part is widened for, by Nadeau and Bengio's
-  (2003) 1 + validation rows / training rows. Where rows are not known, that correction alone.
+  configuration's runs and contrasted row by row. The variance between runs on single rows belongs to the first part
+  and is subtracted (crossed random effects: Clark 1973). Rows of one `data.group` are summed first.
+- **Folds** have different rows, and are compared fold by fold. The spread between folds includes the rows' noise; the
+  excess is the first part. Folds share training rows, for which the rows' part is multiplied by Nadeau and Bengio's
+  (2003) 1 + validation rows / training rows. If rows are not known, that correction is used alone.
 
-**The best** is called when its interval against every other one leaves 0 out, each at 95% by itself (an
-intersection-union test: all must be won, so none has to be corrected). Else the answer is a set: a configuration leaves
-it at a one-sided level of 1 - 0.95^(1/(k-1)), so that the true best stays in it in 95% of the cases.
+**The best** is called when its interval against every other configuration excludes 0, each at 95% (an
+intersection-union test needs no correction, since all must be won). Otherwise the answer is a set: a configuration is
+excluded at a one-sided level of 1 - 0.95^(1/(k-1)), so the set contains the true best in 95% of the cases.
 
-**Logarithms** are compared where values are losses above 0 whose means differ more than `LOG_FROM`-fold and whose
-spreads are more alike on them (Bartlett's statistic).
+**Logarithms** are compared if values are positive losses whose means differ by more than a factor of `LOG_FROM` and
+whose spreads are more similar on the log scale (Bartlett's statistic).
 
-Who looks early, looks more than once: with `looks` declared each look has its share of the 5% (Bonferroni). With
-`looks="any"` the critical value is that of a confidence sequence, which holds at every number of runs: a t test's Bayes
-factor with the right Haar prior on the spread and a normal prior of `PRIOR_VARIANCE` on the effect, against 1/level.
+**Looks.** With a declared number of looks, each gets an equal share of the 5% (Bonferroni). With `looks="any"` the
+critical value is that of a confidence sequence, valid at every number of runs: a t test's Bayes factor with the right
+Haar prior on the spread and a normal prior of `PRIOR_VARIANCE` on the effect, against 1/level.
 
 `tests.bench.calibration` measures all of this; its tables are in sweeps/README.md.
 """
@@ -50,22 +50,22 @@ FEW = 5
 LOG_FROM = 1.5
 PRIOR_VARIANCE = 1.0
 MOST_RUNS = 50
-"""More runs than that of each configuration are not worth counting."""
+"""The largest number of runs per configuration that `runs_needed` considers."""
 MOST_BLOCKS = 100
-"""Blocks of rows that a jackknife leaves out in turn."""
+"""Maximum number of blocks of rows in a jackknife."""
 
 
 @dataclass(frozen=True)
 class RowScores:
-    """What each validation row adds to a metric that is sum(total) / sum(weight)."""
+    """The contribution of each validation row to a metric that is sum(total) / sum(weight)."""
 
     rows: NDArray[np.str_]
     total: Array
     weight: Array
     log: bool = False
-    """Whether it is the metric's logarithm that is compared."""
+    """Whether the metric's logarithm is compared."""
     unit: str = "validation rows"
-    """What is counted."""
+    """The unit of the rows."""
 
     @property
     def metric(self) -> float:
@@ -73,12 +73,12 @@ class RowScores:
         return float(self.total.sum() / self.weight.sum())
 
     def influences(self) -> Array:
-        """What each row adds to the metric's deviation, times the number of rows."""
+        """Each row's contribution to the metric's deviation, times the number of rows."""
         influences = (self.total - self.metric * self.weight) / self.weight.mean()
         return influences / self.metric if self.log else influences
 
     def by_group(self, groups: Sequence[str]) -> RowScores:
-        """Rows of one group as one row, since they are no independent draws."""
+        """Sums the rows of each group to one, since they are not independent."""
         names, group = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
         totals, weights = (np.bincount(group, x).astype(float) for x in (self.total, self.weight))
         return RowScores(names, totals, weights, self.log, "groups of validation rows")
@@ -87,9 +87,9 @@ class RowScores:
 def jackknife(
     metric: Callable[[Any, Any], float], references: Any, predictions: Any, names: Sequence[str]
 ) -> RowScores | None:
-    """Row scores of any metric, by leaving out rows (rows of one name together, in at most `MOST_BLOCKS` blocks).
+    """Row scores of any metric by a jackknife (rows with the same name together, in at most `MOST_BLOCKS` blocks).
 
-    None where the metric is not a number without some block. `references` and `predictions` are arrays by rows.
+    None if the metric is not finite without some block. `references` and `predictions` are arrays over rows.
     """
     unique, index = np.unique(np.asarray(names, dtype=str), return_inverse=True)
     count = min(len(unique), MOST_BLOCKS)
@@ -99,7 +99,7 @@ def jackknife(
     of_all = metric(references, predictions)
     left = np.array([metric(references[block != b], predictions[block != b]) for b in range(count)])
     pseudo = count * of_all - (count - 1) * left
-    # The same rows make the same blocks; others share no name with them.
+    # Equal rows give equal block names; different rows give different ones.
     labels = np.array([f"{count} blocks of {len(unique)} rows {unique[0]} to {unique[-1]}: {b}" for b in range(count)])
     kind = "blocks of " if count < len(unique) else "groups of " if count < len(references) else ""
     scores = RowScores(labels, pseudo, np.ones(count), unit=f"{kind}validation rows")
@@ -117,7 +117,7 @@ class Replicate:
 
     @property
     def label(self) -> tuple[str, str]:
-        """What replicates of different configurations have in common."""
+        """Identifies corresponding replicates of different configurations."""
         return self.seed, self.part
 
 
@@ -127,8 +127,8 @@ class Sample:
 
     Attributes:
         training_overlap: validation rows over training rows where parts are folds or repeated splits, else 0.
-        lost: runs that diverged or failed; what is left may be the lucky ones.
-        stated: (standard deviation of one run, its degrees of freedom) where it was told and not measured here.
+        lost: number of runs that diverged or failed; the rest may be a favourable selection.
+        stated: (standard deviation of one run, its degrees of freedom) if given rather than measured here.
     """
 
     name: str
@@ -151,30 +151,30 @@ class Sample:
         return {replicate.label for replicate in self.replicates}
 
     def only(self, labels: set[tuple[str, str]]) -> Sample:
-        """With the replicates of `labels`, in one order."""
+        """The sample with only the replicates in `labels`, sorted by label."""
         replicates = sorted((r for r in self.replicates if r.label in labels), key=lambda r: r.label)
         return replace(self, replicates=tuple(replicates))
 
     def finite(self) -> Sample:
-        """Without runs whose metric is no number, which count as lost."""
+        """The sample without runs whose metric is not finite, which count as lost."""
         finite = tuple(r for r in self.replicates if math.isfinite(r.value))
         return replace(self, replicates=finite, lost=self.lost + len(self.replicates) - len(finite))
 
     def logged(self) -> Sample:
-        """The logarithm of the metric."""
+        """The sample with the logarithm of the metric."""
         logs = (replace(r, value=math.log(r.value), rows=r.rows and replace(r.rows, log=True)) for r in self.replicates)
         return replace(self, replicates=tuple(logs))
 
 
 @dataclass(frozen=True)
 class Variance:
-    """A variance of an estimate with its degrees of freedom (infinite where it is known)."""
+    """The variance of an estimate with its degrees of freedom (infinite if known exactly)."""
 
     value: float
     df: float
 
     def half_width(self, level: float, looks: Looks = 1, means: int = 2) -> float:
-        """Half of the interval at the two-sided `level`; for all pairs of `means` means at once."""
+        """Half the interval at the two-sided `level`; simultaneous for all pairs of `means` means."""
         if self.value == 0:
             return 0.0
         return critical(self.df, level, looks, means) * math.sqrt(self.value)
@@ -182,7 +182,7 @@ class Variance:
 
 @dataclass(frozen=True)
 class RowNoise(Variance):
-    """The row part of a contrast's variance, the number of rows, and whether all samples had the same ones."""
+    """The row part of a contrast's variance, the number of rows, and whether all samples have the same rows."""
 
     count: int
     paired: bool
@@ -191,7 +191,7 @@ class RowNoise(Variance):
 
 @functools.lru_cache(maxsize=65536)
 def critical(df: float, level: float, looks: Looks = 1, means: int = 2) -> float:
-    """Two-sided critical value of an estimate over its standard error; of the studentised range beyond two means."""
+    """Two-sided critical value of estimate / standard error; from the studentised range for more than two means."""
     from scipy.special import ndtri, stdtrit  # scipy.stats takes a second to import
 
     if looks == "any":
@@ -211,43 +211,43 @@ def critical(df: float, level: float, looks: Looks = 1, means: int = 2) -> float
     most = -float(ndtri(level / pairs / 2) if math.isinf(df) else stdtrit(max(df, 0.5), level / pairs / 2))
     try:
         return brentq(lambda t: studentized_range.sf(t * math.sqrt(2), means, df) - level, single, most, xtol=1e-3)
-    except ValueError:  # scipy's integral is not exact enough to tell the bounds apart
+    except ValueError:  # scipy's integral is not accurate enough to bracket the root
         return most
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A weighted sum of means with what is known of its noise; None where a source is not known."""
+    """A weighted sum of means with its noise by source; None if a source is not known."""
 
     estimate: float
     seeds: Variance | None
     rows: RowNoise | None
     runs: int
-    """Fewest replicates that any of the samples has in the contrast."""
+    """The smallest number of replicates of the samples."""
     num_samples: int = 2
     paired: bool = False
     folds: bool = False
     identical: bool = False
-    """Whether all runs with a seed in common ended alike."""
+    """Whether runs with the same seed have equal results."""
 
     @property
-    def alike(self) -> bool:
-        """Whether seeds change nothing: three runs of each ended alike, or all runs of both."""
+    def seed_independent(self) -> bool:
+        """Whether seeds have no effect: at least three equal runs of each, or `identical`."""
         return self.identical or (self.seeds is not None and self.seeds.value == 0 and self.runs > 2 and not self.folds)
 
     @property
     def seeded(self) -> bool:
-        """Whether the noise of runs is known, and not 0 by the chance of a few runs."""
+        """Whether the runs' noise is known and not 0 merely because there are few runs."""
         return self.seeds is not None and (self.seeds.value > 0 or (self.folds and self.rows is not None))
 
     def half_width(self, level: float, looks: Looks) -> float | None:
-        """Half of the interval; of the rows alone where the runs' noise is not known, None where neither is."""
+        """Half the interval, from the known sources of noise; None if there are none."""
         known = [v.half_width(level, looks) for v in (self.seeds, self.rows) if v is not None]
         return math.hypot(*known) if known else None
 
 
 def contrast(samples: Sequence[Sample], weights: Sequence[float], *, paired: bool = False) -> Contrast:
-    """The contrast with `weights` (they add up to 0) over the samples' means; `paired`: seed by seed."""
+    """The contrast of the samples' means with `weights` (their sum is 0); `paired` compares seed by seed."""
     parts = {r.part for s in samples for r in s.replicates}
     common = set.intersection(*(s.labels for s in samples))
     folds = len(parts) > 1 and bool(common)
@@ -284,11 +284,11 @@ def _welch(samples: Sequence[Sample], weights: Array) -> Variance:
 def _paired(
     samples: Sequence[Sample], weights: Array, rows: RowNoise | None, *, folds: bool
 ) -> tuple[Variance | None, RowNoise | None]:
-    """The runs' part seed by seed or fold by fold, and the rows' part that goes with it."""
+    """The runs' variance by seed or by fold, and the rows' variance that belongs to it."""
     table = weights @ np.array([s.values for s in samples])
     if not folds:
         return Variance(float(table.var(ddof=1)) / len(table), len(table) - 1.0), rows
-    # Seeds within a fold are averaged: it is folds that are drawn.
+    # Seeds within a fold are averaged, since folds are the independent units.
     of_fold: dict[str, list[float]] = {}
     for replicate, value in zip(samples[0].replicates, table, strict=True):
         of_fold.setdefault(replicate.part, []).append(float(value))
@@ -303,7 +303,7 @@ def _paired(
 
 
 def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
-    """The variance of a contrast by the choice of validation rows; None where a run's row scores are missing."""
+    """A contrast's variance from the choice of validation rows; None if a run's row scores are missing."""
     parts = sorted({r.part for s in samples for r in s.replicates})
     total, count, paired = 0.0, 0, True
     for part in parts:
@@ -311,7 +311,7 @@ def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
         runs = [run for cell in cells for run in cell if run is not None]
         if len(runs) < sum(map(len, cells)) or not all(cells):
             return None
-        # A row's part in the mean over all parts.
+        # The weight of a part in the mean over all parts.
         share = weights * [len(cell) / len(s.replicates) for cell, s in zip(cells, samples, strict=True)]
         aligned = _aligned(runs)
         if aligned is None:
@@ -331,7 +331,7 @@ def row_variance(samples: Sequence[Sample], weights: Array) -> RowNoise | None:
 
 
 def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:
-    """The runs cut down to the rows that all have, in one order; None where fewer than half of a run's rows are."""
+    """The runs restricted to common rows in one order; None if these are fewer than half of a run's rows."""
     if all(np.array_equal(run.rows, runs[0].rows) for run in runs):
         return runs
     if any(len(np.unique(run.rows)) != len(run.rows) for run in runs):
@@ -345,7 +345,7 @@ def _aligned(runs: Sequence[RowScores]) -> Sequence[RowScores] | None:
 
 
 def seeds_matter(samples: Sequence[Sample]) -> bool:
-    """Whether the seeds that all have in common explain more of the spread than chance would."""
+    """Whether the common seeds explain more of the spread than chance would."""
     from scipy.special import fdtrc
 
     common = set.intersection(*(s.labels for s in samples))
@@ -354,15 +354,15 @@ def seeds_matter(samples: Sequence[Sample]) -> bool:
     table = np.array([s.only(common).values for s in samples])
     table = table - table.mean(axis=1, keepdims=True)
     seeds = table.mean(axis=0)
-    explained, rest = len(samples) * float(seeds @ seeds), float(((table - seeds) ** 2).sum())
-    if rest <= 0:
+    explained, residual = len(samples) * float(seeds @ seeds), float(((table - seeds) ** 2).sum())
+    if residual <= 0:
         return explained > 0
-    ratio, df = explained / rest * (len(samples) - 1), len(common) - 1
+    ratio, df = explained / residual * (len(samples) - 1), len(common) - 1
     return bool(fdtrc(df, (len(samples) - 1) * df, ratio) < PAIRING_LEVEL)
 
 
-def logarithms_suit(samples: Sequence[Sample], *, lower_is_better: bool) -> bool:
-    """Whether means differ by much, and spreads are more alike on the logarithm."""
+def should_compare_logs(samples: Sequence[Sample], *, lower_is_better: bool) -> bool:
+    """Whether means differ by much and spreads are more similar on the log scale."""
     means = [s.mean for s in samples]
     positive = all(r.value > 0 for s in samples for r in s.replicates)
     if not lower_is_better or not positive or max(means) < LOG_FROM * min(means) or any(s.stated for s in samples):
@@ -371,7 +371,7 @@ def logarithms_suit(samples: Sequence[Sample], *, lower_is_better: bool) -> bool
 
 
 def _bartlett(samples: Sequence[Sample]) -> float:
-    """Bartlett's statistic up to its factor: how unlike the variances are."""
+    """Bartlett's statistic for unequal variances, up to its factor."""
     variances = [(len(s.replicates) - 1, float(s.values.var(ddof=1))) for s in samples if len(s.replicates) > 1]
     degrees = sum(df for df, _ in variances)
     if not degrees or any(value <= 0 for _, value in variances):
@@ -381,21 +381,21 @@ def _bartlett(samples: Sequence[Sample]) -> float:
 
 
 def look_sizes(first: int, until: int, looks: Looks) -> list[int]:
-    """Seeds of each configuration at each look: after every seed for "any", else spread evenly up to `until`."""
+    """Seeds per configuration at each look: every number for "any", else spread evenly up to `until`."""
     if looks == "any" or looks > until - first:
         return list(range(first, until + 1))
     return sorted({first + round((until - first) * step / max(looks - 1, 1)) for step in range(looks)} | {until})
 
 
 def set_level(count: int, alpha: float) -> float:
-    """The two-sided level at which one of `count` configurations is left out of those that may be the best."""
+    """The two-sided level at which one of `count` configurations is excluded from those that may be the best."""
     return min(alpha, 2 * (1 - (1 - alpha) ** (1 / max(count - 1, 1))))
 
 
 def runs_needed(c: Contrast, size: float, level: float, looks: Looks) -> int | None:
-    """Runs of each configuration that find a difference of `size` in 80% of the cases; None beyond `MOST_RUNS`.
+    """Runs per configuration that detect a difference of `size` in 80% of the cases; None beyond `MOST_RUNS`.
 
-    The spread is taken larger than it was measured, by sqrt(df / chi2(20%, df)): a few runs often show too little.
+    The measured spread is enlarged by sqrt(df / chi2(20%, df)), since a few runs often underestimate it.
     """
     from scipy.special import chdtri, ndtr
 
@@ -413,7 +413,7 @@ def runs_needed(c: Contrast, size: float, level: float, looks: Looks) -> int | N
 
 
 def rows_needed(c: Contrast, size: float, level: float) -> int | None:
-    """Validation rows that it would take, where with any number of runs these would be too few; else None."""
+    """The validation rows needed to detect `size` if no number of runs would suffice with these; else None."""
     from scipy.special import ndtri
 
     if c.rows is None or c.rows.value <= 0:

@@ -1,4 +1,4 @@
-"""Small pieces that the figures are drawn from: escaped SVG elements, scales, ticks."""
+"""Building blocks of figures: escaped SVG elements, scales, ticks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from markupsafe import Markup, escape
 WIDTH = 460
 """Units across a figure: on a phone of 390 pixels, text of 13 units is 10 pixels high."""
 SERIES = 7
-"""Colours that people with any colour vision tell apart (Okabe and Ito); lines also differ in their dashes."""
+"""Number of colours, distinguishable with any colour vision (Okabe and Ito); lines also differ in their dashes."""
 
 
 def tag(name: str, *children: str | Markup, **attributes: object) -> Markup:
-    """An element; `class_` is class, `font_size` is font-size, None leaves an attribute out. Everything is escaped."""
+    """An escaped element; `class_` becomes class, `font_size` font-size; attributes that are None are left out."""
     parts = []
     for key, value in attributes.items():
         shown = f"{value:.2f}".rstrip("0").rstrip(".") if isinstance(value, float) else value
@@ -30,8 +30,8 @@ def text(x: float, y: float, words: str, anchor: str = "start", **attributes: ob
 
 
 def figure(height: float, title: str, description: str, *children: Markup, width: float = WIDTH) -> Markup:
-    """An SVG with a title and a description for those who do not see it."""
-    # A wide one is scrolled on a narrow screen; shrunk to it, its words could not be read.
+    """An SVG with a title and a description for screen readers."""
+    # A wide figure scrolls on a narrow screen; scaled down, its text would be unreadable.
     wide = {"style": f"min-width: {0.7 * width:.0f}px"} if width > WIDTH else {}
     name = f"f{zlib.crc32(f'{title} {description}'.encode())}"
     head = [tag("title", title, id=f"{name}t"), tag("desc", description, id=f"{name}d")]
@@ -40,19 +40,19 @@ def figure(height: float, title: str, description: str, *children: Markup, width
 
 
 def tipped(shape: Markup, tip: str, **attributes: object) -> Markup:
-    """A shape that shows `tip` when the pointer or the keyboard is on it."""
+    """A shape that shows `tip` on hover or keyboard focus."""
     return tag("g", shape, tabindex=0, role="img", aria_label=tip, data_tip=tip, **attributes)
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
-    """The `d` of a line through `points`."""
+    """The `d` attribute of a line through `points`."""
     return "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def clip(words: str, most: int) -> str:
-    """`words` on one line of at most `most` characters."""
+def clip(words: str, maximum: int) -> str:
+    """`words` on one line of at most `maximum` characters."""
     line = " ".join(words.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if len(line) <= maximum else f"{line[: maximum - 1]}…"
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -67,7 +67,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 class Scale:
-    """Values to units along an axis."""
+    """Maps values to positions along an axis."""
 
     def __init__(self, values: Sequence[float], start: float, end: float, *, log: bool = False, pad: float = 0.04):
         low, high = min(values), max(values)
@@ -101,7 +101,7 @@ def short(value: float) -> str:
 
 
 def axes(x: Scale, y: Scale, below: str, bottom: float) -> Markup:
-    """Ticks at the left with lines through the figure, ticks at the `bottom`, and words below."""
+    """Tick labels at the left with grid lines, tick labels at the `bottom`, and `below` as the axis title."""
     parts = []
     for value in y.ticks():
         parts.append(tag("line", x1=52, x2=WIDTH - 10, y1=y(value), y2=y(value), class_="grid"))

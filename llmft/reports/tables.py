@@ -5,23 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from llmft.reports.configurations import Configuration, Study
-from llmft.reports.curves import Diagnosis, Fit, summed_up
+from llmft.reports.curves import Diagnosis, Fit, summarize
 from llmft.reports.read import RunRecord
-from llmft.reports.verdicts import Verdicts, ends_of, number, sentence
+from llmft.reports.verdicts import Verdicts, number, sentence
 from llmft.runs.predictions import csv_text
-
-if TYPE_CHECKING:
-    from llmft.reports.write import Report
 
 
 @dataclass(frozen=True)
 class Table:
-    """A heading, column titles and lines of text; `sentences` are wrapped where numbers stand right."""
+    """Title, note, column heads and lines of text; cells that are `sentences` are left-aligned and wrapped."""
 
     title: str
     note: str
@@ -29,25 +26,25 @@ class Table:
     lines: list[list[str]]
     sentences: bool = False
 
-    def turned(self) -> Table:
-        """The same with lines as columns."""
+    def transposed(self) -> Table:
+        """The transposed table."""
         lines = [list(line) for line in zip(self.head[1:], *(line[1:] for line in self.lines), strict=True)]
         return replace(self, head=["", *(line[0] for line in self.lines)], lines=lines)
 
     def only(self, columns: Sequence[int]) -> Table:
-        """The same with these columns alone."""
+        """The table with these columns only."""
         lines = [[line[column] for column in columns] for line in self.lines]
         return replace(self, head=[self.head[column] for column in columns], lines=lines)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """The mean of those that are known; None without any."""
+    """The mean of the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 
 
 class BoardLine:
-    """A line of the leaderboard: a configuration's place, its metric over the runs, and what these took."""
+    """A line of the leaderboard: a configuration's rank, its metric over the runs, and their cost."""
 
     def __init__(self, rank: int, c: Configuration, study: Study, diagnoses: Mapping[str, Diagnosis]) -> None:
         values = c.sample(study.monitor).values
@@ -60,7 +57,7 @@ class BoardLine:
         self.tokens_per_s = mean([run.tokens / run.seconds for run in c.runs if run.tokens and run.seconds])
         self.memory_gib = max((run.memory_gib for run in c.runs if run.memory_gib is not None), default=None)
         fits = [diagnoses[str(run.directory)] for run in c.runs if str(run.directory) in diagnoses]
-        self.fit = str(fits[0]) if len(set(map(str, fits))) == 1 else summed_up(fits)
+        self.fit = str(fits[0]) if len(set(map(str, fits))) == 1 else summarize(fits)
         self.commands = []
         for run in c.runs:
             fold = run.config.get("data.fold")
@@ -72,7 +69,7 @@ class BoardLine:
 
 
 def replications(runs: Sequence[RunRecord]) -> str:
-    """ "3 seeds", "5 folds", "2 seeds x 5 folds"."""
+    """Text such as "3 seeds", "1 seed x 5 folds"."""
     parts = []
     for key, word in (("seed", "seed"), ("data.fold", "fold"), ("data.split_seed", "split")):
         number = len({str(run.config.get(key)) for run in runs})
@@ -82,7 +79,7 @@ def replications(runs: Sequence[RunRecord]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """ "4.2 s", "3 min 20 s", "2 h 05 min"; nothing for None."""
+    """Text such as "4.2 s", "3 min 20 s", "2 h 05 min"; empty for None."""
     if seconds is None:
         return ""
     if seconds < 60:
@@ -93,7 +90,7 @@ def duration(seconds: float | None) -> str:
 
 
 def count(value: float | None) -> str:
-    """ "12,034", "1.2 M"; nothing for None."""
+    """Text such as "12,034", "1.2 M"; empty for None."""
     if value is None:
         return ""
     if value >= 1e9:
@@ -110,7 +107,7 @@ HEAD = ["", "configuration", "mean", "sd", "n", "best", "time", "tokens", "token
 
 
 def board_table(board: Sequence[BoardLine]) -> Table:
-    """The leaderboard without columns that say nothing."""
+    """The leaderboard without empty columns."""
     lines = [
         [
             str(line.rank),
@@ -133,7 +130,7 @@ def board_table(board: Sequence[BoardLine]) -> Table:
 
 
 def cost(study: Study) -> str:
-    """What the runs took in all."""
+    """The total cost of the runs in words."""
     seconds, tokens, energy = (
         [value for run in study.runs if (value := getattr(run, name)) is not None]
         for name in ("seconds", "tokens", "energy_wh")
@@ -141,12 +138,12 @@ def cost(study: Study) -> str:
     parts = [f"{len(study.runs)} run{'s' if len(study.runs) != 1 else ''}"]
     parts += [f"{duration(sum(seconds))} in training and validation"] if seconds else []
     parts += [f"{count(sum(tokens))} tokens trained on"] if tokens else []
-    parts += [f"{sum(energy):.1f} Wh ({len(energy)} runs told)"] if energy else []
+    parts += [f"{sum(energy):.1f} Wh (measured in {len(energy)} runs)"] if energy else []
     return ", ".join(parts)
 
 
 def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; bars and line ends in cells are taken care of."""
+    """A table in Markdown; bars and line ends in cells are escaped."""
 
     def row(values: Sequence[str]) -> str:
         return "| " + " | ".join(" ".join(str(v).split()).replace("|", "\\|") for v in values) + " |"
@@ -157,8 +154,8 @@ def markdown_table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
 def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
     """A line per run: configuration, values, replication, metrics, cost, command."""
     metrics = list(dict.fromkeys(name for run in study.runs for name in run.result["after"]))
-    facts = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
-    head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *facts]
+    columns = ["step", "seconds", "tokens", "memory_gib", "energy_wh", "command"]
+    head = ["place", "configuration", *study.keys, "seed", "fold", "run", "key", "status", *metrics, *columns]
     rank_of = {name: line.rank for line in board for name, *_ in line.commands}
     owners = {run.name: c for c in study.configurations for run in c.runs}
     rows: list[list[Any]] = []
@@ -167,7 +164,7 @@ def results_csv(study: Study, board: Sequence[BoardLine]) -> str:
         row = [rank_of.get(run.name), c.name if c else None]
         row += [c.values[key] if c else run.config.get(key) for key in study.keys]
         row += [run.seed, run.config.get("data.fold"), run.name, run.key, run.status]
-        rows.append([*row, *map(run.value, metrics), *(getattr(run, name) for name in facts)])
+        rows.append([*row, *map(run.value, metrics), *(getattr(run, name) for name in columns)])
     return to_csv(head, rows)
 
 
@@ -184,40 +181,9 @@ def verdicts_csv(verdicts: Verdicts) -> str:
 
 
 def to_csv(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """CSV; a text that a spreadsheet would take for a formula gets a quote in front."""
+    """CSV; a text that a spreadsheet would read as a formula gets a leading quote."""
     formulas = ("=", "+", "-", "@")
     return csv_text(head, ([f"'{v}" if isinstance(v, str) and v.startswith(formulas) else v for v in r] for r in rows))
-
-
-def markdown(report: Report) -> str:
-    """The whole report without figures."""
-    study, verdicts, board = report.study, report.verdicts, board_table(report.board)
-
-    def section(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-        return [f"## {title}", markdown_table(head, rows)] if rows else []
-
-    parts = [f"# {study.title}"]
-    parts += [f"**Question.** {' '.join(study.question.split())}"] if study.question else []
-    parts += [f"**Answer.** {verdicts.answer}", *([verdicts.basis] if verdicts.basis else [])]
-    parts += [f"**{name.capitalize()}.** {warning}" for name, warning in report.warnings.items()]
-    parts += section(f"Configurations by {study.monitor}", board.head, board.lines)
-    for table in report.metrics:
-        parts += section(table.title, table.head, table.lines)
-    head = ["", "against", "verdict", "lead", "95% interval", "what would settle it"]
-    comparisons = [c for _, c in verdicts.all]
-    rows = [[c.first, c.second, c.verdict.value, c.rules.amount(c.lead), ends_of(c) or "unknown", c.plan]
-            for c in comparisons]  # fmt: skip
-    parts += section("Verdicts", head, rows) + [f"- {sentence(c)}" for c in comparisons]
-    parts += ["## Over- and underfitting", report.curves] if report.curves else []
-    rows = [[run.name, metrics_of(run), run.command] for run in study.others]
-    parts += section(f"Runs without {study.monitor}", ["run", "metrics", "command"], rows)
-    rows = [[f.name, f.status, f.cause, f"`{f.command}`" if f.command else ""] for f in study.failures]
-    parts += section("Failures", ["trial", "status", "cause", "command"], rows)
-    parts += ["## Stopped on purpose", *(f"- {line}" for line in study.stopped)] if study.stopped else []
-    parts += ["## Cost", cost(study)]
-    rows = [[line.name, which, f"`{command}`"] for line in report.board for _, which, command, _ in line.commands]
-    parts += section("Commands", ["configuration", "run", "command"], rows)
-    return "\n\n".join(parts) + "\n"
 
 
 def metrics_of(run: RunRecord) -> str:

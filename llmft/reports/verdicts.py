@@ -1,7 +1,7 @@
-"""What a study's numbers allow to be said, in words: the best configuration, and the best value of each varied key.
+"""Verdicts on a study: the best configuration, and the best value of each varied key.
 
-All verdicts of a study share one chance of 5% of any false winner: with one key its values are the configurations; with
-several, the configurations get half of it and the keys share the other half (Bonferroni).
+The chance of any false winner in a study is at most 5%. With one key its values are the configurations; with several
+keys the configurations get half of the 5%, and the keys share the other half (Bonferroni).
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from llmft.reports.statistics import (
     Looks,
     Sample,
     contrast,
-    logarithms_suit,
     rows_needed,
     runs_needed,
     seeds_matter,
     set_level,
+    should_compare_logs,
 )
 
 SHARE = 1.5
-"""The difference that more runs are planned for where sweep.smallest_difference is not set, in standard deviations."""
+"""The difference for which runs are planned without sweep.smallest_difference, in standard deviations."""
 MOST_PAIRS = 28
 
 
 class Verdict(Enum):
-    """What can be said of the best against another one."""
+    """The result of comparing the best with another one (`behind`: it is clearly worse, though there is no winner)."""
 
     better = "better"
     behind = "behind"
@@ -46,11 +46,11 @@ class Verdict(Enum):
 
 @dataclass(frozen=True)
 class Rules:
-    """How a sweep is judged: which way is better, its looks, the smallest difference that matters.
+    """How a sweep is judged: better direction, looks, the smallest difference that matters.
 
     Attributes:
-        log, level: whether logarithms are compared, and the best's mean then, which a difference is a share of.
-        paired: whether runs are compared seed by seed. All three are found by looking at the samples.
+        log, level: whether logarithms are compared, and the best's mean then, of which a difference is a share.
+        paired: whether runs are compared seed by seed. These three are derived from the samples.
     """
 
     lower_is_better: bool = True
@@ -61,23 +61,23 @@ class Rules:
     paired: bool = False
 
     def lead(self, estimate: float) -> float:
-        """How far the first is ahead."""
+        """The lead of the first, positive if it is better."""
         return -estimate if self.lower_is_better else estimate
 
     def share(self, lead: float) -> float:
-        """A lead in the metric's units, or as a share of the other one where logarithms are compared."""
+        """A lead in the metric's units, or as a share of the other mean if logarithms are compared."""
         return -math.expm1(-lead) if self.log else lead
 
     def amount(self, share: float) -> str:
-        """What `share` gives with its unit."""
+        """The result of `share` as text with its unit."""
         return f"{100 * share:.{1 if abs(share) < 0.1 else 0}f}%" if self.log else number(share)
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """`first`, the best by its mean, against `second`: `lead` in the metric's units, or as a share with logarithms.
+class ConfigComparison:
+    """`first`, the best by its mean, against `second`; `lead` is in the metric's units, or a share with logarithms.
 
-    `low` and `high` are the ends of its interval, None where no noise is known. `plan` says what would settle it.
+    `low` and `high` are the ends of its interval, None if no noise is known. `plan` says what would settle it.
     """
 
     first: str
@@ -93,31 +93,31 @@ class Comparison:
 
 @dataclass
 class Family:
-    """The best of some configurations (`key` is None) or of a key's values against each other one.
+    """The best configuration (`key` is None), or the best value of `key`, against each of the others.
 
-    `among` are the names of those that may be the best: the winner alone where there is one.
+    `among` are the names of those that may be the best: only the winner if there is one.
     """
 
     key: str | None
-    comparisons: list[Comparison]
+    comparisons: list[ConfigComparison]
     among: list[str]
     headline: str = ""
 
     @property
     def winner(self) -> str | None:
-        """The best, where it is called."""
+        """The winner, if there is one."""
         return self.among[0] if len(self.among) == 1 and self.comparisons[0].verdict is Verdict.better else None
 
     def settled_by(self, smallest: float | None) -> bool:
-        """Whether those that may be the best are alike in every run, or nearer to it than what matters."""
+        """Whether those that may be the best are equal in every run, or differ by less than what matters."""
         inside = [c for c in self.comparisons if c.second in self.among]
         near = smallest and all(c.high is not None and c.high * c.rules.level < smallest for c in inside)
-        return bool(inside) and bool(near or all(c.contrast.alike for c in inside))
+        return bool(inside) and bool(near or all(c.contrast.seed_independent for c in inside))
 
 
 @dataclass
 class Verdicts:
-    """All comparisons of a study, and what they rest on."""
+    """All comparisons of a study, and their basis in words."""
 
     families: list[Family] = field(default_factory=list)
     answer: str = ""
@@ -126,15 +126,15 @@ class Verdicts:
     rules: Rules = field(default_factory=Rules)
 
     @property
-    def all(self) -> list[tuple[str | None, Comparison]]:
+    def all(self) -> list[tuple[str | None, ConfigComparison]]:
         """Every comparison with its family's key."""
         return [(family.key, comparison) for family in self.families for comparison in family.comparisons]
 
     @functools.cached_property
     def pairs(self) -> list[tuple[str, str, str, str]]:
-        """(first, second, lead, interval) of every pair, with Tukey's intervals, which hold for all of them at once.
+        """(first, second, lead, interval) of every pair, with Tukey's simultaneous intervals.
 
-        Of Games and Howell: by own spreads. Nothing for two configurations, or for very many.
+        As of Games and Howell, with separate spreads. Empty for two configurations, or for very many.
         """
         count, rules = len(self.compared), self.rules
         if count < 3 or count * (count - 1) // 2 > MOST_PAIRS:
@@ -143,7 +143,7 @@ class Verdicts:
         for first, second in itertools.combinations(self.compared, 2):
             c = contrast([first, second], [1.0, -1.0], paired=rules.paired)
             if c.seeds is not None:
-                # Whole degrees of freedom, so that the few integrals are made once.
+                # Integer degrees of freedom, so that few integrals are computed.
                 known = [replace(v, df=float(min(max(v.df, 1) // 1, 60))) for v in (c.seeds, c.rows) if v is not None]
                 half, lead = math.hypot(*(v.half_width(ALPHA, 1, count) for v in known)), rules.lead(c.estimate)
                 middle, low, high = (rules.amount(rules.share(end)) for end in (lead, lead - half, lead + half))
@@ -152,7 +152,7 @@ class Verdicts:
 
     @property
     def winner(self) -> str | None:
-        """The best configuration, where one is called."""
+        """The winning configuration, if there is one."""
         return self.families[0].winner if self.families else None
 
     @property
@@ -162,14 +162,14 @@ class Verdicts:
 
 
 def undecided(verdicts: Verdicts, keys: Sequence[str]) -> set[str]:
-    """The keys of which no verdict tells one value from another."""
+    """The keys without a clear difference between any of their values."""
     of_key = {family.key if len(keys) > 1 else keys[0]: family for family in verdicts.families} if keys else {}
     clear = (Verdict.better, Verdict.behind)
     return {k for k in keys if k not in of_key or not any(c.verdict in clear for c in of_key[k].comparisons)}
 
 
 def judge(study: Study) -> Verdicts:
-    """The verdicts on a study."""
+    """Compares the configurations of a study."""
     samples = [c.sample(study.monitor, rows=True) for c in study.configurations]
     values = {c.name: c.values for c in study.configurations}
     rules = Rules(study.lower_is_better, study.looks, study.smallest_difference)
@@ -180,7 +180,7 @@ def judge(study: Study) -> Verdicts:
 
 
 def still_open(sweep: Path) -> tuple[set[Path], str]:
-    """(runs of the configurations that need more seeds, the answer so far); no runs where the verdict stands."""
+    """(runs of configurations that need more seeds, the answer so far); no runs if the answer is final."""
     study = Study([], sweep)
     verdicts = judge(study)
     names = verdicts.among or [c.name for c in study.configurations]
@@ -190,7 +190,7 @@ def still_open(sweep: Path) -> tuple[set[Path], str]:
 
 
 def scope(study: Study) -> str:
-    """What the verdicts hold for: the settings that all runs have in common and that nothing says more about."""
+    """The scope of the verdicts in words: steps, learning rate, seeds, folds and data common to all runs."""
     runs = [run for c in study.configurations for run in c.runs]
     parts = []
     steps = {run.result["steps"] for run in runs if isinstance(run.result.get("steps"), int)}
@@ -204,7 +204,7 @@ def scope(study: Study) -> str:
     span = f"{min(seeds)}" if len(set(seeds)) == 1 else f"{min(seeds)} to {max(seeds)}"
     parts.append(f"with {span} seed{'s' if max(seeds) > 1 else ''}" + (f" and {len(folds)} folds" if folds else ""))
     parts.append("on this data")
-    return f"It holds {', '.join(parts)}; what is best elsewhere is another question."
+    return f"This applies {', '.join(parts)}; under other conditions another one may be best."
 
 
 def judge_samples(
@@ -213,14 +213,14 @@ def judge_samples(
     monitor: str = "val/loss_nats",
     values: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Verdicts:
-    """The verdicts on samples of `monitor`; also on each varied key, where `values` has those of every sample."""
+    """Compares samples of `monitor`; also the values of each varied key, given by `values` for every sample."""
     values = values or {}
     keys = list(next(iter(values.values()), {}))
     samples = [s for sample in samples if (s := sample.finite()).replicates]
     if len(samples) < 2:
         nothing = "No run finished with a result: see the failures."
         return Verdicts(answer=_alone(samples[0], monitor) if samples else nothing)
-    log = logarithms_suit(samples, lower_is_better=rules.lower_is_better)
+    log = should_compare_logs(samples, lower_is_better=rules.lower_is_better)
     compared = sorted((s.logged() if log else s for s in samples), key=lambda s: -rules.lead(s.mean))
     level = math.exp(compared[0].mean) if log else 1.0
     rules = replace(rules, log=log, level=level, paired=rules.looks == "any" or seeds_matter(compared))
@@ -239,7 +239,7 @@ def judge_samples(
 def _family(
     key: str | None, best: str, others: Mapping[str, Contrast], rules: Rules, alpha: float, lost: Mapping[str, int]
 ) -> Family:
-    """The best against the others, with each one's contrast."""
+    """The best against `others`, name -> contrast."""
 
     def beaten(c: Contrast, level: float) -> bool:
         half = c.half_width(level, rules.looks)
@@ -257,7 +257,7 @@ def _family(
         if other in among:
             unknown = Verdict.unknown if c.rows is None else Verdict.rows_only
             verdict, plan = unknown if c.seeds is None else Verdict.same, _plan(c, level, rules)
-        comparisons.append(Comparison(best, other, rules.share(lead) or 0.0, low, high, verdict, c, rules, plan))
+        comparisons.append(ConfigComparison(best, other, rules.share(lead) or 0.0, low, high, verdict, c, rules, plan))
     family = Family(key, comparisons, among)
     family.headline = _headline(family, lost, rules.smallest)
     return family
@@ -266,18 +266,18 @@ def _family(
 def _key_family(
     samples: Mapping[str, Sample], values: Mapping[str, Mapping[str, str]], key: str, keys: Sequence[str], rules: Rules
 ) -> Family | None:
-    """The best value of `key` against its others, over the settings of the other keys that both were tried with."""
+    """The best value of `key` against the others, over the settings of other keys that both were tried with."""
     cells: dict[str, dict[tuple[str, ...], Sample]] = {}
     for name, setting in values.items():
         if name in samples:
-            rest = tuple(setting[other] for other in keys if other != key)
-            cells.setdefault(setting[key], {})[rest] = samples[name]
+            other_settings = tuple(setting[other] for other in keys if other != key)
+            cells.setdefault(setting[key], {})[other_settings] = samples[name]
 
     def versus(first: str, second: str) -> Contrast | None:
-        both = sorted(cells[first].keys() & cells[second].keys())
-        weights = [sign / len(both) for sign in (1, -1) for _ in both]
-        pairs = [cells[value][rest] for value in (first, second) for rest in both]
-        return contrast(pairs, weights, paired=rules.paired) if both else None
+        shared_settings = sorted(cells[first].keys() & cells[second].keys())
+        weights = [sign / len(shared_settings) for sign in (1, -1) for _ in shared_settings]
+        pairs = [cells[value][settings] for value in (first, second) for settings in shared_settings]
+        return contrast(pairs, weights, paired=rules.paired) if shared_settings else None
 
     contrasts = {(a, b): c for a, b in itertools.permutations(cells, 2) if (c := versus(a, b)) is not None}
     leads = {value: [rules.lead(c.estimate) for (a, _), c in contrasts.items() if a == value] for value in cells}
@@ -294,15 +294,15 @@ def _key_family(
 
 
 def _plan(c: Contrast, level: float, rules: Rules) -> str:
-    """What would settle an open comparison, planned for the smallest difference that matters."""
+    """What would settle an open comparison, for the smallest difference that matters."""
     if c.identical:
-        return "the same in every run: what differs has no effect, or the metric is too coarse to see it"
+        return "the same in every run: what differs has no effect, or the metric is too coarse to show it"
     if c.seeds is None:
         return "" if c.folds else "run each with 2 seeds or more"
     if c.folds:
         return "more rows or folds"
     if c.seeds.value <= 0:
-        return "all runs of each are alike, so their noise is not known: try more seeds, or more validation rows"
+        return "all runs of each are equal, so their noise is not known: try more seeds, or more validation rows"
     sd = math.sqrt(c.seeds.value * c.runs / 2)
     size = rules.smallest / rules.level if rules.smallest else SHARE * sd
     in_spreads = f"{rules.amount(rules.share(size))} ({SHARE:g} standard deviations between runs)"
@@ -312,9 +312,9 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
         return f"more seeds would not find a difference of {amount}; about {rows:,} {c.rows.unit} would"
     runs = runs_needed(c, size, level, rules.looks)
     if runs is None:
-        return f"nothing can be promised: not even {MOST_RUNS} runs of each would surely find a difference of {amount}"
+        return f"not even {MOST_RUNS} runs of each would reliably find a difference of {amount}"
     if runs <= c.runs:
-        return f"a difference of {amount} would probably have been found; a smaller one may be there"
+        return f"a difference of {amount} would probably have been found; a smaller one may exist"
     more = runs - c.runs
     return f"{more} more run{'s' if more > 1 else ''} of each ({runs} in all) would find a difference of {amount}"
 
@@ -322,13 +322,13 @@ def _plan(c: Contrast, level: float, rules: Rules) -> str:
 def _headline(family: Family, lost: Mapping[str, int], smallest: float | None) -> str:
     best, others, comparisons = family.among[0], family.among[1:], family.comparisons
     lost_runs = [f"{count} run{'s' if count > 1 else ''} of {name}" for name, count in lost.items()]
-    survivors = f" {_listed(lost_runs)} diverged or failed: what is left may be the lucky ones." if lost else ""
+    survivors = f" {_listed(lost_runs)} diverged or failed, so the rest may be a favourable selection." if lost else ""
     if family.winner is not None:
         return f"{best} is better than {'every other' if len(comparisons) > 1 else comparisons[0].second}.{survivors}"
     if comparisons and all(c.contrast.identical for c in comparisons):
         return (
             f"No winner: {_listed([best, *others])} are the same in every run: what differs has no effect, or the "
-            "metric is too coarse to see it."
+            "metric is too coarse to show it."
         )
     if best in lost:
         return f"No winner: {best} leads only among the runs that finished.{survivors}"
@@ -357,13 +357,15 @@ def _alone(sample: Sample, monitor: str) -> str:
 
 
 def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rules) -> str:
-    """What the verdicts rest on."""
+    """The basis of the verdicts in words."""
     if any(s.stated for s in samples):
         spreads = sorted({s.stated for s in samples if s.stated})
         known = all(math.isinf(df) for _, df in spreads)
         sds = " and ".join(dict.fromkeys(number(sd) for sd, _ in spreads)) if len(spreads) <= 3 else "each line"
-        how = "taken as known: say seeds or sd_seeds if few runs measured it" if known else "measured on the runs told"
-        return f"Rests on the stated standard deviation of {sds} of one run ({how}). Row noise is not known."
+        how = (
+            "taken as known: give seeds or sd_seeds if few runs measured it" if known else "measured on the given runs"
+        )
+        return f"Based on the stated standard deviation of {sds} of one run ({how}). Row noise is not known."
     parts = []
     single = [s.name for s in samples if len(s.replicates) < 2]
     if len(single) == len(samples):
@@ -381,47 +383,47 @@ def _basis(samples: Sequence[Sample], contrasts: Sequence[Contrast], rules: Rule
         same = "" if all(r.paired for r in rows) else ", not the same in all"
         parts.append(f"Noise of {max(r.count for r in rows):,} {rows[0].unit} is included{same}.")
     else:
-        parts.append("Row noise is not known for this metric: what is said holds for these validation rows.")
+        parts.append("Row noise is not known for this metric: the verdicts apply to these validation rows only.")
     if rules.looks == "any":
-        parts.append("Holds however often one looks.")
+        parts.append("Valid for any number of looks.")
     elif rules.looks > 1:
-        parts.append(f"Holds for {rules.looks} looks.")
+        parts.append(f"Valid for {rules.looks} looks.")
     return " ".join(parts)
 
 
-def sentence(c: Comparison) -> str:
-    """A comparison in words: verdict, estimate, interval, what it rests on, and what would settle it."""
-    return f"{c.first} against {c.second}: {finding(c)}"
+def sentence(c: ConfigComparison) -> str:
+    """A comparison in words: verdict, estimate, interval, basis, and what would settle it."""
+    return f"{c.first} against {c.second}: {describe_comparison(c)}"
 
 
-def finding(c: Comparison) -> str:
+def describe_comparison(c: ConfigComparison) -> str:
     """A comparison in words, without the names."""
     if c.contrast.identical:
         return f"{c.plan}."
     size, interval = c.rules.amount(abs(c.lead)), interval_of(c)
     if c.verdict in (Verdict.better, Verdict.behind):
-        return f"better by {size} ({interval}); {rests_on(c)}."
+        return f"better by {size} ({interval}); {basis_of(c)}."
     plan = f"; {c.plan}" if c.plan else ""
     if c.verdict is Verdict.unknown or c.low is None:
         return f"ahead by {size}; its noise is not known{plan}."
     if c.verdict is Verdict.rows_only:
         return f"ahead by {size} ({interval} from the rows alone); the noise of seeds is unknown{plan}."
     ahead = "ahead by" if c.lead > 0 else "level at"
-    return f"not distinguishable, {ahead} {size} ({interval}){plan}; {rests_on(c)}."
+    return f"not distinguishable, {ahead} {size} ({interval}){plan}; {basis_of(c)}."
 
 
-def interval_of(c: Comparison) -> str:
+def interval_of(c: ConfigComparison) -> str:
     """The interval of the lead in words."""
     return f"95% interval {ends_of(c)}" if ends_of(c) else "noise unknown"
 
 
-def ends_of(c: Comparison) -> str:
-    """The ends of that interval; nothing where no noise is known."""
+def ends_of(c: ConfigComparison) -> str:
+    """The ends of that interval; empty if no noise is known."""
     return "" if c.low is None or c.high is None else f"{c.rules.amount(c.low)} to {c.rules.amount(c.high)}"
 
 
-def rests_on(comparison: Comparison) -> str:
-    """Which noise a comparison takes into account."""
+def basis_of(comparison: ConfigComparison) -> str:
+    """The basis of a comparison: runs, rows and the noise that is included."""
     c = comparison.contrast
     how = ", compared fold by fold" if c.folds else ", compared seed by seed" if c.paired else ""
     each = f"of each of {c.num_samples} configurations" if c.num_samples > 2 else "each"
@@ -429,12 +431,12 @@ def rests_on(comparison: Comparison) -> str:
     if c.seeds is None:
         runs += ", seed noise unknown"
     if c.rows is None:
-        return f"rests on {runs}; row noise unknown"
-    return f"rests on {runs}, {c.rows.count:,} {c.rows.unit} ({'paired' if c.rows.paired else 'not the same in both'})"
+        return f"based on {runs}; row noise unknown"
+    return f"based on {runs}, {c.rows.count:,} {c.rows.unit} ({'paired' if c.rows.paired else 'not the same in both'})"
 
 
 def number(value: float, digits: int = 4) -> str:
-    """A number with four significant digits, without an exponent where it can be read."""
+    """A number with `digits` significant digits, without an exponent if it is readable."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if 1e-5 <= abs(value) < 1e6:

@@ -1,1 +1,1 @@
-"""Runs that answer: one engine for the terminal and for the network."""
+"""Serves runs: one engine for the terminal and for the network."""

@@ -1,6 +1,6 @@
-"""OpenAI's API over runs: models, chat completions and completions, as a whole or streamed.
+"""OpenAI's API for runs: models, chat completions and completions, complete or streamed.
 
-Requests are bounded in size, number and time; a client that goes away ends its request.
+Requests are limited in size, number and time; a client that disconnects cancels its request.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ from llmft.serving.runs import OpenRun
 
 BODY_TIMEOUT_S = 30.0
 MOST_CHOICES = 8
-"""Values of `n`, and of prompts in one request."""
+"""Maximum of `n`, and of prompts per request."""
 KNOWN = ("max_tokens", "max_completion_tokens", "temperature", "top_p", "seed", "stop", "stream", "n")
 IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "stream_options",
            "model")  # fmt: skip
-"""Keys that change no text."""
+"""Accepted keys that do not change the text."""
 
 
 class Refused(Exception):
-    """A request that is not answered, and why."""
+    """A request is refused; the message says why."""
 
     def __init__(self, message: str, status: int = 400, param: str | None = None) -> None:
         super().__init__(message)
         self.status, self.param = status, param
 
     def response(self) -> Response:
-        """As OpenAI's clients read it."""
+        """The error in OpenAI's format."""
         kind = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
         error = {"message": str(self), "type": kind.get(self.status, "invalid_request_error"), "param": self.param}
         headers = {"Retry-After": "1"} if self.status in (429, 503) else {}
@@ -54,11 +54,11 @@ class Refused(Exception):
 
 @dataclass
 class ParsedRequest:
-    """A request of the API, understood.
+    """A parsed request of the API.
 
     Attributes:
-        requests: of the engine, one for each choice.
-        pieces: (number of the choice, a new piece of its text, or None at its end).
+        requests: to the engine, one per choice.
+        pieces: (index of the choice, its next piece of text, or None at its end).
     """
 
     run: OpenRun
@@ -69,7 +69,7 @@ class ParsedRequest:
     chat: bool
 
     async def written(self) -> AsyncIterator[tuple[int, str | None]]:
-        """The pieces as they come, until each choice has ended."""
+        """Yields pieces as they arrive, until each choice has ended."""
         left = len(self.requests)
         while left:
             number, piece = await self.pieces.get()
@@ -77,31 +77,31 @@ class ParsedRequest:
             yield number, piece
 
     def cancel(self) -> None:
-        """Ends what is still being written."""
+        """Cancels unfinished answers."""
         for request in self.requests:
             request.cancelled = True
 
     def head(self, kind: str) -> dict[str, Any]:
-        """What an answer, or each event of it, begins with."""
+        """The common fields of a response, or of each of its events."""
         identity = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         return {"id": identity, "object": kind, "created": int(time.time()), "model": self.run.name}
 
     def choice(self, number: int, content: dict[str, Any], *, ended: bool = True) -> dict[str, Any]:
-        """A choice, or a piece of one that has not `ended` yet."""
+        """A choice, or a piece of it while it has not `ended`."""
         reason = "stop" if self.requests[number].finish == "stop" else "length"
         return {"index": number, **content, "finish_reason": reason if ended else None, "logprobs": None}
 
     def usage(self) -> dict[str, int]:
-        """Numbers of tokens."""
+        """Token counts."""
         prompt = sum(len(request.ids) for request in self.requests)
         written = sum(len(request.tokens) for request in self.requests)
         return {"prompt_tokens": prompt, "completion_tokens": written, "total_tokens": prompt + written}
 
 
 class Api:
-    """The endpoints."""
+    """The HTTP endpoints; `key` is the API key that clients must send, if any."""
 
-    def __init__(self, engine: Engine, config: ServeConfig, key: str | None = None) -> None:
+    def __init__(self, engine: Engine, config: ServeConfig, key: str | None) -> None:
         self.engine, self.config, self.key = engine, config, key
         self.started = int(time.time())
         self.timeout_s = seconds_of(config.timeout, "timeout")
@@ -120,7 +120,7 @@ class Api:
             try:
                 key = http.headers.get("authorization", "").removeprefix("Bearer ").encode()
                 if self.key and not open_to_all and not hmac.compare_digest(key, self.key.encode()):
-                    raise Refused("a valid key is wanted: Authorization: Bearer KEY", 401)
+                    raise Refused("a valid key is required: Authorization: Bearer KEY", 401)
                 response: Response = await endpoint(http)
                 return response
             except Refused as refused:
@@ -155,7 +155,7 @@ class Api:
         try:
             messages = read_messages(body.get("messages"), "messages", Keys())
             if not any(turn["role"] == "user" for turn in messages):
-                raise ValueError("no message of a user")
+                raise ValueError("no user message")
         except ValueError as error:
             raise Refused(f"messages: {error}", param="messages") from None
         ids = await self._encoded(run.prompt, messages, "messages")
@@ -163,10 +163,10 @@ class Api:
 
     @staticmethod
     async def _encoded(encode: Callable[[Any], list[int]], content: Any, key: str) -> list[int]:
-        """Token ids, made beside the event loop."""
+        """Token ids, computed in a thread outside the event loop."""
         try:
             return await asyncio.to_thread(encode, content)
-        except (ValueError, TypeError) as error:  # a tokenizer has its own words for half a character
+        except (ValueError, TypeError) as error:  # the tokenizer's own errors, as for half a surrogate pair
             raise Refused(f"{key}: {error}", param=key) from None
 
     async def _complete(self, http: HttpRequest) -> Response:
@@ -184,20 +184,20 @@ class Api:
             elif isinstance(prompt, list) and all(type(token) is int and 0 <= token < size for token in prompt):
                 ids.append(prompt)
             else:
-                raise Refused("prompt: a text, token ids, or a list of them is wanted", param="prompt")
+                raise Refused("prompt: a text, token ids, or a list of them is expected", param="prompt")
         return await self._answer(http, self._parse(body, run, ids, chat=False))
 
     # --------------------------------------------------------------------------------------------------- requests
 
     async def _body(self, http: HttpRequest) -> dict[str, Any]:
-        most = self.config.max_body_kib * 1024
+        maximum = self.config.max_body_kib * 1024
         content = bytearray()
 
         async def read() -> None:
             async for chunk in http.stream():
                 content.extend(chunk)
-                if len(content) > most:
-                    raise Refused(f"the request is larger than {most:,} bytes (max_body_kib)", 413)
+                if len(content) > maximum:
+                    raise Refused(f"the request is larger than {maximum:,} bytes (max_body_kib)", 413)
 
         try:
             await asyncio.wait_for(read(), BODY_TIMEOUT_S)
@@ -207,17 +207,17 @@ class Api:
         except (ValueError, RecursionError):
             raise Refused("the request is not JSON") from None
         if not isinstance(body, dict):
-            raise Refused("a JSON object is wanted")
+            raise Refused("a JSON object is expected")
         return body
 
     def _parse(self, body: dict[str, Any], run: OpenRun, prompts: list[list[int]], *, chat: bool) -> ParsedRequest:
-        """The engine's requests for a body; keys that would change the text and are not known are refused."""
+        """Parses a body into requests to the engine; unknown keys that could change the text are refused."""
         known = {"messages" if chat else "prompt", *KNOWN}
         for key, value in body.items():
             if key not in known and key not in IGNORED and value not in (None, False, 0, [], {}, "auto", "none"):
                 if (key == "best_of" and value == 1) or (key == "response_format" and value == {"type": "text"}):
                     continue
-                raise Refused(f"{key}: not offered here", param=key)
+                raise Refused(f"{key}: not supported", param=key)
         config, loop = self.config, asyncio.get_running_loop()
         wanted = self._number(body, "max_completion_tokens", 1, 2**20, int, None)
         wanted = wanted or self._number(body, "max_tokens", 1, 2**20, int, config.max_new_tokens)
@@ -229,9 +229,9 @@ class Api:
         stop = [stop] if isinstance(stop, str) else stop
         are_texts = isinstance(stop, list) and all(isinstance(text, str) and 0 < len(text) <= 200 for text in stop)
         if not are_texts or len(stop) > 16:
-            raise Refused("stop: up to 16 short texts are wanted", param="stop")
+            raise Refused("stop: up to 16 short texts are expected", param="stop")
         if self.engine.load + len(prompts) * choices > config.max_requests:
-            raise Refused("too many requests at a time; come again in a moment", 429)
+            raise Refused("too many requests at a time; try again later", 429)
         pieces: asyncio.Queue[tuple[int, str | None]] = asyncio.Queue()
         requests: list[Request] = []
         deadline = time.monotonic() + self.timeout_s
@@ -252,16 +252,16 @@ class Api:
         return ParsedRequest(run, requests, pieces, bool(body.get("stream")), with_usage, chat)
 
     @staticmethod
-    def _number(body: dict[str, Any], key: str, least: float, most: float, kind: type, usual: Any) -> Any:
+    def _number(body: dict[str, Any], key: str, minimum: float, maximum: float, kind: type, default: Any) -> Any:
         value = body.get(key)
         if value is None:
-            return usual
+            return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise Refused(f"{key}: a number is wanted", param=key)
-        if not least <= value <= most:  # nor infinite, nor no number
-            raise Refused(f"{key}={value}: from {least} to {most}", param=key)
+            raise Refused(f"{key}: a number is expected", param=key)
+        if not minimum <= value <= maximum:  # also refuses inf and nan
+            raise Refused(f"{key}={value}: from {minimum} to {maximum}", param=key)
         if kind is int and value != int(value):
-            raise Refused(f"{key}={value}: a whole number is wanted", param=key)
+            raise Refused(f"{key}={value}: an integer is expected", param=key)
         return kind(value)
 
     # ---------------------------------------------------------------------------------------------------- answers
@@ -315,4 +315,4 @@ class Api:
                 yield event([], usage=parsed.usage())
             yield "data: [DONE]\n\n"
         finally:
-            parsed.cancel()  # also where the client went away
+            parsed.cancel()  # also if the client disconnects

@@ -25,18 +25,18 @@ from llmft.serving.engine import Engine, Request
 from llmft.serving.runs import OpenRun
 
 COMMANDS = {
-    "/system": "TEXT sets the system prompt, /system alone removes it; both begin anew",
-    "/reset": "begins a new conversation",
-    "/temperature": "NUMBER: 0 takes the likeliest token, 0.7 varies",
-    "/seed": "NUMBER of the next answers' randomness",
-    "/save": "FILE.jsonl writes the conversation, in the form that data=messages reads",
+    "/system": "TEXT sets the system prompt, /system alone removes it; both start a new conversation",
+    "/reset": "starts a new conversation",
+    "/temperature": "NUMBER: 0 takes the most likely token, 0.7 varies",
+    "/seed": "NUMBER: the random seed of the next answers",
+    "/save": "FILE.jsonl appends the conversation, in the format of data=messages",
     "/help": "shows this",
     "/exit": "ends; so does Ctrl-D",
 }
 
 
 class Dialogue:
-    """What was said with each run, and how the next answer is made."""
+    """The conversation with each run, and the settings of the next answer."""
 
     def __init__(self, runs: Sequence[OpenRun], config: ChatConfig, screen: Screen) -> None:
         self.runs, self.config, self.screen = list(runs), config, screen
@@ -45,14 +45,14 @@ class Dialogue:
         self.reset()
 
     def reset(self) -> None:
-        """Begins anew."""
+        """Starts a new conversation."""
         start: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
         self.conversations: dict[str, list[Message]] = {run.name: list(start) for run in self.runs}
 
     def ask(self, text: str, show: Callable[[OpenRun, str], None] = lambda run, piece: None) -> list[Request]:
-        """Every run's answer to `text`; `show` gets its pieces as they come.
+        """Each run's answer to `text`; `show` gets its pieces as they arrive.
 
-        Raises DataError for a conversation that a run's format cannot write, or that its model has no room for.
+        Raises DataError for a conversation that a run's format cannot render, or that is too long for its model.
         """
         pieces: queue.SimpleQueue[tuple[OpenRun, str | None]] = queue.SimpleQueue()
         requests = [self._request(run, text, pieces) for run in self.runs]
@@ -82,7 +82,7 @@ class Dialogue:
             ids = run.prompt([*self.conversations[run.name], {"role": "user", "content": text}])
             room = run.check_length(ids, self.config.max_new_tokens)
         except ValueError as error:
-            raise DataError(f"{run.name}: {error}; /reset begins anew.") from None
+            raise DataError(f"{run.name}: {error}; /reset starts a new conversation.") from None
         trained = run.predictor.config.data.max_tokens
         if len(ids) > trained:
             self.screen.warn(f"{run.name}: {len(ids):,} tokens, more than the {trained:,} of any row in its training.")
@@ -97,7 +97,7 @@ class Dialogue:
         )
 
     def save(self, path: Path) -> None:
-        """Adds the conversation with each run to a file that data=messages reads."""
+        """Appends the conversation with each run to a file in the format of data=messages."""
         path.parent.mkdir(parents=True, exist_ok=True)
         for run, turns in self._answered():
             append_line(path, {"messages": turns, "run": run.name})
@@ -107,7 +107,7 @@ class Dialogue:
         return [(run, turns) for run, turns in conversations if any(turn["role"] == "assistant" for turn in turns)]
 
     def _keep(self) -> None:
-        """Keeps the transcript in each run's directory."""
+        """Appends the transcript to a file in each run's directory."""
         for run, turns in self._answered():
             folder = run.predictor.job.run.directory / "chats"
             folder.mkdir(exist_ok=True)
@@ -116,9 +116,9 @@ class Dialogue:
     # -------------------------------------------------------------------------------------------------- the terminal
 
     def talk(self) -> None:
-        """Reads and answers until the end of the input."""
+        """Reads lines and answers them until the end of the input."""
         names = ", ".join(run.name for run in self.runs)
-        self.screen.print(f"[bold]{escape(names)}[/bold]  [dim]/help shows what else can be typed[/dim]")
+        self.screen.print(f"[bold]{escape(names)}[/bold]  [dim]/help lists the commands[/dim]")
         for line in _lines():
             try:
                 if line.startswith("/"):
@@ -131,7 +131,7 @@ class Dialogue:
         self._keep()
 
     def _command(self, line: str) -> bool:
-        """Does what a line that begins with / says; False ends the conversation."""
+        """Executes a line that starts with /; returns False at the end of the conversation."""
         word, _, value = line.partition(" ")
         value = value.strip()
         if word in ("/exit", "/quit", "/bye"):
@@ -147,13 +147,13 @@ class Dialogue:
             try:
                 number = float(value) if word == "/temperature" else int(value)
             except ValueError:
-                raise DataError(f"{word} {value}: a number is wanted.") from None
+                raise DataError(f"{word} {value}: a number is expected.") from None
             if word == "/temperature" and not number >= 0:
                 raise DataError(f"{word} {value}: 0 or more.")
             setattr(self, word[1:], number)
         elif word == "/save" and value:
             self.save(Path(value).expanduser())
-            self.screen.print(f"[dim]added to {value}[/dim]")
+            self.screen.print(f"[dim]appended to {value}[/dim]")
         else:
             raise DataError(f"{word}: no such command, or it lacks its value{did_you_mean(word, COMMANDS)}")
         return True
@@ -174,7 +174,7 @@ class Dialogue:
             )
 
     def _side_by_side(self, text: str) -> list[Request]:
-        """A column for each run, on a terminal while they write."""
+        """Shows a column for each run, updated while they answer."""
         answers = {run.name: "" for run in self.runs}
 
         def table() -> Table:
@@ -205,7 +205,7 @@ def _write(piece: str) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What is typed, or piped in; a line that ends in a backslash goes on with the next."""
+    """Lines from the terminal or a pipe; a backslash at the end continues with the next line."""
     prompt = "\n> " if sys.stdin.isatty() else ""
     if prompt:
         with contextlib.suppress(ImportError):
@@ -225,5 +225,5 @@ def _lines() -> Iterator[str]:
 
 
 def as_json(requests: Sequence[Request]) -> str:
-    """Answers as a JSON object by run, for scripts that ask several."""
+    """Answers as a JSON object, run -> text."""
     return json.dumps({request.run.name: request.text for request in requests}, ensure_ascii=False)

@@ -1,7 +1,7 @@
-"""Answers token by token: requests of one run are computed together, and runs take turns.
+"""Generates answers: requests of one run are batched, and runs take turns.
 
-A request that comes while others are answered joins them at the next token: what they have written so far becomes part
-of their prompts, and all go on together. So nobody waits for a long answer of somebody else.
+A request that arrives during generation joins the batch at the next token: the tokens generated so far become part of
+the others' prompts, and all continue together. So no request waits for another's long answer.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ import torch
 from llmft.serving.runs import OpenRun
 
 TURN_TOKENS = 16
-"""Written for one run before another run's requests get their turn."""
+"""Tokens generated for one run before another run gets its turn."""
 
 
 @dataclass(eq=False)
 class Request:
-    """A prompt and how it is answered; the engine fills in the rest.
+    """A prompt with generation settings; the engine fills in the answer.
 
     Attributes:
-        listen: is called in the engine's thread with each new piece of text, and at last with None.
-        deadline: a time of `time.monotonic()`, at which the answer ends with what is written.
-        text: what was written; `finish`: "stop" at an end, "length" at a limit, "cancelled", or "error".
+        listen: called in the engine's thread with each new piece of text, and with None at the end.
+        deadline: time (of `time.monotonic()`) at which generation stops.
+        text: the answer so far. finish: "stop", "length", "cancelled" or "error".
     """
 
     run: OpenRun
@@ -57,11 +57,11 @@ class Request:
 
     @property
     def is_given_up(self) -> bool:
-        """Whether nobody waits for more of the answer."""
+        """Whether the answer was cancelled or its deadline has passed."""
         return self.cancelled or time.monotonic() > self.deadline
 
     def accept(self, token: int) -> None:
-        """Takes the next token, which may end the answer."""
+        """Appends the next token, which may end the answer."""
         ends = self.run.predictor.encoder.ends
         self.first_token_s = self.first_token_s or time.monotonic() - self.started
         if self.is_given_up:
@@ -80,7 +80,7 @@ class Request:
         return self._send_up_to(len(text) - self._num_undecided(text))
 
     def _num_undecided(self, text: str) -> int:
-        """How many characters at the end may still change: half a character, or the beginning of a stop string."""
+        """Number of final characters that may still change: an incomplete character, or the start of a stop string."""
         if text.endswith("\ufffd"):
             return len(text) - len(text.rstrip("\ufffd"))
         longest = max(map(len, self.stops), default=0)
@@ -95,7 +95,7 @@ class Request:
             self._num_sent = upto
 
     def end(self, finish: str, error: str = "") -> None:
-        """Ends the answer with what is written."""
+        """Ends the answer."""
         self.finish, self.error = finish, error
         self.seconds = time.monotonic() - self.started
         self._send_up_to(len(self.text))
@@ -104,7 +104,7 @@ class Request:
 
 
 class Engine:
-    """The one thread that computes; requests come from any other."""
+    """Runs the generation in one thread; requests may come from any other."""
 
     def __init__(self, runs: Sequence[OpenRun], batch_size: int = 16) -> None:
         self.runs = {run.name: run for run in runs}
@@ -117,11 +117,11 @@ class Engine:
 
     @property
     def load(self) -> int:
-        """How many requests are not answered yet."""
+        """The number of unfinished requests."""
         return len(self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Hands over a request, which is answered in its turn."""
+        """Queues a request."""
         with self._changed:
             if self._closing:
                 request.end("error", "the server is closing")
@@ -159,7 +159,7 @@ class Engine:
 
     @torch.no_grad()
     def _answer(self, run: OpenRun, requests: list[Request]) -> None:
-        """Lets a run write until all of `requests` are answered, or others should have a turn."""
+        """Generates until all of `requests` are answered, or it is the turn of others."""
         for request in requests:
             if request.is_given_up:
                 request.end("cancelled")
@@ -189,14 +189,14 @@ class Engine:
             )
 
     def wanted_by_others(self, run: OpenRun, requests: list[Request], steps: int) -> bool:
-        """Whether those that compute should stop for a moment: for a request that can join, or another run's."""
+        """Whether generation should pause: for a request that can join the batch, or for another run."""
         waiting = [request for request in self._waiting if not request.done.is_set() and request not in requests]
         joins = any(request.run is run for request in waiting) and len(requests) < self.batch_size
         return joins or (steps >= TURN_TOKENS and bool(waiting))
 
 
 class _Turn:
-    """Hands each new token to its request; ends a generation whose requests are answered, or that others wait for."""
+    """Passes each new token to its request; stops if all are answered, or if it is the turn of others."""
 
     def __init__(self, engine: Engine, run: OpenRun, requests: list[Request]) -> None:
         self.engine, self.run, self.requests = engine, run, requests
@@ -210,13 +210,13 @@ class _Turn:
                 request.accept(token)
         left = [request for request in self.requests if not request.done.is_set()]
         over = not left or self.engine.wanted_by_others(self.run, left, self.steps)
-        # Rows whose request is answered are computed on, but not beyond the model's last position.
+        # Finished rows continue to be computed, but not beyond the model's last position.
         over = over or self.longest + self.steps >= (self.run.predictor.context_tokens or 2**31)
         return torch.full((len(self.requests),), over, dtype=torch.bool, device=input_ids.device)
 
 
 class _Sampling:
-    """Draws the next token of each request that has a temperature, from its own seed; the others' stay the best."""
+    """Samples the next token of each request with a temperature, by its own seed; the others stay greedy."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.requests = requests

@@ -1,4 +1,4 @@
-"""Engines of others that are made for many users: what they need of a run, and the command that starts them."""
+"""External engines for many users: prepares a run for them and starts their command."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmft.core.imports import missing
 from llmft.evaluation.jobs import PredictionJob
 
 KEY = "LLMFT_API_KEY"
-"""The environment variable with the key that requests must have."""
+"""The environment variable with the API key that clients must send."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Program:
     """How an engine is started.
 
     Attributes:
-        command: before its address; {model} is the merged directory or GGUF file, {name} what clients call it.
-        install: what brings it, and the Python `packages` without which its command does not serve.
-        key: the environment variable in which it looks for an API key; None where it asks nobody for one.
+        command: without the address; {model} is the merged directory or GGUF file, {name} the name for clients.
+        install: how to install it, and the Python `packages` that its command needs to serve.
+        key: the environment variable from which it reads an API key; None if it supports none.
     """
 
     command: tuple[str, ...]
@@ -53,22 +53,22 @@ PROGRAMS = {
 
 
 def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, key: str | None, screen: Screen) -> None:
-    """Merges a run for the engine that `config` names, and becomes its command; prints it where it is not installed.
+    """Merges a run for the engine in `config` and executes its command; only prints it if it is not installed.
 
-    Raises ConfigError for several runs, since each engine has one model, and for a key that it would not ask for.
+    Raises ConfigError for several runs, since each engine has one model, and for a key that it would ignore.
     """
     program, engine = PROGRAMS[config.engine], config.engine.value
     if len(jobs) > 1:
         raise ConfigError(f"with={engine}: one run at a time; with=llmft serves several from one base.")
     if key and program.key is None:
-        raise ConfigError(f"with={engine}: it asks nobody for a key; unset {KEY}, or take with=vllm or llamacpp.")
+        raise ConfigError(f"with={engine}: it supports no API key; unset {KEY}, or use with=vllm or llamacpp.")
     names = {"model": prepared(jobs[0], config), "name": jobs[0].run.directory.name}
     command = [word.format(**names) for word in program.command]
     command += ["--host", config.host, "--port", str(config.port)]
     shown = (f'{program.key}="${KEY}" ' if key else "") + shlex.join(command)
     executable = shutil.which(command[0])
     if executable is None or missing(*program.packages):
-        screen.warn(f"with={engine}: not installed here ({program.install}); this starts it where it is:")
+        screen.warn(f"with={engine}: not installed here ({program.install}); this command starts it elsewhere:")
         print(shown)
         return
     screen.print(escape(shown))
@@ -77,7 +77,7 @@ def hand_over(jobs: Sequence[PredictionJob], config: ServeConfig, key: str | Non
 
 
 def prepared(job: PredictionJob, config: ServeConfig) -> Path:
-    """The merged directory or GGUF file of a run, made where it is not there."""
+    """The merged directory or GGUF file of a run, exported if it does not exist."""
     from llmft.export.runs import export_runs
     from llmft.export.targets import target_of
 

@@ -1,4 +1,4 @@
-"""Several runs opened side by side: those of one base share it, each with its own adapter, tokenizer and format."""
+"""Opens several runs; those with the same base share it, each with its own adapter, tokenizer and format."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from llmft.model.generate import decoder
 
 @dataclass(eq=False)
 class OpenRun:
-    """A run that can be talked to.
+    """A loaded run.
 
     Attributes:
-        adapter: what PEFT calls its adapter on the shared base; None where all weights were trained.
+        adapter: PEFT's name of its adapter on the shared base; None if all weights were trained.
     """
 
     name: str
@@ -39,7 +39,7 @@ class OpenRun:
 
     @contextlib.contextmanager
     def active(self) -> Iterator[Any]:
-        """The model with this run's adapter, computing as `predict` does."""
+        """The model with this run's adapter, in the precision of `predict`."""
         model = self.predictor.model
         if self.adapter is not None and model.active_adapters != [self.adapter]:
             model.set_adapter(self.adapter, inference_mode=True)
@@ -47,21 +47,21 @@ class OpenRun:
             yield model
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
-        """The token ids of a conversation that waits for an answer, as the run's format writes it.
+        """The token ids of a conversation up to the next answer, in the run's format.
 
-        Raises ValueError for messages that the format cannot write.
+        Raises ValueError for messages that the format cannot render.
         """
         text = self.predictor.encoder.render(Conversation(list(messages), "messages"), generation=True).text
         return self.tokens(text)
 
     def tokens(self, text: str) -> list[int]:
-        """The token ids of a text in which special tokens are written out."""
+        """The token ids of a text that contains its special tokens."""
         return list(self.predictor.tokenizer(text, add_special_tokens=False).input_ids)
 
     def check_length(self, ids: Sequence[int], max_new_tokens: int | None) -> int:
-        """How many tokens may follow a prompt, by default as many as the run's own validation wrote.
+        """The number of tokens to generate after a prompt, by default task.max_new_tokens of the run.
 
-        Raises ValueError where the prompt is empty, or fills the model's positions.
+        Raises ValueError if the prompt is empty, or fills the model's context.
         """
         positions = self.predictor.context_tokens
         wanted = max_new_tokens or self.predictor.config.task.max_new_tokens
@@ -75,15 +75,15 @@ class OpenRun:
 
 
 def open_runs(jobs: Sequence[PredictionJob], config: Any) -> list[OpenRun]:
-    """Loads the runs' models, the base of those that have the same one once.
+    """Loads the runs' models; a common base is loaded once.
 
-    Raises ConfigError for runs that write no text, or two of one name, before weights load.
+    Raises ConfigError for runs that generate no text, or with duplicate names, before weights load.
     """
     directories: dict[str, Path] = {}
     for job in jobs:
         directory = job.run.directory
         if not job.config.task.writes:
-            raise ConfigError(f"{directory}: this run answers with classes or scores; ask it with llmft.predict.")
+            raise ConfigError(f"{directory}: this run gives classes or scores; use llmft.predict.")
         if directory.name in directories:
             other = directories[directory.name]
             raise ConfigError(f"{directory}: another run is called {directory.name} too ({other}).")

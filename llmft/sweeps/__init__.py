@@ -1,1 +1,1 @@
-"""Several trainings: planned, run in worker processes under a supervisor, recorded and reported as one sweep."""
+"""Sweeps: trainings that are planned, run in worker processes under a supervisor, recorded and reported together."""

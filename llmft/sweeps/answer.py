@@ -1,4 +1,4 @@
-"""What a sweep hands over at its end: the report, the logbook, and in Weights & Biases a run with the results."""
+"""The results of a finished sweep: the report, the logbook, and a summary run in Weights & Biases."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from llmft.sweeps.trials import Sweep
 REPLICATIONS = ("seed", "data.fold", "data.split_seed")
 
 
-def give_answer(sweep: Sweep, screen: Screen, *, anew: bool) -> None:
-    """Writes the report beside the sweep's record and prints what it says.
+def write_sweep_report(sweep: Sweep, screen: Screen, *, has_new_results: bool) -> None:
+    """Writes the report into the sweep's directory and prints it.
 
-    With `anew`, when trials ran just now, the sweep is also summed up in W&B.
+    With `has_new_results` (trials ran just now) a summary run is also logged to W&B.
     """
     runs = [trial.run.directory for trial in sweep.trials]
     logbook = Path(sweep.config.output_dir) / "LOGBOOK.md"
     report = write_report(runs, sweep.directory, sweep=sweep.directory, logbook=logbook)
     report.console(screen, failures=False)
-    if anew and sweep.config.logger.wandb.enabled:
+    if has_new_results and sweep.config.logger.wandb.enabled:
         log_sweep(sweep, screen, report.html, report.verdicts.answer)
     folders = dict.fromkeys([*(run / "wandb" for run in runs), sweep.directory / "wandb"])
     offline = [path for folder in folders for path in sorted(folder.glob("offline-run-*"))]
     if offline := [path for path in offline if not any(path.glob("*.synced"))]:
         listing = sweep.directory / "wandb-offline.txt"
         write_atomically(listing, "".join(f"{folder}\n" for folder in offline).encode())
-        # A folder's name may hold spaces, which `$(cat …)` would take apart.
+        # A folder's name may contain spaces, at which `$(cat …)` would split it.
         sync = escape(f"tr '\\n' '\\0' < {shlex.quote(str(listing))} | xargs -0 wandb sync")
         screen.print("To upload the whole sweep to W&B later:", f"  {sync}")
 
 
 def log_sweep(sweep: Sweep, screen: Screen, page: Path, answer: str) -> None:
-    """Logs the results table, the answer and the report as one run of the sweep's group, and makes the dashboard."""
+    """Logs the results table, the answer and the report as one run in the sweep's group; creates the dashboard."""
     from llmft.training.tracking import open_wandb
 
     settings = sweep.config.logger.wandb
@@ -56,7 +56,7 @@ def log_sweep(sweep: Sweep, screen: Screen, page: Path, answer: str) -> None:
         notes=redact(sweep.config.sweep.question),
         config=redact({"swept": sweep.swept, "command": sweep.command, "question": sweep.config.sweep.question}),
         dir=sweep.directory,
-        # Every summary is a run of its own: an earlier one of the same sweep stays as it was.
+        # Every summary is a new run: an earlier summary of the same sweep is not changed.
         id=lambda: f"sweep-{sweep.identity}-{secrets.token_hex(4)}",
     )
     if logger is None:
@@ -89,7 +89,7 @@ def trial_rows(sweep: Sweep) -> list[list[Any]]:
 
 
 def dashboard(sweep: Sweep, entity: str) -> Any:
-    """A wandb_workspaces workspace of the sweep's group: what matters, how it went, what was generated."""
+    """A wandb_workspaces workspace for the sweep's group: important keys, curves, generated samples."""
     import wandb_workspaces.reports.v2 as panels
     import wandb_workspaces.workspaces as workspaces
 
@@ -125,13 +125,13 @@ def dashboard(sweep: Sweep, entity: str) -> Any:
 
 
 def make_dashboard(sweep: Sweep, entity: str, screen: Screen) -> None:
-    """Saves the dashboard where wandb-workspaces is installed; a service that refuses costs a warning."""
+    """Saves the dashboard if wandb-workspaces is installed; an error of the service becomes a warning."""
     if importlib.util.find_spec("wandb_workspaces") is None:
         screen.print("For a W&B dashboard of each sweep: pip install wandb-workspaces")
         return
     try:
         saved = dashboard(sweep, entity).save()
-    except Exception as error:  # whatever the service raises must not spoil a finished sweep
+    except Exception as error:  # an error of the service must not fail a finished sweep
         screen.warn(f"W&B made no dashboard ({type(error).__name__}: {error}).")
         return
     screen.print(f"W&B dashboard {escape(str(saved.url))}")

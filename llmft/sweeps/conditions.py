@@ -1,4 +1,4 @@
-"""Conditions under which a parameter of a search exists, such as `lora.r in [8,16] and optimizer == adamw`."""
+"""Conditions on the parameters of a search, such as `lora.r in [8,16] and optimizer == adamw`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from llmft.config.overrides import unquoted
 from llmft.core.errors import ConfigError
 
 Value = str | int | float
-"""A choice is its text on the command line; a number is a number."""
+"""A choice is a string, as on the command line; a value from a range is a number."""
 CLAUSE = re.compile(r"([\w./@-]+)\s*(==|!=|<=|>=|<|>|\bnot\s+in\b|\bin\b)\s*(\[[^\[\]]*\]|[^\[\]=<>!]+)")
 COMPARE = {"<": lambda a, b: a < b, "<=": lambda a, b: a <= b, ">": lambda a, b: a > b, ">=": lambda a, b: a >= b}
 
@@ -23,8 +23,8 @@ class Clause:
     operator: str
     values: tuple[str, ...]
 
-    def holds(self, value: Value) -> bool:
-        """Whether `value` meets it; numbers compare as numbers, whatever way they are written."""
+    def is_satisfied_by(self, value: Value) -> bool:
+        """Whether `value` satisfies the clause; numbers are compared by value, not by spelling."""
         if self.operator in COMPARE:
             number, bound = number_of(value), number_of(self.values[0])
             return number is not None and bound is not None and COMPARE[self.operator](number, bound)
@@ -43,7 +43,7 @@ def parse_condition(key: str, text: str) -> tuple[Clause, ...]:
         sound = bool(values) and all(values) and listed == (operator in ("in", "not in"))
         if not sound or (operator in COMPARE and number_of(values[0]) is None):
             raise ConfigError(
-                f"hydra.sweeper.conditions.{key}: '{text}' is no condition; write for example 'lora.r in [8,16]', "
+                f"hydra.sweeper.conditions.{key}: '{text}' is not a condition; write for example 'lora.r in [8,16]', "
                 "'optimizer == adamw' or 'lora.r >= 8', joined by 'and'."
             )
         assert match is not None
@@ -52,7 +52,7 @@ def parse_condition(key: str, text: str) -> tuple[Clause, ...]:
 
 
 def number_of(text: Value) -> float | None:
-    """A finite number, None for words."""
+    """`text` as a finite number; None if it is not one."""
     try:
         number = float(text)
     except ValueError:

@@ -1,11 +1,11 @@
-"""Where the trials of a grid come from, with more seeds where the answer is open.
+"""The source of a grid's trials, which adds seeds while the result is open.
 
-Trials of one base come after each other; one that another process holds comes again later.
+Trials with the same base run one after another; a trial that another process is training is tried again later.
 
-`sweep.seeds_until=10` adds seeds to the configurations that may be the best. The grid's own seeds run first. Then the
-sweep is looked at, at numbers of seeds that are known beforehand. What cannot be the best gets no further seeds. When
-the verdict stands, or all seeds are used, the sweep ends. A look sees what was planned before it and nothing else, so
-that the same command goes on where it was.
+`sweep.seeds_until=10` adds seeds to the configurations that may be the best. The grid's own seeds run first. The
+numbers of seeds at each interim analysis (a "look") are fixed in advance. A configuration that cannot be the best gets
+no more seeds. The sweep ends when there is a verdict or all seeds are used. Each look uses only the trials planned
+before it, so the same command continues where it stopped.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from llmft.core.errors import ConfigError
 from llmft.reports.statistics import look_sizes
 from llmft.reports.verdicts import still_open
 from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.same_as_reference import same_as_reference_rule
 from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Planner, Sweep, Trial
-from llmft.sweeps.twin import twin_rule
 
 
 class Grid:
-    """The supervisor's source of a grid, whose open configurations get more seeds at each look."""
+    """A grid as a source of trials; each look adds seeds to the configurations that may be the best."""
 
     def __init__(self, sweep: Sweep, planner: Planner, jobs: Sequence[Sequence[str]], progress: SweepProgress) -> None:
         self.sweep, self.planner, self.progress = sweep, planner, progress
         self.jobs = [list(job) for job in jobs]
-        self.decide = twin_rule(sweep.config)
+        self.decide = same_as_reference_rule(sweep.config)
         bases = list(dict.fromkeys(trial.base for trial in sweep.trials))
         self.waiting = sorted(sweep.trials, key=lambda trial: bases.index(trial.base))
         self._busy = BusyTrials()
@@ -36,13 +36,13 @@ class Grid:
         until = settings.seeds_until or num_seeds
         if settings.seeds_until is not None and until <= num_seeds:
             raise ConfigError(f"sweep.seeds_until={until}: the grid has {num_seeds} seeds itself; set a larger number.")
-        # One seed tells nothing, so that looking at it is no look.
+        # One seed allows no verdict, so the look at it does not count as one.
         sizes = look_sizes(max(num_seeds, min(until, 2)), until, settings.declared_looks)
         self.sizes = [1] * (num_seeds == 1 < until) + sizes
         self.under_way = 0
 
     def missing(self) -> list[Trial]:
-        """What is to run now; of the next look, where all before it is done."""
+        """The trials to run now; when all are done, those that the next look adds."""
         while not (missing := [trial for trial in self.sweep.trials if not trial.finished_before()]):
             if len(self.sizes) <= 1:
                 return []
@@ -50,7 +50,7 @@ class Grid:
         return missing
 
     def next(self) -> Trial | None:
-        """The next that is free; where all have ended, one of those that the next look asks for."""
+        """The next trial that no other process is training; when all have ended, one that the next look adds."""
         if not self.waiting and not self.under_way and len(self.sizes) > 1:
             self._look()
         trial = next((trial for trial in self.waiting if not self._busy.has(trial)), None)
@@ -60,11 +60,11 @@ class Grid:
         return trial
 
     def over(self) -> bool:
-        """Whether all have been handed out and no look is to come."""
+        """Whether all trials were handed out and no look is left."""
         return not self.waiting and len(self.sizes) <= 1
 
     def ended(self, trial: Trial) -> None:
-        """Takes back one that another process snatched away, or that is to run again by itself."""
+        """Puts a trial back in the queue if another process is training it, or if it has to be run again."""
         self.under_way -= 1
         if trial.status in ("busy", "pending"):
             self.waiting.append(trial)
@@ -72,16 +72,16 @@ class Grid:
             self._busy.add(trial)
 
     def _look(self) -> None:
-        """Gives the open configurations their next seeds, or ends the looks."""
+        """Adds seeds to the configurations that may be the best, or ends the looks."""
         size = self.sizes.pop(0)
         self.sweep.write()
-        open_runs, words = still_open(self.sweep.directory)
+        open_runs, answer = still_open(self.sweep.directory)
         directories = {path.resolve() for path in open_runs}
         pairs = zip(self.sweep.trials, self.jobs, strict=True)
         jobs = {_without_seed(job): trial for trial, job in pairs if trial.run.directory.resolve() in directories}
         if not jobs:
             self.sizes = self.sizes[-1:]
-            self.progress.say(f"{size} seeds: {words} It stands, so no more seeds are run.")
+            self.progress.say(f"{size} seeds: {answer} This is final, so no more seeds are run.")
             return
         more = [self.seeds[-1] + 1 + offset for offset in range(self.sizes[0] - len(self.seeds))]
         self.seeds += more
@@ -94,7 +94,7 @@ class Grid:
                 self.waiting.append(trial)
         self.sweep.swept["seed"] = [str(seed) for seed in self.seeds]
         self.progress.total = len(self.sweep.trials)
-        self.progress.say(f"{size} seeds: {words} {len(more) * len(jobs)} more trials.")
+        self.progress.say(f"{size} seeds: {answer} {len(more) * len(jobs)} more trials.")
 
 
 def _without_seed(overrides: Sequence[str]) -> tuple[str, ...]:

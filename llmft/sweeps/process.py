@@ -1,4 +1,4 @@
-"""The supervisor's side of its workers: start, orders, events, end."""
+"""Worker processes as the supervisor sees them: start, orders, events, exit."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ class WorkerProcess:
     """A worker, or a process that trains one distributed trial.
 
     Attributes:
-        orders: its standard input; None for a process of one trial.
-        log: where what the process prints is found.
-        trial: what it is training.
-        exiting: it ends by itself after a trial that may have left its libraries in any state.
+        orders: its standard input; None for a process that trains a single trial.
+        log: the file with its output.
+        trial: the trial that it is training.
+        exiting: it exits by itself, since its last trial may have left libraries in an undefined state.
         stopping: why it was asked to stop.
     """
 
@@ -47,16 +47,16 @@ class WorkerProcess:
     _buffer: bytes = b""
 
     @classmethod
-    def start(cls, log: Path, share: Share, trial: Trial | None = None) -> WorkerProcess:
-        """A worker that gets orders, `trial` when it is ready; for a distributed one, a process of its command line."""
+    def start(cls, log: Path, resources: WorkerResources, trial: Trial | None = None) -> WorkerProcess:
+        """Starts a worker, which gets `trial` once it is ready, or a process for a distributed `trial` alone."""
         alone = trial is not None and trial.distributed
         reading, writing = os.pipe()
         package = str(Path(llmft.__file__).resolve().parent.parent)
         python_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        env = {**os.environ, "PYTHONPATH": python_path, **share.environment}
-        arguments = ["llmft.sweeps.worker", str(writing), *map(str, share.cores or ())]
-        if share.remote is not None:
-            arguments = ["llmft.sweeps.remote", str(writing), *share.remote]
+        env = {**os.environ, "PYTHONPATH": python_path, **resources.environment}
+        arguments = ["llmft.sweeps.worker", str(writing), *map(str, resources.cores or ())]
+        if resources.remote is not None:
+            arguments = ["llmft.sweeps.remote", str(writing), *resources.remote]
         if trial is not None and alone:
             env[EVENTS_VARIABLE] = str(writing)
             arguments = ["llmft", *trial.arguments]
@@ -81,7 +81,7 @@ class WorkerProcess:
         return self.ready and self.trial is None and self.stopping is None and not self.exiting
 
     def order(self, **content: Any) -> None:
-        """Sends an order; a process that just died is noticed by its end."""
+        """Sends an order; errors are ignored, since a dead process is noticed by its exit code."""
         assert self.orders is not None
         with contextlib.suppress(BrokenPipeError):
             self.orders.write(json.dumps(content).encode() + b"\n")
@@ -95,7 +95,7 @@ class WorkerProcess:
         self.order(do="train", **order, arguments=trial.arguments, overrides=trial.overrides)
 
     def events(self) -> list[dict[str, Any]]:
-        """What it told since the last call."""
+        """The events since the last call."""
         self._buffer += self.read_events()
         *lines, self._buffer = self._buffer.split(b"\n")
         if lines:
@@ -103,7 +103,7 @@ class WorkerProcess:
         return [json.loads(line) for line in lines]
 
     def read_events(self) -> bytes:
-        """The bytes that have come since the last call."""
+        """The bytes received since the last call."""
         content = b""
         with contextlib.suppress(BlockingIOError):
             while chunk := os.read(self.events_fd, 65536):
@@ -111,13 +111,13 @@ class WorkerProcess:
         return content
 
     def stop(self, why: str) -> None:
-        """Asks it to save and leave."""
+        """Asks it to save and exit."""
         if self.stopping is None:
             self.stopping, self.stopping_since = why, time.monotonic()
             self.signal(signal.SIGTERM)
 
     def signal(self, signum: int) -> None:
-        """Sends a signal to the process; SIGKILL also to all that it started."""
+        """Sends a signal to the process; SIGKILL also to its children."""
         with contextlib.suppress(ProcessLookupError):
             if signum == signal.SIGKILL:
                 os.killpg(self.process.pid, signum)
@@ -125,26 +125,26 @@ class WorkerProcess:
                 self.process.send_signal(signum)
 
     def close(self) -> None:
-        """Lets an idle worker leave, and clears up after one that has left."""
+        """Lets an idle worker exit, and cleans up after one that has exited."""
         if self.orders is not None:
             with contextlib.suppress(OSError):
                 self.orders.close()
         if self.process.poll() is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self.process.pid, signal.SIGTERM)  # what it started and left behind
+                os.killpg(self.process.pid, signal.SIGTERM)  # children that it left running
         if self.events_fd >= 0:
             os.close(self.events_fd)
             self.events_fd = -1
 
 
 @dataclass(frozen=True)
-class Share:
-    """What a worker may use of the machine.
+class WorkerResources:
+    """The part of the machine that a worker may use.
 
     Attributes:
-        environment: variables that are set before it begins.
+        environment: variables that are set before it starts.
         cores: None for all.
-        remote: of a worker that is on a machine of a Ray cluster: what `llmft.sweeps.remote` takes.
+        remote: the arguments of `llmft.sweeps.remote` for a worker on a Ray cluster; None for a local one.
     """
 
     environment: dict[str, str] = field(default_factory=dict)
@@ -152,22 +152,22 @@ class Share:
     remote: tuple[str, ...] | None = None
 
 
-def shares_of_machine(workers: int) -> list[Share]:
-    """What each of several workers may use: a fair share of the GPUs where there are any, else of the cores."""
+def divide_machine(workers: int) -> list[WorkerResources]:
+    """The resources of each of several workers: an equal part of the GPUs if there are any, else of the cores."""
     if workers == 1:
-        return [Share()]
+        return [WorkerResources()]
     gpus = visible_gpus()
     if gpus:
-        shares = [gpus[slot::workers] or [gpus[slot % len(gpus)]] for slot in range(workers)]
-        return [Share({"CUDA_VISIBLE_DEVICES": ",".join(share)}) for share in shares]
+        gpus_of = [gpus[slot::workers] or [gpus[slot % len(gpus)]] for slot in range(workers)]
+        return [WorkerResources({"CUDA_VISIBLE_DEVICES": ",".join(names)}) for names in gpus_of]
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(usable_cores()))
-    return [Share(cores=cores[slot::workers] or [cores[slot % len(cores)]]) for slot in range(workers)]
+    return [WorkerResources(cores=cores[slot::workers] or [cores[slot % len(cores)]]) for slot in range(workers)]
 
 
 def how_it_died(code: int) -> tuple[str, str]:
-    """(error, cause) of a worker that left without a word."""
+    """(error, cause) of a worker that exited without reporting a result."""
     if code >= 0:
-        return f"the process left with exit code {code} and no result", "exit"
+        return f"the process ended with exit code {code} and no result", "exit"
     name = signal.Signals(-code).name if -code in {s.value for s in signal.Signals} else f"signal {-code}"
     hint = " (out of memory?)" if code == -signal.SIGKILL else ""
     return f"the process was killed by {name}{hint}", "signal"

@@ -1,4 +1,4 @@
-"""What a person sees of a sweep: bars on a terminal, else a line for each trial that begins or ends."""
+"""Progress of a sweep on the screen: bars on a terminal, else a line whenever a trial starts or ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLOURS = {"done": "green", "failed": "red", "interrupted": "yellow", "pruned": 
 
 
 class SweepProgress:
-    """The state of a sweep on the screen."""
+    """Shows the progress of a sweep."""
 
     def __init__(self, screen: Screen, total: int, *, enabled: bool = True, monitor: str = "") -> None:
         self.screen = screen
@@ -45,7 +45,7 @@ class SweepProgress:
             self._bars.start()
 
     def say(self, text: str) -> None:
-        """A line above the bars."""
+        """Prints a line above the bars."""
         self.screen.print(escape(text))
 
     def begins(self, trial: Trial) -> None:

@@ -1,4 +1,4 @@
-"""The space of a search: what may vary, in which range, and under which condition."""
+"""The search space: parameters, their ranges and conditions."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llmft.sweeps.conditions import Clause, Value, number_of, parse_condition
 
 DEFAULT_TRIALS = 20
 MOST_COMBINATIONS = 10_000
-"""A grid of more is a mistake: no one trains so many models."""
+"""A larger grid is taken for a mistake."""
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A key that varies: over `choices`, or from `low` to `high`, both included.
+    """A varied key: over `choices`, or from `low` to `high`, inclusive.
 
     Attributes:
-        spelled: the key as an override spells it, with its `+` if it has one.
-        text: the range as it was written.
-        step: the distance of the values; None for all numbers between the bounds.
-        log: the search takes equal ratios for equal distances.
+        spelled: the key as written in the override, including a leading `+`.
+        text: the range as written.
+        step: the distance between values; None for a continuous range.
+        log: sampled on a logarithmic scale.
     """
 
     spelled: str
@@ -42,12 +42,12 @@ class Parameter:
         return self.spelled.lstrip("+")
 
     def override(self, value: Value) -> str:
-        """The override that sets it; a continuous number is given with six digits."""
+        """The override that sets `value`; floats are written with six significant digits."""
         shown = f"{value:.6g}" if isinstance(value, float) else str(value)
         return f"{self.spelled}={shown}"
 
     def values(self) -> list[Value] | None:
-        """All values in order, None where there are infinitely many."""
+        """All values in order; None for a continuous range."""
         if self.choices:
             return list(self.choices)
         if self.step is None:
@@ -57,12 +57,12 @@ class Parameter:
         return [round(value) for value in numbers] if self.integer else list(numbers)
 
     def probes(self) -> list[Value]:
-        """The values to try before a search begins: every choice, or both ends."""
+        """The values to check before a search starts: every choice, or both bounds."""
         ends: list[Value] = [self.low, self.high] if not self.integer else [round(self.low), round(self.high)]
         return list(self.choices) or ends
 
     def suggest(self, trial: Any) -> Value:
-        """A value for one of Optuna's trials."""
+        """Asks Optuna's `trial` for a value."""
         if self.choices:
             return trial.suggest_categorical(self.key, self.choices)
         if self.integer:
@@ -71,7 +71,7 @@ class Parameter:
         return trial.suggest_float(self.key, self.low, self.high, log=self.log, step=self.step)
 
     def distribution(self) -> Any:
-        """As Optuna has it."""
+        """The parameter as an Optuna distribution."""
         from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
         if self.choices:
@@ -83,14 +83,14 @@ class Parameter:
 
 @dataclass
 class Space:
-    """All that varies, a parameter after those that its condition speaks of, and the overrides that all share."""
+    """The varied parameters, each after those in its condition, and the overrides common to all trials."""
 
     parameters: list[Parameter]
     fixed: list[str] = field(default_factory=list)
 
     @property
     def known(self) -> dict[str, Value]:
-        """The values that the fixed overrides give."""
+        """The values set by the fixed overrides."""
         return {key.lstrip("+"): value for key, _, value in (override.partition("=") for override in self.fixed)}
 
     def overrides(self, chosen: Mapping[str, Value]) -> list[str]:
@@ -98,14 +98,16 @@ class Space:
         return [parameter.override(chosen[parameter.key]) for parameter in self.parameters if parameter.key in chosen]
 
     def active(self, parameter: Parameter, chosen: Mapping[str, Value]) -> bool:
-        """Whether `parameter` exists beside what was chosen so far."""
+        """Whether `parameter` is active given the values chosen so far."""
         values = {**self.known, **chosen}
-        return all(clause.key in values and clause.holds(values[clause.key]) for clause in parameter.condition)
+        return all(
+            clause.key in values and clause.is_satisfied_by(values[clause.key]) for clause in parameter.condition
+        )
 
     def probes(self) -> list[dict[str, Value]]:
-        """Points that together take every choice and both ends of every range.
+        """Points that together cover every choice and both bounds of every range.
 
-        Raises ConfigError for a parameter whose condition nothing meets.
+        Raises ConfigError for a parameter whose condition cannot be satisfied.
         """
         points: list[dict[str, Value]] = []
         for parameter in self.parameters:
@@ -123,16 +125,16 @@ class Space:
         return point
 
     def _condition_met(self, parameter: Parameter) -> dict[str, Value]:
-        """Values of others under which `parameter` exists."""
+        """Values of other parameters for which `parameter` is active."""
         met: dict[str, Value] = {}
         for key in {clause.key: None for clause in parameter.condition}:
             clauses = [clause for clause in parameter.condition if clause.key == key]
             parent = next((p for p in self.parameters if p.key == key), None)
             offered = [self.known[key]] if parent is None else [*parent.probes(), *(parent.values() or [])]
             offered += [] if parent is None or parent.choices else _inside(parent, clauses)
-            value = next((v for v in offered if all(clause.holds(v) for clause in clauses)), None)
+            value = next((v for v in offered if all(clause.is_satisfied_by(v) for clause in clauses)), None)
             if value is None:
-                never = f"{parameter.key} never exists, since no value of {key} meets its condition."
+                never = f"{parameter.key} is never active, since no value of {key} satisfies its condition."
                 raise ConfigError(f"hydra.sweeper.conditions: {never}")
             if parent is not None:
                 met = {**met, **self._condition_met(parent), key: value}
@@ -141,7 +143,7 @@ class Space:
     def combinations(self) -> Iterator[dict[str, Value]]:
         """Every point of the grid; the last parameter varies fastest.
 
-        Raises ConfigError for a range of infinitely many values.
+        Raises ConfigError for a continuous range.
         """
         for parameter in self.parameters:
             if parameter.values() is None:
@@ -162,9 +164,9 @@ class Space:
 
 
 def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[str, Value]] | None]:
-    """(number of configurations to try, those of a grid in order).
+    """(number of configurations to try, the points of a grid in order; None for other samplers).
 
-    Raises ConfigError for a grid over a range without steps, or over too many combinations.
+    Raises ConfigError for a grid over a continuous range, or of too many combinations.
     """
     if settings.sampler not in ("grid", "brute"):
         return settings.n_trials or DEFAULT_TRIALS, None
@@ -176,9 +178,9 @@ def wanted_trials(settings: SearchConfig, space: Space) -> tuple[int, list[dict[
 
 
 def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space:
-    """The space of Hydra's parsed overrides, of which later ones replace earlier ones of the same key.
+    """The space given by Hydra's parsed overrides; later overrides of a key replace earlier ones.
 
-    Raises ConfigError for a range or condition that makes no sense.
+    Raises ConfigError for an invalid range or condition.
     """
     parameters: dict[str, Parameter] = {}
     fixed: dict[str, str] = {}
@@ -194,7 +196,7 @@ def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space
     for key, text in conditions.items():
         if key not in parameters:
             if key in fixed:
-                continue  # given on the command line for all
+                continue  # fixed on the command line
             raise ConfigError(f"hydra.sweeper.conditions: {key} is not varied{did_you_mean(key, parameters)}")
         clauses = parse_condition(key, str(text))
         for clause in clauses:
@@ -211,20 +213,20 @@ def make_space(overrides: Sequence[Any], conditions: Mapping[str, Any]) -> Space
 
 
 def parameter_of(override: Any) -> Parameter:
-    """The parameter of one parsed override: a,b,c, choice(…), range(…), interval(…) or tag(log, …)."""
+    """The parameter given by a parsed override: a,b,c, choice(…), range(…), interval(…) or tag(log, …)."""
     spelled, written = override.get_key_element(), override.input_line.partition("=")[2]
     swept = override.value()
     key, tags = spelled.lstrip("+"), set(getattr(swept, "tags", ()))
     unknown = sorted(tags - {"log"})
     if unknown:
-        raise ConfigError(f"{key}={written}: the tag {unknown[0]} means nothing here; the only one is log.")
+        raise ConfigError(f"{key}={written}: unknown tag {unknown[0]}; the only one is log.")
     log = "log" in tags
     if override.is_choice_sweep():
         if log:
             raise ConfigError(f"{key}={written}: log is for a range or an interval.")
         values = tuple(dict.fromkeys(override.sweep_string_iterator()))
         if not values:
-            raise ConfigError(f"{key}={written}: no value is meant.")
+            raise ConfigError(f"{key}={written}: there is no value.")
         return Parameter(spelled, written, choices=values)
     if override.is_range_sweep():
         return _range(spelled, written, swept, log)
@@ -233,7 +235,7 @@ def parameter_of(override: Any) -> Parameter:
     if not low < high:
         raise ConfigError(f"{key}={written}: the first number must be below the second.")
     if log and low <= 0:
-        raise ConfigError(f"{key}={written}: a log range begins above 0.")
+        raise ConfigError(f"{key}={written}: a log range starts above 0.")
     step = 1.0 if integer else None
     return Parameter(spelled, written, low=low, high=high, step=step, integer=integer, log=log)
 
@@ -242,9 +244,9 @@ def _range(spelled: str, written: str, swept: Any, log: bool) -> Parameter:
     values = list(swept.range())
     key = spelled.lstrip("+")
     if not values:
-        raise ConfigError(f"{key}={written}: no number lies in this range.")
+        raise ConfigError(f"{key}={written}: the range is empty.")
     if log and (swept.step != 1 or min(values) <= 0):
-        raise ConfigError(f"{key}={written}: a log range has step 1 and begins above 0; interval(…) takes any numbers.")
+        raise ConfigError(f"{key}={written}: a log range has step 1 and starts above 0; interval(…) takes any numbers.")
     low, high = min(values), max(values)
     integer = all(isinstance(value, int) for value in values)
     return Parameter(
@@ -260,14 +262,14 @@ def _parents_first(parameters: Mapping[str, Parameter]) -> list[Parameter]:
         free = [p for p in waiting if all(c.key in placed or c.key not in parameters for c in p.condition)]
         if not free:
             keys = " and ".join(parameter.key for parameter in waiting)
-            raise ConfigError(f"hydra.sweeper.conditions: {keys} depend on each other in a circle.")
+            raise ConfigError(f"hydra.sweeper.conditions: {keys} depend on each other in a cycle.")
         ordered += free
         waiting = [parameter for parameter in waiting if parameter not in free]
     return ordered
 
 
 def _inside(parent: Parameter, clauses: Sequence[Clause]) -> list[Value]:
-    """Numbers that a continuous parent's clauses name or border on, inside its range."""
+    """Numbers within a continuous parent's range: its bounds, those in the clauses, and the midpoints between."""
     named = [number for clause in clauses for text in clause.values if (number := number_of(text)) is not None]
     ends = sorted({parent.low, parent.high, *(n for n in named if parent.low <= n <= parent.high)})
     between = [(a + b) / 2 for a, b in itertools.pairwise(ends)]

@@ -1,9 +1,9 @@
-"""Optuna's study of a search, kept in a file that survives a kill.
+"""Optuna's study of a search, stored in a file that survives a kill.
 
-The search thinks in memory and writes each change to SQLite in one transaction: a suggestion is in the file with all
-its values or not at all. Optuna's journal file was tried instead: killed while it writes, it leaves a lock for which
-the next start waits 30 s, and a cut-off line on which that ends in a JSONDecodeError. Optuna's own heartbeat against
-dead trials works inside `study.optimize` only.
+The search works on a study in memory and writes each change to SQLite in one transaction: a suggestion is in the file
+with all its values or not at all. Optuna's journal file was tried instead: after a kill during a write the next start
+waits 30 s for its lock and then fails with a JSONDecodeError on the incomplete line. Optuna's own heartbeat for dead
+trials works inside `study.optimize` only.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 NAME = "search"
-"""Of the study in the file; Hyperband derives a trial's bracket from it."""
+"""Of the study in the file; Hyperband derives the bracket of a trial from it."""
 
 
 def import_optuna() -> Any:
-    """Optuna without its chatter; raises ConfigError where it is not installed."""
+    """Optuna with its log messages turned off; raises ConfigError if it is not installed."""
     try:
         import optuna
     except ImportError:
@@ -40,18 +40,18 @@ def import_optuna() -> Any:
 
 
 @contextlib.contextmanager
-def _without_advice() -> Iterator[None]:
-    """Some samplers and pruners are "experimental" to Optuna, which says so each time one is made."""
+def _without_warnings() -> Iterator[None]:
+    """Suppresses the warning that Optuna gives for each "experimental" sampler or pruner."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=import_optuna().exceptions.ExperimentalWarning)
         yield
 
 
-class Study:
-    """The trials of a search: asked, judged after validations, told.
+class OptunaStudy:
+    """The trials of a search: `ask` suggests one, `judge` prunes after validations, `tell` stores its result.
 
-    A sampler is made anew for each question, seeded by the number of the trial: what it suggests depends on the
-    trials before it alone, so that a search that goes on suggests what it would have suggested uninterrupted.
+    A new sampler is created for each suggestion, seeded by the number of the trial. The suggestion depends only on
+    earlier trials, so a resumed search suggests the same values as an uninterrupted one.
     """
 
     def __init__(self, file: Path, settings: SearchConfig, space: Space, direction: str) -> None:
@@ -67,7 +67,9 @@ class Study:
             if not type(error).__module__.startswith(("optuna", "sqlalchemy", "sqlite3", "alembic")):
                 raise
             reason = first_line(error)
-            raise ConfigError(f"{file}: not a study that can be read ({reason}); move it away to begin anew.") from None
+            raise ConfigError(
+                f"{file}: the study cannot be read ({reason}); move it away to start a new one."
+            ) from None
         memory = optuna.storages.InMemoryStorage()
         self._in_memory = optuna.create_study(storage=memory, study_name=NAME, direction=direction)
         self._storages = [(storage, storage.get_study_id_from_name(NAME)) for storage in (memory, on_disk)]
@@ -77,7 +79,7 @@ class Study:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """All of them, by number."""
+        """All trials, by number."""
         return self._in_memory.get_trials(deepcopy=False)
 
     def ask(self, index: int) -> tuple[int, dict[str, Value]]:
@@ -109,9 +111,9 @@ class Study:
         return len(self.trials) - 1
 
     def judge(self, number: int, curve: Mapping[int, float], step: int) -> bool:
-        """Notes the validations of `curve` up to `step`, and says whether the trial should end there.
+        """Stores the validations of `curve` up to `step`; returns whether the trial should end there.
 
-        The unit of the pruners is the validation, counted from 1. What was judged once stays judged.
+        Pruners count in validations, from 1. The decision for a step is stored and never changes.
         """
         steps = [known for known in sorted(curve) if known <= step]
         for index, validated in enumerate(steps, start=1):
@@ -125,7 +127,7 @@ class Study:
             return bool(judged["ends"] and step == judged["step"])
         ends = bool(make_pruner(self.settings).prune(self._in_memory, self.trials[number]))
         rungs = {k: v for k, v in self.trials[number].system_attrs.items() if k.startswith("completed_rung_")}
-        # The verdict and the pruner's own notes in one transaction: half of them would change later verdicts.
+        # The decision and the pruner's state in one transaction: one without the other would change later decisions.
         self._note(number, {"judged": {"step": step, "ends": ends, "rungs": rungs}})
         return ends
 
@@ -142,11 +144,11 @@ class Study:
                 storage.set_trial_user_attr(identity, name, value)
 
     def _stored(self, number: int) -> list[tuple[Any, int]]:
-        """(storage, its name of the trial) in memory and in the file."""
+        """(storage, the trial's id in it) in memory and in the file."""
         return [(s, s.get_trial_id_from_study_id_trial_number(study, number)) for s, study in self._storages]
 
 
-@_without_advice()
+@_without_warnings()
 def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     """The sampler that suggests trial `number`."""
     samplers = import_optuna().samplers
@@ -157,7 +159,7 @@ def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     if settings.sampler == "brute":
         return samplers.BruteForceSampler(seed=seed)
     if settings.sampler == "gp":
-        # Two trainings of one configuration give the same value; several seeds are averaged, not noise to the model.
+        # Training a configuration again gives the same value, and seeds are averaged: the objective has no noise.
         return samplers.GPSampler(
             seed=seed,
             n_startup_trials=settings.startup_trials,
@@ -171,9 +173,9 @@ def make_sampler(settings: SearchConfig, space: Space, number: int) -> Any:
     )
 
 
-@_without_advice()
+@_without_warnings()
 def make_pruner(settings: SearchConfig) -> Any:
-    """The pruner; it too is made anew for each question and remembers nothing but the study."""
+    """The pruner; a new one is created for each decision, since its state is in the study."""
     pruners = import_optuna().pruners
     first = settings.min_validations
     if settings.pruner == "median":

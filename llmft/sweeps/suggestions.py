@@ -1,4 +1,4 @@
-"""Where the trials of a search come from: suggested by Optuna, judged after validations, told when they end."""
+"""The source of a search's trials: Optuna suggests them, prunes after validations, and receives the results."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from typing import Any
 from llmft.config.sweep import SearchConfig
 from llmft.sweeps.conditions import Value
 from llmft.sweeps.progress import SweepProgress
+from llmft.sweeps.same_as_reference import same_as_reference_rule, validations
 from llmft.sweeps.space import wanted_trials
-from llmft.sweeps.study import Study
+from llmft.sweeps.study import OptunaStudy
 from llmft.sweeps.supervisor import BusyTrials
 from llmft.sweeps.trials import Sweep, Trial
-from llmft.sweeps.twin import twin_rule, validations
 
 
 @dataclass
 class Candidate:
-    """A configuration that was suggested: one trial for each of its seeds.
+    """A suggested configuration: one trial per seed.
 
     Attributes:
         number: of its trial in the study.
-        index: which of the configurations asked for it is; one that is tried again keeps it.
-        waiting: trials to run; emptied by one that fails or is pruned.
-        curve: the monitored metric of the first seed's run by step, which is what a pruner judges.
+        index: its number among the configurations; a repeated attempt keeps it.
+        waiting: trials to run; emptied when one fails or is pruned.
+        curve: step -> monitored metric of the first seed's run, on which pruning is based.
     """
 
     number: int
@@ -39,12 +39,12 @@ class Candidate:
 
     @property
     def first(self) -> Trial:
-        """The trial that a pruner judges."""
+        """The trial on which pruning is based."""
         return self.trials[0]
 
     @property
     def value(self) -> float | None:
-        """The mean over the seeds, None unless all have a finite value."""
+        """The mean over the seeds; None unless all have a finite value."""
         values = [trial.value for trial in self.trials if trial.status == "done"]
         if len(values) < len(self.trials) or any(v is None or not math.isfinite(v) for v in values):
             return None
@@ -52,25 +52,25 @@ class Candidate:
 
     @property
     def keys(self) -> list[str]:
-        """The runs that it is."""
+        """The keys of its runs."""
         return [trial.key for trial in self.trials]
 
     def read_curve(self) -> None:
-        """Takes the first seed's validations from its run, whoever trained it."""
+        """Reads the validations of the first seed from its run directory."""
         self.curve = validations(self.first.run.directory, self.first.config.trainer.monitor)
 
 
 class Search:
-    """The supervisor's source of trials.
+    """A search as a source of trials.
 
-    A pruner judges the run of the first seed; the other seeds are trained once it is done, and not at all when it is
-    pruned. A trial that a kill left under way keeps its number and is handed out again; one that failed is tried
-    again, once each time the search is started.
+    Pruning is based on the run of the first seed; the other seeds are trained once it is done, and not at all if it is
+    pruned. A trial interrupted by a kill keeps its number and is handed out again; a failed one is tried again once
+    per start of the search.
     """
 
     def __init__(
         self,
-        study: Study,
+        study: OptunaStudy,
         settings: SearchConfig,
         sweep: Sweep,
         progress: SweepProgress,
@@ -81,7 +81,7 @@ class Search:
         self.sweep = sweep
         self.progress = progress
         self.make_trial = make_trial
-        self.twin = twin_rule(sweep.config)
+        self.same_as_reference = same_as_reference_rule(sweep.config)
         self.workers = 1
         self.candidates: list[Candidate] = []
         self.repeated = 0
@@ -92,7 +92,7 @@ class Search:
     # ------------------------------------------------------------------------------------------------ before
 
     def recall(self) -> None:
-        """Takes up what the study's file knows: results, trials that a kill left under way, failures to try again."""
+        """Restores results, interrupted trials and failures to try again from the study's file."""
         known = self.study.trials
         superseded = {trial.user_attrs.get("again") for trial in known}
         for trial in known:
@@ -129,14 +129,14 @@ class Search:
 
     @property
     def num_suggested(self) -> int:
-        """Configurations asked for, not counting second tries."""
+        """Suggested configurations, not counting repeated attempts."""
         return sum("again" not in trial.user_attrs for trial in self.study.trials)
 
     def next(self) -> Trial | None:
-        """A trial of a configuration under way, else of a new one."""
+        """A trial of a configuration already started, else of a new one."""
         while (trial := self._free()) is None:
-            # No more than can be trained: a suggestion is the better, the more results it knows. With one worker it
-            # knows all, also where the last trial is still held by a process that a kill left behind.
+            # No more than can be trained, since suggestions improve with the results known. With one worker all
+            # results are known, even if a process left behind by a kill is still training the last trial.
             under_way = sum(bool(candidate.waiting or candidate.under_way) for candidate in self.candidates)
             if self.num_suggested >= self.num_wanted or under_way >= self.workers:
                 return None
@@ -144,26 +144,26 @@ class Search:
         return trial
 
     def over(self) -> bool:
-        """Whether all configurations were asked for and all of their trials handed out."""
+        """Whether all configurations were suggested and all their trials handed out."""
         return self.num_suggested >= self.num_wanted and not any(candidate.waiting for candidate in self.candidates)
 
     def ended(self, trial: Trial) -> None:
-        """Tells the study, once all trials of the configuration have ended."""
+        """Stores the result in the study once all trials of the configuration have ended."""
         candidate = self._of[trial.number]
-        if trial in candidate.waiting:  # it was done before, or its curve so far was judged
+        if trial in candidate.waiting:  # it was done before, or pruned by its earlier validations
             candidate.waiting.remove(trial)
         if trial in candidate.under_way:
             candidate.under_way.remove(trial)
-        if trial.status in ("busy", "pending"):  # another process has it, or it is to run again by itself
+        if trial.status in ("busy", "pending"):  # another process is training it, or it has to be run again
             candidate.waiting.insert(0, trial)
             if trial.status == "busy":
                 self._busy.add(trial)
             return
         if trial.status == "failed" and trial.run.status().get("status") == "diverged":
-            trial.mark("pruned", trial.error)  # that is what this configuration does: a result, and no failure
+            trial.mark("pruned", trial.error)  # divergence is a result of the configuration, not a failure
         if trial.status != "done":
             self._drop(candidate, candidate.waiting)
-        elif trial is candidate.first:  # later verdicts know the whole curve, whoever trained it
+        elif trial is candidate.first:  # later decisions use the whole curve
             candidate.read_curve()
             for step in sorted(candidate.curve):
                 self.study.judge(candidate.number, candidate.curve, step)
@@ -172,14 +172,14 @@ class Search:
         self._record()
 
     def decide(self, trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
-        """Whether the pruner or the twin rule ends the trial after this validation."""
+        """(status, reason) if the pruner or early_stop_if_same_as ends the trial after this validation."""
         candidate = self._of[trial.number]
         value = metrics.get(trial.config.trainer.monitor)
         if trial is candidate.first and step > 0 and value is not None:
             candidate.curve[step] = value
             if (reason := self._judge(candidate, step)) is not None:
                 return "pruned", reason
-        return self.twin(trial, step, metrics)
+        return self.same_as_reference(trial, step, metrics)
 
     # ------------------------------------------------------------------------------------------------ its parts
 
@@ -201,7 +201,7 @@ class Search:
         return None
 
     def _ask(self) -> None:
-        """One more configuration; one that was tried before gets the value that is known."""
+        """Suggests one more configuration; a repeated one gets its known value."""
         index = self.num_suggested
         if self.points is not None:
             chosen = self.points[index]
@@ -213,20 +213,20 @@ class Search:
         self._repeat(candidate)
 
     def _repeat(self, candidate: Candidate) -> None:
-        """Gives a configuration that was tried before the value that is known."""
-        alike = (other for other in self.candidates if other is not candidate and other.keys == candidate.keys)
-        twin = next((c for c in alike if self.study.trials[c.number].state.name in ("COMPLETE", "PRUNED")), None)
-        if twin is None:
+        """Gives a configuration the known value of an earlier one with the same runs."""
+        equal = (other for other in self.candidates if other is not candidate and other.keys == candidate.keys)
+        repeated = next((c for c in equal if self.study.trials[c.number].state.name in ("COMPLETE", "PRUNED")), None)
+        if repeated is None:
             return
         self._drop(candidate, candidate.trials)
         self.candidates.remove(candidate)
-        for step in sorted(twin.curve):
-            candidate.curve[step] = twin.curve[step]
+        for step in sorted(repeated.curve):
+            candidate.curve[step] = repeated.curve[step]
             self.study.judge(candidate.number, candidate.curve, step)
-        state = "COMPLETE" if twin.value is not None else "PRUNED"
-        self.study.tell(candidate.number, state, twin.value, {"repeats": twin.number})
+        state = "COMPLETE" if repeated.value is not None else "PRUNED"
+        self.study.tell(candidate.number, state, repeated.value, {"repeats": repeated.number})
         self.repeated += 1
-        self.progress.say(f"configuration {candidate.index + 1} repeats {twin.index + 1}: its value is known")
+        self.progress.say(f"configuration {candidate.index + 1} repeats {repeated.index + 1}: its value is known")
 
     def _candidate(self, number: int, index: int, chosen: dict[str, Value]) -> Candidate:
         seeds: Sequence[int | None] = self.settings.seeds or [None]
@@ -239,16 +239,16 @@ class Search:
         return candidate
 
     def _drop(self, candidate: Candidate, trials: list[Trial]) -> None:
-        """Trials that will not be run."""
+        """Removes trials that will not be run."""
         for trial in list(trials):
             self.sweep.trials.remove(trial)
             self.progress.ready += 1
         candidate.waiting = []
 
     def _judge_earlier(self, candidate: Candidate) -> None:
-        """Judges the validations that an unfinished run already has.
+        """Prunes by the validations that an unfinished run already has.
 
-        The last of them is judged when the run goes on, since only its process knows whether it ends there anyway.
+        The last one is judged when the run resumes, since only its process knows whether it ends there anyway.
         """
         candidate.read_curve()
         for step in sorted(candidate.curve)[:-1]:
@@ -266,7 +266,7 @@ class Search:
     def _tell(self, candidate: Candidate) -> None:
         ran = [trial for trial in candidate.trials if trial in self.sweep.trials]
         if any(trial.status == "interrupted" for trial in ran):
-            return  # it goes on when the search does
+            return  # it resumes with the search
         outcome = [
             {"status": t.status, "value": t.value, "error": t.error, "seconds": t.seconds, "run": t.run.directory.name}
             for t in ran
@@ -278,12 +278,12 @@ class Search:
         self.study.tell(candidate.number, state, value, {"outcome": outcome})
 
     def _record(self) -> None:
-        """What the sweep's record says of the search."""
+        """Updates the sweep's record of the search."""
         settings, best = self.settings, self.best()
         keys = [parameter.key for parameter in self.study.space.parameters] + ["seed"] * bool(settings.seeds)
         overrides = [override.partition("=") for trial in self.sweep.trials for override in trial.overrides]
         self.sweep.swept = {key: list(dict.fromkeys(v for k, _, v in overrides if k == key)) for key in keys}
-        self.sweep.facts["search"] = {
+        self.sweep.extra["search"] = {
             "sampler": settings.sampler,
             "pruner": settings.pruner,
             "seed": settings.seed,

@@ -1,4 +1,4 @@
-"""A grid from its plan to its answer."""
+"""Plans and runs a grid, and reports its result."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from llmft.sweeps.trials import FINISHED, Planner, Sweep, Trial, open_sweep, var
 
 
 def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], *, first: int = 0) -> Sweep:
-    """Plans all trials, runs those that are missing under a supervisor, writes the report.
+    """Plans all trials, runs the missing ones under a supervisor, writes the report.
 
-    Raises ConfigError or DataError, before any trial starts, when one of them cannot run; TrialsFailed at the end
-    when some failed; Interrupted when a signal ended it.
+    Raises ConfigError or DataError, before any trial starts, if one of them cannot run; TrialsFailed at the end
+    if some failed; Interrupted if a signal ended the sweep.
     """
     sweep = make_sweep(planner, jobs, fixed, first)
     screen = Screen()
@@ -40,7 +40,7 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
             if sweep.config.sweep.report:
                 threading.Thread(target=_import_report, daemon=True).start()
             supervisor.run(grid, check=missing, workers=supervisor.count_workers(missing, len(missing), grid=True))
-        finish(sweep, screen, supervisor.stopped_because, anew=bool(missing))
+        finish(sweep, screen, supervisor.stopped_because, has_new_results=bool(missing))
     except BaseException:
         sweep.write()
         raise
@@ -48,7 +48,7 @@ def run_grid(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[st
 
 
 def _import_report() -> None:
-    """What the report needs, while the workers train and this process only waits for them."""
+    """Imports what the report needs, while the workers train and this process waits."""
     import pyarrow.parquet  # noqa: F401
     import scipy.special
     import scipy.stats  # noqa: F401
@@ -60,10 +60,10 @@ def _import_report() -> None:
 
 
 def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], launcher: Any) -> Sweep:
-    """The same by another launcher of Hydra's (submitit, …): it runs what is missing, the run directories tell."""
+    """Like `run_grid` with another Hydra launcher (submitit, …); results are read from the run directories."""
     sweep = make_sweep(planner, jobs, fixed, 0)
     if sweep.config.sweep.seeds_until is not None:
-        raise ConfigError("sweep.seeds_until: trials of another launcher start all at once; use hydra/launcher=local.")
+        raise ConfigError("sweep.seeds_until: another launcher starts all trials at once; use hydra/launcher=local.")
     screen = Screen()
     show_plan(sweep, screen)
     missing = [index for index, trial in enumerate(sweep.trials) if not trial.finished_before()]
@@ -76,16 +76,16 @@ def run_elsewhere(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequen
             status = trial.run.status()
             ended = status.get("status")
             how = ended if ended in ("interrupted", "pruned", "twin") else "failed"
-            trial.mark(how, status.get("error") or "no result was left", "error")
+            trial.mark(how, status.get("error") or "it left no result", "error")
             trial.log = trial.run.log_file
-    finish(sweep, screen, None, anew=bool(missing))
+    finish(sweep, screen, None, has_new_results=bool(missing))
     return sweep
 
 
 def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[str], first: int) -> Sweep:
-    """The planned trials and their directory."""
+    """Plans the trials and opens the sweep's directory."""
     if not jobs:
-        raise ConfigError("this sweep has no combination: give a key several values, as in seed=0,1,2.")
+        raise ConfigError("this sweep has no combinations: give a key several values, as in seed=0,1,2.")
     trials = planner.plan(jobs, first=first)
     varied = varying(jobs)
     swept: dict[str, list[str]] = {}
@@ -99,25 +99,24 @@ def make_sweep(planner: Planner, jobs: Sequence[Sequence[str]], fixed: Sequence[
 
 
 def show_plan(sweep: Sweep, screen: Screen) -> None:
-    """What is about to happen."""
+    """Prints the plan."""
     question = sweep.config.sweep.question
     keys = "  ".join(f"{key}={','.join(values)}" for key, values in sweep.swept.items())
-    facts = {"question": question} if question else {}
     trials = f"{len(sweep.trials)}: {keys}" if keys else str(len(sweep.trials))
-    screen.plan({**facts, "trials": trials, "sweep": str(sweep.directory)})
+    screen.plan({**({"question": question} if question else {}), "trials": trials, "sweep": str(sweep.directory)})
 
 
-def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: bool = True) -> None:
-    """Writes the record and the report, shows what failed; raises TrialsFailed when something did."""
+def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, has_new_results: bool = True) -> None:
+    """Writes the record and the report, prints the failures; raises TrialsFailed if there are any."""
     sweep.finished = time.strftime("%Y-%m-%d %H:%M:%S")
     sweep.write()
     failed = [trial for trial in sweep.trials if trial.status not in FINISHED]
     if failed:
         show_failures(failed, screen)
     if sweep.config.sweep.report:
-        from llmft.sweeps.answer import give_answer
+        from llmft.sweeps.answer import write_sweep_report
 
-        give_answer(sweep, screen, anew=anew)
+        write_sweep_report(sweep, screen, has_new_results=has_new_results)
     because = f": {stopped_because}" if stopped_because else ""
     if failed:
         num_pending = sum(trial.status == "pending" for trial in failed)
@@ -125,12 +124,12 @@ def finish(sweep: Sweep, screen: Screen, stopped_because: str | None, *, anew: b
         count = f"{len(failed) - num_pending} of {len(sweep.trials)} trials failed{not_run}"
         raise TrialsFailed(f"{count}{because}; the same command runs only those again.")
     if because:
-        raise TrialsFailed(f"ended early{because}; the same command goes on.")
+        raise TrialsFailed(f"ended early{because}; the same command continues.")
     write_outcome(sweep.directory)
 
 
 def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
-    """What failed, why, and the command that runs just that one."""
+    """Prints the failed trials with the reason and a command that runs each alone."""
     table = Table(title="trials without a result", title_justify="left", box=box.SIMPLE_HEAD)
     for name in ("trial", "status", "why"):
         table.add_column(name, overflow="fold")
@@ -138,7 +137,7 @@ def show_failures(failed: Sequence[Trial], screen: Screen) -> None:
         table.add_row(escape(trial.label), trial.status, escape(trial.error or ""))
     screen.print(table)
     for trial in failed[:20]:
-        log = f"its log: {escape(str(trial.log))}; " if trial.log is not None and trial.log.exists() else ""
+        log = f"log: {escape(str(trial.log))}; " if trial.log is not None and trial.log.exists() else ""
         screen.print(f"[bold]{escape(trial.label)}[/bold]  {log}alone:", f"  {escape(trial.command)}")
     if len(failed) > 20:
         screen.print(f"  … and {len(failed) - 20} more, in sweep.json")

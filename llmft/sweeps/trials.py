@@ -1,4 +1,4 @@
-"""The trials of a sweep, planned before the first starts, and the record of them in the sweep's directory."""
+"""The trials of a sweep, planned before the first starts, and their record in the sweep's directory."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ from llmft.runs.directory import Run, existing_run, run_key, slug, unwritable
 from llmft.training.prepare import prepare
 
 FINISHED = ("done", "twin", "pruned")
-"""Statuses of a trial that has nothing left to do in its sweep."""
+"""Statuses of a trial that its sweep does not run again ("twin": ended by sweep.early_stop_if_same_as)."""
 
 
 @dataclass
 class Trial:
-    """One combination of a sweep: its config, and the run that it is.
+    """One combination of a sweep: its config and its run.
 
     Attributes:
-        overrides: what sets it apart from the sweep's other trials.
-        arguments: its whole command line after `python -m llmft`.
+        overrides: those in which it differs from the sweep's other trials.
+        arguments: its complete command line after `python -m llmft`.
         status: pending, running, done, failed, interrupted, pruned, twin or busy (another process is training it).
         cause: what ended a trial that failed: error, exit, signal, time, silence.
-        num_labels: classes of its data, which a base with a head is loaded for.
-        weight_bytes: of its model's files; None where there are none.
+        num_labels: number of classes in its data, for a base with a head.
+        weight_bytes: size of its model's files; None if there are none.
     """
 
     number: int
@@ -56,13 +56,13 @@ class Trial:
 
     @property
     def command(self) -> str:
-        """The line that runs just this trial."""
+        """The command that runs this trial alone."""
         arguments = [argument.removeprefix("++") for argument in self.arguments]
         return shlex.join(["python", "-m", "llmft", *redact(arguments)])
 
     @property
     def label(self) -> str:
-        """What a person calls it."""
+        """Its overrides, or the name of its run."""
         return " ".join(self.overrides) or self.run.directory.name
 
     @property
@@ -76,23 +76,23 @@ class Trial:
 
     @property
     def single_threaded(self) -> bool:
-        """Whether it computes on one thread of the CPU, wherever it runs."""
+        """Whether it computes on a single CPU thread."""
         trainer = self.config.trainer
         if trainer.accelerator not in ("auto", "cpu"):
             return False
         if trainer.threads is not None or self.weight_bytes is None:
             return trainer.threads == 1
-        # Two bytes a weight is the least for files of weights: a small model is rather missed than a large one taken.
+        # Files have at least two bytes per weight, so the number of weights is never underestimated.
         return sensible_threads(self.weight_bytes // 2) == 1
 
     @property
     def distributed(self) -> bool:
-        """Whether it takes several processes itself."""
+        """Whether the trial itself needs several processes."""
         trainer = self.config.trainer
         return trainer.devices != 1 or trainer.num_nodes != 1
 
     def finished_before(self) -> bool:
-        """Whether an earlier sweep or run left nothing to do; then status and value say what it found."""
+        """Whether an earlier run finished this trial; sets its status and value then."""
         if self.config.force:
             return False
         status = self.run.status()
@@ -108,12 +108,12 @@ class Trial:
 
 
 def value_of(status: dict[str, Any], monitor: str) -> float | None:
-    """The monitored metric that a run's status tells of; None for a run without a result."""
+    """The monitored metric in a run's status; None for a run without a result."""
     return status.get("result", {}).get("after", {}).get(monitor)
 
 
 class Planner:
-    """Composes combinations to trials; reads each data set and finds each model once."""
+    """Composes combinations into trials; reads each dataset and locates each model once."""
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Planner:
         """
         keys = varying(jobs)
         varied = [[override for override in job if override.partition("=")[0] in keys] for job in jobs]
-        return all_of(varied, lambda index: self.trial(first + index, jobs[index], varied[index]))
+        return plan_all(varied, lambda index: self.trial(first + index, jobs[index], varied[index]))
 
     def trial(self, number: int, overrides: Sequence[str], varied: Sequence[str]) -> Trial:
         """The trial of one combination; raises UserError for one that cannot run."""
@@ -145,23 +145,23 @@ class Planner:
         if key not in self._prepared:
             try:
                 prepared = prepare(config, open_directory=False)
-            except SystemExit as error:  # else the whole sweep would end here, with whatever code it names
+            except SystemExit as error:  # else the whole sweep would exit here
                 raise DataError(f"something called sys.exit({error.code}) while the data was read.") from None
             size = weight_bytes(prepared.located)
             self._prepared[key] = (prepared.data_fingerprint, prepared.located, len(prepared.labels), size)
         fingerprint, located, num_labels, size = self._prepared[key]
         run = existing_run(config, run_key(config, fingerprint, located.fingerprint))
-        # Options with their values, such as --config-dir DIR, without those that ask for a multirun.
+        # Options with their values, such as --config-dir DIR, except those for a multirun.
         options = [a for a in self.invocation.argv if a.startswith("-") or "=" not in a]
         arguments = [a for a in options if a not in ("-m", "--multirun")] + [*overrides]
         if any(o.startswith(("+sweep=", "+optuna=")) for o in overrides):
-            arguments.append("hydra.mode=RUN")  # else the file of sweeps/ would make a sweep of the one trial again
+            arguments.append("hydra.mode=RUN")  # else the file in sweeps/ would start a sweep again
         shown = [override.lstrip("+") for override in varied]
         return Trial(number, shown, arguments, config, run.key, run, num_labels=num_labels, weight_bytes=size)
 
 
-def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
-    """What `make` makes of the number of each combination; raises one UserError naming all that cannot run."""
+def plan_all(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) -> list[Trial]:
+    """`make(number)` for each combination; raises one UserError that names all combinations that cannot run."""
     trials: list[Trial] = []
     wrong: list[tuple[Sequence[str], UserError]] = []
     for number, overrides in enumerate(combinations):
@@ -174,7 +174,7 @@ def all_of(combinations: Sequence[Sequence[str]], make: Callable[[int], Trial]) 
 
 
 def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None:
-    """Raises one error for all the combinations of a sweep that cannot run; nothing when there are none."""
+    """Raises one error for all combinations that cannot run, if there are any."""
     if not wrong:
         return
     kind = type(wrong[0][1])
@@ -184,13 +184,13 @@ def refuse(wrong: Sequence[tuple[Sequence[str], UserError]], count: int) -> None
     lines = [
         f"  {labels[0]}{f' and {len(labels) - 1} more' if labels[1:] else ''}: {m}" for m, labels in by_message.items()
     ]
-    more = [f"  and {len(lines) - 10} other mistakes"] if len(lines) > 10 else []
+    more = [f"  and {len(lines) - 10} other errors"] if len(lines) > 10 else []
     text = f"{len(wrong)} of {count} combinations cannot run, so none was started:"
     raise kind("\n".join([text, *lines[:10], *more]))
 
 
 def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
-    """The keys that do not have one and the same value in all jobs."""
+    """The keys that do not have the same value in all jobs."""
     values: dict[str, set[str]] = {}
     for overrides in jobs:
         for override in overrides:
@@ -202,7 +202,7 @@ def varying(jobs: Sequence[Sequence[str]]) -> set[str]:
 
 @dataclass
 class Sweep:
-    """A sweep's directory and record."""
+    """A sweep's directory and record; `extra` are further entries of the record."""
 
     directory: Path
     identity: str
@@ -211,26 +211,26 @@ class Sweep:
     command: str
     created: str = field(default_factory=lambda: time.strftime("%Y-%m-%d %H:%M:%S"))
     finished: str | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)
     sample: Trial | None = None
 
     @property
     def name(self) -> str:
-        """What a person calls it, and its group in Weights & Biases."""
+        """The name of its directory, also its group in Weights & Biases."""
         return self.directory.name
 
     @property
     def config(self) -> TrainConfig:
-        """The settings that all trials share are read from the first, or before there is one from a sample."""
+        """A config with the settings common to all trials: of `sample` if there is one, else of the first trial."""
         return (self.sample or self.trials[0]).config
 
     @property
     def record_file(self) -> Path:
-        """What ran, and how it ended."""
+        """The record of all trials and their results."""
         return self.directory / "sweep.json"
 
     def add(self, trial: Trial) -> None:
-        """Takes a trial in, also into the sweep's group in Weights & Biases."""
+        """Adds a trial, also to the sweep's group in Weights & Biases."""
         trial.config.logger.wandb.group = trial.config.logger.wandb.group or self.name
         self.trials.append(trial)
 
@@ -250,7 +250,7 @@ class Sweep:
             "looks": config.sweep.declared_looks,
             "smallest_difference": config.sweep.smallest_difference,
             "swept": self.swept,
-            **self.facts,
+            **self.extra,
             "trials": [self._trial_record(trial) for trial in self.trials],
         }
         write_json(self.record_file, redact(record))
@@ -272,9 +272,9 @@ class Sweep:
 
 
 def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence[str], command: str) -> Sweep:
-    """The directory of the sweep that asks for these trials; the same command always gets the same one.
+    """The sweep with these trials; the same command always gives the same directory.
 
-    Raises ConfigError when sweep.name stands for another sweep already.
+    Raises ConfigError if sweep.name belongs to another sweep already.
     """
     config = trials[0].config
     identity = identity_of(swept, fixed)
@@ -292,7 +292,9 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
             f"{' x '.join(keys) or 'no varied keys'}, {count} trials"
             for keys, count in ((record.get("swept", {}), len(record.get("trials", []))), (swept, len(trials)))
         )
-        raise ConfigError(f"{directory} holds another sweep ({other}), not this one ({this}): set another sweep.name.")
+        raise ConfigError(
+            f"{directory} contains another sweep ({other}), not this one ({this}): set another sweep.name."
+        )
     sweep.created = record.get("created", sweep.created)
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -302,8 +304,8 @@ def open_sweep(trials: list[Trial], swept: dict[str, list[str]], fixed: Sequence
 
 
 def identity_of(swept: dict[str, list[str]], fixed: Sequence[str]) -> str:
-    """Eight hex digits that name what a sweep asks; settings that change no numbers have no part in it."""
+    """Eight hex digits that identify a sweep; settings that do not change its numbers are left out."""
     names = [entry.name for entry in fields(TrainConfig) if entry.metadata.get("not_in_key")]
-    no_part = tuple(f"{name}{end}" for name in names for end in ".=")
-    identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(no_part))
+    ignored = tuple(f"{name}{end}" for name in names for end in ".=")
+    identifying = sorted(o for o in (override.lstrip("+") for override in fixed) if not o.startswith(ignored))
     return digest_of([{key: sorted(values) for key, values in swept.items()}, identifying])[:8]

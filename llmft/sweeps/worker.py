@@ -1,8 +1,7 @@
-"""A process that trains one trial after another on one base: `python -m llmft.sweeps.worker EVENTS_FD [CORE…]`.
+"""A process that trains trials one after another on one base: `python -m llmft.sweeps.worker EVENTS_FD [CORE…]`.
 
-Orders come as JSON lines on the standard input, from the supervisor, which has checked what they hold; events leave as
-JSON lines by the given file descriptor. When the supervisor is gone, the input ends: the worker saves the run under
-way and leaves.
+Orders from the supervisor arrive as JSON lines on standard input, already validated; events are written as JSON lines
+to the given file descriptor. If the supervisor dies, standard input ends: the worker saves the current run and exits.
 """
 
 from __future__ import annotations
@@ -28,52 +27,52 @@ from llmft.core.errors import Interrupted, RunBusy, Stopped, UserError, as_user_
 from llmft.core.imports import load_libraries
 
 EVENTS_VARIABLE = "LLMFT_EVENTS_FD"
-"""Where a training that is a process of its own tells its events."""
+"""The environment variable with the file descriptor for the events of a distributed training."""
 SAVE_S = 60.0
-"""How long a worker whose supervisor is gone may take to save."""
+"""How long a worker may take to save after its supervisor has died."""
 
 
 class PipeReporter:
-    """A TrialReporter that tells a supervisor what happens, and asks it after validations."""
+    """A TrialReporter that sends events to a supervisor, and asks it after validations whether to stop."""
 
     def __init__(self, events: IO[str], orders: queue.Queue[dict[str, Any] | None] | None) -> None:
         self.events = events
         self.orders = orders
 
-    def tell(self, event: str, **facts: Any) -> None:
-        """One event; a supervisor that is gone hears nothing, and the end of the orders says so."""
+    def send(self, event: str, **content: Any) -> None:
+        """Sends an event; errors are ignored, since a dead supervisor is noticed by the end of the orders."""
         with contextlib.suppress(BrokenPipeError, ValueError):
-            self.events.write(json.dumps({"event": event, **facts}) + "\n")
+            self.events.write(json.dumps({"event": event, **content}) + "\n")
             self.events.flush()
 
     def step(self, step: int, total: int, loss: float, tokens_per_s: float) -> None:
-        self.tell("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
+        self.send("step", step=step, total=total, loss=loss, tokens_per_s=tokens_per_s)
 
     def alive(self) -> None:
-        self.tell("alive")
+        self.send("alive")
 
     def validation(self, step: int, total: int, metrics: dict[str, float]) -> tuple[str, str] | None:
-        """Waits for the supervisor's answer where there is a way for one."""
-        self.tell("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
+        """Sends the metrics; waits for the answer if there are orders."""
+        self.send("validation", step=step, total=total, metrics=metrics, asks=self.orders is not None)
         if self.orders is None:
             return None
         answer = self.orders.get()
-        if answer is None:  # the supervisor is gone: SIGTERM is on its way
+        if answer is None:  # the supervisor is gone: SIGTERM follows
             self.orders.put(None)
             return None
         return tuple(answer["stop"]) if answer["stop"] is not None else None
 
 
 def reporter_of_environment() -> PipeReporter | None:
-    """The supervisor that started this very process for one trial, if one did."""
-    handle = os.environ.pop(EVENTS_VARIABLE, None)  # not for the processes that this one starts
+    """A reporter to the supervisor that started this process for a single trial, if there is one."""
+    handle = os.environ.pop(EVENTS_VARIABLE, None)  # child processes must not inherit it
     return PipeReporter(os.fdopen(int(handle), "w"), None) if handle is not None else None
 
 
 def main(argv: Sequence[str]) -> None:
     events, *cores = map(int, argv)
     if cores and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, cores)  # of this thread and of those that it starts
+        os.sched_setaffinity(0, cores)  # for this thread and those it starts
     load_libraries()
     import llmft.training.session  # noqa: F401
 
@@ -81,20 +80,20 @@ def main(argv: Sequence[str]) -> None:
 
 
 def work(events: int) -> None:
-    """Does what it is ordered to by the standard input, and tells it by the file descriptor `events`."""
+    """Executes the orders from standard input; writes events to the file descriptor `events`."""
     faulthandler.enable()
     orders: queue.Queue[dict[str, Any] | None] = queue.Queue()
     reporter = PipeReporter(os.fdopen(events, "w"), orders)
     threading.Thread(target=_listen, args=(orders,), daemon=True).start()
-    reporter.tell("ready")
+    reporter.send("ready")
     while (order := orders.get()) is not None:
         if order["do"] == "check":
-            reporter.tell("checked", wrong=_check(order["configs"]))
+            reporter.send("checked", wrong=_check(order["configs"]))
         else:
             outcome = _train(order, reporter)
-            reporter.tell("end", **outcome)
+            reporter.send("end", **outcome)
             if not outcome["sound"]:
-                sys.exit(1)  # a library may be left in any state: a new process takes the next trial
+                sys.exit(1)  # libraries may be in an undefined state: a new process takes the next trial
 
 
 def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
@@ -102,14 +101,14 @@ def _listen(orders: queue.Queue[dict[str, Any] | None]) -> None:
         for line in stdin:
             orders.put(json.loads(line))
     orders.put(None)
-    # Between trials the end of the orders ends the process; a run under way saves first.
+    # SIGTERM ends an idle process; a running trial saves first.
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(SAVE_S)
     os._exit(128 + signal.SIGTERM)
 
 
 def _check(configs: dict[str, Any]) -> dict[str, str]:
-    """What is wrong with every config of which some part cannot be built."""
+    """number -> error of each config whose parts cannot be built."""
     from llmft.training.parts import check_parts
 
     wrong: dict[str, str] = {}
@@ -124,7 +123,7 @@ def _check(configs: dict[str, Any]) -> dict[str, str]:
 
 
 def _train(order: dict[str, Any], reporter: PipeReporter) -> dict[str, Any]:
-    """Trains one trial; says how it ended, whatever it ended by, unless it takes the process along."""
+    """Trains one trial; returns how it ended, whatever it raised."""
     from llmft.training.run import train
 
     print(f"--- trial {order['number']}: {' '.join(order['arguments'])}", flush=True)

@@ -20,7 +20,15 @@ import pytest
 
 from llmft import bench as verb
 from llmft.benchmarks import measure
-from llmft.benchmarks.estimates import Estimate, Workload, as_csv, hours, inference_hours, most_outputs, training_hours
+from llmft.benchmarks.estimates import (
+    Estimate,
+    Workload,
+    as_csv,
+    hours,
+    inference_hours,
+    max_output_tokens,
+    training_hours,
+)
 from llmft.benchmarks.measure import Case, Measured, run_case
 from llmft.benchmarks.report import cells, lines, page, write_estimates
 from llmft.config.commands import BenchConfig
@@ -45,12 +53,12 @@ def estimate(inputs: int, outputs: int, quantization: str = "nf4", **changes: An
 def test_the_longest_answer_is_the_last_that_fits_into_the_hours() -> None:
     """1,300 samples, 16 at once, are 82 batches of 395 s: 2 for the prompts, the rest at 0.4 s a token."""
     found = measured(128, 32)
-    most, by_context = most_outputs(found, WORKLOAD, None)
+    most, by_context = max_output_tokens(found, WORKLOAD, None)
     assert most == 1 + int((9 * 3600 / 82 - 2.0) / 0.4) == 983
     assert not by_context
     assert inference_hours(found, WORKLOAD, most) <= 9.0 < inference_hours(found, WORKLOAD, most + 1)
-    assert most_outputs(found, WORKLOAD, 512) == (384, True)
-    assert most_outputs(found, replace(WORKLOAD, hours=0.01), None) == (0, False)
+    assert max_output_tokens(found, WORKLOAD, 512) == (384, True)
+    assert max_output_tokens(found, replace(WORKLOAD, hours=0.01), None) == (0, False)
     assert training_hours(found, WORKLOAD) == pytest.approx(3 * 63 * 0.5 / 3600)
 
 

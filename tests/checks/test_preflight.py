@@ -283,7 +283,7 @@ def test_check_says_which_columns_are_read_and_which_are_not(tmp_path: Path) -> 
         "left_out": ["input"],
     }
     done = check("data=alpaca", *arguments, cwd=tmp_path)
-    shown = "read: prompt (prompt), response (response); not read: url, meta; optional and not there: input"
+    shown = "read: prompt (prompt), response (response); not read: url, meta; optional and missing: input"
     assert shown in " ".join(done.stdout.split())
     done = check("data=alpaca", *arguments, "data.columns.input=contxt", cwd=tmp_path)
     assert done.returncode == 4

@@ -53,7 +53,7 @@ def test_an_odd_adapter_is_merged_to_what_peft_computes(adapter: Path) -> None:
     with torch.no_grad():
         assert plain(input_ids=IDS).logits.sub(expected).abs().max() < 5e-3  # stored in fp16
     facts = json.loads((directory / "llmft.json").read_text())
-    assert facts["proof"]["rows"] == "questions, since the rows of the training are not there"
+    assert facts["proof"]["rows"] == "questions, since the training rows no longer exist"
     card = (directory / "README.md").read_text()
     assert "| base | base |" in card
     assert "| seed |" not in card, "which is not known"

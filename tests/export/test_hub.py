@@ -17,7 +17,7 @@ from llmft.bundle import bundle
 from llmft.config.commands import BundleConfig, PredictConfig, PushConfig, Pushed
 from llmft.core.errors import ConfigError
 from llmft.export.bundle import Wheel, reached, tags_of
-from llmft.export.hub import plan
+from llmft.export.hub import plan, send
 from llmft.predict import predict
 from llmft.push import push
 from llmft.runs.predictions import Predictions
@@ -43,8 +43,29 @@ def test_what_is_sent_is_shown_and_names_no_place_here(two_runs: list[Path], cap
     assert "nothing was sent" in shown
     with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set"):
         push(PushConfig(run=str(two_runs[0]), repo="me/writers", send=True))
-    with pytest.raises(ConfigError, match=r"what=gguf: not there yet; first `python -m llmft\.merge"):
+    with pytest.raises(ConfigError, match=r"what=gguf: does not exist yet; first `python -m llmft\.merge"):
         push(PushConfig(run=str(two_runs[0]), repo="me/writers", what=Pushed.gguf))
+
+
+def test_an_upload_leaves_the_timeout_of_the_shared_client_as_it_was(monkeypatch: Any, tmp_path: Path) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: TOKEN)
+    monkeypatch.setattr("llmft.export.hub._check_token", lambda *_: None)
+    during: list[Any] = []
+
+    def refuse(*_: Any, **__: Any) -> None:
+        during.append(huggingface_hub.get_session().timeout)
+        raise OSError("no")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    before = huggingface_hub.get_session().timeout
+    with pytest.raises(ConfigError, match="did not accept it"):
+        send(PushConfig(run="run", repo="me/writers", send=True), tmp_path)
+    assert during[0] != before
+    assert huggingface_hub.get_session().timeout == before
 
 
 PIP = [sys.executable, "-m", "pip"]
@@ -96,8 +117,8 @@ def online(monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("refused", "cannot be reached"),
         ("silent", "cannot be reached (no complete answer within 1 s)"),
-        ("status 500", "gives no Hub's answer (status 500); nothing was sent."),
-        ("html", "gives no Hub's answer (status 200); nothing was sent."),
+        ("status 500", "does not answer like a Hub (status 500); nothing was sent."),
+        ("html", "does not answer like a Hub (status 200); nothing was sent."),
         ("not http", "cannot be reached (its answer is not HTTP"),
     ],
 )
@@ -109,15 +130,15 @@ def test_a_broken_hub_is_one_sentence(two_runs: list[Path], online: Any, kind: s
 def test_a_hub_that_refuses_or_falls_silent_half_way_is_one_sentence(two_runs: list[Path], online: Any) -> None:
     with hub() as server:
         server.refusing = "/whoami"
-        assert "does not know this token; `hf auth login` with one that may write." in online(
+        assert "does not accept this token; `hf auth login` with one for writing." in online(
             two_runs[0], server.address
         )
         server.refusing = "/commit/"
-        assert "did not take it (" in online(two_runs[0], server.address)
+        assert "did not accept it (" in online(two_runs[0], server.address)
         server.refusing, server.silent = "nothing", "/repos/create"
-        assert "did not take it (" in online(two_runs[0], server.address)
+        assert "did not accept it (" in online(two_runs[0], server.address)
         server.silent, server.public = "nothing", True
-        assert "there already, and public; private=false" in online(two_runs[0], server.address)
+        assert "the repository exists and is public; private=false" in online(two_runs[0], server.address)
         assert server.files == {}
 
 
@@ -138,7 +159,7 @@ def test_a_bundle_predicts_in_another_place(two_runs: list[Path], tmp_path: Path
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "out" / "run" / "predictions" / "a" / "predictions.csv").is_file()
-    with pytest.raises(ConfigError, match="there is something else already"):
+    with pytest.raises(ConfigError, match="exists and is not a bundle"):
         bundle(BundleConfig(run=str(two_runs[0]), to=str(tmp_path), wheels=False))
 
 
@@ -146,7 +167,7 @@ def test_the_size_is_told_and_nothing_written_where_that_is_asked(
     two_runs: list[Path], tmp_path: Path, capsys: Any
 ) -> None:
     bundle(BundleConfig(run=str(two_runs[0]), to=str(tmp_path / "bundle"), wheels=False, write=False))
-    assert "KiB in all" in capsys.readouterr().out
+    assert "KiB in total" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 

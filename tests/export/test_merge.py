@@ -65,7 +65,7 @@ def test_plain_transformers_says_with_a_merged_run_what_the_run_says(two_runs: l
 def test_the_original_base_is_another_model_and_the_bound_is_kept(two_runs: list[Path], tmp_path: Path) -> None:
     directory = merged(two_runs[0], to=str(tmp_path / "a"), base=MergeBase.original)
     assert json.loads((directory / "llmft.json").read_text())["proof"]["kl_nats"] > 1e-4
-    with pytest.raises(NotProved, match=r"the merged model is not the run: KL .*; nothing was written"):
+    with pytest.raises(NotProved, match=r"the merged model differs from the run: KL .*; nothing was written"):
         merged(two_runs[0], to=str(tmp_path / "b"), base=MergeBase.original, bound=1e-6)
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
@@ -99,7 +99,7 @@ def test_heads_and_full_fine_tunings_are_merged_too(tmp_path: Path) -> None:
     directory = merged(run)
     model = AutoModelForSequenceClassification.from_pretrained(directory, dtype=torch.float32)
     assert list(model.config.id2label.values()) == json.loads((run / "targets.json").read_text())["labels"]
-    with pytest.raises(ConfigError, match="GGUF files hold language models"):
+    with pytest.raises(ConfigError, match="GGUF files contain language models"):
         merged(run, format=MergeFormat.gguf)
     root = tmp_path / "reward"
     train(compose(*SMALL, f"output_dir={root}", "task=reward"), quiet=True)
@@ -134,7 +134,7 @@ def test_what_cannot_be_exported_is_named_before_weights_load(
     with pytest.raises(ConfigError, match="type=q8: no such type; did you mean q8_0"):
         merge(MergeConfig(run=run, format=MergeFormat.gguf, type="q8"))
     (tmp_path / "link").symlink_to("/")
-    with pytest.raises(ConfigError, match="no run directory and no adapter"):
+    with pytest.raises(ConfigError, match="neither a run directory nor an adapter"):
         merge(MergeConfig(run=str(tmp_path)))
     with pytest.raises(ConfigError, match="not a run directory"):
         finished_run(tmp_path)

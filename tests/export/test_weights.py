@@ -79,7 +79,7 @@ def test_a_merged_model_computes_what_the_adapter_on_its_base_does(case: str, tm
     model = adapted(*CASES[case])
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        weights.write(model, weights.plain(model, "causal_lm"), tmp_path, torch.float32)
+        weights.write(model, weights.plan_export(model, "causal_lm"), tmp_path, torch.float32)
         found = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
     # 8-bit layers round what goes into them as well, which merged weights do not.
     assert found.sub(expected).abs().max() < (5e-2 if case == "8-bit" else 2e-5)
@@ -90,7 +90,7 @@ def test_a_head_is_written_whole_with_its_classes(tmp_path: Path) -> None:
     model = adapted("llama", {**SIZES, "num_labels": 3}, "nf4", {}, AutoModelForSequenceClassification)
     with torch.no_grad():
         expected = model(input_ids=IDS).logits
-        weights.write(model, weights.plain(model, "sequence_classification"), tmp_path, torch.float16)
+        weights.write(model, weights.plan_export(model, "sequence_classification"), tmp_path, torch.float16)
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float32)
         found = plain(input_ids=IDS).logits
     assert found.sub(expected).abs().max() < 5e-3
@@ -100,7 +100,7 @@ def test_a_head_is_written_whole_with_its_classes(tmp_path: Path) -> None:
 def test_a_weight_beyond_fp16_is_refused_and_large_models_are_divided(tmp_path: Path, monkeypatch: Any) -> None:
     model = adapted("llama", SIZES, "none", {})
     monkeypatch.setattr(weights, "SHARD_BYTES", 60_000)
-    made = weights.plain(model, "causal_lm")
+    made = weights.plan_export(model, "causal_lm")
     weights.write(model, made, tmp_path, torch.float16)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert len(files) > 2

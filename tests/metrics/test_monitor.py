@@ -234,7 +234,7 @@ def test_a_report_ranks_by_the_metrics_own_direction_whatever_old_records_say(tm
             (run / "run.json").write_text(json.dumps(status))
     study = Study(sorted((tmp_path / "runs").iterdir()))
     assert (study.lower_is_better, study.configurations[0].name) == (False, "r=4")
-    assert all("trainer.mode=min is the wrong way round" in run.faults[0] for run in study.runs)
+    assert all("trainer.mode=min is wrong for" in run.faults[0] for run in study.runs)
     sweep = make_sweep(
         tmp_path, [trial(tmp_path, run.directory) for run in study.runs], monitor="val/exact_match", mode="min"
     )

@@ -122,12 +122,12 @@ def test_a_sweeps_winner_goes_on_and_a_tie_is_said(config: Path, tmp_path: Path)
     done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
     results = record(output)
     assert "lr0.01" in results["rates"]
-    assert "goes on with  learning_rate.peak=0.01" in done.stdout
+    assert "continues with  learning_rate.peak=0.01" in done.stdout
     assert f"lora.adapter={results['rates']}" in done.stdout.replace("\n", "")
     same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # as good as equal
     (config / "pipeline" / "mine.yaml").write_text(same)
     done = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
-    assert "a tie: 1 other is not told apart from it" in done.stdout
+    assert "a tie: 1 other is not distinguishable from it" in done.stdout
 
 
 def test_the_chain_from_answers_to_preferences_runs(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from llmft.config.commands import PipelineConfig, StageConfig
 from llmft.config.hydra_app import explain
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
-from llmft.pipelines.report import Answers, gain, verdict
+from llmft.pipelines.report import PolicyAnswers, gain, verdict
 from llmft.pipelines.run import run_pipeline
 from llmft.pipelines.stages import stages_of
 from tests.conftest import compose
@@ -48,7 +48,7 @@ def test_a_stages_own_overrides_come_before_those_of_all_trainings(tmp_path):
         ({"a": {"overrides": ["run=${stage:nobody}"]}}, "no such stage"),
         ({"a": {"command": "trian"}}, "did you mean train"),
         ({"a": {"command": "pipeline"}}, "no command"),
-        ({"a": {"command": "sample", "sweep": True}}, "only trainings are swept"),
+        ({"a": {"command": "sample", "sweep": True}}, "only trainings can be swept"),
         ({"a b": {}}, "letters, digits"),
     ],
 )
@@ -98,7 +98,7 @@ def test_a_gain_is_told_from_noise_by_the_prompts_that_both_answered():
     first = rng.random(200)
 
     def answers(rewards):
-        return Answers("x", rewards, [""] * len(rewards), [""] * len(rewards))
+        return PolicyAnswers("x", rewards, [""] * len(rewards), [""] * len(rewards))
 
     clear = gain(answers(first), answers(first + 0.1))
     assert verdict(clear) == "better"

@@ -72,5 +72,5 @@ def test_losses_of_two_betas_are_not_called_comparable(tmp_path: Path) -> None:
         ]
         return write_report(runs, tmp_path / "report").warnings
 
-    assert warnings()["units"].startswith("every task.beta gives val/loss_nats another unit")
+    assert warnings()["units"].startswith("the unit of val/loss_nats depends on task.beta")
     assert "units" not in warnings(trainer__monitor="val/exact_match")

@@ -19,10 +19,10 @@ from llmft.metrics.classification import accuracy, auc
 from llmft.report import ReportConfig, report
 from llmft.reports.configurations import Study
 from llmft.reports.curves import Fit, diagnose
-from llmft.reports.finding import find
 from llmft.reports.importance import importance
 from llmft.reports.metrics import metric_tables
 from llmft.reports.read import RunRecord
+from llmft.reports.run_selection import select_runs
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
 from llmft.runs.directory import write_row_losses
@@ -339,30 +339,32 @@ def test_leaderboard_scores_are_drawn_with_their_rank_correlation(grid: Path) ->
         write_report(runs, grid / "out", leaderboard_scores={"zzz": 1.0})
     table = grid / "lb.csv"
     table.write_text(f"run,score\n{runs[0].name},0.7\n{runs[1].name},zero\n")
-    with pytest.raises(DataError, match=r"lb\.csv:3: 'zero' is no score"):
+    with pytest.raises(DataError, match=r"lb\.csv:3: 'zero' is not a number"):
         report(ReportConfig(runs=[str(grid)], lb=str(table), out=str(grid / "out")))
 
 
 def test_runs_are_found_by_glob_sweep_and_output_directory(grid: Path) -> None:
     runs = runs_of(grid)
-    assert find([str(grid / "runs" / "4-*")], None, grid).runs == [run for run in runs if run.name.startswith("4-")]
-    assert find(str(grid), None, grid).runs == runs
-    assert find(None, None, grid).runs == runs
+    assert select_runs([str(grid / "runs" / "4-*")], None, grid).runs == [
+        run for run in runs if run.name.startswith("4-")
+    ]
+    assert select_runs(str(grid), None, grid).runs == runs
+    assert select_runs(None, None, grid).runs == runs
     sweep = make_sweep(grid, [trial(grid, runs[0])])
-    found = find(None, None, grid)
+    found = select_runs(None, None, grid)
     assert (found.sweep, found.directory, found.logbook) == (sweep, sweep, grid / "LOGBOOK.md")
-    assert find(None, sweep.name, grid).sweep == sweep
-    assert find([str(sweep)], None, grid).sweep == sweep
+    assert select_runs(None, sweep.name, grid).sweep == sweep
+    assert select_runs([str(sweep)], None, grid).sweep == sweep
     for wrong in ({"runs": ["nowhere*"]}, {"sweep": "none"}):
         with pytest.raises(ConfigError):
-            find(wrong.get("runs"), wrong.get("sweep"), grid)  # type: ignore[arg-type]
+            select_runs(wrong.get("runs"), wrong.get("sweep"), grid)  # type: ignore[arg-type]
 
 
 def test_a_moved_output_directory_keeps_its_sweeps(grid: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
     make_sweep(grid, [trial(grid, run, i) for i, run in enumerate(runs_of(grid))])
     moved = tmp_path_factory.mktemp("moved") / "outputs"
     shutil.move(grid, moved)
-    assert len(Study([], find(None, None, moved).sweep).configurations) == 2
+    assert len(Study([], select_runs(None, None, moved).sweep).configurations) == 2
 
 
 def test_the_command_answers_without_torch_and_with_one_sentence_where_there_is_nothing(grid: Path) -> None:

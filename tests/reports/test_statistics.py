@@ -21,10 +21,10 @@ from llmft.reports.statistics import (
     contrast,
     critical,
     jackknife,
-    logarithms_suit,
     look_sizes,
     row_variance,
     seeds_matter,
+    should_compare_logs,
 )
 from llmft.reports.verdicts import Rules, Verdict, judge_samples, sentence
 from tests.bench.calibration import Setting, false_winners, many, with_looks, without_difference
@@ -143,7 +143,7 @@ def test_rows_in_another_order_are_paired_by_their_names() -> None:
 
 def test_a_hopeless_configuration_does_not_blur_the_others_and_losses_are_compared_as_logarithms() -> None:
     example = [sample("r=8", [0.068, 0.071, 0.077]), sample("r=1", [0.27, 0.52, 0.39])]
-    assert logarithms_suit(example, lower_is_better=True)
+    assert should_compare_logs(example, lower_is_better=True)
     judged = judge_samples(example)
     assert judged.answer == "r=8 is better than r=1."
     assert "%" in sentence(judged.families[0].comparisons[0])
@@ -158,7 +158,7 @@ def test_nothing_wins_by_one_run_by_zero_width_or_by_survivors() -> None:
     assert "One run alone is no basis for a winner: a." in single.basis
     width = judge_samples([sample("a", [0.5, 0.5]), sample("b", [0.53125, 0.53125])])
     assert width.winner is None
-    assert "alike" in sentence(width.families[0].comparisons[0])
+    assert "are equal, so their noise is not known" in sentence(width.families[0].comparisons[0])
     left = judge_samples([sample("r=8", [0.5, 0.51, 0.49], lost=2), sample("r=4", [0.9, 0.91, 0.89, 0.9, 0.92])])
     assert left.winner is None
     assert "2 runs of r=8 diverged or failed" in left.answer
@@ -207,7 +207,7 @@ def test_published_numbers_rank_is_told_apart_and_quantisation_is_not() -> None:
         metric="loss_nats",
     )
     assert judged["rank"].winner == "r=4"
-    assert "Rests on the stated standard deviation of 0.01500" in judged["rank"].basis
+    assert "Based on the stated standard deviation of 0.01500" in judged["rank"].basis
     assert judged["quantisation"].winner is None
     # The same spread measured on two seeds is hardly known, and the first falls too.
     few = judge_numbers([Published("r=4", 1.028, 1, 0.015, 2), Published("r=8", 1.08536, 1, 0.015, 2)], mode=Mode.min)
@@ -238,7 +238,7 @@ def test_the_metric_of_published_numbers_says_which_is_better_and_none_is_refuse
     assert best("accuracy") == best("val/rouge_l") == best("mine", mode=Mode.max) == best("", metric="auc") == "high"
     assert best("rmse") == best("loss_nats") == best("llmft.metrics.multilabel.logloss") == "low"
     for metric, how, message in (
-        ("", {}, "the numbers: nothing says what the values measure: set metric=accuracy"),
+        ("", {}, "the numbers: what the values measure is unknown: set metric=accuracy"),
         ("mine", {}, "mode: mine does not declare whether higher or lower is better"),
         ("accuracy", {"mode": Mode.min}, "mode=min: accuracy declares that higher is better; set mode=max"),
     ):

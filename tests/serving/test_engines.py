@@ -75,7 +75,7 @@ def test_what_an_engine_cannot_do_is_said_before_anything_is_merged(
     with pytest.raises(ConfigError, match="with=vllm: one run at a time"):
         engines.hand_over(jobs, config(two_runs[0], ServedBy.vllm), None, screen=None)  # type: ignore[arg-type]
     monkeypatch.setenv(KEY, "secret")
-    with pytest.raises(ConfigError, match="with=transformers: it asks nobody for a key"):
+    with pytest.raises(ConfigError, match="with=transformers: it supports no API key"):
         serve(config(two_runs[0], ServedBy.transformers))
 
 

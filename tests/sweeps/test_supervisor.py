@@ -28,7 +28,7 @@ from llmft.core.errors import ConfigError, DataError
 from llmft.core.machine import usable_cores, visible_gpus
 from llmft.data import hub
 from llmft.sweeps import supervisor
-from llmft.sweeps.process import Share, WorkerProcess, how_it_died, shares_of_machine
+from llmft.sweeps.process import WorkerProcess, WorkerResources, divide_machine, how_it_died
 from llmft.sweeps.trials import Trial, identity_of, refuse, varying
 from llmft.train import train
 from tests.conftest import ROOT, SMALL, compose, llmft
@@ -200,7 +200,7 @@ def test_s5_a_name_that_another_sweep_has_is_refused_and_its_record_stays(tmp_pa
     known = (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes()
     other = sweep(tmp_path, "lora.r=1,2", "seed=0,1", *few)
     assert other.returncode == 2
-    assert "holds another sweep (seed, 2 trials), not this one (lora.r x seed, 4 trials)" in other.stderr
+    assert "contains another sweep (seed, 2 trials), not this one (lora.r x seed, 4 trials)" in other.stderr
     assert (tmp_path / "outputs/sweeps/night/sweep.json").read_bytes() == known
 
 
@@ -258,7 +258,7 @@ def test_s8_a_sweep_ends_early_when_all_trials_die_of_one_mistake(tmp_path: Path
     done = sweep(tmp_path, "seed=0,1,2,3,4,5,6", sabotage=",".join(f"{n}:raise" for n in range(7)))
     assert done.returncode == 5
     assert statuses(tmp_path / "outputs") == ["failed"] * 3 + ["pending"] * 4
-    assert "3 trials in a row failed alike" in done.stderr
+    assert "3 trials in a row failed with the same error" in done.stderr
 
 
 def test_s9_a_part_that_cannot_be_built_is_found_before_the_first_trial(tmp_path: Path) -> None:
@@ -463,7 +463,7 @@ def until_told(worker: WorkerProcess, event: str) -> list[str]:
 
 def test_a_worker_has_a_group_cores_and_a_log_of_its_own(tmp_path: Path) -> None:
     core = min(os.sched_getaffinity(0))
-    worker = WorkerProcess.start(tmp_path / "sweep/worker-0.log", Share({"LLMFT_TRIED": "1"}, cores=[core]))
+    worker = WorkerProcess.start(tmp_path / "sweep/worker-0.log", WorkerResources({"LLMFT_TRIED": "1"}, cores=[core]))
     worker.order(do="check", configs={})
     assert until_told(worker, "checked") == ["ready", "checked"]
     assert os.getpgid(worker.process.pid) == worker.process.pid
@@ -477,21 +477,21 @@ def test_a_worker_has_a_group_cores_and_a_log_of_its_own(tmp_path: Path) -> None
 def test_the_devices_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,2,5")
     assert visible_gpus() == ["0", "2", "5"]
-    assert [s.environment for s in shares_of_machine(2)] == [
+    assert [s.environment for s in divide_machine(2)] == [
         {"CUDA_VISIBLE_DEVICES": "0,5"},
         {"CUDA_VISIBLE_DEVICES": "2"},
     ]
-    assert shares_of_machine(4)[3].environment == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert divide_machine(4)[3].environment == {"CUDA_VISIBLE_DEVICES": "0"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    shares = [share.cores or [] for share in shares_of_machine(2)]
-    assert len(shares) == 2
-    assert sorted({core for share in shares for core in share}) == sorted(os.sched_getaffinity(0))
+    cores_of = [resources.cores or [] for resources in divide_machine(2)]
+    assert len(cores_of) == 2
+    assert sorted({core for cores in cores_of for core in cores}) == sorted(os.sched_getaffinity(0))
     assert usable_cores() == len(os.sched_getaffinity(0))
 
 
 def test_a_process_that_left_without_a_word_is_described() -> None:
     assert how_it_died(-9) == ("the process was killed by SIGKILL (out of memory?)", "signal")
-    assert how_it_died(0)[0] == "the process left with exit code 0 and no result"
+    assert how_it_died(0)[0] == "the process ended with exit code 0 and no result"
 
 
 def test_what_varies_is_told_from_what_does_not() -> None:

@@ -1,4 +1,4 @@
-"""Ends a trial that does as a reference run does, validation after validation."""
+"""Ends a trial whose validations are the same as those of a reference run (sweep.early_stop_if_same_as)."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from llmft.core.errors import ConfigError
 from llmft.reports.read import RunRecord
 from llmft.sweeps.trials import Trial
 
-ALIKE_VALIDATIONS = 3
-"""So many validations in a row within the noise make a twin: fewer and an early crossing of two curves would."""
+SAME_VALIDATIONS = 3
+"""Validations in a row that must be within the noise; with fewer, two curves that cross would count as the same."""
 
 
-def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], tuple[str, str] | None]:
-    """The rule of sweep.early_stop_if_same_as: (status, reason) once a trial's curve stayed within noise of that run's.
+def same_as_reference_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], tuple[str, str] | None]:
+    """A function that gives (status, reason) once a trial's curve stayed within the noise of the reference's.
 
-    Raises ConfigError where that is no run with validations.
+    Raises ConfigError if the reference is not a run with validations, or the noise is not set.
     """
     if config.sweep.early_stop_if_same_as is None:
         return lambda trial, step, metrics: None
@@ -28,25 +28,25 @@ def twin_rule(config: TrainConfig) -> Callable[[Trial, int, dict[str, float]], t
         raise ConfigError(f"sweep.early_stop_if_same_as={directory}: not a run with validations of {monitor}.")
     bound = config.sweep.early_stop_noise
     if bound is None:
-        advice = f"how far apart in {monitor} equal runs may be, such as twice the spread between seeds."
+        advice = f"the difference in {monitor} between equal runs, such as twice the spread between seeds."
         raise ConfigError(f"sweep.early_stop_if_same_as needs sweep.early_stop_noise: {advice}")
-    alike: dict[int, int] = {}
+    num_same: dict[int, int] = {}
 
     def decide(trial: Trial, step: int, metrics: dict[str, float]) -> tuple[str, str] | None:
         value = metrics.get(monitor)
         if step == 0 or value is None or step not in curve or trial.run.directory == directory:
             return None
-        alike[trial.number] = alike.get(trial.number, 0) + 1 if abs(value - curve[step]) <= bound else 0
-        if alike[trial.number] < ALIKE_VALIDATIONS:
+        num_same[trial.number] = num_same.get(trial.number, 0) + 1 if abs(value - curve[step]) <= bound else 0
+        if num_same[trial.number] < SAME_VALIDATIONS:
             return None
         return "twin", (
-            f"a twin of {directory.name}: {monitor} {value:.4f} against {curve[step]:.4f} at step {step}, within "
-            f"{bound:g} for {ALIKE_VALIDATIONS} validations in a row"
+            f"the same as {directory.name}: {monitor} {value:.4f} against {curve[step]:.4f} at step {step}, within "
+            f"{bound:g} for {SAME_VALIDATIONS} validations in a row"
         )
 
     return decide
 
 
 def validations(directory: Path, monitor: str) -> dict[int, float]:
-    """The monitored metric of a run by step, without that before training."""
+    """step -> monitored metric of a run, without the validation before training."""
     return {step: value for step, value in RunRecord(directory).curve(monitor) if step > 0}

@@ -1,4 +1,4 @@
-"""Which runs a report is about."""
+"""Selects the runs for a report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from llmft.reports.read import is_run
 
 @dataclass(frozen=True)
 class Selection:
-    """Run directories, the sweep that they belong to if it is one, and where the report and the logbook go."""
+    """Run directories, their sweep if there is exactly one, and where the report and the logbook are written."""
 
     runs: list[Path]
     sweep: Path | None
@@ -22,11 +22,11 @@ class Selection:
     logbook: Path | None
 
 
-def find(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
+def select_runs(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
     """The runs that `runs` (paths and globs of run, sweep and output directories) and `sweep` name.
 
-    With neither, the newest sweep of `output_dir`, or else all its runs.
-    Raises ConfigError in one sentence where nothing is found.
+    Without both, the newest sweep of `output_dir`, or else all its runs.
+    Raises ConfigError if nothing is found.
     """
     named = [str(item) for item in (runs if isinstance(runs, list) else [runs])] if runs else []
     expanded = {item: _expand(item) for item in named}
@@ -53,7 +53,7 @@ def find(runs: Any, sweep: str | None, output_dir: Path) -> Selection:
         return _of_sweep(sweeps[0], [])
     directories += [run for path in sweeps for run in SweepRecord(path).run_directories]
     if not directories:
-        raise ConfigError(f"runs={','.join(named)}: none of the trials there has begun.")
+        raise ConfigError(f"runs={','.join(named)}: none of the trials there has started.")
     return Selection(list(dict.fromkeys(directories)), None, output_dir / "report", None)
 
 
@@ -63,7 +63,7 @@ def _of_sweep(sweep: Path, runs: list[Path]) -> Selection:
 
 
 def _expand(item: str) -> tuple[list[Path], list[Path]]:
-    """(run directories, sweep directories) that a path or glob stands for."""
+    """(run directories, sweep directories) given by a path or glob."""
     runs: list[Path] = []
     sweeps: list[Path] = []
     for path in [Path(item)] if Path(item).exists() else sorted(map(Path, glob.glob(item, recursive=True))):
