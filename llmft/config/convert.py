@@ -138,11 +138,11 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def numbers_of(value: Any) -> Any:
+def key_fields(value: Any) -> Any:
     """`value` as plain data, without the fields that cannot change a run's results, and later ones at their default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            entry.name: numbers_of(getattr(value, entry.name))
+            entry.name: key_fields(getattr(value, entry.name))
             for entry in dataclasses.fields(value)
             if not entry.metadata.get("not_in_key")
             and not (entry.metadata.get("later") and getattr(value, entry.name) == _default(entry))

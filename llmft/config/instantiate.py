@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.errors import ConfigError, did_you_mean, first_line
 
 KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "optimizer": (("torch.optim.", "bitsandbytes.optim."), "an optimizer", "torch.optim.Optimizer"),
@@ -155,8 +155,7 @@ def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
     try:
         return target(**arguments, **extra)
     except Exception as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}: {node['_target_']} cannot be built ({cause}).") from None
+        raise ConfigError(f"{key}: {node['_target_']} cannot be built ({first_line(error)}).") from None
 
 
 def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]:

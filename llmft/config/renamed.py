@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 RENAMED = {
+    "data.rate": "data.learning_rate_factor",
+    "task.rate": "task.learning_rate_factor",
     "data.pseudo_floor": "data.pseudo_min_confidence",
     "data.pseudo_cap": "data.pseudo_max_per_class",
     "sweep.silence_limit": "sweep.heartbeat_timeout",

@@ -101,7 +101,7 @@ class TaskConfig(RolloutConfig):
     centre: float = later(0.0)
     reference: Reference = later(Reference.none)
     epochs: float | None = not_in_key(None)
-    rate: float = not_in_key(1.0)
+    learning_rate_factor: float = not_in_key(1.0)
     auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
     metric_options: dict[str, Any] = field(default_factory=dict)
@@ -170,7 +170,7 @@ class TaskConfig(RolloutConfig):
     def _check_feedback(self) -> None:
         check = partial(require_each, self, "task.")
         check("epochs", lambda x: x > 0, "above 0, or null for data.epochs.")
-        check("rate", lambda x: 0 < x < math.inf, "a factor of the model's rate, above 0.")
+        check("learning_rate_factor", lambda x: 0 < x < math.inf, "a factor of the model's rate, above 0.")
         check("beta", lambda x: 0 < x < math.inf, "above 0.")
         check("sft_weight centre", lambda x: 0 <= x < math.inf, "0 or more.")
         known = ("none", "small", "large")

@@ -41,20 +41,20 @@ JSON_LIMITS = {
 }
 
 
-def read_bounded(path: Path, most: int) -> str:
-    """The text of a file of at most `most` bytes. Raises ConfigError for a larger or unreadable file."""
+def read_bounded(path: Path, max_bytes: int) -> str:
+    """The text of a file of at most `max_bytes` bytes. Raises ConfigError for a larger or unreadable file."""
     try:
-        return read_plain(path, most).decode("utf-8")
+        return read_plain(path, max_bytes).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8.") from None
 
 
-def read_json(path: Path, most: int = 16 * MIB) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes. Raises ConfigError for anything else."""
+def read_json(path: Path, max_bytes: int = 16 * MIB) -> dict[str, Any]:
+    """The JSON object in a file of at most `max_bytes` bytes. Raises ConfigError for anything else."""
     try:
-        content = json.loads(read_bounded(path, most))
+        content = json.loads(read_bounded(path, max_bytes))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -236,16 +236,16 @@ def check_model(directory: Path) -> None:
     """Raises ConfigError for a model directory with harmful JSON files; weights are not read."""
     for path in directory.iterdir():  # the Hub's cache holds links
         _refuse_special(path)
-    for name, most in JSON_LIMITS.items():
+    for name, max_bytes in JSON_LIMITS.items():
         path = directory / name
         if not path.is_file():
             continue
-        if path.stat().st_size > most:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes, more than {most:,}; it is not read.")
+        if path.stat().st_size > max_bytes:
+            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes, more than {max_bytes:,}; it is not read.")
         if name == "config.json":
-            check_values(path, read_json(path, most))
+            check_values(path, read_json(path, max_bytes))
         elif name == "model.safetensors.index.json":
-            names = read_json(path, most).get("weight_map")
+            names = read_json(path, max_bytes).get("weight_map")
             for shard in names.values() if isinstance(names, dict) else ():
                 if not isinstance(shard, str) or Path(shard).name != shard:
                     raise ConfigError(f"{path}: names a file outside the directory: {shard!r}.")

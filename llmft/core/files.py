@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -116,8 +117,8 @@ def exclusive_lock(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> It
         yield
 
 
-def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+def read_plain(path: Path, max_bytes: int = 256 * 2**20) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
 
     Raises OSError for a larger file, and for a pipe, socket or device, without waiting for it.
     """
@@ -127,11 +128,17 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", str(path))
-        content = file.read(most + 1)
-    if len(content) > most:
-        reason = f"larger than {most:,} bytes, which is too large for this file; it is not read"
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        reason = f"larger than {max_bytes:,} bytes, which is too large for this file; it is not read"
         raise OSError(errno.EFBIG, reason, str(path))
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.convert import digest_of, numbers_of
+from llmft.config.convert import digest_of, key_fields
 from llmft.config.data import DataConfig, Truncation, Turns
 from llmft.core.errors import DataError
 from llmft.core.files import cache_directory
@@ -214,7 +214,7 @@ class Encoder:
     def _key(self, split: str) -> str:
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token]
-        numbers = numbers_of(self.data), numbers_of(self.prompt.config)
+        numbers = key_fields(self.data), key_fields(self.prompt.config)
         return digest_of([CACHE_VERSION, split, self.fingerprint, *numbers, backend, special])[:24]
 
     def _load(self, path: Any, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples | None:

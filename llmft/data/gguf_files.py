@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.files import cache_directory, staged_directory
 
 PIECES = 256
@@ -67,16 +67,16 @@ def _convert(path: Path, directory: Path) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from llmft.data.gguf_parameters import KNOWN, Stated, correct, differences
+    from llmft.data.gguf_parameters import KNOWN, GgufMetadata, apply_metadata, differences
 
     with quiet_warnings():
         try:
-            stated = Stated(path)
-            if stated.arch not in KNOWN:
+            metadata = GgufMetadata(path)
+            if metadata.arch not in KNOWN:
                 print(f"model.path={path}: transformers reads it, which is not checked here.", file=sys.stderr)
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            correct(config, stated)
-            if different := differences(config, stated):
+            apply_metadata(config, metadata)
+            if different := differences(config, metadata):
                 raise ValueError(f"it reads {'; '.join(different)}")
             for dtype in (torch.float16, torch.bfloat16):
                 model: Any = AutoModelForCausalLM.from_pretrained(
@@ -91,10 +91,10 @@ def _convert(path: Path, directory: Path) -> None:
                     break
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         except Exception as error:
-            message = (str(error).splitlines() or [type(error).__name__])[0]
+            message = first_line(error)
             if "ignore_mismatched_sizes" in message:
                 message = "its tensors have other shapes than what it reads of the file's metadata"
-            raise ConfigError(f"model.path={path}: transformers cannot read it ({message[:200]}).") from None
+            raise ConfigError(f"model.path={path}: transformers cannot read it ({message}).") from None
         # Its weights are not quantised any more.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False

@@ -154,7 +154,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(id(parameter) in trainable)
 
 
-def load_foreign(base: Any, directory: Path) -> Any:
+def load_peft_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter that PEFT wrote into `directory`, whatever its options are; returns the PeftModel.
 
     Raises ConfigError where it is not of this model.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.convert import canonical, key_fields, to_plain
 from llmft.config.model import Kernels, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.config.untrusted import check_values
 from llmft.core.errors import ConfigError, did_you_mean, first_line
@@ -101,7 +101,7 @@ class _BaseSpec:
     def key(self) -> str:
         """Equal for bases with the same weights in the same place."""
         model, random = self.model, self.model.init is ModelInit.random
-        kind = [numbers_of(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
+        kind = [key_fields(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
         made_of = [self.seed, self.vocab_size] if random else []
         return canonical([to_plain(model), self.located.fingerprint, *kind, *made_of])
 
@@ -140,27 +140,27 @@ def load_base(
     device: torch.device,
     seed: int,
     vocab_size: int | None = None,
-    keep: bool = True,
-    mapped: bool = False,
+    keep_base: bool = True,
+    memory_map: bool = False,
     warn: Callable[[str], None] = print,
 ) -> Any:
     """The (quantised) base model on `device`, in evaluation mode, nothing trainable.
 
-    With `mapped`, on the CPU, its weights stay in files, of which a process reads what it touches: one quantises into
-    the cache, and all read from there.
+    With `memory_map`, on the CPU, the weights stay in files, of which each process reads only what it uses: one
+    process quantises into the cache, and all read from there.
 
-    With `keep`, the model stays in the process, and the next call with the same arguments returns it at once. With
-    `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
+    With `keep_base`, the model stays in the process, and the next call with the same arguments returns it at once. With
+    `quantization.cache` it is also stored quantised on the disk, for other processes; a failure goes to `warn`.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
     quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
-    if keep and _kept.key == spec.key:
+    if keep_base and _kept.key == spec.key:
         return _kept.model
     if _kept.model is not None:
         drop_base()
     try:
-        base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
+        base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, memory_map)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -172,7 +172,7 @@ def load_base(
     base.eval()
     if model.kernels is Kernels.auto:
         kernels.install(base)
-    if keep:
+    if keep_base:
         _kept.key, _kept.model = spec.key, base
     return base
 
@@ -214,10 +214,10 @@ def _random(spec: _BaseSpec) -> Any:
     return base
 
 
-def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], mapped: bool) -> Any:
+def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], memory_map: bool) -> Any:
     """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
     cache = _cache(spec, warn)
-    if cache is not None and mapped:
+    if cache is not None and memory_map:
         with cache.alone():
             if cache.find() is None:
                 _cached_or_made(spec, cache)
@@ -305,7 +305,7 @@ def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | Non
             [model.id, model.revision] if model.path is None else None,
             spec.located.fingerprint,
             [model.load_overrides, model.overrides],
-            numbers_of(quantization),
+            key_fields(quantization),
             spec.full_precision,
             [spec.auto_class, spec.num_labels],
             [str(spec.dtype), spec.device.type],

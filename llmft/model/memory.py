@@ -126,32 +126,32 @@ class StepMemory:
         level: Checkpointing,
         *,
         offloaded: bool = False,
-        share: int = 1,
+        num_shards: int = 1,
         flash: bool = True,
     ) -> MemoryEstimate:
-        """Of a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
+        """For a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
 
-        `share` is the number of devices that weights and optimizer are divided among. Without `flash` attention, keys
-        and values are kept once for every query.
+        Weights and optimizer are divided among `num_shards` devices. Without `flash` attention, keys and values are
+        repeated for every query head.
         """
         scores = self.scores * longest + (0 if flash else self.repeated)
         inputs = self.num_layers * self.hidden * tokens * self.itemsize
         layer = (self.largest + scores) * tokens * self.itemsize + self.copies
         outside = (2 * self.hidden * self.itemsize + self.logits_everywhere) * tokens
-        whole = (self.saved + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
+        all_saved = (self.saved + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
         backward = (2 * self.hidden + self.widest) * tokens * self.itemsize + self.dequantized
         # Two numbers in fp32 for each logit: itself and its log-probability, which becomes the gradient.
         logits = 2 * FP32_BYTES * self.vocabulary * min(labelled, self.chunk or labelled)
-        again = level is Checkpointing.full
+        recompute = level is Checkpointing.full
         return MemoryEstimate(
-            base=(self.base - self.scales) // share + self.scales,  # every device holds all scales
-            adapter=self.adapter // share,
-            gradients=self.adapter // share,
-            optimizer=self.optimizer // share,
-            activations=outside + (0 if offloaded else inputs if again else whole),
+            base=(self.base - self.scales) // num_shards + self.scales,  # every device holds all scales
+            adapter=self.adapter // num_shards,
+            gradients=self.adapter // num_shards,
+            optimizer=self.optimizer // num_shards,
+            activations=outside + (0 if offloaded else inputs if recompute else all_saved),
             # Two layers of divided weights are whole at a time: one computes, the next is on its way.
-            workspace=max(logits, backward + (layer if again or offloaded else 0))
-            + (2 * self.base // self.num_layers if share > 1 else 0),
+            workspace=max(logits, backward + (layer if recompute or offloaded else 0))
+            + (2 * self.base // self.num_layers if num_shards > 1 else 0),
             libraries=self.libraries,
         )
 

@@ -94,9 +94,9 @@ def sample(
         batch = _Batch(model, [list(prompts[index]) for index in group], [draws[index] for index in group], ends)
         rooms = [max_new_tokens if context_tokens is None else context_tokens - len(prompts[i]) for i in group]
         answers = batch.run(pad_id, [max(0, min(max_new_tokens, room)) for room in rooms])
-        each = len(draws[group[0]])
+        answers_per_prompt = len(draws[group[0]])
         for number, index in enumerate(group):
-            sampled[index] = answers[number * each : (number + 1) * each]
+            sampled[index] = answers[number * answers_per_prompt : (number + 1) * answers_per_prompt]
     return sampled
 
 
@@ -105,7 +105,7 @@ class _Batch:
 
     def __init__(self, model: Any, prompts: list[list[int]], draws: Sequence[Sequence[Draw]], ends: Ends) -> None:
         self.model, self.prompts, self.ends = model, prompts, ends
-        self.each = len(draws[0])
+        self.answers_per_prompt = len(draws[0])
         self.draws = [draw for draws_of_prompt in draws for draw in draws_of_prompt]
         self.answers = [Sampled() for _ in self.draws]
         self.temperature = torch.tensor([draw.temperature for draw in self.draws], dtype=torch.float64)
@@ -123,22 +123,22 @@ class _Batch:
 
         base = base_of(self.model)
         width, longest = max(map(len, self.prompts)), max(rooms)
-        limits = [room for room in rooms for _ in range(self.each)]
+        limits = [room for room in rooms for _ in range(self.answers_per_prompt)]
         numbers = np.stack([np.random.Generator(np.random.PCG64(draw.seed)).random(longest) for draw in self.draws])
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in self.prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
         ids, mask = ids.to(base.device), mask.to(base.device)
         alive = [row for row, room in enumerate(limits) if room > 0]
         cache = DynamicCache(config=base.config)
-        logits = self._forward(ids, mask, cache).repeat_interleave(self.each, 0)
-        cache.batch_repeat_interleave(self.each)
-        mask = mask.repeat_interleave(self.each, 0)
-        kept = alive
+        logits = self._forward(ids, mask, cache).repeat_interleave(self.answers_per_prompt, 0)
+        cache.batch_repeat_interleave(self.answers_per_prompt)
+        mask = mask.repeat_interleave(self.answers_per_prompt, 0)
+        surviving = alive
         for position in range(longest):
             if not alive:
                 break
-            if len(kept) < len(mask):  # those that have ended leave
-                chosen = torch.tensor(kept, device=mask.device)
+            if len(surviving) < len(mask):  # those that have ended leave
+                chosen = torch.tensor(surviving, device=mask.device)
                 cache.batch_select_indices(chosen)
                 mask = mask[chosen]
                 logits = logits[chosen] if position == 0 else logits
@@ -147,8 +147,8 @@ class _Batch:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 logits = self._forward(tokens, mask, cache)
             self._accept(alive, logits, torch.from_numpy(numbers[alive, position]))
-            kept = [n for n, row in enumerate(alive) if not self._ended(row, limits[row])]
-            alive = [alive[n] for n in kept]
+            surviving = [n for n, row in enumerate(alive) if not self._ended(row, limits[row])]
+            alive = [alive[n] for n in surviving]
         return self.answers
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
@@ -165,10 +165,10 @@ class _Batch:
         temperature = self.temperature[alive]
         tokens, sure = choose(logits, temperature, numbers, self.doubt)
         for n in (~sure).nonzero()[:, 0].tolist():
-            whole = self.prompts[alive[n] // self.each] + self.answers[alive[n]].ids
-            ids = torch.tensor([whole], device=base_of(self.model).device)
-            alone = self.model(input_ids=ids, use_cache=False, **self.last).logits[:, -1].float().cpu()
-            tokens[n] = choose(alone, temperature[n : n + 1], numbers[n : n + 1], 0.0)[0][0]
+            full_ids = self.prompts[alive[n] // self.answers_per_prompt] + self.answers[alive[n]].ids
+            ids = torch.tensor([full_ids], device=base_of(self.model).device)
+            single_row_logits = self.model(input_ids=ids, use_cache=False, **self.last).logits[:, -1].float().cpu()
+            tokens[n] = choose(single_row_logits, temperature[n : n + 1], numbers[n : n + 1], 0.0)[0][0]
         for row, token in zip(alive, tokens.tolist(), strict=True):
             self.answers[row].ids.append(token)
 

@@ -40,7 +40,7 @@ class Predictions:
         problem: a value of `TaskType`, or "text".
         targets: the true class, the true classes joined by |, or a number; None where it is unknown.
         columns: further columns, such as group, fold, generated, logprob.
-        facts: the record of where the predictions come from.
+        provenance: the record of where the predictions come from.
     """
 
     ids: list[str]
@@ -49,7 +49,7 @@ class Predictions:
     problem: str = TaskType.single_label
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.targets = list(self.targets) or [None] * len(self.ids)
@@ -132,23 +132,28 @@ class Predictions:
         write_table(directory / "predictions.parquet", columns)
         table = csv_text(columns, zip(*columns.values(), strict=True))
         write_atomically(directory / "predictions.csv", table.encode())
-        facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
-        facts |= self.facts
-        write_json(directory / "predictions.json", facts)
+        record = {
+            "problem": self.problem,
+            "labels": self.labels,
+            "rows": len(self.ids),
+            "fingerprint": self.fingerprint,
+        }
+        record |= self.provenance
+        write_json(directory / "predictions.json", record)
         return directory
 
     @classmethod
     def load(cls, directory: Path) -> Predictions:
         """Reads what `save` wrote. Raises DataError for files that are missing, damaged or mixed up."""
         try:
-            facts = json.loads(read_plain(directory / "predictions.json"))
-            labels, problem = list(facts["labels"]), str(facts["problem"])
+            record = json.loads(read_plain(directory / "predictions.json"))
+            labels, problem = list(record["labels"]), str(record["problem"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
         predictions = from_table(read_table(directory / "predictions.parquet"), labels, problem)
         ours = ("problem", "labels", "rows", "fingerprint")
-        predictions.facts = {key: value for key, value in facts.items() if key not in ours}
-        if predictions.fingerprint != facts.get("fingerprint"):
+        predictions.provenance = {key: value for key, value in record.items() if key not in ours}
+        if predictions.fingerprint != record.get("fingerprint"):
             raise DataError(
                 f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
             )

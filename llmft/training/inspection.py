@@ -8,7 +8,7 @@ from llmft.config.data import Truncation
 from llmft.config.task import Feedback, TaskType
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.preferences import answers_of, contradictions, label_counts
-from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
+from llmft.data.quality import Finding, SplitStatistics, findings, label_balance, split_statistics
 from llmft.training.prepare import RunInputs
 from llmft.training.tokenized_data import TokenizedData
 
@@ -21,18 +21,20 @@ LABEL_RATIO = 2.0
 class Inspection:
     """What was found in the rows."""
 
-    facts: dict[str, SplitFacts]
+    statistics: dict[str, SplitStatistics]
     overlaps: list[Overlap]
     findings: list[Finding]
 
 
 def inspect_rows(inputs: RunInputs, rows: TokenizedData, *, near: bool) -> Inspection:
     """Looks for the mistakes of `llmft.data.quality`; near-duplicates only with `near`, since they take seconds."""
-    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
+    statistics = {
+        split: split_statistics(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()
+    }
     overlaps = find_overlaps({split: part for split, part in inputs.conversations.items() if part}, near=near)
     of_rows = [*_dropped(inputs, rows), *row_findings(inputs), *_serving(inputs, rows)]
-    of_tokens = findings(inputs.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    return Inspection(facts, overlaps, [*of_rows, *of_tokens])
+    of_tokens = findings(inputs.config, statistics, overlaps, rows.context_tokens, rows.learned_positions)
+    return Inspection(statistics, overlaps, [*of_rows, *of_tokens])
 
 
 def row_findings(inputs: RunInputs) -> list[Finding]:

@@ -137,8 +137,8 @@ class RewardModel:
             vocabulary=len(self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
             threads=threads,
-            keep=False,
-            trained=trained,
+            keep_base=False,
+            weights_directory=trained,
         ).model
 
     @torch.no_grad()

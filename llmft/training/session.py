@@ -98,13 +98,13 @@ class Session:
                 config,
                 self.inputs.located,
                 device=torch.device("cpu") if divided else ready.device,
-                mapped=divided,
+                memory_map=divided,
                 precision=ready.precision,
                 num_labels=self.inputs.num_outputs,
                 vocabulary=len(self.rows.tokenizer),
                 pad_id=self.rows.tokenizer.pad_token_id,
                 threads=config.trainer.threads,
-                keep=not config.trainer.compile,  # compiled layers stay compiled
+                keep_base=not config.trainer.compile,  # compiled layers stay compiled
                 warn=self.screen.warn,
             )
         except Exception as error:

@@ -100,7 +100,7 @@ def adapted(architecture: str, device: torch.device, dtype: torch.dtype, rounded
         dtype=torch.float32,
         device=torch.device("cpu"),
         seed=1,
-        keep=False,
+        keep_base=False,
     )
     base = base.to(rounded or dtype).to(dtype)
     quantize_in_place(base, QuantizationConfig(QuantizationFormat.nf4), dtype, [], device)

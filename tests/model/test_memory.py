@@ -97,7 +97,7 @@ def training(
         dtype=dtype if config.lora.enabled else torch.float32,
         device=torch.device("cpu"),
         seed=0,
-        keep=False,
+        keep_base=False,
     )
     base.config.pad_token_id = 0
     base_bytes = held_bytes(base)

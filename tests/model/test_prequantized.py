@@ -37,7 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
             seed=0,
-            keep=False,
+            keep_base=False,
         )
         base.save_pretrained(directory)
         load_tokenizer(tiny, locate(tiny)).save_pretrained(directory)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from llmft.core.errors import ConfigError
-from llmft.runs.directory import MAX_NAME, append_line, open_run, run_key, run_name, slug
+from llmft.runs.directory import open_run
+from llmft.runs.key import run_key
+from llmft.runs.naming import MAX_NAME, run_name, slug
+from llmft.runs.records import append_line
 from tests.conftest import ROOT, compose
 
 

@@ -458,7 +458,7 @@ def test_an_objective_goes_with_its_task_and_options_or_is_refused(
 
 
 def test_options_that_are_not_set_leave_the_key_of_a_run_as_it_was(tmp_path: Path) -> None:
-    from llmft.runs.directory import run_key
+    from llmft.runs.key import run_key
 
     plain, more = compose(*SMALL), compose(*SMALL, "task.objective_options={a: 1}")
     assert run_key(plain, "d", "m") != run_key(more, "d", "m")

@@ -35,7 +35,8 @@ from llmft.config.untrusted import (
 from llmft.core.errors import ConfigError
 from llmft.core.redaction import redact
 from llmft.data.prompt import PromptFormat
-from llmft.runs.directory import open_run, slug, write_config
+from llmft.runs.directory import open_run, write_config
+from llmft.runs.naming import slug
 from llmft.train import train
 from llmft.training.prepare import prepare
 from tests.conftest import ROOT, SMALL, compose, llmft, prompt_config, run_directory

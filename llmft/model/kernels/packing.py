@@ -326,8 +326,8 @@ def _repeated(
     groups = query.shape[1] // key.shape[1]
     if groups == 1 or has_flash(query.device, query.dtype):
         return module, key, value
-    alone = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # a module without groups
-    return alone, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    without_groups = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return without_groups, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
