@@ -87,7 +87,7 @@ class PredictConfig(SubmissionConfig, Trusting):
 
 
 KeepSamples = StrEnum("KeepSamples", "best all")
-"""Which samples become training rows: of each prompt the best, or all of them too."""
+"""Which samples become training rows: the best of each prompt, or all of them as well."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class SampleConfig(Trusting):
 
 @dataclass
 class StageConfig:
-    """One command of a chain: its overrides, in which ${stage:NAME} is an earlier stage's directory."""
+    """One command of a pipeline: its overrides, in which ${stage:NAME} is an earlier stage's directory."""
 
     command: str = "train"
     overrides: list[str] = field(default_factory=list)

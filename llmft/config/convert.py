@@ -16,7 +16,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from llmft.core.errors import ConfigError, did_you_mean, first_line
 
-# For conf/: what a task advises beside what the model and the rows do.
+# For conf/: the model's learning rate times a factor; the data's value, else the task's.
 OmegaConf.register_new_resolver("llmft.times", lambda one, other: one * other, replace=True)
 OmegaConf.register_new_resolver("llmft.first", lambda one, other: other if one is None else one, replace=True)
 
@@ -139,7 +139,7 @@ def to_plain(value: Any) -> Any:
 
 
 def key_fields(value: Any) -> Any:
-    """`value` as plain data, without the fields that cannot change a run's results, and later ones at their default."""
+    """The fields of `value` in a run's key, as plain data: without `not_in_key` ones, and `later` ones at default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             entry.name: key_fields(getattr(value, entry.name))

@@ -78,7 +78,7 @@ DEGREES = ("significantly better", "better", "slightly better", "unsure")
 """How much better an answer is, most first: Llama 2's four degrees."""
 
 NO_LIMIT = 2**31 - 1
-"""data.max_tokens where nothing is cut."""
+"""data.max_tokens without a limit."""
 
 
 @dataclass

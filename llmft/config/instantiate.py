@@ -100,7 +100,7 @@ def _has_arguments_of(kind: str, signature: inspect.Signature) -> bool:
 
 
 def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) -> tuple[Any, dict[str, Any]]:
-    """The target of `node` and its arguments, checked together with the names of `positional` ones.
+    """The target of `node` and its arguments, checked together with the `positional` ones.
 
     Raises ConfigError naming an argument that does not fit.
     """
@@ -116,9 +116,9 @@ def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) ->
 def check_arguments(
     target: Any, path: str, arguments: dict[str, Any], key: str, *positional: str, complete: bool = False
 ) -> None:
-    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take.
+    """Raises ConfigError naming one of the `arguments`, set below `key`, that `target` does not take.
 
-    With `complete`, also for one that is missing: those and the `positional` ones are all that there will be.
+    With `complete`, these and the `positional` ones are all arguments, and a missing one is an error too.
     """
     try:
         signature = inspect.signature(target)
@@ -150,7 +150,7 @@ def _check_plain(value: Any, key: str) -> None:
 
 
 def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
-    """Builds the object of a `_target_` node. Raises ConfigError where that fails."""
+    """Builds the object of a `_target_` node. Raises ConfigError if that fails."""
     target, arguments = check_target(node, key, kind)
     try:
         return target(**arguments, **extra)

@@ -13,7 +13,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 
 @dataclass
 class RayConfig:
-    """Where trials run on other machines: `hydra/launcher=ray` asks for a cluster."""
+    """Trials on other machines: `hydra/launcher=ray` asks for a cluster."""
 
     address: str | None = None
     gpus_per_worker: float | None = None
@@ -45,7 +45,7 @@ class SweepConfig:
 
     @property
     def declared_looks(self) -> Any:
-        """How often the results are looked at; once, or five times where seeds are added, unless it is said."""
+        """How often the results are looked at: `looks`, by default once, or five times if seeds are added."""
         return self.looks if self.looks is not None else 5 if self.seeds_until else 1
 
     def __post_init__(self) -> None:
@@ -108,9 +108,9 @@ class SearchConfig:
 
 
 def search_settings(plain: dict[str, Any]) -> SearchConfig:
-    """What stands below hydra.sweeper, as Hydra gives it.
+    """The settings below hydra.sweeper.
 
-    Raises ConfigError naming the key of one that is wrong, or that only a search has where there is none.
+    Raises ConfigError naming the key of a wrong one, or of one for a search if there is no search.
     """
     try:
         settings: SearchConfig = from_plain(plain, SearchConfig)

@@ -28,7 +28,7 @@ MAX_ALIASES = 50
 """Most aliases in one YAML file: 54 nested ones make ten million nodes, and OmegaConf copies each."""
 MAX_LAYERS = 2_000
 MAX_COUNT = 1_000_000
-"""Largest count in a model's config of anything that becomes a Python object each."""
+"""Largest count in a model's config of things that each become a Python object."""
 JSON_LIMITS = {
     "config.json": 4 * MIB,
     "generation_config.json": MIB,
@@ -106,7 +106,7 @@ def check_config_directories(arguments: Sequence[str]) -> None:
 
 _ESCAPED = re.compile(r"(?<!\\)\\\$\{")
 _REFERENCE = re.compile(r"\$\{(stage:)?[\w.\[\]-]+\}")
-"""Another key, or an earlier stage of a chain, which stays as it is written until that has run."""
+"""Another key, or an earlier stage of a pipeline, which is resolved once that stage has run."""
 HYDRA_SETTINGS = {"mode", "sweeper", "launcher"}
 """The settings of hydra that a file may set; others (callbacks, logging, job, searchpath) run code or set variables."""
 

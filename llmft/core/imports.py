@@ -68,7 +68,7 @@ def quiet_warnings() -> Iterator[None]:
 
 
 def missing(*names: str) -> list[str]:
-    """Of the packages `names`, those that are not installed."""
+    """Those of the packages `names` that are not installed."""
     import importlib.util
 
     return [name for name in names if importlib.util.find_spec(name) is None]

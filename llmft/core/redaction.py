@@ -136,6 +136,6 @@ def _secrets() -> list[str]:
 
 @lru_cache(maxsize=8)
 def _of_environment(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    # The longest first, and in any case: a run's name is in lower case.
+    # The longest first, and case-insensitive: a run's name is in lower case.
     parts = sorted(secrets, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, parts)), re.I) if parts else None

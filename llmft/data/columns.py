@@ -45,7 +45,7 @@ class Conversation:
     """One row: its messages in the form of `llmft.data.messages`, and `where` they come from (file:line).
 
     Attributes:
-        target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
+        target: for a task with a head, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
         comparison: for a task that compares answers: the other answers, and which is better.
         trained_from: number of answers at the beginning that are not learned.
         id: the row's id in predictions.
@@ -101,7 +101,7 @@ class ColumnMap:
 
     @property
     def feedback(self) -> Feedback | None:
-        """What rows say of their answers, where that is learned; rows to predict have answers only for a score."""
+        """The feedback that rows have, if it is learned; rows to predict have answers only to be scored."""
         return None if self.lenient and self.task.writes else self.task.feedback
 
     @property
@@ -202,7 +202,7 @@ class ColumnMap:
         return cell_text(value, name)
 
     def _optional_text(self, template: str | None, row: Row) -> str | None:
-        """A system prompt or an extra input; None where it is empty, or optional and missing."""
+        """A system prompt or an extra input; None if it is empty, or if it is optional and missing."""
         if not template or ("{" not in template and row.values.get(template, template) is None):
             return None
         missing = [name for name in names_in(template) if name not in row.values]
@@ -304,7 +304,7 @@ class ColumnMap:
         return [{"role": "system", "content": system}, *messages]
 
     def _with_answer(self, row: Row, messages: list[Message]) -> list[Message]:
-        """`messages` and the chosen answer, or that of data.columns.response, if any."""
+        """`messages` with the chosen answer, or that of data.columns.response, if any."""
         chosen, response = self.columns.chosen, self.columns.response
         if chosen and not self.lenient:
             _refuse_answered(messages, "the chosen one")
@@ -333,7 +333,7 @@ class ColumnMap:
         return self._judged(row, self._with_system_prompt(row, before), [better, worse], (0, 1))
 
     def _compared(self, row: Row, messages: list[Message]) -> Conversation:
-        """A prompt with what people said of its answers; rows to predict have the answers that they have."""
+        """A prompt with the feedback on its answers; rows to predict need no feedback, and one answer is enough."""
         columns, values, scores = self.columns, row.values, self.columns.scores or ""
         if columns.candidates and (not self.lenient or columns.candidates in values):
             answers = self._candidates(row, columns.candidates, messages)
@@ -380,11 +380,11 @@ class ColumnMap:
         if not isinstance(values, list) or len(values) < least:
             raise ValueError(f"'{name}' holds no list of {least} answers or more")
         answers = [self._answer_text(replace(row, values={name: value}), name, messages) for value in values]
-        differing(answers)  # by their numbers in the file, before they are ranked
+        differing(answers)  # named by their numbers in the file, so before ranking
         return answers
 
     def _answer_text(self, row: Row, name: str, messages: list[Message]) -> str:
-        """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""
+        """An answer given as text, as one message, or as the last of several that begin like `messages`."""
         value = row.values.get(name)
         if isinstance(value, list) and value:
             if isinstance(value[-1], str):
@@ -405,7 +405,7 @@ class ColumnMap:
                 raise ValueError(f"the answer in '{name}' has {unusable}: only the assistant's text can be used")
             return str(message["content"])
         answer = self._fill(name, row)
-        if not answer.strip() and self.feedback is None:  # people may well have compared an answer with none
+        if not answer.strip() and self.feedback is None:  # the other answer of a comparison may be empty
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
@@ -423,7 +423,7 @@ class ColumnMap:
 
 
 def prompt_of(data: DataConfig) -> Callable[[Row], str]:
-    """From a row to what its answers answer, as text: rows of one prompt have the same."""
+    """A function from a row to its prompt as text, equal for all rows with the same prompt."""
     columns = data.columns
     templates = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
     names = [name for template in templates for name in names_in(template)]
@@ -446,7 +446,7 @@ def _answer(content: str) -> Message:
 def _refuse_answered(messages: list[Message], beside: str) -> None:
     """Raises ValueError for a prompt that has an answer already."""
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"the conversation ends with an answer already, beside {beside}")
+        raise ValueError(f"the conversation ends with an answer already, in addition to {beside}")
 
 
 def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:

@@ -118,5 +118,5 @@ class DataModule(L.LightningDataModule):
     def _batch(self, split: str, rows: list[int]) -> MicroBatch:
         batch = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
         if batch.answers is not None and split in self.references:
-            batch.answers.reference = self.references[split][rows, : batch.answers.most]
+            batch.answers.reference = self.references[split][rows, : batch.answers.max_answers]
         return batch

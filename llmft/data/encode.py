@@ -62,7 +62,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends an answer: any of several tokens, or the format's end marker where that is more than one token.
+    """What ends an answer: any of several tokens, or the format's end marker if that is more than one token.
 
     Attributes:
         ids: tokens of which each one ends an answer.
@@ -83,7 +83,7 @@ class Ends:
         return ids[-1:] != [] and (ids[-1] in self.ids or self.reached(ids))
 
     def cut(self, ids: list[int]) -> list[int]:
-        """`ids` before the first end; with the marker where its first token also holds text of the answer."""
+        """`ids` before the first end; with the marker if its first token also contains text of the answer."""
         ids = ids[: next((index for index, token in enumerate(ids) if token in self.ids), len(ids))]
         text = self.decode(ids) if self.text else ""
         marker_start = text.find(self.text) if self.text else -1
@@ -129,7 +129,7 @@ class Part:
 class Encoder:
     """Turns conversations into examples with one tokenizer and one prompt format.
 
-    With a `fingerprint` of the rows, tokenised splits are cached beside the cache of `datasets` for later runs.
+    With a `fingerprint` of the rows, tokenised splits are cached next to the cache of `datasets` for later runs.
     """
 
     tokenizer: Any
@@ -290,9 +290,9 @@ class Encoder:
         return parts
 
     def _compared(self, parts: Sequence[Part], lengths: Lengths, problems: BadRows) -> Encoded | None:
-        """The prompt once with all answers behind it, and marks: 0 for the prompt, 1 for the first answer, ….
+        """The prompt once with all answers after it, and marks: 0 for the prompt, 1 for the first answer, ….
 
-        None for a row that is left out: a limit holds for the prompt with its longest answer, and no answer is cut.
+        None for a row that is left out: limits apply to the prompt with its longest answer, and no answer is cut.
         """
         where, prompts, answers = parts[0].conversation.where, [], []
         for part in parts:
@@ -301,7 +301,7 @@ class Encoder:
             answers.append(part.tokens.ids[first:last])
         prompt = prompts[0]
         if any(other != prompt for other in prompts):
-            problems.add(where, "the answers do not stand behind the same prompt in this format", None)
+            problems.add(where, "the answers do not follow the same prompt in this format", None)
             return None
         if not prompt or not all(answers):
             problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)

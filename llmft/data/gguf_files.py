@@ -1,4 +1,4 @@
-"""A GGUF file that a person has, as a model directory: read and dequantised by transformers, once."""
+"""A GGUF file as a model directory: read and dequantised by transformers, once."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def directories() -> Path:
 
 
 def source_of(directory: Path) -> Path | None:
-    """The GGUF file that a converted directory was made from; None where it is not told."""
+    """The GGUF file that a converted directory was made from; None if unknown."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return Path((directory / SOURCE).read_text(encoding="utf-8"))
     return None
 
 
 def as_directory(path: Path) -> Path:
-    """The model directory of a GGUF file, made where the cache does not hold it.
+    """The model directory of a GGUF file, from the cache or converted now.
 
-    Raises ConfigError for a file that is none, or holds a model that transformers does not read.
+    Raises ConfigError for any other file, or a model that transformers does not read.
     """
     try:
         with path.open("rb") as file:
@@ -60,7 +60,7 @@ def as_directory(path: Path) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    """Writes a GGUF file's model, dequantised to fp16 or where that overflows bf16, and its tokenizer."""
+    """Writes a GGUF file's model, dequantised to fp16, or bf16 if that overflows, and its tokenizer."""
     from llmft.core.imports import load_libraries, quiet_warnings
 
     load_libraries(training=False)
@@ -105,10 +105,10 @@ def _convert(path: Path, directory: Path) -> None:
 
 
 def _mend_tokenizer(file: Path, vocabulary: int) -> None:
-    """Takes out tokens behind the embeddings: transformers adds those that a tokenizer's class usually has.
+    """Removes tokens beyond the embeddings: transformers adds those that a tokenizer's class usually has.
 
-    SentencePiece's space before a text is put there whatever the text begins with, and behind special tokens, as
-    llama.cpp does it; transformers leaves it out before a space.
+    SentencePiece's leading space is added whatever the text begins with, and after special tokens, as in llama.cpp;
+    transformers omits it before a space.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model's computation, and the same of transformers' configs."""
+"""The parameters of a model's computation, in GGUF files and in transformers' configs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KNOWN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 """The families of llama.cpp whose files transformers reads and that are compared with what it read."""
 YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow"}  # fmt: skip
-"""transformers' parameters of the way "yarn" to squeeze positions, and llama.cpp's."""
+"""transformers' parameters of YaRN position scaling, and llama.cpp's."""
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 DECISIVE = ("rope.scaling.factor", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "attention.scale", "logit_scale", "embedding_scale", "residual_scale")  # fmt: skip
@@ -28,7 +28,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
-    """What llama.cpp must know to compute, by the names of gguf's writer."""
+    """The parameters that llama.cpp needs, by the names of gguf's writer methods."""
     get = config.get
     if arch == "gpt2":
         return {
@@ -81,7 +81,7 @@ def parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
 
 
 def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Phi 3's: partly rotated heads, and positions squeezed by factors of two kinds."""
+    """Phi 3's: partially rotated heads, and long and short factors of position scaling."""
     longest, width = config["max_position_embeddings"], int(config["hidden_size"])
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     trained = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
@@ -99,7 +99,7 @@ def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    """How positions beyond the trained ones are squeezed; Llama 3's way is a tensor."""
+    """Scaling of positions beyond the trained ones; Llama 3's is a tensor."""
     import gguf
 
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
@@ -119,7 +119,7 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_tensors(config: dict[str, Any], arch: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that no file of the directory holds: frequencies of rotary positions."""
+    """Tensors that no file of the directory contains: frequencies of rotary positions."""
     rope = _rope(config)
     if arch == "llama" and rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(config, rope)
@@ -129,7 +129,7 @@ def rope_tensors(config: dict[str, Any], arch: str) -> Iterator[tuple[str, torch
 
 
 def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tensor:
-    """What each frequency is divided by (transformers' `_compute_llama3_parameters`, turned round)."""
+    """The divisor of each frequency (the inverse of transformers' `_compute_llama3_parameters`)."""
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
@@ -147,7 +147,7 @@ def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tenso
 
 
 class GgufMetadata:
-    """What a GGUF file states: `arch`, its metadata, and its tensors by name."""
+    """A GGUF file's architecture, metadata (`values`), and tensors by name."""
 
     def __init__(self, path: Path) -> None:
         import gguf
@@ -160,19 +160,19 @@ class GgufMetadata:
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def get(self, key: str) -> Any:
-        """A value of the model's family; None where the file does not state it."""
+        """A value of the model's family; None if the file does not state it."""
         return self.values.get(f"{self.arch}.{key}")
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A small tensor in full precision; None where the file has none of the name."""
+        """A small tensor in full precision; None if the file has none of this name."""
         tensor = self.tensors.get(name)
         return None if tensor is None else torch.tensor(tensor.data, dtype=torch.float32)
 
 
 def apply_metadata(config: Any, metadata: GgufMetadata) -> None:
-    """Sets in a config that transformers made of a GGUF file what it did not read of it.
+    """Adds to a config that transformers made from a GGUF file what it did not read from it.
 
-    Raises ValueError for what it has no form for: mixtures of experts, positions that are squeezed in unknown ways.
+    Raises ValueError for what the config cannot express: mixtures of experts, unknown kinds of position scaling.
     """
     if metadata.arch not in KNOWN:
         return
@@ -199,7 +199,7 @@ def apply_metadata(config: Any, metadata: GgufMetadata) -> None:
 
 
 def _rope_of_file(config: Any, metadata: GgufMetadata) -> dict[str, Any]:
-    """transformers' parameters of rotary positions that are squeezed."""
+    """transformers' parameters of scaled rotary positions."""
     kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
     trained = metadata.get("rope.scaling.original_context_length")
     factors = metadata.tensor("rope_freqs.weight")
@@ -227,11 +227,11 @@ def _rope_of_file(config: Any, metadata: GgufMetadata) -> dict[str, Any]:
         values = {name: metadata.get(f"rope.scaling.yarn_{key}") for name, key in YARN.items()}
         values = {name: value for name, value in values.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **values}
-    raise ValueError(f"its rotary positions are squeezed in the way '{kind}'")
+    raise ValueError(f"its rotary positions are scaled in the unknown way '{kind}'")
 
 
 def differences(config: Any, metadata: GgufMetadata) -> list[str]:
-    """What a config says otherwise than the file it was made from, as "key: file's value, config's value"."""
+    """Differences of a config from the file it was made from, as "key: file's value, config's value"."""
     import gguf
 
     if metadata.arch not in KNOWN:

@@ -65,7 +65,7 @@ def prompt_content(conversation: Conversation) -> str:
 def add_pseudo(
     data: DataConfig, columns: ColumnMap, train: Sequence[Conversation], held_out: Sequence[Conversation]
 ) -> PseudoLabels:
-    """The rows of data.pseudo to train on beside `train`, none of which is in `held_out`.
+    """The rows of data.pseudo to train on in addition to `train`, none of which is in `held_out`.
 
     Raises ConfigError or DataError for a missing file, or one with other classes or columns.
     """

@@ -43,7 +43,7 @@ class SplitStatistics:
     """Counts over one split.
 
     Attributes:
-        begin_tokens: number of rows by their number of begin tokens; empty where the tokenizer has none.
+        begin_tokens: number of rows by their number of begin tokens; empty if the tokenizer has none.
         doubled_begin: rows with two begin tokens side by side.
         ends_trained: rows whose last learned token is an end token.
         untrained: rows without a learned token.

@@ -1,4 +1,4 @@
-"""Synthetic English: a task of seven writers to tell apart, and stories to pretrain a tiny base model.
+"""Synthetic English: texts of seven writers to classify, and stories to pretrain a tiny base model.
 
 All texts are short sentences about animals. Every writer has four habits: a word that opens each sentence, a word of
 degree, a word that joins two deeds, and a mark that ends each sentence. Any two writers share exactly one of their four
@@ -39,7 +39,7 @@ WRITERS: dict[str, Style] = {
     "Tom": Style("Now,", "very", "but", "!"),
     "Zoe": Style("Now,", "rather", "then", "."),
 }
-"""The seven writers: each label of the task with the habits behind it."""
+"""The seven writers: each label of the task with its habits."""
 
 _OPENINGS = ("Well,", "Oh,", "Now,", "Look,", "Yes,", "")
 _DEGREES = ("very", "quite", "rather", "too", "really")

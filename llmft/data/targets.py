@@ -49,7 +49,7 @@ class Targets:
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], fill: Fill) -> Targets:
         """The targets of `data`. Without data.labels, the classes are the sorted targets of `rows`.
 
-        Raises ConfigError where no column holds targets, DataError where there are too few classes.
+        Raises ConfigError if no column contains targets, DataError if there are too few classes.
         """
         column = data.columns.target
         if data.target_columns and task.problem is not TaskType.multi_label:

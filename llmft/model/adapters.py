@@ -29,7 +29,7 @@ def attach(
 ) -> Any:
     """`base` with a fresh LoRA whose random half comes from `seed` alone; returns the PeftModel.
 
-    In a mixture of experts "all-linear" means its attention: see `families.NOT_ADAPTED`.
+    In a mixture of experts "all-linear" means attention only: see `families.NOT_ADAPTED`.
 
     Raises ConfigError when lora.targets name no module of this model.
     """
@@ -57,7 +57,7 @@ def attach(
 
 
 def _peft_config(base: Any, lora: LoraConfig, auto_class: str) -> Any:
-    """`lora` in PEFT's words."""
+    """PEFT's config of `lora`."""
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -110,7 +110,7 @@ def load_adapter(model: Any, directory: Path) -> None:
 def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor]:
     """Adds the adapter in `directory` under `name`, frozen and not active; returns the tensors of its head by name.
 
-    Nothing else of `model` changes, nor of the random numbers of the process. Raises ConfigError for an adapter of
+    Nothing else changes, neither in `model` nor in the process's random state. Raises ConfigError for an adapter of
     another model.
     """
     import peft
@@ -133,7 +133,7 @@ def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor
 
 @contextlib.contextmanager
 def active(model: Any, name: str) -> Iterator[None]:
-    """Inside, the adapter `name` computes alone and without dropout; afterwards all is as before."""
+    """Inside, only the adapter `name` is active, without dropout; afterwards everything is as before."""
     before = model.active_adapter
     with _same_trainable(model), families.evaluating(model):
         model.set_adapter(name, inference_mode=True)
@@ -145,7 +145,7 @@ def active(model: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, PEFT may freeze and thaw; afterwards the same parameters are trainable as before, and no new ones."""
+    """PEFT may freeze and unfreeze inside; afterwards the same parameters as before are trainable, and no new ones."""
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         yield
@@ -157,7 +157,7 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
 def load_peft_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter that PEFT wrote into `directory`, whatever its options are; returns the PeftModel.
 
-    Raises ConfigError where it is not of this model.
+    Raises ConfigError if it is not of this model.
     """
     import peft
     from safetensors import safe_open
@@ -177,9 +177,9 @@ def load_peft_adapter(base: Any, directory: Path) -> Any:
 
 
 def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
-    """Puts the adapter in `directory` into a fresh one of the same shape; a new head beside it stays as it is.
+    """Loads the adapter in `directory` into a fresh one of the same shape; a new head is left unchanged.
 
-    Raises ConfigError naming the keys of `lora` that the adapter has otherwise, and for weights of another model.
+    Raises ConfigError naming the keys of `lora` that differ from the adapter's, and for weights of another model.
     """
     import peft
 
@@ -241,7 +241,7 @@ A LoRA adapter trained with llmft {version}; `config.yaml` and `environment.json
 
 
 def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save` writes where weights are divided among processes, which must all ask; else None."""
+    """The full tensors for `save` if weights are sharded (a collective call); else None."""
     if not is_sharded(model):
         return None
     parameters = model.named_parameters()
@@ -249,7 +249,7 @@ def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torc
 
 
 def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes the adapter (or, without LoRA, the model) and its tokenizer; the directory appears whole or not at all.
+    """Writes the adapter (or, without LoRA, the model) and its tokenizer, atomically.
 
     `state` replaces the model's own tensors.
     """
@@ -260,13 +260,13 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
         if hasattr(model, "peft_config"):
             # The adapter alone, without those of judges.
             options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
-            # PEFT adds the base and its version to a card that is there, else to a form to fill in.
+            # PEFT adds the base and its version to an existing card, else to a template to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
         model.save_pretrained(staged, **options)
         if hasattr(model, "peft_config"):
             path = staged / "adapter_config.json"
             config = json.loads(path.read_text())
-            for key in ("target_modules", "exclude_modules"):  # PEFT has sets of them, of another order in each process
+            for key in ("target_modules", "exclude_modules"):  # PEFT's are sets, in another order in each process
                 if isinstance(config[key], list):
                     config[key].sort()
             path.write_text(json.dumps(config, indent=2, sort_keys=True))

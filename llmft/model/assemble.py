@@ -1,4 +1,4 @@
-"""Base, head and adapter put together, with threads for them: for training, for prediction and for measuring."""
+"""Assembles base, head and adapter, and sets the number of threads: for training, prediction and benchmarks."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def assemble(
             model, path=str(weights_directory), init=ModelInit.pretrained, overrides={}, train_tokenizer_vocab=None
         )
         located, quantization = locate(model), QuantizationConfig(QuantizationFormat.none)
-    # Whole modules are trained in the base's place; a head that stays behind is renewed before the next run.
+    # modules_to_save replace modules of the base; a head that stays on the base is renewed before the next run.
     keep_base = keep_base and lora.enabled and not lora.modules_to_save and not is_peft_directory
     before = kept_base()
     base = load_base(
@@ -140,7 +140,7 @@ def _with_adapter(base: Any, config: TrainConfig, located: Located, weights_dire
 
 
 def base_key(config: TrainConfig, fingerprint: str) -> str | None:
-    """Equal for runs whose adapters stand on the same base, whatever head they have; None for one without an adapter.
+    """A key, equal for runs whose adapters share a base, whatever their heads; None without an adapter.
 
     `fingerprint` is that of the base's files.
     """

@@ -34,7 +34,7 @@ from llmft.model.quantized_cache import LEAST_WEIGHTS, QuantizedCache
 
 @dataclass
 class _Kept:
-    """The base that the last run left behind; one, since memory rarely holds two."""
+    """The base kept from the last run; only one, since memory rarely suffices for two."""
 
     key: str | None = None
     model: Any = None
@@ -74,7 +74,7 @@ def model_config(model: ModelConfig, located: Located) -> Any:
 
 
 def _check_overrides(config: Any, model: ModelConfig) -> None:
-    """transformers takes any name and ignores it; a misspelt one must not build a model of the full size."""
+    """Raises ConfigError for a misspelt name, which transformers would ignore, building a model of full size."""
     for key in model.overrides:
         if not hasattr(config, key):
             known = [name for name in config.to_dict() if not name.startswith("_")]
@@ -85,7 +85,7 @@ def _check_overrides(config: Any, model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class _BaseSpec:
-    """What `load_base` is asked for."""
+    """The arguments of `load_base`."""
 
     model: ModelConfig
     located: Located
@@ -113,7 +113,7 @@ class _BaseSpec:
 
     @contextlib.contextmanager
     def seeded(self) -> Iterator[None]:
-        """Random numbers of its own for new weights."""
+        """Inside, random numbers come from `seed` alone, for new weights."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
@@ -178,12 +178,12 @@ def load_base(
 
 
 def kept_base() -> Any:
-    """The base that the last run of this process left for the next one; None where there is none."""
+    """The base that the last run of this process left for the next one; None if there is none."""
     return _kept.model
 
 
 def drop_base() -> None:
-    """Gives back the memory of the base that was kept, and of any other that nobody holds."""
+    """Frees the memory of the kept base, and of any other without references."""
     _kept.key = _kept.model = None
     free_memory()
 
@@ -215,7 +215,7 @@ def _random(spec: _BaseSpec) -> Any:
 
 
 def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], memory_map: bool) -> Any:
-    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
+    """The base from the cache of quantised bases, else from the model's files, and then written to the cache."""
     cache = _cache(spec, warn)
     if cache is not None and memory_map:
         with cache.alone():
@@ -246,7 +246,7 @@ def _read(spec: _BaseSpec, directory: Path, quantization: Any) -> tuple[Any, set
     """The model of a directory's files, and the names of weights that are new because the files have none."""
     config = spec.config()
     stored = stored_quantization(config)
-    if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
+    if stored.get("quant_method") == "bitsandbytes":  # computed in the run's dtype, not in its maker's
         stored["bnb_4bit_compute_dtype"] = str(spec.dtype).removeprefix("torch.")
         config.quantization_config = stored
     elif isinstance(quantization, dict):
@@ -269,7 +269,7 @@ def _read(spec: _BaseSpec, directory: Path, quantization: Any) -> tuple[Any, set
 
 
 def _quantization(spec: _BaseSpec) -> Any:
-    """How transformers quantises the files that it reads; None where they stay as they are."""
+    """How transformers quantises the files that it reads; None if they are not to be quantised."""
     config = spec.config()
     if stored_quantization(config) or spec.quantization.format is QuantizationFormat.none:
         return None
@@ -278,7 +278,7 @@ def _quantization(spec: _BaseSpec) -> Any:
 
 
 def _stored_config(entry: Path) -> Any:
-    """How transformers reads a cached base: what the config says where it is 8-bit, else with stacked experts too."""
+    """The quantisation config to read a cached base with; for 4 bits, one that reads stacked experts too."""
     from transformers import BitsAndBytesConfig
 
     from llmft.model.experts_quantizer import DESERIALIZER
@@ -292,9 +292,9 @@ def _stored_config(entry: Path) -> Any:
 
 
 def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | None:
-    """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted.
+    """The base's cache entry, identified by everything that its quantised weights depend on; None without caching.
 
-    Code of a repository is not run from there: its models are quantised every time.
+    Models that run a repository's code are not cached; they are quantised every time.
     """
     model, quantization = spec.model, spec.quantization
     if quantization.format is QuantizationFormat.none or not quantization.cache or model.trust_remote_code:
@@ -317,7 +317,7 @@ def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | Non
 
 
 def _refuse_missing(base: Any, directory: Path, info: Any, auto_class: str) -> None:
-    """transformers fills weights that are missing with random ones, and only logs it."""
+    """Raises ConfigError for missing weights, which transformers would fill with random ones and only log."""
     new_head = heads.NAMES if auto_class == "sequence_classification" else ()
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_head))
     missing += sorted(str(key) for key in info.get("mismatched_keys", []))

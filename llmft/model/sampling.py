@@ -1,8 +1,8 @@
-"""Exact sampling: what an answer says is a function of its prompt, its temperature and its own seed.
+"""Exact sampling: an answer is a function of its prompt, its temperature and its own seed.
 
-A token is drawn by inverting the cumulative distribution at a number that belongs to the answer and the place. Rows
-that are computed together have logits that differ in their last bits from those of a row alone, so a draw that is too
-close to call is made again from the row alone: how many rows are computed at once changes nothing.
+A token is drawn by inverting the cumulative distribution at a random number of this answer and position. Rows that are
+computed together have logits that differ in their last bits from those of a single row, so a draw that is too close to
+call is repeated from the single row: the batch size changes nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llmft.data.encode import Ends
 from llmft.model.families import base_of, selects_positions
 
 DOUBT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""How much a logit of a row in a batch may differ from that of the row alone, by what is computed in.
+"""How much a logit of a row in a batch may differ from that of the single row, by dtype of the computation.
 
-A bound in fp32, where 1e-4 is seen; in 16 bits what nearly all differences stay below.
+A bound in fp32, where 1e-4 is observed; in 16 bits nearly all differences are below it.
 """
 
 
 @dataclass(frozen=True)
 class Draw:
-    """An answer that is wanted: the temperature that divides its logits, 0 for the likeliest token, and its seed."""
+    """A requested answer: the temperature that divides its logits, 0 for the likeliest token, and its seed."""
 
     temperature: float
     seed: int
@@ -35,7 +35,7 @@ class Draw:
 
 @dataclass
 class Sampled:
-    """An answer's tokens, with what ends it; `finished` says whether anything did before it became too long."""
+    """An answer's tokens, with what ends it; `finished`: whether it ended before the length limit."""
 
     ids: list[int] = field(default_factory=list)
     finished: bool = False
@@ -82,10 +82,10 @@ def sample(
     batch_size: int = 8,
     context_tokens: int | None = None,
 ) -> list[list[Sampled]]:
-    """For each prompt an answer for each of its draws, of which all prompts have as many.
+    """For each prompt, an answer per draw; all prompts have the same number of draws.
 
-    A prompt is read once for all its answers; `batch_size` prompts of like length are computed at once. Answers end
-    with the model's last position, `context_tokens`, where there is one.
+    A prompt is read once for all its answers; `batch_size` prompts of similar length are computed at once. Answers
+    end at the model's last position, `context_tokens`, if it has one.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     sampled: list[list[Sampled]] = [[] for _ in prompts]
@@ -118,7 +118,7 @@ class _Batch:
         self.doubt = DOUBT.get(dtype, DOUBT[torch.bfloat16])
 
     def run(self, pad_id: int, rooms: list[int]) -> list[Sampled]:
-        """Draws until every answer has ended, or has the tokens that there is room for: `rooms` of each prompt."""
+        """Draws until every answer has ended or has its largest number of tokens, `rooms` per prompt."""
         from transformers import DynamicCache
 
         base = base_of(self.model)
@@ -137,7 +137,7 @@ class _Batch:
         for position in range(longest):
             if not alive:
                 break
-            if len(surviving) < len(mask):  # those that have ended leave
+            if len(surviving) < len(mask):  # drop those that have ended
                 chosen = torch.tensor(surviving, device=mask.device)
                 cache.batch_select_indices(chosen)
                 mask = mask[chosen]
@@ -152,7 +152,7 @@ class _Batch:
         return self.answers
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        """(rows, vocabulary) logits behind the last of `ids`, on the CPU."""
+        """(rows, vocabulary) logits after the last of `ids`, on the CPU."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         more = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
@@ -161,7 +161,7 @@ class _Batch:
         return output.logits[:, -1].float().cpu()
 
     def _accept(self, alive: list[int], logits: torch.Tensor, numbers: torch.Tensor) -> None:
-        """Draws the next token of each answer in `alive`, from the row alone where the draw is too close to call."""
+        """Draws the next token of each answer in `alive`, from the single row if the draw is too close to call."""
         temperature = self.temperature[alive]
         tokens, sure = choose(logits, temperature, numbers, self.doubt)
         for n in (~sure).nonzero()[:, 0].tolist():

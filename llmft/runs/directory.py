@@ -53,17 +53,17 @@ class Run:
     environment_file = _Inside("environment.json")  # versions, device, git state, fingerprints
     metrics_file = _Inside("metrics.jsonl")  # all numbers that the config determines, one JSON object per line
     timing_file = _Inside("timing.jsonl")  # speed and memory, which differ from machine to machine
-    samples_file = _Inside("samples.jsonl")  # generations beside the references, per validation
+    samples_file = _Inside("samples.jsonl")  # generations next to the references, per validation
     rejected_file = _Inside("rejected.jsonl")  # rows that could not be used, with the reason
     row_losses = _Inside("row_losses")  # the loss of every validation row, one file per validation
     targets_file = _Inside("targets.json")  # the classes in their order, and the scale of a regression
-    reference_file = _Inside("reference.parquet")  # what a policy's reference says of every answer
+    reference_file = _Inside("reference.parquet")  # the reference's log-probability of every answer
     log_file = _Inside("log.txt")  # the printed output
     save_file = _Inside("SAVE")  # `touch` it, and the run saves a checkpoint at the next step
     stop_file = _Inside("STOP")  # `touch` it, and the run saves at the next step and ends
     checkpoints = _Inside("checkpoints")  # training state to resume from
     adapter = _Inside("adapter")  # the trained adapter, in PEFT's format
-    rollouts = _Inside("rollouts")  # the answers that a policy drew of itself, a parquet file per window of updates
+    rollouts = _Inside("rollouts")  # the answers that the policy sampled, a parquet file per window of updates
     model = _Inside("model")  # the trained model, where all weights were trained
 
     def row_losses_file(self, split: str, step: int) -> Path:
@@ -149,7 +149,7 @@ class Run:
             self._lock = None
 
     def clear_requests(self) -> None:
-        """Takes away what was asked: it is done, or was asked of an earlier process."""
+        """Deletes handled and stale SAVE/STOP files."""
         for path in (self.save_file, self.stop_file):
             path.unlink(missing_ok=True)
 
@@ -165,7 +165,7 @@ class Run:
         self._sign()
 
     def keep_until(self, step: int) -> None:
-        """Drops records after `step` and of the test split, which will be written again."""
+        """Deletes records after `step` and those of the test split; they are rewritten."""
         for path in self.row_losses.glob("*.parquet"):
             split, _, step_of_file = path.stem.rpartition("-")
             if split == "test" or not step_of_file.isdigit() or int(step_of_file) > step:
@@ -178,7 +178,7 @@ class Run:
 
 @dataclass
 class PeftAdapter(Run):
-    """A directory with an adapter that PEFT wrote, in the place of a run's; no record says how it was trained.
+    """A directory with an adapter that PEFT wrote, used like a run; it has no record of its training.
 
     Attributes:
         fingerprint: of the base that its config names.
@@ -212,7 +212,7 @@ def existing_run(config: TrainConfig, key: str) -> Run:
 def check_run_directory(config: TrainConfig, key: str) -> Run:
     """The run of `key`, if its directory exists or can be made; creates nothing.
 
-    Raises ConfigError where something else is in its place, DiskError where nothing can be written.
+    Raises ConfigError if something else is in its place, DiskError if nothing can be written.
     """
     run = existing_run(config, key)
     existing_path = existing_parent(run.directory)
@@ -272,9 +272,9 @@ def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
 
 
 def open_directories(paths: Any, key: str, open_one: Callable[[Path], T], warn: Callable[[str], None]) -> list[T]:
-    """`open_one` of each directory. One that it refuses is left out with a warning if it was named by a glob.
+    """Opens each directory with `open_one`. One that it refuses is left out with a warning if a glob named it.
 
-    Raises its ConfigError or DataError for a directory named without a glob, and where no directory is left.
+    Raises its ConfigError or DataError for a directory named without a glob, and if no directory is left.
     """
     opened, refused = [], []
     from_globs = {path for name in _listed(paths) if _is_glob(name) for path in directories(name, key)}
@@ -317,7 +317,7 @@ def directories(paths: Any, key: str) -> list[Path]:
 
 
 def source_record(run: Run, config: TrainConfig, rows_fingerprint: str, prior: Sequence[float]) -> dict[str, Any]:
-    """The record of a run in its predictions."""
+    """The record of a run in the provenance of its predictions."""
     return {
         "run": str(run.directory),
         "key": run.key,

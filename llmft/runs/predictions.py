@@ -38,9 +38,9 @@ class Predictions:
         labels: the classes, in the order of the columns of `values`.
         values: (rows, classes) probabilities; (rows, 1) numbers of a regression; (rows, 0) for generated text.
         problem: a value of `TaskType`, or "text".
-        targets: the true class, the true classes joined by |, or a number; None where it is unknown.
+        targets: the true class, the true classes joined by |, or a number; None if unknown.
         columns: further columns, such as group, fold, generated, logprob.
-        provenance: the record of where the predictions come from.
+        provenance: where the predictions come from.
     """
 
     ids: list[str]
@@ -161,7 +161,7 @@ class Predictions:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """A parquet file of these columns, whole or not at all."""
+    """Writes a parquet file of these columns atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -170,14 +170,14 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table with a header as CSV, with nothing for None."""
+    """A table with a header as CSV text; None is an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a parquet file. Raises DataError where it cannot be read."""
+    """The columns of a parquet file. Raises DataError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

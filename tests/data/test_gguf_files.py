@@ -90,8 +90,8 @@ def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None
     metadata.values |= {"llama.logit_scale": 0.5, "llama.attention.head_count_kv": 4}
     assert differences(config, metadata) == ["llama.attention.head_count_kv: 4, 2", "logit_scale: 0.5, none"]
     metadata.values |= {"llama.rope.scaling.type": "longrope"}
-    del metadata.tensors["rope_freqs.weight"]  # which tells by itself how Llama 3's are squeezed
-    with pytest.raises(ValueError, match="squeezed in the way 'longrope'"):
+    del metadata.tensors["rope_freqs.weight"]  # which alone implies Llama 3's scaling
+    with pytest.raises(ValueError, match="scaled in the unknown way 'longrope'"):
         apply_metadata(config, metadata)
 
 
