@@ -62,7 +62,7 @@ _type_hints = functools.cache(typing.get_type_hints)
 
 
 def group_of(schema: type, name: str) -> type | None:
-    """The dataclass that the field `name` of `schema` holds; None for a plain value."""
+    """The dataclass of the field `name` of `schema`; None for a plain value."""
     kind = _type_hints(schema)[name]
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
@@ -86,10 +86,12 @@ def to_config(composed: DictConfig, schema: type) -> Any:
 
 
 _PLAIN_MESSAGES = {
-    r"^(Cannot merge DictConfig with ListConfig|Cannot assign \w+ to Dict.*)": "a dictionary is wanted, {name: value}",
-    r"^(Cannot merge ListConfig with DictConfig|.*is not a ListConfig, list or tuple)": "a list is wanted, [a,b]",
+    r"^(Cannot merge DictConfig with ListConfig|Cannot assign \w+ to Dict.*)": (
+        "a dictionary is expected, {name: value}"
+    ),
+    r"^(Cannot merge ListConfig with DictConfig|.*is not a ListConfig, list or tuple)": "a list is expected, [a,b]",
     r"^field '(.*)' is not Optional": r"\1 cannot be null",
-    r"^Invalid type assigned: .* is not a subclass of .*": "this holds keys of its own; set one of them",
+    r"^Invalid type assigned: .* is not a subclass of .*": "this group has keys; set one of them",
 }
 """OmegaConf's messages about types, and plain replacements."""
 

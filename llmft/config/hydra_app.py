@@ -117,7 +117,7 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
 def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> None:
     if word not in invocation.words(key):
         advice = f"write {key}={value} on the command line if you have read the code."
-        raise ConfigError(f"{key}: a file cannot say whom you trust; {advice}")
+        raise ConfigError(f"{key}: a file cannot grant trust; {advice}")
 
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
@@ -150,7 +150,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
         argument = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
         if argument is not None:
-            return ConfigError(f"{argument}: the name of one of the group's options is wanted, as in model=tiny.")
+            return ConfigError(f"{argument}: the name of one of the group's options is expected, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {first_line(error)}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):

@@ -1,6 +1,6 @@
 """Config to objects: the only place where a dotted path of a config becomes code.
 
-A path must be defined in a package that the key allows, and be of the kind that the key expects. So opening somebody's
+A path must be defined in a package that the key allows, and be of the kind that the key expects. So opening another's
 run directory does not run code that its config names. Arguments are plain data: nothing is resolved or built in them.
 They are bound to the signature before any weights load, since a misspelt one would otherwise fail only in a call.
 """

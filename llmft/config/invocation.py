@@ -20,7 +20,7 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a user asked for.
+    """The arguments of a command.
 
     Attributes:
         argv: the arguments after the name of the command.

@@ -80,7 +80,9 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     for argument in (f"--config-name={parsed.config_name or ''}", *parsed.overrides):
         key, _, value = argument.partition("=")
         if chooses(key.lstrip("+~"), schema) and value[:1] != "{" and re.search(r"(^|[\[,'\"/\s])\.\.?(/|$)", value):
-            raise ConfigError(f"{argument}: a name is wanted, not a path; --config-dir=DIR adds a directory of yours.")
+            raise ConfigError(
+                f"{argument}: a name is expected, not a path; --config-dir=DIR adds a directory of yours."
+            )
     waiting, options = list(parsed.overrides), []
     for argument in arguments:
         if waiting and argument == waiting[0]:

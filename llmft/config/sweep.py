@@ -27,7 +27,7 @@ class RayConfig:
 
 @dataclass
 class SweepConfig:
-    """How the trials of a multirun run and what is asked of them; no part of any run's key."""
+    """How the trials of a multirun run and what they should answer; no part of any run's key."""
 
     name: str | None = None
     question: str | None = None
@@ -72,7 +72,7 @@ class SearchConfig:
         startup_trials: random configurations before TPE or GP begin.
         pruner_startup_trials: complete trials before the median pruner begins.
         min_validations: number of the first validation at which a trial may be pruned (0 is before training).
-        max_validations: validations of a whole run, for Hyperband; None: as many as the longest complete trial had.
+        max_validations: validations of a full run, for Hyperband; None: as many as the longest complete trial had.
         reduction_factor: at each rung of successive halving, one trial in this many continues.
         params: ranges by key; the command line takes precedence.
         conditions: parameters that exist only under a condition on others.

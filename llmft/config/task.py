@@ -75,7 +75,7 @@ class RolloutConfig:
         if not self.rollouts:
             require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
             return
-        require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
+        require(bool(self.judges), "task.judges: nothing scores the answers; name functions or reward runs.")
         compares = self.advantage in (Advantage.group, Advantage.centred)
         others = f"2 or more: with task.advantage={self.advantage.value} an answer is measured by the others."
         check("group", lambda n: n > 1 or not compares, others)
@@ -128,7 +128,7 @@ class TaskConfig(RolloutConfig):
         check("generate_rows show_rows", lambda n: n >= 0, "0 or more.")
         check("max_new_tokens", lambda n: n >= 1, "1 or more.")
         check("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1.")
-        tokens_alone = "0 or more, and for task.head=tokens alone."
+        tokens_alone = "0 or more, and only for task.head=tokens."
         check("text_loss", lambda x: x == 0 or (x > 0 and self.head is Head.tokens), tokens_alone)
         several = self.problem is not TaskType.single_label
         if several and self.head is Head.tokens:

@@ -172,7 +172,7 @@ class ColumnMap:
             raise DataError(_no_columns(unknown, train[0], named))
 
     def reads(self, entry: str) -> bool:
-        """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""
+        """Whether the task reads the column of data.columns.`entry`; the rejected answer, say, only a comparing one."""
         return self.feedback is not None or entry not in ("rejected", "degree", "margin")
 
     def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -276,7 +276,7 @@ class ColumnMap:
             tools = None
             if isinstance(row.values.get(columns.prompt or ""), list):
                 raise ValueError(
-                    f"column '{columns.prompt}' holds a list, text was expected; a conversation is read with "
+                    f"column '{columns.prompt}' contains a list, text was expected; a conversation is read with "
                     f"data.columns.prompt=null data.columns.messages={columns.prompt}"
                 )
             content = self._fill(columns.text or columns.prompt or "", row)
@@ -326,7 +326,7 @@ class ColumnMap:
         if self.feedback is None and not self.lenient and not messages[-1]["content"]:
             raise ValueError(f"the answer in '{chosen}' is empty")
         if self.feedback is None or rejected is None or (self.lenient and row.values.get(rejected) is None):
-            comparison = None if self.feedback is None else Comparison()  # of one answer, which is asked about
+            comparison = None if self.feedback is None else Comparison()  # with a single answer to predict for
             return Conversation(self._with_system_prompt(row, messages), row.where, comparison=comparison)
         other = conversation_of(row.values.get(rejected), rejected, self.keys)
         before, better, worse = two_endings(messages, other)
@@ -367,7 +367,7 @@ class ColumnMap:
             if columns.margin:
                 margin = number_of(row.values.get(columns.margin), columns.margin)
                 if margin < 0:
-                    raise ValueError(f"'{columns.margin}' holds {margin:g}: a margin is 0 or more")
+                    raise ValueError(f"'{columns.margin}' contains {margin:g}: a margin is 0 or more")
                 comparison = replace(comparison, margin=margin)
             if columns.label:
                 comparison = replace(comparison, desirable=label_of(row.values.get(columns.label), columns.label))
@@ -378,7 +378,7 @@ class ColumnMap:
         values = row.values.get(name)
         least = 1 if self.lenient else 2
         if not isinstance(values, list) or len(values) < least:
-            raise ValueError(f"'{name}' holds no list of {least} answers or more")
+            raise ValueError(f"'{name}' contains no list of {least} answers or more")
         answers = [self._answer_text(replace(row, values={name: value}), name, messages) for value in values]
         differing(answers)  # named by their numbers in the file, so before ranking
         return answers
@@ -389,7 +389,7 @@ class ColumnMap:
         if isinstance(value, list) and value:
             if isinstance(value[-1], str):
                 raise ValueError(
-                    f"'{name}' holds a list of {len(value)} texts, one answer was expected; several answers of a "
+                    f"'{name}' contains a list of {len(value)} texts, one answer was expected; several answers of a "
                     "prompt are read with data.columns.candidates and data.columns.scores"
                 )
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
@@ -483,7 +483,7 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
             unused |= dict.fromkeys(("input", "system"), reason)
     if "messages" in set_to or not texts:
         key = "messages" if "messages" in set_to else "chosen"
-        unused["input"] = f"data.columns.{key} holds the whole conversation"
+        unused["input"] = f"data.columns.{key} contains the whole conversation"
     for key, reason in unused.items():
         if key in set_to:
             raise ConfigError(f"data.columns.{key}={set_to[key]} would not be used: {reason}; set it to null.")
@@ -526,7 +526,7 @@ def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
 
 def _no_columns(unknown: dict[str, str], first: Row, used: set[str]) -> str:
     text = " ".join(f"{key}: {missing_column(name, first.values, used)}" for key, name in unknown.items())
-    # In a file without a header a column's name may be a whole text.
+    # In a file without a header a column's name may be a full text.
     text += f" (columns: {', '.join(name if len(name) <= 40 else f'{name[:39]}…' for name in first.values)})."
     if re.search(r"\.[ct]sv(\.\w+)?:", first.where.lower()):
         text += " A csv file without a header line needs its columns' names in data.csv_columns."

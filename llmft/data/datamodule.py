@@ -29,7 +29,7 @@ def _loader(items: Sequence[Any], batch_of: Callable[[Any], object]) -> DataLoad
 
 
 class DataModule(L.LightningDataModule):
-    """Hands out one effective batch per optimizer step.
+    """Provides one effective batch per optimizer step.
 
     Lightning calls `train_dataloader` once per epoch. It returns the steps from `position()` to the end of the epoch,
     or to the last of `stops`, the steps at which a validation runs.

@@ -75,7 +75,7 @@ class Ends:
     decode: Callable[[list[int]], str] = lambda ids: ""
 
     def reached(self, ids: list[int]) -> bool:
-        """Whether `ids` end with the whole marker."""
+        """Whether `ids` end with the full marker."""
         return bool(self.text) and self.text in self.decode(ids[-1 - len(self.text.encode()) :])
 
     def trained(self, ids: list[int]) -> bool:
@@ -472,7 +472,7 @@ class Encoder:
     def _cut(self, part: Part, excess: int, generation: bool = False) -> tuple[int, int] | None:
         """The range of `excess` tokens to cut from the longest text of the first question; None if it is too short.
 
-        Only the user's text is cut. Headers, special tokens and answers stay whole.
+        Only the user's text is cut. Headers, special tokens and answers are never cut.
         """
         policy = self.data.truncation
         if policy is Truncation.drop:

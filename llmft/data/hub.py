@@ -165,7 +165,9 @@ def ask_hub(key: str, repo: str, kind: str, advice: str, *, gated: bool = False)
     from huggingface_hub import constants, get_token
 
     endpoint, similar = constants.ENDPOINT, nearest(repo, cached_ids(kind))
-    not_cached = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {similar})" if similar else "")
+    not_cached = f"the cache {_cache_directory()} does not contain it" + (
+        f" (it contains {similar})" if similar else ""
+    )
     if _offline():
         raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {not_cached}; unset it or {advice}.")
     url = f"{endpoint}/api/{kind}s/{repo}?expand=gated"  # without the list of files

@@ -57,7 +57,7 @@ def ranked(answers: Sequence[str], scores: Any, column: str) -> tuple[list[str],
     """Answers from the best score to the worst, and their ranks. Raises ValueError for scores that are not numbers."""
     if not isinstance(scores, list) or len(scores) != len(answers):
         description = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
-        raise ValueError(f"'{column}' holds {description} for {len(answers)} candidates")
+        raise ValueError(f"'{column}' contains {description} for {len(answers)} candidates")
     numbers = [number_of(score, column) for score in scores]
     order = sorted(range(len(answers)), key=lambda index: -numbers[index])
     levels = sorted(set(numbers), reverse=True)
@@ -73,7 +73,7 @@ def number_of(value: Any, column: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"'{column}' holds {value!r}, a finite number was expected")
+        raise ValueError(f"'{column}' contains {value!r}, a finite number was expected")
     return number
 
 
@@ -82,7 +82,7 @@ def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
     known = [name.casefold() for name in degrees]
     text = " ".join(str(value).casefold().split())
     if text not in known:
-        raise ValueError(f"'{column}' holds the degree '{value}', none of data.degrees{did_you_mean(text, degrees)}")
+        raise ValueError(f"'{column}' contains the degree '{value}', none of data.degrees{did_you_mean(text, degrees)}")
     return known.index(text)
 
 
@@ -90,7 +90,7 @@ def label_of(value: Any, column: str) -> bool:
     """Whether an answer is good. Raises ValueError for anything but a truth value."""
     text = str(int(value)) if value in (0.0, 1.0) else str(value)  # numbers of a column with gaps are floats
     if text.strip().casefold() not in LABELS:
-        raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
+        raise ValueError(f"'{column}' contains {value!r}; true (a good answer) or false (a bad one) was expected")
     return LABELS[text.strip().casefold()]
 
 
@@ -98,7 +98,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
-    """A whole conversation: a list of messages, or text with the turns "Human:" and "Assistant:" of hh-rlhf.
+    """A full conversation: a list of messages, or text with the turns "Human:" and "Assistant:" of hh-rlhf.
 
     Raises ValueError for anything else, and for one that does not end with an answer.
     """
@@ -111,7 +111,7 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
             {"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)
         ]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"'{column}' holds no whole conversation; name an answer's prompt in data.columns.prompt")
+        raise ValueError(f"'{column}' contains no whole conversation; name an answer's prompt in data.columns.prompt")
     last = value[-1]
     is_silent = isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == ""
     messages = read_messages(value[:-1] if is_silent and len(value) > 1 else value, column, keys)

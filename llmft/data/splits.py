@@ -156,7 +156,7 @@ def _refuse_unused(loaded: Loaded, data: DataConfig) -> None:
         fraction, default = getattr(data, key), DataConfig.__dataclass_fields__[key].default
         if is_decided and fraction not in (0, default):
             source = "data.fold" if split == "validation" and split not in given_splits else f"the given {split} rows"
-            raise ConfigError(f"data.{key}={fraction} would not be used beside {source}: set it to 0.")
+            raise ConfigError(f"data.{key}={fraction} would not be used with {source}: set it to 0.")
     for key in ("stratify", "group"):
         if getattr(data, key):
             _column(loaded.splits["train"], getattr(data, key), f"data.{key}")

@@ -141,7 +141,7 @@ def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
 
     Each is told in a style of its own, drawn from more values than the writers have, so that a model learns to notice
     habits. No style has more than two values in common with a writer's, and no story asks who wrote it. The writers'
-    names are among the characters', so the model knows the answers as words, but not whom they stand for.
+    names are among the characters', so the model knows the answers as words, but not their styles.
     """
     rng = new_rng("stories", split, _STORY_SPLITS, seed)
     return [{"text": _story(rng)} for _ in range(num_rows)]

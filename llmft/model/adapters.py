@@ -235,7 +235,7 @@ library_name: peft
 
 # {name}
 
-A LoRA adapter trained with llmft {version}; `config.yaml` and `environment.json` in the folder around it say how.
+A LoRA adapter trained with llmft {version}; see `config.yaml` and `environment.json` in the parent folder.
 
 """
 
@@ -258,7 +258,7 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     with staged_directory(directory) as staged:
         options: dict[str, Any] = {"safe_serialization": True, "state_dict": state}
         if hasattr(model, "peft_config"):
-            # The adapter alone, without those of judges.
+            # Only this adapter, without those of judges.
             options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
             # PEFT adds the base and its version to an existing card, else to a template to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))

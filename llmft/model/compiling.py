@@ -34,7 +34,7 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "indu
     replaced = lora.uninstall(model)
     try:
         _try(model, layers[0], backend)
-    except Exception as error:  # whatever compilers say
+    except Exception as error:  # compilers raise many kinds
         if replaced:
             lora.install(model)
         warn(f"trainer.compile is ignored: the layers cannot be compiled here ({first_line(error)}).")

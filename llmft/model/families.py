@@ -92,7 +92,7 @@ def body_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` computes without dropout; afterwards it is in its mode again."""
+    """Inside, `model` computes without dropout; afterwards in its previous mode."""
     training = model.training
     model.eval()
     try:

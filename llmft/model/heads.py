@@ -119,7 +119,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
         """The last real token's scores at all positions, so that any position transformers takes is the right one.
 
-        A hook inside an ordinary forward, because DDP and FSDP know a model by its own forward and output.
+        A hook inside an ordinary forward, since DDP and FSDP wrap a model's own forward and output.
         """
         return scores[torch.arange(len(scores), device=scores.device), last][:, None].expand_as(scores)
 
@@ -178,7 +178,7 @@ def row_per_answer(
 
 
 def _packed_scores(model: Any, head: torch.nn.Module, packed: PackedBatch) -> torch.Tensor:
-    """(rows, classes) scores at the last token of each packed row or answer, by our own positions."""
+    """(rows, classes) scores at the last token of each packed row or answer, at positions computed here."""
     outputs: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, scores: outputs.append(scores[0, packed.last]))
     try:

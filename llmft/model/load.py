@@ -189,7 +189,7 @@ def drop_base() -> None:
 
 
 PIECEMEAL_WEIGHTS = 10**9
-"""A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
+"""A random model of more weights is made and quantised tensor by tensor: in 16 bits a whole 13B fits on few GPUs."""
 
 
 def _random(spec: _BaseSpec) -> Any:

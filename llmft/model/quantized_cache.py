@@ -23,7 +23,7 @@ from llmft.core.files import cache_directory, check_space, exclusive_lock, forma
 CACHE_VERSION = 5
 FACTS = "entry.json"
 LEAST_WEIGHTS = 10_000_000
-"""Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
+"""Quantised weights below which nothing is cached: a CPU quantises this many in a fraction of a second."""
 
 
 class Busy(Exception):

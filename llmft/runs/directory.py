@@ -234,7 +234,7 @@ def open_run(config: TrainConfig, key: str) -> Run:
 
     A directory that ends in the key is that run, whatever its name.
 
-    Raises ConfigError when the directory holds something that is not a run of llmft.
+    Raises ConfigError when the directory contains something that is not a run of llmft.
     """
     run = check_run_directory(config, key)
     try:
@@ -252,7 +252,7 @@ def unwritable(where: str, error: OSError) -> DiskError:
 def finished_run(directory: Path) -> tuple[Run, TrainConfig]:
     """A finished run, and the config it was trained with.
 
-    Raises ConfigError where there is no run, it is not finished, or its exported weights have changed.
+    Raises ConfigError if there is no run, it is not finished, or its exported weights have changed.
     """
     run = Run(directory, "")
     if run.status_file.exists():  # else it is any directory, whose files do not matter

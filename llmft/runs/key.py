@@ -21,7 +21,7 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
     """
     # A run keeps its key where a key of the config gets another name.
     numbers = move(key_fields(config), {new: old for old, new in RENAMED.items()})
-    # The fingerprints stand for these.
+    # The fingerprints represent these.
     for name in ("id", "revision", "path"):
         numbers["model"].pop(name)
     for name in ("source", "hub", "hub_config", "hub_revision", "hub_splits", "rows"):
@@ -35,7 +35,7 @@ def run_key(config: TrainConfig, data_fingerprint: str, model_fingerprint: str) 
 def adapter_directory(path: str) -> Path:
     """The adapter's directory of lora.adapter: a finished run's, or one that PEFT wrote.
 
-    Raises ConfigError where there is none.
+    Raises ConfigError if there is none.
     """
     directory = Path(path).expanduser()
     if (directory / "run.json").is_file():

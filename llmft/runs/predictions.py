@@ -1,6 +1,6 @@
 """Predictions on the disk, in one form for runs, joined folds and blends.
 
-A directory holds `predictions.parquet`, the same as `predictions.csv`, and `predictions.json` with the order of the
+A directory contains `predictions.parquet`, the same as `predictions.csv`, and `predictions.json` with the order of the
 classes, the sources and a digest. It is in the `predictions` folder of its run, folds or blend, and is named after its
 rows: `val` for validation rows (or all rows out of fold), `test` for held-out rows, else the file's name.
 """

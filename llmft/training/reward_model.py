@@ -108,7 +108,7 @@ class RewardModel:
                 f"{key}={directory}: this run scores no answers (task={config.task.name}); train task=reward."
             )
         located = locate(config.model)
-        if config.lora.enabled and run.fact("model", "fingerprint") != located.fingerprint:
+        if config.lora.enabled and run.recorded("model", "fingerprint") != located.fingerprint:
             raise ConfigError(f"{key}={directory}: the base model found is not the one that this run was trained on.")
         trained = run.adapter if config.lora.enabled else run.model
         self.device = pick_device(accelerator)

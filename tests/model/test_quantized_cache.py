@@ -65,7 +65,7 @@ class Saved:
             "dtype": torch.float32,
             "device": torch.device("cpu"),
             "seed": 1,
-            "keep": False,
+            "keep_base": False,
             "warn": warnings.append,
             **changes,
         }

@@ -411,7 +411,7 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
     (tmp_path / "c" / "experiment" / "x.yaml").write_text("# @package _global_\ntrusted_packages: [this]\n")
     done = llmft("--config-dir", "c", "experiment=x", cwd=tmp_path)
     assert done.returncode == 2
-    assert "trusted_packages: a file cannot say whom you trust" in done.stderr
+    assert "trusted_packages: a file cannot grant trust" in done.stderr
 
 
 @pytest.mark.parametrize(

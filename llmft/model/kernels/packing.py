@@ -42,7 +42,7 @@ class Blocks:
     Attributes:
         shapes: (rows, width) of each block, in order; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
-        longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
+        longest: at least the longest row in tokens; in coarse steps, since it is a constant in a compiled layer.
         branches: for each row, the tokens of its prompt and of each answer after it, if answers share their prompt;
             then the rows of `shapes` and `seqlens` are a prompt with one of its answers each.
     """
@@ -364,7 +364,7 @@ def _varlen(
             grouped["enable_gqa"] = True
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
+    # Autocast does not cover this kernel: rotary angles may have left queries and keys in fp32.
     query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
     ends, longest = blocks.seqlens, blocks.longest
     size = (-1 if window is None else window - 1, 0)

@@ -152,7 +152,7 @@ def can_fuse(device: torch.device) -> bool:
     try:
         for function, arguments in calls:
             torch.testing.assert_close(compiled(function)(*arguments), function(*arguments), rtol=2e-2, atol=2e-2)
-    except Exception as error:  # whatever compilers and drivers say
+    except Exception as error:  # compilers and drivers raise many kinds
         reason = f"no kernel could be compiled ({first_line(error)})"
         warnings.warn(f"RMSNorm and SwiGLU are computed step by step: {reason}", stacklevel=2)
         return False
