@@ -36,14 +36,14 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_each(config: Any, prefix: str, keys: str, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raises ConfigError for the first of the `keys` whose value is not null and does not satisfy `holds`.
+def require_each(config: Any, prefix: str, keys: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+    """Raises ConfigError for the first of the `keys` whose value is not null and does not satisfy `is_valid`.
 
     The sentence is `{prefix}{key}={value}: {expected}`.
     """
     for key in keys.split():
         value = getattr(config, key)
-        require(value is None or holds(value), f"{prefix}{key}={value}: {expected}")
+        require(value is None or is_valid(value), f"{prefix}{key}={value}: {expected}")
 
 
 def is_count(value: Any) -> bool:

@@ -27,13 +27,13 @@ from llmft.data.messages import (
 from llmft.data.naming import cell_text, missing_column, names_in, pieces, root_column, stable_text
 from llmft.data.preferences import (
     Comparison,
+    check_different,
+    common_prompt,
     conversation_of,
     degree_of,
-    differing,
     label_of,
     number_of,
     ranked,
-    two_endings,
 )
 from llmft.data.readers import BadRows, Row
 from llmft.data.sources import named_columns
@@ -329,7 +329,7 @@ class ColumnMap:
             comparison = None if self.feedback is None else Comparison()  # with a single answer to predict for
             return Conversation(self._with_system_prompt(row, messages), row.where, comparison=comparison)
         other = conversation_of(row.values.get(rejected), rejected, self.keys)
-        before, better, worse = two_endings(messages, other)
+        before, better, worse = common_prompt(messages, other)
         return self._judged(row, self._with_system_prompt(row, before), [better, worse], (0, 1))
 
     def _compared(self, row: Row, messages: list[Message]) -> Conversation:
@@ -357,7 +357,7 @@ class ColumnMap:
         """`messages` with answers from better to worse, and the row's degree, margin or label."""
         columns = self.columns
         _refuse_answered(messages, "the compared ones")
-        differing(answers)
+        check_different(answers)
         comparison = Comparison(tuple(answers[1:]), ranks)
         if not self.lenient:
             if columns.degree:
@@ -380,7 +380,7 @@ class ColumnMap:
         if not isinstance(values, list) or len(values) < least:
             raise ValueError(f"'{name}' contains no list of {least} answers or more")
         answers = [self._answer_text(replace(row, values={name: value}), name, messages) for value in values]
-        differing(answers)  # named by their numbers in the file, so before ranking
+        check_different(answers)  # named by their numbers in the file, so before ranking
         return answers
 
     def _answer_text(self, row: Row, name: str, messages: list[Message]) -> str:

@@ -44,7 +44,7 @@ class Comparison:
         return [(a, b) for a in indices for b in indices if self.ranks[a] < self.ranks[b]]
 
 
-def differing(answers: Sequence[str]) -> None:
+def check_different(answers: Sequence[str]) -> None:
     """Raises ValueError if two answers are equal, not counting white space at their ends."""
     seen: dict[str, int] = {}
     for number, answer in enumerate(answers, start=1):
@@ -124,7 +124,7 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
     return messages
 
 
-def two_endings(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+def common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
     """What two conversations have in common, and the answer that ends each.
 
     Raises ValueError if they differ before their last answers.

@@ -101,9 +101,9 @@ def load_adapter(model: Any, directory: Path) -> None:
     """
     import peft
 
-    current, stored, unlike = _states(model, directory)
-    if strange := sorted(current.keys() ^ stored.keys()) + unlike:
-        raise ConfigError(f"{directory}: not the weights of this run's adapter ({strange[0]}).")
+    current, stored, mismatched = _states(model, directory)
+    if unexpected := sorted(current.keys() ^ stored.keys()) + mismatched:
+        raise ConfigError(f"{directory}: not the weights of this run's adapter ({unexpected[0]}).")
     peft.set_peft_model_state_dict(model, stored)
 
 
@@ -125,8 +125,8 @@ def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor
     with _same_trainable(model), torch.random.fork_rng(devices=devices):
         model.add_adapter(name, config)
         layers = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if strange := sorted(layers.keys() ^ state.keys()):
-            raise ConfigError(f"{directory}: an adapter of another model ({strange[0]}).")
+        if unexpected := sorted(layers.keys() ^ state.keys()):
+            raise ConfigError(f"{directory}: an adapter of another model ({unexpected[0]}).")
         peft.set_peft_model_state_dict(model, state, adapter_name=name)
     return {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key not in state}
 
@@ -170,13 +170,15 @@ def load_peft_adapter(base: Any, directory: Path) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise ConfigError(f"{directory}: PEFT cannot put this adapter on its base ({reason[:200]}).") from None
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    strange = sorted((expected - stored) | (stored - expected - model.state_dict().keys()))
-    if strange:
-        raise ConfigError(f"{directory}: an adapter of another model than {base.config.name_or_path} ({strange[0]}).")
+    unexpected = sorted((expected - stored) | (stored - expected - model.state_dict().keys()))
+    if unexpected:
+        raise ConfigError(
+            f"{directory}: an adapter of another model than {base.config.name_or_path} ({unexpected[0]})."
+        )
     return model
 
 
-def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
+def continue_from_adapter(model: Any, directory: Path, lora: LoraConfig) -> None:
     """Loads the adapter in `directory` into a fresh one of the same shape; a new head is left unchanged.
 
     Raises ConfigError naming the keys of `lora` that differ from the adapter's, and for weights of another model.
@@ -189,10 +191,10 @@ def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     stored_shape = [(key, options.get(name, value), value) for key, name, value in shape]
     if others := [f"lora.{key}={str(stored).lower()}" for key, stored, value in stored_shape if stored != value]:
         raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(others)}.")
-    current, stored, unlike = _states(model, directory)
+    current, stored, mismatched = _states(model, directory)
     adapted = {name for name in current if ".lora_" in name}
-    if strange := sorted((adapted - stored.keys()) | (stored.keys() - current.keys())) + unlike:
-        raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({strange[0]}).")
+    if unexpected := sorted((adapted - stored.keys()) | (stored.keys() - current.keys())) + mismatched:
+        raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({unexpected[0]}).")
     peft.set_peft_model_state_dict(model, {**current, **stored})
 
 
@@ -210,8 +212,8 @@ def _states(model: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[
     except Exception as error:
         raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
     current = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    unlike = sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
-    return current, stored, unlike
+    mismatched = sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
+    return current, stored, mismatched
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -240,7 +242,7 @@ A LoRA adapter trained with llmft {version}; see `config.yaml` and `environment.
 """
 
 
-def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
+def full_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
     """The full tensors for `save` if weights are sharded (a collective call); else None."""
     if not is_sharded(model):
         return None

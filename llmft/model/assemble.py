@@ -135,7 +135,7 @@ def _with_adapter(base: Any, config: TrainConfig, located: Located, weights_dire
     if weights_directory is not None:
         adapters.load_adapter(model, weights_directory)
     elif lora.adapter is not None:
-        adapters.go_on_from(model, adapter_directory(lora.adapter), lora)
+        adapters.continue_from_adapter(model, adapter_directory(lora.adapter), lora)
     return model
 
 

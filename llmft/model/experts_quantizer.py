@@ -72,7 +72,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         self.shapes = fused_shapes(model)
         self.parts: dict[str, dict[str, Any]] = {}
-        self.misfits: list[str] = []
+        self.mismatched: list[str] = []
         return super()._process_model_before_weight_loading(model, *args, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -94,7 +94,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def pack(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """`value` in 4 bits; its scales are kept for the end of loading."""
         if value.shape != self.shapes[name]:
-            self.misfits.append(name)
+            self.mismatched.append(name)
         config = self.quantization_config
         packed, state = quantize_4bit(value, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
         self.parts[name] = state.as_dict(packed=True)

@@ -22,8 +22,8 @@ from llmft.data.hub import Located
 from llmft.model import families, heads, kernels
 from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
-    agreed,
     bitsandbytes_config,
+    effective_quantization,
     keep_packing,
     quantize_in_place,
     stored_quantization,
@@ -153,7 +153,7 @@ def load_base(
     `quantization.cache` it is also stored quantised on the disk, for other processes; a failure goes to `warn`.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
-    quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
+    quantization = effective_quantization(quantization, model_config(model, located), f"model={model.label}")
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
     if keep_base and _kept.key == spec.key:
         return _kept.model
@@ -327,7 +327,7 @@ def _refuse_missing(base: Any, directory: Path, info: Any, auto_class: str) -> N
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None
         and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
     ]
-    missing += getattr(getattr(base, "hf_quantizer", None), "misfits", [])
+    missing += getattr(getattr(base, "hf_quantizer", None), "mismatched", [])
     if missing:
         raise ConfigError(
             f"{directory}: {len(missing)} weights of the model are not in its files or have another shape "

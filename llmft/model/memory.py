@@ -28,7 +28,7 @@ from llmft.model.experts import BLOCK, SCALE_BLOCK, fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.meta import meta_model
-from llmft.model.quantization import agreed, unquantized_modules
+from llmft.model.quantization import effective_quantization, unquantized_modules
 
 FP32_BYTES = 4
 STATES = {"SGD": 1, "Lion": 1, "RMSprop": 1, "Adagrad": 1, "LARS": 1, "Muon": 1, "AdEMAMix": 3}  # else 2, as Adam's
@@ -76,7 +76,7 @@ class StepMemory:
         hf_config.pad_token_id = getattr(hf_config, "pad_token_id", None) or 0
         families.prepare(hf_config.model_type)
         base = meta_model(auto_class, hf_config, dtype=dtype if lora.enabled else torch.float32)
-        quantization = agreed(config.quantization, hf_config, f"model={config.model.label}")
+        quantization = effective_quantization(config.quantization, hf_config, f"model={config.model.label}")
         frozen = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0, 0)
         self.base, self.scales, dequantized = frozen
         four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)

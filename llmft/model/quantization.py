@@ -33,7 +33,7 @@ def _stored_as(stored: dict[str, Any]) -> QuantizationConfig:
     return QuantizationConfig(QuantizationFormat(form), double_quant=bool(stored.get("bnb_4bit_use_double_quant")))
 
 
-def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> QuantizationConfig:
+def effective_quantization(quantization: QuantizationConfig, hf_config: Any, label: str) -> QuantizationConfig:
     """The quantisation that the model of `hf_config` will have, given the configured one.
 
     Files that are quantised already stay as they are; raises ConfigError if the config asks for another format.
@@ -57,7 +57,7 @@ def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> Quan
     return replace(current, cache=False)
 
 
-def held_as(model: torch.nn.Module) -> str:
+def stored_format(model: torch.nn.Module) -> str:
     """The number format of a model's quantised weights, as its modules are; "none" without any."""
     parameters: list[Any] = list(model.parameters())
     kinds = {str(p.quant_type) for p in parameters if getattr(p, "quant_state", None) is not None}

@@ -164,7 +164,7 @@ class Run:
                 path.unlink()
         self._sign()
 
-    def keep_until(self, step: int) -> None:
+    def truncate_records(self, step: int) -> None:
         """Deletes records after `step` and those of the test split; they are rewritten."""
         for path in self.row_losses.glob("*.parquet"):
             split, _, step_of_file = path.stem.rpartition("-")

@@ -144,7 +144,7 @@ class Session:
             "ran": what_ran(self.config, ready, assembled, self.plan),
         }
         record.write_records(self.inputs, environment, self.rows, ready.inspection.overlaps)
-        run.keep_until(-1 if resumed_at is None else resumed_at)
+        run.truncate_records(-1 if resumed_at is None else resumed_at)
         show_plan(self.screen, self.inputs, ready, assembled, self.plan, resumed_at)
         self.loggers += make_loggers(self.config, run, environment, self.screen)
 
@@ -281,11 +281,11 @@ class Session:
         config, run, module, rows = self.config, self.run, self.module, self.rows
         step = self._take_best() if config.trainer.export is Export.best else module.step
         if self.main_process:
-            run.keep_until(module.step)
+            run.truncate_records(module.step)
         if rows.splits.get("test"):
             module.generate_for("test")
             self._guarded(self.trainer.test, verbose=False)
-        weights = adapters.whole_state(module.model, trained_only=config.lora.enabled)
+        weights = adapters.full_state(module.model, trained_only=config.lora.enabled)
         if not self.main_process:
             return None
         directory = run.adapter if config.lora.enabled else run.model

@@ -113,7 +113,7 @@ def test_records_after_a_step_and_torn_lines_are_dropped_on_resume(tmp_path: Pat
     append_line(run.metrics_file, {"step": 2, "test/loss_nats": 1.0})
     with run.metrics_file.open("a") as file:
         file.write('{"step": 2, "tra')
-    run.keep_until(2)
+    run.truncate_records(2)
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2]
 
 
