@@ -232,7 +232,7 @@ def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) 
         (["task.margin=smal"], "did you mean small"),
         (["task.beta=0"], "task.beta=0"),
         (["data.degrees=[one]"], "two different names"),
-        (["task.label_smoothing=0.6"], "less than 0.5"),
+        (["task.label_smoothing=0.6"], "below 0.5"),
     ):
         with pytest.raises((ConfigError, DataError), match=told):
             compose("task=dpo", "data=preference", file, *overrides)
