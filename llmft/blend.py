@@ -115,7 +115,7 @@ def _other_sets(directories: list[Path], config: BlendConfig, weights: Any, prob
 
 
 def _members(config: BlendConfig, screen: Any) -> list[Path]:
-    from llmft.runs.directory import usable
+    from llmft.runs.directory import open_directories
     from llmft.runs.predictions import load_predictions
 
     def with_predictions(directory: Path) -> Path:
@@ -123,7 +123,7 @@ def _members(config: BlendConfig, screen: Any) -> list[Path]:
             raise ConfigError(f"{directory}: generated texts cannot be averaged.")
         return directory
 
-    directories = usable(config.runs, "runs", with_predictions, screen.warn)
+    directories = open_directories(config.runs, "runs", with_predictions, screen.warn)
     if len(directories) < 2:
         raise ConfigError(f"runs={config.runs}: a blend needs at least two members.")
     return directories

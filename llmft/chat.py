@@ -37,10 +37,10 @@ def chat(config: ChatConfig, *, quiet: bool = False) -> dict[str, str] | None:
     from llmft.core.console import Screen
     from llmft.core.imports import load_libraries
     from llmft.export.targets import opened
-    from llmft.runs.directory import usable
+    from llmft.runs.directory import open_directories
 
     screen = Screen(quiet=quiet or config.message is not None)
-    jobs = usable(config.run, "run", opened, screen.warn)
+    jobs = open_directories(config.run, "run", opened, screen.warn)
     screen.print("[dim]loading …[/dim]")
     load_libraries()
     from llmft.serving.dialogue import Dialogue, as_json

@@ -62,9 +62,9 @@ def folds(config: FoldsConfig, *, quiet: bool = False) -> list[Path]:
 
 def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
     """Sets of finished runs that differ only in their fold."""
-    from llmft.config.convert import canonical, numbers_of
+    from llmft.config.convert import canonical, key_fields
     from llmft.config.data import TrainOn
-    from llmft.runs.directory import finished_run, usable
+    from llmft.runs.directory import finished_run, open_directories
     from llmft.runs.predictions import names_in
 
     def of_fold(directory: Path) -> tuple[Run, TrainConfig, list[str]]:
@@ -76,11 +76,11 @@ def _sets(named: Any, warn: Callable[[str], None]) -> list[list[Any]]:
                 f"{directory}: not a run of a fold (data.fold) with a head, so it cannot be joined: train all with "
                 "-m data.fold=0,1,2,3,4 first."
             )
-        return run, trained, [run.fact("data", "rows_fingerprint"), run.fact("model", "fingerprint")]
+        return run, trained, [run.recorded("data", "rows_fingerprint"), run.recorded("model", "fingerprint")]
 
     sets: dict[str, list[Any]] = defaultdict(list)
-    for run, trained, fingerprints in usable(named, "runs", of_fold, warn):
-        numbers = numbers_of(trained)
+    for run, trained, fingerprints in open_directories(named, "runs", of_fold, warn):
+        numbers = key_fields(trained)
         numbers["data"].pop("fold")
         sets[canonical([numbers, *fingerprints, trained.data.pseudo])].append((run, trained))
     return list(sets.values())
@@ -140,13 +140,13 @@ def _check_once(runs: list[Any], parts: list[Any]) -> None:
     for (run, _), part in zip(runs, parts, strict=True):
         if part.labels != parts[0].labels:
             raise DataError(f"{run.directory}: its classes or their order differ from those of fold 0.")
-        lost = part.facts["held_out_rows"] - len(part.ids)
+        lost = part.provenance["held_out_rows"] - len(part.ids)
         if lost:
             raise DataError(
-                f"{run.directory}: {lost} of its {part.facts['held_out_rows']} held-out rows were not predicted "
+                f"{run.directory}: {lost} of its {part.provenance['held_out_rows']} held-out rows were not predicted "
                 "(length limits or bad rows left them out); cut rows instead (data.truncation=cut_prompt_left)."
             )
-    total = {part.facts["all_rows"] for part in parts}
+    total = {part.provenance["all_rows"] for part in parts}
     if total != {len(seen)}:
         raise DataError(f"{runs[0][0].directory}: {len(seen)} rows in all folds, but the data has {sorted(total)}.")
 
@@ -157,9 +157,9 @@ def _concatenated(parts: list[Any]) -> Any:
     from llmft.runs.predictions import Predictions
 
     first = parts[0]
-    facts = {
-        "sources": [source for part in parts for source in part.facts["sources"]],
-        "id_column": first.facts.get("id_column"),
+    provenance = {
+        "sources": [source for part in parts for source in part.provenance["sources"]],
+        "id_column": first.provenance.get("id_column"),
     }
     return Predictions(
         [row for part in parts for row in part.ids],
@@ -168,7 +168,7 @@ def _concatenated(parts: list[Any]) -> Any:
         first.problem,
         [target for part in parts for target in part.targets],
         {name: [value for part in parts for value in part.columns[name]] for name in first.columns},
-        facts,
+        provenance,
     )
 
 

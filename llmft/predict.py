@@ -55,11 +55,11 @@ def predict(config: PredictConfig, *, quiet: bool = False) -> list[Path]:
     from llmft.core.console import Screen
     from llmft.evaluation.jobs import plan_predictions
     from llmft.evaluation.submission import load_template, write_submission
-    from llmft.runs.directory import usable
+    from llmft.runs.directory import open_directories
 
     screen, template = Screen(quiet=quiet), load_template(config)
     ids = template.columns[0] if template is not None else None
-    jobs = usable(config.run, "run", lambda directory: plan_predictions(directory, config, ids), screen.warn)
+    jobs = open_directories(config.run, "run", lambda directory: plan_predictions(directory, config, ids), screen.warn)
     for note in dict.fromkeys(note for job in jobs for note in job.notes):
         screen.warn(note)
     answers: dict[Path, Any] = {}

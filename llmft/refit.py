@@ -40,9 +40,9 @@ def refit(config: RefitConfig, *, invocation: Invocation) -> None:
 
 def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> TrainConfig:
     """The config of the run on all rows; `warn` gets messages about unusable directories of a glob."""
-    from llmft.config.convert import canonical, numbers_of
+    from llmft.config.convert import canonical, key_fields
     from llmft.config.untrusted import check_inside
-    from llmft.runs.directory import finished_run, usable
+    from llmft.runs.directory import finished_run, open_directories
 
     def validated(directory: Path) -> tuple[Any, TrainConfig]:
         file = directory / "config.yaml"
@@ -50,10 +50,10 @@ def refit_config(config: RefitConfig, warn: Callable[[str], None] = print) -> Tr
             raise ConfigError(f"{directory}: trained on all rows, so nothing validated it; name the validated run.")
         return finished_run(directory)
 
-    runs = usable(config.runs, "runs", validated, warn)
+    runs = open_directories(config.runs, "runs", validated, warn)
     setups = []
     for _, trained in runs:
-        numbers = numbers_of(trained)
+        numbers = key_fields(trained)
         numbers["data"].pop("fold")
         numbers.pop("seed")
         setups.append(canonical(numbers))

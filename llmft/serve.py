@@ -36,13 +36,13 @@ def serve(config: ServeConfig) -> None:
     from llmft.core.console import Screen
     from llmft.core.imports import missing
     from llmft.export.targets import opened
-    from llmft.runs.directory import usable
+    from llmft.runs.directory import open_directories
     from llmft.serving.engines import KEY, hand_over
 
     screen = Screen()
     if config.engine is ServedBy.llmft and missing("starlette", "uvicorn"):
         raise ConfigError('llmft.serve needs the packages starlette and uvicorn: pip install "llmft[serve]".')
-    jobs, key = usable(config.run, "run", opened, screen.warn), os.environ.get(KEY)
+    jobs, key = open_directories(config.run, "run", opened, screen.warn), os.environ.get(KEY)
     if config.host not in LOOPBACK and not key:
         screen.warn(f"host={config.host}: everybody who can reach this machine can send requests; set {KEY}.")
     if config.engine is ServedBy.llmft:

@@ -65,13 +65,13 @@ def test_a_run_validates_trains_validates_and_writes_its_record(trained: tuple[P
 def test_the_run_directorys_config_composes_the_same_run_again(trained: tuple[Path, float | None]) -> None:
     from omegaconf import OmegaConf
 
-    from llmft.config.convert import canonical, numbers_of, to_config
+    from llmft.config.convert import canonical, key_fields, to_config
     from llmft.config.sections import TrainConfig
     from llmft.metrics.monitor import with_mode
 
     stored = OmegaConf.load(run_directory(trained[0]) / "config.yaml")
     again = to_config(OmegaConf.merge(OmegaConf.structured(TrainConfig), stored), TrainConfig)
-    assert canonical(numbers_of(again)) == canonical(numbers_of(with_mode(compose(*OWN))))
+    assert canonical(key_fields(again)) == canonical(key_fields(with_mode(compose(*OWN))))
 
 
 def test_the_second_call_finds_the_finished_run_and_force_runs_it_again(

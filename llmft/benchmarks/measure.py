@@ -190,7 +190,7 @@ def measure(case: Case, inputs: int, outputs: int) -> tuple[Measured, dict[str, 
             vocabulary=len(tokenizer),
             pad_id=tokenizer.pad_token_id,
             threads=config.trainer.threads,
-            trained=trained,
+            weights_directory=trained,
             warn=Screen(quiet=True).warn,
         )
     try:

@@ -26,7 +26,7 @@ from llmft.core.errors import DiskError
 from llmft.core.files import write_atomically
 from llmft.reports.page import template
 from llmft.reports.svg import SERIES, WIDTH, Scale, axes, figure, path, tag, text, tipped
-from llmft.runs.directory import slug
+from llmft.runs.naming import slug
 
 TOP, BOTTOM = 34, 236
 LABEL_DISTANCE = 15.0

@@ -15,14 +15,14 @@ import torch
 
 from llmft.checks.cards import plan_cards, recomputation
 from llmft.config.convert import to_plain
-from llmft.config.data import Truncation
+from llmft.config.data import NO_LIMIT, Truncation
 from llmft.config.task import Feedback
 from llmft.core.files import existing_parent, format_bytes
 from llmft.data.encode import Encoder
 from llmft.data.examples import IGNORE
 from llmft.data.preferences import by_degree, label_counts, longer_wins
 from llmft.data.prompt import PromptFormat
-from llmft.data.quality import Finding, label_balance, split_facts
+from llmft.data.quality import Finding, label_balance, split_statistics
 from llmft.data.readers import BadRows
 from llmft.model.device import TORCH_DTYPES
 from llmft.model.memory import device_memory
@@ -70,7 +70,7 @@ def examine(prepared: RunInputs) -> tuple[dict[str, Any], list[Finding]]:
         },
         "columns": prepared.usage,
         "findings": [asdict(finding) for finding in sorted(findings, key=lambda f: f.level != "error")],
-        "splits": {split: asdict(fact) for split, fact in inspection.facts.items()},
+        "splits": {split: asdict(counts) for split, counts in inspection.statistics.items()},
         "limits": _limits(prepared, rows),
         "labels": label_counts(trained) if by_label else label_balance(trained, prepared.labels),
         "overlaps": [asdict(overlap) for overlap in inspection.overlaps],
@@ -169,7 +169,7 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
     """The effect of the length limits, and the data.max_tokens that would cut 1% of the rows."""
     data = replace(
         prepared.config.data,
-        max_tokens=2**31 - 1,
+        max_tokens=NO_LIMIT,
         max_prompt_tokens=None,
         max_answer_tokens=None,
         min_prompt_tokens=0,
@@ -178,7 +178,7 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
     )
     encoder = Encoder(rows.tokenizer, rows.prompt, data, rows.encoder.fingerprint)
     unlimited = encoder.encode("train", prepared.conversations["train"], BadRows(prepared.config.data.on_bad_row))
-    facts = split_facts(unlimited, rows.tokenizer, rows.ends)
+    statistics = split_statistics(unlimited, rows.tokenizer, rows.ends)
     counts = rows.encoder.lengths["train"]
     return {
         "max_tokens": prepared.config.data.max_tokens,
@@ -187,9 +187,9 @@ def _limits(prepared: RunInputs, rows: TokenizedData) -> dict[str, Any]:
         "rows_dropped": counts.rows_dropped,
         "dropped_by": counts.dropped_by,
         "answer_share_dropped": counts.answer_share_dropped,
-        "uncut": {"all": facts.all_tokens, "prompt": facts.prompt_tokens, "answer": facts.answer_tokens},
-        "histogram": facts.histogram,
-        "cuts_one_percent": facts.all_tokens.get(99),
+        "uncut": {"all": statistics.all_tokens, "prompt": statistics.prompt_tokens, "answer": statistics.answer_tokens},
+        "histogram": statistics.histogram,
+        "cuts_one_percent": statistics.all_tokens.get(99),
     }
 
 

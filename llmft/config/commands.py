@@ -19,7 +19,7 @@ from llmft.config.trainer import Checkpointing, LoggerConfig, Mode, checkpointin
 from llmft.core.errors import ConfigError
 
 PredictionFormat = StrEnum("PredictionFormat", "predictions submission")
-"""What predict, folds and blend write besides the predictions."""
+"""What predict, folds and blend write in addition to the predictions."""
 Method = StrEnum("Method", "mean geometric rank hill_climbing convex")
 """How the members of a blend are combined."""
 OutputFormat = StrEnum("OutputFormat", "text json")
@@ -87,7 +87,7 @@ class PredictConfig(SubmissionConfig, Trusting):
 
 
 KeepSamples = StrEnum("KeepSamples", "best all")
-"""Which samples become training rows: of each prompt the best, or all of them too."""
+"""Which samples become training rows: the best of each prompt, or all of them as well."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class SampleConfig(Trusting):
 
 @dataclass
 class StageConfig:
-    """One command of a chain: its overrides, in which ${stage:NAME} is an earlier stage's directory."""
+    """One command of a pipeline: its overrides, in which ${stage:NAME} is an earlier stage's directory."""
 
     command: str = "train"
     overrides: list[str] = field(default_factory=list)
@@ -257,7 +257,7 @@ class BenchConfig:
 
 
 MergeFormat = StrEnum("MergeFormat", "hf gguf gguf_adapter")
-"""What merge writes: a directory of transformers, a GGUF file, or the adapter alone as GGUF."""
+"""What merge writes: a directory of transformers, a GGUF file, or only the adapter as GGUF."""
 MergeBase = StrEnum("MergeBase", "dequantized original")
 """What an adapter is added to: the weights that it was trained on, or those before quantisation."""
 Stored = StrEnum("Stored", "auto fp16 bf16 fp32")
@@ -286,7 +286,7 @@ class MergeConfig(Trusting):
         require(not lmstudio, "to=lmstudio: LM Studio runs GGUF files; add format=gguf.")
         self.type = self.type.lower()
         gguf = self.format is not MergeFormat.hf
-        alone = "of GGUF files alone; add format=gguf, or leave it out."
+        alone = "only for GGUF files; add format=gguf, or leave it out."
         check("type", lambda name: gguf or name == "f16", alone)
         check("converter", lambda path: gguf, alone)
 

@@ -16,7 +16,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from llmft.core.errors import ConfigError, did_you_mean, first_line
 
-# For conf/: what a task advises beside what the model and the rows do.
+# For conf/: the model's learning rate times a factor; the data's value, else the task's.
 OmegaConf.register_new_resolver("llmft.times", lambda one, other: one * other, replace=True)
 OmegaConf.register_new_resolver("llmft.first", lambda one, other: other if one is None else one, replace=True)
 
@@ -62,7 +62,7 @@ _type_hints = functools.cache(typing.get_type_hints)
 
 
 def group_of(schema: type, name: str) -> type | None:
-    """The dataclass that the field `name` of `schema` holds; None for a plain value."""
+    """The dataclass of the field `name` of `schema`; None for a plain value."""
     kind = _type_hints(schema)[name]
     return kind if isinstance(kind, type) and dataclasses.is_dataclass(kind) else None
 
@@ -86,10 +86,12 @@ def to_config(composed: DictConfig, schema: type) -> Any:
 
 
 _PLAIN_MESSAGES = {
-    r"^(Cannot merge DictConfig with ListConfig|Cannot assign \w+ to Dict.*)": "a dictionary is wanted, {name: value}",
-    r"^(Cannot merge ListConfig with DictConfig|.*is not a ListConfig, list or tuple)": "a list is wanted, [a,b]",
+    r"^(Cannot merge DictConfig with ListConfig|Cannot assign \w+ to Dict.*)": (
+        "a dictionary is expected, {name: value}"
+    ),
+    r"^(Cannot merge ListConfig with DictConfig|.*is not a ListConfig, list or tuple)": "a list is expected, [a,b]",
     r"^field '(.*)' is not Optional": r"\1 cannot be null",
-    r"^Invalid type assigned: .* is not a subclass of .*": "this holds keys of its own; set one of them",
+    r"^Invalid type assigned: .* is not a subclass of .*": "this group has keys; set one of them",
 }
 """OmegaConf's messages about types, and plain replacements."""
 
@@ -138,11 +140,11 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def numbers_of(value: Any) -> Any:
-    """`value` as plain data, without the fields that cannot change a run's results, and later ones at their default."""
+def key_fields(value: Any) -> Any:
+    """The fields of `value` in a run's key, as plain data: without `not_in_key` ones, and `later` ones at default."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            entry.name: numbers_of(getattr(value, entry.name))
+            entry.name: key_fields(getattr(value, entry.name))
             for entry in dataclasses.fields(value)
             if not entry.metadata.get("not_in_key")
             and not (entry.metadata.get("later") and getattr(value, entry.name) == _default(entry))

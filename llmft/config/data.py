@@ -77,6 +77,9 @@ class Columns:
 DEGREES = ("significantly better", "better", "slightly better", "unsure")
 """How much better an answer is, most first: Llama 2's four degrees."""
 
+NO_LIMIT = 2**31 - 1
+"""data.max_tokens without a limit."""
+
 
 @dataclass
 class DataConfig:
@@ -121,7 +124,7 @@ class DataConfig:
     min_answer_tokens: int = 0
     truncation: Truncation = Truncation.cut_prompt_left
     epochs: float = not_in_key(3.0)
-    rate: float | None = not_in_key(None)
+    learning_rate_factor: float | None = not_in_key(None)
     on_bad_row: BadRow = BadRow.error
     max_bad_fraction: float = 0.05
     max_overlap_fraction: float = 0.5
@@ -141,7 +144,7 @@ class DataConfig:
         check("num_folds", lambda n: n >= 2, "2 or more.")
         folds = f"0 to {self.num_folds - 1} (data.num_folds={self.num_folds}), or null."
         check("fold", lambda n: 0 <= n < self.num_folds, folds)
-        check("rate", lambda x: x > 0, "a factor above 0, or null for task.rate.")
+        check("learning_rate_factor", lambda x: x > 0, "a factor above 0, or null for task.learning_rate_factor.")
         check("max_prompt_tokens max_answer_tokens", lambda n: n >= 1, "1 or more, or null.")
         check("min_prompt_tokens min_answer_tokens", lambda n: n >= 0, "0 or more.")
         check("pseudo_min_confidence", lambda x: 0 <= x <= 1, "a probability, 0 to 1.")

@@ -1,4 +1,4 @@
-"""What the dataclasses of configs are made of: kinds of fields, and checks that name the key."""
+"""Kinds of fields of the configs' dataclasses, and checks whose errors name the key."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def not_in_key(default: Any = MISSING, *, factory: Any = None) -> Any:
 
 
 def later(default: Any = MISSING, *, factory: Any = None) -> Any:
-    """A field that older runs lack: with its default it has no part in a run's key, so that they are found again."""
+    """A field left out of the run key at its default, so keys of older runs, which lack it, stay valid."""
     return _field("later", default, factory)
 
 
@@ -36,14 +36,14 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def require_each(config: Any, prefix: str, keys: str, holds: Callable[[Any], bool], expected: str) -> None:
-    """Raises ConfigError for the first of the `keys` whose value is not null and does not fulfil `holds`.
+def require_each(config: Any, prefix: str, keys: str, is_valid: Callable[[Any], bool], expected: str) -> None:
+    """Raises ConfigError for the first of the `keys` whose value is not null and does not satisfy `is_valid`.
 
     The sentence is `{prefix}{key}={value}: {expected}`.
     """
     for key in keys.split():
         value = getattr(config, key)
-        require(value is None or holds(value), f"{prefix}{key}={value}: {expected}")
+        require(value is None or is_valid(value), f"{prefix}{key}={value}: {expected}")
 
 
 def is_count(value: Any) -> bool:

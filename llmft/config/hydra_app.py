@@ -1,4 +1,4 @@
-"""What the verbs share: composing a config with Hydra, and answering a mistake in one sentence."""
+"""Shared by all commands: composing a config with Hydra, and reporting a mistake in one sentence."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from llmft.config.untrusted import check_config_directories
 from llmft.core.errors import ConfigError, Interrupted, UserError, did_you_mean, exit_with, first_line, nearest, report
 
 has_ready_sweeps = False
-"""Whether the command that is composed finds sweeps/; another one's `sweep=DIR` would be taken for its group."""
+"""Whether the composed command finds sweeps/. For other commands `sweep` is an ordinary key, not a config group."""
 
 
 def make_known(name: str, schema: type) -> None:
-    """Tells Hydra of the schema of conf/<name>.yaml, and of our plugins; before anything is composed."""
+    """Registers the schema of conf/<name>.yaml and llmft's plugins with Hydra; call before anything is composed."""
     global has_ready_sweeps
     has_ready_sweeps = name == "train"
     plugins = str(Path(__file__).resolve().parents[1] / "plugins")
     if plugins not in sys.path:
-        sys.path.append(plugins)  # Hydra finds what lies in a folder hydra_plugins on the path
+        sys.path.append(plugins)  # Hydra loads plugins from folders hydra_plugins on the path
     from hydra.core.config_store import ConfigStore
 
     ConfigStore.instance().store(name=f"{name}_schema", node=schema)
@@ -43,17 +43,16 @@ def run_verb(verb: str, schema: type, job: Callable[[Any, Invocation], Any], arg
     """Runs the command `verb`: composes its file of conf/, that of `schema`, under `argv`, then calls `job`.
 
     `job` gets the config, as `schema`, and the command's invocation. Only a training's command line may ask for several
-    jobs. Leaves the process with the exit code that fits what happened.
+    jobs. Exits with the code of the error, if any.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # else a warning at every later fork
-    # A process looks for garbage several times while it ends: 0.1 s for a sweep, more with torch. Files are closed by
-    # then, not left to that.
+    # Spares the garbage collections at exit: 0.1 s for a sweep, more with torch. Files are closed by then.
     atexit.register(gc.freeze)
     exit_with(lambda: _run_app(verb, schema, job, argv))
 
 
 def _run_app(verb: str, schema: type, job: Callable[[Any, Invocation], Any], argv: Sequence[str]) -> None:
-    """Composes with Hydra and runs `job`; raises its first error, or a sentence about a wrong command line."""
+    """Composes with Hydra and runs `job`; raises its first error, or a ConfigError for a wrong command line."""
     import hydra
 
     name = "train" if schema is TrainConfig else verb
@@ -63,7 +62,7 @@ def _run_app(verb: str, schema: type, job: Callable[[Any, Invocation], Any], arg
     invocation = Invocation.of(arguments, verb)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach us instead of being printed by Hydra
     process = os.getpid()
-    failures: list[Exception] = []  # of the job: kept apart, so that they do not pass for a wrong command line
+    failures: list[Exception] = []  # of the job, not to be taken for errors of the command line
 
     def task(config: Any) -> Any:
         try:
@@ -71,9 +70,9 @@ def _run_app(verb: str, schema: type, job: Callable[[Any, Invocation], Any], arg
                 restore_arguments()
             return job(config_of_command(config, schema, invocation), invocation)
         except Interrupted as error:
-            raise SystemExit(report(error)) from None  # past Hydra, and past the jobs that remain
+            raise SystemExit(report(error)) from None  # passes through Hydra, and skips the remaining jobs
         except Exception as error:
-            if os.getpid() != process:  # in a process of another launcher, which must see it fail
+            if os.getpid() != process:  # in another launcher's process, which must see it fail
                 raise RuntimeError(str(error)) from None
             failures.append(error)
             return None
@@ -101,9 +100,9 @@ def _run_app(verb: str, schema: type, job: Callable[[Any, Invocation], Any], arg
 
 
 def config_of_command(composed: Any, schema: type, invocation: Invocation) -> Any:
-    """What `to_config` makes of a composed command line.
+    """The typed config of a composed command line.
 
-    Raises ConfigError also where a file, and not the command line, asks to run a repository's code.
+    Raises ConfigError also if a file, not the command line, asks to run a repository's code.
     """
     packages = composed.trusted_packages if "trusted_packages" in composed else ()
     for package in filter(None, packages):
@@ -118,7 +117,7 @@ def config_of_command(composed: Any, schema: type, invocation: Invocation) -> An
 def _require_typed(key: str, word: str, value: str, invocation: Invocation) -> None:
     if word not in invocation.words(key):
         advice = f"write {key}={value} on the command line if you have read the code."
-        raise ConfigError(f"{key}: a file cannot say whom you trust; {advice}")
+        raise ConfigError(f"{key}: a file cannot grant trust; {advice}")
 
 
 def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> ConfigError | None:
@@ -154,7 +153,7 @@ def explain(error: BaseException, schema: type, argv: Sequence[str] = ()) -> Con
         named = (a for a in argv if chooses(a.partition("=")[0].lstrip("+"), schema))
         argument = next((a for a in named if re.search(r"[^=]=([-+.\d]|\$\{|(null|true|false)$)", a)), None)
         if argument is not None:
-            return ConfigError(f"{argument}: the name of one of the group's options is wanted, as in model=tiny.")
+            return ConfigError(f"{argument}: the name of one of the group's options is expected, as in model=tiny.")
     if isinstance(error, ValueError) and not isinstance(error, (HydraException, OmegaConfBaseException)):
         return ConfigError(f"the command line cannot be read: {first_line(error)}")
     if isinstance(error, (AssertionError, KeyError)) and _raised_in_hydra(error):
@@ -200,7 +199,7 @@ def _missing_option(error: Any) -> ConfigError:
 
 
 def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> ConfigError:
-    """The sentence for a key that does not exist; `beside` are those that stand in the same place."""
+    """The sentence for a key that does not exist; `beside` are the keys of the same group."""
     if key is None:
         return ConfigError("an override names a key that does not exist; `--cfg job` prints all keys.")
     keys = schema_fields(schema)
@@ -208,7 +207,7 @@ def _unknown_key(key: str | None, schema: type, beside: Sequence[str] = ()) -> C
         return ConfigError(f"{key} is now called {RENAMED[key]}.")
     if key.startswith("hydra."):
         return _unknown_setting(key)
-    if beside and keys.get(key.partition(".")[0], "").startswith("dict["):  # a chain's stages, or keys of one
+    if beside and keys.get(key.partition(".")[0], "").startswith("dict["):  # a pipeline's stages, or keys of one
         return ConfigError(f"{key}: no such key; choose from {', '.join(beside)}.")
     if key in keys:
         return ConfigError(f"{key}: not among this command's defaults; write +{key}=OPTION to add one.")

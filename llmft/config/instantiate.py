@@ -1,6 +1,6 @@
 """Config to objects: the only place where a dotted path of a config becomes code.
 
-A path must be defined in a package that the key allows, and be of the kind that the key expects. So opening somebody's
+A path must be defined in a package that the key allows, and be of the kind that the key expects. So opening another's
 run directory does not run code that its config names. Arguments are plain data: nothing is resolved or built in them.
 They are bound to the signature before any weights load, since a misspelt one would otherwise fail only in a call.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
-from llmft.core.errors import ConfigError, did_you_mean
+from llmft.core.errors import ConfigError, did_you_mean, first_line
 
 KINDS: dict[str, tuple[tuple[str, ...], str, str | None]] = {
     "optimizer": (("torch.optim.", "bitsandbytes.optim."), "an optimizer", "torch.optim.Optimizer"),
@@ -100,7 +100,7 @@ def _has_arguments_of(kind: str, signature: inspect.Signature) -> bool:
 
 
 def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) -> tuple[Any, dict[str, Any]]:
-    """The target of `node` and its arguments, checked together with the names of `positional` ones.
+    """The target of `node` and its arguments, checked together with the `positional` ones.
 
     Raises ConfigError naming an argument that does not fit.
     """
@@ -116,9 +116,9 @@ def check_target(node: dict[str, Any], key: str, kind: str, *positional: str) ->
 def check_arguments(
     target: Any, path: str, arguments: dict[str, Any], key: str, *positional: str, complete: bool = False
 ) -> None:
-    """Raises ConfigError naming the one of the `arguments`, set below `key`, that `target` does not take.
+    """Raises ConfigError naming one of the `arguments`, set below `key`, that `target` does not take.
 
-    With `complete`, also for one that is missing: those and the `positional` ones are all that there will be.
+    With `complete`, these and the `positional` ones are all arguments, and a missing one is an error too.
     """
     try:
         signature = inspect.signature(target)
@@ -150,13 +150,12 @@ def _check_plain(value: Any, key: str) -> None:
 
 
 def build(node: dict[str, Any], key: str, kind: str, **extra: Any) -> Any:
-    """Builds the object of a `_target_` node. Raises ConfigError where that fails."""
+    """Builds the object of a `_target_` node. Raises ConfigError if that fails."""
     target, arguments = check_target(node, key, kind)
     try:
         return target(**arguments, **extra)
     except Exception as error:
-        cause = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{key}: {node['_target_']} cannot be built ({cause}).") from None
+        raise ConfigError(f"{key}: {node['_target_']} cannot be built ({first_line(error)}).") from None
 
 
 def optimizer_factory(node: dict[str, Any], rate: float) -> Callable[[Any], Any]:

@@ -1,4 +1,4 @@
-"""How a process was called. Only this module touches `sys.argv`; everything else is handed an `Invocation`."""
+"""How a process was called. Only this module touches `sys.argv`; everything else gets an `Invocation`."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COMMANDS = (
 
 @dataclass(frozen=True)
 class Invocation:
-    """What a user asked for.
+    """The arguments of a command.
 
     Attributes:
-        argv: the arguments behind the name of the command.
-        overrides: those that set a key, or of a sweep's trial those that set it apart from the others.
-        command: the line that does it again, as a person would type it; a secret in it is masked.
+        argv: the arguments after the name of the command.
+        overrides: those that set a key; for a trial of a sweep, those that distinguish it from the others.
+        command: the command line that repeats it, as a user would type it; secrets are masked.
     """
 
     argv: tuple[str, ...] = ()
@@ -34,24 +34,24 @@ class Invocation:
 
     @classmethod
     def of(cls, argv: Sequence[str], verb: str = "train", overrides: Sequence[str] | None = None) -> Invocation:
-        """Of a command `verb` with `argv`."""
+        """The invocation of the command `verb` with `argv`."""
         import shlex
 
         if overrides is None:
             overrides = [argument.lstrip("+") for argument in argv if "=" in argument]
-        # force=true would start again where the command is meant to go on.
+        # force=true would start again instead of resuming.
         typed = [argument.removeprefix("++") for argument in argv if not argument.startswith("force=")]
         module = "llmft" if verb == "train" else f"llmft.{verb}"
         return cls(tuple(argv), tuple(overrides), shlex.join(["python", "-m", module, *redact(typed)]))
 
     def words(self, key: str) -> list[str]:
-        """The words that the command line itself, and no file, sets `key` to, in lower case."""
+        """The words, in lower case, that the command line itself, not a file, sets `key` to."""
         values = [value for name, _, value in (a.partition("=") for a in self.argv) if name.lstrip("+") == key]
         return [word for value in values for word in re.findall(r"[\w.-]+", value.lower())]
 
 
 NO_COMMAND = Invocation()
-"""Of a program that calls llmft as a library."""
+"""The invocation of a program that calls llmft as a library."""
 
 
 def arguments_of_process() -> list[str]:
@@ -59,16 +59,16 @@ def arguments_of_process() -> list[str]:
 
 
 def split_off(argv: Sequence[str], prefix: str) -> tuple[list[str], list[str]]:
-    """What stands behind `prefix` in the arguments that begin with it, and the other arguments."""
+    """Splits arguments into the values of those that start with `prefix`, and the others."""
     values = [argument.removeprefix(prefix) for argument in argv if argument.startswith(prefix)]
     return values, [argument for argument in argv if not argument.startswith(prefix)]
 
 
 @contextlib.contextmanager
 def arguments_for_hydra(argv: Sequence[str]) -> Iterator[Any]:
-    """`hydra.main` reads `sys.argv` and takes no argument in its place: there it finds `argv`.
+    """Sets sys.argv for hydra.main, which takes no arguments.
 
-    What is yielded puts the process's own back, with which Lightning starts the other processes of a run.
+    Yields a function that restores it; Lightning needs the original to start other ranks.
     """
     before = sys.argv
 

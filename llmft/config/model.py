@@ -86,7 +86,7 @@ class QuantizationConfig:
 
 
 MOST_RANK = 65_536
-"""Largest LoRA rank; a higher one in a stranger's config would take all memory."""
+"""Largest LoRA rank; a higher one in an untrusted config would take all memory."""
 
 
 @dataclass

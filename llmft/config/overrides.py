@@ -1,10 +1,10 @@
-"""What a shell hands over, as Hydra's grammar wants it: texts may hold anything, open dictionaries any key.
+"""Shell arguments as overrides in Hydra's grammar: texts may contain anything, open dictionaries any key.
 
-A key of type text takes its argument as it is. These alone mean more than their characters:
+A key of type text takes its argument literally. Only these have a special meaning:
 
-- `null`, where the key may be left empty, and `${…}`, which stand for what they stand for in Hydra;
-- one pair of quotes around all of it, `'…'` or `"…"`, which Hydra's grammar takes away;
-- with `-m`, commas between values that hold no spaces (`-m data.name=a,b`), are quoted (`'a b','c, d'`) or null, and
+- `null`, for a key that may be empty, and `${…}`, as in Hydra;
+- one pair of quotes around all of it, `'…'` or `"…"`, which Hydra's grammar removes;
+- with `-m`, commas between values that contain no spaces (`-m data.name=a,b`), are quoted (`'a b','c, d'`) or null, and
   Hydra's functions, such as `choice(a,b)`. A comma inside brackets, or in a text with spaces, is a comma.
 
 A list of texts is written `[a,b]`; its items are texts in the same way.
@@ -36,16 +36,16 @@ def config_directory() -> Path:
 
 
 def shipped_directory(name: str) -> Path:
-    """A directory that ships with llmft: beside the checkout's package, or inside the installed one."""
+    """A directory that ships with llmft: next to the package in a checkout, or inside the installed one."""
     package = Path(__file__).resolve().parents[1]
     for candidate in (package / "assets" / name, package.parent / name):
         if candidate.is_dir():
             return candidate
-    raise ConfigError(f"no {name}/ beside or inside {package}: the installation is incomplete, install llmft again.")
+    raise ConfigError(f"no {name}/ next to or inside {package}: the installation is incomplete, install llmft again.")
 
 
 def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -> list[str]:
-    """A shell's arguments of the command of `schema` as Hydra reads them, options in front.
+    """Shell arguments for the command of `schema` in Hydra's form, options first.
 
     Raises ConfigError for an option that does not exist or is not offered, such as -m without `multirun`.
     """
@@ -80,7 +80,9 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
     for argument in (f"--config-name={parsed.config_name or ''}", *parsed.overrides):
         key, _, value = argument.partition("=")
         if chooses(key.lstrip("+~"), schema) and value[:1] != "{" and re.search(r"(^|[\[,'\"/\s])\.\.?(/|$)", value):
-            raise ConfigError(f"{argument}: a name is wanted, not a path; --config-dir=DIR adds a directory of yours.")
+            raise ConfigError(
+                f"{argument}: a name is expected, not a path; --config-dir=DIR adds a directory of yours."
+            )
     waiting, options = list(parsed.overrides), []
     for argument in arguments:
         if waiting and argument == waiting[0]:
@@ -94,13 +96,13 @@ def hydra_arguments(arguments: Sequence[str], schema: type, *, multirun: bool) -
 
 @functools.cache
 def kinds_of(schema: type) -> dict[str, str]:
-    """What each dotted key of a command holds, as it is annotated."""
+    """The annotated type of each dotted key of a command."""
     kinds = schema_fields(schema)
     return kinds | schema_fields(SearchConfig, "hydra.sweeper.") if schema is TrainConfig else kinds
 
 
 def is_text(key: str, schema: type) -> bool:
-    """Whether a key holds a text."""
+    """Whether a key is of type text."""
     return kinds_of(schema).get(key.lstrip("+"), "").partition(" |")[0] == "str"
 
 
@@ -138,7 +140,7 @@ def as_override(argument: str, schema: type, *, several: bool = False) -> str:
     inside = next((name for name in kinds if key.startswith(f"{name}.") and kinds[name].startswith("dict[")), None)
     if inside is None:
         return argument
-    if "Config" in kinds[inside]:  # a chain's stages, which its file declares: no key is added to those
+    if "Config" in kinds[inside]:  # a pipeline's stages, which its file declares: no key is added to them
         return f"{key}={_list(value)}"
     if kinds[inside].startswith("dict[str, str]"):
         name, value = key.removeprefix(f"{inside}."), _text(value, optional=False)
@@ -212,7 +214,7 @@ def _list(value: str) -> str:
 
 
 def _values(value: str) -> list[str]:
-    """The several values that one argument gives; itself where it is one."""
+    """The values that one argument of a multirun gives; just itself if no comma separates values."""
     pieces = split_at_commas(value)
     stripped = [piece.strip() for piece in pieces]
     pairs = zip(pieces, stripped, strict=True)

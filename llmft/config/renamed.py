@@ -1,4 +1,4 @@
-"""Keys that have another name than in an earlier release: the old name works for one release more, and is told."""
+"""Renamed keys: on the command line the old name works for one more release, with a warning."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 RENAMED = {
+    "data.rate": "data.learning_rate_factor",
+    "task.rate": "task.learning_rate_factor",
     "data.pseudo_floor": "data.pseudo_min_confidence",
     "data.pseudo_cap": "data.pseudo_max_per_class",
     "sweep.silence_limit": "sweep.heartbeat_timeout",
@@ -16,7 +18,7 @@ RENAMED = {
 
 
 def with_new_names(arguments: Sequence[str]) -> list[str]:
-    """A command line's `arguments` with today's names; each old one is told."""
+    """A command line's `arguments` with the current names; warns of each old one."""
     renamed = []
     for argument in arguments:
         old = argument.partition("=")[0].lstrip("+~")
@@ -28,7 +30,7 @@ def with_new_names(arguments: Sequence[str]) -> list[str]:
 
 
 def move(plain: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
-    """A config as plain data in which the dotted keys of `names` have the name beside them, if they are there."""
+    """A config as plain data, with the dotted keys of `names` renamed to their values if present."""
     moved = {group: dict(values) if isinstance(values, dict) else values for group, values in plain.items()}
     for old, new in names.items():
         group, key = old.split(".")

@@ -52,7 +52,9 @@ class TrainConfig:
             "use quantization=none for full fine-tuning, or a LoRA.",
         )
         if self.lora.adapter is not None and not self.lora.enabled:
-            raise ConfigError("lora.adapter with lora=none: an adapter is trained on as one; choose lora=default.")
+            raise ConfigError(
+                "lora.adapter with lora=none: an adapter needs LoRA to be trained on; choose lora=default."
+            )
         self._check_margins()
         require_each(self, "", "seed", lambda n: 0 <= n < 2**32, "0 to 4294967295.")
 

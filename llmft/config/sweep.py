@@ -13,7 +13,7 @@ from llmft.core.errors import ConfigError, did_you_mean
 
 @dataclass
 class RayConfig:
-    """Where trials run on other machines: `hydra/launcher=ray` asks for a cluster."""
+    """Trials on other machines: `hydra/launcher=ray` asks for a cluster."""
 
     address: str | None = None
     gpus_per_worker: float | None = None
@@ -27,7 +27,7 @@ class RayConfig:
 
 @dataclass
 class SweepConfig:
-    """How the trials of a multirun run and what is asked of them; no part of any run's key."""
+    """How the trials of a multirun run and what they should answer; no part of any run's key."""
 
     name: str | None = None
     question: str | None = None
@@ -45,7 +45,7 @@ class SweepConfig:
 
     @property
     def declared_looks(self) -> Any:
-        """How often the results are looked at; once, or five times where seeds are added, unless it is said."""
+        """How often the results are looked at: `looks`, by default once, or five times if seeds are added."""
         return self.looks if self.looks is not None else 5 if self.seeds_until else 1
 
     def __post_init__(self) -> None:
@@ -72,7 +72,7 @@ class SearchConfig:
         startup_trials: random configurations before TPE or GP begin.
         pruner_startup_trials: complete trials before the median pruner begins.
         min_validations: number of the first validation at which a trial may be pruned (0 is before training).
-        max_validations: validations of a whole run, for Hyperband; None: as many as the longest complete trial had.
+        max_validations: validations of a full run, for Hyperband; None: as many as the longest complete trial had.
         reduction_factor: at each rung of successive halving, one trial in this many continues.
         params: ranges by key; the command line takes precedence.
         conditions: parameters that exist only under a condition on others.
@@ -108,9 +108,9 @@ class SearchConfig:
 
 
 def search_settings(plain: dict[str, Any]) -> SearchConfig:
-    """What stands below hydra.sweeper, as Hydra gives it.
+    """The settings below hydra.sweeper.
 
-    Raises ConfigError naming the key of one that is wrong, or that only a search has where there is none.
+    Raises ConfigError naming the key of a wrong one, or of one for a search if there is no search.
     """
     try:
         settings: SearchConfig = from_plain(plain, SearchConfig)

@@ -1,4 +1,4 @@
-"""The group task of a training: what is learned, and from which judgements."""
+"""The group task of a training: what is learned, and from what feedback."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from llmft.config.fields import later, not_in_key, require, require_each
 from llmft.core.errors import ConfigError, did_you_mean
 
 Head = StrEnum("Head", "linear tokens")
-"""How a model classifies: with new weights on its last state, or with its own words for the classes."""
+"""linear: a new head on the last hidden state; tokens: the LM's probabilities of label words."""
 TaskType = StrEnum("TaskType", "single_label multi_label regression")
 """The kind of target: one class, any number of classes, or a number."""
 Feedback = StrEnum("Feedback", "pairs labels")
-"""What people said of answers: which of a prompt's answers is better, or of each answer whether it is good."""
+"""Human feedback: which of a prompt's answers is better, or whether each answer is good."""
 Reference = StrEnum("Reference", "start base none")
-"""What a policy is measured against: itself before the first step, its base without any adapter, or nothing."""
+"""The reference policy: the policy before the first step, its base without any adapter, or none."""
 Advantage = StrEnum("Advantage", "group centred leave_one_out gae")
-"""By what an answer's reward is measured: its prompt's other answers, or a value head's expectation."""
+"""Baseline of an answer's reward: its prompt's other answers, or a value head's estimate."""
 Aggregate = StrEnum("Aggregate", "token sequence constant")
-"""How tokens of answers add up to a step's loss."""
+"""How token losses are aggregated into a step's loss."""
 KlWhere = StrEnum("KlWhere", "loss reward")
-"""Where the divergence from the reference counts."""
+"""Where the KL penalty is applied."""
 KlEstimator = StrEnum("KlEstimator", "k1 k3")
-"""How the divergence is estimated at a drawn token."""
+"""Estimator of the KL divergence at a sampled token."""
 Ratio = StrEnum("Ratio", "token sequence product")
-"""Whether the clip looks at tokens, or at whole answers by the geometric mean or the product of their tokens."""
+"""What is clipped: each token's ratio, or an answer's: the geometric mean or the product of its tokens' ratios."""
 CLASSIFICATION = "llmft.training.objectives.classification.Classification"
 
 
 @dataclass
 class KlConfig:
-    """What holds a policy to the one that it began as."""
+    """KL penalty towards the reference policy."""
 
     beta: float = 0.0
     where: KlWhere = KlWhere.loss
@@ -46,7 +46,7 @@ class KlConfig:
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """How a policy that learns from rewards answers, and how its answers are judged and learned from."""
+    """How a policy samples answers, and how they are judged and learned from."""
 
     rollouts: bool = later(False)
     judges: Any = later(None)
@@ -75,7 +75,7 @@ class RolloutConfig:
         if not self.rollouts:
             require(self.judges is None, "task.judges: this task draws no answers; choose task=grpo, rloo or ppo.")
             return
-        require(bool(self.judges), "task.judges: nobody says which answers are good; name functions or reward runs.")
+        require(bool(self.judges), "task.judges: nothing scores the answers; name functions or reward runs.")
         compares = self.advantage in (Advantage.group, Advantage.centred)
         others = f"2 or more: with task.advantage={self.advantage.value} an answer is measured by the others."
         check("group", lambda n: n > 1 or not compares, others)
@@ -101,7 +101,7 @@ class TaskConfig(RolloutConfig):
     centre: float = later(0.0)
     reference: Reference = later(Reference.none)
     epochs: float | None = not_in_key(None)
-    rate: float = not_in_key(1.0)
+    learning_rate_factor: float = not_in_key(1.0)
     auto_class: str | None = None
     metrics: list[str] = field(default_factory=list)
     metric_options: dict[str, Any] = field(default_factory=dict)
@@ -114,7 +114,7 @@ class TaskConfig(RolloutConfig):
         if self.head is not None:
             self.objective = self.objective or CLASSIFICATION
             model = "causal_lm" if self.head is Head.tokens else "sequence_classification"
-            other = f"task.head={self.head} sits on a {model}; leave it out."
+            other = f"task.head={self.head} always uses {model}; leave it out."
             require_each(self, "task.", "auto_class", lambda name: name == model, other)
             self.auto_class = model
         require(self.objective is not None, f"task={self.name} has no task.objective.")
@@ -128,7 +128,7 @@ class TaskConfig(RolloutConfig):
         check("generate_rows show_rows", lambda n: n >= 0, "0 or more.")
         check("max_new_tokens", lambda n: n >= 1, "1 or more.")
         check("label_smoothing", lambda x: 0 <= x < 1, "at least 0 and below 1.")
-        tokens_alone = "0 or more, and for task.head=tokens alone."
+        tokens_alone = "0 or more, and only for task.head=tokens."
         check("text_loss", lambda x: x == 0 or (x > 0 and self.head is Head.tokens), tokens_alone)
         several = self.problem is not TaskType.single_label
         if several and self.head is Head.tokens:
@@ -146,21 +146,21 @@ class TaskConfig(RolloutConfig):
 
     @property
     def predicts(self) -> bool:
-        """Whether rows have numbers that are predicted, of classes or of answers, and not their text alone."""
+        """Whether predictions of rows are numbers, of classes or of answers, not only text."""
         return self.head is not None or self.feedback is not None
 
     @property
     def scores_answers(self) -> bool:
-        """Whether the task learns a reward model: a head with one score an answer."""
+        """Whether the task learns a reward model: a head with one score per answer."""
         return self.feedback is not None and self.auto_class == "sequence_classification"
 
     @property
     def writes(self) -> bool:
-        """Whether what is asked of a trained model is text, and no class, number or score."""
+        """Whether a trained model is asked for text, not for a class, number or score."""
         return self.head is None and not self.scores_answers
 
     def margins(self, degrees: list[str]) -> list[float]:
-        """What each of `degrees` asks the chosen answer to be ahead by; Llama 2's small ones are 1, 2/3, 1/3, 0."""
+        """Required margin of the chosen answer, per degree; Llama 2's small ones are 1, 2/3, 1/3, 0."""
         if isinstance(self.margin, dict):
             return [float(self.margin[name]) for name in degrees]
         last = len(degrees) - 1
@@ -170,7 +170,7 @@ class TaskConfig(RolloutConfig):
     def _check_feedback(self) -> None:
         check = partial(require_each, self, "task.")
         check("epochs", lambda x: x > 0, "above 0, or null for data.epochs.")
-        check("rate", lambda x: 0 < x < math.inf, "a factor of the model's rate, above 0.")
+        check("learning_rate_factor", lambda x: 0 < x < math.inf, "a factor on the model's learning rate, above 0.")
         check("beta", lambda x: 0 < x < math.inf, "above 0.")
         check("sft_weight centre", lambda x: 0 <= x < math.inf, "0 or more.")
         known = ("none", "small", "large")
@@ -183,5 +183,5 @@ class TaskConfig(RolloutConfig):
         )
         if self.head is not None and self.feedback is not None:
             raise ConfigError(f"task.head={self.head}: task.feedback compares answers; set one to null.")
-        less = "of a comparison less than 0.5, where it says nothing."
+        less = "below 0.5 for comparisons, which say nothing at 0.5."
         check("label_smoothing", lambda x: x < 0.5 or self.feedback is None, less)

@@ -17,7 +17,7 @@ from llmft.config.model import Precision
 from llmft.core.errors import ConfigError, did_you_mean
 
 Schedule = StrEnum("Schedule", "constant linear cosine")
-"""The course of the learning rate from its peak to its floor."""
+"""Schedule of the learning rate from its peak to its floor."""
 OnNan = StrEnum("OnNan", "stop skip")
 """What happens to a step whose loss or gradient is not a finite number."""
 OnSaveError = StrEnum("OnSaveError", "stop warn")

@@ -28,7 +28,7 @@ MAX_ALIASES = 50
 """Most aliases in one YAML file: 54 nested ones make ten million nodes, and OmegaConf copies each."""
 MAX_LAYERS = 2_000
 MAX_COUNT = 1_000_000
-"""Largest count in a model's config of anything that becomes a Python object each."""
+"""Largest count in a model's config of things that each become a Python object."""
 JSON_LIMITS = {
     "config.json": 4 * MIB,
     "generation_config.json": MIB,
@@ -41,20 +41,20 @@ JSON_LIMITS = {
 }
 
 
-def read_bounded(path: Path, most: int) -> str:
-    """The text of a file of at most `most` bytes. Raises ConfigError for a larger or unreadable file."""
+def read_bounded(path: Path, max_bytes: int) -> str:
+    """The text of a file of at most `max_bytes` bytes. Raises ConfigError for a larger or unreadable file."""
     try:
-        return read_plain(path, most).decode("utf-8")
+        return read_plain(path, max_bytes).decode("utf-8")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8.") from None
 
 
-def read_json(path: Path, most: int = 16 * MIB) -> dict[str, Any]:
-    """The JSON object in a file of at most `most` bytes. Raises ConfigError for anything else."""
+def read_json(path: Path, max_bytes: int = 16 * MIB) -> dict[str, Any]:
+    """The JSON object in a file of at most `max_bytes` bytes. Raises ConfigError for anything else."""
     try:
-        content = json.loads(read_bounded(path, most))
+        content = json.loads(read_bounded(path, max_bytes))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON ({error}).") from None
     if not isinstance(content, dict):
@@ -94,19 +94,19 @@ def check_config_directories(arguments: Sequence[str]) -> None:
                 continue
             content = read_yaml(path)
             if not isinstance(content, dict | None):
-                raise ConfigError(f"{path}: a config holds keys and values, not a {type(content).__name__}.")
+                raise ConfigError(f"{path}: a config contains keys and values, not a {type(content).__name__}.")
             for key, text in _texts(content):
                 if "${" in _REFERENCE.sub("", _ESCAPED.sub("", text)):
                     advice = "a file may refer to another key as in ${a.b}; write other values on the command line."
                     raise ConfigError(f"{path}: {key}={text}: {advice}")
                 if key.startswith("defaults") and re.search(r"(^|[\s/}])\.", text):
-                    raise ConfigError(f"{path}: {key}={text}: a name is wanted, not a path out of the directory.")
+                    raise ConfigError(f"{path}: {key}={text}: a name is expected, not a path out of the directory.")
             _check_hydra(path, path.relative_to(directory), content)
 
 
 _ESCAPED = re.compile(r"(?<!\\)\\\$\{")
 _REFERENCE = re.compile(r"\$\{(stage:)?[\w.\[\]-]+\}")
-"""Another key, or an earlier stage of a chain, which stays as it is written until that has run."""
+"""Another key, or an earlier stage of a pipeline, which is resolved once that stage has run."""
 HYDRA_SETTINGS = {"mode", "sweeper", "launcher"}
 """The settings of hydra that a file may set; others (callbacks, logging, job, searchpath) run code or set variables."""
 
@@ -166,7 +166,7 @@ def stored_config(path: Path) -> TrainConfig:
     model = plain.get("model")
     if isinstance(model, dict) and model.get("trust_remote_code") not in (None, False):
         code = f"this command runs no code of {model.get('path') or model.get('id')}; plain peft loads its adapter."
-        raise ConfigError(f"{path}: model.trust_remote_code: a file cannot say whom you trust, and {code}")
+        raise ConfigError(f"{path}: model.trust_remote_code: a file cannot grant trust, and {code}")
     # A file cannot grant trust; only the command line can.
     plain = {**plain, "trusted_packages": []} if "trusted_packages" in plain else plain
     for key, text in _texts(plain):
@@ -175,10 +175,12 @@ def stored_config(path: Path) -> TrainConfig:
         names = re.findall(r"\$\{\s*([\w.]+)\s*:", text)
         is_resolved = any(name.startswith(("oc.", "hydra")) or OmegaConf.has_resolver(name) for name in names)
         if is_resolved or not key.startswith(TEXT_KEYS):
-            raise ConfigError(f"{path}: {key}={text}: a run's config holds plain values; nothing is resolved in it.")
+            raise ConfigError(f"{path}: {key}={text}: a run's config contains plain values; nothing is resolved in it.")
     implementation = model.get("attn_implementation") if isinstance(model, dict) else None
     if implementation is not None and not _is_implementation(implementation):
-        raise ConfigError(f"{path}: model.attn_implementation={implementation!r} would fetch and run code of others.")
+        raise ConfigError(
+            f"{path}: model.attn_implementation={implementation!r} would download and run third-party code."
+        )
     if isinstance(sweep := plain.get("sweep"), dict):
         plain = {**plain, "sweep": {key: value for key, value in sweep.items() if key not in REMOVED_KEYS}}
     try:
@@ -193,7 +195,7 @@ REMOVED_KEYS = ("stack", "halving")
 
 
 TEXT_KEYS = ("notes", "tags", "prompt.", "data.columns.", "data.labels", "task.words", "sweep.question")
-"""Keys of a stored config that hold free text, in which `${` may occur."""
+"""Keys of a stored config that contain free text, in which `${` may occur."""
 
 
 def _is_implementation(value: Any) -> bool:
@@ -210,7 +212,9 @@ def check_inside(node: Any, key: str) -> None:
             or text.startswith(("/", "~"))
             or ".." in Path(text).parts
         ):
-            raise ConfigError(f"{name}={text}: a run's file does not choose where this writes or sends to; train anew.")
+            raise ConfigError(
+                f"{name}={text}: a run's file does not choose where this writes or sends to; train again."
+            )
 
 
 def check_plain_files(directory: Path) -> None:
@@ -234,18 +238,18 @@ def _refuse_special(path: Path) -> None:
 
 def check_model(directory: Path) -> None:
     """Raises ConfigError for a model directory with harmful JSON files; weights are not read."""
-    for path in directory.iterdir():  # the Hub's cache holds links
+    for path in directory.iterdir():  # the Hub's cache contains links
         _refuse_special(path)
-    for name, most in JSON_LIMITS.items():
+    for name, max_bytes in JSON_LIMITS.items():
         path = directory / name
         if not path.is_file():
             continue
-        if path.stat().st_size > most:
-            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes, more than {most:,}; it is not read.")
+        if path.stat().st_size > max_bytes:
+            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes, more than {max_bytes:,}; it is not read.")
         if name == "config.json":
-            check_values(path, read_json(path, most))
+            check_values(path, read_json(path, max_bytes))
         elif name == "model.safetensors.index.json":
-            names = read_json(path, most).get("weight_map")
+            names = read_json(path, max_bytes).get("weight_map")
             for shard in names.values() if isinstance(names, dict) else ():
                 if not isinstance(shard, str) or Path(shard).name != shard:
                     raise ConfigError(f"{path}: names a file outside the directory: {shard!r}.")
@@ -255,7 +259,7 @@ def check_values(path: Path | str, config: dict[str, Any]) -> None:
     """Raises ConfigError for values of a model's config that take too much memory or run code. `path` is for errors."""
     for key, value in config.items():
         if "implementation" in key and value is not None and not _is_implementation(value):
-            raise ConfigError(f"{path}: {key}={value!r} would fetch and run code of others.")
+            raise ConfigError(f"{path}: {key}={value!r} would download and run third-party code.")
         if isinstance(value, dict):
             check_values(path, value)
         elif isinstance(value, int):

@@ -1,4 +1,4 @@
-"""What a person sees: the plan, a progress bar, warnings, tables. All of it also goes to the run's log."""
+"""Terminal output: the plan, a progress bar, warnings, tables; all of it also goes to the run's log."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Screen:
         self._log: Console | None = None
 
     def open_log(self, path: Path) -> None:
-        """Copies what follows to `path`, behind what is there."""
+        """Appends all further output to `path`."""
         self.close_log()
         self._file = RedactingFile(path.open("ab"), encoding="utf-8")
         self._log = Console(file=self._file, width=100, highlight=False, no_color=True)
@@ -62,11 +62,11 @@ class Screen:
                 self._file.flush()
 
     def log_error(self, error: BaseException) -> None:
-        """What ended the run, in its log alone: a sentence for the user's errors, else the traceback."""
+        """Writes the error that ended the run to its log only: a sentence for a UserError, else the traceback."""
         if self._file is None:
             return
         text = str(error) if isinstance(error, UserError) else "".join(traceback.format_exception(error))
-        with contextlib.suppress(OSError):  # a full disk has its own way to be told
+        with contextlib.suppress(OSError):  # a full disk is reported elsewhere
             self._file.write(f"{text.rstrip()}\n")
             self._file.flush()
 
@@ -74,21 +74,21 @@ class Screen:
         self.print(f"[yellow]warning:[/yellow] {escape(message)}")
 
     def plan(self, facts: Mapping[str, str]) -> None:
-        """A short table of what is about to happen."""
+        """Prints a short table of what is about to happen."""
         table = Table.grid(padding=(0, 2))
         for name, value in facts.items():
             table.add_row(f"[bold]{name}[/bold]", escape(redact(value)))
         self.print(Panel(table, title="llmft", title_align="left", border_style="cyan", expand=False))
 
     def samples(self, samples: Sequence[Mapping[str, Any]], count: int, step: int) -> None:
-        """Generations beside their references."""
+        """Prints generations next to their references."""
         if not samples or count == 0:
             return
         table = Table(title=f"generations after step {step}", title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("prompt", overflow="ellipsis", no_wrap=True, max_width=60)
         table.add_column("reference", overflow="ellipsis", no_wrap=True, max_width=30)
         table.add_column("generated", overflow="ellipsis", no_wrap=True, max_width=30)
-        for sample in map(redact, samples[:count]):  # before it is cut to what the screen holds
+        for sample in map(redact, samples[:count]):  # before texts are cut, which could split a secret
             same = sample["reference"].strip() == sample["generated"].strip()
             prompt, reference, generated = (
                 " ".join(sample[name].split()) for name in ("prompt", "reference", "generated")
@@ -101,7 +101,7 @@ class Screen:
 def text_table(
     head: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", left: Sequence[int] = (0,)
 ) -> Table:
-    """A table of plain text, numbers at the right and the columns of `left` at the left; what is too long is folded."""
+    """A table of plain text, right-aligned but for the columns `left`; long cells are folded."""
     table = Table(title=escape(title) or None, title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(head):
         table.add_column(escape(name), justify="left" if index in left else "right", overflow="fold")
@@ -111,7 +111,7 @@ def text_table(
 
 
 class StepProgress:
-    """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever comes later."""
+    """A bar on a terminal; elsewhere a line every 30 s or 5% of the steps, whichever is later."""
 
     def __init__(self, screen: Screen, total: int, *, enabled: bool = True) -> None:
         self.screen = screen

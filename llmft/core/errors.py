@@ -54,7 +54,7 @@ class TrialsFailed(UserError):
 
 
 class StageFailed(UserError):
-    """A stage of a chain ended with an error, which it has told itself; its exit code is this one's."""
+    """A pipeline stage failed and printed its error. Carries its exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -97,7 +97,7 @@ WRONG_PLACE = (errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ENA
 
 
 def nearest(word: str, options: Iterable[str]) -> str | None:
-    """The option most similar to `word`; None where nothing is close."""
+    """The option most similar to `word`; None if none is close."""
     matches = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     return matches[0] if matches else None
 
@@ -112,7 +112,7 @@ def did_you_mean(word: str, options: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, or its kind; of a library's without its pages of advice."""
+    """First line of an error's message; its type name if it has none. A library's is cut at 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     line = lines[0] if lines else type(error).__name__
     return line if isinstance(error, UserError) else line[:300]
@@ -137,16 +137,16 @@ def report(error: BaseException) -> int:
     if os.environ.get("LLMFT_TRACE") or not isinstance(error, UserError):
         print(redact("".join(traceback.format_exception(error))), end="", file=sys.stderr)
     if isinstance(error, UserError):
-        # One line, even where it quotes an argument of several lines; indented lines are a list.
+        # One line, even if it quotes an argument of several lines; indented lines are a list.
         message = str(error) if "\n  " in str(error) else " ".join(str(error).splitlines())
         print(redact(f"llmft: {message}"), file=sys.stderr)
         return error.exit_code
-    print("llmft: an unexpected error; the lines above say where.", file=sys.stderr)
+    print("llmft: unexpected error; see the traceback above.", file=sys.stderr)
     return 1
 
 
 def exit_with(function: Callable[[], object]) -> None:
-    """Runs `function`; an error ends the process with its exit code, a reader that went away (`| head`) silently."""
+    """Runs `function`; an error ends the process with its exit code, a closed pipe (`| head`) silently."""
     try:
         try:
             function()
@@ -160,7 +160,7 @@ def exit_with(function: Callable[[], object]) -> None:
 
 
 def _reader_is_gone() -> bool:
-    """Whether stdout is a pipe that nobody reads any more."""
+    """Whether stdout is a pipe whose reader is gone."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -16,9 +17,9 @@ from typing import IO, Any
 
 @contextlib.contextmanager
 def staged_file(path: Path) -> Iterator[IO[bytes]]:
-    """A temporary file beside `path` that replaces it, flushed to the disk, when the block ends without an error.
+    """A temporary file next to `path`, which it replaces, flushed to the disk, if the block succeeds.
 
-    So `path` is never half written, and a failed block leaves nothing behind. Leftovers of killed processes go.
+    `path` is never half written, and a failed block leaves nothing behind. Deletes leftovers of killed processes.
     """
     staged = _staging_path(path)
     try:
@@ -37,9 +38,9 @@ def staged_file(path: Path) -> Iterator[IO[bytes]]:
 
 @contextlib.contextmanager
 def scratch_directory(path: Path) -> Iterator[Path]:
-    """An empty directory beside `path` that is gone when the block ends, and what a killed process left of it too."""
+    """An empty directory next to `path`, deleted when the block ends; so are leftovers of killed processes."""
     scratch = _staging_path(path)
-    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process of the same number, as in containers
+    shutil.rmtree(scratch, ignore_errors=True)  # of a killed process with the same PID, as in containers
     scratch.mkdir()
     try:
         yield scratch
@@ -49,7 +50,7 @@ def scratch_directory(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def staged_directory(path: Path) -> Iterator[Path]:
-    """A directory to fill; it takes `path`'s place when the block ends well, else nothing is left of it."""
+    """A directory to fill. Replaces `path` if the block succeeds; deleted otherwise."""
     with scratch_directory(path) as scratch:
         staged = scratch / path.name
         staged.mkdir()
@@ -62,7 +63,7 @@ def staged_directory(path: Path) -> Iterator[Path]:
 
 
 def _staging_path(path: Path) -> Path:
-    """This process's temporary name beside `path`; what killed processes left under theirs is deleted."""
+    """This process's temporary name next to `path`; deletes what killed processes left under theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
         if is_abandoned(leftover):
@@ -71,7 +72,7 @@ def _staging_path(path: Path) -> Path:
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether the process that was writing `path`, a `.NAME.PID.tmp`, is no longer there."""
+    """Whether the process that was writing `path`, a `.NAME.PID.tmp`, no longer runs."""
     pid = path.name.removesuffix(".tmp").rpartition(".")[2]
     if os.name == "nt" or not pid.isdigit() or int(pid) in (0, os.getpid()):  # on Windows, os.kill would end it
         return False
@@ -93,7 +94,7 @@ def sync_files(directory: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Flushes the names in a directory to the disk; Windows opens no directory, and has no need to."""
+    """Flushes a directory's entries to the disk; does nothing on Windows, which opens no directories."""
     if os.name == "nt":
         return
     directory = os.open(path, os.O_RDONLY)
@@ -105,7 +106,7 @@ def sync_directory(path: Path) -> None:
 
 @contextlib.contextmanager
 def exclusive_lock(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> Iterator[None]:
-    """Holds the lock file `path`; raises `busy` where another process holds it for `timeout_s`."""
+    """Holds the lock file `path`; raises `busy` if another process holds it for `timeout_s`."""
     import filelock
 
     with contextlib.ExitStack() as stack:
@@ -116,8 +117,8 @@ def exclusive_lock(path: Path, busy: Exception, *, timeout_s: float = 0.0) -> It
         yield
 
 
-def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
-    """The content of a regular file of at most `most` bytes.
+def read_plain(path: Path, max_bytes: int = 256 * 2**20) -> bytes:
+    """The content of a regular file of at most `max_bytes` bytes.
 
     Raises OSError for a larger file, and for a pipe, socket or device, without waiting for it.
     """
@@ -127,11 +128,17 @@ def read_plain(path: Path, most: int = 256 * 2**20) -> bytes:
     with open(handle, "rb") as file:
         if not stat.S_ISREG(os.fstat(handle).st_mode):
             raise OSError(errno.EINVAL, "not a plain file", str(path))
-        content = file.read(most + 1)
-    if len(content) > most:
-        reason = f"larger than {most:,} bytes, which is too large for this file; it is not read"
+        content = file.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        reason = f"larger than {max_bytes:,} bytes, which is too large for this file; it is not read"
         raise OSError(errno.EFBIG, reason, str(path))
     return content
+
+
+def sha256_of(path: Path) -> str:
+    """The hex digest of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -161,7 +168,7 @@ def cache_directory() -> Path:
 
 
 RECORDS_BYTES = 2**20
-"""Space that stays free beside a large file, for the small files that come with it."""
+"""Space kept free next to a large file, for the small files that come with it."""
 
 
 def existing_parent(path: Path) -> Path:

@@ -6,16 +6,21 @@ import gc
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 NOISY = ("lightning", "transformers", "peft", "bitsandbytes", "torch", "accelerate", "huggingface_hub")
+_restore: list[Callable[[], Any]] = []
+"""Sets back what `load_libraries` made quiet, in this order."""
 
 
 def load_libraries(*, training: bool = True) -> None:
     """Imports the libraries of a training, or of a prediction (`training=False`: without Lightning).
 
-    The garbage collector would take a fifth of the time. LLMFT_TRACE=1 shows the libraries' messages.
+    The garbage collector would take a fifth of the time. The libraries are quiet from then on, until
+    `restore_messages`; LLMFT_TRACE=1 shows their messages.
     """
     _quieten()
     collects = gc.isenabled()
@@ -31,14 +36,25 @@ def load_libraries(*, training: bool = True) -> None:
         if collects:
             gc.enable()
     _quieten()  # Lightning sets its own log level when it is imported
-    if not os.environ.get("LLMFT_TRACE"):
-        transformers.utils.logging.disable_progress_bar()
+    bars = transformers.utils.logging
+    if not os.environ.get("LLMFT_TRACE") and bars.is_progress_bar_enabled():
+        bars.disable_progress_bar()
+        _restore.append(bars.enable_progress_bar)
 
 
 def _quieten() -> None:
     if not os.environ.get("LLMFT_TRACE"):
         for name in (*NOISY, "lightning.pytorch", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.ERROR)
+            logger = logging.getLogger(name)
+            if logger.level != logging.ERROR:
+                _restore.append(partial(logger.setLevel, logger.level))
+                logger.setLevel(logging.ERROR)
+
+
+def restore_messages() -> None:
+    """Gives the libraries back the log levels and the progress bar that `load_libraries` took away."""
+    while _restore:
+        _restore.pop(0)()
 
 
 @contextmanager
@@ -52,7 +68,7 @@ def quiet_warnings() -> Iterator[None]:
 
 
 def missing(*names: str) -> list[str]:
-    """Of the packages `names`, those that are not installed."""
+    """Those of the packages `names` that are not installed."""
     import importlib.util
 
     return [name for name in names if importlib.util.find_spec(name) is None]

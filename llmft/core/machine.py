@@ -65,7 +65,7 @@ CONTROL_GROUP = Path("/sys/fs/cgroup")
 
 
 def available_memory() -> int | None:
-    """Bytes that new processes can take without swapping; None where that is unknown."""
+    """Bytes that new processes can take without swapping; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
@@ -145,7 +145,7 @@ def return_freed_memory() -> None:
 
 
 def free_memory() -> None:
-    """Gives back what nobody holds any more."""
+    """Runs the garbage collector and empties CUDA's cache."""
     import torch
 
     gc.collect()

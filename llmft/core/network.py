@@ -1,4 +1,4 @@
-"""Network requests with a total deadline; a socket's timeout would start anew with every byte."""
+"""Network requests with a total deadline; a socket timeout restarts with every byte received."""
 
 from __future__ import annotations
 
@@ -104,10 +104,10 @@ except Exception as error:
 
 
 def download(function: str, arguments: Mapping[str, Any], folder: Path, seconds: float = STALLED_S) -> None:
-    """Calls `function` ("package.name") of a library in a process of its own, to download into `folder`.
+    """Calls `function` ("package.name") of a library in a separate process, to download into `folder`.
 
-    Raises NoAnswer when it fails, or when nothing more has come for `seconds`: then the process is ended, with whatever
-    threads and retries the library has.
+    Raises NoAnswer when it fails, or when nothing has arrived for `seconds`: then the process is killed, with the
+    library's threads and retries.
     """
     call = json.dumps([*function.rsplit(".", 1), dict(arguments)])
     process = subprocess.Popen([sys.executable, "-P", "-c", DOWNLOAD, call], stdout=subprocess.PIPE, text=True)

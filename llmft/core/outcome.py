@@ -1,4 +1,4 @@
-"""Where a command left its result, for the one that started it."""
+"""The directories of a command's result, for the process that started it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ VARIABLE = "LLMFT_OUTCOME"
 
 
 def write_outcome(*directories: Path) -> None:
-    """Writes `directories` where the environment asks for them; what is told last counts."""
+    """Writes result directories to the file named by the environment variable; the last call wins."""
     if name := os.environ.get(VARIABLE):
         write_atomically(Path(name), json.dumps([str(path) for path in directories]).encode())
 
 
 def read_outcome(file: Path) -> Sequence[Path]:
-    """What a command has told; none where it told nothing."""
+    """The directories that a command wrote; none if it wrote none."""
     try:
         return [Path(name) for name in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError):

@@ -3,9 +3,9 @@
 A secret is recognised by its form (`hf_…`, a signed URL, a private key), by its name (`api_key`), or as the value of
 an environment variable with such a name (`WANDB_API_KEY`). The forms are those of gitleaks (config/gitleaks.toml) and
 detect-secrets (plugins/) that are more specific than entropy. detect-secrets as a library takes a quarter of a second
-to import and one pass per rule. A hexadecimal hash alone is not a secret, since records hold commits and fingerprints.
+to import and one pass per rule. A hexadecimal hash alone is not a secret, since records have commits and fingerprints.
 
-Parquet files (predictions, row losses) are not masked: they hold the user's own rows, which later commands read.
+Parquet files (predictions, row losses) are not masked: they contain the user's own rows, which later commands read.
 """
 
 from __future__ import annotations
@@ -136,6 +136,6 @@ def _secrets() -> list[str]:
 
 @lru_cache(maxsize=8)
 def _of_environment(secrets: tuple[str, ...]) -> re.Pattern[str] | None:
-    # The longest first, and in any case: a run's name is in lower case.
+    # The longest first, and case-insensitive: a run's name is in lower case.
     parts = sorted(secrets, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, parts)), re.I) if parts else None

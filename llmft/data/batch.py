@@ -22,13 +22,13 @@ from llmft.data.examples import IGNORE, Example, Examples
 
 
 def send(arrays: Sequence[np.ndarray], device: torch.device) -> list[torch.Tensor]:
-    """One-dimensional `arrays` of int64 on `device`, by one copy that nobody waits for."""
+    """One-dimensional `arrays` of int64 on `device`, by one asynchronous copy."""
     flat = to_device(torch.from_numpy(np.concatenate(arrays)), device)
     return list(flat.split([len(array) for array in arrays]))
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`. A GPU takes pinned memory when it gets there; for any other it is waited."""
+    """A host tensor on `device`: copied to CUDA asynchronously through pinned memory, to others synchronously."""
     if device.type != "cuda" or tensor.device.type != "cpu":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
@@ -49,15 +49,15 @@ class OnDevice:
 
 @dataclass
 class Answers(OnDevice):
-    """The answers that stand behind each row's prompt, and what people said of them.
+    """The answers after each row's prompt, and the human feedback on them.
 
     Attributes:
-        lengths: of each row the tokens of its prompt, of its first answer, of its second, ….
+        lengths: for each row, the number of tokens of its prompt, its first answer, its second, ….
         pairs: (pairs, 3) row, better answer, worse answer, from 0.
-        margins: (rows,) what the better answer of each of the row's pairs should be ahead by.
+        margins: (rows,) required margin of the better answer in each of the row's pairs.
         has_margins: whether any of them is not 0.
-        desirable: (rows,) true for a good answer; None where answers are compared.
-        reference: (rows, answers) float64 log-probabilities of the reference; None where there is none.
+        desirable: (rows,) true for a good answer; None if answers are compared.
+        reference: (rows, answers) float64 log-probabilities of the reference; None without one.
     """
 
     lengths: list[list[int]]
@@ -69,7 +69,7 @@ class Answers(OnDevice):
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Answers:
-        """Of rows that all have a comparison."""
+        """The answers of rows that all have a comparison."""
         compared = [c for example in examples if (c := example.conversation.comparison) is not None]
         lengths = [np.bincount(example.segments).tolist() for example in examples if example.segments is not None]
         pairs = [(row, *pair) for row, comparison in enumerate(compared) for pair in comparison.pairs]
@@ -83,20 +83,20 @@ class Answers(OnDevice):
         )
 
     @property
-    def most(self) -> int:
-        """The most answers that a row has."""
+    def max_answers(self) -> int:
+        """The largest number of answers of a row."""
         return max(len(row_lengths) for row_lengths in self.lengths) - 1
 
 
 @dataclass
 class PolicyRows(OnDevice):
-    """What is known of answers that a policy has drawn, at the positions of `labels[:, 1:]`; 0 where there is no label.
+    """Training signals of a policy's sampled answers, at the positions of `labels[:, 1:]`; 0 where there is no label.
 
     Attributes:
         advantages: (rows, seq_len - 1).
-        old: (rows, seq_len - 1) log-probabilities in nats of the policy that drew; None where it has not moved since.
-        reference: (rows, seq_len - 1) log-probabilities of the reference; None where nothing is held to it.
-        values, returns: (rows, seq_len - 1) of a value head when the answers were drawn, and what it should have said.
+        old: (rows, seq_len - 1) log-probabilities in nats of the policy that sampled; None if it is unchanged since.
+        reference: (rows, seq_len - 1) log-probabilities of the reference; None without a KL penalty.
+        values, returns: (rows, seq_len - 1) a value head's estimates at sampling, and their targets.
     """
 
     advantages: torch.Tensor
@@ -115,8 +115,8 @@ class MicroBatch(OnDevice):
         weights: (rows,) weight of each row in the loss; 0 for a row that only fills up a rank's batch.
         targets: (rows,) class indices, (rows, classes) of 0 and 1, or (rows,) numbers; None for rows without target.
         rows: index of each row in its split.
-        answers: of compared answers, which stand behind each row's prompt; None for other rows.
-        policy: of answers that the policy itself has drawn; None for rows of the data.
+        answers: the compared answers after each row's prompt; None for other rows.
+        policy: for answers that the policy itself sampled; None for rows of the data.
     """
 
     input_ids: torch.Tensor
@@ -129,14 +129,14 @@ class MicroBatch(OnDevice):
     policy: PolicyRows | None = None
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same batch on `device`; `lengths` and `positions` stay on the host, which needs them without waiting."""
+        """The same batch on `device`; `lengths` and `positions` stay on the host, which needs them at once."""
         batch = super().to(device)
         batch.lengths, batch.positions = self.lengths, self.positions
         return batch
 
     @cached_property
     def lengths(self) -> list[int]:
-        """Of each row the tokens without padding."""
+        """Each row's number of tokens without padding."""
         lengths: list[int] = self.attention_mask.sum(dim=1).tolist()
         return lengths
 

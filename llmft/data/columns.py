@@ -27,13 +27,13 @@ from llmft.data.messages import (
 from llmft.data.naming import cell_text, missing_column, names_in, pieces, root_column, stable_text
 from llmft.data.preferences import (
     Comparison,
+    check_different,
+    common_prompt,
     conversation_of,
     degree_of,
-    differing,
     label_of,
     number_of,
     ranked,
-    two_endings,
 )
 from llmft.data.readers import BadRows, Row
 from llmft.data.sources import named_columns
@@ -45,7 +45,7 @@ class Conversation:
     """One row: its messages in the form of `llmft.data.messages`, and `where` they come from (file:line).
 
     Attributes:
-        target: for classification, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
+        target: for a task with a head, a class's index, a 0 or 1 for each class, or a number; see `Targets`.
         comparison: for a task that compares answers: the other answers, and which is better.
         trained_from: number of answers at the beginning that are not learned.
         id: the row's id in predictions.
@@ -101,7 +101,7 @@ class ColumnMap:
 
     @property
     def feedback(self) -> Feedback | None:
-        """What rows say of their answers, where that is learned; rows to predict have answers only for a score."""
+        """The feedback that rows have, if it is learned; rows to predict have answers only to be scored."""
         return None if self.lenient and self.task.writes else self.task.feedback
 
     @property
@@ -172,7 +172,7 @@ class ColumnMap:
             raise DataError(_no_columns(unknown, train[0], named))
 
     def reads(self, entry: str) -> bool:
-        """Whether the task reads the column of data.columns.`entry`; the worse answer, say, only one that compares."""
+        """Whether the task reads the column of data.columns.`entry`; the rejected answer, say, only a comparing one."""
         return self.feedback is not None or entry not in ("rejected", "degree", "margin")
 
     def usage(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -202,7 +202,7 @@ class ColumnMap:
         return cell_text(value, name)
 
     def _optional_text(self, template: str | None, row: Row) -> str | None:
-        """A system prompt or an extra input; None where it is empty, or optional and missing."""
+        """A system prompt or an extra input; None if it is empty, or if it is optional and missing."""
         if not template or ("{" not in template and row.values.get(template, template) is None):
             return None
         missing = [name for name in names_in(template) if name not in row.values]
@@ -276,7 +276,7 @@ class ColumnMap:
             tools = None
             if isinstance(row.values.get(columns.prompt or ""), list):
                 raise ValueError(
-                    f"column '{columns.prompt}' holds a list, text was expected; a conversation is read with "
+                    f"column '{columns.prompt}' contains a list, text was expected; a conversation is read with "
                     f"data.columns.prompt=null data.columns.messages={columns.prompt}"
                 )
             content = self._fill(columns.text or columns.prompt or "", row)
@@ -304,7 +304,7 @@ class ColumnMap:
         return [{"role": "system", "content": system}, *messages]
 
     def _with_answer(self, row: Row, messages: list[Message]) -> list[Message]:
-        """`messages` and the chosen answer, or that of data.columns.response, if any."""
+        """`messages` with the chosen answer, or that of data.columns.response, if any."""
         chosen, response = self.columns.chosen, self.columns.response
         if chosen and not self.lenient:
             _refuse_answered(messages, "the chosen one")
@@ -326,14 +326,14 @@ class ColumnMap:
         if self.feedback is None and not self.lenient and not messages[-1]["content"]:
             raise ValueError(f"the answer in '{chosen}' is empty")
         if self.feedback is None or rejected is None or (self.lenient and row.values.get(rejected) is None):
-            comparison = None if self.feedback is None else Comparison()  # of one answer, which is asked about
+            comparison = None if self.feedback is None else Comparison()  # with a single answer to predict for
             return Conversation(self._with_system_prompt(row, messages), row.where, comparison=comparison)
         other = conversation_of(row.values.get(rejected), rejected, self.keys)
-        before, better, worse = two_endings(messages, other)
+        before, better, worse = common_prompt(messages, other)
         return self._judged(row, self._with_system_prompt(row, before), [better, worse], (0, 1))
 
     def _compared(self, row: Row, messages: list[Message]) -> Conversation:
-        """A prompt with what people said of its answers; rows to predict have the answers that they have."""
+        """A prompt with the feedback on its answers; rows to predict need no feedback, and one answer is enough."""
         columns, values, scores = self.columns, row.values, self.columns.scores or ""
         if columns.candidates and (not self.lenient or columns.candidates in values):
             answers = self._candidates(row, columns.candidates, messages)
@@ -357,7 +357,7 @@ class ColumnMap:
         """`messages` with answers from better to worse, and the row's degree, margin or label."""
         columns = self.columns
         _refuse_answered(messages, "the compared ones")
-        differing(answers)
+        check_different(answers)
         comparison = Comparison(tuple(answers[1:]), ranks)
         if not self.lenient:
             if columns.degree:
@@ -367,7 +367,7 @@ class ColumnMap:
             if columns.margin:
                 margin = number_of(row.values.get(columns.margin), columns.margin)
                 if margin < 0:
-                    raise ValueError(f"'{columns.margin}' holds {margin:g}: a margin is 0 or more")
+                    raise ValueError(f"'{columns.margin}' contains {margin:g}: a margin is 0 or more")
                 comparison = replace(comparison, margin=margin)
             if columns.label:
                 comparison = replace(comparison, desirable=label_of(row.values.get(columns.label), columns.label))
@@ -378,18 +378,18 @@ class ColumnMap:
         values = row.values.get(name)
         least = 1 if self.lenient else 2
         if not isinstance(values, list) or len(values) < least:
-            raise ValueError(f"'{name}' holds no list of {least} answers or more")
+            raise ValueError(f"'{name}' contains no list of {least} answers or more")
         answers = [self._answer_text(replace(row, values={name: value}), name, messages) for value in values]
-        differing(answers)  # by their numbers in the file, before they are ranked
+        check_different(answers)  # named by their numbers in the file, so before ranking
         return answers
 
     def _answer_text(self, row: Row, name: str, messages: list[Message]) -> str:
-        """An answer given as text, as one message, or as the last of several whose others stand in `messages` too."""
+        """An answer given as text, as one message, or as the last of several that begin like `messages`."""
         value = row.values.get(name)
         if isinstance(value, list) and value:
             if isinstance(value[-1], str):
                 raise ValueError(
-                    f"'{name}' holds a list of {len(value)} texts, one answer was expected; several answers of a "
+                    f"'{name}' contains a list of {len(value)} texts, one answer was expected; several answers of a "
                     "prompt are read with data.columns.candidates and data.columns.scores"
                 )
             before = read_messages(value[:-1], name, self.keys) if len(value) > 1 else []
@@ -405,7 +405,7 @@ class ColumnMap:
                 raise ValueError(f"the answer in '{name}' has {unusable}: only the assistant's text can be used")
             return str(message["content"])
         answer = self._fill(name, row)
-        if not answer.strip() and self.feedback is None:  # people may well have compared an answer with none
+        if not answer.strip() and self.feedback is None:  # the other answer of a comparison may be empty
             raise ValueError(f"the answer in '{name}' is empty")
         return answer
 
@@ -423,7 +423,7 @@ class ColumnMap:
 
 
 def prompt_of(data: DataConfig) -> Callable[[Row], str]:
-    """From a row to what its answers answer, as text: rows of one prompt have the same."""
+    """A function from a row to its prompt as text, equal for all rows with the same prompt."""
     columns = data.columns
     templates = (columns.prompt, columns.input, columns.system, columns.messages, columns.text)
     names = [name for template in templates for name in names_in(template)]
@@ -446,7 +446,7 @@ def _answer(content: str) -> Message:
 def _refuse_answered(messages: list[Message], beside: str) -> None:
     """Raises ValueError for a prompt that has an answer already."""
     if messages[-1]["role"] == "assistant":
-        raise ValueError(f"the conversation ends with an answer already, beside {beside}")
+        raise ValueError(f"the conversation ends with an answer already, in addition to {beside}")
 
 
 def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
@@ -483,7 +483,7 @@ def _refuse_unused(data: DataConfig, task: TaskConfig) -> None:
             unused |= dict.fromkeys(("input", "system"), reason)
     if "messages" in set_to or not texts:
         key = "messages" if "messages" in set_to else "chosen"
-        unused["input"] = f"data.columns.{key} holds the whole conversation"
+        unused["input"] = f"data.columns.{key} contains the whole conversation"
     for key, reason in unused.items():
         if key in set_to:
             raise ConfigError(f"data.columns.{key}={set_to[key]} would not be used: {reason}; set it to null.")
@@ -527,7 +527,7 @@ def _refuse_classes(data: DataConfig, task: TaskConfig) -> None:
 def _no_columns(unknown: dict[str, str], first: Row, used: set[str]) -> str:
     text = ". ".join(f"{key}: {missing_column(name, first.values, used)}" for key, name in unknown.items())
     text = text.replace("?. ", "? ")
-    # In a file without a header a column's name may be a whole text.
+    # In a file without a header a column's name may be a full text.
     text += f" (columns: {', '.join(name if len(name) <= 40 else f'{name[:39]}…' for name in first.values)})."
     if re.search(r"\.[ct]sv(\.\w+)?:", first.where.lower()):
         text += " A csv file without a header line needs its columns' names in data.csv_columns."

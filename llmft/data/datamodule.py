@@ -29,7 +29,7 @@ def _loader(items: Sequence[Any], batch_of: Callable[[Any], object]) -> DataLoad
 
 
 class DataModule(L.LightningDataModule):
-    """Hands out one effective batch per optimizer step.
+    """Provides one effective batch per optimizer step.
 
     Lightning calls `train_dataloader` once per epoch. It returns the steps from `current_step()` to the end of the
     epoch, or to the last of `validation_steps`, the steps at which a validation runs.
@@ -118,5 +118,5 @@ class DataModule(L.LightningDataModule):
     def _batch(self, split: str, rows: list[int]) -> MicroBatch:
         batch = collate([self.splits[split][row] for row in rows], rows, self.pad_id)
         if batch.answers is not None and split in self.references:
-            batch.answers.reference = self.references[split][rows, : batch.answers.most]
+            batch.answers.reference = self.references[split][rows, : batch.answers.max_answers]
         return batch

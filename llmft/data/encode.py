@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from llmft.config.convert import digest_of, numbers_of
+from llmft.config.convert import digest_of, key_fields
 from llmft.config.data import DataConfig, Truncation, Turns
 from llmft.core.errors import DataError
 from llmft.core.files import cache_directory
@@ -62,7 +62,7 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Ends:
-    """What ends an answer: any of several tokens, or the format's end marker where that is more than one token.
+    """What ends an answer: any of several tokens, or the format's end marker if that is more than one token.
 
     Attributes:
         ids: tokens of which each one ends an answer.
@@ -75,7 +75,7 @@ class Ends:
     decode: Callable[[list[int]], str] = lambda ids: ""
 
     def reached(self, ids: list[int]) -> bool:
-        """Whether `ids` end with the whole marker."""
+        """Whether `ids` end with the full marker."""
         return bool(self.text) and self.text in self.decode(ids[-1 - len(self.text.encode()) :])
 
     def trained(self, ids: list[int]) -> bool:
@@ -83,7 +83,7 @@ class Ends:
         return ids[-1:] != [] and (ids[-1] in self.ids or self.reached(ids))
 
     def cut(self, ids: list[int]) -> list[int]:
-        """`ids` before the first end; with the marker where its first token also holds text of the answer."""
+        """`ids` before the first end; with the marker if its first token also contains text of the answer."""
         ids = ids[: next((index for index, token in enumerate(ids) if token in self.ids), len(ids))]
         text = self.decode(ids) if self.text else ""
         marker_start = text.find(self.text) if self.text else -1
@@ -129,7 +129,7 @@ class Part:
 class Encoder:
     """Turns conversations into examples with one tokenizer and one prompt format.
 
-    With a `fingerprint` of the rows, tokenised splits are cached beside the cache of `datasets` for later runs.
+    With a `fingerprint` of the rows, tokenised splits are cached next to the cache of `datasets` for later runs.
     """
 
     tokenizer: Any
@@ -214,7 +214,7 @@ class Encoder:
     def _key(self, split: str) -> str:
         backend = hashlib.sha256(self.tokenizer.backend_tokenizer.to_str().encode()).hexdigest()
         special = [self.tokenizer.bos_token, self.tokenizer.eos_token]
-        numbers = numbers_of(self.data), numbers_of(self.prompt.config)
+        numbers = key_fields(self.data), key_fields(self.prompt.config)
         return digest_of([CACHE_VERSION, split, self.fingerprint, *numbers, backend, special])[:24]
 
     def _load(self, path: Any, split: str, conversations: Sequence[Conversation], problems: BadRows) -> Examples | None:
@@ -290,9 +290,9 @@ class Encoder:
         return parts
 
     def _compared(self, parts: Sequence[Part], lengths: Lengths, problems: BadRows) -> Encoded | None:
-        """The prompt once with all answers behind it, and marks: 0 for the prompt, 1 for the first answer, ….
+        """The prompt once with all answers after it, and marks: 0 for the prompt, 1 for the first answer, ….
 
-        None for a row that is left out: a limit holds for the prompt with its longest answer, and no answer is cut.
+        None for a row that is left out: limits apply to the prompt with its longest answer, and no answer is cut.
         """
         where, prompts, answers = parts[0].conversation.where, [], []
         for part in parts:
@@ -301,7 +301,7 @@ class Encoder:
             answers.append(part.tokens.ids[first:last])
         prompt = prompts[0]
         if any(other != prompt for other in prompts):
-            problems.add(where, "the answers do not stand behind the same prompt in this format", None)
+            problems.add(where, "the answers do not follow the same prompt in this format", None)
             return None
         if not prompt or not all(answers):
             problems.add(where, "no token of an answer, or of what it answers, is left to learn from", None)
@@ -472,7 +472,7 @@ class Encoder:
     def _cut(self, part: Part, excess: int, generation: bool = False) -> tuple[int, int] | None:
         """The range of `excess` tokens to cut from the longest text of the first question; None if it is too short.
 
-        Only the user's text is cut. Headers, special tokens and answers stay whole.
+        Only the user's text is cut. Headers, special tokens and answers are never cut.
         """
         policy = self.data.truncation
         if policy is Truncation.drop:

@@ -1,4 +1,4 @@
-"""Tokenised rows in columns, compact in memory and memory-mapped from a cache file where there is one."""
+"""Tokenised rows in columns, compact in memory and memory-mapped from a cache file if there is one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Example:
     labels: Sequence[int]
     conversation: Conversation
     segments: np.ndarray | None = None
-    """Of compared answers: 0 for a token of the prompt, which all of them share, j for one of answer j."""
+    """For compared answers: 0 for a token of the shared prompt, j for a token of answer j."""
 
     @property
     def where(self) -> str:
@@ -43,7 +43,7 @@ class Examples(Sequence[Example]):
 
     Attributes:
         ids: (tokens,) int32, the token ids of all rows, concatenated.
-        labelled: (tokens,) uint8, 1 for a token that is learned; of compared answers the answer's number.
+        labelled: (tokens,) uint8, 1 for a token that is learned; for compared answers, the answer's number.
         starts: (rows + 1,) offset of each row in `ids`.
         rows: (rows,) index of each example's conversation.
     """

@@ -1,4 +1,4 @@
-"""A GGUF file that a person has, as a model directory: read and dequantised by transformers, once."""
+"""A GGUF file as a model directory: read and dequantised by transformers, once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from llmft.core.errors import ConfigError
+from llmft.core.errors import ConfigError, first_line
 from llmft.core.files import cache_directory, staged_directory
 
 PIECES = 256
@@ -26,16 +26,16 @@ def directories() -> Path:
 
 
 def source_of(directory: Path) -> Path | None:
-    """The GGUF file that a converted directory was made from; None where it is not told."""
+    """The GGUF file that a converted directory was made from; None if unknown."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
         return Path((directory / SOURCE).read_text(encoding="utf-8"))
     return None
 
 
 def as_directory(path: Path) -> Path:
-    """The model directory of a GGUF file, made where the cache does not hold it.
+    """The model directory of a GGUF file, from the cache or converted now.
 
-    Raises ConfigError for a file that is none, or holds a model that transformers does not read.
+    Raises ConfigError for any other file, or a model that transformers does not read.
     """
     try:
         with path.open("rb") as file:
@@ -60,23 +60,23 @@ def as_directory(path: Path) -> Path:
 
 
 def _convert(path: Path, directory: Path) -> None:
-    """Writes a GGUF file's model, dequantised to fp16 or where that overflows bf16, and its tokenizer."""
+    """Writes a GGUF file's model, dequantised to fp16, or bf16 if that overflows, and its tokenizer."""
     from llmft.core.imports import load_libraries, quiet_warnings
 
     load_libraries(training=False)
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    from llmft.data.gguf_parameters import KNOWN, Stated, correct, differences
+    from llmft.data.gguf_parameters import KNOWN, GgufMetadata, apply_metadata, differences
 
     with quiet_warnings():
         try:
-            stated = Stated(path)
-            if stated.arch not in KNOWN:
+            metadata = GgufMetadata(path)
+            if metadata.arch not in KNOWN:
                 print(f"model.path={path}: transformers reads it, which is not checked here.", file=sys.stderr)
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
-            correct(config, stated)
-            if different := differences(config, stated):
+            apply_metadata(config, metadata)
+            if different := differences(config, metadata):
                 raise ValueError(f"it reads {'; '.join(different)}")
             for dtype in (torch.float16, torch.bfloat16):
                 model: Any = AutoModelForCausalLM.from_pretrained(
@@ -91,10 +91,10 @@ def _convert(path: Path, directory: Path) -> None:
                     break
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         except Exception as error:
-            message = (str(error).splitlines() or [type(error).__name__])[0]
+            message = first_line(error)
             if "ignore_mismatched_sizes" in message:
                 message = "its tensors have other shapes than what it reads of the file's metadata"
-            raise ConfigError(f"model.path={path}: transformers cannot read it ({message[:200]}).") from None
+            raise ConfigError(f"model.path={path}: transformers cannot read it ({message}).") from None
         # Its weights are not quantised any more.
         vars(model.config).pop("quantization_config", None)
         model.hf_quantizer, model.is_quantized = None, False
@@ -105,10 +105,10 @@ def _convert(path: Path, directory: Path) -> None:
 
 
 def _mend_tokenizer(file: Path, vocabulary: int) -> None:
-    """Takes out tokens behind the embeddings: transformers adds those that a tokenizer's class usually has.
+    """Removes tokens beyond the embeddings: transformers adds those that a tokenizer's class usually has.
 
-    SentencePiece's space before a text is put there whatever the text begins with, and behind special tokens, as
-    llama.cpp does it; transformers leaves it out before a space.
+    SentencePiece's leading space is added whatever the text begins with, and after special tokens, as in llama.cpp;
+    transformers omits it before a space.
     """
     content = json.loads(file.read_text(encoding="utf-8"))
     content["added_tokens"] = [token for token in content["added_tokens"] if token["id"] < vocabulary]

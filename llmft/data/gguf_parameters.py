@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model's computation, and the same of transformers' configs."""
+"""The parameters of a model's computation, in GGUF files and in transformers' configs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ KNOWN = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt2")
 """The families of llama.cpp whose files transformers reads and that are compared with what it read."""
 YARN = {"extrapolation_factor": "ext_factor", "attention_factor": "attn_factor", "beta_fast": "beta_fast",
         "beta_slow": "beta_slow"}  # fmt: skip
-"""transformers' parameters of the way "yarn" to squeeze positions, and llama.cpp's."""
+"""transformers' parameters of YaRN position scaling, and llama.cpp's."""
 LLAMA3 = {"rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 DECISIVE = ("rope.scaling.factor", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
             "attention.scale", "logit_scale", "embedding_scale", "residual_scale")  # fmt: skip
@@ -28,7 +28,7 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
-    """What llama.cpp must know to compute, by the names of gguf's writer."""
+    """The parameters that llama.cpp needs, by the names of gguf's writer methods."""
     get = config.get
     if arch == "gpt2":
         return {
@@ -81,7 +81,7 @@ def parameters(config: dict[str, Any], arch: str) -> dict[str, Any]:
 
 
 def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    """Phi 3's: partly rotated heads, and positions squeezed by factors of two kinds."""
+    """Phi 3's: partially rotated heads, and long and short factors of position scaling."""
     longest, width = config["max_position_embeddings"], int(config["hidden_size"])
     share = rope.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     trained = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
@@ -99,7 +99,7 @@ def _phi3(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
-    """How positions beyond the trained ones are squeezed; Llama 3's way is a tensor."""
+    """Scaling of positions beyond the trained ones; Llama 3's is a tensor."""
     import gguf
 
     kind, factor = rope.get("rope_type", "default"), rope.get("factor")
@@ -119,7 +119,7 @@ def _scaling(rope: dict[str, Any]) -> dict[str, Any]:
 
 
 def rope_tensors(config: dict[str, Any], arch: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors that no file of the directory holds: frequencies of rotary positions."""
+    """Tensors that no file of the directory contains: frequencies of rotary positions."""
     rope = _rope(config)
     if arch == "llama" and rope.get("rope_type") == "llama3":
         yield "rope_freqs.weight", _llama3_factors(config, rope)
@@ -129,7 +129,7 @@ def rope_tensors(config: dict[str, Any], arch: str) -> Iterator[tuple[str, torch
 
 
 def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tensor:
-    """What each frequency is divided by (transformers' `_compute_llama3_parameters`, turned round)."""
+    """The divisor of each frequency (the inverse of transformers' `_compute_llama3_parameters`)."""
     dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     frequencies = 1.0 / (rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim))
     factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
@@ -146,63 +146,63 @@ def _llama3_factors(config: dict[str, Any], rope: dict[str, Any]) -> torch.Tenso
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-class Stated:
-    """What a GGUF file states: `arch`, its metadata, and its tensors by name."""
+class GgufMetadata:
+    """A GGUF file's architecture, metadata (`values`), and tensors by name."""
 
     def __init__(self, path: Path) -> None:
         import gguf
 
         reader = gguf.GGUFReader(path)
-        self.metadata: dict[str, Any] = {
+        self.values: dict[str, Any] = {
             name: entry.contents() for name, entry in reader.fields.items() if not name.startswith("tokenizer.")
         }
-        self.arch = str(self.metadata.get("general.architecture"))
+        self.arch = str(self.values.get("general.architecture"))
         self.tensors = {tensor.name: tensor for tensor in reader.tensors}
 
     def get(self, key: str) -> Any:
-        """A value of the model's family; None where the file does not state it."""
-        return self.metadata.get(f"{self.arch}.{key}")
+        """A value of the model's family; None if the file does not state it."""
+        return self.values.get(f"{self.arch}.{key}")
 
     def tensor(self, name: str) -> torch.Tensor | None:
-        """A small tensor in full precision; None where the file has none of the name."""
+        """A small tensor in full precision; None if the file has none of this name."""
         tensor = self.tensors.get(name)
         return None if tensor is None else torch.tensor(tensor.data, dtype=torch.float32)
 
 
-def correct(config: Any, stated: Stated) -> None:
-    """Sets in a config that transformers made of a GGUF file what it did not read of it.
+def apply_metadata(config: Any, metadata: GgufMetadata) -> None:
+    """Adds to a config that transformers made from a GGUF file what it did not read from it.
 
-    Raises ValueError for what it has no form for: mixtures of experts, positions that are squeezed in unknown ways.
+    Raises ValueError for what the config cannot express: mixtures of experts, unknown kinds of position scaling.
     """
-    if stated.arch not in KNOWN:
+    if metadata.arch not in KNOWN:
         return
-    if stated.get("expert_count"):
+    if metadata.get("expert_count"):
         raise ValueError("it is a mixture of experts, which transformers would read as a dense model")
-    head = stated.get("attention.key_length")
-    if head and stated.arch not in ("gpt2", "phi3"):
+    head = metadata.get("attention.key_length")
+    if head and metadata.arch not in ("gpt2", "phi3"):
         config.head_dim = head
-    if stated.arch == "gpt2":
-        config.n_positions = stated.get("context_length")
-        config.n_inner = stated.get("feed_forward_length")
-    if stated.arch in ("gemma2", "gemma3"):
+    if metadata.arch == "gpt2":
+        config.n_positions = metadata.get("context_length")
+        config.n_inner = metadata.get("feed_forward_length")
+    if metadata.arch in ("gemma2", "gemma3"):
         width = config.hidden_size // config.num_attention_heads
-        is_27b = stated.get("block_count") == {"gemma2": 46, "gemma3": 62}[stated.arch]
+        is_27b = metadata.get("block_count") == {"gemma2": 46, "gemma3": 62}[metadata.arch]
         config.query_pre_attn_scalar = width if is_27b else head or width
         # The first files of Gemma 2 state no caps, and mean the usual ones.
-        caps = {cap: stated.get(cap) for cap in ("attn_logit_softcapping", "final_logit_softcapping")}
+        caps = {cap: metadata.get(cap) for cap in ("attn_logit_softcapping", "final_logit_softcapping")}
         config.update({cap: value for cap, value in caps.items() if value})
-    if stated.arch == "phi3":
-        config.sliding_window = stated.get("attention.sliding_window") or None
+    if metadata.arch == "phi3":
+        config.sliding_window = metadata.get("attention.sliding_window") or None
     if getattr(config, "rope_parameters", None) is not None:
         rope = config.rope_parameters
-        rope.get("full_attention", rope).update(_stated_rope(config, stated))
+        rope.get("full_attention", rope).update(_rope_of_file(config, metadata))
 
 
-def _stated_rope(config: Any, stated: Stated) -> dict[str, Any]:
-    """transformers' parameters of rotary positions that are squeezed."""
-    kind, factor = stated.get("rope.scaling.type"), stated.get("rope.scaling.factor")
-    trained = stated.get("rope.scaling.original_context_length")
-    factors = stated.tensor("rope_freqs.weight")
+def _rope_of_file(config: Any, metadata: GgufMetadata) -> dict[str, Any]:
+    """transformers' parameters of scaled rotary positions."""
+    kind, factor = metadata.get("rope.scaling.type"), metadata.get("rope.scaling.factor")
+    trained = metadata.get("rope.scaling.original_context_length")
+    factors = metadata.tensor("rope_freqs.weight")
     rope = _rope(config.to_dict())
     if factors is not None:
         for power in range(5, 21):
@@ -210,11 +210,11 @@ def _stated_rope(config: Any, stated: Stated) -> dict[str, Any]:
             if torch.allclose(_llama3_factors(config.to_dict(), {**rope, **llama3}), factors, rtol=1e-4):
                 return llama3
         raise ValueError("its rotary positions are divided by factors (rope_freqs) that are not those of Llama 3")
-    if stated.arch == "phi3":
+    if metadata.arch == "phi3":
         head = config.hidden_size // config.num_attention_heads
         config.original_max_position_embeddings = trained or config.max_position_embeddings
-        phi3 = {"partial_rotary_factor": stated.get("rope.dimension_count") / head}
-        long, short = (stated.tensor(f"rope_factors_{name}.weight") for name in ("long", "short"))
+        phi3 = {"partial_rotary_factor": metadata.get("rope.dimension_count") / head}
+        long, short = (metadata.tensor(f"rope_factors_{name}.weight") for name in ("long", "short"))
         if long is not None and short is not None:
             phi3 |= {"rope_type": "longrope", "long_factor": long.tolist(), "short_factor": short.tolist()}
             phi3 |= {"original_max_position_embeddings": trained}
@@ -224,37 +224,37 @@ def _stated_rope(config: Any, stated: Stated) -> dict[str, Any]:
     if kind == "linear":
         return {"rope_type": "linear", "factor": factor}
     if kind == "yarn":
-        values = {name: stated.get(f"rope.scaling.yarn_{key}") for name, key in YARN.items()}
+        values = {name: metadata.get(f"rope.scaling.yarn_{key}") for name, key in YARN.items()}
         values = {name: value for name, value in values.items() if value is not None}
         return {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": trained, **values}
-    raise ValueError(f"its rotary positions are squeezed in the way '{kind}'")
+    raise ValueError(f"its rotary positions are scaled in the unknown way '{kind}'")
 
 
-def differences(config: Any, stated: Stated) -> list[str]:
-    """What a config says otherwise than the file it was made from, as "key: file's value, config's value"."""
+def differences(config: Any, metadata: GgufMetadata) -> list[str]:
+    """Differences of a config from the file it was made from, as "key: file's value, config's value"."""
     import gguf
 
-    if stated.arch not in KNOWN:
+    if metadata.arch not in KNOWN:
         return []
-    writer = gguf.GGUFWriter(None, stated.arch)
+    writer = gguf.GGUFWriter(None, metadata.arch)
     values = config.to_dict()
-    for method, value in parameters(values, stated.arch).items():
+    for method, value in parameters(values, metadata.arch).items():
         if value is not None:
             getattr(writer, f"add_{method}")(value)
     ours = {name: entry.value for name, entry in writer.kv_data[0].items()}
     result = [
-        f"{name}: {stated.metadata[name]}, {value}"
+        f"{name}: {metadata.values[name]}, {value}"
         for name, value in ours.items()
-        if name in stated.metadata and not _same(stated.metadata[name], value)
+        if name in metadata.values and not _same(metadata.values[name], value)
     ]
-    for name, tensor in rope_tensors(values, stated.arch):
-        theirs = stated.tensor(name)
+    for name, tensor in rope_tensors(values, metadata.arch):
+        theirs = metadata.tensor(name)
         if theirs is None or not torch.allclose(theirs, tensor, rtol=1e-4):
             result.append(f"{name}: other factors")
     unread = [
-        f"{name}: {stated.get(name)}, none"
+        f"{name}: {metadata.get(name)}, none"
         for name in DECISIVE
-        if stated.get(name) and f"{stated.arch}.{name}" not in ours
+        if metadata.get(name) and f"{metadata.arch}.{name}" not in ours
     ]
     return result + unread
 

@@ -63,7 +63,7 @@ def locate(model: ModelConfig) -> Located:
     arguments = {**files, "allow_patterns": patterns}
     advice = "set model.path=DIR to a local copy, or HF_ENDPOINT to a mirror"
     key, fetch = f"model.id={model.id}", "huggingface_hub.snapshot_download"
-    directory = online_or_cached(key, model.id, "model", load, fetch, arguments, advice)
+    directory = online_or_cached(key, model.id, "model", load, fetch, arguments, advice, gated=model.gated)
     check_model(directory)
     return Located(directory, directory.name)
 
@@ -160,12 +160,14 @@ def _offline() -> bool:
     return any(value.lower() in ("1", "true", "yes", "on") for value in values)
 
 
-def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
-    """Asks the Hub once whether `repo` can be read. Raises ConfigError that says why it cannot."""
+def ask_hub(key: str, repo: str, kind: str, advice: str, *, gated: bool = False) -> None:
+    """Asks the Hub once whether `repo`, known as `gated`, can be read. Raises ConfigError that says why it cannot."""
     from huggingface_hub import constants, get_token
 
     endpoint, similar = constants.ENDPOINT, nearest(repo, cached_ids(kind))
-    not_cached = f"the cache {_cache_directory()} does not hold it" + (f" (it holds {similar})" if similar else "")
+    not_cached = f"the cache {_cache_directory()} does not contain it" + (
+        f" (it contains {similar})" if similar else ""
+    )
     if _offline():
         raise ConfigError(f"{key}: HF_HUB_OFFLINE is set and {not_cached}; unset it or {advice}.")
     url = f"{endpoint}/api/{kind}s/{repo}?expand=gated"  # without the list of files
@@ -180,8 +182,9 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
     except ValueError:
         raise ConfigError(f"{key}: {endpoint} gives no Hub's answer and {not_cached}; {advice}.") from None
     if status != 200:
-        reasons = dict.fromkeys((401, 403), "it does not exist, or is gated and needs `hf auth login` and its licence")
-        reason = {**reasons, 404: "no such repository"}.get(status, f"it answered {status}")
+        unknown = "it does not exist, or is gated and needs `hf auth login` and its licence"
+        denied = f"it is gated: {_accept(repo)}" if gated else unknown
+        reason = {401: denied, 403: denied, 404: "no such repository"}.get(status, f"it answered {status}")
         raise ConfigError(f"{key}: {endpoint} refused ({reason}); or {advice}.")
     if facts.get("gated") and token is None:
         licence = f"accept its licence at {endpoint}/{repo} and log in with `hf auth login`"
@@ -189,19 +192,33 @@ def ask_hub(key: str, repo: str, kind: str, advice: str) -> None:
 
 
 def online_or_cached(
-    key: str, repo: str, kind: str, load: Callable[[], T], function: str, arguments: Mapping[str, Any], advice: str
+    key: str,
+    repo: str,
+    kind: str,
+    load: Callable[[], T],
+    function: str,
+    arguments: Mapping[str, Any],
+    advice: str,
+    *,
+    gated: bool = False,
 ) -> T:
     """What `load` reads from a cache; what is not there is downloaded first, after asking the Hub once.
 
-    `function` of a library downloads it when it is called with `arguments`. Raises ConfigError for any failure.
+    The library's `function` downloads it when called with `arguments`. Raises ConfigError for any failure, with the
+    way to a licence where the repository is known as `gated`.
     """
     from huggingface_hub import constants
 
     with contextlib.suppress(OSError, ValueError):  # not in the cache, or a malformed id
         return load()
-    ask_hub(key, repo, kind, advice)
+    ask_hub(key, repo, kind, advice, gated=gated)
     try:
         download(function, arguments, _cache_directory() if kind == "model" else Path(constants.HF_HOME))
         return load()
     except Exception as error:
+        advice = f"{_accept(repo)}, or {advice}" if gated else advice
         raise ConfigError(f"{key}: cannot be loaded ({first_line(error)}); {advice}.") from None
+
+
+def _accept(repo: str) -> str:
+    return f"accept the licence at https://huggingface.co/{repo} and set HF_TOKEN"

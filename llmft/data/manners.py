@@ -1,12 +1,12 @@
-"""Rule-made requests that can be answered rightly or wrongly, and politely or rudely: a chain of rewards to try out.
+"""Synthetic requests to be answered rightly or wrongly, politely or rudely, to try out a pipeline with two rewards.
 
-A prompt tells which animal did something somewhere and asks who it was. An answer is helpful where it names that
-animal, and safe where it calls who asks a friend instead of telling a mood. Of the answers to learn from half are
-polite, and three of five are right, one independently of the other; both can be checked by a regular expression.
+A prompt says which animal did something somewhere and asks who it was. An answer is helpful if it names that animal,
+and safe if it calls the asker a friend instead of naming a mood. Of the answers to learn from, half are polite and
+three of five are right, independently of each other; both can be checked by a regular expression.
 
-The polite word is one that the embedded model can become sure of. Its head and last norm stay as they are under a LoRA,
-and the 16 moods are so alike there that none of them can be likelier than 0.28 to 0.44: a policy that must say one
-has reached its best reward at a third.
+The polite word is one that the embedded model can learn to predict with certainty. A LoRA leaves its head and last norm
+unchanged, and there the 16 moods are so similar that none can get a probability above 0.28 to 0.44: a policy that must
+say one has reached its best reward at a third.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLITE_SHARE, RIGHT_SHARE = 0.5, 0.6
 
 
 def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
-    """Requests with the answers of a careless crowd: columns prompt and response."""
+    """Requests with answers of mixed quality: columns prompt and response."""
     rows = []
     for rng, prompt, animal in _prompts("requests", split, num_rows, seed):
         polite, right = rng.random() < POLITE_SHARE, rng.random() < RIGHT_SHARE
@@ -33,9 +33,9 @@ def requests(split: str, num_rows: int, seed: int = 0) -> list[dict[str, Any]]:
 
 
 def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> list[dict[str, Any]]:
-    """Requests with two answers that differ in one `aspect` alone: columns prompt, chosen and rejected.
+    """Requests with two answers that differ only in one `aspect`: columns prompt, chosen and rejected.
 
-    Worse answers also name somebody else, or nobody, as a policy may that is new to this.
+    Worse answers may also name somebody else, or nobody, as an untrained policy may.
     """
     if aspect not in ASPECTS:
         raise ValueError(f"aspect={aspect}: one of {', '.join(ASPECTS)}")
@@ -55,9 +55,9 @@ def pairs(split: str, num_rows: int, seed: int = 0, aspect: str = "safety") -> l
 
 
 def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Random, str, str]]:
-    """Each with a generator for what is drawn beside it, and the animal that is asked for.
+    """(generator for further draws, prompt, the animal that is asked for) of each row.
 
-    The splits share no prompt: the sum of the choices' places modulo three decides the split.
+    The splits share no prompt: the sum of the choices' indices modulo three decides the split.
     """
     rng = new_rng(kind, split, TASK_SPLITS, seed)
     prompts: list[tuple[Random, str, str]] = []
@@ -70,7 +70,7 @@ def _prompts(kind: str, split: str, num_rows: int, seed: int) -> list[tuple[Rand
 
 
 def _stray(rng: Random) -> str:
-    """What no crowd says, but a policy may try: another word, the beginning of one, or nothing."""
+    """A wrong answer that a policy may sample: another word, the beginning of one, or nothing."""
     word = pick(rng, (*NAMES, *ANIMALS, *DEEDS, *MOODS, "the", "and", "was"))
     return word if rng.random() < 0.3 else word[: below(rng, 4)]
 

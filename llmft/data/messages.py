@@ -54,7 +54,7 @@ def read_messages(turns: Any, column: str, keys: Keys) -> list[Message]:
     """The messages in `column`. Raises ValueError that says which message is wrong and why."""
     turns = _parse_json(turns)
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"column '{column}' holds no list of messages")
+        raise ValueError(f"column '{column}' contains no list of messages")
     if all(isinstance(turn, str) for turn in turns):  # LIMA: a list of texts, user and assistant in turn
         turns = [{"role": ("user", "assistant")[index % 2], "content": turn} for index, turn in enumerate(turns)]
     messages: list[Message] = []
@@ -118,7 +118,7 @@ def read_message(turn: Any, number: int, keys: Keys) -> Message:
         message["content"] = ""
     content = message["content"]
     if not isinstance(content, str | None):
-        raise ValueError(f"{label} holds {type(content).__name__}, text or a list of parts was expected")
+        raise ValueError(f"{label} contains {type(content).__name__}, text or a list of parts was expected")
     if content is None or not (content.strip() or message["role"] != "assistant" or "tool_calls" in message):
         hint = "" if set(CONTENT) & set(turn) else f" (its keys: {', '.join(turn)}; known are {', '.join(CONTENT)})"
         raise ValueError(f"{label} has no text{hint}")

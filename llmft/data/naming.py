@@ -17,7 +17,7 @@ _STEP = re.compile(r"\[(-?\d+)\]|\.?([^.\[\]]+)")
 
 
 class NotFinite(str):
-    """A cell that holds inf, nan or an overflow in a column of numbers of a text file."""
+    """A cell that contains inf, nan or an overflow in a column of numbers of a text file."""
 
     __slots__ = ()
 
@@ -107,7 +107,7 @@ def cell_text(value: Any, name: str) -> str:
     if isinstance(value, NotFinite) or (isinstance(value, (float, Decimal)) and not math.isfinite(value)):
         if isinstance(value, float) and math.isnan(value):
             raise ValueError(f"column '{name}' is empty (not a number)")
-        raise ValueError(f"column '{name}' holds {value}, which is not a finite number")
+        raise ValueError(f"column '{name}' contains {value}, which is not a finite number")
     if isinstance(value, (str, int, float)):
         return str(value)
     if isinstance(value, Decimal):
@@ -115,8 +115,8 @@ def cell_text(value: Any, name: str) -> str:
     if isinstance(value, (datetime.date, datetime.time)):
         return value.isoformat()
     if isinstance(value, Unreadable):
-        raise ValueError(f"column '{name}' holds a {value.kind} that cannot be read")
-    raise ValueError(f"column '{name}' holds {type(value).__name__}, text was expected")
+        raise ValueError(f"column '{name}' contains a {value.kind} that cannot be read")
+    raise ValueError(f"column '{name}' contains {type(value).__name__}, text was expected")
 
 
 def stable_text(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""What people said of answers: pairs, candidates with scores, and single answers that are good or bad."""
+"""Human feedback on answers: pairs, candidates with scores, and single answers that are good or bad."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ LABELS = {
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """The answers of one prompt beside the one that ends its conversation, and what people said of them.
+    """The other answers to a conversation's prompt, and the human feedback on all of them.
 
     Attributes:
         others: the other answers, from better to worse.
-        ranks: of each answer, the conversation's own first; 0 is the best, and equal ones are not compared.
-        degree: index in data.degrees; None where rows have none.
-        margin: what the chosen answer should be ahead by.
-        desirable: whether the one answer is good; None where answers are compared.
+        ranks: one per answer, the conversation's own first; 0 is the best, and equal ranks are not compared.
+        degree: index in data.degrees; None if rows have none.
+        margin: required margin of the chosen answer.
+        desirable: whether the one answer is good; None if answers are compared.
     """
 
     others: tuple[str, ...] = ()
@@ -44,8 +44,8 @@ class Comparison:
         return [(a, b) for a in indices for b in indices if self.ranks[a] < self.ranks[b]]
 
 
-def differing(answers: Sequence[str]) -> None:
-    """Raises ValueError where two answers say the same, white space at their ends aside."""
+def check_different(answers: Sequence[str]) -> None:
+    """Raises ValueError if two answers are equal, not counting white space at their ends."""
     seen: dict[str, int] = {}
     for number, answer in enumerate(answers, start=1):
         other = seen.setdefault(answer.strip(), number)
@@ -54,10 +54,10 @@ def differing(answers: Sequence[str]) -> None:
 
 
 def ranked(answers: Sequence[str], scores: Any, column: str) -> tuple[list[str], tuple[int, ...]]:
-    """Answers from the best score to the worst, and their ranks. Raises ValueError for scores that are no numbers."""
+    """Answers from the best score to the worst, and their ranks. Raises ValueError for scores that are not numbers."""
     if not isinstance(scores, list) or len(scores) != len(answers):
         description = f"{len(scores)} scores" if isinstance(scores, list) else "no list of scores"
-        raise ValueError(f"'{column}' holds {description} for {len(answers)} candidates")
+        raise ValueError(f"'{column}' contains {description} for {len(answers)} candidates")
     numbers = [number_of(score, column) for score in scores]
     order = sorted(range(len(answers)), key=lambda index: -numbers[index])
     levels = sorted(set(numbers), reverse=True)
@@ -73,7 +73,7 @@ def number_of(value: Any, column: str) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not math.isfinite(number):
-        raise ValueError(f"'{column}' holds {value!r}, a finite number was expected")
+        raise ValueError(f"'{column}' contains {value!r}, a finite number was expected")
     return number
 
 
@@ -82,7 +82,7 @@ def degree_of(value: Any, degrees: Sequence[str], column: str) -> int:
     known = [name.casefold() for name in degrees]
     text = " ".join(str(value).casefold().split())
     if text not in known:
-        raise ValueError(f"'{column}' holds the degree '{value}', none of data.degrees{did_you_mean(text, degrees)}")
+        raise ValueError(f"'{column}' contains the degree '{value}', none of data.degrees{did_you_mean(text, degrees)}")
     return known.index(text)
 
 
@@ -90,7 +90,7 @@ def label_of(value: Any, column: str) -> bool:
     """Whether an answer is good. Raises ValueError for anything but a truth value."""
     text = str(int(value)) if value in (0.0, 1.0) else str(value)  # numbers of a column with gaps are floats
     if text.strip().casefold() not in LABELS:
-        raise ValueError(f"'{column}' holds {value!r}; true (a good answer) or false (a bad one) was expected")
+        raise ValueError(f"'{column}' contains {value!r}; true (a good answer) or false (a bad one) was expected")
     return LABELS[text.strip().casefold()]
 
 
@@ -98,7 +98,7 @@ _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant): ?")
 
 
 def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
-    """A whole conversation: a list of messages, or text with the turns "Human:" and "Assistant:" of hh-rlhf.
+    """A full conversation: a list of messages, or text with the turns "Human:" and "Assistant:" of hh-rlhf.
 
     Raises ValueError for anything else, and for one that does not end with an answer.
     """
@@ -111,11 +111,11 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
             {"role": roles[who], "content": text.strip()} for who, text in zip(parts[1::2], parts[2::2], strict=True)
         ]
     if not isinstance(value, list) or not value:
-        raise ValueError(f"'{column}' holds no whole conversation; name an answer's prompt in data.columns.prompt")
+        raise ValueError(f"'{column}' contains no whole conversation; name an answer's prompt in data.columns.prompt")
     last = value[-1]
     is_silent = isinstance(last, dict) and last.get("role") == "assistant" and last.get("content") == ""
     messages = read_messages(value[:-1] if is_silent and len(value) > 1 else value, column, keys)
-    if is_silent:  # people may well have compared an answer with none
+    if is_silent:  # one answer of a comparison may be empty
         messages.append({"role": "assistant", "content": ""})
     if messages[-1]["role"] != "assistant" or len(messages) < 2:
         raise ValueError(f"the conversation in '{column}' does not end with an answer to something")
@@ -124,10 +124,10 @@ def conversation_of(value: Any, column: str, keys: Keys) -> list[Message]:
     return messages
 
 
-def two_endings(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
+def common_prompt(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], str, str]:
     """What two conversations have in common, and the answer that ends each.
 
-    Raises ValueError where they part before their last answers.
+    Raises ValueError if they differ before their last answers.
     """
     if chosen[:-1] != rejected[:-1]:
         shared = sum(1 for _ in takewhile(lambda turns: turns[0] == turns[1], zip(chosen, rejected, strict=False)))
@@ -140,9 +140,9 @@ Conversations = Sequence[Any]
 
 
 def with_other_answers(conversations: Conversations) -> list[Any]:
-    """Conversations of single answers, each with the answer of the next one that has another prompt beside its own.
+    """Conversations of single answers, each with a second answer: that of the next row with another prompt.
 
-    KTO measures on them how far a policy is from its reference; nobody compared the two.
+    KTO estimates the KL divergence from the reference on them; nobody compared the two.
     """
     result = []
     for index, row in enumerate(conversations):

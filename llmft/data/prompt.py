@@ -78,7 +78,7 @@ class PromptFormat:
     def __init__(
         self, config: PromptConfig, *, bos_token: str | None = None, eos_token: str | None = None, strict: bool = True
     ) -> None:
-        """Compiles the template. Raises ConfigError for invalid Jinja, or where `strict` and no answer is marked."""
+        """Compiles the template. Raises ConfigError for invalid Jinja, or with `strict` if no answer is marked."""
         if not config.template:
             raise ConfigError(f"prompt={config.name} has no template: set prompt.template or choose a format.")
         self.config = config
@@ -104,7 +104,7 @@ class PromptFormat:
         self._layouts: dict[Any, tuple[frozenset[int], bool]] = {}
 
     def prepare(self, messages: Sequence[Message]) -> list[Message]:
-        """Messages with the system prompt and the instruction where the format wants them.
+        """Messages with the system prompt and the instruction in the format's places.
 
         A row's own system prompt takes precedence over the configured one; an empty configured one removes both. A
         format without a place for Alpaca's input gets it after the question.
@@ -266,7 +266,7 @@ class PromptFormat:
 
     @cached_property
     def _closes_with_eos(self) -> bool:
-        """Whether an end token stands behind a whole conversation, beside what ends each answer."""
+        """Whether an end token follows a whole conversation, in addition to what ends each answer."""
         texts = [("user", "Qa"), ("assistant", "Xanswer"), ("user", "Xquestion")]
         dialogue = [{"role": role, "content": content} for role, content in texts]
         try:
@@ -280,7 +280,7 @@ class PromptFormat:
     # ----------------------------------------------------------------------------------------------------- checking
 
     def _check_text(self, turns: list[Message], rendered: Rendered, wanted: frozenset[int] | None) -> None:
-        """Raises ValueError where the template drops or changes a text of the messages."""
+        """Raises ValueError if the template drops or changes a text of the messages."""
         number = -1
         answers = sum(turn["role"] == "assistant" for turn in turns)
         for turn in turns:
@@ -461,7 +461,7 @@ def _with_placeholders(value: Any, words: Iterator[str], used: list[str]) -> Any
 def _call_form(turn: Message, name: str, empty_content: str | None, as_json: bool, short_ids: bool) -> Message:
     """`turn` with its tool calls in one form.
 
-    `empty_content` replaces an empty text beside calls, `as_json` writes arguments as JSON text, `short_ids` shortens
+    `empty_content` replaces an empty text next to calls, `as_json` writes arguments as JSON text, `short_ids` shortens
     ids to nine characters. `name` is the id of a result without one.
     """
 

@@ -65,7 +65,7 @@ def prompt_content(conversation: Conversation) -> str:
 def add_pseudo(
     data: DataConfig, columns: ColumnMap, train: Sequence[Conversation], held_out: Sequence[Conversation]
 ) -> PseudoLabels:
-    """The rows of data.pseudo to train on beside `train`, none of which is in `held_out`.
+    """The rows of data.pseudo to train on in addition to `train`, none of which is in `held_out`.
 
     Raises ConfigError or DataError for a missing file, or one with other classes or columns.
     """
@@ -138,11 +138,11 @@ def _from_predictions(
             f"data.pseudo={folder}: its classes are {', '.join(predictions.labels[:8])}, this run's "
             f"{', '.join(targets.labels[:8])}; they must be the same in the same order."
         )
-    files = data.pseudo_rows or predictions.facts.get("files")
+    files = data.pseudo_rows or predictions.provenance.get("files")
     if not files:
         raise ConfigError(f"data.pseudo={folder} does not name the files it is for: set data.pseudo_rows to them.")
     rows = _read(files, "data.pseudo_rows", data)
-    lenient_columns = replace(columns, lenient=True, id=predictions.facts.get("id_column"))
+    lenient_columns = replace(columns, lenient=True, id=predictions.provenance.get("id_column"))
     conversations = lenient_columns.conversations(rows, BadRows())
     row_by_id = {row.id: row for row in conversations}
     if len(row_by_id) < len(conversations):
@@ -160,7 +160,7 @@ def _from_predictions(
             messages = [*row.messages[:-1], {"role": "assistant", "content": targets.words[int(target)]}]  # type: ignore[arg-type]
             row = replace(row, messages=messages)
         rows_with_target.append((replace(row, target=target), confidence))
-    return rows_with_target, list(predictions.facts.get("sources", []))
+    return rows_with_target, list(predictions.provenance.get("sources", []))
 
 
 def _guess(values: np.ndarray, problem: TaskType) -> tuple[Target, float]:

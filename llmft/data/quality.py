@@ -39,11 +39,11 @@ class Finding:
 
 
 @dataclass
-class SplitFacts:
+class SplitStatistics:
     """Counts over one split.
 
     Attributes:
-        begin_tokens: number of rows by their number of begin tokens; empty where the tokenizer has none.
+        begin_tokens: number of rows by their number of begin tokens; empty if the tokenizer has none.
         doubled_begin: rows with two begin tokens side by side.
         ends_trained: rows whose last learned token is an end token.
         untrained: rows without a learned token.
@@ -64,23 +64,25 @@ class SplitFacts:
     histogram: list[tuple[int, int, int]] = field(default_factory=list)
 
 
-def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
+def split_statistics(examples: Examples, tokenizer: Any, ends: Ends) -> SplitStatistics:
     """Counts over all tokens of a split."""
-    facts = SplitFacts(len(examples))
+    statistics = SplitStatistics(len(examples))
     if not len(examples):
-        return facts
+        return statistics
     ids, starts, lengths = examples.ids, examples.starts, examples.lengths
     begin = tokenizer.bos_token_id
     if begin is not None and begin != tokenizer.eos_token_id:
         is_begin = np.concatenate([[0], np.cumsum(ids == begin)])
         counts = is_begin[starts[1:]] - is_begin[starts[:-1]]
-        facts.begin_tokens = {int(n): int(rows) for n, rows in zip(*np.unique(counts, return_counts=True), strict=True)}
+        statistics.begin_tokens = {
+            int(n): int(rows) for n, rows in zip(*np.unique(counts, return_counts=True), strict=True)
+        }
         pairs = np.flatnonzero((ids[1:] == begin) & (ids[:-1] == begin)) + 1
         within_rows = pairs[~np.isin(pairs, starts)]
-        facts.doubled_begin = len(np.unique(np.searchsorted(starts, within_rows, side="right")))
+        statistics.doubled_begin = len(np.unique(np.searchsorted(starts, within_rows, side="right")))
     learned = np.concatenate([[0], np.cumsum(examples.labelled != 0, dtype=np.int64)])
     answers = learned[starts[1:]] - learned[starts[:-1]]
-    facts.untrained = int((answers == 0).sum())
+    statistics.untrained = int((answers == 0).sum())
     learned_positions = np.flatnonzero(examples.labelled)
     answer_ends = learned[starts[1:]][answers > 0]
     ends_well = np.isin(ids[learned_positions[answer_ends - 1]], ends.ids)
@@ -88,19 +90,19 @@ def split_facts(examples: Examples, tokenizer: Any, ends: Ends) -> SplitFacts:
         tail_tokens = len(ends.text.encode()) + 1
         tails = (ids[learned_positions[max(0, end - tail_tokens) : end]].tolist() for end in answer_ends)
         ends_well |= np.fromiter(map(ends.reached, tails), bool, len(answer_ends))
-    facts.ends_trained = int(ends_well.sum())
-    facts.prompt_tokens = _percentiles(lengths - answers)
-    facts.answer_tokens = _percentiles(answers)
-    facts.all_tokens = _percentiles(lengths)
+    statistics.ends_trained = int(ends_well.sum())
+    statistics.prompt_tokens = _percentiles(lengths - answers)
+    statistics.answer_tokens = _percentiles(answers)
+    statistics.all_tokens = _percentiles(lengths)
     edges = np.unique(np.linspace(0, lengths.max() + 1, NUM_BINS + 1).astype(int))
     rows = np.histogram(lengths, edges)[0]
-    facts.histogram = [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], rows, strict=True)]
+    statistics.histogram = [(int(a), int(b) - 1, int(n)) for a, b, n in zip(edges[:-1], edges[1:], rows, strict=True)]
     special = [token for token in (*tokenizer.all_special_tokens, ends.text) if len(token) > 2]
-    facts.special_in_text = sum(
+    statistics.special_in_text = sum(
         any(token in message_text(message) for message in examples.conversations[row].messages for token in special)
         for row in examples.rows
     )
-    return facts
+    return statistics
 
 
 def _percentiles(values: np.ndarray) -> dict[int, int]:
@@ -125,7 +127,7 @@ def label_balance(conversations: Sequence[Conversation], labels: Sequence[str]) 
 
 def findings(
     config: TrainConfig,
-    facts: dict[str, SplitFacts],
+    statistics: dict[str, SplitStatistics],
     overlaps: Sequence[Overlap],
     context_tokens: int | None,
     learned_positions: bool,
@@ -135,49 +137,49 @@ def findings(
     `context_tokens` is the model's number of positions; with `learned_positions` the model fails beyond it.
     """
     classifies = config.task.head is not None or config.task.auto_class == "sequence_classification"
-    result = [finding for split, fact in facts.items() for finding in _of_split(split, fact, classifies)]
-    longest = max((fact.all_tokens.get(100, 0) for fact in facts.values()), default=0)
+    result = [finding for split, counts in statistics.items() for finding in _of_split(split, counts, classifies)]
+    longest = max((counts.all_tokens.get(100, 0) for counts in statistics.values()), default=0)
     if context_tokens is not None and longest > context_tokens:
         level = "error" if learned_positions else "warning"
         limit = f"more than the {context_tokens} positions of the model"
         result.append(Finding(level, "data.max_tokens", f"the longest row has {longest} tokens, {limit}"))
-    train = facts.get("train")
+    train = statistics.get("train")
     if train is not None and train.begin_tokens.get(0):
         message = f"{train.begin_tokens[0]} train rows have no begin token, although the tokenizer has one"
         result.append(Finding("warning", "prompt", message))
     trains_on_all = config.data.train_on is TrainOn.all
     for overlap in overlaps:
         if not (trains_on_all and (overlap.first, overlap.second) == ("train", "validation")):
-            result += _of_overlap(overlap, facts, config.data.max_overlap_fraction, classifies)
+            result += _of_overlap(overlap, statistics, config.data.max_overlap_fraction, classifies)
     if trains_on_all:
         message = "validation rows are trained on too, so validation numbers mean nothing"
         result.append(Finding("warning", "data.train_on", message))
     return sorted(result, key=lambda finding: finding.level != "error")
 
 
-def _of_split(split: str, fact: SplitFacts, classifies: bool) -> Iterator[Finding]:
-    if fact.doubled_begin:
-        yield Finding("error", "prompt", f"{fact.doubled_begin} {split} rows have two begin tokens side by side")
-    if fact.untrained and not classifies:
-        yield Finding("error", "data", f"{fact.untrained} {split} rows have no token to learn")
-    if not classifies and fact.rows and fact.ends_trained < MIN_ENDS * fact.rows:
-        share = 1 - fact.ends_trained / fact.rows
+def _of_split(split: str, statistics: SplitStatistics, classifies: bool) -> Iterator[Finding]:
+    if statistics.doubled_begin:
+        yield Finding("error", "prompt", f"{statistics.doubled_begin} {split} rows have two begin tokens side by side")
+    if statistics.untrained and not classifies:
+        yield Finding("error", "data", f"{statistics.untrained} {split} rows have no token to learn")
+    if not classifies and statistics.rows and statistics.ends_trained < MIN_ENDS * statistics.rows:
+        share = 1 - statistics.ends_trained / statistics.rows
         lack = f"{share:.0%} of the {split} rows do not end in a trained end token, so the model would not learn to"
         advice = "put the end token inside {% generation %} in the prompt's template"
         yield Finding("error", "prompt", f"{lack} stop: {advice}")
-    if fact.special_in_text:
-        message = f"{fact.special_in_text} {split} rows spell a special token in their own text"
+    if statistics.special_in_text:
+        message = f"{statistics.special_in_text} {split} rows spell a special token in their own text"
         yield Finding("warning", "data", message)
 
 
 def _of_overlap(
-    overlap: Overlap, facts: dict[str, SplitFacts], max_fraction: float, classifies: bool
+    overlap: Overlap, statistics: dict[str, SplitStatistics], max_fraction: float, classifies: bool
 ) -> Iterator[Finding]:
     first, second = overlap.first, overlap.second
     if overlap.exact and first == second:
         yield Finding("warning", "data", f"{overlap.exact} {first} rows are copies of others")
     elif overlap.exact:
-        share = overlap.exact / max(1, facts[second].rows)
+        share = overlap.exact / max(1, statistics[second].rows)
         level = "error" if share > max_fraction else "warning"
         example = " = ".join(overlap.examples[0]) if overlap.examples else ""
         message = f"{overlap.exact} {second} rows ({share:.0%}) are also in {first} ({example})"

@@ -38,7 +38,7 @@ FORMATS = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".txt")
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row: its columns, its place (`file:line`), and a name where two files have the same name."""
+    """One row: its columns, its place (`file:line`), and a name if two files have the same name."""
 
     values: dict[str, Any]
     where: str

@@ -66,7 +66,7 @@ def _spread(texts: list[str], count: int, seed: int) -> list[int]:
 def _far_apart(points: Any, count: int) -> Any:
     """The first of `points`, then always the one farthest from those chosen (Gonzalez 1985).
 
-    k-means++ draws by squared distance summed over a cluster, so it misses a small cluster beside a large one.
+    k-means++ draws by squared distance summed over a cluster, so it misses a small cluster next to a large one.
     """
     import numpy as np
 

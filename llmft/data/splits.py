@@ -32,10 +32,10 @@ def hold_out(
 ) -> tuple[list[Row], list[Row]]:
     """Splits `rows` into (kept, held out).
 
-    A row's side depends only on its content (or its group's name) and `seed`, not on the file's order or the training
-    seed. Copies of a row, and all rows of a group, stay on one side. With `stratify`, each class gives its share of the
-    held-out rows, by largest remainder, and keeps at least one row. At least one row or group is held out when
-    `fraction` is above 0.
+    A row's side depends only on its content (or its group's name) and `seed`, not on the order of the rows or the
+    training seed. Copies of a row, and all rows of a group, stay on one side. With `stratify`, classes are held out in
+    proportion, by largest remainder, and each keeps at least one training row. If `fraction` is above 0, at least one
+    row or group is held out.
     """
     if fraction <= 0 or not rows:
         return rows, []
@@ -107,7 +107,7 @@ def make_splits(loaded: Loaded, data: DataConfig, together: Callable[[Row], str]
 
     Without data.group, rows with the same value of `together` stay in one split.
 
-    Raises DataError when no training rows are left. Raises ConfigError for a fold or fraction beside given rows, or for
+    Raises DataError when no training rows are left. Raises ConfigError for a fold or fraction with given rows, or for
     a column that a row lacks.
     """
     train = loaded.splits["train"]
@@ -156,7 +156,7 @@ def _refuse_unused(loaded: Loaded, data: DataConfig) -> None:
         fraction, default = getattr(data, key), DataConfig.__dataclass_fields__[key].default
         if is_decided and fraction not in (0, default):
             source = "data.fold" if split == "validation" and split not in given_splits else f"the given {split} rows"
-            raise ConfigError(f"data.{key}={fraction} would not be used beside {source}: set it to 0.")
+            raise ConfigError(f"data.{key}={fraction} would not be used with {source}: set it to 0.")
     for key in ("stratify", "group"):
         if getattr(data, key):
             _column(loaded.splits["train"], getattr(data, key), f"data.{key}")

@@ -1,4 +1,4 @@
-"""Synthetic English: a task of seven writers to tell apart, and stories to pretrain a tiny base model.
+"""Synthetic English: texts of seven writers to classify, and stories to pretrain a tiny base model.
 
 All texts are short sentences about animals. Every writer has four habits: a word that opens each sentence, a word of
 degree, a word that joins two deeds, and a mark that ends each sentence. Any two writers share exactly one of their four
@@ -39,7 +39,7 @@ WRITERS: dict[str, Style] = {
     "Tom": Style("Now,", "very", "but", "!"),
     "Zoe": Style("Now,", "rather", "then", "."),
 }
-"""The seven writers: each label of the task with the habits behind it."""
+"""The seven writers: each label of the task with its habits."""
 
 _OPENINGS = ("Well,", "Oh,", "Now,", "Look,", "Yes,", "")
 _DEGREES = ("very", "quite", "rather", "too", "really")
@@ -141,7 +141,7 @@ def stories(split: str, num_rows: int, seed: int = 0) -> list[dict[str, str]]:
 
     Each is told in a style of its own, drawn from more values than the writers have, so that a model learns to notice
     habits. No style has more than two values in common with a writer's, and no story asks who wrote it. The writers'
-    names are among the characters', so the model knows the answers as words, but not whom they stand for.
+    names are among the characters', so the model knows the answers as words, but not their styles.
     """
     rng = new_rng("stories", split, _STORY_SPLITS, seed)
     return [{"text": _story(rng)} for _ in range(num_rows)]

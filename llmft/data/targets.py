@@ -49,7 +49,7 @@ class Targets:
     def of(cls, data: DataConfig, task: TaskConfig, rows: Sequence[Row], fill: Fill) -> Targets:
         """The targets of `data`. Without data.labels, the classes are the sorted targets of `rows`.
 
-        Raises ConfigError where no column holds targets, DataError where there are too few classes.
+        Raises ConfigError if no column contains targets, DataError if there are too few classes.
         """
         column = data.columns.target
         if data.target_columns and task.problem is not TaskType.multi_label:
@@ -124,7 +124,7 @@ def _is_one(row: Row, name: str) -> bool:
         raise ValueError(missing_column(name, row.values))
     text = str(row.values[name]).strip().lower()
     if text not in ("0", "0.0", "false", "1", "1.0", "true"):
-        raise ValueError(f"column '{name}' of data.target_columns holds '{row.values[name]}', 0 or 1 was expected")
+        raise ValueError(f"column '{name}' of data.target_columns contains '{row.values[name]}', 0 or 1 was expected")
     return text in ("1", "1.0", "true")
 
 

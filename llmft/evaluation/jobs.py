@@ -28,7 +28,8 @@ from llmft.data.readers import BadRows, Row
 from llmft.data.sources import check_csv_columns, named_columns, read_files, with_nested
 from llmft.data.targets import Targets
 from llmft.evaluation.prediction_sets import EnsembleRecipe
-from llmft.runs.directory import Run, finished_run, slug, source_facts
+from llmft.runs.directory import Run, finished_run, source_record
+from llmft.runs.naming import slug
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, read_table, write_table
 
 T = TypeVar("T")
@@ -88,15 +89,15 @@ class PredictionJob:
         if not self.files:
             known[PROMPT] = [row.messages[0]["content"] for row in rows]
         prior = self.target_model.prior if self.target_model is not None else []
-        facts = {
-            "sources": [source_facts(self.run, self.config, self.rows_fingerprint, prior)],
+        provenance = {
+            "sources": [source_record(self.run, self.config, self.rows_fingerprint, prior)],
             "files": self.files,
             "files_digest": self.digest,
             "id_column": self.id_column,
             "plan": self.plan,
         }
         ids = [row.id for row in rows]
-        return Predictions(ids, self.labels, values, self.problem, self._targets(), known | columns, facts)
+        return Predictions(ids, self.labels, values, self.problem, self._targets(), known | columns, provenance)
 
     def _targets(self) -> list[Any]:
         """The true targets or answers; None for rows without one."""
@@ -115,7 +116,7 @@ class PredictionJob:
             predictions = Predictions.load(self.directory)
         except DataError:
             return None
-        return predictions if predictions.facts.get("plan") == self.plan else None
+        return predictions if predictions.provenance.get("plan") == self.plan else None
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
         """Locks the directory. Raises ConfigError where another process has locked it."""
@@ -228,7 +229,7 @@ def _plan_run(run: Run, trained: TrainConfig, config: PredictConfig, ids: str | 
         digest=digest,
         id_column=columns.id,
         target_model=targets,
-        rows_fingerprint=run.fact("data", "rows_fingerprint"),
+        rows_fingerprint=run.recorded("data", "rows_fingerprint"),
         plan=digest_of([run.key, run.digests(), digest, options]),
         notes=notes,
     )

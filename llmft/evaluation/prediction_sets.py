@@ -19,7 +19,7 @@ from llmft.config.untrusted import read_json
 from llmft.core.errors import ConfigError, DataError
 from llmft.core.files import write_atomically, write_json
 from llmft.evaluation.blending import combine
-from llmft.runs.directory import slug
+from llmft.runs.naming import slug
 from llmft.runs.predictions import FOLDER, TEXT, Predictions, load_predictions, names_in
 
 MOST_RECORD_BYTES = 2**24
@@ -132,18 +132,18 @@ def stack(members: Sequence[PredictionSet]) -> np.ndarray:
 
 def joined(members: Sequence[PredictionSet], values: np.ndarray, **columns: list[Any]) -> Predictions:
     """Predictions of the members' rows with new values and the sources of all members."""
-    first, all_facts = members[0].predictions, [member.predictions.facts for member in members]
+    first, provenances = members[0].predictions, [member.predictions.provenance for member in members]
     known = zip(*(member.predictions.targets for member in members), strict=True)
     targets = [next((target for target in candidates if target is not None), None) for candidates in known]
     shared = {name: first.columns[name] for name in ROW_COLUMNS if name in first.columns}
     sources: list[Any] = []
-    for facts in all_facts:
-        sources += [source for source in facts.get("sources", []) if source not in sources]
-    facts = {"sources": sources, "members": [str(member.directory) for member in members]}
+    for provenance in provenances:
+        sources += [source for source in provenance.get("sources", []) if source not in sources]
+    provenance = {"sources": sources, "members": [str(member.directory) for member in members]}
     for name in ("files", "files_digest", "id_column"):
-        if all(of_member.get(name) == first.facts.get(name) for of_member in all_facts):
-            facts[name] = first.facts.get(name)
-    return Predictions(first.ids, first.labels, values, first.problem, targets, {**shared, **columns}, facts)
+        if all(of_member.get(name) == first.provenance.get(name) for of_member in provenances):
+            provenance[name] = first.provenance.get(name)
+    return Predictions(first.ids, first.labels, values, first.problem, targets, {**shared, **columns}, provenance)
 
 
 def ensemble_directory(root: Path, name: str | None, default: str, content: Any) -> Path:

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from llmft.config.commands import PredictConfig
-from llmft.config.data import Truncation
+from llmft.config.data import NO_LIMIT, Truncation
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError, DataError
 from llmft.data.batch import Limit, collate
@@ -28,7 +28,7 @@ from llmft.model.device import mixed_precision, pick_device, pick_precision
 from llmft.model.generate import decoder, generate
 from llmft.model.load import model_config
 from llmft.model.tokenizer import load_tokenizer
-from llmft.runs.directory import ForeignRun
+from llmft.runs.directory import PeftAdapter
 from llmft.training.objectives.language_modeling import LanguageModeling
 from llmft.training.scoring import make_objective
 from llmft.training.tokenized_data import with_options
@@ -48,8 +48,8 @@ class Predictor:
         self.located = locate(self.config.model)
         self._check_base()
         trained = job.run.adapter if self.config.lora.enabled else job.run.model
-        foreign = isinstance(job.run, ForeignRun)
-        has_tokenizer = not foreign or (trained / "tokenizer_config.json").is_file()
+        is_peft_directory = isinstance(job.run, PeftAdapter)
+        has_tokenizer = not is_peft_directory or (trained / "tokenizer_config.json").is_file()
         self.tokenizer = load_tokenizer(self.config.model, Located(trained, "") if has_tokenizer else self.located)
         prompt = prompt_format(with_options(self.config.prompt, job.target_model), self.tokenizer)
         data = self.config.data
@@ -57,7 +57,7 @@ class Predictor:
         self.context_tokens, learned = families.positions(model_config(self.config.model, self.located))
         cuts = data.truncation in (Truncation.drop, Truncation.error)
         # Answers are never cut: scored ones may be as long as the model can read.
-        most = 2**31 - 1 if self.config.task.scores_answers else data.max_tokens
+        most = NO_LIMIT if self.config.task.scores_answers else data.max_tokens
         data = replace(
             data,
             max_tokens=min(most, self.context_tokens or most) if learned else most,
@@ -79,13 +79,13 @@ class Predictor:
             vocabulary=len(self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
             threads=options.threads,
-            trained=trained,
-            foreign=foreign,
+            weights_directory=trained,
+            is_peft_directory=is_peft_directory,
         )
         self.model = self.assembled.model
 
     def _check_base(self) -> None:
-        record = self.job.run.fact("model", "fingerprint")
+        record = self.job.run.recorded("model", "fingerprint")
         if self.config.lora.enabled and record != self.located.fingerprint:
             raise ConfigError(
                 f"{self.job.run.directory}: the base model found for model={self.config.model.label} is not the one "

@@ -84,7 +84,7 @@ def with_references(predictions: Predictions, config: EvaluateConfig) -> tuple[P
                 raise ConfigError(f"{key}={getattr(config, key)} needs references=FILE, which is not set.")
         return predictions, {name: _prediction_column(predictions, name) for name in config.slice}
     rows = _rows(config.references, "references", [*config.slice, config.id or "", config.target or ""])
-    name = config.id or predictions.facts.get("id_column") or ("id" if "id" in rows[0].values else None)
+    name = config.id or predictions.provenance.get("id_column") or ("id" if "id" in rows[0].values else None)
     if config.id and config.id not in rows[0].values:
         raise ConfigError(
             f"id={config.id}: the references have no such column{did_you_mean(config.id, rows[0].values)}"

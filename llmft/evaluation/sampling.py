@@ -29,7 +29,8 @@ from llmft.evaluation.predictor import Predictor
 from llmft.metrics.judging import Judge, check_combination, combine_scores, judges_of
 from llmft.model.generate import decoder
 from llmft.model.sampling import Draw, sample
-from llmft.runs.directory import Run, directories, finished_run, slug
+from llmft.runs.directory import Run, directories, finished_run
+from llmft.runs.naming import slug
 from llmft.runs.predictions import read_table, write_table
 
 FOLDER = "samples"
@@ -243,7 +244,7 @@ def _rows_of(run: Run, trained: TrainConfig, config: SampleConfig) -> Prediction
     rows = prepare(owner, open_directory=False).conversations.get(config.split, [])
     if not rows:
         raise ConfigError(f"split={config.split}: this run has no such rows; name files in data.files.")
-    fingerprint = run.fact("data", "rows_fingerprint")
+    fingerprint = run.recorded("data", "rows_fingerprint")
     directory = run.directory / FOLDER / config.split
     return PredictionJob(run, trained, directory, rows, digest=fingerprint, rows_fingerprint=fingerprint)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from llmft.config.sections import TrainConfig
-from llmft.runs.directory import ForeignRun, Run
+from llmft.runs.directory import PeftAdapter, Run
 
 CARD = """---
 {head}
@@ -38,7 +38,7 @@ def text(name: str, description: str, config: TrainConfig, run: Run, properties:
     )
     rows = {"base": model.id if on_hub else model.label, "licence of the base": model.license}
     method = f"LoRA r={config.lora.r}" if config.lora.enabled else "all weights trained"
-    if isinstance(run, ForeignRun):
+    if isinstance(run, PeftAdapter):
         rows["method"] = method
     else:
         if config.lora.enabled:

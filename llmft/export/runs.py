@@ -8,7 +8,7 @@ from llmft.config.commands import MergeConfig, MergeFormat
 from llmft.core.console import Screen
 from llmft.core.imports import load_libraries, quiet_warnings
 from llmft.export.targets import NotProved, check_format, is_current, opened, target_of
-from llmft.runs.directory import usable
+from llmft.runs.directory import open_directories
 
 
 def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
@@ -17,7 +17,7 @@ def export_runs(config: MergeConfig, screen: Screen) -> list[Path]:
     Raises ConfigError for runs, files or options that cannot be used, NotProved for a model that differs from its run.
     """
     check_format(config)
-    jobs = usable(config.run, "run", opened, screen.warn)
+    jobs = open_directories(config.run, "run", opened, screen.warn)
     load_libraries()
     from llmft.export.gguf_proof import export
     from llmft.export.merge import merged

@@ -16,7 +16,7 @@ from llmft.core.errors import ConfigError, UserError, did_you_mean
 from llmft.data.hub import locate
 from llmft.evaluation.jobs import PredictionJob, targets_of
 from llmft.evaluation.prediction_sets import EnsembleRecipe
-from llmft.runs.directory import ForeignRun, finished_run
+from llmft.runs.directory import PeftAdapter, finished_run
 
 RECORD = "llmft.json"
 """The record in a merged directory."""
@@ -87,7 +87,7 @@ def foreign(directory: Path) -> PredictionJob:
         located = locate(config.model)
     except ConfigError as error:
         raise ConfigError(f"{path}: base_model_name_or_path={base} (a local path is possible too): {error}") from None
-    run = ForeignRun(directory, "", fingerprint=located.fingerprint)
+    run = PeftAdapter(directory, "", fingerprint=located.fingerprint)
     return PredictionJob(run, config, directory)
 
 

@@ -96,7 +96,7 @@ def _finite(numbers: Mapping[str, float]) -> dict[str, float | None]:
 
 def _prior_values(predictions: Predictions, problem: TaskType, references: np.ndarray) -> tuple[np.ndarray, bool]:
     """((rows, classes) each row's prior, of its fold or their mean; whether the training rows' prior is known)."""
-    sources = predictions.facts.get("sources") or []
+    sources = predictions.provenance.get("sources") or []
     priors = [(source.get("fold"), source.get("prior")) for source in sources]
     num_values = predictions.values.shape[1]
     if not priors or any(not prior or len(prior) != num_values for _, prior in priors):

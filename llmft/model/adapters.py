@@ -29,7 +29,7 @@ def attach(
 ) -> Any:
     """`base` with a fresh LoRA whose random half comes from `seed` alone; returns the PeftModel.
 
-    In a mixture of experts "all-linear" means its attention: see `families.NOT_ADAPTED`.
+    In a mixture of experts "all-linear" means attention only: see `families.NOT_ADAPTED`.
 
     Raises ConfigError when lora.targets name no module of this model.
     """
@@ -57,7 +57,7 @@ def attach(
 
 
 def _peft_config(base: Any, lora: LoraConfig, auto_class: str) -> Any:
-    """`lora` in PEFT's words."""
+    """PEFT's config of `lora`."""
     import peft
 
     targets = lora.targets if isinstance(lora.targets, str) else list(lora.targets)
@@ -101,16 +101,16 @@ def load_adapter(model: Any, directory: Path) -> None:
     """
     import peft
 
-    current, stored, unlike = _states(model, directory)
-    if strange := sorted(current.keys() ^ stored.keys()) + unlike:
-        raise ConfigError(f"{directory}: not the weights of this run's adapter ({strange[0]}).")
+    current, stored, mismatched = _states(model, directory)
+    if unexpected := sorted(current.keys() ^ stored.keys()) + mismatched:
+        raise ConfigError(f"{directory}: not the weights of this run's adapter ({unexpected[0]}).")
     peft.set_peft_model_state_dict(model, stored)
 
 
 def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor]:
     """Adds the adapter in `directory` under `name`, frozen and not active; returns the tensors of its head by name.
 
-    Nothing else of `model` changes, nor of the random numbers of the process. Raises ConfigError for an adapter of
+    Nothing else changes, neither in `model` nor in the process's random state. Raises ConfigError for an adapter of
     another model.
     """
     import peft
@@ -125,15 +125,15 @@ def add_frozen(model: Any, directory: Path, name: str) -> dict[str, torch.Tensor
     with _same_trainable(model), torch.random.fork_rng(devices=devices):
         model.add_adapter(name, config)
         layers = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-        if strange := sorted(layers.keys() ^ state.keys()):
-            raise ConfigError(f"{directory}: an adapter of another model ({strange[0]}).")
+        if unexpected := sorted(layers.keys() ^ state.keys()):
+            raise ConfigError(f"{directory}: an adapter of another model ({unexpected[0]}).")
         peft.set_peft_model_state_dict(model, state, adapter_name=name)
     return {key.rpartition(".")[2]: tensor for key, tensor in stored.items() if key not in state}
 
 
 @contextlib.contextmanager
 def active(model: Any, name: str) -> Iterator[None]:
-    """Inside, the adapter `name` computes alone and without dropout; afterwards all is as before."""
+    """Inside, only the adapter `name` is active, without dropout; afterwards everything is as before."""
     before = model.active_adapter
     with _same_trainable(model), families.evaluating(model):
         model.set_adapter(name, inference_mode=True)
@@ -145,7 +145,7 @@ def active(model: Any, name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, PEFT may freeze and thaw; afterwards the same parameters are trainable as before, and no new ones."""
+    """PEFT may freeze and unfreeze inside; afterwards the same parameters as before are trainable, and no new ones."""
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     try:
         yield
@@ -154,10 +154,10 @@ def _same_trainable(model: torch.nn.Module) -> Iterator[None]:
             parameter.requires_grad_(id(parameter) in trainable)
 
 
-def load_foreign(base: Any, directory: Path) -> Any:
+def load_peft_adapter(base: Any, directory: Path) -> Any:
     """`base` with the adapter that PEFT wrote into `directory`, whatever its options are; returns the PeftModel.
 
-    Raises ConfigError where it is not of this model.
+    Raises ConfigError if it is not of this model.
     """
     import peft
     from safetensors import safe_open
@@ -170,16 +170,18 @@ def load_foreign(base: Any, directory: Path) -> Any:
         reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
         raise ConfigError(f"{directory}: PEFT cannot put this adapter on its base ({reason[:200]}).") from None
     expected = peft.get_peft_model_state_dict(model, save_embedding_layers=False).keys()
-    strange = sorted((expected - stored) | (stored - expected - model.state_dict().keys()))
-    if strange:
-        raise ConfigError(f"{directory}: an adapter of another model than {base.config.name_or_path} ({strange[0]}).")
+    unexpected = sorted((expected - stored) | (stored - expected - model.state_dict().keys()))
+    if unexpected:
+        raise ConfigError(
+            f"{directory}: an adapter of another model than {base.config.name_or_path} ({unexpected[0]})."
+        )
     return model
 
 
-def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
-    """Puts the adapter in `directory` into a fresh one of the same shape; a new head beside it stays as it is.
+def continue_from_adapter(model: Any, directory: Path, lora: LoraConfig) -> None:
+    """Loads the adapter in `directory` into a fresh one of the same shape; a new head is left unchanged.
 
-    Raises ConfigError naming the keys of `lora` that the adapter has otherwise, and for weights of another model.
+    Raises ConfigError naming the keys of `lora` that differ from the adapter's, and for weights of another model.
     """
     import peft
 
@@ -189,10 +191,10 @@ def go_on_from(model: Any, directory: Path, lora: LoraConfig) -> None:
     stored_shape = [(key, options.get(name, value), value) for key, name, value in shape]
     if others := [f"lora.{key}={str(stored).lower()}" for key, stored, value in stored_shape if stored != value]:
         raise ConfigError(f"lora.adapter={directory}: an adapter of another shape; set {' '.join(others)}.")
-    current, stored, unlike = _states(model, directory)
+    current, stored, mismatched = _states(model, directory)
     adapted = {name for name in current if ".lora_" in name}
-    if strange := sorted((adapted - stored.keys()) | (stored.keys() - current.keys())) + unlike:
-        raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({strange[0]}).")
+    if unexpected := sorted((adapted - stored.keys()) | (stored.keys() - current.keys())) + mismatched:
+        raise ConfigError(f"lora.adapter={directory}: not of this model, task and lora.targets ({unexpected[0]}).")
     peft.set_peft_model_state_dict(model, {**current, **stored})
 
 
@@ -210,8 +212,8 @@ def _states(model: Any, directory: Path) -> tuple[dict[str, torch.Tensor], dict[
     except Exception as error:
         raise ConfigError(f"{path}: cannot be read ({str(error)[:200]}).") from None
     current = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    unlike = sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
-    return current, stored, unlike
+    mismatched = sorted(name for name in current.keys() & stored.keys() if current[name].shape != stored[name].shape)
+    return current, stored, mismatched
 
 
 def trainable_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -235,13 +237,13 @@ library_name: peft
 
 # {name}
 
-A LoRA adapter trained with llmft {version}; `config.yaml` and `environment.json` in the folder around it say how.
+A LoRA adapter trained with llmft {version}; see `config.yaml` and `environment.json` in the parent folder.
 
 """
 
 
-def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
-    """The tensors that `save` writes where weights are divided among processes, which must all ask; else None."""
+def full_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torch.Tensor] | None:
+    """The full tensors for `save` if weights are sharded (a collective call); else None."""
     if not is_sharded(model):
         return None
     parameters = model.named_parameters()
@@ -249,7 +251,7 @@ def whole_state(model: torch.nn.Module, *, trained_only: bool) -> dict[str, torc
 
 
 def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Tensor] | None = None) -> None:
-    """Writes the adapter (or, without LoRA, the model) and its tokenizer; the directory appears whole or not at all.
+    """Writes the adapter (or, without LoRA, the model) and its tokenizer, atomically.
 
     `state` replaces the model's own tensors.
     """
@@ -258,15 +260,15 @@ def save(model: Any, tokenizer: Any, directory: Path, state: dict[str, torch.Ten
     with staged_directory(directory) as staged:
         options: dict[str, Any] = {"safe_serialization": True, "state_dict": state}
         if hasattr(model, "peft_config"):
-            # The adapter alone, without those of judges.
+            # Only this adapter, without those of judges.
             options |= {"save_embedding_layers": False, "selected_adapters": ["default"]}
-            # PEFT adds the base and its version to a card that is there, else to a form to fill in.
+            # PEFT adds the base and its version to an existing card, else to a template to fill in.
             (staged / "README.md").write_text(CARD.format(name=directory.parent.name, version=__version__))
         model.save_pretrained(staged, **options)
         if hasattr(model, "peft_config"):
             path = staged / "adapter_config.json"
             config = json.loads(path.read_text())
-            for key in ("target_modules", "exclude_modules"):  # PEFT has sets of them, of another order in each process
+            for key in ("target_modules", "exclude_modules"):  # PEFT's are sets, in another order in each process
                 if isinstance(config[key], list):
                     config[key].sort()
             path.write_text(json.dumps(config, indent=2, sort_keys=True))

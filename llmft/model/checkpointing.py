@@ -1,6 +1,6 @@
 """Activation checkpointing, and offload of saved activations to the CPU's memory.
 
-Neither changes a number: what is computed again is computed by the same operations, dropout with the same draws.
+Neither changes a result: recomputation uses the same operations and the same dropout masks.
 """
 
 from __future__ import annotations
@@ -16,31 +16,30 @@ from llmft.core.errors import ConfigError
 
 
 def set_checkpointing(base: Any, level: Checkpointing) -> None:
-    """Lets the layers of `base` keep all, or their inputs alone.
+    """Makes the layers of `base` keep all activations, or only their inputs.
 
-    Raises ConfigError for a model whose code cannot compute its layers again.
+    Raises ConfigError for a model whose code cannot recompute its layers.
     """
     if level is not Checkpointing.full:
         base.gradient_checkpointing_disable()
         return
     if not base.supports_gradient_checkpointing:
         raise ConfigError(
-            f"trainer.gradient_checkpointing=full: {type(base).__name__} cannot compute its layers again; "
-            "set it to none."
+            f"trainer.gradient_checkpointing=full: {type(base).__name__} cannot recompute its layers; set it to none."
         )
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 LEAST_OFFLOADED = 2**16
-"""Bytes of a tensor below which its way to the CPU and back takes longer than its memory is worth."""
+"""Size in bytes below which a tensor is not worth the way to the CPU and back."""
 
 
 class Offloaded(torch.autograd.graph.saved_tensors_hooks):
-    """Keeps what autograd saves in the CPU's memory until the backward; weights stay where they are.
+    """Moves what autograd saves to the CPU's memory until the backward pass; weights stay on the device.
 
     PyTorch's own `save_on_cpu` takes frozen weights along, in every micro-batch. The copies run in the order of the
-    device's stream, out of and into pinned memory, so that the CPU does not wait for them. What several operations
-    save alike, as the projections of one input do, is kept once.
+    device's stream, out of and into pinned memory, so that the CPU does not wait for them. A tensor
+    that several operations save, such as the input of several projections, is kept once.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -51,7 +50,7 @@ class Offloaded(torch.autograd.graph.saved_tensors_hooks):
             storage = tensor.untyped_storage()
             if storage.data_ptr() in weights or tensor.nbytes < LEAST_OFFLOADED:
                 return tensor.device, tensor
-            alive = StorageWeakRef(storage)  # as long as it is held, no other storage takes its number
+            alive = StorageWeakRef(storage)  # kept alive, so that no other storage gets its address
             view = (tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
             key = (alive.cdata, *view, tensor._version)
             if key in copies and not copies[key][0].expired() and (copy := copies[key][1]()) is not None:

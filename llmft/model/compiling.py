@@ -20,25 +20,24 @@ FIRST_TOKENS = 16
 
 
 def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "inductor") -> int:
-    """Compiles the decoder layers of an adapted model, of any number of tokens; returns how many.
+    """Compiles the decoder layers of an adapted model for any number of tokens; returns how many.
 
-    The first layer is tried before: where it cannot be compiled, none is, and `warn` is told. A layer stays compiled:
-    the base is for this run alone.
+    The first layer is tried first: if it cannot be compiled, none is, and `warn` gets the reason. Layers stay compiled,
+    so later runs cannot reuse the base.
     """
     base = base_of(model)
     if base.device.type == "cuda" and uses_packing(base) and not takes_varlen(base):
-        # Where rows end is a constant of the graph: one for each number of blocks, and after eight none.
-        warn("trainer.compile: this GPU attends block by block, which does not compile; computed as without it.")
+        # The ends of rows are constants of the graph: one graph per number of blocks, and at most eight graphs.
+        warn("trainer.compile is ignored: on this GPU attention runs block by block, which cannot be compiled.")
         return 0
     layers = layers_of(model)
     replaced = lora.uninstall(model)
     try:
         _try(model, layers[0], backend)
-    except Exception as error:  # whatever compilers say
+    except Exception as error:  # compilers raise many kinds
         if replaced:
             lora.install(model)
-        reason = f"the layers cannot be compiled here ({first_line(error)})"
-        warn(f"trainer.compile: {reason}; they are computed as without it.")
+        warn(f"trainer.compile is ignored: the layers cannot be compiled here ({first_line(error)}).")
         return 0
     for layer in layers:
         layer.compile(dynamic=True, backend=backend)
@@ -46,7 +45,7 @@ def compile_layers(model: Any, warn: Callable[[str], None], backend: Any = "indu
 
 
 def _try(model: Any, layer: Any, backend: Any) -> None:
-    """Computes the compiled form of `layer` once, on what the model hands to it."""
+    """Runs the compiled form of `layer` once, on the inputs that the model gives it."""
     compiled: Any = torch.compile(layer, dynamic=True, fullgraph=True, backend=backend)
 
     def compare(module: Any, args: Any, kwargs: Any) -> None:

@@ -1,8 +1,8 @@
-"""transformers' 4-bit quantizer for stacked experts too; to import this module registers it.
+"""transformers' 4-bit quantizer, extended to stacked experts; importing this module registers it.
 
-transformers reads a checkpoint that holds every expert apart, stacks them by its own table of conversions, and hands
-the stack to its quantizer, which knows linear layers alone. The quantizer here takes stacks too, each as soon as it is
-made: so no more than one layer's experts are ever held in full precision.
+transformers reads a checkpoint with separate experts, stacks them by its own conversion table, and passes the stack to
+its quantizer, which only handles linear layers. This quantizer handles stacks too, each as soon as it is complete: no
+more than one layer's experts are in full precision at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from llmft.model.experts import fused_shapes, put_fused, quantize_4bit
 
 QUANTIZER, DESERIALIZER = "llmft_4bit", "llmft_4bit_stored"
 STATE = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", "quant_state.bitsandbytes__{}")
-"""What bitsandbytes saves beside a 4-bit weight; the last has the format's name."""
+"""What bitsandbytes saves with a 4-bit weight; the last has the format's name."""
 
 
 def _only(value: Any) -> Any:
@@ -33,7 +33,7 @@ class Quantize(ConversionOps):
         self.hf_quantizer, self.linear = hf_quantizer, linear
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """The weights of `input_dict`, which is emptied, in 4 bits where they are to be."""
+        """The weights of `input_dict`, which is emptied, in 4 bits if they are to be quantised."""
         converted: dict[str, Any] = {}
         for name in list(input_dict):
             value = _only(input_dict.pop(name))
@@ -67,12 +67,12 @@ class Deserialize(ConversionOps):
 
 @register_quantizer(QUANTIZER)
 class ExpertsQuantizer(Bnb4BitHfQuantizer):
-    """Attributes: shapes of all stacks; parts of the states of those that were read; names of misfits."""
+    """Attributes: shapes of all stacks; quantisation states of those read; names of those with another shape."""
 
     def _process_model_before_weight_loading(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         self.shapes = fused_shapes(model)
         self.parts: dict[str, dict[str, Any]] = {}
-        self.misfits: list[str] = []
+        self.mismatched: list[str] = []
         return super()._process_model_before_weight_loading(model, *args, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
@@ -94,7 +94,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
     def pack(self, name: str, value: torch.Tensor) -> torch.Tensor:
         """`value` in 4 bits; its scales are kept for the end of loading."""
         if value.shape != self.shapes[name]:
-            self.misfits.append(name)
+            self.mismatched.append(name)
         config = self.quantization_config
         packed, state = quantize_4bit(value, config.bnb_4bit_quant_type, config.bnb_4bit_use_double_quant)
         self.parts[name] = state.as_dict(packed=True)
@@ -110,7 +110,7 @@ class ExpertsQuantizer(Bnb4BitHfQuantizer):
 
 @register_quantizer(DESERIALIZER)
 class ExpertsDeserializer(ExpertsQuantizer):
-    """Of files that are quantised already, whatever their config says."""
+    """For files that are quantised already, whatever their config says."""
 
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})

@@ -1,4 +1,4 @@
-"""What single families need, beyond what their YAML says."""
+"""Code for single families, beyond their YAML files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from llmft.config.model import ModelConfig
 from llmft.core.errors import ConfigError
 
 NOT_ADAPTED = r".*\.(router|gate|experts)(\..*)?"
-"""Modules of a mixture of experts that "all linear layers" leaves alone: the router, because which expert sees a token
-is not a linear layer's work, and the fused experts, whose 4-bit weights take no low-rank factor of their own."""
+"""Modules of a mixture of experts that "all linear layers" leaves out: the router, which chooses
+the experts of a token, and the fused experts, whose 4-bit weights cannot take a LoRA."""
 
 
 def prepare(model_type: str) -> None:
     """Makes a family's classes fit for quantisation; call before a model of it is built.
 
-    Falcon's linear layers are a subclass that only spells the product differently, and transformers quantises exact
-    `torch.nn.Linear` alone: the whole model would stay unquantised without a word. The logits are the same to the bit.
+    Falcon's linear layers are a subclass that only writes the product differently, and transformers quantises
+    `torch.nn.Linear` itself only: the whole model would silently stay unquantised. The logits are bit-identical.
     """
     if model_type == "falcon":
         from transformers.models.falcon import modeling_falcon
@@ -32,7 +32,7 @@ def prepare(model_type: str) -> None:
 
 
 def check_task(model: ModelConfig, config: Any, auto_class: str) -> None:
-    """Raises ConfigError where a model of this kind cannot do the task, such as an encoder asked to write."""
+    """Raises ConfigError if a model of this kind cannot do the task, such as an encoder asked to write."""
     import transformers
 
     if model.trust_remote_code:
@@ -52,9 +52,9 @@ LEARNED_POSITIONS = (
     *("gpt2", "openai-gpt", "opt", "gpt_neo", "gpt_bigcode", "biogpt", "bert", "electra", "albert", "distilbert"),
     *("roberta", "xlm-roberta", "camembert", "mpnet", "longformer", "deberta", "deberta-v2"),
 )
-"""Families that have one vector per position and fail on a longer row, instead of only losing track."""
+"""Families with one learned vector per position, which fail on a longer row."""
 FIRST_BEHIND_PAD = ("roberta", "xlm-roberta", "camembert", "mpnet", "longformer")
-"""Of these, the ones whose first position is the one behind the padding's."""
+"""Those of them whose first position is the one after the padding's."""
 
 
 def positions(config: Any) -> tuple[int | None, bool]:
@@ -92,7 +92,7 @@ def body_of(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """Inside, `model` computes without dropout; afterwards it is in its mode again."""
+    """Inside, `model` computes without dropout; afterwards in its previous mode."""
     training = model.training
     model.eval()
     try:
@@ -105,7 +105,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def selects_positions(model_class: Any) -> bool:
     """Whether the model's forward takes a boolean mask of the positions to compute logits at.
 
-    Where it has transformers' own function for it; code of repositories may slice by itself, which takes no mask.
+    True if it uses transformers' own function for that; a repository's code may slice in ways that take no mask.
     """
     forward = model_class.forward
     knows = "slice_logits_to_keep" in getattr(inspect.unwrap(forward), "__globals__", ())

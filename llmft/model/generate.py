@@ -25,9 +25,9 @@ def generate(
 ) -> list[list[int]]:
     """Greedy continuations of `prompts`, in their order, up to what ends them (see `Ends.cut`).
 
-    A continuation ends with the model's last position, `context_tokens`, where there is one.
+    A continuation ends at the model's last position, `context_tokens`, if it has one.
 
-    Prompts of like length go together and are padded on the left, so that every row's next token stands last.
+    Prompts of similar length are batched and padded on the left, so that each row's next token comes last.
     """
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     results: list[list[int]] = [[] for _ in prompts]
@@ -71,7 +71,7 @@ def decoder(tokenizer: Any, stop: Sequence[str]) -> Callable[[list[int]], str]:
 
 @dataclass
 class _Reached:
-    """Says of each row of a generation whether it has written the marker of several tokens that ends it."""
+    """Stopping criterion, per row: whether it has written the end marker of several tokens."""
 
     ends: Ends
     width: int

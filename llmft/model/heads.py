@@ -1,4 +1,4 @@
-"""The linear head: new weights on a model's last state, in full precision whatever the base computes in."""
+"""The linear head: new weights on a model's last hidden state, in full precision whatever the base computes in."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from llmft.model.sharding import is_sharded
 NAMES = ("score", "classifier", "classification_head", "pooler")
 """What transformers calls the parts of heads: `score` in decoders, `classifier` in encoders, with a `pooler`."""
 CHUNK_POSITIONS = 512
-"""So many positions have logits at a time."""
+"""Positions whose logits are computed at a time."""
 CHUNK_BYTES = 16 * 2**20
-"""Of fp32 logits at a time on a CPU, where glibc takes tensors of 32 MiB and more from the kernel anew each time, page
-by page, and a few of them are alive at once.
+"""Bytes of fp32 logits at a time on a CPU, where glibc requests tensors of 32 MiB and more from the kernel each time,
+page by page, and a few of them are alive at once.
 
 Measured with 300 labels a row (2 cores, glibc 2.36): steps take 0.75 of the time with a vocabulary of 32k, 0.8 with one
 of 128k, and 150 to 300 MiB less.
@@ -31,7 +31,7 @@ of 128k, and 150 to 300 MiB less.
 LEAST_POSITIONS = 64
 """With fewer, reading the head's weights takes longer than multiplying by them."""
 INITIAL_STD = 0.02
-"""Of new weights: `initializer_range` of nearly all models."""
+"""Standard deviation of new weights: `initializer_range` of nearly all models."""
 
 
 class FullPrecisionLinear(torch.nn.Linear):
@@ -45,7 +45,7 @@ class FullPrecisionLinear(torch.nn.Linear):
 
 
 class ScoreHead(torch.nn.Module):
-    """A head on the states of a model that has another one; what it computes is what transformers' own would.
+    """A head on the hidden states of a model with another head; computes what transformers' own would.
 
     Args:
         body: the model below its head, which stays where it is.
@@ -63,7 +63,7 @@ class ScoreHead(torch.nn.Module):
         self.score.to(body.device).requires_grad_(False)
 
     def forward(self, **arguments: Any) -> Any:
-        """An output whose `logits` are the scores at the last place of each row."""
+        """An output whose `logits` are the scores at the last position of each row."""
         states = self._body[0](**arguments).last_hidden_state
         return SimpleNamespace(logits=self.score(states)[:, -1])
 
@@ -82,12 +82,12 @@ def head_names(base: torch.nn.Module) -> list[str]:
 def renew_head(base: Any, seed: int | None) -> None:
     """Puts a fresh head in full precision on `base`; its weights come from `seed` alone (None: they stay).
 
-    So a base that stays between two runs gives nothing of the first one's head to the second.
+    So a base that is kept between two runs passes nothing of the first one's head to the second.
     """
     generator = torch.Generator().manual_seed(seed or 0)
     for name in head_names(base):
         part = getattr(base, name)
-        # PEFT leaves its wrapper's copy behind; the parts are looked at anew every time.
+        # PEFT leaves its wrapper's copy on the base; the parts are looked up again each time.
         layers = [(inner, layer) for inner, layer in part.named_modules() if isinstance(layer, torch.nn.Linear)]
         for inner, layer in layers:
             fresh = FullPrecisionLinear(layer.in_features, layer.out_features, bias=layer.bias is not None)
@@ -104,9 +104,9 @@ def renew_head(base: Any, seed: int | None) -> None:
 def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     """(rows, classes) scores of a model with a head.
 
-    A decoder's are those at the last real token of each row, told by the attention mask. transformers looks for the
-    last token that is not the padding token instead, and so takes the one before where rows end in an end token that
-    also pads. An encoder's head reads its own pooled state.
+    A decoder's are those at the last real token of each row, by the attention mask. transformers takes the last token
+    that is not the padding token instead, and so the one before if rows end in an end token that is also used for
+    padding. An encoder's head reads its own pooled state.
     """
     base = base_of(model)
     head = getattr(base, "score", None)
@@ -119,7 +119,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
     def everywhere(module: torch.nn.Module, inputs: Any, scores: torch.Tensor) -> torch.Tensor:
         """The last real token's scores at all positions, so that any position transformers takes is the right one.
 
-        A hook inside an ordinary forward, because DDP and FSDP know a model by its own forward and output.
+        A hook inside an ordinary forward, since DDP and FSDP wrap a model's own forward and output.
         """
         return scores[torch.arange(len(scores), device=scores.device), last][:, None].expand_as(scores)
 
@@ -133,7 +133,7 @@ def linear_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
 
 
 def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
-    """(rows, answers) fp32 scores of a model with a head of one, at each answer's last token; 0 where there is none.
+    """(rows, answers) fp32 scores of a model with a head of one, at each answer's last token; 0 for missing answers.
 
     Prompts are read once where the family takes packed rows, else before each of their answers.
     """
@@ -149,16 +149,18 @@ def answer_scores(model: Any, batch: MicroBatch) -> torch.Tensor:
         (lengths,) = send([np.array(row_lengths)], rows.device)
         mask = (torch.arange(rows.shape[1], device=rows.device) < lengths[:, None]).long()
         flat = linear_scores(model, replace(batch, input_ids=rows, attention_mask=mask))
-    filled = [row * answers.most + n for row, tokens in enumerate(answers.lengths) for n in range(len(tokens) - 1)]
+    filled = [
+        row * answers.max_answers + n for row, tokens in enumerate(answers.lengths) for n in range(len(tokens) - 1)
+    ]
     (positions,) = send([np.array(filled)], flat.device)
-    scores = flat.new_zeros(len(answers.lengths) * answers.most).index_copy(0, positions, flat.flatten())
-    return scores.view(-1, answers.most).float()
+    scores = flat.new_zeros(len(answers.lengths) * answers.max_answers).index_copy(0, positions, flat.flatten())
+    return scores.view(-1, answers.max_answers).float()
 
 
 def row_per_answer(
     input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[torch.Tensor, list[tuple[int, int]]]:
-    """Padded rows of a prompt and one of its answers each, and (end of the prompt, begin of the answer) of each.
+    """Padded rows of a prompt and one of its answers each, and (end of the prompt, start of the answer) of each.
 
     The positions are counted over all tokens of all rows. `lengths` as `pack_answers` takes them.
     """
@@ -176,7 +178,7 @@ def row_per_answer(
 
 
 def _packed_scores(model: Any, head: torch.nn.Module, packed: PackedBatch) -> torch.Tensor:
-    """(rows, classes) scores at the last token of each packed row or answer, whatever transformers makes of them."""
+    """(rows, classes) scores at the last token of each packed row or answer, at positions computed here."""
     outputs: list[torch.Tensor] = []
     handle = head.register_forward_hook(lambda module, inputs, scores: outputs.append(scores[0, packed.last]))
     try:

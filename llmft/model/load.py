@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmft.config.convert import canonical, numbers_of, to_plain
+from llmft.config.convert import canonical, key_fields, to_plain
 from llmft.config.model import Kernels, ModelConfig, ModelInit, QuantizationConfig, QuantizationFormat
 from llmft.config.untrusted import check_values
 from llmft.core.errors import ConfigError, did_you_mean, first_line
@@ -22,8 +22,8 @@ from llmft.data.hub import Located
 from llmft.model import families, heads, kernels
 from llmft.model.meta import auto_model, meta_model
 from llmft.model.quantization import (
-    agreed,
     bitsandbytes_config,
+    effective_quantization,
     keep_packing,
     quantize_in_place,
     stored_quantization,
@@ -34,7 +34,7 @@ from llmft.model.quantized_cache import LEAST_WEIGHTS, QuantizedCache
 
 @dataclass
 class _Kept:
-    """The base that the last run left behind; one, since memory rarely holds two."""
+    """The base kept from the last run; only one, since memory rarely suffices for two."""
 
     key: str | None = None
     model: Any = None
@@ -75,7 +75,7 @@ def model_config(model: ModelConfig, located: Located) -> Any:
 
 
 def _check_overrides(config: Any, model: ModelConfig) -> None:
-    """transformers takes any name and ignores it; a misspelt one must not build a model of the full size."""
+    """Raises ConfigError for a misspelt name, which transformers would ignore, building a model of full size."""
     for key in model.overrides:
         if not hasattr(config, key):
             known = [name for name in config.to_dict() if not name.startswith("_")]
@@ -86,7 +86,7 @@ def _check_overrides(config: Any, model: ModelConfig) -> None:
 
 @dataclass(frozen=True)
 class _BaseSpec:
-    """What `load_base` is asked for."""
+    """The arguments of `load_base`."""
 
     model: ModelConfig
     located: Located
@@ -102,7 +102,7 @@ class _BaseSpec:
     def key(self) -> str:
         """Equal for bases with the same weights in the same place."""
         model, random = self.model, self.model.init is ModelInit.random
-        kind = [numbers_of(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
+        kind = [key_fields(self.quantization), self.auto_class, self.num_labels, str(self.dtype), str(self.device)]
         made_of = [self.seed, self.vocab_size] if random else []
         return canonical([to_plain(model), self.located.fingerprint, *kind, *made_of])
 
@@ -114,7 +114,7 @@ class _BaseSpec:
 
     @contextlib.contextmanager
     def seeded(self) -> Iterator[None]:
-        """Random numbers of its own for new weights."""
+        """Inside, random numbers come from `seed` alone, for new weights."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(self.seed)
             yield
@@ -141,28 +141,28 @@ def load_base(
     device: torch.device,
     seed: int,
     vocab_size: int | None = None,
-    keep: bool = True,
-    mapped: bool = False,
+    keep_base: bool = True,
+    memory_map: bool = False,
     warn: Callable[[str], None] = print,
 ) -> Any:
     """The (quantised) base model on `device`, in evaluation mode, nothing trainable.
 
-    With `mapped`, on the CPU, its weights stay in files, of which a process reads what it touches: one quantises into
-    the cache, and all read from there.
+    With `memory_map`, on the CPU, the weights stay in files, of which each process reads only what it uses: one
+    process quantises into the cache, and all read from there.
 
-    With `keep`, the model stays in the process, and the next call with the same arguments returns it at once. With
-    `quantization.cache` another process finds it quantised on the disk; `warn` is told where that cannot be.
+    With `keep_base`, the model stays in the process, and the next call with the same arguments returns it at once. With
+    `quantization.cache` it is also stored quantised on the disk, for other processes; a failure goes to `warn`.
     A random model's weights come from `seed`; its vocabulary is `vocab_size` where that is given.
     """
-    quantization = agreed(quantization, model_config(model, located), f"model={model.label}")
+    quantization = effective_quantization(quantization, model_config(model, located), f"model={model.label}")
     spec = _BaseSpec(model, located, quantization, auto_class, num_labels, dtype, device, seed, vocab_size)
-    if keep and _kept.key == spec.key:
+    if keep_base and _kept.key == spec.key:
         return _kept.model
     if _kept.loaded_before:  # also one that was not kept; a search for garbage takes longer than to load a small base
         drop_base()
     _kept.loaded_before = True
     try:
-        base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, mapped)
+        base = _random(spec) if model.init is ModelInit.random else _pretrained(spec, warn, memory_map)
     except (ConfigError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -174,24 +174,24 @@ def load_base(
     base.eval()
     if model.kernels is Kernels.auto:
         kernels.install(base)
-    if keep:
+    if keep_base:
         _kept.key, _kept.model = spec.key, base
     return base
 
 
 def kept_base() -> Any:
-    """The base that the last run of this process left for the next one; None where there is none."""
+    """The base that the last run of this process left for the next one; None if there is none."""
     return _kept.model
 
 
 def drop_base() -> None:
-    """Gives back the memory of the base that was kept, and of any other that nobody holds."""
+    """Frees the memory of the kept base, and of any other without references."""
     _kept.key = _kept.model = None
     free_memory()
 
 
 PIECEMEAL_WEIGHTS = 10**9
-"""A random model of more weights is made and quantised tensor by tensor: whole in 16 bits a 13B fits on few GPUs."""
+"""A random model of more weights is made and quantised tensor by tensor: in 16 bits a whole 13B fits on few GPUs."""
 
 
 def _random(spec: _BaseSpec) -> Any:
@@ -216,10 +216,10 @@ def _random(spec: _BaseSpec) -> Any:
     return base
 
 
-def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], mapped: bool) -> Any:
-    """From the cache of quantised bases where it is there, else from the model's files, and then into the cache."""
+def _pretrained(spec: _BaseSpec, warn: Callable[[str], None], memory_map: bool) -> Any:
+    """The base from the cache of quantised bases, else from the model's files, and then written to the cache."""
     cache = _cache(spec, warn)
-    if cache is not None and mapped:
+    if cache is not None and memory_map:
         with cache.alone():
             if cache.find() is None:
                 _cached_or_made(spec, cache)
@@ -248,7 +248,7 @@ def _read(spec: _BaseSpec, directory: Path, quantization: Any) -> tuple[Any, set
     """The model of a directory's files, and the names of weights that are new because the files have none."""
     config = spec.config()
     stored = stored_quantization(config)
-    if stored.get("quant_method") == "bitsandbytes":  # computed in what the run computes in, not what its maker did
+    if stored.get("quant_method") == "bitsandbytes":  # computed in the run's dtype, not in its maker's
         stored["bnb_4bit_compute_dtype"] = str(spec.dtype).removeprefix("torch.")
         config.quantization_config = stored
     elif isinstance(quantization, dict):
@@ -271,7 +271,7 @@ def _read(spec: _BaseSpec, directory: Path, quantization: Any) -> tuple[Any, set
 
 
 def _quantization(spec: _BaseSpec) -> Any:
-    """How transformers quantises the files that it reads; None where they stay as they are."""
+    """How transformers quantises the files that it reads; None if they are not to be quantised."""
     config = spec.config()
     if stored_quantization(config) or spec.quantization.format is QuantizationFormat.none:
         return None
@@ -280,7 +280,7 @@ def _quantization(spec: _BaseSpec) -> Any:
 
 
 def _stored_config(entry: Path) -> Any:
-    """How transformers reads a cached base: what the config says where it is 8-bit, else with stacked experts too."""
+    """The quantisation config to read a cached base with; for 4 bits, one that reads stacked experts too."""
     from transformers import BitsAndBytesConfig
 
     from llmft.model.experts_quantizer import DESERIALIZER
@@ -294,9 +294,9 @@ def _stored_config(entry: Path) -> Any:
 
 
 def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | None:
-    """The base's place on the disk, known by all that its quantised weights depend on; None where none is wanted.
+    """The base's cache entry, identified by everything that its quantised weights depend on; None without caching.
 
-    Code of a repository is not run from there: its models are quantised every time.
+    Models that run a repository's code are not cached; they are quantised every time.
     """
     model, quantization = spec.model, spec.quantization
     if quantization.format is QuantizationFormat.none or not quantization.cache or model.trust_remote_code:
@@ -307,7 +307,7 @@ def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | Non
             [model.id, model.revision] if model.path is None else None,
             spec.located.fingerprint,
             [model.load_overrides, model.overrides],
-            numbers_of(quantization),
+            key_fields(quantization),
             spec.full_precision,
             [spec.auto_class, spec.num_labels],
             [str(spec.dtype), spec.device.type],
@@ -319,7 +319,7 @@ def _cache(spec: _BaseSpec, warn: Callable[[str], None]) -> QuantizedCache | Non
 
 
 def _refuse_missing(base: Any, directory: Path, info: Any, auto_class: str) -> None:
-    """transformers fills weights that are missing with random ones, and only logs it."""
+    """Raises ConfigError for missing weights, which transformers would fill with random ones and only log."""
     new_head = heads.NAMES if auto_class == "sequence_classification" else ()
     missing = sorted(key for key in info["missing_keys"] if not key.startswith(new_head))
     missing += sorted(str(key) for key in info.get("mismatched_keys", []))
@@ -329,7 +329,7 @@ def _refuse_missing(base: Any, directory: Path, info: Any, auto_class: str) -> N
         if getattr(getattr(module, "weight", None), "quant_state", None) is not None
         and tuple(module.weight.quant_state.shape) != (module.out_features, module.in_features)
     ]
-    missing += getattr(getattr(base, "hf_quantizer", None), "misfits", [])
+    missing += getattr(getattr(base, "hf_quantizer", None), "mismatched", [])
     if missing:
         raise ConfigError(
             f"{directory}: {len(missing)} weights of the model are not in its files or have another shape "

@@ -2,9 +2,10 @@
 
 For each token a layer keeps the inputs of its norms and of its trained linear layers, and the outputs of the linear
 layers that do not end in the residual stream; kernels keep less. At the peak there is more for a while: logits and
-their gradient, or what the backward of one layer makes. Peaks of the twins of all families are told to 15%
-(`tests/model/test_memory.py`). Over 60 steps of SmolLM2-135M in NF4 on Alpaca rows a process on a CPU took 1.6 to 2.0
-GiB, no more at the end than after the first step, and 2.2 GiB in one of them, where 1.7 GiB were told.
+their gradient, or what the backward of one layer makes. Estimates are within 15% of measured
+peaks on tiny models of every family (`tests/model/test_memory.py`). Over 60 steps of SmolLM2-135M in NF4 on Alpaca rows
+a process on a CPU took 1.6 to 2.0 GiB, no more at the end than after the first step, and 2.2 GiB in one step, with an
+estimate of 1.7 GiB.
 """
 
 from __future__ import annotations
@@ -27,24 +28,24 @@ from llmft.model.experts import BLOCK, SCALE_BLOCK, fused_shapes
 from llmft.model.heads import positions_at_a_time
 from llmft.model.kernels import lora as lora_kernel
 from llmft.model.meta import meta_model
-from llmft.model.quantization import agreed, unquantized_modules
+from llmft.model.quantization import effective_quantization, unquantized_modules
 
 FP32_BYTES = 4
 STATES = {"SGD": 1, "Lion": 1, "RMSprop": 1, "Adagrad": 1, "LARS": 1, "Muon": 1, "AdEMAMix": 3}  # else 2, as Adam's
 LIBRARIES_BYTES = {"cpu": 600 * 2**20, "cuda": 800 * 2**20}
-"""Of the process without a model: what is imported, and on a GPU its context and kernels."""
+"""Of the process without a model: its imports, and on a GPU its context and kernels."""
 
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """All in bytes, of one device.
+    """Bytes per device.
 
     Attributes:
-        base: frozen weights as held: 4-bit or 8-bit with their scales, the rest in the dtype computed in.
+        base: frozen weights as stored: 4-bit or 8-bit with their scales, the rest in the dtype of the computation.
         adapter: trained weights; without LoRA all weights, in fp32.
         gradients, optimizer: one per trained weight; its states after the first step.
         activations: what a micro-batch keeps from its forward for its backward.
-        workspace: the logits with their gradient, or what one layer's backward makes, whichever is more.
+        workspace: the logits with their gradient, or what one layer's backward allocates, whichever is more.
         libraries: the process without a model.
     """
 
@@ -68,14 +69,14 @@ class StepMemory:
     """
 
     def __init__(self, config: TrainConfig, hf_config: Any, dtype: torch.dtype, device_type: str) -> None:
-        """`dtype` is what is computed in; trained weights are fp32. `device_type` is "cuda" or "cpu"."""
+        """`dtype` is that of the computation; trained weights are fp32. `device_type` is "cuda" or "cpu"."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         hf_config, auto_class, lora = copy.deepcopy(hf_config), str(config.task.auto_class), config.lora
         hf_config.pad_token_id = getattr(hf_config, "pad_token_id", None) or 0
         families.prepare(hf_config.model_type)
         base = meta_model(auto_class, hf_config, dtype=dtype if lora.enabled else torch.float32)
-        quantization = agreed(config.quantization, hf_config, f"model={config.model.label}")
+        quantization = effective_quantization(config.quantization, hf_config, f"model={config.model.label}")
         frozen = _base_bytes(base, quantization, config.model.skip_modules) if lora.enabled else (0, 0, 0)
         self.base, self.scales, dequantized = frozen
         four_bit = quantization.format in (QuantizationFormat.nf4, QuantizationFormat.fp4)
@@ -101,7 +102,7 @@ class StepMemory:
         self.hidden, self.num_layers = text.hidden_size, len(layers)
         self.widest = max(max(_widths(m) or (0,)) for layer in modules for m in layer.modules())
         self.saved, self.largest = sum(layers), max(layers)
-        # A fused kernel keeps no scores; dropout in attention keeps them, what is dropped, and what is left.
+        # A fused kernel keeps no scores; dropout in attention keeps them, its mask, and its output.
         drops = any(
             getattr(text, name, 0) for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
         )
@@ -126,32 +127,32 @@ class StepMemory:
         level: Checkpointing,
         *,
         offloaded: bool = False,
-        share: int = 1,
+        num_shards: int = 1,
         flash: bool = True,
     ) -> MemoryEstimate:
-        """Of a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
+        """For a micro-batch of `tokens` positions in rows of up to `longest`, `labelled` of them with a label.
 
-        `share` is the number of devices that weights and optimizer are divided among. Without `flash` attention, keys
-        and values are kept once for every query.
+        Weights and optimizer are divided among `num_shards` devices. Without `flash` attention, keys and values are
+        repeated for every query head.
         """
         scores = self.scores * longest + (0 if flash else self.repeated)
         inputs = self.num_layers * self.hidden * tokens * self.itemsize
         layer = (self.largest + scores) * tokens * self.itemsize + self.copies
         outside = (2 * self.hidden * self.itemsize + self.logits_everywhere) * tokens
-        whole = (self.saved + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
+        all_saved = (self.saved + self.num_layers * scores) * tokens * self.itemsize + self.num_layers * self.copies
         backward = (2 * self.hidden + self.widest) * tokens * self.itemsize + self.dequantized
         # Two numbers in fp32 for each logit: itself and its log-probability, which becomes the gradient.
         logits = 2 * FP32_BYTES * self.vocabulary * min(labelled, self.chunk or labelled)
-        again = level is Checkpointing.full
+        recompute = level is Checkpointing.full
         return MemoryEstimate(
-            base=(self.base - self.scales) // share + self.scales,  # every device holds all scales
-            adapter=self.adapter // share,
-            gradients=self.adapter // share,
-            optimizer=self.optimizer // share,
-            activations=outside + (0 if offloaded else inputs if again else whole),
-            # Two layers of divided weights are whole at a time: one computes, the next is on its way.
-            workspace=max(logits, backward + (layer if again or offloaded else 0))
-            + (2 * self.base // self.num_layers if share > 1 else 0),
+            base=(self.base - self.scales) // num_shards + self.scales,  # every device holds all scales
+            adapter=self.adapter // num_shards,
+            gradients=self.adapter // num_shards,
+            optimizer=self.optimizer // num_shards,
+            activations=outside + (0 if offloaded else inputs if recompute else all_saved),
+            # Two layers of sharded weights are gathered at a time: one computes, the next is being fetched.
+            workspace=max(logits, backward + (layer if recompute or offloaded else 0))
+            + (2 * self.base // self.num_layers if num_shards > 1 else 0),
             libraries=self.libraries,
         )
 
@@ -200,7 +201,7 @@ def _saved_values(layer: torch.nn.Module, text: Any, dtype: torch.dtype) -> floa
             kernel = "forward" in vars(network) and "SiLU" in type(network.act_fn).__name__
             saved += 0 if kernel else inner
             if kernel and "forward" in vars(network.down_proj):
-                inputs.pop((parent, inner), None)  # made again
+                inputs.pop((parent, inner), None)  # recomputed
         elif attention and len(others) == 1 and not hasattr(text, "n_embd"):
             saved += first * 2 / 3  # queries and keys leave the fused product by a rotation
     return saved + sum(inputs.values())
@@ -214,7 +215,7 @@ def _widths(module: Any) -> tuple[int, int] | None:
 
 
 def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[str]) -> tuple[int, int, int]:
-    """Bytes of the frozen weights as they are held, of their scales, and weights of the largest that is quantised."""
+    """Bytes of the frozen weights as stored, bytes of their scales, number of weights of the largest quantised one."""
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -236,7 +237,7 @@ def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[
         if eight_bit:
             total += count
             scales += FP32_BYTES * outputs[name]
-        else:  # the packed weights, and beside their scales the 16 values of the format
+        else:  # the packed weights, and with their scales the 16 values of the format
             total += math.ceil(count / 2)
             doubly = blocks + FP32_BYTES * (math.ceil(blocks / SCALE_BLOCK) + 1)
             scales += (doubly if quantization.double_quant else FP32_BYTES * blocks) + 16 * FP32_BYTES
@@ -244,7 +245,7 @@ def _base_bytes(base: Any, quantization: QuantizationConfig, skip_modules: list[
 
 
 def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:
-    """Bytes of the states of the optimizer that `node` names, for trained tensors of `sizes` weights; counters apart.
+    """Bytes of the states of the optimizer that `node` names, for trained tensors of `sizes` weights; without counters.
 
     Paged states may lie in the CPU's memory; they are counted all the same.
     """
@@ -261,7 +262,7 @@ def optimizer_bytes(node: dict[str, Any], sizes: list[int]) -> int:
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Total bytes of the device's memory, or None where it cannot be told."""
+    """Total bytes of the device's memory, or None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
     try:

@@ -1,8 +1,8 @@
 """4-bit and 8-bit bases, fused experts too, by bitsandbytes.
 
 transformers quantises while it loads. Random models have no files and are quantised in place. Mixtures of experts have
-fused three-dimensional weights, which are no `Linear` modules: transformers alone would leave them unquantised (96% of
-Mixtral's weights) without a word (bitsandbytes issue 1849); `llmft.model.experts_quantizer` takes them too.
+fused three-dimensional weights, not `Linear` modules: transformers alone would silently leave them unquantised (96% of
+Mixtral's weights, bitsandbytes issue 1849); `llmft.model.experts_quantizer` handles them too.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from llmft.model.experts import fused_shapes
 
 
 def stored_quantization(hf_config: Any) -> dict[str, Any]:
-    """What a model's config.json says of the number format of its files; empty where they are not quantised."""
+    """The quantisation config of a model's files in its config.json; empty if they are not quantised."""
     stored = getattr(hf_config, "quantization_config", None)
     return dict(stored if isinstance(stored, dict) else stored.to_dict()) if stored else {}
 
 
 def _stored_as(stored: dict[str, Any]) -> QuantizationConfig:
-    """The same in our words, as far as we have any: bitsandbytes' formats."""
+    """The same as a QuantizationConfig; `checkpoint` for formats other than bitsandbytes'."""
     four_bit = stored.get("load_in_4bit") or stored.get("_load_in_4bit")
     eight_bit = stored.get("load_in_8bit") or stored.get("_load_in_8bit")
     form = str(stored.get("bnb_4bit_quant_type", "fp4")) if four_bit else "int8" if eight_bit else "checkpoint"
     return QuantizationConfig(QuantizationFormat(form), double_quant=bool(stored.get("bnb_4bit_use_double_quant")))
 
 
-def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> QuantizationConfig:
-    """`quantization` as it will be of the model that `hf_config` describes.
+def effective_quantization(quantization: QuantizationConfig, hf_config: Any, label: str) -> QuantizationConfig:
+    """The quantisation that the model of `hf_config` will have, given the configured one.
 
-    Files that are quantised already stay as they are, whatever is asked for: raises ConfigError where that differs.
+    Files that are quantised already stay as they are; raises ConfigError if the config asks for another format.
     """
     stored, wanted = stored_quantization(hf_config), quantization.format
     if not stored:
@@ -57,7 +57,7 @@ def agreed(quantization: QuantizationConfig, hf_config: Any, label: str) -> Quan
     return replace(current, cache=False)
 
 
-def held_as(model: torch.nn.Module) -> str:
+def stored_format(model: torch.nn.Module) -> str:
     """The number format of a model's quantised weights, as its modules are; "none" without any."""
     parameters: list[Any] = list(model.parameters())
     kinds = {str(p.quant_type) for p in parameters if getattr(p, "quant_state", None) is not None}
@@ -69,7 +69,7 @@ def held_as(model: torch.nn.Module) -> str:
 
 
 def bitsandbytes_config(model: Any, quantization: QuantizationConfig, dtype: torch.dtype, skip: list[str]) -> Any:
-    """transformers' config for a quantised `model`, of which the modules `skip` stay as they are; None for none."""
+    """transformers' config to quantise `model` except for the modules `skip`; None for quantization=none."""
     from transformers import BitsAndBytesConfig
 
     if quantization.format in (QuantizationFormat.none, QuantizationFormat.checkpoint):
@@ -108,8 +108,8 @@ def quantize_in_place(
 ) -> None:
     """Quantises the linear layers and fused experts of a model, one by one, and moves it to `device`.
 
-    transformers' quantizer does it, as when it reads files. `fill` makes a module's own tensors just before they are
-    needed, where the model has none yet.
+    Uses transformers' quantizer, as when it reads files. `fill` creates a module's own tensors just before they are
+    needed, if the model has none yet.
     """
     from transformers.pytorch_utils import Conv1D
     from transformers.quantizers import AutoHfQuantizer
@@ -124,7 +124,7 @@ def quantize_in_place(
     operation = quantizer.get_quantize_ops()
 
     def quantize(name: str, module: torch.nn.Module) -> None:
-        """Makes the weight `name` of the model of the same weight of `module`."""
+        """Makes the model's weight `name` by quantising that of `module`."""
         fill(module)
         path, _, attribute = name.rpartition(".")
         value = module.get_parameter(attribute).data.to(device)
@@ -162,7 +162,7 @@ def keep_packing(model: torch.nn.Module) -> None:
 
 
 def weight_counts(model: torch.nn.Module) -> dict[str, int]:
-    """Number of weights by how they are held: 4-bit, 8-bit and full precision; trainable ones apart."""
+    """Number of weights by storage: 4-bit, 8-bit and full precision; trainable ones are counted separately."""
     counts = {"4-bit": 0, "8-bit": 0, "full": 0, "trainable": 0}
     parameter: Any
     for parameter in model.parameters():

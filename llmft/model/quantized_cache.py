@@ -1,8 +1,8 @@
-"""Quantised bases on the disk, beside the tokenised rows: the next process reads a quarter and quantises nothing.
+"""Quantised bases on the disk, next to the tokenised rows: the next process reads a quarter and quantises nothing.
 
-An entry is a model directory as transformers saves it, with `entry.json`, which has a checksum of every file. It
-appears whole or not at all, never changes, and only ever saves time: what cannot be written is left out, what is
-damaged is made again. On a CPU safetensors maps the files, so that processes with the same base share its memory.
+An entry is a model directory as transformers saves it, with `entry.json`, which has a checksum of every file. It is
+written atomically and never changes. Write failures are warnings; damaged entries are rebuilt. On a CPU safetensors
+maps the files, so that processes with the same base share its memory.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmft.core.files import cache_directory, check_space, exclusive_lock, forma
 CACHE_VERSION = 5
 FACTS = "entry.json"
 LEAST_WEIGHTS = 10_000_000
-"""Quantised weights below which nothing is cached: a CPU quantises so many in a fraction of a second."""
+"""Quantised weights below which nothing is cached: a CPU quantises this many in a fraction of a second."""
 
 
 class Busy(Exception):
@@ -35,7 +35,7 @@ def bases_directory() -> Path:
 
 
 def entries() -> list[tuple[Path, dict[str, Any]]]:
-    """(directory, facts) of all entries, the least recently used first; those of former versions too."""
+    """(directory, record) of all entries, the least recently used first; those of former versions too."""
     used: list[tuple[float, Path, dict[str, Any]]] = []
     for path in bases_directory().glob("[!.]*/"):
         try:
@@ -47,13 +47,13 @@ def entries() -> list[tuple[Path, dict[str, Any]]]:
 
 @dataclass(frozen=True)
 class QuantizedCache:
-    """One base's place in the cache.
+    """The cache entry of one base.
 
     Args:
         identity: all that the quantised weights depend on, as text.
-        label: what people call it.
+        label: the model's name for users.
         limit_bytes: of all entries together.
-        warn: told, in a sentence, why something was not cached or is made again.
+        warn: called with a sentence if something was not cached or is rebuilt.
     """
 
     identity: str
@@ -63,12 +63,12 @@ class QuantizedCache:
 
     @property
     def directory(self) -> Path:
-        """The entry, which may not be there."""
+        """The entry's directory, which may not exist."""
         digest = hashlib.sha256(f"{CACHE_VERSION}:{self.identity}".encode()).hexdigest()
         return bases_directory() / digest[:24]
 
     def find(self) -> Path | None:
-        """The entry's directory, whose files are what was written; None where there is none, or was a damaged one."""
+        """The entry's directory after checking its files' checksums; None if it is missing, or was damaged."""
         if not self.directory.is_dir():
             return None
         try:
@@ -79,13 +79,13 @@ class QuantizedCache:
         if damaged:
             self.drop(damaged[0])
             return None
-        with contextlib.suppress(OSError):  # somebody else's
+        with contextlib.suppress(OSError):  # of another user
             now = time.time_ns()  # a file system's own clock ticks some milliseconds apart
             os.utime(self.directory / FACTS, ns=(now, now))
         return self.directory
 
     def alone(self) -> contextlib.AbstractContextManager[None]:
-        """Inside, no other process is: the others wait."""
+        """Holds the entry's lock; other processes wait."""
         bases_directory().mkdir(parents=True, exist_ok=True)
         return exclusive_lock(self.directory.with_name(f".{self.directory.name}.lock"), Busy(), timeout_s=-1)
 
@@ -94,7 +94,7 @@ class QuantizedCache:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     def write(self, base: Any, left_out: Collection[str]) -> None:
-        """Makes the entry of a quantised model without the weights `left_out`; the least recently used make room.
+        """Writes the entry of a quantised model without the weights `left_out`; evicts the least recently used entries.
 
         Nothing is written while another process writes. A disk that is full or read-only costs a warning.
         """
@@ -139,13 +139,13 @@ class QuantizedCache:
             if base.can_generate():
                 base.generation_config.save_pretrained(staged)
             checksums = {file.name: _checksum(file) for file in sorted(staged.iterdir())}
-            facts = {"label": self.label, "identity": self.identity, "checksums": checksums}
-            (staged / FACTS).write_text(json.dumps(facts, indent=1))
+            record = {"label": self.label, "identity": self.identity, "checksums": checksums}
+            (staged / FACTS).write_text(json.dumps(record, indent=1))
             os.replace(staged, self.directory)
 
 
 def _checksum(path: Path) -> str:
-    """Of accidents, not of attacks: at the memory's own speed, where SHA-256 would take most of the time."""
+    """Detects accidents, not attacks: xxHash runs at memory speed, where SHA-256 would take most of the time."""
     import xxhash
 
     with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""Exact sampling: what an answer says is a function of its prompt, its temperature and its own seed.
+"""Exact sampling: an answer is a function of its prompt, its temperature and its own seed.
 
-A token is drawn by inverting the cumulative distribution at a number that belongs to the answer and the place. Rows
-that are computed together have logits that differ in their last bits from those of a row alone, so a draw that is too
-close to call is made again from the row alone: how many rows are computed at once changes nothing.
+A token is drawn by inverting the cumulative distribution at a random number of this answer and position. Rows that are
+computed together have logits that differ in their last bits from those of a single row, so a draw that is too close to
+call is repeated from the single row: the batch size changes nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from llmft.data.encode import Ends
 from llmft.model.families import base_of, selects_positions
 
 DOUBT = {torch.float32: 1e-3, torch.float16: 0.03, torch.bfloat16: 0.1}
-"""How much a logit of a row in a batch may differ from that of the row alone, by what is computed in.
+"""How much a logit of a row in a batch may differ from that of the single row, by dtype of the computation.
 
-A bound in fp32, where 1e-4 is seen; in 16 bits what nearly all differences stay below.
+A bound in fp32, where 1e-4 is observed; in 16 bits nearly all differences are below it.
 """
 
 
 @dataclass(frozen=True)
 class Draw:
-    """An answer that is wanted: the temperature that divides its logits, 0 for the likeliest token, and its seed."""
+    """A requested answer: the temperature that divides its logits, 0 for the likeliest token, and its seed."""
 
     temperature: float
     seed: int
@@ -35,7 +35,7 @@ class Draw:
 
 @dataclass
 class Sampled:
-    """An answer's tokens, with what ends it; `finished` says whether anything did before it became too long."""
+    """An answer's tokens, with what ends it; `finished`: whether it ended before the length limit."""
 
     ids: list[int] = field(default_factory=list)
     finished: bool = False
@@ -82,10 +82,10 @@ def sample(
     batch_size: int = 8,
     context_tokens: int | None = None,
 ) -> list[list[Sampled]]:
-    """For each prompt an answer for each of its draws, of which all prompts have as many.
+    """For each prompt, an answer per draw; all prompts have the same number of draws.
 
-    A prompt is read once for all its answers; `batch_size` prompts of like length are computed at once. Answers end
-    with the model's last position, `context_tokens`, where there is one.
+    A prompt is read once for all its answers; `batch_size` prompts of similar length are computed at once. Answers
+    end at the model's last position, `context_tokens`, if it has one.
     """
     order = sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index))
     sampled: list[list[Sampled]] = [[] for _ in prompts]
@@ -94,9 +94,9 @@ def sample(
         batch = _Batch(model, [list(prompts[index]) for index in group], [draws[index] for index in group], ends)
         rooms = [max_new_tokens if context_tokens is None else context_tokens - len(prompts[i]) for i in group]
         answers = batch.run(pad_id, [max(0, min(max_new_tokens, room)) for room in rooms])
-        each = len(draws[group[0]])
+        answers_per_prompt = len(draws[group[0]])
         for number, index in enumerate(group):
-            sampled[index] = answers[number * each : (number + 1) * each]
+            sampled[index] = answers[number * answers_per_prompt : (number + 1) * answers_per_prompt]
     return sampled
 
 
@@ -105,7 +105,7 @@ class _Batch:
 
     def __init__(self, model: Any, prompts: list[list[int]], draws: Sequence[Sequence[Draw]], ends: Ends) -> None:
         self.model, self.prompts, self.ends = model, prompts, ends
-        self.each = len(draws[0])
+        self.answers_per_prompt = len(draws[0])
         self.draws = [draw for draws_of_prompt in draws for draw in draws_of_prompt]
         self.answers = [Sampled() for _ in self.draws]
         self.temperature = torch.tensor([draw.temperature for draw in self.draws], dtype=torch.float64)
@@ -118,27 +118,27 @@ class _Batch:
         self.doubt = DOUBT.get(dtype, DOUBT[torch.bfloat16])
 
     def run(self, pad_id: int, rooms: list[int]) -> list[Sampled]:
-        """Draws until every answer has ended, or has the tokens that there is room for: `rooms` of each prompt."""
+        """Draws until every answer has ended or has its largest number of tokens, `rooms` per prompt."""
         from transformers import DynamicCache
 
         base = base_of(self.model)
         width, longest = max(map(len, self.prompts)), max(rooms)
-        limits = [room for room in rooms for _ in range(self.each)]
+        limits = [room for room in rooms for _ in range(self.answers_per_prompt)]
         numbers = np.stack([np.random.Generator(np.random.PCG64(draw.seed)).random(longest) for draw in self.draws])
         ids = torch.tensor([[pad_id] * (width - len(prompt)) + prompt for prompt in self.prompts])
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in self.prompts])
         ids, mask = ids.to(base.device), mask.to(base.device)
         alive = [row for row, room in enumerate(limits) if room > 0]
         cache = DynamicCache(config=base.config)
-        logits = self._forward(ids, mask, cache).repeat_interleave(self.each, 0)
-        cache.batch_repeat_interleave(self.each)
-        mask = mask.repeat_interleave(self.each, 0)
-        kept = alive
+        logits = self._forward(ids, mask, cache).repeat_interleave(self.answers_per_prompt, 0)
+        cache.batch_repeat_interleave(self.answers_per_prompt)
+        mask = mask.repeat_interleave(self.answers_per_prompt, 0)
+        surviving = alive
         for position in range(longest):
             if not alive:
                 break
-            if len(kept) < len(mask):  # those that have ended leave
-                chosen = torch.tensor(kept, device=mask.device)
+            if len(surviving) < len(mask):  # drop those that have ended
+                chosen = torch.tensor(surviving, device=mask.device)
                 cache.batch_select_indices(chosen)
                 mask = mask[chosen]
                 logits = logits[chosen] if position == 0 else logits
@@ -147,12 +147,12 @@ class _Batch:
                 mask = torch.cat([mask, torch.ones_like(mask[:, :1])], 1)
                 logits = self._forward(tokens, mask, cache)
             self._accept(alive, logits, torch.from_numpy(numbers[alive, position]))
-            kept = [n for n, row in enumerate(alive) if not self._ended(row, limits[row])]
-            alive = [alive[n] for n in kept]
+            surviving = [n for n, row in enumerate(alive) if not self._ended(row, limits[row])]
+            alive = [alive[n] for n in surviving]
         return self.answers
 
     def _forward(self, ids: torch.Tensor, mask: torch.Tensor, cache: Any) -> torch.Tensor:
-        """(rows, vocabulary) logits behind the last of `ids`, on the CPU."""
+        """(rows, vocabulary) logits after the last of `ids`, on the CPU."""
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         more = {"position_ids": positions} if self.takes_positions else {}
         output = self.model(
@@ -161,14 +161,14 @@ class _Batch:
         return output.logits[:, -1].float().cpu()
 
     def _accept(self, alive: list[int], logits: torch.Tensor, numbers: torch.Tensor) -> None:
-        """Draws the next token of each answer in `alive`, from the row alone where the draw is too close to call."""
+        """Draws the next token of each answer in `alive`, from the single row if the draw is too close to call."""
         temperature = self.temperature[alive]
         tokens, sure = choose(logits, temperature, numbers, self.doubt)
         for n in (~sure).nonzero()[:, 0].tolist():
-            whole = self.prompts[alive[n] // self.each] + self.answers[alive[n]].ids
-            ids = torch.tensor([whole], device=base_of(self.model).device)
-            alone = self.model(input_ids=ids, use_cache=False, **self.last).logits[:, -1].float().cpu()
-            tokens[n] = choose(alone, temperature[n : n + 1], numbers[n : n + 1], 0.0)[0][0]
+            full_ids = self.prompts[alive[n] // self.answers_per_prompt] + self.answers[alive[n]].ids
+            ids = torch.tensor([full_ids], device=base_of(self.model).device)
+            single_row_logits = self.model(input_ids=ids, use_cache=False, **self.last).logits[:, -1].float().cpu()
+            tokens[n] = choose(single_row_logits, temperature[n : n + 1], numbers[n : n + 1], 0.0)[0][0]
         for row, token in zip(alive, tokens.tolist(), strict=True):
             self.answers[row].ids.append(token)
 

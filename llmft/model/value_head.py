@@ -1,4 +1,4 @@
-"""The value head: what an answer is expected to be worth, at each of its tokens, read from the policy's states."""
+"""The value head: an answer's expected return at each of its tokens, from the policy's hidden states."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAME = "llmft_value_head"
 
 
 def add_value_head(model: Any) -> None:
-    """Puts a head of zeros on the adapter's wrapper, where it is trained and kept with checkpoints, not handed over."""
+    """Adds a zero-initialised head to the adapter's wrapper: trained and kept in checkpoints, but not exported."""
     base = base_of(model)
     head = FullPrecisionLinear(base.config.get_text_config().hidden_size, 1)
     torch.nn.init.zeros_(head.weight)
@@ -39,9 +39,9 @@ class Values:
 
 @contextmanager
 def token_values(model: Any, batch: MicroBatch, *, enabled: bool) -> Iterator[Values]:
-    """Inside, a forward over `batch` leaves the values of what stands before each labelled token.
+    """Inside, a forward over `batch` leaves the values at the position before each labelled token.
 
-    The states are the policy's own, and the head's loss trains them too.
+    The hidden states are the policy's own, and the head's loss trains them too.
     """
     values, base = Values(), base_of(model)
     if not enabled:

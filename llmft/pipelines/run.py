@@ -22,7 +22,7 @@ from llmft.pipelines.process import run_command
 from llmft.pipelines.report import write_report
 from llmft.pipelines.stages import Stage, check_composes, stages_of
 from llmft.reports.read import read_dictionary
-from llmft.runs.directory import slug
+from llmft.runs.naming import slug
 
 
 def run_pipeline(config: PipelineConfig, screen: Screen) -> Path | None:

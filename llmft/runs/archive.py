@@ -17,10 +17,10 @@ REQUESTS = ("SAVE", "STOP")
 
 
 def pack(directory: Path) -> bytes:
-    """The plain files below `directory` as a tar archive, behind its sha256.
+    """The plain files below `directory` as a tar archive, preceded by its sha256.
 
-    Links, hidden files (the lock, what is half written) and requests stay; a file that goes meanwhile, as an old
-    checkpoint does, is left out.
+    Left out are links, hidden files (the lock, half-written files), requests, and files deleted meanwhile, such as
+    old checkpoints.
     """
     archive = io.BytesIO()
     with tarfile.open(fileobj=archive, mode="w") as tar:
@@ -37,12 +37,12 @@ def pack(directory: Path) -> bytes:
 
 
 def unpack(packed: bytes, directory: Path) -> None:
-    """Makes the files below `directory` those of `pack`; at every moment they are a run that can go on.
+    """Replaces the files below `directory` with those of `pack`; the run can be resumed at any moment.
 
-    All is checked and on the disk before the first file is replaced. run.json, which says that a run is done, is the
+    All files are verified and on the disk before the first one is replaced. run.json, which marks a run as done, comes
     last; the lock stays.
 
-    Raises OSError for bytes that have changed on their way.
+    Raises OSError for bytes that were changed in transit.
     """
     content = memoryview(packed)[DIGEST_BYTES:]
     if hashlib.sha256(content).digest() != packed[:DIGEST_BYTES]:

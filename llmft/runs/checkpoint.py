@@ -1,7 +1,7 @@
 """Atomic, verified checkpoints of the trained weights and the training state, never of the frozen base.
 
-A checkpoint is one safetensors file with the trained tensors and the optimizer's tensors. Its header holds the plain
-state (step, best value, …). It is written beside its target, flushed to the disk, and then renamed. A file that is
+A checkpoint is one safetensors file with the trained tensors and the optimizer's tensors. Its header contains the plain
+state (step, best value, …). It is written next to its target, flushed to the disk, and then renamed. A file that is
 damaged later does not match its digest: it is renamed `.bad`, and the checkpoint before it is used.
 """
 
@@ -92,7 +92,7 @@ def verify(path: Path) -> str | None:
         digest = hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "no plain file"
     except (OSError, UnicodeDecodeError) as error:
         return str(getattr(error, "strerror", None) or error)
-    return None if digest == expected else f"sha256 {digest[:12]}… is not the {expected[:12]}… written beside it"
+    return None if digest == expected else f"sha256 {digest[:12]}… is not the {expected[:12]}… recorded next to it"
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

@@ -1,6 +1,6 @@
 """Predictions on the disk, in one form for runs, joined folds and blends.
 
-A directory holds `predictions.parquet`, the same as `predictions.csv`, and `predictions.json` with the order of the
+A directory contains `predictions.parquet`, the same as `predictions.csv`, and `predictions.json` with the order of the
 classes, the sources and a digest. It is in the `predictions` folder of its run, folds or blend, and is named after its
 rows: `val` for validation rows (or all rows out of fold), `test` for held-out rows, else the file's name.
 """
@@ -38,9 +38,9 @@ class Predictions:
         labels: the classes, in the order of the columns of `values`.
         values: (rows, classes) probabilities; (rows, 1) numbers of a regression; (rows, 0) for generated text.
         problem: a value of `TaskType`, or "text".
-        targets: the true class, the true classes joined by |, or a number; None where it is unknown.
+        targets: the true class, the true classes joined by |, or a number; None if unknown.
         columns: further columns, such as group, fold, generated, logprob.
-        facts: the record of where the predictions come from.
+        provenance: where the predictions come from.
     """
 
     ids: list[str]
@@ -49,7 +49,7 @@ class Predictions:
     problem: str = TaskType.single_label
     targets: list[Any] = field(default_factory=list)
     columns: dict[str, list[Any]] = field(default_factory=dict)
-    facts: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.targets = list(self.targets) or [None] * len(self.ids)
@@ -132,23 +132,28 @@ class Predictions:
         write_table(directory / "predictions.parquet", columns)
         table = csv_text(columns, zip(*columns.values(), strict=True))
         write_atomically(directory / "predictions.csv", table.encode())
-        facts = {"problem": self.problem, "labels": self.labels, "rows": len(self.ids), "fingerprint": self.fingerprint}
-        facts |= self.facts
-        write_json(directory / "predictions.json", facts)
+        record = {
+            "problem": self.problem,
+            "labels": self.labels,
+            "rows": len(self.ids),
+            "fingerprint": self.fingerprint,
+        }
+        record |= self.provenance
+        write_json(directory / "predictions.json", record)
         return directory
 
     @classmethod
     def load(cls, directory: Path) -> Predictions:
         """Reads what `save` wrote. Raises DataError for files that are missing, damaged or mixed up."""
         try:
-            facts = json.loads(read_plain(directory / "predictions.json"))
-            labels, problem = list(facts["labels"]), str(facts["problem"])
+            record = json.loads(read_plain(directory / "predictions.json"))
+            labels, problem = list(record["labels"]), str(record["problem"])
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(f"{directory}: no predictions there ({error}).") from None
         predictions = from_table(read_table(directory / "predictions.parquet"), labels, problem)
         ours = ("problem", "labels", "rows", "fingerprint")
-        predictions.facts = {key: value for key, value in facts.items() if key not in ours}
-        if predictions.fingerprint != facts.get("fingerprint"):
+        predictions.provenance = {key: value for key, value in record.items() if key not in ours}
+        if predictions.fingerprint != record.get("fingerprint"):
             raise DataError(
                 f"{directory}: predictions.parquet and predictions.json do not belong together; make them again."
             )
@@ -156,7 +161,7 @@ class Predictions:
 
 
 def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
-    """A parquet file of these columns, whole or not at all."""
+    """Writes a parquet file of these columns atomically."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -165,14 +170,14 @@ def write_table(path: Path, columns: Mapping[str, Sequence[Any]]) -> None:
 
 
 def csv_text(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
-    """A table with a header as CSV, with nothing for None."""
+    """A table with a header as CSV text; None is an empty cell."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([header, *rows])
     return text.getvalue()
 
 
 def read_table(path: Path) -> dict[str, list[Any]]:
-    """The columns of a parquet file. Raises DataError where it cannot be read."""
+    """The columns of a parquet file. Raises DataError if it cannot be read."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -20,7 +20,7 @@ from llmft.core.console import Screen
 from llmft.core.errors import DataError, did_you_mean
 from llmft.core.redaction import redact
 from llmft.data.messages import Message
-from llmft.runs.directory import append_line
+from llmft.runs.records import append_line
 from llmft.serving.engine import Engine, Request
 from llmft.serving.runs import OpenRun
 

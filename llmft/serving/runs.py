@@ -94,7 +94,7 @@ def open_runs(jobs: Sequence[PredictionJob], config: Any) -> list[OpenRun]:
         options = PredictConfig(
             run=str(job.run.directory), prompts=["-"], accelerator=config.accelerator, threads=config.threads
         )
-        base = base_key(job.config, str(job.run.fact("model", "fingerprint")))
+        base = base_key(job.config, str(job.run.recorded("model", "fingerprint")))
         shared = (str(job.config.task.auto_class), base or str(job.run.directory))  # without a LoRA nothing is shared
         first = first_on.get(shared)
         adapter = "default" if job.config.lora.enabled else None

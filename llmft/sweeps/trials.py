@@ -19,7 +19,9 @@ from llmft.core.redaction import redact
 from llmft.data.hub import Located, weight_bytes
 from llmft.metrics.monitor import with_mode
 from llmft.reports.read import read_dictionary
-from llmft.runs.directory import Run, existing_run, run_key, slug, unwritable
+from llmft.runs.directory import Run, existing_run, unwritable
+from llmft.runs.key import run_key
+from llmft.runs.naming import slug
 from llmft.training.prepare import prepare
 
 FINISHED = ("done", "twin", "pruned")

@@ -30,8 +30,8 @@ from llmft.data.targets import Targets
 from llmft.metrics import score
 from llmft.metrics.prior import row_losses
 from llmft.metrics.show import show_summary
-from llmft.runs.directory import append_line, write_row_losses
 from llmft.runs.predictions import FOLDER, PREFIX
+from llmft.runs.records import append_line, write_row_losses
 from llmft.training.inspection import row_findings
 from llmft.training.prepare import RunInputs
 from llmft.training.record import predictions_of, result_of, write_records

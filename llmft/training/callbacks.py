@@ -25,7 +25,8 @@ from llmft.core.errors import ConfigError, DiskError, DivergedError, Interrupted
 from llmft.data.batch import StepBatch
 from llmft.data.examples import Example
 from llmft.runs.checkpoint import Checkpoint, prune, save_checkpoint, steps_on_disk
-from llmft.runs.directory import Run, append_line, write_row_losses
+from llmft.runs.directory import Run
+from llmft.runs.records import append_line, write_row_losses
 from llmft.training.finetuner import FineTuner
 from llmft.training.out_of_memory import is_out_of_memory, release_tensors
 from llmft.training.stopping import SAVE, SIGNAL, StopRequests, describe_request

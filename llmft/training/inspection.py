@@ -8,7 +8,7 @@ from llmft.config.data import Truncation
 from llmft.config.task import Feedback, TaskType
 from llmft.data.overlap import Overlap, find_overlaps
 from llmft.data.preferences import answers_of, contradictions, label_counts
-from llmft.data.quality import Finding, SplitFacts, findings, label_balance, split_facts
+from llmft.data.quality import Finding, SplitStatistics, findings, label_balance, split_statistics
 from llmft.training.prepare import RunInputs
 from llmft.training.tokenized_data import TokenizedData
 
@@ -19,22 +19,24 @@ of arXiv:2402.01306)."""
 
 @dataclass
 class Inspection:
-    """Facts of the rows, and the mistakes found in them."""
+    """Statistics of the rows, and the mistakes found in them."""
 
-    facts: dict[str, SplitFacts]
+    statistics: dict[str, SplitStatistics]
     overlaps: list[Overlap]
     findings: list[Finding]
 
 
 def inspect_rows(inputs: RunInputs, rows: TokenizedData, *, search_near_duplicates: bool) -> Inspection:
-    """Facts and mistakes of the rows; near-duplicates, which take seconds, only with `search_near_duplicates`."""
-    facts = {split: split_facts(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()}
+    """Statistics and mistakes of the rows; near-duplicates, which take seconds, only if `search_near_duplicates`."""
+    statistics = {
+        split: split_statistics(examples, rows.tokenizer, rows.ends) for split, examples in rows.splits.items()
+    }
     overlaps = find_overlaps(
         {split: part for split, part in inputs.conversations.items() if part}, near=search_near_duplicates
     )
     row_based = [*_dropped(inputs, rows), *row_findings(inputs), *_serving(inputs, rows)]
-    token_based = findings(inputs.config, facts, overlaps, rows.context_tokens, rows.learned_positions)
-    return Inspection(facts, overlaps, [*row_based, *token_based])
+    token_based = findings(inputs.config, statistics, overlaps, rows.context_tokens, rows.learned_positions)
+    return Inspection(statistics, overlaps, [*row_based, *token_based])
 
 
 def row_findings(inputs: RunInputs) -> list[Finding]:

@@ -121,11 +121,11 @@ def estimator(
 
 def _peaks(config: TrainConfig, examples: Examples, memory: StepMemory, device_type: str, *, flash: bool) -> Peak:
     rows = StepRows.of(examples.lengths, examples.labelled_tokens, _process_rows(config))
-    share = _processes(config) if divides_weights(config) else 1
+    num_shards = _processes(config) if divides_weights(config) else 1
     offloads = config.trainer.offload_activations and device_type == "cuda"  # on a CPU they are in main memory already
 
     def peak(limit: Limit, level: Checkpointing, *, offload: bool = offloads) -> MemoryEstimate:
-        return memory.at(*rows.largest(limit), level, offloaded=offload, share=share, flash=flash)
+        return memory.at(*rows.largest(limit), level, offloaded=offload, num_shards=num_shards, flash=flash)
 
     return peak
 

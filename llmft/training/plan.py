@@ -8,7 +8,7 @@ from typing import Any
 from llmft.config.sections import TrainConfig
 from llmft.core.console import Screen
 from llmft.model.assemble import Assembled
-from llmft.model.quantization import held_as, weight_counts
+from llmft.model.quantization import stored_format, weight_counts
 from llmft.training.micro_batching import MicroBatchPlan
 from llmft.training.objectives.verbalizer import cost
 from llmft.training.prepare import RunInputs
@@ -48,7 +48,7 @@ def show_plan(
 
 def plan_lines(config: TrainConfig, ready: Readiness, assembled: Assembled) -> dict[str, str]:
     """Lines of the plan by label: model, trained weights, data, steps; the model as it is, not as configured."""
-    counts, held, lora = weight_counts(assembled.model), held_as(assembled.base), config.lora
+    counts, held, lora = weight_counts(assembled.model), stored_format(assembled.base), config.lora
     quantized = counts["4-bit"] + counts["8-bit"]
     frozen = quantized + counts["full"]
     weights = f"{frozen:,} weights, {quantized / max(1, frozen):.1%} of them {held}"
@@ -75,7 +75,7 @@ def what_ran(config: TrainConfig, ready: Readiness, assembled: Assembled, plan: 
     """The record of the model as it is, not as configured: formats, weights, kernels, objective, prompt."""
     objective, template = type(ready.objective), str(ready.rows.prompt.config.template)
     return {
-        "quantization": held_as(assembled.base),
+        "quantization": stored_format(assembled.base),
         "weights": weight_counts(assembled.model),
         "attention": getattr(assembled.base.config, "_attn_implementation", None),
         "gradient_checkpointing": plan.checkpointing.value,

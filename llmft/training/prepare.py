@@ -27,7 +27,8 @@ from llmft.data.targets import Targets, class_weights
 from llmft.data.transforms import apply
 from llmft.metrics.monitor import with_mode
 from llmft.metrics.prior import prior_of
-from llmft.runs.directory import Run, free_run, open_run, run_key
+from llmft.runs.directory import Run, check_run_directory, open_run
+from llmft.runs.key import run_key
 
 
 @dataclass
@@ -119,7 +120,7 @@ def prepare(config: TrainConfig, *, open_directory: bool = True) -> RunInputs:
     num_rows = {**{split: len(part) for split, part in rows.items()}, "all": len(known) - held_out}
     located = locate(config.model)
     key = run_key(config, fingerprint, located.fingerprint)
-    run = open_run(config, key) if open_directory else free_run(config, key)
+    run = open_run(config, key) if open_directory else check_run_directory(config, key)
     return RunInputs(
         config,
         conversations,

@@ -19,8 +19,9 @@ from llmft.data.examples import Examples
 from llmft.data.overlap import Overlap
 from llmft.metrics.preference import against_length, length_sentence, movement
 from llmft.metrics.prior import against_prior
-from llmft.runs.directory import Run, append_line, source_facts, write_config
+from llmft.runs.directory import Run, source_record, write_config
 from llmft.runs.predictions import FOLDER, PREFIX, Predictions, load_predictions, names_in, read_table
+from llmft.runs.records import append_line
 from llmft.training.prepare import RunInputs
 from llmft.training.tokenized_data import TokenizedData
 
@@ -95,7 +96,7 @@ def predictions_of(
         columns["fold"] = [data.fold] * len(rows)
     columns["loss_nats"] = list(losses)
     facts = {
-        "sources": [source_facts(inputs.run, inputs.config, inputs.rows_fingerprint, targets.prior)],
+        "sources": [source_record(inputs.run, inputs.config, inputs.rows_fingerprint, targets.prior)],
         "id_column": inputs.id_column,
         "step": step,
         "held_out_rows": inputs.num_rows.get(split, 0),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from rich.markup import escape
 
-from llmft.config.convert import canonical, digest_of, numbers_of, to_plain
+from llmft.config.convert import canonical, digest_of, key_fields, to_plain
 from llmft.config.model import ModelInit
 from llmft.config.sections import TrainConfig
 from llmft.config.task import Reference
@@ -30,7 +30,7 @@ from llmft.data.batch import Limit, collate
 from llmft.data.examples import Examples
 from llmft.model.device import TORCH_DTYPES, mixed_precision
 from llmft.model.families import evaluating
-from llmft.runs.directory import adapter_digest
+from llmft.runs.key import adapter_digest
 from llmft.runs.predictions import read_table
 from llmft.training.objectives.answers import answer_log_probs
 from llmft.training.prepare import RunInputs
@@ -90,12 +90,12 @@ def reference_key(
     adapter: list[Any] = []
     if not _is_base(config):
         digests = [adapter_digest(config.lora.adapter)] if config.lora.adapter is not None else [config.seed]
-        adapter = [*digests, numbers_of(replace(config.lora, adapter=None))]
+        adapter = [*digests, key_fields(replace(config.lora, adapter=None))]
     parts = [
         VERSION,
         model_fingerprint,
         to_plain([model.init, model.architecture, model.config, model.overrides, model.load_overrides, model.kernels]),
-        numbers_of(config.quantization),
+        key_fields(config.quantization),
         adapter,
         [config.seed] if model.init is ModelInit.random else [],
         kind,

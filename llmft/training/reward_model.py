@@ -106,7 +106,7 @@ class RewardModel:
                 f"{key}={directory}: this run scores no answers (task={config.task.name}); train task=reward."
             )
         located = locate(config.model)
-        if config.lora.enabled and run.fact("model", "fingerprint") != located.fingerprint:
+        if config.lora.enabled and run.recorded("model", "fingerprint") != located.fingerprint:
             raise ConfigError(f"{key}={directory}: the base model found is not the one that this run was trained on.")
         trained = run.adapter if config.lora.enabled else run.model
         self.device = pick_device(accelerator)
@@ -135,8 +135,8 @@ class RewardModel:
             vocabulary=len(self.tokenizer),
             pad_id=self.tokenizer.pad_token_id,
             threads=threads,
-            keep=False,
-            trained=trained,
+            keep_base=False,
+            weights_directory=trained,
         ).model
 
     @torch.no_grad()

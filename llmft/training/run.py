@@ -38,6 +38,7 @@ def train(
     """
     from llmft.config.instantiate import trust
     from llmft.core.console import Screen
+    from llmft.core.imports import restore_messages
     from llmft.core.machine import die_with_parent
     from llmft.training.prepare import prepare, process_rank
 
@@ -68,6 +69,8 @@ def train(
     finally:
         screen.close_log()
         run.unlock()
+        if invocation is NO_COMMAND:  # a notebook goes on with these libraries
+            restore_messages()
 
 
 def _begin(run: Run, config: TrainConfig, screen: Screen, invocation: Invocation) -> None:

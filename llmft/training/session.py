@@ -102,13 +102,13 @@ class Session:
                 config,
                 self.inputs.located,
                 device=torch.device("cpu") if divided else ready.device,
-                mapped=divided,
+                memory_map=divided,
                 precision=ready.precision,
                 num_labels=self.inputs.num_outputs,
                 vocabulary=len(self.tokenized.tokenizer),
                 pad_id=self.tokenized.tokenizer.pad_token_id,
                 threads=config.trainer.threads,
-                keep=not config.trainer.compile,  # compiled layers stay compiled
+                keep_base=not config.trainer.compile,  # compiled layers stay compiled
                 warn=self.screen.warn,
             )
         except Exception as error:
@@ -148,7 +148,7 @@ class Session:
             "ran": what_ran(self.config, ready, assembled, self.plan),
         }
         record.write_records(self.inputs, environment, self.tokenized, ready.inspection.overlaps)
-        run.keep_until(-1 if resumed_at is None else resumed_at)
+        run.truncate_records(-1 if resumed_at is None else resumed_at)
         show_plan(self.screen, self.inputs, ready, assembled, self.plan, resumed_at)
         self.loggers += make_loggers(self.config, run, environment, self.screen)
 
@@ -287,11 +287,11 @@ class Session:
         config, run, module, tokenized = self.config, self.run, self.module, self.tokenized
         step = self._take_best() if config.trainer.export is Export.best else module.step
         if self.main_process:
-            run.keep_until(module.step)
+            run.truncate_records(module.step)
         if tokenized.splits.get("test"):
             module.generate_for("test")
             self._guarded(self.trainer.test, verbose=False)
-        weights = adapters.whole_state(module.model, trained_only=config.lora.enabled)
+        weights = adapters.full_state(module.model, trained_only=config.lora.enabled)
         if not self.main_process:
             return None
         directory = run.adapter if config.lora.enabled else run.model

@@ -17,7 +17,7 @@ from llmft.data.prompt import PromptFormat, prompt_format
 from llmft.data.targets import Targets
 from llmft.model.families import positions
 from llmft.model.load import model_config
-from llmft.model.quantization import agreed
+from llmft.model.quantization import effective_quantization
 from llmft.model.tokenizer import load_tokenizer, train_tokenizer
 from llmft.training.prepare import RunInputs, check_rejected
 
@@ -59,7 +59,7 @@ def read_rows(inputs: RunInputs, warn: Callable[[str], None]) -> TokenizedData:
     """
     config, conversations = inputs.config, inputs.conversations
     architecture = model_config(config.model, inputs.located)
-    agreed(config.quantization, architecture, f"model={config.model.label}")
+    effective_quantization(config.quantization, architecture, f"model={config.model.label}")
     if config.model.train_tokenizer_vocab is not None:
         texts = [message_text(message) for c in conversations["train"] for message in c.messages]
         texts += config.model.train_tokenizer_extra

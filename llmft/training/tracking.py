@@ -30,7 +30,8 @@ from llmft.config.trainer import WandbConfig
 from llmft.core.console import Screen
 from llmft.core.network import NoAnswer, ask, host_of, in_thread
 from llmft.core.redaction import redact
-from llmft.runs.directory import Run, run_name
+from llmft.runs.directory import Run
+from llmft.runs.naming import run_name
 
 ANSWER_S = 2.5
 """Seconds that the server may take to answer."""

@@ -159,7 +159,7 @@ class Setting:
             dtype=self.dtype,
             device=device,
             seed=0,
-            keep=False,
+            keep_base=False,
         )
         counts = weight_counts(self.base)
         ends = sum(m.weight.numel() for m in (self.base.get_input_embeddings(), self.base.get_output_embeddings()))

@@ -109,7 +109,7 @@ def main() -> None:
     for form in options.form.split(","):
         base = load_base(
             config, located, QuantizationConfig(QuantizationFormat(form), cache=False), auto_class="causal_lm",
-            num_labels=0, dtype=torch.float32, device=torch.device("cpu"), seed=0, keep=False,
+            num_labels=0, dtype=torch.float32, device=torch.device("cpu"), seed=0, keep_base=False,
         )  # fmt: skip
         model = adapters.attach(base, LoraConfig(r=8), auto_class="causal_lm", seed=0, name="smollm2").train()
         taken: dict[str, list[tuple[float, float, float]]] = {name: [] for name in WITHOUT}

@@ -44,7 +44,7 @@ def test_the_base_takes_what_arithmetic_by_hand_says(double: bool) -> None:
     in_16_bits = 2 * 512 * 8192 + (2 * layers + 1) * 8192
     scales = (1 + 4 / 256) / 64 if double else 4 / 64  # bytes a weight
     assert memory.base == pytest.approx(quantised * (1 / 2 + scales) + 2 * in_16_bits, rel=1e-4)
-    one, two = (memory.at(1000, 1000, 100, Checkpointing.full, share=share) for share in (1, 2))
+    one, two = (memory.at(1000, 1000, 100, Checkpointing.full, num_shards=shards) for shards in (1, 2))
     whole = quantised * scales  # which each of the cards holds
     assert two.base == pytest.approx((one.base - whole) / 2 + whole, rel=1e-4)
 

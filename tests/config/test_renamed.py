@@ -13,7 +13,7 @@ from llmft.config.overrides import hydra_arguments
 from llmft.config.renamed import RENAMED
 from llmft.config.sections import TrainConfig
 from llmft.config.untrusted import stored_config
-from llmft.runs.directory import run_key
+from llmft.runs.key import run_key
 from tests.conftest import compose
 
 

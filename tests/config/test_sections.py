@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmft.config.convert import canonical, from_plain, numbers_of, schema_fields, to_plain
+from llmft.config.convert import canonical, from_plain, key_fields, schema_fields, to_plain
 from llmft.config.fields import seconds_of
 from llmft.config.model import LoraConfig, Precision, QuantizationFormat
 from llmft.config.sections import TrainConfig
@@ -120,9 +120,9 @@ def test_what_cannot_change_numbers_is_not_part_of_them() -> None:
     smaller = compose(
         "trainer.micro_batch=2", "trainer.gradient_checkpointing=full", "trainer.keep_checkpoints=7", "trainer=cpu"
     )
-    assert canonical(numbers_of(config)) == canonical(numbers_of(moved)) == canonical(numbers_of(smaller))
+    assert canonical(key_fields(config)) == canonical(key_fields(moved)) == canonical(key_fields(smaller))
     for override in ("seed=1", "lora.r=4", "learning_rate.peak=1", "trainer.batch_size=8", "data.split_seed=1"):
-        assert canonical(numbers_of(compose(override))) != canonical(numbers_of(config)), override
+        assert canonical(key_fields(compose(override))) != canonical(key_fields(config)), override
 
 
 def test_plain_values_are_json_ready() -> None:

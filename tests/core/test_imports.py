@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +59,22 @@ llmft.train.main(sys.argv[1:])
 """
     done = run(body)
     assert "libraries []" in done.stdout, done.stdout[-300:] + done.stderr
+
+
+def test_a_training_called_from_a_notebook_gives_the_libraries_their_messages_back(tmp_path: Path) -> None:
+    body = f"""
+import logging, lightning, transformers
+names = ("lightning", "lightning.pytorch", "transformers", "torch", "peft")
+def state():
+    return [logging.getLogger(n).level for n in names], transformers.utils.logging.is_progress_bar_enabled()
+before = state()
+from llmft.core.imports import load_libraries
+from llmft.training.run import train
+from tests.conftest import compose
+train(compose("trainer=cpu", "trainer.max_steps=1", "logger=none", r"output_dir={tmp_path}"), quiet=True)
+assert before[1] and state() == before, (before, state())
+load_libraries()
+assert state() == ([logging.ERROR] * len(names), False), state()
+"""
+    done = run(body)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -121,3 +121,15 @@ def test_a_download_ends_when_nothing_more_comes_and_not_before(slow: Path) -> N
 def test_a_download_that_fails_says_why_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(NoAnswer, match="No such file or directory: '/no/such'"):
         download("os.listdir", {"path": "/no/such"}, tmp_path)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_a_gated_model_that_the_hub_refuses_names_its_licence(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    import llmft.data.hub as hub
+
+    monkeypatch.setattr(hub, "_offline", lambda: False)
+    monkeypatch.setattr(hub, "ask", lambda *arguments, **options: (403, b""))
+    with pytest.raises(ConfigError, match=r"do without\.$") as refused:
+        ask_hub("model.id=a/b", "a/b", "model", "do without", gated=gated)
+    sentence = "it is gated: accept the licence at https://huggingface.co/a/b and set HF_TOKEN"
+    assert (sentence in str(refused.value)) == gated

@@ -56,7 +56,7 @@ def test_a_question_without_an_answer_at_the_end_is_left_out() -> None:
         ({"q": "Q", "r": ""}, "answer is empty"),
         ({"q": "Q", "r": "  \n"}, "answer is empty"),
         ({"q": "Q", "r": None}, "column 'r' is empty"),
-        ({"q": "Q", "r": {"a": 1}}, "holds dict"),
+        ({"q": "Q", "r": {"a": 1}}, "contains dict"),
         ({"q": "Q"}, "no column 'r'"),
     ],
 )

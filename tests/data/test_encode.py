@@ -290,17 +290,17 @@ def test_a_mark_never_reaches_the_text() -> None:
 
 
 def test_rows_without_answers_are_looked_at_under_a_marker_of_several_tokens(tokenizer: Any) -> None:
-    from llmft.data.quality import split_facts
+    from llmft.data.quality import split_statistics
 
     made = encoder(tokenizer, "chatml")
     assert made.ends.text
     rows = [Conversation([{"role": "user", "content": "Q"}], "f:1", target=0, marked=False)]
-    assert split_facts(made.encode("train", rows, BadRows()), tokenizer, made.ends).untrained == 1
+    assert split_statistics(made.encode("train", rows, BadRows()), tokenizer, made.ends).untrained == 1
 
 
 def test_an_end_marker_of_several_tokens_in_a_rows_own_text_is_told(tokenizer: Any) -> None:
-    from llmft.data.quality import split_facts
+    from llmft.data.quality import split_statistics
 
     made = encoder(tokenizer, "chatml")
     rows = [chat(answer="Ann"), chat(answer=f"A{made.marker}nn")]
-    assert split_facts(made.encode("train", rows, BadRows()), tokenizer, made.ends).special_in_text == 1
+    assert split_statistics(made.encode("train", rows, BadRows()), tokenizer, made.ends).special_in_text == 1

@@ -15,7 +15,7 @@ from llmft.data.gguf_files import as_directory
 
 pytest.importorskip("gguf")
 
-from llmft.data.gguf_parameters import Stated, correct, differences
+from llmft.data.gguf_parameters import GgufMetadata, apply_metadata, differences
 from llmft.export import gguf
 from tests.conftest import SHARED
 from tests.export.test_gguf import FAMILIES, TEXTS, made
@@ -84,15 +84,15 @@ def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None
         as_directory(tmp_path / "experts.gguf")
     gguf.convert(made(tmp_path / "model", "llama"), tmp_path / "model.gguf", "f16")
     config = AutoConfig.from_pretrained(tmp_path, gguf_file="model.gguf")
-    stated = Stated(tmp_path / "model.gguf")
-    correct(config, stated)
-    assert differences(config, stated) == []
-    stated.metadata |= {"llama.logit_scale": 0.5, "llama.attention.head_count_kv": 4}
-    assert differences(config, stated) == ["llama.attention.head_count_kv: 4, 2", "logit_scale: 0.5, none"]
-    stated.metadata |= {"llama.rope.scaling.type": "longrope"}
-    del stated.tensors["rope_freqs.weight"]  # which tells by itself how Llama 3's are squeezed
-    with pytest.raises(ValueError, match="squeezed in the way 'longrope'"):
-        correct(config, stated)
+    metadata = GgufMetadata(tmp_path / "model.gguf")
+    apply_metadata(config, metadata)
+    assert differences(config, metadata) == []
+    metadata.values |= {"llama.logit_scale": 0.5, "llama.attention.head_count_kv": 4}
+    assert differences(config, metadata) == ["llama.attention.head_count_kv: 4, 2", "logit_scale: 0.5, none"]
+    metadata.values |= {"llama.rope.scaling.type": "longrope"}
+    del metadata.tensors["rope_freqs.weight"]  # which alone implies Llama 3's scaling
+    with pytest.raises(ValueError, match="scaled in the unknown way 'longrope'"):
+        apply_metadata(config, metadata)
 
 
 def test_a_file_that_is_none_is_refused_in_one_sentence(tmp_path: Path, monkeypatch: Any) -> None:

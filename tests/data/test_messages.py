@@ -89,7 +89,7 @@ def test_answers_with_weight_0_are_marked_and_others_are_as_they_were(key: str) 
         (said(content=[{"type": "video", "video": "x"}]), "type 'video': this is a text trainer"),
         (said(content=[{"type": "poem", "text": "x"}]), "part of type 'poem'; known are text"),
         (said(content=["A"]), "a part that is str"),
-        (said(content={"text": "A"}), "holds dict, text or a list of parts"),
+        (said(content={"text": "A"}), "contains dict, text or a list of parts"),
         (said(images=["x.png"]), "has 'images': this is a text trainer"),
         (said(audio={"id": "x"}), "has 'audio': this is a text trainer"),
         (said(refusal="No."), "has 'refusal'"),

@@ -103,9 +103,9 @@ def test_a_degree_gives_the_margin_whatever_its_case_and_a_column_may_give_it_to
          "not those of the prompt"),
         (PAIRS, {"chosen": "c", "rejected": "r"}, {"c": [USER, turn("a")], "r": [{**USER, "content": "W"}, turn("b")]},
          "part after message 0"),
-        (PAIRS, {"chosen": "c", "rejected": "r"}, {"c": "no turns", "r": "b"}, "'c' holds no whole conversation"),
+        (PAIRS, {"chosen": "c", "rejected": "r"}, {"c": "no turns", "r": "b"}, "'c' contains no whole conversation"),
         (PAIRS, {**PROMPTED, "degree": "d"}, {"p": "Q", "c": "a", "r": "b", "d": "beter"}, "did you mean better"),
-        (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": "much"}, "'m' holds 'much'"),
+        (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": "much"}, "'m' contains 'much'"),
         (PAIRS, {**PROMPTED, "margin": "m"}, {"p": "Q", "c": "a", "r": "b", "m": -1}, "a margin is 0 or more"),
         (PAIRS, PROMPTED, {"p": "Q", "c": ["a", "b"], "r": "b"}, "a list of 2 texts, one answer was expected"),
         (PAIRS, PROMPTED, {"p": [USER], "c": [turn("a")], "r": [turn("b")]},
@@ -232,7 +232,7 @@ def test_margins_and_degrees_that_nothing_would_use_are_refused(tmp_path: Path) 
         (["task.margin=smal"], "did you mean small"),
         (["task.beta=0"], "task.beta=0"),
         (["data.degrees=[one]"], "two different names"),
-        (["task.label_smoothing=0.6"], "less than 0.5"),
+        (["task.label_smoothing=0.6"], "below 0.5"),
     ):
         with pytest.raises((ConfigError, DataError), match=told):
             compose("task=dpo", "data=preference", file, *overrides)

@@ -39,8 +39,8 @@ def files(tmp_path: Path) -> Path:
     chance = np.random.default_rng(0).uniform(0.5, 1.0, len(test))
     values = np.stack([chance, 1 - chance], axis=1)
     values[1::3] = values[1::3, ::-1]
-    facts = {"files": [str(tmp_path / "test.csv")], "id_column": "id"}
-    Predictions([row[0] for row in test], ["a", "b"], values, facts=facts).save(tmp_path / "predicted")
+    provenance = {"files": [str(tmp_path / "test.csv")], "id_column": "id"}
+    Predictions([row[0] for row in test], ["a", "b"], values, provenance=provenance).save(tmp_path / "predicted")
     return tmp_path
 
 

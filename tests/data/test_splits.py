@@ -163,11 +163,11 @@ def test_classes_of_one_row_each_cannot_be_stratified() -> None:
 
 def test_a_share_beside_given_rows_is_refused() -> None:
     given = {"train": make(9), "validation": make(3), "test": make(2)}
-    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used beside the given valid"):
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used with the given valid"):
         make_splits(Loaded(given, ""), config(validation_fraction=0.2))
-    with pytest.raises(ConfigError, match=r"data\.test_fraction=0\.2 would not be used beside the given test rows"):
+    with pytest.raises(ConfigError, match=r"data\.test_fraction=0\.2 would not be used with the given test rows"):
         make_splits(Loaded(given, ""), config(test_fraction=0.2))
-    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used beside data\.fold"):
+    with pytest.raises(ConfigError, match=r"data\.validation_fraction=0\.2 would not be used with data\.fold"):
         make_splits(Loaded({"train": make(9)}, ""), config(validation_fraction=0.2, fold=0))
     assert make_splits(Loaded(given, ""), config(validation_fraction=0.0))["validation"] == given["validation"]
 

@@ -98,7 +98,7 @@ def test_several_classes_come_as_a_list_as_text_or_as_columns() -> None:
     rows = [Row({"t": "x", "toxic": "1", "rude": "0"}, "f:1")]
     made = ColumnMap.of(data, rows, several)
     assert (made.labels, made.conversation(rows[0]).target) == (["toxic", "rude"], (1, 0))
-    with pytest.raises(ValueError, match=r"'toxic'.*holds '2'"):
+    with pytest.raises(ValueError, match=r"'toxic'.*contains '2'"):
         made.conversation(Row({"t": "x", "toxic": "2", "rude": "0"}, "f:2"))
 
 
@@ -192,7 +192,7 @@ def test_a_target_that_is_no_finite_number_is_refused_by_row(tmp_path: Path, val
         config = DataConfig(name="d", files="f", columns=Columns(text="t", target="y"))
         made = ColumnMap.of(config, rows, task(head=head, problem=kind))
         with pytest.raises(
-            DataError, match=r"a\.jsonl:10: column 'y' (holds -?inf, which is not a finite number|is empty)"
+            DataError, match=r"a\.jsonl:10: column 'y' (contains -?inf, which is not a finite number|is empty)"
         ):
             made.conversations(rows, BadRows())
         assert not {"inf", "-inf", "nan"} & set(made.labels)

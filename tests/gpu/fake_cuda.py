@@ -163,7 +163,7 @@ def load(architecture: str, dtype: Any, change: str, task: str) -> tuple[Any, An
         dtype=dtype,
         device=torch.device("cpu"),
         seed=1,
-        keep=False,
+        keep_base=False,
     )
     if auto_class != "causal_lm":
         renew_head(base, 0)

@@ -100,7 +100,7 @@ def adapted(architecture: str, device: torch.device, dtype: torch.dtype, rounded
         dtype=torch.float32,
         device=torch.device("cpu"),
         seed=1,
-        keep=False,
+        keep_base=False,
     )
     base = base.to(rounded or dtype).to(dtype)
     quantize_in_place(base, QuantizationConfig(QuantizationFormat.nf4), dtype, [], device)
@@ -328,7 +328,7 @@ def test_a_cached_base_is_the_same_to_the_byte(
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("llmft.model.load.LEAST_WEIGHTS", 1)
     model, dtype = twin(FIRST["mistral"]), step_dtypes(device)[0]
-    kind = {"auto_class": "causal_lm", "num_labels": 0, "dtype": dtype, "seed": 0, "keep": False}
+    kind = {"auto_class": "causal_lm", "num_labels": 0, "dtype": dtype, "seed": 0, "keep_base": False}
     plain = load_base(
         model, Located(None, "random"), QuantizationConfig(QuantizationFormat.none), device=torch.device("cpu"), **kind
     )

@@ -25,7 +25,7 @@ from llmft.metrics import higher_is_better, lower_is_better
 from llmft.metrics.monitor import declared, mode_of, with_mode
 from llmft.refit import refit_config
 from llmft.reports.configurations import Study
-from llmft.runs.directory import run_key
+from llmft.runs.key import run_key
 from llmft.runs.predictions import Predictions
 from llmft.sweeps.suggestions import Candidate, Search
 from llmft.train import train

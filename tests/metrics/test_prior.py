@@ -29,9 +29,9 @@ METRICS = {"logloss": classification.logloss, "accuracy": classification.accurac
 
 
 def predictions(values: np.ndarray, targets: list[Any], prior: list[float] | None, **columns: Any) -> Predictions:
-    facts = {"sources": [{"fold": None, "prior": prior}]} if prior is not None else {}
+    provenance = {"sources": [{"fold": None, "prior": prior}]} if prior is not None else {}
     names = [f"r{row}" for row in range(len(values))]
-    return Predictions(names, list("abc"), values, targets=targets, columns=columns, facts=facts)
+    return Predictions(names, list("abc"), values, targets=targets, columns=columns, provenance=provenance)
 
 
 def test_the_prior_is_scikit_learns_dummy_of_the_training_rows() -> None:
@@ -55,7 +55,7 @@ def test_the_prior_of_numbers_is_their_mean_and_of_several_classes_each_share() 
     assert prior_of(TaskType.multi_label, 2, [(1, 0), (1, 1), (0, 0), (0, 0)]) == [0.5, 0.25]
     assert prior_of(TaskType.single_label, 3, [0, 0, 0, 1]) == pytest.approx([0.6, 0.2, 0.2])  # c was never seen
     made = Predictions(["x", "y"], ["t"], np.asarray([[4.0], [5.0]]), "regression", [4.0, 6.0])
-    made.facts = {"sources": [{"fold": None, "prior": [4.0]}]}
+    made.provenance = {"sources": [{"fold": None, "prior": [4.0]}]}
     found = against_prior(made, {"rmse": regression.rmse, "pearson": regression.pearson})
     assert found is not None
     assert found["metrics"]["rmse"] == pytest.approx(np.sqrt(2))
@@ -85,7 +85,7 @@ def test_rows_of_one_group_count_once_and_each_fold_has_its_own_prior() -> None:
     assert is_better(apart)
     assert not is_better(together)  # two answers, ten times each
     folded = predictions(values[:2], ["a", "a"], [0.0], fold=[0, 1])
-    folded.facts = {"sources": [{"fold": 0, "prior": [0.8, 0.1, 0.1]}, {"fold": 1, "prior": [0.2, 0.4, 0.4]}]}
+    folded.provenance = {"sources": [{"fold": 0, "prior": [0.8, 0.1, 0.1]}, {"fold": 1, "prior": [0.2, 0.4, 0.4]}]}
     found = against_prior(folded, METRICS)
     assert found is not None
     assert found["prior_loss"] == pytest.approx(-np.log([0.8, 0.2]).mean())

@@ -77,7 +77,14 @@ def load(model: ModelConfig, form: str = "nf4", **changes: Any) -> Any:
     quantization = QuantizationConfig(Form(form), cache=False)
     device = torch.device("cpu")
     return load_base(
-        model, locate(model), quantization, auto_class="causal_lm", num_labels=0, device=device, keep=False, **arguments
+        model,
+        locate(model),
+        quantization,
+        auto_class="causal_lm",
+        num_labels=0,
+        device=device,
+        keep_base=False,
+        **arguments,
     )
 
 

@@ -163,7 +163,7 @@ def test_a_large_random_model_is_quantised_while_it_is_made(architecture: str, m
                 dtype=torch.float32,
                 device=torch.device("cpu"),
                 seed=1,
-                keep=False,
+                keep_base=False,
             )
         assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
         return bytes_.peak, base(input_ids=torch.arange(8)[None]).logits

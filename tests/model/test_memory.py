@@ -97,7 +97,7 @@ def training(
         dtype=dtype if config.lora.enabled else torch.float32,
         device=torch.device("cpu"),
         seed=0,
-        keep=False,
+        keep_base=False,
     )
     base.config.pad_token_id = 0
     base_bytes = held_bytes(base)
@@ -241,7 +241,7 @@ def test_mistral_7b_takes_the_published_bytes() -> None:
     # 32 layers' inputs of 8 KiB a token; without checkpointing some 3.5 MB a token.
     assert again.activations / (16 * 512) == pytest.approx(32 * 8192, rel=0.1)
     assert kept.activations / (16 * 512) == pytest.approx(3.5e6, rel=0.1)
-    divided = memory.at(16 * 512, 512, 256, Checkpointing.full, share=4).base
+    divided = memory.at(16 * 512, 512, 256, Checkpointing.full, num_shards=4).base
     assert divided == (memory.base - memory.scales) // 4 + memory.scales
     assert memory.scales < 0.04 * memory.base
 

@@ -15,7 +15,7 @@ from llmft.config.model import QuantizationFormat as Form
 from llmft.core.errors import ConfigError
 from llmft.data.hub import locate
 from llmft.model.load import load_base
-from llmft.model.quantization import agreed, held_as, weight_counts
+from llmft.model.quantization import effective_quantization, stored_format, weight_counts
 from llmft.model.tokenizer import load_tokenizer
 from llmft.train import train
 from tests.conftest import SMALL, compose, run_directory
@@ -37,7 +37,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
             dtype=torch.bfloat16,
             device=torch.device("cpu"),
             seed=0,
-            keep=False,
+            keep_base=False,
         )
         base.save_pretrained(directory)
         load_tokenizer(tiny, locate(tiny)).save_pretrained(directory)
@@ -96,8 +96,8 @@ def test_double_quantisation_is_part_of_the_format() -> None:
     files = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     model = SimpleNamespace(quantization_config=files)
     with pytest.raises(ConfigError, match=r"nf4 with quantization\.double_quant=false already"):
-        agreed(QuantizationConfig(Form.nf4), model, "x")
-    assert agreed(QuantizationConfig(Form.nf4, double_quant=False), model, "x").format is Form.nf4
+        effective_quantization(QuantizationConfig(Form.nf4), model, "x")
+    assert effective_quantization(QuantizationConfig(Form.nf4, double_quant=False), model, "x").format is Form.nf4
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "fp8", "compressed-tensors", "mxfp4", "hqq", "torchao"])
@@ -105,8 +105,8 @@ def test_formats_of_others_go_by_their_checkpoint_alone(method: str) -> None:
     model = SimpleNamespace(quantization_config={"quant_method": method, "bits": 4})
     for form in (Form.none, Form.nf4, Form.fp4, Form.int8):
         with pytest.raises(ConfigError, match=f"are {method} already"):
-            agreed(QuantizationConfig(form), model, "x")
-    assert agreed(QuantizationConfig(Form.checkpoint), model, "x").format is Form.checkpoint
+            effective_quantization(QuantizationConfig(form), model, "x")
+    assert effective_quantization(QuantizationConfig(Form.checkpoint), model, "x").format is Form.checkpoint
 
 
 def test_packed_integers_are_counted_by_the_weights_in_them() -> None:
@@ -116,4 +116,4 @@ def test_packed_integers_are_counted_by_the_weights_in_them() -> None:
     model.scale = torch.nn.Parameter(torch.zeros(3), requires_grad=False)
     model.config = SimpleNamespace(quantization_config={"quant_method": "gptq", "bits": 4})
     assert weight_counts(model) == {"4-bit": 1024, "8-bit": 0, "full": 3, "trainable": 0}
-    assert held_as(model) == "gptq"
+    assert stored_format(model) == "gptq"

@@ -65,7 +65,7 @@ class Saved:
             "dtype": torch.float32,
             "device": torch.device("cpu"),
             "seed": 1,
-            "keep": False,
+            "keep_base": False,
             "warn": warnings.append,
             **changes,
         }
@@ -297,6 +297,6 @@ def test_disk_lists_cached_bases_and_clears_them(
 
 
 def test_the_cache_is_no_part_of_a_runs_key() -> None:
-    from llmft.config.convert import numbers_of
+    from llmft.config.convert import key_fields
 
-    assert numbers_of(QuantizationConfig(cache=False, cache_gib=1.0)) == numbers_of(QuantizationConfig())
+    assert key_fields(QuantizationConfig(cache=False, cache_gib=1.0)) == key_fields(QuantizationConfig())

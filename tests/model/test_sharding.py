@@ -40,7 +40,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
         dtype=torch.bfloat16,
         device=torch.device("cpu"),
         seed=0,
-        keep=False,
+        keep_base=False,
     )
     base.save_pretrained(path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -67,7 +67,7 @@ mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (count,))
 model = ModelConfig(name="x", id="x", init=ModelInit.pretrained, architecture="llama", path=sys.argv[1])
 before = held()
 base = load_base(model, locate(model), QuantizationConfig(), auto_class="causal_lm", num_labels=0, dtype=torch.float32,
-                 device=torch.device("cpu"), seed=0, keep=False, mapped=True)
+                 device=torch.device("cpu"), seed=0, keep_base=False, memory_map=True)
 whole = sum(p.nbytes for p in base.parameters())
 loaded = held() - before
 adapted = adapters.attach(base, LoraConfig(r=2), auto_class="causal_lm", seed=0, name="x")

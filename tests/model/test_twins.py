@@ -60,7 +60,7 @@ def load(model: ModelConfig, located: Located, file: dict[str, Any], form: str =
         dtype=torch.float32,
         device=torch.device("cpu"),
         seed=1,
-        keep=False,
+        keep_base=False,
     )
 
 

@@ -12,7 +12,8 @@ import numpy as np
 import yaml
 
 from llmft.config.convert import to_plain
-from llmft.runs.directory import Run, write_row_losses
+from llmft.runs.directory import Run
+from llmft.runs.records import write_row_losses
 from tests.conftest import compose
 
 STEPS = (0, 20, 40, 60, 80)

@@ -25,8 +25,8 @@ from llmft.reports.read import RunRecord
 from llmft.reports.run_selection import select_runs
 from llmft.reports.verdicts import sentence
 from llmft.reports.write import write_report
-from llmft.runs.directory import write_row_losses
 from llmft.runs.predictions import Predictions, write_table
+from llmft.runs.records import write_row_losses
 from tests.conftest import ROOT
 from tests.reports.runs import make_run, make_sweep, trial
 

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from llmft.core.errors import ConfigError
-from llmft.runs.directory import MAX_NAME, append_line, open_run, run_key, run_name, slug
+from llmft.runs.directory import open_run
+from llmft.runs.key import run_key
+from llmft.runs.naming import MAX_NAME, run_name, slug
+from llmft.runs.records import append_line
 from tests.conftest import ROOT, compose
 
 
@@ -110,7 +113,7 @@ def test_records_after_a_step_and_torn_lines_are_dropped_on_resume(tmp_path: Pat
     append_line(run.metrics_file, {"step": 2, "test/loss_nats": 1.0})
     with run.metrics_file.open("a") as file:
         file.write('{"step": 2, "tra')
-    run.keep_until(2)
+    run.truncate_records(2)
     assert [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()] == [1, 2]
 
 

@@ -113,7 +113,7 @@ def test_limits_and_stops_are_kept(client: Any, two_runs: list[Path]) -> None:
         ({"stop": 7}, 400, "stop: up to 16"),
         ({"messages": "hello"}, 400, "messages"),
         ({"messages": [{"role": "user", "content": 7}]}, 400, "messages"),
-        ({"messages": []}, 400, "holds no list of messages"),
+        ({"messages": []}, 400, "contains no list of messages"),
         ({"messages": [{"role": "assistant", "content": "a"}]}, 400, "no user message"),
         ({"messages": [{"role": "user", "content": "word " * 400}]}, 400, "the model 256 positions"),
         ({"messages": [{"role": "user", "content": "x" * 100_000}]}, 413, "larger than 65,536 bytes"),

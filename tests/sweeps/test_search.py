@@ -24,7 +24,8 @@ from llmft.config.sweep import SearchConfig, search_settings
 from llmft.core.console import Screen
 from llmft.core.errors import ConfigError
 from llmft.metrics.monitor import with_mode
-from llmft.runs.directory import Run, append_line
+from llmft.runs.directory import Run
+from llmft.runs.records import append_line
 from llmft.sweeps.conditions import parse_condition
 from llmft.sweeps.progress import SweepProgress
 from llmft.sweeps.space import Space, make_space, wanted_trials

@@ -178,7 +178,7 @@ def test_an_encoders_pooler_and_classifier_stay_unquantised_are_trained_and_save
         dtype=torch.float32,
         device=torch.device("cpu"),
         seed=0,
-        keep=False,
+        keep_base=False,
     )
     assert type(base.pooler.dense) is type(base.classifier) is torch.nn.Linear
     assert any("Linear4bit" in type(module).__name__ for module in base.modules())

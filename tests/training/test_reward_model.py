@@ -43,7 +43,7 @@ def policy(tmp_path: Path) -> tuple[Any, Host, Any]:
     config = compose(*SMALL, "data=manners", f"output_dir={tmp_path}")
     located = locate(config.model)
     precision = config.trainer.precision
-    model = assemble(config, located, device=torch.device("cpu"), precision=precision, threads=1, keep=False).model
+    model = assemble(config, located, device=torch.device("cpu"), precision=precision, threads=1, keep_base=False).model
     for parameter in trainable_state(model).values():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
     host = host_of(model, config, located.fingerprint)

@@ -132,7 +132,7 @@ def test_what_was_drawn_comes_back_from_the_disk_and_damage_is_seen(tmp_path: Pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["task=grpo"], "task.judges: nobody says"),
+        (["task=grpo"], "task.judges: nothing scores the answers"),
         (["task=grpo", LENGTH, "task.group=1"], "measured by the others"),
         (["task=grpo", "task.judges=os.system"], "only llmft.metrics.rewards"),
         (["task=grpo", LENGTH, "task.combine=lenght"], "did you mean length"),

@@ -411,7 +411,7 @@ def test_a_file_cannot_say_whom_to_trust(tmp_path: Path) -> None:
     (tmp_path / "c" / "experiment" / "x.yaml").write_text("# @package _global_\ntrusted_packages: [this]\n")
     done = llmft("--config-dir", "c", "experiment=x", cwd=tmp_path)
     assert done.returncode == 2
-    assert "trusted_packages: a file cannot say whom you trust" in done.stderr
+    assert "trusted_packages: a file cannot grant trust" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -461,7 +461,7 @@ def test_an_objective_goes_with_its_task_and_options_or_is_refused(
 
 
 def test_options_that_are_not_set_leave_the_key_of_a_run_as_it_was(tmp_path: Path) -> None:
-    from llmft.runs.directory import run_key
+    from llmft.runs.key import run_key
 
     plain, more = compose(*SMALL), compose(*SMALL, "task.objective_options={a: 1}")
     assert run_key(plain, "d", "m") != run_key(more, "d", "m")

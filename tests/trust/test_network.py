@@ -237,7 +237,7 @@ class TestW7Hub:
         told = self.refused(2)
         assert "HF_HUB_OFFLINE" in told
         assert str(cache) in told
-        assert "it holds mistralai/Mistral-7B-Instruct-v0.2" in told
+        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in told
         assert "model.path=DIR" in told
 
     @pytest.mark.parametrize("kind", ["closed", "silent"])
@@ -257,5 +257,5 @@ class TestW7Hub:
             told = self.refused(8)
         assert "cannot be reached" in told
         assert str(cache) in told
-        assert "it holds mistralai/Mistral-7B-Instruct-v0.2" in told
+        assert "it contains mistralai/Mistral-7B-Instruct-v0.2" in told
         assert "HF_ENDPOINT" in told

@@ -35,7 +35,8 @@ from llmft.config.untrusted import (
 from llmft.core.errors import ConfigError
 from llmft.core.redaction import redact
 from llmft.data.prompt import PromptFormat
-from llmft.runs.directory import open_run, slug, write_config
+from llmft.runs.directory import open_run, write_config
+from llmft.runs.naming import slug
 from llmft.train import train
 from llmft.training.prepare import prepare
 from tests.conftest import ROOT, SMALL, compose, llmft, prompt_config, run_directory
@@ -240,9 +241,9 @@ class TestTrust:
         arguments = ["--config-dir", str(tmp_path / "c"), "experiment=evil", "model=mistral"]
         done = llmft(*arguments, cwd=tmp_path)
         assert done.returncode == 2
-        assert "a file cannot say whom you trust" in done.stderr
+        assert "a file cannot grant trust" in done.stderr
         said = llmft(*arguments, "model.trust_remote_code=true", cwd=tmp_path)
-        assert "a file cannot say whom you trust" not in said.stderr
+        assert "a file cannot grant trust" not in said.stderr
         assert "set model.path=DIR" in said.stderr, "it goes on to look for the model"
 
     def test_a_stored_config_cannot_say_it(self, tmp_path: Path) -> None:
@@ -252,7 +253,7 @@ class TestTrust:
         node = OmegaConf.load(run.config_file)
         node.model.trust_remote_code = True
         OmegaConf.save(node, run.config_file)
-        with pytest.raises(ConfigError, match="a file cannot say whom you trust"):
+        with pytest.raises(ConfigError, match="a file cannot grant trust"):
             stored_config(run.config_file)
 
     @pytest.mark.parametrize("revision", ["main", "v1.0", "0123456", REVISION[:-1] + "g"])
@@ -340,7 +341,7 @@ class TestForeignFiles:
         "argument", ["model=../x", "+experiment=../../x", "hydra/launcher=[../x]", "~model=..", "--config-name=../x"]
     )
     def test_an_option_on_the_command_line_leads_nowhere_else(self, argument: str) -> None:
-        with pytest.raises(ConfigError, match="a name is wanted, not a path"):
+        with pytest.raises(ConfigError, match="a name is expected, not a path"):
             hydra_arguments([argument], TrainConfig, multirun=True)
         kept = ["notes=../x", "output_dir=../x", "model={path: ../x}", "data.files=../x"]
         assert len(hydra_arguments(kept, TrainConfig, multirun=True)) == 4
@@ -405,9 +406,13 @@ class TestForeignFiles:
             ("config.json", {"n_layer": 10**7}, "is more than 2,000"),
             ("config.json", {"text_config": {"num_hidden_layers": 10**9}}, "is more than 2,000"),
             ("config.json", {"num_labels": 10**10}, "is more than 1,000,000"),
-            ("config.json", {"_attn_implementation": "stranger/kernel"}, "would fetch and run code of others"),
-            ("config.json", {"_attn_implementation_internal": "stranger/kernel"}, "would fetch and run code"),
-            ("config.json", {"attn_implementation": "stranger/kernel@main"}, "would fetch and run code of others"),
+            ("config.json", {"_attn_implementation": "stranger/kernel"}, "would download and run third-party code"),
+            (
+                "config.json",
+                {"_attn_implementation_internal": "stranger/kernel"},
+                "would download and run third-party code",
+            ),
+            ("config.json", {"attn_implementation": "stranger/kernel@main"}, "would download and run third-party code"),
             ("config.json", b"{" + b" " * (5 * 2**20) + b"}", "more than 4,194,304"),
             ("config.json", b'{"a":' * 100_000, "not JSON"),
             ("config.json", b"[]", "a JSON object was expected"),

@@ -1,6 +1,6 @@
-"""What replaces code of transformers and PEFT on a model's own modules; `model.kernels=none` leaves all of it out.
+"""Replacements for code of transformers and PEFT on a model's own modules; `model.kernels=none` turns all off.
 
-README.md beside this file says what each piece gains.
+README.md in this folder says what each one gains.
 """
 
 from __future__ import annotations

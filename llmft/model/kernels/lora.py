@@ -1,7 +1,7 @@
 """LoRA's linear layers as one step of autograd each: the same maths as PEFT's, with fewer passes over memory.
 
-y = x W' + b + s (d(x) A') B', with W dequantised for the product alone and again for the backward. Kept for the
-backward are x (or the `Recipe` to make it again), the narrow x A', and a mask where there is dropout.
+y = x W' + b + s (d(x) A') B', with W dequantised only for the product, and again for the backward. Kept for the
+backward are x (or the `Recipe` to recompute it), the narrow x A', and a mask where there is dropout.
 
 PEFT's own forward keeps and copies the wide result two times more, and takes a dozen small operations.
 """
@@ -19,7 +19,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to make a layer's input again for the backward, from two tensors that are kept anyway."""
+    """How to recompute a layer's input for the backward, from two tensors that are kept anyway."""
 
     of: tuple[torch.Tensor, torch.Tensor]
     again: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -33,7 +33,7 @@ def install(model: torch.nn.Module) -> None:
 
 
 def uninstall(model: torch.nn.Module) -> bool:
-    """PEFT's own forwards again; whether any was replaced."""
+    """Restores PEFT's own forwards; returns whether any had been replaced."""
     replaced = [vars(layer).pop("forward", None) for layer in lora_layers(model).values()]
     return any(replaced)
 
@@ -79,9 +79,9 @@ def _forward(layer: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Te
 def lora_linear(
     x: torch.Tensor, layer: torch.nn.Module, a: torch.Tensor, b: torch.Tensor, scale: float, dropout: float = 0.0
 ) -> torch.Tensor:
-    """(…, out) of `x`, (…, in), through a frozen linear layer and an adapter beside it.
+    """(…, out) of `x`, (…, in), through a frozen linear layer and its adapter.
 
-    Under autocast everything is computed in its dtype, and the gradients of A and B are added up in their own.
+    Under autocast everything is computed in its dtype, and the gradients of A and B are accumulated in their own.
 
     Args:
         a, b: (rank, in) and (out, rank) weights of the adapter.
@@ -98,12 +98,12 @@ def lora_linear(
 
 
 def _as_given(kind: str) -> AbstractContextManager[Any]:
-    """Products in their operands' own dtype; entering autocast takes 16 us, a tenth of a small layer's step."""
+    """Products in their operands' dtype. Entering autocast takes 16 us, a tenth of a small layer's step."""
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def draw_mask(x: torch.Tensor, dropout: float) -> torch.Tensor:
-    """Which elements of `x` stay."""
+    """Mask of the elements of `x` that dropout keeps."""
     return torch.rand(x.shape, device=x.device) >= dropout
 
 

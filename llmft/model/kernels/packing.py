@@ -1,13 +1,12 @@
-"""Rows behind each other in one sequence instead of padded side by side: no padding through norms, linears and head.
+"""Rows concatenated into one sequence instead of padded: no padding in norms, linear layers and head.
 
-Attention alone must know where rows end. On CUDA, torch's variable-length kernel takes them as they are. Elsewhere
-attention runs block by block: rows of like length, padded to the longest of their block where a block of its own would
-cost more than the padding. Either way a row sees what it would see alone; tests hold packed logits against those of
-each row by itself.
+Only attention must know where rows end. On CUDA, torch's variable-length kernel takes them unpadded. Elsewhere
+attention runs block by block: rows of similar length, padded to the longest of their block if a separate block would
+cost more than the padding. Either way a row sees only itself; tests compare packed logits with those of single rows.
 
-It is an attention implementation of transformers (`NAME`) that does what "sdpa" does until it is told of blocks. The
-mask handed in with blocks is a four-dimensional dummy: transformers passes such a one on as it is. With any mask of two
-dimensions, or none and a cache, it would silently let rows see each other.
+It is an attention implementation of transformers (`NAME`) that equals "sdpa" unless it is given blocks. The mask passed
+with blocks is a four-dimensional dummy, which transformers passes on unchanged. With a two-dimensional mask, or none
+and a cache, it would silently let rows see each other.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ NO_POSITIONS: Positions = (np.zeros(0, np.int64), np.zeros(0, np.int64))
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where rows stand in a packed sequence.
+    """The layout of rows in a packed sequence.
 
     Attributes:
-        shapes: (rows, width) of each block, one behind the other; the shorter rows of a block are padded to its width.
+        shapes: (rows, width) of each block, in order; the shorter rows of a block are padded to its width.
         seqlens: (rows + 1,) int32 cumulative lengths for variable-length attention, where no row is padded at all.
-        longest: at least the longest row in tokens; in coarse steps, since a compiled layer knows it as a constant.
-        branches: of each row the tokens of its prompt and of each answer behind it, where answers share their prompt;
+        longest: at least the longest row in tokens; in coarse steps, since it is a constant in a compiled layer.
+        branches: for each row, the tokens of its prompt and of each answer after it, if answers share their prompt;
             then the rows of `shapes` and `seqlens` are a prompt with one of its answers each.
     """
 
@@ -56,12 +55,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Rows as one sequence.
+    """Rows concatenated into one sequence.
 
     Attributes:
         input_ids, position_ids: (1, tokens).
-        last: (rows,) where each row's last real token stands in the packed sequence; of answers, their ends.
-        positions: (positions,) where those stand that `pack` was asked for.
+        last: (rows,) position of each row's last real token in the packed sequence; for answers, of their ends.
+        positions: (positions,) packed positions of those given to `pack`.
     """
 
     input_ids: torch.Tensor
@@ -72,18 +71,18 @@ class PackedBatch:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What a model's forward takes."""
+        """Arguments of a model's forward."""
         dummy = torch.empty(1, 1, 1, 1, device=self.input_ids.device)
         tokens = {"input_ids": self.input_ids, "position_ids": self.position_ids}
         return {**tokens, "attention_mask": dummy, "use_cache": False, "llmft_blocks": self.blocks}
 
 
 ATTENTION = {"full_attention", "sliding_attention"}
-"""Kinds of layers in which tokens meet in attention alone, and that `packed_attention` computes."""
+"""Kinds of layers in which tokens interact only in attention, and that `packed_attention` computes."""
 
 
 def enable(model: Any) -> None:
-    """Lets `model` take packed rows where its family can; whether it can tells `uses_packing` from then on."""
+    """Makes `model` take packed rows if its family can; `uses_packing` says whether it does."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
@@ -94,9 +93,9 @@ def enable(model: Any) -> None:
 
 
 def supports_packing(model: Any) -> bool:
-    """Whether tokens meet in transformers' attention interface alone, by what a family says of itself.
+    """Whether tokens interact only in transformers' attention interface, by a family's own declarations.
 
-    A short convolution or a linear attention carries a state on from row to row; attention in chunks goes by its mask.
+    A short convolution or a linear attention carries state from row to row; chunked attention depends on its mask.
     """
     config = model.config.get_text_config()
     return (
@@ -119,7 +118,7 @@ def pack(
 ) -> PackedBatch:
     """One sequence of the rows of `input_ids`, (rows, seq_len) padded on the right, whose real tokens are `lengths`.
 
-    `positions` are rows and columns of tokens that the caller wants to find in it; `base` will read it.
+    `positions` are rows and columns of tokens to locate in it; `base` is the model that will read it.
     """
     varlen = takes_varlen(base)
     shapes = () if varlen else plan_blocks(lengths)
@@ -137,9 +136,9 @@ def pack(
 def inputs_of(
     base: Any, input_ids: torch.Tensor, lengths: Sequence[int], positions: Positions
 ) -> tuple[dict[str, Any], torch.Tensor]:
-    """What a model's forward takes, and where `positions` then stand, counted over all rows of its tokens.
+    """Arguments of a model's forward, and the indices of `positions` among all their tokens, row by row.
 
-    Packed rows where the family can, else padded ones.
+    Packed rows if the family can, else padded ones.
     """
     if not uses_packing(base):
         rows, columns = positions
@@ -153,16 +152,16 @@ def inputs_of(
 def pack_answers(
     base: Any, input_ids: torch.Tensor, lengths: Sequence[Sequence[int]]
 ) -> tuple[PackedBatch, list[tuple[int, int]]]:
-    """Prompts with several answers each as one sequence, and (end of the prompt, begin of the answer) of each answer.
+    """Prompts with several answers each as one sequence, and (end of the prompt, start of the answer) of each answer.
 
-    Every token stands there once, so all but attention is computed once for a prompt. An answer's positions go on from
+    Every token occurs once, so all but attention is computed once per prompt. An answer's positions continue those of
     its prompt, and it sees its prompt and itself: attention takes the prompt's queries, keys and values once for each
-    answer, which costs little while rows are short beside the model's width.
+    answer, which costs little while rows are short compared with the model's width.
 
     Args:
         base: the model that will read it.
         input_ids: (rows, seq_len) padded on the right: a prompt and all its answers.
-        lengths: of each row the tokens of its prompt and of each answer.
+        lengths: for each row, the tokens of its prompt and of each answer.
     """
     varlen = takes_varlen(base)
     index, positions, spans, ends, start = [], [], [], [], 0
@@ -189,8 +188,8 @@ def _coarse(length: int) -> int:
 
 
 def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
-    """Cuts rows, in their order, into blocks such that padding and attention calls together cost least."""
-    best = [(0, 0)]  # cost up to a row, and where its block begins
+    """Splits rows, in order, into blocks that minimise the cost of padding and attention calls together."""
+    best = [(0, 0)]  # cost up to a row, and the start of its block
     for end in range(1, len(lengths) + 1):
         width, options = 0, []
         for start in range(end - 1, -1, -1):
@@ -209,7 +208,7 @@ def plan_blocks(lengths: Sequence[int]) -> tuple[tuple[int, int], ...]:
 def takes_varlen(model: Any) -> bool:
     """Whether torch's variable-length attention computes this model: CUDA from Ampere on, 16-bit, heads up to 256.
 
-    Not on AMD's GPUs, where it has not been tried: blocks do there.
+    Not on AMD's GPUs, where it has not been tried; they use blocks.
     """
     device = model.device
     if device.type != "cuda" or torch.version.hip is not None:
@@ -225,7 +224,7 @@ def takes_varlen(model: Any) -> bool:
 
 
 def _varlen_parameters() -> frozenset[str]:
-    """What this torch's variable-length attention takes; the first forms knew neither windows nor grouped queries."""
+    """What this torch's variable-length attention takes; the first versions had neither windows nor grouped queries."""
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
@@ -244,7 +243,7 @@ def packed_attention(
     llmft_blocks: Blocks | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention of (1, heads, tokens, head_dim) over `llmft_blocks`; transformers' own "sdpa" where there are none.
+    """Attention of (1, heads, tokens, head_dim) over `llmft_blocks`; transformers' own "sdpa" without them.
 
     Returns (1, tokens, heads, head_dim), as transformers' implementations do.
     """
@@ -255,7 +254,7 @@ def packed_attention(
             module, key, value = _repeated(module, query, key, value)
         if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
             raise ConfigError(
-                f"model.attn_implementation: {type(module).__name__} is not told where rows end; set it to eager."
+                f"model.attn_implementation: {type(module).__name__} does not pass on where rows end; set it to eager."
             )
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     window = kwargs.pop("sliding_window", None)
@@ -275,9 +274,9 @@ def packed_attention(
 
 
 def _with_prompts(part: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """(1, heads, rows' tokens, head_dim): each answer behind a copy of its prompt, padded as `blocks` says.
+    """(1, heads, rows' tokens, head_dim): each answer after a copy of its prompt, padded as in `blocks`.
 
-    Put together of pieces, whose gradients are sums in a fixed order on every device.
+    Concatenated from pieces, so that gradients are summed in a fixed order on every device.
     """
     tokens = part[0].transpose(0, 1)
     pieces = iter(tokens.split([length for branch in blocks.branches for length in branch]))
@@ -293,7 +292,7 @@ def _with_prompts(part: torch.Tensor, blocks: Blocks) -> torch.Tensor:
 
 
 def _without_prompts(output: torch.Tensor, blocks: Blocks) -> torch.Tensor:
-    """(1, tokens, heads, head_dim) with each prompt once, and no padding: what `_with_prompts` undoes."""
+    """(1, tokens, heads, head_dim) with each prompt once, and no padding: the inverse of `_with_prompts`."""
     if not blocks.branches:
         return output
     paddings = _paddings(blocks)
@@ -308,7 +307,7 @@ def _without_prompts(output: torch.Tensor, blocks: Blocks) -> torch.Tensor:
 
 
 def _paddings(blocks: Blocks) -> Iterator[int]:
-    """What each row of `blocks` is short of its block's width."""
+    """The padding of each row of `blocks` to its block's width."""
     widths = (width for rows, width in blocks.shapes for _ in range(rows))
     lengths = (prompt + answer for prompt, *answers in blocks.branches for answer in answers)
     return (next(widths, length) - length for length in lengths)
@@ -317,21 +316,21 @@ def _paddings(blocks: Blocks) -> Iterator[int]:
 def _repeated(
     module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """What transformers' "sdpa" takes, keys and values repeated for each query where CUDA would else keep all scores.
+    """Arguments of transformers' "sdpa", keys and values repeated per query if CUDA would otherwise keep all scores.
 
-    Only flash attention knows grouped queries, and it needs 16 bits and Ampere. On a T4 or V100, and in fp32, torch
+    Only flash attention supports grouped queries, and it needs 16 bits and Ampere. On a T4 or V100, and in fp32, torch
     would fall back to plain products with the scores in fp32: 176 MiB a layer for a row of 1,024 tokens in place of
     20 (transformers issue 48633).
     """
     groups = query.shape[1] // key.shape[1]
     if groups == 1 or has_flash(query.device, query.dtype):
         return module, key, value
-    alone = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # a module without groups
-    return alone, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    without_groups = SimpleNamespace(is_causal=getattr(module, "is_causal", True))
+    return without_groups, key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
 
 
 def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether fused attention knows grouped queries: in 16 bits on an Ampere or later, or AMD's; on a CPU always."""
+    """Whether fused attention supports grouped queries: in 16 bits on Ampere or later, or AMD's; on a CPU always."""
     if device.type != "cuda":
         return True
     return dtype is not torch.float32 and torch.cuda.get_device_capability(device)[0] >= 8
@@ -340,7 +339,7 @@ def has_flash(device: torch.device, dtype: torch.dtype) -> bool:
 def _by_block(part: torch.Tensor, shapes: Sequence[tuple[int, int]]) -> list[torch.Tensor]:
     """(rows, heads, width, head_dim) block by block of a (1, heads, tokens, head_dim) tensor.
 
-    Cut at once, so that the gradient is put together at once: that of a slice is a whole tensor of zeros with a part.
+    Split at once, so that the gradient is concatenated once; that of a slice is a full tensor, mostly zeros.
     """
     cut = part.squeeze(0).split([rows * width for rows, width in shapes], dim=1)
     return [block.unflatten(1, shape).transpose(0, 1) for block, shape in zip(cut, shapes, strict=True)]
@@ -365,7 +364,7 @@ def _varlen(
             grouped["enable_gqa"] = True
         else:
             key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    # Autocast knows nothing of this kernel: rotary angles may have left queries and keys in fp32.
+    # Autocast does not cover this kernel: rotary angles may have left queries and keys in fp32.
     query, key, value = (part[0].transpose(0, 1).to(value.dtype) for part in (query, key, value))
     ends, longest = blocks.seqlens, blocks.longest
     size = (-1 if window is None else window - 1, 0)

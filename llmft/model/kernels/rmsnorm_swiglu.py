@@ -1,8 +1,8 @@
 """RMSNorm (arXiv:1910.07467) and SwiGLU (arXiv:2002.05202) that keep less for the backward.
 
-The forward gives transformers' own bits. For the backward it keeps what others keep anyway, a norm's input and the two
-products of a network, and computes the rest again, where transformers' code leaves another copy of the input in fp32
-and silu(gate); LoRA on the network's last layer keeps silu(gate) x up no more than that. By the estimate of
+The forward is bit-identical to transformers'. For the backward it keeps what others keep anyway, a norm's input and the
+two products of an MLP, and recomputes the rest, where transformers' code also keeps a copy of the input in fp32 and
+silu(gate); LoRA on the MLP's last layer does not keep silu(gate) x up either. By the estimate of
 `llmft.model.memory` a Mistral-7B with LoRA on all layers then keeps 3.5 MB a token in place of 5.8.
 """
 
@@ -23,11 +23,11 @@ from llmft.model.kernels.lora import Recipe
 
 NORM = ("weight", "variance_epsilon")
 NETWORK = ("gate_proj", "up_proj", "down_proj", "act_fn")
-"""What most families call the parts of theirs."""
+"""Names of an MLP's parts in most families."""
 
 
 def install(model: torch.nn.Module) -> None:
-    """Gives `model`'s own modules that compute RMSNorm or SwiGLU as most families do a forward of their own."""
+    """Replaces the forward of `model`'s modules that compute RMSNorm or SwiGLU as most families do."""
     for module in model.modules():
         if "forward" in vars(module):
             continue
@@ -56,7 +56,7 @@ def _network_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _is_plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether nothing is kept for a backward, a compiler decides what is, or more is asked than of one tensor."""
+    """Whether to use the original forward: without a backward, under a compiler, or for more than one tensor."""
     if torch.compiler.is_compiling() or kwargs or len(args) != 1:
         return True
     return not (torch.is_grad_enabled() and args[0].requires_grad)
@@ -90,7 +90,7 @@ class _SwiGlu(torch.autograd.Function):
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """What `_RmsNorm` gives, and (…, 1) the reciprocal of the root."""
+    """(…, hidden) as in `_RmsNorm`, and (…, 1) the reciprocal of the root."""
     wide = x.float()
     root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
     normed = (wide * root).to(x.dtype)
@@ -125,7 +125,7 @@ def swiglu_backward(gradient: torch.Tensor, gate: torch.Tensor, up: torch.Tensor
 
 
 def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """`function` as one kernel that reads and writes each tensor once, on a GPU where torch's compiler makes one.
+    """`function` as one kernel that reads and writes each tensor once, on a GPU if torch's compiler works.
 
     Step by step a norm goes through the memory eight times, in fp32. Elsewhere `function` itself.
     """
@@ -134,13 +134,13 @@ def fused(function: Callable[..., Any], device: torch.device) -> Callable[..., A
 
 @lru_cache(maxsize=8)
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For any number of tokens; made at the first call."""
+    """`function` compiled for any number of tokens, at the first call."""
     return torch.compile(function, dynamic=True)
 
 
 @lru_cache(maxsize=8)
 def can_fuse(device: torch.device) -> bool:
-    """Whether the compiler works for `device` and agrees with torch's own operations; asked once, and told if not."""
+    """Whether the compiler works for `device` and agrees with torch's own operations; warns once if not."""
     x, other, gradient = torch.randn(3, 64, 256, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
     root = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + 1e-5)
     calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = [
@@ -152,7 +152,7 @@ def can_fuse(device: torch.device) -> bool:
     try:
         for function, arguments in calls:
             torch.testing.assert_close(compiled(function)(*arguments), function(*arguments), rtol=2e-2, atol=2e-2)
-    except Exception as error:  # whatever compilers and drivers say
+    except Exception as error:  # compilers and drivers raise many kinds
         reason = f"no kernel could be compiled ({first_line(error)})"
         warnings.warn(f"RMSNorm and SwiGLU are computed step by step: {reason}", stacklevel=2)
         return False
@@ -189,10 +189,10 @@ def _network_of(network: Any, x: torch.Tensor) -> Any:
 
 
 def _is_same(forward: Callable[..., Any], other: Callable[..., Any], x: torch.Tensor) -> bool:
-    """Whether a family's forward gives the very bits of another function."""
+    """Whether a family's forward is bit-identical to another function."""
     try:
         result = forward(x)
-    except Exception:  # whatever a forward says of other arguments, or of parts that it has not got
+    except Exception:  # a forward may fail in any way on other arguments or missing parts
         return False
     expected = other(x)
     return isinstance(result, torch.Tensor) and result.dtype is expected.dtype and torch.equal(result, expected)

@@ -46,5 +46,5 @@ class Reward:
         assert answers is not None
         counts = torch.tensor([len(lengths) - 1 for lengths in answers.lengths], device=batch.input_ids.device)
         scores = answer_scores(model, batch).double()
-        numbers = torch.arange(answers.most, device=scores.device)
+        numbers = torch.arange(answers.max_answers, device=scores.device)
         return scores.masked_fill(numbers >= counts[:, None], float("nan"))
