@@ -155,8 +155,8 @@ def test_span_begins_where_generation_begins(name):
     form = prompt(name)
     full = form.render(CHAT)
     for turn, (start, _) in enumerate(full.spans):
-        asked = form.render(CHAT[: 2 * turn + 1], add_generation_prompt=True)
-        assert asked.text == full.text[:start]
+        question = form.render(CHAT[: 2 * turn + 1], add_generation_prompt=True)
+        assert question.text == full.text[:start]
 
 
 @pytest.mark.parametrize("name", FORMATS)
