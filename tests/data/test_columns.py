@@ -257,7 +257,7 @@ def test_a_mistyped_column_is_an_error_and_only_a_data_options_own_may_be_missin
         "not_read": ["system_prompt", "context"],
         "left_out": ["input"],
     }
-    optional.column_map.input = "inptu"
+    optional.columns.input = "inptu"
     with pytest.raises(DataError, match=r"data\.columns\.input: no column 'inptu'"):
         ColumnMap.of(optional, rows, HEADS["text"])
 

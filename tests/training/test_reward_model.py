@@ -29,12 +29,12 @@ TEXTS = ["The cat, friend", "The dog, sad", "", "nobody at all"]
 @pytest.fixture(scope="module")
 def judges(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """Two reward runs of one base, of other ranks than the policy, and one of another base."""
-    made = {}
+    runs = {}
     for name, more in {"safety": [], "helpful": ["lora.r=4", "seed=1"], "other": ["quantization=none"]}.items():
         directory = tmp_path_factory.mktemp(name)
         train(compose(*SMALL, *PAIRS, *more, f"output_dir={directory}"), quiet=True)
-        made[name] = str(run_directory(directory))
-    return made
+        runs[name] = str(run_directory(directory))
+    return runs
 
 
 @pytest.fixture

@@ -33,13 +33,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         metric = train(compose(*OVERRIDES, f"output_dir={root}"), quiet=True)
         path = path_of(run_directory(Path(root)) / "checkpoints", STEP)
-        found = load_checkpoint(path)
+        checkpoint = load_checkpoint(path)
         target.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, target)
         shutil.copy(path.with_suffix(".sha256"), target)
     expected = {
-        "weights": sorted(found.weights),
-        "optimizer": {name: sorted(entries) for name, entries in found.optimizer.items()},
+        "weights": sorted(checkpoint.weights),
+        "optimizer": {name: sorted(entries) for name, entries in checkpoint.optimizer.items()},
         "val/loss_nats": metric,
     }
     (target / "expected.json").write_text(json.dumps(expected, indent=1) + "\n")
