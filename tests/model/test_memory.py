@@ -169,8 +169,8 @@ def peak_bytes(run: Training) -> int:
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     with LiveBytes([*resident(run.model), *gradients]) as live:
         run.losses().backward()
-    held = held_bytes(run.model) if run.config.lora.enabled else run.memory.adapter
-    return held + sum(gradient.nbytes for gradient in gradients) + run.memory.optimizer + live.peak
+    weights = held_bytes(run.model) if run.config.lora.enabled else run.memory.adapter
+    return weights + sum(gradient.nbytes for gradient in gradients) + run.memory.optimizer + live.peak
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -234,13 +234,13 @@ def test_adapter_gradients_and_optimizer_are_exact(optimizer: str) -> None:
 def test_mistral_7b_takes_the_published_bytes() -> None:
     config = compose("model=mistral", "data=alpaca", "data.files=none", "logger=none", "lora.r=16")
     memory = StepMemory(config, model_config(config.model, Located(None, "random")), torch.bfloat16, "cuda")
-    kept, again = (memory.at(16 * 512, 512, 256, level) for level in (Checkpointing.none, Checkpointing.full))
+    without, again = (memory.at(16 * 512, 512, 256, level) for level in (Checkpointing.none, Checkpointing.full))
     assert 3.6e9 < memory.base < 4.3e9
     assert memory.adapter == 4 * 41_943_040
     assert memory.optimizer == 2 * memory.adapter
     # 32 layers' inputs of 8 KiB a token; without checkpointing some 3.5 MB a token.
     assert again.activations / (16 * 512) == pytest.approx(32 * 8192, rel=0.1)
-    assert kept.activations / (16 * 512) == pytest.approx(3.5e6, rel=0.1)
+    assert without.activations / (16 * 512) == pytest.approx(3.5e6, rel=0.1)
     divided = memory.at(16 * 512, 512, 256, Checkpointing.full, share=4).base
     assert divided == (memory.base - memory.scales) // 4 + memory.scales
     assert memory.scales < 0.04 * memory.base

@@ -37,7 +37,7 @@ class Plans:
 
     def sweep(self, jobs: Sequence[Sequence[str]], **settings: Any) -> Sweep:
         self.settings = SweepConfig(**settings)
-        trials = [self.trial(place, job, job) for place, job in enumerate(jobs)]
+        trials = [self.trial(number, job, job) for number, job in enumerate(jobs)]
         directory = self.root / "sweeps" / "s"
         directory.mkdir(parents=True, exist_ok=True)
         return Sweep(directory, "s", trials, {"lora.r": sorted(self.means)}, "python -m llmft -m")
@@ -46,9 +46,9 @@ class Plans:
         values = dict(override.split("=") for override in trial.arguments)
         r, seed = values["lora.r"], int(values["seed"])
         luck = float(np.random.default_rng([int(r), seed]).normal(0.0, 0.01))
-        made = make_run(self.root / "made", self.means[r] + luck, lora__r=int(r), seed=seed)
+        run = make_run(self.root / "made", self.means[r] + luck, lora__r=int(r), seed=seed)
         trial.run.directory.parent.mkdir(parents=True, exist_ok=True)
-        made.rename(trial.run.directory)
+        run.rename(trial.run.directory)
         trial.run.update(handed_over={})
         trial.mark("done", None)
         self.ran += 1

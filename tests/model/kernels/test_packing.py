@@ -43,10 +43,10 @@ def everywhere(ids: torch.Tensor) -> torch.Tensor:
 def check_as_each_alone(model: Any, ids: torch.Tensor, keep: torch.Tensor) -> None:
     """Logits of packed rows at the places that `keep` marks are those of a forward of each row."""
     with torch.no_grad():
-        found = logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
+        packed_logits = logits_at(model, ids, LENGTHS, np.nonzero(keep.numpy()))
         alone = [model(input_ids=ids[row : row + 1, :n], use_cache=False).logits[0] for row, n in enumerate(LENGTHS)]
     expected = torch.cat([logits[keep[row, : len(logits)]] for row, logits in enumerate(alone)])
-    assert (found - expected).abs().max() < 1e-5
+    assert (packed_logits - expected).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("architecture", CAUSAL)
@@ -77,8 +77,8 @@ ODD: dict[str, tuple[dict[str, Any], bool]] = {
 def test_odd_families_compute_rows_as_each_alone(architecture: str) -> None:
     config, packed = ODD[architecture]
     torch.manual_seed(0)
-    made = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
-    model, ids = transformers.AutoModelForCausalLM.from_config(made, attn_implementation="sdpa").eval(), rows()
+    model_config = transformers.AutoConfig.for_model(architecture, **{**SIZES, **config})
+    model, ids = transformers.AutoModelForCausalLM.from_config(model_config, attn_implementation="sdpa").eval(), rows()
     kernels.install(model)
     assert packing.uses_packing(model) == packed
     check_as_each_alone(model, ids, everywhere(ids))
@@ -154,9 +154,9 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = LanguageModeling().losses(model, micro_batch()).nll.sum() / 50
         loss.backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
-        return float(loss), found
+        return float(loss), gradients
 
     if dropout:  # the same places dropped, whatever draws them
         fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
@@ -194,20 +194,20 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
     def run() -> tuple[torch.Tensor, list[torch.Tensor]]:
         losses = LanguageModeling().losses(model, micro_batch())
         (losses.nll * weights).sum().backward()
-        found = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         model.zero_grad()
-        return losses.nll.detach(), found
+        return losses.nll.detach(), gradients
 
-    whole, expected = run()
+    at_once, expected = run()
     assert not seen
     monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
     seen[:1] = []  # the head was asked once whether it is plain
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
-    assert torch.allclose(parts, whole, rtol=1e-5)
+    assert torch.allclose(parts, at_once, rtol=1e-5)
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
     with torch.no_grad():
-        assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, whole, rtol=1e-5)
+        assert torch.allclose(LanguageModeling().losses(model, micro_batch()).nll, at_once, rtol=1e-5)
 
 
 def test_a_model_that_scales_its_logits_is_not_taken_apart() -> None:
@@ -233,7 +233,7 @@ def reference_varlen(
     assert of_queries.dtype == of_keys.dtype == torch.int32
     left, right = window_size
     assert right == 0
-    found = []
+    outputs = []
     for row in range(len(of_queries) - 1):
         places = [torch.arange(*each[row : row + 2].tolist()) for each in (of_queries, of_keys)]
         queries, keys = len(places[0]), len(places[1])
@@ -244,8 +244,8 @@ def reference_varlen(
         parts = (query[places[0]], key[places[1]], value[places[1]])
         q, k, v = (part.transpose(0, 1)[None] for part in parts)
         options = {"attn_mask": seen, "scale": scale, "enable_gqa": enable_gqa}
-        found.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
-    return torch.cat(found)
+        outputs.append(torch.nn.functional.scaled_dot_product_attention(q, k, v, **options)[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 def without_groups(
