@@ -84,8 +84,8 @@ def main() -> None:
 
 def _run(module: str, arguments: list[str], cwd: str, printed: list[str], environment: dict[str, str]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    for place, path in enumerate(printed, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), place)
+    for descriptor, path in enumerate(printed, 1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)

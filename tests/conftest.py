@@ -116,20 +116,20 @@ def two_runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Two short runs on the embedded task, of different ranks and with other answers."""
     from llmft.train import train
 
-    made = []
+    runs = []
     for rank in (2, 4):
         root = tmp_path_factory.mktemp("run")
-        given = [f"output_dir={root}", f"lora.r={rank}", "trainer.precision=fp32", "trainer.accelerator=cpu"]
-        given += ["trainer.max_steps=12", "trainer.validate_every=12", "task.max_new_tokens=12", f"seed={rank}"]
-        train(compose(*SMALL, *given), quiet=True)
-        made.append(run_directory(root))
-    return made
+        overrides = [f"output_dir={root}", f"lora.r={rank}", "trainer.precision=fp32", "trainer.accelerator=cpu"]
+        overrides += ["trainer.max_steps=12", "trainer.validate_every=12", "task.max_new_tokens=12", f"seed={rank}"]
+        train(compose(*SMALL, *overrides), quiet=True)
+        runs.append(run_directory(root))
+    return runs
 
 
 def run_directory(root: Path) -> Path:
     """The one run directory below `root`."""
-    (found,) = (root / "runs").iterdir()
-    return found
+    (directory,) = (root / "runs").iterdir()
+    return directory
 
 
 def llmft(*arguments: str, cwd: Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:

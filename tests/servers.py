@@ -132,21 +132,21 @@ class _HubHandler(BaseHTTPRequestHandler):
                     self.server.files[value["path"]] = self.server.large[value["oid"]]
             self._answer({"commitUrl": f"{self.server.address}/me/writers/commit/1", "commitOid": "1"})
             return
-        asked = json.loads(body)
+        request = json.loads(body)
         if self.path == "/api/repos/create":
-            self.server.created = asked
+            self.server.created = request
             self._answer({"url": f"{self.server.address}/me/writers"})
         elif "/preupload/" in self.path:
             kinds = {True: "lfs", False: "regular"}
             files = [
                 {"path": file["path"], "uploadMode": kinds[file["path"].endswith("safetensors")], "shouldIgnore": False}
-                for file in asked["files"]
+                for file in request["files"]
             ]
             self._answer({"files": files})
         elif self.path.endswith("/info/lfs/objects/batch"):
             objects = [
                 {**one, "actions": {"upload": {"href": f"{self.server.address}/large/{one['oid']}"}}}
-                for one in asked["objects"]
+                for one in request["objects"]
             ]
             self._answer({"transfer": "basic", "objects": objects})
         else:

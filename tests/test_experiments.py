@@ -101,8 +101,8 @@ def tiny_encoder(folder: Path) -> Path:
 @pytest.mark.parametrize("path", TRAINED, ids=lambda path: path.stem)
 def test_every_experiment_trains_with_a_tiny_twin(path: Path, tmp_path: Path, encoder: Path) -> None:
     file = rows(tmp_path / "train.csv")
-    own: dict[str, Any] = {**TWINS[compose(*command(path)).model.architecture], "vocab_size": 1024}
-    small = ", ".join(f"{name}: {json.dumps(value)}" for name, value in own.items())
+    shape: dict[str, Any] = {**TWINS[compose(*command(path)).model.architecture], "vocab_size": 1024}
+    small = ", ".join(f"{name}: {json.dumps(value)}" for name, value in shape.items())
     overrides = [argument for argument in command(path) if not argument.startswith("data.files=")]
     options = f"task.metric_options={{sharpened_cosine: {{encoder: '{encoder}'}}}}"
     more = [options] if path.stem == "prompt_recovery" else []

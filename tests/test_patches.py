@@ -79,8 +79,8 @@ def files() -> Iterator[tuple[str, str]]:
 
 
 def test_nothing_is_assigned_to_a_module_or_class_of_others_but_where_it_is_named() -> None:
-    found = {(name, patch) for name, source in files() if not name.startswith(KERNELS) for patch in patches(source)}
-    assert not found - ALLOWED.keys()
+    assigned = {(name, patch) for name, source in files() if not name.startswith(KERNELS) for patch in patches(source)}
+    assert not assigned - ALLOWED.keys()
 
 
 def test_the_search_sees_patches() -> None:
@@ -123,5 +123,5 @@ after = state()
 print(len(before) > 10_000, [key for key, value in before.items() if after.get(key) is not value])
 print(warnings.filters == filters)
 """
-    done = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
-    assert done.stdout.splitlines()[-2:] == ["True []", "True"], done.stdout[-2000:] + done.stderr[-2000:]
+    result = subprocess.run([sys.executable, "-c", body], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.stdout.splitlines()[-2:] == ["True []", "True"], result.stdout[-2000:] + result.stderr[-2000:]

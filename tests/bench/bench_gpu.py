@@ -97,9 +97,9 @@ def padded(rows: list[Row], device: torch.device | str = "cpu") -> dict[str, tor
     width = max(len(ids) for ids, _ in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.long)
     mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-    for place, (row, answer) in enumerate(rows):
-        ids[place, : len(row)], mask[place, : len(row)] = torch.tensor(row), 1
-        labels[place, len(row) - answer : len(row)] = torch.tensor(row[-answer:])
+    for index, (row, answer) in enumerate(rows):
+        ids[index, : len(row)], mask[index, : len(row)] = torch.tensor(row), 1
+        labels[index, len(row) - answer : len(row)] = torch.tensor(row[-answer:])
     return {name: t.to(device) for name, t in (("input_ids", ids), ("attention_mask", mask), ("labels", labels))}
 
 
@@ -239,13 +239,13 @@ def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, 
 
     def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> Any:
         ones = torch.ones(len(batch["labels"]), device=setting.device)
-        found = objective.losses(model, MicroBatch(**batch, weights=ones, targets=None, rows=[]))
-        return found.nll.sum() / found.counts.sum()
+        loss = objective.losses(model, MicroBatch(**batch, weights=ones, targets=None, rows=[]))
+        return loss.nll.sum() / loss.counts.sum()
 
     with setting.adapted(plain=False, recompute=recompute) as model, deterministic_only(strict):
-        found = timed_steps(setting, model, tokens, steps, loss_of)
+        timed = timed_steps(setting, model, tokens, steps, loss_of)
     torch.use_deterministic_algorithms(False)
-    return found
+    return timed
 
 
 def plain(setting: Setting, tokens: int, steps: int) -> list[Step]:
@@ -283,9 +283,9 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> 
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            losses.append((found[0] if isinstance(found, tuple) else found).detach())
-            return found
+            output = super().compute_loss(*arguments, **named)
+            losses.append((output[0] if isinstance(output, tuple) else output).detach())
+            return output
 
     with setting.adapted(plain=True, recompute=False) as model, tempfile.TemporaryDirectory() as folder:
         settings = arguments(
@@ -310,16 +310,16 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> 
             dataloader_pin_memory=False,
             **more,
         )
-        given: dict[str, Any] = {"data_collator": lambda items: padded(items[0]["rows"]), "callbacks": [Timed()]}
+        options: dict[str, Any] = {"data_collator": lambda items: padded(items[0]["rows"]), "callbacks": [Timed()]}
         data: Any = [{"rows": batch} for batch in batches]
         if trl:
             import datasets
 
             flat = [{"rows": [{"ids": ids, "answer": n} for ids, n in batch]} for batch in batches]
             data = datasets.Dataset.from_list(flat)
-            given["processing_class"] = dummy_tokenizer()
-            given["data_collator"] = lambda items: padded([(row["ids"], row["answer"]) for row in items[0]["rows"]])
-        InOrder(model=model, args=settings, train_dataset=data, **given).train()
+            options["processing_class"] = dummy_tokenizer()
+            options["data_collator"] = lambda items: padded([(row["ids"], row["answer"]) for row in items[0]["rows"]])
+        InOrder(model=model, args=settings, train_dataset=data, **options).train()
     counts = [(sum(len(ids) for ids, _ in batch), sum(answer for _, answer in batch)) for batch in batches]
     return [Step(float(loss), s, *count) for loss, s, count in zip(losses, times, counts, strict=True)]
 
@@ -399,8 +399,8 @@ def row(
         return
     share = real * of_roof
     record |= {"tokens_per_s": real, "supervised_per_s": supervised, "peak_gib": peak, "share_of_roof": share}
-    told = f"  {name:36} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share:7.1%}   {middle:.0e}, {most:.0e}"
-    report.say(told, **record)
+    line = f"  {name:36} {real:10,.0f} {supervised:12,.0f} {peak:8.1f} {share:7.1%}   {middle:.0e}, {most:.0e}"
+    report.say(line, **record)
 
 
 def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int, roof: float) -> None:
@@ -415,7 +415,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
     if isinstance(reference, str):
         row(report, "plain PEFT, padded, recomputed", reference, [], again, **facts)
         return
-    wanted = reference[0]
+    expected = reference[0]
     systems: dict[str, tuple[Callable[[], list[Step]], float]] = {
         "llmft": (lambda: ours(setting, tokens, steps), keep),
         "llmft again": (lambda: ours(setting, tokens, WARM_UP + 1), keep),
@@ -424,7 +424,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
         "llmft, trainer.deterministic=false": (lambda: ours(setting, tokens, steps, strict=False), keep),
         "TRL SFTTrainer, padded, recomputed": (lambda: trainer(setting, tokens, steps, trl=True), again),
     }
-    row(report, "plain PEFT, padded, recomputed", reference, wanted, again, **facts)
+    row(report, "plain PEFT, padded, recomputed", reference, expected, again, **facts)
     losses: list[float] = []
     for name, (action, of_roof) in systems.items():
         seen = measure(setting.device, action)
@@ -434,7 +434,7 @@ def compare(report: Report, setting: Setting, form: str, tokens: int, steps: int
             continue
         if name == "llmft" and not isinstance(seen, str):
             losses = [step.loss for step in seen[0]]
-        row(report, name, seen, wanted, of_roof, **facts)
+        row(report, name, seen, expected, of_roof, **facts)
 
 
 def main() -> None:
@@ -446,22 +446,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="that are timed")
     parser.add_argument("--deadline", type=float, default=540.0, help="seconds until the process ends, as far as it is")
     parser.add_argument("--json", type=Path, help="a line for every row")
-    asked = parser.parse_args()
-    report = Report(asked.json, asked.deadline)
+    options = parser.parse_args()
+    report = Report(options.json, options.deadline)
     report.end_in_time()
     set_cuda_variables()
     load_libraries()
     warnings.simplefilter("ignore")  # of peers that are called as they want to be
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    device = torch.device(asked.device)
+    device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    for form in asked.base.split(","):
-        setting = Setting(asked.model, form, device)
+    for form in options.base.split(","):
+        setting = Setting(options.model, form, device)
         roof = product_rate(device, setting.dtype)
-        told = f"{name}, torch {torch.__version__}, matrix products at {roof / 1e12:.1f} TFLOP/s; {asked.model}"
-        report.say(told, device=name, roof_flops=roof, model=asked.model, versions=versions(), dtype=str(setting.dtype))
-        for tokens in map(int, asked.tokens.split(",")):
-            compare(report, setting, form, tokens, WARM_UP + asked.steps, roof)
+        title = f"{name}, torch {torch.__version__}, matrix products at {roof / 1e12:.1f} TFLOP/s; {options.model}"
+        facts = {"device": name, "roof_flops": roof, "model": options.model, "dtype": str(setting.dtype)}
+        report.say(title, **facts, versions=versions())
+        for tokens in map(int, options.tokens.split(",")):
+            compare(report, setting, form, tokens, WARM_UP + options.steps, roof)
         del setting
 
 

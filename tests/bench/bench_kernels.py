@@ -45,13 +45,13 @@ def micro_batch(tokenizer: Any, rows: int, most: int) -> MicroBatch:
         if len(prompt) + len(answer) <= most:
             encoded.append((prompt + answer, [-100] * len(prompt) + answer))
     encoded.sort(key=lambda pair: -len(pair[0]))
-    own = encoded[: 3 * rows : 3]
+    chosen = encoded[: 3 * rows : 3]
     ids, labels = (
-        pad_sequence([torch.tensor(pair[place]) for pair in own], True, value) for place, value in ((0, 0), (1, -100))
+        pad_sequence([torch.tensor(pair[part]) for pair in chosen], True, value) for part, value in ((0, 0), (1, -100))
     )
-    lengths = torch.tensor([len(pair[0]) for pair in own])
+    lengths = torch.tensor([len(pair[0]) for pair in chosen])
     mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-    return MicroBatch(ids, mask, labels, torch.ones(len(own)), None, list(range(len(own))))
+    return MicroBatch(ids, mask, labels, torch.ones(len(chosen)), None, list(range(len(chosen))))
 
 
 @contextlib.contextmanager
@@ -59,8 +59,8 @@ def without(model: Any, pieces: tuple[str, ...]) -> Any:
     """The model without these pieces."""
     base = model.get_base_model()
     layers = {id(layer) for layer in lora.lora_layers(model).values()}
-    own = [(m, vars(m)["forward"]) for m in base.modules() if "forward" in vars(m)]
-    for module, _ in own:
+    patched = [(m, vars(m)["forward"]) for m in base.modules() if "forward" in vars(m)]
+    for module, _ in patched:
         if ("lora" if id(module) in layers else "rmsnorm_swiglu") in pieces:
             del module.forward
     if "packing" in pieces:
@@ -68,7 +68,7 @@ def without(model: Any, pieces: tuple[str, ...]) -> Any:
     try:
         yield
     finally:
-        for module, forward in own:
+        for module, forward in patched:
             module.forward = forward
         base.set_attn_implementation(packing.NAME)
 

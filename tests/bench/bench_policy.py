@@ -87,14 +87,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--beta", type=float, default=0.04, help="of the divergence: in GRPO's loss, in RLOO's reward")
     parser.add_argument("--temperature", type=float, default=1.0)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     load_libraries()
     print(machine(), versions(TRL), sep="\n")
-    ours, theirs = compare(asked.task, asked.steps, asked.beta, asked.temperature)
-    apart = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+    ours, theirs = compare(options.task, options.steps, options.beta, options.temperature)
+    difference = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
     print(*(f"{a:+.7f} {b:+.7f}" for a, b in zip(ours, theirs, strict=True)), sep="\n")
-    print(f"{asked.task}, {asked.steps} steps: losses at most {apart:.1e} apart")
-    if apart > PARITY:
+    print(f"{options.task}, {options.steps} steps: losses at most {difference:.1e} apart")
+    if difference > PARITY:
         raise SystemExit("the losses differ")
 
 

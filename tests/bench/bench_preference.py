@@ -70,7 +70,7 @@ class Measured:
         if timed:
             self.seconds.append(sum(answer["seconds"]))
 
-    def apart(self, other: Measured) -> float:
+    def largest_difference(self, other: Measured) -> float:
         """Largest difference of two systems' losses."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
@@ -175,18 +175,18 @@ def table(measured: list[Measured], *, batch: int, steps: int) -> list[str]:
     head = f"{'':24} {'s/pair':>7} {'reference':>9} {'with it':>7} {'pairs/s':>7} {'MiB':>6}"
     lines = [f"{head}   llmft: pairs/s   with references   memory   max |loss difference|"]
     for one in measured:
-        apart = one.apart(ours)
-        if apart > PARITY:
-            lines.append(f"{one.system.name:24} not shown: its losses differ from llmft's by {apart:.1e}")
+        difference = one.largest_difference(ours)
+        if difference > PARITY:
+            lines.append(f"{one.system.name:24} not shown: its losses differ from llmft's by {difference:.1e}")
             continue
         step, reference = statistics.median(one.seconds) / (batch * steps), one.reference_s / pairs
         both = step + reference
         line = f"{one.system.name:24} {step:7.3f} {reference:9.3f} {both:7.3f} {1 / both:7.2f} {one.peak_mib:6,.0f}"
         if one is not ours:
             ratio = statistics.median(a / b for a, b in zip(one.seconds, ours.seconds, strict=True))
-            whole = both / (statistics.median(ours.seconds) / (batch * steps) + ours.reference_s / pairs)
-            line += f"   {f'{ratio:.2f}x':>14}   {f'{whole:.2f}x':>15}   {f'{ours.peak_mib / one.peak_mib:.2f}x':>6}"
-            line += f"   {apart:.1e}"
+            total = both / (statistics.median(ours.seconds) / (batch * steps) + ours.reference_s / pairs)
+            line += f"   {f'{ratio:.2f}x':>14}   {f'{total:.2f}x':>15}   {f'{ours.peak_mib / one.peak_mib:.2f}x':>6}"
+            line += f"   {difference:.1e}"
         lines.append(line)
     return lines
 
@@ -200,12 +200,12 @@ def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: 
             work = {**works[seed], **TRL.settings, **settings}
             path = written(directory / "trial.json", work)
             command = [str(TRL.python), str(HERE / f"run_{TRL.runner}.py"), str(path)]
-            done = subprocess.run(
+            result = subprocess.run(
                 command, input=f"{len(work['batches'])}\n", env=environment(directory), capture_output=True, text=True
             )
-            if done.returncode or not done.stdout:
-                raise RuntimeError(f"TRL: {' | '.join(done.stderr.strip().splitlines()[-3:])[-600:]}")
-            losses[beta, seed] = json.loads(done.stdout)["losses"]
+            if result.returncode or not result.stdout:
+                raise RuntimeError(f"TRL: {' | '.join(result.stderr.strip().splitlines()[-3:])[-600:]}")
+            losses[beta, seed] = json.loads(result.stdout)["losses"]
     return losses
 
 
@@ -221,17 +221,17 @@ def sweep(options: argparse.Namespace, directory: Path) -> None:
     for name, precompute in (("8 x TRL, reference before", True), ("8 x TRL", False)):
         their_wall, their_cpu, theirs = used(partial(trl_sweep, works, directory, precompute=precompute))
         # A loss is a function of beta times log-probabilities, and so is what rounds in them.
-        apart = max(
+        difference = max(
             abs(a - b) / max(1, trial[0] / 0.1)
             for trial in ours
             for a, b in zip(ours[trial], theirs[trial], strict=True)
         )
-        if apart > PARITY:
-            print(f"{name:32} not shown: its losses differ from llmft's by {apart:.1e}")
+        if difference > PARITY:
+            print(f"{name:32} not shown: its losses differ from llmft's by {difference:.1e}")
             continue
         print(
             f"{name:32} {their_wall:7.1f} s {their_cpu:7.1f} CPU s   llmft {their_wall / wall:.2f}x "
-            f"({their_cpu / cpu:.2f}x by CPU)   {apart:.1e}",
+            f"({their_cpu / cpu:.2f}x by CPU)   {difference:.1e}",
             flush=True,
         )
 
@@ -275,8 +275,8 @@ def main() -> None:
                 ours, theirs = measured
                 for step, (a, b) in enumerate(zip(ours.losses, theirs.losses, strict=True), start=1):
                     print(f"step {step:2}   llmft {a:.8f}   TRL {b:.8f}   {a - b:+.1e}")
-                apart = theirs.apart(ours)
-                print(f"at most {apart:.1e} apart: {'the same' if apart <= PARITY else 'DIFFERENT'}")
+                difference = theirs.largest_difference(ours)
+                print(f"at most {difference:.1e} apart: {'the same' if difference <= PARITY else 'DIFFERENT'}")
             else:
                 print("\n".join(table(measured, batch=options.batch, steps=options.steps)))
 

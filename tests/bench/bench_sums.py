@@ -78,12 +78,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="directory of a small model that knows numbers")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("overrides", nargs="*", help="of the training with rewards")
-    asked = parser.parse_args()
+    options = parser.parse_args()
     load_libraries()
     print(machine())
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        before, after = learn(asked.model.expanduser(), Path(folder), asked.steps, *asked.overrides)
+        before, after = learn(options.model.expanduser(), Path(folder), options.steps, *options.overrides)
     show(before, after)
     print(f"{time.monotonic() - began:.0f} s in all")
 

@@ -29,14 +29,14 @@ class System:
         runner: tests/bench/peers/run_<runner>.py
         environment: folder of ENVIRONMENTS; None for this very Python.
         settings: what its work's JSON says besides the work.
-        whole: whether it takes a step's rows at once or trains something else.
+        whole_batch: whether it takes a step's rows at once or trains something else.
     """
 
     name: str
     runner: str
     environment: str | None
     settings: dict[str, Any] = field(default_factory=dict)
-    whole: bool = False
+    whole_batch: bool = False
 
     @property
     def python(self) -> Path:
@@ -127,5 +127,5 @@ def versions(system: System) -> str:
         f"for name in {names!r}:\n    try: found[name] = m.version(name)\n    except m.PackageNotFoundError: pass\n"
         "print(json.dumps(found))"
     )
-    done = subprocess.run([str(system.python), "-c", code], capture_output=True, text=True, check=True)
-    return " ".join(f"{name} {version}" for name, version in json.loads(done.stdout).items())
+    result = subprocess.run([str(system.python), "-c", code], capture_output=True, text=True, check=True)
+    return " ".join(f"{name} {version}" for name, version in json.loads(result.stdout).items())

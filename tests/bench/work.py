@@ -226,13 +226,13 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
     examples = read_rows(prepared, print).splits["train"]
     batches = [rows_of_step(step, len(examples), config.trainer.batch_size, config.seed) for step in range(steps)]
     used = sorted({row for batch in batches for row in batch})
-    place = {row: number for number, row in enumerate(used)}
+    position = {row: number for number, row in enumerate(used)}
     rows = [[list(map(int, examples[row].input_ids)), list(map(int, examples[row].labels))] for row in used]
     model_directory = str(prepared.located.directory)
     base = AutoModelForCausalLM.from_pretrained(model_directory, dtype=torch.float32)
-    made = attach(base, config.lora, auto_class="causal_lm", seed=stream(config.seed, "lora"), name="base")
+    adapted = attach(base, config.lora, auto_class="causal_lm", seed=stream(config.seed, "lora"), name="base")
     adapter_file = directory / f"{adapter}.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in trainable_state(made).items()}, adapter_file)
+    save_file({name: tensor.contiguous() for name, tensor in trainable_state(adapted).items()}, adapter_file)
     work = {
         "model": model_directory,
         "adapter": str(adapter_file),
@@ -241,7 +241,7 @@ def dump(directory: Path, overrides: list[str], steps: int, adapter: str = "adap
         "alpha": config.lora.scaling_alpha,
         "rate": config.learning_rate.peak,
         "clip": config.trainer.gradient_clip,
-        "batches": [[place[row] for row in batch] for batch in batches],
+        "batches": [[position[row] for row in batch] for batch in batches],
         "rows": rows,
         "pad": int(base.config.pad_token_id or 0),
         "overrides": overrides,

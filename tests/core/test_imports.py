@@ -28,8 +28,8 @@ print([f for f in warnings.filters if f[0] == "ignore" and f not in before and f
 import scipy.optimize, torch, transformers
 print(type(sys.modules["torch._dynamo"]).__name__, torch.compile.__module__, transformers.utils.is_scipy_available())
 """
-    done = run(body)
-    assert done.stdout.splitlines() == ["True 0", "[]", "module torch True"], done.stdout + done.stderr
+    result = run(body)
+    assert result.stdout.splitlines() == ["True 0", "[]", "module torch True"], result.stdout + result.stderr
 
 
 def test_inside_the_context_these_libraries_are_quiet_and_everybody_else_is_heard() -> None:
@@ -42,9 +42,9 @@ with quiet_warnings():
     warn("transformers.generation.utils"); warn("torchmetrics"); warn("mylib"); warn("torch", RuntimeWarning)
 warn("transformers")
 """
-    done = run(body)
-    heard = [line.rpartition(" ")[2] for line in done.stderr.splitlines() if "heard" in line]
-    assert heard == ["torchmetrics", "mylib", "torch", "transformers"], done.stderr
+    result = run(body)
+    heard = [line.rpartition(" ")[2] for line in result.stderr.splitlines() if "heard" in line]
+    assert heard == ["torchmetrics", "mylib", "torch", "transformers"], result.stderr
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"], ["lora.rr=1"]])
@@ -56,5 +56,5 @@ import llmft.train
 sys.argv = ["llmft", *{arguments!r}]
 llmft.train.main(sys.argv[1:])
 """
-    done = run(body)
-    assert "libraries []" in done.stdout, done.stdout[-300:] + done.stderr
+    result = run(body)
+    assert "libraries []" in result.stdout, result.stdout[-300:] + result.stderr

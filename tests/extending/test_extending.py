@@ -25,12 +25,12 @@ ROWS = ["data=diary", f"data.source_options.path={HERE}/diary.txt"]
 
 def test_model_prompt_rows_metric_objective_and_callback_of_ones_own_train_together(tmp_path: Path) -> None:
     callback = f"{{_target_: mylib.callbacks.LossDiary, path: {tmp_path}/losses.txt}}"
-    own = ["model=mytiny", "prompt=interview", *ROWS, "task.metrics=[mylib.metrics.same_first_letter]"]
-    own += ["task.objective=mylib.objectives.Focal", "task.objective_options={gamma: 2}"]
-    own += [f"trainer.callbacks.diary={callback}", "trusted_packages=[mylib]"]
+    overrides = ["model=mytiny", "prompt=interview", *ROWS, "task.metrics=[mylib.metrics.same_first_letter]"]
+    overrides += ["task.objective=mylib.objectives.Focal", "task.objective_options={gamma: 2}"]
+    overrides += [f"trainer.callbacks.diary={callback}", "trusted_packages=[mylib]"]
     folder = str(HERE / "mylib" / "conf")
-    done = llmft("--config-dir", folder, *SMALL, *own, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}")
-    assert done.returncode == 0, done.stderr
+    result = llmft("--config-dir", folder, *SMALL, *overrides, cwd=tmp_path, PYTHONPATH=f"{HERE}{os.pathsep}{ROOT}")
+    assert result.returncode == 0, result.stderr
     directory = run_directory(tmp_path / "outputs")
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     steps = [line["train/loss_nats"] for line in lines if "train/loss_nats" in line]

@@ -110,14 +110,14 @@ def moved(model: Any) -> None:
         if not isinstance(tensor, torch.Tensor):
             return tensor
         if id(tensor) not in known:
-            made: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
+            fake: Any = torch.empty(tensor.shape, dtype=tensor.dtype, device="cuda")
             if isinstance(tensor, torch.nn.Parameter):
-                made = torch.nn.Parameter(made, requires_grad=tensor.requires_grad)
+                fake = torch.nn.Parameter(fake, requires_grad=tensor.requires_grad)
                 state = getattr(tensor, "quant_state", None)
                 if state is not None:
                     move_state(state)
-                    made.quant_state, made.bnb_quantized = state, True
-            known[id(tensor)] = tensor, made
+                    fake.quant_state, fake.bnb_quantized = state, True
+            known[id(tensor)] = tensor, fake
         return known[id(tensor)][1]
 
     def move_state(state: Any) -> None:
@@ -287,13 +287,13 @@ def main() -> None:
     load_libraries(training=False)
     for case in cases:
         try:
-            found = step(case)
+            facts = step(case)
         except Exception as error:
-            found = {
+            facts = {
                 "error": f"{type(error).__name__}: {error}"[:500],
                 "trace": traceback.format_tb(error.__traceback__)[-6:],
             }
-        print(json.dumps({"case": case, **found}), flush=True)
+        print(json.dumps({"case": case, **facts}), flush=True)
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ def test_a_config_has_the_key_that_it_had_in_earlier_releases_and_other_processe
     )
     for hash_seed in ("1", "2"):
         environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-        told = subprocess.check_output([sys.executable, "-c", code, json.dumps([*KEYS])], cwd=ROOT, env=environment)
-        assert json.loads(told) == KEYS
+        output = subprocess.check_output([sys.executable, "-c", code, json.dumps([*KEYS])], cwd=ROOT, env=environment)
+        assert json.loads(output) == KEYS
 
 
 def test_a_name_cannot_leave_the_output_directory() -> None:

@@ -451,7 +451,7 @@ def test_a_container_has_the_memory_and_the_cores_it_was_given(
     assert machine.available_memory() > 1000
 
 
-def until_told(worker: WorkerProcess, event: str) -> list[str]:
+def events_until(worker: WorkerProcess, event: str) -> list[str]:
     """What a worker tells until it tells `event`."""
     deadline = time.monotonic() + 60
     events: list[str] = []
@@ -465,7 +465,7 @@ def test_a_worker_has_a_group_cores_and_a_log_of_its_own(tmp_path: Path) -> None
     core = min(os.sched_getaffinity(0))
     worker = WorkerProcess.start(tmp_path / "sweep/worker-0.log", Share({"LLMFT_TRIED": "1"}, cores=[core]))
     worker.order(do="check", configs={})
-    assert until_told(worker, "checked") == ["ready", "checked"]
+    assert events_until(worker, "checked") == ["ready", "checked"]
     assert os.getpgid(worker.process.pid) == worker.process.pid
     assert os.sched_getaffinity(worker.process.pid) == {core}
     assert psutil.Process(worker.process.pid).environ()["LLMFT_TRIED"] == "1"

@@ -179,17 +179,17 @@ def gated(trainer_class: type, gate: Gate, *, in_order: bool = True, mean: bool 
 
     seen: list[torch.Tensor] = []
 
-    class Telling(trainer_class):  # type: ignore[misc]
+    class LossRecorder(trainer_class):  # type: ignore[misc]
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
-            found = super().compute_loss(*arguments, **named)
-            seen.append((found[0] if isinstance(found, tuple) else found).detach())
-            return found
+            output = super().compute_loss(*arguments, **named)
+            seen.append((output[0] if isinstance(output, tuple) else output).detach())
+            return output
 
-    class InOrder(Telling):
+    class InOrder(LossRecorder):
         def _get_train_sampler(self, *arguments: Any, **named: Any) -> Any:
             return torch.utils.data.SequentialSampler(self.train_dataset)
 
-    class Told(TrainerCallback):
+    class GateCallback(TrainerCallback):
         def on_step_begin(self, *arguments: Any, **named: Any) -> None:
             gate.begin()
 
@@ -197,4 +197,4 @@ def gated(trainer_class: type, gate: Gate, *, in_order: bool = True, mean: bool 
             gate.end(float(sum(seen)) / (len(seen) if mean else 1))
             seen.clear()
 
-    return InOrder if in_order else Telling, Told()
+    return InOrder if in_order else LossRecorder, GateCallback()

@@ -25,7 +25,7 @@ from llmft.train import train
 from tests.conftest import compose
 
 
-class Told:
+class GateReporter:
     """A TrialReporter that takes a step when the gate opens."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Told:
             self.gate.begin()
 
 
-reporter = Told()
+reporter = GateReporter()
 compute_references = llmft.training.references.compute_references
 
 

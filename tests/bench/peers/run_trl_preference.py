@@ -73,14 +73,14 @@ if rewards:
 else:
     options["beta"] = work["beta"]
 settings = trainer_arguments(work, **options, max_length=None, gradient_checkpointing=work["checkpointing"])
-InOrder, told = gated(Ready, gate, mean=True)
+InOrder, callback = gated(Ready, gate, mean=True)
 trainer = InOrder(
     model=model_class.from_pretrained(work["model"], dtype=torch.float32, **({"num_labels": 1} if rewards else {})),
     args=config(**settings),
     train_dataset=rows_in_order(),
     # A reward is read at the last token that is not padding, so what pads does not end an answer.
     processing_class=tokenizer_of(work),
-    callbacks=[told],
+    callbacks=[callback],
     # Given to the trainer, so that the reference is the base itself and no copy of the adapter on it.
     peft_config=peft.LoraConfig(
         r=work["r"],
