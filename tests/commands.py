@@ -1,7 +1,7 @@
 """Runs commands in processes of their own that have the libraries already: `command`.
 
 Starting Python, torch and transformers takes most of a short command's time. One process loads them and splits itself
-for each command, which then runs as `python -m` would run it.
+for each command, which then runs as under `python -m`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ LONGEST_S = 120
 
 
 class Commands:
-    """The process that commands split off; it ends with this one."""
+    """The process that commands are forked from; it ends with this one."""
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
@@ -59,7 +59,7 @@ COMMANDS = Commands()
 
 
 def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """As `python -m MODULE ARGUMENTS` in `cwd`, with this process's environment; nothing was trained in it before.
+    """Runs `python -m MODULE ARGUMENTS` in `cwd`, with this environment, in a process that has trained nothing.
 
     What Python or a library reads while it starts (PYTHON…, HF_…) is that of the first command.
 
@@ -69,7 +69,7 @@ def command(module: str, *arguments: str, cwd: Path) -> subprocess.CompletedProc
 
 
 def main() -> None:
-    """The process: an order a line, an exit code a line."""
+    """The process's loop: reads one command a line, writes one exit code a line."""
     from llmft.core.imports import load_libraries
 
     load_libraries()

@@ -34,7 +34,7 @@ def statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
 
 @cache
 def imports() -> dict[str, set[str]]:
-    """The modules of ours that each module imports."""
+    """The modules of llmft that each module imports."""
     paths = modules()
     graph: dict[str, set[str]] = {}
     for name, path in paths.items():
@@ -53,7 +53,7 @@ def imports() -> dict[str, set[str]]:
 
 
 def level(module: str) -> int:
-    """The place of a module's folder in the order; then other folders, then the commands."""
+    """The rank of a module's folder in the order; then other folders, then the commands."""
     top, *inner = module.removeprefix("llmft").lstrip(".").split(".")
     if top in FOLDERS:
         return FOLDERS.index(top)

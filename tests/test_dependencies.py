@@ -1,4 +1,4 @@
-"""What pyproject.toml allows: every library has a ceiling, and those whose internals are used have a close one."""
+"""pyproject.toml's version limits: every library has an upper bound, and a tight one where its internals are used."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code of others stays as it is: nothing is assigned to their modules and classes but in the places named here."""
+"""Other libraries stay unpatched: nothing is assigned to their modules and classes except in the files named here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def root_of(node: ast.expr) -> str | None:
 
 
 def patches(source: str) -> Iterator[str]:
-    """What a file assigns to others' modules, and which forwards it replaces."""
+    """A file's assignments to other libraries' modules, and the forwards it replaces."""
     tree = ast.parse(source)
     theirs: set[str] = set()
     for node in ast.walk(tree):

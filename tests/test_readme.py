@@ -1,4 +1,4 @@
-"""The door: set-up, ready sweeps, and a built wheel that works from any directory."""
+"""The README: set-up, ready sweeps, and a built wheel that works from any directory."""
 
 from __future__ import annotations
 

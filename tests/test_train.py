@@ -1,4 +1,4 @@
-"""The main job: a config becomes a run directory, the same one every time."""
+"""Training: a config becomes a run directory, the same one every time."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float | Non
 
 @pytest.fixture
 def copied(trained: tuple[Path, float | None], tmp_path: Path) -> Path:
-    """Its run directory in another place, to change."""
+    """A copy of its run directory that a test may change."""
     shutil.copytree(trained[0], tmp_path, dirs_exist_ok=True)
     return run_directory(tmp_path)
 
@@ -209,7 +209,7 @@ def test_early_stopping_ends_the_run_with_its_best_weights(tmp_path: Path) -> No
 
 
 def test_two_commands_at_once_train_one_run_once(tmp_path: Path) -> None:
-    long = "trainer.max_steps=4000"  # the first is still at it when the second asks, however slow the machine
+    long = "trainer.max_steps=4000"  # the first still holds the lock when the second asks, even on a slow machine
     first = start(tmp_path, long)
     wait_for_step(tmp_path, 1, first)
     with pytest.raises(ConfigError, match=f"process {first.pid} on"):
@@ -272,7 +272,7 @@ def test_a_random_architecture_of_any_model_trains_without_its_files(small: Call
 
 
 def test_real_input_learns(shared_data: Path, tmp_path: Path) -> None:
-    """A pretrained checkpoint of others and Alpaca rows, by plain overrides on the command line."""
+    """A public pretrained checkpoint and Alpaca rows, by overrides on the command line."""
     result = command(
         "llmft",
         "model=local",

@@ -68,7 +68,7 @@ Row = tuple[list[int], int]
 
 
 class Step(NamedTuple):
-    """What was seen of one."""
+    """One step's loss, seconds and tokens."""
 
     loss: float
     seconds: float
@@ -230,7 +230,7 @@ def timed_steps(
 
 
 def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, strict: bool = True) -> list[Step]:
-    """llmft's objective on its own forward; `strict` as trainer.deterministic."""
+    """Steps of llmft's objective and forward; `strict` is trainer.deterministic."""
     from llmft.data.batch import MicroBatch
     from llmft.training.finetuner import deterministic_only
     from llmft.training.objectives.language_modeling import LanguageModeling
@@ -249,7 +249,7 @@ def ours(setting: Setting, tokens: int, steps: int, *, recompute: bool = False, 
 
 
 def plain(setting: Setting, tokens: int, steps: int) -> list[Step]:
-    """PEFT's own forward on padded rows, logits everywhere: what losses are compared with."""
+    """Steps of PEFT's forward on padded rows with logits everywhere: the reference for losses."""
     with setting.adapted(plain=True, recompute=True) as model:
         return timed_steps(setting, model, tokens, steps, lambda m, batch: m(**batch, use_cache=False).loss)
 
@@ -325,7 +325,7 @@ def trainer(setting: Setting, tokens: int, steps: int, *, trl: bool = False) -> 
 
 
 def dummy_tokenizer() -> Any:
-    """TRL wants one, also for rows that are token ids."""
+    """A tokenizer for TRL, which requires one even for rows of token ids."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -335,7 +335,7 @@ def dummy_tokenizer() -> Any:
 
 
 class Report:
-    """Prints every row when it is there, and keeps it as a line of JSON."""
+    """Prints every row at once, and keeps it as a line of JSON."""
 
     def __init__(self, path: Path | None, deadline: float) -> None:
         self.path = path
@@ -349,7 +349,7 @@ class Report:
                 file.write(json.dumps({"at_s": round(time.monotonic() - BEGAN, 1), **record}) + "\n")
 
     def end_in_time(self) -> None:
-        """Ends the process at the deadline, wherever it is: every row that is there has been written."""
+        """Ends the process at the deadline, wherever it is; all rows so far have been written."""
 
         def end() -> None:
             self.say("the deadline: what is missing was not measured", event="deadline")
@@ -361,7 +361,7 @@ class Report:
 
 
 def measure(device: torch.device, action: Callable[[], list[Step]]) -> tuple[list[Step], float] | str:
-    """What `action` saw and its peak memory in GiB, or why there is nothing."""
+    """The result of `action` and its peak memory in GiB, or why it failed."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -377,7 +377,7 @@ def measure(device: torch.device, action: Callable[[], list[Step]]) -> tuple[lis
 def row(
     report: Report, name: str, seen: tuple[list[Step], float] | str, reference: list[Step], of_roof: float, **facts: Any
 ) -> None:
-    """One system's row, or why it is not one; `of_roof` is what a token/s is of the roof."""
+    """Reports one system's row, or why there is none; `of_roof` is the share of the roof per token/s."""
     if isinstance(seen, str):
         report.say(f"  {name:36} {seen}", system=name, missing=seen, **facts)
         return
@@ -451,7 +451,7 @@ def main() -> None:
     report.end_in_time()
     set_cuda_variables()
     load_libraries()
-    warnings.simplefilter("ignore")  # of peers that are called as they want to be
+    warnings.simplefilter("ignore")  # raised by peers although they are called as documented
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

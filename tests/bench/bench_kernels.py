@@ -1,4 +1,4 @@
-"""What each piece of llmft/model/kernels gains: CPU time and peak memory of a step of a real model without it.
+"""CPU time and peak memory of a real model's step without each piece of llmft/model/kernels.
 
 `python -m tests.bench.bench_kernels [--rounds 5] [--form none,nf4]` on SmolLM2-135M-Instruct (LLMFT_REAL_MODELS) and
 Alpaca rows, LoRA of rank 8, fp32. The settings take turns in one process, so that a busy machine hurts all alike.
@@ -37,7 +37,7 @@ WITHOUT = {"all": (), "lora": ("lora",), "rmsnorm_swiglu": ("rmsnorm_swiglu",), 
 
 
 def micro_batch(tokenizer: Any, rows: int, most: int) -> MicroBatch:
-    """Rows of like length, as a step takes them, their answers labelled."""
+    """A micro-batch of rows of similar length with labelled answers."""
     encoded = []
     for row in json.loads(DATA.read_text()):
         prompt = tokenizer(f"{row['instruction']}\n{row['input']}\n")["input_ids"]
@@ -82,7 +82,7 @@ def memory_mib(name: str) -> float:
 
 
 def step(model: Any, batch: MicroBatch) -> tuple[float, float, float]:
-    """(CPU seconds, peak MiB over what the process holds before, loss) of one forward and backward."""
+    """(CPU seconds, peak MiB above the process's memory before, loss) of one forward and backward."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")

@@ -1,4 +1,4 @@
-"""Losses of GRPO and RLOO beside TRL's on the same answers: `python -m tests.bench.bench_policy [--task rloo]`.
+"""Losses of GRPO and RLOO against TRL's on the same answers: `python -m tests.bench.bench_policy [--task rloo]`.
 
 llmft trains first and keeps what its policy drew; TRL gets the same answers with their rewards, from the same adapter.
 From the second update on, the losses depend on the weights that all steps before have made.
@@ -41,7 +41,7 @@ def overrides_of(task: str, steps: int, beta: float, temperature: float, directo
 
 
 def work_of(config: Any, directory: Path) -> dict[str, Any]:
-    """What TRL is told: the adapter that training begins with, and each window's prompts, answers and rewards."""
+    """TRL's input: the initial adapter, and each window's prompts, answers and rewards."""
     inputs = prepare(config, open_directory=False)
     ready = make_ready(inputs, check_parts(config), print)
     pad = ready.rows.tokenizer.pad_token_id

@@ -1,4 +1,4 @@
-"""Preference training beside TRL's, on pairs of PandaLM: speed and memory of DPO and of a reward model, and a sweep.
+"""Preference training against TRL's, on pairs of PandaLM: speed and memory of DPO and of a reward model, and a sweep.
 
     python -m tests.bench.bench_preference [--model DIR] [--only dpo,reward,sweep] [--parity] [--quick]
 
@@ -55,7 +55,7 @@ SWEPT: dict[str, Sequence[float]] = {"task.beta": BETAS, "seed": SEEDS}
 
 @dataclass
 class Measured:
-    """What was seen of one system: losses of all steps, seconds of each round's steps, of the reference, memory."""
+    """One system's measurements: losses of all steps, seconds of each round's steps and of the reference, memory."""
 
     system: System
     losses: list[float] = field(default_factory=list)
@@ -64,14 +64,14 @@ class Measured:
     peak_mib: float = 0.0
 
     def add(self, answer: dict[str, Any], *, timed: bool) -> None:
-        """Takes a runner's answer."""
+        """Adds a runner's answer."""
         self.losses += answer["losses"]
         self.reference_s, self.peak_mib = answer["reference_s"], answer["peak_mib"]
         if timed:
             self.seconds.append(sum(answer["seconds"]))
 
     def largest_difference(self, other: Measured) -> float:
-        """Largest difference of two systems' losses."""
+        """The largest difference between two systems' losses."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
@@ -94,7 +94,7 @@ def overrides_of(options: argparse.Namespace, task: str, steps: int) -> list[str
 
 
 def dump(overrides: list[str], directory: Path, name: str) -> dict[str, Any]:
-    """What TRL takes: rows, their order and the adapter as llmft has them; written to `directory`, too."""
+    """TRL's input: llmft's rows, their order and the adapter; also written to `directory`."""
     config = compose(*overrides, f"output_dir={directory / 'outputs'}")
     inputs = prepare(config, open_directory=False)
     ready = make_ready(inputs, check_parts(config), print)
@@ -130,7 +130,7 @@ def written(path: Path, content: dict[str, Any]) -> Path:
 
 
 def fastest_micro(work: dict[str, Any], sizes: list[int], directory: Path) -> int:
-    """The pairs at a time with which TRL's second step takes least."""
+    """The number of pairs at a time with which TRL's second step is fastest."""
     seconds = {}
     for size in sizes if len(sizes) > 1 else ():
         runner = Runner(TRL, written(directory / "trial.json", {**work, **TRL.settings, "micro": size}))
@@ -192,7 +192,7 @@ def table(measured: list[Measured], *, batch: int, steps: int) -> list[str]:
 
 
 def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: bool) -> Losses:
-    """A process for each trial, one after the other."""
+    """Losses of all trials, each run in a process of its own, one after the other."""
     losses: Losses = {}
     with tempfile.TemporaryDirectory(dir=directory) as cache:
         for beta, seed in product(BETAS, SEEDS):
@@ -210,7 +210,7 @@ def trl_sweep(works: dict[int, dict[str, Any]], directory: Path, *, precompute: 
 
 
 def sweep(options: argparse.Namespace, directory: Path) -> None:
-    """Wall and CPU seconds of eight trials."""
+    """Prints wall and CPU seconds of eight trials."""
     steps, overrides = options.sweep_steps, overrides_of(options, "dpo", options.sweep_steps)
     works = {seed: dump([*overrides, f"seed={seed}"], directory, f"seed{seed}") for seed in SEEDS}
     micro = fastest_micro(works[SEEDS[0]], options.micro, directory)
@@ -220,7 +220,7 @@ def sweep(options: argparse.Namespace, directory: Path) -> None:
     print(f"{f'llmft -m sweep.workers={options.workers}':32} {wall:7.1f} s {cpu:7.1f} CPU s", flush=True)
     for name, precompute in (("8 x TRL, reference before", True), ("8 x TRL", False)):
         their_wall, their_cpu, theirs = used(partial(trl_sweep, works, directory, precompute=precompute))
-        # A loss is a function of beta times log-probabilities, and so is what rounds in them.
+        # A loss is a function of beta times log-probabilities, so rounding errors scale with beta too.
         difference = max(
             abs(a - b) / max(1, trial[0] / 0.1)
             for trial in ours

@@ -4,7 +4,7 @@
 
 llmft's first step is that of `python -m llmft`: the embedded model in NF4, read, quantised, validated with generations,
 one step taken. Peers take the first step on the same model, rows and adapter, which are handed to them as token ids,
-and do not validate. Beside them stands llmft without generations. A peer whose first loss is not the bare loop's is
+and do not validate. Another row is llmft without generations. A peer whose first loss is not the bare loop's is
 not shown.
 """
 

@@ -43,7 +43,7 @@ WARM_UP = 2
 
 @dataclass
 class Measured:
-    """What was seen of one system."""
+    """One system's measurements."""
 
     system: System
     losses: list[float] = field(default_factory=list)
@@ -52,12 +52,12 @@ class Measured:
     last: dict[str, Any] = field(default_factory=dict)
 
     def largest_difference(self, other: Measured) -> float:
-        """Largest difference of two systems' losses, of the steps that both took."""
+        """The largest difference between two systems' losses."""
         return max(abs(a - b) for a, b in zip(self.losses, other.losses, strict=True))
 
 
 def best_of(peer: System, work: Work, micros: Sequence[int], threads: Sequence[int | None]) -> System:
-    """The peer with the micro-batch, and then the threads, that take the least time for one step after a first one."""
+    """The peer with the micro-batch, and then the threads, whose second step is fastest."""
     micros = [BATCH_SIZE] if peer.whole_batch else micros
     best = replace(peer, settings={**peer.settings, "micro": micros[0], "sorted": True, "threads": threads[0]})
     for key, values in (("micro", micros), ("threads", threads)):
@@ -81,9 +81,9 @@ def second_step(system: System, work: Work) -> float:
 
 
 def measure(systems: list[System], work: Work, *, rounds: int, steps: int) -> list[Measured]:
-    """`rounds` times `steps` steps of each, after a warm-up; a system that fails is told and left out.
+    """`rounds` times `steps` steps of each, after a warm-up; a system that fails is named and left out.
 
-    Each round has an order of its own: one that frees gigabytes leaves the kernel work that the next one waits for.
+    Each round is shuffled: a system that frees gigabytes leaves the kernel work that the next one waits for.
     """
     measured: list[Measured] = []
     runners: list[Runner] = []

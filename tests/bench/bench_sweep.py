@@ -40,7 +40,7 @@ Losses = dict[tuple[float, ...], list[float]]
 
 
 def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> list[str]:
-    """What all trials share."""
+    """The overrides that all trials share."""
     alpaca = SHARED / "instruction" / "llamafactory_alpaca_en_demo.json"
     embedded = ["data.rows={train: 320, validation: 16, test: 0}"]
     real = ["model=local", f"model.path={model}", "prompt=native", "data=alpaca", f"data.files={alpaca}"]
@@ -61,7 +61,7 @@ def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> 
 
 
 def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
-    """(wall seconds, CPU seconds of all processes it started, what it returned)."""
+    """(wall seconds, CPU seconds of all child processes, result) of `action`."""
     before, began = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
     losses = action()
     wall, after = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -69,7 +69,7 @@ def used(action: Callable[[], Losses]) -> tuple[float, float, Losses]:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """The same for all."""
+    """The environment of all systems' processes."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "PYTHONPATH")}
     settings = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
     return {**inherited, **settings}
@@ -95,7 +95,7 @@ def llmft_sweep(folder: Path, swept: dict[str, Sequence[float]], shared: Sequenc
 
 
 def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) -> Losses:
-    """A process of `peer` for each trial, so many at a time."""
+    """Losses of all trials, each in a process of `peer`, `at_once` at a time."""
     losses: Losses = {}
     waiting, running = list(product(RATES, RANKS)), {}
     folder = works[RANKS[0]].directory
@@ -132,7 +132,7 @@ def processes(peer: System, works: dict[int, Work], steps: int, at_once: int) ->
 
 
 def largest_difference(one: Losses, other: Losses) -> float:
-    """Largest difference over all steps of all trials."""
+    """The largest difference over all steps of all trials."""
     return max(abs(a - b) for trial in other for a, b in zip(one[trial], other[trial], strict=True))
 
 
@@ -182,7 +182,7 @@ def main() -> None:
 
 
 def show(measured: dict[str, list[tuple[float, float, Losses]]], title: str) -> None:
-    """The table; a line whose losses are not the first peer's is not shown."""
+    """Prints the table without lines whose losses differ from the first peer's."""
     reference: Any = next(runs[0][2] for name, runs in measured.items() if name.startswith("8 x") and runs)
     ours = {name: runs for name, runs in measured.items() if name.startswith("llmft") and runs}
     heads = "".join(f"{'against ' + name.split()[-1]:>27}" for name in ours)

@@ -1,4 +1,4 @@
-"""How often the verdicts are wrong, and how often they find what is there: a simulation.
+"""How often the verdicts are wrong, and how often they find a real difference: a simulation.
 
     python -m tests.bench.calibration [sweeps=1000] [seed=0] [part=false|power|looks]
 
@@ -60,7 +60,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a simulated sweep said."""
+    """The outcome of a simulated sweep."""
 
     winner: str | None
     among: list[str]
@@ -140,7 +140,7 @@ def _folds(setting: Setting, rng: np.random.Generator) -> list[Sample]:
 
 
 def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
-    """Simulates a sweep and judges it, look by look where seeds are added."""
+    """Simulates a sweep and judges it, after each look where seeds are added."""
     samples = simulate(setting, rng)
     lower = setting.measured != "accuracy"
     if not setting.until:
@@ -159,7 +159,7 @@ def outcome(setting: Setting, rng: np.random.Generator) -> Outcome:
 
 
 def _outcome(setting: Setting, verdicts: Verdicts, runs: int) -> Outcome:
-    """Covered: whether the interval of the best over the first or second configuration holds the true difference."""
+    """`covered`: whether the interval between the first two configurations contains the true difference."""
     covered = True
     for pair in verdicts.families[0].comparisons:
         if {pair.first, pair.second} == {"c0", "c1"} and pair.low is not None and pair.high is not None:
@@ -175,7 +175,7 @@ def many(setting: Setting, sweeps: int, seed: int) -> list[Outcome]:
 
 
 def false_winners(setting: Setting, sweeps: int, seed: int = 0) -> float:
-    """Share of sweeps with a winner that is none; where nothing is better, with any."""
+    """The share of sweeps with a wrong winner; where nothing is better, with any winner."""
     return float(
         np.mean([o.winner not in (None, "c0" if setting.effect else None) for o in many(setting, sweeps, seed)])
     )
@@ -209,7 +209,7 @@ def with_difference() -> Iterator[Setting]:
 
 
 def with_looks() -> Iterator[Setting]:
-    """Sweeps that add seeds, and fixed grids beside them."""
+    """Sweeps that add seeds, and fixed grids to compare them with."""
     for count, hopeless in ((2, 0), (6, 0), (6, 4)):
         for effect in (0.0, 1.0, 2.0, 3.0):
             kind = Setting(count, 2, effect=effect, hopeless=hopeless, until=10)

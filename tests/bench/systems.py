@@ -1,4 +1,4 @@
-"""The systems that are compared, each in a process of its own that takes steps when it is asked to."""
+"""The systems that are compared, each in a process of its own that takes steps on demand."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class System:
     Attributes:
         runner: tests/bench/peers/run_<runner>.py
         environment: folder of ENVIRONMENTS; None for this very Python.
-        settings: what its work's JSON says besides the work.
-        whole_batch: whether it takes a step's rows at once or trains something else.
+        settings: keys of its work's JSON besides the work itself.
+        whole_batch: whether it must take all rows of a step at once for the same training.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Runner:
         )
 
     def steps(self, count: int) -> dict[str, Any]:
-        """Takes `count` steps; raises RuntimeError with the process's last words when it left."""
+        """Takes `count` steps; raises RuntimeError with the process's last output when it has exited."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -103,7 +103,7 @@ def compile_package() -> None:
 
 
 def machine() -> str:
-    """What the figures were measured on."""
+    """A description of the machine."""
     model = platform.processor() or platform.machine()
     try:
         names = [

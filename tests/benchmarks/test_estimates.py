@@ -1,4 +1,4 @@
-"""What follows from measured speeds, and that what cannot be measured costs only itself."""
+"""Estimates from measured speeds; a measurement that fails leaves the others unaffected."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def three_points(seconds: float = 60.0) -> Case:
 
 
 def errors_of(case: Case, serve: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> list[str | None]:
-    """What each point ends with where `serve` stands for the measuring process."""
+    """Each point's error with `serve` in place of the measuring process."""
     monkeypatch.setattr(measure, "serve", serve)
     return [point.error for point in run_case(case, lambda _: None)[0]]
 

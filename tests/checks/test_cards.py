@@ -1,4 +1,4 @@
-"""What other cards would take: arithmetic that must not contradict itself."""
+"""Estimates for other GPUs: arithmetic that must not contradict itself."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_the_base_takes_what_arithmetic_by_hand_says(double: bool) -> None:
     scales = (1 + 4 / 256) / 64 if double else 4 / 64  # bytes a weight
     assert memory.base == pytest.approx(quantised * (1 / 2 + scales) + 2 * in_16_bits, rel=1e-4)
     one, two = (memory.at(1000, 1000, 100, Checkpointing.full, share=share) for share in (1, 2))
-    quantized_bytes = quantised * scales  # which each of the cards holds
+    quantized_bytes = quantised * scales  # which is on each card
     assert two.base == pytest.approx((one.base - quantized_bytes) / 2 + quantized_bytes, rel=1e-4)
 
 

@@ -1,4 +1,4 @@
-"""`python -m llmft.check`: says before any weights load what a training would stumble over."""
+"""`python -m llmft.check`: reports what a training would fail on before any weights are loaded."""
 
 from __future__ import annotations
 

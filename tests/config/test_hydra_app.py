@@ -1,4 +1,4 @@
-"""The front door: mistakes are answered in one sentence, quickly, with the exit code of the design."""
+"""The command line: mistakes are answered in one sentence, quickly, with the documented exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command line as a real shell hands it over: every command that is printed anywhere, any text, tab completion."""
+"""The command line as a real shell passes it: every command that is printed anywhere, any text, tab completion."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def split_by_bash(lines: Sequence[str], cwd: Path) -> list[list[str]]:
 def printed_commands() -> dict[str, str]:
     """Every command that a README, conf/, sweeps/, --help or an error shows, and the file that shows it.
 
-    What is not a command as it stands is left out: patterns (with …, [key=value] or a value that code fills in), and
+    Not included are patterns (with …, [key=value] or a value that code fills in), and
     `wandb sweep`, which is a program of others.
     """
     commands: dict[str, str] = {}
@@ -78,7 +78,7 @@ def schema_of(command: str) -> tuple[str, type]:
 
 
 def compose_words(command: str, words: Sequence[str]) -> Any:
-    """The config that a command's arguments give, of a sweep that of the first combination."""
+    """The config of a command's arguments; for a sweep, of the first combination."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra_plugins.llmft_sweeping import combinations
 
@@ -156,7 +156,7 @@ def test_every_group_of_arguments_in_the_readme_is_taken_by_a_command(tmp_path: 
 
 
 def _has_keys(command: str, words: Sequence[str]) -> bool:
-    """Whether the keys are at least in a command's schema; cheaper than to compose."""
+    """Whether the keys are in a command's schema; cheaper than composing."""
     known = schema_of(command)[1].__dataclass_fields__
     return all(re.split(r"[.=]", word.lstrip("+"))[0] in known for word in words)
 
@@ -180,7 +180,7 @@ def value_of(override: str) -> Any:
 
 
 def literally(text: str) -> bool:
-    """Whether a text means its own characters: not null, no interpolation, not in one pair of quotes."""
+    """Whether a text is taken literally: not null, no interpolation, not in one pair of quotes."""
     return text != "null" and "${" not in text and unquoted(text) == text
 
 
@@ -305,7 +305,7 @@ def run_module(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 class TestCompletion:
-    """What a tab offers."""
+    """Suggestions of tab completion."""
 
     @pytest.mark.parametrize(
         ("line", "offered"),

@@ -1,4 +1,4 @@
-"""Configs: every option composes, values are typed, and what is out of range is refused with its key."""
+"""Configs: every option composes, values are typed, and values out of range are refused with their key."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NEEDS = {
 
 
 def needs(group: str, option: str) -> list[str]:
-    """What an option cannot do without."""
+    """The overrides that an option requires."""
     extra = list(NEEDS.get((group, option), []))
     text = (CONF / group / f"{option}.yaml").read_text()
     if (group == "data" and "\nhub: " not in text and "\nsource: llmft" not in text) or option == "base":

@@ -1,4 +1,4 @@
-"""Loading torch and its kin: nothing of theirs is changed, and nothing of the process but what is said."""
+"""Loading torch and related libraries changes nothing in them, and in the process only what is documented."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a machine has, asked without CUDA; and a Windows that has less than Linux."""
+"""A machine's resources, found without CUDA; and Windows, which has fewer functions than Linux."""
 
 from __future__ import annotations
 

@@ -153,7 +153,7 @@ def marked_rows(without_answer: bool) -> list[Row]:
 
 
 def outcome(keys: tuple[str, ...], task: TaskConfig, without_answer: bool) -> str:
-    """What of a row is used, as one text; or the sentence that refuses."""
+    """The used parts of a row as one text; or the sentence of its refusal."""
     rows = marked_rows(without_answer)
     data = DataConfig(name="d", files="f", columns=Columns(**{key: key for key in keys}))
     try:

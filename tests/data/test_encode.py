@@ -1,4 +1,4 @@
-"""Token ids and labels: what is trained is the answer and its end, and nothing is doubled or cut off."""
+"""Token ids and labels: the answer and its end are trained, and nothing is doubled or cut off."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ CHATML = (
 
 
 class Vendor:
-    """A tokenizer's chat template, which as most of them marks no answers."""
+    """A tokenizer with a chat template that, like most, marks no answers."""
 
     chat_template: str | None = CHATML
     bos_token_id = bos_token = eos_token = None

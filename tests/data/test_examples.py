@@ -1,4 +1,4 @@
-"""Tokens in columns, and their cache: found again by content, rebuilt when damaged."""
+"""Tokens in columns, and their cache: identified by content, rebuilt when damaged."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ READ = [family for family in FAMILIES if family not in ("mixtral", "gemma")]
 
 @pytest.mark.parametrize("name", [*READ, *SQUEEZED])
 def test_a_model_computes_what_it_did_before_it_was_a_gguf_file(name: str, tmp_path: Path) -> None:
-    """Heads' sizes, scales and squeezed positions too, which transformers alone does not read."""
+    """Head sizes, scales and scaled positions are read too, which transformers alone does not read."""
     family, more = SQUEEZED.get(name, (name, {}))
     source = random_model(tmp_path / "model", family, dtype=torch.float16, exact_norms=True, **more)
     gguf.convert(source, tmp_path / "model.gguf", "f16")
@@ -90,7 +90,7 @@ def test_what_transformers_would_read_wrongly_is_refused(tmp_path: Path) -> None
     stated.metadata |= {"llama.logit_scale": 0.5, "llama.attention.head_count_kv": 4}
     assert differences(config, stated) == ["llama.attention.head_count_kv: 4, 2", "logit_scale: 0.5, none"]
     stated.metadata |= {"llama.rope.scaling.type": "longrope"}
-    del stated.tensors["rope_freqs.weight"]  # which tells by itself how Llama 3's are squeezed
+    del stated.tensors["rope_freqs.weight"]  # which reads Llama 3's position scaling by itself
     with pytest.raises(ValueError, match="squeezed in the way 'longrope'"):
         correct(config, stated)
 

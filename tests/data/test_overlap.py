@@ -1,4 +1,4 @@
-"""Duplicates and leaks are counted as a comparison of every pair of rows counts them."""
+"""Duplicates and leaks are counted as in a comparison of every pair of rows."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_near_duplicates_are_those_of_brute_force(seed: int, threshold: float) -
     leak = between(overlaps, "train", "validation")
     truth = expected(train, validation, False)
     assert truth > 0
-    assert 0.97 * truth - 1 <= leak.near <= truth  # none in error, few missed
+    assert 0.97 * truth - 1 <= leak.near <= truth  # no false ones, few missed
     alone = find_overlaps({"train": validation}, threshold=threshold)[0]
     assert alone.near <= expected(validation, validation, True)
 

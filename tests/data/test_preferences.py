@@ -1,4 +1,4 @@
-"""Rows in which people compared answers: every form of them, and what is refused."""
+"""Rows of compared answers: every accepted form, and what is refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pseudo-labels: floor, cap and weight, and never a row that is held out."""
+"""Pseudo-labels: minimum confidence, cap and weight, and never a held-out row."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def check_apart(inputs: RunInputs) -> None:
     pseudo = inputs.pseudo.conversations
     assert not {prompt_content(row) for row in validation} & {prompt_content(row) for row in pseudo}
     assert not {row.group for row in validation} & {row.group for row in pseudo}
-    # Of each held-out question: the row itself and the one with a new answer.
+    # Two of each held-out question: the row itself and the one with a new answer.
     assert inputs.pseudo.held_out == 2 * len({row.group for row in validation})
     contents = [prompt_content(row) for row in inputs.conversations["train"]]
     assert len(set(contents)) == len(contents)

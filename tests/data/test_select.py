@@ -1,4 +1,4 @@
-"""Laws of rows that are chosen and dealt."""
+"""Properties of row selection and of folds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from llmft.data.select import assign_folds, diverse
 
 
 def planted(sizes: list[int]) -> tuple[list[str], list[int]]:
-    """Texts of several topics, each with words of its own, and the topic of each text."""
+    """Texts of several topics, each with its own vocabulary, and the topic of each text."""
     rng = random.Random(0)
     topics = [topic for topic, size in enumerate(sizes) for _ in range(size)]
     texts = [" ".join(f"topic{topic}word{rng.randrange(30)}" for _ in range(20)) for topic in topics]

@@ -1,4 +1,4 @@
-"""What is trained is what serving sees: ids and text before an answer, the answer, and what ends it."""
+"""Training sees the same as serving: ids and text before an answer, the answer, and its end."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def native(template: str, tokenizer: Any, **data: Any) -> Encoder:
 
 
 def answers(encoder: Encoder, conversation: Conversation) -> list[tuple[list[int], list[int]]]:
-    """The ids before each learned answer, and its own."""
+    """(ids before, ids of the answer) for each learned answer."""
     pairs = []
     for example in encoder.encode("train", [conversation], BadRows()):
         labels = [int(label) for label in example.labels]
@@ -169,7 +169,7 @@ RESULT = {"role": "tool", "content": "sunny", "tool_call_id": "c1"}
 
 
 def texts(encoder: Encoder, *messages: dict[str, Any], tools: Any = None) -> list[str]:
-    """What is learned of a row, answer by answer."""
+    """The learned text of a row, answer by answer."""
     pairs = answers(encoder, Conversation(list(messages), "f:1", tools=tools))
     return [encoder.tokenizer.decode(ids, skip_special_tokens=False) for _, ids in pairs]
 

@@ -1,4 +1,4 @@
-"""Reading: rows are what the file says, and what is wrong is named by file and line."""
+"""Reading: rows equal the file's contents, and errors name file and line."""
 
 from __future__ import annotations
 

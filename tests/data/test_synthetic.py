@@ -1,4 +1,4 @@
-"""Laws of the rule-made English."""
+"""Properties of the generated English."""
 
 import hashlib
 import itertools

@@ -44,7 +44,7 @@ LABELS = ["a", "b", "c"]
 
 
 def member(root: Path, name: str, noise: float, *, seed: int = 0, rows: int = 300, **other: Any) -> Path:
-    """A directory with predictions of `rows` rows, and of a test file, that are right but for `noise`."""
+    """A directory with predictions of `rows` rows and of a test file: the truth plus `noise`."""
     truth = np.random.default_rng(99).integers(3, size=rows)
     rng = np.random.default_rng(seed)
     values = np.exp(2 * np.eye(3)[truth] + noise * rng.normal(size=(rows, 3)))
@@ -118,7 +118,7 @@ def test_a_blend_has_predictions_like_a_runs_and_can_be_blended(tmp_path: Path, 
 
 @pytest.mark.slow
 def test_the_told_score_is_of_rows_that_chose_no_weights(tmp_path: Path) -> None:
-    """Twelve members of noise: chosen weights look good on the rows that chose them, and only there."""
+    """Twelve members of noise: optimised weights look good only on the rows they were optimised on."""
     rng = np.random.default_rng(0)
     truth = [LABELS[k] for k in rng.integers(3, size=60)]
     names = []
@@ -419,7 +419,7 @@ def test_refit_takes_its_logger_as_training_does_and_as_yes_or_no(
     ("prompts", "texts"),
     [
         ("[\"It's so, isn't it?\"]", ["It's so, isn't it?"]),
-        ("[It's so, isn't it?]", ["It's so, isn't it?"]),  # as bash hands it over
+        ("[It's so, isn't it?]", ["It's so, isn't it?"]),  # as bash passes it
         ("[Hello, world,What now?]", ["Hello, world", "What now?"]),
         ("['a, b','c']", ["a, b", "c"]),
         ("Who wrote ${oc.env:HOME} (this) text?", ["Who wrote ${oc.env:HOME} (this) text?"]),
@@ -480,7 +480,7 @@ def test_rows_are_named_by_the_samples_id_column(baseline: Callable[..., Any], t
 def test_an_opened_run_predicts_what_it_validated(
     small: Callable[..., Any], tmp_path: Path, head: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Head and adapter go to the disk and back; a kill half-way costs a part; a run with another base is refused."""
+    """Head and adapter survive the disk; a kill half-way costs one part; a run with another base is refused."""
     files = table(tmp_path / "train.csv", 60)
     overrides = ["task=classification", f"task.head={head}", "task.generate_rows=0", "data=classification"]
     overrides += ["data.columns.target=writer", f"data.files={files}", "data.rows={}"]

@@ -1,4 +1,4 @@
-"""`python -m llmft.sample`: what it writes is a function of seed, rows and weights; the best are the judge's best."""
+"""`python -m llmft.sample`: output depends on seed, rows and weights alone; the best are the judge's best."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Predictions in the form of a competition's sample: one function for predict, folds and blend."""
+"""Predictions in the format of a competition's sample: one function for predict, folds and blend."""
 
 from __future__ import annotations
 

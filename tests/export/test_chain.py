@@ -1,4 +1,4 @@
-"""A real model, trained, in every form in which it can be used afterwards: one greedy text in all of them.
+"""A real model, trained, in every form in which it can be used afterwards: the same greedy text in all.
 
 SmolLM2-135M-Instruct (LLMFT_REAL_MODELS names the folder it lies in), 20 steps in NF4 on Alpaca's rows.
 """
@@ -62,7 +62,7 @@ def questions(run: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def expected(run: Path, questions: list[str]) -> list[str]:
-    """What `predict` says."""
+    """The answers of `predict`."""
     (folder,) = predict(PredictConfig(run=str(run), prompts=questions, accelerator="cpu"), quiet=True)
     texts = Predictions.load(folder).predicted
     assert len(set(texts)) == len(questions)
@@ -77,7 +77,7 @@ def merged(run: Path) -> Path:
 
 
 class Plain:
-    """A merged directory as any user of transformers loads it."""
+    """A merged directory loaded with transformers alone."""
 
     def __init__(self, directory: Path) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(directory)
@@ -93,7 +93,7 @@ class Plain:
         return str(self.tokenizer.decode(ids[prompt["input_ids"].shape[1] :], skip_special_tokens=True))
 
     def margin(self, question: str, one: str, two: str) -> float:
-        """Nats between the first tokens in which two answers differ."""
+        """The difference in nats between the first tokens in which two answers differ."""
         first, second = (self.tokenizer(text, add_special_tokens=False).input_ids for text in (one, two))
         end = self.tokenizer.eos_token_id
         same = next(n for n in range(NEW_TOKENS) if [*first, end][n] != [*second, end][n])
@@ -116,7 +116,7 @@ def test_plain_transformers_says_the_same(merged: Path, questions: list[str], ex
 def test_llama_cpp_says_the_same_but_at_ties(
     run: Path, merged: Path, questions: list[str], expected: list[str], kind: str
 ) -> None:
-    """Its own rounding of activations decides where two tokens are as likely as each other, and nowhere else."""
+    """Rounding of activations decides only where two tokens are equally likely."""
     config = MergeConfig(run=str(run), accelerator="cpu", format=MergeFormat.gguf, type=kind)
     (path,) = merge(config, quiet=True)  # which proves the log-probabilities of greedy tokens
     engine = LlamaCpp(path, 512)

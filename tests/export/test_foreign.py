@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote, without a run: merged, talked to, and refused where they are not what they say."""
+"""Adapters that PEFT wrote, without a run: merged, used in chat, and refused where their files are inconsistent."""
 
 from __future__ import annotations
 

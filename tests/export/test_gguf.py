@@ -1,4 +1,4 @@
-"""GGUF files: every family computes in llama.cpp what it does in transformers, as llama.cpp's converter has it."""
+"""GGUF files: every family gives the same in llama.cpp as in transformers, and as with llama.cpp's converter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def random_model(
     exact_norms: bool = False,
     **config: Any,
 ) -> Path:
-    """A small random model of a family, with norms that are not 1; `exact_norms` are so in 16 bits with 1 added too."""
+    """A small random model of a family, with norms other than 1; `exact_norms` are exact in 16 bits even plus 1."""
     kind, sizes = FAMILIES[family]
     words = AutoTokenizer.from_pretrained(tokenizer)
     ids = {"bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}

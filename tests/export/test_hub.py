@@ -1,4 +1,4 @@
-"""push and bundle: what leaves this machine, and what works on another."""
+"""push and bundle: what is sent from this machine, and what works on another."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_run_is_sent_whole_private_and_without_the_token(two_runs: list[Path])
 
 @pytest.fixture
 def online(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Sends to an address as somebody who is logged in, with little patience; returns what went wrong."""
+    """Pushes to an address with a token and short timeouts; returns the error's message."""
     import huggingface_hub
     from huggingface_hub import constants
 

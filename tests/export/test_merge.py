@@ -1,4 +1,4 @@
-"""A run to a standalone model: the same answers by plain transformers and by llama.cpp, or nothing at all."""
+"""A run merged to a standalone model: the same answers by transformers and by llama.cpp, or no file at all."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
     dead = subprocess.Popen(["true"])
     dead.wait()
     (tmp_path / f".model.{dead.pid}.tmp").mkdir()
-    (tmp_path / f".model.{os.getpid()}.tmp" / "model").mkdir(parents=True)  # of another container's life
+    (tmp_path / f".model.{os.getpid()}.tmp" / "model").mkdir(parents=True)  # of another container
     for text in ("old", "new"):
         with staged_directory(target) as staged:
             (staged / "file").write_text(text)
@@ -186,7 +186,7 @@ def test_a_staged_directory_is_whole_or_not_there(tmp_path: Path) -> None:
 def test_an_export_that_is_killed_leaves_nothing_half_and_goes_on(
     two_runs: list[Path], tmp_path: Path, name: str, options: list[str], moments: list[str]
 ) -> None:
-    """Killed when a file appears: before all weights, amid them, before and in the proof; first and a second time."""
+    """Kills when a file appears: before all weights, amid them, before and in the proof; at first and again."""
     target = tmp_path / name
     command = [sys.executable, "-m", "llmft.merge", f"run={two_runs[0]}", f"to={target}", "force=true", *options]
 

@@ -1,4 +1,4 @@
-"""The exported template writes what the run's format writes, for programs that know no {% generation %}."""
+"""The exported template renders the same as the run's format, for programs that do not know {% generation %}."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The merged weights of every kind of adapter and base are what plain transformers computes the same with."""
+"""Merged weights of every kind of adapter and base give the same outputs in plain transformers."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str, dict[str, Any]]] = {
 def adapted(
     kind: str, sizes: dict[str, Any], quantization: str, lora: dict[str, Any], auto: Any = AutoModelForCausalLM
 ) -> Any:
-    """A small random model with an adapter that changes what it says."""
+    """A small random model with an adapter that changes its outputs."""
     torch.manual_seed(0)
     base = auto.from_config(AutoConfig.for_model(kind, **sizes)).eval()
     form = QuantizationConfig(QuantizationFormat(quantization))
@@ -80,7 +80,7 @@ def test_a_merged_model_computes_what_the_adapter_on_its_base_does(case: str, tm
         expected = model(input_ids=IDS).logits
         weights.write(model, weights.plain(model, "causal_lm"), tmp_path, torch.float32)
         logits = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)(input_ids=IDS).logits
-    # 8-bit layers round what goes into them as well, which merged weights do not.
+    # 8-bit layers round their inputs as well, which merged weights do not.
     assert logits.sub(expected).abs().max() < (5e-2 if case == "8-bit" else 2e-5)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
 

@@ -23,7 +23,7 @@ WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "_unique", "unique_"
 
 
 def load_device(library: str) -> None:
-    """Before torch, which asks once and for all what devices there are."""
+    """Runs before torch is used, which looks for devices only once."""
     spec = importlib.util.find_spec("torch")
     assert spec is not None
     assert spec.origin is not None
@@ -33,7 +33,7 @@ def load_device(library: str) -> None:
 
 
 def be_a_gpu(capability: tuple[int, int]) -> None:
-    """Answers for torch.cuda what a GPU of this capability would."""
+    """Makes torch.cuda answer like a GPU of this capability."""
     import torch
 
     torch.cuda.is_available = lambda: True
@@ -45,7 +45,7 @@ def be_a_gpu(capability: tuple[int, int]) -> None:
 
 
 def watch() -> Any:
-    """A mode that notes what a GPU would not like."""
+    """A mode that records operations over two devices and waits for the GPU."""
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils._pytree import tree_leaves
@@ -73,13 +73,13 @@ def watch() -> Any:
 
 
 def waits_for_copy(source: Any, arguments: dict[str, Any]) -> bool:
-    """Whether a copy is one between the devices that the host waits for."""
+    """Whether the host waits for a copy between the devices."""
     target = arguments.get("device") or source
     return {source.type, target.type} == {"cpu", "cuda"} and not arguments.get("non_blocking")
 
 
 def note_attention() -> Any:
-    """A mode that notes which kernel of torch's attention a GPU would have for each call."""
+    """A mode that records which of torch's attention kernels a GPU would use for each call."""
     import torch
     from torch.overrides import TorchFunctionMode
 
@@ -210,7 +210,7 @@ def batch_of(task: str) -> Any:
 
 
 def objective_of(task: str) -> Any:
-    """What computes the loss of a task."""
+    """The objective of a task."""
     from llmft.training.objectives.choice import WordScores
     from llmft.training.objectives.classification import Classification
     from llmft.training.objectives.language_modeling import LanguageModeling
@@ -230,7 +230,7 @@ def objective_of(task: str) -> Any:
 
 
 def step(case: str) -> dict[str, Any]:
-    """What one step of `case` shows."""
+    """The recorded facts of one step of `case`."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -38,7 +38,7 @@ Step = Callable[[str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def step(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Step:
-    """What was seen in a case's step; all cases that are asked for run in one process."""
+    """A function that gives the facts of a case's step; all selected cases run in one process."""
     if sys.platform != "linux" or torch.backends.cuda.is_built():
         pytest.skip("this torch has devices of its own")
     compiler = shutil.which("g++") or shutil.which("clang++")

@@ -1,4 +1,4 @@
-"""What only a GPU can show, most basic first, in under 8 minutes on one card; every line is printed at once:
+"""Tests that need a GPU, most basic first, in under 8 minutes on one card; every line is printed at once:
 
     python -m pytest -m gpu tests/gpu -n 0 -s
 
@@ -47,7 +47,7 @@ CLOSE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 0.1), torch.float16
 
 
 def say(*parts: Any) -> None:
-    """A killed command still tells what it found."""
+    """Prints at once, so that a killed command still shows its results."""
     print(f"[{time.monotonic() - BEGAN:6.1f} s]", *parts, flush=True)
 
 
@@ -67,7 +67,7 @@ def cuda(device: torch.device) -> torch.device:
 
 
 def step_dtypes(device: torch.device) -> list[torch.dtype]:
-    """16 bits that the device computes."""
+    """The 16-bit dtypes that the device computes."""
     if device.type == "cpu":
         return [torch.bfloat16]
     ampere = torch.cuda.get_device_capability(device)[0] >= 8
@@ -187,7 +187,7 @@ def test_bytes_loss_and_gradients_are_the_cpus(architecture: str, device: torch.
 def test_the_host_waits_for_no_micro_batch(cuda: torch.device) -> None:
     dtype = step_dtypes(cuda)[0]
     of = adapted("llama", cuda, dtype)
-    step(of)  # what is compiled and asked of the device once
+    step(of)  # compilation and queries that happen only once
     rows = batch(torch.device("cpu"))
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -239,7 +239,7 @@ def adapter(root: Path) -> bytes:
 
 
 class Killed(LanguageModeling):
-    """Ends its process in the third step, once."""
+    """Kills its process in the third step, once."""
 
     def losses(self, model: Any, micro: MicroBatch) -> RowLosses:
         mark = Path(os.environ["LLMFT_TEST_KILLED"])
@@ -274,7 +274,7 @@ def test_a_run_gives_the_same_bytes_again_and_after_a_kill(device: torch.device,
 
 
 class Hungry(LanguageModeling):
-    """Asks for more memory than there is as long as it gets more than two rows."""
+    """Runs out of memory as long as it gets more than two rows."""
 
     refused: ClassVar[list[str]] = []
 

@@ -1,4 +1,4 @@
-"""A metric declares beside its definition which direction is better, and everything that depends on it reads that."""
+"""A metric's definition declares which direction is better, and everything that depends on it reads that."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ LESS = ["llmft.metrics.classification.logloss", "llmft.metrics.loss.loss_nats", 
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A module of metrics that somebody added."""
+    """A module of metrics that a user added."""
     module = ModuleType("llmft.metrics.mine")
 
     def undeclared(targets: Any, values: Any, weight: float = 1.0) -> float:
@@ -67,7 +67,7 @@ def test_every_metric_declares_its_direction_and_those_of_one_name_the_same() ->
     for path, metric in METRICS.items():
         by_name.setdefault(path.rpartition(".")[2], set()).add(declared(metric))
     assert all(len(directions) == 1 for directions in by_name.values()), by_name
-    # These two describe a policy or a judge; neither more nor less of them is better.
+    # These two describe a policy or a judge; neither direction is better.
     assert {name for name, directions in by_name.items() if None in directions} == {"drift_nats", "length_correlation"}
 
 
@@ -160,7 +160,7 @@ def test_lightnings_early_stopping_gets_the_metrics_direction() -> None:
 def test_the_weights_handed_over_are_those_of_the_highest_exact_match(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 0.2, 0.9, 0.4 at steps 0, 2 and 4 the 0.9 is taken, and a patience of one stops behind it."""
+    """Of 0.2, 0.9, 0.4 at steps 0, 2 and 4, 0.9 is the best, and a patience of one stops after it."""
     from llmft.metrics import text
 
     values = iter([0.2, 0.9, 0.4, 0.1, 0.1])

@@ -1,4 +1,4 @@
-"""Beside every classification stands what the training rows' targets alone would score, and whether it is beaten."""
+"""Every classification is compared with the score of the training rows' class shares alone."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_the_prior_of_numbers_is_their_mean_and_of_several_classes_each_share() 
     dummy = DummyRegressor().fit(np.zeros((4, 1)), [1.0, 2.0, 3.0, 10.0])
     assert prior_of(TaskType.regression, 1, [1.0, 2.0, 3.0, 10.0]) == pytest.approx(dummy.predict([[0.0]]))
     assert prior_of(TaskType.multi_label, 2, [(1, 0), (1, 1), (0, 0), (0, 0)]) == [0.5, 0.25]
-    assert prior_of(TaskType.single_label, 3, [0, 0, 0, 1]) == pytest.approx([0.6, 0.2, 0.2])  # c was never seen
+    assert prior_of(TaskType.single_label, 3, [0, 0, 0, 1]) == pytest.approx([0.6, 0.2, 0.2])  # c does not occur
     numbers = Predictions(["x", "y"], ["t"], np.asarray([[4.0], [5.0]]), "regression", [4.0, 6.0])
     numbers.facts = {"sources": [{"fold": None, "prior": [4.0]}]}
     comparison = against_prior(numbers, {"rmse": regression.rmse, "pearson": regression.pearson})
@@ -145,7 +145,7 @@ def test_a_run_at_chance_is_never_called_fine(tmp_path: Path) -> None:
     assert fit("learned", 1.0, learned) is Fit.fine
     assert fit("level", 1.9, {**learned, "loss": 1.9, "low": -0.1, "high": 0.1}) is Fit.chance
     assert fit("worse", 2.4, {**learned, "loss": 2.4, "low": -0.6, "high": -0.4}) is Fit.chance
-    # Records of before: seven classes, of equal chances.
+    # Records of older versions: seven classes of equal chance.
     assert fit("old", 1.95, task__head="linear") is Fit.chance
     assert fit("old-learned", 1.0, task__head="linear") is Fit.fine
     report = write_report(sorted(tmp_path.glob("worse/runs/*")), tmp_path / "out")
@@ -155,7 +155,7 @@ def test_a_run_at_chance_is_never_called_fine(tmp_path: Path) -> None:
 
 
 def test_importance_is_not_told_where_no_verdict_tells_the_values_apart(tmp_path: Path) -> None:
-    """Beside "not distinguishable" stands no share of the variance as if it were one."""
+    """A verdict "not distinguishable" comes without a share of the variance, which would suggest a difference."""
     for r, values in ((4, (1.0, 1.3, 0.9)), (8, (1.2, 1.0, 1.35))):
         for epochs in (1, 2):
             for seed, value in enumerate(values):

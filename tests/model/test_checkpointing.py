@@ -1,4 +1,4 @@
-"""What is kept for a backward changes its memory and none of its numbers."""
+"""Saving less for the backward changes memory and no number."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model directories: whole ones load, broken ones are named before anything is trained on them."""
+"""Model directories: complete ones load, broken ones are refused before training."""
 
 from __future__ import annotations
 

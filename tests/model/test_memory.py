@@ -41,7 +41,7 @@ CORE = ("mistral", "gpt2")
 
 
 class Training(SimpleNamespace):
-    """A twin with 256 hidden units and 4 layers, ready to train, and what was estimated for it."""
+    """A twin with 256 hidden units and 4 layers, ready to train, and its estimated memory."""
 
     config: TrainConfig
     memory: StepMemory
@@ -56,14 +56,14 @@ class Training(SimpleNamespace):
             return objective.losses(self.model, self.batch).nll.sum()
 
     def estimate(self, level: Checkpointing | None = None) -> MemoryEstimate:
-        """Of the batch."""
+        """Losses of the batch."""
         rows, longest = self.batch.input_ids.shape
         level = level or Checkpointing(self.config.trainer.gradient_checkpointing)
         return self.memory.at(rows * longest, longest, rows * longest // 4, level)
 
 
 def core_first(architectures: list[str], *more: str) -> list[Any]:
-    """Parameters of a test: those outside CORE are slow."""
+    """Test parameters, those outside CORE marked slow."""
     return [pytest.param(name, *more, marks=() if name in CORE else pytest.mark.slow) for name in architectures]
 
 
@@ -120,7 +120,7 @@ def training(
 
 
 def held_bytes(base: torch.nn.Module) -> int:
-    """Bytes of all weights and of the tensors of their quantisation states; the table that all share is left out."""
+    """Bytes of all weights and their quantisation states without the shared table."""
     total = sum(parameter.nbytes for parameter in base.parameters())
     states = [getattr(parameter, "quant_state", None) for parameter in base.parameters()]
     experts = [module for module in base.modules() if type(module).__name__ == "Bnb4bitParametrization"]
@@ -133,7 +133,7 @@ def held_bytes(base: torch.nn.Module) -> int:
 
 
 def resident(model: torch.nn.Module) -> list[torch.Tensor]:
-    """What is there before a step: weights and buffers."""
+    """Tensors that exist before a step: weights and buffers."""
     return [*model.parameters(), *model.buffers()]
 
 
@@ -164,7 +164,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(run: Training) -> int:
-    """What the twin takes at most in a later step: weights, optimizer states, gradients, and all that lives."""
+    """Peak bytes of a later step: weights, optimizer states, gradients, and all live tensors."""
     run.losses().backward()
     gradients = [p.grad for p in run.model.parameters() if p.grad is not None]
     with LiveBytes([*resident(run.model), *gradients]) as live:

@@ -1,4 +1,4 @@
-"""Mends of what libraries do wrong: each test fails once its mend is no longer needed, and the mend can go."""
+"""Workarounds for library bugs: each test fails once its workaround is no longer needed and can be removed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are quantised already stay as they are: what runs is what the record says."""
+"""Files that are already quantised stay as they are, and the record matches the loaded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised bases on the disk: the same to the bit, never half, never in the way."""
+"""Cached quantised bases: the same to the bit, never half-written, never a reason to fail."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ QUICK = ("mistral", "mixtral")
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test, which takes the smallest base too."""
+    """A cache of this test, without a minimum size of bases."""
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("llmft.model.load.LEAST_WEIGHTS", 1)
     return bases_directory()
 
 
 class Loaded(NamedTuple):
-    """A base, how it came about, and what was warned of."""
+    """A base, whether it was quantised from its files, and the warnings."""
 
     base: Any
     from_files: bool
@@ -89,7 +89,7 @@ def gradients(base: Any, file: dict[str, Any]) -> dict[str, torch.Tensor]:
     model = adapters.attach(base, LoraConfig(r=4), auto_class=auto_class, seed=3, name="x")
     objective: Any = Classification() if classifies(file) else LanguageModeling()
     for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zero at first, which would hide the other half's gradient
+        if "lora_B" in name:  # zero initially, which would hide the gradient of A
             torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
     objective.losses(model, batch()).nll.sum().backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}

@@ -1,4 +1,4 @@
-"""Samples are drawn from softmax(logits / T), and are a function of their own seeds alone."""
+"""Samples are drawn from softmax(logits / T) and depend on their own seeds alone."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def model():
     )  # fmt: skip
     llama = LlamaForCausalLM(config).eval()
     with torch.no_grad():
-        llama.lm_head.weight.mul_(12)  # a random model's tokens are all alike otherwise
+        llama.lm_head.weight.mul_(12)  # otherwise a random model's tokens are nearly equally likely
     return llama
 
 
@@ -63,7 +63,7 @@ def test_tokens_are_as_frequent_as_the_softmax_says(model, temperature):
     with torch.no_grad():
         expected = (model(torch.tensor([prompt])).logits[0, -1].double() / temperature).softmax(-1).numpy() * count
     seen = np.bincount([answer.ids[0] for answer in answers], minlength=VOCABULARY)
-    cell = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # rare tokens share one
+    cell = np.where(expected >= 5, np.arange(VOCABULARY), VOCABULARY)  # rare tokens share one cell
     seen, expected = np.bincount(cell, seen), np.bincount(cell, expected)
     assert scipy.stats.chisquare(seen[expected > 0], expected[expected > 0]).pvalue > 0.001
 

@@ -1,4 +1,4 @@
-"""A base that is divided: each process holds its share of the weights, and has never held more."""
+"""A sharded base: each process holds its share of the weights, and never more."""
 
 from __future__ import annotations
 

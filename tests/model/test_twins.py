@@ -23,10 +23,10 @@ from tests.model.twins import TWINS
 FILES = {
     path.stem: yaml.safe_load(path.read_text())
     for path in sorted((ROOT / "conf" / "model").glob("*.yaml"))
-    if path.stem not in {"tiny", "local", "tfidf"}  # no language models of others
+    if path.stem not in {"tiny", "local", "tfidf"}  # not causal or masked language models
 }
 RUNNABLE = {name: file for name, file in FILES.items() if not file["requires_remote_code"] and not file["unsupported"]}
-# One file per architecture takes the whole way; the others differ from it in ids and prompts.
+# One file per architecture runs all steps; the others differ from it in ids and prompts.
 FIRST = {file["architecture"]: name for name, file in reversed(RUNNABLE.items())}
 CORE = ("mistral", "llama", "gpt2", "gemma3_text", "mixtral", "falcon", "deberta-v2")
 EACH = [pytest.param(name, marks=() if name in CORE else pytest.mark.slow) for name in sorted(FIRST)]

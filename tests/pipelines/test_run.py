@@ -1,4 +1,4 @@
-"""Chains that run: what is done is not done again, what has changed is, with what depends on it and nothing else."""
+"""Running chains: only changed stages and those that depend on them run again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ judged: ["rows=${stage:first}", split=validation, samples=2, "temperatures=[1.0]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """A directory with a chain of our own."""
+    """A directory with a test chain."""
     (tmp_path / "conf" / "pipeline").mkdir(parents=True)
     (tmp_path / "conf" / "pipeline" / "mine.yaml").write_text(CHAIN)
     return tmp_path / "conf"
@@ -56,7 +56,7 @@ def command(config: Path, output: Path) -> list[str]:
 
 
 def written(output: Path) -> dict[str, int]:
-    """When each file of every run and of its samples was written last, but for logs and locks."""
+    """Modification times of all files of runs and samples except logs and locks."""
     names = ("adapter_model.safetensors", "samples.parquet")
     return {str(path.relative_to(output)): path.stat().st_mtime_ns for path in output.rglob("*") if path.name in names}
 
@@ -124,7 +124,7 @@ def test_a_sweeps_winner_goes_on_and_a_tie_is_said(config: Path, tmp_path: Path)
     assert "lr0.01" in results["rates"]
     assert "goes on with  learning_rate.peak=0.01" in result.stdout
     assert f"lora.adapter={results['rates']}" in result.stdout.replace("\n", "")
-    same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # as good as equal
+    same = SWEEP.replace("1e-2,1e-7", "1e-7,1.0001e-7")  # nearly equal
     (config / "pipeline" / "mine.yaml").write_text(same)
     result = subprocess.run(command(config, output), check=True, timeout=600, capture_output=True, text=True)
     assert "a tie: 1 other is not told apart from it" in result.stdout

@@ -1,4 +1,4 @@
-"""A chain is checked before it runs; stages name earlier ones; what they left stands in their overrides."""
+"""A chain is checked before it runs; stages refer to earlier ones, whose outputs enter their overrides."""
 
 import numpy as np
 import pytest

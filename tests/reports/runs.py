@@ -1,4 +1,4 @@
-"""Run directories as training leaves them, made up in milliseconds."""
+"""Synthetic run directories as training writes them, made in milliseconds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _defaults() -> str:
 
 
 def settled(step: int) -> float:
-    """A validation curve that ends level."""
+    """A validation curve that ends flat."""
     return 2.0 * float(np.exp(-step / 8))
 
 

@@ -55,7 +55,7 @@ def browser() -> str:
 
 
 def look(browser: str, page: str, folder: Path, *options: str, width: int = 390) -> dict[str, Any]:
-    """What a frame of `width` pixels with the page says of itself."""
+    """The probe's facts about the page in a frame of `width` pixels."""
     folder.mkdir(exist_ok=True)
     (folder / "page.html").write_text(page.replace("<head>", f"<head>{PROBE}", 1))
     frame = f'<iframe src="page.html" style="width:{width}px;height:900px;border:0"></iframe><pre id="told"></pre>'
@@ -81,7 +81,7 @@ CLASSES = [f"{'a<b>class' * 5}{number}" for number in range(12)]
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A report with every section, and names as long and as bad as they come."""
+    """A report with every section, and very long and hostile names."""
     root = tmp_path_factory.mktemp("study")
     samples = [
         {

@@ -1,4 +1,4 @@
-"""A report tells what runs say, whatever state they are in, and nothing that they hold becomes markup or leaks."""
+"""A report shows runs in any state, and none of their contents becomes markup or leaks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run directories: named by their config, locked, never overwriting what is not theirs."""
+"""Run directories: named by their config, locked, never overwriting other files."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_file_in_the_place_of_the_output_directory_is_refused(tmp_path: Path) 
 def _hold(root: Path, ready: object, release: object) -> None:
     run = open_run(compose(f"output_dir={root}"), "0123456789")
     run.lock()
-    run.clear()  # as force=true does; it must still say whose it is
+    run.clear()  # as force=true does; it must still be identifiable
     ready.set()  # type: ignore[attr-defined]
     release.wait(30)  # type: ignore[attr-defined]
 

@@ -1,4 +1,4 @@
-"""The engine: many requests at once, each answered as it would be alone."""
+"""The engine: many requests at once, each with the same answer as alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""serve with=…: engines of others get a merged run, and their command is theirs."""
+"""serve with=…: other engines get a merged run and are started by their own command."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_a_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_command_of_transformers_is_one_that_it_takes() -> None:
-    """Parsed by its own parser."""
+    """transformers' own parser accepts its arguments."""
     from transformers.cli.transformers import app
 
     name, *options = engines.PROGRAMS[ServedBy.transformers].command[1:]

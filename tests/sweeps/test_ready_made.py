@@ -1,4 +1,4 @@
-"""Every file of sweeps/ composes; W&B's agents' command lines run; other launchers of Hydra's do too."""
+"""Every file of sweeps/ composes; command lines of W&B's agents and Hydra's other launchers run."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_command_line_of_an_agent_logs_into_the_run_that_the_agent_made(tmp_
     assert run["run"].run_id == "given1"
     assert run["config"]["lora.r"] == chosen["lora.r"]
     assert f"lora.r={chosen['lora.r']}" in run["config"]["overrides"]
-    # The agent's next trial is one that was done before: it gets its result all the same.
+    # The agent's next trial was done before and still gets its result.
     again = llmft(*command[3:], *small, cwd=tmp_path, **{**agent, "WANDB_RUN_ID": "given2"})
     assert again.returncode == 0, again.stderr
     files = [collect(path) for path in offline_files(tmp_path / "outputs")]
@@ -139,7 +139,7 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
     assert any(key.startswith("trials") for record in sweep_run["history"] for key in record)
     assert any(key.startswith("report") for record in sweep_run["history"] for key in record)
     assert "verdicts" in sweep_run["summary"]
-    # The one command, as the shell takes it, hands all folders to W&B.
+    # The one command, run by the shell, passes all folders to W&B.
     (upload,) = [line for line in result.stdout.splitlines() if "wandb sync" in line and "wandb-offline.txt" in line]
     (tmp_path / "wandb").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     (tmp_path / "wandb").chmod(0o755)
@@ -149,7 +149,7 @@ def test_every_trial_and_the_sweep_are_runs_of_one_group_and_one_command_uploads
     assert first == "sync"
     assert len(folders) == 3
     assert all((tmp_path / folder).is_dir() for folder in folders)
-    # The same command again has nothing to say to W&B.
+    # The same command again logs nothing to W&B.
     llmft("-m", *arguments, cwd=tmp_path)
     assert len(list(sweep.glob("wandb/offline-run-*"))) == 1
 

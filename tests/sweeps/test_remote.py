@@ -27,14 +27,14 @@ SEEDS = 8
 def test_without_ray_or_a_cluster_there_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "ray.py").write_text("raise ImportError('as if it were not installed')\n")
     arguments = ["-m", "seed=0,1", "hydra/launcher=ray", *SMALL]
-    result = llmft(*arguments, cwd=tmp_path)  # what lies in the working directory is found first
+    result = llmft(*arguments, cwd=tmp_path)  # modules in the working directory are found first
     assert result.returncode == 2
     assert 'needs Ray: pip install "llmft[ray]"' in result.stderr
     assert "Traceback" not in result.stderr
 
 
 class Machine(RemoteWorker):
-    """A machine with files of its own, without a process and without Ray: its methods are called at once."""
+    """A machine with its own files, without a process or Ray: its methods are called directly."""
 
     def __init__(self, home: Path) -> None:
         self.home, self.run, self.orders = home, None, list[dict[str, Any]]()
@@ -99,7 +99,7 @@ SWEEP = ["-m", f"seed={','.join(map(str, range(SEEDS)))}", *SMALL, *MORE]
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The weights of the sweep's runs by the launcher of one machine."""
+    """The weights of the sweep's runs with the launcher of one machine."""
     root = tmp_path_factory.mktemp("local")
     result = llmft(*SWEEP, f"output_dir={root}", cwd=root, timeout=500)
     assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""A search: its space, its memory, and what a kill leaves of it."""
+"""A search: its space, its memory, and its state after a kill."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_grid_over_a_range_without_steps_is_refused() -> None:
 
 
 class Killed(BaseException):
-    """What SIGKILL is to a process."""
+    """Stands for SIGKILL."""
 
 
 class World:
@@ -193,7 +193,7 @@ class World:
         return final + 1 / step
 
     def train(self, search: Search, trial: Trial) -> None:
-        """As a worker and the supervisor do it together."""
+        """Trains a trial as a worker and the supervisor would."""
         run, monitor = trial.run, self.config.trainer.monitor
         run.directory.mkdir(parents=True, exist_ok=True)
         lines = run.metrics_file.read_text().splitlines() if run.metrics_file.is_file() else []
@@ -256,7 +256,7 @@ def world(root: Path, config: TrainConfig, *overrides: str, **settings: Any) -> 
 
 
 def history(search: Search) -> list[Any]:
-    """All that a study holds of its trials."""
+    """All that a study stores of its trials."""
     return [(t.number, t.state.name, t.params, t.value, t.intermediate_values) for t in search.study.trials]
 
 
@@ -357,7 +357,7 @@ def test_a_configuration_pruned_with_its_first_seed_is_not_trained_with_the_rest
         ("lora.r=8 seed=1", "done"),
         ("lora.r=1 seed=0", "pruned"),
     ]
-    assert searched.trained[-1] == "lora.r=1 seed=0 1"  # the first validation showed it
+    assert searched.trained[-1] == "lora.r=1 seed=0 1"  # which the first validation showed
     again = searched.go()  # it stays pruned, and is no failure
     assert [t.status for t in again.sweep.trials] == ["done", "done", "pruned"]
 

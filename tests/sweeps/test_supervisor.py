@@ -1,4 +1,4 @@
-"""Sweeps: a trial that ends in any way costs itself alone, nothing is done twice, and a trial is the run it is alone.
+"""Sweeps: a failed trial affects no other, nothing is done twice, and a trial equals the same run alone.
 
 The ids S1 to S9 are those of the acceptance suite of sweeps: S1 ten trials with every way to fail, S2 the same command
 again, S3 kills of the whole sweep, S4 two sweeps at once, S5 a name that is taken, S6 starts in the same second,
@@ -61,7 +61,7 @@ ONE = "sweep.workers=1"
 
 
 def sweep(tmp_path: Path, *arguments: str, timeout: float = 180, sabotage: str = "") -> Any:
-    """Runs a sweep below tmp_path by one worker, with seeds that misbehave as `sabotage` says."""
+    """Runs a sweep below tmp_path with one worker; `sabotage` lists seeds and how they fail."""
     (tmp_path / "sabotage").mkdir(exist_ok=True)
     (tmp_path / "sabotage" / "sitecustomize.py").write_text(SABOTAGE)
     path = os.pathsep.join([str(tmp_path / "sabotage"), str(ROOT)])
@@ -90,7 +90,7 @@ def statuses(root: Path) -> list[str]:
 
 
 def modified(root: Path) -> dict[str, int]:
-    """When the files of every finished run were last written."""
+    """Modification times of the files of every finished run."""
     runs = [
         path.parent for path in (root / "runs").glob("*/run.json") if json.loads(path.read_text())["status"] == "done"
     ]
@@ -126,7 +126,7 @@ def test_s1_s2_every_way_to_fail_costs_one_trial_and_the_same_command_runs_those
             assert expected[number] in trial["error"]
             assert trial["command"] in first.stdout.replace("\n", "")
             assert Path(tmp_path / trial["log"]).is_file()
-    # The command that is named for one trial runs just that one.
+    # The command shown for a trial runs that trial alone.
     again = record(root)["trials"][1]["command"].removeprefix("python -m llmft ")
     monkeypatch.chdir(tmp_path)
     train(compose(*shlex.split(again)), quiet=True)
@@ -162,7 +162,7 @@ def test_s3_a_sweep_killed_again_and_again_runs_each_trial_once_and_leaves_no_pr
 
 
 def wait_for_steps(root: Path, steps: int, process: subprocess.Popen[str]) -> None:
-    """Until the runs below `root` have taken so many optimizer steps together."""
+    """Waits until the runs below `root` have taken `steps` optimizer steps in all."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if sum(file.read_bytes().count(b"train/loss_nats") for file in root.glob("runs/*/metrics.jsonl")) >= steps:
@@ -345,7 +345,7 @@ def test_a_twin_of_a_known_run_is_stopped_recorded_and_not_run_again(tmp_path: P
     arguments = ["trainer.max_steps=12", "trainer.validate_every=2", "data.split_seed=0"]
     train(compose(*SMALL, *arguments, f"output_dir={tmp_path}/outputs"), quiet=True)
     (reference,) = (tmp_path / "outputs/runs").iterdir()
-    # The same weights by another name of the run: a rate that differs in its last digit.
+    # The same weights under another run name: a rate that differs in its last digit.
     twins = [*arguments, f"sweep.early_stop_if_same_as={reference}", "learning_rate.peak=0.0020000001,0.02"]
     unsaid = sweep(tmp_path, *twins)
     assert unsaid.returncode == 2
@@ -452,7 +452,7 @@ def test_a_container_has_the_memory_and_the_cores_it_was_given(
 
 
 def events_until(worker: WorkerProcess, event: str) -> list[str]:
-    """What a worker tells until it tells `event`."""
+    """A worker's events up to `event`."""
     deadline = time.monotonic() + 60
     events: list[str] = []
     while event not in events and time.monotonic() < deadline:

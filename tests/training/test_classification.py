@@ -1,4 +1,4 @@
-"""Heads: the last real token, full precision, saved and loaded whole, and nothing carried from run to run."""
+"""Heads: the last real token, full precision, saved and loaded completely, and no state carried between runs."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_several_classes_are_a_mean_of_binary_losses_and_numbers_half_a_squared_
 
 
 def test_an_encoders_pooler_and_classifier_stay_unquantised_are_trained_and_saved(tmp_path: Path) -> None:
-    """Also where no file of ours names them: a directory of somebody's model."""
+    """Also for a model directory that no file in conf/model describes."""
     from llmft.config.model import ModelConfig, ModelInit, QuantizationConfig
     from llmft.data.hub import Located
     from llmft.model.load import load_base

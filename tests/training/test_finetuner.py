@@ -45,7 +45,7 @@ def model() -> LlamaForCausalLM:
 
 
 def reference_gradient() -> tuple[float, list[torch.Tensor]]:
-    """By the definition: each row alone and unpadded, transformers' full logits, the sum over all by their number."""
+    """(loss, gradients) by definition: each row alone, unpadded, full logits, the sum over all labelled tokens."""
     net = model()
     total, count = torch.zeros(()), 0
     for row in examples():
@@ -103,7 +103,7 @@ def test_row_losses_equal_those_of_each_row_alone_without_padding() -> None:
 
 
 def test_a_repositorys_own_slice_of_positions_is_not_asked_for_a_mask() -> None:
-    """As code written for older transformers slices: a mask would be taken for something else."""
+    """Slices like code for older transformers, which would misread a mask."""
     net, batch = model(), collate(examples(), range(6), 0)
     new = LanguageModeling().losses(net, batch)
     kind = type(net)
@@ -154,7 +154,7 @@ def test_a_step_batch_moves_as_a_whole() -> None:
 
 
 class Unsure(LanguageModeling):
-    """Has no deterministic form, as some operations on CUDA; notes where that was forbidden."""
+    """Has no deterministic form, like some CUDA operations; records where that was forbidden."""
 
     forbidden: ClassVar[list[bool]] = []
 

@@ -1,4 +1,4 @@
-"""A step is cut so that it fits: a function of config, rows, model and the memory there is in all."""
+"""A step is divided to fit in memory, depending on config, rows, model and total memory alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def rows_of(lengths: list[int], labelled: int = 4) -> Examples:
 def chosen(
     monkeypatch: pytest.MonkeyPatch, memory: int, *overrides: str, lengths: list[int] | None = None
 ) -> MicroBatchPlan:
-    """What is chosen for a Llama of 256 units on a machine with so many bytes."""
+    """The plan for a Llama of 256 units on a device with `memory` bytes."""
     monkeypatch.setattr(micro_batching, "device_memory", lambda device: memory)
     monkeypatch.setattr("llmft.model.memory.LIBRARIES_BYTES", {"cpu": 0})
     config = compose("data=alpaca", "data.files=none", "logger=none", "quantization=none", *overrides)

@@ -1,4 +1,4 @@
-"""Losses of pairs against numbers that were computed elsewhere, in float64."""
+"""Losses of pairs against independently computed numbers in float64."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ PAIRS = ["data=pairs", "data.rows={train: 48, validation: 12, test: 0}", "quanti
 
 
 def rows_of(*lengths: tuple[int, ...], seed: int = 0) -> list[Example]:
-    """Rows of random tokens: of each the tokens of its prompt and of each answer, from the best to the worst."""
+    """Rows of random tokens; `lengths`: tokens of the prompt and of each answer, from the best to the worst."""
     generator = torch.Generator().manual_seed(seed)
     rows = []
     for number, parts in enumerate(lengths):

@@ -27,7 +27,7 @@ def free_port() -> int:
 
 
 def command(launcher: str, node: int, port: int) -> tuple[list[str], dict[str, str]]:
-    """How `launcher` starts llmft on machine `node`, and what it puts into the environment."""
+    """The command and environment with which `launcher` starts llmft on machine `node`."""
     if launcher == "torchrun":
         where = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1"]
         return [sys.executable, "-m", "torch.distributed.run", *where, f"--master-port={port}", "-m", "llmft"], {}
@@ -38,7 +38,7 @@ def command(launcher: str, node: int, port: int) -> tuple[list[str], dict[str, s
 
 
 class Machines:
-    """Two of them, each with its launcher."""
+    """Two machines, each with its launcher."""
 
     def __init__(self, launcher: str, *arguments: str, each: tuple[str, str] = ("", ""), cwd: Path) -> None:
         port = free_port()
@@ -51,7 +51,7 @@ class Machines:
             self.launchers.append(subprocess.Popen(command_line, cwd=cwd, env=env, **options))
 
     def end(self) -> list[tuple[int, str]]:
-        """(exit code, what it printed) of each."""
+        """(exit code, output) of each."""
         outputs = [launcher.communicate(timeout=300)[0] for launcher in self.launchers]
         return [(launcher.returncode, text) for launcher, text in zip(self.launchers, outputs, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Scores behind prompts that are read once: those of reading every prompt with every answer."""
+"""Scores after prompts that are read once equal those of reading every prompt with every answer."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model_of(architecture: str, form: str = "none") -> Any:
 
 
 def batch_of(lengths: list[int]) -> MicroBatch:
-    """Prompts of `lengths` with some word behind each, padded on the right."""
+    """Prompts of `lengths` tokens, each followed by a word, padded on the right."""
     generator = torch.Generator().manual_seed(0)
     rows = [
         torch.randint(50, 500, (length,), generator=generator).tolist() + list(WORDS[index % len(WORDS)])
@@ -63,7 +63,7 @@ def unshared(model: Any, batch: MicroBatch, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def forwards(model: Any, batch: MicroBatch) -> tuple[torch.Tensor, int]:
-    """Scores, and tokens that went through the model for them."""
+    """(scores, tokens that the model read for them)."""
     seen: list[int] = []
     hook = model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True

@@ -48,7 +48,7 @@ def model() -> Any:
 
 
 def answers(*rows: int) -> MicroBatch:
-    """Answers of 2 to 6 tokens behind prompts, with advantages and a reference; those of `rows` alone."""
+    """A batch of `rows` with answers of 2 to 6 tokens, advantages and a reference."""
     generator = torch.Generator().manual_seed(1)
     examples, advantages, references = [], [], []
     for prompt, answer in ((3, 4), (5, 2), (2, 6)):
@@ -95,7 +95,7 @@ def test_with_one_update_the_gradient_is_reinforces(model: Any) -> None:
 def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
     model: Any, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    model.requires_grad_(False)  # a head that is not trained has its logits computed in parts
+    model.requires_grad_(False)  # logits of an untrained head are computed in parts
     monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device: at_once)
     batch = answers(2)
     table, mask = token_log_probs(model, batch, temperature=0.7)
@@ -103,7 +103,7 @@ def test_log_probabilities_are_of_the_distribution_that_is_drawn_from(
     expected = log_probs.gather(1, batch.input_ids[0, 1:, None])[:, 0] * mask[0]
     assert torch.allclose(table[0].double(), expected, rtol=0, atol=1e-5)
     assert PolicyGradient(temperature=0.7).losses(model, batch).nll == pytest.approx(
-        PolicyGradient().losses(model, batch).nll  # the policy has not moved: its ratios are 1 at any temperature
+        PolicyGradient().losses(model, batch).nll  # the policy is unchanged: its ratios are 1 at any temperature
     )
 
 
@@ -190,4 +190,4 @@ def test_the_reward_rises(tmp_path: Path) -> None:
     fixed = ["logger=none", "progress=false", "trainer.threads=1", f"output_dir={tmp_path}"]
     after = train(compose(*fixed, *overrides, *rows), quiet=True)
     assert after is not None
-    assert after > -1.0  # two words are right; before, answers are of eight tokens
+    assert after > -1.0  # two words are right; untrained answers have eight tokens

@@ -92,7 +92,7 @@ def test_the_offline_file_holds_config_history_summary_and_group(tmp_path: Path)
 
 
 def log_to(url: str, root: Path, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> tuple[list[float], float]:
-    """Logs ten numbers to the server at `url`; returns what stands in the offline file, and how long the end took."""
+    """Logs ten numbers to the server at `url`; returns the offline file's numbers and the seconds of finishing."""
     import wandb
 
     wandb.teardown()  # it reads its environment once

@@ -1,4 +1,4 @@
-"""Makes the checkpoint of the present format that later versions must load: `python -m tests.trust.make_fixture`.
+"""Makes the checkpoint of the current format that later versions must load: `python -m tests.trust.make_fixture`.
 
 Run it once per format (`llmft.runs.checkpoint.FORMAT`) and commit what it writes below tests/trust/fixtures/.
 """
@@ -28,7 +28,7 @@ OVERRIDES = [
 
 
 def main() -> None:
-    """Trains, and keeps the checkpoint of step 4 with what it must contain and where the run must end."""
+    """Trains, and stores the checkpoint of step 4 with its expected contents and the run's final numbers."""
     target = Path(__file__).parent / "fixtures" / f"format-{FORMAT}"
     with tempfile.TemporaryDirectory() as root:
         metric = train(compose(*OVERRIDES, f"output_dir={root}"), quiet=True)

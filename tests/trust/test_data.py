@@ -1,4 +1,4 @@
-"""Broken files, awkward tokenizers, long rows: D1 to D17 of the acceptance suite, by the door that training uses."""
+"""Broken files, awkward tokenizers, long rows: D1 to D17 of the acceptance suite, by training's own functions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def lines(count: int = 100) -> list[bytes]:
 
 
 def prepared_from(tmp_path: Path, content: bytes | list[bytes], *overrides: str, name: str = "train.jsonl") -> Any:
-    """What training prepares from a file of this content."""
+    """Training's prepared data from a file of this content."""
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else b"\n".join(content) + b"\n")
     small = [override for override in SMALL if not override.startswith("data.rows")]
     here = [f"data.files={tmp_path}/{name}", f"output_dir={tmp_path}/out", "data=prompt_response"]
@@ -46,7 +46,7 @@ SKIP = ("data.on_bad_row=skip",)
 
 
 class TestD1ToD7Rows:
-    """A row that cannot be used is named with its line, or skipped and counted."""
+    """An unusable row is named with its line, or skipped and counted."""
 
     BAD = {  # noqa: RUF012
         "d1_not_utf8": (
@@ -131,7 +131,7 @@ class TestD1ToD7Rows:
 
 
 class TestD8D9Caches:
-    """Rows are known by their content, and what is cached of them is checked."""
+    """Rows are identified by their content, and their cache is checked."""
 
     def test_d8_a_file_edited_at_the_same_size_and_time_is_another_one(self, tmp_path: Path) -> None:
         first = prepared_from(tmp_path, lines())
@@ -190,7 +190,7 @@ def learned(tokenizer: Any, example: Any) -> str:
 
 
 class TestD10D11D15Lengths:
-    """The answer stays whole, or the row goes, and both are counted."""
+    """The answer stays complete or the row is dropped, and both are counted."""
 
     @pytest.mark.parametrize("policy", [p for p in Truncation if p.value.startswith("cut")], ids=lambda p: p.value)
     def test_d10_d15_the_prompt_gives_way_and_answer_and_end_token_stay(
@@ -252,7 +252,7 @@ class TestD10D11D15Lengths:
 
 
 class TestD12ToD14SpecialTokens:
-    """Pad, begin and end tokens: each where it belongs, once."""
+    """Pad, begin and end tokens: each once, in the right position."""
 
     def saved(self, tokenizer: Any, tmp_path: Path, **special: Any) -> Path:
         """The tiny model with other special tokens."""
@@ -300,7 +300,7 @@ class TestD12ToD14SpecialTokens:
     def test_d14_one_begin_token_and_as_many_end_tokens_as_the_format_writes(
         self, tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Also for a tokenizer that adds a begin token of its own to whatever it is given."""
+        """Also for a tokenizer that adds a begin token to every text."""
         import copy
 
         from tokenizers.processors import TemplateProcessing
@@ -357,7 +357,7 @@ def picture(tokenizer: Any, name: str) -> str:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_d17_ids_and_labels_are_those_of_the_picture(tokenizer: Any, name: str) -> None:
-    """Pictures in tests/trust/fixtures/templates; `LLMFT_DRAW=1` draws them anew, for a person to look at."""
+    """Pictures in tests/trust/fixtures/templates; `LLMFT_DRAW=1` draws them again, for a person to look at."""
     path = PICTURES / f"{name}.txt"
     drawn = picture(tokenizer, name)
     if os.environ.get("LLMFT_DRAW"):

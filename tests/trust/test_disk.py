@@ -29,7 +29,7 @@ from tests.trust.helpers import LONGER, fork, newest_step, records, same_run, st
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts small disks of their own in memory; skips where that is not allowed."""
+    """Mounts small disks in memory; skips where that is not allowed."""
     mount_points: list[Path] = []
 
     def mount(name: str, size: str) -> Path:
@@ -49,7 +49,7 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
 
 
 def fill(mount_point: Path, leave: int = 0) -> None:
-    """Fills the disk of `place` but for `leave` bytes."""
+    """Fills the disk at `mount_point` except `leave` bytes."""
     free = shutil.disk_usage(mount_point).free
     handle = os.open(mount_point / "filler", os.O_WRONLY | os.O_CREAT)
     os.posix_fallocate(handle, 0, max(1, free - leave))
@@ -63,7 +63,7 @@ def big(step: int, weights: int = 500_000) -> Checkpoint:
 
 
 class TestR4KilledInsideASave:
-    """The file has its name only when it is whole; $TMPDIR plays no part."""
+    """The file gets its name only when it is complete; $TMPDIR is not used."""
 
     def test_r4_a_kill_at_any_moment_of_a_save_leaves_sound_checkpoints_only(
         self, mounted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -82,7 +82,7 @@ class TestR4KilledInsideASave:
             first = step + 1
 
             def save(first: int = first) -> None:
-                # As long as on a disk that turns: a kill is to fall before the file has its name.
+                # As slow as a hard disk, so that kills come before the file has its name.
                 os.fsync = lambda handle: time.sleep(0.01)  # type: ignore[assignment]
                 for number in range(first, first + 1000):
                     save_checkpoint(directory, big(number))
@@ -107,7 +107,7 @@ class TestR4KilledInsideASave:
 
 
 class TestR5FullDisk:
-    """Old checkpoints stay; needed and free bytes are named; exit code 74, or the training goes on."""
+    """Old checkpoints stay; needed and free bytes are named; exit code 74, or the training continues."""
 
     def test_r5_a_save_that_finds_no_room_names_the_bytes_and_leaves_the_old_one(
         self, mounted: Callable[..., Path]
@@ -125,7 +125,7 @@ class TestR5FullDisk:
     def test_r5_a_disk_that_fills_while_writing_leaves_no_half_file(
         self, mounted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Somebody else took the room between the look and the write."""
+        """Another process fills the disk between the check and the write."""
         mount_point = mounted("disk", "8m")
         save_checkpoint(mount_point, big(1))
         fill(mount_point, leave=2**20)
@@ -215,7 +215,7 @@ def test_r6_a_full_tmpdir_does_not_matter(
 
 
 def test_r9_the_micro_batch_changes_neither_order_nor_numbers(tmp_path: Path) -> None:
-    """Rows are tokenised once and collated in the training process, so there are no loader workers to vary."""
+    """Rows are tokenised once and collated in the training process: there are no loader workers to vary."""
     recorded = []
     for size in (8, "100tokens", 1):
         directory = whole_run(tmp_path / str(size), f"trainer.micro_batch={size}", base=SMALL)
@@ -225,12 +225,12 @@ def test_r9_the_micro_batch_changes_neither_order_nor_numbers(tmp_path: Path) ->
             assert ours.keys() == theirs.keys()
             for name, value in ours.items():
                 assert value == pytest.approx(theirs[name], rel=1e-4), name
-            if ours["step"] <= 1 and "train/loss_nats" in ours:  # before rounding has gone through an optimizer
+            if ours["step"] <= 1 and "train/loss_nats" in ours:  # before an optimizer has amplified rounding
                 assert ours["train/loss_nats"] == pytest.approx(theirs["train/loss_nats"], rel=1e-6)
 
 
 class TestR14Orphans:
-    """Whoever is killed, nobody is left behind."""
+    """Whichever process is killed, none is left running."""
 
     ARGUMENTS = [  # noqa: RUF012
         *LONGER,

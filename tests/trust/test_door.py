@@ -17,10 +17,10 @@ from tests.conftest import ROOT, SMALL, run_directory
 
 
 class TestU5NoTerminal:
-    """Where nobody draws a bar there is a line every 30 s or 5% of the steps, and it is there when it is due."""
+    """Without a progress bar there is a line every 30 s or 5% of the steps, written when it is due."""
 
     def lines(self, monkeypatch: pytest.MonkeyPatch, steps: int, seconds_a_step: float) -> list[tuple[int, str]]:
-        """(step, line) of a run that takes so long, as a file receives it."""
+        """(step, line) as written to a file by a run of `steps` steps."""
         clock = {"now": 0.0}
         monkeypatch.setattr(console.time, "monotonic", lambda: clock["now"])
         out = io.StringIO()
@@ -71,7 +71,7 @@ def run(arguments: list[str], cwd: Path, **environment: str) -> subprocess.Compl
 
 
 def test_u6_no_home_a_read_only_place_and_a_name_of_many_signs(tmp_path: Path) -> None:
-    """All at once; what can be written is named on the command line."""
+    """All at once; the one writable folder is named on the command line."""
     mount_point = tmp_path / "read only"
     mount_point.mkdir()
     mount = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "tmpfs", str(mount_point)], capture_output=True)

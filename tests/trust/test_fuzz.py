@@ -1,4 +1,4 @@
-"""Hypothesis on what strangers write: row files, conversations, command lines.
+"""Hypothesis on untrusted input: row files, conversations, command lines.
 
 A short run by default; `LLMFT_FUZZ_S=600 python -m pytest tests/trust/test_fuzz.py -n 0 -k json_lines` looks for ten
 minutes and prints how much it tried.
@@ -82,7 +82,7 @@ def check_rows(name: str, content: bytes) -> int:
 
 
 class TestFuzzReaders:
-    """Whatever the bytes, the answer is rows or one sentence."""
+    """Any bytes give rows or one sentence."""
 
     def look(self, name: str, contents: Any) -> None:
         tried = {"files": 0, "rows": 0, "bytes": 0, "with rows": 0}
@@ -135,7 +135,7 @@ turns = st.lists(
 
 
 class TestFuzzPrompts:
-    """Text, answers and their marks fit together, whatever people write into a conversation."""
+    """Text, answers and their marks are consistent for any conversation."""
 
     @pytest.mark.parametrize("name", FORMATS)
     def test_fuzz_spans_cover_exactly_the_answers_and_the_parts_make_the_text(self, name: str) -> None:
@@ -172,7 +172,7 @@ class TestFuzzPrompts:
         law()
 
     def test_fuzz_marks_in_the_rows_text_are_only_text(self) -> None:
-        """Also the private-use characters that stand around an answer while it renders."""
+        """Also the private-use characters that mark an answer during rendering."""
         prompt = PromptFormat(prompt_config("chatml"))
         text = "{% generation %} \ue000abc\ue001 {{ bos_token }} \ue002\ue003"
         rendered = prompt.render([{"role": "user", "content": text}, {"role": "assistant", "content": text}])

@@ -1,4 +1,4 @@
-"""A stranger's run directory, configs, models and data: each kind of thing that might run, hang, leak or lead away."""
+"""Untrusted run directories, configs, models and data: whatever might run code, hang, leak or escape a folder."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _both(old: Any, new: Any) -> bool:
 
 @pytest.fixture(scope="module")
 def small_config() -> TrainConfig:
-    """Composed once, for tests that change a copy."""
+    """A config composed once, for tests that change a copy."""
     return compose(*SMALL)
 
 
@@ -372,7 +372,7 @@ def half(references, predictions):
 
 @pytest.fixture
 def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A package of somebody's own, which nobody trusts yet."""
+    """A user's package that is not trusted yet."""
     name = f"mine_{abs(hash(str(tmp_path)))}"
     (tmp_path / f"{name}.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))

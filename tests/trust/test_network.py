@@ -1,4 +1,4 @@
-"""W&B and the Hub refused, silent, gone in the middle, or not installed: W1 to W4, W6, W7 as a whole run meets them."""
+"""W&B and the Hub refusing, silent, gone in the middle, or not installed: W1 to W4, W6 and W7 in a complete run."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_w3_no_key(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 class Stub(BaseHTTPRequestHandler):
-    """As much of a W&B server as a run needs to begin; it falls silent when `silent` is set."""
+    """The part of a W&B server that a run needs to start; it stops answering when `silent` is set."""
 
     silent = threading.Event()
     seen: list[str] = []  # noqa: RUF012
@@ -213,7 +213,7 @@ def test_w6_a_call_that_raises_costs_only_what_wandb_would_have_shown(
 
 
 class TestW7Hub:
-    """A model that is not cached, without a network: the answer comes at once and says what to do."""
+    """A model that is not cached, without a network: the error comes at once and says what to do."""
 
     MODEL = ModelConfig(name="m", id="mistralai/Mistral-7B-Instruct-v0.1", architecture="mistral")
 

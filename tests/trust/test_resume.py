@@ -1,4 +1,4 @@
-"""Killed, stopped, damaged, out of memory: the run goes on to the same numbers.
+"""Killed, stopped, damaged, out of memory: the run continues to the same numbers.
 
 The ids in the names are those of the acceptance suite.
 """
@@ -73,7 +73,7 @@ def kill_again_and_again(root: Path, kills: int, reference: Path, *overrides: st
 
 
 def test_r1_kills_at_random_moments_end_in_bit_identical_weights(uninterrupted: Path, tmp_path: Path) -> None:
-    """Also of the numbers of every step, of the samples, and of the optimizer's state."""
+    """Compares every step's numbers, the samples and the optimizer's state too."""
     kill_again_and_again(tmp_path, 8, uninterrupted)
 
 
@@ -90,7 +90,7 @@ def test_r1_twenty_kills_on_every_number_format(quantization: str, optimizer: st
 def test_r2_resumed_from_every_step_all_later_checkpoints_are_the_same(
     small: Callable[..., Any], tmp_path: Path, optimizer: str
 ) -> None:
-    """Also from the first and the last step, of an epoch and of the run; each resumption is itself resumed."""
+    """Also from the first and last step of an epoch and of the run; each resumed run is itself resumed."""
     every_step(
         small(
             f"optimizer={optimizer}",
@@ -153,7 +153,7 @@ def every_step(config: Any, root: Path, steps: int) -> None:
 
 
 def at_step(monkeypatch: pytest.MonkeyPatch, phase: str, step: int, act: Callable[[Any], None]) -> None:
-    """Calls `act` with the trainer when a hook of the run is reached at `step`, once."""
+    """Calls `act` with the trainer when the run reaches the hook of `phase` at `step`."""
     hook = {
         "step": "on_train_batch_end",
         "val": "on_validation_batch_end",
@@ -296,7 +296,7 @@ class TestR3Signals:
         assert time.monotonic() - began < 5
 
     def test_r3_one_wish_that_arrives_twice_is_one(self) -> None:
-        """`timeout` signals the process and its group; service managers send SIGHUP behind SIGTERM."""
+        """`timeout` signals the process and its group; service managers send SIGHUP after SIGTERM."""
         signals = stopping.Signals()
         signals.take()
         try:
@@ -309,7 +309,7 @@ class TestR3Signals:
 
 
 class TestR3Wishes:
-    """Files in the run directory and the clock."""
+    """Requests by files in the run directory and by the time limit."""
 
     @pytest.fixture(autouse=True)
     def look_always(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,7 +354,7 @@ class TestR3Wishes:
 
     @pytest.mark.slow
     def test_r3_max_time_saves_and_ends_with_exit_code_0(self, uninterrupted: Path, tmp_path: Path) -> None:
-        """Again and again, each start with a second, until it is done."""
+        """Restarts with a limit of a second until the run is done."""
         codes = []
         for _ in range(30):
             child = start(tmp_path, "trainer.max_time=0.9s")
@@ -447,7 +447,7 @@ class TestR8OlderCheckpoints:
 
 
 class TestR10OutOfMemory:
-    """A step that finds no memory is computed in smaller pieces; the numbers stay."""
+    """A step without enough memory is computed in smaller pieces with the same numbers."""
 
     ERRORS = {  # noqa: RUF012
         "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB"),
@@ -512,7 +512,7 @@ class TestR10OutOfMemory:
     def test_r10_nothing_that_was_learned_is_lost(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """Memory runs out in step 3 of 4 without a checkpoint since step 2: the run goes on from there."""
+        """Memory runs out in step 3 of 4 without a checkpoint after step 2: the run continues from step 2."""
         self.limit(monkeypatch, 2, "cuda", steps=5)
         taken: list[int] = []
         original = FineTuner.training_step
@@ -527,7 +527,7 @@ class TestR10OutOfMemory:
     def test_r10_the_rescue_is_saved_when_the_failed_step_has_given_its_memory_back(
         self, small: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        """A forward, or memory that the frames of the error still hold, would end the rescue where memory is short."""
+        """A forward, or memory still held by the error's frames, would make the rescue run out of memory too."""
         import llmft.training.callbacks as callbacks
         from llmft.training.objectives.language_modeling import LanguageModeling
 
@@ -617,7 +617,7 @@ class TestR10OutOfMemory:
 
 
 class TestR12NotFinite:
-    """A loss or gradient that is no finite number stops before the optimizer's step."""
+    """A loss or gradient that is not finite stops the run before the optimizer's step."""
 
     def spoil(self, monkeypatch: pytest.MonkeyPatch, where: Callable[[int], bool], kind: str = "nan") -> None:
         """Spoils the loss or the gradient of the steps (from 1) that `where` names, in one row."""
@@ -716,7 +716,7 @@ class TestR12NotFinite:
 
 
 class TestR13FirstLossAfterResume:
-    """The loss that the next step would begin with is saved, and compared when the run goes on."""
+    """The first loss of the next step is saved, and compared when the run is resumed."""
 
     def stopped(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         config = compose(*LONGER, f"output_dir={tmp_path}")

@@ -1,4 +1,4 @@
-"""Nothing that others wrote runs, hangs or leads elsewhere; no secret reaches a file."""
+"""Untrusted files run no code, do not hang and do not escape their folder; no secret reaches a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ TINY = PACKAGE / "assets" / "tiny"
 
 
 class TestPickleAndCode:
-    """No call in the package reads a pickle, or runs text as code."""
+    """No call in the package reads a pickle or runs text as code."""
 
     FORBIDDEN = {  # noqa: RUF012
         "eval",
@@ -125,7 +125,7 @@ class TestPickleAndCode:
 
 
 class TestTargets:
-    """A config names only classes of a few packages; also one that lies in a run directory."""
+    """A config, also one in a run directory, may name only classes of a few packages."""
 
     EVIL = [  # noqa: RUF012
         "os.system",
@@ -228,7 +228,7 @@ class TestTargets:
 
 
 class TestTrust:
-    """A repository's code runs only where the command line says so, at a pinned revision."""
+    """A repository's code runs only where the command line allows it, at a pinned revision."""
 
     REVISION = "0123456789abcdef0123456789abcdef01234567"
 
@@ -261,7 +261,7 @@ class TestTrust:
             compose("model=mistral", "model.trust_remote_code=true", f"model.revision='{revision}'")
 
     def directory(self, tmp_path: Path) -> tuple[Path, Path]:
-        """A model whose files name code of their own, which leaves a mark when it runs."""
+        """A model whose files name their own code, which writes a file when it runs."""
         model, mark = tmp_path / "model", tmp_path / "ran"
         shutil.copytree(TINY, model)
         code = f"open({str(mark)!r}, 'w').close()\nfrom transformers import LlamaConfig as EvilConfig\n"
@@ -292,7 +292,7 @@ class TestTrust:
 
 
 class TestForeignFiles:
-    """Files of strangers are read within bounds, or refused in a sentence."""
+    """Untrusted files are read within limits, or refused in a sentence."""
 
     def test_an_alias_bomb_is_refused_at_once(self, tmp_path: Path) -> None:
         names = "abcdefghi"
@@ -465,7 +465,7 @@ class TestForeignFiles:
 
 
 class TestTemplates:
-    """A template is bounded in time, memory and output, and sees nothing but the conversation."""
+    """A template is limited in time, memory and output, and sees only the conversation."""
 
     MESSAGES = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]  # noqa: RUF012
 
@@ -529,7 +529,7 @@ class TestTemplates:
 
 
 class TestNames:
-    """A name or a swept value cannot lead out of the output directory."""
+    """A name or a swept value cannot escape the output directory."""
 
     @pytest.mark.parametrize(
         "value", ["../../x", "/etc/x", "..", "a/../../b", "x" * 300, "\x00", "con\nfig", "~", "ü/ß"]
@@ -557,7 +557,7 @@ class TestNames:
 
 
 class TestW5Secrets:
-    """Planted in every place a person might put one, and looked for in every byte that is written."""
+    """Secrets are planted wherever a user might put one, and searched for in every written byte."""
 
     @pytest.mark.parametrize("kind", ["form", "environment"])
     def test_w5_no_planted_secret_is_written_anywhere(
@@ -729,7 +729,7 @@ class TestW5Secrets:
 
 
 def test_the_floors_of_the_packages_close_the_known_holes() -> None:
-    """And exclude the two releases of lightning that were malware."""
+    """They also exclude the two releases of lightning that were malware."""
     from packaging.requirements import Requirement
     from packaging.version import Version
 
@@ -770,7 +770,7 @@ def test_the_audit_fails_on_what_an_update_inside_our_ranges_closes_and_is_skipp
 
 
 def test_a_run_directory_of_a_stranger_is_looked_at_without_harm(tmp_path: Path) -> None:
-    """`python -m llmft.disk` opens what others wrote."""
+    """`python -m llmft.disk` opens untrusted files."""
     from llmft.checks.disk import scan as look
     from llmft.config.commands import Cleaning, DiskConfig
 

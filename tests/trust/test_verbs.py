@@ -28,7 +28,7 @@ from tests.conftest import ROOT, SMALL, compose, run_directory
 
 
 class TestDoctor:
-    """Verdicts and what to do, not a list of versions."""
+    """Verdicts with advice, not a list of versions."""
 
     def test_every_part_of_this_machine_has_a_verdict(self, tmp_path: Path) -> None:
         verdicts = machine.examine(DoctorConfig(str(tmp_path), network=False))
@@ -53,7 +53,7 @@ class TestDoctor:
             ((7, 5), ["sm_70", "sm_80"], "good"),
             ((6, 0), ["sm_70", "sm_75", "sm_80", "sm_90"], "bad"),  # Kaggle's P100
             ((12, 0), ["sm_80", "sm_90"], "bad"),
-            ((12, 0), ["sm_80", "sm_90", "compute_90"], "good"),  # PTX is compiled for what comes later
+            ((12, 0), ["sm_80", "sm_90", "compute_90"], "good"),  # PTX is compiled for later devices
             ((8, 0), ["sm_86"], "bad"),
             ((9, 0), ["sm_90a", "sm_100"], "good"),
         ],
@@ -135,7 +135,7 @@ KEEP_ALL = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
 
 
 class TestDisk:
-    """What lies where, and only what may go goes."""
+    """Disk usage by folder; only deletable files are deleted."""
 
     @pytest.fixture(scope="class")
     def trained(self, tmp_path_factory: pytest.TempPathFactory) -> Path:

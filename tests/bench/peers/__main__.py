@@ -1,6 +1,6 @@
 """Makes the environments of the peers: `python -m tests.bench.peers [NAME …] [-- OPTION-OF-PIP …]`.
 
-Each of the files *.txt beside this one becomes an environment of its own in `.peers/` (or LLMFT_PEERS). On a machine
+Each file *.txt in this directory becomes an environment of its own in `.peers/` (or LLMFT_PEERS). On a machine
 without a GPU: `-- --extra-index-url https://download.pytorch.org/whl/cpu`, or `-- --find-links DIR` for wheels at hand.
 """
 

@@ -1,4 +1,4 @@
-"""TRL's GRPOTrainer or RLOOTrainer with PEFT, on prompts, answers and rewards that are given."""
+"""TRL's GRPOTrainer or RLOOTrainer with PEFT, on the work's prompts, answers and rewards."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ answers = len(work["windows"][0])
 
 
 class GivenAnswers(GRPOTrainer if grpo else RLOOTrainer):  # type: ignore[misc]
-    """Each window's answers are the next ones of the work."""
+    """Takes each window's answers from the work instead of generating them."""
 
     def _tokenize_prompts(self, prompts: list[Any]) -> Any:
         self.window = next(windows)

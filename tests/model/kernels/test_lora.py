@@ -1,4 +1,4 @@
-"""The LoRA kernel is PEFT's own layer: its outputs, and its gradients with and without dropout."""
+"""The LoRA kernel has the outputs and gradients of PEFT's own layer, with and without dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rows behind each other see what each would see alone, in every family; fused LoRA computes what PEFT's does."""
+"""Packed rows give the results of each row alone, in every family; fused LoRA computes the same as PEFT's."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ODD: dict[str, tuple[dict[str, Any], bool]] = {
     # A layer that asks for attention twice, with other values; one whose states have a dimension more.
     "diffllama": ({}, True),
     "gemma3n_text": (STREAMS, True),
-    # Layers that look back without attention: their states would run on from row to row.
+    # Layers that look back without attention: their states would leak from row to row.
     "lfm2": ({"layer_types": ["full_attention", "conv"]}, False),
     "qwen3_5_text": ({**HEADS, "head_dim": 8, **LINEAR}, False),
     "minimax": ({"num_local_experts": 2, **LINEAR}, False),
@@ -99,7 +99,7 @@ def test_a_sliding_window_holds_in_packed_rows_too(window: int | None) -> None:
 
 
 def test_rows_do_see_each_other_when_they_are_packed_carelessly() -> None:
-    # The control: what the tests above would look like if rows were not kept apart.
+    # The control: without separation of rows the tests above would fail.
     model, ids = base("llama"), rows()
     flattened = packing.pack(model, ids, LENGTHS)
     careless = {**flattened.arguments, "attention_mask": torch.ones_like(flattened.input_ids)}
@@ -158,7 +158,7 @@ def test_fused_lora_gives_the_losses_and_gradients_of_pefts_own_forward(
         model.zero_grad()
         return float(loss), gradients
 
-    if dropout:  # the same places dropped, whatever draws them
+    if dropout:  # the same positions are dropped in both
         fixed = lambda shape: (torch.arange(shape.numel()).view(shape) * 7919) % 10 >= 3  # noqa: E731
         monkeypatch.setattr(lora_kernel, "draw_mask", lambda x, dropout: fixed(x.shape))
         own_dropout = lambda self, x: x * fixed(x.shape[1:] if x.ndim == 3 else x.shape) / 0.7  # noqa: E731
@@ -202,7 +202,7 @@ def test_losses_in_chunks_are_those_of_all_positions_at_once(
     assert not seen
     monkeypatch.setattr(language_modeling, "positions_at_a_time", lambda vocabulary, device_type: 16)
     parts, gradients = run()
-    seen[:1] = []  # the head was asked once whether it is plain
+    seen[:1] = []  # one call only checks whether the head is plain
     assert (max(seen) == 16) if isinstance(lora.targets, str) else not seen, "a trained head is not taken apart"
     assert torch.allclose(parts, at_once, rtol=1e-5)
     assert all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(gradients, expected, strict=True))
@@ -229,7 +229,7 @@ def reference_varlen(
     window_size: tuple[int, int] = (-1, -1),
     enable_gqa: bool = False,
 ) -> Any:
-    """What torch documents of its CUDA kernel, sequence by sequence: the last query is at the last key's place."""
+    """Torch's CUDA kernel as documented, sequence by sequence: the last query is at the last key's position."""
     assert of_queries.dtype == of_keys.dtype == torch.int32
     left, right = window_size
     assert right == 0
@@ -251,7 +251,7 @@ def reference_varlen(
 def without_groups(
     query: Any, key: Any, value: Any, of_q: Any, of_k: Any, q: int, k: int, scale: Any = None, window_size: Any = None
 ) -> Any:
-    """The same before torch 2.12: every query has a key and a value of its own."""
+    """The same before torch 2.12, where every query head needs its own key and value head."""
     assert query.shape[1] == key.shape[1]
     return reference_varlen(query, key, value, of_q, of_k, q, k, scale, window_size)
 

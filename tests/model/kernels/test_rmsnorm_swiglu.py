@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU in less memory have transformers' bits forward, and its gradients."""
+"""RMSNorm and SwiGLU in less memory equal transformers' bit for bit forward, and have its gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(model: Any) -> packing.PackedBatch:
 
 
 def class_of(family: str, suffix: str) -> Any:
-    """A fresh class with the family's own forward."""
+    """A new class with the family's own forward."""
     module = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
     original = next(
         kind for name, kind in vars(module).items() if name.endswith(suffix) and kind.__module__ == module.__name__
@@ -116,7 +116,7 @@ def test_the_weight_of_a_norm_that_is_trained_has_a_gradient() -> None:
 
 
 def saved(model: Any) -> list[torch.Tensor]:
-    """What a training forward of `model` keeps, each storage once."""
+    """The tensors that a training forward of `model` saves, each storage once."""
     storages: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
