@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 LONGEST_S = 120
-"""For a command, the first one's libraries included."""
+"""Time limit of a command in seconds, including the first one's imports."""
 
 
 class Commands:

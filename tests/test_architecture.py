@@ -11,7 +11,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "llmft"
 FOLDERS = re.findall(r"\w+", (PACKAGE / "README.md").read_text().split("```")[1].strip().splitlines()[0])
-"""The folders in their order, as the map draws it."""
+"""The folders in the order of the map."""
 
 
 def modules() -> dict[str, Path]:

@@ -33,7 +33,7 @@ INTERNALS = [
     "wandb",
     "optuna",
 ]
-"""More than documented functions of these is used, so a minor release can change numbers or switch a path off."""
+"""Internals of these are used, so a minor release can change numbers or disable a code path."""
 
 
 def ceiling(requirement: Requirement) -> Version | None:

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 THEIRS = {"torch", "transformers", "peft", "bitsandbytes", "lightning", "accelerate", "datasets", "huggingface_hub",
           "hydra", "omegaconf", "optuna", "wandb", "numpy", "scipy", "sys", "warnings", "tokenizers"}  # fmt: skip
 KERNELS = "model/kernels/"
-"""Gives a model's own modules other forwards, and registers an attention."""
+"""Replaces forwards of a model's own modules, and registers an attention."""
 ALLOWED = {
     ("model/families.py", "modeling_falcon.FalconLinear"): "a mend: transformers does not quantise this subclass",
     ("training/session.py", "torch.utils.deterministic.fill_uninitialized_memory"): "a documented setting of torch",

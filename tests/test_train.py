@@ -240,7 +240,7 @@ CHOICES = [
     ["trainer.precision=bf16"],
 ]
 TOGETHER = [[0, 3, 8, 11, 16], [1, 5, 9, 12, 14, 17], [2, 4, 10, 13, 15], [6, 7, 18]]
-"""Choices that do not get in each other's way; alone, each is tried by a slow test."""
+"""Choices that can be combined; a slow test tries each alone."""
 
 
 @pytest.mark.parametrize("numbers", [*TOGETHER, *(pytest.param([n], marks=pytest.mark.slow) for n in range(19))])

@@ -60,11 +60,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 PARITY_MEDIAN, PARITY_MOST = 5e-3, 1e-1
-"""In bf16, whose products round otherwise with every order of additions; see TRL's own measurements (pull 5575)."""
+"""In bf16, whose products round differently in each order of additions; see TRL's own measurements (pull 5575)."""
 WARM_UP = 3
 BEGAN = time.monotonic()
 Row = tuple[list[int], int]
-"""Token ids, and how many of them, at the end, are learned."""
+"""Token ids, and the number of learned ones at their end."""
 
 
 class Step(NamedTuple):

@@ -36,7 +36,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 RANKS = (4, 8)
 SWEPT: dict[str, Sequence[float]] = {"learning_rate.peak": RATES, "lora.r": RANKS}
 Losses = dict[tuple[float, ...], list[float]]
-"""By the values of what was swept: the losses of a trial's steps."""
+"""The losses of each trial's steps, by the values of its swept keys."""
 
 
 def overrides(steps: int, quantization: str, model: Path | None, batch: int) -> list[str]:

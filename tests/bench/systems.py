@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 HERE = Path(__file__).resolve().parent / "peers"
 ENVIRONMENTS = Path(os.environ.get("LLMFT_PEERS", ROOT / ".peers"))
-"""Where `python -m tests.bench.peers` makes the environments of the peers."""
+"""The folder in which `python -m tests.bench.peers` makes the peers' environments."""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ CORE = [
     "gemma3_text/fp16/dropout",
 ]
 NOT = "mixtral/fp32/-"
-"""torch's rule for shapes of grouped products knows bf16 alone, its kernel others too. Falcon is left out as a whole:
+"""torch's shape rule for grouped products supports bf16 alone, its kernel others too. Falcon is left out altogether:
 it indexes with a list, which needs the GPU's own code; and DeBERTa, which moves a number from the CPU in every
 forward."""
 FAMILIES = ("mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "opt", "gpt2", "mixtral")

@@ -43,7 +43,7 @@ FAMILIES = ("llama", "gemma3_text", "qwen3", "phi3", "mixtral")
 LENGTHS = [61, 40, 38, 23, 22, 21, 7]
 BEGAN = time.monotonic()
 CLOSE = {torch.float32: (1e-4, 1e-3), torch.bfloat16: (2e-2, 0.1), torch.float16: (5e-3, 0.03)}
-"""How far loss and gradients may be from the CPU's in fp32, relatively."""
+"""Largest relative differences of loss and gradients from the CPU's in fp32."""
 
 
 def say(*parts: Any) -> None:

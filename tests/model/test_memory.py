@@ -37,7 +37,7 @@ WIDER: dict[str, dict[str, Any]] = {
 }
 _WIDTHS = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "head_dim": 64}
 CORE = ("mistral", "gpt2")
-"""Families that every run of the tests takes; the others are slow."""
+"""Families tested in every run; the others are marked slow."""
 
 
 class Training(SimpleNamespace):

@@ -35,7 +35,7 @@ KEYS = {
     "task=classification data=predict_llm data.files=a.csv data.fold=2 lora.r=4": "744bf767f4",
     "data.pseudo_min_confidence=0.9": "adf523f5ca",
 }
-"""Keys of runs that people have on their disks, by the command line. A new key of the config must not change them."""
+"""Keys of existing runs by their command line. A new key of the config must not change them."""
 
 
 def test_a_config_has_the_key_that_it_had_in_earlier_releases_and_other_processes() -> None:

@@ -53,11 +53,11 @@ if os.environ.get("SABOTAGE"):
         return original(config, **arguments)
     llmft.training.run.train = train
 """
-"""Started with every Python process: what no config can name, since targets are allow-listed."""
+"""Runs at the start of every Python process: failures that no config can name, since targets are allow-listed."""
 
 
 ONE = "sweep.workers=1"
-"""Else the machine's cores would decide which trials are under way when something happens."""
+"""Otherwise the number of cores would decide which trials run at the same time."""
 
 
 def sweep(tmp_path: Path, *arguments: str, timeout: float = 180, sabotage: str = "") -> Any:
@@ -235,7 +235,7 @@ for process in started:
     process.join(60)
 print(found.count(True), [process.exitcode for process in started])
 """
-"""Starts of the front half of a training, all at one moment; forked where no library has threads yet."""
+"""Starts the first half of several trainings at the same moment; forked before any library has threads."""
 
 
 @pytest.mark.parametrize(("seeds", "expected"), [(range(8), 8), ([0] * 8, 1)], ids=["eight runs", "one run"])

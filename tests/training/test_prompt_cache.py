@@ -28,7 +28,7 @@ WORDS = [
 ]
 WRITERS = sorted(name for name in FIRST if not classifies(FILES[FIRST[name]]))
 SHARING = {"llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma", "phi", "phi3", "falcon"}
-"""Rotary positions and no window that these rows outgrow; the others add positions otherwise."""
+"""Families with rotary positions and no window shorter than these rows; others add positions differently."""
 WINDOWED = {"gemma2", "gemma3_text"}
 
 

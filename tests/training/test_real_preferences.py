@@ -26,7 +26,7 @@ DATA = {
     "llamafactory_dpo_en_demo.json": ["data=preference_messages", "data.max_tokens=256", "data.limit=120",
                                       "data.validation_fraction=0.4"],
 }  # fmt: skip
-"""Few rows of each, and among the demo's long ones those that are short."""
+"""Few rows of each, and only the short ones of the demo."""
 
 
 @pytest.fixture(params=list(DATA))

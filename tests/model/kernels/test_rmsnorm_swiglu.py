@@ -26,7 +26,7 @@ from tests.model.test_twins import FILES, load, twin
 
 NORMS = {"llama": True, "mistral": True, "qwen3": True, "gemma3": False, "olmo2": False, "cohere": False}
 NETWORKS = {"llama": True, "mistral": True, "gemma": True, "qwen2": True, "phi3": False, "beam": False}
-"""Gemma's network has the common form and another function, which is asked in each forward; Beam's computes in fp32."""
+"""Gemma's network has the common form with another activation, checked in each forward; Beam's computes in fp32."""
 
 
 def rows(model: Any) -> packing.PackedBatch:
