@@ -1,6 +1,6 @@
-"""Runs commands in processes of their own that have the libraries already: `command`.
+"""Runs commands in separate processes that have already imported the libraries: `command`.
 
-Starting Python, torch and transformers takes most of a short command's time. One process loads them and splits itself
+Starting Python, torch and transformers takes most of a short command's time. One process imports them and forks
 for each command, which then runs as under `python -m`.
 """
 

@@ -4,14 +4,14 @@
     python -m tests.bench.bench_gpu --device cpu --model tiny          # the same on a tiny model, to try it out
 
 The model has Mistral-7B's shape and random weights, made and quantised on the device. A step is one micro-batch of rows
-of 200 to 1024 tokens with answers of 4 to 32, and the adapter's B is away from zero, so that losses tell whether it is
-computed. llmft trains as a run does: its kernels, nothing that is not deterministic, no layer computed again unless
-that is said. transformers' Trainer and TRL (where installed) pad and compute layers again, as they do at such sizes.
+of 200 to 1024 tokens with answers of 4 to 32, and the adapter's B is not zero, so that losses show whether it is
+computed. llmft trains as a run does: its kernels, deterministic operations alone, no layer computed again unless
+stated. transformers' Trainer and TRL (where installed) pad and compute layers again, as they do at such sizes.
 
 The share of the roof is tokens/s times 4P floating-point operations (6P where layers are computed again), P the weights
 of linear layers, over what a product of two large matrices reaches here. A row without the losses of a plain PEFT
-forward is not shown. Every line is printed at once; the first row of llmft stands before the peers' in case the
-deadline, in seconds from the start, comes first.
+forward is not shown. Every line is printed at once; llmft's first row comes before the peers' in case the
+deadline, in seconds from the start, is reached.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Losses of GRPO and RLOO against TRL's on the same answers: `python -m tests.bench.bench_policy [--task rloo]`.
 
 llmft trains first and keeps what its policy drew; TRL gets the same answers with their rewards, from the same adapter.
-From the second update on, the losses depend on the weights that all steps before have made.
+From the second update on, the losses depend on the weights after all earlier steps.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@
 
 All take the same pairs in the same order from the same adapter, in fp32, in turn round by round; a line is shown only
 where its losses agree with llmft's. TRL's fastest micro-batch is tried first, without gradient checkpointing; its own
-default, with it, has a line too. A reference that is computed before the first step has its seconds beside those of
-the steps; "with it" counts them to every pair once, as one pass over the rows has to. The sweep is four betas and two
-seeds: one command of llmft, with all that it always does, against eight processes of TRL, which share what TRL keeps of
-its reference.
+default, with it, has a line too. The seconds of a reference computed before the first step have a column next to the
+steps'; "with it" adds them once per pair, as for one pass over the rows. The sweep is four betas and two seeds: one
+command of llmft, with all that it always does, against eight processes of TRL, which share TRL's cached reference.
 """
 
 from __future__ import annotations

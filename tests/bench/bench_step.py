@@ -4,10 +4,10 @@
         [--tuned-only] [--shape '{"hidden_size": 512}'] [--prompts 600,200,1024] [--model DIR] [lora.r=16 …]
 
 All take the same tokens in the same order from the same adapter, in turn, each in a process of its own; medians of
-the rounds are printed. Peers get rows of like length next to each other and the best of micro-batches of 1, 4 and 16
-and of one and all threads, which is tried first; "as it comes" is a peer with its own defaults. llmft takes its
-defaults. A row stands in the table only where its losses agree with the bare loop's: over the steps that were timed,
-and with --parity over 50 steps of shorter rows.
+the rounds are printed. Peers get rows of similar length next to each other and the best of micro-batches of 1, 4 and 16
+and of one and all threads, which is tried first; "as it comes" is a peer with its own defaults. llmft has its
+defaults. The table shows a row only where its losses agree with the bare loop's: over the timed steps, and with
+--parity over 50 steps of shorter rows.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""A real model learns sums of two numbers from whether they are right: `python -m tests.bench.bench_sums --model DIR`.
+"""A real model learns sums of two numbers from correctness rewards: `python -m tests.bench.bench_sums --model DIR`.
 
-A few steps on answers give it the form; then GRPO draws, and a rule says which sums are right. What it gains is read
-from greedy answers to held-out sums, the same before and after.
+A few steps on answers teach it the form; then GRPO samples, and a rule rewards correct sums. The gain is measured on
+greedy answers to the same held-out sums before and after.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SMALL = {
     "vocab_size": 32_000,
     "max_position_embeddings": 2048,
 }
-"""20 million weights."""
+"""A Llama of 20 million weights."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""Steps of trainings on a CUDA device that is not there: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
+"""Training steps on a CUDA device that does not exist: `python -m tests.gpu.fake_cuda LIBRARY CASE…`.
 
 Tensors without storage go through the product's model, kernels, loss, backward, clipping and optimizer: devices and
-dtypes come out as on a GPU, numbers do not. A CASE is architecture/precision/change, or has a task behind it. One JSON
-line per case says what was seen: operations over two devices, where the host would wait for the GPU, and how attention
+dtypes are as on a GPU, numbers are not. A CASE is architecture/precision/change, optionally followed by a task. One
+JSON line per case lists operations over two devices, where the host would wait for the GPU, and how attention
 was computed.
 """
 

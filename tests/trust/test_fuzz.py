@@ -49,8 +49,8 @@ files = st.one_of(lines, lines.map(lambda content: b"\xef\xbb\xbf" + content), s
 def check_rows(name: str, content: bytes) -> int:
     """Reads `content` with both policies; returns the number of rows.
 
-    Nothing but a DataError may leave, it must name the file and what to do; skipping reads the rows that are sound,
-    and the same ones that a strict reading gets to before the first bad one.
+    Only a DataError may be raised, and it must name the file and what to do; skipping reads the sound rows, the same
+    ones as a strict reading up to the first bad one.
     """
     path = Path(name)
     skipped = BadRows(BadRow.skip)

@@ -1,8 +1,8 @@
 """Code that the runners share: reading the work, and taking steps on demand.
 
-A runner is a process `python run_NAME.py WORK.json`. It reads numbers of steps from its standard input, takes so many
-optimizer steps, and answers each with one line of JSON on its standard output; all else that libraries print goes to
-the standard error. It imports nothing of llmft's.
+A runner is a process `python run_NAME.py WORK.json`. It reads numbers of steps from its standard input, takes that
+many optimizer steps, and answers each with one line of JSON on its standard output; all other output of libraries goes
+to the standard error. It imports nothing of llmft's.
 """
 
 from __future__ import annotations
